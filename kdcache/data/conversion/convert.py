@@ -1,11 +1,12 @@
-"""Any data set as a folder of one's own: `images/SPLIT`, `labels/SPLIT` of class ids, `classes.txt`.
+"""Any data set, exports of labelling tools included, as a folder: `images/SPLIT`, `labels/SPLIT`, `classes.txt`.
 
     OUT/images/<split>/<id>.jpg     links to the source's images
     OUT/labels/<split>/<id>.png     links too where the numbers are class ids already; else drawn, mapped or decoded
     OUT/depth/<split>/...           likewise
     OUT/classes.txt                 the source's names and colours
     OUT/converted/<split>.csv       what was left out, and why
-    OUT/converted.json              from which data: what is there is kept only when this is equal
+    OUT/converted.json              the command, and a digest of every image and label it read: what is there is kept
+                                    only if these are equal. Paths in it begin in OUT
 
 A sample that no training could use is left out and named: an image or a label that cannot be read, a label of another
 size or with ids of no class.
@@ -17,6 +18,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from kdcache.data.changes import changed_data, digest_changes
+from kdcache.data.contents import Contents, read_contents
 from kdcache.data.conversion.folder_writer import FolderWriter, Link, link_file, save_png
 from kdcache.data.files import channel_bits, read_image
 from kdcache.data.joined import parts_of, task_of
@@ -118,7 +122,7 @@ def convert(
         )
     _check_source(data, folder)
     place = None if is_scenes(data) else find_layout(data)
-    names = list_splits(data)
+    names = list_splits(data, exports=True)
     wanted = list(splits) if splits is not None else [name for name in names if name in USUAL] or names
     opened = [_open(data, name, place) for name in wanted]
     classes = opened[0][0].classes
@@ -129,9 +133,17 @@ def convert(
             remedy="write the two names into classes.txt, or leave --binary out",
         )
     layout, why = ("scenes", "drawn, no files") if place is None else (place.layout.name, place.layout.why(place.root))
-    settings = {"source": _absolute(data), "layout": layout, "classes": list(classes.names), "binary": binary}
-    _prepare(folder, settings | {"bits": bits})
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+    spec = data if place is None else _relative(place, folder)
+    flags = [*(f"--split={name}" for name in splits or ()), *["--binary"][: int(binary)]]
+    flags += [] if bits is None else [f"--bits={bits}"]
+    _prepare(
+        folder,
+        {"layout": layout, "classes": classes.to_json(), "binary": binary, "bits": bits},
+        {"command": shlex.join(["kdcache", "data", "convert", spec, ".", *flags]), "source": spec},
+        [split for split, _ in opened],
+        threads,
+    )
     converted = {}
     for split, dropped in opened:
         converted[split.split] = _write_split(split, dropped, folder, binary, bits, threads, progress)
@@ -166,8 +178,14 @@ def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[s
     return FileSplit(data, name, layout.classes(root), root, scan), dropped
 
 
-def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin the folder, or refuse one of another conversion. Raises: RecipeError."""
+def _prepare(folder: Path, settings: dict[str, Any], origin: dict[str, str], splits: list[Split], threads: int) -> None:
+    """Begin the folder, or fail for one of another conversion.
+
+    Args:
+        settings: what must be equal to go on with a conversion.
+        origin: where the data lie and how they are read, seen from the folder.
+    Raises: RecipeError for other settings; MismatchError for data that changed since.
+    """
     before = read_object(folder / SETTINGS)
     changed = [name for name, value in settings.items() if before and before.get(name) != value]
     if changed:
@@ -177,8 +195,16 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
             + "; ".join(f"{name} {json.dumps(before.get(name))}" for name in changed),
             remedy="give another folder, or remove that one",
         )
+    recorded = dict(before.get("splits", {}))
+    for split in splits:
+        now = read_contents(split, threads=threads)
+        if split.split in recorded:
+            changes = digest_changes(Contents.from_json(recorded[split.split]), now)
+            if changes:
+                raise changed_data(folder, changes, split, "Convert into a new folder, or remove this one first.")
+        recorded[split.split] = {"digest": now.digest} | now.to_json()
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_whole(folder / SETTINGS, json.dumps(settings | origin | {"splits": recorded}, indent=1) + "\n")
 
 
 def _write_split(
@@ -262,6 +288,14 @@ def _unusable(label: Pixels, image: Pixels, classes: int) -> str:
     return f"the label has ids of no class: {', '.join(map(str, strays))}" if strays else ""
 
 
-def _absolute(data: str) -> str:
-    """The spec with its folder as an absolute path, so that another working directory changes nothing."""
-    return data if is_scenes(data) or ":" in data else str(Path(data).expanduser().resolve())
+def _relative(place: LayoutRoot, folder: Path) -> str:
+    """The spec of a data set, its folders seen from another one: no path of the user's is written down."""
+
+    def seen(path: Path) -> str:
+        try:
+            return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+        except ValueError:  # another drive of Windows
+            return path.name
+
+    images = "" if place.images is None else f",images={seen(place.images)}"
+    return f"{place.layout.name}:{seen(place.root)}{images}"

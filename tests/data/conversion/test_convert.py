@@ -13,7 +13,7 @@ from PIL import Image
 from kdcache.data import check, convert, open_split
 from kdcache.data.conversion import folder_writer
 from kdcache.data.conversion.folder_writer import link_file
-from kdcache.errors import DataError, RecipeError
+from kdcache.errors import DataError, MismatchError, RecipeError
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,24 @@ def test_a_folder_of_something_else_is_refused(tiny, tmp_path) -> None:
         convert(root, out)
     (out / "mine.txt").unlink()
     convert(root, out)
-    with pytest.raises(RecipeError, match="another source"):
-        convert(tiny.write("mmseg", tmp_path / "other"), out)
+    with pytest.raises(RecipeError, match="another layout"):
+        convert(tiny.write("kaggle", tmp_path / "other"), out)
+
+
+def test_a_source_that_changed_since_is_named(tiny, tmp_path) -> None:
+    root, out = tiny.write("camvid", tmp_path / "set"), tmp_path / "out"
+    convert(root, out)
+    record = json.loads((out / "converted.json").read_text())
+    assert record["command"] == "kdcache data convert camvid:../set ."
+    assert str(tmp_path) not in json.dumps(record)
+    assert convert(root.rename(tmp_path / "renamed"), out).splits["train"].kept == 3
+    labels = tmp_path / "renamed/trainannot"
+    tiny.save_label(labels / "a.png", np.zeros(tiny.SIZE, np.uint8))
+    before = (out / "converted.json").read_text()
+    with pytest.raises(MismatchError, match=r"1 label differs \('a'\)"):
+        convert(tmp_path / "renamed", out)
+    assert (out / "converted.json").read_text() == before
+    assert convert(tmp_path / "renamed", tmp_path / "new").splits["train"].written == 3
 
 
 def test_masks_of_0_and_255(tiny, tmp_path) -> None:

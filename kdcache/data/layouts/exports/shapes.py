@@ -166,6 +166,8 @@ def _points(shape: Shape, size: tuple[int, int]) -> list[Point]:
     """The points in pixels. Raises: ValueError for too few, or for what lies far outside of the image."""
     factor = (size[1] / shape.scale, size[0] / shape.scale) if shape.scale else (1.0, 1.0)
     points = [(float(x) * factor[0], float(y) * factor[1]) for x, y in shape.points]
+    if shape.scale:  # in files these have six digits: a hundredth of a pixel at most
+        points = [(round(x, 2), round(y, 2)) for x, y in points]
     if not all(abs(x) < 1e6 and abs(y) < 1e6 for x, y in points):
         raise ValueError("a point that is no number, or far outside of the image")
     least = {"polygon": 3, "rectangle": 2, "ellipse": 2}.get(shape.kind, 0)

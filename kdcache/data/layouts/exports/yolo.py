@@ -50,13 +50,15 @@ class Yolo(Export):
                 path.relative_to(root / labels).as_posix().removesuffix(".txt"): path
                 for path in files_of(root / labels, ".txt", depth=8)
             }
+            labelled = {split_of(f"{labels}/{sample}") for sample in texts}
             for sample, image in names_below(root / images).items():
-                path = texts.pop(sample, None)
-                shapes = _read(path, names) if path is not None else () if texts else None
-                split = split_of(f"{images}/{image}")
+                split, path = split_of(f"{images}/{image}"), texts.pop(sample, None)
+                empty = () if split in labelled else None
+                shapes = empty if path is None else _read(path, names)
                 items[split].append(Item(f"{images}/{image}", f"{labels}/{sample}.txt", shapes))
-            items[split_of(f"{labels}/a")] += [Item(f"{images}/{name}.jpg", "", None) for name in sorted(texts)]
-        return {split: found for split, found in items.items() if found}
+            for sample in sorted(texts):  # of no image
+                items[split_of(f"{labels}/{sample}")].append(Item(f"{images}/{sample}.jpg", "", None))
+        return items
 
 
 def _places(root: Path) -> dict[str, str]:
