@@ -1,16 +1,24 @@
-"""`classes.txt`: one class per line in the order of the ids, with an optional colour.
+"""`classes.txt`: one class per line in the order of the ids, with an optional number and an optional colour.
 
 # name, then nothing, `r g b` or `#rrggbb`
 road           128 64 128
 traffic light  #faaa1e
 void-ish       # a comment
 void: 224 224 192    # no class: a colour that means void in labels of colours; may be repeated
+void: 0              # no class: a number that means void in labels; may be repeated. Classes take the numbers left
+
+Labels may hold other numbers than the lines' own. Then every class has its number, in any of these ways:
+
+3 road               # or `3: road`, `3, road`, `3) road`
+car: 7 0 0 142       # or `car = 7`
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdcache.data.colour_codes import Colour, ColourCodes, shared_colours
@@ -18,70 +26,130 @@ from kdcache.data.sample import IGNORE_INDEX, ClassList, default_colours
 from kdcache.errors import DataError
 
 CLASSES_FILE = "classes.txt"
-VOID = "void:"
-"""What a line with a colour of void begins with."""
+VOID_NAMES = ("void", "unlabelled", "unlabeled", "unknown", "ignore")
+"""Names that mean no class where a line gives a number, or a colour after a colon; in lower case."""
 
 _LINE = re.compile(
     r"(?P<name>[^#]*?)"
     r"(?:\s+#(?P<hex>[0-9a-fA-F]{6})|(?:\s+(?P<r>\d+))(?:\s+(?P<g>\d+))(?:\s+(?P<b>\d+)))?"
     r"\s*(?:#.*)?"
 )
+_NUMBER_FIRST = re.compile(r"(?P<number>-?\d+)(?:(?P<mark>\s*[,;:=|)]\s*|\.\s+)|\s+(?:-\s+)?)(?P<name>\S.*)")
+_NUMBER_LAST = re.compile(r"(?P<name>.*\S)(?P<mark>\s*[:=]\s*)(?P<number>-?\d+)")
+_VOID = re.compile(rf"(?P<name>{'|'.join(VOID_NAMES)})\s*[\s:=,;|]\s*(?P<number>-?\d+)", re.IGNORECASE)
+_VOID_COLON = re.compile(rf"(?:{'|'.join(VOID_NAMES)})\s*[:=].*", re.IGNORECASE)
 
-Entry = tuple[str, Colour | None]
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line: `number` is the one that it gives to the name, if any; `marked` that a colon or the like says so."""
+
+    line: int
+    text: str
+    name: str
+    colour: Colour | None
+    number: int | None = None
+    marked: bool = False
+    void: bool = False
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The classes in the order of their numbers, each with its number, the lines of void, and whether any says one."""
+
+    classes: tuple[_Entry, ...]
+    numbers: tuple[int, ...]
+    void: tuple[_Entry, ...]
+    numbered: bool
 
 
 def read_classes(folder: Path) -> ClassList:
-    """Read `classes.txt` of a data folder (names in the order of the ids).
+    """Read `classes.txt` of a data folder (names in the order of the ids, or of the numbers where lines have some).
 
     A class without a colour gets one that no other has.
 
-    Raises: DataError when it is missing, empty, not text, or lists a name twice.
+    Raises: DataError when it is missing, empty, not text, lists a name or number twice, or numbers some classes only.
     """
-    entries = [entry for entry in _entries(folder) if entry[0] != VOID]
+    listed = _read(folder).classes
     try:
-        return ClassList(tuple(name for name, _ in entries), _complete([colour for _, colour in entries]))
+        return ClassList(tuple(entry.name for entry in listed), _complete([entry.colour for entry in listed]))
     except DataError as error:
         raise error.restated(received=f"{error.received} in {folder / CLASSES_FILE}") from None
+
+
+def read_numbers(folder: Path) -> dict[int, int] | None:
+    """Read what the numbers in labels mean by `classes.txt`: class ids, or 255 for void.
+
+    Returns: None without the file, and where the numbers of the classes are their ids and no other is void.
+    Raises: DataError as `read_classes`.
+    """
+    if not (folder / CLASSES_FILE).is_file():
+        return None
+    listed = _read(folder)
+    numbers = {number: index for index, number in enumerate(listed.numbers)}
+    numbers |= {entry.number: IGNORE_INDEX for entry in listed.void if entry.number not in (None, IGNORE_INDEX)}
+    return None if all(number == index for number, index in numbers.items()) else numbers
+
+
+def says_numbers(folder: Path) -> bool:
+    """Whether a line of `classes.txt` gives a number. Raises: DataError as `read_classes`."""
+    return (folder / CLASSES_FILE).is_file() and _read(folder).numbered
 
 
 def read_colour_codes(folder: Path) -> ColourCodes | None:
     """The colours that labels in RGB may have; None where not every class has one of its own in `classes.txt`.
 
+    They stand for the numbers of the classes.
+
     Raises: DataError for a `classes.txt` that is none.
     """
     if not (folder / CLASSES_FILE).is_file():
         return None
-    entries = _entries(folder)
+    listed = _read(folder)
     return colour_codes(
-        [colour for name, colour in entries if name != VOID],
-        [colour for name, colour in entries if name == VOID],
+        [entry.colour for entry in listed.classes],
+        [entry.colour for entry in listed.void],
         str(folder / CLASSES_FILE),
+        listed.numbers,
     )
 
 
-def colour_codes(classes: Sequence[Colour | None], void: Sequence[Colour | None], where: str) -> ColourCodes | None:
+def colour_codes(
+    classes: Sequence[Colour | None], void: Sequence[Colour | None], where: str, numbers: Sequence[int] | None = None
+) -> ColourCodes | None:
     """The class ids of the colours of classes, in the order of their ids, and of void; None where a class has none.
 
     Args:
         where: the file that lists them, for messages.
+        numbers: what the colours stand for, instead of the class ids.
     Returns: None as well where two classes share a colour: nothing tells them apart.
     """
     colours = [colour for colour in classes if colour is not None]
     voids = [colour for colour in void if colour is not None]
     if len(colours) < len(classes) or shared_colours(colours) or set(voids) & set(colours):
         return None
-    ids = {colour: number for number, colour in enumerate(colours)}
+    ids = dict(zip(colours, range(len(colours)) if numbers is None else numbers, strict=True))
     return ColourCodes(ids | dict.fromkeys(voids, IGNORE_INDEX), where)
 
 
 def write_classes(folder: Path, classes: ClassList) -> None:
     """Write `classes.txt`, which `read_classes` reads back."""
-    lines = [f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(classes.names, classes.colours, strict=True)]
-    (folder / CLASSES_FILE).write_text("".join(lines), encoding="utf-8")
+    lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in zip(classes.names, classes.colours, strict=True)]
+    if _names(lines) != classes.names:  # some begin or end with a number
+        lines = [f"{number}: {line}" for number, line in enumerate(lines)]
+    (folder / CLASSES_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _entries(folder: Path) -> list[Entry]:
-    """Names and colours, those of void too, in the order of the lines. Raises: DataError as `read_classes`."""
+def _names(lines: Sequence[str]) -> tuple[str, ...] | None:
+    """The names that lines are read as; None for lines that are refused."""
+    try:
+        return tuple(entry.name for entry in _listed(_parsed(lines, Path()), Path()).classes)
+    except DataError:
+        return None
+
+
+def _read(folder: Path) -> _Listed:
+    """The lines of the file. Raises: DataError as `read_classes`."""
     path = folder / CLASSES_FILE
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -92,35 +160,106 @@ def _entries(folder: Path) -> list[Entry]:
             remedy="Write one class name per line, in the order of the ids in the labels; `name r g b` where they hold "
             "colours.",
         ) from error
-    parsed = [entry for number, line in enumerate(text.splitlines(), 1) if (entry := _parse(path, number, line))]
-    if not parsed:
+    listed = _listed(_parsed(unicodedata.normalize("NFC", text).splitlines(), path), path)
+    if not listed.classes:
         raise DataError(
             f"A {CLASSES_FILE} lists 2 to 255 classes.",
             received=f"0 classes in {path}",
             remedy="Write one class name per line, in the order of the ids in the labels.",
         )
-    return parsed
+    return listed
 
 
-def _parse(path: Path, number: int, line: str) -> Entry | None:
-    match = _LINE.fullmatch(line.strip())
-    assert match, line  # every part is optional, so every line matches
-    name = match["name"].strip()
-    if not name:
+def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
+    """The lines as classes with numbers. Raises: DataError for numbers that are not 0 to 254, each once."""
+    void = tuple(entry for entry in entries if entry.void)
+    classes = [entry for entry in entries if not entry.void]
+    counted = any(entry.number is None for entry in classes)
+    if counted:
+        marked = next((entry for entry in classes if entry.marked), None)
+        if marked is not None:
+            bare = next(entry for entry in classes if entry.number is None)
+            raise DataError(
+                f"Cannot number the classes of {path}: line {bare.line} has no number",
+                entry="cannot number classes",
+                received=f"{bare.text!r}, but {marked.text!r} in line {marked.line}",
+                remedy="Give a number to every class, or to none. Remove a header.",
+            )
+        taken = {entry.number for entry in void}
+        free = iter([number for number in range(len(classes) + len(taken)) if number not in taken])
+        classes = [replace(entry, name=_plain(entry), number=next(free)) for entry in classes]
+    _check_numbers(classes, void, path)
+    numbered = sorted((entry.number, place) for place, entry in enumerate(classes) if entry.number is not None)
+    says = not counted or any(entry.number is not None for entry in void)
+    return _Listed(tuple(classes[place] for _, place in numbered), tuple(number for number, _ in numbered), void, says)
+
+
+def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path) -> None:
+    seen: dict[int, _Entry] = {}
+    for entry in (*classes, *void):
+        if entry.number is None:
+            continue
+        other = seen.setdefault(entry.number, entry)
+        last = IGNORE_INDEX if entry.void else IGNORE_INDEX - 1
+        if not 0 <= entry.number <= last:
+            fault = f"line {entry.line} has {entry.number}"
+        elif other is not entry and not (other.void and entry.void):
+            fault = f"lines {other.line} and {entry.line} have {entry.number}"
+        else:
+            continue
+        raise DataError(
+            f"Cannot number the classes of {path}: {fault}",
+            entry="cannot number classes",
+            received=f"{entry.text!r} in line {entry.line}",
+            remedy=f"Number each class once, from 0 to {IGNORE_INDEX - 1}. Write `void: NUMBER` for what is no class; "
+            f"{IGNORE_INDEX} is void already.",
+        )
+
+
+def _plain(entry: _Entry) -> str:
+    """The name of a class in a file that numbers none: a number in front of it is a part of it."""
+    return entry.name if entry.number is None else entry.text
+
+
+def _parsed(lines: Iterable[str], path: Path) -> list[_Entry]:
+    return [entry for number, line in enumerate(lines, 1) if (entry := _parse(path, number, line)) is not None]
+
+
+def _parse(path: Path, line: int, text: str) -> _Entry | None:
+    match = _LINE.fullmatch(text.strip())
+    assert match, text  # every part is optional, so every line matches
+    words = match["name"].strip()
+    if not words:
         return None
+    colour: Colour | None = None
     if match["hex"]:
         r, g, b = bytes.fromhex(match["hex"])
-        return name, (r, g, b)
-    if match["r"] is None:
-        return name, None
-    colour = int(match["r"]), int(match["g"]), int(match["b"])
-    if max(colour) > 255:
-        raise DataError(
-            "Class colours are 0 to 255 per channel.",
-            received=f"{line.strip()!r} in line {number} of {path}",
-            remedy="Correct the three numbers after the name.",
-        )
-    return name, colour
+        colour = r, g, b
+    elif match["r"] is not None:
+        colour = int(match["r"]), int(match["g"]), int(match["b"])
+        if max(colour) > 255:
+            raise DataError(
+                "Class colours are 0 to 255 per channel.",
+                received=f"{text.strip()!r} in line {line} of {path}",
+                remedy="Correct the three numbers after the name.",
+            )
+    numbered = _VOID.fullmatch(words) or _NUMBER_FIRST.fullmatch(words) or _NUMBER_LAST.fullmatch(words)
+    name = words if numbered is None else numbered["name"]
+    bare = name.rstrip(" :=").lower()
+    if numbered is not None:
+        marked = "mark" in numbered.groupdict() and numbered["mark"] is not None
+        return _Entry(line, words, name, colour, int(numbered["number"]), marked, bare in VOID_NAMES)
+    if not _VOID_COLON.fullmatch(words):
+        return _Entry(line, words, name, colour)
+    if bare in VOID_NAMES and colour is not None:
+        return _Entry(line, words, name, colour, void=True)
+    raise DataError(
+        f"Cannot read line {line} of {path}: {words!r} gives void no number and no colour",
+        entry="cannot read line of void",
+        received=repr(text.strip()),
+        remedy="Write `void: 0`, or `void: r g b` for labels in colours, a line for each. Leave the colon out of a "
+        "class's name.",
+    )
 
 
 def _complete(colours: list[Colour | None]) -> tuple[Colour, ...]:

@@ -102,7 +102,7 @@ def _levels(path: Path) -> npt.NDArray[np.uint16]:
 
     Raises: DataError for an unreadable file, and for channels that Pillow decodes in another way.
     """
-    planes: list[npt.NDArray[np.uint16]] = []
+    planes: list[Pixels] = []
     for other_order in (False, True):
         with _opened(path, "image") as image:
             assert isinstance(image, ImageFile.ImageFile)
@@ -115,9 +115,9 @@ def _levels(path: Path) -> npt.NDArray[np.uint16]:
             if grey:
                 grey_HW: npt.NDArray[np.uint16] = np.array(image).astype(np.uint16)
                 return np.repeat(grey_HW[..., None], 3, axis=2)
-            planes.append(np.array(image)[..., :3].astype(np.uint16))
+            planes.append(np.array(image)[..., :3])
     high_HW3, low_HW3 = planes
-    return (high_HW3 << 8) | low_HW3
+    return np.stack([low_HW3, high_HW3], -1).view("<u2")[..., 0].astype(np.uint16)
 
 
 def _raw_mode(args: Any) -> re.Match[str] | None:

@@ -196,7 +196,7 @@ def test_masks_saved_as_jpeg_and_numbers_from_1_are_named_for_what_they_are(buil
     other = new_builder("other").classes()
     other.image("a.png")
     other.label("a.png", np.resize([1, 2, 3], (6, 8)).astype(np.uint8))
-    assert "count from 1: subtract 1" in check(other.root).problems[0]
+    assert "count from 1: add the line `void: 0`" in check(other.root).problems[0]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "npy"])

@@ -70,13 +70,15 @@ def check(
     place = f" in {escape(report.folder)}" if report.folder else ""
     OUT.print(f"layout [bold]{report.layout}[/]{place}: {escape(report.why)}", highlight=False)
     for name, part in report.splits.items():
-        _print_split(name, part, report.classes.names)
+        _print_split(name, part, report.classes.names, report.numbers)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     for problem in report.problems:
         OUT.print(f"[red]problem[/] {escape(problem)}")
     for warning in report.warnings:
         OUT.print(f"[yellow]warning[/] {escape(warning)}")
+    for note in report.notes:
+        OUT.print(f"note {escape(note)}", highlight=False)
     if not report.problems:
         OUT.print("no problem" if report.warnings else "[green]nothing wrong[/]")
     if sheet is not None:
@@ -99,6 +101,9 @@ def convert(
     binary: Annotated[
         bool, typer.Option("--binary", help="Masks of two classes: 0 is the first, any other number the second.")
     ] = False,
+    bits: Annotated[
+        int | None, typer.Option("--bits", metavar="N", help="Scale 16-bit images to 8 bits; N of the 16 are in use.")
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
 ) -> None:
     """Write a data set of any layout as a folder of one's own: images/, labels/ and classes.txt.
@@ -119,6 +124,7 @@ def convert(
             out,
             splits=split,
             binary=binary,
+            bits=bits,
             threads=threads or None,
             progress=lambda name, done, total: update(f"converting {name}", done, total),
         )
@@ -221,7 +227,8 @@ def _write_sheet(data: str, splits: list[str] | None, path: Path) -> None:
     from kdcache.data import list_splits, open_split
     from kdcache.data.checks.sheet import write_sheet
 
-    write_sheet([open_split(data, name) for name in splits or list_splits(data)], path)
+    names = splits or list_splits(data, exports=True)
+    write_sheet([open_split(data, name, exports=True) for name in names], path)
 
 
 def _download(data: str) -> None:
@@ -236,7 +243,7 @@ def _download(data: str) -> None:
     download(layout, folder)
 
 
-def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None:
+def _print_split(name: str, part: "SplitReport", names: tuple[str, ...], numbers: Mapping[int, int]) -> None:
     sizes = sorted(part.sizes.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{count} of {size}" for size, count in sizes[:4])
     shown += f" and {len(sizes) - 4} other sizes" if len(sizes) > 4 else ""
@@ -255,6 +262,9 @@ def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None
         table.add_row(str(index), title, f"{100 * share:.2f}")
     table.add_row("255", "void", f"{100 * void:.2f}")
     OUT.print(table)
+    if numbers:
+        titles = [(n, f"{names[i]} {100 * shares[i]:.1f} %" if i < len(names) else "void") for n, i in numbers.items()]
+        OUT.print("numbers in the labels: " + ", ".join(f"{n} = {escape(title)}" for n, title in sorted(titles)))
 
 
 def _print_depth(depth: "DepthReport") -> None:

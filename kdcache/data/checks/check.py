@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kdcache.data.checks.depth_report import DepthCounts
 from kdcache.data.checks.doubts import doubts_of, wrong_palette
 from kdcache.data.checks.split_report import SplitReport
+from kdcache.data.classes import read_numbers
 from kdcache.data.files import label_kind
 from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
@@ -46,6 +47,8 @@ class CheckReport:
         why: what made it this layout, and where its classes come from.
         problems: sentences, empty for a data set that can be trained on as it is.
         warnings: sentences on what may be meant so, and seldom is.
+        notes: sentences on what the labels do not show.
+        numbers: the class, or void, of every number in the labels by `classes.txt`; empty where numbers are class ids.
     """
 
     data: str
@@ -56,6 +59,8 @@ class CheckReport:
     problems: list[str]
     warnings: list[str] = field(default_factory=list)
     why: str = ""
+    notes: list[str] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON types, with pixel shares beside the counts."""
@@ -63,6 +68,7 @@ class CheckReport:
         for name, report in self.splits.items():
             class_shares, void_share = report.shares()
             splits[name] = asdict(report) | {"class_shares": class_shares, "void_share": void_share}
+            del splits[name]["ids"]
         return {
             "data": self.data,
             "layout": self.layout,
@@ -71,6 +77,7 @@ class CheckReport:
             "splits": splits,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
 
@@ -128,10 +135,11 @@ def check(
     reports: dict[str, SplitReport] = {}
     where: dict[int, list[str]] = {}
     classes: ClassList | None = None
+    mapped = False
     for name in splits if splits is not None else list_splits(data, exports=True):
         split, report = _open(data, name, layout_root)
         report.depth.max_depth = max_depth
-        classes = split.classes
+        classes, mapped = split.classes, mapped or split.label_map is not None
         if contents:
             for sample, pixels in _read_split(split, report, progress, threads):
                 where.setdefault(pixels, []).append(f"{name}/{sample}")
@@ -143,13 +151,14 @@ def check(
             remedy="Name a split, or add data.",
         )
     problems = [problem for report in reports.values() for problem in report.problems()]
-    place, why = ("scenes", ""), "drawn, no files"
+    place, why, numbers = ("scenes", ""), "drawn, no files", None
     if layout_root is not None:
         layout, root, _ = layout_root
-        place, why = (layout.name, str(root)), layout.why(root)
+        place, why, numbers = (layout.name, str(root)), layout.why(root), read_numbers(root) if mapped else None
     doubts = doubts_of(reports, classes, layout_root, whole=splits is None)
     problems += [*_repeats(where, layout_root), *doubts.problems]
-    return CheckReport(data, *place, classes, reports, problems, _twins(where) + doubts.warnings, why)
+    warnings = _twins(where) + doubts.warnings
+    return CheckReport(data, *place, classes, reports, problems, warnings, why, doubts.notes, numbers or {})
 
 
 def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:
@@ -215,6 +224,8 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
         if reading.kind is not None:
             kinds[reading.kind] += 1
         counts += reading.counts
+        if len(split.classes) == 2 and not isinstance(reading.counts, int):
+            report.ids[sample] = tuple(np.flatnonzero(reading.counts).tolist())
         for table, defect in reading.defects.items():
             if defect:
                 getattr(report, table)[sample] = defect

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdcache.data.checks.split_report import SplitReport
-from kdcache.data.classes import CLASSES_FILE
+from kdcache.data.classes import CLASSES_FILE, VOID_NAMES, says_numbers
 from kdcache.data.files import label_palette, read_label
 from kdcache.data.layouts.file_split import FileSplit, describe_some
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS, Folder
@@ -35,15 +35,21 @@ _HEADS_BESIDE = frozenset(
     ("color", "colour", "r", "g", "b", "red", "green", "blue", "rgb", "hex", "trainid", "train_id")
 )
 """Words of a table's first line; those of the second kind are no header alone."""
-_LEADING_ID = re.compile(r"(?P<id>\d+)\s*[\s,;:.=|)-]\s*\S")
+_LEADING, _TRAILING = re.compile(r"\d+\s+\S.*"), re.compile(r".*\S\s+\d+")
+
+
+BACKGROUND = frozenset(("background", "bg", "_background_", "other", "others", "none", "clutter"))
+"""Names of a class that 0 usually is; in lower case."""
+FROM_ONE = f"if 0 means unlabelled and the classes count from 1, add the line `void: 0` to {CLASSES_FILE}"
 
 
 @dataclass
 class Doubts:
-    """Sentences, each with what is wrong, a number and a remedy."""
+    """Sentences, each with what is wrong, a number and a remedy; notes are of what no number shows."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def doubts_of(
@@ -65,8 +71,35 @@ def doubts_of(
     remedy = "leave them out of the class list"
     if place is not None and not own:
         remedy = f"list the data's own classes in {place.root / CLASSES_FILE}"
-    _doubt_shares(reports, classes, doubts, remedy)
+    counted = own and place is not None and not says_numbers(place.root)
+    _doubt_shares(reports, classes, doubts, f"{FROM_ONE}, or {remedy}" if counted else remedy)
+    _doubt_mixed_masks(reports, classes, doubts)
+    if counted and classes.names and not doubts.problems + doubts.warnings:
+        _note_zero(reports, classes, doubts)
     return doubts
+
+
+def _note_zero(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
+    """Labels with every class and no void look the same where 0 means unlabelled and the last class is in no label."""
+    if classes.names[0].lower() in BACKGROUND or any(report.void_pixels for report in reports.values()):
+        return
+    if all(sum(pixels) for pixels in zip(*(report.class_pixels for report in reports.values()), strict=True)):
+        doubts.notes.append(f"0 is {classes.names[0]!r} in these labels, and no pixel is void: {FROM_ONE}")
+
+
+def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
+    """Masks of two classes, 0 and 255 in some files, 0 and 1 in others."""
+    if len(classes) != 2:
+        return
+    kinds = [(f"{report.split}/{sample}", ids) for report in reports.values() for sample, ids in report.ids.items()]
+    ones = [ids for _, ids in kinds if 1 in ids]
+    wide = [name for name, ids in kinds if ids == (0, IGNORE_INDEX)]
+    if ones and wide and not any(IGNORE_INDEX in ids for ids in ones):
+        doubts.problems.append(
+            f"{len(wide)} labels hold 0 and 255 alone, {len(ones)} hold 1 and no 255: {describe_some(wide)}; 255 is "
+            f"void, so {classes.names[1]!r} is lost where it means that class: kdcache data convert SRC DST --binary "
+            "writes 0 and 1"
+        )
 
 
 def wrong_palette(split: FileSplit, index: int) -> str:
@@ -95,7 +128,7 @@ def wrong_palette(split: FileSplit, index: int) -> str:
 
 
 def _doubt_names(names: Sequence[str], doubts: Doubts) -> None:
-    """A header, ids in front of names, and commas: `classes.txt` is one name a line, and the line is the id."""
+    """A header, numbers and commas in names, and void as a class: `classes.txt` is one name a line."""
     header = re.findall(r"[^\s,;|]+", names[0].lower())
     if _HEADS & set(header) and set(header) <= _HEADS | _HEADS_BESIDE:
         doubts.problems.append(
@@ -103,21 +136,28 @@ def _doubt_names(names: Sequence[str], doubts: Doubts) -> None:
             f"{len(names) - 1} classes by one: remove that line"
         )
         names = names[1:]
-    leading = [match for name in names if (match := _LEADING_ID.match(name))]
-    if names and len(leading) == len(names):
-        first, in_order = names[0], [int(match["id"]) for match in leading] == list(range(len(names)))
-        remedy = "the line is the id; write the name alone"
-        if in_order:
-            doubts.warnings.append(f"{len(names)} class names begin with their id (such as {first!r}): {remedy}")
-        else:
-            doubts.problems.append(
-                f"{len(names)} class names begin with a number that is not their id ({first!r} is class 0): {remedy}, "
-                "and give a line to every id from 0 on"
-            )
+    leading, trailing = ([name for name in names if pattern.fullmatch(name)] for pattern in (_LEADING, _TRAILING))
+    if len(leading) == len(names) - 1 > 1:
+        bare = next(name for name in names if name not in leading)
+        doubts.warnings.append(
+            f"all class names but {bare!r} begin with a number (such as {leading[0]!r}), which is a part of the name: "
+            "where it is the number in the labels, write one in front of every class"
+        )
+    elif len(trailing) == len(names) > 1:
+        doubts.warnings.append(
+            f"all {len(names)} class names end with a number (such as {trailing[0]!r}): where that is the number in "
+            "the labels, write a colon in front of it (`name: 0`)"
+        )
     elif len(names) > 1 and sum("," in name or ";" in name for name in names) == len(names):
         doubts.warnings.append(
             f"all {len(names)} class names have commas in them (such as {names[0]!r}): a line is a name, then `r g b` "
             "or `#rrggbb`, with spaces between"
+        )
+    void = [f"class {number} is called {name!r}" for number, name in enumerate(names) if name.lower() in VOID_NAMES]
+    if void:
+        doubts.warnings.append(
+            f"{void[0]} and counts like any other class: where it means no class, write `void: NUMBER` in its place, "
+            "with its number in the labels"
         )
 
 
@@ -241,6 +281,7 @@ def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubt
     everywhere = set().union(*seen.values())
     never = [name for number, name in enumerate(classes.names) if number not in everywhere]
     if seen and never:
+        remedy = remedy if everywhere == set(range(len(everywhere))) else remedy.removeprefix(f"{FROM_ONE}, or ")
         doubts.warnings.append(
             f"{len(never)} of {len(classes)} classes are in no label: {describe_some(never)}; they score nothing, so "
             f"check their ids, or {remedy}"

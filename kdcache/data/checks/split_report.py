@@ -20,6 +20,7 @@ class SplitReport:
         class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
         sizes: "HxW" -> number of images of that upright size.
         label_kinds: what the files of labels hold, such as `8-bit palette` -> number of those that could be read.
+        ids: sample -> the ids in its label, void among them; of data of two classes.
         out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
         without_label: samples without one of segmentation; no problem by itself.
         without_image: label files that no image has (a wrong suffix included).
@@ -40,6 +41,7 @@ class SplitReport:
     void_pixels: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     label_kinds: dict[str, int] = field(default_factory=dict)
+    ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     out_of_range: dict[str, dict[str, int]] = field(default_factory=dict)
     without_label: list[str] = field(default_factory=list)
     without_image: list[str] = field(default_factory=list)
@@ -89,7 +91,12 @@ class SplitReport:
         count = len(self.class_pixels)
         strays = {int(number) for ids in self.out_of_range.values() for number in ids}
         if strays == {count} and self.class_pixels[:1] == [0]:
-            return f"no pixel has 0, so they seem to count from 1: subtract 1, or write {IGNORE_INDEX} for void"
+            return "no pixel has 0, so they seem to count from 1: add the line `void: 0` to classes.txt, or subtract 1"
+        if strays == {count}:
+            return (
+                f"where 0 means unlabelled and classes count from 1, add the line `void: 0` to classes.txt; where "
+                f"{count} is void, add `void: {count}`; else complete the class list"
+            )
         return f"complete the class list, or write {IGNORE_INDEX} for void"
 
     def _stray_ids(self, most: int = 6) -> str:
