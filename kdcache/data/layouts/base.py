@@ -13,7 +13,7 @@ from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.files import IMAGE_SUFFIXES
 from kdcache.data.layouts.file_split import FileSplit, describe_some, saved_as_png
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
-from kdcache.data.layouts.scan import WHOLE, Scan, replace_images
+from kdcache.data.layouts.scan import WHOLE, Scan, composed, replace_images
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
@@ -141,8 +141,10 @@ class Layout(ABC):
     def split_named(self, root: Path, split: str) -> str:
         """The split that a name means: itself where there is one, else for `val` also `valid` and `validation`."""
         names = self.splits(root)
-        if split in names or split not in VALIDATION:
+        if split in names:
             return split
+        if split not in VALIDATION:
+            return next((name for name in names if composed(name) == composed(split)), split)
         return next((name for name in VALIDATION if name in names), split)
 
     def scan(self, root: Path, split: str, images: Path | None = None) -> Scan:
@@ -195,10 +197,11 @@ class Layout(ABC):
             raise self._missing(root, split, scan)
         if scan.clashes:
             sample, first, second = scan.clashes[0]
+            alike = "; they differ in Unicode normalisation alone" if composed(first) == composed(second) else ""
             raise DataError(
                 "Sample ids (paths without the last suffix) are unique in a split.",
                 received=f"{first} and {second} are both {sample!r} ({len(scan.clashes)} clashes) "
-                f"in {root / scan.image_place}",
+                f"in {root / scan.image_place}{alike}",
                 remedy="Rename or remove one file of each pair"
                 + (", or the repeated lines of the list." if self.listed else "."),
             )

@@ -35,9 +35,6 @@ class LabelIds:
     colours: ColourCodes | None = None
 
 
-VOID_NAMES = ("void", "unlabelled", "unlabeled", "unknown", "ignore")
-"""Names, in lower case, that tables of classes have for pixels of no class."""
-
 NO_LABELS = LabelIds("The layout has no labels of segmentation.", "Use the folder layout for data with labels.")
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from kdcache.data.layouts.scan import names_below
+from kdcache.data.layouts.scan import composed, names_below
 
 MASKS = {"labels", "label", "masks", "mask", "annotations", "ann_dir", "segmentationclass", "segmentationobject"}
 """Folders whose pictures are labels, in lower case."""
@@ -41,8 +41,9 @@ class Pictures:
                 path = posixpath.normpath(posixpath.join(folder, spelling))
                 if is_inside(path) and (self._root / path).is_file():
                     return path
-        ends = plain.split("/")[::-1]
-        common = {path: _common(path.split("/")[::-1], ends) for path in self._by_name.get(tail, [])}
+        ends = composed(plain).split("/")[::-1]
+        paths = self._by_name.get(composed(tail), [])
+        common = {path: _common(composed(path).split("/")[::-1], ends) for path in paths}
         best = [path for path, length in common.items() if length == max(common.values())]
         return best[0] if len(best) == 1 else None
 
@@ -52,7 +53,7 @@ class Pictures:
         for below in names_below(self._root / self._place).values():
             path = posixpath.join(self._place, below)
             if not is_mask(path):
-                found[posixpath.basename(path)].append(path)
+                found[composed(posixpath.basename(path))].append(path)
         return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -250,11 +251,16 @@ def is_picture(name: str) -> bool:
 def _listed_id(word: str) -> str:
     """`a`, `a.png` and `/images/a.png` are all `a`; a name of another kind keeps its dots."""
     name = word.replace("\\", "/").rpartition("/")[2]
-    return name[: name.rindex(".")] if is_picture(name) else name
+    return composed(name[: name.rindex(".")] if is_picture(name) else name)
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's normal form C: macOS writes é as two characters where others write one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tuple[str, str]]:
-    """(id, posix path) below `top`, through links (data sets are often linked together), each folder once."""
+    """(composed id, posix path) below `top`, through links (data sets are often linked together), each folder once."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(top, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -265,4 +271,4 @@ def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tu
         for name in names:
             if name.lower().endswith(suffixes) and not name.startswith("."):
                 path = (Path(folder) / name).relative_to(top).as_posix()
-                yield path[: path.rindex(".")], path
+                yield composed(path[: path.rindex(".")]), path

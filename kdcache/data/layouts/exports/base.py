@@ -19,7 +19,7 @@ from kdcache.data.layouts.base import VALIDATION, Layout
 from kdcache.data.layouts.exports.shapes import Item, ShapeLabels
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.pictures import Pictures
-from kdcache.data.layouts.scan import WHOLE, Scan, folders_in
+from kdcache.data.layouts.scan import WHOLE, Scan, composed, folders_in
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
@@ -113,7 +113,7 @@ def sample_id(path: str, split: str) -> str:
     parts = PurePosixPath(path).parts
     while len(parts) > 1 and parts[0].lower() in (*IMAGES, *SPLITS, split.lower()):
         parts = parts[1:]
-    return "/".join(parts).rpartition(".")[0]
+    return composed("/".join(parts).rpartition(".")[0])
 
 
 def split_of(path: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from kdcache.data.classes import CLASSES_FILE, colour_codes
+from kdcache.data.classes import CLASSES_FILE, VOID_NAMES, colour_codes
 from kdcache.data.colour_codes import Colour, ColourCodes
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.exports.base import (
@@ -33,8 +33,8 @@ from kdcache.data.layouts.exports.base import (
     unreadable,
 )
 from kdcache.data.layouts.exports.shapes import Item, Shape, turned, turned_ellipse
-from kdcache.data.layouts.label_ids import VOID_NAMES, LabelIds, id_table
-from kdcache.data.layouts.pictures import Pictures, holds_masks
+from kdcache.data.layouts.label_ids import LabelIds, id_table
+from kdcache.data.layouts.pictures import Pictures
 from kdcache.data.layouts.scan import WHOLE, Scan, lists_in
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 
@@ -51,7 +51,7 @@ class Cvat(Export):
 
     def found(self, root: Path) -> str:
         files = [path for path in files_of(root, ".xml", 0) if "<annotations>" in head_of(path)]
-        return "" if not files or holds_masks(root) else files[0].name
+        return files[0].name if files else ""
 
     def names(self, root: Path) -> list[str]:
         tree = self._tree(root)

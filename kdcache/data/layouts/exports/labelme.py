@@ -33,8 +33,8 @@ from kdcache.data.layouts.exports.base import (
 )
 from kdcache.data.layouts.exports.shapes import Item, Shape
 from kdcache.data.layouts.label_ids import LabelIds
-from kdcache.data.layouts.pictures import holds_masks, is_mask
-from kdcache.data.layouts.scan import WHOLE, Scan, names_below, scan_folders
+from kdcache.data.layouts.pictures import is_mask
+from kdcache.data.layouts.scan import WHOLE, Scan, composed, names_below, scan_folders
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels
 
 _KINDS = {"mask": "png", "oriented_rectangle": "polygon"}
@@ -52,7 +52,7 @@ class LabelMe(Export):
 
     def found(self, root: Path) -> str:
         first = next((path for path in files_of(root, ".json") if head_has(path, "{", "shapes")), None)
-        return "" if first is None or holds_masks(root) else first.relative_to(root).as_posix()
+        return "" if first is None else first.relative_to(root).as_posix()
 
     def items(self, root: Path) -> dict[str, list[Item]]:
         items: dict[str, list[Item]] = defaultdict(list)
@@ -61,7 +61,7 @@ class LabelMe(Export):
             if head_has(path, "{", "shapes"):
                 item = _read(path, path.stat().st_mtime_ns, path.relative_to(root).as_posix())
                 items[split_of(item.file)].append(item)
-                labelled.add(posixpath.basename(item.file).removesuffix(".json"))
+                labelled.add(composed(posixpath.basename(item.file).removesuffix(".json")))
         for name, picture in names_below(root).items():
             if posixpath.basename(name) not in labelled and not is_mask(picture):
                 items[split_of(picture)].append(Item(picture, "", None))

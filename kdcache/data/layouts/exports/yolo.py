@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.layouts.exports.base import Export, files_of, read_text, split_of, unreadable
 from kdcache.data.layouts.exports.shapes import Item, Shape
-from kdcache.data.layouts.scan import folders_in, is_picture, names_below
+from kdcache.data.layouts.scan import composed, folders_in, is_picture, names_below
 from kdcache.errors import DataError
 
 IMAGES, LABELS = "images", "labels"
@@ -47,7 +47,7 @@ class Yolo(Export):
         names = _names(root)
         for images, labels in _places(root).items():
             texts = {
-                path.relative_to(root / labels).as_posix().removesuffix(".txt"): path
+                composed(path.relative_to(root / labels).as_posix().removesuffix(".txt")): path
                 for path in files_of(root / labels, ".txt", depth=8)
             }
             labelled = {split_of(f"{labels}/{sample}") for sample in texts}

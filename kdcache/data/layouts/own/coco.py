@@ -31,7 +31,7 @@ from kdcache.data.layouts.exports.base import SPLITS, files_of, head_has
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.own.polygons import Annotation, Drawing, PolygonLabels
 from kdcache.data.layouts.pictures import Pictures, holds_masks
-from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, is_picture
+from kdcache.data.layouts.scan import WHOLE, Scan, composed, folders_in, is_picture
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
@@ -102,7 +102,7 @@ class Coco(Layout):
         for image in content["images"]:
             found = pictures.find(str(image["file_name"]), place, *({"images", ""} if place in ("images", "") else ()))
             path = found or f"{place}/{image['file_name']}".lstrip("/")
-            sample = path.removeprefix(f"{place}/").rpartition(".")[0] or path
+            sample = composed(path.removeprefix(f"{place}/").rpartition(".")[0] or path)
             repeated = sample in drawings or image["id"] in numbers
             numbers.add(image["id"])
             drawings[sample] = Drawing((image["height"], image["width"]), own.get(image["id"], []))

@@ -17,10 +17,10 @@ import csv
 from pathlib import Path
 from typing import ClassVar
 
-from kdcache.data.classes import CLASSES_FILE, colour_codes, read_classes
+from kdcache.data.classes import CLASSES_FILE, VOID_NAMES, colour_codes, read_classes
 from kdcache.data.colour_codes import Colour, ColourCodes
 from kdcache.data.layouts.base import Layout
-from kdcache.data.layouts.label_ids import VOID_NAMES, LabelIds, id_table
+from kdcache.data.layouts.label_ids import LabelIds, id_table
 from kdcache.data.layouts.own.folder import LABEL_IDS
 from kdcache.data.layouts.own.pairs import described, ends_of, scan_pairs
 from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, holds_pictures, keep_listed, lists_in, names_below
