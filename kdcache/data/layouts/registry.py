@@ -18,6 +18,7 @@ from kdcache.data.layouts.own.coco import Coco
 from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
 from kdcache.data.layouts.own.kaggle import Kaggle
 from kdcache.data.layouts.own.mmseg import Mmseg
+from kdcache.data.layouts.pictures import holds_masks
 from kdcache.data.layouts.published.ade20k import Ade20k
 from kdcache.data.layouts.published.camvid import CamVid
 from kdcache.data.layouts.published.cityscapes import Cityscapes
@@ -112,8 +113,10 @@ def _layout_of(data: str) -> LayoutRoot:
         candidates = [
             one for one in candidates if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()
         ]
-    # Exports look for files of their tools alone, the others also for names of folders.
-    candidates = [one for one in candidates if not one.layout.live] or candidates
+    exports = [one for one in candidates if not one.layout.live]
+    if exports and len(exports) < len(candidates):  # what annotates masks besides is not their labels
+        masked = holds_masks(folder)
+        candidates = [one for one in candidates if one.layout.live == masked]
     if len(candidates) == 1:
         return _with_its_classes(candidates[0], folder)
     if candidates:

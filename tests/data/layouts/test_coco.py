@@ -15,6 +15,7 @@ from pycocotools import mask as coco
 
 from kdcache.data import check, list_splits, open_split
 from kdcache.data.layouts.own.polygons import Drawing, decompressed, draw
+from kdcache.data.layouts.pictures import Pictures
 from kdcache.errors import DataError
 
 SIZE = (24, 32)
@@ -188,3 +189,70 @@ def test_contents_are_part_of_the_digest(tmp_path) -> None:
     other = open_split(write(tmp_path, [{"category_id": 1, "segmentation": SMALL}]), "train").content_digests(0)
     assert first[0] == other[0]
     assert first[1] != other[1]
+
+
+def exported(root: Path, name: str, file_name: str) -> None:
+    """A file of annotations as tools export it: one image with a square."""
+    root.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": 0, "file_name": file_name, "height": SIZE[0], "width": SIZE[1]}],
+        "categories": [{"id": 0, "name": "car"}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "iscrowd": 0, "segmentation": SQUARE}],
+    }
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "file_name", "image", "split"),
+    [
+        ("result.json", "images\\0a1b-a.png", "images/0a1b-a.png", "train"),
+        ("result.json", "images/0a1b-a.png", "images/0a1b-a.png", "train"),
+        ("val/result.json", "images\\a.png", "val/images/a.png", "val"),
+        ("train/_annotations.coco.json", "a_png.rf.01.png", "train/a_png.rf.01.png", "train"),
+        ("valid/_annotations.coco.json", "images\\a.png", "valid/images/a.png", "valid"),
+        ("annotations/instances_default.json", "a.png", "images/a.png", "train"),
+        ("annotations/instances_default.json", "sub/a.png", "images/default/sub/a.png", "train"),
+        ("annotations/instances_val2017.json", "C:\\me\\val2017\\a.png", "val2017/a.png", "val"),
+        ("annotations.json", "JPEGImages/a.png", "JPEGImages/a.png", "train"),
+        ("labels.json", "/home/me/data/a.png", "data/a.png", "train"),
+        ("test.json", "a.png", "images/a.png", "test"),
+    ],
+)
+def test_exports_are_found_with_their_images(name, file_name, image, split, tmp_path) -> None:
+    exported(tmp_path, name, file_name)
+    (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / image)
+    report = check(tmp_path)
+    assert (list_splits(tmp_path), report.layout, report.problems) == ([split], "coco", [])
+    assert name in report.why
+    opened = open_split(tmp_path, split)
+    assert opened.classes.names == ("background", "car")
+    assert np.array_equal(opened.label(0) == 1, own_mask(SQUARE))
+
+
+def test_a_backslash_of_a_file_name_is_no_separator(tmp_path) -> None:
+    exported(tmp_path, "result.json", "a\\b.png")
+    for name, level in (("a\\b.png", 9), ("a/b.png", 0)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((*SIZE, 3), level, np.uint8)).save(tmp_path / name)
+    assert open_split(tmp_path, "train").image(0).min() == 9
+
+
+@pytest.mark.parametrize("others", [["a/x.png", "b/x.png"], ["../x.png"], []])
+def test_an_image_is_never_one_of_several_nor_outside_of_the_folder(others, tmp_path) -> None:
+    exported(tmp_path / "set", "result.json", "gone/x.png")
+    for name in [*others, "other.png"]:
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "set" / name)
+    with pytest.raises(DataError, match=r"x\.png") as caught:
+        open_split(tmp_path / "set", "train")
+    assert "Put the images below this folder" in caught.value.remedy
+
+
+def test_a_mask_is_never_the_image(tmp_path) -> None:
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "masks/x.png")
+    assert Pictures(tmp_path).find("gone/x.png") is None
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "x.png")
+    assert Pictures(tmp_path).find("gone/x.png") == "x.png"

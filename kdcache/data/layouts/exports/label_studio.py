@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from kdcache.data.layouts.exports.base import Export, files_of, head_has, read_json, split_of, unreadable
 from kdcache.data.layouts.exports.shapes import Item, Point, Shape, turned, turned_ellipse
-from kdcache.data.layouts.pictures import Pictures, holds_masks
+from kdcache.data.layouts.pictures import Pictures
 from kdcache.data.layouts.scan import WHOLE, is_picture
 from kdcache.errors import DataError
 
@@ -40,7 +40,7 @@ class LabelStudio(Export):
 
     def found(self, root: Path) -> str:
         files = [path for path in files_of(root, ".json", 1) if head_has(path, "[", "annotations", "result")]
-        return "" if not files or _brushed(root) or holds_masks(root) else files[0].relative_to(root).as_posix()
+        return "" if not files or _brushed(root) else files[0].relative_to(root).as_posix()
 
     def items(self, root: Path) -> dict[str, list[Item]]:
         items: dict[str, list[Item]] = defaultdict(list)

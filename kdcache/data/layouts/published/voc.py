@@ -63,8 +63,9 @@ class Voc(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
-        if (root / "labelmap.txt").is_file() and not (root / CLASSES_FILE).is_file():
-            return False  # CVAT's, with other classes
+        own = any((root / name).is_file() for name in ("labelmap.txt", "class_names.txt"))
+        if own and not (root / CLASSES_FILE).is_file():
+            return False  # of CVAT or LabelMe, with other classes
         return (root / IMAGES).is_dir() and (root / LISTS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
