@@ -107,16 +107,14 @@ def _layout_of(data: str) -> LayoutRoot:
         )
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
-    candidates = [LayoutRoot(layout, root) for layout in LAYOUTS.values() if (root := layout.find(folder)) is not None]
+    candidates = _fitting(folder, live=True)
+    if not candidates or not holds_masks(folder):  # what annotates masks besides is not their labels
+        candidates = _fitting(folder, live=False) or candidates
     if any(isinstance(one.layout, Folder) for one in candidates):
         # A classes.txt beside images/ and labels/ makes them one's own data: GTA5's release has none.
         candidates = [
             one for one in candidates if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()
         ]
-    exports = [one for one in candidates if not one.layout.live]
-    if exports and len(exports) < len(candidates):  # what annotates masks besides is not their labels
-        masked = holds_masks(folder)
-        candidates = [one for one in candidates if one.layout.live == masked]
     if len(candidates) == 1:
         return _with_its_classes(candidates[0], folder)
     if candidates:
@@ -134,6 +132,12 @@ def _layout_of(data: str) -> LayoutRoot:
         or _around(folder)
         or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
     )
+
+
+def _fitting(folder: Path, *, live: bool) -> list[LayoutRoot]:
+    """The layouts that a folder has, of those that are used as they lie, or of the exports."""
+    layouts = (layout for layout in LAYOUTS.values() if layout.live == live)
+    return [LayoutRoot(layout, root) for layout in layouts if (root := layout.find(folder)) is not None]
 
 
 def split_prefix(data: str) -> tuple[str | None, Path]:

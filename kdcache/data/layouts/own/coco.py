@@ -136,8 +136,8 @@ def _files(root: Path) -> dict[str, Path]:
     for name in folders_in(root):
         if name != ANNOTATIONS and (root / name / ROBOFLOW).is_file():
             files.setdefault(name, root / name / ROBOFLOW)
-    if not files and not holds_masks(root):
-        files = _anywhere(root)
+    if not files and (found := _anywhere(root)) and not holds_masks(root):
+        files = found
     return {WHOLE: files["default"]} if list(files) == ["default"] else files
 
 

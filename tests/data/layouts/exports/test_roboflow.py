@@ -32,7 +32,7 @@ def test_the_table_of_classes_is_read(tmp_path: Path) -> None:
     write(tmp_path / "set")
     report = check(tmp_path / "set")
     assert report.problems == []
-    assert "train/_classes.csv" in report.why
+    assert "test/_classes.csv" in report.why
     assert list_splits(tmp_path / "set") == ["test", "train", "valid"]
     split = open_split(tmp_path / "set", "val")
     assert split.classes.names == ("background", "cat", "dog")
