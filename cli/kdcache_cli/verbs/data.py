@@ -108,6 +108,8 @@ def convert(
 ) -> None:
     """Write a data set of any layout as a folder of one's own: images/, labels/ and classes.txt.
 
+    It also reads the exports of CVAT, Label Studio, LabelMe, Roboflow and YOLO.
+
     Images are links to the files of SRC (hard ones on the same disk, which outlive SRC; copies where no link is
     possible), and so are labels that hold class ids already; polygons, colours and other numbers become class ids.
     Samples that no training could use are left out, with the reason in DST/converted/SPLIT.csv. DST is new or empty, or
@@ -115,6 +117,7 @@ def convert(
 
     [dim]kdcache data convert coco:/data/coco coco-folder[/]
     [dim]kdcache data convert masks masks-folder --binary[/]
+    [dim]kdcache data convert cvat-export photos[/]
     """
     from kdcache.data import convert as convert_data
 
