@@ -68,7 +68,11 @@ def score(arm: str, drive: str, labels: str) -> list[float]:
     names = [name for name in JUDGED["weights"] if re.fullmatch(rf"e\d-{arm}-{labels}-\w+(?:-0)?", name)]
     assert len(names) == 3
     values = [JUDGED["weights"][name][drive] for name in names]
-    return [fmean(values)] if labels == "all" else values
+    return values if labels.isdecimal() else [fmean(values)]
+
+
+def _shown(values: list[float]) -> str:
+    return ", ".join(_signed(value).lstrip("+") for value in values)
 
 
 def _signed(value: float) -> str:
@@ -84,8 +88,17 @@ def test_the_table_of_few_labels_is_of_the_test_split(labels: str) -> None:
     plain, distilled = (score(arm, "Seq05VD", labels) for arm in ("plain", "distilled"))
     gains = [[d - p for p, d in zip(score("plain", drive, labels), score("distilled", drive, labels), strict=True)]
              for drive in ("Seq05VD", "0001TP")]  # fmt: skip
-    assert cells[:2] == [", ".join(_signed(value).lstrip("+") for value in values) for values in (plain, distilled)]
+    assert cells[:2] == [_shown(plain), _shown(distilled)]
     assert cells[2:] == [", ".join(map(_signed, values)) for values in gains]
+
+
+def test_the_table_of_methods_is_of_the_test_split() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    table = page.partition("| labels | plain, Seq05VD |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]]
+    arms = [(drive, arm) for drive in ("Seq05VD", "0001TP") for arm in ("plain", "distilled")]
+    expected = [[_shown(score(arm, drive, kept)) for drive, arm in arms] for kept in ("46", "92", "all", "apart")]
+    assert rows == expected
 
 
 @pytest.mark.parametrize("text", FRONT.values(), ids=FRONT)
