@@ -220,13 +220,12 @@ class _Copying:
         assert self.source.ledger is not None
         place, key = self.source.place, shard_key(spec, shard)
         expected = self.source.ledger.file(shard, key)
-        for _ in range(2 if place.remote else 1):  # what was spoiled on its way is fetched again
-            try:
-                content = place.read(key, most=expected.bytes)
-            except (OSError, ValueError) as error:
-                raise unreadable(place.describe(key), "the file cannot be read", error) from error
-            if hashlib.sha256(content).hexdigest() == expected.sha256:
-                return content
+        try:
+            content = place.read(key, expected.bytes, expected.sha256)
+        except (OSError, ValueError) as error:
+            raise unreadable(place.describe(key), "the file cannot be read", error) from error
+        if hashlib.sha256(content).hexdigest() == expected.sha256:
+            return content
         raise damaged(place.describe(key), "its bytes are not those that were written")
 
     def _rows(self, spec: ArraySpec, shard: int) -> Array:

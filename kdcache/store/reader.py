@@ -9,6 +9,7 @@ Reads go straight to the shards (shard.py). An array that was made in another wa
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,9 @@ def store_exists(location: str | Path | Place) -> bool:
 def read_manifest(location: str | Path | Place) -> Manifest:
     """The manifest of a store, complete or not. Raises StoreError."""
     place = open_place(location)
-    try:
+    with suppress(CorruptError, VersionError):
+        return _read_root(place)
+    try:  # again: what is elsewhere is not called damaged at the first answer
         return _read_root(place)
     except (CorruptError, VersionError) as error:
         if AGAIN in error.remedy and read_spare(place) is None:

@@ -44,8 +44,8 @@ class Fault:
     """What happens to the next `times` requests of `method` whose key ends with `key`.
 
     `kind`: a status such as "503"; "slow" (to answer), "drip" (a slow body), "cut" (the body ends half-way), "short"
-    and "long" (a Content-Length that is too small or too large), "flip" (a wrong byte), "echo" (403 that
-    repeats the headers).
+    and "long" (a Content-Length that is too small or too large), "flip" (a wrong byte), "noise" (another wrong byte
+    each time), "kms" (an ETag that is no MD5), "echo" (403 that repeats the headers).
     """
 
     kind: str
@@ -198,13 +198,14 @@ def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
         ) -> None:
             length = next((int(value) for name, value in headers if name.lower() == "content-length"), len(content))
             kind = fault.kind if fault else ""
-            if kind == "flip":
-                content = content[: length // 2] + bytes([content[length // 2] ^ 1]) + content[length // 2 + 1 :]
+            if fault and kind in ("flip", "noise") and content:
+                at = length // 2 if kind == "flip" else fault.times % length
+                content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
             shown = {"short": length - 5, "long": length + 5}.get(kind, length)
             self.send_response(status)
             for name, value in headers:
                 if name.lower() not in _DROPPED:
-                    self.send_header(name, value)
+                    self.send_header(name, f'"{"0" * 32}"' if kind == "kms" and name.lower() == "etag" else value)
             self.send_header("Content-Length", str(shown))
             self.end_headers()
             if self.command == "HEAD":

@@ -40,8 +40,13 @@ class Place(ABC):
         return self
 
     @abstractmethod
-    def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
-        """The whole file. Raises: OSError; FileNotFoundError when it is not there; ValueError beyond `most` bytes."""
+    def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
+        """The whole file.
+
+        Args:
+            sha256: what it should have. What comes from elsewhere and differs is fetched again.
+        Raises: OSError; FileNotFoundError when it is not there; ValueError beyond `most` bytes.
+        """
 
     @abstractmethod
     def read_verified(self, key: str, sha256: str) -> bytes:

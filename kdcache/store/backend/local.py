@@ -1,19 +1,16 @@
 """A store in a folder on a disk."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import partial
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from kdcache.errors import StoreError
+from kdcache.locks import Lock
 from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place, Release
 from kdcache.store.backend.durable import (
     PARTIAL,
@@ -37,11 +34,12 @@ class Folder(Place):
         self.folder = folder.absolute()  # a process may change its own folder, and a worker may begin in another
         self._name = str(folder)
         self._synced: set[Path] = set()
+        self._claims: dict[int, Lock] = {}  # that others had: each remembers how long its owner is silent
 
     def __str__(self) -> str:
         return self._name
 
-    def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
+    def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
         handle = self.open(key)
         try:
             size = os.fstat(handle).st_size
@@ -95,7 +93,7 @@ class Folder(Place):
         with disk_space_errors(self.folder):
             self._check_place()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder.parent):
+            with Lock(self.folder.parent):
                 if not (self.folder / "zarr.json").exists():
                     self._make(files)
 
@@ -166,31 +164,24 @@ class Folder(Place):
             sync_path((self.folder / key).parent)
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        lock = FileLock(self.folder / "ledger" / f"{shard:08d}{LOCK}", blocking=False)
-        try:
-            with disk_space_errors(self.folder):
-                (self.folder / "ledger").mkdir(exist_ok=True)
-                lock.acquire()
-        except Timeout:
-            return None
+        lock = self._claims.pop(shard, None) or Lock(self.folder / "ledger" / f"{shard:08d}{LOCK}")
+        with disk_space_errors(self.folder):
+            (self.folder / "ledger").mkdir(exist_ok=True)
+            if not lock.acquire(wait=False):
+                self._claims[shard] = lock
+                return None
         for path in (self.folder / key for key in keys):
             for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):
                 left.unlink()
-        return partial(_release, lock)
+        return lock.release
 
     def alone(self) -> AbstractContextManager[None]:
-        return _locked(self.folder)
+        return Lock(self.folder)
 
     def tidy(self) -> None:
-        for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}")):
+        for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}*")):
             with suppress(FileNotFoundError):  # another process's tidying
                 left.unlink()
-
-
-def _release(lock: FileLock) -> None:
-    # While it is held: a process that waits for it checks that it is still there.
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
 
 
 def _read_all(handle: int, size: int) -> bytes:
@@ -212,16 +203,5 @@ def _open_below(folder: Path, key: str) -> int:
             os.close(handle)
             handle = inner
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait for and hold the lock of a folder, which leaves no file behind."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(handle)

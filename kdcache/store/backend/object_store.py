@@ -4,20 +4,24 @@ Objects appear whole or not at all, and stay; there are no locks, so workers mus
 fetch whole files into a bounded folder of copies (mirror.py): a shard costs one request, not two per record.
 Credentials, region and endpoint come from the environment alone (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_..., ...).
 
-obstore itself tries again after 5xx answers and lost connections, and goes on where a body broke off; a body that is
-not what the ledger says is fetched again here.
+obstore itself repeats a request after a 5xx answer or a lost connection, and continues a body that broke off. Here a
+busy server is asked until `retry_timeout` is over, and no body is believed, or called damaged, at first sight. It
+counts if it has the digest of the ledger, or the MD5 that the server names as its ETag, or if it arrives twice.
 """
 
 import hashlib
 import os
 import re
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from kdcache.errors import StoreError
@@ -38,13 +42,16 @@ except ImportError as error:
 T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az")
 ATTEMPTS = 5
-"""At a whole body. Each is several of obstore's own, which see to what a connection does."""
-PAUSE_SECONDS = 0.4  # after the first attempt; doubled after each
+"""Fetches of a body that is not proven. Each is several of obstore's own, which handle lost connections."""
+PAUSE_SECONDS = 0.4  # after the first fetch; doubled after each
 BACKOFF: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2}
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120), "backoff": BACKOFF}
 CLIENT: Any = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 _FEW = 4  # files that are requested one by one; more are listed with the whole store
 _CHUNK_BYTES = 2**23
+_BUSY = re.compile(r"\b(429|5\d\d) [A-Z]|status code: (429|5\d\d)|SlowDown|InternalError")
+_MD5 = re.compile('"?([0-9a-f]{32})"?')
+"""An ETag that is the MD5 of its object, unless the server encrypts with keys of its own (SSE-KMS)."""
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist")
 _MACHINE_ROLE = re.compile(r"169\.254\.\d+\.\d+|metadata\.google\.internal|/latest/api/token")
 _users = set[int]()  # processes that have a client, this one or those that it was forked from
@@ -124,24 +131,73 @@ class Bucket(Place):
                 "an object store must answer", received=f"{self}: {_summary(text)}", remedy=_remedy(text)
             ) from None
 
-    def _get(self, key: str, take: Callable[[Any], T]) -> T:
-        """The result of `take` for an object; fetched again when its body breaks off, or `take` raises ValueError."""
-        for attempt in range(1, ATTEMPTS + 1):
+    def _ask(self, key: str, request: Callable[[], T]) -> T:
+        """The answer to a request; it is repeated while the server is busy, until `retry_timeout` is over."""
+        until = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
+        while True:
             with self._answers(key):
-                result = obstore.get(self._client, key)
                 try:
-                    return take(result)
-                except (exceptions.BaseError, ValueError):
-                    if attempt == ATTEMPTS:
+                    return request()
+                except exceptions.BaseError as error:
+                    if not _BUSY.search(str(error)) or time.monotonic() > until:
                         raise
-            time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
-        raise AssertionError
+            time.sleep(PAUSE_SECONDS)
 
-    def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
-        result = self._get(key, lambda result: _read(result, most))
-        if isinstance(result, int):
-            raise ValueError(f"{result} bytes are more than the {most} that it may have")
-        return result
+    def _fetch(self, key: str, file: IO[bytes], sha256: str | None = None, most: int | None = None) -> str:
+        """Fetch an object into a file, again until its bytes are proven. Returns their sha256.
+
+        Args:
+            sha256: what they must have. Without it they are proven by the server's ETag, or if they arrive twice.
+        Raises: FileNotFoundError; ValueError for more than `most` bytes, and for wrong bytes that arrive twice;
+            StoreError for bytes that are others in every fetch.
+        """
+        arrived = Counter[str]()
+        for left in reversed(range(ATTEMPTS)):
+            digest = None
+            with self._answers(key):
+                try:
+                    digest, tag = self._receive(key, file, most)
+                except (exceptions.BaseError, FileNotFoundError, ValueError) as error:
+                    # What the ledger lists is there: one answer does not show that it is not.
+                    if not left or (sha256 is None and isinstance(error, FileNotFoundError)):
+                        raise
+            if digest is not None:
+                arrived[digest] += 1
+                tagged = None if digest == sha256 or tag is None else tag[1] == _md5(file)
+                if digest == sha256 or (sha256 is None and tagged):
+                    return digest
+                if arrived[digest] > 1 and (not left or tagged is not False):  # it is what the server has
+                    if sha256 is None:
+                        return digest
+                    raise ValueError("its bytes are not those that were written, in two fetches")
+            if left and (digest is None or arrived[digest] == 1):
+                time.sleep(PAUSE_SECONDS * 2 ** (ATTEMPTS - 1 - left))
+        raise StoreError(
+            f"Cannot fetch {self.describe(key)}: its bytes are others in every fetch",
+            entry="cannot fetch remote object",
+            received=f"{ATTEMPTS} fetches, and no two that agree with each other or with the server's checksum",
+            remedy="check the network, and any proxy on the way: what the server has need not be damaged. Then run the "
+            "same command again",
+        )
+
+    def _receive(self, key: str, file: IO[bytes], most: int | None) -> tuple[str, re.Match[str] | None]:
+        """Let an object replace the content of a file. Returns its sha256, and its ETag if that may be its MD5."""
+        result = self._ask(key, lambda: obstore.get(self._client, key))
+        size = int(result.meta["size"])
+        if most is not None and size > most:
+            raise ValueError(f"{size} bytes are more than the {most} that it may have")
+        file.seek(0)
+        sink = hashlib.sha256()
+        for part in result.stream(min_chunk_size=_CHUNK_BYTES):
+            sink.update(part)
+            file.write(part)
+        file.truncate()
+        return sink.hexdigest(), _MD5.fullmatch(result.meta["e_tag"] or "")
+
+    def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
+        file = BytesIO()
+        self._fetch(key, file, sha256, most)
+        return file.getvalue()
 
     def read_verified(self, key: str, sha256: str) -> bytes:
         for _ in range(2):  # a copy that was damaged here is fetched again, and then checked on its way
@@ -162,52 +218,32 @@ class Bucket(Place):
 
     def _size(self, key: str) -> int | None:
         try:
-            with self._answers(key):
-                return int(obstore.head(self._client, key)["size"])
+            return int(self._ask(key, lambda: obstore.head(self._client, key))["size"])
         except FileNotFoundError:
             return None
 
     def _listed(self) -> Iterator[tuple[str, int]]:
         """Key and bytes of every object of the store."""
-        with self._answers():
-            for page in obstore.list(self._client, chunk_size=1000):
-                yield from ((meta["path"], meta["size"]) for meta in page)
+        for page in self._ask("", lambda: list(obstore.list(self._client, chunk_size=1000))):
+            yield from ((meta["path"], meta["size"]) for meta in page)
 
     def digest(self, key: str) -> str | None:
-        def digest(result: Any) -> str:
-            sink = hashlib.sha256()
-            for part in result.stream(min_chunk_size=_CHUNK_BYTES):
-                sink.update(part)
-            return sink.hexdigest()
-
-        try:
-            return self._get(key, digest)
-        except FileNotFoundError:
-            return None
+        with tempfile.SpooledTemporaryFile(_CHUNK_BYTES) as file:
+            try:
+                return self._fetch(key, file)
+            except FileNotFoundError:
+                return None
 
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
-        return self._mirror.open(self.folder, key, size, lambda file: self._download(key, size, sha256, file))
+        return self._mirror.open(self.folder, key, size, lambda file: self._download(key, sha256, file))
 
     def forget(self, key: str) -> bool:
         return self._mirror.forget(self.folder, key)
 
-    def _download(self, key: str, size: int | None, sha256: str | None, file: BinaryIO) -> int:
-        """Fetch an object into a file. Returns its bytes. Raises ValueError when it is not what the ledger says."""
-
-        def take(result: Any) -> int:
-            file.seek(0)
-            sink, count = hashlib.sha256(), 0
-            for part in result.stream(min_chunk_size=_CHUNK_BYTES):
-                sink.update(part)
-                count += file.write(part)
-            if size not in (None, count):
-                raise ValueError(f"{count} bytes arrive, the ledger says {size}")
-            if sha256 not in (None, sink.hexdigest()):
-                raise ValueError("its bytes are not those that were written")
-            file.truncate()
-            return count
-
-        return self._get(key, take)
+    def _download(self, key: str, sha256: str | None, file: IO[bytes]) -> int:
+        """Fetch an object into a file. Returns its bytes. Raises: as `_fetch`."""
+        self._fetch(key, file, sha256)
+        return file.seek(0, os.SEEK_END)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
         """Write the metadata, zarr.json last, unless it is there. Raises StoreError for an object of something else."""
@@ -229,23 +265,21 @@ class Bucket(Place):
                 self.publish_exclusive(key, content)
 
     def publish(self, key: str, content: bytes) -> None:
-        with self._answers(key):
-            obstore.put(self._client, key, content)
+        self._ask(key, lambda: obstore.put(self._client, key, content))
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        with self._answers(key):
+        def create() -> bool:
             try:
                 obstore.put(self._client, key, content, mode="create", use_multipart=False)
             except exceptions.AlreadyExistsError:
                 return False
-        return True
+            return True
+
+        return self._ask(key, create)
 
     def remove(self, key: str) -> None:
-        try:
-            with self._answers(key):
-                obstore.delete(self._client, key)
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError):
+            self._ask(key, lambda: obstore.delete(self._client, key))
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
         return lambda: None
@@ -254,10 +288,9 @@ class Bucket(Place):
         return
 
 
-def _read(result: Any, most: int) -> bytes | int:
-    """The body, or its length when that is more than `most`."""
-    size = int(result.meta["size"])
-    return bytes(result.bytes()) if size <= most else size
+def _md5(file: IO[bytes]) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()  # type: ignore[arg-type]
 
 
 def _summary(text: str) -> str:

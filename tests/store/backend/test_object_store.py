@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,13 @@ def _impatient(monkeypatch) -> None:
         "max_backoff": object_store.timedelta(milliseconds=10),
     }
     monkeypatch.setattr(
-        object_store, "RETRIES", {**object_store.RETRIES, "max_retries": 3, "backoff": {**short, "base": 2}}
+        object_store,
+        "RETRIES",
+        {
+            "max_retries": 3,
+            "retry_timeout": object_store.timedelta(seconds=1),
+            "backoff": {**short, "base": 2},
+        },
     )
     monkeypatch.setattr(object_store, "PAUSE_SECONDS", 0.001)
 
@@ -307,6 +314,63 @@ def test_wrong_bytes_are_fetched_again(s3, small, but_for, kind, key) -> None:
     assert s3.counted("GET", key) == 3
 
 
+@pytest.mark.parametrize("kind", ["flip", "noise", "short"])
+def test_a_healthy_store_is_never_accused(s3, small, built, kind) -> None:
+    """Three wrong answers for every file that is asked for, whatever way it is read."""
+    keys = s3.objects(built)
+    faults = [s3.fail(kind, f"store.zarr/{key}", times=3) for key in keys]
+    cache = open_cache(built)
+    read_everything(cache, small)
+    assert verify_files(built).damaged == []
+    assert [fault.key for fault in faults if fault.times] == []
+    small.write(built)
+    assert s3.objects(built) == keys
+
+
+def test_a_store_is_sealed_with_the_digests_of_what_it_has(s3, small, clean) -> None:
+    """Which are taken of files as they arrive."""
+    address = s3.address()
+    for key in clean:
+        s3.fail("flip", f"store.zarr/{key}", times=2)
+    small.write(address)
+    assert s3.objects(address) == clean
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "complete.json", "ledger.jsonl", f"{VALUES}/zarr.json", SHARD_FILE])
+def test_noise_that_stays_is_no_damage(s3, small, but_for, key) -> None:
+    address = but_for(key)
+    s3.fail("noise", f"store.zarr/{key}", times=10_000)
+    with pytest.raises(StoreError, match="others in every fetch") as caught:
+        read_one(address, small)
+    assert type(caught.value) is StoreError
+    assert f"{address}/{key}" in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_an_etag_may_be_no_digest(s3, small, clean) -> None:
+    """Then bytes count that arrive twice, and damage is still found."""
+    s3.fail("kms", times=100_000)
+    address = s3.address()
+    small.write(address)
+    assert s3.objects(address) == clean
+    read_everything(open_cache(address), small)
+    assert verify_files(address).damaged == []
+    s3.put(address, SHARD_FILE, clean[SHARD_FILE][::-1])
+    assert verify_files(address).damaged == [SHARD_FILE]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
+def test_a_busy_server_is_asked_until_the_time_is_over(s3, small, clean, method, monkeypatch) -> None:
+    """More often than obstore itself asks."""
+    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", object_store.timedelta(seconds=120))
+    address = s3.address()
+    fault = s3.fail("503", times=20, method=method)
+    small.write(address)
+    read_one(address, small)
+    assert fault.times == 0
+    assert s3.objects(address) == clean
+
+
 @pytest.mark.parametrize("kind", ["500", "503"])
 def test_a_build_lives_through_faults(s3, small, clean, kind) -> None:
     address = s3.address()
@@ -390,7 +454,8 @@ def test_nothing_stays_of_a_longer_body_that_was_refused(s3, monkeypatch) -> Non
     """The object is put right between two attempts."""
     address, content = s3.address(), b"what was written"
     s3.put(address, "key", content + b", and more")
-    monkeypatch.setattr(object_store, "time", SimpleNamespace(sleep=lambda _: s3.put(address, "key", content)))
+    clock = SimpleNamespace(sleep=lambda _: s3.put(address, "key", content), monotonic=time.monotonic)
+    monkeypatch.setattr(object_store, "time", clock)
     place = open_place(address)
     for size in (len(content), None):
         s3.put(address, "key", content + b", and more")
