@@ -4,7 +4,6 @@ With it a resumed training notices changed data, and a score on images that were
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,18 +61,24 @@ class RunSamples:
         return tuple(name for name, row in zip(judged.ids, judged.image, strict=True) if row.tobytes() in trained)
 
 
-def judged_on_training(run: Path, split: Split) -> tuple[str, ...]:
-    """Return the ids of a split's samples that a run was trained on; none if the run does not record its samples.
+def judging_notes(run: Path, split: Split) -> tuple[str, ...]:
+    """Return what a reader of a run's score on a split must know: images trained on, and data that changed.
 
     Raises: DataError for a file that cannot be read.
     """
     samples = RunSamples.read(run)
-    return () if samples is None else samples.trained_on(read_contents(split))
-
-
-def seen_warning(run: object, seen: Sequence[str], total: int) -> str:
-    """Return the warning about a score on images that a run was trained on."""
-    return (
-        f"{len(seen)} of the {total} images were trained on by {run}, such as {seen[0]!r}: the score says little about "
-        "other images. Judge it on images that it has not seen"
-    )
+    if samples is None:
+        return ()
+    judged, notes = read_contents(split), []
+    where = f"{split.data}, split {split.split!r}"
+    if seen := samples.trained_on(judged):
+        notes.append(
+            f"{len(seen)} of {len(judged.ids)} images of {where} were trained on, such as {seen[0]!r}: the score says "
+            "little about other images. Judge on images that the run has not seen"
+        )
+    before = samples.validation
+    if before is not None and len(set(before.ids) & set(judged.ids)) > len(judged.ids) // 2:
+        changes = digest_changes(before, judged)
+        if changes.images or changes.labels or changes.depths:
+            notes.append(f"{where} has changed since the training was validated on it: {changes.describe()}")
+    return tuple(notes)

@@ -29,7 +29,7 @@ from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
 from kdcache.metrics.depth import DEPTH_METRICS, DepthRange
-from kdcache.models import PROBABILITIES, returns_probabilities
+from kdcache.models import not_logits
 from kdcache.models.registry import is_listed
 from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings
@@ -121,7 +121,7 @@ def compare(
         class_names=source.classes.names,
         class_colours=source.classes.colours,
         rows=adjust_rows(rows),
-        notes=(*_warnings(rows), *left_out, *notes, *judge.notes),
+        notes=(*_warnings(rows), *left_out, *judge.judged_notes, *notes, *judge.notes),
         smoke=options.smoke,
         depth_range=None if depth_range is None else str(depth_range),
     )
@@ -305,6 +305,14 @@ class _Judge:
         self._digests: dict[str, str] = {}
         self._costs: dict[tuple[object, ...], Cost] = {}
         self.notes: list[str] = []
+        self._judged: dict[str, list[str]] = {}
+
+    @property
+    def judged_notes(self) -> list[str]:
+        """What a reader of the scores must know, each once with the runs that it is of."""
+        return [
+            f"{', '.join(runs[:3])}{' and others' * (len(runs) > 3)}: {text}" for text, runs in self._judged.items()
+        ]
 
     def digest(self, split: Split) -> str:
         """The digest of the labelled samples of a split; read once."""
@@ -325,7 +333,9 @@ class _Judge:
             lambda done, total: self._progress(f"evaluating {run.name}", done, total),
             own,
         )
-        self.notes += [note for note in (run.note, evaluation.note) if note]
+        self.notes += [run.note] if run.note else []
+        for note in evaluation.notes:
+            self._judged.setdefault(note, []).append(run.text)
         return RunScore(run.text, *run.key, evaluation.metrics, evaluation.reused, self._split.classes.names)
 
     def cost(self, entry: Entry) -> Cost:
@@ -362,7 +372,8 @@ class _Judge:
         judging, repeats = self._options.judging, self._options.repeats
         self._progress(f"timing {entry.name}", 0, 1)
         model, description = judging.load(entry, self._split.classes)
-        self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
+        self.notes += () if model.load_report is None else model.load_report.notes
+        self.notes += [] if (finding := not_logits(model)) is None else [f"{entry.text} {finding.text}: {finding.remedy}"]
         with memory_errors(judging.device, 1):
             cost = measure_cost(model, description.size, device=judging.device, repeats=repeats)
         if entry.run is not None and (key := self._key(entry.run)) is not None:

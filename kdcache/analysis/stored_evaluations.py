@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.analysis.runs import Entry, check_classes
-from kdcache.data import ClassList, Fit, Fold, Split, prefetch
+from kdcache.data import ClassList, Fit, Fold, Split, prefetch, remembered_digests
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
@@ -34,7 +34,9 @@ from kdcache.metrics.oom import is_out_of_memory
 from kdcache.metrics.predictions import metric_depth
 from kdcache.models import SegmentationModel
 from kdcache.models.run import split_spec
+from kdcache.models.weights import split_choice
 from kdcache.run_folder import Run, RunModel
+from kdcache.run_samples import judging_notes
 from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
 
 
@@ -76,19 +78,26 @@ class Judging:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one run; `reused` when an earlier pass had them; `note` when they could not be kept."""
+    """Metrics of one run.
+
+    Attributes:
+        reused: an earlier pass had them.
+        notes: what a reader of the score must know, such as images that were trained on.
+    """
 
     metrics: TaskMetrics
     reused: bool
-    note: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def data_digest(split: Split, threads: int = 2) -> str:
     """SHA-256 over class names, ids, and the contents of every labelled image and its labels; reads them all."""
     labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in split.tasks)]
     digest = hashlib.sha256(split.digest().encode())
-    for contents in prefetch(split.content_digests, labelled, threads=threads, ahead=16):
-        digest.update(f"{' '.join(map(str, contents))}\n".encode())
+    with remembered_digests(split.data) as of_file:
+        read = prefetch(lambda index: split.content_digests(index, of_file), labelled, threads=threads, ahead=16)
+        for contents in read:
+            digest.update(f"{' '.join(map(str, contents))}\n".encode())
     return digest.hexdigest()
 
 
@@ -125,11 +134,12 @@ def evaluate_run(
         framing=judging.framing(description.fit),
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
+    notes = judging_notes(run.folder, split)
     if metrics is not None:
-        return Evaluation(metrics, reused=True)
+        return Evaluation(metrics, reused=True, notes=notes)
     metrics = _evaluate(entry, split, judging, progress)
     note = keep(record, run.folder, entry.text, metrics, own_size=record.size == description.size)
-    return Evaluation(metrics, reused=False, note=note)
+    return Evaluation(metrics, reused=False, notes=notes if note is None else (*notes, note))
 
 
 IMAGES = ".npz"
@@ -276,7 +286,8 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
     """
     parts = split_spec(run) if isinstance(run, str) else None
     if parts is not None:
-        return None, Path(parts[1]) if Path(parts[1]).is_file() else None
+        file = split_choice(parts[1])[0]
+        return None, file if file.is_file() else None
     run = Run.open(run) if isinstance(run, str) else run
     return run.which or which, run.weights(which)
 

@@ -65,7 +65,10 @@ def evaluate(
 
         if not isinstance(model, nn.Module | Teacher):
             (entry,) = _one(model, judging.which)
-            return evaluate_run(entry, source, data_digest(source), judging, report, part).metrics
+            evaluation = evaluate_run(entry, source, data_digest(source), judging, report, part)
+            for note in evaluation.notes:
+                bar.console.print(f"warning: {note}", markup=False, soft_wrap=True)
+            return evaluation.metrics
         teacher = model if isinstance(model, Teacher) else load_teacher(model, source)
         size = judging.size or teacher.size or judging.window
         if size is None:

@@ -10,7 +10,7 @@ from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings,
 from kdcache.settings.training import TrainSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.model_flags import Weights
+from kdcache_cli.settings.model_flags import Weights, warn_of_weights
 from kdcache_cli.settings.signature import flag
 from kdcache_cli.verbs.evaluate_pseudo_labels import evaluate_pseudo_labels, is_pseudo_labels
 
@@ -93,8 +93,10 @@ def evaluate(
     from kdcache.analysis.stored_evaluations import Record, data_digest, judged_range, weights_of
     from kdcache.data import ClassList, classes_by_name, fold_alone
     from kdcache.metrics import OnDataSet, evaluate_tasks
-    from kdcache.models import PROBABILITIES, returns_probabilities
+    from kdcache.models import not_logits
     from kdcache.models.run import open_model, split_spec
+    from kdcache.run_folder import Run
+    from kdcache.run_samples import judging_notes
     from kdcache.settings import read
 
     part = shared_flags.parse_fold(fold, folds_by)
@@ -124,6 +126,7 @@ def evaluate(
     classes = next((source.classes for source in sources if len(source.classes)), unnamed_classes)
     used_size = shared_flags.parse_size(size or (window if split_spec(run) else None))
     model, description = open_model(run, classes, used_size, which, class_map=class_map)
+    warn_of_weights(model)
     framing = shared_flags.parse_framing(seen, description.fit)
     if not several:
         check_classes(description, sources[0].classes, data[0])
@@ -171,8 +174,11 @@ def evaluate(
         _show_several(results, description.class_names, run)
     else:
         _show(results[0].metrics, run, ranges[0])
-    if returns_probabilities(model) and any(one.metrics.segmentation is not None for one in results):
-        warn(f"{run} {PROBABILITIES}")
+    for source in sources if weights_name is not None else ():
+        for note in judging_notes(Run.open(run).folder, source):
+            warn(f"{run}: {note}")
+    if (finding := not_logits(model)) and any(one.metrics.segmentation is not None for one in results):
+        warn(f"{run} {finding.text}: {finding.remedy}")
     if several:
         _write_several(records, results, description.class_names, run, json_file, markdown, listing)
     else:

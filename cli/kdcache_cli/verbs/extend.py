@@ -71,7 +71,7 @@ def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, Bu
     import torch
 
     from kdcache.data import open_split
-    from kdcache.store import open_cache
+    from kdcache.store import data_changes, open_cache
     from kdcache.teacher import check_cross_fit, load_like, options_of
     from kdcache.train import pick_device
 
@@ -90,7 +90,11 @@ def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, Bu
     )
     if loaded.folds is not None:
         check_cross_fit(teacher.teacher, source, loaded.folds_by)
-    for note in loaded.notes:
+    renewed = data_changes(earlier, source)
+    notes = [*loaded.notes, *renewed.notes()]
+    if renewed:
+        notes.append(f"since {old} was built: {renewed.describe()}. Labels are rendered again, changed images taught")
+    for note in notes:
         ERRORS.print(f"note: {note}", markup=False)
     changes = {name: value for name, value in read_values(BuildSettings, settings).items() if value is not None}
     changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
