@@ -30,7 +30,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Folder of runs, cache and page; a stopped demo continues there.")
     ] = Path("kdcache-demo"),
-    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Steps of every training.")] = 300,
+    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Steps of every training.")] = 500,
     seed: Annotated[int, typer.Option("--seed", help="Seed of every training.")] = 0,
     device: shared_flags.Device = MachineSettings.device,
 ) -> None:
@@ -125,7 +125,9 @@ def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
     _show_command(f"report {' '.join(map(escape, students))}", page, {"teacher": teacher, "data": YOURS})
     judged = CompareOptions(Judging(device=str(pick_device(device))), teacher)
     with progress_of_steps("comparing") as shown:
-        comparison = make_report(students, YOURS, "val", page, ReportOptions(judged, command="kdcache demo"), shown)
+        comparison = make_report(
+            students, YOURS, "val", page, ReportOptions(judged, title="The demo", command="kdcache demo"), shown
+        )
     places = {Path(row.runs[0].run).name: row for row in comparison.rows}
     rows = {title: places[run.name] for title, run in runs.items()}
     table = figure_table("", *rows)
