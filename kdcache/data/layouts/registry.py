@@ -209,8 +209,7 @@ def _around(folder: Path) -> str:
     """A remedy that names the folder, up to three levels above, of whose data set this one is a part; empty without."""
     folder = folder.absolute()
     for above in folder.parents[:3]:
-        roots = {name: layout.find(above) for name, layout in LAYOUTS.items()}
-        fits = [name for name, root in roots.items() if root is not None and folder.is_relative_to(root)]
+        fits = [one.layout.name for one in _fitting(above, live=True) if folder.is_relative_to(one.root)]
         if fits:
             return f"Name the folder where the data begin: {above} ({fits[0]})."
     return ""

@@ -18,14 +18,16 @@ from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.layouts.base import VALIDATION, Layout
 from kdcache.data.layouts.exports.shapes import Item, ShapeLabels
 from kdcache.data.layouts.label_ids import LabelIds
-from kdcache.data.layouts.pictures import Pictures
-from kdcache.data.layouts.scan import WHOLE, Scan, composed, folders_in
+from kdcache.data.layouts.pictures import MASKS, Pictures
+from kdcache.data.layouts.scan import WHOLE, Scan, composed, folders_in, holds_pictures
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
 SPLITS = ("train", *VALIDATION, "test")
 IMAGES = ("images", "jpegimages", "data")
 """Folders of images, in lower case, which are no part of a sample's id."""
+PARTS = (*SPLITS, *IMAGES, *MASKS, "json", "jsons", "ann", "annotation")
+"""Names of folders, in lower case, that are parts of an export."""
 BACKGROUND = "background"
 BACKGROUNDS = (BACKGROUND, "_background_")
 IGNORED = "__ignore__"
@@ -126,6 +128,13 @@ def files_of(root: Path, suffix: str, depth: int = 2) -> Iterator[Path]:
     yield from sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
     for name in folders_in(root) if depth else ():
         yield from files_of(root / name, suffix, depth - 1)
+
+
+def is_part(path: Path, root: Path) -> bool:
+    """Return True if a file belongs to an export that begins in a folder, not to one that begins deeper."""
+    strange = [name for name in path.relative_to(root).parts[:-1] if name.lower() not in PARTS]
+    images_above = holds_pictures(root) or any(name.lower() in IMAGES for name in folders_in(root))
+    return not strange or (len(strange) == 1 and images_above)
 
 
 def head_of(path: Path) -> str:

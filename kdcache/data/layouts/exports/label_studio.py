@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
-from kdcache.data.layouts.exports.base import Export, files_of, head_has, read_json, split_of, unreadable
+from kdcache.data.layouts.exports.base import Export, files_of, head_has, is_part, read_json, split_of, unreadable
 from kdcache.data.layouts.exports.shapes import Item, Point, Shape, turned, turned_ellipse
 from kdcache.data.layouts.pictures import Pictures
 from kdcache.data.layouts.scan import WHOLE, is_picture
@@ -39,18 +39,18 @@ class LabelStudio(Export):
     looks_for: ClassVar[str] = "the JSON export of Label Studio, a list of tasks with annotations"
 
     def found(self, root: Path) -> str:
-        files = [path for path in files_of(root, ".json", 1) if head_has(path, "[", "annotations", "result")]
-        return "" if not files or _brushed(root) else files[0].relative_to(root).as_posix()
+        return "" if _brushed(root) else next((path.relative_to(root).as_posix() for path in _exported(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
         items: dict[str, list[Item]] = defaultdict(list)
         pictures = Pictures(root)
-        for path in files_of(root, ".json", 1):
-            if head_has(path, "[", "annotations", "result"):
-                file = path.relative_to(root).as_posix()
-                for task in _tasks(path, path.stat().st_mtime_ns):
-                    name, folders = _image(task, pictures), (file.rpartition("/")[0], "")
-                    items[split_of(pictures.find(name, *folders) or file)].append(_item(task, name, file, folders))
+        for path in _exported(root):
+            file = path.relative_to(root).as_posix()
+            for task in _tasks(path, path.stat().st_mtime_ns):
+                if "annotations" not in task:
+                    raise unreadable(path, "it is JSON-MIN: export the project as JSON")
+                name, folders = _image(task, pictures), (file.rpartition("/")[0], "")
+                items[split_of(pictures.find(name, *folders) or file)].append(_item(task, name, file, folders))
         return items
 
 
@@ -82,9 +82,15 @@ class LabelStudioBrush(Export):
         return {WHOLE: [Item(images[task], file, tuple(shapes[min(shapes)])) for task, shapes in masks.items()]}
 
 
+def _exported(root: Path) -> list[Path]:
+    """The files of JSON, and of JSON-MIN."""
+    found = (path for path in files_of(root, ".json", 1) if is_part(path, root))
+    return [path for path in found if head_has(path, "[", "annotations", "result") or head_has(path, "[", "annotator")]
+
+
 def _brushed(root: Path) -> list[Path]:
     """The PNGs of brush labels in a folder and the folders in it."""
-    return [path for path in files_of(root, ".png", 1) if _BRUSHED.fullmatch(path.name)]
+    return [path for path in files_of(root, ".png", 1) if _BRUSHED.fullmatch(path.name) and is_part(path, root)]
 
 
 def _images_of_tasks(root: Path) -> dict[int, str]:

@@ -26,6 +26,7 @@ from kdcache.data.layouts.exports.base import (
     Export,
     files_of,
     head_has,
+    is_part,
     read_json,
     read_text,
     split_of,
@@ -51,8 +52,8 @@ class LabelMe(Export):
     looks_for: ClassVar[str] = "JSON files of LabelMe (shapes, imagePath), beside the images or in folders"
 
     def found(self, root: Path) -> str:
-        first = next((path for path in files_of(root, ".json") if head_has(path, "{", "shapes")), None)
-        return "" if first is None else first.relative_to(root).as_posix()
+        shaped = (path for path in files_of(root, ".json") if head_has(path, "{", "shapes") and is_part(path, root))
+        return next((path.relative_to(root).as_posix() for path in shaped), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
         items: dict[str, list[Item]] = defaultdict(list)

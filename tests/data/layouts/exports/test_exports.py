@@ -333,6 +333,14 @@ def test_yolo_of_other_folders(names: str, folders: str, tmp_path: Path) -> None
     assert set(np.unique(opened.label(0))) == {0, 2}
 
 
+def test_a_folder_of_exports_is_none(tmp_path: Path) -> None:
+    for name in ("labelme", "label-studio", "label-studio-brush"):
+        WRITERS[name](tmp_path / f"my {name}")
+    with pytest.raises(DataError) as caught:
+        check(tmp_path)
+    assert f"{tmp_path / 'my labelme'} (labelme)" in caught.value.remedy
+
+
 def test_masks_beside_annotations_are_the_labels(tmp_path: Path, tiny) -> None:
     root = tiny.write("folder", tmp_path / "set")
     labelme(tmp_path / "other")
@@ -377,6 +385,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "labelme",
         lambda root: [broken(root, f"{file}.json", shapes=[]) for file in ("train/a", "train/b", "val/c")],
         "nothing is labelled",
+    ),
+    "minimal": (
+        "label-studio",
+        lambda root: next(root.glob("*.json")).write_text('[{"id": 1, "image": "a.jpg", "annotator": 1}]'),
+        "export the project as JSON",
     ),
     "tasks": ("label-studio-brush", lambda root: (root / "tasks.json").unlink(), "Export the project as JSON too"),
 }
