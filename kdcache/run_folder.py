@@ -38,6 +38,9 @@ METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
 WEIGHTS: tuple[str, ...] = get_args(Weights)
+OUTPUTS = ("logits", "probabilities", "sigmoid")
+"""What MODEL,outputs=KIND says of a model's segmentation."""
+_OUTPUTS = ",outputs="
 VERBS = ("train-teacher", "train-student")
 """What a run's recipe may name as its verb."""
 
@@ -140,15 +143,19 @@ class Run:
 
     Attributes:
         which: weights that were named with it, as in `RUN@best-ema`; None leaves them to whoever uses the run.
+        outputs: one of OUTPUTS, what its model's are said to be, as in `RUN,outputs=sigmoid`; None for nothing.
     """
 
     folder: Path
     which: str | None = None
+    outputs: str | None = None
 
     @classmethod
     def open(cls, text: str | Path) -> "Run":
         """The run in a folder, or `RUN@WEIGHTS`. Raises: RecipeError when the folder is not a run's."""
-        run = cls(*(named_weights(str(text)) or (Path(text),)))
+        name, outputs = split_outputs(str(text))
+        folder, which = named_weights(name) or (Path(name), None)
+        run = cls(folder, which, outputs)
         _ = run.model
         return run
 
@@ -175,7 +182,8 @@ class Run:
         }
 
     def __str__(self) -> str:
-        return str(self.folder) if self.which is None else f"{self.folder}@{self.which}"
+        weights = "" if self.which is None else f"@{self.which}"
+        return f"{self.folder}{weights}" + ("" if self.outputs is None else f"{_OUTPUTS}{self.outputs}")
 
     @cached_property
     def model(self) -> RunModel:
@@ -296,6 +304,24 @@ def named_weights(text: str) -> tuple[Path, str] | None:
             remedy=f"for instance {folder}@{WEIGHTS[0]}; {folder} alone is its best weights, or those of --weights",
         )
     return Path(folder), which
+
+
+def split_outputs(text: str) -> tuple[str, str | None]:
+    """(MODEL, KIND) of `MODEL,outputs=KIND`; (the text, None) of any other, also of a path that is there.
+
+    Raises: ModelError for a kind other than OUTPUTS.
+    """
+    model, found, kind = text.rpartition(_OUTPUTS)
+    if not found or "@" in kind or Path(text).exists():
+        return text, None
+    if kind not in OUTPUTS:
+        raise ModelError(
+            f"Unknown outputs {kind!r}: a model's outputs are {', '.join(OUTPUTS)}",
+            entry="unknown outputs of a model",
+            received=text,
+            remedy=f"write {model}{_OUTPUTS}{OUTPUTS[1]} for a softmax, {model}{_OUTPUTS}{OUTPUTS[2]} for a sigmoid",
+        )
+    return model, kind
 
 
 def weights_path(folder: Path, which: str) -> Path:

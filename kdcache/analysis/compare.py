@@ -373,7 +373,8 @@ class _Judge:
         self._progress(f"timing {entry.name}", 0, 1)
         model, description = judging.load(entry, self._split.classes)
         self.notes += () if model.load_report is None else model.load_report.notes
-        self.notes += [] if (finding := not_logits(model)) is None else [f"{entry.text} {finding.text}: {finding.remedy}"]
+        if (finding := not_logits(model)) is not None:
+            self.notes.append(f"{entry.text} {finding.text}: {finding.remedy}")
         with memory_errors(judging.device, 1):
             cost = measure_cost(model, description.size, device=judging.device, repeats=repeats)
         if entry.run is not None and (key := self._key(entry.run)) is not None:

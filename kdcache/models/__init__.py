@@ -13,14 +13,15 @@ from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, rea
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.joint import JointModel
 from kdcache.models.joint import Part as JointPart
+from kdcache.models.logits import AsLogits
 from kdcache.models.native import LoadReport, Outputs, SegmentationModel
-from kdcache.models.probe import PROBABILITIES, returns_probabilities
+from kdcache.models.probe import NotLogits, not_logits
 from kdcache.models.registry import build_model, is_function
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [
     "AGREEMENT",
-    "PROBABILITIES",
+    "AsLogits",
     "ClassMapped",
     "ClassMerge",
     "EnsembleModel",
@@ -28,6 +29,7 @@ __all__ = [
     "JointPart",
     "LoadReport",
     "ModelInfo",
+    "NotLogits",
     "Outputs",
     "SegmentationModel",
     "TapInfo",
@@ -39,8 +41,8 @@ __all__ = [
     "list_models",
     "load_weights",
     "missing_models",
+    "not_logits",
     "read_class_map",
     "read_state_dict",
-    "returns_probabilities",
     "state_digest",
 ]

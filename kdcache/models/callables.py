@@ -58,7 +58,7 @@ class WrappedModel(SegmentationModel):
         kinds = _kinds(spec, declared, heads)
         segmentation = kinds.get(SEGMENTATION)
         classes = segmentation.classes if isinstance(segmentation, CategoricalHead) else 0
-        if num_classes is not None and segmentation is not None and classes != num_classes:
+        if num_classes is not None and segmentation is not None and not _fits(classes, num_classes):
             raise ModelError(
                 "a model must return one channel per class",
                 received=f"{classes} channels for {num_classes} classes from {spec}",
@@ -138,13 +138,18 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
         return WrappedModel(spec, network, num_classes)
     network.spec = spec
     counted = SEGMENTATION in network.head_kinds
-    if counted and num_classes is not None and network.num_classes != num_classes:
+    if counted and num_classes is not None and not _fits(network.num_classes, num_classes):
         raise ModelError(
             "a model must have the number of classes that it is built for",
             received=f"{network.num_classes} instead of {num_classes} from {spec}",
             remedy="use the num_classes that the function is given",
         )
     return network
+
+
+def _fits(channels: int, num_classes: int) -> bool:
+    """Whether a network has one channel for each class, or one logit for two classes (`kdcache.models.logits`)."""
+    return channels == num_classes or (channels == 1 and num_classes == 2)
 
 
 def _import(place: str, spec: str) -> ModuleType:

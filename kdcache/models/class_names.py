@@ -36,11 +36,16 @@ def names_beside(weights: Path) -> tuple[str, ...]:
 def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
     """Compare the names that came with weights with the data's, whatever their case, spaces, "_" and "-".
 
-    Returns: a warning for other names in the same places; None if nothing differs, and for other numbers of classes.
+    Args:
+        theirs: () where they are not known; the one of a network of one logit is that of the second class.
+    Returns: a warning for other names in the same places, or another number of them; None if nothing differs.
     Raises: MismatchError, with the class map to write, if a name of the data stands for another class.
     """
-    if len(theirs) != len(ours):
+    theirs = _of_two(theirs, ours)
+    if not theirs:
         return None
+    if len(theirs) != len(ours):
+        return f"{origin} comes with {len(theirs)} class names and predicts {len(ours)} classes: they are not compared"
     their_keys, our_keys = _keys(theirs), _keys(ours)
     differ = [n for n, (a, b) in enumerate(zip(their_keys, our_keys, strict=True)) if a and b and a != b]
     if not differ:
@@ -62,13 +67,29 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
     )
 
 
+def known_names(theirs: Sequence[str], unnamed: Sequence[str]) -> tuple[str, ...]:
+    """The names that came with weights where they name every class, else others."""
+    theirs = _of_two(theirs, unnamed)
+    named = [ours if _PLACEHOLDER.fullmatch(name) else name for name, ours in zip(theirs, unnamed, strict=False)]
+    return tuple(named) if len(set(filter(None, named))) == len(theirs) == len(unnamed) else tuple(unnamed)
+
+
 def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence[str] = ()) -> str:
-    """A class map by name, in JSON: classes without a counterpart become `default`'s, or "?"."""
+    """A class map by name, in JSON: classes without a counterpart become `default`'s, or what is left, or "?"."""
     by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
-    table = {}
-    for number, key in enumerate(_keys(theirs)):
-        table[str(number)] = by_key.get(key or "", default[number] if number < len(default) else "?")
+    keys = _keys(theirs)
+    left = [name for key, name in by_key.items() if key not in keys]
+    other = left[0] if len(left) == 1 and sum(key not in by_key for key in keys) == 1 else "?"
+    table = {
+        str(number): by_key.get(key or "", default[number] if number < len(default) else other)
+        for number, key in enumerate(keys)
+    }
     return json.dumps(table, ensure_ascii=False)
+
+
+def _of_two(theirs: Sequence[str], ours: Sequence[str]) -> Sequence[str]:
+    """The names of both classes where there is one logit."""
+    return ("0", *theirs) if len(theirs) == 1 and len(ours) == 2 else theirs
 
 
 def _names_in(content: object) -> Iterator[tuple[str, ...]]:
@@ -94,7 +115,7 @@ def _sequence(value: Any) -> tuple[str, ...]:
         if sorted(value) != list(range(len(value))):
             return ()
         value = [value[number] for number in range(len(value))]
-    if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, Sequence) or not all(isinstance(name, str) and name.strip() for name in value):
         return ()
     return tuple(name.strip() for name in value)
 
@@ -105,7 +126,7 @@ def _parsed(text: str) -> object:
             return parse(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-    return text.split(",")
+    return text.split(",") if "," in text else None
 
 
 def _keys(names: Sequence[str]) -> list[str | None]:

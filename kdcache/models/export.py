@@ -27,7 +27,7 @@ from kdcache.files import replacing
 from kdcache.heads import SEGMENTATION, RegressionHead
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
-from kdcache.models.weights import load_weights, save_weights
+from kdcache.models.weights import save_weights
 from kdcache.run_folder import RunModel
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
@@ -155,9 +155,9 @@ def export_model(
 
 def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
     save_weights(deployed.model, path, {"format": "pt", **metadata})
-    again = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
+    count, moments = len(description.class_names), {"mean": description.mean, "std": description.std}
+    again = build_model(description.spec, count, weights=load_file(path), strict_head=True, **moments)
     again.untrained = deployed.model.untrained
-    load_weights(again, load_file(path), strict_head=True)
     return tuple(_AXES), Deployed(again.eval(), raw=True), ""
 
 

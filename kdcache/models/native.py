@@ -58,6 +58,8 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()  # of an image classifier's head, dropped when its backbone is taken
     unused_auxiliary: tuple[str, ...] = ()  # auxiliary heads, which serve training only
     reinitialised: tuple[str, ...] = ()  # left at their random initialisation
+    class_names: tuple[str, ...] = ()  # that came with the weights, one for each class; () where they are not known
+    notes: tuple[str, ...] = ()  # what a user should know of the file
 
 
 class SegmentationModel(nn.Module):

@@ -1,51 +1,115 @@
-"""A probe of the numbers that a network returns, with artificial images: probabilities or logits."""
+"""A probe of the numbers that a network returns, with artificial images: logits, or something else."""
+
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 
 from kdcache.heads import SEGMENTATION
+from kdcache.models.added_heads.wrapper import Wrapper
 from kdcache.models.class_map import ClassMapped
 from kdcache.models.ensemble import EnsembleModel
 from kdcache.models.joint import JointModel
+from kdcache.models.logits import AsLogits
 from kdcache.models.native import SegmentationModel, in_eval_mode
 from kdcache.models.registry import is_listed
 
-PROBABILITIES = "returns probabilities (in every pixel none is below 0, and they sum to 1) where logits are due"
-"""The defect of such a network, for messages."""
-_PROBE_PX = 128  # as the probe of foreign networks
+_PROBE_SIZE = (128, 128)  # as the probe of foreign networks
 _TOLERANCE = 1e-2
 """How far from 1 sums of probabilities may be, in float16 and of many classes."""
 
 
-def returns_probabilities(model: SegmentationModel) -> bool:
-    """Whether, in eval mode, a network gives probabilities where logits are due.
+class NotLogits(NamedTuple):
+    """Why a network's numbers are no logits.
 
-    That is so when on a black image, a smooth one and noise the numbers of every cell sum to 1 and none is below 0.
-    For an ensemble that is when any member does; for a model whose classes are mapped, before they are.
+    Attributes:
+        text: what they are, as a sentence goes on after the network's name.
+        remedy: what to do.
+        certain: False for what may be logits after all.
+    """
+
+    text: str
+    remedy: str
+    certain: bool
+
+
+def not_logits(model: SegmentationModel, size: tuple[int, int] = _PROBE_SIZE) -> NotLogits | None:
+    """What speaks against a network's numbers being logits, in eval mode; None if nothing does.
+
+    A black image, a smooth one and noise are shown to it. If all numbers lie within 0 to 1 they are no logits; if none
+    is negative they may not be. If a model's outputs are said to be something else, that is compared. Of an ensemble
+    the first member counts of which something is said; of a model whose classes are mapped, the classes before.
+
+    Args:
+        size: (H, W) of the images for a network that does not take 128x128.
     """
     if isinstance(model, EnsembleModel):
-        return any(map(returns_probabilities, model.parts))
-    if isinstance(model, ClassMapped):
-        return returns_probabilities(model.model)
+        found = [not_logits(part, size) for part in model.parts]
+        return next((each for each in found if each is not None), None)
     if isinstance(model, JointModel):
-        return any(returns_probabilities(part.model) for part in model.parts if SEGMENTATION in part.heads)
-    if model.num_classes < 2 or is_listed(model.spec):  # those give logits
-        return False
+        named = (part.model for part in model.parts if SEGMENTATION in part.heads)
+        return next((not_logits(part, size) for part in named), None)
+    while isinstance(model, ClassMapped | Wrapper) and not isinstance(model, AsLogits):
+        model = model.model
+    stated, asked = None, model
+    while isinstance(asked, AsLogits):
+        stated, asked = asked.outputs or stated, asked.model
+    if model.num_classes < 2 or stated == "logits" or (stated is None and is_listed(model.spec)):  # these give logits
+        return None
+    seen = _seen(asked, size)
+    return None if seen is None else _judged(*seen, stated, one=asked.num_classes == 1)
+
+
+def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, one: bool) -> NotLogits | None:
+    within = low >= 0 and 0 < high <= 1 + 1e-3
+    numbers = f"returns numbers from {low:.3g} to {high:.3g}"
+    if stated is not None:
+        if not within:
+            return NotLogits(f"{numbers}, which are not of outputs={stated}", f"leave out ,outputs={stated}", True)
+        if sums_to_one != (stated == "probabilities") and not one:
+            other = "probabilities" if sums_to_one else "sigmoid"
+            sums = "sum to 1" if sums_to_one else "do not sum to 1"
+            return NotLogits(f"returns numbers that {sums} in every pixel", f"write ,outputs={other}", False)
+        return None
+    if within:
+        sums_to_one = sums_to_one and not one
+        kind = "probabilities" if sums_to_one else "sigmoid"
+        words = "probabilities (no number is below 0, and those of a pixel sum to 1)"
+        return NotLogits(
+            f"returns {words}" if sums_to_one else f"{numbers} alone, as after a sigmoid,",
+            f"return what comes before the {'softmax' if sums_to_one else 'sigmoid'}, or write MODEL,outputs={kind}; "
+            "if they are logits all the same, MODEL,outputs=logits",
+            True,
+        )
+    if low >= 0 and high > 0:
+        return NotLogits(
+            f"{numbers} and none below 0",
+            "check that they are logits, without a ReLU, a softmax in percent or class numbers; MODEL,outputs=logits "
+            "says that they are",
+            False,
+        )
+    return None
+
+
+def _seen(model: SegmentationModel, size: tuple[int, int]) -> tuple[float, float, bool] | None:
+    """The least and the largest number, and whether those of every pixel sum to 1; None if the network fails."""
     like = next(model.parameters(), torch.empty(0))
-    try:
-        with torch.no_grad(), in_eval_mode(model):  # one by one, as much as any use of the network takes
-            return all(_sums_to_one(model, image[None], like) for image in _images())
-    except Exception:  # it takes no images of this size, and fails by itself where it is used
-        return False
+    for tried in dict.fromkeys((_PROBE_SIZE, size)):
+        with suppress(Exception), torch.no_grad(), in_eval_mode(model):  # one by one, as much as any use takes
+            lows, highs, sums_to_one = [], [], True
+            for image_HW3 in _images(tried):
+                x_13HW = model.normalise(image_HW3[None].to(like.device)).to(like.dtype)
+                values = model(x_13HW).logits.float()
+                lows.append(float(values.min()))
+                highs.append(float(values.max()))
+                sums_to_one = sums_to_one and bool(((values.sum(1) - 1).abs() <= _TOLERANCE).all())
+            return min(lows), max(highs), sums_to_one
+    return None
 
 
-def _sums_to_one(model: SegmentationModel, image_1HW3: torch.Tensor, like: torch.Tensor) -> bool:
-    values = model(model.normalise(image_1HW3.to(like.device)).to(like.dtype)).logits.float()
-    return bool((values >= 0).all() and ((values.sum(1) - 1).abs() <= _TOLERANCE).all())
-
-
-def _images() -> torch.Tensor:
+def _images(size: tuple[int, int]) -> torch.Tensor:
     """Black, a ramp of light, and noise; uint8 (3, H, W, 3), always the same."""
-    ramp_W = torch.linspace(0, 255, _PROBE_PX).to(torch.uint8)
-    noise = torch.randint(0, 256, (_PROBE_PX, _PROBE_PX, 3), generator=torch.Generator().manual_seed(7))
-    ramp = ramp_W[None, :, None].expand(_PROBE_PX, _PROBE_PX, 3)
+    ramp_W = torch.linspace(0, 255, size[1]).to(torch.uint8)
+    noise = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(7))
+    ramp = ramp_W[None, :, None].expand(*size, 3)
     return torch.stack([torch.zeros_like(ramp), ramp, noise.to(torch.uint8)])

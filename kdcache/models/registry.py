@@ -3,8 +3,10 @@
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -21,8 +23,10 @@ from kdcache.models.added_heads.auxiliary import WithAuxiliary, split_auxiliary
 from kdcache.models.added_heads.depth import split_depth, with_depth
 from kdcache.models.added_heads.wrapper import WithoutClasses
 from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
+from kdcache.models.logits import as_logits
 from kdcache.models.native import SegmentationModel
-from kdcache.models.weights import count_classes, load_weights, read_metadata, read_state_dict
+from kdcache.models.weights import Weights, count_classes, load_weights, read_metadata, read_weights
+from kdcache.run_folder import split_outputs
 
 _LISTED_CLASSES = 21
 _LISTED_PX = 256
@@ -50,7 +54,7 @@ def build_model(
     spec: str,
     num_classes: int | None,
     *,
-    weights: str | Path | None = None,
+    weights: str | Path | Mapping[str, Tensor] | None = None,
     mean: Iterable[float] | None = None,
     std: Iterable[float] | None = None,
     strict_head: bool | None = None,
@@ -59,12 +63,13 @@ def build_model(
 
     Args:
         spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`; with `+depth` after it
-            a depth head is added, with `+aux` an auxiliary head for training (see `kdcache.models.added_heads`).
+            a depth head is added, with `+aux` an auxiliary head for training (see `kdcache.models.added_heads`), and
+            `,outputs=sigmoid` at the end says what its outputs are (see `kdcache.models.logits`).
         num_classes: None takes the number that the weights have, or a `module:function`'s own; 0, of data without
             classes, leaves the head of classes out.
         weights: None initialises at random and downloads nothing; `default` downloads the library's own
-            weights once; anything else is a file or folder (see `read_state_dict`). What was loaded is
-            `model.load_report`.
+            weights once; a mapping has the tensors; anything else is a file or folder (see `read_weights`). What was
+            loaded is `model.load_report`.
         mean, std: of RGB in 0..1; None takes those that a file of `kdcache export` carries, else the model's
             own (ImageNet's but for some encoders' `default` weights).
         strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a
@@ -72,26 +77,33 @@ def build_model(
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, a foreign function that
         fails, or a model that no class leaves without a head.
     """
-    without, auxiliary = split_auxiliary(spec)
+    stated, outputs = split_outputs(spec)
+    without, auxiliary = split_auxiliary(stated)
     base, depth = split_depth(without)
     builder, name = _home(base)
     if num_classes is not None and num_classes < 0:
         raise ModelError("num_classes must be at least 0", received=str(num_classes), remedy="count the data's classes")
     strict = num_classes is None if strict_head is None else strict_head
-    state = None if weights is None else _state(base, weights, whole=strict)
+    loaded = None if weights is None else _read(base, weights, whole=strict)
     count = 1 if num_classes == 0 else num_classes  # no family builds a classifier of no class
     if builder is None:
-        model = callables.build(base, count)
+        make = partial(callables.build, base)
     else:
+        make = partial(builder.build, name)
         if count is None:
-            if state is None:
+            if loaded is None:
                 raise ModelError(
                     "the number of classes must be known",
                     received=f"{spec} with neither num_classes nor weights",
                     remedy="give the number of classes, or weights to read it from",
                 )
-            count = count_classes(state, builder.classifier_keys(name))
-        model = builder.build(name, count)
+            count = count_classes(loaded.state, builder.classifier_keys(name))
+    model = make(count)
+    if count == 2 and strict and loaded is not None and _are_of_one_logit(loaded.state, model):
+        model = make(1)
+    model = as_logits(model, outputs, count)
+    if outputs is not None:
+        without = f"{without},outputs={outputs}"
     if depth is not None:
         model = with_depth(without, model, depth)
     if num_classes == 0 and SEGMENTATION in model.head_kinds:
@@ -104,11 +116,12 @@ def build_model(
             )
     if auxiliary is not None:
         model = WithAuxiliary(spec, model, auxiliary)
-    if state is not None:
-        model.load_report = load_weights(model, state, strict_head=strict)
+    if loaded is not None:
+        report = load_weights(model, loaded.state, strict_head=strict)
+        model.load_report = replace(report, class_names=loaded.class_names, notes=loaded.notes)
     if builder is smp and weights == "default":
         model.mean, model.std = smp.default_moments(name)
-    elif weights is not None and weights != "default" and (moments := _exported_moments(weights)):
+    elif isinstance(weights, str | Path) and weights != "default" and (moments := _exported_moments(weights)):
         model.mean, model.std = moments
     if mean is not None:
         model.mean = mean
@@ -202,9 +215,11 @@ def _specs(family: str) -> Iterator[str]:
     return (f"{family}:{name}" for module in _FAMILIES[family] for name in module.NAMES)
 
 
-def _state(spec: str, weights: str | Path, whole: bool) -> dict[str, Tensor]:
+def _read(spec: str, weights: str | Path | Mapping[str, Tensor], whole: bool) -> Weights:
+    if isinstance(weights, Mapping):
+        return Weights(dict(weights))
     if weights != "default":
-        return read_state_dict(weights)
+        return read_weights(weights)
     builder, name = _home(spec)
     if builder is None:
         raise ModelError(
@@ -212,7 +227,17 @@ def _state(spec: str, weights: str | Path, whole: bool) -> dict[str, Tensor]:
             received=f"{spec}, which is your own function",
             remedy="load them in the function, or give a file",
         )
-    return builder.default_state(name, whole)
+    names = getattr(builder, "default_names", None) if whole else None
+    return Weights(builder.default_state(name, whole), () if names is None else names(name))
+
+
+def _are_of_one_logit(state: Mapping[str, Tensor], model: SegmentationModel) -> bool:
+    """Whether weights differ from a model's in nothing but one channel in place of its two."""
+    own = model.state_dict()
+    state = model.adopt_names(state)
+    differing = [(own[name].shape, state[name].shape) for name in own if name in state]
+    differing = [(ours, theirs) for ours, theirs in differing if ours != theirs]
+    return bool(differing) and all(ours[:1] == (2,) and theirs == (1, *ours[1:]) for ours, theirs in differing)
 
 
 def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:

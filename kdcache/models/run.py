@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +10,13 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing, write_whole
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
+from kdcache.models.class_names import compare_names, known_names
+from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function, is_shipped
 from kdcache.models.trust import check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict, save_weights
-from kdcache.run_folder import MODEL, WEIGHTS, Run, RunModel, named_weights, weights_path
+from kdcache.run_folder import MODEL, WEIGHTS, Run, RunModel, named_weights, split_outputs, weights_path
 
 # The first @ after a spec's last part, which is a name: either path may have one of its own.
 _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
@@ -65,15 +68,19 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
             remedy="use the version of the model that was trained",
         )
     load_weights(model, read_state_dict(path), strict_head=True)
+    if run.outputs is not None:
+        model = as_logits(model, run.outputs)
+        description = description.model_copy(update={"spec": model.spec})
     model.untrained = description.untrained
     return model.eval(), description
 
 
 def split_spec(text: str) -> tuple[str, str] | None:
-    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder.
+    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Of `SPEC@FILE,outputs=KIND` that is of the SPEC.
 
     Raises: ModelError for a spec alone, or one with an auxiliary head.
     """
+    text, outputs = split_outputs(text)
     if named_weights(text) is not None:
         return None
     weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
@@ -85,7 +92,7 @@ def split_spec(text: str) -> tuple[str, str] | None:
                 received=text,
                 remedy=f"write {base}@{weighted[2]}",
             )
-        return weighted[1], weighted[2]
+        return weighted[1] if outputs is None else f"{weighted[1]},outputs={outputs}", weighted[2]
     if ":" in text and not Path(text).exists():
         raise ModelError(
             "a trained model comes with weights: a run folder, SPEC@FILE or SPEC@default",
@@ -115,7 +122,10 @@ def open_model(
         which: of a run's weights, as `load_run`.
         class_map: file with the data class that each of its classes becomes (see `read_class_map`).
         trust: as `load_run`.
-    Raises: RecipeError for no run, no checkpoint or no size; ModelError for weights or a class map that do not fit.
+    What a user should know of the file is in the model's `load_report.notes`.
+
+    Raises: RecipeError for no run, no checkpoint or no size; ModelError for weights or a class map that do not fit;
+        MismatchError for classes in another order than the data's.
     """
     parts = split_spec(text)
     run: Run | None = None
@@ -143,14 +153,26 @@ def open_model(
         if description is not None and not description.class_names:
             count = 0
         model = build_model(parts[0], count, weights=parts[1], strict_head=True).eval()
+    report = model.load_report
     if class_map is None and description is not None:
         names, colours = description.class_names, description.class_colours
     else:
+        if callable(classes) and model.num_classes == 1:  # without data, one logit is that of two classes
+            model = as_logits(model, None, 2)
         class_list = classes(model.num_classes) if callable(classes) else classes
         names, colours = class_list.names, class_list.colours
+    if report is not None and description is None:
+        compared = None
+        if callable(classes):
+            names = known_names(report.class_names, names)
+        elif class_map is None:
+            compared = compare_names(text, report.class_names, names)
+        logit = one_logit_note(text, model, names if class_map is None else "01")
+        report = replace(report, notes=(*report.notes, *filter(None, (compared, logit))))
     model.untrained = () if description is None else description.untrained
     if class_map is not None:
         model = ClassMapped(model, read_class_map(class_map, model.num_classes, names)).eval()
+    model.load_report = report
     return model, RunModel(
         spec=model.spec,
         class_names=names,
@@ -184,7 +206,8 @@ def described(spec: str, weights: str) -> RunModel | None:
     if weights == "default":
         return None
     description = RunModel.from_metadata(read_metadata(weights), Path(weights))
-    if description is not None and description.spec != spec:
+    named = (spec, split_outputs(spec)[0])
+    if description is not None and description.spec not in named:
         raise ModelError(
             "weights are used with the model that they were exported from",
             received=f"{spec} with {weights}, which is of {description.spec}",

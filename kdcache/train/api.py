@@ -11,14 +11,15 @@ import torch
 from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.distill.terms import labellers
-from kdcache.errors import RecipeError
+from kdcache.errors import MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
 from kdcache.metrics.framing import Framing
 from kdcache.metrics.oom import is_out_of_memory
-from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
+from kdcache.models import SegmentationModel, build_model, not_logits
+from kdcache.models.class_names import compare_names
 from kdcache.models.trust import remember
 from kdcache.run_folder import RECIPE
 from kdcache.store.backend.durable import disk_space_errors
@@ -164,7 +165,7 @@ def make_trainer(
                 observer.note(text)
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
-        _note_all(_model_notes(config, model), observer.note)
+        _note_all(_model_notes(config, model, classes.names), observer.note)
         _note_all(warmup_notes(config), observer.note)
         own = None if samples is None else judged_by_its_own(samples)
         if own is not None:
@@ -274,15 +275,24 @@ def _check_seen(source: Source) -> list[str]:
     return [] if source.cache is None else check_teacher(source.cache, source.config, source.dataset.labels_used)
 
 
-def _model_notes(config: TrainConfig, model: SegmentationModel) -> Iterator[str]:
-    """Notes on what initialisation left out, and on a model of probabilities."""
+def _model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[str]) -> Iterator[str]:
+    """Notes on what initialisation left out or has for other classes, and on a model that gives no logits."""
     report = model.load_report
+    if report is not None:
+        yield from report.notes
+        if not report.reinitialised:
+            try:
+                note = compare_names(f"--init {config.init}", report.class_names, names)
+            except MismatchError as error:
+                note = f"{error.rule}: the head begins with other classes than it learns"
+            if note is not None:
+                yield note
     if report is not None and report.reinitialised:
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
-    if returns_probabilities(model):
-        yield f"{config.model} {PROBABILITIES}: leave the softmax out, or it learns badly and cannot teach"
+    if (finding := not_logits(model)) is not None and finding.certain:
+        yield f"{config.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
 
 
 def _notes(source: Source, val: Split | None) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from kdcache.data import Fit, Split, choose_fit
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
-from kdcache.models import Tta
+from kdcache.models import Tta, not_logits
 from kdcache.progress import progress_bar
 from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
@@ -145,6 +145,8 @@ def plan_build(
     fit, reason = _fit(settings["fit"], source, size, out, loaded.fit)
     for text in (*loaded.notes, *([reason] if reason else [])):
         note(text)
+    if classified and (finding := not_logits(loaded.model, settings["teacher_size"] or size)) and not finding.certain:
+        note(f"{loaded.origin} {finding.text}: {finding.remedy}")
     return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
 
 

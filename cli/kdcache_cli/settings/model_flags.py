@@ -8,6 +8,7 @@ import typer
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.shared import JudgeSettings
+from kdcache_cli.console import warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.signature import flag
 
@@ -48,4 +49,11 @@ def open_model(run: str, size: str | None, weights: str, classes: Path | None) -
     model, description = runs.open_model(run, named or unnamed_classes, shared_flags.parse_size(size), which)
     if named is not None:
         description.check_classes(named.names, str(classes))
+    warn_of_weights(model)
     return model, description
+
+
+def warn_of_weights(model: "SegmentationModel") -> None:
+    """Print what a user should know of the file of weights that a model was made of."""
+    for note in () if model.load_report is None else model.load_report.notes:
+        warn(note)

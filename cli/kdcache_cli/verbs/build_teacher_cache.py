@@ -13,7 +13,7 @@ from kdcache_cli.settings import build_flags, shared_flags
 from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    from kdcache.metrics import Metrics
+    from kdcache.teacher.audit.verify import Score
     from kdcache.teacher.build.ray_engine import Parts
 
 
@@ -113,18 +113,21 @@ def run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str | 
     _print_score(score_cache(Records(cache, source)), "first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 
-def _print_score(metrics: "Metrics | None", of: str) -> None:
+def _print_score(score: "Score | None", of: str) -> None:
     from kdcache.metrics import at_chance, percent
 
-    if metrics is None:
+    if score is None:
         OUT.print("no labels: the teacher's mIoU is unknown")
         return
+    metrics = score.metrics
     OUT.print(
         f"the teacher on these {of}, read back from the store: mIoU {percent(metrics.miou)}, "
-        f"aAcc {percent(metrics.aacc)}"
+        f"aAcc {percent(metrics.aacc)}, mean top probability {score.confidence:.3f}"
     )
     if (nothing := at_chance(metrics)) is not None:
         warn(
             f"the teacher {nothing}. It has nothing to teach: check its weights, --class-map, --mean and --std, or "
             "train it longer"
         )
+    elif score.doubt is not None:
+        warn(f"the teacher {score.doubt}")

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from kdcache.settings.shared import MachineSettings
-from kdcache_cli.console import OUT, bytes_text, progress_bar
+from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def verify(
     classes = ClassList(dataset.class_names, dataset.class_colours)
     classified = manifest.segmentation is not None
     loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map, classified=classified)
+    for note in loaded.notes:
+        warn(note)
     agreement = compare_teacher(Records.open(place, data, split), loaded, pick_device(device), records)
     for line in agreement.fingerprint:
         OUT.print(f"  [red]another teacher[/] {escape(line)}")

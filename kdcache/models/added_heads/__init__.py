@@ -2,11 +2,12 @@
 
 from kdcache.models.added_heads.auxiliary import split_auxiliary
 from kdcache.models.added_heads.depth import split_depth
+from kdcache.run_folder import split_outputs
 
 
 def base_of(spec: str) -> str:
-    """The spec of the model that heads are added to. Raises: ModelError for a malformed one."""
-    return split_depth(split_auxiliary(spec)[0])[0]
+    """The spec of a model without heads that are added and what its outputs are. Raises: ModelError if malformed."""
+    return split_depth(split_auxiliary(split_outputs(spec)[0])[0])[0]
 
 
 __all__ = ["base_of", "split_auxiliary", "split_depth"]

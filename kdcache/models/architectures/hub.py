@@ -1,10 +1,12 @@
 """Weights from Hugging Face's hub, for the spec `default`."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from kdcache.errors import ModelError
+from kdcache.models.class_names import names_beside
 from kdcache.models.weights import HUB_FILES, read_state_dict
 
 
@@ -28,6 +30,16 @@ def download_state(repository: str) -> dict[str, Tensor]:
         except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
             raise not_downloaded(repository, error) from error
     raise not_downloaded(repository, FileNotFoundError(f"it has none of {', '.join(HUB_FILES)}"))
+
+
+def download_names(repository: str) -> tuple[str, ...]:
+    """The class names in a repository's config.json, by class id; () where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return names_beside(Path(hf_hub_download(repository, "config.json")))
+    except Exception:  # the hub's own errors, those of its HTTP client, OSError: the weights are there
+        return ()
 
 
 def not_downloaded(repository: str, error: Any) -> ModelError:

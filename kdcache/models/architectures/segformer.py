@@ -155,8 +155,19 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """
     from kdcache.models.architectures.hub import download_state
 
+    return download_state(_repository(name, whole))
+
+
+def default_names(name: str) -> tuple[str, ...]:
+    """The names of the published weights' classes, by class id; () where they cannot be had."""
+    from kdcache.models.architectures.hub import download_names
+
+    return download_names(_repository(name, whole=True))
+
+
+def _repository(name: str, whole: bool) -> str:
     side = 640 if name == "b5" else 512
-    return download_state(f"nvidia/segformer-{name}-finetuned-ade-{side}-{side}" if whole else f"nvidia/mit-{name}")
+    return f"nvidia/segformer-{name}-finetuned-ade-{side}-{side}" if whole else f"nvidia/mit-{name}"
 
 
 def _published(name: str) -> str:

@@ -131,3 +131,10 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
             remedy="check the network, or fetch that file yourself and give its path as the weights",
         ) from error
     return dict(state)
+
+
+def default_names(name: str) -> tuple[str, ...]:
+    """The names of the published weights' classes, by class id."""
+    from torchvision.models import get_model_weights
+
+    return tuple(get_model_weights(name).DEFAULT.meta["categories"])

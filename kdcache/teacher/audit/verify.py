@@ -19,6 +19,7 @@ from kdcache_kernels import PackedTarget, densify, pack, target_argmax_confidenc
 # Other hardware rounds differently; another teacher differs by orders of magnitude more.
 MIN_AGREEMENT = 0.995
 MAX_KL = 1e-3
+MAX_DOUBT = 0.15
 MAX_VALUE_ERROR = 1e-2
 """The largest error of a regression's values or of features, as a part of the largest stored value."""
 
@@ -50,7 +51,30 @@ class Agreement:
         return same and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 
 
-def score_cache(records: Records, limit: int = 512) -> Metrics | None:
+@dataclass(frozen=True)
+class Score:
+    """A teacher's predictions beside labels.
+
+    Attributes:
+        confidence: mean probability of the best class (T = 1) over the labelled pixels; NaN if one is NaN.
+    """
+
+    metrics: Metrics
+    confidence: float
+
+    @property
+    def doubt(self) -> str | None:
+        """A warning if it is right far more often than it is sure, as logits that are none make it; else None."""
+        if not self.metrics.aacc - self.confidence > MAX_DOUBT:
+            return None
+        return (
+            f"is right in {100 * self.metrics.aacc:.1f} % of the pixels, and its mean top probability is "
+            f"{self.confidence:.3f}. A student would learn targets that are too even: check that the outputs are "
+            "logits (MODEL,outputs=sigmoid or probabilities for others)"
+        )
+
+
+def score_cache(records: Records, limit: int = 512) -> Score | None:
     """The teacher's metrics on the labels of whole images at view size, read back; None without labels or classes.
 
     A store that has crops alone is scored on the first crop of each image.
@@ -61,13 +85,17 @@ def score_cache(records: Records, limit: int = 512) -> Metrics | None:
     if cache.manifest.segmentation is None:
         return None
     confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
+    sure, counted = 0.0, 0
     for sample in evenly_spread(cache.manifest.dataset.samples, limit):
         record = cache.manifest.record(sample)
         if not cache.has_label[sample]:
             continue
-        argmax, _ = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
-        confusion.update(argmax[0], torch.from_numpy(records.label(record)))
-    return confusion.metrics() if confusion.counts.sum() else None
+        argmax, confidence = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
+        label = torch.from_numpy(records.label(record))
+        confusion.update(argmax[0], label)
+        labelled = confidence[0][label != IGNORE_INDEX]
+        sure, counted = sure + float(labelled.double().sum()), counted + labelled.numel()
+    return Score(confusion.metrics(), sure / counted) if counted else None
 
 
 def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:

@@ -10,7 +10,7 @@ import torch
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
-from kdcache.models import PROBABILITIES, Outputs, returns_probabilities
+from kdcache.models import Outputs, not_logits
 from kdcache.store import Fidelity, Manifest, evenly_spread
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.store.format.manifest_models import Build, Dataset, DepthLabels, Feature, Head, Regression
@@ -31,12 +31,12 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
     Args:
         probe: the teacher, on the options' device already, with the split and the options of the build.
         fidelity: False leaves the figures out, also where the options ask for them.
-    Raises: RecipeError for a k that cannot be; ModelError for a teacher that gives probabilities or that does not fit
+    Raises: RecipeError for a k that cannot be; ModelError for a teacher that gives no logits or that does not fit
         the data set; StoreError for a split or a tap whose name is none of a folder.
     """
     split, teacher, options = probe.split, probe.teacher, probe.options
     if SEGMENTATION in probe.heads:
-        _check_logits(teacher)
+        _check_logits(teacher, options.teacher_size or options.size)
     output = probe.probe()
     heads, figures = _heads(probe, output, fidelity=fidelity and options.fidelity)
     segmentation = heads.get(SEGMENTATION)
@@ -124,13 +124,15 @@ def _heads(
     return heads, figures
 
 
-def _check_logits(teacher: Teacher) -> None:
-    """Refuse probabilities: the softmax of them is nearly flat, whatever the teacher sees."""
-    if returns_probabilities(teacher.model):
+def _check_logits(teacher: Teacher, size: tuple[int, int]) -> None:
+    """Refuse outputs that are no logits: the softmax of them is nearly flat, whatever the teacher sees."""
+    finding = not_logits(teacher.model, size)
+    if finding is not None and finding.certain:
         raise ModelError(
-            "a teacher gives logits, of which a store keeps what their softmax needs",
-            received=f"{teacher.origin} {PROBABILITIES}",
-            remedy="return what comes before the softmax, or its logarithm (torch.log(p.clamp(min=1e-12)))",
+            f"The outputs of {teacher.origin} are not logits",
+            entry="outputs are not logits",
+            received=f"the teacher {finding.text}",
+            remedy=finding.remedy,
         )
 
 

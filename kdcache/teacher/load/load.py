@@ -20,6 +20,8 @@ from kdcache.models import (
     is_function,
     read_class_map,
 )
+from kdcache.models.class_names import class_map_text, compare_names
+from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.run import described, load_run, split_spec
 from kdcache.run_folder import Run
 from kdcache.shown import facts_table, line, size_text
@@ -27,6 +29,8 @@ from kdcache.store.format.manifest_models import Training
 from kdcache.teacher.load.provenance import trainings_of
 
 RGB = tuple[float, float, float]
+_SHOWN = 64
+"""Classes of a class map that an error proposes."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def load_teacher(
     align_corners: bool | None = None,
     trust: bool = False,
     classified: bool = True,
+    outputs: str | None = None,
 ) -> Teacher:
     """Load a teacher for a data set.
 
@@ -112,6 +117,8 @@ def load_teacher(
         class_map: file with the data class that each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.
         classified: whether its head of classes is used, which must be the data's.
+        outputs: what a module's or a model's outputs are, as ,outputs=KIND after its spec says it: logits,
+            probabilities (whose logarithm is taken) or sigmoid (whose logit is taken).
         trust: of a run, whether a function that it names may be imported and called (see `load_run`).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
@@ -129,7 +136,10 @@ def load_teacher(
         loaded = _of_spec(str(origin), *weighted, len(classes), class_map)
     else:
         loaded = _of_run(str(origin), trust=trust)
-    model, mapped = loaded.model, None
+    model = as_logits(loaded.model, outputs, len(classes) if class_map is None else count_sources(class_map))
+    if classified and (note := one_logit_note(loaded.origin, model, classes.names if class_map is None else "01")):
+        loaded.notes.append(note)
+    mapped = None
     model.mean, model.std = mean or model.mean, std or model.std
     if model.untrained:
         loaded.notes.append(f"{loaded.origin} learnt nothing of {', '.join(model.untrained)}: left out")
@@ -137,7 +147,7 @@ def load_teacher(
         table = read_class_map(class_map, model.num_classes, classes.names)
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
     elif SEGMENTATION in model.learnt_heads and classified:
-        _check_classes(loaded.origin, model.num_classes, loaded.class_names, classes)
+        _check_classes(loaded, model.num_classes, classes)
     return Teacher(
         model.eval(),
         loaded.origin,
@@ -189,7 +199,9 @@ def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str 
     if about is not None:
         loaded.size, loaded.class_names, loaded.fit = about.size, about.class_names, about.fit
     report = model.load_report
-    if report is not None and report.unused_auxiliary:
+    assert report is not None
+    loaded.notes += report.notes
+    if report.unused_auxiliary:
         loaded.notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
     return loaded
 
@@ -220,18 +232,27 @@ def _full_size(model: SegmentationModel) -> list[str]:
     ]
 
 
-def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:
+def _check_classes(loaded: _Loaded, count: int, classes: ClassList) -> None:
+    """Compare number and names; other names of weights from elsewhere are noted. Raises: ModelError, MismatchError."""
+    report = loaded.model.load_report
+    theirs = loaded.class_names or (() if report is None else report.class_names)
     if count != len(classes):
+        remedy = "write the teacher's class names into a classes.txt in the data folder, one a line, in their order"
+        if classes.names:
+            remedy = "give --class-map FILE, which has for each teacher class the class of the data that it becomes"
+            if len(theirs) == count <= _SHOWN:
+                remedy += f", for instance {class_map_text(theirs, classes.names)}"
         raise ModelError(
             "a teacher has as many classes as the data set",
-            received=f"{origin} has {count}, the data set has {len(classes)}",
-            remedy="give --class-map FILE, which has for each teacher class the class of the data that it becomes"
-            if classes.names
-            else "write the teacher's class names into a classes.txt in the data folder, one a line, in their order",
+            received=f"{loaded.origin} has {count}, the data set has {len(classes)}",
+            remedy=remedy,
         )
-    if names is not None and tuple(names) != classes.names:
+    if (note := compare_names(loaded.origin, theirs, classes.names)) is not None:
+        loaded.notes.append(note)
+    if loaded.class_names is not None and loaded.class_names != classes.names:
         raise MismatchError(
             "a teacher's classes are the data set's, in the same order",
-            received=f"{', '.join(names)} against {', '.join(classes.names)}",
-            remedy="give --class-map FILE to say which is which, or correct classes.txt",
+            received=f"{', '.join(loaded.class_names)} against {', '.join(classes.names)}",
+            remedy="correct classes.txt, or give --class-map FILE with what each class becomes, such as "
+            + class_map_text(theirs, classes.names, classes.names),
         )

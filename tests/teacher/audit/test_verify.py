@@ -145,23 +145,57 @@ def test_another_data_set_is_refused(built, teacher) -> None:
 def test_the_score_is_that_of_the_teacher(built, teacher) -> None:
     """Argmax of the resized logits against the label, at view size, pixel by pixel."""
     cache, source = built
-    counts = np.zeros((7, 7), np.int64)
+    counts, sure = np.zeros((7, 7), np.int64), []
     for record in range(len(source)):
         image, label = source.image(record), source.label(record)
         view, small = render(image, label, Window.full(*image.shape[:2]), flip=False, size=(32, 48))
         with torch.inference_mode():
             logits = teacher.model(teacher.model.normalise(torch.from_numpy(view)[None])).logits
-        best = F.interpolate(logits.double(), (32, 48), mode="bilinear", align_corners=False).argmax(1)[0].numpy()
+        resized = F.interpolate(logits.double(), (32, 48), mode="bilinear", align_corners=False)[0]
+        best = resized.argmax(0).numpy()
         counted = small != IGNORE_INDEX
+        sure.append(resized.softmax(0).amax(0).numpy()[counted])
         np.add.at(counts, (small[counted], best[counted]), 1)
     hits = np.diag(counts)
     with np.errstate(invalid="ignore"):
         iou = hits / (counts.sum(0) + counts.sum(1) - hits)
-    score = score_cache(Records(cache, source))
+    found = score_cache(Records(cache, source))
+    assert found.confidence == pytest.approx(np.concatenate(sure).mean(), abs=2e-3)
+    assert found.doubt is None  # it is wrong nearly everywhere
+    score = found.metrics
     assert score.aacc == pytest.approx(hits.sum() / counts.sum(), abs=2e-3)
     assert score.miou == pytest.approx(np.nanmean(iou), abs=2e-3)
     assert score.label_pixels == tuple(counts.sum(1))
     assert score.miou == pytest.approx(evaluate_model(teacher.model, source, (32, 48), at_size=True).miou, abs=2e-3)
+
+
+@pytest.mark.parametrize(("scale", "doubted"), [(20.0, False), (0.4, True)])
+def test_a_teacher_that_is_right_and_hardly_sure_is_doubted(tmp_path, split, options, scale, doubted) -> None:
+    """Sharp logits and flat ones of the same argmax: the labels themselves, times a number."""
+    masks = {split.image(n)[0].tobytes(): split.label(n) for n in range(len(split))}
+
+    class Knows(SegmentationModel):
+        def __init__(self) -> None:
+            super().__init__(spec="own:knows", num_classes=len(split.classes), stride=1, taps=())
+
+        def normalise(self, pixels_BHW3):
+            self.asked = pixels_BHW3
+            return super().normalise(pixels_BHW3)
+
+        def forward(self, x_B3HW, taps=()):
+            labels = [
+                masks.get(image[0].numpy().tobytes(), np.zeros(x_B3HW.shape[-2:], np.uint8)) for image in self.asked
+            ]
+            labels_BHW = torch.from_numpy(np.stack(labels)).long().clamp(max=self.num_classes - 1)
+            logits = F.one_hot(labels_BHW, self.num_classes).permute(0, 3, 1, 2).float()
+            return Outputs({"segmentation": scale * logits - 0.1}, {})
+
+    build_cache(split, Teacher(Knows().eval(), "knows"), tmp_path / "s.zarr", options(size=(36, 52), batch_size=1))
+    score = score_cache(Records(open_cache(tmp_path / "s.zarr"), split))
+    assert score.metrics.aacc > 0.99
+    assert (score.doubt is not None) == doubted
+    if doubted:
+        assert f"mean top probability is {score.confidence:.3f}" in score.doubt
 
 
 def test_a_score_counts_labelled_records_only(tmp_path, teacher, folder_data, options) -> None:
@@ -173,7 +207,7 @@ def test_a_score_counts_labelled_records_only(tmp_path, teacher, folder_data, op
         labels = [source.label(r) for r in range(7) if source.has_label(r)]
         void = sum((render(np.zeros((*x.shape, 3), np.uint8), x, Window.full(*x.shape), flip=False, size=(32, 48))[1]
                     == 255).sum() for x in labels)  # fmt: skip
-        score = score_cache(Records(open_cache(tmp_path / pixels), source))
+        score = score_cache(Records(open_cache(tmp_path / pixels), source)).metrics
         assert sum(score.label_pixels) == 3 * 32 * 48 - void
 
 

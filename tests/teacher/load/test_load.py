@@ -216,3 +216,79 @@ def test_a_teacher_without_finite_answers_is_another_teacher(teacher) -> None:
         broken = own.model_copy(update={"probe": (value, *own.probe[1:])})
         assert own.differences(broken)
         assert broken.differences(own)
+
+
+def test_the_names_of_weights_from_elsewhere(tmp_path, classes, model_of) -> None:
+    """The same names in another order are refused with the class map; others are noted; a class map silences both."""
+    names = list(classes.names)
+    origin = f"kdcache:tiny@{tmp_path}"
+    save_file(dict(model_of(len(names)).state_dict()), tmp_path / "model.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"id2label": dict(enumerate([names[1], names[0], *names[2:]]))}))
+    error = refusal(MismatchError, origin, classes)
+    assert f"class 0 is {names[1]} in {origin} and {names[0]} in the data" in error.rule
+    proposed = error.remedy[error.remedy.index("{") : error.remedy.index("}") + 1]
+    (tmp_path / "map.json").write_text(proposed)
+    assert load_teacher(origin, classes, class_map=tmp_path / "map.json").class_map == (1, 0, *range(2, len(names)))
+    config.write_text(json.dumps({"id2label": dict(enumerate([*names[:-1], "Auto"]))}))
+    (note,) = load_teacher(origin, classes).notes
+    assert "Auto in the weights" in note
+    assert load_teacher(origin, classes, class_map=tmp_path / "map.json").notes == ()
+    assert load_teacher(origin, classes, classified=False).notes == ()
+    config.write_text(json.dumps({"id2label": dict(enumerate(names))}))
+    assert load_teacher(origin, classes).notes == ()
+    fewer = refusal(ModelError, origin, ClassList(tuple(names[:-1])))
+    assert f'"{len(names) - 2}": "{names[-2]}", "{len(names) - 1}": "?"' in fewer.remedy
+
+
+def test_which_of_two_kinds_of_weights_is_said_and_chosen(tmp_path, classes, model_of) -> None:
+    raw, average = model_of(len(classes)), model_of(len(classes), seed=1)
+    torch.save({"model": raw.state_dict(), "model_ema": average.state_dict()}, tmp_path / "w.pth")
+    teacher = load_teacher(f"kdcache:tiny@{tmp_path}/w.pth", classes)
+    assert "model is taken, the raw ones" in teacher.notes[0]
+    assert state_digest(teacher.model) == state_digest(raw)
+    chosen = load_teacher(f"kdcache:tiny@{tmp_path}/w.pth:ema", classes)
+    assert chosen.notes == ()
+    assert state_digest(chosen.model) == state_digest(average)
+
+
+SIGMOID = """
+from torch import nn
+def build(num_classes=3): return nn.Sequential(nn.Conv2d(3, num_classes, 4, stride=4), nn.Sigmoid())
+"""
+
+
+@pytest.mark.parametrize("form", ["function", "file", "run", "module"])
+def test_what_outputs_are_is_part_of_the_fingerprint(tmp_path, run_folder, classes, form) -> None:
+    """Of a function's spec, after its weights, of a run and of a module: a store knows the teacher by it."""
+    (tmp_path / "nets.py").write_text(SIGMOID)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, len(classes), 4, stride=4), torch.nn.Sigmoid())
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    function, weights = f"{tmp_path}/nets.py:build", f"{tmp_path}/w.pth"
+    plain, stated = {
+        "function": (f"{function}@{weights}", f"{function},outputs=sigmoid@{weights}"),
+        "file": (f"{function}@{weights}", f"{function}@{weights},outputs=sigmoid"),
+        "run": (str(run_folder), f"{run_folder}@best,outputs=sigmoid"),
+        "module": (network, network),
+    }[form]  # fmt: skip
+    other = load_teacher(plain, classes)
+    teacher = load_teacher(stated, classes, outputs="sigmoid" if form == "module" else None)
+    assert teacher.model.spec == f"{other.model.spec},outputs=sigmoid"
+    assert state_digest(teacher.model) == state_digest(other.model)
+    changed = fingerprint(teacher, "float32", CPU).differences(fingerprint(other, "float32", CPU))
+    assert {line.partition(":")[0] for line in changed} == {"spec", "probe"}
+
+
+def test_one_logit_of_a_teacher_stands_for_the_second_class(tmp_path) -> None:
+    network = torch.nn.Conv2d(3, 1, 4, stride=4)
+    for origin in (network, f"{tmp_path}/nets.py:build@{tmp_path}/w.pth"):
+        (tmp_path / "nets.py").write_text("from torch import nn\ndef build(): return nn.Conv2d(3, 1, 4, stride=4)\n")
+        torch.save(network.state_dict(), tmp_path / "w.pth")
+        teacher = load_teacher(origin, ClassList(("background", "lesion")))
+        assert teacher.model.num_classes == 2
+        assert "it is that of lesion, and background has 0" in teacher.notes[-1]
+        refused = refusal(ModelError, origin, ClassList(("a", "b", "c")))
+        assert "1" in refused.received
+        (tmp_path / "map.txt").write_text("0 lesion\n1 background\n")
+        mapped = load_teacher(origin, ClassList(("background", "lesion")), class_map=tmp_path / "map.txt")
+        assert mapped.class_map == (1, 0)

@@ -1,0 +1,76 @@
+"""Outputs that are no logits of every class, as logits: probabilities, sigmoids, one logit for two classes.
+
+    net.py:build@w.pth,outputs=sigmoid          log p - log(1 - p) of every class
+    net.py:build@w.pth,outputs=probabilities    log p
+    net.py:build@w.pth,outputs=logits           they are logits, although they look otherwise: taken as they are
+
+One logit z of a network for two classes is (0, z). A bilinear resize of the result differs slightly from the logarithm
+of resized probabilities.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import ModelError
+from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.models.added_heads.wrapper import Wrapper
+from kdcache.models.native import Outputs, SegmentationModel
+
+_LEAST, _MOST = 1e-12, 1 - 2**-24  # the largest float32 below 1
+
+
+class AsLogits(Wrapper):
+    """A model whose segmentation is turned into logits; the state dict keeps the model's names.
+
+    Args:
+        outputs: one of `kdcache.run_folder.OUTPUTS`, what the model's are; None for logits.
+    """
+
+    def __init__(self, spec: str, model: SegmentationModel, outputs: str | None = None, *, two: bool = False) -> None:
+        count = 2 if two else model.num_classes
+        kinds = {**model.head_kinds, SEGMENTATION: CategoricalHead(count)}
+        super().__init__(spec, model, num_classes=count, head_kinds=kinds, classifier_keys=model.classifier_keys)
+        self.untrained = model.untrained
+        self.outputs = outputs
+        self.two = two
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        outputs = self.model(x_B3HW, taps)
+        return Outputs({**outputs.heads, SEGMENTATION: self._logits(outputs.logits)}, outputs.features)
+
+    def _logits(self, raw_BChw: Tensor) -> Tensor:
+        """The logits (B, num_classes, h, w); float32 and finite if they were probabilities."""
+        if self.outputs in ("probabilities", "sigmoid"):
+            p_BChw = raw_BChw.float()
+            raw_BChw = p_BChw.clamp(min=_LEAST).log()
+            if self.outputs == "sigmoid" or p_BChw.shape[1] == 1:  # of two classes, one
+                raw_BChw = raw_BChw - (1 - p_BChw.clamp(max=_MOST)).log()
+        return torch.cat([torch.zeros_like(raw_BChw), raw_BChw], 1) if self.two else raw_BChw
+
+
+def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) -> str | None:
+    """A note on which class one logit stands for; None of a model of more."""
+    if not isinstance(model, AsLogits) or model.num_classes == model.model.num_classes:
+        return None
+    return f"{origin} has one logit for two classes: it is that of {names[1]}, and {names[0]} has 0"
+
+
+def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None = None) -> SegmentationModel:
+    """A model whose outputs are of a kind, and whose one logit stands for two classes if `classes` is 2.
+
+    Raises: ModelError for a kind of outputs of a model without a head of classes.
+    """
+    if outputs is not None and SEGMENTATION not in model.head_kinds:
+        raise ModelError(
+            f"outputs={outputs} is said of classes, and {model.spec} has no head {SEGMENTATION}",
+            entry="outputs are of classes",
+            received=f"heads {', '.join(model.head_kinds) or 'none'}",
+            remedy=f"leave out ,outputs={outputs}",
+        )
+    two = classes == 2 and model.num_classes == 1
+    if outputs is None and not two:
+        return model
+    spec = model.spec if outputs is None else f"{model.spec},outputs={outputs}"
+    return AsLogits(spec, model, outputs, two=two)
