@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from kdcache.errors import CorruptError, StoreError
 from kdcache.files import user_cache
+from kdcache.locks import Lock
 from kdcache.sharing.address import HubAddress
 from kdcache.sharing.client import DATASET, answers, hub, snapshot_download, tqdm
 from kdcache.store.backend.durable import disk_space_errors
@@ -35,11 +34,9 @@ def staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
     folder = (cache_dir or user_cache()) / _FOLDER / name
     with disk_space_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{name}.lock")
-        with FileLock(lock):
+        with Lock(folder.with_name(f"{name}.lock")):
             yield folder
             shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink()  # while it is held: a process that waits for it checks that it is still there
 
 
 @contextmanager

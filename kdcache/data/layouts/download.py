@@ -11,11 +11,10 @@ import os
 import shutil
 from pathlib import Path
 
-from filelock import FileLock
-
 from kdcache.data.layouts.published.voc import Voc
 from kdcache.data.layouts.registry import LAYOUTS
 from kdcache.errors import DataError
+from kdcache.locks import Lock
 
 STAGING = ".kdcache-download"
 _DEVKIT = "VOCdevkit/VOC2012"
@@ -55,7 +54,7 @@ def download(layout: str, root: str | os.PathLike[str]) -> Path:
             received=f"{top}: {error}",
             remedy="Name another folder, or make room for one there.",
         ) from error
-    with FileLock(top / f"{STAGING}.lock"):  # processes of one training that all come first
+    with Lock(top / f"{STAGING}.lock"):  # processes of one training that all come first
         return _fetch_voc(top)
 
 

@@ -6,7 +6,6 @@ the bound holds at any time; what a killed process left half fetched goes when r
 are removed.
 """
 
-import fcntl
 import os
 import shutil
 import time
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
 
-from filelock import FileLock
-
 from kdcache.errors import StoreError
+from kdcache.locks import Lock
 from kdcache.store.backend.durable import PARTIAL, disk_space_errors
 from kdcache.store.format.shard import let_go_of_removed
 
@@ -62,7 +60,7 @@ class Mirror:
         if handle is not None:
             return handle
         self._begin()
-        with FileLock(self._lock(str(crc32(str(path).encode()) % _STRIPES))):
+        with Lock(self._lock(str(crc32(str(path).encode()) % _STRIPES))):
             handle = _opened(path, size)
             if handle is None:
                 handle = self._fetched(path, size, download)
@@ -101,6 +99,7 @@ class Mirror:
     def _fetched(self, path: Path, size: int | None, download: Download) -> int:
         for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a killed process: this one has the lock
             left.unlink(missing_ok=True)
+            self._lock(left.stem).unlink(missing_ok=True)
         if size is None:  # metadata: by way of memory, to know how much room it takes
             memory = BytesIO()
             size = download(memory)
@@ -116,12 +115,13 @@ class Mirror:
     def _reserved(self, path: Path, size: int) -> Iterator[BinaryIO]:
         """A new file beside `path`, as long as it will be; locked, so that others see that it is being written."""
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        written = Lock(self._lock(partial.stem))
         while True:
-            with FileLock(self._lock("room")):
+            with Lock(self._lock("room")):
                 if self._make_room(size):
                     path.parent.mkdir(parents=True, exist_ok=True)
+                    written.acquire()
                     file = partial.open("w+b")
-                    fcntl.flock(file, fcntl.LOCK_EX)
                     file.truncate(size)
                     break
             time.sleep(_WAIT_SECONDS)
@@ -130,6 +130,7 @@ class Mirror:
                 yield file
         finally:
             partial.unlink(missing_ok=True)
+            written.release()
 
     def _make_room(self, needed: int) -> bool:
         """Whether `needed` more bytes fit now; then they are counted. Raises StoreError when they never will."""
@@ -154,7 +155,7 @@ class Mirror:
         for path in self._files():
             with suppress(FileNotFoundError):
                 status = path.lstat()
-                if path.name.endswith(PARTIAL) and _abandoned(path):
+                if path.name.endswith(PARTIAL) and self._abandoned(path):
                     path.unlink()
                     continue
                 held += status.st_size
@@ -168,6 +169,14 @@ class Mirror:
             with suppress(OSError):
                 os.removedirs(path.parent)
         return held
+
+    def _abandoned(self, partial: Path) -> bool:
+        """Whether no process writes a file any more: its lock ended with its process."""
+        lock = Lock(self._lock(partial.stem))
+        free = lock.acquire(wait=False)
+        if free:
+            lock.release()
+        return free
 
     def _files(self) -> Iterator[Path]:
         for folder, folders, names in os.walk(self.folder):
@@ -199,13 +208,3 @@ def _opened(path: Path, size: int | None) -> int | None:
     with suppress(OSError):  # another user's copies
         os.utime(handle, ns=(time.time_ns(), status.st_mtime_ns))
     return handle
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether no process writes a file any more: its lock ended with its process."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True

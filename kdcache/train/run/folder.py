@@ -12,13 +12,15 @@ from kdcache.data import changed_data, open_split
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.locks import is_lock
 from kdcache.models import SegmentationModel
 from kdcache.models.run import describe_weights, write_run_model
 from kdcache.models.weights import DEPTH_HEAD
-from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel, RunStream
+from kdcache.run_folder import ENVIRONMENT, LOCAL, METRICS, MODEL, RECIPE, Run, RunModel, RunStream, write_local
 from kdcache.run_samples import SAMPLES, RunSamples
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
+from kdcache.shown import bare
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.store.format.flags import pack_flags
 from kdcache.train.config import TrainConfig, read_config
@@ -27,7 +29,7 @@ from kdcache.train.run.checkpoint_file import KEPT
 from kdcache.train.run.lock import LOCK, RunLock
 from kdcache.train.run.metrics_log import environment, write_json
 
-BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS, SAMPLES}
+BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS, LOCAL, SAMPLES}
 EVENTS = "events.out.tfevents."  # of tensorboard
 # What may change between a run's start and its resumption without changing what it learns.
 PLACES = {*entries(SourceSettings, CopySettings), "cache", "val"}
@@ -107,14 +109,16 @@ def _torchrun_restarts() -> bool:
 
 
 def _fixed(config: TrainConfig, name: str) -> Any:
-    """The value of a setting as far as it may not change: of streams without their places."""
+    """The value of a setting as far as it may not change: of streams without their places, of files without folders."""
     value = getattr(config, name)
+    if name in ("model", "init") and value is not None:
+        return bare(str(value))
     return [{k: v for k, v in table.items() if k not in PLACES} for table in value] if name == "stream" else value
 
 
 def _means_nothing(path: Path) -> bool:
     """Whether a path is left over from a run that was killed before it began."""
-    return path.name == LOCK or is_partial(path)
+    return is_lock(path, LOCK) or is_partial(path)
 
 
 def _is_untrained(run: Path) -> bool:
@@ -175,6 +179,7 @@ def write_beginning(
         clear_partials(run / KEPT)
         # First and whole: its presence marks the folder as a run, which may be resumed whatever else is missing.
         write_whole(run / RECIPE, config.to_toml())
+        write_local(run, model.deployed.spec, config.settings())
         run_model = RunModel(
             spec=model.deployed.spec,
             class_names=classes.names,
