@@ -44,8 +44,8 @@ ALLOWED = {
     "run_samples": {"data", "files"},
     "run_folder": {"shown", "heads", "errors", "files", "settings"},
     "models": {"heads", "listing", "errors", "files", "run_folder"},
-    "store": {"shown", "heads", "data", "errors", "locks"},
-    "sharing": {"shown", "store", "errors", "locks", "run_folder", "settings"},
+    "store": {"shown", "heads", "data", "errors", "files", "locks"},
+    "sharing": {"shown", "store", "errors", "files", "locks", "run_folder", "settings"},
     "distill": {"heads", KERNELS, "errors"},
     "metrics": {"shown", "heads", "data", "models", "errors", "files", "settings"},
     "teacher": {

@@ -31,6 +31,7 @@ class Records:
             _check_digest(cache, split)
             # All at once, and before a DataLoader's workers get copies: a training reads every record.
             self._windows, self._flips, self._checksums = map(cache.column, ("window", "flip", "pixel_checksum"))
+            self._labels = cache.column("label_checksum") if cache.manifest.records_contents else None
 
     @classmethod
     def open(cls, store: str | Path | Place, data: str | None = None, split: str | None = None) -> "Records":
@@ -138,30 +139,41 @@ class Records:
         """Whether pixels are those of the view that the teacher saw, to the bit."""
         return pixel_checksum(pixels) == int(self._checksums[record])
 
-    def check_image(self, record: int, image: Array) -> None:
-        """Refuse an image, as the data set has it, that renders otherwise now; each record is rendered once.
+    def check_image(self, record: int, image: Array, label: Array | None = None) -> None:
+        """Fail if an image, or its label, renders otherwise than at the build. Each record is rendered once.
 
+        Args:
+            image, label: as the data set has them. A label of None is not compared.
         Raises: MismatchError.
         """
         if record in self._checked:
             return
         window, flip = self.window(record)
-        self._check_same(record, render(image, None, window, flip=flip, size=self.cache.view_size)[0])
+        pixels, small = render(image, label, window, flip=flip, size=self.cache.view_size)
+        self._check_same(record, pixels, None if label is None else small)
         self._checked.add(record)
 
     def _checked_view(self, record: int) -> tuple[Array, Array]:
         pixels, label = self.render(record)
-        self._check_same(record, pixels)
+        self._check_same(record, pixels, label)
         return pixels, label
 
-    def _check_same(self, record: int, pixels: Array) -> None:
+    def _check_same(self, record: int, pixels: Array, label: Array | None) -> None:
+        assert self.split is not None
+        where = f"{self.sample(record)!r} of {self.split.data}"
         if not self.is_same(record, pixels):
-            assert self.split is not None
             raise MismatchError(
                 "an image must render to the pixels that the teacher saw",
-                received=f"{self.sample(record)!r} of {self.split.data} renders differently: the file or an image "
-                "library has changed",
+                received=f"{where} renders differently: the file or an image library has changed",
                 remedy="restore the image, build the store again, or build with --pixels stored",
+            )
+        if label is not None and self._labels is not None and pixel_checksum(label) != int(self._labels[record]):
+            raise MismatchError(
+                f"The label of {where} has changed since {self.cache.place} was built",
+                entry="data set has changed",
+                received=f"split {self.split.split!r}",
+                remedy=f"restore the label, or renew the cache: kdcache extend {self.cache.place} --data "
+                f"{self.split.data} --teacher TEACHER --out NEW",
             )
 
 

@@ -147,9 +147,12 @@ class StoreWriter:
         if other and (set(self.missing) != set(again) or (again and data is None)):
             raise _another(self.place, other)
         if data is not None:
+            proofs: dict[str, bytes] = {}
             for shard, record in again.items():
                 for path, rendered in data.checksums(shard).items():
-                    self._check_rendered(path, shard, record, rendered, needed=bool(other))
+                    proofs |= self._check_rendered(path, shard, record, rendered, needed=bool(other))
+            for key, content in proofs.items():  # they must outlast the record, should this repair be interrupted
+                self.place.publish(key, content)
         if other and again:
             self._note(now, sorted(again))
         if doubtful:
@@ -160,14 +163,16 @@ class StoreWriter:
 
     def _check_rendered(
         self, path: str, shard: int, record: ShardRecord | None, rendered: Array, *, needed: bool
-    ) -> None:
+    ) -> dict[str, bytes]:
         """Compare the checksums of a shard's pixels or labels with the stored ones, if the store has them.
 
+        Returns: the file that proves it, if it is damaged and `needed`.
         Raises: MismatchError if they differ, and if `needed` also if they are not known.
         """
         spec = next((spec for spec in self._specs if spec.path == path), None)
+        proof: dict[str, bytes] = {}
         if spec is None:
-            return
+            return proof
         key = shard_key(spec, shard)
         file = None if record is None else record.files[key]
         stored = ledger.read_or_none(self.place, key, MAX_JSON_BYTES)
@@ -175,8 +180,8 @@ class StoreWriter:
             # This file itself is damaged: its digest shows whether it would be the same again.
             stored = self._encoder.encode(spec, shard, rendered)
             same = hashlib.sha256(stored).hexdigest() == file.sha256
-            if same and needed:  # what proves it must outlast the record, should this repair be interrupted
-                self.place.publish(key, stored)
+            if same and needed:
+                proof[key] = stored
         else:
             rows = None if stored is None else self._encoder.decode(spec, shard, stored)
             same = not needed if rows is None else np.array_equal(rows, rendered)
@@ -189,6 +194,7 @@ class StoreWriter:
                 remedy=f"restore the {what}, or the versions that the store was built with (kdcache inspect --json); "
                 "or build into a new folder",
             )
+        return proof
 
     def recorded(self, shards: Collection[int]) -> Recorded:
         """Return what some finished shards say of the data set. Raises: as `read_ids`."""

@@ -235,7 +235,7 @@ class CacheDataset(DrawnDataset):
         number = self.indices[index]
         image = self.split.image(number)
         label = self.split.label(number) if SEGMENTATION in self.tasks else None
-        self.source.check_image(record, image)
+        self.source.check_image(record, image, label)
         shown, mirrored = self.source.window(record)
         image_size = image.shape[0], image.shape[1]
         fitted = fitted_share(self.fit, image_size, self.cache.manifest.view.image_size or self.cache.view_size)

@@ -89,7 +89,7 @@ def test_one_pass_stores_every_head(tmp_path, split, options, origins) -> None:
     result = build_cache(split, teacher, tmp_path / "both", options())
     cache = open_cache(tmp_path / "both")
     depth = cache.manifest.regressions["depth"]
-    assert (list(result.manifest.heads), result.manifest.version) == (["segmentation", "depth"], 2)
+    assert (list(result.manifest.heads), result.manifest.version) == (["segmentation", "depth"], 3)
     assert (depth.range, depth.parameterisation, depth.unit, depth.dtype) == ((0.0, 20.0), "exp", "m", "float16")
     outputs = answers(teacher, split)
     wanted = outputs.heads["depth"].double().exp().clamp(max=20)
@@ -99,7 +99,7 @@ def test_one_pass_stores_every_head(tmp_path, split, options, origins) -> None:
         np.testing.assert_allclose(stored.astype(np.float64), wanted[record].numpy(), rtol=2e-3)
     build_cache(split, teacher, tmp_path / "one", options(heads=("segmentation",)))
     alone = open_cache(tmp_path / "one").manifest
-    assert (list(alone.heads), alone.version) == (["segmentation"], 1)
+    assert (list(alone.heads), alone.version) == (["segmentation"], 3)
     assert shards(tmp_path / "one", "targets/segmentation") == shards(tmp_path / "both", "targets/segmentation")
     assert score_cache(Records(cache, split)) is not None
 
@@ -222,7 +222,7 @@ def test_heads_of_which_a_run_learnt_nothing_are_not_stored(tmp_path, split, opt
         assert TeacherProbe(split, mirrored, options()).heads == (left,)
     build_cache(split, load_teachers([str(runs["depth"])], split.classes), tmp_path / "store", options())
     manifest = open_cache(tmp_path / "store").manifest
-    assert (list(manifest.heads), manifest.version) == (["segmentation"], 1)
+    assert (list(manifest.heads), manifest.version) == (["segmentation"], 3)
     # The mean of an ensemble is one of those that have learnt the head.
     whole = load_teachers([origins["both"]], split.classes)
     mean = load_teachers([str(runs["depth"]), origins["both"]], split.classes)
@@ -305,7 +305,7 @@ def test_labels_of_depth_are_stored(tmp_path, options, origins, way) -> None:
     cache = open_cache(tmp_path / "store")
     manifest, views = cache.manifest, cache.manifest.view.views_per_sample
     how = {"whole": "none", "kept": "keep"}.get(way, "divide")
-    assert (manifest.version, manifest.depth.labelled, manifest.depth.zoom) == (2, 2, how)
+    assert (manifest.version, manifest.depth.labelled, manifest.depth.zoom) == (3, 2, how)
     assert manifest.dataset.labelled == 3
     assert manifest.view.drawn.scale == ((1.0, 1.0) if way == "whole" else ZOOMS[way]["view_scale"])
     assert cache.has_depth.tolist() == [not flag for flag in cache.has_label]
@@ -380,7 +380,7 @@ def test_a_zoom_and_metres_want_a_rule(tmp_path, split, options, origins) -> Non
     with pytest.raises(RecipeError, match="no labels of depth and no stored head in metres"):
         build_cache(split, both, tmp_path / "store", options(**zoomed, depth_zoom="keep", heads=("segmentation",)))
     manifest = plan_manifest(TeacherProbe(split, both, options(views=2, heads=("segmentation",))))
-    assert (manifest.version, manifest.depth, manifest.view.drawn.scale) == (1, None, (1.0, 2.0))
+    assert (manifest.version, manifest.depth, manifest.view.drawn.scale) == (3, None, (1.0, 2.0))
     assert "depth" not in manifest.to_json()
     assert not (tmp_path / "store").exists()
 
