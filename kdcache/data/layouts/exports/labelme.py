@@ -36,9 +36,10 @@ from kdcache.data.layouts.exports.shapes import Item, Shape
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.pictures import is_mask
 from kdcache.data.layouts.scan import WHOLE, Scan, composed, names_below, scan_folders
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels, voc_colour
 
-_KINDS = {"mask": "png", "oriented_rectangle": "polygon"}
+_KINDS = {"mask": "png", "oriented_rectangle": "polygon", "rotation": "polygon"}
+"""Kinds of shapes by their names in the files; rotation is X-AnyLabeling's."""
 LISTED = "labels.txt"
 IMAGES, NAMES = "JPEGImages", "class_names.txt"
 PNGS = ("SegmentationClass", "SegmentationClassPNG")
@@ -96,7 +97,8 @@ class LabelMeVoc(Layout):
 
     def _classes(self, root: Path) -> ClassList:
         lines = [line.strip() for line in read_text(root / NAMES).splitlines()]
-        return ClassList(tuple(line for line in lines if line and line != IGNORED))
+        names = tuple(line for line in lines if line and line != IGNORED)
+        return ClassList(names, tuple(voc_colour(number) for number in range(len(names))))
 
     def _scan(self, root: Path, split: str) -> Scan:
         ids = LabelIds("Label ids are the lines of class_names.txt, or 255 (void).", f"Complete {NAMES}.")
@@ -155,4 +157,6 @@ def _shape(one: dict[str, Any]) -> Shape:
         (cx, cy), (px, py) = points
         radius = float(np.hypot(px - cx, py - cy))
         return Shape(label, "ellipse", ((cx - radius, cy - radius), (cx + radius, cy + radius)))
+    if kind == "rectangle" and len(points) == 4:
+        kind = "polygon"
     return Shape(label, _KINDS.get(kind, kind), points, one.get("mask"))

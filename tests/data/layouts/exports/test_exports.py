@@ -51,6 +51,7 @@ def labelme(root: Path) -> None:
     shapes = [
         {"label": "car", "points": BOX, "shape_type": "polygon", "group_id": None, "flags": {}},
         {"label": "wheel", "points": [INNER[0], INNER[2]], "shape_type": "rectangle"},
+        {"label": "wheel", "points": INNER, "shape_type": "rectangle"},  # as X-AnyLabeling has it
     ]
     for split, names in (("train", "ab"), ("val", "c")):
         for name in names:
@@ -68,7 +69,9 @@ def labelme2voc(root: Path, arrays: bool = False) -> None:
         if arrays:
             np.save(root / f"SegmentationClass/{name}.npy", expected().astype(np.int32))
         else:
-            mask(root / f"SegmentationClass/{name}.png", expected())
+            label = Image.fromarray(expected())
+            label.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # as imgviz has it
+            label.save(root / f"SegmentationClass/{name}.png")
 
 
 def yolo(root: Path) -> None:
