@@ -14,7 +14,7 @@ from typing import Any
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
 from kdcache.analysis.runs import Entry, check_same_data, find_runs, regressions_of, validated_split
-from kdcache.analysis.spread import Blocks, Difference, Key, Spread, adjust, difference, resample
+from kdcache.analysis.spread import Blocks, Difference, Key, Spread, adjust, choose_blocks, difference, resample
 from kdcache.analysis.stored_evaluations import (
     Evaluation,
     Judging,
@@ -24,7 +24,6 @@ from kdcache.analysis.stored_evaluations import (
     memory_errors,
 )
 from kdcache.data import Split, fold_alone, open_split
-from kdcache.data.sequences import sequences_of
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
@@ -186,25 +185,6 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
                 remedy="name the data for all with --data and --split, or compare fewer runs",
             )
     return source
-
-
-def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blocks:
-    """What is resampled for intervals over images: the labelled images, or the sequences that a pattern names.
-
-    Raises: RecipeError for a pattern that is none, that does not fit every id, or that names one sequence alone.
-    """
-    ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number, task)]
-    if by is None:
-        return Blocks.of({sample: sample for sample in ids}, "images")
-    blocks = Blocks.of(dict(zip(ids, sequences_of(ids, by, "--blocks-by"), strict=True)), "sequences")
-    if blocks.count < 2:
-        raise RecipeError(
-            "an interval over sequences needs several of them",
-            received=f"--blocks-by {by!r} names one sequence alone in the {len(ids)} ids of {split.data}, split "
-            f"{split.split!r}",
-            remedy="give a pattern that names shorter sequences, or leave it out for an interval over images",
-        )
-    return blocks
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:

@@ -26,6 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data import Split
+from kdcache.data.sequences import sequences_of
+from kdcache.errors import RecipeError
+from kdcache.heads import SEGMENTATION
 from kdcache.metrics.confusion import ImageCounts
 from kdcache.metrics.depth import DepthImages
 
@@ -350,3 +354,22 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
         if abs(c * d - 1) < 1e-15:
             break
     return front * fraction / a
+
+
+def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blocks:
+    """What is resampled for intervals over images: the labelled images, or the sequences that a pattern names.
+
+    Raises: RecipeError for a pattern that is none, that does not fit every id, or that names one sequence alone.
+    """
+    ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number, task)]
+    if by is None:
+        return Blocks.of({sample: sample for sample in ids}, "images")
+    blocks = Blocks.of(dict(zip(ids, sequences_of(ids, by, "--blocks-by"), strict=True)), "sequences")
+    if blocks.count < 2:
+        raise RecipeError(
+            "an interval over sequences needs several of them",
+            received=f"--blocks-by {by!r} names one sequence alone in the {len(ids)} ids of {split.data}, split "
+            f"{split.split!r}",
+            remedy="give a pattern that names shorter sequences, or leave it out for an interval over images",
+        )
+    return blocks
