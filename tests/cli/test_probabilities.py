@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 
 CODE = """
 from torch import nn
@@ -55,11 +57,19 @@ def test_nothing_is_built_from_probabilities(soft, cli, command) -> None:
     ended = do(cli, soft, command)
     assert ended.code == 2, ended.out
     assert "returns probabilities" in ended.err
-    assert "torch.log" in ended.err
+    assert "outputs=probabilities" in ended.err
     assert not (soft / "new").exists()
 
 
-def test_the_remedy_works(soft, cli) -> None:
+def test_the_remedies_work(soft, cli) -> None:
+    """The logarithm in the network, or said of the model: the store then knows the teacher by it."""
+    stated = do(cli, soft, BUILD + " --teacher {w}/soft,outputs=probabilities")
+    assert stated.code == 0, stated.err
+    assert do(cli, soft, "verify {w}/new --teacher {w}/soft,outputs=probabilities").code == 0
+    forgotten = do(cli, soft, "verify {w}/new --teacher {w}/soft")
+    assert forgotten.code == 1
+    assert "outputs=probabilities" in forgotten.out
+    shutil.rmtree(soft / "new")
     (soft / "soft.py").write_text(CODE.replace(".softmax(1)", ".softmax(1).clamp(min=1e-12).log()"))
     ended = do(cli, soft, BUILD + " --teacher {w}/soft")
     assert ended.code == 0, ended.err
@@ -75,7 +85,7 @@ def test_judging_says_it(soft, cli) -> None:
 
 
 def test_a_store_of_an_earlier_version_is_refused(soft, cli, monkeypatch) -> None:
-    monkeypatch.setattr("kdcache.teacher.build.manifest.returns_probabilities", lambda model: False)
+    monkeypatch.setattr("kdcache.teacher.build.manifest.not_logits", lambda model, size: None)
     built = do(cli, soft, BUILD + " --teacher {w}/soft")
     assert built.code == 0, built.err
     ended = do(cli, soft, STUDENT)
@@ -84,3 +94,32 @@ def test_a_store_of_an_earlier_version_is_refused(soft, cli, monkeypatch) -> Non
     assert not (soft / "run").exists()
     labels = do(cli, soft, STUDENT + " --method none")
     assert labels.code == 0, labels.err
+
+
+SIGMOID = """
+from torch import nn
+def build(num_classes): return nn.Sequential(nn.Conv2d(3, num_classes, 4, stride=4), nn.Sigmoid())
+def relu(num_classes): return nn.Sequential(nn.Conv2d(3, num_classes, 4, stride=4), nn.ReLU())
+"""
+
+
+def test_sigmoids_are_refused_and_what_is_never_negative_is_noted(world, cli) -> None:
+    """The second net is the mean top probability beside the mIoU."""
+    (world / "nets.py").write_text(SIGMOID)
+    classes = len((world / "data" / "classes.txt").read_text().splitlines())
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, classes, 4, stride=4))
+    torch.save(network.state_dict(), world / "w.pth")
+    build = BUILD + " --size 32x48 --teacher {w}/nets.py:"
+    ended = do(cli, world, build + "build@{w}/w.pth")
+    assert ended.code == 2
+    assert "are not logits" in ended.err
+    assert "outputs=sigmoid" in ended.err
+    assert not (world / "new").exists()
+    planned = do(cli, world, build.replace("build-teacher-cache", "plan") + "relu@{w}/w.pth")
+    assert planned.code == 0, planned.err
+    assert "none below 0" in planned.err
+    stated = do(cli, world, build + "build,outputs=sigmoid@{w}/w.pth")
+    assert stated.code == 0, stated.err
+    assert "none below 0" not in stated.err
+    assert "mean top probability 0." in stated.out

@@ -38,7 +38,7 @@ def of_folds(*members: SegmentationModel) -> Teacher:
 
 
 def test_probabilities_are_no_logits(split, options) -> None:
-    with pytest.raises(ModelError, match="a teacher gives logits"):
+    with pytest.raises(ModelError, match="The outputs of own are not logits"):
         plan_manifest(TeacherProbe(split, Teacher(Probabilities(len(split.classes)).eval(), "own"), options()))
 
 
