@@ -54,24 +54,14 @@ class Cvat(Export):
         return files[0].name if files else ""
 
     def names(self, root: Path) -> list[str]:
-        tree = self._tree(root)
-        listed = [label.findtext("name") or "" for label in tree.iterfind("meta/*/labels/label")]
-        return listed or super().names(root)
+        return self._read(root)[0] or super().names(root)
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        items: dict[str, list[Item]] = defaultdict(list)
-        for image in self._tree(root).iterfind("image"):
-            subset = image.get("subset", SUBSET)
-            size = int(image.get("height", 0)), int(image.get("width", 0))
-            ordered = sorted((one for one in image if one.tag != "tag"), key=lambda one: int(one.get("z_order", 0)))
-            shapes = tuple(_shape(one) for one in ordered)
-            folders = (f"images/{subset}", "images", subset, "")
-            items[_split(subset)].append(Item(image.get("name", ""), self.found(root), shapes, size, folders))
-        return items
+        return self._read(root)[1]
 
-    def _tree(self, root: Path) -> Element:
+    def _read(self, root: Path) -> tuple[list[str], dict[str, list[Item]]]:
         path = root / self.found(root)
-        return _read_xml(path, path.stat().st_mtime_ns)
+        return _read(path, path.stat().st_mtime_ns)
 
 
 class CvatMasks(Layout):
@@ -185,8 +175,27 @@ def _shape(one: Element) -> Shape:
 
 
 @lru_cache(maxsize=4)
-def _read_xml(path: Path, changed: int) -> Element:
-    """The tree of CVAT's XML, read once. Raises: DataError, also for a document type, whose entities can grow."""
+def _read(path: Path, changed: int) -> tuple[list[str], dict[str, list[Item]]]:
+    """The classes and the images of CVAT's XML, read once. Raises: DataError for another kind of file."""
+    tree = _parse(path)
+    items: dict[str, list[Item]] = defaultdict(list)
+    try:
+        if tree.find("track") is not None:
+            raise ValueError("tracks of a video: export as CVAT for images 1.1")
+        for image in tree.iterfind("image"):
+            subset = image.get("subset", SUBSET)
+            size = int(image.attrib["height"]), int(image.attrib["width"])
+            ordered = sorted((one for one in image if one.tag != "tag"), key=lambda one: int(one.get("z_order", 0)))
+            shapes = tuple(_shape(one) for one in ordered)
+            folders = (f"images/{subset}", "images", subset, "")
+            items[_split(subset)].append(Item(image.attrib["name"], path.name, shapes, size, folders))
+    except (ValueError, KeyError) as error:
+        raise unreadable(path, error) from error
+    return [label.findtext("name") or "" for label in tree.iterfind("meta/*/labels/label")], items
+
+
+def _parse(path: Path) -> Element:
+    """The tree of an XML file. Raises: DataError, also for a document type, whose entities can grow."""
 
     def refuse(*_: Any) -> None:
         raise ValueError("a document type (DTD), which CVAT does not write")
@@ -198,12 +207,6 @@ def _read_xml(path: Path, changed: int) -> Element:
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(read_text(path), True)
-        tree = builder.close()
-        if tree.find("track") is not None:
-            raise ValueError("tracks of a video: export as CVAT for images 1.1")
-        for image in tree.iterfind("image"):
-            [int(image.get(key, "none")) for key in ("width", "height")]
-            [int(one.get("z_order", 0)) for one in image]
+        return builder.close()
     except (expat.ExpatError, ValueError, AssertionError) as error:
         raise unreadable(path, error) from error
-    return tree

@@ -42,6 +42,7 @@ class LabelStudio(Export):
         return "" if _brushed(root) else next((path.relative_to(root).as_posix() for path in _exported(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
+        """See `Export.items`. Raises: DataError for a file that cannot be read, or JSON-MIN."""
         items: dict[str, list[Item]] = defaultdict(list)
         pictures = Pictures(root)
         for path in _exported(root):
@@ -64,6 +65,7 @@ class LabelStudioBrush(Export):
         return next((path.relative_to(root).as_posix() for path in _brushed(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
+        """See `Export.items`. Raises: DataError for a task of no known image."""
         masks: dict[int, dict[int, list[Shape]]] = defaultdict(lambda: defaultdict(list))
         for path in _brushed(root):
             if match := _BRUSHED.fullmatch(path.name):

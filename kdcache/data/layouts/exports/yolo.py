@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +55,7 @@ class Yolo(Export):
             for sample, image in names_below(root / images).items():
                 split, path = split_of(f"{images}/{image}"), texts.pop(sample, None)
                 empty = () if split in labelled else None
-                shapes = empty if path is None else _read(path, names)
+                shapes = empty if path is None else _read(path, path.stat().st_mtime_ns, tuple(names.items()))
                 items[split].append(Item(f"{images}/{image}", f"{labels}/{sample}.txt", shapes))
             for sample in sorted(texts):  # of no image
                 items[split_of(f"{labels}/{sample}")].append(Item(f"{images}/{sample}.jpg", "", None))
@@ -120,10 +121,11 @@ def _read_yaml(path: Path) -> Any:
         raise unreadable(path, error) from error
 
 
-def _read(path: Path, names: dict[int, str]) -> tuple[Shape, ...]:
-    """The polygons of a text file; what cannot be drawn fails when the label is."""
+@lru_cache(maxsize=1 << 17)
+def _read(path: Path, changed: int, names: tuple[tuple[int, str], ...]) -> tuple[Shape, ...]:
+    """The polygons of a text file, read once; what cannot be drawn fails when the label is."""
     return tuple(
-        _shape(line.split(), names, number)
+        _shape(line.split(), dict(names), number)
         for number, line in enumerate(read_text(path).splitlines(), 1)
         if line.strip()
     )
