@@ -131,7 +131,11 @@ def draw(
                 )
             else:
                 raise ValueError("only polygons, rectangles, ellipses and masks have an area")
-        except (ValueError, TypeError, IndexError, OverflowError, SyntaxError, OSError) as error:
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # of numbers that are none, and of decoders: OSError, zlib.error, too many pixels ...
             raise DataError(
                 f"Cannot draw shape {number} of {where}",
                 entry="cannot draw shape",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -357,6 +358,16 @@ def broken(root: Path, file: str, **changes: object) -> None:
     (root / file).write_text(json.dumps(content | changes))
 
 
+def bomb() -> str:
+    """A PNG in base64 whose header names 60000 x 60000 pixels."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    head, tail = file.getvalue()[:16], file.getvalue()[24:29]
+    size = (60000).to_bytes(4, "big") * 2
+    checksum = zlib.crc32(b"IHDR" + size + tail[:5]).to_bytes(4, "big")
+    return base64.b64encode(head + size + tail[:5] + checksum + file.getvalue()[33:]).decode()
+
+
 WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "entity": (
         "cvat",
@@ -427,6 +438,15 @@ LEFT_OUT: dict[str, tuple[str, Callable[[Path], object], str]] = {
             root, "train/a.json", shapes=[{"label": "car", "points": [[1, 1], [5, 5]], "shape_type": "line"}]
         ),
         "line of 'car'",
+    ),
+    "bomb": (
+        "labelme",
+        lambda root: broken(
+            root,
+            "train/a.json",
+            shapes=[{"label": "car", "points": [[0, 0], [1, 1]], "shape_type": "mask", "mask": bomb()}],
+        ),
+        "png of 'car'",
     ),
     "huge": (
         "labelme",
