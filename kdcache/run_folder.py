@@ -6,6 +6,7 @@ best.safetensors   and last.safetensors, the weights; best-ema.safetensors and l
 metrics.jsonl      the log: a line per entry, each with its kind and step
 environment.json   machine and versions
 result.json        written when the training has ended
+local.json         where code and data lie on this machine, if they are named by paths: for nobody else
 """
 
 import json
@@ -28,7 +29,7 @@ from pydantic import (
 
 from kdcache import shown
 from kdcache.errors import MismatchError, ModelError, RecipeError
-from kdcache.files import read_object
+from kdcache.files import read_object, write_whole
 from kdcache.heads import RegressionHead
 from kdcache.settings.shared import Weights
 
@@ -37,6 +38,7 @@ RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
+LOCAL = "local.json"
 WEIGHTS: tuple[str, ...] = get_args(Weights)
 OUTPUTS = ("logits", "probabilities", "sigmoid")
 """What MODEL,outputs=KIND says of a model's segmentation."""
@@ -93,9 +95,13 @@ class RunModel(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A model of segmentation alone, from one source, is described without the fields of others."""
+    def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A model of segmentation alone, from one source, is described without the fields of others.
+
+        What is written travels: the folder of the model's code stays here, in local.json.
+        """
         fields: dict[str, Any] = serialise(self)
+        fields["spec"] = shown.public(self.spec)
         if self.fit == "squash":  # as in the first runs
             del fields["fit"]
         return {name: value for name, value in fields.items() if value or name not in _LEFT_OUT}
@@ -190,7 +196,10 @@ class Run:
         """The model that the weights belong to. Raises: RecipeError where model.json is missing or damaged."""
         path = self.folder / MODEL
         try:
-            return RunModel.model_validate_json(path.read_bytes())
+            model = RunModel.model_validate_json(path.read_bytes())
+            spec = str(self._here.get("spec", ""))
+            found = same_spec(spec, model.spec) and Path(spec.rpartition(":")[0]).is_file()
+            return model.model_copy(update={"spec": spec}) if found else model
         except FileNotFoundError as error:
             raise RecipeError(
                 "a run is a folder that train-teacher or train-student wrote",
@@ -227,9 +236,17 @@ class Run:
         if self.recipe_text is None:
             return None
         try:
-            return tomllib.loads(self.recipe_text)
+            recipe = tomllib.loads(self.recipe_text)
         except ValueError as error:
             raise _no_recipe(self.folder / RECIPE, error) from error
+        places = self._here.get("recipe")
+        places = places if isinstance(places, dict) else {}
+        return {name: _here(value, places.get(name)) for name, value in recipe.items()}
+
+    @cached_property
+    def _here(self) -> dict[str, Any]:
+        """What local.json says; {} without it."""
+        return read_object(self.folder / LOCAL)
 
     def weights(self, which: str = "best") -> Path:
         """The file of its own weights `which`, else of these: one of WEIGHTS. Raises: RecipeError without it."""
@@ -284,6 +301,30 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """Machine and versions of libraries; {} where they were not written."""
         return read_object(self.folder / ENVIRONMENT)
+
+
+def _here(value: Any, place: Any) -> Any:
+    """A value of a recipe, with the place that it stands for on this machine."""
+    return place if place is not None and shown.public_values(place) == value else value
+
+
+def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
+    """Write local.json: what the run's own files leave out, because it names folders of this machine.
+
+    Args:
+        spec: of the model; of a .py file its whole path is kept.
+    """
+    code, _, function = spec.rpartition(":")
+    content: dict[str, Any] = {"spec": f"{Path(code).absolute()}:{function}"} if code.endswith(".py") else {}
+    if places := {name: value for name, value in recipe.items() if shown.public_values(value) != value}:
+        content["recipe"] = places
+    if content:
+        write_whole(run / LOCAL, json.dumps(content, indent=1) + "\n")
+
+
+def same_spec(one: str, other: str) -> bool:
+    """Return True if two specs name the same model, wherever its file lies."""
+    return shown.bare(one) == shown.bare(other)
 
 
 def is_run(folder: Path) -> bool:

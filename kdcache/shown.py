@@ -1,9 +1,13 @@
-"""How objects show themselves: a line in a terminal, a small table in a notebook."""
+"""How objects show themselves: a line in a terminal, a small table in a notebook, a place to others."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 Facts = Mapping[str, object]
+_ABOVE = re.compile(r"(?:(?<=[=,+ ])|^)(?:~[^/]*)?(?:\.\./|/)")
+"""The beginning of a path that leads out of the working folder."""
 
 
 def line(kind: str, facts: Facts) -> str:
@@ -30,3 +34,37 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 def size_text(height_width: tuple[int, int]) -> str:
     """(288, 384) as '288x384'."""
     return f"{height_width[0]}x{height_width[1]}"
+
+
+def public(place: str) -> str:
+    """Return a path or a spec as it may travel: without the folders of this machine that lead to it.
+
+        public("/home/ann/nets/net.py:make@/tmp/w.pth")  # net.py:make@w.pth
+
+    Relative paths and the addresses of remote caches stay as they are.
+    """
+    if "://" in place:
+        return place
+    return "".join(map(_last_names, re.split("([:@])", place)))
+
+
+def _last_names(text: str) -> str:
+    starts = [match.start() for match in _ABOVE.finditer(text)]
+    if not starts:
+        return text
+    paths = (text[start:end].rstrip("/") for start, end in zip(starts, [*starts[1:], len(text)], strict=True))
+    return text[: starts[0]] + "".join(path.rpartition("/")[2] for path in paths)
+
+
+def public_values(value: Any) -> Any:
+    """Return settings as they may travel: `public` of every text in them."""
+    if isinstance(value, Mapping):
+        return {name: public_values(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [public_values(part) for part in value]
+    return public(value) if isinstance(value, str) else value
+
+
+def bare(spec: str) -> str:
+    """Return a model's spec without any folder: what it has in common wherever its file lies."""
+    return re.sub(r"[^:@=,+ ][^:@=,+]*/|/", "", spec)

@@ -16,7 +16,7 @@ from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics
-from kdcache.shown import html_table
+from kdcache.shown import html_table, public
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null."""
         return {
-            "data": self.data,
+            "data": public(self.data),
             "split": self.split,
             "banner": self.banner,
             "data_sha256": self.data_sha256,

@@ -38,6 +38,7 @@ from kdcache.models.weights import split_choice
 from kdcache.run_folder import Run, RunModel
 from kdcache.run_samples import judging_notes
 from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
+from kdcache.shown import public
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,10 @@ class Record:
         """The record of an evaluation; files are read for their digests."""
         return cls(
             which,
-            split.data,
+            public(split.data),
             split.split,
             fold,
-            description.spec,
+            public(description.spec),
             description.mean,
             description.std,
             None if weights is None else file_digest(weights),
@@ -270,9 +271,10 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
-    other_data = earlier.get("data_sha256") != record.data_sha256 and earlier.get("data") != record.data
+    other_data = earlier.get("data_sha256") != record.data_sha256 and public(str(earlier.get("data"))) != record.data
     # SPEC@FILE has no other identity than its name, and no size of its own.
-    other_model = record.which is None and (earlier.get("run"), earlier.get("size")) != (run, list(record.size))
+    before = public(str(earlier.get("run"))), earlier.get("size")
+    other_model = record.which is None and before != (public(run), list(record.size))
     if earlier and (other_data or other_model):
         digest = hashlib.sha256(json.dumps([record.identity, record.data, run]).encode()).hexdigest()
         name += f"-{digest[:8]}"
@@ -299,7 +301,7 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
         with replacing(path.with_suffix(IMAGES)) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)  # given a name, numpy would add a suffix
         images = file_digest(path.with_suffix(IMAGES))
-    content = {"run": run, **record.to_json(), "images_sha256": images, **metrics.to_json()}
+    content = {"run": public(run), **record.to_json(), "images_sha256": images, **metrics.to_json()}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -317,7 +319,7 @@ def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = Tru
 def write_evaluations(records: Sequence[Record], path: Path, run: str, results: Sequence[OnDataSet]) -> None:
     """Write the evaluations of a run on several data sets, whole or not at all. Raises: OSError."""
     content = {
-        "run": run,
+        "run": public(run),
         "common_classes": list(common_classes(results)),
         "common_miou": [common_mious(results).get(number) for number in range(len(results))],
         "data_sets": [record.to_json() | one.to_json() for record, one in zip(records, results, strict=True)],

@@ -14,9 +14,9 @@ from kdcache.models.class_names import compare_names, known_names
 from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function, is_shipped
-from kdcache.models.trust import check_trusted, trusting
+from kdcache.models.trust import check_present, check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict, save_weights
-from kdcache.run_folder import MODEL, WEIGHTS, Run, RunModel, named_weights, split_outputs, weights_path
+from kdcache.run_folder import MODEL, WEIGHTS, Run, RunModel, named_weights, same_spec, split_outputs, weights_path
 
 # The first @ after a spec's last part, which is a name: either path may have one of its own.
 _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
@@ -57,6 +57,7 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
     """
     run = run if isinstance(run, Run) else Run.open(run)
     description, path = run.model, run.weights(which)
+    check_present(description.spec, str(run.folder / MODEL))
     with trusting(trust):
         check_trusted(description.spec, str(run.folder / MODEL))
     model = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
@@ -207,7 +208,7 @@ def described(spec: str, weights: str) -> RunModel | None:
         return None
     description = RunModel.from_metadata(read_metadata(weights), Path(weights))
     named = (spec, split_outputs(spec)[0])
-    if description is not None and description.spec not in named:
+    if description is not None and not any(same_spec(description.spec, name) for name in named):
         raise ModelError(
             "weights are used with the model that they were exported from",
             received=f"{spec} with {weights}, which is of {description.spec}",

@@ -43,6 +43,23 @@ def named_by(where: str) -> Iterator[None]:
         raise error.restated(received=f"{where}: {error.received}", remedy=_REMEDY) from error
 
 
+def check_present(spec: str, where: str) -> None:
+    """Check that the .py file of a model is there, which a run leaves behind where it was trained. Raises ModelError.
+
+    Args:
+        where: the file that names it.
+    """
+    with named_by(where):
+        place = base_of(spec).rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ModelError(
+            f"Cannot find {place}, the code of a model",
+            entry="cannot find code model",
+            received=f"{where} names {spec}, and there is no {Path(place).resolve()}",
+            remedy="copy that file here from where the run was trained; then read it, and add --trust",
+        )
+
+
 def check_trusted(spec: str, where: str) -> None:
     """Refuse to import a function that a file names, unless it is trusted.
 

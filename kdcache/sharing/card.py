@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tomli_w
+
 from kdcache import shown
 from kdcache.errors import plain_text
 from kdcache.run_folder import ENVIRONMENT, RECIPE, VERBS, WEIGHTS, Run, weights_path
 from kdcache.sharing.rebuild import build_command
+from kdcache.shown import bare, public, public_values
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.summary import StoreSummary
 
@@ -28,7 +31,7 @@ def store_card(store: StoreSummary, *, address: str | None = None, licence: str 
     """
     m = store.manifest
     name = _name(address or store.path)
-    title = f"{name}: outputs of {m.teacher.spec} on {m.dataset.name}"
+    title = f"{name}: outputs of {bare(m.teacher.spec)} on {m.dataset.name}"
     parts = [
         "" if licence is None else _front_matter(m, title, licence),
         f"# {_line(title)}",
@@ -54,13 +57,13 @@ def run_card(run: Run) -> str:
     """The card of a run, in Markdown. Raises: RecipeError for a folder that is not a run's, or is damaged."""
     model, result, recipe = run.model, run.result, dict(run.recipe or {})
     name = run.folder.resolve().name
-    title = f"{name}: {model.spec}, trained on {_source(recipe)}"
+    title = f"{name}: {public(model.spec)}, trained on {_source(recipe)}"
     weights = {which: weights_path(run.folder, which) for which in WEIGHTS}
     digests = {
         which: hashlib.sha256(path.read_bytes()).hexdigest() for which, path in weights.items() if path.is_file()
     }
     facts = [
-        ("model", model.spec),
+        ("model", public(model.spec)),
         ("classes", ", ".join(model.class_names) or "none"),
         ("size", shown.size_text(model.size)),
         ("seed", str(recipe.get("seed", "not recorded"))),
@@ -135,13 +138,13 @@ def _rebuild(manifest: Manifest) -> str:
     """The command of the build, with what identifies its inputs."""
     teacher, build = manifest.teacher, manifest.build
     several = [
-        (f"TEACHER_{number + 1}", f"{member.spec}, weights sha256:{member.weights}")
+        (f"TEACHER_{number + 1}", f"{bare(member.spec)}, weights sha256:{member.weights}")
         for number, member in enumerate(teacher.members)
     ]
     facts = [
         ("DATA", f"{manifest.dataset.name}, split {manifest.dataset.split}, {manifest.dataset.samples} samples; "
                  f"digest of ids and classes {manifest.dataset.ids_digest}"),
-        *(several or [("TEACHER", f"{teacher.spec}, weights sha256:{teacher.weights}")]),
+        *(several or [("TEACHER", f"{bare(teacher.spec)}, weights sha256:{teacher.weights}")]),
         *((("CLASS_MAP", "the file that gave " + " ".join(map(str, teacher.class_map))),) if teacher.class_map else ()),
         ("seed of the views", "none is drawn" if manifest.view.drawn is None else str(manifest.view.drawn.seed)),
         ("versions", ", ".join([manifest.created_by, *(f"{name} {v}" for name, v in build.libraries.items())])),
@@ -166,8 +169,12 @@ def _retrain(run: Run, recipe: dict[str, object]) -> str:
         ("machine", f"{machine.get('gpu') or 'cpu'}, {machine.get('threads')} threads, {machine.get('platform')}"),
     ]
     facts = facts if machine else [("versions", f"not recorded: there is no {ENVIRONMENT}")]
-    words = f"{RECIPE} is this, its places as they were; equal versions, threads and hardware give equal weights."
-    return f"{_block('bash', command)}\n\n{words}\n\n{_block('toml', run.recipe_text.strip())}\n\n{_table(facts)}"
+    words = (
+        f"{RECIPE} is this. It names places without the folders above them. Equal versions, threads and hardware give "
+        "equal weights."
+    )
+    text = tomli_w.dumps(public_values(recipe)).strip()
+    return f"{_block('bash', command)}\n\n{words}\n\n{_block('toml', text)}\n\n{_table(facts)}"
 
 
 def _results(run: Run) -> str:

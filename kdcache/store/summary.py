@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcache.shown import bare
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
@@ -94,7 +95,8 @@ class StoreSummary:
             ("data", f"{m.dataset.name}, split {m.dataset.split}: {m.dataset.samples} samples, "
                      f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),
             ("view", f"{m.view.kind} at {_size(m.view.size)}, pixels {m.view.pixels}{_drawn(m)}"),
-            ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}{_several(m)}"),
+            ("teacher", f"{bare(m.teacher.spec)}, {m.teacher.precision}, weights "
+                        f"{m.teacher.weights[:12]}{_several(m)}"),
             ("targets", "; ".join(_targets(m)) or f"none, features alone: {', '.join(m.features)}"),
             ("codec", m.codec),
             ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
@@ -215,7 +217,8 @@ def _targets(manifest: Manifest) -> Iterator[str]:
 def _several(manifest: Manifest) -> str:
     """The members of an ensemble, and how they are combined."""
     teacher = manifest.teacher
-    parts = [", ".join(f"{member.share:.0%} {member.spec}" for member in teacher.members)] if teacher.members else []
+    members = ", ".join(f"{member.share:.0%} {bare(member.spec)}" for member in teacher.members)
+    parts = [members] if members else []
     if teacher.folds is not None:
         parts.append(f"one for each of {teacher.folds} folds")
     if teacher.folds_by is not None:

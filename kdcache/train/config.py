@@ -28,6 +28,7 @@ from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
+from kdcache.shown import public_values
 from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import check_focal, in_words
 from kdcache.train.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
@@ -233,8 +234,12 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         return self.model_copy(update={"stream": tuple(tables)})
 
     def to_toml(self) -> str:
-        """Return the recipe file; settings that are None are left out, for TOML has no null."""
-        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+        """Return the recipe file, without folders of this machine; None is left out, for TOML has no null."""
+        return tomli_w.dumps(public_values(self.settings()))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by the keys of a recipe, their places as they are on this machine."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def make_config(**settings: Any) -> TrainConfig:

@@ -46,8 +46,9 @@ def test_the_command_builds_the_same_store_again(made, cli, tree, tmp_path, flag
     assert files[0] == files[1]
 
 
-def test_the_card_of_a_run(made, cli, tmp_path) -> None:
-    """Its recipe, taken from the card, trains the same weights again."""
+def test_the_card_of_a_run(made, cli, tmp_path, monkeypatch) -> None:
+    """Its recipe, taken from the card, trains the same weights again where its cache lies."""
+    monkeypatch.chdir(made)
     run = tmp_path / "run"
     words = f"train-student --cache {made}/store.zarr --model kdcache:tiny --method kl --iterations 3 --batch-size 2"
     assert cli(*words.split(), "--seed", 7, "--threads", 1, "--out", run).code == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache.run_folder import VERBS
+from kdcache.run_folder import RECIPE, VERBS, Run
 from kdcache.settings import entries, read
 from kdcache.settings.shared import (
     CopySettings,
@@ -99,6 +99,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         return None
     try:
         recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.name == RECIPE:  # a run's, whose places are those of this machine
+            recipe = dict(Run(path.parent).recipe or recipe)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"

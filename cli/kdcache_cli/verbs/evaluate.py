@@ -1,5 +1,6 @@
 """`kdcache evaluate`: a trained model on labelled images."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ import typer
 from kdcache.settings import entries
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
+from kdcache.shown import public
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import Weights, warn_of_weights
@@ -263,7 +265,7 @@ def _write(
     name = file_name(record, folder, run, own_size=own_size)
     json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
     write_evaluation(record, json_path, run, metrics)
-    title = f"{run} on {record.data}, {name.removeprefix('evaluation-')}"
+    title = f"{public(run)} on {record.data}, {name.removeprefix('evaluation-')}"
     markdown_path.write_text(metrics_markdown(title, metrics), encoding="utf-8")
     written = [json_path, json_path.with_suffix(IMAGES), markdown_path]
     if listing is not None and metrics.segmentation is not None:
@@ -288,8 +290,9 @@ def _write_several(
     folder, own_size = _folder(records[0], run)
     name = name_of_several(records, run, own_size=own_size)
     json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
+    results = [replace(one, data=public(one.data)) for one in results]
     write_evaluations(records, json_path, run, results)
-    title = f"{run} on {len(results)} data sets"
+    title = f"{public(run)} on {len(results)} data sets"
     markdown_path.write_text(data_sets_markdown(title, results, class_names), encoding="utf-8")
     written = [json_path, markdown_path]
     if listing is not None:

@@ -7,19 +7,21 @@ classes and runs contain.
 import base64
 import datetime
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report.audit import TeacherAudit
 from kdcache.analysis.report.classes import classes
 from kdcache.analysis.report.pictures import pictures as show_pictures
 from kdcache.analysis.report.recipes import recipes
-from kdcache.analysis.report.render import render
+from kdcache.analysis.report.render import as_json, render
 from kdcache.analysis.report.rounds import are_rounds, rounds
 from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import scores
@@ -29,8 +31,11 @@ from kdcache.analysis.report.training import curves, gradients, read_trainings
 from kdcache.analysis.runs import Entry
 from kdcache.errors import RecipeError
 from kdcache.files import write_whole
+from kdcache.shown import public
 
 SUFFIXES = (".html", ".htm")
+_PRIVATE = 3
+"""Parts of a path that may end with a person's name: /home/ann, /mnt/home."""
 
 
 def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path, **contents: Any) -> Path:
@@ -95,17 +100,49 @@ def page(
         ("recipes", "What was run", recipes(comparison, by_text, command)),
     ]
     style, script = _file("page.css"), _file("page.js")
+    sources = [(run.text, run.run and run.run.folder, run.settings) for run in runs]
+    places = {place: public(place) for place in _places([comparison.data, command, pictures, *sources])}
+    places |= _told_apart([run.text for run in runs])
     return render(
         "page.html",
-        comparison=comparison,
-        title=title or f"Distillation on {comparison.data}",
-        parts=[(name, word, part) for name, word, part in parts if part is not None],
+        comparison=replace(comparison, data=public(comparison.data)),
+        title=title or f"Distillation on {public(comparison.data)}",
+        parts=[(name, word, _without_folders(part, places)) for name, word, part in parts if part is not None],
+        figures=_without_folders(as_json(comparison.to_json()), places),
         style=style,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         today=datetime.date.today().isoformat(),
         version=metadata.version("kdcache"),
     )
+
+
+def _places(value: Any) -> Iterator[str]:
+    """Every path in what the page was made from, as its texts have it."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _places(part)
+    elif isinstance(value, str | Path):
+        yield from (word for word in str(value).split() if public(word) != word)
+        if public(str(value)) != str(value):
+            yield str(value)
+
+
+def _told_apart(texts: Sequence[str]) -> dict[str, str]:
+    """Names of runs that lie below one folder, by their paths from there: the last parts alone may be equal."""
+    whole = [text for text in texts if Path(text).is_absolute()]
+    top = Path(os.path.commonpath([Path(text).parent for text in whole])) if whole else Path()
+    return {text: str(Path(text).relative_to(top)) for text in whole if len(top.parts) > _PRIVATE}
+
+
+def _without_folders(part: Markup, places: Mapping[str, str]) -> Markup:
+    """A part of the page whose paths show no folder of this machine."""
+    text = str(part)
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(str(escape(place)), str(escape(places[place])))
+    return Markup(text)
 
 
 def _file(name: str) -> Markup:

@@ -6,12 +6,15 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from kdcache.analysis.comparison import Row
 from kdcache.analysis.gallery import shorten
 from kdcache.analysis.tables import row_name
 from kdcache.metrics.tables import percent
+
+_JSON: dict[str, Any] = {"allow_nan": False, "separators": (",", ":")}
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -28,11 +31,16 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.policies["json.dumps_kwargs"] = _JSON
     filters = (css_colour, data_uri, firm, number, percent, points, quoted, row_class, row_name, shorten)
     environment.filters |= {function.__name__: function for function in filters}
     environment.tests["unknown"] = math.isnan
     return environment
+
+
+def as_json(value: Any) -> Markup:
+    """A value as JSON within the page."""
+    return htmlsafe_json_dumps(value, **_JSON)
 
 
 def css_colour(colour: tuple[int, int, int]) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from kdcache.heads import Parameterisation
+from kdcache.shown import bare
 
 MAX_RECORDS = 2**31
 """What a claim of more would ask of memory is an attack or an accident."""
@@ -323,9 +324,13 @@ class Fingerprint(Part):
         return self
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Descriptions of what differs. The probe may differ by 1 % of its largest value: hardware rounds."""
+        """Descriptions of what differs. The probe may differ by 1 % of its largest value: hardware rounds.
+
+        A model's file is known by its name: older caches have its folder too.
+        """
+        one, another = self._without_folders(), other._without_folders()
         differences = [
-            f"{name}: {unlike(getattr(self, name), getattr(other, name))}"
+            f"{name}: {unlike(getattr(one, name), getattr(another, name))}"
             for name in (
                 "spec",
                 "weights",
@@ -338,7 +343,7 @@ class Fingerprint(Part):
                 "folds",
                 "folds_by",
             )
-            if getattr(self, name) != getattr(other, name)
+            if getattr(one, name) != getattr(another, name)
         ]
         scale = max((abs(value) for value in self.probe if math.isfinite(value)), default=0.0)
         far = len(self.probe) != len(other.probe) or any(
@@ -348,6 +353,10 @@ class Fingerprint(Part):
         if far:
             differences.append("probe: the same weights give other logits on the two fixed images")
         return differences
+
+    def _without_folders(self) -> "Fingerprint":
+        members = tuple(member.model_copy(update={"spec": bare(member.spec)}) for member in self.members)
+        return self.model_copy(update={"spec": bare(self.spec), "members": members})
 
 
 class Build(Part):

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from kdcache.models import EnsembleModel, JointModel, SegmentationModel, state_digest
+from kdcache.shown import bare
 from kdcache.store import Fingerprint
 from kdcache.store.format.manifest_models import Augmented, Member
 from kdcache.teacher.load.forward import Precision, teach
@@ -24,7 +25,7 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
     maps = outputs.heads or {tap: feature.float().mean(1, keepdim=True) for tap, feature in outputs.features.items()}
     pooled = torch.cat([F.adaptive_avg_pool2d(x.double(), _PROBE_GRID).flatten() for x in maps.values()]).cpu()
     return Fingerprint(
-        spec=model.spec,
+        spec=bare(model.spec),
         weights=state_digest(model),
         precision=precision,
         mean=model.mean,
@@ -47,7 +48,7 @@ def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented |
     if not isinstance(model, EnsembleModel):
         return (), None
     members = tuple(
-        Member(spec=member.spec, weights=state_digest(member), mean=member.mean, std=member.std, share=share)
+        Member(spec=bare(member.spec), weights=state_digest(member), mean=member.mean, std=member.std, share=share)
         for member, share in zip(model.parts, model.shares, strict=True)
     )
     return members, None if model.tta is None else Augmented(flip=model.tta.flip, scales=model.tta.scales)

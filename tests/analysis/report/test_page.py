@@ -516,8 +516,8 @@ def test_a_log_that_was_cut_short(tmp_path: Path) -> None:
 def test_the_command_that_runs_it_again(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a b" / "kl", log(0.5))
     found = parsed(comparison(), [run])
-    folder = f"{tmp_path}/a b/kl"
-    assert f"kdcache train-student --recipe '{folder}/recipe.toml' --out '{folder}-again'" in found.text
+    assert "kdcache train-student --recipe 'kl/recipe.toml' --out 'kl-again'" in found.text
+    assert str(tmp_path) not in found.text
     assert "2.11.0" in found.text
 
 
