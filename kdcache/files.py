@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,31 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)  # what does not fit must not keep the disk full
     _sync(path.parent)
+
+
+@contextmanager
+def replacing_in(folder: Path, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
+    """Yield an empty folder to write to, whose files get into `folder` when the block has ended well.
+
+    A new `folder` appears whole. In one that is there, `earlier` files go and the new ones take their places.
+    """
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}{_PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a kill
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not folder.is_dir() or not any(folder.iterdir()):
+            partial.replace(folder)
+            return
+        for old in list(earlier()):
+            old.unlink()
+        for file in [path for path in partial.rglob("*") if not path.is_dir()]:
+            place = folder / file.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str) -> None:

@@ -16,7 +16,7 @@ Memory does not grow with the number of images.
 
 import re
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +148,8 @@ class Gallery:
     ) -> list[Path]:
         """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors; depth below.
 
-        A contact sheet has all of them, small. What an earlier call left in these folders is removed.
+        A contact sheet has all of them, small.
         """
-        _clear(folder, (SUCCESSES, FAILURES, CHOSEN))
         written, strips = list[Path](), list[Panel]()
         for done, case in enumerate(cases, 1):
             image = shown.scores.images[case.position]
@@ -169,7 +168,6 @@ class Gallery:
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> list[Path]:
         """Draw the same images through several models: predictions, and where they are wrong; scores are means."""
-        _clear(folder, (SIDE_BY_SIDE,))
         written = list[Path]()
         for case in cases:
             images = [shown.scores.images[case.position] for shown in models]
@@ -343,11 +341,10 @@ def _rank(case: Case) -> str:
     return case.prefix
 
 
-def _clear(folder: Path, names: Sequence[str]) -> None:
-    """Remove the pictures of an earlier call, and no other file."""
-    for name in names:
-        for old in _pictures(folder / name):
-            old.unlink()
+def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
+    """Yield the pictures of images that an earlier call drew: of these runs, and side by side."""
+    for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES, CHOSEN))):
+        yield from _pictures(out / folder)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:

@@ -1,8 +1,9 @@
 """From runs to a folder of pictures and figures, for `kdcache visualise`."""
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -17,6 +18,7 @@ from kdcache.analysis.gallery import (
     Gallery,
     Shown,
     best_cases,
+    earlier_pictures,
     folder_names,
     shorten,
     summary_json,
@@ -36,9 +38,10 @@ from kdcache.analysis.score_figures import draw_distribution, draw_rmse, metrics
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
 from kdcache.data import Fold, Split, fold_alone
 from kdcache.errors import RecipeError
-from kdcache.files import check_own_folder
+from kdcache.files import check_own_folder, replacing_in
 from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
+from kdcache.shown import public
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,6 +121,23 @@ def visualise(
     above = banner(source.data, options.smoke)
     gallery = Gallery(source, above=above, layout=options.layout, formats=options.formats, **others)
     shown = dict(zip(folder_names([run.text for run in entries]), models, strict=True))
+    with replacing_in(out, lambda: _earlier(out, shown)) as drawn:
+        files, notes = _draw(entries, shown, by_class, numbers, gallery, options, drawn, report)
+    return Visualised(shown, tuple(out / file.relative_to(drawn) for file in files), tuple(notes))
+
+
+def _draw(
+    entries: Sequence[Entry],
+    shown: dict[str, Shown],
+    by_class: Score | None,
+    numbers: Sequence[int],
+    gallery: Gallery,
+    options: VisualiseOptions,
+    out: Path,
+    report: Progress,
+) -> tuple[list[Path], list[str]]:
+    """Draw everything into an empty folder. Returns: the files, and notes."""
+    models, source = list(shown.values()), gallery.split
     positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
     listed = [positions[number] for number in numbers]
     files: list[Path] = []
@@ -135,10 +155,18 @@ def visualise(
         if shared is None:
             notes.append("the runs share no task by which images are ranked: none are drawn side by side")
         files += gallery.draw_side_by_side(models, cases, out)
-    header = {"data": source.data, "split": source.split, "banner": gallery.above, "class": options.class_name}
+    header = {"data": public(source.data), "split": source.split, "banner": gallery.above, "class": options.class_name}
     content = {**header, "runs": summary_json(shown)}
     (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return Visualised(shown, tuple(files), tuple(notes))
+    return files, notes
+
+
+def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
+    """Yield what an earlier call drew of these runs."""
+    yield from earlier_pictures(out, runs)
+    for run, file, kind in itertools.product(runs, (*_FIGURES, SHEET), get_args(Format)):
+        if (picture := (out / run / file).with_suffix(f".{kind}")).is_file():
+            yield picture
 
 
 def _named_apart(runs: Sequence[Entry]) -> list[Entry]:
@@ -226,13 +254,10 @@ def _draw_run(
     if curves is not None:
         batch_size = run.settings.get("batch-size")
         figures["curves.png"] = draw_curves(curves, f"The training of {shorten(shown.name)}", batch_size)
-    for file in (*_FIGURES, SHEET):
-        for kind in get_args(Format):
-            (folder / file).with_suffix(f".{kind}").unlink(missing_ok=True)
     saved = [path for file, figure in figures.items() for path in save_figure(figure, folder / file, above, formats)]
     header = [
         ("run", shown.name),
-        ("data", f"{split.data}, split {split.split}"),
+        ("data", f"{public(split.data)}, split {split.split}"),
         ("heads", ", ".join(shown.heads)),
         ("images", f"{len(shown.scores.images)} labelled"),
         ("input", f"{shown.size[0]}x{shown.size[1]}; judged at the labels' own size"),
@@ -249,7 +274,7 @@ def _draw_run(
 def _score_figures(shown: Shown, split: Split, score: Score) -> dict[str, "Figure"]:
     """How scores are spread over images, a picture for each task, and the confusion matrix; by their files."""
     scores, name = shown.scores, shorten(shown.name)
-    title, figures = f"{name} on {shorten(split.data, 40)}, {split.split}", dict[str, "Figure"]()
+    title, figures = f"{name} on {shorten(public(split.data), 40)}, {split.split}", dict[str, "Figure"]()
     if SEGMENTATION in scores.tasks:
         metrics, counts = scores.metrics, scores.confusion.counts.numpy()
         spread = draw_distribution(scores, split.classes.colours, f"{title}: {MIOU.text(metrics.miou)}", score)

@@ -231,6 +231,26 @@ def test_earlier_pictures_are_replaced_and_nothing_else(world: Path, drawn: list
             visualise([world / "runs/none-0"], None, None, out)
 
 
+def test_a_kill_leaves_a_place_to_draw_into(world: Path, drawn: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pictures that are new nothing is there; earlier ones stay as they were."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = world / "killed"
+    for before in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr("kdcache.analysis.visualise.summary_json", killed)
+            with pytest.raises(KeyboardInterrupt):
+                visualise([world / "runs/none-0"], None, None, out)
+        assert out.exists() == before
+        assert [path.name for path in world.iterdir() if "partial" in path.name] == []
+        (world / ".killed.partial" / "of a kill").mkdir(parents=True)  # which cleans up nothing
+        visualise([world / "runs/none-0"], None, None, out)
+        assert (out / "visualise.json").is_file()
+        assert not (out / "of a kill").exists()
+
+
 def test_the_summary_and_the_text_say_what_was_found(world: Path, drawn: list) -> None:
     made = make(world, "none-0", best=0, worst=0)
     scores = made.shown["none-0"].scores
