@@ -31,11 +31,13 @@ PICKLE_ERRORS = {"UnpicklingError", "PickleError"}  # which torch raises: to nam
 
 KERNELS, CLI = "kdcache_kernels", "kdcache_cli"
 ALLOWED = {
+    "bounded": set[str](),
     "errors": set[str](),
     "listing": set[str](),
-    "files": {"errors"},
+    "files": {"bounded", "errors"},
     "locks": {"errors"},
     "heads": set[str](),
+    "faults": {"errors", "models"},
     "progress": {"errors"},
     "shown": set[str](),
     "ray_cluster": {"errors"},
@@ -50,6 +52,7 @@ ALLOWED = {
     "metrics": {"shown", "heads", "data", "models", "errors", "files", "settings"},
     "teacher": {
         *(
+            "faults",
             "ray_cluster",
             "shown",
             "heads",
@@ -65,7 +68,7 @@ ALLOWED = {
         KERNELS,
     },
     "train": {
-        *("heads", "data", "models", "store", "metrics", "distill"),
+        *("faults", "heads", "data", "models", "store", "metrics", "distill"),
         *("errors", "files", "locks", "run_folder", "run_samples", "settings", "shown"),
     },
     "analysis": {

@@ -197,10 +197,28 @@ def _explained(error: Exception) -> Any:
             received=str(error),
             remedy="check the path, its permissions, the disk's room, and whether it is mounted for writing",
         )
+    if (fault := _fault_of_theirs(error)) is not None:
+        return fault
     return KDCacheError(
         "this should not have happened: it is a defect of kdcache, or of a library",
         received=f"{type(error).__name__}: {error}",
         remedy="run again with --debug and report the traceback",
+    )
+
+
+def _fault_of_theirs(error: Exception) -> KDCacheError | None:
+    """The error of a network, or of another line of the user's own code; None for one of kdcache's."""
+    if "torch" not in sys.modules:  # no code of theirs runs without
+        return None
+    from kdcache.faults import network_fault, user_place
+
+    if (fault := network_fault(error)) is not None or not (place := user_place(error)):
+        return fault
+    return KDCacheError(
+        f"Cannot run your own code{place}",
+        entry="cannot run own code",
+        received=f"{type(error).__name__}: {error}",
+        remedy="Correct it there. --debug shows the traceback.",
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdcache.distill import AnyBatch, Criterion, DistillLoss, StreamLoss
 from kdcache.errors import KDCacheError
+from kdcache.faults import network_fault
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.oom import is_out_of_memory
@@ -265,7 +266,9 @@ class Trainer:
                 return prepared, *self.eager.with_norms(labelled)
             assert self._step is not None
             return prepared, self._step(labelled), None
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error) and (fault := network_fault(error)) is not None:
+                raise fault from error
             # Several processes wait for each other: one alone cannot try what fits.
             if self._world.size > 1 or not is_out_of_memory(error):
                 raise

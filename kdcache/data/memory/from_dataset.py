@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, part_of
+from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, naming_item, part_of
 from kdcache.data.memory.opened import PREFIX, register
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, Pixels, Split
 from kdcache.errors import DataError
@@ -65,7 +65,8 @@ class DatasetSplit(Split):
         return f"<{self.data}, split {self.split}: {len(self)} samples, {tasks}; ids are {self.id_rule}>"
 
     def image(self, index: int) -> Pixels:
-        return image_of(part_of(self._item(index), self._keys.image), self._where(index))
+        with naming_item(self._where(index)):
+            return image_of(part_of(self._item(index), self._keys.image), self._where(index))
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         return task in self._labelled and self._labelled[task][index]
@@ -74,7 +75,8 @@ class DatasetSplit(Split):
         if not self.has_label(index):
             return None
         value, size = self._part(index, SEGMENTATION), self.image(index).shape[:2]
-        label = label_of(value, size, self.classes.names, self._void, self._where(index))
+        with naming_item(self._where(index)):
+            label = label_of(value, size, self.classes.names, self._void, self._where(index))
         if label is None:
             raise self._lost(index)
         return label
@@ -82,13 +84,15 @@ class DatasetSplit(Split):
     def _depth(self, index: int) -> Depth | None:
         if not self.has_label(index, DEPTH):
             return None
-        metres = depth_of(self._part(index, DEPTH), self.image(index).shape[:2], self._where(index))
+        with naming_item(self._where(index)):
+            metres = depth_of(self._part(index, DEPTH), self.image(index).shape[:2], self._where(index))
         if metres is None:
             raise self._lost(index)
         return metres
 
     def _part(self, index: int, task: str) -> Any:
-        return part_of(self._item(index), self._keys.label if task == SEGMENTATION else self._keys.depth)
+        with naming_item(self._where(index)):
+            return part_of(self._item(index), self._keys.label if task == SEGMENTATION else self._keys.depth)
 
     def _item(self, index: int) -> Any:
         """An item, which is kept until this thread reads another one: an image and its label are one item.
@@ -178,16 +182,8 @@ def from_dataset(
 
 def read_item(dataset: Any, number: int, where: str) -> Any:
     """An item of a data set. Raises: DataError when the data set fails on it."""
-    try:
+    with naming_item(where):
         return dataset[number]
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DataError(
-            "every item of a data set can be read by its number",
-            received=f"{where}: {type(error).__name__}: {error}",
-            remedy="mend the data set, or leave the item out (torch.utils.data.Subset)",
-        ) from error
 
 
 def _length(dataset: Any) -> int:
@@ -204,9 +200,11 @@ def _length(dataset: Any) -> int:
             received=f"{type(dataset).__name__} with {', '.join(map(str, list(dataset.keys())[:5]))}",
             remedy="pick one: kdcache.from_dataset(splits['train'], ...)",
         )
-    if not len(dataset):
+    with naming_item("the length of the data set"):
+        count = len(dataset)
+    if not count:
         raise DataError("A split has at least one image.", received="an empty data set", remedy="give one with samples")
-    return len(dataset)
+    return count
 
 
 def _names(classes: Any) -> tuple[str, ...]:
@@ -265,10 +263,11 @@ def _column(item: Any, column: str, number: int) -> Any:
 
 def _contents(item: Any, keys: Keys, classes: ClassList, void: int, where: str) -> tuple[str, bool, bool]:
     """(Digest of an item's image and labels, whether it has a label of classes, and of depth)."""
-    pixels = image_of(part_of(item, keys.image), where)
-    size = (pixels.shape[0], pixels.shape[1])
-    label = label_of(part_of(item, keys.label), size, classes.names, void, where)
-    metres = depth_of(part_of(item, keys.depth), size, where)
+    with naming_item(where):
+        pixels = image_of(part_of(item, keys.image), where)
+        size = (pixels.shape[0], pixels.shape[1])
+        label = label_of(part_of(item, keys.label), size, classes.names, void, where)
+        metres = depth_of(part_of(item, keys.depth), size, where)
     digest = hashlib.sha256()
     for array in (pixels, label, metres):
         digest.update(b"none" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from kdcache.data.sample import IGNORE_INDEX, Depth, Pixels, ids_out_of_range
-from kdcache.errors import DataError
+from kdcache.errors import DataError, KDCacheError
 
 IMAGE_KEYS = ("image", "img", "pixel_values", "pixels")
 LABEL_KEYS = ("label", "mask", "annotation", "labels", "masks", "segmentation", "semantic", "target", "seg_map")
@@ -26,6 +27,25 @@ class Keys:
     image: Key
     label: Key | None
     depth: Key | None = None
+
+
+@contextmanager
+def naming_item(where: str) -> Iterator[None]:
+    """A context out of which an error of somebody's data set comes as a DataError that names the item.
+
+    Raises: DataError. Running out of memory is no fault of a data set.
+    """
+    try:
+        yield
+    except (KDCacheError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"Cannot read {where}: {type(error).__name__}",
+            entry="cannot read item",
+            received=f"{type(error).__name__}: {error}",
+            remedy="Correct your data set or its transform, or leave the item out (torch.utils.data.Subset).",
+        ) from error
 
 
 def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None, where: str) -> Keys:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ModelError
+from kdcache.faults import naming_network
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Outputs, SegmentationModel
 from kdcache_kernels.window import area_matrix
@@ -35,8 +36,9 @@ def teach(
     Args:
         pixels_BHW3: uint8, on any device.
         grid: (h, w), coarser than the teacher's own, that its probabilities are averaged to.
+    Raises: ModelError that names the network, for an error out of its code.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), naming_network():
         with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
             pixels = pixels_BHW3.to(device, non_blocking=True)
             output = model(model.normalise(pixels), taps)

@@ -182,6 +182,22 @@ class Broken(Scenes):
         raise FileNotFoundError("no such file")
 
 
+class Lengthless(Scenes):
+    def __len__(self) -> int:
+        return 1 // 0
+
+
+def test_a_transform_that_fails_later_is_named_with_its_item() -> None:
+    dataset = Scenes()
+    split = from_dataset(dataset, NAMES, ids=[str(number) for number in range(6)])
+    dataset.__class__ = Broken
+    for read in (split.image, split.label):
+        with pytest.raises(DataError, match="Cannot read item 2 of memory:") as caught:
+            read(2)
+        assert "FileNotFoundError: no such file" in caught.value.received
+        assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
 ZEROS = np.zeros((4, 6, 3), np.uint8)
 ONES = np.ones((4, 6), np.uint8)
 
@@ -191,7 +207,10 @@ ONES = np.ones((4, 6), np.uint8)
     [
         (Jittering(), {}, "take the augmentation out"),
         (Flipping(), {}, "take the augmentation out"),
-        (Broken(), {}, "can be read by its number"),
+        (Broken(), {}, "Cannot read item 0: FileNotFoundError"),
+        (Lengthless(), {}, "Cannot read the length of the data set: ZeroDivisionError"),
+        ([{"image": ZEROS, "mask": ONES}, {"image": ZEROS}], {}, "Cannot read item 1: KeyError"),
+        ([(ZEROS, ONES.tolist()[:3] + [[1]])], {}, "Cannot read item 0: ValueError"),
         (iter([]), {}, "map-style"),
         ([], {}, "an empty data set"),
         ([(ZEROS.astype(np.float32), ONES)], {}, "before they become floats"),

@@ -86,8 +86,9 @@ def test_the_machine_s_own_memory(function: str, asked: str, hungry: Any, tmp_pa
 
 
 def test_another_error_is_none_of_ours(hungry: Any, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="a fault of the model's own"):
+    with pytest.raises(ModelError, match="Cannot run the network") as caught:
         train(make_config(**hungry(4, function="other", batch_size=8)), tmp_path / "run")
+    assert "a fault of the model's own" in caught.value.received
 
 
 def test_a_validation_that_does_not_fit(hungry: Any, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Errors out of a network's own code, named as the network's: whose fault an exception is, by its traceback."""
+
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+
+from kdcache.errors import KDCacheError, ModelError
+from kdcache.models import Outputs, SegmentationModel
+
+_ONE_IMAGE = "Expected more than 1 value per channel"
+"""What BatchNorm says in training about one value, such as that of one pooled image."""
+
+
+_PACKAGES = ("kdcache", "kdcache_cli", "kdcache_kernels")
+_PARTS = (*Outputs._fields, "logits")
+
+
+@contextmanager
+def naming_network() -> Iterator[None]:
+    """A context out of which an error of a network comes as a ModelError that names it. Others come as they are."""
+    try:
+        yield
+    except Exception as error:
+        if (fault := network_fault(error)) is not None:
+            raise fault from error
+        raise
+
+
+def network_fault(error: BaseException) -> ModelError | None:
+    """Return the error of a network whose forward or backward raised `error`; None for any other.
+
+    Running out of memory is no fault of a network.
+    """
+    if isinstance(error, KDCacheError | MemoryError | torch.OutOfMemoryError) or hasattr(error, "rule"):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name in ("forward", "_call_impl")]
+    root = next((module for module in modules if isinstance(module, SegmentationModel)), None)
+    received = f"{type(error).__name__}: {error}{user_place(error)}"
+    if isinstance(error, AttributeError) and error.name in _PARTS and not isinstance(error.obj, Outputs):
+        return ModelError(
+            "Cannot use what a network returned: its forward must return Outputs",
+            entry="cannot use what network returned",
+            received=type(error.obj).__name__,
+            remedy='Return kdcache.models.Outputs({"segmentation": logits}, features) from your SegmentationModel, '
+            "or make it a torch.nn.Module, which kdcache wraps.",
+        )
+    if root is not None:
+        return ModelError(
+            f"Cannot run the network {root.spec}: {type(error).__name__}{_layer(root, modules)}",
+            entry="cannot run network",
+            received=received,
+            remedy=_fix(str(error)),
+        )
+    if any(frame.f_code.co_name in ("backward", "grad") and _is_autograd(frame) for frame in frames):
+        return ModelError(
+            f"Cannot go backward through the network: {type(error).__name__}",
+            entry="cannot go backward through network",
+            received=received,
+            remedy="Look in the network for operations in place (+=, relu_), for outputs without a gradient (detach, "
+            "no_grad, frozen layers) and for gradients of your own. --debug shows the traceback.",
+        )
+    return None
+
+
+def user_place(error: BaseException) -> str:
+    """Return ", at FILE:LINE" of the last line of a traceback in code of the user's; empty without one."""
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
+    return f", at {own[-1][0].f_code.co_filename}:{own[-1][1]}" if own else ""
+
+
+def _layer(root: nn.Module, modules: list[object]) -> str:
+    """The innermost layer of a network whose forward was running, in words."""
+    names = {id(module): name.removeprefix("network.") for name, module in root.named_modules()}
+    inside = [module for module in modules if id(module) in names and names[id(module)] not in ("", "network")]
+    return f" in its layer {names[id(inside[-1])]} ({type(inside[-1]).__name__})" if inside else ""
+
+
+def _fix(text: str) -> str:
+    if _ONE_IMAGE in text:
+        return (
+            "BatchNorm needs two images or more at once: use --batch-size 2 or more for each process and part, so a "
+            "smaller --accumulate."
+        )
+    return (
+        "Correct the network, or give it images of a size that it takes (--size). --debug shows the traceback, which "
+        "is the network's."
+    )
+
+
+def _is_autograd(frame: FrameType) -> bool:
+    return Path(frame.f_code.co_filename).is_relative_to(Path(torch.__file__).parent / "autograd")
+
+
+def _is_users(frame: FrameType) -> bool:
+    """Whether a line is neither kdcache's nor Python's nor that of an installed library."""
+    file = frame.f_code.co_filename
+    if file.startswith("<"):
+        return False
+    packages = [sys.modules[name].__file__ for name in _PACKAGES if name in sys.modules]
+    folders = [Path(path).parent for path in packages if path is not None]
+    folders += [Path(sys.prefix), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))]
+    return not any(Path(file).is_relative_to(folder) for folder in folders)
