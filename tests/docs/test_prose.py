@@ -34,8 +34,7 @@ def page(tmp_path: Path) -> Path:
 
 def run(page: Path, *words: str) -> tuple[int, str]:
     command = [sys.executable, str(PROSE), "--root", str(page.parents[1]), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     return done.returncode, done.stdout
 
 
@@ -82,6 +81,11 @@ def test_the_guard_says_what_to_change(page: Path) -> None:
     assert code == 0
     assert "repeat the noun" in said
     assert "two sentences" in said
+
+
+@pytest.mark.parametrize("name", ["nope.md", str(ROOT / "README.md")])
+def test_pages_of_another_checkout_are_named(page: Path, name: str) -> None:
+    assert run(page, name) == (1, f"{name} is not a page of {page.parents[1]}\n")
 
 
 @pytest.mark.parametrize(

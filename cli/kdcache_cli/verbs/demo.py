@@ -1,8 +1,8 @@
 """`kdcache demo`: the whole way on procedural scenes, as a user would walk it.
 
-The teacher learns from 96 labelled scenes. The student has 96 other scenes with 8 labels, so the teacher has something to
-add: over seeds 0, 1 and 2 distillation gained 8.1, 9.8 and 9.1 points of mIoU. With the same 12 labels for teacher and
-student it gained 1.4 (one seed).
+The teacher learns from 96 labelled scenes. The student has 96 other scenes with 8 labels, so the teacher has something
+to add: over seeds 0, 1 and 2 distillation gained 8.1, 9.8 and 9.1 points of mIoU. With the same 12 labels for teacher
+and student it gained 1.4 (one seed).
 """
 
 from pathlib import Path
