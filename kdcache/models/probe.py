@@ -76,7 +76,7 @@ def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, o
         kind = "probabilities" if sums_to_one else "sigmoid"
         words = "probabilities (no number is below 0, and those of a pixel sum to 1)"
         return NotLogits(
-            f"returns {words}" if sums_to_one else f"{numbers} alone, as after a sigmoid,",
+            f"returns {words}" if sums_to_one else f"{numbers}, as after a sigmoid",
             f"return what comes before the {'softmax' if sums_to_one else 'sigmoid'}, or write MODEL,outputs={kind}; "
             "if they are logits all the same, MODEL,outputs=logits",
             True,

@@ -38,6 +38,7 @@ def open_model(run: str, size: str | None, weights: str, classes: Path | None) -
     """The model of a run or of SPEC@FILE, and its description. Raises: RecipeError, ModelError, MismatchError."""
     from kdcache.analysis.runs import unnamed_classes
     from kdcache.data.classes import read_classes
+    from kdcache.models import not_logits
     from kdcache.models import run as runs
 
     which = entries(JudgeSettings)["weights"].read(weights)
@@ -50,6 +51,8 @@ def open_model(run: str, size: str | None, weights: str, classes: Path | None) -
     if named is not None:
         description.check_classes(named.names, str(classes))
     warn_of_weights(model)
+    if (finding := not_logits(model, description.size)) is not None:
+        warn(f"{run} {finding.text}: {finding.remedy}")
     return model, description
 
 
