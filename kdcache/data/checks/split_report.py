@@ -97,7 +97,7 @@ class SplitReport:
                 f"where 0 means unlabelled and classes count from 1, add the line `void: 0` to classes.txt; where "
                 f"{count} is void, add `void: {count}`; else complete the class list"
             )
-        return f"complete the class list, or write {IGNORE_INDEX} for void"
+        return f"complete the class list, or write {IGNORE_INDEX} (or the line `void: NUMBER` of classes.txt) for void"
 
     def _stray_ids(self, most: int = 6) -> str:
         """Which ids are no class, in how many files and pixels: `12 in 5 files, 250 pixels`."""

@@ -272,7 +272,7 @@ def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> 
         labelled = writer.write_label(index, label if binary else None)
         writer.write_depth(index)
     except DataError as error:
-        return f"{error.rule} {error.received}"
+        return f"{error.rule} {error.received}" + (f". {error.remedy}" if "--bits" in error.remedy else "")
     ids = frozenset() if label is None else frozenset(np.unique(label).tolist())
     if own is None or scaled:
         save_png(image, path)
