@@ -92,10 +92,12 @@ def check_same_data(runs: Sequence[Entry], split: Split) -> None:
     digest = split.digest()
     for run in runs:
         recorded = "" if run.run is None else run.run.model.validated_on
-        if recorded not in ("", digest):
+        if run.run is not None and recorded not in ("", digest):
+            where = f"{split.data}, split {split.split!r}"
+            check_classes(run.run.model, split.classes, where)
             raise MismatchError(
                 "runs are compared on the data that they were validated on, wherever it is now",
-                received=f"{split.data}, split {split.split!r}, has other samples (digest {digest[:12]}) than "
+                received=f"{where}, has other samples (digest {digest[:12]}) than "
                 f"{run.text} was validated on (digest {recorded[:12]}: {run.settings.get('val')})",
                 remedy="give --data the place where that data set is now; or judge on this one on purpose, and name "
                 "its split, too: --split",

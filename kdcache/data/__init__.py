@@ -22,7 +22,7 @@ Everything wrong with a user's data is a `DataError`; wrong arguments of a calle
 """
 
 from kdcache.data.by_name import ClassesByName, classes_by_name
-from kdcache.data.changes import UNRECORDED, Changes, changed_data, content_changes
+from kdcache.data.changes import UNRECORDED, Changes, changed_data
 from kdcache.data.checks.check import CheckReport, check, class_weights
 from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.checks.split_report import SplitReport
@@ -85,7 +85,6 @@ __all__ = [
     "class_weights",
     "classes_by_name",
     "colour_jitter",
-    "content_changes",
     "convert",
     "download",
     "draw_view",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.data.contents import Contents, read_contents
+from kdcache.data.contents import Contents
 from kdcache.data.sample import Split
 from kdcache.errors import MismatchError
 
@@ -103,11 +103,6 @@ def named(ids: Sequence[str]) -> str:
     """Return the first few ids and how many more there are."""
     more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
     return ", ".join(map(repr, ids[:_MOST_NAMED])) + more
-
-
-def content_changes(before: Contents, class_names: Sequence[str], split: Split) -> Changes:
-    """Compare a data set with the digests of an earlier time. Raises: DataError for a file that cannot be read."""
-    return digest_changes(before, read_contents(split), class_changes(tuple(class_names), split.classes.names))
 
 
 def digest_changes(before: Contents, now: Contents, classes: str = "") -> Changes:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class StoreWriter:
             proofs: dict[str, bytes] = {}
             for shard, record in again.items():
                 for path, rendered in data.checksums(shard).items():
-                    proofs |= self._check_rendered(path, shard, record, rendered, needed=bool(other))
+                    proofs |= self._check_rendered(path, shard, record, rendered, other)
             for key, content in proofs.items():  # they must outlast the record, should this repair be interrupted
                 self.place.publish(key, content)
         if other and again:
@@ -162,12 +162,14 @@ class StoreWriter:
             self.place.remove(ledger.record_key(shard))
 
     def _check_rendered(
-        self, path: str, shard: int, record: ShardRecord | None, rendered: Array, *, needed: bool
+        self, path: str, shard: int, record: ShardRecord | None, rendered: Array, other: Sequence[str]
     ) -> dict[str, bytes]:
         """Compare the checksums of a shard's pixels or labels with the stored ones, if the store has them.
 
-        Returns: the file that proves it, if it is damaged and `needed`.
-        Raises: MismatchError if they differ, and if `needed` also if they are not known.
+        Args:
+            other: how this environment differs from the first one.
+        Returns: the file that proves it, if it is damaged and the environment is another one.
+        Raises: MismatchError if they differ, and in another environment also if they are not known.
         """
         spec = next((spec for spec in self._specs if spec.path == path), None)
         proof: dict[str, bytes] = {}
@@ -180,44 +182,53 @@ class StoreWriter:
             # This file itself is damaged: its digest shows whether it would be the same again.
             stored = self._encoder.encode(spec, shard, rendered)
             same = hashlib.sha256(stored).hexdigest() == file.sha256
-            if same and needed:
+            if same and other:
                 proof[key] = stored
         else:
             rows = None if stored is None else self._encoder.decode(spec, shard, stored)
-            same = not needed if rows is None else np.array_equal(rows, rendered)
+            same = not other if rows is None else np.array_equal(rows, rendered)
         if not same:
             what = "labels" if path == "records/label_checksum" else "images"
             raise MismatchError(
-                f"Cannot repair shard {shard} of {self.place}: its {what} have changed since the build",
+                f"Cannot repair shard {shard} of {self.place}: its {what} do not render as they did at the build",
                 entry="damaged records are taught again",
-                received=f"the {what} of its records render otherwise now, or what they rendered to is lost",
+                received="; ".join(other) or f"the {what} of its records have changed, or their checksums are lost",
                 remedy=f"restore the {what}, or the versions that the store was built with (kdcache inspect --json); "
                 "or build into a new folder",
             )
         return proof
 
-    def recorded(self, shards: Collection[int]) -> Recorded:
-        """Return what some finished shards say of the data set. Raises: as `read_ids`."""
+    def recorded(self, state: recovery.State) -> Recorded:
+        """Return what finished shards, and damaged ones as far as they are whole, say of the data set.
+
+        Raises: as `read_ids`.
+        """
         manifest, names = self.manifest, columns_of(self.manifest)
-        specs = {spec.path: spec for spec in self._specs}
-        columns = {
-            name: np.zeros((manifest.records, *spec.shape), spec.dtype)
-            for name in names
-            if (spec := specs.get(f"records/{name}")) is not None
-        }
+        specs = [spec for spec in self._specs if spec.path.removeprefix("records/") in names]
+        columns = {spec.path: np.zeros((manifest.records, *spec.shape), spec.dtype) for spec in specs}
         known = np.zeros(manifest.records, np.bool_)
-        for shard in shards if names else ():
+        for shard in sorted({*state.whole, *state.doubtful}) if names else ():
             first, last = manifest.shard_range(shard)
-            for name, rows in columns.items():
-                spec = specs[f"records/{name}"]
-                content = self._encoder.decode(spec, shard, self.place.read(shard_key(spec, shard)))
-                assert content is not None, (name, shard)  # its digest was compared
-                rows[first:last] = content
-            known[first:last] = True
-        ids = read_ids(self.place, manifest)
+            read = {spec.path: self._column(spec, shard, state.doubtful.get(shard)) for spec in specs}
+            if all(rows is not None for rows in read.values()):
+                known[first:last] = True
+                for path, rows in read.items():
+                    columns[path][first:last] = rows
         return Recorded(
-            ids, manifest.dataset.class_names, manifest.view.views_per_sample, columns, known, manifest.view.size
+            ids=read_ids(self.place, manifest),
+            class_names=manifest.dataset.class_names,
+            views=manifest.view.views_per_sample,
+            columns={path.removeprefix("records/"): rows for path, rows in columns.items()},
+            known=known,
+            size=manifest.view.size,
         )
+
+    def _column(self, spec: ArraySpec, shard: int, record: ShardRecord | None) -> Array | None:
+        """Return a shard's rows of an array; None if the file is damaged or is not the one of its record."""
+        key = shard_key(spec, shard)
+        sha256 = None if record is None else record.files[key].sha256
+        content = ledger.read_or_none(self.place, key, MAX_JSON_BYTES, sha256)
+        return None if content is None else self._encoder.decode(spec, shard, content)
 
     def _note(self, now: Manifest, shards: list[int]) -> None:
         """Have the manifest say that shards are written again in another environment."""
@@ -308,7 +319,7 @@ def open_writer(
     state = recovery.examine_shards(place, present, sorted(worker.shards(present.shards)), completion)
     writer.finished = state.whole
     if data is not None and data.split is not None:
-        _check_data(writer, data.split, data_changes(writer.recorded(state.whole), data.split))
+        _check_data(writer, data.split, data_changes(writer.recorded(state), data.split))
     writer.repair(manifest, state.doubtful, data)
     return writer
 
@@ -318,7 +329,7 @@ def _check_dataset(writer: StoreWriter, split: Split, completion: ledger.Complet
     place, manifest = writer.place, writer.manifest
     try:
         shards = sorted(writer.worker.shards(manifest.shards))
-        recorded = writer.recorded(recovery.examine_shards(place, manifest, shards, completion).whole)
+        recorded = writer.recorded(recovery.examine_shards(place, manifest, shards, completion))
     except StoreError:  # it is damaged: the manifest says what differs
         return
     _check_data(writer, split, data_changes(recorded, split))

@@ -1,17 +1,19 @@
 """What each job of a sweep depends on: a job is done if the digest of its inputs is the recorded one.
 
-OUT/inputs.json has the contents of the data at the first run, and the inputs of each job that was done.
+OUT/inputs.json has the contents of the data at the first run, and the inputs of each job that was done. A data set is
+known by its place among the data sets of the jobs, because its folder may be renamed.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import Contents, changed_data, content_changes, open_split, read_contents
+from kdcache.data import Contents, changed_data, open_split, read_contents
+from kdcache.data.changes import class_changes, digest_changes
 from kdcache.data.files import file_digest
 from kdcache.errors import RecipeError
 from kdcache.files import read_object, write_whole
@@ -37,7 +39,9 @@ class Inputs:
         recorded = read_object(self._path)
         self._done: dict[str, str] = {str(name): str(digest) for name, digest in recorded.get("jobs", {}).items()}
         self._data: dict[str, Any] = dict(recorded.get("data", {}))
+        self._begun = bool(self._data)
         self._digests = dict[str, str]()
+        self._numbers = dict[str, int]()
         for job in sweep.jobs:
             for data, split in _data_of(job):
                 self._compare(data, split, sweep.out)
@@ -49,9 +53,9 @@ class Inputs:
 
     def digest(self, job: Job) -> str:
         """Return the SHA-256 of a job's command, of its data, and of what the jobs before it left."""
-        data = [self._digests[_key(*pair)] for pair in _data_of(job)]
+        data = [self._digests[self._key(*pair)] for pair in _data_of(job)]
         before = [self._left(self._jobs[name]) for name in job.needs]
-        return hashlib.sha256(json.dumps([job.words, data, before]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([without_folders(job.words), data, before]).encode()).hexdigest()
 
     def record(self, job: Job, digest: str) -> None:
         """Remember that a job was done with these inputs."""
@@ -63,17 +67,17 @@ class Inputs:
         return file_digest(job.done) if job.done is not None and job.done.is_file() else ""
 
     def _compare(self, data: str, split: str, out: Path) -> None:
-        key = _key(data, split)
+        key = self._key(data, split)
         if key in self._digests:
             return
         opened = open_split(data, split)
         contents = read_contents(opened)
         self._digests[key] = contents.digest
-        known = self._data.get(key)
-        if known is None:
+        if not self._begun:
             self._data[key] = {"classes": list(opened.classes.names), **contents.to_json()}
             return
         try:
+            known = self._data[key]
             before, classes = Contents.from_json(known), tuple(known["classes"])
         except (ValueError, TypeError, KeyError) as error:
             raise RecipeError(
@@ -81,11 +85,14 @@ class Inputs:
                 received=f"the contents of {key}: {error}",
                 remedy="restore it from a copy, or give another --out",
             ) from error
-        if changes := content_changes(before, classes, opened):
+        if changes := digest_changes(before, contents, class_changes(classes, opened.classes.names)):
             remedy = (
                 f"restore the data set; or give another --out, and {out} keeps the results of the data as they were"
             )
             raise changed_data(out, changes, opened, remedy)
+
+    def _key(self, data: str, split: str) -> str:
+        return f"{split} of data set {self._numbers.setdefault(data, len(self._numbers) + 1)}"
 
     def _write(self) -> None:
         write_whole(self._path, json.dumps({"data": self._data, "jobs": self._done}, indent=1) + "\n")
@@ -96,8 +103,16 @@ def is_done(job: Job) -> bool:
     return job.done is not None and bool(read_object(job.done))
 
 
-def _key(data: str, split: str) -> str:
-    return f"{split} of {data}"
+def without_folders(words: Sequence[str]) -> list[str]:
+    """Return a job's words without the places of its data sets, for their contents are compared."""
+    flags = ("", *words)
+    return [_without_folder(flag, word) for flag, word in pairwise(flags)]
+
+
+def _without_folder(flag: str, word: str) -> str:
+    if flag in ("--data", "--val"):
+        return ""
+    return json.dumps(parse_stream(word) | {"data": ""}) if flag == "--stream" else word
 
 
 def _data_of(job: Job) -> Iterator[tuple[str, str]]:

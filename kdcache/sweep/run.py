@@ -15,7 +15,7 @@ import tomli_w
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.files import write_whole
 from kdcache.sweep.curve import write_curve
-from kdcache.sweep.inputs import Inputs
+from kdcache.sweep.inputs import Inputs, without_folders
 from kdcache.sweep.plan import Job, Sweep
 from kdcache.sweep.summary import write_details
 
@@ -118,7 +118,7 @@ def _record(sweep: Sweep) -> None:
     jobs = {job.name: shlex.join(job.words) for job in sweep.jobs if job.done is not None}
     if path.is_file():
         before = tomllib.loads(path.read_text(encoding="utf-8"))["jobs"]
-        if before != jobs:
+        if _without_folders(before) != _without_folders(jobs):
             raise RecipeError(
                 "a sweep goes on with the recipe, data and flags that it was begun with",
                 received=f"{sweep.out}: {_first_difference(before, jobs)}",
@@ -134,6 +134,10 @@ def _record(sweep: Sweep) -> None:
     sweep.out.mkdir(parents=True, exist_ok=True)
     record = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
     write_whole(path, tomli_w.dumps(record))
+
+
+def _without_folders(jobs: dict[str, str]) -> dict[str, list[str]]:
+    return {name: without_folders(shlex.split(words)) for name, words in jobs.items()}
 
 
 def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:

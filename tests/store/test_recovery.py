@@ -532,7 +532,7 @@ class TestWithOtherVersions:
         files.put(key, b"")
         before = files.read()
         plan = now if versions == "others" else wanted
-        with pytest.raises(MismatchError, match="have changed since the build"):
+        with pytest.raises(MismatchError, match="do not render as they did at the build"):
             open_writer(files.location, plan.manifest, plan.ids, None, self.pixels(plan, 1, array))
         assert files.read() == before
 

@@ -73,6 +73,7 @@ def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, Bu
     from kdcache.data import open_split
     from kdcache.store import data_changes, open_cache
     from kdcache.teacher import check_cross_fit, load_like, options_of
+    from kdcache.teacher.build.manifest import libraries
     from kdcache.train import pick_device
 
     machine, teacher = read(MachineSettings, settings), read(TeacherSettings, settings)
@@ -93,7 +94,16 @@ def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, Bu
     renewed = data_changes(earlier, source)
     notes = [*loaded.notes, *renewed.notes()]
     if renewed:
-        notes.append(f"since {old} was built: {renewed.describe()}. Labels are rendered again, changed images taught")
+        notes.append(
+            f"since {old} was built: {renewed.describe()}. Labels are rendered again, and the teacher runs on changed "
+            "images"
+        )
+    before, now = manifest.build.libraries.get("pillow"), libraries()["pillow"]
+    if before != now:
+        notes.append(
+            f"{old} was built with pillow {before}, and this is pillow {now}: the teacher runs again on images that "
+            "render otherwise"
+        )
     for note in notes:
         ERRORS.print(f"note: {note}", markup=False)
     changes = {name: value for name, value in read_values(BuildSettings, settings).items() if value is not None}

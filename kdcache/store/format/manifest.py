@@ -135,7 +135,7 @@ class Manifest(parts.Part):
 
     def differences(self, other: "Manifest") -> list[str]:
         """Descriptions of what keeps `other` from continuing this build, but for time stamps, figures and repairs."""
-        differences = self.teacher.differences(other.teacher)
+        differences = [f"teacher.{text}" for text in self.teacher.differences(other.teacher)]
         if self.depth != other.depth:
             differences.append(f"depth: {self.depth} against {other.depth}")
         for part in ("dataset", "view", "build"):

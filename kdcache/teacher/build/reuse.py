@@ -135,7 +135,7 @@ def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
     _refuse(old, differences)
     keeps_figures = old_manifest.fidelity is not None and not rounds(old_manifest, options.codec)
     manifest = plan_manifest(probe, fidelity=not keeps_figures)
-    differences = old_manifest.teacher.differences(manifest.teacher)
+    differences = [f"teacher.{text}" for text in old_manifest.teacher.differences(manifest.teacher)]
     if old_manifest.heads != manifest.heads:
         differences.append(f"heads: {old_manifest.heads} against {manifest.heads}")
     _refuse(old, differences)

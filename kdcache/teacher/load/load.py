@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kdcache.data import ClassList, Fit, Split
+from kdcache.data.changes import class_changes
 from kdcache.errors import MismatchError, ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import (
@@ -244,7 +245,8 @@ def _check_classes(loaded: _Loaded, count: int, classes: ClassList) -> None:
                 remedy += f", for instance {class_map_text(theirs, classes.names)}"
         raise ModelError(
             "a teacher has as many classes as the data set",
-            received=f"{loaded.origin} has {count}, the data set has {len(classes)}",
+            received=f"{loaded.origin} has {count}, the data set has {len(classes)}"
+            + (f": {class_changes(theirs, classes.names)}" if theirs and classes.names else ""),
             remedy=remedy,
         )
     if (note := compare_names(loaded.origin, theirs, classes.names)) is not None:

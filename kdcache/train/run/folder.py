@@ -99,7 +99,10 @@ def check_samples(run: Path, samples: RunSamples) -> None:
     """Refuse to resume a run on data that changed since it was begun. Raises: MismatchError naming the samples."""
     before = RunSamples.read(run)
     if before is not None and (changes := before.changes(samples)):
-        remedy = "restore the data set, or begin another run with a new --out"
+        remedy = (
+            "restore the data set, or begin another run with a new --out. If you only saved its files in another "
+            f"format, delete {run / SAMPLES}, which has digests of the files"
+        )
         raise changed_data(run, changes, None, remedy)
 
 
