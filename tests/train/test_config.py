@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kdcache.errors import RecipeError
+from kdcache.run_folder import write_local
 from kdcache.train import TrainConfig, make_config, read_config
 from kdcache.train.checks import check_flip, check_processes, warmup_notes
 
@@ -315,6 +316,7 @@ def test_a_recipe_file_reads_back_as_it_was(
     of_teacher = {"method": "none"} if values.get("verb") == "train-teacher" else {}
     config = make_config(**(BASE | values | extra | term | of_teacher))
     (run / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
+    write_local(run, config.model, config.settings())  # the folders that the recipe leaves out
     assert read_config(run) == config
     assert not any("_" in key for key in tomllib.loads(config.to_toml()))
 
