@@ -134,8 +134,10 @@ def test_names_with_numbers_survive_writing(names, tmp_path) -> None:
 
 def test_labels_that_may_count_from_1_are_doubted_with_the_line_to_write(tmp_path) -> None:
     every = check(data(tmp_path / "every", "sky\nroad\ncar\n", 0, 1, 2))
-    assert (every.problems, every.warnings) == ([], [])
-    assert "if 0 means unlabelled" in every.notes[0]
+    assert every.problems == []
+    assert "if 0 means unlabelled" in every.warnings[0]
+    assert check(data(tmp_path / "void", "sky\nroad\ncar\n", 0, 1, 2, 255)).warnings == []
+    assert check(data(tmp_path / "said", "0: sky\n1: road\n2: car\n", 0, 1, 2)).warnings == []
     last = check(data(tmp_path / "last", "sky\nroad\ncar\nbus\n", 0, 1, 2))
     assert "`void: 0`" in last.warnings[0]
     beyond = check(data(tmp_path / "beyond", "sky\nroad\n", 0, 1, 2))

@@ -77,8 +77,6 @@ def check(
         OUT.print(f"[red]problem[/] {escape(problem)}")
     for warning in report.warnings:
         OUT.print(f"[yellow]warning[/] {escape(warning)}")
-    for note in report.notes:
-        OUT.print(f"note {escape(note)}", highlight=False)
     if not report.problems:
         OUT.print("no problem" if report.warnings else "[green]nothing wrong[/]")
     if sheet is not None:

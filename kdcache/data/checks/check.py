@@ -47,7 +47,6 @@ class CheckReport:
         why: what made it this layout, and where its classes come from.
         problems: sentences, empty for a data set that can be trained on as it is.
         warnings: sentences on what may be meant so, and seldom is.
-        notes: sentences on what the labels do not show.
         numbers: the class, or void, of every number in the labels by `classes.txt`; empty where numbers are class ids.
     """
 
@@ -59,7 +58,6 @@ class CheckReport:
     problems: list[str]
     warnings: list[str] = field(default_factory=list)
     why: str = ""
-    notes: list[str] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +75,6 @@ class CheckReport:
             "splits": splits,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
-            "notes": list(self.notes),
         }
 
 
@@ -158,7 +155,7 @@ def check(
     doubts = doubts_of(reports, classes, layout_root, whole=splits is None)
     problems += [*_repeats(where, layout_root), *doubts.problems]
     warnings = _twins(where) + doubts.warnings
-    return CheckReport(data, *place, classes, reports, problems, warnings, why, doubts.notes, numbers or {})
+    return CheckReport(data, *place, classes, reports, problems, warnings, why, numbers or {})
 
 
 def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:

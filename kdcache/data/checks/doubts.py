@@ -45,11 +45,10 @@ FROM_ONE = f"if 0 means unlabelled and the classes count from 1, add the line `v
 
 @dataclass
 class Doubts:
-    """Sentences, each with what is wrong, a number and a remedy; notes are of what no number shows."""
+    """Sentences, each with what is wrong, a number and a remedy."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def doubts_of(
@@ -84,7 +83,7 @@ def _note_zero(reports: Mapping[str, SplitReport], classes: ClassList, doubts: D
     if classes.names[0].lower() in BACKGROUND or any(report.void_pixels for report in reports.values()):
         return
     if all(sum(pixels) for pixels in zip(*(report.class_pixels for report in reports.values()), strict=True)):
-        doubts.notes.append(f"0 is {classes.names[0]!r} in these labels, and no pixel is void: {FROM_ONE}")
+        doubts.warnings.append(f"0 is {classes.names[0]!r} in these labels, and no pixel is void: {FROM_ONE}")
 
 
 def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:

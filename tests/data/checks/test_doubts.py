@@ -34,8 +34,13 @@ def the(sentences: list[str]) -> str:
     return sentences[0]
 
 
+def other_warnings(report: CheckReport) -> list[str]:
+    """The warnings but the one that every class list without void gets, which test_class_numbers.py looks at."""
+    return [text for text in report.warnings if "if 0 means unlabelled" not in text]
+
+
 def sound(report: CheckReport) -> bool:
-    return report.problems == [] and report.warnings == []
+    return report.problems == [] and other_warnings(report) == []
 
 
 def test_sound_data_are_not_doubted(builder, tmp_path) -> None:
@@ -68,7 +73,7 @@ def test_class_lists_that_are_tables(builder, text: str, kind: str, message: str
     root = fill(builder, *range(sum(bool(line) for line in text.splitlines())))
     report = check(root)
     assert bool(report.problems) == (kind in ("problem", "both"))
-    assert bool(report.warnings) == (kind in ("warning", "both"))
+    assert bool(other_warnings(report)) == (kind in ("warning", "both"))
     assert kind == "sound" or message in " ".join(report.problems + report.warnings)
 
 
