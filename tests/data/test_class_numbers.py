@@ -142,8 +142,6 @@ def test_labels_that_may_count_from_1_are_doubted_with_the_line_to_write(tmp_pat
     assert "`void: 0`" in last.warnings[0]
     beyond = check(data(tmp_path / "beyond", "sky\nroad\n", 0, 1, 2))
     assert "`void: 0`" in beyond.problems[0]
-    for text, numbers in (("0: sky\n1: road\n2: car\n", (0, 1, 2)), ("sky\nroad\ncar\n", (0, 1, 2, 255))):
-        assert check(data(tmp_path / f"sound {len(numbers)}", text, *numbers)).notes == []
 
 
 @pytest.mark.parametrize("across", [False, True])
