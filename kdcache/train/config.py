@@ -235,11 +235,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
     def to_toml(self) -> str:
         """Return the recipe file, without folders of this machine; None is left out, for TOML has no null."""
-        return tomli_w.dumps(public_values(self.settings()))
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings by the keys of a recipe, their places as they are on this machine."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return tomli_w.dumps(public_values(self.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
 
 def make_config(**settings: Any) -> TrainConfig:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache.run_folder import RECIPE, VERBS, Run
 from kdcache.settings import entries, read
 from kdcache.settings.shared import (
     CopySettings,
@@ -97,6 +96,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     """Let the keys of a TOML file stand for flags that are not given: the flag wins."""
     if path is None:
         return None
+    from kdcache.run_folder import RECIPE, VERBS, Run
+
     try:
         recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         if path.name == RECIPE:  # a run's, whose places are those of this machine

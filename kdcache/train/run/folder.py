@@ -182,7 +182,8 @@ def write_beginning(
         clear_partials(run / KEPT)
         # First and whole: its presence marks the folder as a run, which may be resumed whatever else is missing.
         write_whole(run / RECIPE, config.to_toml())
-        write_local(run, model.deployed.spec, config.settings())
+        settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+        write_local(run, model.deployed.spec, settings)
         run_model = RunModel(
             spec=model.deployed.spec,
             class_names=classes.names,
