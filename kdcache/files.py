@@ -1,6 +1,5 @@
 """Files that are written whole or not at all, whatever comes between: an error, a kill, a power cut, a full disk."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kdcache.bounded import parse_json, read_bytes
 from kdcache.errors import RecipeError
 
 _PARTIAL = ".partial"
@@ -63,10 +63,10 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none, it was cut short or emptied, or it holds something else."""
+    """The object in a JSON file; {} for one that is missing, cut short, empty, too long, or holds something else."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_bytes(path))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

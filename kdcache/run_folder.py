@@ -10,7 +10,6 @@ local.json         where code and data lie on this machine, if they are named by
 """
 
 import json
-import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pydantic import (
 )
 
 from kdcache import shown
+from kdcache.bounded import parse_json, parse_toml, read_bytes, read_text
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import read_object, write_whole
 from kdcache.heads import RegressionHead
@@ -36,6 +36,8 @@ from kdcache.settings.shared import Weights
 MODEL = "model.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
+MOST_LOG_BYTES = 2**25
+"""The most bytes of a log: 200,000 lines."""
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
 LOCAL = "local.json"
@@ -175,7 +177,8 @@ class Run:
     def _facts(self) -> dict[str, object]:
         """What is known of the run, in words; what its files do not say is None."""
         result, recipe = self.result, self.recipe or {}
-        miou, rmse = result.get("best_miou"), result.get("best_depth_rmse")
+        scores = (result.get(name) for name in ("best_miou", "best_depth_rmse"))
+        miou, rmse = (score if isinstance(score, int | float) else None for score in scores)
         return {
             "folder": self,
             "model": self.model.spec,
@@ -196,7 +199,7 @@ class Run:
         """The model that the weights belong to. Raises: RecipeError where model.json is missing or damaged."""
         path = self.folder / MODEL
         try:
-            model = RunModel.model_validate_json(path.read_bytes())
+            model = RunModel.model_validate_json(read_bytes(path))
             spec = str(self._here.get("spec", ""))
             found = same_spec(spec, model.spec) and Path(spec.rpartition(":")[0]).is_file()
             return model.model_copy(update={"spec": spec}) if found else model
@@ -206,12 +209,10 @@ class Run:
                 received=f"{self.folder} " + (f"has no {MODEL}" if self.folder.exists() else "does not exist"),
                 remedy="give the --out of a training",
             ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = "".join(f", {part}" for part in first["loc"])
+        except (OSError, ValueError) as error:
             raise RecipeError(
                 "a run's model.json must be well formed, its class names unique and not empty",
-                received=f"{path} " + (f"holds {first['msg']}{field}" if path.stat().st_size else "is empty"),
+                received=f"{path} {_fault(path, error)}",
                 remedy="restore it from a copy; or delete it and repeat the training with --resume, which writes it "
                 "again",
             ) from error
@@ -221,10 +222,10 @@ class Run:
         """recipe.toml as it is; None for a folder that holds a model alone. Raises: RecipeError when unreadable."""
         path = self.folder / RECIPE
         try:
-            return path.read_text(encoding="utf-8")
+            return read_text(path)
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise _no_recipe(path, error) from error
 
     @cached_property
@@ -236,7 +237,7 @@ class Run:
         if self.recipe_text is None:
             return None
         try:
-            recipe = tomllib.loads(self.recipe_text)
+            recipe = parse_toml(self.recipe_text)
         except ValueError as error:
             raise _no_recipe(self.folder / RECIPE, error) from error
         places = self._here.get("recipe")
@@ -276,20 +277,20 @@ class Run:
         """
         path = self.folder / METRICS
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path, MOST_LOG_BYTES).splitlines()
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise _no_log(path, str(error)) from error
+        except (OSError, ValueError) as error:
+            raise no_log(path, str(error)) from error
         rows = []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 rows.append({**row, "kind": str(row["kind"]), "step": int(row["step"])})
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 if number == len(lines):  # a kill in the middle of a line
                     break
-                raise _no_log(path, f"line {number} is {line[:40]!r}") from error
+                raise no_log(path, f"line {number} is {line[:40]!r}") from error
         return rows
 
     @cached_property
@@ -370,6 +371,15 @@ def weights_path(folder: Path, which: str) -> Path:
     return folder / f"{which}.safetensors"
 
 
+def _fault(path: Path, error: Exception) -> str:
+    """What is wrong with model.json."""
+    if not isinstance(error, ValidationError):
+        return f"cannot be read: {error}"
+    first = error.errors()[0]
+    field = "".join(f", {part}" for part in first["loc"])
+    return f"holds {first['msg']}{field}" if path.stat().st_size else "is empty"
+
+
 def _no_recipe(path: Path, error: Exception) -> RecipeError:
     return RecipeError(
         "a run's recipe is a TOML file",
@@ -378,7 +388,8 @@ def _no_recipe(path: Path, error: Exception) -> RecipeError:
     )
 
 
-def _no_log(path: Path, what: str) -> RecipeError:
+def no_log(path: Path, what: str) -> RecipeError:
+    """The error of a log that cannot be read."""
     return RecipeError(
         f"a run's {METRICS} has a line of JSON per entry",
         received=f"{path}: {what}",

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.analysis.runs import Entry, check_classes
+from kdcache.bounded import check_unpacked
 from kdcache.data import ClassList, Fit, Fold, Split, prefetch, remembered_digests
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
@@ -343,6 +344,7 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
     if not path.is_file() or file_digest(path) != sha256:
         raise ValueError(f"{path} is of another evaluation")
     segmentation, depth = metrics.segmentation, metrics.depth
+    check_unpacked(path)
     with np.load(path) as content:
         if segmentation is not None:
             hits, unions = (content[name].astype(np.int64) for name in ("hits", "unions"))
@@ -430,7 +432,14 @@ def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...
                 metrics = metrics_of(content)
                 if metrics.segmentation is None or metrics.segmentation.class_names == class_names:
                     return _with_images(metrics, path.with_suffix(IMAGES), content["images_sha256"])
-        except (OSError, ValueError, KeyError, TypeError):  # another file, or one of another version
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            MemoryError,
+        ):  # another file, or one of another version
             continue
     return None
 

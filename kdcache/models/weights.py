@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kdcache.bounded import check_unpacked
 from kdcache.errors import ModelError
 from kdcache.models.checkpoint import CHOICES, HARMLESS, some, unwrap
 from kdcache.models.class_names import names_beside, names_in
@@ -112,6 +113,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     if path.suffix != ".safetensors":
         return {}
     try:
+        check_unpacked(path)
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
@@ -253,6 +255,7 @@ def _file_of(path: Path) -> Path:
 
 def _read_safetensors(path: Path) -> object:
     try:
+        check_unpacked(path)
         state = load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
@@ -270,6 +273,7 @@ def _read_torch(path: Path) -> object:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # about pickle protocols: a refusal follows where it matters
+            check_unpacked(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         pickled = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))

@@ -43,6 +43,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import RecipeError
 from kdcache.settings.streams import parse_stream
 
@@ -195,7 +196,7 @@ def _load(origin: str) -> dict[str, Any]:
             remedy=f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(names)}",
         )
     try:
-        return tomllib.loads((path if path.is_file() else shipped).read_text(encoding="utf-8"))
+        return parse_toml(read_text(path) if path.is_file() else shipped.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(
             "a recipe is a TOML file", received=f"{origin}: {error}", remedy="correct that line"
@@ -235,8 +236,8 @@ def _change(content: dict[str, Any], text: str) -> None:
             remedy=f"the tables are {', '.join(TABLES)}; for instance --set student.iterations=1000",
         )
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value}")["value"]
+    except ValueError:
         parsed = value.strip()
     if first == "stream":
         content[first] = _replaced_named(first, content.get(first, []), [{"name": name, key: parsed}])

@@ -1,13 +1,13 @@
 """Flags that several verbs share, and recipe files as their defaults."""
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, read
 from kdcache.settings.shared import (
@@ -99,10 +99,10 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     from kdcache.run_folder import RECIPE, VERBS, Run
 
     try:
-        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        recipe: dict[str, Any] = parse_toml(read_text(path))
         if path.name == RECIPE:  # a run's, whose places are those of this machine
             recipe = dict(Run(path.parent).recipe or recipe)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
         ) from error

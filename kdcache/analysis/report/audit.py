@@ -1,6 +1,5 @@
 """The audit of a teacher, read from its `report.json`, and the part of the page that shows it."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from kdcache.analysis.report.render import number, points, render
+from kdcache.bounded import parse_json, read_bytes
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, percent
 
@@ -66,8 +66,8 @@ class TeacherAudit:
 def read_audit(path: Path) -> TeacherAudit:
     """Read an audit from its `report.json`. Raises: RecipeError for a file that is no audit."""
     try:
-        return _parse(path, json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        return _parse(path, parse_json(read_bytes(path)))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise RecipeError(
             "--audit is the report.json that kdcache inspect STORE --teacher-report writes",
             received=f"{path} {_failure(path, error)}",

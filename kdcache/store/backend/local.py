@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from kdcache.bounded import read_handle
 from kdcache.errors import StoreError
 from kdcache.locks import Lock
 from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place, Release
@@ -40,14 +41,7 @@ class Folder(Place):
         return self._name
 
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
-        handle = self.open(key)
-        try:
-            size = os.fstat(handle).st_size
-            if size > most:
-                raise ValueError(f"{size} bytes are more than the {most} that it may have")
-            return _read_all(handle, size)
-        finally:
-            os.close(handle)
+        return read_handle(self.open(key), most)
 
     def read_verified(self, key: str, sha256: str) -> bytes:
         content = self.read(key, most=MAX_SEALED_BYTES)
@@ -182,15 +176,6 @@ class Folder(Place):
         for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}*")):
             with suppress(FileNotFoundError):  # another process's tidying
                 left.unlink()
-
-
-def _read_all(handle: int, size: int) -> bytes:
-    parts = []
-    at = 0
-    while at < size and (part := os.pread(handle, size - at, at)):  # Linux reads at most 2 GiB at once
-        parts.append(part)
-        at += len(part)
-    return b"".join(parts)
 
 
 def _open_below(folder: Path, key: str) -> int:

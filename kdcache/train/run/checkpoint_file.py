@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kdcache.bounded import check_unpacked
 from kdcache.errors import RecipeError
 from kdcache.files import replacing
 from kdcache.store.backend.durable import disk_space_errors
@@ -47,6 +48,7 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
+        check_unpacked(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from kdcache.bounded import parse_json, read_bytes
 from kdcache.files import write_whole
 from kdcache.metrics import DepthMetrics, Metrics
-from kdcache.run_folder import METRICS
+from kdcache.run_folder import METRICS, MOST_LOG_BYTES, no_log
 from kdcache.store.backend.durable import disk_space_errors
 
 
@@ -94,11 +95,19 @@ class Observers(Observer):
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint. NaN and infinity become null."""
+    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint. NaN and infinity become null.
+
+    Raises: RecipeError for a log that cannot be read.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
         path = run / METRICS
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        try:
+            lines = read_bytes(path, MOST_LOG_BYTES).decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        except (OSError, ValueError) as error:
+            raise no_log(path, str(error)) from error
         lines_before = [line for line in lines if _step(line) <= step]
         self._run = run
         with disk_space_errors(run):
@@ -147,6 +156,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _step(line: str) -> int:
     """Step of a line; a line cut short by a kill counts as later than everything."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 2**63
