@@ -35,7 +35,7 @@ def test_several_data_sets_stand_in_one_table(world, cli) -> None:
     assert [row["name"] for row in whole["classes"]] == names
     text = (world / "iou.txt").read_text()
     assert text.count("===> mIoU: ") == 2
-    assert f"# {other}, val\n" in text
+    assert f"# {other.name}, val\n" in text
     assert f"===>{names[1]}:" in text.partition("===> mIoU")[0]
     assert f"===>{names[1]}:" not in text.partition("===> mIoU")[2]
     assert "not shared" in file.with_suffix(".md").read_text()
