@@ -44,9 +44,9 @@ ALLOWED = {
     "settings": {"errors", "listing"},
     "data": {"errors", "files", "locks"},
     "run_samples": {"data", "files"},
-    "run_folder": {"shown", "heads", "errors", "files", "settings"},
-    "models": {"heads", "listing", "errors", "files", "run_folder"},
-    "store": {"shown", "heads", "data", "errors", "files", "locks"},
+    "run_folder": {"bounded", "shown", "heads", "errors", "files", "settings"},
+    "models": {"bounded", "heads", "listing", "errors", "files", "run_folder"},
+    "store": {"bounded", "shown", "heads", "data", "errors", "files", "locks"},
     "sharing": {"shown", "store", "errors", "files", "locks", "run_folder", "settings"},
     "distill": {"heads", KERNELS, "errors"},
     "metrics": {"shown", "heads", "data", "models", "errors", "files", "settings"},
@@ -68,10 +68,11 @@ ALLOWED = {
         KERNELS,
     },
     "train": {
-        *("faults", "heads", "data", "models", "store", "metrics", "distill"),
+        *("bounded", "faults", "heads", "data", "models", "store", "metrics", "distill"),
         *("errors", "files", "locks", "run_folder", "run_samples", "settings", "shown"),
     },
     "analysis": {
+        "bounded",
         *("shown", "heads", "data", "models", "metrics", "errors", "files", "run_folder", "run_samples", "settings"),
     },
     "bench": {"data", "models", "store", "distill", "metrics", "train", "errors", "files", KERNELS},
@@ -79,7 +80,7 @@ ALLOWED = {
         *("heads", "data", "models", "store", "metrics", "teacher", "train", "analysis"),
         *("errors", "run_folder", "settings", "progress"),
     },
-    "sweep": {"data", "metrics", "analysis", "errors", "files", "run_folder", "settings"},
+    "sweep": {"bounded", "data", "metrics", "analysis", "errors", "files", "run_folder", "settings"},
 }
 """Room -> rooms it may import from."""
 
