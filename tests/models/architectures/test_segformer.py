@@ -177,10 +177,11 @@ def test_the_hub_is_asked_only_for_default(hub: Path, tmp_path: Path, monkeypatc
     assert asked == []
     teacher = build_model("segformer:b0", None, weights="default")
     assert teacher.num_classes == CLASSES
-    assert asked == [("nvidia/segformer-b0-finetuned-ade-512-512", "model.safetensors")]
+    files = ("model.safetensors", "config.json")  # the latter for the names of its classes
+    assert asked == [("nvidia/segformer-b0-finetuned-ade-512-512", name) for name in files]
     student = build_model("segformer:b0", 3, weights="default", strict_head=False)
     assert student.num_classes == 3
-    assert asked[1:] == [("nvidia/mit-b0", "model.safetensors")]
+    assert asked[2:] == [("nvidia/mit-b0", "model.safetensors")]
 
 
 def test_older_repositories_have_a_pytorch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
