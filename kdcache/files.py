@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdcache.bounded import parse_json, read_bytes
+from kdcache.bounded import MOST_BYTES, parse_json, read_bytes
 from kdcache.errors import RecipeError
 
 _PARTIAL = ".partial"
@@ -62,10 +62,14 @@ def write_whole(path: Path, content: str) -> None:
         partial.write_text(content, encoding="utf-8")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+MOST_CONTENTS = 2**27
+"""The most bytes of a JSON file with digests of samples: those of about a million."""
+
+
+def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """The object in a JSON file; {} for one that is missing, cut short, empty, too long, or holds something else."""
     try:
-        content = parse_json(read_bytes(path))
+        content = parse_json(read_bytes(path, most))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdcache.data import Changes, Contents, Split, read_contents
 from kdcache.data.changes import class_changes, digest_changes
-from kdcache.files import read_object, write_whole
+from kdcache.files import MOST_CONTENTS, read_object, write_whole
 
 SAMPLES = "samples.json"
 
@@ -38,7 +38,7 @@ class RunSamples:
     @classmethod
     def read(cls, run: Path) -> "RunSamples | None":
         """Return a run's samples; None for a run of an earlier version, or if the file is damaged."""
-        content = read_object(run / SAMPLES)
+        content = read_object(run / SAMPLES, MOST_CONTENTS)
         try:
             streams = tuple(None if stream is None else Contents.from_json(stream) for stream in content["streams"])
             validation = None if content["validation"] is None else Contents.from_json(content["validation"])

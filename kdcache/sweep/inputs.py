@@ -16,7 +16,7 @@ from kdcache.data import Contents, changed_data, open_split, read_contents
 from kdcache.data.changes import class_changes, digest_changes
 from kdcache.data.files import file_digest
 from kdcache.errors import RecipeError
-from kdcache.files import read_object, write_whole
+from kdcache.files import MOST_CONTENTS, read_object, write_whole
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import TrainSettings
@@ -36,7 +36,7 @@ class Inputs:
     def __init__(self, sweep: Sweep) -> None:
         self._path, self._lock = sweep.out / INPUTS, threading.Lock()
         self._jobs = {job.name: job for job in sweep.jobs}
-        recorded = read_object(self._path)
+        recorded = read_object(self._path, MOST_CONTENTS)
         self._done: dict[str, str] = {str(name): str(digest) for name, digest in recorded.get("jobs", {}).items()}
         self._data: dict[str, Any] = dict(recorded.get("data", {}))
         self._begun = bool(self._data)
