@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,7 +25,7 @@ from matrix import (
     make_world,
 )
 
-from kdcache.data import open_split
+from kdcache.data import open_split, read_contents
 from kdcache.store import data_changes, open_cache
 
 CELLS = [
@@ -128,3 +131,26 @@ def check_made(column: str, data: Path) -> None:
     made = {"build continued (half built)": "H.zarr", "repair (a shard lost)": "L.zarr", "extend": "new.zarr"}
     if column in made:
         assert not data_changes(open_cache(made[column]), open_split(str(data), "train"))
+
+
+def test_verify_reads_every_file_whatever_the_index_says(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index that holds the old digest of a corrected label fools who trusts it, and not `verify --data`."""
+    monkeypatch.setenv("KDCACHE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(copied(base, "verify --data", tmp_path / "world"))
+    now, train = time.time_ns, open_split(str(DATA), "train")
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10_000_000_000)  # files of this moment are never trusted
+    before = train.content_digests(3)[1]
+    CHANGES["label corrected"].make(monkeypatch)
+    read_contents(train)
+    (index,) = (tmp_path / "cache/digests").iterdir()
+    with contextlib.closing(sqlite3.connect(index)) as database, database:
+        changed = database.execute(
+            "UPDATE digests SET digest = ? WHERE digest = ?", (before, train.content_digests(3)[1])
+        )
+        assert changed.rowcount == 1
+    assert VERBS["train-student --data (pixels stored)"].run(DATA).code == 0
+    ended = VERBS["verify --data"].run(DATA)
+    assert ended.code == 1
+    assert "1 label differs ('s3')" in ended.text
