@@ -32,6 +32,11 @@ LINE_EVERY_S = 30
 """How often a line tells how far the work is where no bar can."""
 
 
+def note_line(text: str) -> str:
+    """Return a note as a line of output; one that begins with `warning: ` stays a warning."""
+    return text if text.startswith("warning: ") else f"note: {text}"
+
+
 class _Left(ProgressColumn):
     """Time left; rich's own estimate needs two updates, until then it is that of all the time so far."""
 

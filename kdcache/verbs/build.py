@@ -12,7 +12,7 @@ from kdcache.data import Fit, Split, choose_fit
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Tta, not_logits
-from kdcache.progress import progress_bar
+from kdcache.progress import note_line, progress_bar
 from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
 from kdcache.settings.engine import EngineSettings
@@ -68,7 +68,7 @@ def build_cache(
     engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
     with progress_bar(progress) as bar:
         source, loaded, options = parts(
-            lambda note: bar.console.print(f"note: {note}", markup=False, soft_wrap=True),
+            lambda note: bar.console.print(note_line(note), markup=False, soft_wrap=True),
         )
         task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
         return build(
@@ -146,7 +146,7 @@ def plan_build(
     for text in (*loaded.notes, *([reason] if reason else [])):
         note(text)
     if classified and (finding := not_logits(loaded.model, settings["teacher_size"] or size)) and not finding.certain:
-        note(f"{loaded.origin} {finding.text}: {finding.remedy}")
+        note(f"warning: {loaded.origin} {finding.text}: {finding.remedy}")
     return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
 
 

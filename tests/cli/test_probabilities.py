@@ -118,6 +118,7 @@ def test_sigmoids_are_refused_and_what_is_never_negative_is_noted(world, cli) ->
     assert not (world / "new").exists()
     planned = do(cli, world, build.replace("build-teacher-cache", "plan") + "relu@{w}/w.pth")
     assert planned.code == 0, planned.err
+    assert "warning: " in planned.err
     assert "none below 0" in planned.err
     stated = do(cli, world, build + "build,outputs=sigmoid@{w}/w.pth")
     assert stated.code == 0, stated.err

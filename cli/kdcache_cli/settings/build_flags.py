@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcache.errors import RecipeError
+from kdcache.progress import note_line
 from kdcache.settings import names, read, read_values
 from kdcache.settings.building import STORED, VIEWS, BuildSettings, TeacherSettings
 from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
@@ -53,7 +54,7 @@ def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split
         "size": images.size,
         "fit": images.fit,
     }
-    return plan_build(source, teacher.teacher, values, out, lambda note: ERRORS.print(f"note: {note}", markup=False))
+    return plan_build(source, teacher.teacher, values, out, lambda note: ERRORS.print(note_line(note), markup=False))
 
 
 def _check_views(settings: Mapping[str, Any]) -> None:
