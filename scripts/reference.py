@@ -174,7 +174,8 @@ def _text(node: ast.expr, constants: dict[str, ast.expr]) -> str:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left, constants) + _text(node.right, constants)
     if isinstance(node, ast.Name) and isinstance(constants.get(node.id), ast.Constant | ast.JoinedStr):
-        return _text(constants[node.id], constants)
+        others = {name: value for name, value in constants.items() if name != node.id}  # a text may extend itself
+        return _text(constants[node.id], others)
     return "…"
 
 

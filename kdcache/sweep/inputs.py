@@ -82,6 +82,7 @@ class Inputs:
         except (ValueError, TypeError, KeyError) as error:
             raise RecipeError(
                 f"Cannot read {self._path}",
+                entry="inputs of a sweep",
                 received=f"the contents of {key}: {error}",
                 remedy="restore it from a copy, or give another --out",
             ) from error
