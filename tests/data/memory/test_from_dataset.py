@@ -210,7 +210,7 @@ ONES = np.ones((4, 6), np.uint8)
         (Broken(), {}, "Cannot read item 0: FileNotFoundError"),
         (Lengthless(), {}, "Cannot read the length of the data set: ZeroDivisionError"),
         ([{"image": ZEROS, "mask": ONES}, {"image": ZEROS}], {}, "Cannot read item 1: KeyError"),
-        ([(ZEROS, ONES.tolist()[:3] + [[1]])], {}, "Cannot read item 0: ValueError"),
+        ([(ZEROS, [*ONES.tolist()[:3], [1]])], {}, "Cannot read item 0: ValueError"),
         (iter([]), {}, "map-style"),
         ([], {}, "an empty data set"),
         ([(ZEROS.astype(np.float32), ONES)], {}, "before they become floats"),
