@@ -133,12 +133,13 @@ class _Index:
 
     def digest(self, path: Path) -> str:
         """Return the SHA-256 of a file. Raises: DataError if it cannot be read."""
-        state = _state_of(path)
+        began = time.time_ns()
         known = self._known.get(str(path))
-        if known is not None and state is not None and known[0] == state:
+        if known is not None and known[0] == _state_of(path, began):
             return known[1]
         digest = file_digest(path)
-        if state is not None and state == _state_of(path):
+        state = _state_of(path, began)  # a file that was changed meanwhile is a fresh one
+        if state is not None:
             with self._lock:
                 self._new[str(path)] = (state, digest)
         return digest
@@ -162,12 +163,12 @@ class _Index:
             database.close()
 
 
-def _state_of(path: Path) -> str | None:
-    """Return what a change of the file would change; None for a file that may be changing now."""
+def _state_of(path: Path, now_ns: int) -> str | None:
+    """Return what a change of the file would change; None for a file that was changed shortly before now, or later."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    if max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - _FRESH_NS:
+    if max(status.st_mtime_ns, status.st_ctime_ns) > now_ns - _FRESH_NS:
         return None
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"

@@ -91,7 +91,8 @@ def data_changes(
     if not recorded.columns:
         return Changes(**changes, recorded=False)
     numbers = {sample: number for number, sample in enumerate(split.ids)}
-    shared = [number for number, sample in enumerate(recorded.ids) if sample in numbers]
+    known = recorded.known.reshape(-1, recorded.views).max(1)
+    shared = [number for number, sample in enumerate(recorded.ids) if known[number] and sample in numbers]
     contents = read_contents(split, [numbers[recorded.ids[n]] for n in shared], indexed=indexed, progress=progress)
     return Changes(**changes, **_content_changes(recorded, split, shared, contents))
 
