@@ -13,6 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from kdcache.data import Changes, Split, changed_data
-from kdcache.errors import MismatchError, StoreError, VersionError
+from kdcache.errors import CorruptError, MismatchError, StoreError, VersionError
 from kdcache.store import ledger, recovery
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
@@ -201,15 +202,18 @@ class StoreWriter:
     def recorded(self, state: recovery.State) -> Recorded:
         """Return what finished shards, and damaged ones as far as they are whole, say of the data set.
 
+        Args:
+            state: of this worker's shards. Those that other workers have finished are read too.
         Raises: as `read_ids`.
         """
         manifest, names = self.manifest, columns_of(self.manifest)
         specs = [spec for spec in self._specs if spec.path.removeprefix("records/") in names]
         columns = {spec.path: np.zeros((manifest.records, *spec.shape), spec.dtype) for spec in specs}
         known = np.zeros(manifest.records, np.bool_)
-        for shard in sorted({*state.whole, *state.doubtful}) if names else ():
+        records = dict.fromkeys(state.whole) | state.doubtful | (self._others() if names else {})
+        for shard, record in records.items() if names else ():
             first, last = manifest.shard_range(shard)
-            read = {spec.path: self._column(spec, shard, state.doubtful.get(shard)) for spec in specs}
+            read = {spec.path: self._column(spec, shard, record) for spec in specs}
             if all(rows is not None for rows in read.values()):
                 known[first:last] = True
                 for path, rows in read.items():
@@ -222,6 +226,15 @@ class StoreWriter:
             known=known,
             size=manifest.view.size,
         )
+
+    def _others(self) -> dict[int, ShardRecord]:
+        """Return the records of the shards that other workers have finished, as far as they can be read."""
+        shards, records = self.manifest.shards, dict[int, ShardRecord]()
+        for shard in set(range(shards)).difference(self.worker.shards(shards)):
+            with suppress(CorruptError):  # whoever owns the shard says so
+                if (record := ledger.read_shard_record(self.place, shard)) is not None:
+                    records[shard] = record
+        return records
 
     def _column(self, spec: ArraySpec, shard: int, record: ShardRecord | None) -> Array | None:
         """Return a shard's rows of an array; None if the file is damaged or is not the one of its record."""
@@ -341,7 +354,7 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
         return
     place = writer.place
     remedy = f"restore the data set, or build the data as it is now into a new --out; {place} stays as it is"
-    if ledger.read_completion(place) is not None:
+    if recovery.read_seal(place) is not None:
         remedy = (
             f"restore the data set, or renew it: kdcache extend {place} --data {split.data} --teacher TEACHER "
             f"--out NEW keeps the targets of unchanged images; {place} stays as it is"

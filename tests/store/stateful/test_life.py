@@ -1,0 +1,69 @@
+"""A cache's life against a plain model. `scripts/soak` runs the same for hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from stateful.machine import CacheLife, CacheLifeOnABadDisk
+from stateful.reference import CLASSES, FIRST, SAMPLES
+from stateful.world import Violation, World, flipped
+
+from kdcache.errors import KDCacheError
+from kdcache.store import open_cache
+
+SETTINGS = settings(
+    max_examples=8,
+    stateful_step_count=30,
+    phases=[Phase.generate],  # to shrink a failure takes minutes: its steps are printed as they were
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("life", [CacheLife, CacheLifeOnABadDisk])
+def test_no_step_of_any_life_breaks_the_model(life) -> None:
+    run_state_machine_as_test(life, settings=SETTINGS)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A data set with one cache."""
+    monkeypatch.setenv("KDCACHE_CACHE_DIR", str(tmp_path / "index"))
+    world = World(tmp_path / "world")
+    assert world.run("plain") is None
+    return world
+
+
+def test_the_model_sees_a_wrong_record(world) -> None:
+    """A model that allows everything would find nothing."""
+    world.models["plain"].may_hold = [{**FIRST, SAMPLES[1]: FIRST[SAMPLES[1]]._replace(label=1)}]
+    with pytest.raises(Violation, match="WRONG"):
+        world.read("plain")
+
+
+def test_the_model_sees_a_refusal_of_a_whole_cache(world) -> None:
+    path = world.path("plain") / "ledger.jsonl"
+    path.write_bytes(flipped(path.read_bytes(), 100))
+    with pytest.raises(Violation, match="is whole"):
+        world.verify("plain")
+
+
+def test_the_model_sees_a_change_that_a_command_overlooks(world, monkeypatch) -> None:
+    world.set_version(SAMPLES[0], label=1)
+    monkeypatch.setattr(world, "command", lambda name: None)
+    with pytest.raises(Violation, match="does not notice"):
+        world.run("plain")
+
+
+def test_changed_data_are_named_although_the_seal_is_damaged(world) -> None:
+    """The build said that the seal is malformed and to run it again, each time that it ran."""
+    world.set_version(SAMPLES[0], label=1)
+    world.put("plain", "complete.json", b"{")
+    with pytest.raises(KDCacheError, match=r"The data set has changed since .* 1 label differs \('a'\)"):
+        world.command("plain")
+    world.repair("plain", renew=True)
+    assert open_cache(world.path("plain")).manifest.dataset.class_names == CLASSES

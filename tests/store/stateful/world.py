@@ -1,0 +1,664 @@
+"""A data set, five caches that are built from it and from each other, and everything that can happen to them.
+
+Each cache has a model: the versions of the data that it may hold, and whether it is known to be whole. What a cache
+does is compared with its model at every step, and a difference is a Violation.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from stateful.reference import (
+    CLASSES,
+    FIRST,
+    LEVELS,
+    MODULUS,
+    SAMPLES,
+    SIZE,
+    STRIDE,
+    WEIGHTS,
+    Version,
+    Versions,
+    image_of,
+    is_row,
+    label_of,
+    png,
+)
+
+import kdcache.teacher.build.manifest as build_manifest
+from kdcache.data import Split, open_split
+from kdcache.errors import KDCacheError
+from kdcache.store import Cache, CopyChanges, copy_store, data_changes, open_cache, verify_files
+from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher, options_of
+from kdcache.train import make_config, train
+
+OPTIONS = BuildOptions(
+    size=SIZE, view_scale=(1.0, 1.0), shard_records=2, batch_size=2, render_threads=1, fidelity=False, views=1
+)
+STAMPED = ("zarr.json", "manifest.json", "complete.json")
+"""Files that say when a cache was begun, so that two equal caches differ in them."""
+WRITES = ("replace", "rename", "unlink", "mkdir", "fsync")
+MOST_REMEDIES = 8
+_CHILD_S = 120
+
+
+class Violation(AssertionError):  # noqa: N818
+    """A cache did what its model does not allow."""
+
+
+class Network(torch.nn.Module):
+    """The teacher of the reference: whole numbers, so that no batch and no library rounds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.from_numpy(WEIGHTS).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = (x[:, :, ::STRIDE, ::STRIDE] * 255).round()
+        return torch.einsum("kc,bchw->bkhw", self.weight, pixels).remainder(MODULUS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cache is made.
+
+    Attributes:
+        source: the cache that it is extended from or copied from.
+        changes: of a copy.
+        views, stored: of the cache; whether it keeps pixels and labels.
+    """
+
+    source: str = ""
+    changes: CopyChanges | None = None
+    views: int = 1
+    stored: bool = True
+
+
+RECIPES = {
+    "plain": Recipe(),
+    "extended": Recipe(source="plain", views=2),
+    "copied": Recipe(source="plain", changes=CopyChanges(shard_records=3)),
+    "lean": Recipe(stored=False),
+    "small": Recipe(source="extended", changes=CopyChanges(codec="small"), views=2),
+}
+
+
+@dataclass
+class Model:
+    """What a cache may be.
+
+    Attributes:
+        whole: it was complete at last, and nothing has happened to it since.
+        may_hold: the versions that a command has begun to write into it, the last one last.
+        files: of the last time that it was whole, unless a command ran since.
+        strays: files of other caches that were copied into it, in places that mean nothing there.
+    """
+
+    whole: bool = False
+    may_hold: list[Versions] = field(default_factory=list)
+    files: dict[str, bytes] | None = None
+    strays: set[str] = field(default_factory=set)
+
+
+class World:
+    """Everything below one folder. Its methods do one thing each, and raise Violation."""
+
+    clean: ClassVar[dict[str, dict[str, bytes]]] = {}
+    """Files of each cache that was built without any disturbance from the first versions."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.tally: Counter[str] = Counter()
+        self.models = {name: Model() for name in RECIPES}
+        self.versions: dict[str, Version] = dict(FIRST)
+        self.rewritten = False  # some file of the data set was: the same content has other digests
+        self.held: list[tuple[Cache, str, Versions]] = []
+        self.trained: dict[object, str] = {}
+        self.clock = 0
+        (top / "data").mkdir(parents=True)
+        (top / "data" / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        for sample in SAMPLES:
+            self._write(sample)
+
+    def path(self, name: str) -> Path:
+        return self.top / f"{name}.zarr"
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """Return every file below a cache's folder; empty without one."""
+        top = self.path(name)
+        return {p.relative_to(top).as_posix(): p.read_bytes() for p in sorted(top.rglob("*")) if p.is_file()}
+
+    # The data set
+
+    def set_version(self, sample: str, **parts: int) -> None:
+        """Relabel a sample, or replace its image."""
+        self.versions[sample] = self.versions[sample]._replace(**parts)
+        self._write(sample)
+
+    def rewrite(self, sample: str) -> None:
+        """Write the same image and label into other files."""
+        self.rewritten = True
+        self._write(sample, LEVELS[1])
+
+    def restore(self, versions: Versions) -> None:
+        for sample, version in versions.items():
+            if self.versions[sample] != version:
+                self.versions[sample] = version
+                self._write(sample)
+
+    def _write(self, sample: str, level: int = LEVELS[0]) -> None:
+        version = self.versions[sample]
+        for folder, content in (
+            ("images", image_of(sample, version.image)),
+            ("labels", label_of(sample, version.label)),
+        ):
+            path = self.top / "data" / folder / "train" / f"{sample}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(content, level))
+
+    def split(self) -> Split:
+        return open_split(str(self.top / "data"), "train")
+
+    # Commands
+
+    def command(self, name: str, out: Path | None = None, *, renew: bool = False) -> None:
+        """Run the command that makes a cache.
+
+        Args:
+            out: another place for it.
+            renew: whether to extend the cache itself, as after a change of its data.
+        """
+        recipe, out = RECIPES[name], out or self.path(name)
+        self.clock += 1
+        source = name if renew else recipe.source
+        earlier = open_cache(self.path(source)) if source else None
+        if recipe.changes is not None:
+            assert earlier is not None
+            copy_store(earlier, out, recipe.changes)
+            return
+        split = self.split()
+        options = replace(OPTIONS, pixels="stored" if recipe.stored else "source")
+        if earlier is not None:
+            options = options_of(earlier.manifest, views=recipe.views, view_scale=(1.0, 1.0), render_threads=1)
+        with self._clock():
+            build_cache(split, teacher_of(split), out, options, reuse=earlier)
+
+    def run(self, name: str) -> KDCacheError | None:
+        """Run a cache's command. It must leave the cache whole, or say why not."""
+        model = self.models[name]
+        candidates = self._candidates(name)
+        if not candidates:
+            return None
+        try:
+            self.command(name)
+        except KDCacheError as error:
+            self.tally["refused"] += 1
+            if self._source_whole(name) and not self._another_source(name, error):
+                if model.whole and model.may_hold == candidates:
+                    raise Violation(
+                        f"{name} is whole, its data are the same, and its command fails: {error}"
+                    ) from error
+                if not model.may_hold and not self.path(name).exists():
+                    raise Violation(f"{name} is not there, and its command fails: {error}") from error
+            return error
+        if model.whole and model.may_hold[0] not in candidates:
+            raise Violation(f"{name} was built from other data, and its command does not notice it")
+        self._became_whole(name, candidates)
+        return None
+
+    def _candidates(self, name: str) -> list[Versions]:
+        """Return what a cache's command may write now: the data, or what its source may hold; without a source []."""
+        source = RECIPES[name].source
+        if source and not self.models[source].may_hold:
+            return []
+        return [dict(self.versions)] if RECIPES[name].changes is None else self.models[source].may_hold
+
+    def _source_whole(self, name: str) -> bool:
+        source = RECIPES[name].source
+        return not source or self.models[source].whole
+
+    def _another_source(self, name: str, error: KDCacheError) -> bool:
+        """Return True if a copy fails because its source was built anew since, with the same content."""
+        return RECIPES[name].changes is not None and "copy into a new or empty place" in error.remedy
+
+    def _became_whole(self, name: str, candidates: list[Versions]) -> None:
+        model = self.models[name]
+        versions = self.check(name, candidates)
+        self._compare_files(name, versions)
+        model.whole, model.may_hold = True, [versions]
+        model.files = {key: content for key, content in self.files(name).items() if key not in model.strays}
+        self.tally["whole"] += 1
+
+    def check(self, name: str, candidates: list[Versions]) -> Versions:
+        """Check that a cache opens, is verified, and holds every record of one of some versions. Return these."""
+        try:
+            cache = open_cache(self.path(name))
+            cache.check_files()
+            rows, report = read_rows(cache), verify_files(self.path(name))
+        except KDCacheError as error:
+            raise Violation(f"{name} is not whole after its command: {error}") from error
+        versions = next((versions for versions in candidates if rows_are(rows, name, versions)), None)
+        if list(cache.ids) != list(SAMPLES) or versions is None:
+            raise Violation(f"{name} holds WRONG records after its command")
+        if report.damaged:
+            raise Violation(f"{name} has damaged files after its command: {report.damaged}")
+        return versions
+
+    def _compare_files(self, name: str, versions: Versions) -> None:
+        """Compare a whole cache with the undisturbed one: its bytes, or after a change of the data its names."""
+        if not self.clean:
+            return
+        clean, found = self.clean[name], self.files(name)
+        missing = clean.keys() - found.keys()
+        more = found.keys() - clean.keys() - self.models[name].strays
+        other = {key for key in clean.keys() & found.keys() if key not in STAMPED and clean[key] != found[key]}
+        if versions != FIRST or self.rewritten:
+            other = set()
+        beside = [path.name for path in self.top.glob(f".{name}*")]
+        if missing or more or other or beside:
+            raise Violation(
+                f"{name} is not the undisturbed cache: {sorted(missing)} are missing, {sorted(more)} are too many, "
+                f"{sorted(other)} have other bytes, {beside} is left beside it"
+            )
+
+    def kill(self, name: str, at: int, half: bool) -> None:
+        """Run a cache's command in a process that dies at its `at`-th write, before it or (`half`) after it."""
+        if not self._candidates(name):
+            return
+        before = self._begin(name)
+        child = os.fork()
+        if child == 0:
+            _end_of_child(lambda: self.command(name), at, half)
+        self.clock += 1
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 4:
+            raise Violation(f"the command of {name} crashed in a child; its traceback is in stderr")
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+            raise Violation(f"the command of {name} did not end in {_CHILD_S} s")
+        self._ended(name, before)
+        killed = os.WIFSIGNALED(status)
+        self.tally["killed" if killed else "not killed in time"] += 1
+
+    def fault(self, name: str, at: int, number: int) -> None:
+        """Run a cache's command on a disk whose `at`-th write fails. It may fail, and it loses nothing."""
+        if not self._candidates(name):
+            return
+        before = self._begin(name)
+        try:
+            with failing_writes(at, number):
+                self.command(name)
+        except (KDCacheError, OSError):
+            self.tally["disk failed"] += 1
+        self._ended(name, before)
+
+    def _begin(self, name: str) -> dict[str, bytes]:
+        """Note what a command that may not end may write."""
+        model = self.models[name]
+        model.may_hold = [*model.may_hold, *(v for v in self._candidates(name) if v not in model.may_hold)]
+        return self.files(name)
+
+    def _ended(self, name: str, before: dict[str, bytes]) -> None:
+        """A command ended at any point. A whole cache is not written by its command, so it must be as it was."""
+        model = self.models[name]
+        if not model.whole:
+            model.files = None
+            return
+        model.may_hold = model.may_hold[:1]
+        if self.files(name) != before:
+            raise Violation(f"{name} was whole, and a command that did not end has changed it")
+
+    # Damage
+
+    def damage(self, name: str, nth: int, change: Callable[[bytes], bytes | None]) -> None:
+        """Change the nth file of a cache (of those that mean something); None deletes it."""
+        files = [key for key in self.files(name) if not key.endswith((".partial", ".lock", ".owner"))]
+        if not files:
+            return
+        key = files[nth % len(files)]
+        self.put(name, key, change(self.files(name)[key]))
+
+    def put(self, name: str, key: str, content: bytes | None) -> None:
+        """Have a cache's file hold this; None deletes it."""
+        path = self.path(name) / key
+        before = path.read_bytes() if path.is_file() else None
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        if self.clean and key not in self.clean[name]:
+            self.models[name].strays.add(key)
+        elif content != before:
+            self.models[name].whole = False
+            self.tally["damaged"] += 1
+
+    def remove(self, name: str) -> None:
+        """Delete all of a cache."""
+        shutil.rmtree(self.path(name), ignore_errors=True)
+        self.models[name] = Model()
+
+    # Looking
+
+    def hold(self, name: str) -> None:
+        """Open a cache and keep it open, whatever happens to it."""
+        model = self.models[name]
+        try:
+            cache = open_cache(self.path(name))
+            rows = read_rows(cache)
+        except KDCacheError as error:
+            self._allowed(name, error)
+            return
+        versions = next((v for v in model.may_hold if rows_are(rows, name, v)), None)
+        if versions is None:
+            raise Violation(f"{name} opened with WRONG records")
+        self.held = [*self.held[-3:], (cache, name, versions)]
+
+    def read_held(self) -> None:
+        """Read the caches that are held open: right records or errors, even if the files are others now."""
+        for cache, name, versions in self.held:
+            self._check_rows(cache, name, [versions], "held open")
+
+    def read(self, name: str) -> None:
+        """Open a cache and read it."""
+        try:
+            cache = open_cache(self.path(name))
+        except KDCacheError as error:
+            self._allowed(name, error)
+            return
+        for error in self._check_rows(cache, name, self.models[name].may_hold, "opened"):
+            self._allowed(name, error)
+
+    def _check_rows(self, cache: Cache, name: str, allowed: list[Versions], how: str) -> list[KDCacheError]:
+        """Check every record of an open cache that can be read. Returns the errors of the others."""
+        rows, errors = dict[int, Any](), []
+        for record in range(len(cache)):
+            try:
+                rows[record] = cache.read(record, list(cache.specs))
+            except KDCacheError as error:
+                errors.append(error)
+        if not any(rows_are(rows, name, versions) for versions in allowed) and rows:
+            raise Violation(f"{name}, {how}, serves WRONG records: {sorted(rows)} were read")
+        try:
+            wrong = list(cache.ids) != list(SAMPLES)
+        except KDCacheError as error:
+            return [*errors, error]
+        if wrong:
+            raise Violation(f"{name}, {how}, has WRONG ids")
+        return errors
+
+    def _allowed(self, name: str, error: KDCacheError) -> None:
+        if self.models[name].whole:
+            raise Violation(f"{name} is whole and is not read: {error}") from error
+
+    def verify(self, name: str) -> None:
+        """Verify a cache: it sees every damage, and none of a whole cache."""
+        model = self.models[name]
+        try:
+            report = verify_files(self.path(name))
+        except KDCacheError as error:
+            self._allowed(name, error)
+            return
+        if report.damaged:
+            if model.whole:
+                raise Violation(f"{name} is whole and verify finds {report.damaged}")
+            return
+        found = self.files(name)
+        if model.files is not None:
+            missed = [key for key, content in model.files.items() if not _means_same(key, found.get(key), content)]
+            if missed:
+                raise Violation(f"{name} is verified although {missed} are not what they were")
+        self.read(name)
+
+    def compare(self, name: str) -> None:
+        """Compare a whole cache with the data set: it names exactly the samples that have changed."""
+        model = self.models[name]
+        if not model.whole:
+            return
+        versions = model.may_hold[-1]
+        changes = data_changes(open_cache(self.path(name)), self.split())
+        images = tuple(s for s in SAMPLES if versions[s].image != self.versions[s].image)
+        labels = tuple(s for s in SAMPLES if versions[s].label != self.versions[s].label)
+        if (changes.images, changes.labels) != (images, labels) or changes.added or changes.removed:
+            raise Violation(f"{name}: images {images} and labels {labels} have changed, it says {changes}")
+
+    def train(self, name: str) -> None:
+        """Train two steps. From the same records come the same weights."""
+        model, out = self.models[name], self.top / "run"
+        shutil.rmtree(out, ignore_errors=True)
+        stored = RECIPES[name].stored
+        settings: dict[str, Any] = {} if stored else {"data": str(self.top / "data")}
+        fresh = model.whole and (stored or model.may_hold[-1] == self.versions)
+        config = make_config(
+            **{"verb": "train-student", "cache": str(self.path(name)), "model": "kdcache:tiny", "method": "kl"},
+            **{"iterations": 2, "batch_size": 4, "device": "cpu", "lr": 1e-3, "seed": 3},
+            **settings,
+        )
+        try:
+            train(config, out)
+        except KDCacheError as error:
+            if fresh:
+                raise Violation(f"{name} is whole and a training fails: {error}") from error
+            return
+        if model.whole and not fresh:
+            raise Violation(f"{name} was built from other data, and a training does not notice it")
+        digest = hashlib.sha256((out / "last.safetensors").read_bytes()).hexdigest()
+        if model.whole:
+            key = (name, tuple(sorted(model.may_hold[-1].items())))
+            if self.trained.setdefault(key, digest) != digest:
+                raise Violation(f"a training from {name} ends with other weights")
+        self.tally["trained"] += 1
+
+    # Repair
+
+    def repair(self, name: str, renew: bool) -> None:
+        """Do what the errors of a cache's command say, until the cache is whole.
+
+        Args:
+            renew: which of two remedies to take after a change of the data: renew the cache, or restore the data.
+        """
+        if RECIPES[name].source and not self.models[RECIPES[name].source].whole:
+            self.repair(RECIPES[name].source, renew)
+        said: list[str] = []
+        while (error := self.run(name)) is not None:
+            said.append(str(error))
+            if len(said) > MOST_REMEDIES:
+                raise Violation(f"{name}: the remedies do not end: {said[-2:]}")
+            self._follow(name, error, renew, again=len(said) > 1 and said[-1] == said[-2])
+        if not self.models[name].whole:
+            raise Violation(f"{name} is not whole after its remedies")
+        self.tally["repaired"] += 1
+        self.tally["remedies"] += len(said)
+
+    def _follow(self, name: str, error: KDCacheError, renew: bool, *, again: bool) -> None:
+        remedy, place = error.remedy, str(self.path(name))
+        if "has changed since" in error.rule or "do not render as they did" in error.rule:
+            self._follow_change(name, error, renew)
+        elif (found := re.search(r"delete all of (\S+)", remedy)) is not None:
+            self.remove(self._named(found.group(1), error))
+        elif any(words in remedy for words in ("empty it yourself", "copy into a new or empty place")):
+            self.remove(name)
+        elif "run the command that" in remedy and not again:
+            named = [other for other in RECIPES if f"{self.path(other)}" in error.received]
+            if named and str(place) not in error.received:
+                self.repair(named[0], renew)
+        else:
+            raise Violation(f"{name}: DEAD END: {error}")
+
+    def _named(self, place: str, error: KDCacheError) -> str:
+        name = next((name for name in RECIPES if str(self.path(name)) == place.rstrip(":,;")), None)
+        if name is None:
+            raise Violation(f"the remedy names {place}, which is no cache: {error}")
+        return name
+
+    def _follow_change(self, name: str, error: KDCacheError, renew: bool) -> None:
+        """Renew a cache, or restore its data, as the error says."""
+        may_hold = self.models[name].may_hold
+        if not renew and len(may_hold) == 1:
+            self.restore(may_hold[0])
+        elif renew and "kdcache extend" in error.remedy:
+            self.renew(name)
+        elif "new --out" in error.remedy or "a new folder" in error.remedy or "--out NEW" in error.remedy:
+            self.remove(name)  # as good as another folder
+        else:
+            raise Violation(f"{name}: no way on: {error}")
+
+    def renew(self, name: str) -> None:
+        """Extend a cache into a new one from the data as they are now, which takes its place."""
+        new = self.top / "new.zarr"
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            self.command(name, new, renew=True)
+        except KDCacheError as error:
+            if self.models[name].whole:
+                raise Violation(f"{name} is whole and cannot be renewed: {error}") from error
+            self.tally["renewal refused"] += 1
+            print("RENEWAL", error)
+            self.remove(name)
+            return
+        self.remove(name)
+        new.rename(self.path(name))
+        self.models[name].may_hold = [dict(self.versions)]
+        self.tally["renewed"] += 1
+        self._became_whole(name, [dict(self.versions)])
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Give every command another second, so that caches of two commands never have one stamp."""
+        stamp = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=self.clock)
+        before = build_manifest.datetime
+        frozen = SimpleNamespace(datetime=SimpleNamespace(now=lambda zone: stamp), UTC=datetime.UTC)
+        build_manifest.datetime = frozen  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            build_manifest.datetime = before
+
+
+def teacher_of(split: Split) -> Teacher:
+    return load_teacher(Network(), split.classes, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def read_rows(cache: Cache) -> dict[int, dict[str, Any]]:
+    """Return every array of every record. Raises: KDCacheError."""
+    return {record: cache.read(record, list(cache.specs)) for record in range(len(cache))}
+
+
+def rows_are(rows: Mapping[int, Mapping[str, Any]], name: str, versions: Versions) -> bool:
+    """Return True if these records of a cache are the ones of some versions of the data."""
+    views, stored = RECIPES[name].views, RECIPES[name].stored
+    return all(
+        is_row(row, SAMPLES[record // views], record % views, versions[SAMPLES[record // views]], stored=stored)
+        for record, row in rows.items()
+    )
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    """Return a file with one bit of it flipped; an empty one as it is."""
+    if not content:
+        return content
+    at = bit % (8 * len(content))
+    changed = np.frombuffer(content, np.uint8).copy()
+    changed[at // 8] ^= np.uint8(1 << at % 8)
+    return changed.tobytes()
+
+
+def _means_same(key: str, found: bytes | None, content: bytes) -> bool:
+    """Return True if a file is what it was; a seal, which no digest covers, in other words too."""
+    if found == content:
+        return True
+    try:
+        return key == "complete.json" and bool(json.loads(found or b"") == json.loads(content))
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _counted_writes(event: Callable[[int], None], after: Callable[[int], None]) -> Iterator[None]:
+    """Call `event` with its number before each write of this process, and `after` behind it."""
+    real = {name: getattr(os, name) for name in WRITES}
+    count = 0
+
+    def wrap(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            number = count
+            event(number)
+            result = real[name](*args, **options)
+            after(number)
+            return result
+
+        return call
+
+    for name in WRITES:
+        setattr(os, name, wrap(name))
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(os, name, function)
+
+
+def _end_of_child(command: Callable[[], None], at: int, half: bool) -> None:
+    """Run a command in a forked process and end it: killed at a write, or with an exit code."""
+
+    def die(number: int) -> None:
+        if number == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    code = 4
+    try:
+        signal.alarm(_CHILD_S)
+        with _counted_writes(*((lambda _: None, die) if half else (die, lambda _: None))):
+            command()
+        code = 0
+    except KDCacheError:
+        code = 3
+    except BaseException as error:
+        import traceback
+
+        os.write(2, "".join(traceback.format_exception(error)).encode())
+    finally:
+        os._exit(code)
+
+
+@contextmanager
+def failing_writes(at: int, number: int) -> Iterator[None]:
+    """Have the at-th write of this process fail with an error of the operating system, and no other."""
+
+    def fail(count: int) -> None:
+        if count == at:
+            raise OSError(number, os.strerror(number))
+
+    with _counted_writes(fail, lambda _: None):
+        yield
+
+
+DISK_ERRORS = (errno.EIO, errno.ENOSPC)
+
+
+def build_clean(top: Path) -> None:
+    """Build each cache once without any disturbance, for comparison."""
+    if World.clean:
+        return
+    world = World(top)
+    for name in RECIPES:
+        error = world.run(name)
+        assert error is None, error
+    World.clean = {name: world.files(name) for name in RECIPES}
