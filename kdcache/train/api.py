@@ -11,7 +11,7 @@ import torch
 from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.distill.terms import labellers
-from kdcache.errors import MismatchError, RecipeError
+from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
@@ -22,6 +22,7 @@ from kdcache.models import SegmentationModel, build_model, not_logits
 from kdcache.models.class_names import compare_names
 from kdcache.models.trust import remember
 from kdcache.run_folder import RECIPE
+from kdcache.run_samples import SAMPLES
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.checks import (
     check_adversaries,
@@ -45,7 +46,6 @@ from kdcache.train.pseudo_labels import check_collapse, pseudo_notes
 from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.train.run.folder import (
     check_folder,
-    check_samples,
     hold_folder,
     identity_of,
     untrained_heads,
@@ -90,7 +90,11 @@ def train(
         watching = observer if observer is not None and world.first else Observer()
         trainer = make_trainer(config, Path(out), world, watching, resume=resume, lock=lock)
         with _deterministic(trainer.device):
-            return trainer.train(resume=resume)
+            try:
+                return trainer.train(resume=resume)
+            except DataError:  # the data must be repaired: what they hold now is not to be compared with
+                (Path(out) / SAMPLES).unlink(missing_ok=True)
+                raise
 
 
 def make_trainer(
@@ -134,9 +138,7 @@ def make_trainer(
         identity = identity_of(datasets)
         samples = read_samples(datasets, val) if world.first else None
         if samples is not None:
-            if resume:
-                check_samples(run, samples)
-            check_folder(config, run, resume, identity)
+            check_folder(config, run, resume, identity, samples)
             if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
                 lock.take()
         if val is not None:

@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, to be changed; its recipes name its own data."""
     copy = Path(shutil.copytree(trained, tmp_path / "world"))
-    for path in copy.glob("runs/*/recipe.toml"):
+    for path in (*copy.glob("runs/*/recipe.toml"), *copy.glob("runs/*/local.json")):
         path.write_text(path.read_text().replace(str(trained), str(copy)))
     return copy
 

@@ -64,7 +64,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_readme_says_so() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"`my_models:build@weights\.pth` \| your function, called with `num_classes`", text)
+    assert re.search(r"`my_models:build@weights\.pth` \| your function: it takes `num_classes`", text)
 
 
 @pytest.mark.parametrize("form", FORMS)

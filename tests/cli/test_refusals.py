@@ -129,11 +129,11 @@ CASES = {
     "store of another version, inspect": (other_version, "inspect {w}/store.zarr", "has format 7"),
     "store of another version, build": (other_version, BUILD.replace("/new", "/store.zarr"), "has format 7"),
     "validation of other classes": (renamed_classes, STUDENT + " --val {w}/data", "pedestrian, vehicle"),
-    "store of another data set": (other_data, SOURCE + " --data {w}/data", "6 samples"),
+    "store of another data set": (other_data, SOURCE + " --data {w}/data", "1 sample was added ('zebra')"),
     "store without pixels, no data": (nothing, SOURCE, "--pixels source"),
     "changed image": (
         lambda w: shutil.copy(w / FIRST.replace("000000", "000001"), w / FIRST),
-        SOURCE + " --data {w}/data --batch-size 6", "renders differently"),
+        SOURCE + " --data {w}/data --batch-size 6", "1 image differs"),
     "flipped byte": (flipped, STUDENT + " --batch-size 6", "targets/segmentation/values"),
     "flipped byte, loader process": (flipped, STUDENT + " --batch-size 6 --workers 1", "targets/segmentation/values"),
     "run without checkpoint": (no_weights, "evaluate {w}/teacher --data {w}/data", "has no weights"),

@@ -137,5 +137,5 @@ def test_teachers_of_other_classes(teachers, cli, tree) -> None:
     about.write_text(json.dumps(content))
     before = tree(teachers)
     ended = cli(*TWO.format(w=teachers).split())
-    assert (ended.code, "in the same order" in ended.err) == (2, True)
+    assert (ended.code, "Classes in another order" in ended.err) == (2, True)
     assert tree(teachers) == before

@@ -22,4 +22,7 @@ def test_importing_stays_light_and_one_way() -> None:
         "print([m for m in ('torch', 'torchvision', 'triton', 'matplotlib', 'zarr') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == ["['kdcache', 'kdcache.data', 'kdcache.errors', 'kdcache.files']", "[]"]
+    assert out.splitlines() == [
+        "['kdcache', 'kdcache.bounded', 'kdcache.data', 'kdcache.errors', 'kdcache.files', 'kdcache.locks']",
+        "[]",
+    ]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcache import files
-from kdcache.errors import RecipeError, StoreError
+from kdcache.errors import ModelError, RecipeError, StoreError
 from kdcache.train import Observer, api, make_config, train
 from kdcache.train.run import folder
 from kdcache.train.run.lock import RunLock
@@ -216,7 +216,7 @@ def test_a_training_that_fails_at_once_does_not_block_its_repetition(
     monkeypatch.setenv("LIMIT", "1")
     monkeypatch.setenv("LIMIT_EVAL", "99")
     run, broken = tmp_path / "run", settings | {"model": model_file("hungry", "other"), "log": ("tensorboard",)}
-    with pytest.raises(RuntimeError, match="own"):
+    with pytest.raises(ModelError, match="own"):
         go(broken, run)
     with pytest.raises(RecipeError, match="nothing was learnt yet"):
         go(settings, run, resume=True)

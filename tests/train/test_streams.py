@@ -125,7 +125,7 @@ def test_a_run_goes_on_where_its_stores_moved_but_not_with_other_shares(
     with pytest.raises(RecipeError, match="--stream"):
         train(make_config(**taught | {"stream": [f"{streams[0]},weight=2", streams[1]]}), run, resume=True)
     other = [streams[0], streams[1].replace("train=5", "train=4")]
-    with pytest.raises(RecipeError, match="another store or data set"):
+    with pytest.raises(MismatchError, match=r"1 sample was removed \('32x48-seed0/train-000004'\)"):
         train(make_config(**taught | {"stream": other}), run, resume=True)
 
 

@@ -45,12 +45,14 @@ def identity_of(datasets: Sequence[DrawnDataset]) -> str:
     return f"streams {hashlib.sha256(json.dumps(identities).encode()).hexdigest()}"
 
 
-def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) -> None:
+def check_folder(
+    config: TrainConfig, run: Path, resume: bool, identity: str, samples: RunSamples | None = None
+) -> None:
     """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to be resumed.
 
     Args:
-        identity: `identity_of` the training data.
-    Raises: RecipeError for any other folder.
+        identity: `identity_of` the training data. samples: theirs, which a resumed run compares.
+    Raises: RecipeError for any other folder; MismatchError for data that changed.
     """
     if resume and not run.exists() and not _torchrun_restarts():
         raise RecipeError(
@@ -84,6 +86,8 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
     # Folders may move, what is in them may not change.
     if (config.val is None) != (before.val is None):
         changed.append(f"--val {config.val} (was {before.val})")
+    if not changed and samples is not None:
+        check_samples(run, samples)
     if (run / MODEL).is_file() and Run.open(run).model.trained_on not in ("", identity):
         changed.append("another store or data set than it was begun with")
     if changed:
