@@ -354,7 +354,7 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
         return
     place = writer.place
     remedy = f"restore the data set, or build the data as it is now into a new --out; {place} stays as it is"
-    if recovery.read_seal(place) is not None:
+    if ledger.sealed_records(place, recovery.read_seal(place)):  # else extend fails too, and names this command
         remedy = (
             f"restore the data set, or renew it: kdcache extend {place} --data {split.data} --teacher TEACHER "
             f"--out NEW keeps the targets of unchanged images; {place} stays as it is"

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from stateful.machine import CacheLife, CacheLifeOnABadDisk
-from stateful.reference import CLASSES, FIRST, SAMPLES
+from stateful.reference import FIRST, SAMPLES
 from stateful.world import Violation, World, flipped
 
 from kdcache.errors import KDCacheError
-from kdcache.store import open_cache
 
 SETTINGS = settings(
     max_examples=8,
@@ -59,11 +58,13 @@ def test_the_model_sees_a_change_that_a_command_overlooks(world, monkeypatch) ->
         world.run("plain")
 
 
-def test_changed_data_are_named_although_the_seal_is_damaged(world) -> None:
-    """The build said that the seal is malformed and to run it again, each time that it ran."""
+@pytest.mark.parametrize("key", ["complete.json", "ledger.jsonl"])
+def test_changed_data_are_named_although_the_ledger_is_damaged(world, key) -> None:
+    """The build named itself as the fix, or `extend`, which named the build."""
     world.set_version(SAMPLES[0], label=1)
-    world.put("plain", "complete.json", b"{")
-    with pytest.raises(KDCacheError, match=r"The data set has changed since .* 1 label differs \('a'\)"):
+    world.put("plain", key, b"{")
+    with pytest.raises(KDCacheError, match=r"The data set has changed since .* 1 label differs \('a'\)") as caught:
         world.command("plain")
+    assert "into a new --out" in caught.value.remedy
     world.repair("plain", renew=True)
-    assert open_cache(world.path("plain")).manifest.dataset.class_names == CLASSES
+    world.verify("plain")

@@ -525,12 +525,7 @@ class World:
         try:
             self.command(name, new, renew=True)
         except KDCacheError as error:
-            if self.models[name].whole:
-                raise Violation(f"{name} is whole and cannot be renewed: {error}") from error
-            self.tally["renewal refused"] += 1
-            print("RENEWAL", error)
-            self.remove(name)
-            return
+            raise Violation(f"{name} is told to be renewed and cannot be: {error}") from error
         self.remove(name)
         new.rename(self.path(name))
         self.models[name].may_hold = [dict(self.versions)]

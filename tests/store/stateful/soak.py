@@ -1,0 +1,98 @@
+"""The model of a cache's life for long. `scripts/soak` runs this file.
+
+Each seed draws lives of a cache (tests/store/stateful): builds, kills, damage, repairs, changes of the data. With
+--faults the disk fails at times. The next seed begins where the one before ended, so a run of seed S covers S, S+1, ...
+A violation is printed with its steps. `scripts/soak --seed N --seeds 1` repeats it. Exits with 1 if there is one.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+from stateful.machine import CacheLife, CacheLifeOnABadDisk
+
+from common import header, write
+
+LIVES, STEPS = 6, 40
+"""Lives of a seed, and the most steps of a life. Another number would draw other lives from the same seed."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "scripts/soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=1.0, help="Stop before the first seed after this time.")
+    parser.add_argument("--seed", type=int, default=0, help="The first seed.")
+    parser.add_argument("--seeds", type=int, help="Stop after so many seeds, whatever the time.")
+    parser.add_argument("--faults", action="store_true", help="Let writes to the disk fail.")
+    parser.add_argument("--out", type=Path, help="Write the result to this file, as JSON.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    life = CacheLifeOnABadDisk if options.faults else CacheLife
+    began, now, violations = time.monotonic(), options.seed, list[dict[str, Any]]()
+    while _more(options, now, began):
+        violation = live(life, now)
+        now += 1
+        if violation is not None:
+            violations.append(violation)
+            print(f"seed {violation['seed']}: {violation['error']}\n  " + "\n  ".join(violation["steps"]), flush=True)
+    result = {
+        **header("a cache's life against a plain model"),
+        "command": shlex.join(
+            ["scripts/soak", *(os.path.basename(w) if os.path.isabs(w) else w for w in sys.argv[1:])]
+        ),
+        "disk_faults": options.faults,
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "first_seed": options.seed,
+        "seeds": now - options.seed,
+        **{"steps": 0, "repaired": 0, "killed": 0, **Counter(sorted(life.total.elements()))},
+        "violations": violations,
+    }
+    print(json.dumps({key: value for key, value in result.items() if key != "violations"}, indent=1))
+    print(
+        f"{result['seeds']} seeds, {result['steps']} steps, {result['repaired']} repairs, {len(violations)} violations"
+    )
+    if options.out is not None:
+        write(options.out, result)
+    sys.exit(1 if violations else 0)
+
+
+def _more(options: argparse.Namespace, now: int, began: float) -> bool:
+    if options.seeds is not None:
+        return now - options.seed < int(options.seeds)
+    return time.monotonic() - began < options.minutes * 60
+
+
+def live(life: type[CacheLife], number: int) -> dict[str, Any] | None:
+    """Run the lives of one seed. Returns its violation, a crash included; None without one."""
+    seed(number)(life)
+    try:
+        run_state_machine_as_test(
+            life,
+            settings=settings(
+                max_examples=LIVES,
+                stateful_step_count=STEPS,
+                phases=[Phase.generate],
+                deadline=None,
+                database=None,
+                derandomize=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    except Exception as error:
+        steps = [line for note in getattr(error, "__notes__", []) for line in note.splitlines()]
+        return {"seed": number, "error": f"{type(error).__name__}: {error}", "steps": steps}
+    return None
+
+
+if __name__ == "__main__":
+    main()
