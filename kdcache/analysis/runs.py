@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import ClassList, Fold, Split, open_split, parse_fold
+from kdcache.data import Changes, ClassList, Fold, Split, open_split, parse_fold
+from kdcache.data.changes import name_changes
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import RegressionHead
 from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
+from kdcache.run_samples import RunSamples
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,18 @@ def check_same_data(runs: Sequence[Entry], split: Split) -> None:
             raise MismatchError(
                 "runs are compared on the data that they were validated on, wherever it is now",
                 received=f"{where}, has other samples (digest {digest[:12]}) than "
-                f"{run.text} was validated on (digest {recorded[:12]}: {run.settings.get('val')})",
+                f"{run.text} was validated on (digest {recorded[:12]}: {run.settings.get('val')}){_named(run, split)}",
                 remedy="give --data the place where that data set is now; or judge on this one on purpose, and name "
                 "its split, too: --split",
             )
+
+
+def _named(run: Entry, split: Split) -> str:
+    """Return which samples a split has more, and which less, than a run was validated on; empty if that is unknown."""
+    samples = None if run.run is None or run.fold is not None else RunSamples.read(run.run.folder)
+    if samples is None or samples.validation is None:
+        return ""
+    return f": {Changes(**name_changes(samples.class_names, samples.validation.ids, split)).describe()}"
 
 
 def validated_split(run: Entry, data: str, split: str) -> Split:

@@ -37,9 +37,12 @@ class Inputs:
         self._path, self._lock = sweep.out / INPUTS, threading.Lock()
         self._jobs = {job.name: job for job in sweep.jobs}
         recorded = read_object(self._path, MOST_CONTENTS)
-        self._done: dict[str, str] = {str(name): str(digest) for name, digest in recorded.get("jobs", {}).items()}
-        self._data: dict[str, Any] = dict(recorded.get("data", {}))
-        self._begun = bool(self._data)
+        try:
+            self._done = {str(name): str(digest) for name, digest in recorded.get("jobs", {}).items()}
+            self._data: dict[str, Any] = dict(recorded.get("data", {}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._damaged(str(error)) from error
+        self._begun = bool(self._done)  # until then nothing was made of the data, which may still be repaired
         self._digests = dict[str, str]()
         self._numbers = dict[str, int]()
         for job in sweep.jobs:
@@ -80,17 +83,16 @@ class Inputs:
             known = self._data[key]
             before, classes = Contents.from_json(known), tuple(known["classes"])
         except (ValueError, TypeError, KeyError) as error:
-            raise RecipeError(
-                f"Cannot read {self._path}",
-                entry="inputs of a sweep",
-                received=f"the contents of {key}: {error}",
-                remedy="restore it from a copy, or give another --out",
-            ) from error
+            raise self._damaged(f"the contents of {key}: {error}") from error
         if changes := digest_changes(before, contents, class_changes(classes, opened.classes.names)):
             remedy = (
                 f"restore the data set; or give another --out, and {out} keeps the results of the data as they were"
             )
             raise changed_data(out, changes, opened, remedy)
+
+    def _damaged(self, how: str) -> RecipeError:
+        remedy = "restore it from a copy, or give another --out"
+        return RecipeError(f"Cannot read {self._path}", entry="inputs of a sweep", received=how, remedy=remedy)
 
     def _key(self, data: str, split: str) -> str:
         return f"{split} of data set {self._numbers.setdefault(data, len(self._numbers) + 1)}"

@@ -171,3 +171,15 @@ def test_watchers_hear_what_begins_ends_and_is_kept(tmp_path: Path) -> None:
     run_jobs(sweep, Doing(), watcher=Noting())
     run_jobs(sweep, Doing(), watcher=Noting())
     assert events == ["1/2 a", "2/2 b", "kept a", "kept b"]
+
+
+@pytest.mark.parametrize("content", ['{"data": [1]}', '{"jobs": 3}', '{"jobs": {"run": "0"}}'])
+def test_damaged_inputs_are_named(tmp_path: Path, content: str) -> None:
+    data = write_scenes(tmp_path / "data", "scenes:32x32,train=2,val=1")
+    job = Job("run", ("verb", "--data", str(data)), tmp_path / "out" / "run")
+    sweep = Sweep(RECIPE, tmp_path / "out", (job,), {})
+    run_jobs(sweep, Doing())
+    (tmp_path / "out" / INPUTS).write_text(content)
+    with pytest.raises(RecipeError, match="Cannot read") as caught:
+        run_jobs(sweep, Doing())
+    assert INPUTS in caught.value.rule

@@ -71,6 +71,7 @@ MATRIX: Mapping[str, tuple[str, ...]] = {
     "teacher retrained": (N, N, N, X, X, X, X, X, X, N, N, X, X),
     "library upgraded": (H, N, N, H, H, N, H, H, H, N, H, H, H),
     "val changed": (H, H, H, N, H, H, H, N, H, H, N, N, N),
+    "val sample added": (H, H, H, N, H, H, H, N, H, H, N, N, H),
     "val in another file": (H, H, H, N, H, H, H, N, H, H, N, N, N),
     "val holds copies of training images": (H, H, H, N, N, N, N, N, H, H, N, N, N),
 }
@@ -366,6 +367,10 @@ def val_changed(_: pytest.MonkeyPatch) -> None:
     _corrected("val/s1")
 
 
+def val_sample_added(_: pytest.MonkeyPatch) -> None:
+    _copied("val/s2", "val/s9")
+
+
 def val_encoded_again(_: pytest.MonkeyPatch) -> None:
     _encoded_again("val/s1")
 
@@ -394,6 +399,7 @@ CHANGES: Mapping[str, Change] = {
     "teacher retrained": Change(teacher_retrained, r"teacher\.weights", {"extend": 2}),
     "library upgraded": Change(library_upgraded, "pillow|'s[0-7]'"),
     "val changed": Change(val_changed, r"1 label differs \('s1'\)", _VAL_FAILS),
+    "val sample added": Change(val_sample_added, r"1 sample was added \('s9'\)", _VAL_FAILS | {"compare": 2}),
     "val in another file": Change(val_encoded_again, "'s1'", _VAL_FAILS),
     "val holds copies of training images": Change(val_copied, "'s1'", _VAL_FAILS | _VAL_WARNS),
 }

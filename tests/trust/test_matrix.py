@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from matrix import (
+    BUILD,
     CHANGES,
     COLUMNS,
     DATA,
@@ -22,6 +23,7 @@ from matrix import (
     NOTICED,
     VERBS,
     WORDS,
+    kdcache,
     make_world,
 )
 
@@ -131,6 +133,17 @@ def check_made(column: str, data: Path) -> None:
     made = {"build continued (half built)": "H.zarr", "repair (a shard lost)": "L.zarr", "extend": "new.zarr"}
     if column in made:
         assert not data_changes(open_cache(made[column]), open_split(str(data), "train"))
+
+
+def test_a_worker_compares_what_the_others_have_finished(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else a label that was corrected between two workers would be the old one in the shards of one of them."""
+    monkeypatch.chdir(copied(base, "build continued (half built)", tmp_path / "world"))
+    CHANGES["label corrected"].make(monkeypatch)
+    ended = kdcache(f"{BUILD} --data {DATA} --worker 0/2 --out H.zarr")
+    assert ended.code == 2
+    assert "1 label differs ('s3')" in ended.text
 
 
 def test_verify_reads_every_file_whatever_the_index_says(

@@ -351,7 +351,7 @@ class Fingerprint(Part):
             for a, b in zip(self.probe, other.probe, strict=True)
         )
         if far:
-            differences.append("probe: the same weights give other logits on the two fixed images")
+            differences.append("probe: other logits on the two fixed images")
         return differences
 
     def _without_folders(self) -> "Fingerprint":

@@ -385,7 +385,7 @@ def test_another_store_is_not_taken_over(tmp_path, old, teacher, split, change, 
 def test_another_teacher_is_not_taken_over(tmp_path, old, split, model_of) -> None:
     save_file(dict(model_of(7, seed=5).state_dict()), tmp_path / "other.safetensors")
     other = load_teacher(f"kdcache:tiny@{tmp_path}/other.safetensors", split.classes)
-    with pytest.raises(MismatchError, match=r"weights: .* probe: "):
+    with pytest.raises(MismatchError, match=r"weights: .*probe: "):
         extended(old, split, other, tmp_path / "new")
 
 
