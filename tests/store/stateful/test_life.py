@@ -68,3 +68,15 @@ def test_changed_data_are_named_although_the_ledger_is_damaged(world, key) -> No
     assert "into a new --out" in caught.value.remedy
     world.repair("plain", renew=True)
     world.verify("plain")
+
+
+def test_a_ledger_record_of_another_cache_in_an_unsealed_one(world) -> None:
+    """The images were blamed, which are what they were."""
+    assert world.run("extended") is None
+    key = "ledger/00000000.json"
+    record, other = (world.files(name)[key] for name in ("plain", "extended"))
+    for lost in ("complete.json", "ledger.jsonl"):
+        world.put("plain", lost, None)
+    world.put("plain", key, other)
+    assert world.run("plain") is None
+    assert world.files("plain")[key] == record != other
