@@ -41,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.basetemp is None and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES:
         config.option.basetemp = tempfile.mkdtemp(prefix="kdcache-tests-", dir=_MEMORY)
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+    if "KDCACHE_CACHE_DIR" not in os.environ:  # the user's own cache folder is no place for tests; workers share this
+        folder = os.environ["KDCACHE_CACHE_DIR"] = tempfile.mkdtemp(prefix="kdcache-tests-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
