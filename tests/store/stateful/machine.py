@@ -54,6 +54,12 @@ class CacheLife(RuleBasedStateMachine):
     def build(self, name: str) -> None:
         self.world.run(name)
 
+    @rule(name=CACHES)
+    def build_anew(self, name: str) -> None:
+        """Delete a cache, and make it again from sources as they are."""
+        self.world.remove(name)
+        self.world.run(name)
+
     @rule(name=CACHES, at=WRITES, half=st.booleans())
     def kill(self, name: str, at: int, half: bool) -> None:
         self.world.kill(name, at, half)
@@ -79,25 +85,30 @@ class CacheLife(RuleBasedStateMachine):
     @rule(name=CACHES, nth=NUMBERS, bit=st.integers(0, 2**24))
     def flip(self, name: str, nth: int, bit: int) -> None:
         self.world.damage(name, nth, lambda content: flipped(content, bit))
+        self.world.look(name)
 
     @rule(name=CACHES, key=st.sampled_from(META), bit=st.integers(0, 2**24))
     def flip_metadata(self, name: str, key: str, bit: int) -> None:
         content = self.world.files(name).get(key)
         if content is not None:
             self.world.put(name, key, flipped(content, bit))
+            self.world.look(name)
 
     @rule(name=CACHES, nth=NUMBERS)
     def delete(self, name: str, nth: int) -> None:
         self.world.damage(name, nth, lambda content: None)
+        self.world.look(name)
 
     @rule(name=CACHES, nth=NUMBERS, length=NUMBERS)
     def truncate(self, name: str, nth: int, length: int) -> None:
         self.world.damage(name, nth, lambda content: content[: length % (len(content) + 1)])
+        self.world.look(name)
 
     @rule(name=CACHES, keys=st.sets(st.sampled_from(META), min_size=1))
     def lose(self, name: str, keys: set[str]) -> None:
         for key in sorted(keys & set(self.world.files(name))):
             self.world.put(name, key, None)
+        self.world.look(name)
 
     @rule(name=CACHES, other=CACHES, nth=NUMBERS)
     def mix_up(self, name: str, other: str, nth: int) -> None:
@@ -106,6 +117,7 @@ class CacheLife(RuleBasedStateMachine):
         if files and self.world.files(name):
             key = sorted(files)[nth % len(files)]
             self.world.put(name, key, files[key])
+            self.world.look(name)
 
     @rule(name=CACHES, renew=st.booleans())
     def repair(self, name: str, renew: bool) -> None:

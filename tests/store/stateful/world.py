@@ -93,9 +93,9 @@ class Recipe:
 RECIPES = {
     "plain": Recipe(),
     "extended": Recipe(source="plain", views=2),
-    "copied": Recipe(source="plain", changes=CopyChanges(shard_records=3)),
+    "copied": Recipe(source="plain", changes=CopyChanges()),
     "lean": Recipe(stored=False),
-    "small": Recipe(source="extended", changes=CopyChanges(codec="small"), views=2),
+    "small": Recipe(source="extended", changes=CopyChanges(codec="small", shard_records=3), views=2),
 }
 
 
@@ -354,6 +354,12 @@ class World:
         self.models[name] = Model()
 
     # Looking
+
+    def look(self, name: str) -> None:
+        """Look at a cache in every way that changes nothing."""
+        self.verify(name)
+        self.read(name)
+        self.read_held()
 
     def hold(self, name: str) -> None:
         """Open a cache and keep it open, whatever happens to it."""
