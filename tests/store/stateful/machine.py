@@ -20,6 +20,8 @@ VERSIONS = st.integers(0, 2)
 WRITES = st.integers(1, 250)
 META = ("zarr.json", "manifest.json", "complete.json", "ledger.jsonl")
 
+DATA = ("values/c/", "image/c/", "segmentation/c/")
+
 
 class CacheLife(RuleBasedStateMachine):
     """Builds, kills, damages, repairs and reads; World compares each with the plain model."""
@@ -93,6 +95,15 @@ class CacheLife(RuleBasedStateMachine):
         if content is not None:
             self.world.put(name, key, flipped(content, bit))
             self.world.look(name)
+
+    @rule(name=CACHES, part=st.sampled_from(DATA), nth=NUMBERS, bit=st.integers(0, 2**24))
+    def flip_records(self, name: str, part: str, nth: int, bit: int) -> None:
+        """Flip a bit in the large arrays, whose files are few, and copy from it."""
+        self.world.damage(name, nth, lambda content: flipped(content, bit), part)
+        self.world.look(name)
+        for copy, recipe in RECIPES.items():
+            if recipe.source == name and recipe.changes is not None:
+                self.build_anew(copy)
 
     @rule(name=CACHES, nth=NUMBERS)
     def delete(self, name: str, nth: int) -> None:

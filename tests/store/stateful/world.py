@@ -325,9 +325,13 @@ class World:
 
     # Damage
 
-    def damage(self, name: str, nth: int, change: Callable[[bytes], bytes | None]) -> None:
-        """Change the nth file of a cache (of those that mean something); None deletes it."""
-        files = [key for key in self.files(name) if not key.endswith((".partial", ".lock", ".owner"))]
+    def damage(self, name: str, nth: int, change: Callable[[bytes], bytes | None], part: str = "") -> None:
+        """Change the nth file of a cache (of those that mean something); None deletes it.
+
+        Args:
+            part: of the file's name.
+        """
+        files = [key for key in self.files(name) if part in key and not key.endswith((".partial", ".lock", ".owner"))]
         if not files:
             return
         key = files[nth % len(files)]
