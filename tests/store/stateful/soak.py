@@ -89,7 +89,8 @@ def live(life: type[CacheLife], number: int) -> dict[str, Any] | None:
             ),
         )
     except Exception as error:
-        steps = [line for note in getattr(error, "__notes__", []) for line in note.splitlines()]
+        notes = getattr(error, "__notes__", [])
+        steps = [line for note in notes for line in note.splitlines() if line != "state.count()"]
         return {"seed": number, "error": f"{type(error).__name__}: {error}", "steps": steps}
     return None
 
