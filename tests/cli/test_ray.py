@@ -275,7 +275,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         raise ImportError(name)
 
     monkeypatch.setattr(ray_cluster, "import_module", missing)
-    with pytest.raises(RecipeError, match=r"kdcache\[ray\]"):
+    with pytest.raises(RecipeError, match=r"pip install '.\[ray\]'"):
         ray_cluster.import_ray()
 
 
