@@ -81,7 +81,8 @@ def test_a_kill_in_round_two_changes_nothing(rule: str, init: str, cli, spawn: C
     for out in (killed, whole):
         ended = cli("self-train", "--out", out, *words)
         assert ended.code == 0, ended.err
-    assert (cli("self-train", "--out", killed, *words).err.count("done before")) == 4  # its two caches are looked at again
+    again = cli("self-train", "--out", killed, *words)
+    assert again.err.count("done before") == 4  # its two caches are looked at again
     for run in ("self-training-round-1", "self-training-round-2"):
         for which in ("last", "last-ema"):
             one, other = (read_state_dict(out / "runs" / run / f"{which}.safetensors") for out in (killed, whole))
