@@ -248,7 +248,7 @@ def test_an_out_that_holds_something_else_is_untouched(s3, small, key) -> None:
 
 def test_another_build_is_refused(s3, small, built) -> None:
     before = s3.objects(built)
-    with pytest.raises(MismatchError, match="differs in teacher.weights") as caught:
+    with pytest.raises(MismatchError, match=r"differs in teacher\.weights") as caught:
         small.changed(teacher={"weights": "2" * 64}).write(built)
     assert built in caught.value.received
     assert s3.objects(built) == before
