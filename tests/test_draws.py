@@ -66,6 +66,6 @@ def test_ci_says_that_it_is_one() -> None:
 
 
 def test_no_test_keeps_to_the_same_cases() -> None:
-    here = (Path(__file__).name, "conftest.py")
+    here = (Path(__file__).name, "conftest.py", "soak.py")  # a soak is told its seeds
     asking = [path for path in TESTS.rglob("*.py") if path.name not in here and "derandomize" in path.read_text()]
     assert asking == []
