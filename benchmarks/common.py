@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdcache.bench.header import header as bench_header
-from kdcache.train.run.metrics_log import environment
+from kdcache.training.run.metrics_log import environment
 
 RESULTS = Path(__file__).parent / "results"
 

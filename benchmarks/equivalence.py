@@ -21,7 +21,7 @@ from common import header, write
 from kdcache.models import build_model
 from kdcache.run_folder import Run
 from kdcache.store import open_cache
-from kdcache.train import make_config, train
+from kdcache.training import make_config, train
 
 FIRST = 20
 TOLERANCE = 1e-4

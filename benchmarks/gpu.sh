@@ -96,7 +96,7 @@ correctness() {
     local processes=()
     "$python" -c 'import xdist' 2>/dev/null && processes=(-n 12)
     run tests 330 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
-      "${pytest[@]}" -k "cuda or graph or triton or gpu or feed" tests/kernels tests/train tests/distill
+      "${pytest[@]}" -k "cuda or graph or triton or gpu or feed" tests/kernels tests/training tests/distill
   fi
 }
 

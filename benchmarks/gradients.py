@@ -27,7 +27,7 @@ from kdcache.models.run import load_run
 from kdcache.store import Cache
 from kdcache.store.records import Records
 from kdcache.teacher import load_teacher
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 TOLERANCE = {"initial": 2e-3, "trained": 5e-3}
 

@@ -24,10 +24,10 @@ from kdcache.analysis.spread import t_quantile
 from kdcache.data import open_split
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
-from kdcache.train import make_config
-from kdcache.train.api import make_trainer
-from kdcache.train.distributed import World
-from kdcache.train.run.metrics_log import Observer
+from kdcache.training import make_config
+from kdcache.training.api import make_trainer
+from kdcache.training.distributed import World
+from kdcache.training.run.metrics_log import Observer
 from live_teacher import LiveStep
 
 

@@ -18,8 +18,8 @@ from kdcache.models import SegmentationModel
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
 from kdcache.teacher.load.forward import Precision, place, teach
-from kdcache.train import api
-from kdcache.train.step.eager import EagerStep
+from kdcache.training import api
+from kdcache.training.step.eager import EagerStep
 from kdcache_kernels import pack
 
 

@@ -27,9 +27,9 @@ from kdcache.data import Augmentation
 from kdcache.store import Manifest, open_cache, open_writer
 from kdcache.store.format.manifest_models import Build, Dataset, Fingerprint, Head, View
 from kdcache.store.format.schema import record_arrays
-from kdcache.train import CacheDataset
-from kdcache.train.input.loader import Draws, make_loader, next_batch
-from kdcache.train.input.sampler import Order
+from kdcache.training import CacheDataset
+from kdcache.training.input.loader import Draws, make_loader, next_batch
+from kdcache.training.input.sampler import Order
 
 CLASSES, SIZE, VIEW = 4, (8, 8), (16, 16)
 

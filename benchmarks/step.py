@@ -34,12 +34,12 @@ from kdcache.distill import AnyBatch, DistillLoss, StreamLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset, make_config
-from kdcache.train.input.loader import Draws, next_batch
-from kdcache.train.input.streams import StreamDraws, feed_streams, stream_seed
-from kdcache.train.step.compiled import choose_step, make_step
-from kdcache.train.step.eager import EagerStep, Step
-from kdcache.train.step.optim import make_optimizer
+from kdcache.training import CacheDataset, make_config
+from kdcache.training.input.loader import Draws, next_batch
+from kdcache.training.input.streams import StreamDraws, feed_streams, stream_seed
+from kdcache.training.step.compiled import choose_step, make_step
+from kdcache.training.step.eager import EagerStep, Step
+from kdcache.training.step.optim import make_optimizer
 from live_teacher import LiveStep
 
 KINDS = ("none", "kl", "two", "live")

@@ -33,12 +33,12 @@ from kdcache.distill import SEGMENTATION, Batch, DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset, Observer, make_config, train
-from kdcache.train.distributed import default_workers
-from kdcache.train.input.loader import Draws
-from kdcache.train.step.compiled import make_step
-from kdcache.train.step.eager import EagerStep, Step
-from kdcache.train.step.optim import make_optimizer
+from kdcache.training import CacheDataset, Observer, make_config, train
+from kdcache.training.distributed import default_workers
+from kdcache.training.input.loader import Draws
+from kdcache.training.step.compiled import make_step
+from kdcache.training.step.eager import EagerStep, Step
+from kdcache.training.step.optim import make_optimizer
 
 IMPLEMENTATIONS = ("reference", "auto")
 PROFILED = 5

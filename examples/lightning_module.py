@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kdcache
 from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
-from kdcache.train import sample_loader
+from kdcache.training import sample_loader
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 

@@ -12,7 +12,7 @@ import argparse
 import torch
 
 from kdcache import CacheDataset, DistillLoss, LabelledDataset, build_model, evaluate_model, open_cache, open_split
-from kdcache.train import sample_loader
+from kdcache.training import sample_loader
 
 parser = argparse.ArgumentParser(description="Train kdcache:tiny on labels and on a store's targets.")
 parser.add_argument("--data", default="scenes", help="labelled images")

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from kdcache.store import open_cache as open_cache
     from kdcache.teacher import BuildOptions as BuildOptions
     from kdcache.teacher import load_teacher as load_teacher
-    from kdcache.train import CacheDataset as CacheDataset
-    from kdcache.train import LabelledDataset as LabelledDataset
+    from kdcache.training import CacheDataset as CacheDataset
+    from kdcache.training import LabelledDataset as LabelledDataset
     from kdcache.verbs.build import build_cache as build_cache
     from kdcache.verbs.compare import compare as compare
     from kdcache.verbs.evaluate import evaluate as evaluate
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "kdcache.distill",
     "BuildOptions": "kdcache.teacher",
-    "CacheDataset": "kdcache.train",
+    "CacheDataset": "kdcache.training",
     "DistillLoss": "kdcache.distill",
     "KDCacheError": "kdcache.errors",
-    "LabelledDataset": "kdcache.train",
+    "LabelledDataset": "kdcache.training",
     "Records": "kdcache.store",
     "Target": "kdcache.distill",
     "build_cache": "kdcache.verbs.build",
@@ -68,8 +68,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
-    if name == "train":  # the room, which is called as the function is, whatever was imported before
-        return import_module("kdcache.train")
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -67,7 +67,7 @@ ALLOWED = {
         ),
         KERNELS,
     },
-    "train": {
+    "training": {
         *("bounded", "faults", "heads", "data", "models", "store", "metrics", "distill"),
         *("errors", "files", "locks", "run_folder", "run_samples", "settings", "shown"),
     },
@@ -75,9 +75,9 @@ ALLOWED = {
         "bounded",
         *("shown", "heads", "data", "models", "metrics", "errors", "files", "run_folder", "run_samples", "settings"),
     },
-    "bench": {"data", "models", "store", "distill", "metrics", "train", "errors", "files", KERNELS},
+    "bench": {"data", "models", "store", "distill", "metrics", "training", "errors", "files", KERNELS},
     "verbs": {
-        *("heads", "data", "models", "store", "metrics", "teacher", "train", "analysis"),
+        *("heads", "data", "models", "store", "metrics", "teacher", "training", "analysis"),
         *("errors", "run_folder", "settings", "progress"),
     },
     "sweep": {"bounded", "data", "metrics", "analysis", "errors", "files", "run_folder", "settings"},
@@ -115,7 +115,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(module: str) -> Iterator[str]:
-    """Dotted names that a module imports, at any depth of its code; relative ones made absolute."""
+    """Dotted names that a module imports, at any depth of its code, by `import_module` included. All are absolute."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -129,6 +129,10 @@ def imports_of(module: str) -> Iterator[str]:
             # `from kdcache import errors` imports a room, not a name.
             names = [f"{base}.{alias.name}" for alias in node.names]
             yield from (name if name in MODULES else base for name in names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                yield str(name.value)
 
 
 def ours(name: str) -> bool:
@@ -146,11 +150,11 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_walk_finds_modules_and_imports() -> None:
-    assert {"kdcache", "kdcache.errors", "kdcache.train.trainer", "kdcache_kernels.ops", "kdcache_cli.app"} <= set(
+    assert {"kdcache", "kdcache.errors", "kdcache.training.trainer", "kdcache_kernels.ops", "kdcache_cli.app"} <= set(
         MODULES
     )
     assert "kdcache_kernels.checks" in set(imports_of("kdcache_kernels.ops"))
-    assert rooms_used("kdcache.train.api") >= {"data", "store", "models", "distill", "metrics"}
+    assert rooms_used("kdcache.training.api") >= {"data", "store", "models", "distill", "metrics"}
 
 
 def test_every_room_is_in_the_table() -> None:
@@ -180,7 +184,15 @@ def test_rooms_form_no_circle() -> None:
 ORDER = [
     ("store.format", "store.backend", "store"),
     ("teacher.load", "teacher.build", "teacher.audit"),
-    ("train.input", "train.config", "train.step", "train.run", "train.sources", "train.trainer", "train.api"),
+    (
+        "training.input",
+        "training.config",
+        "training.step",
+        "training.run",
+        "training.sources",
+        "training.trainer",
+        "training.api",
+    ),
     ("bench.timing", "bench.kernels", "bench.loader"),
     ("analysis", "analysis.report"),
 ]
@@ -205,6 +217,28 @@ def test_floors_of_a_room_are_in_order(floors: tuple[str, ...]) -> None:
         if used in MODULES and any(on_floor(used, higher) for higher in floors[at + 1 :])
     ]
     assert not wrong
+
+
+IMPORT_BY_VALUE = {
+    "kdcache": "its exported names, each from its home",
+    "kdcache.bench.kernels.rivals": "kernels of other projects",
+    "kdcache.models.callables": "a network of the user",
+    "kdcache_kernels.library": "a family of kernels: cpu or gpu",
+    "kdcache_kernels.on_cells.library": "a family of kernels: cpu or gpu",
+}
+"""Files that import a module by a name that is a value, and what."""
+
+
+def test_a_name_that_is_imported_is_written_out() -> None:
+    by_value = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith("import_module")
+        and not isinstance(node.args[0], ast.Constant)
+    }
+    assert by_value == set(IMPORT_BY_VALUE)
 
 
 def test_files_form_no_circle() -> None:
@@ -259,7 +293,7 @@ def test_exported_names() -> None:
 
     assert sorted(kdcache.__all__) == EXPORTED
     for name in EXPORTED:
-        assert getattr(kdcache, name).__name__ == ("kdcache.train" if name == "train" else name)
+        assert getattr(kdcache, name).__name__ == name
         assert callable(getattr(kdcache, name))
     assert dir(kdcache) == sorted(["__doc__", "__version__", *EXPORTED])
     with pytest.raises(AttributeError, match="nothing"):
@@ -321,7 +355,7 @@ HEAVY = ("torch", "triton", "matplotlib", "torchvision", "zarr", "numba")
         ("import kdcache.data", ("torch", "triton", "matplotlib", "zarr")),
         ("import kdcache.models", ("torchvision", "matplotlib", "zarr")),
         ("import kdcache.distill", ("torchvision", "matplotlib", "zarr", "kdcache.store", "kdcache.models")),
-        ("import kdcache.train", ("torchvision", "matplotlib", "kdcache.teacher")),
+        ("import kdcache.training", ("torchvision", "matplotlib", "kdcache.teacher")),
     ],
 )
 def test_importing_is_light(code: str, absent: tuple[str, ...]) -> None:
@@ -412,11 +446,11 @@ LISTED = [
     "teacher.audit",
     "teacher.build",
     "teacher.load",
-    "train",
-    "train.input",
-    "train.run",
-    "train.sources",
-    "train.step",
+    "training",
+    "training.input",
+    "training.run",
+    "training.sources",
+    "training.step",
     "verbs",
 ]
 

@@ -17,7 +17,7 @@ from kdcache.bounded import check_unpacked, parse_json, parse_toml, read_bytes, 
 from kdcache.errors import RecipeError
 from kdcache.files import read_object
 from kdcache.run_folder import Run
-from kdcache.train.run.metrics_log import MetricsLog
+from kdcache.training.run.metrics_log import MetricsLog
 
 MODEL = (
     '{"spec": "kdcache:tiny", "class_names": ["road"], "class_colours": [[1, 2, 3]], "size": [32, 48],'
@@ -145,7 +145,7 @@ def test_archives_that_unpack_to_far_more(tmp_path: Path) -> None:
     ("name", "call", "module"),
     [
         ("weights.pth", "read_state_dict(path)", "kdcache.models.weights"),
-        ("checkpoint.pt", "load_checkpoint(path.parent, 'cpu')", "kdcache.train.run.checkpoint_file"),
+        ("checkpoint.pt", "load_checkpoint(path.parent, 'cpu')", "kdcache.training.run.checkpoint_file"),
         ("recipe.toml", "Run(path.parent).recipe", "kdcache.run_folder"),
         ("metrics.jsonl", "Run(path.parent).metrics", "kdcache.run_folder"),
     ],

@@ -8,7 +8,7 @@ from kdcache.errors import one_line, plain_logger
 
 
 def test_a_log_line_is_one_plain_line(caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("kdcache.train", "kdcache.store", "kdcache.more"):
+    for name in ("kdcache.training", "kdcache.store", "kdcache.more"):
         plain_logger(name).warning("%s is read", "a\x1b]0;t\x07\nERROR forged 100 %s\r")
     assert {record.getMessage() for record in caplog.records} == {"a]0;t ERROR forged 100 %s is read"}
     assert len(caplog.records) == 3

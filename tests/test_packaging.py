@@ -32,7 +32,7 @@ EXTRAS = {
     "kdcache.models.export": "onnx",
     "kdcache.sharing.client": "hub",
     "kdcache.store.backend.object_store": "remote",
-    "kdcache.train.run.trackers": "wandb,trackio",
+    "kdcache.training.run.trackers": "wandb,trackio",
 }
 """Module -> the extras that bring what it imports beyond the dependencies of all."""
 RIVALS = {"tensorstore", "zarrs"}

@@ -76,7 +76,7 @@ def write_result(path: Path | None, verb: str, theme: str, content: Mapping[str,
     """Write the figures of a verb below their header; nothing without a path."""
     if path is None:
         return
-    from kdcache.train.run.metrics_log import write_json
+    from kdcache.training.run.metrics_log import write_json
 
     write_json(path, {**_header(verb, theme), **content})
     _wrote(path)
@@ -84,7 +84,7 @@ def write_result(path: Path | None, verb: str, theme: str, content: Mapping[str,
 
 def _header(verb: str, theme: str) -> dict[str, Any]:
     from kdcache.bench.header import header
-    from kdcache.train.run.metrics_log import environment
+    from kdcache.training.run.metrics_log import environment
 
     words = sys.argv[1:] if sys.argv[1:2] == [verb] else [verb]
     return header(theme, shlex.join(["kdcache", *words]), environment())
@@ -113,7 +113,7 @@ class GrowingResult:
         self._content |= content
         if self._path is None:
             return
-        from kdcache.train.run.metrics_log import write_json
+        from kdcache.training.run.metrics_log import write_json
 
         complete = len(self._rows) == self._of
         write_json(self._path, {**self._content, "complete": complete, "rows": self._rows})

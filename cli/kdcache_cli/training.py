@@ -16,9 +16,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 def run_training(settings: dict[str, Any], out: Path, resume: bool) -> None:
     """Train with these settings and show the progress; Ctrl-C leaves a run that can be resumed, and exit code 130."""
     from kdcache.metrics import percent
-    from kdcache.train import Interrupted, make_config, pick_device, train
-    from kdcache.train.distributed import default_workers
-    from kdcache.train.run.training_progress import TrainingProgress
+    from kdcache.training import Interrupted, make_config, pick_device, train
+    from kdcache.training.distributed import default_workers
+    from kdcache.training.run.training_progress import TrainingProgress
 
     try:
         with shared_errors(), progress_bar() as bar:

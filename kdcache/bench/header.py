@@ -22,7 +22,7 @@ def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str
     Args:
         theme: what was measured, in a word.
         command: what the user typed.
-        environment: libraries and threads, from `kdcache.train.run.metrics_log.environment`.
+        environment: libraries and threads, from `kdcache.training.run.metrics_log.environment`.
     """
     memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": memory_gib, **environment}

@@ -9,7 +9,7 @@
     engine.py      the table of the engines of builds and sweeps
 
 A table is a dataclass whose fields are `name: type = setting(default, help)`. The flags of the verbs, the
-keys of recipes and the models that check them (`kdcache.train.TrainConfig`) are made from the tables.
+keys of recipes and the models that check them (`kdcache.training.TrainConfig`) are made from the tables.
 """
 
 from kdcache.settings.setting import Entry, Setting, Spelling, entries, names, read, read_values, setting

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from kdcache.data import Split, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import Entry, entries
-from kdcache.train.ranges import in_words
+from kdcache.training.ranges import in_words
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -20,7 +20,7 @@ from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
 from kdcache.store import Worker, read_manifest, store_exists, worker_of
 from kdcache.teacher import BuildOptions, BuildResult, Teacher, check_cross_fit, load_teacher, load_teachers
 from kdcache.teacher import build_cache as build
-from kdcache.train import pick_device
+from kdcache.training import pick_device
 from kdcache.verbs.arguments import checked, keywords, open_data
 
 if TYPE_CHECKING:

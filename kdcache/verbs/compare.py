@@ -15,7 +15,7 @@ from kdcache.progress import progress_bar
 from kdcache.run_folder import Run
 from kdcache.settings import read
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
-from kdcache.train import pick_device
+from kdcache.training import pick_device
 from kdcache.verbs.arguments import checked, keywords, spec_of
 
 TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)

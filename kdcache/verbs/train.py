@@ -11,10 +11,10 @@ from kdcache.errors import RecipeError
 from kdcache.progress import progress_bar
 from kdcache.run_folder import Run
 from kdcache.settings.training import TRAINING
-from kdcache.train import make_config, pick_device
-from kdcache.train import train as run_training
-from kdcache.train.distributed import default_workers
-from kdcache.train.run.training_progress import TrainingProgress
+from kdcache.training import make_config, pick_device
+from kdcache.training import train as run_training
+from kdcache.training.distributed import default_workers
+from kdcache.training.run.training_progress import TrainingProgress
 from kdcache.verbs.arguments import keywords, spec_of
 
 Data = str | Path | Split

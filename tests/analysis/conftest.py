@@ -18,7 +18,7 @@ __all__ = ["folder", "model", "split"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data/ (a folder) and runs/none-0, runs/none-1, trained on it with two seeds; not to be touched."""
     from kdcache.data import write_scenes
-    from kdcache.train import make_config, train
+    from kdcache.training import make_config, train
 
     root = tmp_path_factory.mktemp("trained")
     write_scenes(root / "data", "scenes:48x64,train=12,val=6")

@@ -113,7 +113,7 @@ def _hide_classes(labels: Path) -> None:
 
 
 def _train(root: Path, seed: int) -> None:
-    from kdcache.train import make_config, train
+    from kdcache.training import make_config, train
 
     settings: dict[str, Any] = {
         "model": "kdcache:tiny",

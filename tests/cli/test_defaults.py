@@ -22,7 +22,7 @@ from kdcache.sweep import plan_sweep, read_recipe, run_jobs
 from kdcache.teacher import BuildOptions
 from kdcache.teacher.audit.pseudo_labels import Rule
 from kdcache.teacher.build.cost_estimate import estimate
-from kdcache.train import TrainConfig, make_config
+from kdcache.training import TrainConfig, make_config
 from kdcache_cli.app import app
 from kdcache_cli.settings import build_flags
 from kdcache_cli.verbs import sweep

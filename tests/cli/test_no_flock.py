@@ -40,7 +40,7 @@ def test_a_build_and_its_copy_are_those_of_other_disks(
 
 @pytest.mark.usefixtures("without_flock")
 def test_a_training_is_alone_with_its_folder(cli: Callable[..., Any], made: Path, tmp_path: Path) -> None:
-    from kdcache.train.run.lock import RunLock
+    from kdcache.training.run.lock import RunLock
 
     words = ["train-student", "--cache", made / "store.zarr", "--val", made / "data", "--model", "kdcache:tiny"]
     words += ["--iterations", 2, "--batch-size", 2, "--threads", 1, "--out", tmp_path / "run"]

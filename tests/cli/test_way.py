@@ -155,7 +155,7 @@ assert not any(name.startswith("kdcache.teacher") for name in sys.modules)
     words = f"train-student --cache {world}/store.zarr --val {world}/data --out {tmp_path}/run {STUDENT}"
     done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "kdcache.train" in done.stdout
+    assert "kdcache.training" in done.stdout
 
 
 def test_help_does_not_wait_for_torch() -> None:

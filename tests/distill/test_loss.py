@@ -17,7 +17,7 @@ from kdcache.distill import Batch, DistillLoss, Target
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.store import Cache
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 
 def oracle(

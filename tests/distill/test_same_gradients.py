@@ -15,7 +15,7 @@ from kdcache.data import OUTSIDE_RGB, Augmentation, Window, open_split, render
 from kdcache.distill import Batch, DistillLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 DATA, SIZE = "scenes:64x96,train=8,val=1", (64, 96)
 Teach = Callable[[Tensor], Tensor]

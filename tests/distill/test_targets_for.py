@@ -18,7 +18,7 @@ from kdcache.distill import Batch, DistillLoss
 from kdcache.errors import DataError, RecipeError
 from kdcache.models import build_model
 from kdcache.store import Cache, SampleTargets
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 SIZE = (64, 96)
 DATA = "scenes:64x96,train=8,val=1"  # as large as its views; the larger below are twice and 1.5 times as large

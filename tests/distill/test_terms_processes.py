@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from kdcache.distill.terms import TermBatch, TermSpec, make_term
 from kdcache.models import build_model
 from kdcache.store import Cache
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 _PART = """
 import sys
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from kdcache.distill import Target
 from kdcache.distill.terms import TermBatch, TermSpec, make_term
-from kdcache.train.distributed import World
+from kdcache.training.distributed import World
 
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)

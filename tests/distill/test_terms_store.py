@@ -15,7 +15,7 @@ from kdcache.distill import DistillLoss
 from kdcache.distill.terms import TermSpec, make_term
 from kdcache.models import SegmentationModel
 from kdcache.store import Cache
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 MAXIMUM = "targets/segmentation/max"
 COUNT = 4

@@ -19,8 +19,8 @@ from kdcache.distill.batch import tensors_of
 from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset, make_config, sample_loader, train
-from kdcache.train.input.loader import Draws
+from kdcache.training import CacheDataset, make_config, sample_loader, train
+from kdcache.training.input.loader import Draws
 
 FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = ("plain_loop", "lightning_module", "hf_trainer")
@@ -65,7 +65,7 @@ def test_a_teacher_takes_three_lines_of_the_public_interface(name: str) -> None:
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     assert text.count("  # distilled\n") == 3
     imported = re.findall(r"^from (kdcache[\w.]*) import (.+)$", text, re.MULTILINE)
-    assert {module for module, _ in imported} <= {"kdcache", "kdcache.train"}
+    assert {module for module, _ in imported} <= {"kdcache", "kdcache.training"}
     for module, names in imported:
         for one in names.split(", "):
             assert one in sys.modules[module].__all__, one

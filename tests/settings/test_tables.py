@@ -17,7 +17,7 @@ from kdcache.settings.setting import REQUIRED
 from kdcache.settings.spelling import Size, TopK, Words
 from kdcache.settings.training import TRAINING, TrainSettings
 from kdcache.teacher import BuildOptions
-from kdcache.train import TrainConfig, make_config
+from kdcache.training import TrainConfig, make_config
 from kdcache_cli.app import app
 from kdcache_cli.settings.signature import takes
 

@@ -10,7 +10,6 @@ import pytest
 import typer
 
 import kdcache
-from kdcache import verbs
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
@@ -59,8 +58,7 @@ def test_a_function_has_the_settings_of_its_verb_with_their_defaults(verb: str) 
 def test_no_default_is_written_twice() -> None:
     """Defaults of settings are in the tables alone: the functions' own parameters have none but None."""
     for function, tables in VERBS.values():
-        own = verbs.train if function is kdcache.train else function
-        for name, default in (own.__kwdefaults__ or {}).items():
+        for name, default in (function.__kwdefaults__ or {}).items():
             assert default is None or name not in entries(*tables), name
 
 
@@ -70,7 +68,6 @@ def test_a_signature_is_short_and_complete() -> None:
     assert ", size: " in shown
     assert "Spelling" not in shown
     assert "verb" not in inspect.signature(kdcache.train).parameters
-    assert inspect.signature(kdcache.train) == inspect.signature(verbs.train)
 
 
 @pytest.mark.parametrize(

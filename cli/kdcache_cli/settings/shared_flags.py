@@ -72,7 +72,7 @@ def use_machine(threads: int, device: str) -> "torch.device":
     """The device that `auto`, `cpu` or `cuda` names; sets torch's threads, unless they are 0. Raises: RecipeError."""
     import torch
 
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     if threads:
         torch.set_num_threads(threads)

@@ -87,7 +87,7 @@ def bench_kernels(
     import torch
 
     from kdcache.bench.kernels import DTYPES, KINDS, LAYOUTS, RIVALS, Settings, parse_names, parse_shapes
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     if threads:
         torch.set_num_threads(threads)

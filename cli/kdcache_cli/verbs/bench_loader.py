@@ -77,7 +77,7 @@ def bench_loader(
     from kdcache.bench.loader import LOADERS, READERS, Settings, measure
     from kdcache.data import open_split
     from kdcache.store import Records, open_cache
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     names = parse_names(against, "--against", (*READERS, *LOADERS))
     if not names:

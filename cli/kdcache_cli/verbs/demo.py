@@ -75,8 +75,8 @@ def _show_command(verb: str, out: Path, settings: dict[str, Any]) -> None:
 def _train(verb: str, run: Path, **settings: Any) -> int:
     """Train into a run folder, or continue there. Return the batch size."""
     from kdcache.metrics import percent
-    from kdcache.train import Interrupted, make_config, train
-    from kdcache.train.run.training_progress import TrainingProgress
+    from kdcache.training import Interrupted, make_config, train
+    from kdcache.training.run.training_progress import TrainingProgress
 
     _show_command(verb, run, settings)
     config = make_config(verb=verb, **settings)
@@ -97,7 +97,7 @@ def _build(teacher: Path, cache: Path, device: str) -> None:
     from kdcache.data import open_split
     from kdcache.store import open_cache, summarise
     from kdcache.teacher import BuildOptions, build_cache, load_teacher
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     _show_command("build-teacher-cache", cache, {"data": YOURS, "teacher": teacher, "shard_records": 32})
     split = open_split(YOURS, "train")
@@ -120,7 +120,7 @@ def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
     from kdcache.analysis.report import ReportOptions, make_report
     from kdcache.analysis.stored_evaluations import Judging
     from kdcache.metrics import percent
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     teacher, *students = map(str, runs.values())
     _show_command(f"report {' '.join(map(escape, students))}", page, {"teacher": teacher, "data": YOURS})

@@ -74,7 +74,7 @@ def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, Bu
     from kdcache.store import data_changes, open_cache
     from kdcache.teacher import check_cross_fit, load_like, options_of
     from kdcache.teacher.build.manifest import libraries
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     machine, teacher = read(MachineSettings, settings), read(TeacherSettings, settings)
     if machine.threads:

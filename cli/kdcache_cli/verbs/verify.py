@@ -47,7 +47,7 @@ def verify(
     from kdcache.data import ClassList
     from kdcache.store import Records, read_manifest, verify_files
     from kdcache.teacher import compare_teacher, load_like
-    from kdcache.train import pick_device
+    from kdcache.training import pick_device
 
     place = shared_flags.open_place(store, cache_dir, cache_bytes)
     with progress_bar() as bar:

@@ -17,12 +17,12 @@ from kdcache.bench.loader.turns import Contestant
 from kdcache.distill import Batch, DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache
-from kdcache.train.config import make_config
-from kdcache.train.input.device_prefetch import feed
-from kdcache.train.input.loader import Draws, next_batch
-from kdcache.train.step.compiled import choose_step, make_step
-from kdcache.train.step.eager import EagerStep, Step
-from kdcache.train.step.optim import make_optimizer
+from kdcache.training.config import make_config
+from kdcache.training.input.device_prefetch import feed
+from kdcache.training.input.loader import Draws, next_batch
+from kdcache.training.step.compiled import choose_step, make_step
+from kdcache.training.step.eager import EagerStep, Step
+from kdcache.training.step.optim import make_optimizer
 
 FED_BY = ("ring", "inline", "resident", "default")
 """Loaders of LOADERS that feed steps."""

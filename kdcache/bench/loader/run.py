@@ -22,10 +22,10 @@ from kdcache.bench.loader.report import MEMORY, Measured, Report, Settings, Tabl
 from kdcache.bench.loader.streams import CPU, LOADERS, Stream, open_and_weigh, reference_batch
 from kdcache.bench.loader.turns import Contestant, in_turn
 from kdcache.store import Cache, Records
-from kdcache.train.input.cache_dataset import CacheDataset
-from kdcache.train.input.loader import Draws
-from kdcache.train.input.residency import free_bytes
-from kdcache.train.input.resident_records import decoded_bytes
+from kdcache.training.input.cache_dataset import CacheDataset
+from kdcache.training.input.loader import Draws
+from kdcache.training.input.residency import free_bytes
+from kdcache.training.input.resident_records import decoded_bytes
 
 Note = Callable[[str], None]
 LEAST_BATCHES = 4

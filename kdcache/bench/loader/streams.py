@@ -4,7 +4,7 @@
 | --- | --- |
 | inline | the trainer itself, between steps |
 | dataloader | `DataLoader` with worker processes |
-| ring | threads of this process, into buffers used again (`kdcache.train.input.ring_buffer`) |
+| ring | threads of this process, into buffers used again (`kdcache.training.input.ring_buffer`) |
 | resident | the same from records that stay decoded in memory (`--resident ram`) |
 | default | the trainer itself, from such records: what a training on a CPU does |
 
@@ -26,11 +26,11 @@ from kdcache.distill import Batch
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.store import Cache, Records
-from kdcache.train.input.cache_dataset import CacheDataset
-from kdcache.train.input.device_prefetch import feed
-from kdcache.train.input.loader import Draws, make_loader, next_batch
-from kdcache.train.input.resident_records import RamRecords
-from kdcache.train.input.ring_buffer import DEPTH
+from kdcache.training.input.cache_dataset import CacheDataset
+from kdcache.training.input.device_prefetch import feed
+from kdcache.training.input.loader import Draws, make_loader, next_batch
+from kdcache.training.input.resident_records import RamRecords
+from kdcache.training.input.ring_buffer import DEPTH
 
 ENDLESS = 2**40
 CPU = torch.device("cpu")

@@ -73,7 +73,7 @@ def make_term(
         raise RecipeError(
             "a term that standardises the teacher's channels is given their mean and standard deviation",
             received=f"{spec.kind} with standardise=channels and no moments",
-            remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.train.criterion",
+            remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.training.criterion",
         )
     if spec.kind == "auxiliary":
         return Auxiliary(

@@ -467,7 +467,7 @@ def test_where_the_teacher_loses() -> None:
 
 
 def test_terms_that_do_nothing_or_everything(tmp_path: Path) -> None:
-    from kdcache.train.run import monitor
+    from kdcache.training.run import monitor
 
     assert (LITTLE, MUCH) == (monitor.LITTLE, monitor.MUCH)
     assert [judge(share) for share in (0.0099, 0.01, 10.0, 10.1)] == [

@@ -19,9 +19,9 @@ from kdcache.errors import CorruptError, MismatchError, ModelError, RecipeError,
 from kdcache.models import build_model
 from kdcache.store import Cache, Records, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset
-from kdcache.train.input.batch import Row
-from kdcache.train.input.loader import Draws
+from kdcache.training import CacheDataset
+from kdcache.training.input.batch import Row
+from kdcache.training.input.loader import Draws
 
 SCENES = "scenes:32x48,train=6,val=2"
 SMALL: dict[str, Any] = {"records": 8, "batch_size": 2, "repeats": 2, "steps": 0}

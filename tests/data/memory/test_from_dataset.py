@@ -19,7 +19,7 @@ from kdcache.errors import DataError, MismatchError
 from kdcache.models import build_model
 from kdcache.store import Records, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
-from kdcache.train import make_config, train
+from kdcache.training import make_config, train
 
 SCENES = "scenes:32x48,train=6,val=3"
 NAMES = open_split(SCENES, "train").classes.names

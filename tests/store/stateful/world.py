@@ -46,7 +46,7 @@ from kdcache.data import Split, open_split
 from kdcache.errors import KDCacheError
 from kdcache.store import Cache, CopyChanges, copy_store, data_changes, open_cache, verify_files
 from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher, options_of
-from kdcache.train import make_config, train
+from kdcache.training import make_config, train
 
 OPTIONS = BuildOptions(
     size=SIZE, view_scale=(1.0, 1.0), shard_records=2, batch_size=2, render_threads=1, fidelity=False, views=1

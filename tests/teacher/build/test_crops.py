@@ -11,7 +11,7 @@ from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Drawn, View
 from kdcache.teacher import TeacherProbe, build_cache, compare_teacher, options_of, plan_manifest, score_cache
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 CPU = torch.device("cpu")
 CROPS = {"size": (48, 64), "crop": (32, 40), "views": 3, "view_seed": 2, "view_scale": (0.25, 1.25)}

@@ -266,7 +266,7 @@ def test_teachers_by_head_are_told_apart(split, origins, tmp_path) -> None:
 
 def test_features_alone_train_a_student(tmp_path, split, options, teacher) -> None:
     """With terms on features, and refused for those on classes before anything is written."""
-    from kdcache.train import TrainConfig, train
+    from kdcache.training import TrainConfig, train
 
     build_cache(split, teacher, tmp_path / "store", options(features=("stage2",), features_only=True))
     settings = {"verb": "train-student", "cache": str(tmp_path / "store"), "model": "kdcache:tiny"}

@@ -20,10 +20,10 @@ from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.store import Records, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Drawn, View
 from kdcache.teacher import TeacherProbe, build_cache, compare_teacher, plan_manifest, score_cache
-from kdcache.train import CacheDataset
-from kdcache.train.criterion import label_counts
-from kdcache.train.input.loader import Draws
-from kdcache.train.input.resident_records import DeviceTargets, RamRecords
+from kdcache.training import CacheDataset
+from kdcache.training.criterion import label_counts
+from kdcache.training.input.loader import Draws
+from kdcache.training.input.resident_records import DeviceTargets, RamRecords
 from kdcache_kernels import pack
 
 VIEWS = {"views": 3, "view_seed": 7, "view_scale": (1.5, 3.0)}

@@ -22,7 +22,7 @@ from kdcache.teacher import (
     plan_manifest,
 )
 from kdcache.teacher.build.statistics import attention, measure
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 
 WORDS = ("at:head", "at:stage2", "confidence", "entropy", "agreement")
 MAX = "targets/segmentation/max"

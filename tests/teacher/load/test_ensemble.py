@@ -32,7 +32,7 @@ from kdcache.teacher import (
     plan_manifest,
 )
 from kdcache.teacher.load.forward import coarser, teach
-from kdcache.train import CacheDataset
+from kdcache.training import CacheDataset
 from kdcache_kernels import pack
 
 CPU = torch.device("cpu")

@@ -1,0 +1,412 @@
+"""The run of a training from its settings, for `train-teacher` and `train-student`."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.data import Fit, Split
+from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
+from kdcache.distill.terms import labellers
+from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
+from kdcache.metrics.confusion import ConfusionMatrix
+from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
+from kdcache.metrics.framing import Framing
+from kdcache.metrics.oom import is_out_of_memory
+from kdcache.models import SegmentationModel, build_model, not_logits
+from kdcache.models.class_names import compare_names
+from kdcache.models.trust import remember
+from kdcache.run_folder import RECIPE
+from kdcache.run_samples import SAMPLES
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.training.checks import (
+    check_adversaries,
+    check_auxiliary,
+    check_flip,
+    check_processes,
+    check_supervised,
+    warmup_notes,
+)
+from kdcache.training.config import TrainConfig, read_config
+from kdcache.training.criterion import make_criterion, needed_arrays, rare_order
+from kdcache.training.depth_validation import check_depth_labels, check_first_depth, depth_errors
+from kdcache.training.distributed import World, pick_device, processes
+from kdcache.training.held_out import check_teacher
+from kdcache.training.input.loader import Draws
+from kdcache.training.input.residency import keep_records
+from kdcache.training.input.sampler import choose_labelled_share, choose_shuffle
+from kdcache.training.input.shard_prefetch import check_room
+from kdcache.training.input.streams import StreamDraws, stream_seed
+from kdcache.training.pseudo_labels import check_collapse, pseudo_notes
+from kdcache.training.run.checkpoint_file import FILE as CHECKPOINT
+from kdcache.training.run.folder import (
+    check_folder,
+    hold_folder,
+    identity_of,
+    untrained_heads,
+    write_beginning,
+)
+from kdcache.training.run.lock import RunLock
+from kdcache.training.run.metrics_log import Observer, Observers
+from kdcache.training.run.sample_panels import sample_panels
+from kdcache.training.run.trackers import Loggers, check_loggers
+from kdcache.training.sources import (
+    Source,
+    check_pasting,
+    check_validation,
+    judged_by_its_own,
+    open_sources,
+    open_validation,
+    read_samples,
+    share_classes,
+    shared_with_judge,
+)
+from kdcache.training.step.batch_fit import largest_fitting, memory_error, memory_errors, requested_memory
+from kdcache.training.step.compiled import choose_step
+from kdcache.training.term_setting import make_balance
+from kdcache.training.trainer import Trainer
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, resume: bool = False, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Train by `config` into the folder `out`; returns the content of its result.json.
+
+    A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run. Every process
+    that torchrun starts calls this, with the same arguments; all return or raise the same.
+
+    Args:
+        resume: go on from the last checkpoint of the same settings in `out`, which exists; from the beginning when it
+            holds no checkpoint.
+    Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
+        Interrupted when the user stops it.
+    """
+    with memory_errors(config), disk_space_errors(out), processes() as world, RunLock(Path(out)) as lock:
+        watching = observer if observer is not None and world.first else Observer()
+        trainer = make_trainer(config, Path(out), world, watching, resume=resume, lock=lock)
+        with _deterministic(trainer.device):
+            try:
+                return trainer.train(resume=resume)
+            except DataError:  # the data must be repaired: what they hold now is not to be compared with
+                (Path(out) / SAMPLES).unlink(missing_ok=True)
+                raise
+
+
+def make_trainer(
+    config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool, lock: RunLock | None = None
+) -> Trainer:
+    """Check all settings and data, then begin the run folder.
+
+    Args:
+        lock: lock of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
+    """
+    with world.together():
+        if not config.stream:  # whose rows are checked each
+            world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
+        for stream in config.streams:
+            check_processes(stream.config, world.size)
+        check_supervised(config)
+        check_adversaries(config)
+        check_auxiliary(config)
+        check_loggers(config.log)
+        device = pick_device(config.device, world)
+        choose_step(config.step, device, world.size)
+        choose_implementation(config.impl, device, torch.float32)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if resume and config.fit == "auto" and (run / RECIPE).is_file():
+            config = config.model_copy(update={"fit": read_config(run).fit})
+        sources = open_sources(config, world.size * config.accumulate, observer.note)
+        datasets = [source.dataset for source in sources]
+        for source in sources:
+            with source.named():
+                _note_all(_check_seen(source), source.note(observer.note))
+        val = open_validation(config)
+        classes = share_classes(sources, None if val is None else val.classes)
+        check_pasting(sources)
+        for source in sources:
+            with source.named():
+                notes = pseudo_notes(source.config, source.dataset, pasted=source.pasted is not None)
+                _note_all(notes, source.note(observer.note))
+                _note_collapse(source, sources, observer)
+        config = _resolve(config, sources, observer)
+        identity = identity_of(datasets)
+        samples = read_samples(datasets, val) if world.first else None
+        if samples is not None:
+            check_folder(config, run, resume, identity, samples)
+            if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
+                lock.take()
+        if val is not None:
+            check_validation(config, classes, val)
+        # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
+        # and on every process.
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
+        model.untrained = untrained_heads(model, config.tasks, config.init)
+        judged = () if val is None else _judged(model, val, config)
+        if val is not None and DEPTH in judged:
+            check_first_depth(val)
+        criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources, config)
+        for source in sources:
+            with source.named():
+                note = source.note(observer.note)
+                workers = config.workers
+                keep_records(source.dataset, config.resident, device, workers=workers, among=len(sources), note=note)
+                check_room(source.dataset, source.config.shuffle, note)
+        streams = [_draws(source, stream_seed(config.seed, number), observer) for number, source in enumerate(sources)]
+    with world.together():
+        if world.first:
+            hold_folder(config, run, resume, identity, lock)
+            write_beginning(config, run, model, datasets, world.size, samples)
+            if (text := remember(config.model)) is not None:
+                observer.note(text)
+            if resume and not (run / CHECKPOINT).is_file():
+                observer.note(f"{run} holds no checkpoint: the training begins at its first step")
+        _note_all(_model_notes(config, model, classes.names), observer.note)
+        _note_all(warmup_notes(config), observer.note)
+        own = None if samples is None else judged_by_its_own(samples)
+        if own is not None:
+            observer.note(own)
+        for source in sources:
+            notes = _notes(source, None if own is not None else val)
+            _note_all(notes, source.note(observer.note))
+        watching = observer
+        if config.log and world.first:
+            recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+            seen = config.size
+            panels = None if val is None or seen is None else sample_panels(model, val, seen, device, _fit(config))
+            watching = Observers([observer, Loggers(config.log, run, recipe, observer.note, panels)])
+        return Trainer(
+            model,
+            streams,
+            criterion,
+            config,
+            run,
+            device=device,
+            validate=_validator(val, config, device, observer, world) if val and SEGMENTATION in judged else None,
+            validate_depth=_depth_validator(val, config, device, world) if val and DEPTH in judged else None,
+            observer=watching,
+            world=world,
+        )
+
+
+def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
+    for text in texts:
+        note(text)
+
+
+def _note_collapse(source: Source, sources: Sequence[Source], observer: Observer) -> None:
+    """Note, or refuse, a teacher of images without labels that knows few of the classes. Raises: RecipeError."""
+    labelled = [own.dataset for own in sources if own.learns_classes_from_labels]
+    if source.dataset not in labelled:
+        text = check_collapse(source.config, source.dataset, labelled)
+        _note_all([text] if text else [], source.note(observer.note))
+
+
+def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer) -> TrainConfig:
+    """Fill in what depends on the data: of each stream, and of the training, whose epoch shows every stream once."""
+    for source in sources:
+        own, dataset = source.config, source.dataset
+        with source.named():
+            shuffle = choose_shuffle(_shuffle(own), dataset)
+        share = choose_labelled_share(own.labelled_share, dataset.label_flags)
+        if own.labelled_share is not None and share is None:
+            source.note(observer.note)("--labelled-share has nothing to share out: all samples have a label, or none")
+        source.config = own.resolved(len(dataset), dataset.size, shuffle, share)
+    if not config.stream:
+        return sources[0].config
+    config = config.model_copy(update={"fit": sources[0].config.fit})
+    # An epoch takes as many batches as the stream that takes most.
+    samples = max(math.ceil(len(source.dataset) * config.batch_size / source.rows) for source in sources)
+    resolved = config.resolved(samples, sources[0].dataset.size, config.shuffle)
+    return resolved.with_streams([source.config for source in sources])
+
+
+def _shuffle(config: TrainConfig) -> str:
+    """The order of an epoch, of which there is none where samples are drawn by class. Raises: RecipeError."""
+    if config.sampling == "even":
+        return config.shuffle
+    if config.shuffle == "window":
+        raise RecipeError(
+            "--sampling rare takes samples from any shard at any time",
+            received=f"--sampling {config.sampling} with --shuffle window",
+            remedy="leave one of them out",
+        )
+    return "full"
+
+
+def _criterion(source: Source, model: SegmentationModel, device: torch.device, observer: Observer) -> DistillLoss:
+    """The loss of a stream, whose samples bring from now on what it reads."""
+    with source.named():
+        source.dataset.extras = needed_arrays(source.config, source.cache, model)
+        if source.cache is not None:
+            check_flip(source.given)
+        pasted = None if source.pasted is None else source.pasted.dataset
+        criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note), pasted)
+        source.dataset.weak = bool(labellers(criterion))
+        if source.config.reads_depth:
+            check_depth_labels(source.dataset, model.regressions[DEPTH])
+        return criterion
+
+
+def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
+    """The loss of all streams, of one source its own; with the balance of two tasks."""
+    balance = make_balance(config.balance, config.task_weight, config.tasks)
+    if len(criteria) == 1 and not sources[0].stream.name:
+        criteria[0].balance = balance
+        return criteria[0]
+    streams = [source.stream for source in sources]
+    return StreamLoss(criteria, [stream.name for stream in streams], [stream.weight for stream in streams], balance)
+
+
+def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
+    own = source.config
+    with source.named():
+        rare = rare_order(own, source.dataset, seed, source.note(observer.note))
+    draws = Draws(source.dataset, seed, own.shuffle, own.labelled_share, rare)
+    return StreamDraws(source.stream.name, draws, source.rows)
+
+
+def _check_seen(source: Source) -> list[str]:
+    """Notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
+    return [] if source.cache is None else check_teacher(source.cache, source.config, source.dataset.labels_used)
+
+
+def _model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[str]) -> Iterator[str]:
+    """Notes on what initialisation left out or has for other classes, and on a model that gives no logits."""
+    report = model.load_report
+    if report is not None:
+        yield from report.notes
+        if not report.reinitialised:
+            try:
+                note = compare_names(f"--init {config.init}", report.class_names, names)
+            except MismatchError as error:
+                note = f"{error.rule}: the head begins with other classes than it learns"
+            if note is not None:
+                yield note
+    if report is not None and report.reinitialised:
+        yield f"--init leaves at random: {', '.join(report.reinitialised)}"
+    if report is not None and report.unused_auxiliary:
+        yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    if (finding := not_logits(model)) is not None and finding.certain:
+        yield f"{config.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
+
+
+def _notes(source: Source, val: Split | None) -> Iterator[str]:
+    """Notes on the rows of a stream, how labels are shared out, what warp works on, and what is judged."""
+    config, dataset, cache = source.config, source.dataset, source.cache
+    if source.stream.name:
+        yield f"{source.rows} of {config.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
+            f"{source.stream.weight:g}"
+        )
+    if source.rows > len(dataset):
+        yield (
+            f"--batch-size {config.batch_size} is more than the {len(dataset)} samples: every batch takes each about "
+            f"{source.rows / len(dataset):.2g} times"
+        )
+    flags = dataset.label_flags
+    if config.labelled_share is not None and flags is not None:
+        yield (
+            f"{flags.sum()} of {len(dataset)} samples have a label; {100 * config.labelled_share:.3g} % of every batch "
+            "are taken from these (--labelled-share)"
+        )
+    views = 1 if cache is None else cache.manifest.view.views_per_sample
+    if views > 1:
+        rest = "an epoch shows one of each sample" if config.augment == "replay" else "only the whole images are used"
+        yield f"the store has {views} views of a sample; with --augment {config.augment} {rest}"
+    if cache is not None and config.augment == "warp":
+        changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
+        yield f"augmentation warp {changed}, and moves the targets alike"
+    if (text := shared_with_judge(config, dataset, val)) is not None:
+        yield text
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Use deterministic algorithms on a CPU, where a run then repeats to the bit; the process's setting is restored."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[str, ...]:
+    """The tasks that are validated: of those that the model predicts and the data label, what is learnt if any is.
+
+    Raises: DataError where there is none.
+    """
+    judged = check_tasks(model, val)
+    return tuple(task for task in judged if task in config.tasks) or judged
+
+
+def _fit(config: TrainConfig) -> Fit:
+    """The fit of a training whose data are known."""
+    return "squash" if config.fit == "auto" else config.fit
+
+
+def _depth_validator(
+    val: Split, config: TrainConfig, device: torch.device, world: World
+) -> Callable[[SegmentationModel], DepthMetrics]:
+    """Each process validates depth on its part of the samples."""
+
+    def validate(model: SegmentationModel) -> DepthMetrics:
+        assert config.size is not None
+        with world.together():
+            part = (world.rank, world.size)
+            errors = depth_errors(model, val, config.size, device=device, part=part, framing=Framing(_fit(config)))
+        return DepthErrors.merged(world.gather(errors)).metrics()
+
+    return validate
+
+
+def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
+    """Each process validates its part of the samples; pixels are counted, so that all know the very same score.
+
+    As many go through the model at once as in training.
+    """
+    at_once = config.batch_size // (world.size * config.accumulate)
+    together = 1 if config.mix is None else 2
+
+    def count(
+        model: SegmentationModel, at_once: int, part: tuple[int, int], progress: Progress | None = None
+    ) -> ConfusionMatrix:
+        assert config.size is not None
+        return count_pixels(
+            model,
+            val,
+            config.size,
+            device=device,
+            batch_size=at_once,
+            part=part,
+            progress=progress,
+            framing=Framing(_fit(config)),
+        )
+
+    def count_mine(model: SegmentationModel) -> ConfusionMatrix:
+        try:
+            return count(model, at_once, (world.rank, world.size), observer.validating)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            requested = requested_memory(error)
+
+        def attempt(size: int) -> None:
+            count(model, size, (0, max(1, len(val) // size)))  # about so many images, evenly spread
+
+        # Here, where the handler no longer holds what was made; each process on its own, for none waits for another.
+        raise memory_error(config, device, requested, largest_fitting(attempt, at_once, device, together), world.size)
+
+    def validate(model: SegmentationModel) -> Metrics:
+        with world.together():
+            confusion = count_mine(model)
+        confusion.counts = world.total(confusion.counts)
+        return confusion.metrics()
+
+    return validate

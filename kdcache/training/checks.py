@@ -1,0 +1,111 @@
+"""Whether settings go together once the data, their augmentation and the number of processes are known."""
+
+from collections.abc import Iterator
+
+from kdcache.distill.terms.spec import compares_features
+from kdcache.errors import RecipeError
+from kdcache.models.added_heads import split_auxiliary
+from kdcache.settings.spelling import warmup_steps
+from kdcache.training.config import TrainConfig
+
+
+def check_flip(config: TrainConfig) -> None:
+    """Check that stored features are mirrored only with `--flip`, while pixels are by default.
+
+    Features of a mirrored image are not the mirrored features, of transformers least of all.
+
+    Args:
+        config: settings whose augment is not auto.
+    Raises: RecipeError for stored features that would be mirrored without `--flip`.
+    """
+    stored = [term.kind for term in config.terms if compares_features(term)]
+    if config.flip is None and config.augment == "warp" and stored and config.cache is not None:
+        raise RecipeError(
+            "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
+            received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",
+            remedy="use --no-flip; or --flip, for a convolutional teacher that hardly minds; or replay stored --views",
+        )
+
+
+def check_replays(config: TrainConfig) -> None:
+    """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
+    if config.limit_views is not None and config.augment != "replay":
+        raise RecipeError(
+            "--limit-views says how many of the stored views are replayed",
+            received=f"--limit-views {config.limit_views} with --augment {config.augment}: whole images alone",
+            remedy="leave it out, or use --augment replay with a store of several --views",
+        )
+
+
+def check_supervised(config: TrainConfig) -> None:
+    """Raises: RecipeError for terms on predictions alone, to which any one class everywhere is as good as the truth."""
+    if not config.supervised:
+        raise RecipeError(
+            "something is learnt from labels, or from a teacher",
+            received=f"--method {config.method} with --labels {config.labels} and --ce-weight {config.ce_weight:g}"
+            if not config.stream
+            else f"streams {', '.join(stream.name for stream in config.streams)}, of which none has either",
+            remedy="add a stream with labels, or a --method that has a teacher",
+        )
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Raises: RecipeError for what several processes cannot compute as one would."""
+    quantiles = [term.kind for term in config.terms if term.quantile is not None]
+    if processes > 1 and quantiles:
+        raise RecipeError(
+            "several processes train as one would, and a quantile is one of a whole batch",
+            received=f"{', '.join(quantiles)} by quantile with {processes} processes, each of which sees its own part",
+            remedy="give a threshold instead, or use one process",
+        )
+
+
+def check_adversaries(config: TrainConfig) -> None:
+    """Raises: RecipeError for adversarial terms without another stream whose predictions they are to pass for."""
+    names = [stream.name for stream in config.streams]
+    for stream in config.streams:
+        others = [name for name in names if name != stream.name]
+        for term in stream.config.terms:
+            if term.kind == "adversarial" and (term.against not in others if term.against else len(others) != 1):
+                raise RecipeError(
+                    "an adversarial term makes predictions on its stream pass for those on one other stream",
+                    received=(f"against {term.against}" if term.against else "no `against`")
+                    + f" in the stream {stream.name or '(none)'}, beside {', '.join(others) or 'no other'}",
+                    remedy=f"add against={others[0]} to the term"
+                    if others
+                    else "give the labelled images, and those without labels with this term, as a --stream each",
+                )
+
+
+def check_auxiliary(config: TrainConfig) -> None:
+    """Raises: RecipeError for an auxiliary head that nothing is learnt of."""
+    weighed = [stream.config.terms for stream in config.streams if stream.weight > 0]
+    learnt = any(term.kind == "auxiliary" and term.weight != 0 for terms in weighed for term in terms)
+    if split_auxiliary(config.model)[1] is not None and not learnt:
+        raise RecipeError(
+            "an auxiliary head learns from labels, beside cross-entropy or by a term auxiliary",
+            received=f"--model {config.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
+            remedy=f"use --model {split_auxiliary(config.model)[0]}; or add --term auxiliary",
+        )
+
+
+def warmup_notes(config: TrainConfig) -> Iterator[str]:
+    """Notes on warm-ups that the training ends before.
+
+    Args:
+        config: with its iterations.
+    """
+    assert config.iterations is not None, "resolve the settings first"
+    for flag, steps, what in (
+        (f"--warmup {config.warmup}", config.warmup if config.schedule != "plateau" else 0, "the learning rate"),
+        (
+            f"--distill-schedule {config.distill_schedule}",
+            warmup_steps(config.distill_schedule),
+            "the weight of the teacher's terms",
+        ),
+    ):
+        if steps > config.iterations:
+            yield (
+                f"{flag} is longer than the training of {config.iterations} iterations: {what} gets to "
+                f"{100 * config.iterations / steps:.0f} % of its value. Train longer, or warm up for fewer"
+            )

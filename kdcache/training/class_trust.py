@@ -1,0 +1,134 @@
+"""Class trust: a weight per class of the teacher, by how far it beats a plain run.
+
+    trust_c = clip((IoU_teacher,c - IoU_student,c) / 0.05, 0, 1)
+
+A student learns from the teacher where that is better than training on labels alone, and from the labels where it is
+not. Both are scored on images that neither was trained on: the fold that a plain run left out. A class that does not
+occur there has trust 1.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.data import IGNORE_INDEX
+from kdcache.distill import Batch
+from kdcache.errors import MismatchError, RecipeError, plain_logger
+from kdcache.metrics import ConfusionMatrix
+from kdcache.models.run import load_run
+from kdcache.store import Cache, Records
+from kdcache.training.config import read_config
+from kdcache.training.held_out import check_same_samples, doubt
+from kdcache.training.input.cache_dataset import CacheDataset
+
+_log = plain_logger("kdcache.training")
+FULL = 0.05
+"""Difference of IoU from which trust is 1."""
+
+
+def read_trust(path: str, names: Sequence[str]) -> list[float]:
+    """Weights of all classes from a file that names them: TOML or JSON, class -> a number of 0 or more.
+
+    Raises: RecipeError naming the file and the class.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        table: Any = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise _refused(path, str(error).splitlines()[0]) from error
+    if not isinstance(table, dict):
+        raise _refused(path, "it is no table of classes")
+    for name, weight in table.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise _refused(path, f"there is no class {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise _refused(path, f"{name} is {weight!r}")
+    absent = [name for name in names if name not in table]
+    if absent:
+        raise _refused(path, f"it has no {', '.join(absent)}")
+    return [float(table[name]) for name in names]
+
+
+def trust_from_run(
+    records: Records, run: str, device: torch.device, note: Callable[[str], None] = _log.warning
+) -> list[float]:
+    """Weights of all classes, from the store's teacher beside a plain run on the fold that the run left out.
+
+    Args:
+        run: a folder of train-student --method none or of train-teacher, with --fold.
+        note: receives what makes the weights doubtful: a teacher that may have seen the fold that the run left out.
+    Raises: RecipeError for a store of crops, a run with a teacher or without a fold, or a fold without labels;
+        MismatchError for a run of other classes or samples.
+    """
+    cache = records.cache
+    if cache.manifest.view.kind == "crop":
+        raise RecipeError(
+            "trust is measured on whole images: what a crop shows is chance",
+            received=f"--class-trust auto for {cache.place}, a store of crops",
+            remedy="give --class-trust FILE, or a store that was built without --crop",
+        )
+    config = read_config(Path(run))
+    if config.teaches or config.left_out is None:
+        raise RecipeError(
+            "--trust-against is a run without a teacher that left out a fold, on which both are compared",
+            received=f"{run}: method {config.method}, " + (f"fold {config.fold}" if config.fold else "no --fold"),
+            remedy="train it with --method none --fold 0/5",
+        )
+    model, run_model = load_run(run)
+    names = cache.manifest.dataset.class_names
+    if run_model.class_names != names:
+        raise MismatchError(
+            "a run is compared with a teacher of the same classes",
+            received=f"{', '.join(run_model.class_names)} in {run} against {', '.join(names)}",
+            remedy="give a run of this store's classes",
+        )
+    for text in (check_same_samples(cache, run, run_model.trained_on, config), doubt(cache, config.left_out)):
+        if text is not None:
+            note(text)
+    dataset = CacheDataset(records, augment="none", size=cache.view_size)
+    held_out = np.flatnonzero(config.left_out.holds(cache.ids)).tolist()
+    teacher, student = (ConfusionMatrix(names, IGNORE_INDEX) for _ in range(2))
+    model.eval().to(device)
+    for number in held_out:
+        sample = dataset[number]
+        if bool((sample.label != IGNORE_INDEX).any()):
+            teacher.update(_target_argmax(cache, sample), sample.label)
+            student.update(_student_argmax(model, sample, device), sample.label)
+    if not teacher.counts.sum():
+        raise RecipeError(
+            "trust is measured on labels",
+            received=f"no sample of fold {config.fold} is labelled",
+            remedy="give --class-trust FILE",
+        )
+    ious = [np.array(confusion.metrics().iou) for confusion in (teacher, student)]
+    difference = np.where(np.isfinite(ious[0]) & np.isfinite(ious[1]), ious[0] - ious[1], FULL)
+    return [float(weight) for weight in np.clip(difference / FULL, 0, 1).round(4)]
+
+
+def _target_argmax(cache: Cache, sample: Batch) -> torch.Tensor:
+    argmax_BHW, _ = sample.map(lambda part: part[None]).argmax_confidence(cache, sample.size)
+    return argmax_BHW[0]
+
+
+def _student_argmax(model: Any, sample: Batch, device: torch.device) -> torch.Tensor:
+    assert sample.pixels is not None
+    with torch.inference_mode():
+        logits = model(model.normalise(sample.pixels[None].to(device))).logits.float()
+        argmax: torch.Tensor = model.upsample(logits, tuple(sample.label.shape))[0].argmax(0).cpu()
+    return argmax
+
+
+def _refused(path: str, what: str) -> RecipeError:
+    return RecipeError(
+        "a trust file gives every class a number of 0 or more",
+        received=f"{path}: {what}",
+        remedy='for instance lines such as "Sky = 1.0", in TOML or JSON; --class-trust auto measures them',
+    )

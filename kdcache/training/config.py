@@ -1,0 +1,449 @@
+"""The settings of a training as one strict model, made from their tables."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from kdcache.data import Fold, check_folds_by, parse_fold
+from kdcache.distill import parse_gate
+from kdcache.distill.terms import TermSpec, check_terms, parse_method
+from kdcache.distill.terms.spec import (
+    ON_PREDICTIONS,
+    labels_itself,
+    of_depth,
+    reads_labels,
+    reads_logits,
+    reads_teacher,
+)
+from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION, TASKS
+from kdcache.models.added_heads import split_auxiliary
+from kdcache.run_folder import RECIPE, Run
+from kdcache.settings import entries
+from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.streams import StreamSettings, check_rows, shares_of
+from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
+from kdcache.shown import public_values
+from kdcache.training.input.mix import Mix
+from kdcache.training.ranges import check_focal, in_words
+from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
+from kdcache.training.term_setting import Terms, check_balance, check_consistency, learnt_tasks, with_auxiliary
+
+_RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
+"""Settings that are filled in when the data of a stream are known."""
+
+
+class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, SourceSettings, TrainSettings, frozen=True):
+    """Everything that decides a training. Written whole into the run folder as `recipe.toml`.
+
+    Its fields are those of the tables. Sizes are (H, W) in pixels; `iterations` are optimizer steps; a recipe file has
+    the same keys with dashes and values as one types them. What depends on the data (None here) is filled in by
+    `resolved`.
+    """
+
+    model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
+
+    term: Terms
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choices(cls, settings: Any) -> Any:
+        """Fill in what depends on other settings alone: the learning rate, and the method `auto`."""
+        if not isinstance(settings, dict):
+            return settings
+        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+        choices: dict[str, Any] = {}
+        if settings.get("stream"):
+            tables = read_tables(settings["stream"])
+            choices["stream"] = tuple(make_stream(settings, table, cls, _refused).table for table in tables)
+        if settings.get("lr") is None:
+            rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
+            choices["lr"] = rates.get(split_auxiliary(str(settings.get("model")))[0], LEARNING_RATE)
+        if settings.get("stream"):  # each has its own by now: the training's is a summary of what they learn by
+            kinds = [kind.strip() for table in choices["stream"] for kind in table["method"].split("+")]
+            choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
+        elif settings.get("method", "auto") == "auto":  # `dist` helps more and compares a whole batch of own pixels
+            parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
+            taught = "kl" if parted else "dist"
+            choices["method"] = taught if settings.get("verb") == "train-student" else "none"
+        return settings | choices
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        _check_run(self)
+        if self.balance != "fixed" or self.task_weight:
+            check_balance(self.balance, self.task_weight, self.tasks)
+        if self.stream:  # each stream's settings were checked as those of a training
+            self.rows()
+            check_pastes(self.streams, self.mix)
+            return self
+        _check_data(self)
+        _check_loss(self)
+        jitter = 0 if self.augment == "none" else self.jitter
+        check_consistency(self.terms, ema=self.ema, jitter=jitter, mix=self.mix)
+        _check_teaching(self)
+        _check_label_teacher(self)
+        _check_whole_batch(self)
+        return self
+
+    @property
+    def streams(self) -> tuple[Stream["TrainConfig"], ...]:
+        """The streams, each with settings as of a training of its own; without `stream` the training is the only one.
+
+        Raises: RecipeError for shares that do not sum up to 1, or leave a stream without a row of a batch.
+        """
+        if not self.stream:
+            return (Stream("", 1.0, 1.0, None, None, None, self, {}),)
+        training = self.model_dump(exclude={"stream"})
+        made = [make_stream(training, table, TrainConfig, _refused) for table in read_tables(self.stream)]
+        shares = shares_of({stream.name: stream.share for stream in made})
+        return tuple(replace(stream, share=share) for stream, share in zip(made, shares, strict=True))
+
+    def rows(self, parts: int = 1) -> list[int]:
+        """Rows of every batch that each stream has, which `parts` processes and parts share. Raises: RecipeError."""
+        named = {stream.name: cast("float", stream.share) for stream in self.streams}
+        return check_rows(named, self.batch_size, 1 if self.mix is None else 2, parts)
+
+    @property
+    def wants_kl(self) -> bool:
+        """Whether KL is a part of the loss."""
+        return parse_method(self.method).kl
+
+    @property
+    def terms(self) -> tuple[TermSpec, ...]:
+        """The terms beside CE and KL: those of the method, those listed one by one, and of an auxiliary head."""
+        return with_auxiliary((*parse_method(self.method).terms, *self.term), self.model, self.ce_weight)
+
+    @property
+    def whole_batch(self) -> tuple[str, ...]:
+        """Kinds of terms whose value is no mean over the samples of a batch."""
+        return tuple(term.kind for term in self.terms if term.kind in ("sp", "dist") or term.quantile is not None)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether anything is learnt from a teacher, or from labels in its place."""
+        return self.wants_kl or any(map(reads_teacher, self.terms))
+
+    @property
+    def learns_unlabelled(self) -> bool:
+        """Whether samples without a label teach: by a store's targets, or by a term on predictions alone."""
+        return self.reads_targets or any(term.kind in ON_PREDICTIONS and term.weight != 0 for term in self.terms)
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether a training of one source learns from labels, by cross-entropy or terms."""
+        on_labels = self.ce_weight > 0 or any(reads_labels(term) and term.weight != 0 for term in self.terms)
+        return self.labels != "none" and (on_labels or (self.teaches and self.teacher == "labels"))
+
+    @property
+    def supervised(self) -> bool:
+        """Whether classes or depth are learnt from labels or from a teacher, by any stream."""
+        if self.stream:
+            weighed = [stream for stream in self.streams if stream.weight > 0]
+            return any(stream.paste is not None or stream.config.supervised for stream in weighed)
+        return self.teaches or self.learns_labels
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether a store's targets are read."""
+        return self.teaches and self.teacher == "store"
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a store's targets of classes are read, and not its features alone."""
+        of_logits = any(reads_logits(term) and term.weight != 0 for term in self.terms)
+        return self.reads_targets and (of_logits or (self.wants_kl and self.kl_weight != 0))
+
+    @property
+    def reads_depth(self) -> bool:
+        """Whether labels of depth are read."""
+        return any(of_depth(term) and not reads_teacher(term) and term.weight != 0 for term in self.terms)
+
+    @property
+    def target_heads(self) -> tuple[str, ...]:
+        """The heads of a store whose targets are read, where it has them."""
+        if not self.reads_targets:
+            return ()
+        terms = [term for term in self.terms if reads_teacher(term) and term.weight != 0]
+        of_classes = self.wants_kl or not all(map(of_depth, terms))
+        return (*((SEGMENTATION,) if of_classes else ()), *((DEPTH,) if any(map(of_depth, terms)) else ()))
+
+    @property
+    def compares_metres(self) -> bool:
+        """Whether metres are compared, of labels or of a teacher; `depth-ssi` of a teacher sees neither its scale."""
+        taught = [term for term in self.terms if of_depth(term) and reads_teacher(term) and term.weight != 0]
+        return self.reads_depth or (self.reads_targets and any(term.kind != "depth-ssi" for term in taught))
+
+    @property
+    def label_tasks(self) -> tuple[str, ...]:
+        """The tasks whose labels are used."""
+        used = (SEGMENTATION, DEPTH) if self.labels in ("all", "none") else self.labels.split("+")
+        return tuple(task for task in (SEGMENTATION, DEPTH) if task in used and (task != DEPTH or self.reads_depth))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that are learnt, by any stream of weight above 0: those with a part of weight above 0."""
+        if not self.stream:
+            return learnt_tasks(self.terms, self.ce_weight > 0 or (self.wants_kl and self.kl_weight > 0))
+        learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
+        return tuple(task for task in TASKS if task in learnt)
+
+    @property
+    def left_out(self) -> Fold | None:
+        """The fold of the samples that the training does not see."""
+        return None if self.fold is None else parse_fold(self.fold, self.folds_by)
+
+    @property
+    def validated_fold(self) -> Fold | None:
+        """The fold of the validation data that the training is validated on; None for all of it."""
+        return None if self.val_fold is None else parse_fold(self.val_fold, self.folds_by)
+
+    def resolved(
+        self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
+    ) -> "TrainConfig":
+        """Return the settings with size, iterations, val_every, shuffle and labelled_share filled in, in iterations.
+
+        Args:
+            samples: number of samples of the training data, for epochs.
+            size: (H, W) to use when none was given.
+            shuffle: full or window, in place of auto; a run keeps it, also where its store moves.
+            labelled_share: share of every batch that has labels; None draws all samples alike.
+        """
+        iterations = self.iterations or DEFAULT_ITERATIONS
+        if self.epochs is not None:
+            iterations = -(-self.epochs * samples // self.batch_size)
+        val_every = self.val_every or max(1, iterations // 10)
+        settings = self.model_dump() | {"size": self.size or size, "iterations": iterations, "epochs": None}
+        settings["shuffle"] = shuffle if self.shuffle == "auto" else self.shuffle
+        settings["labelled_share"] = labelled_share
+        if isinstance(self.keep_every, str):
+            settings["keep_every"] = -(-int(self.keep_every[:-1]) * samples // self.batch_size)
+        return TrainConfig(**settings | {"val_every": val_every})
+
+    def with_streams(self, resolved: "Sequence[TrainConfig]") -> "TrainConfig":
+        """Return the settings whose streams have what `resolved` filled in; without streams they are resolved alone."""
+        tables = []
+        for table, own in zip(self.stream, resolved, strict=False):
+            chosen = own.model_dump(mode="json", by_alias=True, exclude_none=True, include=set(_RESOLVED))
+            tables.append({**table, **chosen})
+        return self.model_copy(update={"stream": tuple(tables)})
+
+    def to_toml(self) -> str:
+        """Return the recipe file, without folders of this machine; None is left out, for TOML has no null."""
+        return tomli_w.dumps(public_values(self.model_dump(mode="json", by_alias=True, exclude_none=True)))
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    """Make a config from settings by name. Raises: RecipeError that names the flag at fault."""
+    try:
+        return TrainConfig(**settings)
+    except ValidationError as error:
+        raise _refused(error, settings) from error
+
+
+def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
+    """Return the error for the first setting that is wrong, with its flag and the values it takes."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]).replace("-", "_") if first["loc"] else ""
+    flag, value = "--" + flag_of(name), settings.get(name, first["input"])
+    fields = StreamOwn.model_fields | TrainConfig.model_fields
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, fields, n=1)
+        remedy = f"did you mean --{flag_of(near[0])}?" if near else "leave it out: --help lists those there are"
+        return RecipeError("every setting is one that a training has", received=f"{flag} {value}", remedy=remedy)
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return RecipeError("a training is given all that it needs", received=f"no {flag}", remedy=f"give {flag}")
+    field = fields[name]
+    entry, default = entries(*TRAINING, StreamSettings).get(name), field.get_default()
+    rule = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else in_words(field)
+    instance = None if default in (None, ()) or field.is_required() else str(default)
+    if entry is not None and entry.spelling is not None:
+        rule, instance = entry.spelling.rule or rule, entry.spelling.example
+    return RecipeError(
+        f"{flag} is {rule}",
+        entry="flag has a value",
+        received=f"{flag} {_as_typed(value)}",
+        remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
+    )
+
+
+def _as_typed(value: Any) -> str:
+    """A value as it stands behind its flag; of a flag that may be repeated, with commas between."""
+    several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+    return ", ".join(value) if several else str(value) if isinstance(value, str | int | float) else repr(value)
+
+
+def read_config(run: Path) -> TrainConfig:
+    """Read the resolved recipe of a run. Raises: RecipeError when it is missing or malformed."""
+    path, recipe = run / RECIPE, Run(run).recipe
+    if recipe is None:
+        raise RecipeError(
+            "a run has a resolved recipe",
+            received=f"{path}, which is not there",
+            remedy="give the --out of a training that was begun with this version",
+        )
+    try:
+        return TrainConfig.model_validate({"fit": "squash", **recipe})  # as the first runs, whose recipes have none
+    except ValidationError as error:
+        wrong = _refused(error, {})
+        raise RecipeError(
+            "a run has a resolved recipe of this version",
+            received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
+            remedy="restore it from a copy, or begin again in another --out",
+        ) from error
+
+
+def _check_run(config: TrainConfig) -> None:
+    """Check what concerns all streams."""
+    if config.val_fold is not None and config.val is None:
+        raise RecipeError(
+            "--val-fold is a part of the validation data",
+            received=f"--val-fold {config.val_fold} without --val",
+            remedy="add --val DATA, or leave it out",
+        )
+    if config.schedule == "plateau" and config.val is None:
+        raise RecipeError(
+            "--schedule plateau follows the validations",
+            received="--schedule plateau without --val",
+            remedy="add --val DATA, or use --schedule poly",
+        )
+    if config.iterations is not None and config.epochs is not None:
+        raise RecipeError(
+            "a training's length is given once",
+            received=f"--iterations {config.iterations} and --epochs {config.epochs}",
+            remedy="leave one of them out",
+        )
+
+
+def _check_depth(config: TrainConfig) -> None:
+    terms = ", ".join(term.kind for term in config.terms if of_depth(term))
+    if not config.compares_metres:
+        return
+    if config.reads_depth and config.labels != "all" and "depth" not in config.labels.split("+"):
+        raise RecipeError(
+            "a term of depth on labels reads labels of depth",
+            received=f"{terms} with --labels {config.labels}",
+            remedy="use --labels all or segmentation+depth, or compare with a store: --term depth-silog,"
+            "reference=teacher",
+        )
+    if config.depth_zoom == "none" and config.scale not in (None, (1.0, 1.0)):
+        raise RecipeError(
+            "a zoomed image looks nearer than it is: metric depth is drawn without zoom",
+            received=f"{terms} with --scale {config.scale[0]:g}:{config.scale[1]:g}",
+            remedy="leave --scale out; or divide the labels by the zoom, --depth-zoom divide",
+        )
+
+
+def _check_data(config: TrainConfig) -> None:
+    _check_depth(config)
+    low, high = config.scale or (1.0, 1.0)
+    if low > high:
+        raise RecipeError(
+            "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"
+        )
+    check_folds_by(config.folds_by, folds=any((config.left_out, config.validated_fold)))
+    if config.cache is None and config.data is None:
+        raise RecipeError(
+            "there must be something to train on",
+            received="no --cache and no --data" if config.verb == "train-student" else "no --data and no --stream",
+            remedy="give --cache STORE; or --data DATA, to learn from its labels alone"
+            if config.verb == "train-student"
+            else "give --data DATA, or --stream NAME,data=DATA for each of several data sets",
+        )
+    if config.verb == "train-teacher" and config.reads_targets and config.cache is not None:
+        raise RecipeError(
+            "train-teacher learns from labels alone",
+            received=f"--method {config.method} with the store {config.cache}",
+            remedy="leave the method out, so that the labels of the store teach; or use train-student",
+        )
+    if config.cache is None and config.reads_targets:
+        kinds = [*(["kl"] if config.wants_kl else []), *(term.kind for term in config.terms if reads_teacher(term))]
+        raise RecipeError(
+            "the terms of a teacher learn from a store",
+            received=f"{', '.join(kinds)}, and no --cache",
+            remedy="give --cache STORE; or learn from labels alone, by --method none or --teacher labels"
+            + ("; or from the student's own, by=student or by=ema" if "consistency" in kinds else "")
+            if config.verb == "train-student"
+            else "use terms on labels, dice or lovasz; or train-student, with --cache STORE",
+        )
+
+
+def _check_loss(config: TrainConfig) -> None:
+    parse_gate(config.gate)
+    kl = config.wants_kl and config.kl_weight > 0
+    if config.ce_weight == 0 and not kl and all(term.weight == 0 for term in config.terms):
+        raise RecipeError(
+            "something must weigh more than 0",
+            received="every loss weight is 0: nothing would be learnt",
+            remedy="raise --ce-weight, --kl-weight or the weight of a --term",
+        )
+    check_focal(config.focal_gamma, config.label_smoothing)
+
+
+def _check_teaching(config: TrainConfig) -> None:
+    weighing = {
+        "--gate": config.gate if config.gate != "none" else None,
+        "--class-trust": config.class_trust,
+        "--class-balance": config.class_balance if config.class_balance != "none" else None,
+        "--distill-schedule": config.distill_schedule if config.distill_schedule != "constant" else None,
+    }
+    if any(map(labels_itself, config.terms)):
+        weighing.pop("--distill-schedule")
+    weights = [f"{flag} {value}" for flag, value in weighing.items() if value is not None]
+    if weights and not config.teaches:
+        raise RecipeError(
+            f"the targets of a teacher are weighed by {', '.join(weighing)}",
+            received=f"{', '.join(weights)} with --method {config.method}, which uses no teacher",
+            remedy="leave them out, or choose another --method",
+        )
+    if (config.class_trust == "auto") != (config.trust_against is not None):
+        raise RecipeError(
+            "--class-trust auto compares the teacher with a plain run",
+            received=f"--class-trust {config.class_trust or 'left out'} and --trust-against "
+            f"{config.trust_against or 'left out'}",
+            remedy="give both: --class-trust auto --trust-against RUN, of a train-student --method none --fold 0/5",
+        )
+
+
+def _check_label_teacher(config: TrainConfig) -> None:
+    if config.teacher == "store":
+        return
+    if not config.teaches:
+        raise RecipeError(
+            "--teacher labels puts labels in the place of a teacher's logits",
+            received=f"--method {config.method}, which reads none",
+            remedy="leave --teacher out, or choose another --method",
+        )
+    check_terms(config.terms, None)
+    flags = {"--gate": config.gate != "none", "--class-trust": config.class_trust is not None}
+    flags |= {"--class-balance": config.class_balance != "none"}
+    if weighing := [flag for flag, used in flags.items() if used]:
+        raise RecipeError(
+            f"the targets that a store has of a teacher are weighed by {', '.join(flags)}",
+            received=f"{', '.join(weighing)} with --teacher labels",
+            remedy="leave one of them out",
+        )
+
+
+def _check_whole_batch(config: TrainConfig) -> None:
+    if config.accumulate > 1 and config.whole_batch:
+        raise RecipeError(
+            "--accumulate sees a part of a batch at a time",
+            received=f"--accumulate {config.accumulate} with {', '.join(config.whole_batch)}, which compares all of it",
+            remedy="leave one of them out; --method kl can",
+        )
+    if config.mix is None:
+        return
+    Mix(config.mix)
+    taught = [term.kind for term in config.terms if reads_teacher(term) and not of_depth(term)]
+    if taught:
+        raise RecipeError(
+            "--mix pastes pixels, labels, logits and depth",
+            received=f"--mix {config.mix} with {', '.join(taught)}, which cannot follow",
+            remedy="leave one of them out; --method kl can",
+        )

@@ -1,0 +1,325 @@
+"""The loss of a training, made from its settings: terms, gate, class weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcache.data import IGNORE_INDEX, class_weights
+from kdcache.distill import SEGMENTATION, DistillLoss, Gate, LabelTargets, MergedTargets, parse_gate
+from kdcache.distill.terms import (
+    Term,
+    TermSpec,
+    TermTargets,
+    arrays_of,
+    check_student,
+    check_terms,
+    make_term,
+    resolve_taps,
+    with_companions,
+)
+from kdcache.errors import RecipeError
+from kdcache.models import ClassMerge, Outputs, SegmentationModel
+from kdcache.settings.spelling import rare_temperature
+from kdcache.store import Cache, Records, evenly_spread
+from kdcache.training.class_trust import read_trust, trust_from_run
+from kdcache.training.config import TrainConfig
+from kdcache.training.input.batch import Array
+from kdcache.training.input.dataset import DrawnDataset
+from kdcache.training.input.sampler import Rare
+from kdcache.training.run.monitor import TARGET_VALUES
+
+Size = tuple[int, int]
+_NAMED = 5
+"""So many of the classes that are drawn most are named."""
+COUNTED_TARGETS = 256
+"""Samples of a store, at most, that the frequencies of the teacher's classes are counted on."""
+
+_COUNTED: "WeakKeyDictionary[DrawnDataset, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]" = WeakKeyDictionary()
+
+
+def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
+    """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
+    if cache is None or config.teacher == "labels":
+        return ()
+    check_terms(config.terms, cache.manifest, kl=config.wants_kl)
+    resolved = [resolve_taps(spec, cache.manifest, model.taps) for spec in config.terms]
+    return tuple(dict.fromkeys(path for spec in resolved for path in arrays_of(spec, cache.manifest)))
+
+
+def make_criterion(
+    config: TrainConfig,
+    model: SegmentationModel,
+    dataset: DrawnDataset,
+    device: torch.device,
+    note: Callable[[str], None],
+    pasted: DrawnDataset | None = None,
+) -> DistillLoss:
+    """The loss that `config` describes, on the CPU.
+
+    Args:
+        device: where a plain run is evaluated for `--class-trust auto`.
+        note: receives the trust in each class of the teacher, or the cells on which labels stand in its place.
+        pasted: the stream whose samples, and labels, are pasted into the dataset's.
+    Raises: RecipeError for a model whose heads are not those that the loss compares.
+    """
+    _check_heads(config, model)
+    cache = dataset.cache
+    gate = None if cache is None or not config.reads_targets else _gate(config, cache, dataset, device, note)
+    stored = None if cache is None else stored_targets(cache, dataset)
+    alone = config.teacher == "labels" or cache is None
+    labels = _label_targets(config, model, dataset) if alone and (config.teaches or config.terms) else None
+    if labels is not None and config.teaches:
+        note(f"--teacher labels: a control without a teacher, labels on {labels.grid[0]}x{labels.grid[1]} cells")
+    class_weight = _class_weight(config, dataset, pasted)
+    return DistillLoss(
+        labels if config.teacher == "labels" else stored,
+        ce_weight=config.ce_weight if config.labels != "none" or pasted is not None else 0.0,
+        kl_weight=config.kl_weight if config.wants_kl else 0.0,
+        temperature=config.temperature,
+        class_weight=class_weight,
+        label_smoothing=config.label_smoothing,
+        focal_gamma=config.focal_gamma,
+        distill_void=config.distill_void,
+        align_corners=model.align_corners,
+        gate=gate,
+        further=_terms(config, labels or stored, model, dataset, class_weight),
+        scheduled=config.distill_schedule != "constant",
+        size=config.size,
+        impl=config.impl,
+    )
+
+
+def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
+    """A store's targets, as those of the classes of its labels where these are mapped."""
+    if dataset.mapped is None or SEGMENTATION not in dataset.heads:
+        return cache
+    lookup = dataset.mapped[1][: cache.num_classes].astype(int)
+    return MergedTargets(cache, ClassMerge(np.where(lookup == IGNORE_INDEX, -1, lookup).tolist()), len(dataset.classes))
+
+
+def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
+    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice."""
+    counts: npt.NDArray[np.int64] = sample_counts(dataset)[0].sum(0)
+    return counts
+
+
+def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pixels per class (N, C), and all of them (N,), of each of the N labels that `label_counts` counts.
+
+    They are counted once: reading all labels takes as long as an epoch of plain training reads.
+    """
+    if dataset not in _COUNTED:
+        classes = len(dataset.classes)
+        counted = [(_bincount(label)[:classes], label.size) for label in dataset.labels()]
+        counts_NC = np.array([own for own, _ in counted], np.int64).reshape(-1, classes)
+        _COUNTED[dataset] = counts_NC, np.array([size for _, size in counted], np.int64)
+    return _COUNTED[dataset]
+
+
+def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Callable[[str], None]) -> Rare | None:
+    """The order that `--sampling rare` draws samples in; None for even sampling.
+
+    Args:
+        note: receives the classes that are drawn most.
+    Raises: RecipeError for samples without labels of classes.
+    """
+    temperature = rare_temperature(config.sampling)
+    if temperature is None:
+        return None
+    counts_NC, pixels_N = sample_counts(dataset)
+    without = len(dataset) - len(counts_NC)
+    if without or not counts_NC.any():
+        raise RecipeError(
+            "--sampling rare draws samples by the classes of their labels",
+            received=f"{without} of {len(dataset)} samples without a label of classes that is used"
+            if without
+            else "labels that are void everywhere",
+            remedy="leave it out; or draw labelled samples alone (--distill-on labelled), or as a --stream with "
+            "sampling=rare of their own",
+        )
+    order = Rare(counts_NC, pixels_N, seed, temperature)
+    most = np.argsort(-order.probabilities_C, kind="stable")[:_NAMED]
+    drawn = [f"{dataset.classes.names[c]} {100 * order.probabilities_C[c]:.3g} %" for c in most]
+    note(f"--sampling {config.sampling} draws samples by a class that they show: {', '.join(drawn)}")
+    return order
+
+
+def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
+    """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread.
+
+    Of a stream with a class map it is the class that the best of the store's becomes.
+    """
+    samples, mapped = dataset.indices, dataset.mapped
+    counts = np.zeros(256, np.int64)
+    for number in evenly_spread(len(samples), COUNTED_TARGETS):
+        best = _best_class(cache, cache.manifest.record(samples[number]))
+        counts += _bincount(best if mapped is None else mapped[1][best])
+    return counts[: len(dataset.classes)]
+
+
+def channel_moments(cache: Cache, path: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of a stored feature's channels, over all positions.
+
+    They are of the first views of at most COUNTED_TARGETS samples, evenly spread. A channel that does not vary has the
+    standard deviation 1.
+
+    Args:
+        path: features/<tap>.
+        samples: numbers of samples.
+    Returns: float32; sums are float64.
+    """
+    numbers = evenly_spread(len(samples), COUNTED_TARGETS)
+    means = []
+    for number in numbers:
+        row_chw = cache.read(cache.manifest.record(samples[number]), [path])[path].astype(np.float64)
+        means.append(np.stack([row_chw.mean((1, 2)), np.square(row_chw).mean((1, 2))]))
+    mean_c, square_c = np.mean(means, axis=0)
+    std_c = np.sqrt(np.maximum(square_c - mean_c**2, 0))
+    std_c = np.where(std_c > 1e-6 * np.abs(mean_c), std_c, 1)
+    return torch.tensor(mean_c, dtype=torch.float32), torch.tensor(std_c, dtype=torch.float32)
+
+
+def _best_class(cache: Cache, record: int) -> Array:
+    rows = cache.read(record, cache.target_paths())
+    best = rows[TARGET_VALUES].argmax(0)
+    indices = rows.get("targets/segmentation/indices")
+    argmax = best if indices is None else np.take_along_axis(indices, best[None], 0)[0]
+    return np.asarray(argmax).astype(np.int64)
+
+
+def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset) -> LabelTargets:
+    """Labels as targets, on the store's cells; without a store, on those of the student's logits."""
+    assert config.size is not None
+    cache = dataset.cache
+    stored = None if cache is None else cache.specs.get(TARGET_VALUES)
+    shape = _of_classes(_probe(model, config.size)).shape if stored is None else stored.shape
+    return LabelTargets(len(dataset.classes), config.size, (shape[-2], shape[-1]))
+
+
+def _terms(
+    config: TrainConfig,
+    targets: TermTargets | None,
+    model: SegmentationModel,
+    dataset: DrawnDataset,
+    label_weight: Tensor | None,
+) -> list[Term]:
+    """The terms beside CE and KL; `label_weight` (C,) is the class weight of cross-entropy."""
+    if targets is None or not config.terms:
+        return []
+    channels = tap_channels(model, config)
+
+    def term(spec: TermSpec) -> Term:
+        moments = None
+        if spec.standardise == "channels" and dataset.cache is not None:
+            spec = resolve_taps(spec, dataset.cache.manifest, list(channels))
+            moments = channel_moments(dataset.cache, f"features/{spec.teacher_tap}", dataset.indices)
+        return make_term(
+            spec,
+            targets=targets,
+            student_taps=channels,
+            student_heads=model.head_kinds | model.training_heads,
+            align_corners=model.align_corners,
+            impl=config.impl,
+            class_weight=label_weight
+            if spec.kind == "auxiliary"
+            else _target_weight(config, spec.class_weights or "none", dataset),
+            label_smoothing=config.label_smoothing,
+            moments=moments,
+        )
+
+    return with_companions([term(spec) for spec in config.terms if spec.weight != 0])
+
+
+def _check_heads(config: TrainConfig, model: SegmentationModel) -> None:
+    weights = {"ce": config.ce_weight, "kl": config.kl_weight if config.wants_kl else 0.0}
+    for part, weight in weights.items():
+        if weight > 0:
+            check_student(part, model.head_kinds)
+
+
+def _target_weight(
+    config: TrainConfig, kind: Literal["none", "median", "sqrt"], dataset: DrawnDataset
+) -> Tensor | None:
+    """Weights (C,) of the classes by how rare they are among the targets: the store's, or labels in their place."""
+    if kind == "none":
+        return None
+    stored = dataset.cache if config.teacher == "store" else None
+    counts = label_counts(dataset) if stored is None else target_counts(stored, dataset)
+    return torch.as_tensor(class_weights(counts, kind), dtype=torch.float32)
+
+
+def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:
+    """Channels of every tap of a model: tap -> channels."""
+    assert config.size is not None
+    features = _probe(model, config.size).features
+    return {tap: features[tap].shape[1] for tap in model.taps}
+
+
+def _of_classes(outputs: Outputs) -> Tensor:
+    """The logits of a model; of one without, the output of another head."""
+    return outputs.logits if SEGMENTATION in outputs.heads else next(iter(outputs.heads.values()))
+
+
+def _probe(model: SegmentationModel, size: Size) -> Outputs:
+    """Outputs of a model for a black image of (H, W), by a forward that changes nothing."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            pixels = torch.zeros((1, *size, 3), dtype=torch.uint8, device=device)
+            outputs: Outputs = model.eval()(model.normalise(pixels), model.taps)
+    finally:
+        model.train(was_training)
+    return outputs
+
+
+def _gate(
+    config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
+) -> Gate:
+    spec = parse_gate(config.gate)
+    if spec.kind == "correct" and not dataset.labelled:
+        raise RecipeError(
+            "--gate correct compares the teacher with labels",
+            received=f"{config.cache}, in which no sample that is used has a label",
+            remedy="use --gate confidence:0.7 or none",
+        )
+    weight = torch.ones(len(dataset.classes))
+    if config.class_balance != "none":
+        counts = target_counts(cache, dataset)
+        weight = weight * torch.as_tensor(class_weights(counts, config.class_balance), dtype=torch.float32)
+    if config.class_trust is not None:
+        weight = weight * _trust(config, cache, dataset, device, note)
+    balanced = config.class_balance != "none" or config.class_trust is not None
+    return Gate(spec, weight if balanced else None)
+
+
+def _trust(
+    config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
+) -> Tensor:
+    names = cache.manifest.dataset.class_names
+    if config.class_trust == "auto":
+        assert config.trust_against is not None
+        trust = trust_from_run(Records(cache, dataset.split), config.trust_against, device, note)
+    else:
+        assert config.class_trust is not None
+        trust = read_trust(config.class_trust, names)
+    note(
+        "trust in the teacher: " + ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, trust, strict=True))
+    )
+    return torch.tensor(trust, dtype=torch.float32)
+
+
+def _class_weight(config: TrainConfig, dataset: DrawnDataset, pasted: DrawnDataset | None) -> Tensor | None:
+    if config.class_weights == "none" or config.ce_weight == 0:
+        return None
+    counts = label_counts(dataset) + (0 if pasted is None else label_counts(pasted))
+    return torch.as_tensor(class_weights(counts, config.class_weights), dtype=torch.float32)
+
+
+def _bincount(ids: Array) -> npt.NDArray[np.int64]:
+    return np.bincount(ids.reshape(-1), minlength=256)

@@ -1,0 +1,94 @@
+"""Labels of depth in a training: those that it learns from are in its head's range; metrics on those that judge it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from kdcache.data import Split
+from kdcache.distill.terms.depth import MIN_DEPTH
+from kdcache.errors import DataError
+from kdcache.heads import DEPTH, RegressionHead
+from kdcache.metrics.depth import DepthErrors, DepthRange
+from kdcache.metrics.framing import Framing
+from kdcache.metrics.predictions import predictions
+from kdcache.models import SegmentationModel
+from kdcache.training.input.batch import Array
+from kdcache.training.input.dataset import DrawnDataset
+
+
+def check_depth_labels(dataset: DrawnDataset, head: RegressionHead) -> None:
+    """Refuse samples whose labels of depth have no pixel within a head's range, of which nothing would be learnt.
+
+    Labels are read until one has such a pixel, which the first one has where all is well.
+    Raises: DataError; that of a label that cannot be read.
+    """
+    top, low, high, count = head.max_depth or math.inf, math.inf, -math.inf, 0
+    for metres_HW in _depth_labels(dataset):
+        known = metres_HW[np.isfinite(metres_HW)]
+        if ((known >= MIN_DEPTH) & (known <= top)).any():
+            return
+        count += 1
+        low, high = min([low, *known.tolist()]), max([high, *known.tolist()])
+    seen = f"they are {low:g} to {high:g} m" if low <= high else "no pixel of them is known"
+    raise DataError(
+        f"labels of depth that are learnt have pixels in the head's range, {MIN_DEPTH:g} to {top:g} m",
+        received=f"none in {count} labels: {seen}",
+        remedy="see the range with kdcache data check, and correct the unit in depth.toml; or give the head another "
+        "maximum, for instance kdcache:hydra,max=200",
+    )
+
+
+def _depth_labels(dataset: DrawnDataset) -> Iterator[Array]:
+    """The labels of depth of the samples, as their data set or the first view in their store has them."""
+    split, cache = dataset.split, dataset.cache
+    for number in dataset.indices:
+        if split is not None and (label := split.label(number, DEPTH)) is not None:
+            yield label
+        elif split is None and cache is not None and cache.has_depth[number]:
+            yield cache.read(cache.manifest.record(number), ["labels/depth"])["labels/depth"]
+
+
+def check_first_depth(split: Split) -> None:
+    """Read the first label of depth: a wrong unit is wrong in all of them. Raises: DataError."""
+    first = next((index for index in range(len(split)) if split.has_label(index, DEPTH)), None)
+    if first is not None:
+        split.label(first, DEPTH)
+
+
+def depth_errors(
+    model: SegmentationModel,
+    split: Split,
+    size: tuple[int, int],
+    *,
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
+    framing: Framing | None = None,
+) -> DepthErrors:
+    """Errors of a model's depth at the labels' own size; the raw output is resized, then becomes metres.
+
+    Args:
+        size: (H, W) the model sees.
+        part: (i, n) takes every n-th labelled sample from the i-th on.
+        framing: how the model sees an image; default squashed to `size`.
+    Raises: DataError for an image or label that cannot be read.
+    """
+    errors = DepthErrors(DepthRange.of(model.regressions[DEPTH]))
+    labelled = [index for index in range(len(split)) if split.has_label(index, DEPTH)]
+    batches = predictions(
+        model,
+        split,
+        labelled[part[0] :: part[1]],
+        size,
+        tasks=(DEPTH,),
+        device=device,
+        batch_size=1,
+        threads=0,
+        framing=framing,
+    )
+    with closing(batches):
+        for prediction in (one for batch in batches for one in batch):
+            errors.update(prediction.answers[DEPTH], prediction.labels[DEPTH], split.ids[prediction.number])
+    return errors

@@ -1,0 +1,274 @@
+"""The processes of a training, as `torchrun` starts them: their ranks, and how they come to the same end.
+
+Every process runs the same program on its part of each batch. Process 0 alone writes the run and its output; an error
+of one is raised on all, so that none waits for another that has ended. A training of one process has no process group
+and pays nothing. Small objects (errors, requests to stop) travel between the hosts through gloo, also beside a GPU: a
+flag on the device could only be read by waiting for the device.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from kdcache.errors import KDCacheError, ModelError, RecipeError
+from kdcache.training.interrupt import Interrupted
+
+T = TypeVar("T")
+START_S = 1800
+"""Seconds that processes may start apart; torch waits as long for their first exchange."""
+_POLL_S = 0.02
+
+
+@dataclass
+class Agreement:
+    """The result of an exchange between the processes, set when `World.together` ends."""
+
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the `size` of a training.
+
+    Attributes:
+        local_rank: among the processes of this machine: the number of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> "World":
+        """Read the numbers that torchrun gave this process; without torchrun it is the only one."""
+        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes the run and its output."""
+        return self.rank == 0
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes, on the tensor's own device."""
+        return tensor if self.size == 1 else self.total(tensor) / self.size
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes; the tensor stays as it is."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, equally many each, in the order of ranks; only this one's carry a gradient."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.detach().contiguous())
+        parts[self.rank] = tensor
+        return torch.cat(parts)
+
+    def gather(self, thing: T) -> list[T]:
+        """Small objects, one of every process, in the order of their ranks."""
+        if self.size == 1:
+            return [thing]
+        things: list[T | None] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self, *, stop: bool = False) -> Iterator[Agreement]:
+        """Raise an error that one process alone meets inside on all processes.
+
+        Args:
+            stop: whether this process received a request to stop; the agreement has whether any did.
+        Raises: the first failed process's error, as a KDCacheError; process 0 raises its own error as it is.
+        """
+        agreement, own = Agreement(stop), None
+        if self.size == 1:
+            yield agreement
+            return
+        try:
+            yield agreement
+        except Exception as error:
+            own = error
+        failed, stops = self.total(torch.tensor([own is not None, stop], dtype=torch.float64)).tolist()
+        agreement.stop = stops > 0
+        if failed:
+            if own is not None and self.first:
+                self.gather(self._shareable(own))
+                raise own
+            errors = self.gather(None if own is None else self._shareable(own))
+            raise next(one for one in errors if one is not None) from own
+
+    def check_batch_size(self, batch_size: int, together: int = 1, parts: int = 1) -> None:
+        """Check that processes and parts share a batch evenly, in groups of `together` samples.
+
+        Args:
+            parts: number of parts of each process's share (`--accumulate`).
+        Raises: RecipeError.
+        """
+        unit = self.size * together * parts
+        if batch_size % unit:
+            less = batch_size - batch_size % unit
+            sizes = f"{less} or {less + unit}" if less else f"{unit}"
+            whole = "--batch-size is that of all processes together, which share it evenly"
+            raise RecipeError(
+                whole if parts == 1 else f"{whole}; --accumulate takes that in equal parts",
+                received=f"--batch-size {batch_size} for {self.size} processes"
+                + (f", which hold {together} samples together" if together > 1 else "")
+                + (f", and --accumulate {parts}" if parts > 1 else ""),
+                remedy=f"use --batch-size {sizes}, or another number of processes"
+                + (" or of parts" if parts > 1 else ""),
+            )
+
+    def seed(self, seed: int, step: int) -> int:
+        """The seed of this process's random numbers from a step on; process 0 has the run's, as one alone has."""
+        if self.first:
+            return seed
+        return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def _shareable(self, error: Exception) -> KDCacheError:
+        """Return the error that the other processes raise."""
+        if isinstance(error, KDCacheError):
+            return error
+        parts = [getattr(error, name, None) for name in ("rule", "received", "remedy", "entry")]
+        if all(isinstance(part, str) for part in parts):
+            rule, received, remedy, entry = map(str, parts)
+            return ModelError(rule, received=received, remedy=remedy, entry=entry.removeprefix("E-"))
+        return ModelError(
+            "what every process of a training does must succeed on each",
+            received=f"process {self.rank}: {type(error).__name__}: {error}",
+            remedy="repair it there; with --debug that process shows its traceback",
+        )
+
+
+@contextmanager
+def processes() -> Iterator[World]:
+    """The processes that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) set up; else this one alone.
+
+    Raises: ModelError when another process has gone.
+    """
+    ours = not dist.is_initialized()
+    if ours:
+        if World.of_environment().size == 1:
+            yield World()
+            return
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=_own_part(store, rank, size), rank=rank, world_size=size)
+    rank = dist.get_rank()
+    try:
+        yield World(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ModelError(
+            "all processes of a training run to its end",
+            received="another process has gone",
+            remedy="see its output; --resume goes on from the last checkpoint, with any number of processes",
+        ) from error
+    except (KDCacheError, Interrupted):
+        _leave(ours)  # all raise the same
+        raise
+    else:
+        _leave(ours)
+
+
+def _own_part(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that these processes alone know, and none that ran before them.
+
+    torchrun restarts processes on the store of those that died. Their addresses are still there, and who reads one
+    before the new process has written its own waits for the dead (pytorch issue 135712); TORCHELASTIC_RESTART_COUNT
+    separates nothing, for machines count apart (108158). So process 0 names the part, and tells those alone that answer
+    with what they made up when they started.
+
+    Raises: ModelError for a process that does not start in time.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + START_S
+    name, waiting = (mine, set(range(1, size))) if rank == 0 else ("", {0})
+    if rank:
+        store.set(f"hello/{rank}", mine)
+    while True:
+        if rank == 0:
+            waiting = {other for other in waiting if not _welcomed(store, other, mine)}
+        else:
+            answered, _, name = _read(store, f"welcome/{rank}").partition(" ")
+            if answered == mine:
+                store.set(f"here/{rank}", name)
+                waiting.clear()
+        if not waiting:
+            return PrefixStore(name, store)
+        if time.monotonic() > until:
+            raise ModelError(
+                "all processes of a training start",
+                received=f"process {rank} has waited {START_S} s for process {', '.join(map(str, sorted(waiting)))}",
+                remedy="see its output; start as many as WORLD_SIZE says",
+            )
+        time.sleep(_POLL_S)
+
+
+def _welcomed(store: Store, other: int, name: str) -> bool:
+    """Whether another process knows the part's name; tells it."""
+    if _read(store, f"here/{other}") == name:
+        return True
+    store.set(f"welcome/{other}", f"{_read(store, f'hello/{other}')} {name}")
+    return False
+
+
+def _read(store: Store, key: str) -> str:
+    """A value of the store; nothing where there is none."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _leave(ours: bool) -> None:
+    """End the group, unless it is the caller's. After an error of one process alone it would wait for the others."""
+    if ours:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, world: World | None = None) -> torch.device:
+    """Return the device of a name; `auto` is a GPU when there is one. Each of several processes has its own GPU.
+
+    Args:
+        world: default from torchrun's numbers of this process, which may be in no process group (a build needs none).
+    Raises: RecipeError for a device that this machine lacks.
+    """
+    world = world or World.of_environment()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise RecipeError(
+            "--device is auto, cpu or cuda",
+            received=f"{name!r}" + ("" if torch.cuda.is_available() else "; this machine has no usable GPU"),
+            remedy="use --device auto",
+        )
+    if name == "cpu" or world.size == 1:
+        return torch.device(name)
+    if name != "cuda" or world.local_rank >= torch.cuda.device_count():
+        raise RecipeError(
+            "every process has a GPU of its own",
+            received=f"--device {name} for process {world.local_rank} of this machine, "
+            f"which has {torch.cuda.device_count()} GPUs",
+            remedy="use --device cuda, and as many processes as there are GPUs",
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def default_workers(device: torch.device) -> int:
+    """The workers of a process: beside a GPU its share of the cores, up to 8; on a CPU 0, for the model uses all."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0

@@ -1,0 +1,175 @@
+"""Whether a store's teacher has seen what a run goes without: its fold, or labels.
+
+Folds are dealt out over a whole list of ids: fold 0 of 5 of another list, or of a part of it, is other samples. A
+teacher that was trained on other samples, elsewhere or of another list, has seen none of these as far as it is known.
+"""
+
+import numpy as np
+
+from kdcache.data import Fold
+from kdcache.errors import KDCacheError, MismatchError
+from kdcache.store import Cache, open_cache
+from kdcache.store.format.flags import Flags, unpack_flags
+from kdcache.store.format.manifest_models import Training
+from kdcache.store.subset import ids_digest
+from kdcache.training.config import TrainConfig
+
+
+def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainConfig) -> str | None:
+    """Refuse a run of other samples than the store's, of which its fold is another.
+
+    Args:
+        trained_on: identity of the run's data, from its folder.
+        config: the run's settings.
+    Returns: a note for the user when the run's samples cannot be identified any more.
+    Raises: MismatchError.
+    """
+    theirs = _samples_of(cache, trained_on, config)
+    names = cache.manifest.dataset.class_names
+    if theirs is None:
+        return (
+            f"whether {run} left out fold {config.fold} of these very samples is not known: {config.cache}, the store "
+            "that it was trained from, is gone or another. If its samples were others, train it again on this store."
+        )
+    if theirs not in (cache.manifest.dataset.ids_digest, ids_digest(names, cache.ids)):
+        raise MismatchError(
+            "trust is measured on a fold of the very samples of the store: which those are depends on all ids",
+            received=f"{run} was trained on other samples than the {len(cache.ids)} of {cache.place}",
+            remedy=f"train it on this store: kdcache train-student --cache {cache.place} --method none "
+            f"--fold {config.fold}",
+        )
+    return None
+
+
+def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list[str]:
+    """Notes on what the teacher of a run may have seen that the run goes without; [] where it has none.
+
+    Args:
+        labels_used: whether the run uses each sample's label, (N,) of the store's samples.
+    Raises: MismatchError for a teacher that was trained on labels which the run goes without.
+    """
+    if not config.reads_targets:
+        return []
+    fold, notes = config.left_out, [_check_labels(cache, config, labels_used)]
+    if fold is not None and (text := _fold_seen(cache, fold)) is not None:
+        notes.append(
+            f"{text}: the targets may have brought its labels to the student, whose score there is too high then. "
+            f"Remedy: train the teacher with {_flags_of(fold)} too and build its store"
+        )
+    return [note for note in notes if note is not None]
+
+
+def doubt(cache: Cache, fold: Fold) -> str | None:
+    """A note that the teacher may have seen the fold on which it is compared; None when it cannot have."""
+    if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
+        return None
+    remedy = f"train the teacher with {_flags_of(fold)} too and build its store, or build with --folds K"
+    if (text := _fold_seen(cache, fold)) is not None:
+        return f"{text}, on which it is compared with the plain run: trust in it is too generous. Remedy: {remedy}"
+    if len(_on_these_samples(cache)) < len(_trainings(cache)):
+        return (
+            f"the store does not say whether its teacher was trained on fold {fold}, on which it is compared with the "
+            f"plain run. If it was, trust in it is too generous: {remedy}"
+        )
+    return None
+
+
+def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str | None:
+    """Refuse a teacher of labels that the run goes without: by `--limit-labels`, or because the store has none.
+
+    Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
+    """
+    limit = config.limit_labels
+    without = ~(cache.has_label | cache.has_depth if limit is None else labels_used)
+    if not without.any():
+        return None
+    if config.left_out is not None:
+        without &= ~config.left_out.holds(cache.ids)
+    # Images without labels usually have a teacher from elsewhere; a limit is a claim about all that was learnt from.
+    trainings = _on_these_samples(cache) if limit is None else _trainings(cache)
+    known = [labels for training in trainings if (labels := _labels_of(cache, training)) is not None]
+    hidden = np.flatnonzero(without & np.any([np.zeros_like(without), *known], axis=0)).tolist()
+    if hidden:
+        raise _hidden_labels(cache, config, int(labels_used.sum()), [cache.ids[number] for number in hidden])
+    if len(known) == len(trainings):
+        return None
+    return (
+        "the store does not say which labels its teacher was trained on. If it had labels of these samples that this "
+        f"run goes without, the run does not show what {labels_used.sum()} labels can do. Remedy: build the store of a "
+        "run of train-teacher on the same labels"
+    )
+
+
+def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[str]) -> MismatchError:
+    """The error for a teacher that was trained on the labels of the samples `hidden`, too."""
+    limit = config.limit_labels
+    some = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
+    teacher = "the data set as it was when the store was built"
+    if limit is not None:
+        fold = "" if config.left_out is None else f" {_flags_of(config.left_out)}"
+        teacher = f"the same labels, with train-teacher --limit-samples {used if limit < 1 else limit:g}{fold}"
+    return MismatchError(
+        "a run that goes without labels has a teacher that went without them too: targets carry what it learnt",
+        received=("" if limit is None else f"--limit-labels {limit:g}: ")
+        + f"{used} labels, and the teacher of {cache.place} was trained on those of {len(hidden)} more of its samples "
+        f"({some})",
+        remedy=f"train the teacher on {teacher}, and build its store; or learn from labels alone, by --method none or "
+        "--teacher labels",
+    )
+
+
+def _labels_of(cache: Cache, training: Training | None) -> Flags | None:
+    """The samples of a store whose labels a teacher learnt from, (N,) bool; None when that is not known."""
+    dataset = cache.manifest.dataset
+    if training is None:
+        return None
+    if training.ids_digest != dataset.ids_digest:
+        return np.zeros(dataset.samples, np.bool_)
+    return None if training.labels is None else unpack_flags(training.labels, dataset.samples, cache.place)
+
+
+def _fold_seen(cache: Cache, fold: Fold) -> str | None:
+    """A sentence on a training that is known to have seen some of a fold; None when there is none."""
+    for training in _on_these_samples(cache):
+        labels = _labels_of(cache, training)
+        if training.left_out(*fold) or (labels is not None and not (labels & fold.holds(cache.ids)).any()):
+            continue
+        seen = "all" if labels is None or labels.all() else f"the labels of {labels.sum()}"
+        if training.fold is not None:
+            seen = f"all but fold {Fold(*training.fold, training.folds_by)}"
+        return f"the teacher was trained on {seen} of these samples, so it may have seen fold {fold}"
+    return None
+
+
+def _trainings(cache: Cache) -> tuple[Training | None, ...]:
+    return cache.manifest.teacher.trainings or (None,)
+
+
+def _on_these_samples(cache: Cache) -> list[Training]:
+    """The trainings on the very samples of a store."""
+    digest = cache.manifest.dataset.ids_digest
+    return [training for training in _trainings(cache) if training is not None and training.ids_digest == digest]
+
+
+def _flags_of(fold: Fold) -> str:
+    return f"--fold {fold.number}/{fold.folds}" + ("" if fold.by is None else f" --folds-by '{fold.by}'")
+
+
+def _samples_of(cache: Cache, trained_on: str, config: TrainConfig) -> str | None:
+    """The digest of classes and ids that a run was trained on, or left out; None when that is lost."""
+    kind, _, digest = trained_on.partition(" ")
+    if kind == "data":
+        return digest
+    if kind == "store" and digest == _seal(cache):
+        return cache.manifest.dataset.ids_digest
+    if kind != "store" or config.cache is None:
+        return None
+    try:
+        theirs = open_cache(config.cache, cache_dir=config.cache_dir)
+    except KDCacheError:  # moved, or damaged: it is not needed for anything else
+        return None
+    return theirs.manifest.dataset.ids_digest if digest == _seal(theirs) else None
+
+
+def _seal(cache: Cache) -> str | None:
+    return None if cache.ledger is None else cache.ledger.completion.ledger_sha256

@@ -1,0 +1,270 @@
+"""The samples of a store, as a dataset: warped, replayed or as they are."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdcache.data import (
+    IGNORE_INDEX,
+    Augmentation,
+    ClassList,
+    Fit,
+    Window,
+    fitted_share,
+    id_hash,
+    inside_rectangle,
+    prefetch,
+    render,
+    render_depth,
+    zoom_of,
+)
+from kdcache.distill import SEGMENTATION
+from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH
+from kdcache.store import Cache, Records
+from kdcache.training.input.batch import Array, Row
+from kdcache.training.input.dataset import DepthZoom, DrawnDataset, Field, Size
+from kdcache.training.input.resident_records import DEPTH_PATH, PIXEL_PATHS, RamRecords, RecordSource, target_paths
+from kdcache.training.input.subset import Part, Selection
+
+AUGMENTS = ("auto", "warp", "replay", "none")
+
+
+def choose_augment(augment: str, cache: Cache | None) -> str:
+    """Resolve `auto`: replay for a store of several views or of crops, which was built for that; else warp."""
+    if augment != "auto":
+        return augment
+    view = None if cache is None else cache.manifest.view
+    return "replay" if view is not None and (view.views_per_sample > 1 or view.kind == "crop") else "warp"
+
+
+class CacheDataset(DrawnDataset):
+    """The samples of a store: pixels, labels and targets.
+
+    Args:
+        source: an open store; or its records, of a store that keeps no pixels and has its data set beside it. An image
+            is then compared with the store's checksum at a record's first visit by this process, also of a run that
+            resumes.
+        augment: `warp` draws a window of the stored whole image and moves the target with it; `replay` gives the views
+            as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
+            `auto` replays a store of several views or of crops, and warps another.
+        size: (H, W) of the pixels; default the view's.
+        targets: the store's heads whose targets are read; True is all, False none (same draws).
+        extras: paths of further arrays that a sample brings (features, statistics).
+        part: which samples, labels and views are used; default all.
+        labelled_only: whether samples without a label of any of the tasks are left out.
+        tasks: whose labels are used. Labels of depth are those of the store, or with `--pixels source` of the data set.
+        depth_zoom: what the zoom of a warp does to metres, of labels and of targets: `divide` divides them by it,
+            `keep` (and `none`, without a zoom) leaves them. Labels that a replay renders anew are divided by the
+            view's zoom.
+    Raises: RecipeError for an augmentation that does not exist or that a store of crops cannot have.
+    """
+
+    cache: Cache
+    records: RecordSource
+
+    def __init__(
+        self,
+        source: Cache | Records,
+        *,
+        augment: str = "auto",
+        size: Size | None = None,
+        targets: bool | Sequence[str] = True,
+        augmentation: Augmentation | None = None,
+        extras: Sequence[str] = (),
+        part: Part | None = None,
+        labelled_only: bool = False,
+        tasks: Sequence[str] = (SEGMENTATION,),
+        depth_zoom: DepthZoom = "none",
+    ) -> None:
+        if augment not in AUGMENTS:
+            raise RecipeError(
+                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use auto, the default"
+            )
+        self.source = Records.of(source)
+        self.source.check_complete()
+        self.cache = cache = self.source.cache
+        self.split = None if cache.pixels_stored else self.source.split
+        augment = choose_augment(augment, cache)
+        augmentation = Augmentation() if augmentation is None else augmentation
+        if cache.manifest.view.kind == "crop" and augment != "replay":
+            raise RecipeError(
+                "a store of crops is replayed: warp and none begin with the whole image",
+                received=f"--augment {augment} for {cache.place}",
+                remedy="use --augment replay",
+            )
+        augmentation = augmentation if augment != "none" else Augmentation.off()
+        super().__init__(cache.view_size if size is None else size, augmentation, tasks, depth_zoom)
+        self.augment = augment
+        self.records = cache
+        self.remote = cache.remote
+        self.shard_records = max(1, cache.manifest.build.shard_records // cache.manifest.view.views_per_sample)
+        heads = tuple(cache.manifest.heads)
+        self.heads = heads if targets is True else tuple(head for head in heads if targets and head in targets)
+        self.target_paths = target_paths(cache, self.heads)
+        self.extras = tuple(extras)
+        part = Part() if part is None else part
+        everything = range(cache.manifest.dataset.samples)
+        used = Selection(everything, everything) if part.whole else part.choose(cache.ids)
+        self._labels_used = used.labelled
+        self._flags = {task: self._of_task(task) for task in self.tasks}
+        self._complete = bool(np.any([*self._flags.values()], axis=0).all()) and part.labels is None
+        self.indices = used.samples
+        if labelled_only and not self._complete:
+            self.indices = [number for number in used.samples if self._has_label(number)]
+            self._complete = True
+        self._views = _views(cache, part.views)
+        # Samples begin with different views, so that an epoch has about as many of each.
+        turning = augment == "replay" and self._views > 1
+        self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
+        view = cache.manifest.view
+        grey = view.fit == "pad" or (augment == "replay" and view.reaches_beyond)
+        self._inside = _inside(cache) if grey else None
+        self._zooms = augment == "warp" and depth_zoom == "divide" and DEPTH in self.heads
+
+    @property
+    def fit(self) -> Fit:
+        """How the store's images were fitted into its views."""
+        return self.cache.manifest.view.fit
+
+    @property
+    def own_classes(self) -> ClassList:
+        dataset = self.cache.manifest.dataset
+        return ClassList(dataset.class_names, dataset.class_colours)
+
+    @property
+    def identity(self) -> str:
+        assert self.cache.ledger is not None
+        return f"store {self.cache.ledger.completion.ledger_sha256}"
+
+    @property
+    def threads_suffice(self) -> bool:
+        return self.split is None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        pixels = PIXEL_PATHS if DEPTH not in self.tasks else (*PIXEL_PATHS, DEPTH_PATH)
+        return (*self.target_paths, *self.extras, *(() if self.split else pixels))
+
+    def sample_id(self, index: int) -> str:
+        return self.cache.ids[self.indices[index]]
+
+    def record(self, index: int, epoch: int) -> int:
+        view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
+        return self.cache.manifest.record(self.indices[index], view)
+
+    def _own_labels(self) -> Iterator[Array]:
+        if self.split is not None or SEGMENTATION not in self.tasks:
+            return super()._own_labels()
+        records, path = map(self.cache.manifest.record, self._with_classes()), PIXEL_PATHS[1]
+        return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
+
+    def fields(self) -> dict[str, Field]:
+        fields = super().fields()
+        if self.augment == "warp":  # the others show whole views, for which None stands
+            fields |= {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
+        fields |= {f"arrays/{path}": self._field(path) for path in self.extras}
+        if self._inside is not None:
+            fields["inside"] = (4,), torch.float64
+        if self._zooms:
+            fields["zoom"] = (), torch.float64
+        if self.on_device is not None:
+            return fields | {"record": ((), torch.int64)}
+        return fields | {path: self._field(path) for path in self.target_paths}
+
+    def _field(self, path: str) -> Field:
+        spec = self.cache.specs[path]
+        return spec.shape, getattr(torch, spec.dtype)
+
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        record = self.record(index, epoch)
+        height, width = self.cache.view_size
+        warped = self.augment == "warp"
+        window, flip = self._window(rng, height, width) if warped else (Window.full(height, width), False)
+        if self.split is None:
+            image, label = self._read(record, PIXEL_PATHS[0]), self._read(record, PIXEL_PATHS[1])
+            render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+            if out.depth is not None:
+                metres = self._read(record, DEPTH_PATH)
+                zoom = zoom_of(window, (height, width)) if self.depth_zoom == "divide" else 1.0
+                render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
+        else:
+            self._from_source(index, record, window, flip, out)
+        self._jitter(rng, out)
+        if out.window is not None and out.flip is not None:
+            out.window[...] = (window.y0, window.x0, window.y1, window.x1)
+            out.flip[...] = flip
+        if out.inside is not None and self._inside is not None:
+            out.inside[...] = self._inside[record]
+        if out.zoom is not None:
+            out.zoom[...] = zoom_of(window, (height, width))
+        if out.record is not None:
+            out.record[...] = record
+        if not self._has_label(self.indices[index], SEGMENTATION):
+            out.label[...] = IGNORE_INDEX
+        if out.depth is not None and not self._has_label(self.indices[index], DEPTH):
+            out.depth[...] = np.nan
+        for path, array in out.stored:
+            self.records.read_into(record, path, array)
+        self._finish(rng, out)
+
+    def _has_label(self, number: int, task: str | None = None) -> bool:
+        tasks = self.tasks if task is None else (task,)
+        return number in self._labels_used and any(task in self._flags and self._flags[task][number] for task in tasks)
+
+    def _of_task(self, task: str) -> npt.NDArray[np.bool_]:
+        """Whether each sample of the store has a label of a task, (N,)."""
+        if self.split is not None and task == DEPTH:
+            return np.array([self.split.has_label(number, DEPTH) for number in range(len(self.split))], np.bool_)
+        return self.cache.has_depth if task == DEPTH else self.cache.has_label
+
+    def _read(self, record: int, path: str) -> Array:
+        """Read a row that is not to be written to."""
+        if isinstance(self.records, RamRecords):
+            return self.records.row(record, path)
+        spec = self.cache.specs[path]
+        row = np.empty(spec.shape, spec.dtype)
+        self.records.read_into(record, path, row)
+        return row
+
+    def _from_source(self, index: int, record: int, window: Window, flip: bool, out: Row) -> None:
+        """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
+        assert self.split is not None
+        number = self.indices[index]
+        image = self.split.image(number)
+        label = self.split.label(number) if SEGMENTATION in self.tasks else None
+        self.source.check_image(record, image, label)
+        shown, mirrored = self.source.window(record)
+        image_size = image.shape[0], image.shape[1]
+        fitted = fitted_share(self.fit, image_size, self.cache.manifest.view.image_size or self.cache.view_size)
+        if self.augment == "warp":  # of view 0, which is the whole image
+            view_height, view_width = self.cache.view_size
+            height, width = image_size[0] * fitted[0], image_size[1] * fitted[1]
+            moved, mirrored = window.scaled(height / view_height, width / view_width), flip
+            shown = moved if fitted == (1.0, 1.0) else moved.moved(shown.y0, shown.x0)
+        render(image, label, shown, flip=mirrored, size=self.size, out=(out.pixels, out.label))
+        if out.depth is not None:
+            share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
+            share = share[0] * fitted[0], share[1] * fitted[1]
+            zoom = zoom_of(shown, image_size, share) if self.depth_zoom == "divide" else 1.0
+            metres = self.split.label(number, "depth")
+            render_depth(metres, shown, flip=mirrored, size=self.size, zoom=zoom, out=out.depth)
+
+
+def _views(cache: Cache, limit: int | None) -> int:
+    views = cache.manifest.view.views_per_sample
+    if limit is not None and limit > views:
+        raise RecipeError(
+            "--limit-views is at most the views of the store",
+            received=f"{limit} of {views}",
+            remedy="leave it out, or build with more --views",
+        )
+    return limit or views
+
+
+def _inside(cache: Cache) -> Array:
+    """Edges of the part of every view that shows its image, the only part that teaches, (R, 4) float64."""
+    window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
+    return inside_rectangle(window, flip, source_size, cache.view_size)

@@ -1,0 +1,309 @@
+"""Samples of a training: pixels, label and target, rendered through a drawn window.
+
+`LabelledDataset` draws from a data set, `CacheDataset` (cache_dataset.py) from a store. Both are torch map-style
+datasets whose items `DataLoader` collates as they are; both draw their augmentation in the same way, and `CacheDataset`
+draws the same whether it reads targets or not, so that runs with and without distillation see identical pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from kdcache.data import (
+    Augmentation,
+    ClassList,
+    Fit,
+    Split,
+    Window,
+    colour_jitter,
+    draw_window,
+    fitted_share,
+    prefetch,
+    render,
+    render_depth,
+    zoom_of,
+)
+from kdcache.distill import SEGMENTATION, Batch
+from kdcache.heads import DEPTH
+from kdcache.store import Cache
+from kdcache.training.input.batch import Row
+from kdcache.training.input.resident_records import DeviceTargets, RecordSource
+from kdcache.training.input.subset import Part
+
+Size = tuple[int, int]
+DepthZoom = Literal["none", "divide", "keep"]
+Field = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor of one sample."""
+
+
+class DrawnDataset(Dataset[Batch], ABC):
+    """A dataset whose every visit of a sample is drawn from a random generator.
+
+    Args:
+        size: (H, W) of the pixels that come out.
+        augmentation: scale, flip and colour jitter; `Augmentation.off()` for none.
+        tasks: whose labels are used. Samples have labels of segmentation in any case, void where these are not.
+        depth_zoom: what a zoom does to metres, of labels and of targets: `divide` divides them by it, `keep` (and
+            `none`, without a zoom) leaves them.
+    Attributes:
+        cache: the store that targets come from; None for a data set alone.
+        split: the data set that pixels and labels come from; None for a store that keeps them.
+        indices: the samples of either that are drawn.
+        extras: paths of further arrays that a sample brings; may be changed before the first draw.
+        records: source of the store's rows: the store, or memory that keeps them; None for a data set.
+        shard_records: records that are stored side by side, for orders that read one shard after another; None of a
+            data set.
+        remote: whether shards are downloaded.
+        heads: of the store, those whose targets a sample brings; `target_paths` are their arrays.
+        target_paths: paths of the arrays of its targets; empty when it reads none.
+        on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
+        dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
+        weak: whether a sample brings its pixels before the colour jitter, too.
+        mapped: the classes that its labels become, and the class of each number in them (256,) uint8; None leaves them.
+    """
+
+    cache: Cache | None = None
+    split: Split | None = None
+    indices: Sequence[int]
+    extras: tuple[str, ...] = ()
+    records: RecordSource | None = None
+    shard_records: int | None = None
+    remote: bool = False
+    heads: tuple[str, ...] = ()
+    target_paths: tuple[str, ...] = ()
+    _complete = True
+    """Whether every sample has a label that is used."""
+
+    def __init__(
+        self,
+        size: Size,
+        augmentation: Augmentation,
+        tasks: Sequence[str] = (SEGMENTATION,),
+        depth_zoom: DepthZoom = "none",
+    ) -> None:
+        self.size = size
+        self.augmentation = augmentation
+        self.tasks = tuple(tasks)
+        self.depth_zoom = depth_zoom
+        self.on_device: DeviceTargets | None = None
+        self.dice = 0
+        self.weak = False
+        self.mapped: tuple[ClassList, npt.NDArray[np.uint8]] | None = None
+
+    @property
+    def threads_suffice(self) -> bool:
+        """Whether a draw leaves the GIL to others for most of its time, so that processes would gain nothing."""
+        return False
+
+    @property
+    def label_flags(self) -> npt.NDArray[np.bool_] | None:
+        """Whether each sample has a label, (len(self),) bool; None when all have."""
+        if self._complete:
+            return None
+        return np.array([self._has_label(number) for number in self.indices], np.bool_)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all arrays of the store that a sample is read from."""
+        return ()
+
+    @property
+    def labelled(self) -> Sequence[int]:
+        """The samples of `indices` with a label of a task that is used."""
+        return [number for number in self.indices if self._has_label(number)]
+
+    @property
+    def labels_used(self) -> npt.NDArray[np.bool_]:
+        """Whether each sample of the source, drawn or not, has a label that is used: (N,) bool."""
+        count = len(self.split or ()) if self.cache is None else self.cache.manifest.dataset.samples
+        used = np.zeros(count, np.bool_)
+        used[list(self.labelled)] = True
+        return used
+
+    @property
+    def classes(self) -> ClassList:
+        """The classes of its labels, as it draws them."""
+        return self.own_classes if self.mapped is None else self.mapped[0]
+
+    @property
+    @abstractmethod
+    def own_classes(self) -> ClassList:
+        """The classes of its source's labels."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A text that identifies the samples: a digest of the data's ids and classes, or the seal of the store."""
+
+    @property
+    def ids_digest(self) -> str:
+        """The digest of the ids and classes of its source, as a store's manifest has it."""
+        if self.cache is not None:
+            return self.cache.manifest.dataset.ids_digest
+        assert self.split is not None
+        return self.split.digest()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def record(self, index: int, epoch: int) -> int:
+        """The number of the row, of the store or of the data set, that a visit of a sample reads."""
+        return self.indices[index]
+
+    def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The labels of segmentation of `labelled`, each once, at the data set's size; of a store that keeps them, its
+        first views'.
+
+        Raises: KDCacheError of a label that cannot be read.
+        """
+        return self._own_labels() if self.mapped is None else map(self.mapped[1].take, self._own_labels())
+
+    def _own_labels(self) -> Iterator[npt.NDArray[np.uint8]]:
+        assert self.split is not None
+        if SEGMENTATION not in self.tasks:
+            return iter(())
+        labels = prefetch(self.split.label, self._with_classes(), threads=2, ahead=8)
+        return (label for label in labels if label is not None)
+
+    def _with_classes(self) -> Sequence[int]:
+        """The samples of `indices` with a label of segmentation that is used."""
+        return [number for number in self.indices if self._has_label(number, SEGMENTATION)]
+
+    @abstractmethod
+    def _has_label(self, number: int, task: str | None = None) -> bool:
+        """Whether a sample of the source has a label that is used, of a task or of any."""
+
+    @abstractmethod
+    def sample_id(self, index: int) -> str:
+        """Stable id, for messages."""
+
+    @abstractmethod
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        """Sample `index` as `rng` augments it, into `out`, all of it; the same generator state gives the same.
+
+        Raises: KDCacheError of a sample that cannot be read; `out` is undefined then.
+        """
+
+    def fields(self) -> dict[str, Field]:
+        """Fields of a sample, named as in `Batch.to_dict`."""
+        fields: dict[str, Field] = {
+            "pixels": ((*self.size, 3), torch.uint8),
+            f"labels/{SEGMENTATION}": (self.size, torch.uint8),
+        }
+        if DEPTH in self.tasks:
+            fields[f"labels/{DEPTH}"] = (self.size, torch.float32)
+        if self.weak:
+            fields["weak"] = ((*self.size, 3), torch.uint8)
+        return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
+
+    def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
+        """Memory for samples: of shape (*leading, ...), so empty() is for one and empty(B) for a batch."""
+        return Batch.from_dict(
+            {
+                name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
+                for name, (shape, dtype) in self.fields().items()
+            }
+        )
+
+    def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
+        """Return a new sample, drawn as `draw_into` does. Raises: as `draw_into`."""
+        sample = self.empty()
+        self.draw_into(index, epoch, rng, Row.of(sample))
+        return sample
+
+    def __getitem__(self, index: int) -> Batch:
+        # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws. A dataset of a
+        # DataLoader does not get the epoch: the seed stands for it, so that any of a sample's views may come.
+        seed = int(torch.randint(2**62, ()).item())
+        return self.draw(index, seed, np.random.default_rng(seed))
+
+    def _jitter(self, rng: np.random.Generator, out: Row) -> None:
+        """Change the colours of the pixels, which are kept as they were where the weak view is wanted."""
+        if out.weak is not None:
+            out.weak[...] = out.pixels
+        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+
+    def _finish(self, rng: np.random.Generator, out: Row) -> None:
+        """Map the label's classes and fill the dice, last of all: what else is drawn does not depend on them."""
+        if self.mapped is not None:
+            self.mapped[1].take(out.label, out=out.label)
+        if out.dice is not None:
+            rng.random(out=out.dice, dtype=np.float32)
+
+    def _window(
+        self, rng: np.random.Generator, height: int, width: int, share: tuple[float, float] = (1.0, 1.0)
+    ) -> tuple[Window, bool]:
+        return draw_window(rng, (height, width), self.augmentation.scale, self.augmentation.flip, share)
+
+
+class LabelledDataset(DrawnDataset):
+    """The samples of a split, for training without a teacher.
+
+    Args:
+        part: which samples of the split; default all.
+        tasks, depth_zoom: as of `DrawnDataset`.
+        labelled_only: whether samples without a label of any of the tasks are left out.
+        fit: how images of another shape are fitted into `size`; a margin of grey has no labels.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: Size,
+        augmentation: Augmentation | None = None,
+        *,
+        part: Part | None = None,
+        tasks: Sequence[str] = (SEGMENTATION,),
+        depth_zoom: DepthZoom = "none",
+        labelled_only: bool = True,
+        fit: Fit = "squash",
+    ) -> None:
+        super().__init__(size, Augmentation() if augmentation is None else augmentation, tasks, depth_zoom)
+        self.split: Split = split
+        self.fit = fit
+        used = (Part() if part is None else part).choose(split.ids)
+        self._labels_used = used.labelled
+        labelled = [number for number in used.samples if self._has_label(number)]
+        self._complete = labelled_only or len(labelled) == len(used.samples)
+        self.indices = labelled if self._complete else used.samples
+
+    @property
+    def own_classes(self) -> ClassList:
+        return self.split.classes
+
+    @property
+    def identity(self) -> str:
+        return f"data {self.split.digest()}"
+
+    def sample_id(self, index: int) -> str:
+        return self.split.ids[self.indices[index]]
+
+    def _has_label(self, number: int, task: str | None = None) -> bool:
+        tasks = self.tasks if task is None else (task,)
+        return number in self._labels_used and any(
+            task in self.tasks and self.split.has_label(number, task) for task in tasks
+        )
+
+    def _label(self, number: int, task: str) -> npt.NDArray[Any] | None:
+        """A label that is used; None where there is none."""
+        return self.split.label(number, task) if self._has_label(number, task) else None
+
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        source = self.indices[index]
+        image = self.split.image(source)
+        label = self._label(source, SEGMENTATION)
+        image_size = image.shape[0], image.shape[1]
+        share = fitted_share(self.fit, image_size, self.size)
+        window, flip = self._window(rng, *image_size, share)
+        render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+        if out.depth is not None:
+            zoom = zoom_of(window, image_size, share) if self.depth_zoom == "divide" else 1.0
+            metres = self._label(source, DEPTH)
+            render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
+        self._jitter(rng, out)
+        self._finish(rng, out)

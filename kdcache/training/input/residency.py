@@ -1,0 +1,130 @@
+"""`--resident`: whether the decoded records of a store stay in memory, and where.
+
+| choice | what stays | when |
+| --- | --- | --- |
+| ram | every array that a sample is read from | a record is kept when it is first read |
+| gpu | the targets, on the device; pixels come from the store | all are read before the first step |
+| off | nothing | |
+| auto | gpu, else ram, else nothing | what takes at most half of what is free; gpu not from a remote store |
+
+Never more than half of the free memory is taken: the page cache, the model and other programs need the rest.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+from kdcache.errors import RecipeError
+from kdcache.store import Cache
+from kdcache.training.input.dataset import DrawnDataset
+from kdcache.training.input.resident_records import DeviceTargets, RamRecords, decoded_bytes
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def keep_records(
+    dataset: DrawnDataset,
+    choice: str,
+    device: torch.device,
+    *,
+    workers: int = 0,
+    among: int = 1,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Let a dataset keep its records in the place that `choice` names.
+
+    Args:
+        choice: auto, ram, gpu or off.
+        workers: workers of the loader; processes share no memory, so each of them would keep records of its own.
+        among: datasets that share what may be taken.
+        note: receives what is kept, or why nothing is.
+    Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the store.
+    """
+    if choice == "gpu" and device.type != "cuda":
+        raise RecipeError(
+            "--resident gpu keeps the targets on a GPU",
+            received=f"--resident gpu on the device {device.type}",
+            remedy="use --resident ram or leave it out",
+        )
+    if choice == "off":
+        return
+    cache = dataset.cache
+    if cache is None:
+        if choice != "auto":
+            raise RecipeError(
+                "--resident keeps the decoded records of a store",
+                received=f"--resident {choice} for a data folder",
+                remedy="leave --resident out, or train from a store",
+            )
+        return
+    on_gpu = choice == "gpu" or (choice == "auto" and device.type == "cuda" and not dataset.remote)
+    if on_gpu and _keep_on_device(dataset, cache, choice, device, note, among):
+        return
+    processes = 1 if dataset.threads_suffice else max(1, workers)
+    if choice == "auto" and processes > 1:
+        note(f"resident: off, {processes} worker processes would each keep records of their own")
+    else:
+        _keep_in_memory(dataset, cache, choice, processes, note, among)
+
+
+def free_bytes() -> int:
+    """Bytes that the system, or this process's control group, could still give, in place of cached files too."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        free = min(free, limit - used + files)
+    return max(0, free)
+
+
+def _keep_on_device(
+    dataset: DrawnDataset, cache: Cache, choice: str, device: torch.device, note: Callable[[str], None], among: int
+) -> bool:
+    """Whether the targets are on the device now. Raises: RecipeError when they must be and do not fit."""
+    needed = decoded_bytes(cache, dataset.target_paths)
+    half = torch.cuda.mem_get_info(device)[0] // 2 // among
+    if needed > half and choice == "gpu":
+        raise _too_large(
+            f"{_gib(needed)} of targets on the GPU", half, "use --resident ram or off, or a smaller --top-k"
+        )
+    if needed > half or not needed:
+        return False
+    dataset.on_device = DeviceTargets.load(cache, device, dataset.heads)
+    note(f"resident: {_gib(needed)} of decoded targets are kept on the GPU (half of free: {_gib(half)})")
+    return True
+
+
+def _keep_in_memory(
+    dataset: DrawnDataset, cache: Cache, choice: str, processes: int, note: Callable[[str], None], among: int
+) -> None:
+    # Processes that share a batch visit all records between them: each comes to keep the whole store.
+    copies = processes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, half = copies * decoded_bytes(cache, dataset.paths), free_bytes() // 2 // among
+    if not needed:
+        note("resident: off, no record is read from this store")
+        return
+    what = f"{_gib(needed)} of decoded records" + (f" in {copies} processes" if copies > 1 else "")
+    if needed <= half:
+        dataset.records = RamRecords(cache, dataset.paths)
+        note(f"resident: {what} are kept in memory (half of free: {_gib(half)})")
+    elif choice == "auto":
+        note(f"resident: off, {what} are more than half of what is free ({_gib(half)})")
+    else:
+        raise _too_large(f"{what} in memory", half, "leave --resident out: the store is read as fast as it decodes")
+
+
+def _too_large(what: str, half: int, remedy: str) -> RecipeError:
+    return RecipeError(
+        "--resident takes at most half of what is free",
+        received=f"{what}, of which half is {_gib(half)}",
+        remedy=remedy,
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2g} GiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,133 @@
+"""Decoded records that stay: in memory, filled as they are first read, or on a GPU, filled before the first step.
+
+Legend: R records of a store, B samples of a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kdcache.data import prefetch
+from kdcache.distill import Batch, Target
+from kdcache.store import Cache
+from kdcache.training.input.batch import Array
+
+TARGET_PARTS = ("values", "indices", "tail")
+"""Parts of a target, in their order; the last two are absent from a dense one."""
+PIXEL_PATHS = ("pixels/image", "labels/segmentation")
+DEPTH_PATH = "labels/depth"
+
+
+class RecordSource(Protocol):
+    """Reads rows of records into a caller's memory: a cache, or a layer before it. Many threads may read at once."""
+
+    def read_into(self, record: int, path: str, out: Array) -> None: ...
+
+
+class RamRecords:
+    """Decoded rows of a store's arrays in memory: a row is read from the store once, and copied from then on.
+
+    Threads need no lock: a row is marked after it is whole, and two that fill it at once write the same bytes. Memory
+    is taken up as it is filled. Pickles empty: every worker process fills its own.
+
+    Args:
+        paths: paths of the arrays that are kept.
+    Memory: `decoded_bytes(cache, paths)`.
+    """
+
+    def __init__(self, cache: Cache, paths: Sequence[str]) -> None:
+        self._cache = cache
+        self._kept = {
+            path: (np.empty((len(cache), *cache.specs[path].shape), cache.specs[path].dtype), bytearray(len(cache)))
+            for path in paths
+        }
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RamRecords, (self._cache, tuple(self._kept))
+
+    def read_into(self, record: int, path: str, out: Array) -> None:
+        """A row of one of `paths`. Raises: as `Cache.read_into` when it is read from the store."""
+        out[...] = self.row(record, path)
+
+    def row(self, record: int, path: str) -> Array:
+        """The kept row itself, which is not to be written to. Raises: as `read_into`."""
+        rows, whole = self._kept[path]
+        row: Array = rows[record]
+        if not whole[record]:
+            self._cache.read_into(record, path, row)
+            whole[record] = 1
+        return row
+
+
+class DeviceTargets:
+    """The targets of all records on a device, where those of a batch are gathered by record number.
+
+    Pickles empty: worker processes draw the numbers alone.
+
+    Args:
+        targets: head -> the target of all records (R, ...).
+    """
+
+    def __init__(self, targets: Mapping[str, Target] | None = None) -> None:
+        self._targets = dict(targets or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return DeviceTargets, ()
+
+    @classmethod
+    def load(
+        cls, cache: Cache, device: torch.device, heads: Sequence[str] | None = None, *, threads: int = 2
+    ) -> "DeviceTargets":
+        """Read the targets of all records of a store.
+
+        Args:
+            heads: of the store; None is all.
+        Raises: KDCacheError of a record that cannot be read.
+        """
+        paths = target_paths(cache, heads)
+        arrays = {
+            path: torch.empty((len(cache), *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
+            for path, spec in ((path, cache.specs[path]) for path in paths)
+        }
+        rows = prefetch(lambda n: cache.read(n, paths), range(len(cache)), threads=threads, ahead=16)
+        for record, row in enumerate(rows):
+            for path in paths:
+                arrays[path][record].copy_(torch.from_numpy(row[path]))
+        return cls(Batch.from_dict(arrays).targets)
+
+    def empty(self, batch_size: int) -> dict[str, Target]:
+        """Allocate memory for the targets of a batch (B, ...), by head."""
+        targets: dict[str, Target] = pytree.tree_map(
+            lambda part: part.new_empty((batch_size, *part.shape[1:])), self._targets
+        )
+        return targets
+
+    def gather_into(self, records_B: Tensor, out: Mapping[str, Target]) -> None:
+        """Gather the targets of a batch into memory that `empty` gave.
+
+        Args:
+            records_B: int64, on the device.
+        """
+        for part, memory in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
+            torch.index_select(_selectable(part), 0, records_B, out=_selectable(memory))
+
+
+def target_paths(cache: Cache, heads: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Paths of the arrays that the targets of some heads of a store consist of; None is all heads."""
+    names = cache.manifest.heads if heads is None else heads
+    paths = (f"targets/{head}/{part}" for head in names for part in TARGET_PARTS)
+    return tuple(path for path in paths if path in cache.specs)
+
+
+def decoded_bytes(cache: Cache, paths: Sequence[str]) -> int:
+    """Bytes that all records of some arrays take in memory."""
+    return len(cache) * sum(cache.specs[path].record_bytes for path in paths)
+
+
+def _selectable(part: Tensor) -> Tensor:
+    """View uint16 as int16 of the same bits: torch gathers no unsigned types wider than a byte."""
+    return part.view(torch.int16) if part.dtype == torch.uint16 else part

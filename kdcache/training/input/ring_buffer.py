@@ -1,0 +1,123 @@
+"""Batches drawn into buffers that are used again and again, ahead of the trainer by threads of this process.
+
+Reading, decoding and rendering release the GIL for nearly all of their time, so threads draw as fast as processes, and
+no batch has to cross from one process to another, which is what bounds `DataLoader`. A ring has `depth` buffers, pinned
+when a GPU copies from them: one is the trainer's, the others are being filled for the steps to come. Without threads
+the caller draws each batch when it takes it.
+
+The content of a batch follows from its step alone, whatever thread draws it and whenever.
+
+Legend: B samples of a batch.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from typing import Any, Protocol
+
+import torch
+
+from kdcache.distill import Batch
+from kdcache.errors import KDCacheError
+from kdcache.training.input.batch import Row
+from kdcache.training.input.sampler import Steps
+
+DEPTH = 4
+"""Buffers: three batches ahead of the one in use."""
+
+Drawn = Future[KDCacheError | None]
+
+
+class Items(Protocol):
+    """Draws by number, safe to call from several threads; an error of a sample is returned, not raised."""
+
+    def empty(self, *leading: int, pin_memory: bool) -> Batch: ...
+    def draw_into(self, draw: int, out: Row) -> KDCacheError | None: ...
+
+
+class Ring:
+    """Iterates over the batches of some steps, in order.
+
+    A batch is the caller's until it takes the next one; then its memory is drawn into again, on a GPU after the work
+    that the current stream has until then. The error of a sample comes in place of its batch.
+
+    Args:
+        steps: draw numbers of each batch.
+        threads: 0 draws in the caller.
+        pin_memory: for batches that a GPU copies.
+    Memory: `depth` batches; without threads one, or two that are pinned.
+    """
+
+    def __init__(
+        self, draws: Items, steps: Steps, *, threads: int = 1, pin_memory: bool = False, depth: int = DEPTH
+    ) -> None:
+        self._draws = draws
+        self._steps = steps
+        self._threads = threads
+        self._pin_memory = pin_memory
+        self._depth = depth if threads else 1 + pin_memory
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Batch | KDCacheError]:
+        count = min(self._depth, len(self._steps))
+        buffers = [_Buffer(self._draws, self._steps.rows, self._pin_memory) for _ in range(count)]
+        if not self._threads:
+            yield from self._on_demand(buffers)
+            return
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="kdcache-loader") as pool:
+            try:
+                yield from self._ahead(pool, buffers)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _on_demand(self, buffers: "list[_Buffer]") -> Iterator[Batch | KDCacheError]:
+        for draws, buffer in zip(self._steps, cycle(buffers), strict=False):
+            yield buffer.draw(draws) or buffer.batch
+            buffer.release()
+
+    def _ahead(self, pool: ThreadPoolExecutor, buffers: "list[_Buffer]") -> Iterator[Batch | KDCacheError]:
+        todo = iter(self._steps)
+        under_way = deque((buffer, self._start(pool, buffer, next(todo))) for buffer in buffers)
+        while under_way:
+            buffer, drawn = under_way.popleft()
+            errors = [part.result() for part in drawn]
+            yield next((error for error in errors if error is not None), buffer.batch)
+            buffer.release()
+            draws = next(todo, None)
+            if draws is not None:
+                under_way.append((buffer, self._start(pool, buffer, draws)))
+
+    def _start(self, pool: ThreadPoolExecutor, buffer: "_Buffer", draws: range) -> list[Drawn]:
+        """One task per thread, not per sample: handing over takes the trainer's own time."""
+        parts = min(self._threads, len(draws))
+        return [pool.submit(buffer.draw, draws, part, parts) for part in range(parts)]
+
+
+class _Buffer:
+    """A batch, its rows, and when a GPU has read what it held before."""
+
+    def __init__(self, draws: Items, rows: int, pin_memory: bool) -> None:
+        self._draws = draws
+        self._pinned = pin_memory
+        self._copied: Any = None
+        self.batch = draws.empty(rows, pin_memory=pin_memory)
+        # numpy's rows: torch's copies would bring threads of their own, which take the cores from the step's.
+        self._rows = [Row.of(self.batch, row) for row in range(rows)]
+
+    def draw(self, draws: range, part: int = 0, parts: int = 1) -> KDCacheError | None:
+        """Draw every `parts`-th row, from `part` on, up to the first error, which is returned."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for draw, row in zip(draws[part::parts], self._rows[part::parts], strict=True):
+            error = self._draws.draw_into(draw, row)
+            if error is not None:
+                return error
+        return None
+
+    def release(self) -> None:
+        """The caller is done with the batch, its GPU after all that the current stream was given."""
+        if self._pinned:
+            self._copied = torch.cuda.current_stream().record_event()

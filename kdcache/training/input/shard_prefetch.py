@@ -1,0 +1,134 @@
+"""Shards of a remote store, fetched while the steps before them still train.
+
+A window of an epoch (sampler.py) begins with all of its shards at once: without reading ahead the step that draws first
+waits for a download. The loader's order is known, so a thread walks over it, a window's length before the trainer, and
+has the shards it meets copied to this machine. An error there is dropped: it occurs again, and is raised, at the read.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from kdcache.errors import KDCacheError
+from kdcache.store import Cache
+from kdcache.training.input.dataset import DrawnDataset
+from kdcache.training.input.sampler import WINDOW_RECORDS, WINDOW_SHARDS, Steps
+
+T = TypeVar("T")
+THREADS = 4
+"""Files under way at once."""
+
+
+class Ahead(Iterable[T]):
+    """A loader's batches, while shards of those to come are fetched.
+
+    Args:
+        loader: gives the batches of `steps`.
+        visit: gives the sample that a draw takes, and its epoch.
+    """
+
+    def __init__(
+        self, loader: Iterable[T], visit: Callable[[int], tuple[int, int]], dataset: DrawnDataset, steps: Steps
+    ) -> None:
+        self._loader = loader
+        self._visit = visit
+        assert dataset.cache is not None
+        self._dataset, self._cache = dataset, dataset.cache
+        self._steps = steps
+        self._ahead = max(1, window_samples(dataset) // steps.batch_size)
+
+    def __len__(self) -> int:
+        assert isinstance(self._loader, Sized)
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[T]:
+        return self._read(iter(self._loader))  # here, not at the first batch: see device_prefetch.py
+
+    def _read(self, batches: Iterator[T]) -> Iterator[T]:
+        free, ended = threading.Semaphore(self._ahead), threading.Event()
+        pool = ThreadPoolExecutor(1 + THREADS, thread_name_prefix="kdcache-ahead")
+        pool.submit(self._walk, pool, free, ended)
+        try:
+            for batch in batches:
+                free.release()
+                yield batch
+        finally:
+            ended.set()
+            free.release()
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(batches, Generator):
+                batches.close()
+
+    def _walk(self, pool: ThreadPoolExecutor, free: threading.Semaphore, ended: threading.Event) -> None:
+        met: dict[int, int] = {}  # shard -> the last step that reads it
+        for step, draws in enumerate(self._steps):
+            free.acquire()
+            for shard in map(self._shard, draws):
+                if ended.is_set():
+                    return
+                if self._is_due(met.get(shard), step):
+                    fetches = [pool.submit(self._fetch, shard, path) for path in read_paths(self._dataset)]
+                    with suppress(CancelledError):  # at the end; `wait` would not see it, and wait for ever
+                        for fetch in fetches:
+                            fetch.result()
+                met[shard] = step
+
+    def _is_due(self, last: int | None, step: int) -> bool:
+        """Whether a shard may have made room since the step that last met it; records in memory need none again."""
+        resident = self._dataset.records is not self._cache
+        return last is None or (step - last > self._ahead and not resident)
+
+    def _shard(self, draw: int) -> int:
+        record = self._dataset.record(*self._visit(draw))
+        return record // self._cache.manifest.build.shard_records
+
+    def _fetch(self, shard: int, path: str) -> None:
+        with suppress(KDCacheError):
+            self._cache.fetch(shard, path)
+
+
+def reads_ahead(dataset: DrawnDataset) -> bool:
+    """Whether a window and what is read ahead of it fit into the copies: else each would make room for the other."""
+    cache = dataset.cache
+    if cache is None or not dataset.remote:
+        return False
+    room = cache.place.room
+    return room is None or _bytes(dataset, cache, 3 * window_samples(dataset)) <= room
+
+
+def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
+    """Note when the copies of a remote store must make room for one another all the time."""
+    cache = dataset.cache
+    if cache is None or not dataset.remote:
+        return
+    room = cache.place.room
+    needed = _bytes(dataset, cache, 2 * window_samples(dataset) if shuffle == "window" else len(dataset))
+    if room is not None and needed > room:
+        note(
+            f"--cache-bytes: {room:,} bytes of copies are fewer than the {needed:,} that are read in turns; "
+            "shards will be fetched again and again"
+        )
+
+
+def window_samples(dataset: DrawnDataset) -> int:
+    """The least number of samples that a window of an epoch has; it may have up to twice as many."""
+    return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * (dataset.shard_records or 1)))
+
+
+def read_paths(dataset: DrawnDataset) -> tuple[str, ...]:
+    """Paths of the arrays that draws read from the store."""
+    resident = () if dataset.on_device is None else dataset.target_paths
+    return tuple(path for path in dataset.paths if path not in resident)
+
+
+def _bytes(dataset: DrawnDataset, cache: Cache, samples: int) -> int:
+    """Bytes that the shards of `samples` samples take, as they are stored."""
+    ledger = cache.ledger
+    if ledger is None:
+        return 0
+    prefixes = tuple(f"{path}/c/" for path in read_paths(dataset))
+    files = [file for shard in range(len(ledger)) for file in ledger.record(shard).files.items()]
+    total = sum(file.bytes for key, file in files if key.startswith(prefixes))
+    return -(-total * min(samples, len(dataset)) // len(dataset))

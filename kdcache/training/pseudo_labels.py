@@ -1,0 +1,158 @@
+"""What a teacher gives images without labels, looked at before a training's first step.
+
+How much of its pseudo labels a threshold keeps, and whether it still knows most classes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdcache.distill import MergedTargets, Target
+from kdcache.distill.terms import TermSpec
+from kdcache.distill.terms.spec import reads_teacher
+from kdcache.distill.terms.unlabelled.consistency import Consistency
+from kdcache.distill.terms.unlabelled.pseudo import Pseudo, confidence_of
+from kdcache.errors import RecipeError
+from kdcache.metrics.calibration import ConfidenceCounts, Coverage
+from kdcache.store import Cache, Records
+from kdcache.training.config import TrainConfig
+from kdcache.training.criterion import label_counts, stored_targets, target_counts
+from kdcache.training.input.dataset import DrawnDataset
+from kdcache.training.input.resident_records import TARGET_PARTS
+
+LOOKED_AT = 64
+"""Samples on which the share of pixels with a pseudo label is estimated."""
+KNOWN = 0.5
+"""The share of the labels' classes that a teacher has to know, by the entropy of both."""
+_DEFAULTS = {"pseudo": Pseudo.default_threshold, "consistency": Consistency.default_threshold}
+LITTLE = 0.5
+"""The share of pixels with a pseudo label below which it is worth a note."""
+
+
+def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = False) -> Iterator[str]:
+    """Notes on thresholds that keep less than half of the pixels, of the first views of some samples.
+
+    Args:
+        config: of a training of one source, or of a stream.
+        dataset: its classes are the training's: where a class map merges a store's, a pseudo label is as sure as the
+            sum of their probabilities.
+        pasted: whether samples of another stream are pasted into it, whose labels it learns.
+    Raises: RecipeError for a threshold that keeps none of any sample, where nothing else is learnt of these.
+    """
+    cache = dataset.cache
+    if cache is None or not config.reads_targets:
+        return
+    active = [term for term in config.terms if term.weight != 0]
+    specs = [term for term in active if _of_store(term) and term.quantile is None]
+    labels = config.ce_weight > 0 and (pasted or (config.labels != "none" and bool(dataset.labelled)))
+    alone = len(active) == len(specs) and not labels and not config.wants_kl
+    targets = stored_targets(cache, dataset)
+    for threshold in dict.fromkeys(spec.threshold or _DEFAULTS[spec.kind] for spec in specs):
+        samples = cache.manifest.dataset.samples
+        some = range(0, samples, -(-samples // LOOKED_AT))
+        counts = _counts(cache, targets, some)
+        coverage, half = counts.coverage(threshold), f"{counts.threshold_keeping(LITTLE):.2g}"
+        if any(coverage.selected) or _keeps_any(cache, targets, threshold, counts, some):
+            if coverage.total_share < LITTLE:
+                yield (
+                    f"pseudo labels from {threshold:g} are on {100 * coverage.total_share:.3g} % of the pixels "
+                    f"({_by_class(dataset, coverage)}), by {len(some)} of {samples} samples; {half} would keep half. "
+                    "Look at the teacher's mIoU, or lower the threshold"
+                )
+            continue
+        none = _none_found(cache, threshold, counts)
+        if alone:
+            raise none
+        yield f"no pseudo labels: {none.received}. Remedy: {none.remedy}"
+
+
+def _of_store(term: TermSpec) -> bool:
+    """Whether a term learns pseudo labels of a store's targets."""
+    return term.kind in _DEFAULTS and reads_teacher(term)
+
+
+def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
+    """The confidences of the first views of samples, in the classes of `targets`."""
+    records, counts = Records.of(cache), ConfidenceCounts(targets.num_classes)
+    for sample in samples:
+        arrays = records.target(cache.manifest.record(sample))
+        parts = {name: array for name, array in arrays.items() if name in TARGET_PARTS}
+        target = Target(**{name: torch.from_numpy(np.ascontiguousarray(part))[None] for name, part in parts.items()})
+        own = target if isinstance(targets, Cache) else targets.merged(target)
+        argmax_1HW, confidence_1HW = confidence_of(own, targets)
+        counts.update(argmax_1HW[0], confidence_1HW[0], None)
+    return counts
+
+
+def _keeps_any(
+    cache: Cache, targets: Cache | MergedTargets, threshold: float, counts: ConfidenceCounts, counted: range
+) -> bool:
+    """Whether a threshold keeps a pixel of a sample that is not yet counted; adds what it looks at to `counts`."""
+    for sample in range(cache.manifest.dataset.samples):
+        if sample in counted:
+            continue
+        own = _counts(cache, targets, range(sample, sample + 1))
+        counts.predicted_CV += own.predicted_CV
+        if own.highest >= threshold:
+            return True
+    return False
+
+
+def _none_found(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
+    dataset = cache.manifest.dataset
+    return RecipeError(
+        "pseudo labels are pixels of which the teacher is sure, and something must be learnt",
+        received=f"none from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
+        f"the surest pixel has {counts.highest:.2g}",
+        remedy=f"give a threshold of {counts.threshold_keeping(LITTLE):.2g}, which keeps half; but look at the "
+        "teacher's mIoU first: below 0.5 it needs more training",
+    )
+
+
+def _by_class(dataset: DrawnDataset, coverage: Coverage) -> str:
+    shares = zip(dataset.classes.names, coverage.shares, strict=True)
+    return ", ".join(f"{name} {100 * share:.2g} %" for name, share in shares if share == share) or "no class"
+
+
+def check_collapse(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
+    """A note on a teacher that gives few classes to samples without labels, or None.
+
+    Classes are counted by the exponential of their entropy: a class of few pixels hardly counts. A student that
+    learns from such a teacher, and teaches in its turn, ends with one class.
+
+    Args:
+        config: of a stream that learns from targets without labels. dataset: its samples.
+        labelled: the samples of all streams that learn from labels of classes.
+    Raises: RecipeError with `--collapse refuse`.
+    """
+    if dataset.cache is None or not config.reads_logits or config.teacher == "labels" or not labelled:
+        return None
+    taught = target_counts(dataset.cache, dataset)
+    shown = np.sum([label_counts(own) for own in labelled], 0)
+    of_teacher, of_labels = effective_classes(taught), effective_classes(shown)
+    if of_teacher >= KNOWN * of_labels:
+        return None
+    names = dataset.classes.names
+    shares = [counts / max(1, counts.sum()) for counts in (taught, shown)]
+    table = ", ".join(
+        f"{names[number]} {100 * shares[0][number]:.1f} % ({100 * shares[1][number]:.1f} %)"
+        for number in np.argsort(-shares[1], kind="stable").tolist()
+    )
+    error = RecipeError(
+        "a teacher of images without labels knows at least half as many classes as the labels",
+        received=f"{dataset.cache.place}: {of_teacher:.1f} classes beside {of_labels:.1f} of the labels, by entropy; "
+        f"targets (labels): {table}",
+        remedy="look at the teacher's mIoU on such images; teach with an earlier round or a higher threshold, or force "
+        "it by --collapse note",
+    )
+    if config.collapse == "refuse":
+        raise error
+    return f"{error.received}. Remedy: {error.remedy}"
+
+
+def effective_classes(counts: npt.NDArray[np.int64]) -> float:
+    """The number of equally frequent classes with the entropy of these counts; 0 of none."""
+    p = counts[counts > 0] / max(1, counts.sum())
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0

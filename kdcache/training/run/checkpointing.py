@@ -1,0 +1,197 @@
+"""The files that a run writes while it trains, and goes on from: weights, checkpoints, the result."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kdcache.distill import Criterion
+from kdcache.errors import ModelError, RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.models import SegmentationModel
+from kdcache.models.run import write_weights
+from kdcache.run_folder import RESULT
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.training.config import TrainConfig
+from kdcache.training.distributed import World
+from kdcache.training.run.checkpoint_file import EMA, keep_checkpoint, load_checkpoint, save_checkpoint
+from kdcache.training.run.metrics_log import write_json
+from kdcache.training.step.eager import EagerStep, random_state
+from kdcache.training.step.ema import ModelEma
+from kdcache.training.step.optim import Schedule, load_optimizer
+
+
+@dataclass
+class Progress:
+    """The plain values of a checkpoint, beside the states of model, loss, optimizer and schedule.
+
+    Attributes:
+        seconds: seconds of training.
+        cpu_seconds: processor time of the steps, of all threads of this process.
+        best_score: mIoU; of depth alone, the rmse below 0.
+        waited: seconds of these that were spent waiting for data.
+        prepared: seconds of preparing a step, which are no training.
+        unjudged: whether the validation of the last step is to be made, which a damaged sample had stopped.
+    """
+
+    step: int = 0
+    best_score: float = -math.inf
+    best_step: int = 0
+    ema_best_score: float = -math.inf
+    ema_best_step: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    waited: float = 0.0
+    prepared: float = 0.0
+    unjudged: bool = False
+
+
+class RunState:
+    """The owners of everything that a checkpoint holds, and the folder that it goes to.
+
+    Args:
+        step: owner of the model, loss and optimizer.
+        ema: moving average of the model; None in a training without.
+        world: all processes call every method; the first one writes.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        step: EagerStep,
+        schedule: Schedule,
+        world: World,
+        ema: ModelEma | None = None,
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._model: SegmentationModel = step.model
+        self._criterion: Criterion = step.criterion
+        self._optimizer = step.optimizer
+        self._device = step.device
+        self._schedule = schedule
+        self._ema = ema
+        self._world = world
+        self.now = Progress()
+
+    def restore(self) -> dict[str, Tensor] | None:
+        """Go on from the checkpoint; returns this process's random state, None when it has none of this rank.
+
+        Raises: ModelError when the checkpoint is of another model; RecipeError when it cannot be read.
+        """
+        state = load_checkpoint(self._run, self._device)
+        if state is None:
+            return None
+        try:
+            self._model.load_state_dict(state["model"])
+            self._criterion.load_state_dict(state["criterion"])
+        except RuntimeError as error:
+            raise ModelError(
+                "a run resumes with the model it was begun with",
+                received=f"{self._config.model} has other tensors than the checkpoint in {self._run}",
+                remedy="restore the model's code, or give another --out",
+            ) from error
+        load_optimizer(self._optimizer, state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        if self._ema is not None:
+            self._ema.load_state_dict(state[EMA])
+        self.now = Progress(**state["progress"])
+        states = [state["random"], *state["random"].get("others", [])]
+        return states[self._world.rank] if self._world.rank < len(states) else None
+
+    def check_same(self) -> None:
+        """Raises: RecipeError when the processes would go on from different steps."""
+        steps = self._world.gather(self.now.step)
+        if len(set(steps)) > 1:
+            raise RecipeError(
+                "all processes go on from the same checkpoint",
+                received=f"they begin at the steps {', '.join(map(str, steps))}",
+                remedy=f"let every machine see the folder {self._run}, under this path",
+            )
+
+    def keep_best(self, score: float, *, ema: bool = False) -> bool:
+        """Write the weights as the best where no validation of theirs scored higher; returns whether that is so.
+
+        Args:
+            ema: the score is that of the moving average, which has a best of its own.
+        """
+        now = self.now
+        if not score > (now.ema_best_score if ema else now.best_score):
+            return False
+        if ema:
+            now.ema_best_score, now.ema_best_step = score, now.step
+        else:
+            now.best_score, now.best_step = score, now.step
+        self._write_weights("best", ema=ema)
+        return True
+
+    def _write_weights(self, which: str, *, ema: bool = False) -> None:
+        """Write the weights of `which`: best or last; with `ema` their moving average."""
+        averages = self._ema.in_place() if ema and self._ema is not None else nullcontext()
+        with self._world.together(), disk_space_errors(self._run):
+            if self._world.first:
+                with averages:
+                    write_weights(self._run, f"{which}-ema" if ema else which, self._model)
+
+    def save(self) -> None:
+        """Replace the checkpoint."""
+        own, *others = self._world.gather(random_state(self._device))
+        with self._world.together():
+            if self._world.first:
+                state = {
+                    "model": self._model.state_dict(),
+                    "criterion": self._criterion.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "schedule": self._schedule.state_dict(),
+                    "progress": vars(self.now),
+                    "random": {**own, "others": others} if others else own,
+                }
+                if self._ema is not None:
+                    state[EMA] = self._ema.state_dict()
+                save_checkpoint(self._run, state)
+
+    def keep(self) -> None:
+        """Keep the checkpoint that was just saved under a name of its own."""
+        with self._world.together():
+            if self._world.first:
+                keep_checkpoint(self._run, self.now.step)
+
+    def finish(self, judged: str = SEGMENTATION) -> dict[str, Any]:
+        """Write the last weights and result.json; returns its content.
+
+        Args:
+            judged: the task whose scores chose the best weights.
+        """
+        now = self.now
+        self._write_weights("last")
+        if not now.best_step:  # nothing validated, or nothing that could be scored
+            self._write_weights("best")
+        result = {
+            "iterations": now.step,
+            "best_miou": now.best_score if now.best_step and judged == SEGMENTATION else None,
+            "best_step": now.best_step or now.step,
+            "seconds": round(now.seconds, 3),
+            "cpu_seconds": round(now.cpu_seconds, 3),
+            "images_per_second": round(self._config.batch_size * now.step / max(now.seconds, 1e-9), 3),
+            "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
+            "prepared_seconds": round(now.prepared, 3),
+        }
+        if judged == DEPTH and now.best_step:
+            result["best_depth_rmse"] = -now.best_score
+        if self._ema is not None:
+            if judged == DEPTH and now.ema_best_step:
+                result["ema_best_depth_rmse"] = -now.ema_best_score
+            self._write_weights("last", ema=True)
+            if not now.ema_best_step:
+                self._write_weights("best", ema=True)
+            scored = now.ema_best_step and judged == SEGMENTATION
+            result["ema_best_miou"] = now.ema_best_score if scored else None
+            result["ema_best_step"] = now.ema_best_step or now.step
+        with self._world.together(), disk_space_errors(self._run):
+            if self._world.first:
+                write_json(self._run / RESULT, result)
+        return result

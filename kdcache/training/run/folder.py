@@ -1,0 +1,231 @@
+"""The folder of a run: new, empty, or the very run that goes on; and its files from before the first step."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.data import changed_data, open_split
+from kdcache.errors import RecipeError
+from kdcache.files import clear_partials, is_partial, write_whole
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.locks import is_lock
+from kdcache.models import SegmentationModel
+from kdcache.models.run import describe_weights, write_run_model
+from kdcache.models.weights import DEPTH_HEAD
+from kdcache.run_folder import ENVIRONMENT, LOCAL, METRICS, MODEL, RECIPE, Run, RunModel, RunStream, write_local
+from kdcache.run_samples import SAMPLES, RunSamples
+from kdcache.settings import entries
+from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
+from kdcache.shown import bare
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.store.format.flags import pack_flags
+from kdcache.training.config import TrainConfig, read_config
+from kdcache.training.input.dataset import DrawnDataset
+from kdcache.training.run.checkpoint_file import KEPT
+from kdcache.training.run.lock import LOCK, RunLock
+from kdcache.training.run.metrics_log import environment, write_json
+
+BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS, LOCAL, SAMPLES}
+EVENTS = "events.out.tfevents."  # of tensorboard
+# What may change between a run's start and its resumption without changing what it learns.
+PLACES = {*entries(SourceSettings, CopySettings), "cache", "val"}
+EXECUTION = {*entries(MachineSettings), "name", "workers", "log", "log_every", "keep_every", "step", "impl", "resident"}
+FREE_ON_RESUME = PLACES | EXECUTION
+
+
+def identity_of(datasets: Sequence[DrawnDataset]) -> str:
+    """A text that identifies the samples of a training: of its data set or store, or of all its streams in order."""
+    identities = [dataset.identity for dataset in datasets]
+    if len(identities) == 1:
+        return identities[0]
+    return f"streams {hashlib.sha256(json.dumps(identities).encode()).hexdigest()}"
+
+
+def check_folder(
+    config: TrainConfig, run: Path, resume: bool, identity: str, samples: RunSamples | None = None
+) -> None:
+    """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to be resumed.
+
+    Args:
+        identity: `identity_of` the training data. samples: theirs, which a resumed run compares.
+    Raises: RecipeError for any other folder; MismatchError for data that changed.
+    """
+    if resume and not run.exists() and not _torchrun_restarts():
+        raise RecipeError(
+            "--resume goes on with a run that is there",
+            received=f"{run}, which does not exist{_near(run)}",
+            remedy="correct --out, or leave --resume out to begin a run there (torchrun --max-restarts may begin it)",
+        )
+    if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
+        return
+    if not (run / RECIPE).is_file():
+        raise RecipeError(
+            "--out is a new or empty folder, or a run to resume",
+            received=f"{run} holds something else",
+            remedy="give another --out",
+        )
+    untrained = _is_untrained(run)
+    if not resume and untrained:
+        return
+    if not resume:
+        raise RecipeError(
+            "a run is not overwritten",
+            received=f"{run} holds a run already",
+            remedy="add --resume to go on with it, or give another --out",
+        )
+    before = read_config(run)
+    changed = [
+        f"--{name.replace('_', '-')} {getattr(config, name)} (was {getattr(before, name)})"
+        for name in TrainConfig.model_fields
+        if name not in FREE_ON_RESUME and _fixed(config, name) != _fixed(before, name)
+    ]
+    # Folders may move, what is in them may not change.
+    if (config.val is None) != (before.val is None):
+        changed.append(f"--val {config.val} (was {before.val})")
+    if not changed and samples is not None:
+        check_samples(run, samples)
+    if (run / MODEL).is_file() and Run.open(run).model.trained_on not in ("", identity):
+        changed.append("another store or data set than it was begun with")
+    if changed:
+        raise RecipeError(
+            "a run resumes with the settings it was begun with",
+            received=", ".join(changed),
+            remedy="repeat the first command and add --resume, or give another --out"
+            + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
+        )
+
+
+def check_samples(run: Path, samples: RunSamples) -> None:
+    """Refuse to resume a run on data that changed since it was begun. Raises: MismatchError naming the samples."""
+    before = RunSamples.read(run)
+    if before is not None and (changes := before.changes(samples)):
+        remedy = (
+            "restore the data set, or begin another run with a new --out. If you only saved its files in another "
+            f"format, delete {run / SAMPLES}, which has digests of the files"
+        )
+        raise changed_data(run, changes, None, remedy)
+
+
+def _torchrun_restarts() -> bool:
+    """Whether torchrun starts this command again when a process dies: one command then begins and resumes a run."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def _fixed(config: TrainConfig, name: str) -> Any:
+    """The value of a setting as far as it may not change: of streams without their places, of files without folders."""
+    value = getattr(config, name)
+    if name in ("model", "init") and value is not None:
+        return bare(str(value))
+    return [{k: v for k, v in table.items() if k not in PLACES} for table in value] if name == "stream" else value
+
+
+def _means_nothing(path: Path) -> bool:
+    """Whether a path is left over from a run that was killed before it began."""
+    return is_lock(path, LOCK) or is_partial(path)
+
+
+def _is_untrained(run: Path) -> bool:
+    """Whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
+    return (run / MODEL).is_file() and all(
+        path.name in BEGINNING or path.name.startswith(EVENTS) or _means_nothing(path) for path in run.iterdir()
+    )
+
+
+def _near(run: Path) -> str:
+    """A text that names existing runs beside `run` whose names are like its own, or nothing."""
+    beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
+    near = difflib.get_close_matches(run.name, beside, n=3)
+    return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
+
+
+def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
+    """Make the folder, lock it and check it again, for another command may have begun there. Raises: RecipeError."""
+    with disk_space_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+    if lock is not None:
+        lock.take()
+    check_folder(config, run, resume, identity)
+
+
+def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | Path | None = None) -> tuple[str, ...]:
+    """The heads of classes and of depth that stay at random: they begin so, and nothing is learnt of them.
+
+    Args:
+        tasks: those that are learnt; of features alone there are none, and no head is named then.
+        init: the weights that the model begins with, whose run may have learnt nothing of a head itself.
+    """
+    report = model.load_report
+    begun = None if init is None else describe_weights(init)
+    before = () if begun is None else begun.untrained
+    at_random = {SEGMENTATION: model.classifier_keys, DEPTH: (DEPTH_HEAD,)}
+    return tuple(
+        head
+        for head in model.head_kinds
+        if tasks and head in at_random and head not in tasks
+        if report is None or head in before or any(name.startswith(at_random[head]) for name in report.reinitialised)
+    )
+
+
+def write_beginning(
+    config: TrainConfig,
+    run: Path,
+    model: SegmentationModel,
+    datasets: Sequence[DrawnDataset],
+    processes: int,
+    samples: RunSamples | None,
+) -> None:
+    """Write the files that a reader of the folder needs, before the first step."""
+    assert config.size is not None
+    classes = datasets[0].classes
+    with disk_space_errors(run):
+        clear_partials(run)
+        clear_partials(run / KEPT)
+        # First and whole: its presence marks the folder as a run, which may be resumed whatever else is missing.
+        write_whole(run / RECIPE, config.to_toml())
+        settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+        write_local(run, model.deployed.spec, settings)
+        run_model = RunModel(
+            spec=model.deployed.spec,
+            class_names=classes.names,
+            class_colours=classes.colours,
+            size=config.size,
+            fit="squash" if config.fit == "auto" else config.fit,
+            mean=model.mean,
+            std=model.std,
+            trained_on=identity_of(datasets),
+            labels=pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None,
+            heads=model.regressions,
+            untrained=model.untrained,
+            streams=_streams(config, datasets) if len(datasets) > 1 else (),
+            stores=_stores(config, datasets),
+            validated_on="" if config.val is None else open_split(config.val, config.val_split).digest(),
+        )
+        write_run_model(run, run_model)
+        if samples is not None:
+            samples.write(run)
+        write_json(run / ENVIRONMENT, environment() | {"processes": processes})
+
+
+def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str, ...]:
+    """The seals of the stores whose targets the run learns from, each once."""
+    seals = dict[str, None]()
+    for stream, dataset in zip(config.streams, datasets, strict=True):
+        ledger = None if dataset.cache is None else dataset.cache.ledger
+        if stream.weight > 0 and stream.config.reads_targets and ledger is not None:
+            seals[ledger.completion.digest] = None
+    return tuple(seals)
+
+
+def _streams(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[RunStream, ...]:
+    """What the run learns from each of its streams."""
+    recorded = []
+    for stream, dataset in zip(config.streams, datasets, strict=True):
+        own, learns = stream.config, stream.weight > 0
+        labels = dataset.labels_used & (learns and own.learns_labels)
+        taught = learns and own.reads_targets
+        recorded.append(RunStream(ids_digest=dataset.ids_digest, labels=pack_flags(labels), taught=taught))
+    return tuple(recorded)

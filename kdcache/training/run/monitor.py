@@ -1,0 +1,222 @@
+"""Checks of the numbers of a training: losses that must stay finite, terms whose weight is worth a note."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import MismatchError, ModelError
+from kdcache.heads import DEPTH
+from kdcache.metrics import Metrics, at_chance
+from kdcache.store import Cache
+from kdcache.training.distributed import World
+
+LITTLE, MUCH = 0.01, 10.0
+"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a note."""
+MUCH_AT_FIRST = 100.0
+"""The upper bound at the first step: there `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
+STARVING = 0.1
+"""The norm of a task's gradient, beside the other task's, below which it starves, if it is so at two looks running."""
+WON, WON_LOOKS = 0.01, 10
+"""A discriminator has won whose loss was below the first at so many logged steps running: chance is log 2, or 1/4."""
+UNSURE_LOOKS = 3
+"""Logged steps running without a confident pixel that are worth a note."""
+SOON = 100
+"""The step of a second measurement, where norms have settled and little is lost yet."""
+
+TARGET_VALUES = "targets/segmentation/values"
+_LEAST_CLASSES = 4
+_SURE, _SHARE_OF_SURE = 0.9, 0.01
+_ROUNDING = 0.04
+"""The rounding of five bits of mantissa, which codec small keeps, and of their mean."""
+
+
+def measures_norms(step: int, every: int) -> bool:
+    """Whether gradient norms are measured at a step: the first, every so many, and soon after the first."""
+    return every > 0 and (step % every == 0 or step == SOON < every)
+
+
+def check_logits(cache: Cache, *, needed: bool = True) -> None:
+    """Refuse a store of a teacher that returned probabilities, as far as its first target shows it.
+
+    Targets are stored less their largest, so probabilities p as p - max p. These give max p, for all sum to 1, and then
+    show that none is below 0: with logits as far apart, and more than a few classes, that does not happen.
+    Args:
+        needed: whether targets of classes are read; False lets a store without them pass.
+    Raises: MismatchError; StoreError for a store without targets of classes that are needed.
+    """
+    if cache.manifest.segmentation is None and not needed:
+        return
+    if not cache.head.dense or cache.num_classes < _LEAST_CLASSES:
+        return
+    values_Chw = cache.read(0, [TARGET_VALUES])[TARGET_VALUES].astype(np.float64)
+    largest_hw = (1 - values_Chw.sum(0)) / len(values_Chw)
+    sharp = (values_Chw.min(0) < -_SURE).mean() > _SHARE_OF_SURE
+    if sharp and (values_Chw + largest_hw >= -_ROUNDING).all():
+        raise MismatchError(
+            "a store holds the logits of its teacher",
+            received=f"{cache.place} holds probabilities: of each pixel of its first record they sum to 1",
+            remedy="build it again from a teacher that returns what comes before its softmax; labels alone can be "
+            "learnt from this store with --method none",
+        )
+
+
+def outcome(metrics: Metrics) -> str | None:
+    """A note on a training whose last validation is no better than chance; None for any other."""
+    nothing = at_chance(metrics)
+    if nothing is None:
+        return None
+    return f"at its end the model {nothing}: train longer, try another --lr, and check labels with kdcache data check"
+
+
+class Watch:
+    """Checks losses on demand, several steps at once: on a GPU, reading every one would stall the queue.
+
+    Args:
+        names: names of the loss, its parts and tasks.
+        sample_ids: gives the ids of the batch of a step, each after its stream's name and a colon.
+        part_tasks: the task of each part, by its name.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        world: World,
+        sample_ids: Callable[[int], Sequence[str]],
+        part_tasks: Mapping[str, str] | None = None,
+    ) -> None:
+        self.names = names
+        self._part_tasks = dict(part_tasks or {})
+        self._starving = set[str]()
+        self._looks = dict[str, int]()
+        self._world = world
+        self._sample_ids = sample_ids
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self._noted = set[str]()
+
+    def add(self, step: int, losses: Tensor) -> None:
+        """Add the losses of a step, on their device, to be checked later."""
+        self._unchecked.append((step, losses))
+
+    def check_finite(self) -> list[float]:
+        """Check the losses since the last check; returns the newest, in the order of the names.
+
+        Raises: ModelError when one is not finite, with its term, iteration and records.
+        """
+        if not self._unchecked:
+            return []
+        rows = self._world.mean(torch.stack([row for _, row in self._unchecked])).tolist()
+        for (step, _), row in zip(self._unchecked, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                raise self._not_finite(step, dict(zip(self.names, row, strict=True)))
+        self._unchecked.clear()
+        return list(rows[-1])
+
+    def _not_finite(self, step: int, values: Mapping[str, float]) -> ModelError:
+        """The error of a step whose loss is not finite: its terms with their heads and streams, and its records."""
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        terms = [name for name in wrong if name in self._part_tasks]
+        streams = {f"{stream}:" for stream, slash, _ in (name.rpartition("/") for name in terms) if slash}
+        ids = [own for own in self._sample_ids(step) if not streams or own.startswith(tuple(streams))]
+        depth = any(self._part_tasks[name] == DEPTH for name in terms)
+        return ModelError(
+            "a loss must stay finite",
+            received=f"{' and '.join(map(self._term, terms)) or 'the loss'} is {values[(terms or wrong)[0]]} at "
+            f"iteration {step + 1}, records {', '.join(ids)}",
+            remedy="clip the gradient, --clip-grad 1; then lower --lr, or add --warmup; then look at "
+            + ("the depth of those records, its unit and range: kdcache data check" if depth else "those records")
+            + "; the last checkpoint is untouched",
+        )
+
+    def _term(self, name: str) -> str:
+        """Words for a part of the loss."""
+        stream, slash, term = name.rpartition("/")
+        return f"term {term} of the head {self._part_tasks[name]}" + (f" in the stream {stream}" if slash else "")
+
+    def starving(self, tasks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+        """Notes, once each, on a task whose gradient is small beside the other's at two looks running.
+
+        Args:
+            tasks: weight, norm and ratio of each, by name (`task_lines`).
+        """
+        for task, own in tasks.items():
+            if own["weight"] == 0 or not own["ratio"] < STARVING:
+                self._starving.discard(task)
+            elif task not in self._starving:
+                self._starving.add(task)
+            elif f"task {task}" not in self._noted:
+                self._noted.add(f"task {task}")
+                (other,) = (name for name in tasks if name != task)
+                yield (
+                    f"the head {task} starves: at two looks running its gradient over the shared parameters was below "
+                    f"{STARVING:g} times that of {other}, now {own['ratio']:.2g} times; {_evened(tasks)}"
+                )
+
+    def won(self, values: Mapping[str, float]) -> Iterator[str]:
+        """Notes, once each, on discriminators whose loss was near 0 at all of the last looks.
+
+        Args:
+            values: losses of a step, by name.
+        """
+        for name, value in values.items():
+            stream, slash, part = name.rpartition("/")
+            kind, _, head = part.partition("_")[0].partition("-")
+            if kind != "discriminator":
+                continue
+            self._looks[name] = self._looks.get(name, 0) + 1 if value < WON else 0
+            if self._looks[name] >= WON_LOOKS and name not in self._noted:
+                self._noted.add(name)
+                yield (
+                    f"the discriminator{f' of the {head} head' if head else ''}"
+                    f"{f' of the stream {stream}' if slash else ''} wins: at {WON_LOOKS} looks "
+                    f"running its loss was below {WON:g}, now {value:.2g}. It tells the streams apart with ease and "
+                    "the student learns little from it: raise the term's weight, or use loss=least-squares"
+                )
+
+    def unsure(self, values: Mapping[str, float], *, last: bool) -> Iterator[str]:
+        """Notes, once each, on streams without a single confident pixel at some looks running, or at the last.
+
+        Args:
+            values: losses of a step, by name.
+        """
+        for name, value in values.items():
+            stream, slash, part = name.rpartition("/")
+            if part.partition("_")[0] != "confident":
+                continue
+            self._looks[name] = 0 if value > 0 else self._looks.get(name, 0) + 1
+            none = self._looks[name] >= UNSURE_LOOKS or (last and self._looks[name] > 0)
+            if none and name not in self._noted:
+                self._noted.add(name)
+                yield (
+                    f"not a single pixel{f' of the stream {stream}' if slash else ''} is confident, at "
+                    f"{self._looks[name]} looks running: consistency teaches nothing so far. Labels have to make the "
+                    "student sure first; else lower the threshold of the term, or jitter less"
+                )
+
+    def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
+        """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's.
+
+        A stream's terms stand beside its own cross-entropy.
+        """
+        for name, norm in norms.items():
+            stream, slash, part = name.rpartition("/")
+            ce = norms.get(f"{stream}{slash}ce", 0.0)
+            share = norm / ce if ce and part not in ("ce", "loss") else 1.0
+            if LITTLE <= share <= (MUCH_AT_FIRST if step == 0 else MUCH) or name in self._noted:
+                continue
+            self._noted.add(name)
+            verdict = "hardly does anything" if share < LITTLE else "dominates the loss"
+            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
+
+
+def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    """Words on the fixed weights, of sum 1, with which the gradients of all tasks have one norm."""
+    plain = {task: own["norm"] / own["weight"] for task, own in tasks.items() if own["weight"] > 0}
+    silent = [task for task, norm in plain.items() if norm == 0]
+    if silent:
+        return f"no weight would balance them, for {' and '.join(silent)} has no gradient there at all"
+    whole = sum(1 / norm for norm in plain.values())
+    flags = " ".join(f"--task-weight {task}={1 / norm / whole:.2g}" for task, norm in plain.items())
+    return f"{flags} would balance them"

@@ -1,0 +1,298 @@
+"""The metrics of a training, sent to TensorBoard, Weights & Biases or Trackio as it goes, beside metrics.jsonl.
+
+| `--log` | where it goes | a resumed run |
+| --- | --- | --- |
+| tensorboard | event files in the run folder: `tensorboard --logdir runs` | goes on from its checkpoint |
+| wandb | by its environment; into RUN/wandb without a login | goes on under the id in RUN/wandb-id.txt |
+| trackio | by its environment; else its own folder: `trackio show` | goes on under its name |
+
+A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
+`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/seg_miou` (the same number, named as beside another
+task), `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`, of depth `val/depth_rmse` and the other metrics, and
+with `--ema` the same below `val_ema/`. Where two tasks are learnt, `train/balance/<task>` is the weight of each,
+`train/tasks/<task>` its loss, `train/gradients/<task>` the norm of its gradient, `train/ratio/<task>` that norm beside
+the other task's.
+
+With every validation come pictures of the same few validation samples, `samples/<sample>/<task>`: image, ground truth,
+prediction, errors (`sample_panels.py`).
+
+A logger is no part of a training: one that fails is left out from then on, after a note.
+"""
+
+import importlib.util
+import io
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdcache.errors import RecipeError
+from kdcache.metrics import DepthMetrics, Metrics
+from kdcache.metrics.depth import DEPTH_METRICS
+from kdcache.metrics.figures import Array
+from kdcache.training.run.metrics_log import Observer
+
+PROJECT = "kdcache"
+WANDB_ID = "wandb-id.txt"
+SHOWN = 160
+"""Characters of a foreign error message that a note repeats at most."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises: RecipeError for a logger whose package is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f"--log {name} takes the package {name}",
+                entry="logger needs its package",
+                received="it is not installed",
+                remedy=f"in a clone of kdcache: pip install '.[{name}]'. Or leave --log {name} out",
+            )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The facts that a logger gets when a training begins.
+
+    Attributes:
+        recipe: the settings, as plain values.
+        step: step of the checkpoint that the training goes on from; 0 at its beginning.
+        note: receives notes for the user.
+    """
+
+    run: Path
+    recipe: Mapping[str, Any]
+    step: int
+    note: Callable[[str], None]
+
+    @property
+    def name(self) -> str:
+        return self.run.resolve().name
+
+
+class Sink(Protocol):
+    """A destination of scalars, and of pictures, uint8 (H, W, 3)."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None: ...
+    def close(self, completed: bool) -> None: ...
+
+
+class Loggers(Observer):
+    """Sends a training's metrics to one or more loggers; none of them can end the training.
+
+    Args:
+        names: keys of SINKS, whose packages are installed.
+        recipe: the settings, as plain values.
+        note: receives what fails.
+        panels: draws pictures by name at every validation; None draws none.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: Path,
+        recipe: Mapping[str, Any],
+        note: Callable[[str], None],
+        panels: Callable[[], Mapping[str, Array]] | None = None,
+    ) -> None:
+        self._names = tuple(names)
+        self._panels = panels
+        self._drawn_at: int | None = None
+        self._run = run
+        self._recipe = recipe
+        self._note = note
+        self._sinks: dict[str, Sink] = {}
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        recipe = {**self._recipe, "parameters": parameters}
+        beginning = Beginning(self._run, recipe, step, self._note)
+        for name in self._names:
+            try:
+                self._sinks[name] = SINKS[name](beginning)
+            except Exception as error:
+                self._failed(name, error)
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        self._write(step, {f"train/{name}": value for name, value in values.items()})
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
+
+    def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
+        measured = all("norm" in own for own in tasks.values())
+        rooms = {"gradients": "norm", "ratio": "ratio"} if measured else {"balance": "weight", "tasks": "loss"}
+        self._write(
+            step, {f"train/{room}/{task}": own[key] for room, key in rooms.items() for task, own in tasks.items()}
+        )
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        self._write_scores("val", step, metrics)
+        self._draw(step)
+
+    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
+        self._write_scores("val_ema", step, metrics)
+
+    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
+        self._write(step, {f"val/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
+        self._draw(step)
+
+    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
+        self._write(step, {f"val_ema/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
+
+    def ended(self, *, completed: bool) -> None:
+        self._each(lambda sink: sink.close(completed))
+        self._sinks.clear()
+
+    def _draw(self, step: int) -> None:
+        """Send the panels of a step, once: a validation may be of two tasks."""
+        if self._panels is None or self._drawn_at == step or not self._sinks:
+            return
+        self._drawn_at = step
+        try:
+            pictures = {f"samples/{name}": picture for name, picture in self._panels().items()}
+        except Exception as error:
+            self._panels = None
+            self._note(f"no pictures of samples from now on: {_reason(error)}")
+            return
+        self._each(lambda sink: sink.draw(step, pictures))
+
+    def _write_scores(self, place: str, step: int, metrics: Metrics) -> None:
+        scores = {"miou": metrics.miou, "seg_miou": metrics.miou, "acc": metrics.aacc, "macc": metrics.macc}
+        classes = {f"iou/{name}": iou for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
+        self._write(step, {f"{place}/{name}": value for name, value in (scores | classes).items()})
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        # What is not a number has no place in a plot: a class that does not occur.
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        self._each(lambda sink: sink.write(step, finite))
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                act(sink)
+            except Exception as error:
+                del self._sinks[name]
+                self._failed(name, error)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self._note(f"--log {name} failed and is left out from now on; metrics.jsonl goes on ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    """A foreign error in one short line."""
+    return f"{type(error).__name__}: {(str(error) or 'without a message').splitlines()[0]}"[:SHOWN]
+
+
+class TensorBoard:
+    """Event files in the run folder, so that the run has its name."""
+
+    def __init__(self, beginning: Beginning) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = beginning.step + 1 if beginning.step else None
+        self._writer = SummaryWriter(str(beginning.run), purge_step=purge)
+        lines = [f"    {name} = {value!r}" for name, value in beginning.recipe.items()]
+        self._writer.add_text("recipe", "\n".join(lines), beginning.step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self, completed: bool) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases: project `kdcache`, unless WANDB_PROJECT names another.
+
+    It is sent where the user has configured that (`wandb login`, WANDB_API_KEY, WANDB_MODE); else it stays in the run
+    folder. Its plots are over `step`, not over wandb's own count, which refuses to go back to a checkpoint.
+    """
+
+    def __init__(self, beginning: Beginning) -> None:
+        import wandb
+
+        # Named even where the environment names it: wandb reads the environment once per process.
+        mode: Any = os.environ.get("WANDB_MODE") or (None if wandb.login(prompt=False) else "offline")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=beginning.name,
+            id=_wandb_id(beginning.run),
+            dir=str(beginning.run),
+            config=dict(beginning.recipe),
+            resume="allow",
+            reinit="create_new",
+            mode=mode,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self._run.define_metric("*", step_metric="step")
+        if self._run.url:
+            beginning.note(f"wandb: {self._run.url}")
+        elif mode == "offline" and "WANDB_MODE" not in os.environ:
+            beginning.note(
+                f"wandb: nobody is logged in, so the run stays in {beginning.run}/wandb; wandb sync sends it"
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        import wandb
+
+        self._run.log({**{name: wandb.Image(picture) for name, picture in pictures.items()}, "step": step})
+
+    def close(self, completed: bool) -> None:
+        self._run.finish(exit_code=0 if completed else 1)
+
+
+def _wandb_id(run: Path) -> str:
+    """The id of the W&B run, made once: a resumed training goes on in the same run."""
+    path = run / WANDB_ID
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+class Trackio:
+    """A run of Trackio: project `kdcache`, unless TRACKIO_PROJECT names another."""
+
+    def __init__(self, beginning: Beginning) -> None:
+        import trackio
+
+        self._finish: Callable[[], Any] = (
+            trackio.finish
+        )  # which also keeps trackio from finishing again when Python ends
+        with redirect_stdout(io.StringIO()):  # where results go, not advice
+            self._run: Any = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                name=beginning.name,
+                config=dict(beginning.recipe),
+                resume="allow" if beginning.step else "never",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        import trackio
+
+        self._run.log({name: trackio.Image(picture) for name, picture in pictures.items()}, step=step)
+
+    def close(self, completed: bool) -> None:
+        with redirect_stdout(io.StringIO()):
+            self._finish()
+
+
+SINKS: dict[str, Callable[[Beginning], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}

@@ -1,0 +1,105 @@
+"""Classes that the streams of a training share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kdcache.data import IGNORE_INDEX, ClassList
+from kdcache.distill.terms.spec import reads_logits
+from kdcache.errors import MismatchError
+from kdcache.heads import SEGMENTATION
+from kdcache.models import read_class_map
+from kdcache.models.class_map import DROPPED
+from kdcache.training.input.batch import Array
+from kdcache.training.sources.source import Source
+
+
+def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
+    """Let every stream draw labels of the same classes, by its class map where it has one; returns the classes.
+
+    They are those of the streams without a class map; where all that have classes have one, those of the validation
+    data. A stream that reads no classes takes them as they are: data without any, such as KITTI's depth, or those of
+    which only other labels are used.
+    Raises: MismatchError for streams of other classes, or a class map where targets are of its own classes;
+        ModelError for a class map that is malformed.
+    """
+    first = _class_source(sources)
+    classes = val if first is None else first.dataset.classes
+    if classes is None:
+        raise MismatchError(
+            "the classes of a training are those of a stream without a class map, or of its validation data",
+            received="a class map for every stream that has classes, and no --val",
+            remedy="add --val DATA, whose classes those maps name",
+        )
+    for source in sources:
+        names = _names_read(source)
+        if source.stream.class_map is not None:
+            with source.named():
+                _map_classes(source, classes)
+        elif not names:
+            source.dataset.mapped = classes, _void_but([])
+        elif first is not None and names != classes.names:
+            raise MismatchError(
+                "all streams have the same classes in the same order",
+                received=f"{', '.join(names)} in the stream {source.stream.name} against {', '.join(classes.names)} in "
+                f"{first.stream.name}",
+                remedy="give the one with other classes a class-map: a file with a line `<its id> <class>` for each",
+            )
+    return classes
+
+
+def _class_source(sources: Sequence[Source]) -> Source | None:
+    """The stream whose classes are those of all; None where they are the validation data's."""
+    own = [source for source in sources if source.stream.class_map is None]
+    named = [source for source in own if _names_read(source)]
+    return named[0] if named else own[0] if len(own) == len(sources) else None
+
+
+def _names_read(source: Source) -> tuple[str, ...]:
+    """The classes of the labels that a stream uses, or of its targets."""
+    used = SEGMENTATION in source.config.label_tasks and source.config.labels != "none"
+    return source.dataset.own_classes.names if used or SEGMENTATION in source.dataset.heads else ()
+
+
+def _void_but(classes: Sequence[int]) -> Array:
+    """The ids (256,) uint8 that the first ids of a label become; all others are void."""
+    lookup = np.full(256, IGNORE_INDEX, np.uint8)
+    lookup[: len(classes)] = classes
+    return lookup
+
+
+def _map_classes(source: Source, classes: ClassList) -> None:
+    """Let the labels of a stream become classes of the training. Raises: MismatchError, ModelError."""
+    path, own = source.stream.class_map, source.dataset.own_classes.names
+    assert path is not None
+    taught = SEGMENTATION in source.dataset.heads
+    if taught:
+        _check_mapped_targets(source, path)
+    # A class that no target can have would be taught to be nowhere.
+    table = read_class_map(path, len(own), classes.names, all_hit=taught)
+    if not taught and source.learns_classes_from_labels and (table == DROPPED).all():
+        raise MismatchError(
+            "labels that are learnt have a class of the training",
+            received=f"class-map {path}, which makes void of all {len(own)} classes",
+            remedy="map one of them at least; or leave them out by labels=none, with a --method that reads no labels",
+        )
+    lookup = _void_but([IGNORE_INDEX if target == DROPPED else target for target in table.tolist()])
+    source.dataset.mapped = classes, lookup
+
+
+def _check_mapped_targets(source: Source, path: Path) -> None:
+    """Refuse to map targets that cannot be. Raises: MismatchError."""
+    assert source.cache is not None
+    head, config = source.cache.head, source.config
+    raw = [term.kind for term in config.terms if term.kind == "cwd" and reads_logits(term)]
+    lacks = [f"the {head.k} largest of {head.classes} classes in {source.cache.place}"] if not head.dense else []
+    lacks += [f"{kind}, which reads raw logits" for kind in raw]
+    lacks += [f"--class-trust {config.class_trust}, of the store's classes"] if config.class_trust else []
+    if lacks:
+        raise MismatchError(
+            "a class map sums the probabilities of a store's classes: its targets have all of them",
+            received=f"class-map {path} with {', '.join(lacks)}",
+            remedy="build the store for the training's classes (build-teacher-cache --class-map), or "
+            + (f"with --top-k {head.classes}" if not head.dense else "leave that out"),
+        )

@@ -1,0 +1,47 @@
+"""Whether the data set that a training names still is what its cache was built from."""
+
+from collections.abc import Callable
+
+from kdcache.data import UNRECORDED, Split, changed_data, open_split
+from kdcache.errors import DataError
+from kdcache.store import Cache, data_changes
+from kdcache.training.config import TrainConfig
+
+
+def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], None]) -> None:
+    """Compare `--data` with what a cache was built from, whether or not the cache stores pixels.
+
+    Without `--data`, the split of `--val` that the cache was built from is compared, and a change is a note only: the
+    training does not read it.
+
+    Raises: DataError for a data set that cannot be read; MismatchError naming the samples that changed.
+    """
+    split = open_split(config.data, config.split) if config.data is not None else _beside_validation(config, cache)
+    if split is None:
+        if not cache.manifest.records_contents:
+            note(UNRECORDED)
+        return
+    changes = data_changes(cache, split)
+    for text in changes.notes():
+        note(text)
+    if not changes:
+        return
+    renew = f"kdcache extend {cache.place} --data {split.data} --teacher TEACHER --out NEW"
+    if config.data is None:
+        note(f"{split.data} has changed since {cache.place} was built: {changes.describe()}. To train on it: {renew}")
+        return
+    remedy = f"restore the data set, or renew the cache: {renew}"
+    if cache.pixels_stored:
+        remedy += ". To train on what the cache stores, leave --data out"
+    raise changed_data(cache.place, changes, split, remedy)
+
+
+def _beside_validation(config: TrainConfig, cache: Cache) -> Split | None:
+    """Return the split in the data set of `--val` whose samples are the cache's; None without one."""
+    if config.val is None:
+        return None
+    try:
+        split = open_split(config.val, cache.manifest.dataset.split)
+    except DataError:
+        return None
+    return split if len(set(split.ids) & set(cache.ids)) > len(cache.ids) // 2 else None

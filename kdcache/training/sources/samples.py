@@ -1,0 +1,222 @@
+"""The samples of one stream, from a store or a data folder."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kdcache.data import (
+    Augmentation,
+    RandAugment,
+    Split,
+    check_fold_labels,
+    check_folds,
+    folds_of,
+    open_split,
+    prefetch,
+)
+from kdcache.errors import DataError, RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.settings.spelling import rand_augment
+from kdcache.store import Cache, Records, open_cache
+from kdcache.training.config import TrainConfig
+from kdcache.training.input.batch import Array
+from kdcache.training.input.cache_dataset import CacheDataset
+from kdcache.training.input.dataset import DepthZoom, DrawnDataset, LabelledDataset
+from kdcache.training.input.mix import Mix
+from kdcache.training.input.subset import Part
+from kdcache.training.sources.labelled import check_labels, check_tasks
+
+
+def open_store(config: TrainConfig) -> Cache | None:
+    """Open the store of a training and check its files; None when it draws from a data folder."""
+    if config.cache is None:
+        return None
+    cache = open_cache(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    cache.check_files()
+    return cache
+
+
+def open_folder(config: TrainConfig) -> Split | None:
+    """Open the data set of a training; None when it draws from a store."""
+    return open_split(config.data, config.split) if config.cache is None and config.data is not None else None
+
+
+def open_dataset(
+    config: TrainConfig, cache: Cache | None, paste: str | None = None, split: Split | None = None
+) -> DrawnDataset:
+    """Open the samples of a training.
+
+    Args:
+        paste: how another stream's samples are pasted into these, which need no labels of their own then.
+        split: the data set where there is no store; None opens it.
+    """
+    labelled_only = not (config.learns_unlabelled or paste is not None)
+    if cache is None:
+        dataset: DrawnDataset = _of_folder(config, split or open_folder(config), labelled_only)
+    else:
+        dataset = _of_store(config, cache, labelled_only)
+    if paste is None:
+        check_labels(config, dataset)
+    if paste is not None or config.mix is not None:
+        dataset.dice = Mix(paste or str(config.mix)).dice
+    return dataset
+
+
+def source_split(config: TrainConfig, cache: Cache) -> Split | None:
+    """The data set of a store that keeps no pixels."""
+    return open_split(config.data, config.split) if config.data and not cache.pixels_stored else None
+
+
+def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
+    """What a zoom does to metres: as the training says, or where it replays zoomed views, as the store was built.
+
+    Raises: RecipeError where both say something else, or neither says anything.
+    """
+    drawn, depth = cache.manifest.view.drawn, cache.manifest.depth
+    if config.augment != "replay" or drawn is None or drawn.scale == (1.0, 1.0) or not config.compares_metres:
+        return config.depth_zoom
+    built = "none" if depth is None else depth.zoom
+    if built == config.depth_zoom == "none":
+        raise RecipeError(
+            "a zoomed image looks nearer than it is: replayed views with a zoom want a rule for metric depth",
+            received=f"{cache.place}, whose views are zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times, and no "
+            "--depth-zoom",
+            remedy="add --depth-zoom divide, or keep; or use --augment warp; or build views without a zoom",
+        )
+    if "none" not in (built, config.depth_zoom) and built != config.depth_zoom:
+        raise RecipeError(
+            "replayed views have the depth that their store was built with",
+            received=f"--depth-zoom {config.depth_zoom} for {cache.place}, built with --depth-zoom {built}",
+            remedy=f"use --depth-zoom {built}, or leave it out; or build another store",
+        )
+    return config.depth_zoom if built == "none" else built
+
+
+def drawn_scale(config: TrainConfig) -> tuple[float, float]:
+    """The zoom that is drawn; where no other is chosen, none for metric depth that is to keep its meaning."""
+    still = config.compares_metres and config.depth_zoom == "none"
+    return config.scale or ((1.0, 1.0) if still else Augmentation.scale)
+
+
+def _part(config: TrainConfig) -> Part:
+    return Part(
+        samples=config.limit_samples,
+        labels=0 if config.labels == "none" else config.limit_labels,
+        without=config.left_out,
+        views=config.limit_views,
+    )
+
+
+def _augmentation(config: TrainConfig) -> Augmentation:
+    if config.augment == "none":
+        return Augmentation.off()
+    return Augmentation(scale=drawn_scale(config), flip=config.flip is not False, jitter=_jitter(config.jitter))
+
+
+def _jitter(setting: float | str) -> float | RandAugment:
+    if not isinstance(setting, str):
+        return setting
+    operations = rand_augment(setting)
+    assert operations is not None, setting
+    return RandAugment(*operations)
+
+
+def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) -> LabelledDataset:
+    assert split is not None
+    if config.size is None:
+        raise RecipeError(
+            "training from a data folder needs the size of its pixels",
+            received="no --size",
+            remedy="add --size HxW, for instance --size 288x384",
+        )
+    if config.left_out is not None:
+        check_folds(split, *config.left_out[1:])
+    check_tasks(config, split.tasks)
+    dataset = LabelledDataset(
+        split,
+        config.size,
+        _augmentation(config),
+        part=_part(config),
+        tasks=config.label_tasks,
+        depth_zoom=config.depth_zoom,
+        labelled_only=labelled_only,
+        fit="squash" if config.fit == "auto" else config.fit,
+    )
+    if len(dataset) == 0:
+        raise DataError(
+            "training needs labelled images",
+            received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label{_used(config)}",
+            remedy=_LABELLED_SPLIT if config.labels == "all" else _OTHER_LABELS,
+        )
+    return dataset
+
+
+_LABELLED_SPLIT = "give a labelled split with --split; or bring the labels to where docs/data.md says they lie"
+_OTHER_LABELS = "leave --labels out, or use a --method that learns without labels"
+
+
+def _used(config: TrainConfig) -> str:
+    """What follows "a label" where only some labels are used."""
+    return "" if config.labels == "all" else f" that --labels {config.labels} leaves to it"
+
+
+def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDataset:
+    split = source_split(config, cache)
+    check_tasks(config, _stored_tasks(cache) if split is None else split.tasks)
+    dataset = CacheDataset(
+        Records(cache, split),
+        augment=config.augment,
+        size=config.size,
+        targets=config.target_heads,
+        augmentation=_augmentation(config),
+        part=_part(config),
+        labelled_only=labelled_only or config.distill_on == "labelled",
+        tasks=config.label_tasks,
+        depth_zoom=_zoom_of_depth(config, cache),
+    )
+    if len(dataset) == 0:
+        raise DataError(
+            "training on labels needs labelled samples",
+            received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label" + _used(config),
+            remedy=_OTHER_LABELS
+            if config.labels != "all" and config.teacher == "store"
+            else "use --method kl with --distill-on all, which learns from targets alone"
+            if config.teacher == "store"
+            else "leave --teacher labels out: the store's targets need no labels",
+        )
+    if config.left_out is not None:
+        _, folds, by = config.left_out
+        if split is None:
+            check_fold_labels(_labels_of_folds(cache, folds, by), folds, dataset.classes.names)
+        else:
+            check_folds(split, folds, by)
+    return dataset
+
+
+def _stored_tasks(cache: Cache) -> tuple[str, ...]:
+    """The tasks of which a store with pixels keeps labels."""
+    classes = (SEGMENTATION,) if cache.manifest.dataset.class_names else ()
+    return (*classes, DEPTH) if "labels/depth" in cache.specs else classes
+
+
+def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Iterator[tuple[int, Array]]]:
+    """The labels that a store keeps, with the fold of each.
+
+    A first view that is whole has all of its sample's labels but for pixels that its size loses: drawn views, which may
+    show them, come in a second round. A store of crops gives all views at once: what the first ones miss is chance.
+    """
+    fold_of = folds_of(cache.ids, folds, by).tolist()
+    labelled, view = cache.has_label, cache.manifest.view
+
+    def labels(views: Sequence[int]) -> Iterator[tuple[int, Array]]:
+        used = np.flatnonzero(labelled).tolist()
+        numbers = [(number, cache.manifest.record(number, v)) for number in used for v in views]
+        path = "labels/segmentation"
+        rows = prefetch(lambda item: cache.read(item[1], [path])[path], numbers, threads=2, ahead=8)
+        return zip((fold_of[number] for number, _ in numbers), rows, strict=True)
+
+    views = range(view.views_per_sample)
+    first = len(views) if view.kind == "crop" else 1
+    yield labels(views[:first])
+    if views[first:]:
+        yield labels(views[first:])

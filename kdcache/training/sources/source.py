@@ -1,0 +1,143 @@
+"""The data of every stream of a training: a store or a data folder to draw from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kdcache.distill.terms.spec import compares_features, of_depth, reads_labels
+from kdcache.errors import KDCacheError, RecipeError
+from kdcache.heads import SEGMENTATION
+from kdcache.store import Cache
+from kdcache.training.checks import check_replays
+from kdcache.training.config import TrainConfig
+from kdcache.training.input.cache_dataset import choose_augment
+from kdcache.training.input.dataset import DrawnDataset
+from kdcache.training.run.monitor import check_logits
+from kdcache.training.sources.fit import shared_fit
+from kdcache.training.sources.fresh import check_same_data
+from kdcache.training.sources.samples import drawn_scale, open_dataset, open_folder, open_store
+from kdcache.training.streams import Stream, in_stream
+
+
+@dataclass
+class Source:
+    """The data of a stream.
+
+    Attributes:
+        stream: name, weight and class map.
+        given: the stream's settings, with `augment` resolved; `flip` is as the user gave it.
+        config: the same with `flip` resolved, and whatever else depends on the data.
+        rows: its rows of every batch.
+        pasted: the stream whose samples are pasted into its own; None without one.
+    """
+
+    stream: Stream[TrainConfig]
+    given: TrainConfig
+    config: TrainConfig
+    cache: Cache | None
+    dataset: DrawnDataset
+    rows: int
+    pasted: "Source | None" = None
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors inside name the stream."""
+        with _named(self.stream.name):
+            yield
+
+    @property
+    def learns_classes_from_labels(self) -> bool:
+        """Whether any of its samples has a label of classes that is learnt from."""
+        config = self.config
+        on_labels = config.ce_weight > 0 or any(reads_labels(term) and not of_depth(term) for term in config.terms)
+        used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.labels != "none"
+        return on_labels and used and bool(self.dataset.labelled)
+
+    def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
+        """A receiver of notes that names the stream."""
+        name = self.stream.name
+        return (lambda text: note(f"stream {name}: {text}")) if name else note
+
+
+def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -> list[Source]:
+    """Open and check the data of every stream.
+
+    Args:
+        parts: number of processes times parts that share every batch.
+        note: is called with what the user should know.
+    Raises: KDCacheError of every kind, with the name of the stream.
+    """
+    rows = config.rows(parts) if config.stream else [config.batch_size]
+    opened = []
+    for stream in config.streams:
+        with _named(stream.name):
+            opened.append((stream, open_store(stream.config), open_folder(stream.config)))
+            if (cache := opened[-1][1]) is not None:
+                check_same_data(stream.config.model_copy(update={"val": config.val}), cache, note)
+    size = _shared_size(config, [cache for _, cache, _ in opened]) if config.stream else config.size
+    fit = shared_fit(config, opened, size, note)
+    sources = []
+    for (stream, cache, split), count in zip(opened, rows, strict=True):
+        with _named(stream.name):
+            augment = choose_augment(stream.config.augment, cache)
+            given = stream.config.model_copy(
+                update={"augment": augment, "size": size, "fit": fit, "scale": drawn_scale(stream.config)}
+            )
+            check_replays(given)
+            if cache is not None and given.reads_targets:
+                check_logits(cache, needed=given.reads_logits)
+            own = given.model_copy(update={"flip": given.flip is not False})
+            dataset = open_dataset(own, cache, stream.paste, split)
+            sources.append(Source(stream, given, own, cache, dataset, count))
+    _check_both_learn(config, sources)
+    by_name = {source.stream.name: source for source in sources}
+    for source in sources:
+        if source.stream.paste_from is not None:
+            source.pasted = by_name[source.stream.paste_from]
+    return sources
+
+
+def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[int, int] | None:
+    """(H, W) of the pixels of all streams: as it is given, or that of the stores' views.
+
+    Raises: RecipeError for views of several sizes.
+    """
+    sizes = dict.fromkeys(cache.view_size for cache in caches if cache is not None)
+    if config.size is None and len(sizes) > 1:
+        texts = [f"{height}x{width}" for height, width in sizes]
+        raise RecipeError(
+            "all streams have pixels of one size",
+            received=f"stores with views of {' and '.join(texts)}, and no --size",
+            remedy=f"add --size {texts[0]}",
+        )
+    return config.size or next(iter(sizes), None)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KDCacheError as error:
+        if not name:
+            raise
+        raise in_stream(name, error) from error
+
+
+def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
+    """Refuse a balance of two tasks where segmentation has neither labels nor targets. Raises: RecipeError."""
+    if len(config.tasks) > 1 and not any(map(_shows_classes, sources)):
+        raise RecipeError(
+            "each of two tasks learns from labels, or from a teacher's targets",
+            received=f"--ce-weight {config.ce_weight:g} and labels of depth alone",
+            remedy="add --ce-weight 0, so that depth alone is learnt; or give data with labels of segmentation",
+        )
+
+
+def _shows_classes(source: Source) -> bool:
+    """Whether a stream has labels of segmentation that are used, or targets of it or of features."""
+    config, cache, split = source.config, source.cache, source.dataset.split
+    if source.stream.weight == 0 or config.reads_logits or any(map(compares_features, config.terms)):
+        return source.stream.weight > 0
+    if SEGMENTATION not in config.label_tasks or config.labels == "none":
+        return False
+    return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())

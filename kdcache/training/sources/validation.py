@@ -1,0 +1,88 @@
+"""What a training is validated on."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdcache.data import ClassList, Contents, Split, fold_alone, open_split, read_contents, shared_sequences
+from kdcache.errors import MismatchError
+from kdcache.run_samples import RunSamples
+from kdcache.training.config import TrainConfig
+from kdcache.training.input.dataset import DrawnDataset
+
+
+def open_validation(config: TrainConfig) -> Split | None:
+    """Open the split that a training is validated on, or its fold `--val-fold`; None without `--val`."""
+    if config.val is None:
+        return None
+    split = open_split(config.val, config.val_split)
+    return split if config.validated_fold is None else fold_alone(split, *config.validated_fold)
+
+
+def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> None:
+    """Raises: MismatchError when training and validation have other classes; either may have none."""
+    if classes.names and split.classes.names and split.classes.names != classes.names:
+        raise MismatchError(
+            "training and validation have the same classes in the same order",
+            received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
+            remedy="give the validation data of the same class list",
+        )
+
+
+def judged_by_its_own(samples: RunSamples) -> str | None:
+    """Return a warning that counts the validation images that the training learns from, or None."""
+    shared = () if samples.validation is None else samples.trained_on(samples.validation)
+    if samples.validation is None or not shared:
+        return None
+    return (
+        f"{len(shared)} of {len(samples.validation.ids)} validation images are trained on too, such as {shared[0]!r}: "
+        "the score says little about other images. Remedy: take them out of one of the two; where --val-fold I/K "
+        "judges a fold, leave it out of the training with --fold I/K"
+    )
+
+
+def read_samples(datasets: Sequence[DrawnDataset], val: Split | None) -> RunSamples:
+    """Return the digests of what a training learns from and is validated on. Raises: DataError; CorruptError."""
+    streams = tuple(map(_drawn_contents, datasets))
+    return RunSamples(datasets[0].classes.names, streams, None if val is None else read_contents(val))
+
+
+def _drawn_contents(dataset: DrawnDataset) -> Contents | None:
+    """Return the digests of the samples that are drawn; None of a cache that does not record them."""
+    numbers, cache = list(dataset.indices), dataset.cache
+    if cache is None:
+        assert dataset.split is not None
+        return read_contents(dataset.split, numbers)
+    if not cache.manifest.records_contents:
+        return None
+    records = [cache.manifest.record(number) for number in numbers]
+    image, label = (cache.column(name)[records] for name in ("image_digest", "label_digest"))
+    return Contents(tuple(cache.ids[number] for number in numbers), image, label, np.zeros_like(image))
+
+
+def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
+    """A warning that names the sequences of which the training sees some samples and is judged on others, or None.
+
+    The judge is the validation data, and the fold that is left out. `shared_sequences` has the rule for ids without
+    `--folds-by`.
+    """
+    source = dataset.cache or dataset.split
+    assert source is not None
+    judges, judged = [], list[str]()
+    if val is not None:
+        judges.append("validation")
+        judged += val.ids
+    if config.left_out is not None:
+        judges.append(f"fold {config.fold}")
+        judged += itertools.compress(source.ids, config.left_out.holds(source.ids))
+    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(judged)), config.folds_by)
+    if not shared:
+        return None
+    some = [f"{name} ({count} judged, {trained} trained on)" for name, count, trained in shared[:5]]
+    more = f" and {len(shared) - len(some)} more" if len(shared) > len(some) else ""
+    return (
+        f"training and what judges it ({' and '.join(judges)}) share sequences: {', '.join(some)}{more}. Frames of one "
+        "video are alike, so the score says little about other videos. Remedy: judge on other sequences, which "
+        "--folds-by PATTERN (for instance '^(.+)_') keeps whole in a fold"
+    )

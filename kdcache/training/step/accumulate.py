@@ -1,0 +1,79 @@
+"""One optimizer step from several parts of a batch, for a batch that does not fit into memory as a whole.
+
+The parts go through the model one after the other, and their gradients add up to those of the whole batch. A mean of
+the parts' own means would not do: a part with few labelled pixels would count as much as one with many. So the
+denominators of the loss are the whole batch's, as where several processes share one (ddp.py), and they are
+counted first:
+
+    labels and targets of every part --criterion.counts--> counted pixels, their mean over the parts
+    each part --model, criterion with those counts--> loss / parts --backward--> gradients, which add up
+
+Terms whose value is no mean over samples (`sp`, `dist`) are refused by the settings. Samples are pasted into each other
+(input/mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kdcache.distill import AnyBatch
+from kdcache.distill.counts import Denominators
+from kdcache.training.step.eager import EagerStep, row
+from kdcache.training.step.gradient_norms import Norms, add_gradients
+
+
+class AccumulatedStep(EagerStep):
+    """An eager step that learns from its batches in equal parts.
+
+    Args:
+        parts: number of parts; it divides every batch, into pairs where samples are mixed.
+        others, named: arguments of `EagerStep`.
+    """
+
+    def __init__(self, *others: Any, parts: int, **named: Any) -> None:
+        super().__init__(*others, **named)
+        self._parts = parts
+
+    def __call__(self, batch: AnyBatch) -> Tensor:
+        return self._learn_parts(batch, None)
+
+    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
+        total: dict[str, list[Tensor | None]] = {}
+        weights = {} if self.criterion.balance is None else self.criterion.balance.weights()
+        losses = self._learn_parts(batch, total)
+        return losses, self._norms(total.items())._replace(weights=weights)
+
+    def held(self, batch: AnyBatch) -> AnyBatch:
+        return self._part(batch, 0)
+
+    def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor | None]] | None) -> Tensor:
+        """Take the step; adds each term's gradient to `total` unless that is None."""
+        whole, criterion, rows = self.to_device(batch), self.criterion, []
+        counts = self._shared_counts(whole)
+        for number in range(self._parts):
+            with self._alone() if number + 1 < self._parts else nullcontext():
+                inputs = self._loss_inputs(self._part(whole, number), counts)
+                if total is not None:
+                    add_gradients(total, self._term_gradients(inputs), self._parts)
+                losses = criterion(*inputs)
+                torch.autograd.backward(losses.loss / self._parts)
+            rows.append(row(losses))
+        self._update()
+        return torch.stack(rows).mean(0)
+
+    def _part(self, batch: AnyBatch, number: int) -> AnyBatch:
+        size = len(batch) // self._parts
+        return batch.rows(size, number * size)
+
+    def _shared_counts(self, whole: AnyBatch) -> Any:
+        """The denominators of every part's loss: the mean over the parts, and over the processes."""
+        parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
+        counts = Denominators.mean([self._count(part) for part in parts])
+        return counts if self.average is None else counts.averaged(self.average)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Inside, gradients are not yet exchanged between processes."""
+        return self.network.no_sync() if isinstance(self.network, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,94 @@
+"""Running out of memory: the request that failed and the batch sizes that fit, in one error."""
+
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from kdcache.errors import ModelError
+from kdcache.metrics.oom import is_out_of_memory
+from kdcache.training.config import TrainConfig
+
+RULE = "a batch must fit into memory"
+UNTOUCHED = "the last checkpoint is untouched"
+_REQUEST = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|bytes)\b", re.IGNORECASE)
+
+
+def requested_memory(error: BaseException) -> str:
+    """The size in the message of an error, such as '7.1 GiB'; 'more memory' where it has none."""
+    match = _REQUEST.search(str(error))
+    if match is None:
+        return "more memory"
+    number, unit = match.groups()
+    return f"{number} {unit}" if unit.lower() != "bytes" else f"{int(number) / 2**30:.3g} GiB"
+
+
+def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.device, together: int = 1) -> int | None:
+    """The largest half, quarter, eighth ... of a batch for which `attempt` fits into memory; None when none does.
+
+    Args:
+        size: samples of the batch that does not fit.
+        together: samples that stay together.
+    """
+    while size > together:
+        size = max(together, size // 2 // together * together)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            attempt(size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return None  # such as BatchNorm's, which may refuse a batch of one: no measurement
+        else:
+            return size
+    return None
+
+
+def memory_error(
+    config: TrainConfig, device: torch.device, requested: str, fits: int | None, processes: int = 1
+) -> ModelError:
+    """Return the error of a batch that does not fit, with the batch sizes that do.
+
+    Args:
+        requested: result of `requested_memory`.
+        fits: measured number of samples of a process that go through the model at once; None when not even one does.
+    """
+    parted = f" --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+    received = f"--batch-size {config.batch_size}{parted} on the device {device}, which could not give {requested}"
+    if fits is None:
+        remedy = "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"
+    else:
+        remedy = f"use --batch-size {fits * config.accumulate * processes}{parted}"
+        parts = _parts(config, fits, processes)
+        otherwise = f" with --method kl instead of {', '.join(config.whole_batch)}" if config.whole_batch else ""
+        keeping = "" if parts is None else f", or --accumulate {parts}{otherwise} to keep the batch"
+        remedy += f"{keeping}, with another --out"
+    return ModelError(RULE, received=received, remedy=f"{remedy}; {UNTOUCHED}")
+
+
+def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
+    """The fewest parts of the batch that are no larger than what fits; None where there are none."""
+    together, share = 1 if config.mix is None else 2, config.batch_size // processes
+    return next((share // n for n in range(fits, 0, -1) if share % n == 0 and n % together == 0), None)
+
+
+@contextmanager
+def memory_errors(config: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory inside into a ModelError without a measurement: one of several processes cannot try.
+
+    Raises: ModelError.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = "a GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+        raise ModelError(
+            RULE,
+            received=f"--batch-size {config.batch_size}, for which {where} could not give {requested_memory(error)}",
+            remedy=f"use a smaller --batch-size, a higher --accumulate, a smaller --size or --model; {UNTOUCHED}",
+        ) from error

@@ -1,0 +1,130 @@
+"""The ways to run a step of training.
+
+| --step | what runs | before the first step |
+| --- | --- | --- |
+| eager | PyTorch, one operation after the other | nothing |
+| compiled | forward and loss as one program, their backward as another (`torch.compile`) | compiling |
+| graphed | all of that, recorded as one CUDA graph and replayed (cuda_graph.py) | compiling and recording |
+
+They compute the same up to the rounding of fused operations. Compiling takes 20 s to a minute and saves passes over
+memory; a graph saves the launches, of which the step of kdcache:tiny has a few hundred and which a GPU waits for.
+Preparing tries the step on the first batch and puts back everything that it changed, so that a run resumes bitwise
+in each way. What cannot be compiled or recorded runs in the next simpler way, after a line that says why.
+
+A compiled step follows a model that behaves differently from step to step by running that step eagerly; a graph
+replays what it saw. Such a model needs `--step eager`.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.distill import AnyBatch, KernelError
+from kdcache.errors import KDCacheError, RecipeError
+from kdcache.training.step.eager import EagerStep, Step
+
+BACKEND = "inductor"
+SHOWN = 160
+"""Characters of a foreign error message that a note repeats at most."""
+
+
+def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
+    """The way to run steps that `--step` names on a device: eager, compiled or graphed.
+
+    Raises: RecipeError for a graph without CUDA, and for anything but eager steps in several processes.
+    """
+    if processes > 1:
+        if name in ("compiled", "graphed"):
+            raise RecipeError(
+                "several processes train in eager steps, between whose operations they exchange tensors",
+                received=f"--step {name} with {processes} processes",
+                remedy="leave --step out, or use one process",
+            )
+        return "eager"
+    if name == "graphed" and device.type != "cuda":
+        raise RecipeError(
+            "--step graphed records a CUDA graph, which takes a GPU",
+            received=f"--step graphed on the device {device.type}",
+            remedy="leave --step out, or use --step compiled",
+        )
+    if name == "auto":
+        return "graphed" if device.type == "cuda" else "eager"
+    return name
+
+
+class CompiledStep:
+    """A step whose forward and backward are compiled for the shapes of `batch`; other shapes run eagerly.
+
+    Raises: any error of the compiler for a model that it cannot trace as a whole, or would compile at every step.
+    """
+
+    def __init__(self, eager: EagerStep, batch: AnyBatch) -> None:
+        def forward(batch: AnyBatch) -> Any:
+            return eager.forward(batch)
+
+        # The compiler keeps its programs, and counts them against a limit, by code object: each run has its own.
+        forward.__code__ = forward.__code__.replace()
+        self._eager = eager
+        self._compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND)
+        on_device = eager.to_device(batch)
+        assert on_device.pixels is not None
+        eager.model.normalise(on_device.pixels)  # copies its constants to the device: not a part of the program
+        with eager.rehearsal():
+            torch.autograd.backward(self._compiled(on_device).loss)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                torch.autograd.backward(self._compiled(on_device).loss)
+
+    def __call__(self, batch: AnyBatch) -> Tensor:
+        return self._eager.learn(self.forward(self._eager.to_device(batch)))
+
+    def forward(self, batch: AnyBatch) -> Any:
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._compiled(batch)
+
+
+def make_step(kind: str, eager: EagerStep, batch: AnyBatch, note: Callable[[str], None]) -> Step:
+    """The step of a kind, tried on the first batch; or the next simpler one that runs.
+
+    Args:
+        kind: eager, compiled or graphed.
+        batch: the first batch, whose shapes all others have.
+        note: receives what was made, how long it took, and what did not work.
+    """
+    if kind == "eager":
+        return eager
+    began = time.perf_counter()
+    step: EagerStep | CompiledStep = eager
+    try:
+        step = CompiledStep(eager, batch)
+    except (KDCacheError, KernelError):
+        raise  # a fault of the batch
+    except Exception as error:
+        note(f"--step {kind}: the model is not compiled, its operations run one by one ({_reason(error)})")
+    made: Step = step
+    if kind == "graphed":
+        from kdcache.training.step.cuda_graph import GraphedStep
+
+        try:
+            made = GraphedStep(eager, step.forward, batch)
+        except (KDCacheError, KernelError):
+            raise
+        except Exception as error:
+            note(f"--step graphed: the step is not recorded as a CUDA graph, it is launched anew ({_reason(error)})")
+    if made is not eager:
+        note(f"--step {kind}: prepared in {time.perf_counter() - began:.1f} s")
+    return made
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a foreign error, and the place in the model's code that the compiler names."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    text = f"{type(error).__name__}: {lines[0].strip() if lines else 'without a message'}"
+    text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    _, _, trace = str(error).partition("from user code:")
+    places = re.findall(r'File "(.+)", line (\d+)', trace)
+    return f"{text}, at {Path(places[-1][0]).name}:{places[-1][1]}" if places else text

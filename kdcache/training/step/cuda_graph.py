@@ -1,0 +1,113 @@
+"""The step as a CUDA graph: recorded once, then replayed by a single launch.
+
+After the PyTorch notes on CUDA graphs, "whole-network capture": warm up on a side stream, record on another, and
+replay with new content in the same tensors. What changes from step to step therefore lives in tensors on the device:
+the batch, the learning rate and step count of a capturable optimizer, the offset of the random generator (which torch
+advances at each replay). Gradients and activations live in the graph's own memory; parameters, buffers and moments are
+those of the model and the optimizer, so that validations, checkpoints and eager steps in between see the truth.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.distill import AnyBatch
+from kdcache.distill.batch import tensors_of
+from kdcache.training.step.eager import EagerStep
+
+WARM_UP = 3
+"""Steps before recording: kernels are compiled and loaded, library handles and optimizer state are made."""
+
+
+class GraphedStep:
+    """A step recorded for the shapes of `batch`; batches of other shapes run eagerly.
+
+    Args:
+        eager: the step; its optimizer is capturable.
+        forward: its forward, eager or compiled.
+    Raises: RuntimeError when the step waits for the device, or does anything else that a graph cannot hold.
+    """
+
+    def __init__(self, eager: EagerStep, forward: Callable[[AnyBatch], Any], batch: AnyBatch) -> None:
+        self._eager = eager
+        with torch.cuda.device(eager.device), eager.rehearsal():
+            self._inputs = batch.empty_like(eager.device)  # the very tensors that the graph reads
+            self._inputs.copy_from(batch)
+
+            def run() -> Tensor:
+                return eager.learn(forward(self._inputs))
+
+            # Nodes of an earlier backward that a cycle keeps alive would pull the parameters' gradients to its stream.
+            gc.collect()
+            warm_up(run)
+            self._replay, self._losses = record(run, eager.device)
+
+    def __call__(self, batch: AnyBatch) -> Tensor:
+        if not _fits(batch, self._inputs):
+            return self._eager(batch)
+        with torch.cuda.device(self._eager.device):
+            self._inputs.copy_from(batch)  # mostly from a slot on the device (device_prefetch.py)
+            self._replay()
+            return self._losses.clone()  # the next replay overwrites them
+
+
+def warm_up(run: Callable[[], Tensor]) -> None:
+    """Run a few times on a side stream, at last without leave to wait for the device.
+
+    What waits is better found here than while recording: a recording that breaks off is hard to recover from.
+    """
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run()
+            with _refused_synchronisation():
+                run()
+    finally:
+        torch.cuda.current_stream().wait_stream(side)
+
+
+def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record without running; returns what replays, and the result that every replay overwrites."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    gc.collect()
+    try:
+        # thread_local: the loader's thread pins memory meanwhile, which would break a global recording off.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = run()
+    except Exception:
+        _renew_generator(device)
+        raise
+    return graph.replay, result
+
+
+def _fits(batch: AnyBatch, static: AnyBatch) -> bool:
+    """Whether a batch has the shapes and types that the graph reads."""
+    pairs = zip(tensors_of(batch), tensors_of(static), strict=True)
+    return all(part.shape == own.shape and part.dtype == own.dtype for part, own in pairs)
+
+
+@contextmanager
+def _refused_synchronisation() -> Iterator[None]:
+    """Operations that wait for the device raise a RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _renew_generator(device: torch.device) -> None:
+    """Give the device's generator a state of its own again.
+
+    One whose recording broke off still believes to be recorded, and would refuse to draw ever after.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fresh = torch.Generator(device=device)
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())

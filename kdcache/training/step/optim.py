@@ -1,0 +1,184 @@
+"""Optimizers and learning-rate schedules.
+
+The schedules know their rate as a number of the host and write it into the optimizer. Those of torch read it back from
+there, which for a rate on the device (as a CUDA graph needs it) would wait for the device at every step.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill.terms import discriminator_parameters
+from kdcache.distill.terms.unlabelled.predictions import Discriminator
+from kdcache.errors import RecipeError
+from kdcache.settings.spelling import lr_scales, warmup_steps
+from kdcache.training.config import TrainConfig
+
+PATIENCE = 5
+"""Validations without a better score before `plateau` halves the rate."""
+BETTER = 1e-4
+"""The relative gain over the best score that counts as better."""
+
+
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, criterion: nn.Module | None = None, *, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Make AdamW, Adam or SGD; biases and normalisation weights are not decayed.
+
+    Args:
+        criterion: a loss whose own parameters are trained too: projections at the full rate, discriminators by Adam at
+            theirs, which falls with the schedule.
+        capturable: for a CUDA graph: rate and step count are tensors beside the parameters, which a replay reads, and
+            the update is torch's fused kernel (its other SGD reads the rate back to the host).
+    Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name, and for SGD with a discriminator.
+    """
+    device = next(model.parameters()).device
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr": torch.tensor(config.lr, dtype=torch.float32, device=device) if capturable else config.lr,
+            "lr_scale": scale,
+        }
+        for (scale, decayed), parameters in _by_scale(model, criterion, lr_scales(config.lr_scale)).items()
+    ]
+    if adversaries := [] if criterion is None else discriminator_parameters(criterion):
+        if config.optimizer == "sgd":
+            raise RecipeError(
+                "a discriminator is trained by Adam, in the optimizer of the student",
+                received="--optimizer sgd with a term adversarial",
+                remedy="use --optimizer adamw or adam",
+            )
+        own = {"params": adversaries, "lr_scale": Discriminator.RATE / config.lr, "betas": Discriminator.BETAS}
+        groups.append({**groups[0], **own, "weight_decay": 0.0})
+    options: dict[str, Any] = {"fused": True} if capturable else {}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, **options)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, capturable=capturable, **options)
+
+
+def _by_scale(
+    model: nn.Module, criterion: nn.Module | None, scales: Mapping[str, float]
+) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """Group trained parameters by their factor on the learning rate and by whether they are decayed.
+
+    Names are those of the model's state dict, as they stand in a file of weights.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    unused = set(scales)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if scales else {}
+    apart = set() if criterion is None else set(map(id, discriminator_parameters(criterion)))
+    for parameter in (*model.parameters(), *(criterion.parameters() if criterion is not None else ())):
+        if parameter.requires_grad and id(parameter) not in apart:
+            name = names.get(id(parameter), "")
+            prefix = max((prefix for prefix in scales if name.startswith(prefix)), key=len, default="")
+            unused.discard(prefix)
+            groups.setdefault((scales.get(prefix, 1.0), parameter.ndim > 1), []).append(parameter)
+    if unused:
+        heads = sorted({name.partition(".")[0] for name in names.values()})
+        raise RecipeError(
+            "--lr-scale PREFIX=X names parameters of the model by the beginning of their names",
+            received=f"{sorted(unused)[0]!r}, which begins the name of none",
+            remedy=f"use one of {', '.join(heads)}, or a longer prefix",
+        )
+    return groups
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load moments and step counts, saved on any device by any kind of step; the optimizer's options stay."""
+    groups = [
+        {**own, "params": saved["params"]}
+        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for group in optimizer.param_groups:
+        if not group.get("capturable"):
+            for parameter in group["params"]:
+                moments = optimizer.state.get(parameter, {})
+                if "step" in moments:  # counted on the host: elsewhere every update would wait for it
+                    moments["step"] = moments["step"].cpu()
+
+
+def distill_weight_scale(config: TrainConfig, step: int) -> float:
+    """The factor, 0 to 1, on the weights of the teacher's terms at a step.
+
+    `constant` is 1 throughout; `fade` falls on a line from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3:
+    teacher annealing); `warmup:N` rises on a line to 1, which it reaches in the Nth step (as in the authors' code of
+    `dkd`, there over 20 of 240 epochs).
+    """
+    assert config.iterations is not None, "resolve the settings first"
+    if config.distill_schedule == "constant":
+        return 1.0
+    if config.distill_schedule == "fade":
+        return max(0.0, 1.0 - step / config.iterations)
+    return min(1.0, (step + 1) / warmup_steps(config.distill_schedule))
+
+
+class Schedule:
+    """The learning rate: per step (`poly`, `constant`, both with warm-up), or after a validation (`plateau`).
+
+    poly: lr * (1 - step/iterations)^power. plateau: halved when validation mIoU has not risen for 5 validations.
+
+    Attributes:
+        lr: learning rate of the next step.
+    """
+
+    lr: float
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+        assert config.iterations is not None, "resolve the settings first"
+        self._optimizer = optimizer
+        self._highest, self._kind = config.lr, config.schedule
+        self._warmup, self._power, self._iterations = config.warmup, config.power, config.iterations
+        self._step, self._best, self._stalled = 0, -float("inf"), 0
+        self._set(config.lr * self._factor(0))
+
+    def after_step(self) -> None:
+        if self._kind != "plateau":
+            self._step += 1
+            self._set(self._highest * self._factor(self._step))
+
+    def after_validation(self, score: float) -> None:
+        """Count a validation: its mIoU; of depth alone, the rmse below 0."""
+        if self._kind != "plateau":
+            return
+        if score > self._best * (1 + BETTER if self._best > 0 else 1 - BETTER):
+            self._best, self._stalled = score, 0
+        else:
+            self._stalled += 1
+        if self._stalled > PATIENCE:
+            self._stalled = 0
+            self._set(self.lr / 2)
+
+    def state_dict(self) -> dict[str, float]:
+        """The state as plain values only, so that a checkpoint loads without pickle."""
+        if self._kind == "plateau":
+            return {"best": self._best, "num_bad_epochs": self._stalled, "lr": self.lr}
+        return {"last_epoch": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict` of the same kind of schedule."""
+        if self._kind == "plateau":
+            self._best, self._stalled = state["best"], state["num_bad_epochs"]
+            self._set(state["lr"])
+        else:
+            self._step = state["last_epoch"]
+            self._set(self._highest * self._factor(self._step))
+
+    def _factor(self, step: int) -> float:
+        if self._kind == "plateau":
+            return 1.0
+        if step < self._warmup:
+            return (step + 1) / self._warmup
+        return max(0.0, 1.0 - step / self._iterations) ** self._power if self._kind == "poly" else 1.0
+
+    def _set(self, lr: float) -> None:
+        self.lr = lr
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * group["lr_scale"])  # in place: a CUDA graph reads this very tensor
+            else:
+                group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,128 @@
+"""Pseudo labels of the weak view: forwards in training, without gradient, by the student or its moving average.
+
+    batch.weak (pixels before the jitter) --network in eval mode--> logits --best class, probability--> batch.pseudo
+
+They are made before a step, from the weights that it begins with: the step itself, eager, compiled or a CUDA graph,
+reads them as it reads labels. In eval mode (running statistics, no dropout) an image's pseudo labels do not depend on
+the rest of the batch, so processes and `--accumulate` change nothing. Every network makes one forward a step over the
+rows of all streams that learn from it, or one for each part of a batch.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kdcache.distill import AnyBatch, Batch, Criterion, StreamBatch, StreamLoss
+from kdcache.distill.batch import PseudoLabels
+from kdcache.distill.terms import labellers, pseudo_labels
+from kdcache.models import SegmentationModel
+from kdcache.training.step.ema import ModelEma
+
+
+class WeakView:
+    """Puts pseudo labels of the weak view in its place in a batch.
+
+    Args:
+        ema: moving average of the model; None where no term learns from it.
+        parts: in how many parts the rows go through the model.
+        impl: which implementation finds the best classes.
+    Attributes:
+        forwards: of the model, since this was made.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        ema: ModelEma | None,
+        criterion: Criterion,
+        *,
+        device: torch.device,
+        bf16: bool = False,
+        parts: int = 1,
+        impl: str = "auto",
+    ) -> None:
+        self._model, self._ema, self._device = model, ema, device
+        self._bf16, self._parts, self._impl = bf16, parts, impl
+        losses = criterion.streams if isinstance(criterion, StreamLoss) else [criterion]
+        self._wanted = [labellers(loss) for loss in losses]
+        self.forwards = 0
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def needed(self) -> bool:
+        """Whether any stream learns from such pseudo labels."""
+        return any(self._wanted)
+
+    @property
+    def seconds(self) -> float:
+        """How long all forwards took; on a GPU this waits for the last."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
+
+    def __call__(self, batch: AnyBatch) -> AnyBatch:
+        """The batch on the device with pseudo labels in the place of its weak views."""
+        if not self.needed:
+            return batch
+        batch = batch.to(self._device, non_blocking=True)
+        streams = batch.streams if isinstance(batch, StreamBatch) else (batch,)
+        with self._timed():
+            made = self._made(streams)
+        labelled = tuple(
+            replace(stream, weak=None, pseudo=pseudo) for stream, pseudo in zip(streams, made, strict=True)
+        )
+        return StreamBatch(labelled) if isinstance(batch, StreamBatch) else labelled[0]
+
+    def _made(self, streams: tuple[Batch, ...]) -> list[dict[str, PseudoLabels]]:
+        """The pseudo labels of each stream, by who made them."""
+        made: list[dict[str, PseudoLabels]] = [{} for _ in streams]
+        for by in dict.fromkeys(by for wanted in self._wanted for by in wanted):
+            mine = [number for number, wanted in enumerate(self._wanted) if by in wanted]
+            weak = {number: pixels for number in mine if (pixels := streams[number].weak) is not None}
+            labels = self._predict(torch.cat(list(weak.values())), by)
+            for number, label, confidence in zip(
+                weak, *(part.split(list(map(len, weak.values()))) for part in pytree.tree_leaves(labels)), strict=True
+            ):
+                made[number][by] = PseudoLabels(label, confidence)
+        return made
+
+    @torch.no_grad()
+    def _predict(self, pixels: Tensor, by: str) -> PseudoLabels:
+        was_training = self._model.training
+        with nullcontext() if by == "student" or self._ema is None else self._ema.in_place():
+            try:
+                self._model.eval()
+                parts = [self._forward(part) for part in pixels.chunk(self._parts)]
+            finally:
+                self._model.train(was_training)
+        labels: PseudoLabels = pytree.tree_map(lambda *each: torch.cat(each), *parts)
+        return labels
+
+    def _forward(self, pixels: Tensor) -> PseudoLabels:
+        self.forwards += 1
+        x_B3HW = self._model.normalise(pixels)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            logits = self._model(x_B3HW).logits
+        size = (pixels.shape[1], pixels.shape[2])
+        return pseudo_labels(logits, size, align_corners=self._model.align_corners, impl=self._impl)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        if self._device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))

@@ -1,0 +1,181 @@
+"""The streams of a training: each one's settings, as of a training of its own."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdcache.distill.terms import parse_method
+from kdcache.distill.terms.spec import labels_itself, of_depth, reads_teacher
+from kdcache.errors import KDCacheError, RecipeError
+from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
+from kdcache.training.input.mix import Mix
+from kdcache.training.term_setting import parse_term
+
+Config = TypeVar("Config", bound=BaseModel)
+_WITHOUT_TEACHER = {
+    "teacher": "store",
+    "gate": "none",
+    "class_trust": None,
+    "trust_against": None,
+    "class_balance": "none",
+    "distill_schedule": "constant",
+}
+"""Settings that concern a teacher alone, as a stream without one has them whatever the training has."""
+
+_WITHOUT_BALANCE = {"balance": "fixed", "task_weight": ()}
+"""The balance of a stream, whose tasks are balanced with those of the others."""
+
+
+def flag_of(name: str) -> str:
+    """The name of a setting as its flag and its key in a recipe have it."""
+    return name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Stream(Generic[Config]):
+    """A source of every batch.
+
+    Attributes:
+        name: "" for the only source of a training without streams.
+        share: its share of every batch; None where it gets what others leave.
+        weight: weight of its loss.
+        class_map: file with the class of the training that each class of its labels becomes.
+        paste, paste_from: how samples of another stream are pasted into its own, and that stream's name; None for
+            none.
+        config: the training's settings with the stream's own in their places.
+        table: its table in a recipe.
+    """
+
+    name: str
+    share: float | None
+    weight: float
+    class_map: Path | None
+    paste: str | None
+    paste_from: str | None
+    config: Config
+    table: Mapping[str, Any]
+
+
+class StreamOwn(BaseModel, StreamSettings, frozen=True):
+    """The settings that a stream alone has, checked."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
+
+
+def make_stream(
+    training: Mapping[str, Any],
+    table: Mapping[str, Any],
+    make: Callable[..., Config],
+    refused: Callable[[ValidationError, Mapping[str, Any]], KDCacheError],
+) -> Stream[Config]:
+    """The stream of a table, whose settings stand in the place of the training's.
+
+    A stream that names its source has nothing of the training's; one without a teacher nothing that weighs targets.
+
+    Args:
+        make: makes the settings of a training, checked.
+        refused: makes the error for settings that are refused.
+    Raises: KDCacheError that names the stream.
+    """
+    own = {key: value for key, value in table.items() if key in OVERRIDDEN}
+    merged = {**training, "stream": (), **_WITHOUT_BALANCE, **own}
+    if "cache" in own or "data" in own:
+        merged |= {"cache": own.get("cache"), "data": own.get("data")}
+    try:
+        alone = StreamOwn(**{key: value for key, value in table.items() if key not in OVERRIDDEN})
+        config = make(**_fitting(merged, own))
+    except ValidationError as error:
+        raise in_stream(str(table.get("name")), refused(error, {**merged, **table})) from error
+    except KDCacheError as error:
+        raise in_stream(str(table.get("name")), error) from error
+    settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    resolved = {flag_of(key): settings[flag_of(key)] for key in {**own, "method": None} if flag_of(key) in settings}
+    plain = alone.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return Stream(**dict(alone), config=config, table=plain | resolved)
+
+
+def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stream without those of the training that concern a teacher, where the stream has none."""
+    settings = dict(merged)
+    if settings.get("method", "auto") == "auto":
+        if settings.get("cache") is not None:
+            return settings
+        settings["method"] = "none"
+    method = parse_method(str(settings["method"]))
+    terms = (*method.terms, *map(parse_term, settings.get("term", ())))
+    if method.kl or any(map(reads_teacher, terms)):
+        return settings
+    kept = {*own, "distill_schedule"} if any(map(labels_itself, terms)) else own
+    return settings | {key: value for key, value in _WITHOUT_TEACHER.items() if key not in kept}
+
+
+def in_stream(name: str, error: KDCacheError) -> KDCacheError:
+    """The error with the stream that it concerns; as it is where there is but one source."""
+    if not name:
+        return error
+    return error.restated(received=f"stream {name}: {error.received}")
+
+
+def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The tables of streams, keyed with underscores, from lines or tables.
+
+    Raises: RecipeError for what is no table of a stream, and for names that are no names or occur twice.
+    """
+    tables = list(map(parse_stream, values))
+    names = [table.get("name") if isinstance(table, Mapping) else None for table in tables]
+    for name, table in zip(names, tables, strict=True):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or names.count(name) > 1:
+            raise RecipeError(
+                "every stream has a name of its own, of letters, digits, dots and dashes",
+                received=f"{name!r} {names.count(name)} times" if isinstance(name, str) else f"{table!r}",
+                remedy="give each a name, for instance --stream kitti,cache=kitti.zarr,share=0.5",
+            )
+    return tables
+
+
+def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
+    """Check what streams have pasted into their samples, as far as the settings say. Raises: RecipeError.
+
+    Args:
+        mix: `--mix` of the training.
+    """
+    names = [stream.name for stream in streams]
+    for stream in streams:
+        try:
+            if stream.paste is not None or stream.paste_from is not None:
+                _check_paste(stream, [name for name in names if name != stream.name], mix)
+        except KDCacheError as error:
+            raise in_stream(stream.name, error) from error
+
+
+def _check_paste(stream: Stream[Any], others: Sequence[str], mix: str | None) -> None:
+    paste, source = stream.paste, stream.paste_from
+    if paste is None or source not in others:
+        own = ", which is itself" if source == stream.name else ""
+        raise RecipeError(
+            "a stream is pasted into from one other stream: paste says how, paste-from names it",
+            received=f"paste {paste or 'left out'}, paste-from {source or 'left out'}{own}, beside the streams "
+            f"{', '.join(others) or '(none)'}",
+            remedy=f"give both, for instance paste=classmix,paste-from={others[0]}; or leave both out"
+            if others
+            else "give the samples that are pasted as a --stream of their own, with labels",
+        )
+    Mix(paste, "paste=")
+    if mix is not None:
+        raise RecipeError(
+            "a pixel is pasted once: within streams, by --mix, or from one into another, by paste",
+            received=f"paste {paste} with --mix {mix}",
+            remedy="leave one of them out",
+        )
+    taught = [term for term in stream.config.terms if reads_teacher(term) and term.weight != 0]
+    lost = [term.kind for term in taught if not of_depth(term) and term.kind not in ("pseudo", "consistency")]
+    if lost:
+        raise RecipeError(
+            "paste moves pixels, labels, logits and depth; pseudo labels count where nothing was pasted",
+            received=f"paste {paste} with {', '.join(lost)}, which cannot follow",
+            remedy="leave one of them out; kl, pseudo and consistency can",
+        )

@@ -1,0 +1,389 @@
+"""One trainer for teachers and students: the loop, its checkpoints, its times."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kdcache.distill import AnyBatch, Criterion, DistillLoss, StreamLoss
+from kdcache.errors import KDCacheError
+from kdcache.faults import network_fault
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics import DepthMetrics, Metrics
+from kdcache.metrics.oom import is_out_of_memory
+from kdcache.models import SegmentationModel
+from kdcache.settings.spelling import warmup_steps
+from kdcache.training.config import TrainConfig
+from kdcache.training.distributed import World
+from kdcache.training.input.loader import next_batch
+from kdcache.training.input.mix import Mix, Paste, Pastes
+from kdcache.training.input.streams import StreamDraws, feed_streams
+from kdcache.training.interrupt import Interrupted, stop_requests
+from kdcache.training.run.checkpointing import RunState
+from kdcache.training.run.metrics_log import MetricsLog, Observer
+from kdcache.training.run.monitor import Watch, measures_norms, outcome
+from kdcache.training.step.accumulate import AccumulatedStep
+from kdcache.training.step.batch_fit import largest_fitting, memory_error, requested_memory
+from kdcache.training.step.compiled import choose_step, make_step
+from kdcache.training.step.ddp import distribute
+from kdcache.training.step.eager import EagerStep, Step, set_random_state
+from kdcache.training.step.ema import ModelEma
+from kdcache.training.step.gradient_norms import Norms, task_lines
+from kdcache.training.step.optim import Schedule, distill_weight_scale, make_optimizer
+from kdcache.training.step.weak_view import WeakView
+
+
+class Trainer:
+    """Trains `model` on the rows of its streams until `config.iterations`.
+
+    Args:
+        streams: the sources of every batch, in the order of the criterion's.
+        criterion: gives the loss and its parts from native-stride logits and features.
+        validate: metrics of the model as it stands, or None to train without validation.
+        validate_depth: the same of its depth, or None.
+        run: an existing folder; receives checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
+        world: the processes that train together, each with its part of every batch; the first writes the run.
+    Attributes:
+        eager: the step that the others are made from.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        streams: Sequence[StreamDraws],
+        criterion: Criterion,
+        config: TrainConfig,
+        run: Path,
+        *,
+        device: torch.device,
+        validate: Callable[[SegmentationModel], Metrics] | None = None,
+        validate_depth: Callable[[SegmentationModel], DepthMetrics] | None = None,
+        observer: Observer | None = None,
+        world: World | None = None,
+    ) -> None:
+        # Pixels come channels last: the weights in the same order spare a transposition at every layer.
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.streams = tuple(streams)
+        self.criterion = criterion.to(device)
+        assert config.iterations is not None, "resolve the settings first"
+        assert config.val_every is not None
+        self.config = config
+        self._iterations, self._val_every = config.iterations, config.val_every
+        self.run = run
+        self.device = device
+        self.observer = observer or Observer()
+        self._validate = validate
+        self._validate_depth = validate_depth
+        self._world = world or World()
+        self._kind = choose_step(config.step, device, self._world.size)
+        if config.accumulate > 1 and self._kind != "eager":
+            self.observer.note(f"--accumulate learns from the parts of a batch in eager steps, not {self._kind}")
+            self._kind = "eager"
+        bf16 = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
+        optimizer = make_optimizer(self.model, config, self.criterion, capturable=self._kind == "graphed")
+        self._schedule = Schedule(optimizer, config)
+        made = EagerStep if config.accumulate == 1 else partial(AccumulatedStep, parts=config.accumulate)
+        self.eager = made(
+            self.model,
+            self.criterion,
+            optimizer,
+            device=device,
+            bf16=bf16,
+            clip_grad=config.clip_grad,
+            mix=_pasting(config, self.criterion),
+        )
+        self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
+        self._weak = WeakView(
+            self.model, self._ema, self.criterion, device=device, bf16=bf16, parts=config.accumulate, impl=config.impl
+        )
+        self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
+        self._tasks = () if criterion.balance is None else criterion.balance.heads
+        names = ("loss", *criterion.names, *self._tasks)
+        self._watch = Watch(names, self._world, self._sample_ids, criterion.part_tasks)
+        self._step: Step | None = None  # made from the first batch
+        self._log: MetricsLog | None = None  # of the first process
+        self._described = False
+        self._first = 0  # the step that this process began with
+
+    def _sample_ids(self, step: int) -> list[str]:
+        return [sample for stream in self.streams for sample in stream.sample_ids(step)]
+
+    def use(self, step: EagerStep) -> None:
+        """Train with another eager step, made of `eager`'s own parts."""
+        self.eager = step
+
+    def train(self, *, resume: bool) -> dict[str, Any]:
+        """Run to the end and return the content of result.json.
+
+        Raises: ModelError when a loss is not finite or a batch does not fit into memory; Interrupted after SIGINT or
+            SIGTERM, with the state saved.
+        """
+        world = self._world
+        with world.together():
+            random = self._state.restore() if resume else None
+            iterations, first, keep_every = self._iterations, self._state.now.step, self.config.keep_every
+            self._first = first
+            assert not isinstance(keep_every, str), "resolve the settings first"
+            self._log = MetricsLog(self.run, first) if world.first else None
+        self._state.check_same()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.observer.started(step=first, iterations=iterations, parameters=parameters)
+        torch.manual_seed(world.seed(self.config.seed, first))  # whatever an observer has drawn
+        batches = feed_streams(
+            self.streams,
+            self.device,
+            first=first,
+            last=iterations,
+            workers=self.config.workers,
+            rank=world.rank,
+            world=world.size,
+        )
+        if random is not None:
+            # After feed_streams(): a DataLoader takes a number from this generator when it starts.
+            set_random_state(self.device, random)
+        self.model.train()
+        completed = False
+        try:
+            if self._state.now.unjudged:
+                self._end_of_interval()
+            with stop_requests() as stop:
+                for step in range(first, iterations):
+                    stopping = self._one_step(step, batches, stop.is_set())
+                    interval = (step + 1) % self._val_every == 0 or step + 1 == iterations
+                    if world.size == 1:  # no agreement is needed: a request during this very step counts, too
+                        stopping = stop.is_set()
+                    keeping = keep_every is not None and (step + 1) % keep_every == 0
+                    if interval or stopping or keeping:
+                        self._watch.check_finite()
+                    if interval:
+                        self._end_of_interval()
+                    elif stopping or keeping:
+                        self._state.save()
+                    if keeping:
+                        self._state.keep()
+                    if stopping and step + 1 < iterations:
+                        raise Interrupted(step + 1)
+            completed = True
+        finally:
+            if self._log is not None:
+                self._log.close()
+            batches.close()  # and with it the threads that draw ahead
+            self.observer.ended(completed=completed)
+        self._note_cost(self._state.now.step - first)
+        return self._state.finish(
+            DEPTH if self._validate is None and self._validate_depth is not None else SEGMENTATION
+        )
+
+    def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
+        """Take a step; returns whether any process received a request to stop before it."""
+        config = self.config
+        began, cpu_began = time.perf_counter(), time.process_time()
+        try:
+            with self._world.together(stop=stop) as agreed:
+                batch = cast("AnyBatch", next_batch(batches))
+        except KDCacheError:  # of a damaged sample: no step that was taken is lost
+            if step > self._first:
+                self._watch.check_finite()
+                self._state.save()
+            raise
+        waited = time.perf_counter() - began
+        prepared, losses, norms = self._learn(step, batch)
+        if self._ema is not None:
+            self._ema.update(step + 1)
+        self._describe()
+        logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
+        self._watch.add(step, losses)
+        # On a GPU reading every loss would stall the queue: losses are read when they are logged.
+        reading = logged or norms is not None or self.device.type == "cpu"
+        values = self._watch.check_finite() if reading else []
+        if norms is not None:
+            self._write_norms(step, norms, dict(zip(self._watch.names, values, strict=True)))
+        lr = self._schedule.lr
+        self._schedule.after_step()
+        now = self._state.now
+        now.step = step + 1
+        now.seconds += time.perf_counter() - began - prepared
+        now.cpu_seconds += time.process_time() - cpu_began
+        now.waited += waited
+        now.prepared += prepared
+        self.observer.advanced(now.step)
+        if logged:
+            speed = config.batch_size * now.step / now.seconds
+            report = dict(zip(self._watch.names, values, strict=True))
+            _note_all(self._watch.won(report), self.observer.note)
+            _note_all(self._watch.unsure(report, last=now.step == self._iterations), self.observer.note)
+            report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
+            if self._weak.needed:
+                report["weak_view_seconds"] = self._weak.seconds / (now.step - self._first)
+            self._report(report)
+        return agreed.stop
+
+    def _note_cost(self, steps: int) -> None:
+        """Note what the forwards on weak views cost in the steps of this process."""
+        if self._weak.needed and steps > 0:
+            now = self._state.now
+            own, whole = self._weak.seconds / steps, now.seconds / now.step
+            self.observer.note(
+                f"{self._weak.forwards} forwards in training on weak views, without gradient, took {own:.2g} of "
+                f"{whole:.2g} s a step: {100 * own / whole:.0f} %"
+            )
+
+    def _report(self, values: dict[str, float]) -> None:
+        """Log a step, with the losses and weights of the tasks that are balanced."""
+        step, balance = self._state.now.step, self.criterion.balance
+        weights = {} if balance is None else balance.weights()
+        tasks = {task: {"loss": values.pop(task), "weight": weight} for task, weight in weights.items()}
+        self._write_line("train", step, values | ({"tasks": tasks} if tasks else {}))
+        self.observer.stepped(step, values)
+        if tasks:
+            self.observer.balanced(step, tasks)
+
+    def _write_norms(self, step: int, norms: Norms, losses: Mapping[str, float]) -> None:
+        """Log the gradients of a step, and note terms and tasks that hardly do anything or dominate."""
+        tasks = task_lines(losses, norms)
+        if norms.terms:
+            self._write_line("gradients", step + 1, norms.terms | ({"tasks": tasks} if tasks else {}))
+            self.observer.gradients(step + 1, norms.terms)
+        if tasks:
+            self.observer.balanced(step + 1, tasks)
+        if step + 1 >= warmup_steps(self.config.distill_schedule):  # until then weights are small on purpose
+            _note_all(self._watch.lopsided(step, norms.terms), self.observer.note)
+            _note_all(self._watch.starving(tasks), self.observer.note)
+
+    def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, Norms | None]:
+        """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
+        measured = measures_norms(step, self.config.gradients_every)
+        try:
+            labelled = self._weak(batch)
+            prepared = self._prepare(labelled)
+            if self.criterion.distill_weight_scale is not None:
+                self.criterion.set_distill_weight_scale(distill_weight_scale(self.config, step))
+            if measured:
+                return prepared, *self.eager.with_norms(labelled)
+            assert self._step is not None
+            return prepared, self._step(labelled), None
+        except Exception as error:
+            if not is_out_of_memory(error) and (fault := network_fault(error)) is not None:
+                raise fault from error
+            # Several processes wait for each other: one alone cannot try what fits.
+            if self._world.size > 1 or not is_out_of_memory(error):
+                raise
+            requested = requested_memory(error)
+        # Here, where the handler no longer holds what the step had made.
+        self._step = None
+        held, together = self.eager.held(batch), 1 if self.config.mix is None else 2
+        fits = largest_fitting(
+            lambda size: self.eager.attempt(self._weak(held.rows(size)), measured), len(held), self.device, together
+        )
+        raise memory_error(self.config, self.device, requested, fits)
+
+    def _describe(self) -> None:
+        """Note once what the terms resize or project."""
+        if not self._described:
+            self._described = True
+            for text in self.criterion.describe():
+                self.observer.note(text)
+
+    def _prepare(self, batch: AnyBatch) -> float:
+        """Make the step from the first batch; returns the seconds that it took, which are no training."""
+        if self._step is not None:
+            return 0.0
+        began = time.perf_counter()
+        if self._world.size > 1:
+            distribute(self.eager, batch, self._world)
+        self._step = make_step(self._kind, self.eager, batch, self.observer.note)
+        return time.perf_counter() - began
+
+    def _end_of_interval(self) -> None:
+        """Validate, and save; also where a sample cannot be read: a resumed run begins with this validation then."""
+        now = self._state.now
+        now.unjudged = True
+        try:
+            self._judge()
+        except KDCacheError:
+            self._state.save()
+            raise
+        now.unjudged = False
+        self._state.save()
+
+    def _judge(self) -> None:
+        """Validate the weights and their moving average, and keep the best of each.
+
+        The rate of `plateau` follows the weights, so that a training is the same with and without an average.
+        Everything is measured before anything changes.
+        """
+        if self._validate is None and self._validate_depth is not None:
+            self._validate_depth_alone(self._validate_depth)
+        elif self._validate is not None:
+            step, metrics = self._state.now.step, self._validate(self.model)
+            depth = None if self._validate_depth is None else self._validate_depth(self.model)
+            averaged, ema_depth = self._validate_ema()
+            best = self._state.keep_best(metrics.miou)
+            self._schedule.after_validation(metrics.miou)
+            beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
+            for prefix, own in (("depth", depth), ("ema_depth", ema_depth)):
+                beside |= {} if own is None else {f"{prefix}_{name}": value for name, value in own.to_json().items()}
+            self._write_line("validation", step, metrics.to_json() | beside)
+            self.observer.validated(step, metrics, best)
+            if depth is not None:
+                self.observer.validated_depth(step, depth)
+            if averaged is not None:
+                self.observer.validated_ema(step, averaged, self._state.keep_best(averaged.miou, ema=True))
+            if ema_depth is not None:
+                self.observer.validated_ema_depth(step, ema_depth)
+            if step == self._iterations and (text := outcome(metrics)) is not None:
+                self.observer.note(text)
+
+    def _validate_depth_alone(self, validate: Callable[[SegmentationModel], DepthMetrics]) -> None:
+        """Validate depth where no segmentation is: the best weights are those of the smallest rmse."""
+        step, metrics = self._state.now.step, validate(self.model)
+        averaged = None
+        if self._ema is not None:
+            with self._ema.in_place():
+                averaged = validate(self.model)
+        line = {f"depth_{name}": value for name, value in metrics.to_json().items()}
+        self._state.keep_best(-metrics.rmse)
+        self._schedule.after_validation(-metrics.rmse)
+        if averaged is not None:
+            line |= {f"ema_depth_{name}": value for name, value in averaged.to_json().items()}
+            self._state.keep_best(-averaged.rmse, ema=True)
+        self._write_line("validation", step, line)
+        self.observer.validated_depth(step, metrics)
+        if averaged is not None:
+            self.observer.validated_ema_depth(step, averaged)
+
+    def _validate_ema(self) -> tuple[Metrics | None, DepthMetrics | None]:
+        """Metrics of the weights' moving average, and of its depth; None in a training without."""
+        if self._ema is None or self._validate is None:
+            return None, None
+        with self._ema.in_place():
+            depth = None if self._validate_depth is None else self._validate_depth(self.model)
+            return self._validate(self.model), depth
+
+    def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(kind, step, values)
+
+
+def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
+    for text in texts:
+        note(text)
+
+
+def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[AnyBatch], AnyBatch] | None:
+    """What is pasted in every batch: within each stream, or from one into another; None for nothing."""
+    if config.mix is not None:
+        return Mix(config.mix)
+    names = [stream.name for stream in config.streams]
+    pastes = []
+    for number, stream in enumerate(config.streams):
+        if stream.paste is not None and stream.paste_from is not None:
+            assert isinstance(criterion, StreamLoss)
+            source = names.index(stream.paste_from)
+            losses = [cast("DistillLoss", criterion.streams[place]) for place in (number, source)]
+            pastes.append(Paste(number, source, Mix(stream.paste), *(loss.targets for loss in losses)))
+    return Pastes(pastes) if pastes else None
