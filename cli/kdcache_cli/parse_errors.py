@@ -1,6 +1,7 @@
 """What the parser of the command line refuses, as errors of kdcache: rule, received, remedy and entry."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import typer
 
 from kdcache.errors import RecipeError
+from kdcache.settings.removed import SETTINGS, VERBS, removal
 
 _UsageError: Any = typer.BadParameter.__base__
 """The base of all that the parser refuses; Typer exports this one of its kinds."""
 
 
+_NO_COMMAND = re.compile("No such command '([^']*)'")
 _ANYWHERE = ("--quiet", "--debug", "--trust")
 
 
@@ -35,6 +38,8 @@ def parse_errors(context: Any = None) -> Iterator[None]:
 def _restated(error: Any, verb: str) -> RecipeError:
     kind, help_of = type(error).__name__, f"{verb} --help"
     if kind == "NoSuchOption":
+        if (gone := removal(error.option_name, SETTINGS)) is not None:
+            return gone
         flags = [flag for parameter in error.ctx.command.params for flag in parameter.opts]
         near = difflib.get_close_matches(error.option_name, [*flags, *_ANYWHERE], n=1, cutoff=0.7)
         return RecipeError(
@@ -55,6 +60,8 @@ def _restated(error: Any, verb: str) -> RecipeError:
             received=f"{' '.join([verb, _name(error.param), *values])}: {error.message}",
             remedy=f"correct it, as {help_of} shows",
         )
+    if (word := _NO_COMMAND.match(error.message)) and (gone := removal(word[1], VERBS)) is not None:
+        return gone
     message, _, near = error.format_message().partition(" Did you mean ")
     return RecipeError(
         "a command is a verb, its arguments and its flags",

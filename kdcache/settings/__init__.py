@@ -7,6 +7,7 @@
     streams.py     a training from several sources: their tables and rows
     building.py    the tables of a build
     engine.py      the table of the engines of builds and sweeps
+    removed.py     what earlier versions had, and what takes its place
 
 A table is a dataclass whose fields are `name: type = setting(default, help)`. The flags of the verbs, the
 keys of recipes and the models that check them (`kdcache.training.TrainConfig`) are made from the tables.

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from annotated_types import Gt, Le
 
 from kdcache.errors import RecipeError
+from kdcache.settings.removed import SETTINGS, removal
 from kdcache.settings.setting import REQUIRED, entries, names, setting
 from kdcache.settings.shared import ImageSettings, MachineSettings
 from kdcache.settings.spelling import Weight
@@ -69,6 +70,8 @@ def parse_stream(value: Any) -> Any:
     allowed = [*entries(StreamSettings), *OVERRIDDEN]
     for key in table:
         if key not in allowed:
+            if (gone := removal(key, SETTINGS)) is not None:
+                raise gone
             near = difflib.get_close_matches(key, allowed, n=1)
             whole = key in entries(TrainSettings, ImageSettings, MachineSettings)
             raise RecipeError(

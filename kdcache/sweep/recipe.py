@@ -45,6 +45,7 @@ from typing import Any
 
 from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import RecipeError
+from kdcache.settings.removed import KEYS, SETTINGS, removal
 from kdcache.settings.streams import parse_stream
 
 Flags = Mapping[str, Any]
@@ -170,6 +171,8 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
     options = sorted(allowed)
     for name in names:
         if name not in options:
+            if (gone := removal(name, KEYS, SETTINGS)) is not None:
+                raise gone
             raise unknown(f"{what} are known ones", name, options)
 
 

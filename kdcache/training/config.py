@@ -25,7 +25,9 @@ from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
+from kdcache.settings.removed import SETTINGS, removal, without_removed
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.spelling import as_typed
 from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.shown import public_values
@@ -253,6 +255,8 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
     flag, value = "--" + flag_of(name), settings.get(name, first["input"])
     fields = StreamOwn.model_fields | TrainConfig.model_fields
     if first["type"] == "extra_forbidden":
+        if (gone := removal(flag, SETTINGS)) is not None:
+            return gone
         near = difflib.get_close_matches(name, fields, n=1)
         remedy = f"did you mean --{flag_of(near[0])}?" if near else "leave it out: --help lists those there are"
         return RecipeError("every setting is one that a training has", received=f"{flag} {value}", remedy=remedy)
@@ -267,15 +271,9 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
     return RecipeError(
         f"{flag} is {rule}",
         entry="flag has a value",
-        received=f"{flag} {_as_typed(value)}",
+        received=f"{flag} {as_typed(value)}",
         remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
     )
-
-
-def _as_typed(value: Any) -> str:
-    """A value as it stands behind its flag; of a flag that may be repeated, with commas between."""
-    several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
-    return ", ".join(value) if several else str(value) if isinstance(value, str | int | float) else repr(value)
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -288,7 +286,9 @@ def read_config(run: Path) -> TrainConfig:
             remedy="give the --out of a training that was begun with this version",
         )
     try:
-        return TrainConfig.model_validate({"fit": "squash", **recipe})  # as the first runs, whose recipes have none
+        return TrainConfig.model_validate(
+            {"fit": "squash", **without_removed(recipe)}
+        )  # as the first runs, whose recipes have none
     except ValidationError as error:
         wrong = _refused(error, {})
         raise RecipeError(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from kdcache.data import Split, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import Entry, entries
+from kdcache.settings.removed import SETTINGS, removal
 from kdcache.training.ranges import in_words
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -60,6 +61,8 @@ def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: 
     table = entries(*tables)
     names = [one.name for one in signature(function).parameters.values() if one.name in table]
     if unknown := [name for name in settings if name not in names]:
+        if (gone := removal(unknown[0], SETTINGS)) is not None:
+            raise gone
         near = difflib.get_close_matches(unknown[0], signature(function).parameters, n=1)
         raise RecipeError(
             f"every keyword of kdcache.{function.__name__} is one of its settings",
