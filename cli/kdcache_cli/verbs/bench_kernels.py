@@ -53,9 +53,8 @@ def bench_kernels(
         _Option(
             "--case",
             help="What a step computes: plain (labelled pixels), trained (class weights, void pixels that learn from "
-            "the teacher), warp (a window and a flip per image), gate (confident pixels), mix (a third of "
-            "an image pasted from another), dist, dkd, cwd (the losses of these terms alone, of whole views), "
-            "dist-warp, dkd-warp, cwd-warp (through windows); or [bold]all[/].",
+            "the teacher), warp (a window and a flip per image), gate (confident pixels), dist (this term alone, of "
+            "whole views), dist-warp (through windows); or [bold]all[/].",
         ),
     ] = "plain",
     layout: Annotated[str, _Option("--layout", help="Layout of the student's logits: nchw, channels_last.")] = "nchw",
@@ -77,7 +76,7 @@ def bench_kernels(
 ) -> None:
     """Time, weigh and check the loss kernels on this machine.
 
-    Forward and backward of cross-entropy plus KL, or of a loss on cells (dist, dkd, cwd), against rivals that run in
+    Forward and backward of cross-entropy plus KL, or of the term dist, against rivals that run in
     the same minutes on the same tensors. Rows are printed, and written to --json, as they come: Ctrl-C keeps those
     that were measured. On a GPU the first figure is that of a CUDA graph, the device's own time; [bold]host ms[/] is
     what the CPU takes to issue a step.

@@ -39,7 +39,7 @@ def compile(
         str, _Option("--shapes", help="BxCxHxW/STRIDE at label size, as a training has them, or presets.")
     ] = "",
     case: Annotated[
-        str, _Option("--case", help="plain, trained, warp, gate, mix, dist, dkd, cwd, as in bench-kernels; or all.")
+        str, _Option("--case", help="plain, trained, warp, gate, dist, as in bench-kernels; or all.")
     ] = "all",
     dtype: Annotated[str, _Option("--dtype", help="Dtypes of the logits: fp32, fp16, bf16.")] = "bf16",
     temperature: Annotated[str, _Option("--temperature", help="One or several, comma-separated.")] = "2",

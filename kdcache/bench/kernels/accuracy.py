@@ -12,15 +12,14 @@ Bounds: loss 1e-6 |L| + 1e-7 T^2; gradient, largest error over largest value, 2e
 in bfloat16, which is what their rounding of the result costs. To these comes what float32 cannot know: an
 interpolated logit to 6e-8 of the largest, over T; the difference of two probabilities, of the order of 1 / T, to 6e-8;
 a sum over more than 25 classes to the square root of their number. The loss of relations has bounds of its own
-(`rounding`) in the place of the latter: a correlation is as well known as its vectors are far from their means. So
-have the other losses on cells.
+(`rounding`) in the place of the latter: a correlation is as well known as its vectors are far from their means.
 
 Legend: B batch, C classes, H W label size, h w logits' own size.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,8 +30,8 @@ from kdcache.bench.kernels.losses import LOSSES
 from kdcache.bench.kernels.rivals import resolved
 from kdcache.bench.kernels.rounding import rounding
 from kdcache.bench.kernels.shapes import DTYPES, KEPT, MOST_DENSE
-from kdcache_kernels import PackedTarget, channel_loss, decoupled_loss, distill_loss, pack, relation_loss
-from kdcache_kernels.on_cells.problem import CellProblem, ChannelProblem, DecoupledProblem, RelationProblem
+from kdcache_kernels import PackedTarget, distill_loss, pack, relation_loss
+from kdcache_kernels.on_cells.problem import RelationProblem
 
 GRADIENT_BOUND = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}
 LOSS_RELATIVE, LOSS_PER_SQUARED_TEMPERATURE = 1e-6, 1e-7
@@ -185,7 +184,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 def _rounding(point: Point, student: Tensor, arguments: dict[str, Any], largest: float) -> tuple[float, float]:
     """What float32 cannot know of the loss, and of the gradient as a share of its largest element."""
     T = point.temperature
-    if point.loss in PROBLEMS:
+    if point.loss == "dist":
         loss, gradient = rounding(_problem(point, student, arguments))
         return loss.item(), gradient.max().item() / largest
     per_squared_temperature = LOSS_PER_SQUARED_TEMPERATURE * max(1.0, math.sqrt(point.num_classes / 25))
@@ -201,27 +200,21 @@ def launch(point: Point, device: torch.device) -> None:
 def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str, scale: float) -> tuple[Tensor, Tensor]:
     """The loss at a point, and the gradient of a multiple of it."""
     leaf = logits.detach().requires_grad_()
-    if point.loss in PROBLEMS:
-        loss = _on_cells(point.loss)(leaf, **arguments, temperature=point.temperature, impl=impl)
+    if point.loss == "dist":
+        loss = relation_loss(leaf, **arguments, temperature=point.temperature, impl=impl)
     else:
         loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=impl).loss
     return loss, torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
 
 
-def _on_cells(loss: str) -> Callable[..., Tensor]:
-    functions: dict[str, Callable[..., Tensor]] = {"dist": relation_loss, "dkd": decoupled_loss, "cwd": channel_loss}
-    return functions[loss]
-
-
 def _scale(point: Point, largest: float) -> float:
     """The power of two that is nearest to the number of pixels, or of cells, where it keeps the gradient in float16.
 
-    That of relations has the steepness of a correlation, which is 1e4 where predictions are even; that of channels is a
-    sum over the cells.
+    The gradient of relations has the steepness of a correlation, which is 1e4 where predictions are even.
     """
-    height, width = NATIVE if point.loss in PROBLEMS else STRIDES[point.stride]
+    height, width = NATIVE if point.loss == "dist" else STRIDES[point.stride]
     scale = float(2 ** round(math.log2(BATCH * height * width)))
-    return scale if point.loss not in PROBLEMS else min(scale, 2.0 ** -round(math.log2(largest)))
+    return min(scale, 2.0 ** -round(math.log2(largest))) if point.loss == "dist" else scale
 
 
 def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
@@ -242,7 +235,7 @@ def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         "window_B4": None if window is None else window.to(device),
         "flip_B": None if point.window in ("whole", "scale") else torch.tensor([False, True], device=device),
     }
-    if point.loss not in PROBLEMS:
+    if point.loss != "dist":
         return student.to(device), where | {
             "labels_BHW": labels.to(device),
             "target": target.to(device),
@@ -250,25 +243,12 @@ def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         }
     dense = target.values if target.indices is None else target.densify()
     arguments = {"teacher_logits_BChw": dense, "counted_BHW": labels != IGNORE_INDEX}
-    if point.loss == "dkd":  # all are classes: which of two equal logits is the larger is a matter of roundings
-        arguments["labels_BHW"] = labels.clamp(max=C - 1)
-    if point.loss == "cwd":
-        arguments["teacher_maximum_Bhw"] = teacher.amax(1)
     on_device = {name: tensor.to(device) for name, tensor in arguments.items()}
     return student.to(device), where | on_device | {"view_size": view, "size": size}
 
 
-PROBLEMS: dict[str, type[CellProblem]] = {"dist": RelationProblem, "dkd": DecoupledProblem, "cwd": ChannelProblem}
-"""Of the losses on cells."""
-
-
-def _problem(point: Point, student: Tensor, arguments: dict[str, Any]) -> CellProblem:
-    own: dict[str, dict[str, Any]] = {
-        "dist": {"beta": 1.0, "gamma": 1.0, "moments": None},
-        "dkd": {"alpha": 1.0, "beta": 8.0, "labels": arguments.get("labels_BHW")},
-        "cwd": {"teacher_maximum": arguments.get("teacher_maximum_Bhw")},
-    }
-    return PROBLEMS[point.loss](
+def _problem(point: Point, student: Tensor, arguments: dict[str, Any]) -> RelationProblem:
+    return RelationProblem(
         student=student,
         teacher=arguments["teacher_logits_BChw"],
         view_size=arguments["view_size"],
@@ -280,7 +260,9 @@ def _problem(point: Point, student: Tensor, arguments: dict[str, Any]) -> CellPr
         counted=arguments["counted_BHW"],
         count=None,
         need_gradient=False,
-        **own[point.loss],
+        beta=1.0,
+        gamma=1.0,
+        moments=None,
     )
 
 

@@ -49,7 +49,6 @@ class Inputs:
         labels_int64: (B, H, W).
         mask: (B, H*, W*) float32, 1 where the teacher's loss counts a pixel; of a cell the share of its pixels.
         grid: (B, H*, W*, 2) float32, where to sample the teacher, in units of `grid_sample`; None samples whole views.
-        pasted: (B, H, W) bool, the pixels that are their neighbour's.
         ce_count, kl_count: 0-dimensional float32: the class weights of labelled pixels, and the sum of the mask.
     """
 
@@ -63,14 +62,8 @@ class Inputs:
     labels_int64: Tensor
     mask: Tensor
     grid: Tensor | None
-    pasted: Tensor | None
     ce_count: Tensor
     kl_count: Tensor
-
-
-def neighbours(rows: Tensor) -> Tensor:
-    """Return for every image what is of the one before it."""
-    return rows.roll(1, 0)
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -110,7 +103,6 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         labels_int64=labels,
         mask=mask,
         grid=grid,
-        pasted=_box(shape, device) if kind.pasted else None,
         ce_count=weight_BHW.double().sum().float(),
         kl_count=mask.double().sum().float(),
     )
@@ -149,15 +141,6 @@ def _windows(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     corners = [(window.y0, window.x0, window.y1, window.x1) for window, _ in drawn]
     flips = [flip for _, flip in drawn]
     return torch.tensor(corners, dtype=torch.float64, device=device), torch.tensor(flips, device=device)
-
-
-def _box(shape: Shape, device: torch.device) -> Tensor:
-    """(B, H, W) bool: a third of every image, in its middle."""
-    share = 3**-0.5
-    (top, bottom), (left, right) = ((round(n * (1 - share) / 2), round(n * (1 + share) / 2)) for n in shape.size)
-    mask_BHW = torch.zeros(shape.batch, *shape.size, dtype=torch.bool, device=device)
-    mask_BHW[:, top:bottom, left:right] = True
-    return mask_BHW
 
 
 def _grid(y_BH: Tensor, x_BW: Tensor, view: tuple[int, int], size: tuple[int, int]) -> Tensor:

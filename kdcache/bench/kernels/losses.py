@@ -12,40 +12,25 @@ Legend: B batch, C classes, H W label size, h w logits' own size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.bench.kernels.inputs import Inputs, neighbours
+from kdcache.bench.kernels.inputs import Inputs
 from kdcache.bench.kernels.shapes import KINDS, Case
-from kdcache_kernels import (
-    PastedTarget,
-    channel_loss,
-    decoupled_loss,
-    densify,
-    distill_loss,
-    relation_loss,
-    target_argmax_confidence,
-)
+from kdcache_kernels import densify, distill_loss, relation_loss, target_argmax_confidence
 from kdcache_kernels.on_cells.problem import EPS
-from kdcache_kernels.target_cells import labels_at_centres
 
 
 class Targets(NamedTuple):
-    """What eager learns from, of all images or of one, and its settings; tensors as in `Inputs`.
-
-    Attributes:
-        other_teacher: that of the pasted pixels.
-    """
+    """What eager learns from, of all images or of one, and its settings. Tensors are as in `Inputs`."""
 
     teacher: Tensor
     labels: Tensor
     mask: Tensor
     grid: Tensor | None
-    pasted: Tensor | None
-    other_teacher: Tensor | None
     class_weight: Tensor | None
     ce_count: Tensor
     kl_count: Tensor
@@ -61,8 +46,6 @@ class Targets(NamedTuple):
             labels=self.labels[rows],
             mask=self.mask[rows],
             grid=None if self.grid is None else self.grid[rows],
-            pasted=None if self.pasted is None else self.pasted[rows],
-            other_teacher=None if self.other_teacher is None else self.other_teacher[rows],
         )
 
 
@@ -73,8 +56,6 @@ def targets_of(case: Case, inputs: Inputs) -> Targets:
         inputs.labels_int64,
         inputs.mask,
         inputs.grid,
-        inputs.pasted,
-        None if inputs.pasted is None else neighbours(inputs.teacher),
         inputs.class_weight,
         inputs.ce_count,
         inputs.kl_count,
@@ -102,7 +83,6 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
         window_B4=inputs.window,
         flip_B=inputs.flip,
         pixel_weight_BHW=weight,
-        pasted=None if inputs.pasted is None else PastedTarget(inputs.pasted, inputs.target.map(neighbours)),
         distill_void=kind.trained,
         impl=impl,
     ).loss
@@ -117,9 +97,6 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
         teacher_BCHW = F.interpolate(teacher_BChw, size, mode="bilinear", align_corners=False)
     else:
         teacher_BCHW = F.grid_sample(teacher_BChw, targets.grid, padding_mode="border", align_corners=False)
-    if targets.pasted is not None and targets.other_teacher is not None:
-        other_BCHW = F.interpolate(targets.other_teacher / T, size, mode="bilinear", align_corners=False)
-        teacher_BCHW = torch.where(targets.pasted[:, None], other_BCHW, teacher_BCHW)
     log_q_BCHW = F.log_softmax(teacher_BCHW, 1)
     weight, ignore = targets.class_weight, targets.ignore_index
     if T == 1:
@@ -136,26 +113,22 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
     return ce / targets.ce_count + T * T * (kl_BHW * mask_BHW).sum() / targets.kl_count
 
 
-def our_loss_on_cells(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return a loss on cells as its term calls it: a target of some classes is densified."""
+def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
+    """Return the loss of relations as its term calls it, with the target densified if it keeps only some classes."""
     target = inputs.target
     dense = target.values
     if target.indices is not None:
         dense = densify(target.values, target.indices, target.tail, target.num_classes, impl=impl)
-    options: dict[str, Any] = {
-        "view_size": target.view_size,
-        "size": case.shape.size,
-        "temperature": case.temperature,
-        "window_B4": inputs.window,
-        "flip_B": inputs.flip,
-        "impl": impl,
-    }
-    kind = KINDS[case.kind].loss
-    if kind == "dkd":
-        return decoupled_loss(inputs.student, dense, inputs.labels, **options)
-    if kind == "cwd":
-        return channel_loss(inputs.student, dense, **options)
-    return relation_loss(inputs.student, dense, **options)
+    return relation_loss(
+        inputs.student,
+        dense,
+        view_size=target.view_size,
+        size=case.shape.size,
+        temperature=case.temperature,
+        window_B4=inputs.window,
+        flip_B=inputs.flip,
+        impl=impl,
+    )
 
 
 def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
@@ -164,34 +137,6 @@ def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     if targets.grid is not None:
         teacher_BChw = F.grid_sample(teacher_BChw, targets.grid, padding_mode="border", align_corners=False)
     return student_BChw.float() / targets.temperature, teacher_BChw / targets.temperature
-
-
-def eager_decoupled(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return T^2 * (TCKD + 8 NCKD) on cells that weigh what the mask says."""
-    logits = _on_cells(student_BChw, targets)
-    label_B1hw = labels_at_centres(targets.labels, (targets.mask.shape[1], targets.mask.shape[2]))[:, None]
-    void_B1hw, best_B1hw = label_B1hw == targets.ignore_index, logits[1].argmax(1, keepdim=True)
-    target_B1hw = torch.where(void_B1hw, best_B1hw, label_B1hw)
-    (log_q2, log_q), (log_p2, log_p) = (_split(x, target_B1hw) for x in logits)
-    target_Bhw, rest_Bhw = (
-        F.kl_div(q, p, reduction="none", log_target=True).sum(1) for q, p in ((log_q2, log_p2), (log_q, log_p))
-    )
-    return targets.temperature**2 * ((target_Bhw + 8 * rest_Bhw) * targets.mask).sum() / targets.kl_count
-
-
-def _split(logits_BChw: Tensor, target_B1hw: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of target and rest, and of the classes of the rest."""
-    rest_BChw = logits_BChw.scatter(1, target_B1hw, -1e30)
-    pair_B2hw = torch.cat([logits_BChw.gather(1, target_B1hw), rest_BChw.logsumexp(1, keepdim=True)], 1)
-    return F.log_softmax(pair_B2hw, 1), F.log_softmax(rest_BChw, 1)
-
-
-def eager_channels(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return T^2 / C times the sum over classes of the KL over the cells, which weigh what the mask says."""
-    log_weight_B1n = targets.mask.clamp_min(1e-30).log().flatten(1)[:, None]
-    log_q, log_p = (F.log_softmax(x.flatten(2) + log_weight_B1n, -1) for x in _on_cells(student_BChw, targets))
-    kl_BC = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return targets.temperature**2 * kl_BC.mean(1).mean()
 
 
 def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
@@ -233,9 +178,7 @@ class Loss:
 
 LOSSES = {
     "distill": Loss(our_loss, eager_loss),
-    "dist": Loss(our_loss_on_cells, eager_relations, by_image=False),
-    "dkd": Loss(our_loss_on_cells, eager_decoupled),
-    "cwd": Loss(our_loss_on_cells, eager_channels, by_image=False),
+    "dist": Loss(our_relations, eager_relations, by_image=False),
 }
 """By `Kind.loss`."""
 

@@ -14,7 +14,7 @@ largest one shows what binds:
 At 16x21x512x512/4 on an H200 that predicts 8, 11 and 53 microseconds: the kernel is bound by issue. A gate's own pass
 over the target is in none of them.
 
-The losses on cells: two exponentials and INSTRUCTIONS_PER_CLASS_CELL per class-cell, and no label.
+The loss of relations: two exponentials and INSTRUCTIONS_PER_CLASS_CELL per class-cell, and no label.
 
 For a rival only the bytes count: those its operations touch (`bytes_per_class_pixel`), for eager at T = 2 156 per
 class-pixel.
@@ -37,8 +37,8 @@ from kdcache.bench.kernels.shapes import KINDS, Case
 
 INSTRUCTIONS_PER_CLASS_PIXEL = 20
 LANES_PER_SFU_LANE = 8
-INSTRUCTIONS_PER_CLASS_CELL = {"dist": 180, "dkd": 81, "cwd": 92}
-"""By `Kind.loss`: those of the loops over the classes, or over the cells, of whole views, as compiled for sm_90."""
+INSTRUCTIONS_PER_CLASS_CELL = 180
+"""Those of the loops over the classes, of whole views, as compiled for sm_90."""
 COMPILED_BYTES_PER_CLASS_PIXEL = {"distill": 33}
 """By `Kind.loss`. Inductor writes both upsampled tensors and two gradients in float32 and reads them again."""
 CELL_STRIDES = (2, 4, 8)
@@ -84,8 +84,7 @@ def least_work(case: Case) -> Work:
     touched = B * h * w * (2 * C * logit_bytes + kept_bytes)
     if KINDS[case.kind].on_cells:
         class_cells = B * h * w * C
-        per_class_cell = INSTRUCTIONS_PER_CLASS_CELL[KINDS[case.kind].loss]
-        return Work(bytes=touched, exps=2 * class_cells, instructions=per_class_cell * class_cells)
+        return Work(bytes=touched, exps=2 * class_cells, instructions=INSTRUCTIONS_PER_CLASS_CELL * class_cells)
     touched += B * shape.height * shape.width * (1 if shape.ignore_index == 255 else 2)
     softmaxes = 2 if case.temperature in (1, 2, 3, 4) else 3  # then exp(u) = exp(u / T)**T serves both temperatures
     cells = shape.divides and shape.stride in CELL_STRIDES and not KINDS[case.kind].drawn

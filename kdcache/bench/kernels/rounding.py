@@ -1,7 +1,7 @@
-"""How far float32 may leave the losses on cells and their gradients from exact arithmetic.
+"""How far float32 may leave the loss of relations and its gradient from exact arithmetic.
 
 A probability is known to some roundings of itself, more of them the smaller it is: it is the exponential of a rounded
-number. A divergence of two distributions is known to what these errors change it by, to first order.
+number.
 
 A correlation is as well known as what it correlates is beside what is subtracted of it: a probability is known to some
 roundings of itself, and centring keeps these while it takes away what all classes, or all cells, have in common. So the
@@ -11,14 +11,13 @@ is 1 or -1 and its gradient is 0, so that of the half over classes these roundin
 Legend: B batch, C classes, hs ws the student's own size, h w the target's cells.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kdcache_kernels.on_cells.problem import EPS, CellProblem, ChannelProblem, DecoupledProblem, RelationProblem
-from kdcache_kernels.on_cells.reference import Seen, logits_on_cells, over_cells, split, target_class
+from kdcache_kernels.on_cells.problem import EPS, RelationProblem
+from kdcache_kernels.on_cells.reference import Seen, logits_on_cells
 from kdcache_kernels.target_cells import resize
 
 ROUNDOFF = 2.0**-24
@@ -30,20 +29,20 @@ SMALLEST = 2.0**-126
 """What is smaller may be 0."""
 
 
-def rounding(problem: CellProblem) -> tuple[Tensor, Tensor]:
+def rounding(problem: RelationProblem) -> tuple[Tensor, Tensor]:
     """Bounds of the errors of a loss, 0-dimensional, and of its gradient, (B, C, hs, ws), float64; to first order.
 
     The rounding of a result to a narrower dtype is not in them.
     """
     student = problem.student.detach().double()
     seen = logits_on_cells(replace(problem, student=student))
-    loss, cells_BChw = _BOUNDS[type(problem)](problem, seen)
+    loss, cells_BChw = _of_relations(problem, seen)
     leaf = torch.zeros_like(student).requires_grad_()
     (gradient,) = torch.autograd.grad(resize(leaf, problem.grid), leaf, cells_BChw)
     return loss, gradient
 
 
-def _rho(problem: CellProblem, terms: int) -> float:
+def _rho(problem: RelationProblem, terms: int) -> float:
     """Roundings of a probability whose sum has so many terms."""
     return ROUNDOFF * (STEPS + terms / 8 + _sampling(problem))
 
@@ -62,53 +61,9 @@ def _of_relations(problem: RelationProblem, seen: Seen) -> tuple[Tensor, Tensor]
     return loss, own_BChw * (pull + (p * pull).sum(1, keepdim=True))
 
 
-def _of_target_and_rest(problem: DecoupledProblem, seen: Seen) -> tuple[Tensor, Tensor]:
-    target_B1hw = target_class(problem.labels, seen.teacher)
-    (log_p2, log_p), (log_q2, log_q) = (split(x, target_B1hw) for x in (seen.teacher, seen.student))
-    rho = _rho(problem, log_p.shape[1])
-    target, by_target_B2hw = _divergence(log_p2, log_q2, 1, rho)
-    rest, by_rest_BChw = _divergence(log_p, log_q, 1, rho)
-    per_cell_Bhw, T = _per_cell(problem, seen), problem.temperature
-    loss = T * T * (per_cell_Bhw * (problem.alpha * target + problem.beta * rest)).sum()
-    moved_B1hw = (log_p2.exp() - log_q2.exp()).abs()[:, :1]
-    by_others_BChw = by_target_B2hw[:, :1] * log_q.exp() + moved_B1hw * by_rest_BChw
-    gradient_BChw = problem.alpha * by_others_BChw + problem.beta * by_rest_BChw
-    gradient_BChw = gradient_BChw.scatter(1, target_B1hw, problem.alpha * by_target_B2hw[:, :1])
-    return loss, T * per_cell_Bhw[:, None] * gradient_BChw
-
-
-def _of_channels(problem: ChannelProblem, seen: Seen) -> tuple[Tensor, Tensor]:
-    log_p, log_q = (over_cells(x, seen.cells.weight) for x in (seen.teacher, seen.student))
-    value_BC, by_cell_BCn = _divergence(log_p, log_q, -1, _rho(problem, log_p.shape[-1]))
-    counted_B = (seen.cells.counted > 0).flatten(1).any(1)
-    per_image = _over(counted_B.double(), counted_B.sum() if problem.count is None else problem.count.double())
-    factor_B1, T = per_image[:, None] / log_p.shape[1], problem.temperature
-    gradient_BCn = T * factor_B1[:, :, None] * by_cell_BCn * (seen.cells.weight > 0).flatten(1)[:, None]
-    return T * T * (factor_B1 * value_BC).sum(), gradient_BCn.reshape(seen.student.shape)
-
-
-_BOUNDS: dict[type[CellProblem], Callable[..., tuple[Tensor, Tensor]]] = {
-    RelationProblem: _of_relations,
-    DecoupledProblem: _of_target_and_rest,
-    ChannelProblem: _of_channels,
-}
-
-
-def _per_cell(problem: CellProblem, seen: Seen) -> Tensor:
+def _per_cell(problem: RelationProblem, seen: Seen) -> Tensor:
     """(B, h, w): the part that a cell has in a mean over cells."""
     return _over(seen.cells.weight, seen.cells.counted.sum() if problem.count is None else problem.count.double())
-
-
-def _divergence(log_p: Tensor, log_q: Tensor, dim: int, rho: float) -> tuple[Tensor, Tensor]:
-    """Errors of KL(p || q) over a dimension, and of q - p, of which its gradient is made."""
-    known_p, known_q = (rho * (1 - x / 2) for x in (log_p, log_q))
-    p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
-    kl = (p * ratio).sum(dim, keepdim=True)
-    error = p * (ratio - kl).abs() * known_p + (q - p).abs() * known_q + rho * p * (1 + ratio.abs())
-    by_value = torch.zeros_like(p)
-    for x, known in ((p, known_p), (q, known_q)):
-        by_value = by_value + x * known + x * (x * known).sum(dim, keepdim=True) + SMALLEST
-    return error.sum(dim), by_value
 
 
 def _correlation(
@@ -134,13 +89,12 @@ def _over(x: Tensor, total: Tensor) -> Tensor:
     return x * total.reciprocal().masked_fill(total == 0, 0)
 
 
-def _sampling(problem: CellProblem) -> float:
-    """Roundings of a logit that lies between others, or is a sum, in the units of ROUNDOFF."""
-    maximum = problem.teacher_maximum if isinstance(problem, ChannelProblem) else None
+def _sampling(problem: RelationProblem) -> float:
+    """Roundings of a logit that lies between others, in the units of ROUNDOFF."""
 
-    def largest(*parts: Tensor | None) -> float:
-        return sum(x.detach().abs().max().item() for x in parts if x is not None and x.numel())
+    def largest(x: Tensor) -> float:
+        return x.detach().abs().max().item() if x.numel() else 0.0
 
     student = largest(problem.student) if problem.is_resized else 0.0
-    teacher = largest(problem.teacher, maximum) if problem.is_moved or maximum is not None else 0.0
+    teacher = largest(problem.teacher) if problem.is_moved else 0.0
     return SAMPLED * max(student, teacher) / problem.temperature

@@ -31,7 +31,6 @@ class Kind:
         loss: a key of `losses.LOSSES`.
         trained: class weights, and void pixels that the teacher teaches; else labelled pixels alone, in both terms.
         drawn: a window and a flip per image, drawn as `--augment warp` does; else whole views.
-        pasted: a third of every image, whose target is the neighbour's.
         threshold: teacher's confidence from which a pixel counts, found anew in every step; None counts all.
     """
 
@@ -39,7 +38,6 @@ class Kind:
     loss: str = "distill"
     trained: bool = True
     drawn: bool = False
-    pasted: bool = False
     threshold: float | None = None
 
     @property
@@ -53,13 +51,8 @@ KINDS = {
     "trained": Kind("class weights, and void pixels that the teacher teaches, of views that are replayed"),
     "warp": Kind("the same, through a window and a flip per image", drawn=True),
     "gate": Kind("as trained, where the teacher's confidence is at least 0.7", threshold=0.7),
-    "mix": Kind("as trained, with a third of every image pasted from its neighbour", pasted=True),
     "dist": Kind("the loss of relations alone, of views that are replayed", loss="dist"),
     "dist-warp": Kind("the same, through a window and a flip per image", loss="dist", drawn=True),
-    "dkd": Kind("the decoupled loss alone, of labels and of views that are replayed", loss="dkd"),
-    "dkd-warp": Kind("the same, through a window and a flip per image", loss="dkd", drawn=True),
-    "cwd": Kind("the loss of channels alone, of raw logits and of views that are replayed", loss="cwd"),
-    "cwd-warp": Kind("the same, through a window and a flip per image", loss="cwd", drawn=True),
 }
 """What --case chooses from."""
 
