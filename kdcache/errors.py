@@ -10,8 +10,7 @@
     ├── RecipeError         flags, recipe files, run folders
     └── ModelError          model specs, weights, teachers, non-finite losses
 
-Each names the rule, what was received and the remedy, and the entry of docs/troubleshooting.md that lists it. The
-command line prints them in one panel and exits with 2.
+Each names the rule, what was received and the remedy. The command line prints them in one panel and exits with 2.
 """
 
 import logging
@@ -54,34 +53,22 @@ class KDCacheError(Exception):
         rule: what must hold, in one sentence.
         received: what was found instead.
         remedy: what the user can do about it.
-        entry: words that name the entry of a rule whose own first words vary; None takes those of the rule.
-
-    Attributes:
-        entry: the entry of docs/troubleshooting.md, as `entry_of` has it.
+        entry: accepted and not used.
     """
 
     def __init__(self, rule: str, *, received: str, remedy: str, entry: str | None = None) -> None:
         self.rule, self.received, self.remedy = map(plain_text, (rule, received, remedy))
-        self.entry = entry_of(self.rule if entry is None else entry)
         super().__init__(self.rule, self.received, self.remedy)
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}\n  see docs: {self.entry}"
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.rule, self.received, self.remedy), {"entry": self.entry}
+        return _rebuild, (type(self), self.rule, self.received, self.remedy)
 
     def restated(self, *, received: str, remedy: str | None = None) -> Self:
-        """The same error of what was received elsewhere, where another remedy may help; its entry stays."""
-        again = type(self)(self.rule, received=received, remedy=self.remedy if remedy is None else remedy)
-        again.entry = self.entry
-        return again
-
-
-def entry_of(rule: str) -> str:
-    """The entry of docs/troubleshooting.md for a rule: E- and the rule's first four words, articles left out."""
-    words = [word for word in re.findall(r"\w+", rule.lower()) if word not in ("a", "an", "the")]
-    return "E-" + "-".join(words[:4])
+        """Return the same error about something received elsewhere, with another remedy if one is given."""
+        return type(self)(self.rule, received=received, remedy=self.remedy if remedy is None else remedy)
 
 
 def _rebuild(kind: type[KDCacheError], rule: str, received: str, remedy: str) -> KDCacheError:

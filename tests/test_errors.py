@@ -1,10 +1,22 @@
-"""Strings from elsewhere are plain text wherever errors and logs show them."""
+"""An error keeps its parts. Strings from elsewhere are plain text wherever errors and logs show them."""
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from kdcache.errors import one_line, plain_logger
+from kdcache.errors import DataError, one_line, plain_logger
+
+
+def test_an_error_crosses_a_process_boundary_with_its_parts() -> None:
+    error = DataError("The rule.", received="this", remedy="Do that.")
+    assert str(error) == "The rule.\n  received: this\n  remedy:   Do that."
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (DataError, str(error))
+    again = error.restated(received="elsewhere")
+    assert (type(again), again.rule, again.received, again.remedy) == (DataError, "The rule.", "elsewhere", "Do that.")
+    assert error.restated(received="elsewhere", remedy="Go there.").remedy == "Go there."
 
 
 def test_a_log_line_is_one_plain_line(caplog: pytest.LogCaptureFixture) -> None:

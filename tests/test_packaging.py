@@ -37,8 +37,8 @@ EXTRAS = {
 """Module -> the extras that bring what it imports beyond the dependencies of all."""
 RIVALS = {"tensorstore", "zarrs"}
 """What `bench-loader` measures where it is installed, and names where it is not."""
-OTHER_TEXTS = {"CHANGELOG.md", "NOTES.md", "docs/cli.md", "docs/troubleshooting.md"}
-"""History, and pages that scripts/reference.py makes of the code."""
+OTHER_TEXTS = {"CHANGELOG.md", "NOTES.md", "docs/troubleshooting.md"}
+"""History, and the errors of the code."""
 NOT_IN_THE_ARCHIVE = {".gitignore", ".ci/run"}
 
 

@@ -188,8 +188,8 @@ _OF_DISKS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.
 
 
 def _explained(error: Exception) -> Any:
-    """An error with rule, received, remedy and entry: itself where it has them, as kdcache's and the kernels' do."""
-    if all(isinstance(getattr(error, name, None), str) for name in ("rule", "received", "remedy", "entry")):
+    """Return an error with rule, received and remedy: the error itself if it is kdcache's or the kernels'."""
+    if all(isinstance(getattr(error, name, None), str) for name in ("rule", "received", "remedy")):
         return error
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in _OF_DISKS):
         return KDCacheError(
@@ -223,7 +223,7 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
 
 
 def _show(error: Any) -> None:
-    lines = (("received  ", error.received), ("remedy    ", error.remedy), ("see docs  ", error.entry))
+    lines = (("received  ", error.received), ("remedy    ", error.remedy))
     body = Text.assemble((error.rule, "bold"), *(part for name, text in lines for part in ("\n", (name, "dim"), text)))
     with ERRORS.heard():
         ERRORS.print(Panel.fit(body, title="error", title_align="left", border_style="red"))

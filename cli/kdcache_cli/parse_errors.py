@@ -1,4 +1,4 @@
-"""What the parser of the command line refuses, as errors of kdcache: rule, received, remedy and entry."""
+"""What the parser of the command line refuses, as errors of kdcache."""
 
 import difflib
 import re

@@ -144,10 +144,10 @@ class World:
         """Return the error that the other processes raise."""
         if isinstance(error, KDCacheError):
             return error
-        parts = [getattr(error, name, None) for name in ("rule", "received", "remedy", "entry")]
+        parts = [getattr(error, name, None) for name in ("rule", "received", "remedy")]
         if all(isinstance(part, str) for part in parts):
-            rule, received, remedy, entry = map(str, parts)
-            return ModelError(rule, received=received, remedy=remedy, entry=entry.removeprefix("E-"))
+            rule, received, remedy = map(str, parts)
+            return ModelError(rule, received=received, remedy=remedy)
         return ModelError(
             "what every process of a training does must succeed on each",
             received=f"process {self.rank}: {type(error).__name__}: {error}",

@@ -7,7 +7,6 @@
 They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -22,10 +21,7 @@ class KernelError(ValueError):
         rule: what must hold, naming the argument, in one sentence.
         received: the value or property found instead.
         remedy: a step that the caller can take.
-        entry: words that name the entry of a rule whose own first words vary; None takes those of the rule.
-
-    Attributes:
-        entry: the entry of docs/troubleshooting.md, E- and the first four words, articles left out.
+        entry: accepted and not used.
     """
 
     def __init__(self, rule: str, *, received: str, remedy: str, entry: str | None = None) -> None:
@@ -33,16 +29,13 @@ class KernelError(ValueError):
         self.rule = rule
         self.received = received
         self.remedy = remedy
-        words = re.findall(r"\w+", (rule if entry is None else entry).lower())
-        self.entry = "E-" + "-".join([word for word in words if word not in ("a", "an", "the")][:4])
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}\n  see docs: {self.entry}"
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-        rebuild = partial(type(self), received=self.received, remedy=self.remedy)
-        return rebuild, (self.rule,), {"entry": self.entry}
+        return partial(type(self), received=self.received, remedy=self.remedy), (self.rule,)
 
 
 class ShapeError(KernelError):

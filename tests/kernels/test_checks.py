@@ -133,14 +133,12 @@ def test_a_device_without_float64_is_refused(name, call, impl, monkeypatch):
 
 def test_message_layout_and_pickle():
     error = ShapeError("The rule.", received="this", remedy="Do that.")
-    assert str(error) == "The rule.\n  received: this\n  remedy:   Do that.\n  see docs: E-rule"
+    assert str(error) == "The rule.\n  received: this\n  remedy:   Do that."
     with pytest.raises(ShapeError) as caught:
         topk.pack(torch.zeros(1), 2)
     for each in (error, caught.value):
         copy = pickle.loads(pickle.dumps(each))
         assert (type(copy), str(copy)) == (ShapeError, str(each))
-    assert str(caught.value).endswith(f"\n  see docs: {caught.value.entry}")
-    assert caught.value.entry.startswith("E-")
     assert issubclass(ShapeError, KernelError)
     assert issubclass(KernelError, ValueError)
 
