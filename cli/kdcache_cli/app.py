@@ -36,7 +36,6 @@ from kdcache_cli.verbs import (
     plan,
     predict,
     report,
-    self_train,
     sweep,
     train_student,
     train_teacher,
@@ -57,7 +56,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "copy": copy.copy,
         "export-pseudo-labels": export_pseudo_labels.export_pseudo_labels,
     },
-    "Train": {"train-student": train_student.train_student, "sweep": sweep.sweep, "self-train": self_train.self_train},
+    "Train": {"train-student": train_student.train_student, "sweep": sweep.sweep},
     "Judge": {
         "evaluate": evaluate.evaluate,
         "compare": compare.compare,

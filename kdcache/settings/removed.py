@@ -13,20 +13,34 @@ class Removed:
 
     Attributes:
         fix: what to do instead, in the imperative.
-        unused: of a setting, the value that a recipe.toml holds where nobody gave one. It is read as absent.
+        unused: of a setting, the value that a recipe.toml holds where nobody gave one, or a tuple of values that
+            mean nothing to a run that has begun. They are read as absent.
     """
 
     fix: str
     unused: Any = None
 
 
-VERBS: Mapping[str, Removed] = {}
+VERBS: Mapping[str, Removed] = {
+    "extend": Removed("Use kdcache build-teacher-cache --from OLD --data DATA --teacher TEACHER --out NEW."),
+    "self-train": Removed("Use kdcache sweep self-train --data source=DATA --data target=DATA --out DIR."),
+    "data restyle": Removed(
+        "Use examples/restyle.py of a clone: python examples/restyle.py DATA --like DATA --out DIR."
+    ),
+    "evaluate of pseudo labels": Removed("Use kdcache inspect STORE --teacher-report, on the store of the labels."),
+}
 """Verbs by their words after `kdcache`."""
 
-SETTINGS: Mapping[str, Removed] = {}
+SETTINGS: Mapping[str, Removed] = {
+    "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),
+}
 """Flags of any verb, which are also keywords and keys of recipes. Keys have underscores."""
 
-KEYS: Mapping[str, Removed] = {}
+KEYS: Mapping[str, Removed] = {
+    "rounds": Removed(
+        "Write each round as a store and an arm, as the recipe self-train does. Write audit = true into [store]."
+    ),
+}
 """Keys of a recipe that are no flags."""
 
 STATISTICS: Mapping[str, Removed] = {}
@@ -49,4 +63,8 @@ def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
 
 def without_removed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe.toml of an earlier version without the removed keys that nobody had set."""
-    return {k: v for k, v in recipe.items() if k not in SETTINGS or v not in (SETTINGS[k].unused, None)}
+    return {k: v for k, v in recipe.items() if k not in SETTINGS or not _is_unused(v, SETTINGS[k].unused)}
+
+
+def _is_unused(value: Any, unused: Any) -> bool:
+    return value is None or value in (unused if isinstance(unused, tuple) else (unused,))

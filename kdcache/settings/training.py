@@ -161,12 +161,6 @@ class TrainSettings:
         "none", "Weights of the targets by how rare their class is: none, median or sqrt."
     )
 
-    collapse: Literal["note", "refuse"] = _gate(
-        "note",
-        "For a teacher that gives images without labels to few classes only, fewer by half (as their entropy counts "
-        "them) than the labels have: note, or refuse to train.",
-    )
-
     labels: Tasks = _part(
         "all", "Which labels are used: all, none (a teacher's targets alone), or tasks as segmentation+depth."
     )

@@ -3,7 +3,6 @@
     recipe.py     reading recipe files
     recipes/      the recipes that are shipped
     data.py       whether the data of streams go together
-    rounds.py     rounds of self-training, as arms and stores
     plan.py       from a recipe to jobs: commands, what each makes, what it needs
     inputs.py     what each job depends on, so that changed data and results are noticed
     run.py        doing the jobs: one by one, or side by side

@@ -2,7 +2,7 @@
 
 OUT/teachers/teacher[-fold0]       one per fold, or none when the recipe names a teacher that exists; others by name
 OUT/stores/store[-fold0].zarr      their targets; STREAM.zarr and STREAM-NAME.zarr of a stream's data
-OUT/audits/STORE/report.json       what the teachers of rounds are worth by the labels of the stream
+OUT/audits/STORE/report.json       what the teacher of a store is worth by the labels of its data
 OUT/runs/ARM[-fold0][-seed1]       the students
 OUT/comparison.md .csv .json       the table; kd_comparison_results.txt is its short form
 OUT/pictures/                      best and worst images, confusion, curves; all arms side by side
@@ -21,9 +21,10 @@ from kdcache.run_folder import RESULT, WEIGHTS
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream, term_line, to_line
 from kdcache.settings.training import TrainSettings
-from kdcache.sweep.recipe import STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
-from kdcache.sweep.rounds import unrolled
+from kdcache.sweep.recipe import AUDIT, STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
 
+TEACHERS, RUNS = "teachers", "runs"
+"""Folders of a sweep."""
 Known = Mapping[str, set[str]]
 """Verb -> names of its flags, without dashes."""
 _TRAINING = {"name", "data", "split", "val-split", "val-fold", "fold", "folds-by", "seed", "out", "resume", "recipe"}
@@ -99,7 +100,6 @@ def plan_sweep(
             received=f"no --data for {recipe.name}" + (f", which is made for the layout {layout}" if layout else ""),
             remedy="add --data DIR, or try it with --smoke first",
         )
-    recipe = unrolled(recipe)
     _check(recipe, known)
     return _Planner(recipe, data, of_streams, out).plan()
 
@@ -200,7 +200,7 @@ class _Planner:
     def _store(self, name: str, stream: str | None, fold: int | None, seed: int = 0) -> tuple[Path, str]:
         """Add the building of a store, of a stream's data or of all; returns its folder and the job's name."""
         flags = {**self._recipe.store, **self._recipe.stores.get(name, {})}
-        named = flags.pop("teacher", f"@{TEACHER}")
+        named, audited = flags.pop(TEACHER, f"@{TEACHER}"), flags.pop(AUDIT, False)
         taught = [self._taught(str(own), name, fold, seed) for own in (named if isinstance(named, list) else [named])]
         teachers, needs = [text for text, _, _ in taught], [job for _, job, _ in taught if job]
         of_arm = any(of_seed for _, _, of_seed in taught)
@@ -213,7 +213,7 @@ class _Planner:
         command = ("build-teacher-cache", *words(flags))
         title += _of(fold) + (f", seed {own_seed}" if own_seed else "")
         job = self._add(Job(title, command, place / "complete.json", tuple(needs)))
-        if self._recipe.rounds.get("audit"):
+        if audited:
             report = self._audit(place, job)
             if not of_arm or seed == self._recipe.seeds[0]:
                 self._audits.setdefault(report)
@@ -273,7 +273,7 @@ class _Planner:
 
     def _run(self, arm: Arm, fold: int | None, seed: int) -> Path:
         """Add the run of an arm, after the runs that its flags name with '@'; returns its folder."""
-        run = self._out / "runs" / (folder_name(arm.name) + _of(fold, "-") + (f"-seed{seed}" if seed else ""))
+        run = self._out / RUNS / (folder_name(arm.name) + _of(fold, "-") + (f"-seed{seed}" if seed else ""))
         name = f"{arm.name}{_of(fold)}" + (f", seed {seed}" if len(self._recipe.seeds) > 1 else "")
         if run in self._runs[arm.name]:
             return run
@@ -320,7 +320,7 @@ class _Planner:
         spec = self._recipe.teacher.get("spec")
         tables = {"markdown": "comparison.md", "csv": "comparison.csv", "json": "comparison.json"}
         files = {key: out / name for key, name in (tables | {"text": "kd_comparison_results.txt"}).items()}
-        judged = {**where, "teacher": spec or out / "teachers"} | ({"own-fold": True} if folds else {})
+        judged = {**where, "teacher": spec or out / TEACHERS} | ({"own-fold": True} if folds else {})
         judged |= {"baseline": self._recipe.show.get("baseline", "")}
         runs = [str(run) for arm in self._recipe.arms for run in self._runs[arm.name]]
         compare = ("compare", *runs, *words({**judged, **files}))
@@ -348,7 +348,7 @@ class _Planner:
         return {"fold": part, "val-split": self._split, "val-fold": part, "folds-by": by}
 
     def _teacher_run(self, fold: int | None, name: str = TEACHER) -> Path:
-        return self._out / "teachers" / f"{folder_name(name)}{_of(fold, '-')}"
+        return self._out / TEACHERS / f"{folder_name(name)}{_of(fold, '-')}"
 
     def _place(self, fold: int | None, name: str = STORE, stream: str | None = None, seed: int = 0) -> Path:
         of_stream = [stream, *([name] if name != STORE else [])] if stream else [name]
@@ -385,11 +385,19 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
             received="folds or held-out beside [[stream]]",
             remedy="leave them out, or give a stream a fold of its own",
         )
+    stores = {"[store]": recipe.store, **{f"[stores.{name}]": own for name, own in recipe.stores.items()}}
+    for name, own in stores.items():
+        if not isinstance(own.get(AUDIT, False), bool):
+            raise RecipeError(
+                f"{AUDIT} of {name} is true or false",
+                entry="audit of a store",
+                received=f"{AUDIT} = {own[AUDIT]!r}",
+                remedy=f"write {AUDIT} = true",
+            )
     for table, verb, flags in (
         ("[teacher]", "train-teacher", _without(recipe.teacher, "spec", "stream")),
         *((f"[teachers.{name}]", "train-teacher", _without(own, "seed")) for name, own in recipe.teachers.items()),
-        ("[store]", "build-teacher-cache", _without(recipe.store, TEACHER)),
-        *((f"[stores.{name}]", "build-teacher-cache", _without(own, TEACHER)) for name, own in recipe.stores.items()),
+        *((name, "build-teacher-cache", _without(own, TEACHER, AUDIT)) for name, own in stores.items()),
         ("[student]", "train-student", recipe.student),
         *((f"the arm {arm.name!r}", "train-student", arm.flags) for arm in recipe.arms),
     ):

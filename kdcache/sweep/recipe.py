@@ -11,17 +11,13 @@
     [teacher]                      flags of train-teacher, or spec = "torchvision:fcn_resnet50@default"; stream =
                                    ["NAME"] lets it learn from the labels of those streams
     [teachers.NAME]                another one, by its difference to [teacher], such as seed = 1
-    [store]                        flags of build-teacher-cache
+    [store]                        flags of build-teacher-cache; audit = true compares the teacher of every store with
+                                   the labels of its data
     [stores.NAME]                  another one, by its difference to [store]; teacher = ["@teacher", "@NAME"], a
                                    teacher or the run of an arm (of the same seed); "@NAME@last-ema" are its weights
     [[stream]]                     a stream of the students' batches: name, data and the keys of --stream
     [student]                      flags of train-student that all arms share
-    [[arm]]                        a name and flags of its own; a list of values makes an arm of each; rounds = 3 makes
-                                   three, each of which reads a store that the one before has taught
-    [rounds]                       of such arms: init = "last" begins with the student before (default "scratch");
-                                   weights of a student that teach (default last, or last-ema with ema); quantile =
-                                   [0.2, 0.25] is the share of each class with a pseudo label, by round; audit = true
-                                   compares each teacher with labels of the stream
+    [[arm]]                        a name and flags of its own; a list of values makes an arm of each
     [show]                         num: best and worst images of each arm; baseline: the arm to measure against; curve =
                                    "target.limit-samples" draws scores over that key, of a stream or of the arm
     [smoke]                        the same tables, whose keys replace those above with --smoke, those of [[smoke.arm]]
@@ -51,18 +47,19 @@ from kdcache.settings.streams import parse_stream
 Flags = Mapping[str, Any]
 """Flags of a verb without their dashes; a list is a choice, but for `term` and `stream`, lists of tables."""
 
-TABLES = ("data", "teacher", "teachers", "store", "stores", "student", "rounds", "show")
+TABLES = ("data", "teacher", "teachers", "store", "stores", "student", "show")
 _NAMED = ("arm", "stream")
 """Lists of tables with a name."""
 _TOP = {"title", "about", "seeds", "smoke", *_NAMED, *TABLES}
 _KEYS = {
     "data": {"layout", "path", "split", "val-split", "val", "folds", "held-out", "folds-by"},
-    "rounds": {"init", "weights", "quantile", "audit"},
     "show": {"num", "baseline", "curve"},
 }
 _REPEATED = ("term", "stream")
 TEACHER, STORE = "teacher", "store"
 """The names of the teacher and of the store that every recipe has."""
+AUDIT = "audit"
+"""The key of [store] that is no flag of build-teacher-cache."""
 SMOKE_TITLE = "Smoke run: "
 
 
@@ -83,7 +80,6 @@ class Recipe:
         data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline, curve.
         teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
         stream: tables of the streams that arms share, in their order.
-        rounds: how arms with `rounds` go on from round to round.
         arms: every combination of their values, each once; `stream` is the list of its streams, where it has any.
         smoke: it was made small by `--smoke`, which its title shows.
     """
@@ -101,7 +97,6 @@ class Recipe:
     teachers: Mapping[str, Flags] = field(default_factory=dict)
     stores: Mapping[str, Flags] = field(default_factory=dict)
     stream: tuple[Flags, ...] = ()
-    rounds: Flags = field(default_factory=dict)
     smoke: bool = False
 
     @property
@@ -232,6 +227,8 @@ def _change(content: dict[str, Any], text: str) -> None:
     table, _, key = where.strip().rpartition(".")
     first, _, name = table.partition(".")
     nested = first in ("stream", "teachers", "stores")
+    if (gone := removal(first, KEYS)) is not None:
+        raise gone
     if not equals or not key or (table and first not in (*TABLES, "stream")) or bool(name) != nested:
         raise RecipeError(
             "--set is TABLE.KEY=VALUE, stream.NAME.KEY=VALUE, or seeds=[0, 1]",

@@ -42,7 +42,7 @@ from kdcache.training.input.residency import keep_records
 from kdcache.training.input.sampler import choose_labelled_share, choose_shuffle
 from kdcache.training.input.shard_prefetch import check_room
 from kdcache.training.input.streams import StreamDraws, stream_seed
-from kdcache.training.pseudo_labels import check_collapse, pseudo_notes
+from kdcache.training.pseudo_labels import collapse_note, pseudo_notes
 from kdcache.training.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.training.run.folder import (
     check_folder,
@@ -201,10 +201,10 @@ def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
 
 
 def _note_collapse(source: Source, sources: Sequence[Source], observer: Observer) -> None:
-    """Note, or refuse, a teacher of images without labels that knows few of the classes. Raises: RecipeError."""
+    """Note a teacher of images without labels that knows few of the classes."""
     labelled = [own.dataset for own in sources if own.learns_classes_from_labels]
     if source.dataset not in labelled:
-        text = check_collapse(source.config, source.dataset, labelled)
+        text = collapse_note(source.config, source.dataset, labelled)
         _note_all([text] if text else [], source.note(observer.note))
 
 

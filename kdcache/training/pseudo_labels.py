@@ -116,16 +116,15 @@ def _by_class(dataset: DrawnDataset, coverage: Coverage) -> str:
     return ", ".join(f"{name} {100 * share:.2g} %" for name, share in shares if share == share) or "no class"
 
 
-def check_collapse(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
-    """A note on a teacher that gives few classes to samples without labels, or None.
+def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
+    """Return a note on a teacher that gives few classes to samples without labels, or None.
 
-    Classes are counted by the exponential of their entropy: a class of few pixels hardly counts. A student that
-    learns from such a teacher, and teaches in its turn, ends with one class.
+    Classes are counted by the exponential of their entropy: a class of few pixels hardly counts. If a student of such
+    a teacher becomes the next teacher, the classes become fewer in every round.
 
     Args:
         config: of a stream that learns from targets without labels. dataset: its samples.
         labelled: the samples of all streams that learn from labels of classes.
-    Raises: RecipeError with `--collapse refuse`.
     """
     if dataset.cache is None or not config.reads_logits or config.teacher == "labels" or not labelled:
         return None
@@ -140,16 +139,11 @@ def check_collapse(config: TrainConfig, dataset: DrawnDataset, labelled: Sequenc
         f"{names[number]} {100 * shares[0][number]:.1f} % ({100 * shares[1][number]:.1f} %)"
         for number in np.argsort(-shares[1], kind="stable").tolist()
     )
-    error = RecipeError(
-        "a teacher of images without labels knows at least half as many classes as the labels",
-        received=f"{dataset.cache.place}: {of_teacher:.1f} classes beside {of_labels:.1f} of the labels, by entropy; "
-        f"targets (labels): {table}",
-        remedy="look at the teacher's mIoU on such images; teach with an earlier round or a higher threshold, or force "
-        "it by --collapse note",
+    return (
+        f"{dataset.cache.place}: {of_teacher:.1f} classes beside {of_labels:.1f} of the labels, by entropy; targets "
+        f"(labels): {table}. Remedy: look at the teacher's mIoU on such images; teach with an earlier round or a "
+        "higher threshold"
     )
-    if config.collapse == "refuse":
-        raise error
-    return f"{error.received}. Remedy: {error.remedy}"
 
 
 def effective_classes(counts: npt.NDArray[np.int64]) -> float:

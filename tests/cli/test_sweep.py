@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from kdcache.models.weights import read_state_dict
+from kdcache.store import open_cache
 from kdcache.sweep import Job
 from kdcache_cli import torchrun
 from kdcache_cli.verbs import sweep
@@ -255,13 +259,13 @@ def test_from_a_game_to_a_camera(cli, tmp_path: Path) -> None:
     recipe = (resources.files("kdcache.sweep") / "recipes" / "gta5-cityscapes.toml").read_text(encoding="utf-8")
     assert "threshold = 0.5 }" in recipe
     (tmp_path / "few-steps.toml").write_text(recipe.replace("threshold = 0.5 }", "threshold = 0.15 }"))
-    few = quick((*QUICK[:3], "student.collapse=note"))
+    few = quick(QUICK[:3])
     ended = cli("sweep", tmp_path / "few-steps.toml", "--smoke", "--out", out, *few)
     assert ended.code == 0, ended.err
     rows = [row["name"] for row in rows_of(out)]
     assert len(rows) == 47
     stores = {path.stem for path in (out / "stores").iterdir()}
-    kinds = ("", "-adapted", "-adapted-multi", "-mean", "-self-training-round-2-adapted")
+    kinds = ("", "-adapted", "-adapted-multi", "-mean", "-round-2")
     assert stores == {f"target{name}" for name in kinds}
     models = {row["name"]: row["cost"]["parameters"] for row in rows_of(out)}
     assert models["adversarial, multi level"] == models["adversarial"], "the auxiliary head is gone"
@@ -271,3 +275,37 @@ def test_from_a_game_to_a_camera(cli, tmp_path: Path) -> None:
     _check_pictures(out / "pictures", len(rows) - 1)
     with Image.open(out / "curve.png") as image:
         assert min(image.size) > 300
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_second_round_changes_nothing(cli, spawn: Callable[..., Any], tmp_path: Path) -> None:
+    """Self-training: every round's store has the store of the round before as its parent, and an audit."""
+    scenes = "scenes:48x64,train=16,val=4,style"
+    words = ["self-train", "--data", f"source={scenes}=game", "--data", f"target={scenes}=camera,seed=1"]
+    sizes = [f"{table}.size=48x64" for table in ("teacher", "store", "student")]
+    few = ("teacher.iterations=20", "teacher.val-every=20", "student.iterations=60", "student.val-every=5")
+    words += quick((*few, *sizes, "show.num=1"))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    second = killed / "runs/self-training-round-2"
+    process = spawn("sweep", *words, "--out", killed)
+    while process.poll() is None and not (second / "checkpoint.pt").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert (second / "checkpoint.pt").exists()
+    assert not (second / "result.json").exists(), "it ended before it was killed"
+    for out in (killed, whole):
+        ended = cli("sweep", *words, "--out", out)
+        assert ended.code == 0, ended.err
+    rounds = [f"self-training, round {number}" for number in (1, 2, 3)]
+    assert [row["name"] for row in rows_of(killed)] == ["source alone", *rounds, "teacher"]
+    for run in ("self-training-round-2", "self-training-round-3"):
+        one, other = (read_state_dict(out / "runs" / run / "last-ema.safetensors") for out in (killed, whole))
+        assert one.keys() == other.keys()
+        assert all((one[name] == other[name]).all() for name in one), run
+    names = ("target", "target-round-2", "target-round-3")
+    stores = [open_cache(killed / "stores" / f"{name}.zarr") for name in names]
+    seals = [(store.ledger.completion.digest,) for store in stores]
+    assert [store.manifest.teacher.parents for store in stores] == [(), *seals[:2]]
+    assert {path.parent.name for path in (killed / "audits").glob("*/report.json")} == set(names)
+    assert "What the teacher of each store gives" in (killed / "report.html").read_text(encoding="utf-8")

@@ -117,6 +117,8 @@ def test_streams_have_their_data_stores_and_teachers() -> None:
         ({"data": {"val": "{cit}"}}, "did you mean city"),
         ({"data": {"folds": 2}}, "fold of its own"),
         ({"teachers": {"second": {"modl": "x"}}}, "did you mean model"),
+        ({"store": {"audit": "yes"}}, "audit = true"),
+        ({"stores": HYDRA.stores | {"both": {"audit": 1}}}, "audit = true"),
     ],
 )
 def test_streams_that_cannot_be_planned_are_refused(changes: dict[str, Any], named: str) -> None:
@@ -161,6 +163,38 @@ def test_a_smoke_run_says_so_wherever_it_is_shown() -> None:
         assert [("--smoke" in job.words) for job in shown] == [smoke] * 3
 
 
+def test_the_student_of_a_round_is_the_teacher_of_the_next_rounds_store() -> None:
+    read = replace(read_recipe("self-train"), seeds=(0, 1))
+    jobs = {job.name: job for job in plan_sweep(read, None, Path("out"), KNOWN, {"source": "A", "target": "B"}).jobs}
+    assert value(jobs["store target"].words, "--teacher") == "out/teachers/teacher@last-ema"
+    for seed, job_ends, ends in ((0, "", ""), (1, ", seed 1", "-seed1")):
+        for number, share in ((1, 0.2), (2, 0.25), (3, 0.3)):
+            student = jobs[f"self-training, round {number}, seed {seed}"]
+            name = "store target" + (f" round-{number}{job_ends}" if number > 1 else "")
+            store = value(jobs[name].words, "--out")
+            assert name in student.needs
+            target = [word for before, word in pairwise(student.words) if before == "--stream"][1]
+            assert all(part in target for part in (f"cache={store},", "labels=none,", f"term=pseudo,quantile={share}"))
+            if number > 1:
+                assert store == f"out/stores/target-round-{number}{ends}.zarr"
+                before = f"self-training, round {number - 1}, seed {seed}"
+                assert before in jobs[name].needs
+                assert value(jobs[name].words, "--teacher") == f"{value(jobs[before].words, '--out')}@last-ema"
+            assert jobs[f"audit of {name}"].needs == (name,)
+    report = jobs["report"].words
+    audits = [word for before, word in pairwise(report) if before == "--audit"]
+    assert audits == [f"out/audits/target{name}/report.json" for name in ("", "-round-2", "-round-3")]
+
+
+def test_a_store_can_be_left_out_of_the_audits() -> None:
+    sweep = hydra(store={"audit": True}, stores={**HYDRA.stores, "mirrored": {"tta": "flip", "audit": False}})
+    names = [job.name for job in sweep.jobs if job.words[0] == "inspect"]
+    assert names == ["audit of store far", "audit of store far both"]
+    assert not [job for job in sweep.jobs if "--audit" in job.words and job.words[0] != "report"]
+    assert "--audit" not in next(job for job in hydra().jobs if job.name == "report").words
+    assert [job.name for job in plan(store={"audit": True}).jobs if job.words[0] == "inspect"] == ["audit of store"]
+
+
 TWO_SOURCES = "adversarial, multi level, source and translated"
 
 
@@ -194,10 +228,8 @@ def test_the_arms_of_gta5_to_cityscapes() -> None:
     assert two_levels.count("head=auxiliary") == 1
     for store, teacher in {"store target": "teachers/teacher", "store target adapted": "runs/CutMix"}.items():
         assert value(jobs[store].words, "--teacher") == f"out/{teacher}"
-    assert (
-        value(jobs["store target self-training, round 2 adapted"].words, "--teacher")
-        == "out/runs/self-training-round-1@last"
-    )
+    assert value(jobs["store target round-2"].words, "--teacher") == "out/runs/self-training-round-1@last"
+    assert len([name for name in jobs if name.startswith("audit of store target")]) == 5
     for name in names:
         targets = [word for word in jobs.get(name, jobs["CutMix"]).words if word.startswith("target,")]
         assert all(("labels=none" in word) != ("target labels" in name) for word in targets), name

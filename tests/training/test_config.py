@@ -37,7 +37,6 @@ WRONG = {
     "distill_schedule": ["linear", "warmup", "warmup:0", "warmup:x", "warmup:-1"],
     "gate": ["wrong", "confidence", "confidence:1", "confidence:nan", "correct:0.5"],
     "class_balance": ["mean"],
-    "collapse": ["maybe"],
     "mix": ["mixup", "cutmix:0", "classmix:2", "cutmix:x"],
     "limit_samples": [0, -1, NAN],
     "limit_labels": [0, -0.5, INFINITY],

@@ -31,7 +31,7 @@ def report(
         _Option(
             "--audit",
             metavar="FILE",
-            help="report.json of inspect --teacher-report: the teacher's audit. Repeated: of the teachers of rounds.",
+            help="report.json of inspect --teacher-report: the teacher's audit. Repeat it to compare several stores.",
         ),
     ] = None,
     pictures: Annotated[

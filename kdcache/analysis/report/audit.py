@@ -34,8 +34,6 @@ class TeacherAudit:
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
         kept: (threshold, share of pixels, share of these that is right, their mIoU) of pseudo labels.
         miou: of the teacher; NaN without labels.
-        seal: digest of the store's seal. parents: those of the stores that its teacher learnt from. Both are empty in
-            audits that were made before they were recorded.
     """
 
     path: Path
@@ -50,8 +48,6 @@ class TeacherAudit:
     kept: tuple[tuple[float, float, float, float], ...]
     miou: float = math.nan
     tables: tuple[Table, ...] = ()
-    seal: str = ""
-    parents: tuple[str, ...] = ()
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Check the classes of the audit, where it and the data have some. Raises: MismatchError for other classes."""
@@ -134,8 +130,6 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
         ),
         miou=_number((content.get("teacher") or {}).get("miou")),
         tables=others,
-        seal=str(content.get("store", {}).get("seal", "")),
-        parents=tuple(map(str, content.get("store", {}).get("parents", ()))),
     )
 
 

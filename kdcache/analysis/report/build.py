@@ -23,8 +23,7 @@ class ReportOptions:
     Attributes:
         title: title of the page; None makes one of the data's name.
         samples: best and worst images; 0 shows none.
-        audits: `report.json` of a teacher's audit (inspect --teacher-report); of several, one after the other, of the
-            teachers of rounds.
+        audits: `report.json` of the audits of teachers (inspect --teacher-report), one for each store.
         pictures: a folder of pictures that the page mentions.
         command: what the user typed.
     """

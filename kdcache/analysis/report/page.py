@@ -22,8 +22,8 @@ from kdcache.analysis.report.classes import classes
 from kdcache.analysis.report.pictures import pictures as show_pictures
 from kdcache.analysis.report.recipes import recipes
 from kdcache.analysis.report.render import as_json, render
-from kdcache.analysis.report.rounds import are_rounds, rounds
 from kdcache.analysis.report.samples import Sample
+from kdcache.analysis.report.stores import stores
 from kdcache.analysis.report.scores import scores
 from kdcache.analysis.report.summary import summary
 from kdcache.analysis.report.teacher import teacher
@@ -94,7 +94,7 @@ def page(
         ("classes", "Classes", classes(comparison)),
         ("pictures", "Pictures", show_pictures(comparison, samples, pictures)),
         ("teacher", "Teacher", teacher(comparison, audits[0] if audits else None)),
-        ("rounds", "Rounds" if are_rounds(audits) else "Stores", rounds(audits)),
+        ("stores", "Stores", stores(audits)),
         ("training", "Training", curves(trainings)),
         ("gradients", "Loss terms", gradients(trainings)),
         ("recipes", "What was run", recipes(comparison, by_text, command)),

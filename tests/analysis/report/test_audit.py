@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kdcache.analysis.report.audit import read_audit, show_audit
-from kdcache.analysis.report.rounds import rounds
+from kdcache.analysis.report.stores import stores
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 
 CLASSES = ("road", "<b>car</b>")
@@ -58,7 +58,6 @@ def test_an_audit_is_read(written: Callable[..., Path]) -> None:
     assert math.isnan(found.right[1])
     assert found.confused == (("road", "<b>car</b>", 0.25, 12345),)
     assert found.kept == ((0.5, 0.8, 0.9, 0.625),)
-    assert (found.seal, found.parents) == ("", ())
     assert math.isnan(
         read_audit(written(pseudo_labels=[{**audit()["pseudo_labels"][0], "beside_labels": None}])).kept[0][3]
     )
@@ -149,30 +148,22 @@ def test_an_audit_of_other_classes(written: Callable[..., Path]) -> None:
     assert issubclass(MismatchError, KDCacheError)
 
 
-def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
+def test_the_teachers_of_several_stores_are_shown_one_below_the_other(tmp_path: Path) -> None:
     audits = []
-    for number, miou in enumerate((0.4, 0.5, 0.3)):
+    for number, miou in enumerate((0.4, 0.5, 0.3, None)):
         path = tmp_path / f"camera-round-{number}" / "report.json"
         path.parent.mkdir()
-        store = {"seal": f"{number}" * 64, "parents": [] if number == 0 else [f"{number - 1}" * 64, "f" * 64]}
-        path.write_text(json.dumps(audit(teacher={"miou": miou}, store=store)))
+        path.write_text(json.dumps(audit(teacher={"miou": miou})))
         audits.append(read_audit(path))
-    shown = str(rounds(audits))
-    assert (
-        "40.00 to 30.00 %: rounds amplified what the teacher gets wrong. The best teacher is that of round 2" in shown
-    )
-    assert shown.index("1: camera-round-0") < shown.index("2: camera-round-1") < shown.index("3: camera-round-2")
-    assert "<td>80.00</td><td>90.00</td>" in shown.replace("\n", "")
-    order = [shown.index(text) for text in ("no store", f"round 1 ({'0' * 12})", f"another store ({'f' * 12})")]
+    shown = str(stores(audits))
+    assert "What the teacher of each store gives" in shown
+    assert "The best teacher is the one of camera-round-1, with a mIoU of 50.00 %" in shown
+    table = shown[shown.index("<table") :]
+    order = [table.index(f"camera-round-{number}") for number in range(4)]
     assert order == sorted(order)
-    apart = str(rounds([audits[0], audits[2], audits[1]]))
-    assert "The best teacher is that of store 3, with a mIoU of 50.00 %" in apart
-    assert f"store 1 ({'0' * 12})" in apart
-    assert "What the teacher of each store gives" in apart
-    assert "Rounds" not in apart
-    assert rounds(audits[:1]) is None
-    audits[0].path.write_text(json.dumps(audit(teacher=None, calibration=None, confused=[], labelled=0)))
-    assert "have no labels" in str(rounds([read_audit(audits[0].path), audits[1]]))
+    assert "<td>40.00</td><td>20.00</td><td>80.00</td><td>90.00</td>" in shown.replace("\n", "")
+    assert stores(audits[:1]) is None
+    assert "have no labels" in str(stores([audits[3], audits[3]]))
 
 
 def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
