@@ -15,6 +15,8 @@ moving average at the last iteration. Seconds are processor time: the wall clock
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +56,7 @@ SHARED = {
     "Pedestrian": "pedestrian",
 }
 """CamVid's class -> that of the scenes. Pavement, SignSymbol, Fence and Bicyclist are void."""
+RESTYLE = Path(__file__).parents[1] / "examples" / "restyle.py"
 RESTYLED = "fda-"
 """Begin of the name of a stream of the source restyled by FDA; its reach of frequencies follows."""
 FEW = ("student.iterations=4", "student.val-every=4", "student.warmup=0", "seeds=[0]")
@@ -154,10 +157,10 @@ def made_data(out: Path, stage: str, camvid: Path, streams: list[str], *, few: b
     for stream in streams:
         if stream.startswith(RESTYLED):  # which keeps the images that are there
             beta = stream.removeprefix(RESTYLED)
-            kdcache(f"data restyle {source} --like {target} --beta {beta} --out {out / f'{stage}-{stream}'}".split())
-    return {
-        stream: str({"source": source, "target": target}.get(stream, out / f"{stage}-{stream}")) for stream in streams
-    }
+            words = f"{source} --like {target} --beta {beta} --out {out / f'{stage}-{stream}'}".split()
+            subprocess.run([sys.executable, str(RESTYLE), *words], check=True)
+    folders = {"source": str(source), "target": str(target)}
+    return {stream: folders.get(stream, f"{source},images={out / f'{stage}-{stream}'}") for stream in streams}
 
 
 def write_target(camvid: Path, out: Path, judge: str | None) -> None:

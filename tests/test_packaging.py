@@ -32,11 +32,9 @@ EXTRAS = {
     "kdcache.models.export": "onnx",
     "kdcache.sharing.client": "hub",
     "kdcache.store.backend.object_store": "remote",
-    "kdcache.training.run.trackers": "wandb,trackio",
+    "kdcache.training.run.trackers": "wandb",
 }
 """Module -> the extras that bring what it imports beyond the dependencies of all."""
-RIVALS = {"tensorstore", "zarrs"}
-"""What `bench-loader` measures where it is installed, and names where it is not."""
 OTHER_TEXTS = {"CHANGELOG.md", "NOTES.md", "docs/troubleshooting.md"}
 """History, and the errors of the code."""
 NOT_IN_THE_ARCHIVE = {".gitignore", ".ci/run"}
@@ -84,9 +82,8 @@ def test_every_import_is_declared() -> None:
     for module, path in modules():
         extras = set().union(*(OPTIONAL[extra] for extra in EXTRAS.get(module, "").split(",") if extra))
         taken = distributions(foreign_imports(path), homes)
-        rivals = RIVALS if module.startswith("kdcache.bench.loader") else set()
         idle -= taken
-        if missing := taken - BASE - extras - rivals:
+        if missing := taken - BASE - extras:
             undeclared[module] = sorted(missing)
     assert undeclared == {}
     assert idle == set(), "declared, and imported by nothing"
@@ -95,7 +92,6 @@ def test_every_import_is_declared() -> None:
 def test_extras_are_of_modules_that_are_there() -> None:
     assert set(EXTRAS) <= {module for module, _ in modules()}
     assert {extra for names in EXTRAS.values() for extra in names.split(",")} <= set(OPTIONAL)
-    assert OPTIONAL["test"] >= RIVALS
 
 
 def test_what_the_extras_bring_is_found_by_the_walk(tmp_path: Path) -> None:

@@ -60,8 +60,10 @@ def _restated(error: Any, verb: str) -> RecipeError:
             received=f"{' '.join([verb, _name(error.param), *values])}: {error.message}",
             remedy=f"correct it, as {help_of} shows",
         )
-    if (word := _NO_COMMAND.match(error.message)) and (gone := removal(word[1], VERBS)) is not None:
-        return gone
+    if word := _NO_COMMAND.match(error.message):
+        gone = removal(f"{verb} {word[1]}".removeprefix("kdcache "), VERBS)
+        if gone is not None:
+            return gone
     message, _, near = error.format_message().partition(" Did you mean ")
     return RecipeError(
         "a command is a verb, its arguments and its flags",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import KDCacheError, RecipeError, StoreError
+from kdcache.models.trust import is_trusting
 from kdcache.sweep.plan import Job, Sweep, folder_name
 from kdcache.sweep.run import LOGS, failed
 
@@ -42,12 +43,13 @@ class RayRunner:
         self._ray, self._logs = ray, sweep.out.absolute() / LOGS
         options = {"num_cpus": share, "num_gpus": num_gpus, "max_calls": 1, "max_retries": MOST_DEATHS}
         self._job = ray.remote(**options)(_do)
+        self._trust = ["--trust"] if is_trusting() else []
 
     def __call__(self, job: Job) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
         try:
-            code = self._ray.get(self._job.remote(job, os.getcwd(), str(log)))
+            code = self._ray.get(self._job.remote([*self._trust, *job.next_words], os.getcwd(), str(log)))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, KDCacheError) else error from None
         except self._ray.exceptions.WorkerCrashedError as error:
@@ -56,8 +58,8 @@ class RayRunner:
             raise failed(job, f"code {code}", log)
 
 
-def _do(job: Job, folder: str, log: str) -> int:
-    """A job in this process, which is its own; its output goes to the log. Returns: its exit code."""
+def _do(words: list[str], folder: str, log: str) -> int:
+    """Run a command in this process, which is its own. Its output goes to the log. Returns: its exit code."""
     try:
         os.chdir(folder)
         file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job
@@ -69,7 +71,7 @@ def _do(job: Job, folder: str, log: str) -> int:
         ) from error
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)
-    sys.argv = ["kdcache", *job.next_words]
+    sys.argv = ["kdcache", *words]
     try:
         runpy.run_module("kdcache_cli", run_name="__main__")
     except SystemExit as ended:

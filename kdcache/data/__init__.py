@@ -10,7 +10,6 @@
     draw_window, colour_jitter, RandAugment   what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
     convert                                   any data set as a folder of one's own
-    restyle                                   a data set in the style of another one
     traced                                    what an augmentation of one's own shows of an image, for a store's targets
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
     shared_sequences                          videos of which some frames are judged and others trained on
@@ -26,7 +25,7 @@ from kdcache.data.changes import UNRECORDED, Changes, changed_data
 from kdcache.data.checks.check import CheckReport, check, class_weights
 from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.checks.split_report import SplitReport
-from kdcache.data.contents import Contents, read_contents, remembered_digests, short_digests
+from kdcache.data.contents import Contents, place_key, read_contents, remembered_digests, short_digests
 from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
@@ -45,7 +44,6 @@ from kdcache.data.rendering.depth import render_depth, zoom_of
 from kdcache.data.rendering.fit import Fit, choose_fit, fitted_share, whole_window
 from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
-from kdcache.data.restyling.restyle import Restyled, Style, restyle
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
@@ -70,11 +68,9 @@ __all__ = [
     "Fit",
     "Fold",
     "RandAugment",
-    "Restyled",
     "SharedSequence",
     "Split",
     "SplitReport",
-    "Style",
     "Window",
     "changed_data",
     "check",
@@ -99,12 +95,12 @@ __all__ = [
     "open_split",
     "parse_fold",
     "pixel_checksum",
+    "place_key",
     "prefetch",
     "read_contents",
     "remembered_digests",
     "render",
     "render_depth",
-    "restyle",
     "shared_sequences",
     "short_digests",
     "traced",

@@ -110,11 +110,15 @@ def read_contents(
     return Contents(ids, *(np.ascontiguousarray(rows[:, part]) for part in range(3)))
 
 
+def place_key(data: str) -> str:
+    """Return 16 hex digits that tell the place of a data set from others, and do not name it."""
+    return hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:16]
+
+
 @contextmanager
 def remembered_digests(data: str) -> Iterator[FileDigest]:
     """Yield a function that returns the digest of a file, and remembers it in the private index of a data set."""
-    name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:16]
-    index = _Index(user_cache() / "digests" / f"{name}.sqlite")
+    index = _Index(user_cache() / "digests" / f"{place_key(data)}.sqlite")
     try:
         yield index.digest
     finally:

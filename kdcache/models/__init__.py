@@ -17,6 +17,7 @@ from kdcache.models.logits import AsLogits
 from kdcache.models.native import LoadReport, Outputs, SegmentationModel
 from kdcache.models.probe import NotLogits, not_logits
 from kdcache.models.registry import build_model, is_function
+from kdcache.models.trust import trusting
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "read_class_map",
     "read_state_dict",
     "state_digest",
+    "trusting",
 ]

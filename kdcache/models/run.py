@@ -50,8 +50,7 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
         which: `best` (by validation mIoU; the last weights when nothing was validated) or `last`; of a training with
             `ema` also `best-ema` and `last-ema`, the moving average's own best and last. Weights named with the run
             come first.
-        trust: whether a function that the run names may be imported and called, wherever the run comes from; one that
-            a training of this user was begun with may be in any case (see `kdcache.models.trust`).
+        trust: import and call a function that the run names as its model (see `kdcache.models.trust`).
     Raises: RecipeError when the run has no such checkpoint; ModelError when the weights do not fit, or for a function
         that is not trusted.
     """

@@ -1,14 +1,10 @@
 """Trust in code that files name: a run folder names its model, and for `module:function` that is code to import.
 
-A name that the user gives is imported. A name that a file brings (a run's `model.json`, a recipe) is imported when the
-user trusts it (`--trust`), or when a training of this user was begun with that very function. The latter is a list in
-the user's own state folder (`$XDG_STATE_HOME/kdcache/functions`, by default below `~/.local/state`): pairs of function
-and resolved source file, nothing of which a run folder can bring along. So a run that was trained here goes on working,
-and one from elsewhere can at most call what its user has trained with.
+A name that the user gives is imported. A name that a file brings (a run's `model.json`, a recipe) is imported only if
+the user trusts it: `--trust`, `trust=True`, or a `with trusting():` around the call.
 """
 
 import importlib.machinery
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -32,6 +28,11 @@ def trusting(trust: bool = True) -> Iterator[None]:
         yield
     finally:
         _TRUSTING.reset(token)
+
+
+def is_trusting() -> bool:
+    """Return True inside a `trusting()` block."""
+    return _TRUSTING.get()
 
 
 @contextmanager
@@ -67,68 +68,30 @@ def check_trusted(spec: str, where: str) -> None:
         where: the file or folder that names it.
     Raises: ModelError saying what would have been imported, and how to allow it.
     """
-    if _TRUSTING.get():
+    if is_trusting():
         return
     with named_by(where):
         base_of(spec)
     if not is_function(spec):
         return
-    source, function = _resolved(spec)
-    if [source, function] in _remembered():
-        return
+    place, _, function = base_of(spec).rpartition(":")
     raise ModelError(
-        "code that a file names is imported only when you allow it, or when you have trained with it",
-        received=f"{where} names the model {spec}: {source} would be imported, and {function} called",
-        remedy="read that code; if you trust it, add --trust (in Python: trust=True)",
+        f"Cannot import {spec}: a file names this code, and you have not allowed it",
+        entry="code that file names",
+        received=f"{where} names the model {spec}: {_source_of(place)} would be imported, and {function} called",
+        remedy="read that code. If you trust it, add --trust. In Python, call inside `with kdcache.models.trusting():`",
     )
 
 
-def remember(spec: str) -> str | None:
-    """Note that a training was begun with this function; returns a warning when that cannot be written."""
-    if not is_function(spec):
-        return None
-    entry = list(_resolved(spec))
-    if entry in _remembered():
-        return None
-    try:
-        path = _path()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # In one write, at the end: several trainings may begin at once.
-        with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write((json.dumps(entry) + "\n").encode())
-    except (OSError, RuntimeError) as error:
-        return f"{spec} could not be noted as yours ({error}): this run will need --trust where it is used"
-    return None
-
-
-def _resolved(spec: str) -> tuple[str, str]:
-    """The source file that a spec would import, found without importing anything, and the function in it."""
-    place, _, function = base_of(spec).rpartition(":")
+def _source_of(place: str) -> str:
+    """Return the source file that a module or .py file would be imported from, without importing anything."""
     if place.endswith(".py"):
-        return str(Path(place).resolve()), function
-    top, _, rest = place.partition(".")
+        return str(Path(place).resolve())
+    top = place.partition(".")[0]
     folder = os.getcwd()
     path = sys.path if folder in sys.path else [*sys.path, folder]  # as callables.py imports it
     module_spec = importlib.machinery.PathFinder.find_spec(top, path) if top.isidentifier() else None
-    source = top
-    if module_spec is not None:
-        source = module_spec.origin or next(iter(module_spec.submodule_search_locations or []), top)
-    return str(Path(source).resolve()) if source != top else top, f"{place}:{function}" if rest else function
-
-
-def _remembered() -> list[object]:
-    """Functions of earlier trainings; none where the list is missing, or could have been written by others."""
-    try:
-        path = _path()
-        status = path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, RuntimeError, ValueError):
-        return []
-
-
-def _path() -> Path:
-    """Raises RuntimeError for a user without a home."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "kdcache" / "functions"
+    if module_spec is None:
+        return top
+    source = module_spec.origin or next(iter(module_spec.submodule_search_locations or []), None)
+    return top if source is None else str(Path(source).resolve())

@@ -24,10 +24,10 @@ class Removed:
 VERBS: Mapping[str, Removed] = {
     "extend": Removed("Use kdcache build-teacher-cache --from OLD --data DATA --teacher TEACHER --out NEW."),
     "self-train": Removed("Use kdcache sweep self-train --data source=DATA --data target=DATA --out DIR."),
-    "data restyle": Removed(
-        "Use examples/restyle.py of a clone: python examples/restyle.py DATA --like DATA --out DIR."
-    ),
-    "evaluate of pseudo labels": Removed("Use kdcache inspect STORE --teacher-report, on the store of the labels."),
+    "data restyle": Removed("In a clone of kdcache, use python examples/restyle.py DATA --like DATA --out DIR."),
+    "evaluate of pseudo labels": Removed("Use kdcache inspect CACHE --teacher-report. It judges them over thresholds."),
+    "bench-loader": Removed("In a clone of kdcache, use python benchmarks/loader.py --cache CACHE."),
+    "kernels": Removed("In a clone of kdcache, use python benchmarks/precompile.py --arch ARCH --out ARCHIVE."),
 }
 """Verbs by their words after `kdcache`."""
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Lt, Predicate
 from kdcache.errors import RecipeError
 from kdcache.settings.setting import Spelling
 
-LOGGERS = ("tensorboard", "wandb", "trackio")
+LOGGERS = ("tensorboard", "wandb")
 """Where metrics can be sent; each is also the name of a package, and of the extra that installs it."""
 
 TASKS = ("segmentation", "depth")
@@ -105,7 +105,9 @@ def parse_logs(value: Any) -> Any:
             raise RecipeError(
                 f"--log is one or more of {', '.join(LOGGERS)}",
                 received=repr(name),
-                remedy=f"did you mean {near[0]}?" if near else "leave it out: metrics.jsonl is always written",
+                remedy=f"Did you mean {near[0]}?"
+                if near
+                else "Use one of these, or leave it out: metrics.jsonl has all metrics.",
             )
     return tuple(dict.fromkeys(loggers))
 

@@ -288,8 +288,7 @@ class TrainSettings:
     )
     log: Logs = _run(
         (),
-        "Beside metrics.jsonl: tensorboard, wandb or trackio, as a list (a,b) or repeated. Nothing is sent unless "
-        "you have configured that with wandb or trackio.",
+        "Also send metrics to tensorboard or wandb, as a list (a,b) or repeated. wandb sends where you configured it.",
         metavar="WHERE",
         repeated=True,
     )

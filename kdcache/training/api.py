@@ -20,7 +20,6 @@ from kdcache.metrics.framing import Framing
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import SegmentationModel, build_model, not_logits
 from kdcache.models.class_names import compare_names
-from kdcache.models.trust import remember
 from kdcache.run_folder import RECIPE
 from kdcache.run_samples import SAMPLES
 from kdcache.store.backend.durable import disk_space_errors
@@ -163,8 +162,6 @@ def make_trainer(
         if world.first:
             hold_folder(config, run, resume, identity, lock)
             write_beginning(config, run, model, datasets, world.size, samples)
-            if (text := remember(config.model)) is not None:
-                observer.note(text)
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         _note_all(_model_notes(config, model, classes.names), observer.note)

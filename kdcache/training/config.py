@@ -286,9 +286,8 @@ def read_config(run: Path) -> TrainConfig:
             remedy="give the --out of a training that was begun with this version",
         )
     try:
-        return TrainConfig.model_validate(
-            {"fit": "squash", **without_removed(recipe)}
-        )  # as the first runs, whose recipes have none
+        # The first runs have no fit. Loggers may change on a resume, and an earlier version had others.
+        return TrainConfig.model_validate({"fit": "squash", **without_removed(recipe), "log": ()})
     except ValidationError as error:
         wrong = _refused(error, {})
         raise RecipeError(

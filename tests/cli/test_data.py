@@ -178,36 +178,3 @@ def test_a_training_from_voc(cli, tmp_path) -> None:
     scored = cli(*f"evaluate {tmp_path}/teacher --data {data} --split val".split())
     assert scored.code == 0, scored.err
     assert "tvmonitor" in scored.out
-
-
-def test_a_restyled_data_set_is_written_checked_and_continued(cli, tmp_path) -> None:
-    restyle = "data", "restyle", TINY.write("gta5", tmp_path / "game"), "--like", "scenes:40x56,train=2,val=1"
-    restyle = *restyle, "--resize"
-    done = cli(*restyle, "--out", tmp_path / "new", "--beta", "0.05")
-    assert done.code == 0, done.err
-    assert f"{tmp_path / 'new'}: 3 images written, 0 kept; labels: 0 links, 3 files" in done.out
-    assert cli("data", "check", tmp_path / "new").code == 0
-    assert "0 images written, 3 kept" in cli(*restyle, "--out", tmp_path / "new", "--beta", "0.05").out
-    assert cli("data", "check", f"{tmp_path / 'game'},images={tmp_path / 'new/images'}", "--split", "train").code == 0
-    little = cli(*restyle, "--out", tmp_path / "little")
-    assert "warning: --beta 0.01 of 32 x 48 pixels is less than one frequency" in little.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--beta", "0.7"), "at most 0.5"),
-        (("--method", "gan"), "--method is fda or histogram"),
-        (("--like", "nowhere"), "nowhere is no folder"),
-        (("--like-split", "test"), "'test'"),
-        (("--like", "scenes:40x48,train=2"), "of 40x48 (height x width)"),
-        (("--like", "scenes:40x48,train=2"), "add --resize"),
-        (("--out", Path(__file__).parent), "holds something else"),
-    ],
-)
-def test_a_wrong_restyling_is_refused(flags, message, cli, tmp_path) -> None:
-    words = {"--like": "scenes:32x48,train=2", "--out": tmp_path / "new", **{flags[0]: flags[1]}}
-    refused = cli("data", "restyle", "scenes:32x48,train=2", *(word for pair in words.items() for word in pair))
-    assert refused.code == 2
-    assert message in refused.err
-    assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""`kdcache data ...`: checks, conversion and restyling of data sets."""
+"""`kdcache data ...`: checks and conversion of data sets."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from kdcache_cli.console import OUT, histogram_table, progress_of_stages, warn
 if TYPE_CHECKING:
     from kdcache.data import DepthReport, SplitReport
 
-app = typer.Typer(no_args_is_help=True, help="Check, convert and restyle data sets.", rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, help="Check and convert data sets.", rich_markup_mode="rich")
 
 
 @app.command()
@@ -153,68 +153,6 @@ def convert(
         markup=False,
         highlight=False,
         soft_wrap=True,
-    )
-
-
-@app.command()
-def restyle(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Data set whose images are restyled.")],
-    like: Annotated[str, typer.Option("--like", metavar="TARGET", help="Data set whose style they get.")],
-    out: Annotated[Path, typer.Option("--out", help="Data folder to write; an interrupted restyling is continued.")],
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help="fda (Fourier domain adaptation: amplitudes of low frequencies) or histogram (of each channel).",
-        ),
-    ] = "fda",
-    beta: Annotated[
-        float,
-        typer.Option("--beta", help="Reach of the frequencies that fda replaces, as a part of the shorter side."),
-    ] = 0.01,
-    split: Annotated[str, typer.Option("--split", help="Which split of the source.")] = "train",
-    like_split: Annotated[str, typer.Option("--like-split", help="Which split of the target.")] = "train",
-    resize: Annotated[
-        bool,
-        typer.Option(
-            "--resize", help="Let fda resize the target's images to the size of the source's, where they differ."
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides which target image goes with which image.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
-) -> None:
-    """Write a data set in the style of another one, without a network.
-
-    Every image gets the style of one image of the target, drawn by the seed and the sample's id, and keeps its size;
-    for fda the target's image has the same, or --resize gives it. OUT is a data set of layout folder: labels and
-    depth are links to the source's, or class ids and metres in files of their own where that has other numbers;
-    OUT/restyled/SPLIT.csv says which target image each had. Images that a network translated need no restyling:
-    gta5:DIR,images=DIR2.
-
-    [dim]kdcache data restyle gta5:/data/gta5 --like cityscapes:/data/cityscapes --resize --out gta5-fda[/]
-    [dim]kdcache data restyle scenes --like camvid --method histogram --out scenes-camvid[/]
-    """
-    from kdcache.data import Style
-    from kdcache.data import restyle as restyle_data
-
-    with progress_of_stages() as update:
-        restyled = restyle_data(
-            source,
-            like,
-            out,
-            Style(method, beta, seed),  # type: ignore[arg-type] # which refuses other methods
-            split=split,
-            like_split=like_split,
-            resize=resize,
-            threads=threads or None,
-            progress=lambda done, total: update("restyling", done, total),
-        )
-    for note in restyled.notes:
-        warn(note)
-    OUT.print(
-        f"{escape(str(out))}: {restyled.written} images written, {restyled.kept} kept; labels: {restyled.linked} "
-        f"links, {restyled.copied} files",
-        highlight=False,
     )
 
 

@@ -86,22 +86,21 @@ def sweep(
         read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
     folder, sources = _data_of(data or [], [str(table["name"]) for table in read.stream])
     planned = plan_sweep(read, folder, out, flags_of(verbs), sources)
-    typed = (recipe, *(change.partition("=")[2] for change in changes or ()))
     if not chosen.is_ray:
-        do_sweep(planned, verbs, typed, parallel, dry_run)
+        do_sweep(planned, verbs, recipe, parallel, dry_run)
         return
     from kdcache.ray_cluster import cluster
     from kdcache_cli.ray_jobs import RayRunner
 
     with nullcontext() if dry_run else cluster(address) as ray:
         runner = None if dry_run else RayRunner(ray, planned, parallel, num_gpus)
-        do_sweep(planned, verbs, typed, parallel, dry_run, runner)
+        do_sweep(planned, verbs, recipe, parallel, dry_run, runner)
 
 
 def do_sweep(
     planned: "Sweep",
     verbs: Any,
-    typed: Sequence[str],
+    recipe: str,
     parallel: int,
     dry_run: bool,
     runner: "Runner | None" = None,
@@ -109,7 +108,7 @@ def do_sweep(
     """Do a sweep, or show its commands.
 
     Args:
-        verbs: the command line. typed: the recipe, then the values that this command line names itself.
+        verbs: the command line. recipe: its name or file, for messages.
         runner: does the jobs; default this process, or several of this machine.
     """
     from kdcache.sweep import check_data, run_jobs
@@ -120,7 +119,7 @@ def do_sweep(
         return
     with shared_errors():
         _check_alone()
-    _check_code(planned, *typed)
+    _check_code(planned, recipe)
     if planned.sources:
         check_data(planned)
     runner = runner or (_InProcess(verbs) if parallel == 1 else _Apart(planned, parallel))
@@ -149,21 +148,18 @@ def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None,
     return folder, named
 
 
-def _check_code(planned: "Sweep", recipe: str, *typed: str) -> None:
-    """Refuse code that the recipe names, and not this command line: its jobs would name it on theirs."""
+def _check_code(planned: "Sweep", recipe: str) -> None:
+    """Refuse code as a model without --trust: later jobs read it from run folders."""
     from kdcache.models.run import split_spec
     from kdcache.models.trust import check_trusted, named_by
 
     spec = planned.recipe.teacher.get("spec")
-    given = {value.strip(" '\"") for value in typed}
-    with nullcontext() if str(spec) in given else named_by(recipe):
+    with named_by(recipe):
         weighted = None if spec is None else split_spec(str(spec))
-    named = {} if weighted is None else {weighted[0]: str(spec)}
-    for job in planned.jobs:
-        named |= {value: value for flag, value in pairwise(job.words) if flag == "--model"}
-    for model, text in named.items():
-        if text not in given:
-            check_trusted(model, recipe)
+    models = [] if weighted is None else [weighted[0]]
+    models += [value for job in planned.jobs for flag, value in pairwise(job.words) if flag == "--model"]
+    for model in dict.fromkeys(models):
+        check_trusted(model, recipe)
 
 
 def _check_alone() -> None:
@@ -200,9 +196,11 @@ class _Apart:
     """Each job in a process of its own, with its share of the cores, one of the GPUs and its output in a log."""
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
+        from kdcache.models.trust import is_trusting
         from kdcache.sweep.run import LOGS
 
         self._logs = sweep.out / LOGS
+        self._command = [sys.executable, "-m", "kdcache_cli", *(["--trust"] if is_trusting() else [])]
         self._environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel)), **os.environ}
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _visible_gpus()] or [{}]
         self._free: SimpleQueue[dict[str, str]] = SimpleQueue()
@@ -215,13 +213,14 @@ class _Apart:
 
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
-        command = [sys.executable, "-m", "kdcache_cli", *job.next_words]
         place = self._free.get()
         pinned = any(word.startswith("cuda:") for word in job.next_words)
         environment = self._environment if pinned else self._environment | place
         try:
             with log.open("w", encoding="utf-8") as file:
-                done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
+                done = subprocess.run(
+                    [*self._command, *job.next_words], env=environment, stdout=file, stderr=file, check=False
+                )
         finally:
             self._free.put(place)
         if done.returncode:

@@ -1,10 +1,9 @@
-"""The metrics of a training, sent to TensorBoard, Weights & Biases or Trackio as it goes, beside metrics.jsonl.
+"""The metrics of a training, sent to TensorBoard or Weights & Biases as it goes, in addition to metrics.jsonl.
 
 | `--log` | where it goes | a resumed run |
 | --- | --- | --- |
 | tensorboard | event files in the run folder: `tensorboard --logdir runs` | goes on from its checkpoint |
 | wandb | by its environment; into RUN/wandb without a login | goes on under the id in RUN/wandb-id.txt |
-| trackio | by its environment; else its own folder: `trackio show` | goes on under its name |
 
 A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
 `train/images_per_second`, `gradients/<term>`, `val/miou`, `val/seg_miou` (the same number, named as beside another
@@ -20,12 +19,10 @@ A logger is no part of a training: one that fails is left out from then on, afte
 """
 
 import importlib.util
-import io
 import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +31,7 @@ from kdcache.errors import RecipeError
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.depth import DEPTH_METRICS
 from kdcache.metrics.figures import Array
+from kdcache.shown import public_values
 from kdcache.training.run.metrics_log import Observer
 
 PROJECT = "kdcache"
@@ -87,7 +85,7 @@ class Loggers(Observer):
 
     Args:
         names: keys of SINKS, whose packages are installed.
-        recipe: the settings, as plain values.
+        recipe: the settings, as plain values. The folders of this machine are left out of what is sent.
         note: receives what fails.
         panels: draws pictures by name at every validation; None draws none.
     """
@@ -109,7 +107,7 @@ class Loggers(Observer):
         self._sinks: dict[str, Sink] = {}
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        recipe = {**self._recipe, "parameters": parameters}
+        recipe = {**public_values(self._recipe), "parameters": parameters}
         beginning = Beginning(self._run, recipe, step, self._note)
         for name in self._names:
             try:
@@ -262,37 +260,4 @@ def _wandb_id(run: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-class Trackio:
-    """A run of Trackio: project `kdcache`, unless TRACKIO_PROJECT names another."""
-
-    def __init__(self, beginning: Beginning) -> None:
-        import trackio
-
-        self._finish: Callable[[], Any] = (
-            trackio.finish
-        )  # which also keeps trackio from finishing again when Python ends
-        with redirect_stdout(io.StringIO()):  # where results go, not advice
-            self._run: Any = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-                name=beginning.name,
-                config=dict(beginning.recipe),
-                resume="allow" if beginning.step else "never",
-                embed=False,
-                auto_log_cpu=False,
-                auto_log_gpu=False,
-            )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
-        import trackio
-
-        self._run.log({name: trackio.Image(picture) for name, picture in pictures.items()}, step=step)
-
-    def close(self, completed: bool) -> None:
-        with redirect_stdout(io.StringIO()):
-            self._finish()
-
-
-SINKS: dict[str, Callable[[Beginning], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+SINKS: dict[str, Callable[[Beginning], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}

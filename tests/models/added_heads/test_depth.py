@@ -16,7 +16,7 @@ from kdcache.metrics.cost import count_flops
 from kdcache.models import ClassMapped, build_model, list_models, load_weights
 from kdcache.models.added_heads.depth import split_depth
 from kdcache.models.run import load_run, write_run_model, write_weights
-from kdcache.models.trust import remember
+from kdcache.models.trust import check_trusted
 from kdcache.run_folder import RunModel
 
 SPEC = "kdcache:tiny+depth,tap=stage2,as=exp,max=10"
@@ -243,12 +243,11 @@ def test_heads_that_are_not_as_declared_are_refused(function, message) -> None:
         build_model(f"{__name__}:{function}", 3)
 
 
-def test_a_depth_head_is_added_to_a_function_and_its_names_stay(tmp_path: Path, monkeypatch) -> None:
+def test_a_depth_head_is_added_to_a_function_and_its_names_stay(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(
         "from torch import nn\ndef build(num_classes):\n"
         "    return nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, num_classes, 1))\n"
     )
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     spec = f"{tmp_path}/plain.py:build+depth,tap=0"
     model = build_model(spec, 3)
     assert {"0.weight", "1.weight", "depth_head.0.weight"} <= set(model.state_dict())
@@ -256,9 +255,5 @@ def test_a_depth_head_is_added_to_a_function_and_its_names_stay(tmp_path: Path, 
     load_weights(again, model.state_dict(), strict_head=True)
     x = torch.randn(1, 3, 16, 16)
     assert torch.equal(again.eval()(x).heads["depth"], model.eval()(x).heads["depth"])
-    # A training with a depth head is a training with that function.
-    remember(spec)
-    assert json.loads((tmp_path / "state" / "kdcache" / "functions").read_text()) == [
-        str(tmp_path / "plain.py"),
-        "build",
-    ]
+    with pytest.raises(ModelError, match="would be imported"):  # of a head as of the function
+        check_trusted(spec, "model.json")
