@@ -20,7 +20,6 @@ from kdcache_cli.settings.signature import show_plain_types
 from kdcache_cli.torchrun import one_voice
 from kdcache_cli.verbs import (
     bench_kernels,
-    bench_loader,
     build_teacher_cache,
     compare,
     copy,
@@ -29,9 +28,7 @@ from kdcache_cli.verbs import (
     evaluate,
     export,
     export_pseudo_labels,
-    extend,
     inspect,
-    kernels,
     models,
     plan,
     predict,
@@ -52,7 +49,6 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "build-teacher-cache": build_teacher_cache.build_teacher_cache,
         "inspect": inspect.inspect,
         "verify": verify.verify,
-        "extend": extend.extend,
         "copy": copy.copy,
         "export-pseudo-labels": export_pseudo_labels.export_pseudo_labels,
     },
@@ -64,14 +60,14 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "report": report.report,
     },
     "Ship": {"export": export.export, "predict": predict.predict},
-    "Bench": {"bench-kernels": bench_kernels.bench_kernels, "bench-loader": bench_loader.bench_loader},
+    "Bench": {"bench-kernels": bench_kernels.bench_kernels},
 }
 """Verbs by the heading of the help that they stand under, in the order of work."""
 
-_GROUPS = {"data": "Data", "kernels": "Bench"}
+_GROUPS = {"data": "Data"}
 """Groups of verbs, by the heading that they stand under."""
 
-_ALSO_SHORTER = ("plan", "build-teacher-cache", "extend")
+_ALSO_SHORTER = ("plan", "build-teacher-cache")
 
 
 class _Verbs(TyperGroup):
@@ -146,7 +142,6 @@ def _options(
 
 
 app.add_typer(data.app, name="data", rich_help_panel=_GROUPS["data"])
-app.add_typer(kernels.app, name="kernels", rich_help_panel=_GROUPS["kernels"])
 for _panel, _verbs in _PANELS.items():
     for _name, _verb in _verbs.items():
         _settings = build_flags.ALSO_SHORTER if _name in _ALSO_SHORTER else None

@@ -1,4 +1,4 @@
-"""The tables of a build: build-teacher-cache, plan, extend and `BuildOptions` are made from them."""
+"""The tables of a build: build-teacher-cache, plan and `BuildOptions` are made from them."""
 
 import os
 from dataclasses import dataclass

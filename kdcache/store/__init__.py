@@ -24,7 +24,7 @@ from kdcache.store.copy import CopyChanges, CopyResult, copy_store
 from kdcache.store.format.codec import round_targets
 from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Fidelity, Fingerprint
-from kdcache.store.freshness import data_changes
+from kdcache.store.freshness import data_changes, renewal
 from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
 from kdcache.store.subset import evenly_spread, samples_of_ids, spread_samples
@@ -55,6 +55,7 @@ __all__ = [
     "open_cache",
     "open_writer",
     "read_manifest",
+    "renewal",
     "round_targets",
     "samples_of_ids",
     "spread_samples",

@@ -72,6 +72,11 @@ def columns_of(manifest: Manifest) -> tuple[str, ...]:
     return (*COLUMNS, "depth_digest") if manifest.depth is not None and manifest.depth.labelled else COLUMNS
 
 
+def renewal(place: object, data: str) -> str:
+    """Return the command that builds a cache again from the data as they are now."""
+    return f"kdcache build-teacher-cache --from {place} --data {data} --teacher TEACHER --out NEW"
+
+
 def data_changes(
     source: Cache | Recorded,
     split: Split,

@@ -346,7 +346,7 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
         raise IncompleteError(
             "a store is used when it is complete",
             received=f"{place} has {sum(size is not None for size in sizes)} of {manifest.shards} shards",
-            remedy="run the command that began it (build-teacher-cache, extend or copy) again: it goes on",
+            remedy="run the command that began it (build-teacher-cache or copy) again: it goes on",
         )
     if completion.shards != manifest.shards:
         what = f"it seals {completion.shards} shards, the manifest has {manifest.shards}"

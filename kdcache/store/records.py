@@ -11,6 +11,7 @@ from kdcache.errors import MismatchError, StoreError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store.backend.base import Place
 from kdcache.store.format.codec import Array
+from kdcache.store.freshness import renewal
 from kdcache.store.reader import Cache, open_cache
 
 
@@ -172,8 +173,7 @@ class Records:
                 f"The label of {where} has changed since {self.cache.place} was built",
                 entry="data set has changed",
                 received=f"split {self.split.split!r}",
-                remedy=f"restore the label, or renew the cache: kdcache extend {self.cache.place} --data "
-                f"{self.split.data} --teacher TEACHER --out NEW",
+                remedy=f"restore the label, or renew the cache: {renewal(self.cache.place, self.split.data)}",
             )
 
 

@@ -35,9 +35,9 @@ from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Repair
 from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
 from kdcache.store.format.shard import chunk_checksums
-from kdcache.store.freshness import BuiltFrom, Recorded, columns_of, data_changes
+from kdcache.store.freshness import BuiltFrom, Recorded, columns_of, data_changes, renewal
 from kdcache.store.ledger import FileRecord, ShardRecord
-from kdcache.store.reader import read_manifest, store_exists
+from kdcache.store.reader import open_cache, read_manifest, store_exists
 from kdcache.store.sample_ids import read_ids
 from kdcache.store.worker import Worker
 
@@ -355,12 +355,23 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
         return
     place = writer.place
     remedy = f"restore the data set, or build the data as it is now into a new --out; {place} stays as it is"
-    if ledger.sealed_records(place, recovery.read_seal(place)):  # else extend fails too, and names this command
+    if _opens(place):  # else --from fails too, and names this command
         remedy = (
-            f"restore the data set, or renew it: kdcache extend {place} --data {split.data} --teacher TEACHER "
-            f"--out NEW keeps the targets of unchanged images; {place} stays as it is"
+            f"restore the data set, or renew it: {renewal(place, split.data)} keeps the targets of unchanged images; "
+            f"{place} stays as it is"
         )
     raise changed_data(place, changes, split, remedy)
+
+
+def _opens(place: Place) -> bool:
+    """Return True if a store opens, with its ledger. A seal with a wrong digest shows in nothing else."""
+    try:
+        sealed = open_cache(place).ledger
+        assert sealed is not None
+        sealed.check_lines()
+    except StoreError:
+        return False
+    return True
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
@@ -372,8 +383,8 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
     received = f"{place} differs in " + "; ".join(differences)
     remedy = (
         "repeat the first command exactly, with the versions and on the device that are named where these differ, or "
-        "give another --out (kdcache copy: another DESTINATION); kdcache extend makes a store of more views, taps or "
-        "samples out of a finished one"
+        f"give another --out (kdcache copy: another DESTINATION); kdcache build-teacher-cache --from {place} makes a "
+        "store of more views, taps or samples out of a finished one"
     )
     if not intact:
         received += f"; its {recovery.ROOT} is not what {ledger.COMPLETE} seals, and there is no spare of it"

@@ -1,6 +1,6 @@
 """`kdcache.build_cache`: a teacher's pass over a data set, into a store."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,19 @@ from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
 from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
-from kdcache.store import Worker, read_manifest, store_exists, worker_of
-from kdcache.teacher import BuildOptions, BuildResult, Teacher, check_cross_fit, load_teacher, load_teachers
+from kdcache.store import Cache, Worker, data_changes, open_cache, read_manifest, store_exists, worker_of
+from kdcache.teacher import (
+    BuildOptions,
+    BuildResult,
+    Teacher,
+    check_cross_fit,
+    load_like,
+    load_teacher,
+    load_teachers,
+    options_of,
+)
 from kdcache.teacher import build_cache as build
+from kdcache.teacher.build.manifest import libraries
 from kdcache.training import pick_device
 from kdcache.verbs.arguments import checked, keywords, open_data
 
@@ -28,6 +38,12 @@ if TYPE_CHECKING:
 
 TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings, EngineSettings)
 Origin = str | Path | nn.Module | Teacher
+Note = Callable[[str], None]
+OF_REUSED = (
+    *("size", "fit", "crop", "teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid"),
+    *("mean", "std", "precision", "top_k", "heads", "features_only", "raw_logits"),
+)
+"""Settings that a cache takes over from the one whose targets it reuses."""
 
 
 @keywords(*TABLES)
@@ -37,6 +53,7 @@ def build_cache(
     out: str | Path,
     *,
     split: str | None = None,
+    reuse: str | Path | Cache | None = None,
     worker: str | None = None,
     take_over: bool = False,
     progress: bool = True,
@@ -54,7 +71,9 @@ def build_cache(
         data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
         teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or what `load_teacher` made.
         out: the store, a folder or s3://BUCKET/PREFIX.
-        split: which split of the data, default train.
+        split: which split of the data, default train; with `reuse` that of the earlier cache.
+        reuse: a complete cache, which is only read (`--from`). Its targets are copied for views that render as they
+            did. Settings that are not given are as there.
         worker: "I/N" is this process's part of a build that several share; "auto" as a scheduler numbers it.
         take_over: writes the missing shards of the other workers, too.
         progress: shows a bar, or lines where there is no terminal.
@@ -64,10 +83,12 @@ def build_cache(
     """
     chosen = checked(build_cache, settings, *TABLES)
     part = worker_of(worker, take_over)
-    parts = partial(_prepare, data, split, teacher, chosen, out)
+    parts: Callable[[Note], Any] = partial(_prepare, data, split, teacher, chosen, out)
+    if reuse is not None:
+        parts = partial(plan_reuse, reuse, data, split, teacher, {name: chosen[name] for name in settings}, out)
     engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
     with progress_bar(progress) as bar:
-        source, loaded, options = parts(
+        source, loaded, options, *earlier = parts(
             lambda note: bar.console.print(note_line(note), markup=False, soft_wrap=True),
         )
         task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
@@ -78,6 +99,7 @@ def build_cache(
             options,
             lambda done, total: bar.update(task, completed=done, total=total),
             part,
+            reuse=earlier[0] if earlier else None,
             engine=engine,
         )
 
@@ -88,9 +110,92 @@ def _prepare(
     teacher: Origin | Sequence[str],
     settings: Mapping[str, Any],
     out: str | Path,
-    note: Callable[[str], None],
+    note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
     return plan_build(open_data(data, split), teacher, settings, out, note)
+
+
+def plan_reuse(
+    reuse: str | Path | Cache,
+    data: str | Path | Split,
+    split: str | None,
+    teacher: Origin | Sequence[str],
+    given: Mapping[str, Any],
+    out: str | Path,
+    note: Note,
+) -> tuple[Split, Teacher, BuildOptions, Cache]:
+    """Return the split, the teacher and the options of a build that copies targets of an earlier cache, and that cache.
+
+    Sets torch's threads.
+
+    Args:
+        reuse: the earlier cache.
+        split: default the earlier cache's.
+        given: the settings that were given, by name. Others are as in the earlier cache.
+        note: is called with what the user should know.
+    Raises: RecipeError for settings that the earlier cache decides, and if `out` is that cache; as `load_like`.
+    """
+    if fixed := [name for name in OF_REUSED if name in given]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        raise RecipeError(
+            f"Cannot change {flags} with --from",
+            entry="cannot change with from",
+            received=f"a cache of other {flags} shares no targets with {reuse}",
+            remedy="Leave these out, or leave --from out to compute all targets again.",
+        )
+    if given.get("threads"):
+        torch.set_num_threads(given["threads"])
+    earlier = reuse if isinstance(reuse, Cache) else open_cache(reuse)
+    _check_apart(earlier, out)
+    manifest = earlier.manifest
+    source = open_data(data, split or (None if isinstance(data, Split) else manifest.dataset.split))
+    classified, class_map = manifest.segmentation is not None, given.get("class_map")
+    if isinstance(teacher, Teacher):
+        loaded = teacher
+    elif isinstance(teacher, nn.Module):
+        normalisation = {"mean": manifest.teacher.mean, "std": manifest.teacher.std}
+        loaded = load_teacher(teacher, source, classified=classified, class_map=class_map, **normalisation)
+    else:
+        origins = _origins(teacher)
+        loaded = load_like(manifest.teacher, origins, source.classes, class_map=class_map, classified=classified)
+        if loaded.folds is not None:
+            check_cross_fit(origins, source, loaded.folds_by)
+    for text in (*loaded.notes, *_reuse_notes(earlier, source)):
+        note(text)
+    changes = {name: given[name] for name in entries(BuildSettings) if given.get(name) is not None}
+    changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
+    changes["statistics"] = (*options_of(manifest).statistics, *changes.get("statistics", ()))
+    options = options_of(manifest, **changes, device=pick_device(given.get("device", "auto")))
+    return source, loaded, options, earlier
+
+
+def _reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
+    """Yield what has changed since the earlier cache was built: its data, and the library that decodes images."""
+    renewed = data_changes(earlier, source)
+    yield from renewed.notes()
+    if renewed:
+        yield (
+            f"since {earlier.place} was built: {renewed.describe()}. Labels are rendered again, and the teacher runs "
+            "on changed images"
+        )
+    before, now = earlier.manifest.build.libraries.get("pillow"), libraries()["pillow"]
+    if before != now:
+        yield (
+            f"{earlier.place} was built with pillow {before}, and this is pillow {now}: the teacher runs again on "
+            "images that render otherwise"
+        )
+
+
+def _check_apart(earlier: Cache, out: str | Path) -> None:
+    old, new = str(earlier.place), str(out)
+    same = "://" not in old + new and Path(old).resolve() == Path(new).resolve()
+    if same or old.rstrip("/") == new.rstrip("/"):
+        raise RecipeError(
+            f"Cannot build {new} from itself",
+            entry="cannot build from itself",
+            received=f"--from {old} --out {new}",
+            remedy="Give a new folder or address with --out. You can remove the old one when the new one is complete.",
+        )
 
 
 def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEngine | None":
@@ -118,7 +223,7 @@ def plan_build(
     teacher: Origin | Sequence[str],
     settings: Mapping[str, Any],
     out: str | Path | None,
-    note: Callable[[str], None],
+    note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
     """The split, the teacher and the options of a build; sets torch's threads.
 
@@ -188,7 +293,7 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
         if isinstance(teacher, Teacher):
             return teacher
         return load_teacher(teacher, source, classified=classified, **of_one)
-    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]
+    origins = _origins(teacher)
     loaded = load_teachers(
         origins,
         source.classes,
@@ -202,3 +307,7 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
     if settings["folds"] is not None:
         check_cross_fit(origins, source, settings["folds_by"])
     return loaded
+
+
+def _origins(teacher: str | Path | Sequence[str]) -> list[str]:
+    return [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]

@@ -50,7 +50,7 @@ def soft(world, cli):
         BUILD + " --teacher {w}/teacher --teacher {w}/soft",
         BUILD + " --teacher {w}/soft --tta flip",
         "plan --data {w}/data --views 1 --teacher {w}/soft",
-        "extend {w}/store.zarr --data {w}/data --views 2 --teacher {w}/soft --out {w}/new",
+        "build-teacher-cache --from {w}/store.zarr --data {w}/data --views 2 --teacher {w}/soft --out {w}/new",
     ],
 )
 def test_nothing_is_built_from_probabilities(soft, cli, command) -> None:

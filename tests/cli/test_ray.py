@@ -163,8 +163,8 @@ def test_an_extended_store_is_one_process_s(made: Path, cluster, cli, tree, unst
     content = bytearray(damaged.read_bytes())
     content[100] ^= 1
     damaged.write_bytes(content)
-    words = ["extend", old, "--data", made / "data", "--teacher", made / "teacher", "--views", 2, "--threads", 1]
-    words += ["--shard-records", 2]
+    words = ["build-teacher-cache", "--from", old, "--data", made / "data", "--teacher", made / "teacher"]
+    words += ["--views", 2, "--threads", 1, "--shard-records", 2]
     ends = [
         cli(*words, "--out", tmp_path / "one.zarr"),
         cli(*words, "--out", tmp_path / "ray.zarr", "--engine", "ray", "--actors", 2, "--address", cluster.address),

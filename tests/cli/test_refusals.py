@@ -117,7 +117,7 @@ CASES = {
     "out is a file, training": (lambda w: (w / "new").write_text("thesis"), STUDENT, "new"),
     "out below a file": (nothing, BUILD.replace("{w}/new", "{w}/data/classes.txt/new"), "classes.txt is a file"),
     "finished store asked for more views": (
-        nothing, BUILD.replace("/new", "/store.zarr") + " --views 4", "kdcache extend"),
+        nothing, BUILD.replace("/new", "/store.zarr") + " --views 4", "build-teacher-cache --from"),
     "out is another build": (nothing, BUILD.replace("/new", "/store.zarr") + " --batch-size 3", "build.batch_size"),
     "run not overwritten": (nothing, TEACHER.replace("/new", "/teacher"), "holds a run already"),
     "run resumed otherwise": (nothing, TEACHER.replace("/new", "/teacher") + " --resume --lr 0.5", "--lr 0.5"),

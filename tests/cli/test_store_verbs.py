@@ -1,4 +1,4 @@
-"""`kdcache copy` and `kdcache extend`, and the views that build-teacher-cache stores."""
+"""`kdcache copy`, `build-teacher-cache --from`, and the views that build-teacher-cache stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdcache.data import open_split, write_scenes
 from kdcache.store import open_cache, verify_files
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 
-EXTEND = "extend {w}/store.zarr --data {w}/data --teacher {w}/teacher --out {w}/new"
+FROM = "build-teacher-cache --from {w}/store.zarr --data {w}/data --teacher {w}/teacher --out {w}/new"
 COPY = "copy {w}/store.zarr {w}/new"
 
 
@@ -25,11 +25,11 @@ def manifest(cli, store) -> dict:
     return json.loads(found.out)["manifest"]
 
 
-@pytest.mark.parametrize("verb", ["copy", "extend"])
-def test_help(cli, verb) -> None:
-    shown = cli(verb, "--help")
+@pytest.mark.parametrize("words", ["copy camvid.zarr", "build-teacher-cache --from camvid.zarr"])
+def test_help(cli, words) -> None:
+    shown = cli(words.split()[0], "--help")
     assert shown.code == 0
-    assert f"kdcache {verb} camvid.zarr" in shown.out
+    assert f"kdcache {words}" in shown.out
 
 
 def test_a_copy(world, cli, tree) -> None:
@@ -86,20 +86,20 @@ def test_workers_copy_together(world, cli) -> None:
     assert verify_files(world / "new").damaged == []
 
 
-def test_extending(world, cli, tree) -> None:
+def test_a_build_from_an_earlier_one(world, cli, tree) -> None:
     """More samples, views and taps; OLD stays as it was, and the whole is what the teacher says."""
     before = tree(world / "store.zarr")
     more = write_scenes(world / "more", "scenes:36x52,train=3,val=1,seed=9")
     for kind in ("images", "labels"):
         for path in (more / kind / "train").iterdir():
             path.rename(world / "data" / kind / "train" / f"x-{path.name}")
-    words = EXTEND.format(w=world).split()
+    words = FROM.format(w=world).split()
     larger = cli(*words)
     assert larger.code == 0, larger.err
     assert "9 records (3 taught, 6 taken over) in" in larger.out
     again = cli(*words)
     assert "9 records (9 were there) (0 taught, 0 taken over)" in again.out
-    words = f"extend {world}/new --data {world}/data --teacher {world}/teacher --out {world}/more.zarr".split()
+    words = FROM.replace("store.zarr", "new", 1).replace("--out {w}/new", "--out {w}/more.zarr").format(w=world).split()
     richer = cli(*words, "--views", 2, "--features", "head", "--codec", "small", "--batch-size", 5)
     assert richer.code == 0, richer.err
     assert "18 records (18 taught, 9 taken over)" in richer.out
@@ -107,7 +107,7 @@ def test_extending(world, cli, tree) -> None:
     assert (about["codec"], about["build"]["batch_size"], list(about["features"])) == ("small", 5, ["head"])
     assert about["view"]["drawn"] == {"seed": 0, "scale": [1.0, 2.0], "flip": True}
     other = cli(
-        *f"extend {world}/more.zarr --data {world}/data --teacher {world}/teacher --out {world}/taps".split(),
+        *FROM.replace("store.zarr", "more.zarr").replace("--out {w}/new", "--out {w}/taps").format(w=world).split(),
         "--features",
         "stage2",
         "--statistics",
@@ -168,13 +168,14 @@ CASES = {
     "copy --features foo": (COPY + " --features foo", "has no taps"),
     "copy of some without pixels": ("copy {w}/source.zarr {w}/new --samples 2", "no pixels"),
     "copy --worker 2/2": (COPY + " --worker 2/2", "'2/2'"),
-    "extend nothing": (EXTEND.replace("store.zarr", "none.zarr"), "none.zarr does not exist"),
-    "extend itself": (EXTEND.replace("{w}/new", "{w}/./store.zarr"), "which is OLD itself"),
-    "extend by another teacher": (EXTEND.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
-    "extend --features foo": (EXTEND + " --features foo", "foo"),
-    "extend --view-scale 2": (EXTEND + " --views 2 --view-scale 2", "'2'"),
-    "extend --view-scale 0:2": (EXTEND + " --views 2 --view-scale 0:2", "0:2"),
-    "extend no such split": (EXTEND + " --split test", "there are: train, val"),
+    "from nothing": (FROM.replace("store.zarr", "none.zarr"), "none.zarr does not exist"),
+    "from itself": (FROM.replace("{w}/new", "{w}/./store.zarr"), "from itself"),
+    "from another teacher": (FROM.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
+    "from --features foo": (FROM + " --features foo", "foo"),
+    "from --view-scale 2": (FROM + " --views 2 --view-scale 2", "'2'"),
+    "from --view-scale 0:2": (FROM + " --views 2 --view-scale 0:2", "0:2"),
+    "from no such split": (FROM + " --split test", "there are: train, val"),
+    "from --size and --tta": (FROM + " --tta flip --size 32x48", "Cannot change --size, --tta with --from"),
 }
 
 

@@ -46,7 +46,9 @@ def test_an_ensemble_from_one_command(teachers, cli) -> None:
     assert "statistics/at.head" in shown
     again = cli(*f"{TWO} {flags}".format(w=teachers).split())
     assert "6 records (6 were there)" in again.out
-    extend = "extend {w}/new --data {w}/data --teacher {w}/teacher --teacher {w}/other --out {w}/more"
+    extend = (
+        "build-teacher-cache --from {w}/new --data {w}/data --teacher {w}/teacher --teacher {w}/other --out {w}/more"
+    )
     more = cli(*f"{extend} --views 2 --statistics entropy".format(w=teachers).split())
     assert more.code == 0, more.err
     assert sorted(manifest(teachers / "more")["statistics"]) == ["agreement", "at.head", "entropy"]
@@ -80,7 +82,7 @@ def test_cross_fitting_from_one_command(world, cli) -> None:
     assert sorted(open_cache(world / "new").column("fold").tolist()) == [0, 0, 0, 1, 1, 1]
     swapped = cli(*build.replace("fold0", "x").replace("fold1", "fold0").replace("x", "fold1").format(w=world).split())
     assert (swapped.code, "has fold 1/2" in swapped.err) == (2, True)
-    extend = f"extend {world}/new --data {world}/data --views 2 --out {world}/more".split()
+    extend = f"build-teacher-cache --from {world}/new --data {world}/data --views 2 --out {world}/more".split()
     wrong = cli(*extend, "--teacher", world / "fold1", "--teacher", world / "fold0")
     assert (wrong.code, "has fold 1/2" in wrong.err, (world / "more").exists()) == (2, True, False)
     larger = cli(*extend, "--teacher", world / "fold0", "--teacher", world / "fold1")
@@ -113,7 +115,7 @@ CASES = {
     "views that are none": (BUILD + " --views all", "'all'"),
     "too many views": (BUILD + " --views 5000", "5000 views"),
     "extended by more": (
-        "extend {w}/store.zarr --data {w}/data --teacher {w}/teacher --teacher {w}/other --out {w}/new",
+        BUILD + " --from {w}/store.zarr --teacher {w}/other",
         "2 teachers; the store has 1: kdcache:tiny",
     ),
 }

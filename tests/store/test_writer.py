@@ -439,7 +439,7 @@ def test_a_ledger_record_that_lies_is_redone(small, clean, tree, tmp_path, key) 
 def test_a_damaged_seal_is_made_again(small, clean, tree, tmp_path, how) -> None:
     path = small.write(tmp_path / "s.zarr")
     damage(path / "complete.json", how)
-    with pytest.raises(StoreError, match="extend or copy"):
+    with pytest.raises(StoreError, match="build-teacher-cache or copy"):
         open_cache(path)
     assert tree(small.write(path)) == clean
 

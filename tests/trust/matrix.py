@@ -197,7 +197,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "verify --data": Verb(lambda data: kdcache(f"verify P.zarr --data {data}"), ("P.zarr",), 1),
     "extend": Verb(
-        lambda data: kdcache(f"extend P.zarr --data {data} --teacher t --out new.zarr {MACHINE}"), ("t", "P.zarr"), 0
+        lambda data: kdcache(f"build-teacher-cache --from P.zarr --data {data} --teacher t --out new.zarr {MACHINE}"),
+        ("t", "P.zarr"),
+        0,
     ),
     "sweep again": Verb(sweep, ("sw", "sweep.toml"), 2),
     "compare": Verb(lambda data: kdcache(f"compare r --data {data} --repeats 0"), ("r",), 0),

@@ -1,4 +1,4 @@
-"""Flags of a build, as build-teacher-cache, plan and extend share them: teachers, views, what is stored."""
+"""Flags of a build, as build-teacher-cache and plan share them: teachers, views, what is stored."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any

@@ -54,6 +54,16 @@ def takes(
     return decorate
 
 
+def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
+    """Return the settings that were typed, or that a recipe holds.
+
+    Args:
+        context: of the parser, which a verb gets in a parameter `context`.
+    """
+    sources = {name: context.get_parameter_source(name) for name in settings}
+    return {name: settings[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+
+
 def parameter_of(entry: Entry) -> Parameter:
     """The parameter of a verb, for Typer, that stands for a setting."""
     return Parameter(

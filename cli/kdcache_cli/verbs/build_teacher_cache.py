@@ -1,18 +1,23 @@
-"""`kdcache build-teacher-cache`: the teacher's pass, and what `extend` shares with it."""
+"""`kdcache build-teacher-cache`: the teacher's pass, or the part of it that an earlier cache lacks."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.markup import escape
 
-from kdcache.settings import entries, read
+from kdcache.progress import note_line
+from kdcache.settings import entries, read, read_values
 from kdcache.settings.building import BUILD
 from kdcache.settings.engine import EngineSettings
-from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
+from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar, warn
 from kdcache_cli.settings import build_flags, shared_flags
-from kdcache_cli.settings.signature import takes
+from kdcache_cli.settings.signature import given, takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.data import Split
+    from kdcache.store import Cache
+    from kdcache.teacher import BuildOptions, Teacher
     from kdcache.teacher.audit.verify import Score
     from kdcache.teacher.build.ray_engine import Parts
 
@@ -20,13 +25,18 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 @takes(
     *(*BUILD, EngineSettings),
     order=(
-        *("data", "teacher", "out", "split", "size", "fit", *build_flags.ORDER),
+        *("context", "data", "teacher", "out", "reuse", "split", "size", "fit", *build_flags.ORDER),
         *("worker", "take_over", *entries(EngineSettings), "threads", "device"),
     ),
 )
 def build_teacher_cache(
     settings: dict[str, Any],
+    context: typer.Context,
     out: build_flags.Out,
+    reuse: Annotated[
+        str | None,
+        typer.Option("--from", metavar="OLD", help="Copy targets of this cache; other flags default to its settings."),
+    ] = None,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
 ) -> None:
@@ -39,15 +49,41 @@ def build_teacher_cache(
     finishes the store; shards of a worker that died are written by the same
     command with its number, or by any other with --take-over.
 
+    --from OLD builds a new cache with more samples, views, taps or statistics, or
+    after labels have changed. Images that render as in OLD keep its targets. The
+    teacher runs on the others. A new tap sends every image through the teacher
+    once more. OLD is only read.
+
     [dim]kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache build-teacher-cache ... --teacher runs/a --teacher runs/b --tta flip --teacher-size 576x768[/]
     [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
+    [dim]kdcache build-teacher-cache --from camvid.zarr --data camvid --teacher runs/teacher --out new.zarr[/]
     [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
     """
-    run_build(partial(build_flags.prepare, settings, out), settings, out, worker, take_over)
+    parts: Parts = partial(build_flags.prepare, settings, out)
+    if reuse is not None:
+        parts = partial(_prepare_reuse, reuse, given(settings, context), settings["teacher"], out)
+    _run_build(parts, settings, out, worker, take_over)
 
 
-def run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str | None, take_over: bool) -> None:
+def _prepare_reuse(
+    reuse: str, typed: dict[str, Any], teacher: tuple[str, ...], out: str
+) -> "tuple[Split, Teacher, BuildOptions, Cache]":
+    """Return what a build consists of that copies targets of a cache.
+
+    Args:
+        typed: the settings that were given.
+    """
+    from kdcache.verbs.build import plan_reuse
+
+    values = {name: value for table in BUILD for name, value in read_values(table, typed).items()}
+    notes = partial(ERRORS.print, markup=False)
+    return plan_reuse(
+        reuse, typed["data"], typed.get("split"), teacher, values, out, lambda text: notes(note_line(text))
+    )
+
+
+def _run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str | None, take_over: bool) -> None:
     """Run the teacher's pass with its progress, and print its result.
 
     Args:

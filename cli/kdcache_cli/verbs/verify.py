@@ -98,7 +98,7 @@ def verify(
 def _check_data(place: "Place", data: str, split: str | None) -> bool:
     """Print whether a data set is what a cache was built from, and return it. Every file is read."""
     from kdcache.data import open_split
-    from kdcache.store import data_changes, open_cache
+    from kdcache.store import data_changes, open_cache, renewal
 
     cache = open_cache(place)
     source = open_split(data, split or cache.manifest.dataset.split)
@@ -111,7 +111,7 @@ def _check_data(place: "Place", data: str, split: str | None) -> bool:
         OUT.print(f"note: {note}", markup=False)
     if changes:
         OUT.print(f"[red]the data set has changed since the build:[/] {escape(changes.describe())}")
-        OUT.print("to renew the cache, run kdcache extend with this data set, its teacher and a new --out")
+        OUT.print(f"to renew the cache: {renewal(cache.place, source.data)}", markup=False, soft_wrap=True)
     elif changes.recorded:
         OUT.print(f"[green]the data set is what the cache was built from:[/] {len(source)} samples compared")
     else:

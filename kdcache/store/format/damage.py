@@ -7,7 +7,7 @@ from kdcache.errors import CorruptError, KDCacheError, StoreError
 
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # no fault of the store
 _AS_WRITTEN = "a store's files must be those that were written"
-AGAIN = "run the command that wrote it (build-teacher-cache, extend or copy) again"
+AGAIN = "run the command that wrote it (build-teacher-cache or copy) again"
 """The words that remedies begin with."""
 
 

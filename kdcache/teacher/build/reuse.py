@@ -147,7 +147,7 @@ def _refuse(old: Cache, differences: Sequence[str]) -> None:
         raise MismatchError(
             "a store takes over targets of the same teacher, of the same classes at the same size",
             received=f"{old.place} differs in " + "; ".join(differences),
-            remedy="give the teacher and the settings that it was built with, or build anew: build-teacher-cache",
+            remedy="give the teacher and the settings that it was built with, or leave --from out to compute all anew",
         )
 
 

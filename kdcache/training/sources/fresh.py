@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kdcache.data import UNRECORDED, Split, changed_data, open_split
 from kdcache.errors import DataError
-from kdcache.store import Cache, data_changes
+from kdcache.store import Cache, data_changes, renewal
 from kdcache.training.config import TrainConfig
 
 
@@ -26,7 +26,7 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
         note(text)
     if not changes:
         return
-    renew = f"kdcache extend {cache.place} --data {split.data} --teacher TEACHER --out NEW"
+    renew = renewal(cache.place, split.data)
     if config.data is None:
         note(f"{split.data} has changed since {cache.place} was built: {changes.describe()}. To train on it: {renew}")
         return

@@ -521,7 +521,7 @@ class World:
         may_hold = self.models[name].may_hold
         if not renew and len(may_hold) == 1:
             self.restore(may_hold[0])
-        elif renew and "kdcache extend" in error.remedy:
+        elif renew and "build-teacher-cache --from" in error.remedy:
             self.renew(name)
         elif "new --out" in error.remedy or "a new folder" in error.remedy or "--out NEW" in error.remedy:
             self.remove(name)  # as good as another folder
