@@ -229,3 +229,11 @@ def test_a_file_that_is_missing_is_named_before_a_size_is_asked_for(world, cli, 
     assert done.code == 2
     assert "weights must be a file" in done.err
     assert "nothing.safetensors" in done.err
+
+
+def test_a_folder_of_pseudo_labels_names_the_report_that_judges_them(world, cli) -> None:
+    out = world / "pseudo"
+    assert cli("export-pseudo-labels", world / "store.zarr", "--quantile", "0.5", "--out", out).code == 0
+    ended = cli("evaluate", out, "--data", world / "data")
+    assert ended.code == 2
+    assert "--teacher-report" in ended.err

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcache.settings import entries
+from kdcache.settings.removed import VERBS, removal
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
 from kdcache.shown import public
@@ -14,7 +15,6 @@ from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import Weights, warn_of_weights
 from kdcache_cli.settings.signature import flag
-from kdcache_cli.verbs.evaluate_pseudo_labels import evaluate_pseudo_labels, is_pseudo_labels
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.stored_evaluations import Record
@@ -27,8 +27,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads); or a "
-            "folder of exported pseudo labels.",
+            help="A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads).",
         ),
     ],
     data: Annotated[
@@ -82,13 +81,10 @@ def evaluate(
     one; each kind (split, fold, weights, size, class map, depths) has files of its own.
     Several data sets are judged by the classes that each shares with the model, by
     name; a class map is to those of the first. evaluations-KIND.json has all of them.
-    Of exported pseudo labels: how many labelled pixels have one, how many of these
-    are right, and the mIoU of these; quality-SPLIT.json in their folder.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate runs/student --data camvid --window 288x288 --stride 192x192[/]
     [dim]kdcache evaluate runs/student --data gta5:/data/gta5 --data cityscapes:/data/city[/]
-    [dim]kdcache evaluate camvid-pseudo --data camvid --split train[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
     """
     from kdcache.analysis.runs import check_classes, unnamed_classes
@@ -102,22 +98,8 @@ def evaluate(
     from kdcache.settings import read
 
     part = shared_flags.parse_fold(fold, folds_by)
-    if is_pseudo_labels(Path(run)):
-        others = {
-            "--weights": weights != JudgeSettings.weights,
-            "--class-map": class_map is not None,
-            "--size": size is not None,
-            "--fit": fit != ImageSettings.fit,
-            "--window": window is not None,
-            "--stride": stride is not None,
-            "--at-size": at_size,
-            "--min-depth": min_depth != DepthSettings.min_depth,
-            "--max-depth": max_depth != DepthSettings.max_depth,
-            "--depth-crop": depth_crop != DepthSettings.depth_crop,
-        }
-        files = {"json_file": json_file, "markdown": markdown, "listing": listing}
-        evaluate_pseudo_labels(Path(run), data, split, part, others=others, **files)
-        return
+    if (Path(run) / "pseudo-labels.json").is_file() and (gone := removal("evaluate of pseudo labels", VERBS)):
+        raise gone
     seen = {"fit": fit, "window": window, "stride": stride, "size": size}
     shared_flags.parse_framing(seen)  # what is wrong is refused before data and model are read
     where = shared_flags.use_machine(threads, device)
