@@ -38,8 +38,8 @@ from common import RESULTS, header, write
 from kdcache_kernels import LossProblem, PackedTarget
 from kdcache_kernels.gpu import argmax, counts, loss, topk
 from kdcache_kernels.gpu.offline import compile_instead, gpu_target
-from kdcache_kernels.gpu.on_cells import channels, decoupled, relations
-from kdcache_kernels.on_cells.problem import ChannelProblem, DecoupledProblem, RelationProblem
+from kdcache_kernels.gpu.on_cells import relations
+from kdcache_kernels.on_cells.problem import RelationProblem
 from kdcache_kernels.problem import Counted
 from kdcache_kernels.topk import index_dtype
 
@@ -110,35 +110,30 @@ def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
     return LossProblem(**{**arguments, **changes})
 
 
-def calls_on_cells(cells: int, dtype: torch.dtype, moved: bool = False) -> Iterator[Call]:
-    """The losses on the cells of a dense target of 128, of a student of `cells` cells along an axis.
+def relation_call(cells: int, dtype: torch.dtype, moved: bool = False) -> Call:
+    """The loss of relations on the cells of a dense target of 128, of a student of `cells` cells along an axis.
 
     Args:
         moved: whether it is seen through a window, mirrored, and weighed by a gate and a mask.
     """
-    options: dict[str, Any] = dict.fromkeys(("window", "flip", "pixel_weight", "counted", "count"))
-    moments = labels = maximum = count = None
+    options: dict[str, Any] = dict.fromkeys(("window", "flip", "pixel_weight", "counted", "count", "moments"))
     if moved:
         options |= {"window": empty(BATCH, 4, dtype=torch.float64), "flip": empty(BATCH, dtype=torch.bool)}
         options |= {"pixel_weight": empty(BATCH, LABELS, LABELS)}
         options |= {"counted": empty(BATCH, LABELS, LABELS, dtype=torch.bool)}
-        moments, count = empty(6, CLASSES, dtype=torch.float64), empty()
-        labels = empty(BATCH, LABELS, LABELS, dtype=torch.uint8)
-        maximum = empty(BATCH, 128, 128, dtype=torch.float16)
+        options |= {"moments": empty(6, CLASSES, dtype=torch.float64), "count": empty()}
     options |= {
         "student": empty(BATCH, CLASSES, cells, cells, dtype=dtype),
         "teacher": empty(BATCH, CLASSES, 128, 128, dtype=torch.float16),
         "view_size": (LABELS, LABELS),
         "size": (LABELS, LABELS),
         "need_gradient": True,
+        "temperature": 1.0,
+        "beta": 1.0,
+        "gamma": 1.0,
     }
     name = f"{'any window' if moved else 'cell by cell'}, {str(dtype).removeprefix('torch.')}"
-    related = options | {"temperature": 1.0, "beta": 1.0, "gamma": 1.0, "moments": moments, "count": count}
-    yield name, partial(relations.relation_loss, RelationProblem(**related))
-    options["temperature"] = 4.0
-    apart = DecoupledProblem(**options, alpha=1.0, beta=8.0, labels=labels)
-    yield name, partial(decoupled.decoupled_loss, apart)
-    yield name, partial(channels.channel_loss, ChannelProblem(**options, teacher_maximum=maximum))
+    return name, partial(relations.relation_loss, RelationProblem(**options))
 
 
 def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
@@ -148,8 +143,8 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
         for geometry, cells in CELLS.items():
             yield f"{geometry}, {name}", partial(loss.distill_loss, problem(cells, dtype))
         logits = empty(BATCH, CLASSES, 128, 128, dtype=dtype)
-        yield from calls_on_cells(128, dtype)
-        yield from calls_on_cells(100, dtype, moved=True)
+        yield relation_call(128, dtype)
+        yield relation_call(100, dtype, moved=True)
         yield name, partial(loss.scale_gradient, logits, empty(), empty(), dtype)
         yield f"k = {KEPT}, {name}", partial(topk.pack, logits, KEPT)
         yield f"dense, {name}", partial(topk.pack, logits, CLASSES)
@@ -209,7 +204,7 @@ def brief_calls() -> Iterator[Call]:
     yield "any", partial(topk.pack, logits, KEPT)
     yield "any", partial(argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
     yield "any", count_call(None)
-    yield from calls_on_cells(100, fp16, moved=True)
+    yield relation_call(100, fp16, moved=True)
 
 
 def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:

@@ -1,7 +1,7 @@
 """Distillation loss kernels for segmentation: from low-resolution logits to a loss at label resolution.
 
 This package knows tensors only: no store, no models, no command line, and nothing of kdcache.
-`distill_loss` is the loss, `relation_loss`, `decoupled_loss` and `channel_loss` are others, on the target's cells.
+`distill_loss` is the loss, `relation_loss` another one, on the target's cells.
 `pack` and `densify` are the form in which targets are stored, `choose_k` how many classes that form must keep, and
 `target_argmax_confidence` the classes and probabilities for gates and audits.
 Everything runs on the CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
@@ -12,8 +12,6 @@ Everything runs on the CPU and on CUDA. Importing it imports torch, and neither 
 
 from .choose import choose_k, gradient_error
 from .errors import KernelError, ShapeError, ValueRangeError
-from .on_cells.channels import channel_loss
-from .on_cells.decoupled import decoupled_loss
 from .on_cells.problem import average_moments
 from .on_cells.relations import relation_loss, relation_moments
 from .ops import (
@@ -42,9 +40,7 @@ __all__ = [
     "ShapeError",
     "ValueRangeError",
     "average_moments",
-    "channel_loss",
     "choose_k",
-    "decoupled_loss",
     "densify",
     "distill_denominators",
     "distill_loss",

@@ -54,7 +54,7 @@ class Store:
     @property
     def manifest(self) -> Any:
         return SimpleNamespace(
-            heads={"segmentation": SimpleNamespace(k=self.k, classes=C, raw=True)},
+            heads={"segmentation": SimpleNamespace(k=self.k, classes=self.num_classes, raw=True)},
             features={"deep": SimpleNamespace(channels=CHANNELS, size=FEATURE)},
             statistics={"at.seen": SimpleNamespace(kind="at", tap="seen", size=FEATURE)},
         )

@@ -14,8 +14,6 @@ from kdcache_kernels import (
     PastedTarget,
     ShapeError,
     ValueRangeError,
-    channel_loss,
-    decoupled_loss,
     densify,
     distill_denominators,
     distill_loss,
@@ -184,20 +182,6 @@ OPERATIONS = {
         {**ON_CELLS_VALUES, **COUNT_VALUES, "beta": WEIGHS, "gamma": WEIGHS},
     ),
     "relation_moments": Operation(relation_moments, "student_logits_BChw", ON_CELLS, ON_CELLS_SHAPES, ON_CELLS_VALUES),
-    "decoupled_loss": Operation(
-        decoupled_loss,
-        "student_logits_BChw",
-        {**ON_CELLS, **COUNT, "alpha": 2.0, "beta": 0.5, "labels_BHW": LABELS},
-        {**ON_CELLS_SHAPES, **COUNT_SHAPES, "labels_BHW": [GATE, LABELS[:, :4], LABELS[:1]]},
-        {**ON_CELLS_VALUES, **COUNT_VALUES, "alpha": WEIGHS, "beta": WEIGHS},
-    ),
-    "channel_loss": Operation(
-        channel_loss,
-        "student_logits_BChw",
-        {**ON_CELLS, **COUNT, "teacher_maximum_Bhw": STUDENT[:, 0]},
-        {**ON_CELLS_SHAPES, **COUNT_SHAPES, "teacher_maximum_Bhw": [STUDENT[:, 0, :, :2], STUDENT[:, 0].int()]},
-        {**ON_CELLS_VALUES, **COUNT_VALUES},
-    ),
     "pack": Operation(
         pack,
         "logits_BChw",
@@ -372,7 +356,7 @@ def test_windows_of_what_was_pasted(window, backend):
 
 
 @pytest.mark.fused
-@pytest.mark.parametrize("function", ["distill_loss", "relation_loss", "decoupled_loss", "channel_loss", "pack"])
+@pytest.mark.parametrize("function", ["distill_loss", "relation_loss", "pack"])
 def test_a_family_says_which_tensor_it_cannot_take(function, backend):
     operation = OPERATIONS[function]
     value = operation.arguments[operation.anchor].double().to(backend.device)

@@ -150,8 +150,6 @@ def test_exported_names():
         *("PackedTarget", "PastedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
         *(
             "average_moments",
-            "channel_loss",
-            "decoupled_loss",
             "distill_denominators",
             "distill_loss",
             "distill_loss_reference",

@@ -2,19 +2,51 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdcache.distill.terms.base import MAXIMUM, Term, TermBatch, TermTargets, wide
 from kdcache.distill.terms.features import Projected
-from kdcache.distill.terms.on_cells import OnCells, family_for, options_of
+from kdcache.distill.terms.on_cells import OnCells, divergence, mean_of, seen_on_cells
 from kdcache.distill.terms.spec import TermSpec
-from kdcache_kernels import channel_loss
+from kdcache_kernels.topk import compute_dtype
 
 
 def images_counted(term: Term, batch: TermBatch) -> Tensor:
     """How many images have a pixel that counts, 0-dimensional."""
     counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.logits)).counted
+    return _images_of(counted_Bhw)
+
+
+def _images_of(counted_Bhw: Tensor) -> Tensor:
     return (counted_Bhw > 0).flatten(1).any(1).to(counted_Bhw.dtype).sum()
+
+
+def compare_channels(
+    term: Term, batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor, count: Tensor | None
+) -> Tensor:
+    """Return T^2 / C * sum over channels of KL(p_t || p_s) over the cells, mean over the images that count.
+
+    Args:
+        student_BCxx, teacher_BChw: of equal channels, each on its own grid.
+        count: of images.
+    """
+    seen = seen_on_cells(term, batch, student_BCxx, teacher_BChw)
+    counted_Bhw, weight_Bhw = seen.cells
+    log_t, log_s = (_over_cells(x, weight_Bhw) for x in (seen.teacher, seen.student))
+    # A gate that is not finite is no weight above 0: `_over_cells` would leave it out without a word.
+    spoilt = seen.spoilt | (~weight_Bhw.isfinite() & (counted_Bhw > 0)).any()
+    total = divergence(log_t, log_s).sum(-1).mean(1).sum()
+    count = _images_of(counted_Bhw) if count is None else count
+    return term.temperature**2 * mean_of(total, count, spoilt, student_BCxx)
+
+
+def _over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
+    """(B, C, h w): log-probabilities over the cells of each class and image; a cell enters by its weight above 0."""
+    weight_B1n = weight_Bhw.flatten(1)[:, None]
+    logits_BCn = logits_BChw.flatten(2) + torch.where(weight_B1n > 0, weight_B1n, 1).log()
+    # A finite floor: an image without counted cells then has two equal distributions, where -inf would give NaN.
+    return logits_BCn.masked_fill(weight_B1n <= 0, -1e30).log_softmax(-1)
 
 
 class ChannelLogits(OnCells):
@@ -33,8 +65,11 @@ class ChannelLogits(OnCells):
     default_temperature = 4.0
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        maximum_Bhw = batch.stored[MAXIMUM] if MAXIMUM in self._arrays else None
-        return channel_loss(*self.both_raw(batch), maximum_Bhw, **self.options(batch), count=count)
+        assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
+        teacher_BChw = batch.target.values.to(compute_dtype(batch.logits.dtype))
+        if MAXIMUM in self._arrays:
+            teacher_BChw = teacher_BChw + batch.stored[MAXIMUM][:, None].to(teacher_BChw.dtype)
+        return compare_channels(self, batch, batch.logits, teacher_BChw, count)
 
     def count(self, batch: TermBatch) -> Tensor:
         """The number of images in which any pixel counts, 0-dimensional."""
@@ -62,8 +97,7 @@ class ChannelFeatures(Projected):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw = self.projection(wide(batch.features[self._student_tap]))
         teacher_Bchw = self.standardised(batch.stored[self._arrays[0]], student_Bchw.dtype)
-        options = options_of(self, batch, family_for(student_Bchw.dtype, self.impl))
-        return channel_loss(student_Bchw, teacher_Bchw, **options, count=count)
+        return compare_channels(self, batch, student_Bchw, teacher_Bchw, count)
 
     def count(self, batch: TermBatch) -> Tensor:
         """The number of images in which any pixel counts, 0-dimensional."""

@@ -25,7 +25,6 @@ class Projected(Term):
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, that standardise its features; None
             takes them as they are. They are kept in checkpoints. Source: Theia, Shang et al. 2024, arXiv 2407.20179;
             PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, which compares ways to do so.
-        impl: which kernels compute it, where it is an operation (`cwd`).
     """
 
     teacher_mean: Tensor | None
@@ -40,10 +39,8 @@ class Projected(Term):
         student_channels: int,
         teacher_channels: int,
         moments: tuple[Tensor, Tensor] | None = None,
-        impl: str = "auto",
     ) -> None:
         super().__init__(spec, targets, arrays)
-        self.impl = impl
         self.projection: nn.Module = nn.Conv2d(student_channels, teacher_channels, 1)
         if spec.projector == "mlp":
             self.projection = nn.Sequential(

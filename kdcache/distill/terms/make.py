@@ -13,7 +13,6 @@ from kdcache.distill.terms.decoupled import Decoupled
 from kdcache.distill.terms.depth import DEPTH_TERMS
 from kdcache.distill.terms.features import Cosine, Hint, Projected
 from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
-from kdcache.distill.terms.on_cells import OnCells
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
 from kdcache.distill.terms.relations import Relations, Similarity
 from kdcache.distill.terms.spec import TermSpec, compares_features, head_of, of_depth, reads_teacher
@@ -31,8 +30,7 @@ _WITHOUT_TEACHER: dict[str, type[Overlap | Entropy | Adversarial]] = {
     "adversarial": Adversarial,
 }
 _PSEUDO: dict[str, type[Pseudo]] = {"pseudo": Pseudo, "consistency": Consistency}
-_ON_CELLS: dict[str, type[OnCells]] = {"dist": Relations, "dkd": Decoupled, "cwd": ChannelLogits}
-_PLAIN: dict[str, type[Term]] = {"at": Attention, "sp": Similarity}
+_PLAIN: dict[str, type[Term]] = {"at": Attention, "sp": Similarity, "dkd": Decoupled, "cwd": ChannelLogits}
 
 
 def make_term(
@@ -56,7 +54,7 @@ def make_term(
         student_taps: the student's features -> channels, most useful last.
         student_heads: what the student's heads are in training, by name; None is a head of segmentation alone.
         align_corners: whether the student's own final resize aligns corners.
-        impl: which kernels compute pseudo labels and their loss, `dist`, `dkd` and `cwd`, as in `distill_loss`.
+        impl: which kernels compute pseudo labels and their loss, and `dist`, as in `distill_loss`.
         class_weight: (C,) of `pseudo` and `auxiliary`; None weighs every class 1.
         label_smoothing: of `auxiliary`.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
@@ -112,10 +110,9 @@ def make_term(
             student_channels=student_taps[spec.student_tap],
             teacher_channels=targets.manifest.features[spec.teacher_tap].channels,
             moments=moments,
-            impl=impl,
         )
-    if spec.kind in _ON_CELLS:
-        return _ON_CELLS[spec.kind](spec, targets, arrays, impl=impl)
+    if spec.kind == "dist":
+        return Relations(spec, targets, arrays, impl=impl)
     return _PLAIN[spec.kind](spec, targets, arrays)
 
 

@@ -1,11 +1,15 @@
 """Relations: how predictions vary, and how alike the features of a batch's images are."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, shared, unit, wide
 from kdcache.distill.terms.on_cells import OnCells
 from kdcache.distill.terms.spec import TermSpec
-from kdcache_kernels import average_moments, relation_loss, relation_moments
+from kdcache_kernels import average_moments, densify, relation_loss, relation_moments
+from kdcache_kernels.topk import compute_dtype
 
 
 class Relations(OnCells):
@@ -17,22 +21,49 @@ class Relations(OnCells):
 
     Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation): a gradient of 1 to 1.6 of CE's,
     and of 11 before a student has learnt anything.
+
+    Args:
+        impl: which kernels compute it (see `kdcache_kernels.relation_loss`). Float64 takes the reference.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
     """
 
     def __init__(
         self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = (), *, impl: str = "auto"
     ) -> None:
-        super().__init__(spec, targets, arrays, impl=impl)
+        super().__init__(spec, targets, arrays)
+        self.impl = impl
         self.beta = 1.0 if spec.beta is None else spec.beta
         self.gamma = 1.0 if spec.gamma is None else spec.gamma
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        logits, options = self.both_raw(batch), self.options(batch)
+        logits, options = self._logits(batch), self._options(batch)
         moments = None
         if self.gather is not None:
             moments = average_moments(self.of_all(relation_moments(*logits, **options)[None]))
         return relation_loss(*logits, **options, beta=self.beta, gamma=self.gamma, count=count, moments_6C=moments)
+
+    def _logits(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's logits of all classes, each on its own grid."""
+        target = batch.target
+        assert target is not None  # by `reads_target`
+        if target.indices is None:
+            return batch.logits, target.values
+        num_classes, dtype = self.targets.num_classes, compute_dtype(batch.logits.dtype)
+        impl = self._options(batch)["impl"]
+        return batch.logits, densify(target.values, target.indices, target.tail, num_classes, dtype, impl=impl)
+
+    def _options(self, batch: TermBatch) -> dict[str, Any]:
+        """The arguments of both operations."""
+        return {
+            "view_size": self.targets.view_size,
+            "size": batch.size,
+            "temperature": self.temperature,
+            "window_B4": batch.window,
+            "flip_B": batch.flip,
+            "pixel_weight_BHW": batch.pixel_weight,
+            "counted_BHW": batch.counted,
+            "impl": "reference" if batch.logits.dtype == torch.float64 else self.impl,
+        }
 
 
 class Similarity(Term):

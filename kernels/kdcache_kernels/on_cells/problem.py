@@ -1,10 +1,9 @@
-"""The input of the losses on cells, the same for every family, and the moments that processes exchange.
+"""The input of the loss of relations, the same for every family, and the moments that processes exchange.
 
 Legend: B batch, C classes, P processes, hs ws the student's own size, h w the teacher's cells, H W the image.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ MOMENTS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellProblem:
-    """The arguments that all losses on cells have, checked.
+class RelationProblem:
+    """The arguments of `kdcache_kernels.relation_loss`, checked.
 
     Attributes:
         student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides; float64 for the reference alone.
@@ -32,7 +31,10 @@ class CellProblem:
         counted: (B, H, W) bool, any strides, which pixels of the view count; None is all.
         count: 0-dimensional float on the device of the student; None is this batch's own.
         need_gradient: whether the gradient is wanted.
-        ONE_CLASS: whether the loss of a single class is more than 0.
+        beta, gamma: weights of the parts over classes and over cells.
+        moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
+            probabilities, and the weighted sums of products of these minus their means: student with teacher, student
+            with itself, teacher with itself. None is this batch's own.
     """
 
     student: Tensor
@@ -46,7 +48,9 @@ class CellProblem:
     counted: Tensor | None
     count: Tensor | None
     need_gradient: bool
-    ONE_CLASS: ClassVar[bool] = False
+    beta: float
+    gamma: float
+    moments: Tensor | None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -67,48 +71,6 @@ class CellProblem:
     def is_weighted(self) -> bool:
         """Whether cells may weigh unequally; else each counts 1. By the arguments, not by their values."""
         return self.is_moved or self.pixel_weight is not None or self.counted is not None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelationProblem(CellProblem):
-    """The arguments of `kdcache_kernels.relation_loss`.
-
-    Attributes:
-        beta, gamma: weights of the parts over classes and over cells.
-        moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
-            probabilities, and the weighted sums of products of these minus their means: student with teacher, student
-            with itself, teacher with itself. None is this batch's own.
-    """
-
-    beta: float
-    gamma: float
-    moments: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoupledProblem(CellProblem):
-    """The arguments of `kdcache_kernels.decoupled_loss`.
-
-    Attributes:
-        alpha, beta: weights of the parts of the target class and of the others.
-        labels: (B, H, W) integers, any strides; None is the teacher's best class everywhere.
-    """
-
-    alpha: float
-    beta: float
-    labels: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelProblem(CellProblem):
-    """The arguments of `kdcache_kernels.channel_loss`; its `count` is of images.
-
-    Attributes:
-        teacher_maximum: (B, h, w), any float dtype and strides, added to all logits of the teacher's cells; None is 0.
-    """
-
-    teacher_maximum: Tensor | None
-    ONE_CLASS: ClassVar[bool] = True
 
 
 def largest_logit(temperature: float) -> float:

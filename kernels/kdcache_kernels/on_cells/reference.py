@@ -1,4 +1,4 @@
-"""The losses on cells in plain PyTorch: the oracle of every test, and the fallback where no fused kernel runs.
+"""The loss of relations in plain PyTorch: the oracle of every test, and the fallback where no fused kernel runs.
 
 Legend: B batch, C classes, hs ws the student's own size, h w the teacher's cells.
 """
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..reference import NanReachesAll, divide
-from ..target_cells import Cells, labels_at_centres, lay_cells, resize, sample_view
+from ..target_cells import Cells, lay_cells, resize, sample_view
 from ..topk import compute_dtype
-from .problem import CellProblem, ChannelProblem, DecoupledProblem, RelationProblem, correlation, largest_logit
+from ..window import Size
+from .problem import RelationProblem, correlation, largest_logit
 
 
 class Seen(NamedTuple):
@@ -35,15 +36,41 @@ class Seen(NamedTuple):
         return self.student.softmax(1), self.teacher.softmax(1)
 
 
-def logits_on_cells(problem: CellProblem) -> Seen:
-    """Lay both sets of logits under the teacher's cells, in float32; in float64 where the student's are."""
-    dtype = compute_dtype(problem.student.dtype)
+def lay_logits(
+    student_BCxx: Tensor,
+    teacher_BChw: Tensor,
+    cells: Cells,
+    *,
+    temperature: float,
+    view_size: Size,
+    window_B4: Tensor | None,
+    flip_B: Tensor | None,
+) -> Seen:
+    """Lay both sets of logits under the teacher's cells, in float32; in float64 where the student's are.
+
+    Args:
+        student_BCxx: at its own size.
+        teacher_BChw: of the view.
+        cells: how much each cell counts.
+        temperature, view_size, window_B4, flip_B: as in `kdcache_kernels.relation_loss`.
+    """
+    dtype, grid = compute_dtype(student_BCxx.dtype), (teacher_BChw.shape[2], teacher_BChw.shape[3])
 
     def on_cells(logits: Tensor, move: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        usable_B1xx = (logits.detach().abs() <= largest_logit(problem.temperature)).all(1, keepdim=True)
+        usable_B1xx = (logits.detach().abs() <= largest_logit(temperature)).all(1, keepdim=True)
         moved_BChw, lost_B1hw = move(torch.where(usable_B1xx, logits, 0)), move((~usable_B1xx).to(dtype))
-        return moved_BChw / problem.temperature, lost_B1hw[:, 0] > 0
+        return moved_BChw / temperature, lost_B1hw[:, 0] > 0
 
+    student_BChw, lost_Bhw = on_cells(student_BCxx.to(dtype), lambda x: resize(x, grid))
+    teacher_BChw, also_lost_Bhw = on_cells(
+        teacher_BChw.to(dtype), lambda x: sample_view(x, window_B4, flip_B, view_size, dtype)
+    )
+    spoilt = ((lost_Bhw | also_lost_Bhw) & (cells.counted > 0)).any()
+    return Seen(student_BChw, teacher_BChw, cells, spoilt)
+
+
+def logits_on_cells(problem: RelationProblem) -> Seen:
+    """Lay both sets of logits of a problem under the teacher's cells."""
     cells = lay_cells(
         problem.window,
         problem.flip,
@@ -53,23 +80,23 @@ def logits_on_cells(problem: CellProblem) -> Seen:
         view_size=problem.view_size,
         size=problem.size,
         grid=problem.grid,
-        like=problem.student.new_empty(0, dtype=dtype),
+        like=problem.student.new_empty(0, dtype=compute_dtype(problem.student.dtype)),
     )
-    teacher_BChw = problem.teacher.to(dtype)
-    if isinstance(problem, ChannelProblem) and problem.teacher_maximum is not None:
-        teacher_BChw = teacher_BChw + problem.teacher_maximum[:, None].to(dtype)
-    student_BChw, lost_Bhw = on_cells(problem.student.to(dtype), lambda x: resize(x, problem.grid))
-    teacher_BChw, also_lost_Bhw = on_cells(
-        teacher_BChw, lambda x: sample_view(x, problem.window, problem.flip, problem.view_size, dtype)
+    return lay_logits(
+        problem.student,
+        problem.teacher,
+        cells,
+        temperature=problem.temperature,
+        view_size=problem.view_size,
+        window_B4=problem.window,
+        flip_B=problem.flip,
     )
-    spoilt = ((lost_Bhw | also_lost_Bhw) & (cells.counted > 0)).any()
-    return Seen(student_BChw, teacher_BChw, cells, spoilt)
 
 
 def relation_loss_reference(problem: RelationProblem) -> Tensor:
     """Compute what `kdcache_kernels.relation_loss` documents, from arguments that it has checked.
 
-    Float32 throughout, under autocast too; float64 for float64 logits. So do the others.
+    Float32 throughout, under autocast too; float64 for float64 logits.
     """
     with torch.autocast(problem.student.device.type, enabled=False):
         seen = logits_on_cells(problem)
@@ -129,64 +156,3 @@ def _centred_sums(predictions: tuple[Tensor, Tensor], weight_Bhw: Tensor, means_
 
 def _of_class(x_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
     return (x_BChw * weight_Bhw[:, None]).sum((0, 2, 3))
-
-
-def decoupled_loss_reference(problem: DecoupledProblem) -> Tensor:
-    """Compute what `kdcache_kernels.decoupled_loss` documents."""
-    with torch.autocast(problem.student.device.type, enabled=False):
-        seen = logits_on_cells(problem)
-        target_B1hw = target_class(problem.labels, seen.teacher)
-        log_t, log_s = (split(x, target_B1hw) for x in (seen.teacher, seen.student))
-        tckd_Bhw, nckd_Bhw = (_kl(p, q).sum(1) for p, q in zip(log_t, log_s, strict=True))
-        loss_Bhw = (problem.alpha * tckd_Bhw + problem.beta * nckd_Bhw) * seen.cells.weight
-        count = seen.cells.counted.sum() if problem.count is None else problem.count
-        loss = problem.temperature**2 * divide(loss_Bhw.sum(), count, seen.spoilt)
-        return NanReachesAll.apply(loss, problem.student)  # type: ignore[no-any-return]
-
-
-def target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
-    """(B, 1, h, w) int64: the label at the centre of each cell, the teacher's first best class where that is none."""
-    best_B1hw = teacher_BChw.argmax(1, keepdim=True)
-    if labels_BHW is None:
-        return best_B1hw
-    h, w = teacher_BChw.shape[2:]
-    label_B1hw = labels_at_centres(labels_BHW, (h, w))[:, None].long()
-    return torch.where((label_B1hw >= 0) & (label_B1hw < teacher_BChw.shape[1]), label_B1hw, best_B1hw)
-
-
-def split(logits_BChw: Tensor, target_B1hw: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, rest), and of the classes of the rest among themselves (the target's is -1e30)."""
-    C = logits_BChw.shape[1]
-    is_target_BChw = torch.arange(C, device=logits_BChw.device)[:, None, None] == target_B1hw
-    # Both relative to the largest of the rest: with large logits in it, logsumexp would be rounded as these are.
-    top_B1hw = logits_BChw.detach().masked_fill(is_target_BChw, -torch.inf).amax(1, keepdim=True)
-    logits_BChw = logits_BChw - (top_B1hw if C > 1 else 0)
-    rest_BChw = logits_BChw.masked_fill(is_target_BChw, -1e30)
-    target_Bhw = torch.where(is_target_BChw, logits_BChw, 0).sum(1)
-    pair_B2hw = torch.stack([target_Bhw, rest_BChw.logsumexp(1)], 1).log_softmax(1)
-    return pair_B2hw, rest_BChw.log_softmax(1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return log_p.exp() * (log_p - log_q)
-
-
-def channel_loss_reference(problem: ChannelProblem) -> Tensor:
-    """Compute what `kdcache_kernels.channel_loss` documents."""
-    with torch.autocast(problem.student.device.type, enabled=False):
-        seen = logits_on_cells(problem)
-        counted_Bhw, weight_Bhw = seen.cells
-        log_t, log_s = (over_cells(x, weight_Bhw) for x in (seen.teacher, seen.student))
-        spoilt = seen.spoilt | (~weight_Bhw.isfinite() & (counted_Bhw > 0)).any()
-        images = (counted_Bhw > 0).flatten(1).any(1).sum()
-        total = _kl(log_t, log_s).sum(-1).mean(1).sum()
-        loss = problem.temperature**2 * divide(total, images if problem.count is None else problem.count, spoilt)
-        return NanReachesAll.apply(loss, problem.student)  # type: ignore[no-any-return]
-
-
-def over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
-    """(B, C, h w): log-probabilities over the cells of each class and image; a cell enters by its weight above 0."""
-    weight_B1n = weight_Bhw.flatten(1)[:, None]
-    logits_BCn = logits_BChw.flatten(2) + torch.where(weight_B1n > 0, weight_B1n, 1).log()
-    # A finite floor: an image without counted cells then has two equal distributions, where -inf would give NaN.
-    return logits_BCn.masked_fill(weight_B1n <= 0, -1e30).log_softmax(-1)

@@ -3,15 +3,21 @@
 Legend: B batch, C classes, hs ws the student's own size, h w the teacher's cells, H W the student's image.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..errors import ShapeError, describe
+from ..ops import choose_implementation
+from ..topk import check_view_size, is_logits
 from ..window import Size
 from . import library
-from .arguments import check_logits, checked, evaluate
 from .problem import MOMENTS, RelationProblem
 from .reference import relation_loss_reference, relation_moments_reference
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def relation_loss(
@@ -68,10 +74,12 @@ def relation_loss(
     device, C = student_logits_BChw.device, student_logits_BChw.shape[1]
     remedy = "Pass average_moments(torch.stack([...])) of what relation_moments returned."
     checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
-    return evaluate(
-        RelationProblem,
-        library.relation_loss,
-        relation_loss_reference,
+    checks.check_scalar("count", count, device, "a sum over processes", optional=True)
+    if count is not None:
+        count = (
+            count.detach() if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=device)
+        )
+    family, problem = _checked(
         impl,
         student_logits_BChw,
         teacher_logits_BChw,
@@ -86,7 +94,12 @@ def relation_loss(
         counted=counted_BHW,
         count=count,
         moments=moments_6C,
+        need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
     )
+    if family == "reference":
+        return relation_loss_reference(problem)
+    loss: Tensor = library.relation_loss(family, *library.arguments_of(problem))[0]
+    return loss
 
 
 @torch.no_grad()
@@ -111,8 +124,7 @@ def relation_moments(
         logit that is not finite enters a counted cell.
     """
     check_logits(student_logits_BChw, teacher_logits_BChw)
-    family, problem = checked(
-        RelationProblem,
+    family, problem = _checked(
         impl,
         student_logits_BChw.detach(),
         teacher_logits_BChw,
@@ -133,3 +145,41 @@ def relation_moments(
         return relation_moments_reference(problem)
     moments: Tensor = library.relation_moments(family, *library.arguments_of(problem))
     return moments
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits that are not (B, C, h, w) floats of the same images and classes. Raises: ShapeError."""
+    checks.check_student(student)
+    B, C = student.shape[:2]
+    if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
+        raise ShapeError(
+            "teacher_logits_BChw is (B, C, h, w) floats with the batch size and the classes of student_logits_BChw.",
+            received=f"{describe(teacher)}; not ({B}, {C}, h, w)",
+            remedy="Use a student with the store's class list; densify a target that keeps some classes.",
+        )
+    remedy = "Pass the logits of every class, as densify returns them."
+    checks.check_tensor("teacher_logits_BChw", teacher, tuple(teacher.shape), FLOATS, student.device, remedy)
+
+
+def _checked(impl: str, student: Tensor, teacher: Tensor, **others: Any) -> tuple[str, RelationProblem]:
+    """Check the arguments that both functions have; return the implementation and the problem.
+
+    Raises: ShapeError, ValueRangeError naming the argument.
+    """
+    B, device = student.shape[0], student.device
+    family = choose_implementation(impl, device, student.dtype, student_logits_BChw=student)
+    checks.check_number("temperature", others["temperature"], above_zero=True)
+    for name in ("beta", "gamma"):
+        checks.check_number(name, others[name])
+    size = others["size"] = checks.check_size(None, others["size"])
+    check_view_size(others["view_size"])
+    checks.check_window(others["window"], others["flip"], B, device)
+    remedy = "Pass one value per pixel of the image."
+    checks.check_tensor("pixel_weight_BHW", others["pixel_weight"], (B, *size), (), device, remedy)
+    checks.check_tensor("counted_BHW", others["counted"], (B, *size), (torch.bool,), device, remedy)
+    # The student alone has a gradient.
+    detached: dict[str, Any] = {name: x.detach() if isinstance(x, Tensor) else x for name, x in others.items()}
+    problem = RelationProblem(student=student, teacher=teacher.detach(), **detached)
+    if family == "reference" and not torch.compiler.is_compiling():
+        checks.check_window_values(problem.window, None)
+    return family, problem

@@ -15,8 +15,8 @@ from triton.runtime.jit import JITFunction
 from kdcache_kernels import PastedTarget, ValueRangeError
 from kdcache_kernels.gpu import loss
 from kdcache_kernels.gpu.common import register_limit
-from kdcache_kernels.gpu.on_cells import channels, decoupled, relations
-from kdcache_kernels.on_cells.problem import CellProblem, ChannelProblem, DecoupledProblem, RelationProblem
+from kdcache_kernels.gpu.on_cells import relations
+from kdcache_kernels.on_cells.problem import RelationProblem
 
 CELLS = ["prepare_kernel", "geometry_kernel", "tiles_kernel", "cells_kernel", "totals_kernel"]
 PIXELS = ["prepare_kernel", "geometry_kernel", "tiles_kernel", "pixels_kernel", "totals_kernel"]
@@ -85,10 +85,10 @@ def test_pasted_pixels(launched):
     assert launched == [*CELLS, *CELLS]
 
 
-def on_cells(kind: type[CellProblem], moved: bool, **own: object) -> CellProblem:
+def relation_problem(moved: bool) -> RelationProblem:
     """A problem of 2x3x4x5 cells, through a window and of a student of another grid where it is moved."""
     teacher = torch.zeros(2, 3, 4, 5)
-    return kind(
+    return RelationProblem(
         student=torch.zeros(2, 3, 3, 6) if moved else teacher,
         teacher=teacher,
         view_size=(8, 10),
@@ -100,41 +100,25 @@ def on_cells(kind: type[CellProblem], moved: bool, **own: object) -> CellProblem
         counted=None,
         count=None,
         need_gradient=True,
-        **own,
+        beta=1.0,
+        gamma=1.0,
+        moments=None,
     )
 
 
 RELATIONS = ["relations_kernel", "classes_kernel", "relations_totals_kernel", "relations_gradient_kernel"]
 
 
-@pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize(
-    ("compute", "kind", "own", "kernels", "allocated"),
-    [
-        (relations.relation_loss, RelationProblem, {"beta": 1.0, "gamma": 1.0, "moments": None}, RELATIONS, (9, 31)),
-        (
-            decoupled.decoupled_loss,
-            DecoupledProblem,
-            {"alpha": 1.0, "beta": 8.0, "labels": None},
-            ["decoupled_kernel"],
-            (3, 26),
-        ),
-        (channels.channel_loss, ChannelProblem, {"teacher_maximum": None}, ["channels_kernel"], (3, 26)),
-    ],
-    ids=["relations", "decoupled", "channels"],
-)
-def test_a_call_of_a_loss_on_cells(compute, kind, own, kernels, allocated, moved, launched):
-    """As above; `allocated` is of whole views on the teacher's own grid, and of windows and another grid."""
-    problem = on_cells(kind, moved, **own)
+@pytest.mark.parametrize(("moved", "allocated"), [(False, 9), (True, 31)], ids=["whole", "moved"])
+def test_a_call_of_the_loss_of_relations(moved, allocated, launched):
+    """As above, of whole views on the teacher's own grid, and of windows and another grid."""
+    problem = relation_problem(moved)
     with Allocations() as counts:
-        compute(problem)
+        relations.relation_loss(problem)
     before = ["tables_kernel", "weights_kernel"] if moved else []
     after = ["gather_kernel"] if moved else []
-    if kind is not RelationProblem:
-        before += ["images_kernel"] if moved else []
-        after = ["total_kernel", *after]
-    assert launched == [*before, *kernels, *after]
-    assert (counts.allocated, counts.computed) == (allocated[moved], 0)
+    assert launched == [*before, *RELATIONS, *after]
+    assert (counts.allocated, counts.computed) == (allocated, 0)
 
 
 def test_a_backward_is_one_launch(launched):

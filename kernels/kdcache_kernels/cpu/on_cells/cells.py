@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...on_cells.problem import CellProblem, ChannelProblem
+from ...on_cells.problem import RelationProblem
 from ...window import Size, source_cells, view_positions
 from ..geometry import Array, Taps
 from ..math import OPTIONS, kernel, njit
@@ -197,7 +197,7 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
                 lower[k] += down[0, i] * line[k]
 
 
-def weigh_cells(problem: CellProblem) -> tuple[Array, Array]:
+def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
     """Return how much cells count and weigh, (B, h, w) each; (0, h, w) where all of them count 1."""
     B, (h, w) = problem.student.shape[0], problem.grid
     ones = np.empty((0, h, w), _f)
@@ -244,7 +244,7 @@ class Laid(NamedTuple):
         return float(self.counted.sum(dtype=np.float64)) if len(self.counted) else float(B * h * w)
 
 
-def lay(problem: CellProblem) -> Laid:
+def lay(problem: RelationProblem) -> Laid:
     """Lay both sets of logits of a problem under its cells."""
     own = (problem.student.shape[2], problem.student.shape[3])
     student = whole_grid(problem.grid, own, problem.grid)
@@ -253,8 +253,6 @@ def lay(problem: CellProblem) -> Laid:
     else:
         teacher = whole_grid(problem.view_size, problem.grid, problem.grid)
     logits_s, logits_t = (x.detach().float().contiguous() for x in (problem.student, problem.teacher))
-    if isinstance(problem, ChannelProblem) and problem.teacher_maximum is not None:
-        logits_t = logits_t + problem.teacher_maximum[:, None].float()
     return Laid(student, teacher, logits_s, logits_t, *weigh_cells(problem))
 
 
@@ -272,7 +270,7 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
     return floats if is_copy and not grid.moved else torch.empty(shape)
 
 
-def on_own_grid(problem: CellProblem, laid: Laid, cells: Tensor) -> Tensor:
+def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
     """Carry a gradient (B, C, h, w) on the cells back to the student's own grid."""
     if not problem.is_resized:
         return cells

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import ShapeError, describe
-from ...on_cells.problem import CellProblem
+from ...on_cells.problem import RelationProblem
 from ..common import multiprocessors
 from ..geometry import Taps, store_taps
 
@@ -21,7 +21,7 @@ TABLE = 1024
 OFFSETS = 2**31
 """Elements that an offset of 32 bits can reach."""
 ENTRIES = 1024
-"""Blocks of cells, images or classes that are read at a time."""
+"""Blocks of cells or classes that are read at a time."""
 BLOCKS = (128, 32)
 """Cells of a program, the more the fewer steps its sums take; the fewer where the GPU would not be full."""
 
@@ -192,51 +192,6 @@ def weigh(counted_ptr, weight_ptr, offs, exists, lost):
     return tl.where(lost == 0, weight, tl.where(counts, float("nan"), 0.0))
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def images_kernel(counts_ptr, images_ptr, blocks, BLOCK: tl.constexpr):
-    """The counted cells of each image, (B,) float64, from the sums of its blocks."""
-    image = tl.program_id(0)
-    count = tl.full((BLOCK,), 0.0, tl.float64)
-    for start in range(0, blocks, BLOCK):
-        offs_n = start + tl.arange(0, BLOCK)
-        count += tl.load(counts_ptr + image * blocks + offs_n, mask=offs_n < blocks, other=0.0)
-    tl.store(images_ptr + image, tl.sum(count, 0))
-
-
-@triton.jit
-def inverse_count(images_ptr, count_ptr, images, cells, OF_IMAGES: tl.constexpr, BLOCK: tl.constexpr):
-    """1 / the denominator, float64: `count`, else the cells that count, or OF_IMAGES the images that have any.
-
-    Args:
-        images_ptr: as `images_kernel` has it; None counts every cell. cells: of an image.
-    """
-    total = tl.full((), 1.0, tl.float64) * images * (1 if OF_IMAGES else cells)
-    if count_ptr is not None:
-        total = tl.load(count_ptr).to(tl.float64)
-    elif images_ptr is not None:
-        counts = tl.full((BLOCK,), 0.0, tl.float64)
-        for start in range(0, images, BLOCK):
-            offs_b = start + tl.arange(0, BLOCK)
-            own = tl.load(images_ptr + offs_b, mask=offs_b < images, other=0.0)
-            counts += tl.where(own > 0, 1.0, 0.0).to(tl.float64) if OF_IMAGES else own
-        total = tl.sum(counts, 0)
-    return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
-
-
-@triton.jit(do_not_specialize=["num_losses", "images", "cells", "factor"])
-def total_kernel(
-    losses_ptr, images_ptr, count_ptr, loss_ptr, num_losses, images, cells, factor,
-    OF_IMAGES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The loss: `factor` times the sum of what the programs have left, over the denominator."""
-    losses = tl.full((BLOCK,), 0.0, tl.float64)
-    for start in range(0, num_losses, BLOCK):
-        offs_n = start + tl.arange(0, BLOCK)
-        losses += tl.load(losses_ptr + offs_n, mask=offs_n < num_losses, other=0.0)
-    per_count = inverse_count(images_ptr, count_ptr, images, cells, OF_IMAGES, BLOCK)
-    tl.store(loss_ptr, (factor * per_count * tl.sum(losses, 0)).to(tl.float32))
-
-
 @triton.jit
 def _weight_of(taps, cell_n, pixel_n, exists):
     """How much a cell takes of a pixel of the student's array along an axis."""
@@ -279,7 +234,7 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 """Taps of rows and columns."""
 
 
-def launch_tables(problem: CellProblem) -> tuple[Axes, Axes, Axes]:
+def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
     """Return the taps of pixels and of cells in the view, and of cells in the student's array; None where not moved."""
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
@@ -302,7 +257,7 @@ def launch_tables(problem: CellProblem) -> tuple[Axes, Axes, Axes]:
 
 
 def launch_weights(
-    problem: CellProblem, pixel_taps: Axes, block: int
+    problem: RelationProblem, pixel_taps: Axes, block: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """Return how much cells count and weigh, (B, h, w), and partial sums of the first; None where each counts 1."""
     if not problem.is_weighted:
@@ -347,7 +302,7 @@ class Laid(NamedTuple):
     counts: Tensor | None
 
 
-def lay(problem: CellProblem) -> Laid:
+def lay(problem: RelationProblem) -> Laid:
     """Lay both sets of logits of a problem under its cells."""
     student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
     B, (h, w) = student.shape[0], problem.grid
@@ -366,17 +321,7 @@ def lay(problem: CellProblem) -> Laid:
     return Laid(samples, student_taps, flat, block, triton.cdiv(h * w, block), *weights)
 
 
-def launch_images(problem: CellProblem, laid: Laid) -> Tensor | None:
-    """Return the counted cells of each image, (B,) float64; None where all count or another denominator is set."""
-    if laid.counts is None or problem.count is not None:
-        return None
-    B = problem.student.shape[0]
-    images = torch.empty(B, dtype=torch.float64, device=problem.student.device)
-    images_kernel[(B,)](laid.counts, images, laid.blocks, BLOCK=ENTRIES, num_warps=4)
-    return images
-
-
-def on_own_grid(problem: CellProblem, laid: Laid, cells: Tensor) -> Tensor:
+def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
     """Carry a gradient (B, C, h, w) on the cells back to the student's own grid."""
     if not problem.is_resized:
         return cells
@@ -389,17 +334,9 @@ def on_own_grid(problem: CellProblem, laid: Laid, cells: Tensor) -> Tensor:
     return gradient
 
 
-def check_offsets(problem: CellProblem, **others: Tensor | None) -> None:
-    """The kernels count the elements of one image in 32 bits, and those of a batch in 64.
-
-    Args:
-        others: tensors by their names that kernels read cell by cell as they read the logits; None passes.
-    Raises: ShapeError.
-    """
-    tensors = {"student_logits_BChw": problem.student, "teacher_logits_BChw": problem.teacher, **others}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+def check_offsets(problem: RelationProblem) -> None:
+    """The kernels count the elements of one image in 32 bits, and those of a batch in 64. Raises: ShapeError."""
+    for name, tensor in (("student_logits_BChw", problem.student), ("teacher_logits_BChw", problem.teacher)):
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if max(reach, tensor[0].numel()) >= OFFSETS:
             raise ShapeError(
