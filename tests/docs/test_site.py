@@ -25,6 +25,7 @@ TEXTS = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
+USER_PAGES = [page for page in TEXTS if not page.startswith("docs/dev/")]
 
 FRONT = ("README.md", "docs/index.md")
 BENCHMARKS = "docs/benchmarks.md"
@@ -189,7 +190,7 @@ def test_pages_name_files_that_exist_and_no_machine(page: str) -> None:
         assert (RESULTS / name).is_file(), f"{page}: no result {name}"
     for name in re.findall(r"`((?:benchmarks|tests|examples|scripts)/[\w/.-]*\w)`", text):
         assert (ROOT / name).exists(), f"{page}: no file {name}"
-    for link in re.findall(r"\]\(((?!https?://)[^)#]+)", text):
+    for link in re.findall(r"\]\(((?!https?://|cli/)[^)#]+)", text):  # cli/ is made with the site
         assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: no page {link}"
     assert not re.search(r"(?<![\w.])/(work|home|root|tmp|mnt)/", text), f"{page} names a machine's path"
 
@@ -207,7 +208,13 @@ def test_pages_of_the_api_begin_with_what_they_are_about() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(f"docs/{name}" for name in listed) == sorted(set(TEXTS) - {"README.md"})
+    committed = {f"docs/{name}" for name in listed if not name.startswith("cli/")}
+    assert committed == set(USER_PAGES) - {"README.md"}
+
+
+@pytest.mark.parametrize("page", USER_PAGES)
+def test_user_pages_do_not_cite_what_is_written_for_developers(page: str) -> None:
+    assert not re.search(r"NOTES\.md|CHANGELOG\.md(?!\"$)|decisions/|see docs|\bE-[a-z]+-[a-z]", TEXTS[page]), page
 
 
 def test_the_picture_of_the_pipeline_has_the_words_of_its_block() -> None:
@@ -236,7 +243,7 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
-    assert len(pages) > len(TEXTS) - 2
+    assert len(pages) > len(USER_PAGES) - 2
     for page in pages:
         text = page.read_text(encoding="utf-8")
         fetched = re.findall(r"<(?:script|img|iframe|source)[^>]* src=\"?(https?://[^\s\">]+)", text)
@@ -244,3 +251,5 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
         assert not fetched, f"{page.name} fetches {fetched}"
         assert "unpkg.com" not in text, f"{page.name} fetches from unpkg.com"
     assert "open_cache" in (tmp_path / "site" / "api" / "store.html").read_text(encoding="utf-8")
+    assert "--cache" in (tmp_path / "site" / "cli" / "train-student.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "site" / "dev").exists()
