@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from kdcache.bench.header import header as bench_header
+from kdcache.distill import DistillLoss
+from kdcache.models import build_model
+from kdcache.store import Cache
+from kdcache.training import make_config
 from kdcache.training.run.metrics_log import environment
+from kdcache.training.step.eager import EagerStep
+from kdcache.training.step.optim import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +41,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     pick = lambda share: ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]  # noqa: E731
     return {"p20": pick(0.2), "p50": statistics.median(ordered), "p80": pick(0.8)}
+
+
+def student_step(
+    cache: Cache,
+    spec: str,
+    device: torch.device,
+    *,
+    kl_weight: float = 1.0,
+    impl: str = "auto",
+    capturable: bool = False,
+) -> EagerStep:
+    """Return the eager step of `train-student --method kl` with fresh weights, the same each time."""
+    config = make_config(verb="train-student", model=spec, cache=str(cache.path), method="kl")
+    torch.manual_seed(0)
+    model = build_model(spec, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
+    criterion = DistillLoss(cache, kl_weight=kl_weight, impl=impl, align_corners=model.align_corners).to(device)
+    optimizer = make_optimizer(model, config, capturable=capturable)
+    return EagerStep(model, criterion, optimizer, device=device, bf16=device.type == "cuda")
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every GPU check and benchmark of the project, in parts that take at most 9 minutes each on one GPU:
-#     benchmarks/gpu.sh [--dry] [--kernels DIR] [--data DATA] [--results DIR] [--minutes N] [PART ...]
+#     benchmarks/gpu.sh [--dry] [--kernels ARCHIVE] [--data DATA] [--results DIR] [--minutes N] [PART ...]
 # PART, all of them in this order when none is named:
 #     correctness  accuracy against float64 and the tests of the kernels: what nobody has run
 #     kernels      the losses beside their rivals, and the cases of trainings
@@ -11,8 +11,8 @@
 #     effect       the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left; EFFECT names a
 #                  folder that keeps its teachers and stores from one call to the next
 #
-# --kernels is a folder of `kdcache kernels compile`, carried here; without it all kernels are compiled first, which takes
-# 16 cores a minute or two. DATA is a data set in the folder layout with splits train and val; procedural scenes when left
+# --kernels is an archive of benchmarks/precompile.py; without it all kernels are compiled first, which takes 16 cores a
+# minute or two. DATA is a data set in the folder layout with splits train and val; procedural scenes when left
 # out. JSON goes to DIR (default benchmarks/results), named after the GPU, as soon as it is measured. --minutes (default 9)
 # is for the whole call: what does not fit is named at the end. Needs no installed package: the import roots are set here.
 # Exits with 1 when a step fails, after running the rest. --dry goes the same way on a CPU, at sizes that take minutes.
@@ -48,7 +48,7 @@ if [ -n "$dry" ]; then
   arch=(--arch sm_90) pytest=(--collect-only)
   build=(--records 8 --repeats 1 --teachers kdcache:tiny) gradients=(--batches 1) steps=(--seconds 0.05 --repeats 1 --size 48x64)
   step=(--teacher kdcache:base --student kdcache:tiny --size 36x48 --steps 1 --repeats 1 --no-bounds)
-  loader=(--against decoder,direct,inline --records 8 --repeats 1 --steps 2) live=(--pairs 1 --iterations 8)
+  loader=(--against direct inline --records 8 --repeats 1 --steps 2) live=(--pairs 1 --iterations 8)
 else
   "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable GPU; --dry needs none")' || exit 1
   gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
@@ -81,12 +81,14 @@ bench() { # NAME, most seconds, arguments of bench-kernels
 
 compile() { # the kernels, before anything launches them
   if [ -n "$kernels" ]; then
-    run adopt 30 "${kdcache[@]}" kernels adopt "$kernels"
+    run unpack 30 tar -xf "$kernels" -C /
+    export TRITON_CACHE_DIR=/tmp/kdcache-kernels
+    "$python" -c 'from triton.runtime.cache import triton_key; print(triton_key(), end="")' |
+      cmp -s - "$TRITON_CACHE_DIR/triton-key" || echo "another Triton wrote $kernels: all is compiled again"
   else
-    kernels=$work/kernels
-    run compile 240 "${kdcache[@]}" kernels compile "${arch[@]}" --out "$kernels" "${all[@]}"
+    export TRITON_CACHE_DIR=$work/kernels
+    run compile 240 "$python" benchmarks/precompile.py "${arch[@]}" --folder "$TRITON_CACHE_DIR" "${all[@]}"
   fi
-  export TRITON_CACHE_DIR=$kernels
 }
 
 correctness() {
@@ -121,7 +123,7 @@ rest() {
   local store=(--cache "$work/camvid.zarr")
   run gradients 40 "$python" benchmarks/gradients.py --device "$device" --data "$data" "${store[@]}" \
     --teacher "$work/teacher" --student "$work/student-kl" "${gradients[@]}" --json "$results/gradients-$gpu.json"
-  run loader 60 "${kdcache[@]}" bench-loader "${store[@]}" --device "$device" --batch-size "$batch" "${loader[@]}" \
+  run loader 60 "$python" benchmarks/loader.py "${store[@]}" --device "$device" --batch-size "$batch" "${loader[@]}" \
     --json "$results/loader-$gpu.json"
   run live 90 "$python" benchmarks/live.py --device "$device" --data "$data" "${store[@]}" \
     --teacher "$work/teacher" --out "$work/live" "${live[@]}" --json "$results/live-$gpu.json"

@@ -15,6 +15,7 @@ measures nothing else.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -26,21 +27,20 @@ from typing import Any
 import psutil
 import torch
 
-from common import header, synchronise, write
-from kdcache.bench.loader.turns import Contestant, Pace, in_turn
+from common import header, student_step, synchronise, write
 from kdcache.data import open_split
 from kdcache.data.folds import SplitPart
-from kdcache.distill import AnyBatch, DistillLoss, StreamLoss
+from kdcache.distill import AnyBatch, StreamLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.training import CacheDataset, make_config
+from kdcache.training import CacheDataset
 from kdcache.training.input.loader import Draws, next_batch
 from kdcache.training.input.streams import StreamDraws, feed_streams, stream_seed
 from kdcache.training.step.compiled import choose_step, make_step
-from kdcache.training.step.eager import EagerStep, Step
-from kdcache.training.step.optim import make_optimizer
+from kdcache.training.step.eager import Step
 from live_teacher import LiveStep
+from turns import Contestant, Pace, in_turn
 
 KINDS = ("none", "kl", "two", "live")
 RECORDS = 32  # of the store: the clock does not care which
@@ -79,15 +79,13 @@ def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[
 
 def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace) -> Step:
     device = torch.device(arguments.device)
-    config = make_config(verb="train-student", model=arguments.student, cache=str(cache.path), method="kl")
     way = choose_step("auto", device)
-    torch.manual_seed(0)
-    model = build_model(arguments.student, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
-    weight = 0.0 if kind == "none" else 1.0
-    criteria = [DistillLoss(cache, kl_weight=weight, align_corners=model.align_corners) for _ in range(2)]
-    criterion = StreamLoss(criteria, ["s0", "s1"], [0.5, 0.5]) if kind == "two" else criteria[0]
-    optimizer = make_optimizer(model, config, capturable=way == "graphed" and kind != "live")
-    eager = EagerStep(model, criterion.to(device), optimizer, device=device, bf16=device.type == "cuda")
+    capturable = way == "graphed" and kind != "live"
+    kl_weight = 0.0 if kind == "none" else 1.0
+    eager = student_step(cache, arguments.student, device, kl_weight=kl_weight, capturable=capturable)
+    if kind == "two":
+        criteria = [eager.criterion, copy.deepcopy(eager.criterion)]
+        eager.criterion = StreamLoss(criteria, ["s0", "s1"], [0.5, 0.5]).to(device)
     if kind == "live":
         return LiveStep(eager, teacher_of(arguments.teacher, cache.num_classes))
     return make_step(way, eager, batch, print)
@@ -131,7 +129,7 @@ def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> di
     """The pace of each contestant, which take turns."""
     learners = {kind: learner(open_cache(store), kind, arguments) for kind in kinds}
     contestants = [
-        Contestant(kind, kind, lambda learn=learn: learn(arguments.steps), arguments.steps)  # type: ignore[misc]
+        Contestant(kind, lambda learn=learn: learn(arguments.steps), arguments.steps)  # type: ignore[misc]
         for kind, learn in learners.items()
     ]
     return in_turn(contestants, arguments.repeats)

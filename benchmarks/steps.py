@@ -26,10 +26,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 
-from common import header, spread, synchronise, write
+from common import header, spread, student_step, synchronise, write
 from kdcache.bench.kernels.memory import peak_in_process, peak_on_device
 from kdcache.data import open_split
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss
+from kdcache.distill import SEGMENTATION, Batch
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
@@ -38,7 +38,6 @@ from kdcache.training.distributed import default_workers
 from kdcache.training.input.loader import Draws
 from kdcache.training.step.compiled import make_step
 from kdcache.training.step.eager import EagerStep, Step
-from kdcache.training.step.optim import make_optimizer
 
 IMPLEMENTATIONS = ("reference", "auto")
 PROFILED = 5
@@ -61,14 +60,7 @@ def first_batch(cache: Cache, batch_size: int) -> Batch:
 
 
 def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto", graphed: bool = False) -> EagerStep:
-    device = torch.device(arguments.device)
-    config = make_config(verb="train-student", model=arguments.student, cache=str(cache.path), method="kl")
-    torch.manual_seed(0)
-    model = build_model(arguments.student, cache.num_classes).to(device).train()
-    model = model.to(memory_format=torch.channels_last)
-    criterion = DistillLoss(cache, kl_weight=1.0, impl=impl, align_corners=model.align_corners).to(device)
-    optimizer = make_optimizer(model, config, capturable=graphed)
-    return EagerStep(model, criterion, optimizer, device=device, bf16=device.type == "cuda")
+    return student_step(cache, arguments.student, torch.device(arguments.device), impl=impl, capturable=graphed)
 
 
 # --- steps -------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ ORDER = [
         "training.trainer",
         "training.api",
     ),
-    ("bench.timing", "bench.kernels", "bench.loader"),
+    ("bench.timing", "bench.kernels"),
     ("analysis", "analysis.report"),
 ]
 """Within a room: files of the left know nothing of those on the right. A room's name alone is its own floor."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
 EXTRAS = {
-    "kdcache.data.layouts.own.polygons": "coco",
+    "kdcache.data.layouts.exports.coco": "coco",
     "kdcache.data.tracing.albumentations": "test",  # whoever calls it has it
     "kdcache.models.architectures.hub": "segformer",
     "kdcache.models.architectures.segformer": "segformer",

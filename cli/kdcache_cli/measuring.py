@@ -1,4 +1,4 @@
-"""What the benchmarks and `kernels compile` share: lists of settings, stages, tables of figures, the result file."""
+"""What `bench-kernels` is made of: lists of settings, stages, tables of figures, the result file."""
 
 import shlex
 import sys

@@ -3,5 +3,4 @@
 timing.py    one step, and several in turn
 header.py    the header of every result
 kernels/     the fused loss beside eager PyTorch and torch.compile
-loader/      readers, loaders and steps side by side
 """

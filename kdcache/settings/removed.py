@@ -43,7 +43,11 @@ KEYS: Mapping[str, Removed] = {
 }
 """Keys of a recipe that are no flags."""
 
-STATISTICS: Mapping[str, Removed] = {}
+STATISTICS: Mapping[str, Removed] = {
+    "confidence": Removed("Leave it out. Gates and terms compute it from the stored logits, as --gate confidence:0.7."),
+    "entropy": Removed("Leave it out. Compute it from the stored logits."),
+    "agreement": Removed("Leave it out. Build one cache for each teacher and compare their logits."),
+}
 """Values of --statistics."""
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,19 @@ def test_what_fails_is_named_and_the_rest_is_run(script, tmp_path) -> None:
     assert written(tmp_path) == set(RESULTS)
 
 
-def test_compiled_kernels_are_adopted_and_not_compiled_again(script, tmp_path) -> None:
-    code, output = script("--kernels", str(tmp_path / "carried"), "kernels")
+def test_an_archive_of_kernels_is_unpacked_and_nothing_is_compiled(script, tmp_path) -> None:
+    kernel, archive = tmp_path / "carried" / "kernel", tmp_path / "kernels.tar.xz"
+    kernel.parent.mkdir()
+    kernel.write_text("code")
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(kernel)
+    kernel.unlink()
+    code, output = script("--kernels", str(archive), "kernels")
     assert code == 0, output
-    assert started(output)[0] == "adopt"
-    assert ["-m", "kdcache_cli", "kernels", "adopt", str(tmp_path / "carried")] in commands(tmp_path)
-    assert not [words for words in commands(tmp_path) if "compile" in words]
+    assert started(output)[0] == "unpack"
+    assert kernel.read_text() == "code"
+    assert "another Triton wrote" in output, "the pretended Python has none"
+    assert not [words for words in commands(tmp_path) if "benchmarks/precompile.py" in words]
 
 
 @pytest.mark.slow

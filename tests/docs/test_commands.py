@@ -50,15 +50,12 @@ SUBSTITUTIONS = [
     # A teacher of two iterations is sure of nothing.
     (r"--threshold 0\.7", "--threshold 0.1"),
     # Benchmarks look at little, once.
-    (r"kdcache bench-loader", "kdcache bench-loader --against decoder,direct,inline --records 8 --repeats 1 --steps 2"),
     (r"--shapes camvid|(?<=bench-kernels) (?=--against)", " --shapes 1x3x16x16/4 --repeats 1 "),
     (r"--against eager,compile,chunked", "--against eager,chunked"),
-    # A few kernels take long enough to compile.
-    (r"(kernels compile .*--out \S+)(?: +--shapes \S+)?(?: --case \S+)?", r"\1 --shapes 1x3x16x16/4 --case trained"),
     (r"bench-kernels --check", "bench-kernels --check --shapes 1x3x16x16/4 --dtype fp32 --temperature 2"),
 ]
 """Pattern and what stands in its place, one after the other, in lines whose continuations are joined."""
-GROUPS = ("data", "kernels")
+GROUPS = ("data",)
 """Verbs of two words begin with one of these."""
 FOREIGN_FLAGS = {
     "--head",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -142,17 +140,6 @@ def begin(student: dict[str, Any], tmp_path: Path) -> Callable[..., Trainer]:
         return make_trainer(config, tmp_path / "run", World(), Observer(), resume=False)
 
     return make
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a script of benchmarks/ by its name; it and those that it imports are forgotten afterwards."""
-    scripts = Path(__file__).parents[2] / "benchmarks"
-    monkeypatch.syspath_prepend(str(scripts))
-    yield importlib.import_module
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(f"{scripts}/"):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,10 @@
 
 measure(Settings(...))   a row per case, as it comes: ours and every rival, timed and weighed in one run
 check(CheckSettings(...))  the accuracy grid against float64, point by point
-compile_ahead(Request(...))  all that these launch on a GPU, compiled without one
 """
 
 from kdcache.bench.header import header
 from kdcache.bench.kernels.accuracy import EVERY, GRADIENT_BOUND, CheckSettings, Judged, check, summary
-from kdcache.bench.kernels.precompile import META, Compiled, Request, compile_ahead
 from kdcache.bench.kernels.rivals import RIVALS, resolved
 from kdcache.bench.kernels.roofline import Ceilings
 from kdcache.bench.kernels.run import Measured, Row, Settings, measure, measure_ceilings
@@ -20,22 +18,18 @@ __all__ = [
     "GRADIENT_BOUND",
     "KINDS",
     "LAYOUTS",
-    "META",
     "PRESETS",
     "RIVALS",
     "Case",
     "Ceilings",
     "CheckSettings",
-    "Compiled",
     "Judged",
     "Measured",
-    "Request",
     "Row",
     "Settings",
     "Shape",
     "Spread",
     "check",
-    "compile_ahead",
     "header",
     "measure",
     "measure_ceilings",

@@ -1,0 +1,83 @@
+"""Contestants take turns on one machine, so that a neighbour on it slows all of them.
+
+A loader that draws ahead would fill its buffers in the others' turns. So each contestant empties its buffers off the
+clock first, and the next one waits until the machine is quiet.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from kdcache.bench.timing import Spread
+from kdcache.metrics.timing import no_garbage_collection
+
+POLL_S, MOST_POLLS = 0.03, 30
+QUIET = 0.1
+"""CPU seconds per second below which the machine counts as quiet."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A contestant that takes turns.
+
+    Attributes:
+        work: the work of a turn.
+        samples: number of samples that a turn yields.
+        before: work at the start of a turn, off the clock.
+        processes: ids of its worker processes, whose CPU time counts.
+    """
+
+    name: str
+    work: Callable[[], Any]
+    samples: int
+    before: Callable[[], Any] = lambda: None
+    processes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Milliseconds per sample, a value per turn: by the clock, and of CPU (None if unknown)."""
+
+    time: Spread
+    cpu: Spread | None
+
+
+def in_turn(contestants: Sequence[Contestant], rounds: int) -> dict[str, Pace]:
+    """Time contestants, warmed up before; return the pace by name."""
+    clock: dict[str, list[float]] = {one.name: [] for one in contestants}
+    spent: dict[str, list[float]] = {one.name: [] for one in contestants}
+    with no_garbage_collection():
+        for _ in range(rounds):
+            for one in contestants:
+                one.before()
+                cpu, began = cpu_seconds(one.processes), time.perf_counter()
+                one.work()
+                took, used = time.perf_counter() - began, cpu_seconds(one.processes)
+                clock[one.name].append(1e3 * took / one.samples)
+                if cpu is not None and used is not None:
+                    spent[one.name].append(1e3 * (used - cpu) / one.samples)
+                settle(one.processes)
+    return {name: Pace(Spread.of(clock[name]), Spread.of(spent[name]) if spent[name] else None) for name in clock}
+
+
+def settle(processes: Sequence[int]) -> None:
+    """Wait until loaders have filled their buffers and idle threads have stopped spinning."""
+    before = cpu_seconds(processes)
+    for _ in range(MOST_POLLS):
+        time.sleep(POLL_S)
+        now = cpu_seconds(processes)
+        if before is None or now is None or now - before < QUIET * POLL_S:
+            return
+        before = now
+
+
+def cpu_seconds(processes: Sequence[int]) -> float | None:
+    """Return the CPU time of this process and of some others; theirs comes in ticks of mostly 10 ms."""
+    try:
+        times = [psutil.Process(process).cpu_times() for process in processes]
+    except psutil.Error:
+        return None
+    return time.process_time() + sum(float(spent.user + spent.system) for spent in times)

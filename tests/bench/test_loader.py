@@ -1,0 +1,213 @@
+"""benchmarks/loader.py: it times the right thing, in turns, or nothing. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from kdcache.data import open_split
+from kdcache.errors import CorruptError
+from kdcache.models import build_model
+from kdcache.store import open_cache
+from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.training import CacheDataset
+
+SMALL = "--records 8 --batch-size 2 --repeats 2 --steps 2"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three arrays per target, two shards."""
+    samples = open_split("scenes:32x48,train=6,val=2", "train")
+    torch.manual_seed(5)
+    teacher = Teacher(build_model("kdcache:tiny", len(samples.classes)).eval(), "test")
+    path = tmp_path_factory.mktemp("loader") / "cache.zarr"
+    build_cache(samples, teacher, path, BuildOptions(size=(32, 48), views=1, batch_size=4, shard_records=4, top_k=3))
+    return path
+
+
+@pytest.fixture
+def loader(script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = script("loader")
+    monkeypatch.setattr(module, "LEAST_TURN_S", 1e-4)
+    monkeypatch.setattr(sys.modules["turns"], "POLL_S", 1e-3)
+    return module
+
+
+@pytest.fixture
+def tables(loader: ModuleType, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A function that runs the script with some words and returns the tables of its result file."""
+
+    def run(words: str, cache: Path = store) -> Any:
+        result = tmp_path / "loader.json"
+        monkeypatch.setattr(
+            sys, "argv", ["loader.py", "--cache", str(cache), *f"{SMALL} {words}".split(), "--json", str(result)]
+        )
+        loader.main()
+        told = json.loads(result.read_text())
+        assert told["store"]["records"] == 6
+        assert len(told["store"]["arrays"]) == 3
+        return told["tables"]
+
+    return run
+
+
+def figures(table: Any) -> dict[str, Any]:
+    return {row["name"]: row for row in table["rows"] if "pace" in row}
+
+
+def test_readers_are_compared_with_zarr_python(tables, loader) -> None:
+    (table,) = tables("--against " + " ".join(loader.READERS))
+    assert [row["name"] for row in table["rows"]] == list(loader.READERS)
+    rows = figures(table)
+    assert {"direct", "zarr", "files"} <= set(rows)
+    for row in rows.values():
+        assert row["pace"]["time"]["repeats"] == 2
+        assert row["ratio"]["zarr"] == pytest.approx(row["per_second"] / rows["zarr"]["per_second"])
+    assert all(row["problem"] for row in table["rows"] if "pace" not in row)
+
+
+def test_loaders_and_the_steps_that_they_feed(tables) -> None:
+    none, warp, steps = tables("--against inline ring default --augment warp")
+    assert [(table["kind"], table["augment"]) for table in (none, warp, steps)] == [
+        ("loaders", "none"),
+        ("loaders", "warp"),
+        ("steps", "warp"),
+    ]
+    assert list(figures(warp)) == ["inline", "ring", "default"]
+    assert list(figures(steps)) == ["memory", "inline", "ring", "default"]
+    fed = figures(steps)["ring"]
+    assert fed["ratio"]["memory"] == pytest.approx(figures(steps)["memory"]["per_second"] / fed["per_second"])
+
+
+@pytest.mark.slow  # worker processes import torch
+def test_worker_processes_load_the_same_and_count(tables) -> None:
+    loaders, _ = tables("--against inline dataloader")
+    assert figures(loaders)["dataloader"]["cpu_us"] > 0
+    assert figures(loaders)["dataloader"]["ratio"]["inline"] > 0
+
+
+@pytest.fixture
+def untimed(loader: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever begins to time fails."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(loader, "in_turn", refuse)
+
+
+WRONG: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "a bit": lambda rows: [rows[0], rows[1] ^ 1, rows[2]],
+    "the type": lambda rows: [rows[0].view(np.int16), *rows[1:]],
+    "the shape": lambda rows: [rows[0][None], *rows[1:]],
+    "another sign of zero": lambda rows: [np.where(rows[0] == 0, -rows[0], rows[0]), *rows[1:]],
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
+def test_a_wrong_reader_is_not_timed(tables, loader, monkeypatch, untimed, spoil) -> None:
+    def spoilt(source: Any) -> Any:
+        read = loader.direct(source)
+        return lambda record: spoil([row.copy() for row in read(record)])
+
+    monkeypatch.setitem(loader.READERS, "direct", ("direct", spoilt))
+    with pytest.raises(loader.DifferenceError, match="direct reads other bytes"):
+        tables("--against direct")
+
+
+class Darker(CacheDataset):
+    """Right but for one pixel of one sample."""
+
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Any) -> None:
+        super().draw_into(index, epoch, rng, out)
+        if index == 3:
+            out.pixels[-1, -1, -1] ^= 1
+
+
+@pytest.mark.parametrize("name", ["ring", "inline"])
+def test_a_wrong_loader_is_not_timed(tables, loader, monkeypatch, untimed, name) -> None:
+    title, _, *rest = loader.LOADERS[name]
+    monkeypatch.setitem(loader.LOADERS, name, (title, Darker, *rest))
+    with pytest.raises(loader.DifferenceError, match=name):
+        tables(f"--against {name}")
+
+
+def test_a_damaged_cache_is_told_of_in_our_words(tables, tmp_path, untimed, store) -> None:
+    import shutil
+
+    copy = shutil.copytree(store, tmp_path / "damaged.zarr")
+    shard = next(path for path in (copy / "targets/segmentation/values/c").rglob("*") if path.is_file())
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CorruptError):
+        tables("--against zarr", copy)
+
+
+@pytest.mark.parametrize(("module", "name"), [("zarrs", "zarrs"), ("tensorstore", "tensorstore")])
+def test_a_library_that_is_not_installed_is_named(tables, monkeypatch, module, name) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    (table,) = tables(f"--against direct {name}")
+    assert "direct" in figures(table)
+    assert module in table["rows"][1]["problem"]
+
+
+def test_each_reader_of_zarr_python_has_its_own_pipeline(loader, store) -> None:
+    pytest.importorskip("zarrs")
+    path = store / "targets/segmentation/values"
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):  # what a user's environment may say
+        default = loader.open_zarr(path)
+    other = loader.open_zarr(path, "zarrs.ZarrsCodecPipeline")
+    names = [type(array.async_array.codec_pipeline).__name__ for array in (default, other)]
+    assert names == ["BatchedCodecPipeline", "ZarrsCodecPipeline"]
+
+
+def test_records_are_drawn_at_random_and_epoch_after_epoch(loader, store, tmp_path) -> None:
+    order = loader.open_source(open_cache(store), 15, tmp_path).order
+    assert len(order) == 15
+    assert sorted(order[:6]) == sorted(order[6:12]) == list(range(6))
+    assert order[:6] != order[6:12]
+
+
+def test_samples_that_hold_nan_can_be_compared(loader) -> None:
+    nan = torch.tensor([[float("nan"), 0.0]], dtype=torch.float16)
+    assert loader.bits(nan) == loader.bits(nan.clone())
+    assert loader.bits(nan) != loader.bits(-nan)
+    assert loader.bits(nan) != loader.bits(nan.T)
+
+
+def test_a_closed_stream_has_no_threads(loader, store) -> None:
+    stream = loader.Stream("ring", open_cache(store), "none", 2, torch.device("cpu"))
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-loader")]
+    assert ours
+    stream.close()
+    for thread in ours:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in ours)
+
+
+def test_contestants_take_turns(script) -> None:
+    turns, seen = script("turns"), []
+
+    def contestant(name: str, *processes: int) -> Any:
+        return turns.Contestant(name, lambda: seen.append(name), 4, lambda: seen.append(f"before {name}"), processes)
+
+    paces = turns.in_turn([contestant("a"), contestant("b", 2**30)], 2)
+    assert seen == 2 * ["before a", "a", "before b", "b"]
+    assert paces["a"].time.repeats == 2
+    assert paces["a"].cpu is not None
+    assert paces["b"].cpu is None, "no such process, no figure"
+    mine, both = turns.cpu_seconds(()), turns.cpu_seconds((os.getpid(),))
+    assert both > 1.5 * mine
