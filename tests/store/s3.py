@@ -5,12 +5,13 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,8 +45,10 @@ class Fault:
     """What happens to the next `times` requests of `method` whose key ends with `key`.
 
     `kind`: a status such as "503"; "slow" (to answer), "drip" (a slow body), "cut" (the body ends half-way), "short"
-    and "long" (a Content-Length that is too small or too large), "flip" (a wrong byte), "noise" (another wrong byte
-    each time), "kms" (an ETag that is no MD5), "echo" (403 that repeats the headers).
+    and "long" (a Content-Length that is too small or too large), "stump" (too small by another number each time),
+    "flip" (a wrong byte), "noise" (`wrong` other wrong bytes each time), "reset" (the connection, before the server is
+    asked), "lost" (the same after it has answered), "kms" (an ETag that is no MD5), "echo" (403 that repeats the
+    headers).
     """
 
     kind: str
@@ -53,14 +56,27 @@ class Fault:
     times: int = 1
     method: str = "GET"
     seconds: float = 0.3
+    wrong: int = 1
+
+    def spoil(self, content: bytes) -> bytes:
+        """Return other bytes for every number of `times`."""
+        spoilt = bytearray(content)
+        for number in range(self.wrong):
+            spoilt[(self.times + 97 * number) % len(content)] ^= 1 + self.times % 255
+        return bytes(spoilt)
 
 
 class ObjectStore:
-    """The server, its proxy, what was asked of it and what shall go wrong."""
+    """The server, its proxy, what was asked of it and what shall go wrong.
+
+    Attributes:
+        draw: what befalls a request, for faults that are not listed beforehand.
+    """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.draw: Callable[[Request], Fault | None] | None = None
         self._lock = threading.Lock()
         self._port = 0
         self.endpoint = ""
@@ -74,6 +90,7 @@ class ObjectStore:
         with self._lock:
             self.requests.clear()
             self.faults.clear()
+            self.draw = None
 
     def counted(self, method: str = "", key: str = "") -> int:
         """Requests of a method whose key contains `key`."""
@@ -123,7 +140,9 @@ class ObjectStore:
         """Note a request; the fault that is due, if any."""
         key = unquote(urlsplit(path).path).removeprefix(f"/{BUCKET}").lstrip("/")
         with self._lock:
-            self.requests.append(Request(method, key))
+            self.requests.append(request := Request(method, key))
+            if self.draw is not None:
+                return self.draw(request)
             for fault in self.faults:
                 if fault.times and fault.method == method and key.endswith(fault.key):
                     fault.times -= 1
@@ -173,7 +192,9 @@ def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = store.seen(self.command, self.path)
             kind = fault.kind if fault else ""
-            if fault and kind.isdigit():
+            if kind == "reset":
+                self.reset()
+            elif fault and kind.isdigit():
                 self.answer(int(kind), [], b"<Error><Code>InternalError</Code></Error>")
             elif kind == "echo":
                 self.answer(403, [], f"<Error><Code>SignatureDoesNotMatch</Code>{self.headers}</Error>".encode())
@@ -181,9 +202,17 @@ def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
                 if fault and kind == "slow":
                     time.sleep(fault.seconds)
                 status, headers, content = self.ask(body)
-                self.answer(status, headers, content, fault)
+                if kind == "lost":
+                    self.reset()
+                else:
+                    self.answer(status, headers, content, fault)
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do_any  # noqa: N815
+
+        def reset(self) -> None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
 
         def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
             while True:
@@ -198,10 +227,13 @@ def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
         ) -> None:
             length = next((int(value) for name, value in headers if name.lower() == "content-length"), len(content))
             kind = fault.kind if fault else ""
-            if fault and kind in ("flip", "noise") and content:
-                at = length // 2 if kind == "flip" else fault.times % length
-                content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+            if fault and kind == "flip" and content:
+                content = content[: length // 2] + bytes([content[length // 2] ^ 1]) + content[length // 2 + 1 :]
+            if fault and kind == "noise" and content:
+                content = fault.spoil(content)
             shown = {"short": length - 5, "long": length + 5}.get(kind, length)
+            if fault and kind == "stump" and length:
+                shown = length - 1 - fault.times % length
             self.send_response(status)
             for name, value in headers:
                 if name.lower() not in _DROPPED:
@@ -217,7 +249,7 @@ def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
                     time.sleep(fault.seconds / 4)
                 return
             self.wfile.write(content[: length // 2] if kind == "cut" else content)
-            self.close_connection = self.close_connection or kind in ("cut", "short", "long")
+            self.close_connection = self.close_connection or kind in ("cut", "short", "long", "stump")
 
         def log_message(self, *_: object) -> None:
             """Tests print no requests."""

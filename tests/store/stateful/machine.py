@@ -1,18 +1,21 @@
-"""The life of a cache as a state machine of Hypothesis: every rule is something that happens to one of five caches."""
+"""The life of a cache as a state machine of Hypothesis: every rule is something that happens to one of seven caches."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from stateful.reference import SAMPLES
-from stateful.world import DISK_ERRORS, RECIPES, World, build_clean, flipped
+from s3 import ObjectStore
+from stateful.reference import LATER, SAMPLES
+from stateful.weather import patient
+from stateful.world import DISK_ERRORS, NEAR, RECIPES, World, build_clean, flipped
 
 CACHES = st.sampled_from(list(RECIPES))
 NUMBERS = st.integers(0, 2**16)
@@ -24,25 +27,31 @@ DATA = ("values/c/", "image/c/", "segmentation/c/")
 
 
 class CacheLife(RuleBasedStateMachine):
-    """Builds, kills, damages, repairs and reads; World compares each with the plain model."""
+    """Builds, kills, damages, repairs and reads; World compares each with the plain model.
+
+    Attributes:
+        server: the object store of the far cache. It is set before the first life.
+    """
 
     memory: ClassVar[Path] = Path("/dev/shm")
     total: ClassVar[Counter[str]] = Counter()
+    server: ClassVar[ObjectStore]
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="kdcache-life-", dir=self.memory if self.memory.is_dir() else None))
-        self.earlier = os.environ.get("KDCACHE_CACHE_DIR")
-        os.environ["KDCACHE_CACHE_DIR"] = str(self.folder / "index")
-        build_clean(self.folder / "clean")
-        self.world = World(self.folder / "world")
+        self.ending = ExitStack()
+        self.ending.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self.server.enter(self.ending.enter_context(pytest.MonkeyPatch.context()), self.folder / "index")
+        self.ending.enter_context(patient())
+        self.server.reset()
+        build_clean(self.folder / "clean", self.server)
+        self.world = World(self.folder / "world", self.server)
+        self.ending.callback(self.world.remove, "far")
 
     def teardown(self) -> None:
         self.total.update(self.world.tally)
-        os.environ.pop("KDCACHE_CACHE_DIR", None)
-        if self.earlier is not None:
-            os.environ["KDCACHE_CACHE_DIR"] = self.earlier
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.ending.close()
 
     @invariant()
     def count(self) -> None:
@@ -79,6 +88,14 @@ class CacheLife(RuleBasedStateMachine):
     @rule(sample=st.sampled_from(SAMPLES), version=VERSIONS)
     def replace_image(self, sample: str, version: int) -> None:
         self.world.set_version(sample, image=version)
+
+    @rule(sample=st.sampled_from(LATER))
+    def add_sample(self, sample: str) -> None:
+        self.world.set_version(sample)
+
+    @rule(sample=st.sampled_from(SAMPLES + LATER))
+    def remove_sample(self, sample: str) -> None:
+        self.world.remove_sample(sample)
 
     @rule(sample=st.sampled_from(SAMPLES))
     def rewrite(self, sample: str) -> None:
@@ -159,10 +176,34 @@ class CacheLife(RuleBasedStateMachine):
     def train(self, name: str) -> None:
         self.world.train(name)
 
+    @rule(name=st.sampled_from(NEAR), at=st.integers(1, 60), half=st.booleans())
+    def kill_training(self, name: str, at: int, half: bool) -> None:
+        self.world.kill_training(name, at, half)
 
-class CacheLifeOnABadDisk(CacheLife):
-    """The same, on a disk whose writes fail at times."""
+    @rule(nth=NUMBERS, bit=st.integers(0, 2**24))
+    def flip_copy(self, nth: int, bit: int) -> None:
+        """Flip a bit in a copy on this machine of an object: it is fetched again."""
+        self.world.damage_copy(nth, bit)
+        self.world.look("far")
+
+
+class CacheLifeWithFaults(CacheLife):
+    """The same, on a disk whose writes fail at times, and with an object store whose requests do."""
 
     @rule(name=CACHES, at=WRITES, number=st.sampled_from(DISK_ERRORS))
     def fault(self, name: str, at: int, number: Any) -> None:
         self.world.fault(name, at, number)
+
+    @rule(act=st.sampled_from(["run", "read", "verify", "train", "repair"]), seed=NUMBERS, fresh=st.booleans())
+    def storm(self, act: str, seed: int, fresh: bool) -> None:
+        """Use the far cache while requests fail, and look at it when they do not."""
+        with self.world.storm(seed, fresh=fresh):
+            getattr(self.world, act)("far", *([True] if act == "repair" else []))
+        self.world.look("far")
+
+    @rule(act=st.sampled_from(["run", "repair"]), seed=NUMBERS)
+    def storm_on_the_way_back(self, act: str, seed: int) -> None:
+        """Copy the far cache back while requests fail."""
+        with self.world.storm(seed, fresh=True):
+            getattr(self.world, act)("back", *([True] if act == "repair" else []))
+        self.world.look("back")

@@ -1,7 +1,7 @@
 """The plain model of a data set and of the caches that are built from it: numpy alone, nothing of kdcache.
 
-A sample has a version of its image and one of its label. A cache is known by the versions that it was built from:
-they say every byte of every record.
+A sample has a version of its image and one of its label, and a data set has some samples. A cache is known by the
+versions that it was built from: they say every byte of every record.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from PIL import Image
 SIZE = (16, 24)
 CLASSES = ("road", "sky", "tree")
 SAMPLES = ("a", "b", "c", "d", "e")
+LATER = ("aa", "f")
+"""Samples that are added at times: one between the others, and one behind them."""
+FEWEST = 4  # samples of a data set, so that a training has a batch
 STRIDE = 4
 WEIGHTS = np.array([[1, 2, 3], [3, 1, 2], [5, 7, 1]])
 MODULUS = 29
@@ -42,12 +45,12 @@ FIRST: Versions = dict.fromkeys(SAMPLES, Version())
 
 def image_of(sample: str, version: int) -> Array:
     """Return an image, uint8 (H, W, 3)."""
-    return np.random.default_rng([1, ord(sample), version]).integers(0, 256, (*SIZE, 3), np.uint8)
+    return np.random.default_rng([1, *sample.encode(), version]).integers(0, 256, (*SIZE, 3), np.uint8)
 
 
 def label_of(sample: str, version: int) -> Array:
     """Return a label, uint8 (H, W), with some void pixels."""
-    label = np.random.default_rng([2, ord(sample), version]).integers(0, len(CLASSES), SIZE, np.uint8)
+    label = np.random.default_rng([2, *sample.encode(), version]).integers(0, len(CLASSES), SIZE, np.uint8)
     label[:2, version] = 255
     return label
 
@@ -65,10 +68,11 @@ def taught(pixels: Array) -> Array:
 
 
 @cache
-def row_of(sample: str, view: int, version: Version, stored: bool) -> Row:
+def row_of(sample: str, number: int, view: int, version: Version, stored: bool) -> Row:
     """Return every array of a record but its digests of files.
 
     Args:
+        number: of the sample among those of the data set.
         view: 0 is the whole image. Others are mirrored or not, as their number says.
         stored: whether the cache keeps pixels and labels.
     """
@@ -79,7 +83,7 @@ def row_of(sample: str, view: int, version: Version, stored: bool) -> Row:
     logits = taught(pixels)
     row: dict[str, Array] = {
         "targets/segmentation/values": (logits - logits.max(0)).astype(np.float16),
-        "records/sample": np.int64(SAMPLES.index(sample)),
+        "records/sample": np.int64(number),
         "records/view": np.int32(view),
         "records/window": np.array([0, 0, *SIZE], np.float64),
         "records/flip": np.uint8(flip),
@@ -102,12 +106,21 @@ def digests_of(sample: str, version: Version) -> dict[str, tuple[bytes, ...]]:
     }
 
 
-def is_row(found: Mapping[str, Array], sample: str, view: int, version: Version, *, stored: bool) -> bool:
-    """Return True if a record that was read is the one of these versions, in all of its arrays."""
+def is_row(found: Mapping[str, Array], record: int, versions: Versions, *, views: int, stored: bool) -> bool:
+    """Return True if a record that was read is the one of these versions of the data, in all of its arrays."""
+    ids, number = ids_of(versions), record // views
+    if number >= len(ids):
+        return False
     rest = {path: array.tobytes() for path, array in found.items()}
+    sample, version = ids[number], versions[ids[number]]
     digests = digests_of(sample, version)
     allowed = all(rest.pop(path, b"") in choices for path, choices in digests.items())
-    return allowed and rest == row_of(sample, view, version, stored)
+    return allowed and rest == row_of(sample, number, record % views, version, stored)
+
+
+def ids_of(versions: Versions) -> list[str]:
+    """Return the samples that a data set has, in its order."""
+    return sorted(versions)
 
 
 def _mirrored(sample: str, view: int) -> bool:

@@ -1,8 +1,9 @@
 """The model of a cache's life for long. `scripts/soak` runs this file.
 
 Each seed draws lives of a cache (tests/store/stateful): builds, kills, damage, repairs, changes of the data. With
---faults the disk fails at times. The next seed begins where the one before ended, so a run of seed S covers S, S+1, ...
-A violation is printed with its steps. `scripts/soak --seed N --seeds 1` repeats it. Exits with 1 if there is one.
+--faults the disk fails at times, and so does the object store. The next seed begins where the one before ended, so a
+run of seed S covers S, S+1, ... A violation is printed with its steps. `scripts/soak --seed N --seeds 1` repeats it.
+Exits with 1 if there is one.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from stateful.machine import CacheLife, CacheLifeOnABadDisk
+from s3 import ObjectStore
+from stateful.machine import CacheLife, CacheLifeWithFaults
 
 from common import header, write
 
@@ -33,28 +35,34 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0, help="Stop before the first seed after this time.")
     parser.add_argument("--seed", type=int, default=0, help="The first seed.")
     parser.add_argument("--seeds", type=int, help="Stop after so many seeds, whatever the time.")
-    parser.add_argument("--faults", action="store_true", help="Let writes to the disk fail.")
+    parser.add_argument("--faults", action="store_true", help="Let writes to the disk and requests to S3 fail.")
     parser.add_argument("--out", type=Path, help="Write the result to this file, as JSON.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    life = CacheLifeOnABadDisk if options.faults else CacheLife
+    life = CacheLifeWithFaults if options.faults else CacheLife
     began, now, violations = time.monotonic(), options.seed, list[dict[str, Any]]()
-    while _more(options, now, began):
-        violation = live(life, now)
-        now += 1
-        if violation is not None:
-            violations.append(violation)
-            print(f"seed {violation['seed']}: {violation['error']}\n  " + "\n  ".join(violation["steps"]), flush=True)
+    life.server = ObjectStore()
+    with life.server.serving():
+        while _more(options, now, began):
+            violation = live(life, now)
+            now += 1
+            if violation is not None:
+                violations.append(violation)
+                steps = "\n  ".join(violation["steps"])
+                print(f"seed {violation['seed']}: {violation['error']}\n  {steps}", flush=True)
+    counts = Counter(sorted(life.total.elements()))
+    kinds = ("disk ", "s3 ")
     result = {
         **header("a cache's life against a plain model"),
         "command": shlex.join(
             ["scripts/soak", *(os.path.basename(w) if os.path.isabs(w) else w for w in sys.argv[1:])]
         ),
-        "disk_faults": options.faults,
+        "faults": {kind: count for kind, count in counts.items() if kind.startswith(kinds)},
         "minutes": round((time.monotonic() - began) / 60, 2),
         "first_seed": options.seed,
         "seeds": now - options.seed,
-        **{"steps": 0, "repaired": 0, "killed": 0, **Counter(sorted(life.total.elements()))},
+        **{"steps": 0, "repaired": 0, "killed": 0},
+        **{what: count for what, count in counts.items() if not what.startswith(kinds)},
         "violations": violations,
     }
     print(json.dumps({key: value for key, value in result.items() if key != "violations"}, indent=1))

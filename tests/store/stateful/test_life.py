@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from stateful.machine import CacheLife, CacheLifeOnABadDisk
+from s3 import ObjectStore
+from stateful.machine import CacheLife, CacheLifeWithFaults
 from stateful.reference import FIRST, SAMPLES
 from stateful.world import Violation, World, flipped
 
@@ -23,16 +25,18 @@ SETTINGS = settings(
 )
 
 
-@pytest.mark.parametrize("life", [CacheLife, CacheLifeOnABadDisk])
-def test_no_step_of_any_life_breaks_the_model(life) -> None:
+@pytest.mark.parametrize("life", [CacheLife, CacheLifeWithFaults])
+def test_no_step_of_any_life_breaks_the_model(life, s3_server, monkeypatch) -> None:
+    monkeypatch.setattr(CacheLife, "server", s3_server, raising=False)
     run_state_machine_as_test(life, settings=SETTINGS)
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_server: ObjectStore) -> World:
     """A data set with one cache."""
-    monkeypatch.setenv("KDCACHE_CACHE_DIR", str(tmp_path / "index"))
-    world = World(tmp_path / "world")
+    s3_server.enter(monkeypatch, tmp_path / "index")
+    s3_server.reset()
+    world = World(tmp_path / "world", s3_server)
     assert world.run("plain") is None
     return world
 
@@ -68,6 +72,18 @@ def test_changed_data_are_named_although_the_ledger_is_damaged(world, key) -> No
     assert "into a new --out" in caught.value.remedy
     world.repair("plain", renew=True)
     world.verify("plain")
+
+
+def test_changed_data_are_named_although_the_seal_has_a_wrong_digest(world) -> None:
+    """The build named --from, which did not open the cache and named the build."""
+    world.set_version(SAMPLES[0], image=1)
+    seal = json.loads(world.files("plain")["complete.json"])
+    seal["metadata"][next(iter(seal["metadata"]))] = "0" * 64
+    world.put("plain", "complete.json", json.dumps(seal).encode())
+    with pytest.raises(KDCacheError, match="The data set has changed since") as caught:
+        world.command("plain")
+    assert "into a new --out" in caught.value.remedy
+    world.repair("plain", renew=True)
 
 
 def test_a_ledger_record_of_another_cache_in_an_unsealed_one(world) -> None:
