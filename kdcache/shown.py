@@ -1,13 +1,17 @@
 """How objects show themselves: a line in a terminal, a small table in a notebook, a place to others."""
 
 import html
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Facts = Mapping[str, object]
 _ABOVE = re.compile(r"(?:(?<=[=,+ ])|^)(?:~[^/]*)?(?:\.\./|/)")
 """The beginning of a path that leads out of the working folder."""
+_PRIVATE = 3
+"""Parts of a path that may end with a person's name: /home/ann, /mnt/home."""
 
 
 def line(kind: str, facts: Facts) -> str:
@@ -58,11 +62,55 @@ def _last_names(text: str) -> str:
 
 def public_values(value: Any) -> Any:
     """Return settings as they may travel: `public` of every text in them."""
+    return _each_text(value, public)
+
+
+def public_names(runs: Sequence[str]) -> dict[str, str]:
+    """Return the names of runs as they may travel: absolute paths begin below the folder that all of them share.
+
+    The last parts alone may be equal.
+    """
+    whole = [run for run in runs if Path(run).is_absolute()]
+    top = Path(os.path.commonpath([Path(run).parent for run in whole])) if whole else Path()
+    below = len(top.parts) > _PRIVATE
+    return {run: public(str(Path(run).relative_to(top)) if below and run in whole else run) for run in runs}
+
+
+def private_places(value: Any) -> dict[str, str]:
+    """Return every path in texts that names a folder of this machine, alone or as a word, with its public name."""
+    return {place: public(place) for place in _places(value) if public(place) not in ("", place)}
+
+
+def without_places(value: Any, places: Mapping[str, str]) -> Any:
+    """Return texts, or values that hold some, with each of these places replaced by its public name."""
+    longest_first = sorted(places, key=len, reverse=True)
+
+    def replaced(text: str) -> str:
+        for place in longest_first:
+            text = text.replace(place, places[place])
+        return text
+
+    return _each_text(value, replaced)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return values with every text in them changed."""
     if isinstance(value, Mapping):
-        return {name: public_values(part) for name, part in value.items()}
+        return {name: _each_text(part, change) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [public_values(part) for part in value]
-    return public(value) if isinstance(value, str) else value
+        return [_each_text(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _places(value: Any) -> Iterator[str]:
+    """Yield every text, and every word of it."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _places(part)
+    elif isinstance(value, str | Path):
+        yield from (str(value), *str(value).split())
 
 
 def bare(spec: str) -> str:

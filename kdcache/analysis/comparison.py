@@ -16,7 +16,7 @@ from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics
-from kdcache.shown import html_table, public
+from kdcache.shown import html_table, private_places, public, public_names, without_places
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Comparison:
         scores = {SEGMENTATION: "mIoU %", DEPTH: "depth rmse m"}
         judged = [name for task, name in scores.items() if task in self.tasks]
         header = ("", *judged, "beside", "verdict", "parameters M", "ms per image")
-        title = f"{self.data}, split {self.split}, {self.images} images"
+        title = f"{public(self.data)}, split {self.split}, {self.images} images"
         return html_table(title if self.banner is None else f"{title}. {self.banner}", header, self._score_rows)
 
     @property
@@ -230,6 +230,17 @@ class Comparison:
             name = f"{row.name} (teacher)" if row.teacher and "teacher" not in row.name else row.name
             rows.append([name, *scores, *beside, f"{row.cost.parameters / 1e6:.2f}", time])
         return rows
+
+    @property
+    def _places(self) -> dict[str, str]:
+        """The folders of this machine that the comparison names, each with the name that may travel."""
+        runs = [score.run for row in self.rows for score in row.runs]
+        named = private_places([self.data, runs, [[row.name, row.model, row.differs] for row in self.rows]])
+        return named | public_names(runs)
+
+    def without_folders(self, text: str) -> str:
+        """Return a text about the comparison as it may travel, without the folders of this machine."""
+        return str(without_places(text, self._places))
 
     @property
     def banner(self) -> str | None:
@@ -277,9 +288,9 @@ class Comparison:
         return {"best_depth_rmse": plain(rmse), "depth_range": self.depth_range}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; NaN becomes null."""
-        return {
-            "data": public(self.data),
+        """Return plain numbers, NaN as null, and no name of a folder of this machine."""
+        content = {
+            "data": self.data,
             "split": self.split,
             "banner": self.banner,
             "data_sha256": self.data_sha256,
@@ -295,3 +306,5 @@ class Comparison:
             "rows": [row.to_json(self.class_names) for row in self.rows],
             "notes": list(self.notes),
         }
+        found: dict[str, Any] = without_places(content, self._places)
+        return found

@@ -14,6 +14,7 @@ from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
 from kdcache.run_samples import RunSamples
+from kdcache.shown import public
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """The name in pictures: `--name`, or as the user named it."""
-        return str(self.settings.get("name") or self.text)
+        """Return the name in pictures: `--name`, or as the user named it, without the folders of this machine."""
+        return str(self.settings.get("name") or public(self.text))
 
     @property
     def key(self) -> tuple[int | None, str | None]:

@@ -197,10 +197,11 @@ def to_markdown(comparison: Comparison) -> str:
     per_class = f"## IoU per class, %\n\n{markdown_table(*classes)}\n" if SEGMENTATION in comparison.tasks else ""
     notes = "".join(f"- {text}\n" for text in legend(comparison))
     above = "" if comparison.banner is None else f"> **{comparison.banner}**\n\n"
-    return (
+    text = (
         f"# Comparison on {comparison.data}, {comparison.split}\n\n{above}{markdown_table(*scores)}\n{distances}"
         f"{per_class}## Cost\n\n{markdown_table(*cost)}\n{notes}"
     )
+    return comparison.without_folders(text)
 
 
 _CSV_DIFFERENCE = (
@@ -231,7 +232,7 @@ def to_csv(comparison: Comparison) -> str:
         own = [*_mean_and_std(map(row.depth_spread, DEPTH_METRICS)), *_csv_difference(row.depth_difference)]
         cells = [*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes]
         writer.writerow([*cells, *(own if depth else [])])
-    return text.getvalue()
+    return comparison.without_folders(text.getvalue())
 
 
 def _csv_depth_header() -> list[str]:
@@ -257,7 +258,7 @@ def to_text(comparison: Comparison) -> str:
     notes = "\n".join(legend(comparison))
     body = "\n".join(lines)
     above = "" if comparison.banner is None else f"{comparison.banner}\n\n"
-    return f"{rule}\nCOMPARISON TABLE\n{rule}\n\n{above}{body}\n\n{notes}\n"
+    return comparison.without_folders(f"{rule}\nCOMPARISON TABLE\n{rule}\n\n{above}{body}\n\n{notes}\n")
 
 
 def row_name(row: Row) -> str:

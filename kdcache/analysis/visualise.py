@@ -41,7 +41,7 @@ from kdcache.errors import RecipeError
 from kdcache.files import check_own_folder, replacing_in
 from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
-from kdcache.shown import public
+from kdcache.shown import public, public_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,14 +170,19 @@ def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
 
 
 def _named_apart(runs: Sequence[Entry]) -> list[Entry]:
-    """The runs, those that share a name with their seed in it."""
-    shared = Counter(run.title for run in runs)
+    """Return the runs with the names that they have in pictures: their paths from one folder, their seeds if equal."""
+    places = public_names([run.text for run in runs])
+    names = [str(run.settings.get("name") or places[run.text]) for run in runs]
+    shared = Counter(names)
     return [
-        replace(run, settings={**run.settings, "name": f"{run.title}, seed {run.key[0]}"})
-        if shared[run.title] > 1 and run.key[0] is not None
-        else run
-        for run in runs
+        replace(run, settings={**run.settings, "name": _with_seed(name, run) if shared[name] > 1 else name})
+        for run, name in zip(runs, names, strict=True)
     ]
+
+
+def _with_seed(name: str, run: Entry) -> str:
+    seed, _ = run.key
+    return name if seed is None else f"{name}, seed {seed}"
 
 
 def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) -> Shown:

@@ -4,7 +4,8 @@ An array whose shards stay what they are is copied file by file, each compared w
 fast as disk and network are. Any other is read row by row, rounded when the codec says so, and encoded again.
 
 A copy is written like any store, so it goes on where it was interrupted, and several workers may share it. It keeps the
-source's `created`: that is when its teacher ran, and it distinguishes a copy of this store from one of another.
+source's `created`: that is when its teacher ran, and it distinguishes a copy of this store from one of another. A copy
+names the teacher's code without the folder that caches of earlier versions have.
 """
 
 import hashlib
@@ -147,6 +148,7 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
                 update={"shard_records": changes.shard_records or manifest.build.shard_records}
             ),
             "codec": changes.codec or manifest.codec,
+            "teacher": manifest.teacher.without_folders(),
             "fidelity": fidelity if rounds(manifest, changes.codec) else manifest.fidelity,
         }
     )

@@ -1,12 +1,12 @@
 """`details.md` of a sweep: every run's best iteration and its scores, and the mean over folds and seeds."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.files import write_whole
+from kdcache.files import MOST_CONTENTS, read_object, write_whole
 from kdcache.metrics import markdown_table
 from kdcache.run_folder import Run
+from kdcache.sweep.plan import RUNS, TEACHERS
 
 if TYPE_CHECKING:
     from kdcache.sweep.plan import Sweep
@@ -16,21 +16,28 @@ DETAILS = "details.md"
 
 def write_details(sweep: "Sweep") -> None:
     """Write details.md from the runs' results and comparison.json, whose class names come with the runs' models."""
-    comparison = sweep.out / "comparison.json"
-    if not comparison.is_file():
+    content = read_object(sweep.out / "comparison.json", MOST_CONTENTS)
+    if not content:
         return
-    content = json.loads(comparison.read_text(encoding="utf-8"))
     above = [f"> **{content['banner']}**", ""] if content.get("banner") else []
     parts = [f"# {sweep.recipe.title}", "", *above, sweep.recipe.about.strip(), ""]
     for row in content["rows"]:
-        parts += [f"## {row['name']}", "", _table(row), ""]
+        parts += [f"## {row['name']}", "", _table(row, _folders(sweep, row)), ""]
     write_whole(sweep.out / DETAILS, "\n".join(parts))
 
 
-def _table(row: dict[str, Any]) -> str:
+def _folders(sweep: "Sweep", row: dict[str, Any]) -> list[Path]:
+    """Return the folders of a row's runs, which comparison.json names without the folders above them."""
+    spec = sweep.recipe.teacher.get("spec")
+    if row["teacher"] and spec:
+        return [Path(str(spec))]
+    return [sweep.out / (TEACHERS if row["teacher"] else RUNS) / Path(run["run"]).name for run in row["runs"]]
+
+
+def _table(row: dict[str, Any], folders: list[Path]) -> str:
     rows = [
-        [_name(run), _iteration(Path(run["run"])), *(_percent(run[key]) for key in ("miou", "macc", "aacc"))]
-        for run in row["runs"]
+        [_name(run), _iteration(folder), *(_percent(run[key]) for key in ("miou", "macc", "aacc"))]
+        for run, folder in zip(row["runs"], folders, strict=True)
     ]
     mean = ["mean", "", *(_percent(row[key]["mean"]) for key in ("miou", "macc", "aacc"))]
     header = ["run", "best iteration", "mIoU %", "mAcc %", "aAcc %"]

@@ -1,10 +1,13 @@
-"""Nothing that travels names a folder of this machine: caches, cards, runs, recipes, evaluations, pages, exports."""
+"""Nothing that travels names a folder of this machine: caches, runs, what loggers send, tables, pictures, audits."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+
+from kdcache.training.run import trackers
 
 NAME = "ann-private"
 CODE = "from torch import nn\n\ndef make(num_classes): return nn.Conv2d(3, num_classes, 1, stride=4)\n"
@@ -26,8 +29,13 @@ def way(cli, tmp_path_factory):
         f"build-teacher-cache --data {home}/data --teacher {home}/teacher --teacher {home}/teacher --views 1 "
         f"--out {home}/several.zarr",
         f"train-student --cache {home}/c.zarr --data {home}/data --val {home}/data --init {home}/teacher/"
-        f"last.safetensors --model {home}/nets/net.py:make {SMALL} --out {home}/student",
+        f"last.safetensors --model {home}/nets/net.py:make {SMALL} --log tensorboard --out {home}/student",
         f"evaluate {home}/student --data {home}/data",
+        f"compare {home}/student {home}/teacher --data {home}/data --repeats 0 --json {home}/tables/t.json "
+        f"--markdown {home}/tables/t.md --csv {home}/tables/t.csv --text {home}/tables/t.txt",
+        f"visualise {home}/student --teacher {home}/teacher --baseline {home}/nets/net.py:make@{home}/teacher/"
+        f"last.safetensors --data {home}/data --size 32x48 --format svg --num 1 --out {home}/pictures",
+        f"inspect {home}/c.zarr --teacher-report --data {home}/data --out {home}/audit",
         f"report {home}/student {home}/teacher --data {home}/data --repeats 0 --out {home}/page.html",
         f"export {home}/student --out {home}/exported.safetensors",
         f"inspect {home}/c.zarr --card",
@@ -36,7 +44,7 @@ def way(cli, tmp_path_factory):
     ):
         ended = cli(*line.split(), "--trust")
         assert ended.code == 0, (line, ended.err)
-        if line.startswith("inspect"):
+        if line.endswith("--card"):
             (home / f"card-{len(list(home.glob('card*')))}.md").write_text(ended.out)
     return home
 
@@ -44,14 +52,28 @@ def way(cli, tmp_path_factory):
 def test_nothing_that_travels_names_a_folder(way) -> None:
     """What lies beside these stays: the data, the code and local.json."""
     travel = [way / "page.html", way / "exported.safetensors", *way.glob("card*")]
-    for folder in ("c.zarr", "several.zarr", "teacher", "student"):
+    for folder in ("c.zarr", "several.zarr", "teacher", "student", "tables", "pictures", "audit"):
         travel += [path for path in (way / folder).rglob("*") if path.is_file() and path.name != "local.json"]
     assert len(travel) > 60
     named = [f"{path}: {line}" for path in travel for line in path.read_bytes().splitlines() if NAME.encode() in line]
     assert [text.replace(str(way), "")[:300] for text in named] == []
     assert "net.py:make" in (way / "card-0.md").read_text()
     assert "net.py:make" in (way / "page.html").read_text()
+    assert any("baseline: net.py:make" in path.read_text() for path in way.glob("pictures/student/*/*.svg"))
+    assert [run["run"] for row in json.loads((way / "tables/t.json").read_text())["rows"] for run in row["runs"]] == [
+        "student",
+        "teacher",
+    ]
     assert {path.name for path in (way / "c.zarr").iterdir()}.isdisjoint({"local.json"})
+
+
+def test_a_logger_is_sent_no_folder(tmp_path, monkeypatch) -> None:
+    """W&B would publish its configuration."""
+    sent = []
+    monkeypatch.setitem(trackers.SINKS, "wandb", sent.append)
+    settings = {"data": f"/home/{NAME}/camvid", "stream": [{"cache": f"/home/{NAME}/c.zarr"}], "lr": 0.1}
+    trackers.Loggers(["wandb"], tmp_path, settings, print).started(step=0, iterations=1, parameters=2)
+    assert sent[0].recipe == {"data": "camvid", "stream": [{"cache": "c.zarr"}], "lr": 0.1, "parameters": 2}
 
 
 @pytest.mark.parametrize("run", ["teacher", "student"])

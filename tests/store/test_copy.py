@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,20 @@ def test_an_equal_copy_is_equal_in_every_byte(variant_store, tree, tmp_path, enc
     assert seen[-1] == (records, records)
     assert tree(tmp_path / "c") == tree(variant_store)
     assert encoded == []
+
+
+def test_a_copy_names_the_teacher_s_code_without_its_folder(plan, tmp_path) -> None:
+    """Caches of earlier versions name the folder. They stay what they are, for they are sealed."""
+    own = plan(several=True, views=2)
+    before = own.manifest.model_dump_json().replace('"spec":"', '"spec":"/home/ann/nets/')
+    older = replace(own, manifest=Manifest.model_validate_json(before))
+    source = older.write(tmp_path / "older.zarr")
+    copy_store(open_cache(source), tmp_path / "copy.zarr")
+    verify_files(tmp_path / "copy.zarr")
+    named = {path.name for path in source.rglob("*") if path.is_file() and b"/ann/" in path.read_bytes()}
+    assert {"zarr.json", "manifest.json"} <= named
+    assert not [path for path in (tmp_path / "copy.zarr").rglob("*") if path.is_file() and b"home" in path.read_bytes()]
+    same(rows_of(tmp_path / "copy.zarr"), rows_of(source))
 
 
 def test_a_finished_copy_is_kept(store, tree, tmp_path) -> None:

@@ -7,8 +7,7 @@ classes and runs contain.
 import base64
 import datetime
 import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -31,11 +30,9 @@ from kdcache.analysis.report.training import curves, gradients, read_trainings
 from kdcache.analysis.runs import Entry
 from kdcache.errors import RecipeError
 from kdcache.files import write_whole
-from kdcache.shown import public
+from kdcache.shown import private_places, public, public_names, without_places
 
 SUFFIXES = (".html", ".htm")
-_PRIVATE = 3
-"""Parts of a path that may end with a person's name: /home/ann, /mnt/home."""
 
 
 def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path, **contents: Any) -> Path:
@@ -101,8 +98,8 @@ def page(
     ]
     style, script = _file("page.css"), _file("page.js")
     sources = [(run.text, run.run and run.run.folder, run.settings) for run in runs]
-    places = {place: public(place) for place in _places([comparison.data, command, pictures, *sources])}
-    places |= _told_apart([run.text for run in runs])
+    places = private_places([comparison.data, command, pictures, *sources])
+    places |= public_names([run.text for run in runs])
     return render(
         "page.html",
         comparison=replace(comparison, data=public(comparison.data)),
@@ -117,32 +114,9 @@ def page(
     )
 
 
-def _places(value: Any) -> Iterator[str]:
-    """Every path in what the page was made from, as its texts have it."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _places(part)
-    elif isinstance(value, str | Path):
-        yield from (word for word in str(value).split() if public(word) != word)
-        if public(str(value)) != str(value):
-            yield str(value)
-
-
-def _told_apart(texts: Sequence[str]) -> dict[str, str]:
-    """Names of runs that lie below one folder, by their paths from there: the last parts alone may be equal."""
-    whole = [text for text in texts if Path(text).is_absolute()]
-    top = Path(os.path.commonpath([Path(text).parent for text in whole])) if whole else Path()
-    return {text: str(Path(text).relative_to(top)) for text in whole if len(top.parts) > _PRIVATE}
-
-
 def _without_folders(part: Markup, places: Mapping[str, str]) -> Markup:
     """A part of the page whose paths show no folder of this machine."""
-    text = str(part)
-    for place in sorted(places, key=len, reverse=True):
-        text = text.replace(str(escape(place)), str(escape(places[place])))
-    return Markup(text)
+    return Markup(without_places(str(part), {str(escape(place)): str(escape(name)) for place, name in places.items()}))
 
 
 def _file(name: str) -> Markup:

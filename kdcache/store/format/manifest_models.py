@@ -328,7 +328,7 @@ class Fingerprint(Part):
 
         A model's file is known by its name: older caches have its folder too.
         """
-        one, another = self._without_folders(), other._without_folders()
+        one, another = self.without_folders(), other.without_folders()
         differences = [
             f"{name}: {unlike(getattr(one, name), getattr(another, name))}"
             for name in (
@@ -354,7 +354,8 @@ class Fingerprint(Part):
             differences.append("probe: other logits on the two fixed images")
         return differences
 
-    def _without_folders(self) -> "Fingerprint":
+    def without_folders(self) -> "Fingerprint":
+        """Return the teacher as it may travel: caches of earlier versions have the folder of a model's file too."""
         members = tuple(member.model_copy(update={"spec": bare(member.spec)}) for member in self.members)
         return self.model_copy(update={"spec": bare(self.spec), "members": members})
 
