@@ -4,6 +4,7 @@ With it a resumed training notices changed data, and a score on images that were
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,15 +62,17 @@ class RunSamples:
         return tuple(name for name, row in zip(judged.ids, judged.image, strict=True) if row.tobytes() in trained)
 
 
-def judging_notes(run: Path, split: Split) -> tuple[str, ...]:
-    """Return what a reader of a run's score on a split must know: images trained on, and data that changed.
+def judging_notes(run: Path, split: Split, contents: Callable[[Split], Contents] = read_contents) -> tuple[str, ...]:
+    """Return warnings about a run's score on a split: images that it was trained on, and data that changed.
 
+    Args:
+        contents: returns the digests of the split. A comparison reads them once for all of its runs.
     Raises: DataError for a file that cannot be read.
     """
     samples = RunSamples.read(run)
     if samples is None:
         return ()
-    judged, notes = read_contents(split), []
+    judged, notes = contents(split), []
     where = f"{split.data}, split {split.split!r}"
     if seen := samples.trained_on(judged):
         notes.append(

@@ -9,7 +9,7 @@ or from a new one on the same data.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
@@ -23,7 +23,7 @@ from kdcache.analysis.stored_evaluations import (
     judged_range,
     memory_errors,
 )
-from kdcache.data import Split, fold_alone, open_split
+from kdcache.data import Split, fold_alone, open_split, read_contents
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
@@ -35,6 +35,7 @@ from kdcache.settings.shared import DepthSettings
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -282,24 +283,18 @@ class _Judge:
 
     def __init__(self, split: Split, options: CompareOptions, progress: Progress) -> None:
         self._split, self._options, self._progress = split, options, progress
-        self._digests: dict[str, str] = {}
+        self.digest = _once(data_digest)
+        self._contents = _once(read_contents)
         self._costs: dict[tuple[object, ...], Cost] = {}
         self.notes: list[str] = []
         self._judged: dict[str, list[str]] = {}
 
     @property
     def judged_notes(self) -> list[str]:
-        """What a reader of the scores must know, each once with the runs that it is of."""
+        """Return the notes on evaluations, each once with the runs that it applies to."""
         return [
             f"{', '.join(runs[:3])}{' and others' * (len(runs) > 3)}: {text}" for text, runs in self._judged.items()
         ]
-
-    def digest(self, split: Split) -> str:
-        """The digest of the labelled samples of a split; read once."""
-        key = split.digest()
-        if key not in self._digests:
-            self._digests[key] = data_digest(split)
-        return self._digests[key]
 
     def score(self, run: Entry, teacher: bool) -> RunScore:
         """The score of a run; with `own_fold`, a teacher that left out no fold is judged on all of the split."""
@@ -312,6 +307,7 @@ class _Judge:
             self._options.judging,
             lambda done, total: self._progress(f"evaluating {run.name}", done, total),
             own,
+            self._contents,
         )
         self.notes += [run.note] if run.note else []
         for note in evaluation.notes:
@@ -362,6 +358,18 @@ class _Judge:
             self.notes += [note] if note else []
         self._progress(f"timing {entry.name}", 1, 1)
         return cost
+
+
+def _once(read: Callable[[Split], _Read]) -> Callable[[Split], _Read]:
+    """Return a function that reads each split once, by its ids and classes."""
+    known = dict[str, _Read]()
+
+    def read_once(split: Split) -> _Read:
+        if (key := split.digest()) not in known:
+            known[key] = read(split)
+        return known[key]
+
+    return read_once
 
 
 def _difference(

@@ -11,7 +11,7 @@ segmentation (`ids`, `hits` and `unions`, a row per image and a column per class
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from kdcache.analysis.runs import Entry, check_classes
 from kdcache.bounded import check_unpacked
-from kdcache.data import ClassList, Fit, Fold, Split, prefetch, remembered_digests
+from kdcache.data import ClassList, Contents, Fit, Fold, Split, place_key, prefetch, read_contents, remembered_digests
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
@@ -110,12 +110,14 @@ def evaluate_run(
     judging: Judging,
     progress: Progress | None = None,
     fold: Fold | None = None,
+    contents: Callable[[Split], Contents] = read_contents,
 ) -> Evaluation:
     """Metrics of a run, or of SPEC@FILE, on a split, from an earlier evaluation where that is the same.
 
     Args:
         digest: `data_digest` of the split.
         fold: the fold that the split is of another one.
+        contents: as in `judging_notes`.
     Raises: MismatchError for other classes; DataError without labels; ModelError when memory does not suffice.
     """
     run = entry.run
@@ -136,7 +138,7 @@ def evaluate_run(
         framing=judging.framing(description.fit),
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
-    notes = judging_notes(run.folder, split)
+    notes = judging_notes(run.folder, split, contents)
     if metrics is not None:
         return Evaluation(metrics, reused=True, notes=notes)
     metrics = _evaluate(entry, split, judging, progress)
@@ -146,7 +148,9 @@ def evaluate_run(
 
 IMAGES = ".npz"
 """The suffix of the counts of every image, beside an evaluation."""
-_NAMES = ("weights", "data", "split", "fold")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
+"""Errors of reading another file, or one of another version."""
+_NAMES = ("weights", "data", "place", "split", "fold")
 """Entries of a record in JSON that may differ between equal evaluations."""
 
 
@@ -156,6 +160,7 @@ class Record:
 
     Attributes:
         which: weights of a run, such as `best`; None for other weights.
+        place: `place_key` of the data set. Two folders may have the same name in `data`.
         fold: the fold of the split that was judged; None for all of it.
         weights_sha256: None for weights that no file holds.
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
@@ -166,6 +171,7 @@ class Record:
 
     which: str | None
     data: str
+    place: str
     split: str
     fold: Fold | None
     spec: str
@@ -199,6 +205,7 @@ class Record:
         return cls(
             which,
             public(split.data),
+            place_key(split.data),
             split.split,
             fold,
             public(description.spec),
@@ -266,19 +273,20 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 
 
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
-    """The file of an evaluation, without an ending: its kind's name; beside a file of other data or weights.
+    """Return the file of an evaluation, without an ending: its kind's name, with a suffix if that is of other data.
 
-    What has changed in its place is evaluated anew and replaced: the same data's labels, a run's own weights.
+    An evaluation replaces an earlier one of the same data set, whose labels may have changed, by the same run, whose
+    weights may have.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
-    other_data = earlier.get("data_sha256") != record.data_sha256 and public(str(earlier.get("data"))) != record.data
+    known, now = ("place", record.place) if "place" in earlier else ("data", record.data)  # as earlier versions had it
+    other_data = earlier.get("data_sha256") != record.data_sha256 and public(str(earlier.get(known))) != now
     # SPEC@FILE has no other identity than its name, and no size of its own.
-    before = public(str(earlier.get("run"))), earlier.get("size")
-    other_model = record.which is None and before != (public(run), list(record.size))
+    own = [] if record.which is not None else [run, list(record.size)]
+    other_model = own and [public(str(earlier.get("run"))), earlier.get("size")] != [public(run), list(record.size)]
     if earlier and (other_data or other_model):
-        digest = hashlib.sha256(json.dumps([record.identity, record.data, run]).encode()).hexdigest()
-        name += f"-{digest[:8]}"
+        name += f"-{hashlib.sha256(json.dumps([record.place, *own]).encode()).hexdigest()[:8]}"
     return name
 
 
@@ -313,7 +321,7 @@ def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = Tru
         run: its name as the user wrote it.
         own_size: as in `Record.name`.
     """
-    kinds = [[record.data, record.name(own_size=own_size), record.which or run] for record in records]
+    kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
 
 
@@ -432,14 +440,7 @@ def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...
                 metrics = metrics_of(content)
                 if metrics.segmentation is None or metrics.segmentation.class_names == class_names:
                     return _with_images(metrics, path.with_suffix(IMAGES), content["images_sha256"])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            OverflowError,
-            MemoryError,
-        ):  # another file, or one of another version
+        except _UNREADABLE:
             continue
     return None
 

@@ -7,12 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from kdcache import evaluate
 from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.stored_evaluations import Judging
-from kdcache.data import open_split
+from kdcache.data import open_split, read_contents, write_scenes
 from kdcache.errors import MismatchError
 from kdcache.metrics.cost import Cost, CostKey, Latency, keep_cost, kept_cost
 from kdcache.run_folder import Run
@@ -91,6 +94,39 @@ def test_a_key_is_of_the_machine_and_the_network(tmp_path: Path) -> None:
     assert note is not None
     assert "could not be kept" in note
     assert key.threads == torch.get_num_threads()
+
+
+def test_two_data_sets_of_one_name_keep_an_evaluation_each(tmp_path: Path, world: Path) -> None:
+    """Each replaces its own when its labels change, whichever came first."""
+    run, folders = world / "runs/none-0", [tmp_path / name / "data" for name in ("clear", "foggy")]
+    for seed, folder in enumerate(folders):
+        write_scenes(folder, f"scenes:48x64,train=1,val=3,seed={seed}")
+
+    def kept() -> set[str]:
+        return {path.name for path in run.glob("evaluation-val*.json")}
+
+    first = [evaluate(run, folder, progress=False).segmentation for folder in folders]
+    names = kept()
+    assert len(names) == 2
+    assert first == [evaluate(run, folder, progress=False).segmentation for folder in folders]
+    for folder in folders:
+        label = next((folder / "labels/val").iterdir())
+        Image.fromarray((np.array(Image.open(label)) + 1) % 7).save(label)
+        evaluate(run, folder, progress=False)
+    assert kept() == names
+    assert {json.loads((run / name).read_text())["data"] for name in names} == {"data"}
+
+
+def test_the_data_of_a_comparison_are_read_once(
+    world: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[Any]()
+    monkeypatch.setattr(
+        "kdcache.analysis.compare.read_contents", lambda split: read.append(split) or read_contents(split)
+    )
+    comparison = compare([world / "runs"], options=CompareOptions(repeats=0))
+    assert sum(len(row.runs) for row in comparison.rows) > 1
+    assert len(read) == 1
 
 
 def test_a_run_knows_its_validation_data_by_digest_wherever_they_lie(world: Path) -> None:
