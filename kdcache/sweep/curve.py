@@ -1,11 +1,11 @@
 """`curve.png` of a sweep: scores of its arms over a number in which they differ, such as how many labels they had."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from kdcache.files import MOST_CONTENTS, read_object
 from kdcache.metrics.figures import dress, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -21,10 +21,9 @@ Points = list[tuple[float, float, float]]
 
 def write_curve(sweep: "Sweep") -> None:
     """Draw mIoU over the key that the recipe's [show] names, a line for each name of arms; nothing without one."""
-    key, comparison = sweep.recipe.show.get("curve"), sweep.out / "comparison.json"
-    if not key or not comparison.is_file():
+    key, content = sweep.recipe.show.get("curve"), read_object(sweep.out / "comparison.json", MOST_CONTENTS)
+    if not key or not content:
         return
-    content = json.loads(comparison.read_text(encoding="utf-8"))
     lines = read_lines(sweep.recipe.arms, str(key), content["rows"])
     if not any(len(points) > 1 for points in lines.values()):
         return

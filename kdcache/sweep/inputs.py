@@ -6,6 +6,7 @@ known by its place among the data sets of the jobs, because its folder may be re
 
 import hashlib
 import json
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -91,7 +92,7 @@ class Inputs:
             raise changed_data(out, changes, opened, remedy)
 
     def _damaged(self, how: str) -> RecipeError:
-        remedy = "restore it from a copy, or give another --out"
+        remedy = f"delete it, and repeat the command, which looks at every job again: rm {shlex.quote(str(self._path))}"
         return RecipeError(f"Cannot read {self._path}", entry="inputs of a sweep", received=how, remedy=remedy)
 
     def _key(self, data: str, split: str) -> str:

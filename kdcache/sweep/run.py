@@ -5,17 +5,17 @@ One process does them in order; `parallel` runs several side by side, each as so
 
 import shlex
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import tomli_w
 
+from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.files import write_whole
+from kdcache.files import is_partial, write_whole
 from kdcache.sweep.curve import write_curve
-from kdcache.sweep.inputs import Inputs, without_folders
+from kdcache.sweep.inputs import INPUTS, Inputs, without_folders
 from kdcache.sweep.plan import Job, Sweep
 from kdcache.sweep.summary import write_details
 
@@ -116,8 +116,8 @@ def _record(sweep: Sweep) -> None:
     """Write what is swept into its folder, or see that the folder is of the same sweep."""
     path = sweep.out / RECORD
     jobs = {job.name: shlex.join(job.words) for job in sweep.jobs if job.done is not None}
-    if path.is_file():
-        before = tomllib.loads(path.read_text(encoding="utf-8"))["jobs"]
+    if path.exists():
+        before = _recorded(path)
         if _without_folders(before) != _without_folders(jobs):
             raise RecipeError(
                 "a sweep goes on with the recipe, data and flags that it was begun with",
@@ -125,7 +125,8 @@ def _record(sweep: Sweep) -> None:
                 remedy="repeat the first command, or give another --out",
             )
         return
-    if sweep.out.is_dir() and any(sweep.out.iterdir()):
+    begun = (sweep.out / INPUTS).is_file()  # its record was lost
+    if sweep.out.is_dir() and not begun and not all(map(is_partial, sweep.out.iterdir())):
         raise RecipeError(
             "--out is a new or empty folder, or a sweep to go on with",
             received=f"{sweep.out} holds something else",
@@ -134,6 +135,21 @@ def _record(sweep: Sweep) -> None:
     sweep.out.mkdir(parents=True, exist_ok=True)
     record = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
     write_whole(path, tomli_w.dumps(record))
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """Return the jobs of an earlier run, by name. Raises: RecipeError for a record that is damaged."""
+    try:
+        jobs = {str(name): str(words) for name, words in parse_toml(read_text(path))["jobs"].items()}
+        _without_folders(jobs)
+        return jobs
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"Cannot read {path}",
+            entry="record of a sweep",
+            received=f"{type(error).__name__}: {error}",
+            remedy=f"delete it, and repeat the first command, which writes it again: rm {shlex.quote(str(path))}",
+        ) from error
 
 
 def _without_folders(jobs: dict[str, str]) -> dict[str, list[str]]:

@@ -8,9 +8,7 @@ occur there has trust 1.
 """
 
 import difflib
-import json
 import math
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache.bounded import parse_json, parse_toml, read_text
 from kdcache.data import IGNORE_INDEX
 from kdcache.distill import Batch
 from kdcache.errors import MismatchError, RecipeError, plain_logger
@@ -39,8 +38,8 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
     Raises: RecipeError naming the file and the class.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        table: Any = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
+        text = read_text(Path(path))
+        table: Any = parse_json(text) if path.endswith(".json") else parse_toml(text)
     except (OSError, ValueError) as error:
         raise _refused(path, str(error).splitlines()[0]) from error
     if not isinstance(table, dict):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +17,10 @@ from test_plan import RECIPE
 from kdcache.data import write_scenes
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.sweep import Job, Sweep, Watcher, run_jobs
+from kdcache.sweep.curve import write_curve
 from kdcache.sweep.inputs import INPUTS
 from kdcache.sweep.run import RECORD
+from kdcache.sweep.summary import write_details
 
 
 def sweep_of(out: Path, jobs: dict[str, tuple[str, ...]]) -> Sweep:
@@ -157,6 +162,51 @@ def test_another_sweep_s_folder_is_refused(tmp_path: Path) -> None:
         run_jobs(sweep_of(mine, ALONE), Doing())
 
 
+@pytest.mark.parametrize("content", ["", "[jobs", "jobs = 3", "[jobs]\nx = 'a \"b'", "a" + ".a" * 50 + " = 1", None])
+def test_a_damaged_record_is_named_and_written_again(tmp_path: Path, content: str | None) -> None:
+    """Also one that nobody writes to, which a plain read would wait for."""
+    sweep = sweep_of(tmp_path / "out", ALONE)
+    run_jobs(sweep, Doing())
+    record = tmp_path / "out" / RECORD
+    before = record.read_bytes()
+    record.unlink()
+    if content is None:
+        os.mkfifo(record)
+    else:
+        record.write_text(content)
+    with pytest.raises(RecipeError, match="Cannot read") as caught:
+        run_jobs(sweep, Doing())
+    words = shlex.split(caught.value.remedy.rpartition(": ")[2])
+    assert words == ["rm", str(record)]
+    subprocess.run(words, check=True)
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == ["TABLE"]
+    assert record.read_bytes() == before
+
+
+def test_what_a_kill_left_of_a_new_record_is_no_other_sweep(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{RECORD}.partial").write_text("[jo")
+    run_jobs(sweep_of(tmp_path / "out", ALONE), Doing())
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["cut", "pipe", "endless"])
+def test_a_damaged_comparison_is_read_in_bounded_time_and_memory(tmp_path: Path, kind: str) -> None:
+    comparison = tmp_path / "comparison.json"
+    if kind == "pipe":
+        os.mkfifo(comparison)
+    elif kind == "endless":
+        comparison.symlink_to("/dev/zero")
+    else:
+        comparison.write_text('{"rows": [')
+    sweep = Sweep(replace(RECIPE, show={"curve": "limit-labels"}), tmp_path, (), {})
+    write_details(sweep)
+    write_curve(sweep)
+    assert sorted(tmp_path.iterdir()) == [comparison]
+
+
 def test_watchers_hear_what_begins_ends_and_is_kept(tmp_path: Path) -> None:
     events: list[str] = []
 
@@ -183,3 +233,7 @@ def test_damaged_inputs_are_named(tmp_path: Path, content: str) -> None:
     with pytest.raises(RecipeError, match="Cannot read") as caught:
         run_jobs(sweep, Doing())
     assert INPUTS in caught.value.rule
+    subprocess.run(shlex.split(caught.value.remedy.rpartition(": ")[2]), check=True)
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == ["run"]
