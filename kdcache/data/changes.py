@@ -18,7 +18,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs between a data set and what was made from it. It is true if anything does.
+    """Hold the differences between a data set and a cache or run that was made from it. True if there are any.
 
     Attributes:
         classes: how the class list differs, in words. Empty if it does not.

@@ -188,7 +188,7 @@ def test_a_remedy_names_the_model_of_weights_only_if_kdcache_has_it(here, cli, s
      "kdcache:tiny+depth,tap=$(id)", "kdcache:tiny+aux,tap=$(id)"],
 )  # fmt: skip
 def test_no_remedy_spells_what_a_file_spells(here, cli, spec) -> None:
-    """Of a run's description and of a recipe."""
+    """The spec stands in a run's description, and in a recipe."""
     rename(here / "theirs", spec)
     (here / "r.toml").write_text(f'model = "{spec}"\n')
     for command in (READERS["evaluate"], TRAIN + " --recipe {w}/r.toml --out {w}/new"):

@@ -23,7 +23,7 @@ THEIRS = "scenes:96x128,train=96,val=32,seed=0"
 """What the teacher learns from."""
 YOURS = "scenes:96x128,train=96,val=32,seed=1"
 LABELS = 8
-"""As many of YOURS have a label."""
+"""The number of images in YOURS that have a label."""
 SIZE = "96x128"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from kdcache.data.layouts.scan import composed, is_picture, names_below
+from kdcache.data.layouts.scan import composed, is_picture, names_below, walk_once
 
 MASKS = {"labels", "label", "masks", "mask", "annotations", "ann_dir", "segmentationclass", "segmentationobject"}
 """Folders whose pictures are labels, in lower case."""
@@ -70,12 +69,7 @@ def is_mask(path: str) -> bool:
 
 def holds_masks(root: Path) -> bool:
     """Return True if label pictures lie below a folder: what annotates them besides is not their labels."""
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
+    for folder, folders, names in walk_once(root):
         folders.sort(key=lambda name: (name.lower() not in MASKS, name))  # where the first one lies, if any does
         parts = Path(folder).relative_to(root).parts
         if not MASKS.isdisjoint(part.lower() for part in parts) and any(is_picture(name) for name in names):

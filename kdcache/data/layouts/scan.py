@@ -243,6 +243,17 @@ def names_below(folder: Path) -> dict[str, str]:
     return dict(_files(folder))
 
 
+def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what `os.walk` yields, through links, each folder once. The caller may sort or shorten the folders."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield folder, folders, names
+
+
 def is_picture(name: str) -> bool:
     """Whether a suffix is a picture's. Hidden files are never data: macOS leaves `._a.jpg` beside `a.jpg`."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
@@ -261,12 +272,7 @@ def composed(name: str) -> str:
 
 def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tuple[str, str]]:
     """(composed id, posix path) below `top`, through links (data sets are often linked together), each folder once."""
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(top, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
+    for folder, folders, names in walk_once(top):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if name.lower().endswith(suffixes) and not name.startswith("."):

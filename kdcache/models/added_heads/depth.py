@@ -26,7 +26,7 @@ _START = 8
 """The first predictions are `max_depth` divided by this, whatever the image shows."""
 _OPTIONS = ("tap", "as", "max")
 _VALUE = re.compile(r"[\w.+-]+")
-"""Of an option: a name or a number, nothing that a shell reads."""
+"""The values of an option: a name or a number, without characters that a shell interprets."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     labelmap.txt                                `label:r,g,b:parts:actions`, a line for each class
     SegmentationClass/a.png                     in these colours, or numbers of the lines
     ImageSets/Segmentation/SUBSET.txt           names, one a line
-    JPEGImages/a.jpg                            if the export has the images; else any folder beside
+    JPEGImages/a.jpg                            if the export has the images; else any other folder
 
 Shapes are drawn in the order of their layers (z_order), then of the file. Pixels of no shape are the background.
 COCO 1.0 is read by own/coco.py.
@@ -80,7 +80,7 @@ class CvatMasks(Layout):
         return sorted(_split(name) for name in lists_in(root / LISTS)) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        return f"{LABELMAP} beside {LABELS}/; its classes"
+        return f"{LABELMAP} next to {LABELS}/; its classes"
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
         colours = [colour for _, colour in _labelmap(root)]

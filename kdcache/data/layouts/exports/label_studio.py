@@ -1,7 +1,7 @@
 """Label Studio: the JSON export, and "Brush labels to PNG".
 
     project-1-at-2026-01-31-12-00.json          a list of tasks, with shapes in percent, or brush strokes
-    task-1-annotation-2-by-1-tag-car-0.png      a mask of one class; the JSON (or JSON-MIN) beside says which image a
+    task-1-annotation-2-by-1-tag-car-0.png      a mask of one class; the JSON (or JSON-MIN) export says which image a
                                                 task has, or the images are called 1.jpg, 2.jpg ... after their tasks
 
 Images lie in any folder below. Their names are found behind /data/upload/, /data/local-files/?d= and the prefix of

@@ -1,7 +1,7 @@
-"""LabelMe: a JSON file beside each image, and the folders that labelme2voc makes of them.
+"""LabelMe: a JSON file next to each image, and the folders that labelme2voc makes of them.
 
     a.jpg  a.json                       polygons, rectangles, circles and masks; also in train/ and val/, or JSON in a
-                                        folder beside that of the images
+                                        folder next to that of the images
     labels.txt                          the order of the classes, if it lies there; else they are sorted
     JPEGImages/  class_names.txt        labelme2voc: SegmentationClassPNG/ or SegmentationClass/ with .png or .npy
 
@@ -50,7 +50,7 @@ class LabelMe(Export):
     """The layout of LabelMe's JSON files."""
 
     name: ClassVar[str] = "labelme"
-    looks_for: ClassVar[str] = "JSON files of LabelMe (shapes, imagePath), beside the images or in folders"
+    looks_for: ClassVar[str] = "JSON files of LabelMe (shapes, imagePath), next to the images or in folders"
 
     def found(self, root: Path) -> str:
         shaped = (path for path in files_of(root, ".json") if head_has(path, "{", "shapes") and is_part(path, root))
@@ -93,7 +93,7 @@ class LabelMeVoc(Layout):
         return False
 
     def why(self, root: Path) -> str:
-        return f"{NAMES} beside {IMAGES}/; its classes"
+        return f"{NAMES} next to {IMAGES}/; its classes"
 
     def _classes(self, root: Path) -> ClassList:
         lines = [line.strip() for line in read_text(root / NAMES).splitlines()]
