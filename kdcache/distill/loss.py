@@ -9,6 +9,7 @@ A term of depth is of the task `depth`, all else of `segmentation`; a balance we
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,12 +35,12 @@ from kdcache.distill.checks import (
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
 from kdcache.distill.label_targets import LabelTargets
-from kdcache.distill.masks import TeacherMasks
+from kdcache.distill.masks import TeacherMasks, gated
 from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.outputs import Losses, Outputs, StudentOutputs, unpacked
 from kdcache.distill.target import TargetFormat
 from kdcache.heads import TASKS
-from kdcache_kernels import PastedTarget, distill_denominators, distill_loss
+from kdcache_kernels import distill_denominators, distill_loss
 from kdcache_kernels.topk import compute_dtype
 
 if TYPE_CHECKING:
@@ -204,8 +205,7 @@ class DistillLoss(nn.Module):
             zero = torch.zeros((), device=batch.any_label.device)
             return zero, zero
         teaching = self.kl_weight > 0 and self._teaches(batch)
-        other = self._masks.pasted(batch) if teaching else None
-        counted_BHW = self._masks.counted_apart(batch, other) if teaching else None
+        counted_BHW = self._masks.counted_by_kl(batch).all if teaching else None
         target = batch.target if teaching and counted_BHW is None else None
         num_classes = self.targets.num_classes if self.targets is not None else 256
         ce, kl = distill_denominators(
@@ -216,7 +216,6 @@ class DistillLoss(nn.Module):
             ignore_index=self.ignore_index,
             window_B4=None if target is None else batch.window,
             flip_B=None if target is None else batch.flip,
-            pasted=None if target is None else self._masks.pasted_target(other),
             distill_void=self.distill_void,
         )
         return ce, kl if counted_BHW is None else counted_BHW.sum().double()
@@ -401,11 +400,16 @@ class DistillLoss(nn.Module):
             return zero, zero, zero
         if not by_teacher:
             return self._call(logits, replace(batch, targets=None), None, counts, ce_weight, kl_weight)
+        counted = self._masks.counted_by_kl(batch)
+        count = counted.all.sum(dtype=torch.float32) if counts is None and counted.all is not None else None
+        call = partial(self._call, logits, counts=counts, kl_weight=kl_weight, kl_count=count)
+        parts = call(batch, gated(gate, counted.own), ce_weight=ce_weight)
         other = self._masks.pasted(batch)
-        weight, counted_BHW = self._masks.weight(batch, gate, other, None if other is None else self._gate(other))
-        count = counted_BHW.sum(dtype=torch.float32) if counts is None and counted_BHW is not None else None
-        pasted = self._masks.pasted_target(other)
-        return self._call(logits, batch, weight, counts, ce_weight, kl_weight, count, pasted)
+        if other is None:
+            return parts
+        # Where pixels were pasted, another target teaches: the KL of both adds up, by a denominator that both share.
+        loss, _, kl = call(other, gated(self._gate(other), counted.pasted), ce_weight=0.0)
+        return parts[0] + loss, parts[1], parts[2] + kl
 
     def _call(
         self,
@@ -416,7 +420,6 @@ class DistillLoss(nn.Module):
         ce_weight: float,
         kl_weight: float,
         kl_count: Tensor | None = None,
-        pasted: PastedTarget | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
@@ -434,7 +437,6 @@ class DistillLoss(nn.Module):
             window_B4=None if packed is None else batch.window,
             flip_B=None if packed is None else batch.flip,
             pixel_weight_BHW=weight,
-            pasted=pasted,
             distill_void=self.distill_void,
             align_corners=self.align_corners,
             ce_denominator=None if counts is None else counts.ce,

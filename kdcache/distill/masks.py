@@ -1,13 +1,30 @@
 """Which pixels of a batch the teacher's terms count: those in the view that show the image, and whose target it is."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.target import TargetFormat
-from kdcache_kernels import PastedTarget
+
+
+class CountedByKL(NamedTuple):
+    """Which pixels (B, H, W) KL counts, bool.
+
+    Attributes:
+        own: of the batch's own targets; None where the fused loss finds them by itself.
+        pasted: of the targets of pixels that were pasted; None without any.
+    """
+
+    own: Tensor | None
+    pasted: Tensor | None
+
+    @property
+    def all(self) -> Tensor | None:
+        """Those of both targets, which share no pixel."""
+        return self.own if self.own is None or self.pasted is None else self.own | self.pasted
 
 
 @dataclass(frozen=True)
@@ -23,18 +40,12 @@ class TeacherMasks:
     distill_void: bool
     ignore_index: int
 
-    def counted_apart(self, batch: Batch, other: Batch | None) -> Tensor | None:
-        """Which pixels (B, H, W) KL counts; None where the fused loss finds them by itself.
-
-        Args:
-            other: the batch with the targets of pixels that were pasted, as `pasted` has it.
-        """
-        if batch.inside is None and (batch.own is None or (other is not None and other.inside is None)):
-            return None
-        counted_BHW = self._counted_by_kl(batch, batch.own)
-        if other is not None and other.own is not None:
-            counted_BHW = counted_BHW | self._counted_by_kl(other, ~other.own)
-        return counted_BHW
+    def counted_by_kl(self, batch: Batch) -> CountedByKL:
+        """Find the pixels that KL counts, of each target, if the fused loss does not find them by itself."""
+        if batch.inside is None and batch.own is None:
+            return CountedByKL(None, None)
+        other, own_BHW = self.pasted(batch), self._counted(batch, batch.own)
+        return CountedByKL(own_BHW, None if other is None or other.own is None else self._counted(other, ~other.own))
 
     def pasted(self, batch: Batch) -> Batch | None:
         """The batch with the targets of the pixels that were pasted; None where there are none."""
@@ -42,23 +53,6 @@ class TeacherMasks:
             return None
         other = batch.with_pasted_targets()
         return None if other.target is None else other
-
-    def weight(
-        self, batch: Batch, gate_BHW: Tensor | None, other: Batch | None, other_gate_BHW: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Weights (B, H, W) of KL by the gates of both targets, None for 1; and `counted_apart`, which enters them."""
-        weight_BHW, counted_BHW = gate_BHW, self.counted_apart(batch, other)
-        if gate_BHW is not None and other_gate_BHW is not None and batch.own is not None:
-            weight_BHW = torch.where(batch.own, gate_BHW, other_gate_BHW)
-        if counted_BHW is not None:
-            weight_BHW = counted_BHW.float() if weight_BHW is None else weight_BHW * counted_BHW
-        return weight_BHW, counted_BHW
-
-    def pasted_target(self, other: Batch | None) -> PastedTarget | None:
-        """The targets of pixels that were pasted, as the fused loss takes them; `other` as `pasted` returns it."""
-        if other is None or other.own is None or other.target is None or self.targets is None:
-            return None
-        return PastedTarget(~other.own, other.target.packed(self.targets), other.window, other.flip)
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
@@ -83,9 +77,16 @@ class TeacherMasks:
     def _shown_of_view(self, batch: Batch) -> Tensor | None:
         return None if self.targets is None else batch.shown(self.targets, batch.size)
 
-    def _counted_by_kl(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:
+    def _counted(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:
         """Which pixels (B, H, W) of a part of the batch the KL counts."""
         assert self.targets is not None
         inside_BHW = batch.in_view(self.targets, batch.size).expand_as(batch.label)
         counted_BHW = self.counted(batch, own_BHW)
         return inside_BHW if counted_BHW is None else inside_BHW & counted_BHW
+
+
+def gated(gate_BHW: Tensor | None, counted_BHW: Tensor | None) -> Tensor | None:
+    """Weights (B, H, W) of KL: the gate at the pixels that count; None is 1."""
+    if gate_BHW is None or counted_BHW is None:
+        return gate_BHW if counted_BHW is None else counted_BHW.float()
+    return gate_BHW * counted_BHW

@@ -23,7 +23,7 @@ from .ops import (
     pack,
     target_argmax_confidence,
 )
-from .problem import LossProblem, PastedTarget
+from .problem import LossProblem
 from .reference import Denominators, LossParts, distill_loss_reference
 from .topk import LOGIT_LIMIT, PackedTarget
 
@@ -35,7 +35,6 @@ __all__ = [
     "LossParts",
     "LossProblem",
     "PackedTarget",
-    "PastedTarget",
     "ReferenceWarning",
     "ShapeError",
     "ValueRangeError",

@@ -102,7 +102,7 @@ def _weighed(
     changes: dict[str, Any] = {"ce_weight": fields["ce_weight"] if ce is None else ce}
     changes |= {"kl_weight": fields["kl_weight"] if kl is None else kl, "use_ce": fields["use_ce"] and ce is not None}
     if kl is None:
-        changes |= dict.fromkeys(name for name in LOSS_ARGUMENTS if name.startswith(("target_", "pasted_")))
+        changes |= dict.fromkeys(name for name in LOSS_ARGUMENTS if name.startswith("target_"))
     return list({**fields, **changes}.values())
 
 

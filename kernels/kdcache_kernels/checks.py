@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ShapeError, ValueRangeError, describe
-from .problem import LossProblem, PastedTarget
+from .problem import LossProblem
 from .topk import PackedTarget, check_device, check_ids, is_dense, is_logits
 from .window import window_misses_view
 
@@ -203,20 +203,14 @@ def check_class_weight_values(class_weight: Tensor | None) -> None:
         )
 
 
-def check_window(
-    window: Tensor | None,
-    flip: Tensor | None,
-    batch: int,
-    device: torch.device,
-    names: tuple[str, str] = ("window_B4", "flip_B"),
-) -> None:
+def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
     """Refuse windows that are not (B, 4) float64 and flips that are not (B,) bool. Raises: ShapeError."""
     remedy = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
-    check_tensor(names[0], window, (batch, 4), (torch.float64,), device, remedy)
-    check_tensor(names[1], flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
+    check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, remedy)
+    check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
 
 
-def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None, name: str = "window_B4") -> None:
+def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None) -> None:
     """Refuse windows that are empty, reversed or not finite, or that show nothing of a view of `view_size`.
 
     Raises: ValueRangeError.
@@ -227,8 +221,7 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
     if not good.all():
         sample = int((~good).nonzero()[0])
         raise ValueRangeError(
-            f"{name} is finite, with y0 < y1 and x0 < x1.",
-            entry="window is finite",
+            "window_B4 is finite, with y0 < y1 and x0 < x1.",
             received=f"{window[sample].tolist()} for sample {sample}",
             remedy="Flip with flip_B, never by reversing the edges.",
         )
@@ -238,75 +231,38 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
     if outside.any():
         sample = int(outside.nonzero()[0])
         raise ValueRangeError(
-            f"{name} shows a part of the target's view.",
-            entry="window shows a part",
+            "window_B4 shows a part of the target's view.",
             received=f"{window[sample].tolist()} for sample {sample}, the view is {view_size}",
             remedy="Give the edges in pixels of the view that the teacher saw; they may reach over its edge.",
         )
 
 
-def check_packed_target(target: PackedTarget, name: str = "target") -> None:
+def check_packed_target(target: PackedTarget) -> None:
     """Refuse anything else, such as raw logits. Raises: ShapeError."""
     if not isinstance(target, PackedTarget):
         raise ShapeError(
-            f"{name} is a PackedTarget.",
-            entry="target is a PackedTarget",
+            "target is a PackedTarget.",
             received=describe(target),
             remedy="Pack raw logits: PackedTarget(*pack(logits, k), num_classes, view_size).",
         )
 
 
-def check_target(
-    target: PackedTarget, num_classes: int, batch: int, device: torch.device, name: str = "target"
-) -> None:
+def check_target(target: PackedTarget, num_classes: int, batch: int, device: torch.device) -> None:
     """Refuse what is no packed target, or one of other classes, of another batch or device. Raises: ShapeError."""
-    check_packed_target(target, name)
+    check_packed_target(target)
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
-            f"{name} has the batch size and the classes of student_logits_BChw.",
-            entry="target has the batch size and the classes of student_logits_BChw",
+            "target has the batch size and the classes of student_logits_BChw.",
             received=f"(B, C) is ({target.batch_size}, {target.num_classes}), not ({batch}, {num_classes}); "
             f"values {describe(target.values)}",
             remedy="Use a student with the store's class list, and one record per image.",
         )
     if target.device != device:
         raise ShapeError(
-            f"{name} is on the device of student_logits_BChw.",
-            entry="target is on the device of student_logits_BChw",
+            "target is on the device of student_logits_BChw.",
             received=f"values {describe(target.values)}; the student is on {device}",
             remedy="Move it with target.to(device, non_blocking=True) before the call.",
         )
-
-
-def check_pasted(
-    pasted: PastedTarget | None,
-    target: PackedTarget | None,
-    num_classes: int,
-    shape: tuple[int, int, int],
-    device: torch.device,
-) -> None:
-    """Refuse a mask that is not (B, H, W) bool, and a second target where there is no first, or as `check_target` does.
-
-    Raises: ShapeError.
-    """
-    if pasted is None:
-        return
-    if not isinstance(pasted, PastedTarget):
-        raise ShapeError(
-            "pasted is a PastedTarget.",
-            received=describe(pasted),
-            remedy="Pass PastedTarget(mask_BHW, target), with a window and a flip where the pasted images have some.",
-        )
-    if target is None:
-        raise ShapeError(
-            "pasted comes with the target of the pixels that were not pasted.",
-            received=f"pasted.target.values {describe(pasted.target.values)}, and target is None",
-            remedy="Pass both, or the only target as target, with 0 for the other pixels in pixel_weight_BHW.",
-        )
-    check_target(pasted.target, num_classes, shape[0], device, "pasted.target")
-    remedy = "Pass one bool per pixel of the label, True where it was pasted."
-    check_tensor("pasted.mask", pasted.mask, shape, (torch.bool,), device, remedy)
-    check_window(pasted.window, pasted.flip, shape[0], device, ("pasted.window", "pasted.flip"))
 
 
 def check_scalar(
@@ -334,13 +290,10 @@ def check_values(problem: LossProblem, *, ids: bool = True) -> None:
         assert problem.labels is not None
         check_class_ids(problem.labels, problem.student.shape[1], problem.ignore_index)
     if problem.target is not None:
-        targets = [(problem.target, problem.window, "window_B4")]
-        if problem.pasted is not None:
-            targets.append((problem.pasted.target, problem.pasted.window, "pasted.window"))
-        for target, window, name in targets:
-            check_window_values(window, target.view_size, name)
-            if ids and target.indices is not None and may_read(target.indices):
-                check_ids(target.indices, target.num_classes)
+        check_window_values(problem.window, problem.target.view_size)
+        indices = problem.target.indices
+        if ids and indices is not None and may_read(indices):
+            check_ids(indices, problem.target.num_classes)
 
 
 def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
@@ -357,9 +310,6 @@ def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
     }
     if problem.target is not None:
         suspects |= {"target.values": problem.target.values, "target.tail": problem.target.tail}
-    if problem.pasted is not None:
-        other = problem.pasted.target
-        suspects |= {"pasted.target.values": other.values, "pasted.target.tail": other.tail}
     causes = []
     for name, tensor in suspects.items():
         wrong = None if tensor is None else ~tensor.isfinite()

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.compiler import config as compiler
 
 from . import checks
-from .problem import Counted, LossProblem, LossResult, PastedTarget, gradient_dtype
+from .problem import Counted, LossProblem, LossResult, gradient_dtype
 from .sources import digest_of
 from .topk import PackedTarget, argmax_dtype, index_dtype
 
@@ -51,15 +51,12 @@ SCHEMA_TYPES = {
 
 
 def _schema_types(owner: type) -> dict[str, str]:
-    """Return the type in an operator's schema of every field of a dataclass, but for targets."""
+    """Return the type in an operator's schema of every field of a dataclass except a target."""
     return {name: SCHEMA_TYPES[hint] for name, hint in get_type_hints(owner).items() if hint in SCHEMA_TYPES}
 
 
-_PROBLEM_TYPES, _TARGET_TYPES, _PASTED_TYPES = map(_schema_types, (LossProblem, PackedTarget, PastedTarget))
-_OPTIONAL_TYPES = {
-    **{f"target_{name}": kind for name, kind in _TARGET_TYPES.items()},
-    **{f"pasted_{name}": kind for name, kind in (*_TARGET_TYPES.items(), *_PASTED_TYPES.items())},
-}
+_PROBLEM_TYPES, _TARGET_TYPES = map(_schema_types, (LossProblem, PackedTarget))
+_OPTIONAL_TYPES = {f"target_{name}": kind for name, kind in _TARGET_TYPES.items()}
 LOSS_ARGUMENTS = (*_PROBLEM_TYPES, *_OPTIONAL_TYPES)
 """The loss's arguments by position, but for the family. Those of a target are None where there is none."""
 
@@ -83,13 +80,7 @@ def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
     """Return the problem as the operator takes it: the values of `LOSS_ARGUMENTS`, in their order."""
-    pasted = problem.pasted
-    return (
-        *(getattr(problem, name) for name in _PROBLEM_TYPES),
-        *target_arguments(problem.target),
-        *target_arguments(None if pasted is None else pasted.target),
-        *(getattr(pasted, name, None) for name in _PASTED_TYPES),
-    )
+    return (*(getattr(problem, name) for name in _PROBLEM_TYPES), *target_arguments(problem.target))
 
 
 def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
@@ -99,15 +90,10 @@ def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
 
 def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
     """Return the problem whose `loss_arguments` these are."""
-    values = iter(_with_tuples(arguments))
-
-    def following(types: dict[str, str]) -> dict[str, Any]:
-        return dict(zip(types, values, strict=False))
-
-    fields, *targets = following(_PROBLEM_TYPES), following(_TARGET_TYPES), following(_TARGET_TYPES)
-    target, other = (None if each["values"] is None else PackedTarget(**each) for each in targets)
-    pasted = None if other is None else PastedTarget(target=other, **following(_PASTED_TYPES))
-    return LossProblem(target=target, pasted=pasted, **fields)
+    values = _with_tuples(arguments)
+    fields = dict(zip(_PROBLEM_TYPES, values, strict=False))
+    target = dict(zip(_TARGET_TYPES, values[len(fields) :], strict=True))
+    return LossProblem(target=None if target["values"] is None else PackedTarget(**target), **fields)
 
 
 @torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)

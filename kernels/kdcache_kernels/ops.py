@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import autograd, checks, library, topk
 from .errors import ShapeError, ValueRangeError, describe
-from .problem import LossProblem, PastedTarget
+from .problem import LossProblem
 from .reference import (
     Denominators,
     LossParts,
@@ -27,7 +27,6 @@ from .reference import (
     ce_weight_sum,
     distill_loss_reference,
     kl_pixels,
-    pasted_pixels,
 )
 from .topk import PackedTarget
 
@@ -58,7 +57,6 @@ def distill_loss(
     window_B4: Tensor | None = None,
     flip_B: Tensor | None = None,
     pixel_weight_BHW: Tensor | None = None,
-    pasted: PastedTarget | None = None,
     distill_void: bool = True,
     align_corners: bool = False,
     ce_denominator: Tensor | float | None = None,
@@ -102,9 +100,6 @@ def distill_loss(
         flip_B: (B,) bool, whether the image shows its window mirrored left to right; None mirrors nothing.
         pixel_weight_BHW: gate of the KL term, any dtype, taken as a number (uint8: 0 or 1, not 0 to 255). It multiplies
             a pixel's KL and does not shrink the denominator. A non-finite weight of a counted pixel makes KL NaN.
-        pasted: the target of pixels that were pasted from other images (CutMix, ClassMix), its mask, window and flip. A
-            pixel is taught by one target, and counted where it lies in that one's view; weights and temperature are the
-            same. A lost pixel of either target that lies in the view of its own makes KL NaN, whoever teaches there.
         distill_void: whether void pixels teach too. False needs labels to find them; a batch without counts all.
         align_corners: whether the student's resize aligns corners; the target carries its own.
         ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device or
@@ -144,7 +139,6 @@ def distill_loss(
     checks.check_scalar("kl_denominator", kl_denominator, device, "a sum reduced over ranks", optional=True)
     if target is not None:
         checks.check_target(target, num_classes, B, device)
-    checks.check_pasted(pasted, target, num_classes, (B, *size), device)
     use_ce = labels_BHW is not None and (isinstance(ce_weight, Tensor) or ce_weight > 0)
     use_kl = target is not None and (isinstance(kl_weight, Tensor) or kl_weight > 0)
 
@@ -172,7 +166,6 @@ def distill_loss(
         window=None if window_B4 is None or not use_kl else window_B4.detach(),
         flip=flip_B if use_kl else None,
         pixel_weight=None if pixel_weight_BHW is None or not use_kl else pixel_weight_BHW.detach(),
-        pasted=None if pasted is None or not use_kl else pasted.detach(),
         distill_void=distill_void,
         align_corners=align_corners,
         need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
@@ -197,7 +190,6 @@ def distill_denominators(
     ignore_index: int = 255,
     window_B4: Tensor | None = None,
     flip_B: Tensor | None = None,
-    pasted: PastedTarget | None = None,
     distill_void: bool = True,
     impl: str = "auto",
 ) -> Denominators:
@@ -211,7 +203,7 @@ def distill_denominators(
     Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target. A class id out of range is not
         counted.
     Raises: ShapeError, ValueRangeError naming the argument.
-    Memory: fused, nothing of label size; the reference, and pixels that were pasted, several times the labels in int64.
+    Memory: fused, nothing of label size; the reference several times the labels in int64.
     """
     size = checks.check_size(labels_BHW, size)
     if target is not None:
@@ -231,8 +223,7 @@ def distill_denominators(
     if target is not None:
         checks.check_target(target, num_classes, B, device)
         checks.check_window(window_B4, flip_B, B, device)
-    checks.check_pasted(pasted, target, num_classes, (B, *size), device)
-    if family != "reference" and pasted is None:
+    if family != "reference":
         view_size = None if target is None else target.view_size
         window, flip = (None, None) if target is None else (window_B4, flip_B)
         options = (num_classes, int(ignore_index), distill_void, size, view_size, window, flip, anchor.detach())
@@ -242,8 +233,6 @@ def distill_denominators(
         ce = ce_weight_sum(labels_BHW.long(), class_weight, ignore_index, num_classes).double()
     if target is not None:
         counted, _ = kl_pixels(target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
-        if pasted is not None:
-            counted = pasted_pixels(pasted, counted, labels_BHW, size, ignore_index, distill_void)
         kl = counted.sum().double()
     return Denominators(ce, kl)
 

@@ -6,34 +6,13 @@ CUDA) turns it into a `LossResult`. Nothing in between is of label size times cl
 Legend: B batch, C classes, k kept classes, H W label size, h w the student's own size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .topk import PackedTarget
-
-
-@dataclass(frozen=True)
-class PastedTarget:
-    """The target of pixels that were pasted into an image from another, as CutMix and ClassMix do.
-
-    Attributes:
-        mask: (B, H, W) bool, any strides: the pixels that were pasted, which this target teaches, and the other not.
-        target: packed teacher logits, row b of the pixels that were pasted into image b; of the classes of the other,
-            but of any grid, view and k.
-        window, flip: as in `LossProblem`, of this target's view.
-    """
-
-    mask: Tensor
-    target: PackedTarget
-    window: Tensor | None = None
-    flip: Tensor | None = None
-
-    def detach(self) -> "PastedTarget":
-        """Return it without derivatives: none reaches a target."""
-        return replace(self, window=None if self.window is None else self.window.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +36,6 @@ class LossProblem:
         window: (B, 4) float64, any strides, pixels of the target's view; None is the whole view.
         flip: (B,) bool, any stride; None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides, of KL; None weighs every pixel 1.
-        pasted: the target of pasted pixels, beside `target`; None where nothing was pasted.
         distill_void: whether pixels of label `ignore_index` count in the KL.
         align_corners: whether the student's resize aligns corners; the target carries its own.
         need_gradient: whether the gradient is wanted.
@@ -84,7 +62,6 @@ class LossProblem:
     distill_void: bool
     align_corners: bool
     need_gradient: bool
-    pasted: PastedTarget | None = None
 
     @property
     def use_kl(self) -> bool:

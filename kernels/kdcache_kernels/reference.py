@@ -14,7 +14,6 @@ it apart from the usual two lines around `F.kl_div`:
 Legend: B batch, C classes, H W label size, h w the student's or the target's own size.
 """
 
-from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import LossProblem, PastedTarget
+from .problem import LossProblem
 from .topk import PackedTarget, argmax_dtype, compute_dtype
 from .window import Size, ViewPositions, resample, view_positions, window_misses_view
 
@@ -78,11 +77,11 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
             if log_p_BCHW is None or temperature != 1:
                 scaled_BCHW = student.logits if temperature == 1 else student.logits / temperature
                 log_p_BCHW = scaled_BCHW.log_softmax(1)
-            teacher = _Taught.by(target, problem.window, problem.flip, problem, dtype)
-            if problem.pasted is not None:
-                other = problem.pasted
-                teacher = teacher.pasted(_Taught.by(other.target, other.window, other.flip, problem, dtype), other.mask)
-            kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, problem)
+            window_B4 = _nan_where_it_misses(problem.window, target)
+            shown = (labels_BHW, size, problem.ignore_index, window_B4, problem.flip, problem.distill_void)
+            counted_BHW, positions = kl_pixels(target, *shown)
+            teacher = _Upsampled.of_target(target, positions, size, dtype, temperature)
+            kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, counted_BHW, problem)
         loss = problem.ce_weight * ce + problem.kl_weight * kl
         return LossParts(*(NanReachesAll.apply(part.to(dtype), logits_BChw) for part in (loss, ce, kl)))
 
@@ -159,36 +158,6 @@ class _Upsampled(NamedTuple):
             return cls.of(scaled_BChw, positions, size, target.align_corners, 1.0)
 
 
-class _Taught(NamedTuple):
-    """A target's logits (B, C, H, W) at T; the pixels (B, H, W) that it counts, and those of its view that are lost."""
-
-    logits: Tensor
-    counted: Tensor
-    in_view: Tensor
-    lost: Tensor
-
-    @classmethod
-    def by(
-        cls,
-        target: PackedTarget,
-        window_B4: Tensor | None,
-        flip_B: Tensor | None,
-        problem: LossProblem,
-        dtype: torch.dtype,
-    ) -> "_Taught":
-        window_B4 = _nan_where_it_misses(window_B4, target)
-        shown = (problem.labels, problem.size, problem.ignore_index, window_B4, flip_B, problem.distill_void)
-        counted_BHW, positions = kl_pixels(target, *shown)
-        upsampled = _Upsampled.of_target(target, positions, problem.size, dtype, problem.temperature)
-        return cls(upsampled.logits, counted_BHW, counted_BHW, counted_BHW & upsampled.lost)
-
-    def pasted(self, other: "_Taught", mask_BHW: Tensor) -> "_Taught":
-        """Return this with another in the pixels of the mask. What is lost of either stays so."""
-        logits_BCHW = torch.where(mask_BHW[:, None], other.logits, self.logits)
-        counted_BHW = torch.where(mask_BHW, other.counted, self.counted)
-        return _Taught(logits_BCHW, counted_BHW, self.in_view | other.in_view, self.lost | other.lost)
-
-
 def _resize(x_BChw: Tensor, positions: ViewPositions, size: Size, align_corners: bool) -> Tensor:
     """Resample through `positions`; on the CPU a whole view goes the quicker way through `F.interpolate`.
 
@@ -243,10 +212,10 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 def _kl_divergence(
     log_p_BCHW: Tensor,
     lost_BHW: Tensor,
-    teacher: _Taught,
+    teacher: _Upsampled,
+    counted_BHW: Tensor,
     problem: LossProblem,
 ) -> Tensor:
-    counted_BHW = teacher.counted
     log_q_BCHW = teacher.logits.log_softmax(1)
     q_BCHW = log_q_BCHW.exp()
     # Finite even where q is 0, for both logarithms are. The difference first: exactly 0 when they are equal.
@@ -255,7 +224,7 @@ def _kl_divergence(
     if problem.pixel_weight is not None:
         factor_BHW = torch.where(counted_BHW, problem.pixel_weight.to(loss_BHW.dtype), 0)
     denominator = counted_BHW.sum() if problem.kl_denominator is None else problem.kl_denominator
-    spoilt = ((teacher.in_view & lost_BHW) | teacher.lost).any()
+    spoilt = (counted_BHW & (lost_BHW | teacher.lost)).any()
     return divide((loss_BHW * factor_BHW).sum(), denominator, spoilt)
 
 
@@ -293,41 +262,6 @@ def kl_pixels(
     if not distill_void and labels_BHW is not None:
         counted_BHW = counted_BHW & (labels_BHW.long() != ignore_index)
     return counted_BHW, positions
-
-
-def split_pasted(problem: LossProblem) -> tuple[LossProblem, LossProblem]:
-    """Return two problems without pasted pixels whose losses, terms and gradients add up to those of one with them.
-
-    The first has the labels and the image's own target, the second the pasted one.
-    """
-    pasted, target, weight = problem.pasted, problem.target, problem.pixel_weight
-    assert pasted is not None
-    assert target is not None
-    denominator = problem.kl_denominator
-    if denominator is None:
-        of_labels = (problem.labels, problem.size, problem.ignore_index)
-        own_BHW, _ = kl_pixels(target, *of_labels, problem.window, problem.flip, problem.distill_void)
-        denominator = pasted_pixels(pasted, own_BHW, *of_labels, problem.distill_void).sum().double()
-    weight = torch.ones(pasted.mask.shape, device=pasted.mask.device) if weight is None else weight
-    common: dict[str, Any] = {"pasted": None, "kl_denominator": denominator}
-    own = replace(problem, pixel_weight=weight.masked_fill(pasted.mask, 0), **common)
-    other: dict[str, Any] = {"target": pasted.target, "window": pasted.window, "flip": pasted.flip, "use_ce": False}
-    other |= {"pixel_weight": weight.masked_fill(~pasted.mask, 0), "ce_pixel_weight": None}
-    other |= {"label_smoothing": 0.0, "focal_gamma": 0.0}
-    return own, replace(problem, **other, **common)
-
-
-def pasted_pixels(
-    pasted: PastedTarget,
-    own_BHW: Tensor,
-    labels_BHW: Tensor | None,
-    size: Size,
-    ignore_index: int,
-    distill_void: bool,
-) -> Tensor:
-    """Return `own_BHW`, which pixels KL counts of an image's own target, with those that were pasted of theirs."""
-    shown = (labels_BHW, size, ignore_index, pasted.window, pasted.flip, distill_void)
-    return torch.where(pasted.mask, kl_pixels(pasted.target, *shown)[0], own_BHW)
 
 
 def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:

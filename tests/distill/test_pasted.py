@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
+from kdcache.distill.counts import Counts
 from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.terms import TermSpec
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
@@ -172,3 +173,89 @@ def test_what_is_shown_is_of_the_image_that_each_pixel_is_of() -> None:
         assert within is not None
         assert torch.equal(shown, torch.where(own, within | (grey == 0), within | (grey == 1)))
         assert not shown.all()
+
+
+IMPLS = ("auto", "reference")
+SETTINGS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "schedules": {"ce_weight": 0.5, "kl_weight": 0.7, "temperature": 2.5},
+    "smoothed labels": {"label_smoothing": 0.2},
+    "focal": {"focal_gamma": 2.0},
+}
+
+
+def neighbouring(own: Tensor) -> tuple[Tensor, Batch]:
+    """Logits and a batch whose rows have pixels of their neighbours, through windows of their own."""
+    student, label = inputs(7, ROWS)
+    return student, labelled(dense_target(ROWS, seed=3), label, own)
+
+
+def random_mask(seed: int = 4) -> Tensor:
+    return torch.rand(ROWS, *LABEL, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_labels_teach_once_and_both_targets_by_one_count(impl: str, settings: dict[str, float]) -> None:
+    """Against float64: the labels of all pixels, each target at its own, and the mean over the pixels of both."""
+    own = random_mask()
+    student, batch = neighbouring(own)
+    options = {"ce_weight": 1.0, "kl_weight": 0.3, "temperature": 2.0} | settings
+    exact = student.double().requires_grad_()
+    other = batch.map(lambda tensor: tensor[[1, 0, 3, 2]])
+    pairs = [kl_pixels(exact, one, options["temperature"]) for one in (batch, other)]
+    counts = [mask & inside for mask, (_, inside) in zip((own, ~own), pairs, strict=True)]
+    kl = sum(kl[count].sum() for (kl, _), count in zip(pairs, counts, strict=True)) / sum(x.sum() for x in counts)
+    z = F.interpolate(exact, LABEL, mode="bilinear")
+    ce = F.cross_entropy(
+        z, batch.label.long(), ignore_index=255, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    ce = ce * (1 - (-ce).exp()) ** options["focal_gamma"] if "focal_gamma" in options else ce
+    ce = ce.sum() / (batch.label != 255).sum()
+    wanted = torch.autograd.grad(options["ce_weight"] * ce + options["kl_weight"] * kl, exact)[0]
+    leaf = student.requires_grad_()
+    losses = DistillLoss(Format(), impl=impl, **options)(leaf, batch)
+    assert losses.ce.item() == pytest.approx(ce.item(), rel=2e-6)
+    assert losses.kl.item() == pytest.approx(kl.item(), rel=2e-6)
+    expected = options["ce_weight"] * ce + options["kl_weight"] * kl
+    assert losses.loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    gradient = torch.autograd.grad(losses.loss, leaf)[0]
+    assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_parts_of_a_batch_share_the_count_of_both_targets(impl: str) -> None:
+    student, whole = neighbouring(random_mask())
+    criterion = DistillLoss(Format(), kl_weight=0.7, impl=impl)
+    parts = [whole.rows(2, first) for first in (0, 2)]
+    counts = [criterion.counts(part) for part in parts]
+    mean = Counts(*(torch.stack(same).mean() for same in zip(*((n.ce, n.kl) for n in counts), strict=True)))
+    losses = [criterion(student[2 * n : 2 * n + 2], part, mean).loss.item() for n, part in enumerate(parts)]
+    assert sum(losses) / 2 == pytest.approx(criterion(student, whole).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_nothing_and_everything_pasted(impl: str, everywhere: bool) -> None:
+    """As without a second target: that of the row, or of its neighbour."""
+    student, batch = neighbouring(torch.full((ROWS, *LABEL), not everywhere))
+    criterion = DistillLoss(Format(), ce_weight=0.0, kl_weight=1.0, impl=impl)
+    alone = batch.map(lambda tensor: tensor[[1, 0, 3, 2]]) if everywhere else batch
+    alone = replace(alone, labels=batch.labels, own=None)
+    assert criterion(student, batch).kl.item() == pytest.approx(criterion(student, alone).kl.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_logit_that_is_not_finite_spoils_the_kl(impl: str, row: int) -> None:
+    """Of either target, if it lies in its view: the loss is NaN, and so is its gradient at every logit."""
+    own = torch.zeros(ROWS, *LABEL, dtype=torch.bool)
+    own[0] = True
+    student, batch = neighbouring(own)
+    assert batch.target is not None
+    batch.target.values[row, 2, 3, 3] = torch.nan
+    leaf = student.requires_grad_()
+    losses = DistillLoss(Format(), kl_weight=0.5, impl=impl)(leaf, batch)
+    assert losses.kl.isnan()
+    assert losses.ce.isfinite()
+    assert torch.autograd.grad(losses.loss, leaf)[0].isnan().all()

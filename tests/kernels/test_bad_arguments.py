@@ -11,7 +11,6 @@ from torch import Tensor
 from kdcache_kernels import (
     KernelError,
     PackedTarget,
-    PastedTarget,
     ShapeError,
     ValueRangeError,
     densify,
@@ -302,57 +301,6 @@ def test_tensors_of_another_device(operation, name, backend):
 def test_a_target_of_another_device(function, backend):
     error = refusal(OPERATIONS[function], backend, "target", TARGET.to("meta"), ShapeError)
     assert_described(error, TARGET.values)
-
-
-PASTED = {"mask": GATE > 0, "target": TARGET, "window": WINDOW, "flip": FLIP}
-pasting = pytest.mark.parametrize("function", ["distill_loss", "distill_denominators"])
-
-
-def with_pasted(backend: Any, **changes: Any) -> PastedTarget:
-    values = PASTED | changes
-    return PastedTarget(
-        **{name: value.to(backend.device) if name not in changes else value for name, value in values.items()}
-    )
-
-
-@pasting
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(
-            ("mask", value)
-            for value in (GATE, GATE[:, :4] > 0, GATE[:1] > 0, (GATE > 0).to("meta"), (GATE > 0).numpy())
-        ),
-        *(("target", value) for value in OPERATIONS["distill_loss"].shapes["target"]),
-        ("target", TARGET.to("meta")),
-        *(("window", value) for value in (*MOVED_SHAPES["window_B4"], WINDOW.to("meta"))),
-        *(("flip", value) for value in (*MOVED_SHAPES["flip_B"], FLIP.to("meta"))),
-    ],
-)
-def test_what_was_pasted(function, name, value, backend):
-    error = refusal(OPERATIONS[function], backend, "pasted", with_pasted(backend, **{name: value}), ShapeError)
-    assert error.rule.startswith(f"pasted.{name}")
-    tensor = value.values if isinstance(value, PackedTarget) else value
-    if isinstance(tensor, Tensor):
-        assert_described(error, tensor)
-
-
-@pasting
-def test_what_was_pasted_without_its_like(function, backend):
-    operation, pasted = OPERATIONS[function], with_pasted(backend)
-    with pytest.raises(ShapeError, match="pasted comes with the target") as caught:
-        operation(backend, pasted=pasted, target=None)
-    assert_described(caught.value, pasted.target.values)
-    assert "a builtins.dict" in refusal(operation, backend, "pasted", PASTED, ShapeError).received
-    assert_described(refusal(operation, backend, "pasted", pasted.mask, ShapeError), pasted.mask)
-
-
-@pytest.mark.parametrize("window", [*EMPTY["window_B4"], with_row(0, 9, 8, 18)])
-def test_windows_of_what_was_pasted(window, backend):
-    pasted = with_pasted(backend, window=window.to(backend.device))
-    assert refusal(OPERATIONS["distill_loss"], backend, "pasted", pasted, ValueRangeError).rule.startswith(
-        "pasted.window"
-    )
 
 
 @pytest.mark.fused

@@ -147,7 +147,7 @@ def test_exported_names():
     assert kdcache_kernels.__all__ == sorted(kdcache_kernels.__all__, key=lambda n: (not n.isupper(), n))
     assert set(kdcache_kernels.__all__) == {
         *("IMPLEMENTATIONS", "LOGIT_LIMIT", "Denominators", "KernelError", "LossParts", "LossProblem"),
-        *("PackedTarget", "PastedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
+        *("PackedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
         *(
             "average_moments",
             "distill_denominators",

@@ -10,7 +10,6 @@ from kdcache_kernels import (
     LossParts,
     LossProblem,
     PackedTarget,
-    PastedTarget,
     ShapeError,
     ValueRangeError,
     densify,
@@ -84,19 +83,9 @@ def test_opcheck_without_a_target(backend):
     torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
 
 
-@pytest.mark.native
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_opcheck_of_pasted_pixels(backend):
-    whole = problem(backend.device, 2, True)
-    pasted = PastedTarget(whole.labels == 1, whole.target, whole.window, whole.flip)
-    arguments = library.loss_arguments(dataclasses.replace(whole, pasted=pasted))
-    torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
-
-
 def test_a_problem_comes_back_from_its_arguments(backend):
     whole = problem(backend.device, 2, True)
-    pasted = PastedTarget(whole.labels == 1, whole.target, whole.window, whole.flip)
-    for one in (whole, dataclasses.replace(whole, pasted=pasted), dataclasses.replace(whole, target=None)):
+    for one in (whole, dataclasses.replace(whole, target=None)):
         arguments = library.loss_arguments(one)
         again = library.loss_arguments(library.loss_problem(arguments))
         assert len(arguments) == len(again) == len(library.LOSS_ARGUMENTS)

@@ -19,7 +19,7 @@ phases one after the other. The last span of a tile is no pixel's.
 import numpy as np
 
 from .math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, njit, total
-from .terms import any_counts, focal_terms, pixel_terms, smoothing_terms, take_pasted, who_teaches
+from .terms import any_counts, focal_terms, pixel_terms, smoothing_terms
 
 _f = np.float32
 _EIGHTH, _1, _3, _5, _7 = _f(1 / 8), _f(1 / 8), _f(3 / 8), _f(5 / 8), _f(7 / 8)
@@ -190,7 +190,7 @@ def _write_nodes(c, n, pull, upper, lower):
 
 @kernel
 def cells(
-    first, last, student, target, ids, weight, gate, spread, starts, fractions, target_rows, target_fractions, others,
+    first, last, student, target, ids, weight, gate, spread, starts, fractions, target_rows, target_fractions,
     form, temperature, factors, class_weight, gamma, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
@@ -200,8 +200,6 @@ def cells(
         ids, weight, gate, spread: (B, H, tiles, P, n), as `prepare.count_pixels` makes them; spread may be empty.
         starts: (h + 1,) the first label row of each cell row. fractions: (H,) the weight of the row below.
         target_rows, target_fractions: (Bt, H) row of the target and weight of the next; Bt = B or 1.
-        others: of the pasted target: which pixels it teaches, as `prepare.count_pixels` makes it, of no element where
-            there is none; its logits; its rows and fractions.
         form: ONE, SQUARE or TWO. temperature: for TWO.
         factors: what CE and KL of a pixel weigh in the gradient, in nats.
         class_weight: (C,), read where labels are smoothed. gamma: of the focal loss, or 0.
@@ -211,10 +209,6 @@ def cells(
     _, h, tiles, C, n = student.shape
     ht = target.shape[1]
     size = 4 * TILE
-    pasted, other_target, other_rows, other_fractions = others
-    has_pasted, last_other = pasted.size > 0, other_target.shape[1] - 1
-    other_v = np.zeros((C if has_pasted else 0, size), _f)
-    other_sum, other_cross = np.ones(size, _f), np.zeros(size, _f)
     smooth, total_weight = spread.size > 0, class_weight.sum()
     mixed, mix, even, even_pull = np.zeros(TILE + 1, _f), np.zeros(size, _f), np.zeros(size, _f), np.zeros(size, _f)
     e, v, pull = np.empty((C, size), _f), np.zeros((C, size), _f), np.empty((C, size), _f)
@@ -227,7 +221,7 @@ def cells(
     slope_1, slope_T, slope_v = np.empty(size, _f), np.empty(size, _f), np.empty(size, _f)
     for task in range(first, last):
         b, i = task // h, task % h
-        bt, bo = b if target_rows.shape[0] > 1 else 0, b if other_rows.shape[0] > 1 else 0
+        bt = b if target_rows.shape[0] > 1 else 0
         losses[b, i, :] = 0
         for tile in range(tiles):
             above, below = student[b, i, tile], student[b, min(i + 1, h - 1), tile]
@@ -242,17 +236,9 @@ def cells(
                 j = target_rows[bt, y]
                 t_above, t_below = target[b, j, tile], target[b, min(j + 1, ht - 1), tile]
                 t_fraction = target_fractions[bt, y]
-                j = other_rows[bo, y]
-                o_above, o_below = other_target[b, j, tile], other_target[b, min(j + 1, last_other), tile]
-                o_fraction = other_fractions[bo, y]
-                by_own, by_other = taught, False
-                if taught and has_pasted:
-                    by_own, by_other = who_teaches(row_gate, pasted[b, y, tile])
                 sum_T[:], sum_1[:] = 0, 0
-                if by_own:
+                if taught:
                     sum_v[:], cross[:] = 0, 0
-                if by_other:
-                    other_sum[:], other_cross[:] = 0, 0
                 for c in range(C):
                     if form == TWO:
                         _student_nodes(c, n, above, below, fraction, temperature * _EIGHTH, value, root)
@@ -262,14 +248,9 @@ def cells(
                         _student_pixels_and_squares(c, n, root, e, sum_T, sum_1)
                     else:
                         _student_pixels(c, n, root, e, sum_T)
-                    if by_own:
+                    if taught:
                         _target_nodes(c, n, t_above, t_below, t_fraction, value, lead, root)
                         _target_pixels(c, n, root, lead, v, sum_v, cross)
-                    if by_other:
-                        _target_nodes(c, n, o_above, o_below, o_fraction, value, lead, root)
-                        _target_pixels(c, n, root, lead, other_v, other_sum, other_cross)
-                if by_other:
-                    take_pasted(n, pasted[b, y, tile], other_v, other_sum, other_cross, v, sum_v, cross)
                 pixel_ids = ids[b, y, tile]
                 _own_logarithms(n, pixel_ids, e_1, _f(2) if form == SQUARE else _f(1), own)
                 pixel_terms(

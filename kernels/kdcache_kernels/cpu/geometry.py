@@ -13,7 +13,7 @@ Legend: B batch, Bt B or 1 (the same for all images), H W label size, h w a tens
 n nodes or columns of a tile.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -86,11 +86,6 @@ class Plan(NamedTuple):
     target_runs: Array
     columns: tuple[Array, Array, Array, Array] | None
 
-    @property
-    def layout(self) -> tuple[int, ...]:
-        """Where its label pixels lie in arrays of tiles and phases."""
-        return self.phases, self.tiles, self.pitch, self.offset, self.n
-
 
 class Geometry(NamedTuple):
     """Sizes that positions follow from; hashable."""
@@ -113,13 +108,6 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
             plan = _plan(geometry, for_cells, window_B4, flip_B)
         if plan is not None:
             yield plan
-
-
-def plans_of_both(first: Iterable[Plan], second: Iterable[Plan]) -> Iterator[tuple[Plan, Plan]]:
-    """Yield the plans for two targets that lay the columns out alike, the fastest first; that of pixels always does."""
-    seconds = list(second)
-    for plan in first:
-        yield from ((plan, other) for other in seconds if other.layout == plan.layout)
 
 
 @lru_cache(maxsize=32)

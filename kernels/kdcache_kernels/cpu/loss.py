@@ -13,7 +13,6 @@ Legend: B batch, C classes, H W label size, h w the student's own size, Bt B or 
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,9 +21,8 @@ from torch import Tensor
 
 from .. import checks
 from ..problem import LossProblem, LossResult
-from ..topk import PackedTarget
 from .cells import cells
-from .geometry import Array, Geometry, Plan, Taps, plans, plans_of_both
+from .geometry import Array, Geometry, Plan, Taps, plans
 from .math import LN2, ONE, SQUARE, TWO
 from .pixels import pixels
 from .prepare import count_pixels, from_nodes, to_nodes
@@ -48,13 +46,6 @@ class _Nodes(NamedTuple):
     span: float
 
 
-class _Taught(NamedTuple):
-    """A target as the kernels read it, and the plan with which they do."""
-
-    plan: Plan
-    nodes: _Nodes
-
-
 class _Pixels(NamedTuple):
     """Label pixels in the form that the kernels read, see `count_pixels`, and the denominators of the terms."""
 
@@ -62,7 +53,6 @@ class _Pixels(NamedTuple):
     weight: Array
     gate: Array
     spread: Array
-    pasted: Array
     ce_denominator: float
     kl_denominator: float
 
@@ -78,11 +68,11 @@ def distill_loss(problem: LossProblem) -> LossResult:
     B, C, h, w = student_BChw.shape
     if B == 0 or not (problem.use_ce or problem.use_kl):
         return _result(problem, 0.0, 0.0, torch.zeros((B, C, h, w)))
-    plan, student, targets = _lay_out(problem, student_BChw)
-    counted = _count(problem, plan, targets)
-    gradient_BChw, ce, kl = _compute(problem, plan, student, targets, counted)
-    if student.lost.any() or any(target.nodes.lost.any() for target in targets):
-        ce_lost, kl_lost = _lost_terms(problem, plan, student, targets)
+    plan, student, target = _lay_out(problem, student_BChw)
+    counted = _count(problem, plan)
+    gradient_BChw, ce, kl = _compute(problem, plan, student, target, counted)
+    if student.lost.any() or (target is not None and target.lost.any()):
+        ce_lost, kl_lost = _lost_terms(problem, plan, student, target)
         ce, kl = (math.nan if ce_lost else ce), (math.nan if kl_lost else kl)
     return _result(problem, ce, kl, gradient_BChw)
 
@@ -99,38 +89,33 @@ def _temperature(problem: LossProblem) -> float:
     return problem.temperature if problem.use_kl else 1.0
 
 
-def _lay_out(problem: LossProblem, student_BChw: Tensor) -> tuple[Plan, _Nodes, list[_Taught]]:
-    """Choose the fastest plan that the geometry and the values allow; with the target, and the pasted one after it."""
-    T, pasted = _temperature(problem), problem.pasted
+def _lay_out(problem: LossProblem, student_BChw: Tensor) -> tuple[Plan, _Nodes, _Nodes | None]:
+    """Choose the fastest plan that the geometry and the values allow, and lay out student and target by it."""
+    T, packed = _temperature(problem), problem.target
     limit = _LARGEST / 8
-    packed = [x for x in (problem.target, None if pasted is None else pasted.target) if x is not None]
-    dense = [densify(x.values, x.indices, x.tail, x.num_classes).float().contiguous() for x in packed]
-    for plan, *others in _plans(problem):
+    dense = None if packed is None else densify(packed.values, packed.indices, packed.tail, packed.num_classes)
+    target_BChw = None if dense is None else dense.float().contiguous()
+    for plan in plans(_geometry(problem), problem.window, problem.flip):
         student = _to_nodes(
             student_BChw, T, limit * min(1.0, problem.temperature), plan.student_nodes, plan.student_runs
         )
-        targets = [
-            _Taught(own, _to_nodes(target_BChw, T, min(limit * T, _LARGEST), own.target_nodes, own.target_runs))
-            for own, target_BChw in zip((plan, *others), dense, strict=False)
-        ]
-        span = max(student.span, *(target.nodes.span for target in targets), 0.0) * max(1.0, 1 / T)
-        if plan.columns is not None or span <= WIDEST:
-            return plan, student, targets
+        target = None
+        if target_BChw is not None:
+            target = _to_nodes(target_BChw, T, min(limit * T, _LARGEST), plan.target_nodes, plan.target_runs)
+        if plan.columns is not None or _span(problem, student, target) <= WIDEST:
+            return plan, student, target
     raise AssertionError("the last plan takes everything")
 
 
-def _plans(problem: LossProblem) -> Iterator[tuple[Plan, ...]]:
-    """Yield plans of the target, and of the pasted one where there is one: alike in where they lay the columns."""
-    own = plans(_geometry(problem, problem.target), problem.window, problem.flip)
-    pasted = problem.pasted
-    if pasted is None:
-        return ((plan,) for plan in own)
-    return plans_of_both(own, plans(_geometry(problem, pasted.target), pasted.window, pasted.flip))
+def _span(problem: LossProblem, student: _Nodes, target: _Nodes | None) -> float:
+    """The widest span of the logits at T = 1 and at T, in nats."""
+    span = student.span if target is None else max(student.span, target.span)
+    return max(span, 0.0) * max(1.0, 1 / _temperature(problem))
 
 
-def _geometry(problem: LossProblem, target: PackedTarget | None) -> Geometry:
-    """The sizes of a problem with one of its targets."""
-    C, h, w = problem.student.shape[1:]
+def _geometry(problem: LossProblem) -> Geometry:
+    """The sizes of a problem."""
+    target, (C, h, w) = problem.target, problem.student.shape[1:]
     own = (C, problem.size, (h, w), problem.align_corners)
     if target is None:
         return Geometry(*own, (h, w), problem.size, problem.align_corners)
@@ -155,7 +140,7 @@ def _class_weight(problem: LossProblem) -> Array:
     return weight.float().contiguous().numpy()
 
 
-def _count(problem: LossProblem, plan: Plan, targets: Sequence[_Taught]) -> _Pixels:
+def _count(problem: LossProblem, plan: Plan) -> _Pixels:
     B, C = problem.student.shape[:2]
     H, _ = problem.size
     none = torch.empty((B, 0, 0))
@@ -165,16 +150,12 @@ def _count(problem: LossProblem, plan: Plan, targets: Sequence[_Taught]) -> _Pix
     shape = (B, H, plan.tiles, plan.phases, plan.n)
     ids, weight, gate = np.empty(shape, np.uint32), np.empty(shape, np.float32), np.empty(shape, np.float32)
     spread = np.empty(shape if problem.label_smoothing > 0 else (0,) * 5, np.float32)
-    mask = none.bool() if problem.pasted is None else problem.pasted.mask.contiguous()
-    pasted = np.empty(shape if problem.pasted is not None else (0,) * 5, np.bool_)
-    other = targets[-1].plan if targets else plan
     counts_BH3 = np.empty((B, H, 3))
     run(
         count_pixels, B * H, labels.numpy(), problem.ignore_index, _class_weight(problem), label_weight.numpy(),
         problem.label_smoothing, pixel_weight.numpy(),
-        plan.inside_y, plan.inside_x, mask.numpy(), other.inside_y, other.inside_x,
-        problem.use_ce, problem.use_kl, not problem.distill_void,
-        plan.pitch, plan.offset, ids, weight, gate, spread, pasted, counts_BH3, nanoseconds=PER_LABEL * ids.size,
+        plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
+        plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3, nanoseconds=PER_LABEL * ids.size,
     )  # fmt: skip
     weight_sum, counted, wrong = counts_BH3.sum((0, 1))
     if wrong and problem.labels is not None:
@@ -184,15 +165,13 @@ def _count(problem: LossProblem, plan: Plan, targets: Sequence[_Taught]) -> _Pix
         return float(count if denominator is None else denominator)
 
     ce = denominator_of(problem.ce_denominator, weight_sum)
-    return _Pixels(ids, weight, gate, spread, pasted, ce, denominator_of(problem.kl_denominator, counted))
+    return _Pixels(ids, weight, gate, spread, ce, denominator_of(problem.kl_denominator, counted))
 
 
 def _compute(
-    problem: LossProblem, plan: Plan, student: _Nodes, targets: Sequence[_Taught], counted: _Pixels
+    problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None, counted: _Pixels
 ) -> tuple[Tensor, float, float]:
     """Return the gradient, CE and KL."""
-    # Without a target, or with one, the kernels get something of the same kind that they do not read.
-    target, other = (targets[0], targets[-1]) if targets else (_Taught(plan, student),) * 2
     B, C, h, w = problem.student.shape
     T = _temperature(problem)
     both = problem.use_ce and problem.use_kl
@@ -202,9 +181,12 @@ def _compute(
     shape = student.values.shape if problem.need_gradient else (0,) * 5
     upper, lower = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     losses_Bh2 = np.zeros((B, h, 2))
-    target_rows, other_rows = ((x.low.astype(np.int64), x.fraction) for x in (plan.target_rows, other.plan.target_rows))
-    others = (counted.pasted, other.nodes.values, *other_rows)
-    rows = (plan.starts, plan.student_rows.fraction, *target_rows, others)
+    # Without a target the kernels get something of the same kind that they do not read.
+    target_values = student.values if target is None else target.values
+    rows = (
+        *(plan.starts, plan.student_rows.fraction),
+        *(plan.target_rows.low.astype(np.int64), plan.target_rows.fraction),
+    )
     common = (
         *(form, np.float32(T), np.array(factors, np.float32)),
         *(_class_weight(problem), np.float32(problem.focal_gamma)),
@@ -213,13 +195,10 @@ def _compute(
     labels = (counted.ids, counted.weight, counted.gate, counted.spread)
     cost = PER_CLASS * C * counted.ids.size
     if plan.columns is None:
-        run(cells, B * h, student.values, target.nodes.values, *labels, *rows, *common, *results, nanoseconds=cost)
+        run(cells, B * h, student.values, target_values, *labels, *rows, *common, *results, nanoseconds=cost)
     else:
-        T_span = max(x.span for x in (student, target.nodes, other.nodes)) * max(1.0, 1 / T)
-        wide = not T_span <= WIDEST
-        assert other.plan.columns is not None
-        taps = (*plan.columns, *other.plan.columns[2:])
-        arguments = (student.values, target.nodes.values, *labels, taps, *rows, *common, wide, *results)
+        wide = not _span(problem, student, target) <= WIDEST
+        arguments = (student.values, target_values, *labels, plan.columns, *rows, *common, wide, *results)
         run(pixels, B * h, *arguments, nanoseconds=cost)
     ce, kl = LN2 * losses_Bh2.sum((0, 1))
     gradient_BChw = torch.empty((B, C, h, w) if problem.need_gradient else 0)
@@ -230,7 +209,7 @@ def _compute(
     return gradient_BChw, float(ce) * per_ce, float(kl) * T * T * per_kl
 
 
-def _lost_terms(problem: LossProblem, plan: Plan, student: _Nodes, targets: Sequence[_Taught]) -> tuple[bool, bool]:
+def _lost_terms(problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None) -> tuple[bool, bool]:
     """Whether a counted pixel of CE and of KL is lost. Rare, hence in plain NumPy."""
     labelled_BHW: Any = True
     if problem.labels is not None:
@@ -238,15 +217,11 @@ def _lost_terms(problem: LossProblem, plan: Plan, student: _Nodes, targets: Sequ
     lost_BHW = plan.student_columns.reaches(plan.student_rows.reaches(student.lost, 1), 2)
     ce_lost = problem.use_ce and bool((lost_BHW & labelled_BHW).any())
     taught_BHW = True if problem.distill_void else labelled_BHW
-    return ce_lost, any(_lost_to(target, lost_BHW, taught_BHW) for target in targets)
-
-
-def _lost_to(target: _Taught, student_BHW: Array, taught_BHW: Any) -> bool:
-    """Whether a pixel that lies in the view of a target, and counts, is lost."""
-    plan, lost_BHW = target.plan, student_BHW.copy()
+    if target is None:
+        return ce_lost, False
     for b in range(len(lost_BHW)):
         bt = b if len(plan.inside_y) > 1 else 0
         rows, columns = (Taps(*(x[bt] for x in taps)) for taps in (plan.target_rows, plan.target_columns))
-        lost_BHW[b] |= columns.reaches(rows.reaches(target.nodes.lost[b], 0), 1)
+        lost_BHW[b] |= columns.reaches(rows.reaches(target.lost[b], 0), 1)
     counted_BHW = plan.inside_y[:, :, None] & plan.inside_x[:, None, :] & taught_BHW
-    return bool((lost_BHW & counted_BHW).any())
+    return ce_lost, bool((lost_BHW & counted_BHW).any())

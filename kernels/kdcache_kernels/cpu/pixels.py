@@ -11,7 +11,7 @@ Legend: B batch, C classes, H label rows, h w a tensor's own rows and columns, n
 import numpy as np
 
 from .math import OPTIONS, SQUARE, TILE, TWO, exp2, kernel, njit, total
-from .terms import any_counts, focal_terms, pixel_terms, smoothing_terms, take_pasted, who_teaches
+from .terms import any_counts, focal_terms, pixel_terms, smoothing_terms
 
 _f = np.float32
 
@@ -121,7 +121,7 @@ def _shrink(n, pull_Cn, index, fraction, rows_Cw):
 @kernel
 def pixels(
     first, last, student, target, ids, weight, gate, spread, taps, starts, fractions, target_rows, target_fractions,
-    others, form, temperature, factors, class_weight, gamma, wide, use_kl, need_gradient, upper, lower, losses,
+    form, temperature, factors, class_weight, gamma, wide, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
 
@@ -129,19 +129,14 @@ def pixels(
         student, target: (B, h, 1, C, w + 1) base-2 logits at T; the last column repeats.
         ids, weight, gate, spread: (B, H, tiles, 1, n), as `prepare.count_pixels` makes them; spread may be empty.
         taps: index (tiles, n) of the cell to the left of a column and fraction of the next, of student columns; the
-            same with a leading Bt of target columns, and of the pasted target's. Bt is B or 1.
+            same with a leading Bt of target columns. Bt is B or 1.
         wide: whether the logits span so much that a pixel's maximum must be subtracted.
         The others are those of `cells.cells`.
     """
     _, h, _, C, _ = student.shape
     ht = target.shape[1]
     _, _, tiles, _, n = ids.shape
-    index, fraction_x, t_index, t_fraction_x, o_index, o_fraction_x = taps
-    pasted, other_target, other_rows, other_fractions = others
-    has_pasted, last_other = pasted.size > 0, other_target.shape[1] - 1
-    o_pair, o_held = np.empty((2, C if has_pasted else 0, n), _f), np.empty(2, np.int64)
-    other_v = np.zeros((C if has_pasted else 0, n), _f)
-    other_sum, other_cross = np.ones(n, _f), np.zeros(n, _f)
+    index, fraction_x, t_index, t_fraction_x = taps
     smooth, total_weight = spread.size > 0, class_weight.sum()
     mix, even, even_pull = np.zeros(n, _f), np.zeros(n, _f), np.zeros((2, n), _f)
     pair, t_pair = np.empty((2, C, n), _f), np.empty((2, C, n), _f)
@@ -157,9 +152,9 @@ def pixels(
     for tile in range(tiles):
         for task in range(first, last):
             b, i = task // h, task % h
-            bt, bo = b if target_rows.shape[0] > 1 else 0, b if other_rows.shape[0] > 1 else 0
+            bt = b if target_rows.shape[0] > 1 else 0
             if task == first or i == 0:
-                held[:], t_held[:], o_held[:] = -1, -1, -1
+                held[:], t_held[:] = -1, -1
             if starts[i] == starts[i + 1]:
                 continue
             next_i = min(i + 1, h - 1)
@@ -184,10 +179,7 @@ def pixels(
                     if form == TWO:
                         _student_exponentials(c, n, above, below, fraction, peak, temperature, e_1, sum_1)
                 _own_logarithms(n, pixel_ids, above, below, fraction, peak, scale_1, own)
-                by_own, by_other = taught, False
-                if taught and has_pasted:
-                    by_own, by_other = who_teaches(row_gate, pasted[b, y, tile])
-                if by_own:
+                if taught:
                     j = target_rows[bt, y]
                     next_j = min(j + 1, ht - 1)
                     for row in (j, next_j):
@@ -201,22 +193,6 @@ def pixels(
                             c, n, (above, below), fraction, peak, (t_above, t_below), t_fraction, t_peak,
                             v, sum_v, cross,
                         )  # fmt: skip
-                if by_other:
-                    j = other_rows[bo, y]
-                    next_j = min(j + 1, last_other)
-                    for row in (j, next_j):
-                        _stretch(row, other_target[b, :, 0], o_index[bo, tile], o_fraction_x[bo, tile], o_pair, o_held)
-                    o_above, o_below = o_pair[j % 2], o_pair[next_j % 2]
-                    o_fraction = other_fractions[bo, y]
-                    if wide:
-                        _largest(n, o_above, o_below, o_fraction, t_peak)
-                    other_sum[:], other_cross[:] = 0, 0
-                    for c in range(C):
-                        _target_exponentials(
-                            c, n, (above, below), fraction, peak, (o_above, o_below), o_fraction, t_peak,
-                            other_v, other_sum, other_cross,
-                        )  # fmt: skip
-                    take_pasted(n, pasted[b, y, tile], other_v, other_sum, other_cross, v, sum_v, cross)
                 pixel_terms(
                     n, sum_1, sum_T, sum_v, cross, own, row_weight, row_gate,
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,

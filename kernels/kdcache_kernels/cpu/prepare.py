@@ -95,7 +95,7 @@ def from_nodes(first, last, upper, lower, index, fraction, gradient):
 @kernel
 def count_pixels(
     first, last, labels, ignore_index, class_weight, label_weight, share, pixel_weight, inside_y, inside_x,
-    pasted, other_y, other_x, use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, spread, others, counts,
+    use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, spread, counts,
 ):  # fmt: skip
     """Write the weight of each label pixel in each term, tile by tile and phase by phase.
 
@@ -107,22 +107,19 @@ def count_pixels(
         label_weight, pixel_weight: of CE and of KL, (B, H, W) float32, or with H = 0 ones.
         share: of a label, which is spread over all classes.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool; Bt is B or 1.
-        pasted: (B, H, W) bool, or with H = 0 nowhere. other_y, other_x: as inside_y, inside_x, where it is.
         skip_void: whether void pixels do not count in KL.
         ids, weight, gate: (B, H, tiles, P, n) results: class id, weight of CE, weight of KL; 0 where not counted.
         spread: the same, a class's part of the share times the weight of the pixel; of no element without a share.
-        others: the same, whether the pixel was pasted; of no element without `pasted`.
         counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, ids out of range.
     """
     _, H, tiles, P, n = ids.shape
     C, W = class_weight.size, inside_x.shape[1]
     has_labels, has_pixel_weight = labels.shape[1] > 0, pixel_weight.shape[1] > 0
     has_label_weight, has_spread = label_weight.shape[1] > 0, spread.size > 0
-    has_pasted = pasted.shape[1] > 0
     kept, part = _f(1 - share), _f(share / C)
     for task in range(first, last):
         b, y = task // H, task % H
-        bt, bo = b if inside_y.shape[0] > 1 else 0, b if other_y.shape[0] > 1 else 0
+        bt = b if inside_y.shape[0] > 1 else 0
         weight_sum, counted, wrong = 0.0, 0, 0
         for tile in range(tiles):
             for p in range(P):
@@ -133,8 +130,6 @@ def count_pixels(
                     gate[b, y, tile, p, k] = 0
                     if has_spread:
                         spread[b, y, tile, p, k] = 0
-                    if has_pasted:
-                        others[b, y, tile, p, k] = False
                     if k >= pitch or x < 0 or x >= W:
                         continue
                     label = np.int64(labels[b, y, x]) if has_labels else np.int64(0)
@@ -150,9 +145,6 @@ def count_pixels(
                             if has_spread:
                                 spread[b, y, tile, p, k] = part * own
                     inside = inside_y[bt, y] and inside_x[bt, x]
-                    if has_pasted and pasted[b, y, x]:
-                        others[b, y, tile, p, k] = True
-                        inside = other_y[bo, y] and other_x[bo, x]
                     if use_kl and inside and not (void and skip_void):
                         counted += 1
                         gate[b, y, tile, p, k] = pixel_weight[b, y, x] if has_pixel_weight else _f(1)

@@ -23,31 +23,6 @@ def any_counts(weight_Pn):
 
 
 @njit(**OPTIONS)
-def who_teaches(gate_Pn, pasted_Pn):
-    """Whether a row has pixels with a weight that the image's own target teaches, and such that the pasted one does."""
-    own, other = False, False
-    for p in range(gate_Pn.shape[0]):
-        for k in range(gate_Pn.shape[1]):
-            if gate_Pn[p, k] != 0:
-                own, other = own or not pasted_Pn[p, k], other or pasted_Pn[p, k]
-    return own, other
-
-
-@njit(**OPTIONS)
-def take_pasted(n, pasted_Pn, other_v, other_sum, other_cross, v, sum_v, cross):
-    """Take exponentials and sums of the pasted target in the place of the image's own, where pixels were pasted."""
-    for p in range(pasted_Pn.shape[0]):
-        start = p * TILE
-        for k in range(n):
-            pasted = pasted_Pn[p, k]
-            sum_v[start + k] = other_sum[start + k] if pasted else sum_v[start + k]
-            cross[start + k] = other_cross[start + k] if pasted else cross[start + k]
-        for c in range(v.shape[0]):
-            for k in range(n):
-                v[c, start + k] = other_v[c, start + k] if pasted_Pn[p, k] else v[c, start + k]
-
-
-@njit(**OPTIONS)
 def pixel_terms(
     n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
 ):

@@ -10,9 +10,6 @@ the edges, which last until totals.
 Geometry has a launch of its own because all of its image's programs must be done: as a part of the loss kernels, each
 of their programs would sum up all counts, and their variants would be twice as many.
 
-Where pixels were pasted from other images, the launches of the target are followed by those of the pasted one, in the
-same call: a second target within a kernel would cost each of its loops as much.
-
 Legend: B batch, C classes, h w student's size, P programs of a kernel.
 """
 
@@ -23,7 +20,6 @@ from torch import Tensor
 
 from ..errors import ShapeError, describe
 from ..problem import LossProblem, LossResult
-from ..reference import split_pasted
 from . import cells, pixels, tiles
 from .common import Buffers, Needs, cdiv, sum_pairs
 from .prep import Prepared, fast_stride, prepare
@@ -100,11 +96,8 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
     Memory: 4 bytes per logit of the student, and of the target where it is not read as it is; the gradient; the larger
-    of the edges of cells and the scratch of tiles; nothing of label size times C. With pasted pixels three gradients at
-    a time, each rounded to its dtype before they are added, and masks and weights of label size.
+    of the edges of cells and the scratch of tiles; nothing of label size times C.
     """
-    if problem.pasted is not None:
-        return _add(*(distill_loss(part) for part in split_pasted(problem)))
     student, device = problem.student, problem.student.device
     _check_offsets(problem)
     shape = student.shape if problem.need_gradient else (0,)
@@ -115,10 +108,6 @@ def distill_loss(problem: LossProblem) -> LossResult:
     with torch.cuda.device_of(student):
         loss, ce, kl = _launch_all(problem, gradient if problem.need_gradient else None)
     return LossResult(loss, ce, kl, gradient)
-
-
-def _add(first: LossResult, second: LossResult) -> LossResult:
-    return LossResult(*(a + b for a, b in zip(first, second, strict=True)))
 
 
 def _check_offsets(problem: LossProblem) -> None:

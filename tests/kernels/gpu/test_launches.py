@@ -1,6 +1,5 @@
 """What a call costs the host: kernels that it launches and tensors that it allocates, counted."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,7 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from kdcache_kernels import PastedTarget, ValueRangeError
+from kdcache_kernels import ValueRangeError
 from kdcache_kernels.gpu import loss
 from kdcache_kernels.gpu.common import register_limit
 from kdcache_kernels.gpu.on_cells import relations
@@ -75,14 +74,6 @@ def test_a_call(problem, kernels, allocated, launched):
         loss.distill_loss(problem)
     assert launched == kernels
     assert (counts.allocated, counts.computed) == (allocated, 0)
-
-
-def test_pasted_pixels(launched):
-    """The launches of both targets; torch makes the two weights of pixels, the count and the sums."""
-    whole = make_problem(2, (3, 3))
-    pasted = PastedTarget(whole.labels == 1, whole.target)
-    loss.distill_loss(dataclasses.replace(whole, pasted=pasted))
-    assert launched == [*CELLS, *CELLS]
 
 
 def relation_problem(moved: bool) -> RelationProblem:
