@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, whatever comes between: an error, a kill, a power cut, a full disk."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give a
     """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
 
     Args:
-        rule, remedy: of the error's message.
+        rule, remedy: of the error's message, which also has the command that moves the folder away.
     Raises: RecipeError.
     """
     if folder.is_dir():
@@ -93,7 +94,8 @@ def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give a
     else:
         problem = "is no folder" if folder.exists() else ""
     if problem:
-        raise RecipeError(rule, received=f"{folder} {problem}", remedy=remedy)
+        moved = shlex.join(["mv", str(folder), f"{folder}-before"])
+        raise RecipeError(rule, received=f"{folder} {problem}", remedy=f"{remedy}, or move this one away: {moved}")
 
 
 def is_partial(path: Path) -> bool:

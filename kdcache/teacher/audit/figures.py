@@ -1,13 +1,14 @@
 """The audit as pictures: a folder of PNG files, and report.json with the same figures."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.files import check_own_folder
+from kdcache.files import check_own_folder, replacing_in
 from kdcache.metrics import percent
 from kdcache.metrics.figures import (
     INK,
@@ -45,23 +46,26 @@ def check_report_folder(folder: Path) -> None:
 
 
 def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:
-    """Write report.json and the pictures; what an earlier report left there is replaced.
+    """Write report.json and the pictures. They replace what an earlier report left there when all of them are drawn.
 
     Returns: the pictures.
     """
     check_report_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT).write_text(json.dumps(whole.to_json(), indent=1) + "\n", encoding="utf-8")
-    for old in [path for name in (_WORST, SAMPLES) for path in (folder / name).glob("*.png")]:
-        old.unlink()
-    for name in _PICTURES:
-        (folder / name).unlink(missing_ok=True)
-    written = [] if whole.classes is None else _write_classes(whole.classes, records, folder)
-    for regression in whole.regressions:
-        written += write_regression(regression, records, folder)
-    for features in whole.features:
-        written += write_features(features, records, folder)
-    return written
+    with replacing_in(folder, lambda: _earlier(folder)) as drawn:
+        written = [] if whole.classes is None else _write_classes(whole.classes, records, drawn)
+        for regression in whole.regressions:
+            written += write_regression(regression, records, drawn)
+        for features in whole.features:
+            written += write_features(features, records, drawn)
+        (drawn / REPORT).write_text(json.dumps(whole.to_json(), indent=1) + "\n", encoding="utf-8")
+    return [folder / path.relative_to(drawn) for path in written]
+
+
+def _earlier(folder: Path) -> Iterator[Path]:
+    """Yield the pictures of an earlier report."""
+    for name in (_WORST, SAMPLES):
+        yield from (folder / name).glob("*.png")
+    yield from (path for name in _PICTURES if (path := folder / name).is_file())
 
 
 def _write_classes(audit: Audit, records: Records, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import math
 
 import numpy as np
@@ -259,6 +260,28 @@ def test_pictures_and_report(tmp_path, teacher, split, options) -> None:
     assert report["teacher"]["miou"] == found.metrics.miou
     assert [row["name"] for row in report["pseudo_labels"][0]["classes"]] == list(split.classes.names)
     assert report["kl_gradient_error"]["noisy"]["1"]["2.0"] > 0
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_kill_leaves_no_report_or_the_earlier_one(tmp_path, teacher, split, options, earlier, monkeypatch) -> None:
+    build_cache(split, teacher, tmp_path / "s.zarr", options())
+    cache, folder = open_cache(tmp_path / "s.zarr"), tmp_path / "report"
+    found = StoreAudit(7, audit_cache(Records(cache), worst=2))
+
+    def names() -> list[str]:
+        return sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("**/*report*/**/*.*"))
+
+    if earlier:
+        write_report(found, Records(cache), folder)
+    before = names()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kdcache.teacher.audit.figures._worst", lambda *_: signal.raise_signal(signal.SIGINT))
+        write_report(found, Records(cache), folder)
+    assert names() == before
+    (tmp_path / ".report.partial/worst").mkdir(parents=True)  # of a kill, which cleans up nothing
+    write_report(found, Records(cache), folder)
+    assert f"report/{REPORT}" in names()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("held", ["file", "other"])
