@@ -30,7 +30,7 @@ EXTRAS = {
     "kdcache.models.architectures.segformer": "segformer",
     "kdcache.models.architectures.smp": "smp",
     "kdcache.models.export": "onnx",
-    "kdcache.sharing.client": "hub",
+    "kdcache.sharing.hub": "hub",
     "kdcache.store.backend.object_store": "remote",
     "kdcache.training.run.trackers": "wandb",
 }

@@ -16,8 +16,8 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
     """Open one split of a data set.
 
     Args:
-        data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, mmseg, kaggle,
-            coco, camvid, voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu; or `scenes`,
+        data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, mmseg, camvid,
+            voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu; or `scenes`,
             `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
             `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth`, `style=game` or `style=camera` (a
             folder of that name is `./scenes`).
@@ -27,7 +27,8 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
             `memory:NAME@DIGEST` is what `from_dataset` made.
         split: its name, such as `train`; of all where several are joined. `val` means `valid` or `validation` where
             that is what there is, and the other way round.
-        exports: also open exports of labelling tools, which other verbs than `data convert` and `data check` do not.
+        exports: also open the layouts that are converted first, as `data convert` and `data check` do: kaggle, coco and
+            exports of labelling tools.
     Raises: DataError with what is missing or malformed.
     """
     data = os.fspath(data)
@@ -69,8 +70,8 @@ def _find(data: str, exports: bool) -> LayoutRoot:
     if place.layout.live or exports:
         return place
     raise DataError(
-        f"Cannot use {data} as it is: it is an export of a labelling tool",
+        f"Cannot use {data} as it is: a data set of layout {place.layout.name} is converted first",
         entry="cannot use an export",
-        received=f"{place.layout.name}: {place.layout.why(place.root).partition(';')[0]}",
+        received=place.layout.why(place.root).partition(";")[0],
         remedy=f"Convert it, then use the new folder: {convert_command(data)}",
     )

@@ -104,7 +104,7 @@ def test_numbers_hold_in_every_layout_of_ones_own_and_convert_to_class_ids(layou
     assert report.numbers == {0: 255, 7: 0, 11: 1}
     convert(root, tmp_path / "out")
     for place in (root, tmp_path / "out"):
-        assert np.unique(open_split(place, "train").label(0)).tolist() == [0, 1, 255]
+        assert np.unique(open_split(place, "train", exports=True).label(0)).tolist() == [0, 1, 255]
     assert open_split(tmp_path / "out", "train").label_map is None
 
 

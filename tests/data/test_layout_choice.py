@@ -121,7 +121,7 @@ def test_a_class_list_that_is_none_is_refused_in_every_layout(content, tiny, tmp
         root = tiny.write(layout, tmp_path / layout)
         (root / "classes.txt").write_text(content)
         with pytest.raises(DataError) as caught:
-            open_split(f"{layout}:{root}", "train")
+            open_split(f"{layout}:{root}", "train", exports=True)
         assert "classes.txt" in caught.value.received
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdcache.data import IGNORE_INDEX, check, fold_alone, list_splits, open_split
+from kdcache.data import IGNORE_INDEX, check, fold_alone
+from kdcache.data import list_splits as list_any_splits
+from kdcache.data import open_split as open_any_split
 from kdcache.data.folds import SplitPart
 from kdcache.data.layouts.label_ids import id_table
 from kdcache.data.layouts.registry import LAYOUTS, find_layout, split_prefix
 
+open_split, list_splits = partial(open_any_split, exports=True), partial(list_any_splits, exports=True)
 WITHOUT = ("kitti-semantic", "kitti-depth", "nyu")
-WITH_LABELS = [name for name, layout in LAYOUTS.items() if layout.live and name not in WITHOUT]
+WITH_LABELS = [
+    name for name, layout in LAYOUTS.items() if (layout.live or name in ("kaggle", "coco")) and name not in WITHOUT
+]
 SPLITS = {name: ["train", "val"] for name in WITH_LABELS} | {"voc": ["train", "trainval", "val"]}
 PREFIXES = {"cityscapes": ("{split}stadt/{split}stadt_", "_leftImg8bit"), "ade20k": ("ADE_{split}_", "")}
 

@@ -63,7 +63,7 @@ def test_annotations_name_a_file_in_either_form(tmp_path) -> None:
     }
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/train.json").write_text(json.dumps(content))
-    assert open_split(f"coco:{tmp_path}", "train").ids == (COMPOSED,)
+    assert open_split(f"coco:{tmp_path}", "train", exports=True).ids == (COMPOSED,)
 
 
 def test_two_files_that_look_the_same_are_told_apart_in_words(tmp_path) -> None:

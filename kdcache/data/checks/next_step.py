@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kdcache.data.checks.check import CheckReport
 from kdcache.data.layouts.base import VALIDATION
-from kdcache.data.layouts.own.coco import Coco
 from kdcache.data.layouts.registry import LAYOUTS, convert_command
 
 MOST_SIDE, MULTIPLE = 384, 32
@@ -23,7 +22,7 @@ def next_step(report: CheckReport) -> str:
     labelled = {name for name, split in report.splits.items() if split.labelled or split.depth.labelled}
     if not labelled:
         return f"kdcache build-teacher-cache --data {data} --teacher RUN --out {_name(report)}.zarr"
-    if report.layout in LAYOUTS and (report.layout == Coco.name or not LAYOUTS[report.layout].live):
+    if report.layout in LAYOUTS and not LAYOUTS[report.layout].live:
         return convert_command(report.data)
     if "train" not in labelled:
         return f"kdcache evaluate RUN --data {data} --split {min(labelled)}"

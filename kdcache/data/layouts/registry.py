@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.exports.base import Export
+from kdcache.data.layouts.exports.coco import Coco
 from kdcache.data.layouts.exports.cvat import Cvat, CvatMasks
+from kdcache.data.layouts.exports.kaggle import Kaggle
 from kdcache.data.layouts.exports.label_studio import LabelStudio, LabelStudioBrush
 from kdcache.data.layouts.exports.labelme import LabelMe, LabelMeVoc
 from kdcache.data.layouts.exports.yolo import Yolo
-from kdcache.data.layouts.own.coco import Coco
 from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
-from kdcache.data.layouts.own.kaggle import Kaggle
 from kdcache.data.layouts.own.mmseg import Mmseg
 from kdcache.data.layouts.pictures import holds_masks
 from kdcache.data.layouts.published.ade20k import Ade20k
@@ -33,9 +34,8 @@ from kdcache.errors import DataError
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        *(Folder(), Mmseg(), Kaggle(), Coco()),
-        *(CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
-        *(Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), LabelStudioBrush(), Yolo()),
+        *(Folder(), Mmseg(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
+        *(Kaggle(), Coco(), Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), LabelStudioBrush(), Yolo()),
     )
 }
 
@@ -107,9 +107,9 @@ def _layout_of(data: str) -> LayoutRoot:
         )
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
-    candidates = _fitting(folder, live=True)
+    candidates = _fitting(folder)
     if not candidates or not holds_masks(folder):  # what annotates masks besides is not their labels
-        candidates = _fitting(folder, live=False) or candidates
+        candidates = _fitting(folder, drawn=True) or candidates
     if any(isinstance(one.layout, Folder) for one in candidates):
         # A classes.txt beside images/ and labels/ makes them one's own data: GTA5's release has none.
         candidates = [
@@ -134,9 +134,9 @@ def _layout_of(data: str) -> LayoutRoot:
     )
 
 
-def _fitting(folder: Path, *, live: bool) -> list[LayoutRoot]:
-    """The layouts that a folder has, of those that are used as they lie, or of the exports."""
-    layouts = (layout for layout in LAYOUTS.values() if layout.live == live)
+def _fitting(folder: Path, *, drawn: bool = False) -> list[LayoutRoot]:
+    """The layouts that a folder has, of those with label files, or of those whose labels are drawn."""
+    layouts = (layout for layout in LAYOUTS.values() if isinstance(layout, Export) == drawn)
     return [LayoutRoot(layout, root) for layout in layouts if (root := layout.find(folder)) is not None]
 
 
@@ -209,7 +209,7 @@ def _around(folder: Path) -> str:
     """A remedy that names the folder, up to three levels above, of whose data set this one is a part; empty without."""
     folder = folder.absolute()
     for above in folder.parents[:3]:
-        fits = [one.layout.name for one in _fitting(above, live=True) if folder.is_relative_to(one.root)]
+        fits = [one.layout.name for one in _fitting(above) if folder.is_relative_to(one.root)]
         if fits:
             return f"Name the folder where the data begin: {above} ({fits[0]})."
     return ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -46,6 +46,7 @@ class Export(Layout):
     live: ClassVar[bool] = False
     split_is: ClassVar[str] = f"a folder or a subset of the export ({', '.join(SPLITS)}); all else is {WHOLE}"
     restore: ClassVar[str] = "Put the images below this folder, under their own names"
+    overlap: ClassVar[str] = "of shapes that overlap the later one counts"
 
     @abstractmethod
     def found(self, root: Path) -> str:
@@ -68,7 +69,18 @@ class Export(Layout):
 
     def why(self, root: Path) -> str:
         classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else f"{BACKGROUND} and its classes"
-        return f"{self.found(root)}; {classes}; of shapes that overlap the later one counts"
+        return f"{self.found(root)}; {classes}; {self.overlap}"
+
+    def labels(
+        self,
+        root: Path,
+        items: Mapping[str, Item],
+        images: Mapping[str, Path],
+        class_of: Mapping[str, int],
+        background: int,
+    ) -> ShapeLabels:
+        """Return what draws the labels of a split; see `ShapeLabels`."""
+        return ShapeLabels(items, images, class_of, background)
 
     def lists_classes(self, root: Path) -> bool:
         return (root / CLASSES_FILE).is_file()
@@ -87,15 +99,16 @@ class Export(Layout):
         return ClassList((background, *objects))
 
     def _scan(self, root: Path, split: str) -> Scan:
-        pictures, names = Pictures(root), self.classes(root).names
+        pictures, names = dict[str, Pictures](), self.classes(root).names
         scan = Scan({}, {}, LABEL_IDS, "", "")
         items: dict[str, Item] = {}
         for item in self.items(root)[split]:
-            path = pictures.find(item.image, *item.folders)
+            place = item.place or ""
+            path = pictures.setdefault(place, Pictures(root, place)).find(item.image, *item.folders)
             if path is None:
                 scan.missing.append(item.image.replace("\\", "/").rpartition("/")[2])
                 continue
-            sample = sample_id(path, split)
+            sample = sample_id(path, split) if item.place is None else stem_of(path.removeprefix(f"{place}/"))
             if sample in items:
                 scan.clashes.append((sample, scan.images[sample], path))
                 continue
@@ -106,7 +119,7 @@ class Export(Layout):
         class_of = {name: number for number, name in enumerate(names)} | {IGNORED: IGNORE_INDEX}
         background = next((class_of[name] for name in names if name.lower() in BACKGROUNDS), IGNORE_INDEX)
         class_of |= dict.fromkeys(BACKGROUNDS, background)
-        drawn = ShapeLabels(items, {name: root / path for name, path in images.items()}, class_of, background)
+        drawn = self.labels(root, items, {name: root / path for name, path in images.items()}, class_of, background)
         return Scan(images, scan.labels, LABEL_IDS, "", "", clashes=scan.clashes, missing=scan.missing, drawn=drawn)
 
 
@@ -115,7 +128,12 @@ def sample_id(path: str, split: str) -> str:
     parts = PurePosixPath(path).parts
     while len(parts) > 1 and parts[0].lower() in (*IMAGES, *SPLITS, split.lower()):
         parts = parts[1:]
-    return composed("/".join(parts).rpartition(".")[0])
+    return stem_of("/".join(parts))
+
+
+def stem_of(path: str) -> str:
+    """Return a path without its suffix, in normal form C."""
+    return composed(path.rpartition(".")[0])
 
 
 def split_of(path: str) -> str:

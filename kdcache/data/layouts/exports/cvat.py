@@ -7,7 +7,7 @@
     JPEGImages/a.jpg                            if the export has the images; else any other folder
 
 Shapes are drawn in the order of their layers (z_order), then of the file. Pixels of no shape are the background.
-COCO 1.0 is read by own/coco.py.
+COCO 1.0 is read by coco.py.
 Source: https://docs.cvat.ai/docs/dataset_management/formats, xml_format and format-smask
 """
 

@@ -33,11 +33,12 @@ class Shape:
 
     Attributes:
         label: the name of its class.
-        kind: polygon, rectangle or ellipse (`points`, those of the last two are two corners); runs, png, brush or file
-            (`data`); anything else cannot be drawn.
+        kind: polygon, rectangle or ellipse (`points`, those of the last two are two corners); runs, png, brush, file
+            or columns (`data`); anything else cannot be drawn.
         points: (x, y) in pixels; in parts of the image's width and height if `scale` is 1, in percent if it is 100.
         data: of runs: lengths of pixels outside and inside in turn, by rows of the box of `points`; of png: base64 of a
-            mask, at the box of `points`; of brush: Label Studio's bytes; of file: the path of a mask of the image.
+            mask, at the box of `points`; of brush: Label Studio's bytes; of file: the path of a mask of the image; of
+            columns: as runs, down the columns of the image.
         scale: what the width and the height of the image are in `points`; 0 for pixels.
     """
 
@@ -58,6 +59,7 @@ class Item:
         shapes: in the order in which they are drawn; None for an image that nobody labelled.
         size: (H, W) as the export has it; None if it has none.
         folders: where the name may begin, below the data set's folder.
+        place: the folder of the images, which is no part of ids, and out of which none is taken; None for any folder.
     """
 
     image: str
@@ -65,6 +67,7 @@ class Item:
     shapes: tuple[Shape, ...] | None
     size: tuple[int, int] | None = None
     folders: tuple[str, ...] = ("",)
+    place: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,11 @@ class ShapeLabels:
                 received=describe_sizes(item.size or size, size),
                 remedy="Restore the image that was labelled, or label this one again.",
             )
-        return draw(item.shapes or (), size, self.class_of, self.background, f"{item.file}, image {item.image!r}")
+        return draw(self.shapes(sample), size, self.class_of, self.background, f"{item.file}, image {item.image!r}")
+
+    def shapes(self, sample: str) -> Sequence[Shape]:
+        """Return the shapes of a sample in the order in which they are drawn. Raises: DataError."""
+        return self.items[sample].shapes or ()
 
     def digest(self, sample: str) -> str:
         """SHA-256 of a sample's shapes and classes, as hex."""
@@ -189,6 +196,10 @@ def _of_runs(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width), (left, top)
 
 
+def _of_columns(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
+    return np.repeat(np.arange(len(shape.data)) % 2 == 1, shape.data).reshape(size[::-1]).T, (0, 0)
+
+
 def _of_png(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
     with Image.open(io.BytesIO(base64.b64decode(shape.data, validate=True))) as image:
         if image.width > size[1] or image.height > size[0]:
@@ -241,6 +252,7 @@ def _of_brush(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int
 
 _MASKS: dict[str, Callable[[Shape, tuple[int, int]], tuple[Mask, tuple[int, int]]]] = {
     "runs": _of_runs,
+    "columns": _of_columns,
     "png": _of_png,
     "file": _of_file,
     "brush": _of_brush,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.data import check, convert, list_splits, open_split
+from kdcache.data import check, convert
+from kdcache.data import list_splits as list_any_splits
+from kdcache.data import open_split as open_any_split
 from kdcache.errors import DataError
 
+open_split, list_splits = partial(open_any_split, exports=True), partial(list_any_splits, exports=True)
 TABLE = "Pixel Value, Class\n0, background\n1, cat\n2, dog\n"
 
 

@@ -41,6 +41,7 @@ class Kaggle(Layout):
     """The layout of images with masks, by folder."""
 
     name: ClassVar[str] = "kaggle"
+    live: ClassVar[bool] = False
     looks_for: ClassVar[str] = (
         "SPLIT/images/ and SPLIT/masks/; or images/ and masks/; or SPLIT/ and SPLIT_labels/ (or SPLIT_masks/); or "
         f"SPLIT/ with pairs such as a_sat.jpg and a_mask.png; with {CLASSES_FILE}, {CLASS_TABLE} or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
-from kdcache.data import check, list_splits, open_split
-from kdcache.data.layouts.own.polygons import Drawing, decompressed, draw
+from kdcache.data import check, convert
+from kdcache.data import list_splits as list_any_splits
+from kdcache.data import open_split as open_any_split
+from kdcache.data.layouts.exports.coco import ObjectLabels, decompressed
+from kdcache.data.layouts.exports.shapes import Item, Shape, draw
 from kdcache.data.layouts.pictures import Pictures
 from kdcache.errors import DataError
 
+open_split, list_splits = partial(open_any_split, exports=True), partial(list_any_splits, exports=True)
 SIZE = (24, 32)
 SQUARE = [[2, 2, 20, 2, 20, 20, 2, 20]]
 SMALL = [[8, 8, 12, 8, 12, 12, 8, 12]]
@@ -34,6 +39,14 @@ def write(root: Path, objects: list[dict], split: str = "train", **other: object
     }
     (root / f"annotations/{split}.json").write_text(json.dumps(content | other))
     return root
+
+
+def drawn(size: tuple[int, int], annotations: list[dict], class_of: dict[int, int], background: int = 0) -> np.ndarray:
+    """The label of annotations whose categories are called by their numbers."""
+    shapes = tuple(Shape(str(one["category_id"]), "object", data=one) for one in annotations)
+    named = {str(number): index for number, index in class_of.items()}
+    labels = ObjectLabels({"a": Item("a", "here", shapes, size)}, {}, named, background, {})
+    return draw(labels.shapes("a"), size, named, background, "here")
 
 
 def own_mask(outline) -> np.ndarray:
@@ -85,7 +98,7 @@ def test_run_lengths_are_drawn_as_pycocotools_decodes_them(masks, compressed) ->
         annotations.append({"category_id": number, "segmentation": counts})
     for number in sorted(range(len(arrays)), key=lambda i: -int(arrays[i].sum())):  # a stable sort
         expected[arrays[number].astype(bool)] = number + 1
-    label = draw(Drawing((6, 7), annotations), {n: n for n in range(1, 5)}, 0, "here")
+    label = drawn((6, 7), annotations, {n: n for n in range(1, 5)})
     assert np.array_equal(label, expected)
 
 
@@ -95,7 +108,7 @@ POINTS = st.lists(st.tuples(st.floats(-3, 30), st.floats(-3, 20)), min_size=3, m
 @given(polygons=st.lists(POINTS, min_size=1, max_size=3))
 def test_polygons_are_drawn_as_pycocotools_draws_them(polygons) -> None:
     outline = [[x for point in polygon for x in point] for polygon in polygons]
-    label = draw(Drawing((18, 27), [{"category_id": 4, "segmentation": outline}]), {4: 9}, 255, "here")
+    label = drawn((18, 27), [{"category_id": 4, "segmentation": outline}], {4: 9}, 255)
     mask = decoded(coco.merge(coco.frPyObjects(outline, 18, 27)))
     assert np.array_equal(label, np.where(mask, 9, 255))
 
@@ -105,12 +118,12 @@ def test_polygons_are_drawn_as_pycocotools_draws_them(polygons) -> None:
 def test_text_that_is_no_run_length_code_is_refused(counts) -> None:
     outline = {"size": [6, 7], "counts": counts}
     runs = decompressed(counts)
-    drawing = Drawing((6, 7), [{"category_id": 1, "segmentation": outline}])
+    annotations = [{"category_id": 1, "segmentation": outline}]
     if min(runs, default=-1) >= 0 and sum(runs) == 42:
-        assert draw(drawing, {1: 1}, 0, "here").shape == (6, 7)
+        assert drawn((6, 7), annotations, {1: 1}).shape == (6, 7)
         return
     with pytest.raises(DataError, match="run lengths"):
-        draw(drawing, {1: 1}, 0, "here")
+        drawn((6, 7), annotations, {1: 1})
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,7 @@ def test_text_that_is_no_run_length_code_is_refused(counts) -> None:
 )
 def test_annotations_that_cannot_be_drawn_are_named(change, rule, tmp_path) -> None:
     root = write(tmp_path, [{"id": 55, "category_id": 1, "segmentation": SQUARE, **change}])
-    with pytest.raises(DataError, match="annotation 55 of") as caught:
+    with pytest.raises(DataError, match="Cannot draw annotation 55 of") as caught:
         open_split(root, "train").label(0)
     assert rule in caught.value.rule
     assert len(check(root).splits["train"].unreadable) == 1
@@ -135,10 +148,11 @@ def test_annotations_that_cannot_be_drawn_are_named(change, rule, tmp_path) -> N
 @pytest.mark.parametrize(
     ("other", "received"),
     [
-        ({"annotations": [{"image_id": 8}]}, "1 of 1 that do not, such as one of image 8"),
+        ({"annotations": [{"image_id": 8}]}, "1 annotations of no image, such as one of image 8"),
         ({"images": [{"id": 1}]}, "KeyError 'file_name'"),
+        ({"images": [{"id": 7, "file_name": n, "height": 4, "width": 4} for n in "ab"]}, "two images"),
         ({"categories": []}, "no categories"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "two of one id"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "categories of one id"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(other, received, tmp_path) -> None:
@@ -180,7 +194,7 @@ def test_roboflow_s_export(tmp_path) -> None:
 def test_an_image_that_is_listed_and_not_there_is_missing(tmp_path) -> None:
     root = write(tmp_path, [])
     (root / "images/train.png").rename(root / "images/other.png")
-    with pytest.raises(DataError, match=r"images/train\.png"):
+    with pytest.raises(DataError, match=r"train\.png"):
         open_split(root, "train")
 
 
@@ -248,6 +262,27 @@ def test_an_image_is_never_one_of_several_nor_outside_of_the_folder(others, tmp_
     with pytest.raises(DataError, match=r"x\.png") as caught:
         open_split(tmp_path / "set", "train")
     assert "Put the images below this folder" in caught.value.remedy
+
+
+def test_an_image_of_another_split_is_never_taken(tmp_path) -> None:
+    for split in ("train", "valid"):
+        exported(tmp_path, f"{split}/_annotations.coco.json", "a.png")
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "valid/a.png")
+    assert open_split(tmp_path, "valid").ids == ("a",)
+    with pytest.raises(DataError, match=r"a\.png"):
+        open_split(tmp_path, "train")
+
+
+def test_a_training_names_the_command_and_a_conversion_has_the_same_samples(tmp_path) -> None:
+    root = write(tmp_path / "set", [{"category_id": 1, "segmentation": SQUARE}])
+    with pytest.raises(DataError, match="layout coco is converted first") as caught:
+        open_any_split(root, "train")
+    assert caught.value.received == "annotations/train.json"
+    assert f"kdcache data convert {root} set-folder" in caught.value.remedy
+    convert(root, tmp_path / "out", threads=1)
+    before, after = open_split(root, "train"), open_any_split(tmp_path / "out", "train")
+    assert before.digest() == after.digest()  # so that a cache of the one fits the other
+    assert np.array_equal(before.label(0), after.label(0))
 
 
 def test_a_mask_is_never_the_image(tmp_path) -> None:
