@@ -20,7 +20,7 @@ from stateful.world import DISK_ERRORS, NEAR, RECIPES, World, build_clean, flipp
 CACHES = st.sampled_from(list(RECIPES))
 NUMBERS = st.integers(0, 2**16)
 VERSIONS = st.integers(0, 2)
-WRITES = st.integers(1, 250)
+WRITES = st.integers(1, 60) | st.integers(1, 650)  # a whole build has 360 to 630, a repair few
 META = ("zarr.json", "manifest.json", "complete.json", "ledger.jsonl")
 
 DATA = ("values/c/", "image/c/", "segmentation/c/")

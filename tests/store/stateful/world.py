@@ -666,6 +666,8 @@ class World:
         """
         if RECIPES[name].source and not self.models[RECIPES[name].source].whole:
             self.repair(RECIPES[name].source, renew)
+            if self.weather is not None and not self.models[RECIPES[name].source].whole:
+                return
         said: list[str] = []
         while (error := self.run(name)) is not None:
             said.append(str(error))
