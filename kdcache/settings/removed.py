@@ -22,6 +22,7 @@ class Removed:
 
 
 VERBS: Mapping[str, Removed] = {
+    "visualise": Removed("Use kdcache report RUN ... --draw DIR."),
     "extend": Removed("Use kdcache build-teacher-cache --from OLD --data DATA --teacher TEACHER --out NEW."),
     "self-train": Removed("Use kdcache sweep self-train --data source=DATA --data target=DATA --out DIR."),
     "data restyle": Removed("In a clone of kdcache, use python examples/restyle.py DATA --like DATA --out DIR."),
@@ -32,6 +33,8 @@ VERBS: Mapping[str, Removed] = {
 """Verbs by their words after `kdcache`."""
 
 SETTINGS: Mapping[str, Removed] = {
+    "ids": Removed("Use --samples N. In Python, kdcache.store.CopyChanges(samples=[...]) takes numbers of samples."),
+    "pictures": Removed("Use --draw DIR, which draws the pictures and names them on the page."),
     "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),
 }
 """Flags of any verb, which are also keywords and keys of recipes. Keys have underscores."""

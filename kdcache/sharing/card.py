@@ -97,7 +97,7 @@ def _front_matter(manifest: Manifest, title: str, licence: str) -> str:
     tasks = ["image-segmentation"] if manifest.segmentation is not None else []
     tasks += ["depth-estimation"] if manifest.depth is not None else []
     lines = [
-        f"license: {licence}",
+        f"license: {json.dumps(licence)}",
         f"pretty_name: {json.dumps(_flat(title))}",
         *(["task_categories:", *(f"- {task}" for task in tasks)] if tasks else []),
         "tags:",

@@ -15,7 +15,6 @@
     sample_ids.py   the ids
     verify.py       every byte against the ledger
     summary.py      what `kdcache inspect` prints
-    value_statistics.py  depth in a store: range, mean, median, histogram
 
 It knows tensors as numpy arrays and no models.
 """
@@ -27,7 +26,7 @@ from kdcache.store.format.manifest_models import Fidelity, Fingerprint
 from kdcache.store.freshness import data_changes, renewal
 from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
-from kdcache.store.subset import evenly_spread, samples_of_ids, spread_samples
+from kdcache.store.subset import evenly_spread, spread_samples
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
 from kdcache.store.targets import SampleTargets
 from kdcache.store.verify import VerifyReport, verify_files
@@ -57,7 +56,6 @@ __all__ = [
     "read_manifest",
     "renewal",
     "round_targets",
-    "samples_of_ids",
     "spread_samples",
     "store_exists",
     "summarise",

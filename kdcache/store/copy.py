@@ -173,13 +173,13 @@ def _check(source: Cache, changes: CopyChanges) -> None:
         raise StoreError(
             "a copy keeps taps that its source has",
             received=f"{', '.join(unknown)}; {source.place} has {', '.join(manifest.features) or 'no taps'}",
-            remedy="name some of these; kdcache extend adds taps",
+            remedy="name some of these; kdcache build-teacher-cache --from adds taps",
         )
     if changes.pixels == "stored" and manifest.view.pixels != "stored":
         raise StoreError(
             "a copy has pixels only when its source has",
             received=f"{source.place} was built with --pixels source",
-            remedy="kdcache extend --pixels stored renders them from the data set",
+            remedy="kdcache build-teacher-cache --from OLD --pixels stored renders them from the data set",
         )
     if changes.samples is not None and (changes.pixels or manifest.view.pixels) == "source":
         raise StoreError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdcache.errors import MismatchError, StoreError
+from kdcache.errors import StoreError
 from kdcache.store.reader import Cache
 
 
@@ -25,21 +25,6 @@ def spread_samples(source: Cache, count: int) -> list[int]:
             remedy=f"give a number from 1 to {samples}",
         )
     return evenly_spread(samples, count)
-
-
-def samples_of_ids(source: Cache, ids: Sequence[str]) -> list[int]:
-    """Numbers of the samples with these ids, ascending. Raises MismatchError naming those that are not there."""
-    numbers = {sample: number for number, sample in enumerate(source.ids)}
-    unknown = sorted(set(ids) - set(numbers))
-    if unknown or not ids:
-        named = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        like = ", ".join(map(repr, source.ids[:1]))
-        raise MismatchError(
-            "a copy takes samples that the store has, by their ids",
-            received=f"{named or 'no id at all'}; the ids of {source.place} are like {like}",
-            remedy="give one id per line: the image's path in its split, without the last suffix",
-        )
-    return sorted({numbers[sample] for sample in ids})
 
 
 def ids_digest(class_names: Sequence[str], ids: Sequence[str]) -> str:

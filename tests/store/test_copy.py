@@ -22,7 +22,6 @@ from kdcache.store import (
     inspect_store,
     open_cache,
     round_targets,
-    samples_of_ids,
     spread_samples,
     verify_files,
 )
@@ -300,11 +299,6 @@ def test_choosing_samples(store) -> None:
     for count in (0, 11):
         with pytest.raises(StoreError, match=f"{count} of 10"):
             spread_samples(cache, count)
-    assert samples_of_ids(cache, [cache.ids[7], cache.ids[2], cache.ids[7]]) == [2, 7]
-    with pytest.raises(MismatchError, match="'zebra'"):
-        samples_of_ids(cache, [cache.ids[0], "zebra"])
-    with pytest.raises(MismatchError, match="no id"):
-        samples_of_ids(cache, [])
 
 
 def test_the_digest_is_that_of_a_split(monkeypatch) -> None:

@@ -1,6 +1,5 @@
 """`kdcache copy`: a store into another place, codec or part."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ from rich.markup import escape
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.building import BuildSettings
-from kdcache_cli.console import OUT, bytes_text, progress_bar, progress_of_steps
+from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
@@ -39,9 +38,6 @@ def copy(
     ] = None,
     samples: Annotated[
         int | None, _Option("--samples", min=1, help="Only so many samples, evenly spread over the source.")
-    ] = None,
-    ids: Annotated[
-        Path | None, _Option("--ids", help="Only the samples whose ids this file lists, one a line.")
     ] = None,
     features: Annotated[
         str | None, _Option("--features", help="Only these taps, comma-separated; '' for none (default: all).")
@@ -84,20 +80,17 @@ def copy(
     [dim]kdcache copy hf://datasets/me/camvid camvid.zarr[/]
     """
     from kdcache.sharing import hub_address, opened
-    from kdcache.store import CopyChanges
+    from kdcache.store import CopyChanges, spread_samples
 
     folder, room = shared_flags.copies(cache_dir, cache_bytes)
     address = hub_address(destination)
     _check_flags(address, licence, private, worker, take_over)
     choices = entries(BuildSettings)
-    with ExitStack() as until_copied:
-        with progress_of_steps("opening") as progress:
-            place = opened(source, cache_dir=folder, cache_bytes=room, progress=progress)
-            cache = until_copied.enter_context(place)
+    with opened(source, cache_dir=folder, cache_bytes=room, progress=not ERRORS.quiet) as cache:
         changes = CopyChanges(
             codec=choices["codec"].read(codec),
             shard_records=shard_records,
-            samples=_samples(cache, samples, ids),
+            samples=None if samples is None else spread_samples(cache, samples),
             features=None if features is None else tuple(tap for tap in features.split(",") if tap),
             pixels=choices["pixels"].read(pixels),
         )
@@ -178,22 +171,18 @@ def _push(
     """Copy onto the Hub, and print what came of it."""
     from kdcache.sharing import push_store
 
-    with progress_of_steps("copying") as progress:
-        pushed = push_store(
-            cache,
-            address,
-            changes,
-            licence=licence,
-            private=private,
-            fidelity=_fidelity(cache, changes),
-            cache_dir=cache_dir,
-            progress=progress,
-        )
-    earlier = f" ({pushed.files - pushed.sent} were there)" if pushed.sent < pushed.files else ""
-    OUT.print(
-        f"[bold]{escape(str(address))}[/]: {pushed.files} files{earlier}, {bytes_text(pushed.sent_bytes)} sent, pixels "
-        f"{pushed.manifest.view.pixels}"
+    pushed = push_store(
+        cache,
+        address,
+        changes,
+        licence=licence,
+        private=private,
+        fidelity=_fidelity(cache, changes),
+        cache_dir=cache_dir,
+        progress=not ERRORS.quiet,
     )
+    earlier = f" ({pushed.files - pushed.sent} were there)" if pushed.sent < pushed.files else ""
+    OUT.print(f"[bold]{escape(str(address))}[/]: {pushed.files} files{earlier}, pixels {changes.pixels or 'source'}")
     OUT.print(f"seal {pushed.seal}", highlight=False, soft_wrap=True)
 
 
@@ -206,25 +195,3 @@ def _fidelity(cache: "Cache", changes: "CopyChanges") -> "Fidelity | None":
     from kdcache.teacher import copied_fidelity  # which imports torch
 
     return copied_fidelity(cache, changes.codec)
-
-
-def _samples(cache: "Cache", count: int | None, ids: Path | None) -> list[int] | None:
-    from kdcache.store import samples_of_ids, spread_samples
-
-    if count is not None and ids is not None:
-        raise RecipeError(
-            "a part of a store is so many samples, or those of a list",
-            received=f"--samples {count} and --ids {ids}",
-            remedy="give one of them",
-        )
-    if count is not None:
-        return spread_samples(cache, count)
-    if ids is None:
-        return None
-    try:
-        lines = ids.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            "--ids is a text file with one id per line", received=f"{ids}: {error}", remedy="check the path"
-        ) from error
-    return samples_of_ids(cache, [line.strip() for line in lines if line.strip()])

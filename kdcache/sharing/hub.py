@@ -1,0 +1,324 @@
+"""Caches on the Hub: hf://datasets/USER/NAME as a source and a destination of `kdcache copy`.
+
+A push copies the cache into a folder of this machine, and gives that folder to huggingface_hub (the extra `hub`). A
+pull lets huggingface_hub fill such a folder. Every file that is copied from it is compared with the ledger, and the
+ledger with the seal. huggingface_hub finds the token (HF_TOKEN, or `hf auth login`) and the endpoint (HF_ENDPOINT).
+"""
+
+import hashlib
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import CorruptError, StoreError
+from kdcache.files import user_cache
+from kdcache.locks import Lock
+from kdcache.sharing.card import store_card
+from kdcache.store import Cache, CopyChanges, Fidelity, copy_store, open_cache, summarise
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.store.copy import copied_manifest
+from kdcache.store.ledger import COMPLETE, WHOLE
+from kdcache.store.recovery import ROOT, SPARE
+
+CARD = "README.md"
+_SCHEME = "hf://"
+_NAME = r"[A-Za-z0-9_](?:[\w.-]*\w)?"
+_ADDRESS = re.compile(rf"hf://datasets/({_NAME}/{_NAME})(?:@([\w./-]+))?/?", re.ASCII)
+_PARTS = ("ledger", "targets", "features", "statistics", "labels", "pixels", "records", "samples")
+_FILES = [ROOT, SPARE, COMPLETE, WHOLE, *(f"{part}/*" for part in _PARTS)]
+"""The files of a cache. No others are sent or fetched."""
+_OTHERS = {CARD, ".gitattributes"}
+"""Files of a repository that the Hub or its users write."""
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """The repository of one cache: a data set, whose root holds the files.
+
+    Attributes:
+        repository: USER/NAME.
+        revision: a branch, a tag or a commit. None is the newest state.
+    """
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{_SCHEME}datasets/{self.repository}" + ("" if self.revision is None else f"@{self.revision}")
+
+
+def hub_address(location: object) -> HubAddress | None:
+    """Return the address on the Hub that a text is; None for any other place.
+
+    Raises: StoreError for another address that begins with hf://.
+    """
+    text = str(location)
+    if not text.startswith(_SCHEME):
+        return None
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        raise StoreError(
+            f"Cannot read the address {text}",
+            received="a cache on the Hub is hf://datasets/USER/NAME, with @REVISION for an earlier state",
+            remedy="Give such an address, for instance hf://datasets/USER/camvid.",
+        )
+    return HubAddress(found[1], found[2])
+
+
+@contextmanager
+def opened(
+    location: str | Path,
+    *,
+    cache_dir: Path | None = None,
+    cache_bytes: int | None = None,
+    progress: bool = True,
+) -> Iterator[Cache]:
+    """Open a cache, wherever it lies. One on the Hub is fetched first, and its files are removed after the block.
+
+    An interrupted fetch continues.
+
+    Args:
+        cache_dir, cache_bytes: as in `open_cache`. Fetched files also lie in `cache_dir`.
+        progress: shows the bars of huggingface_hub on a terminal.
+    Raises: StoreError and its kinds.
+    """
+    address = hub_address(location)
+    if address is None:
+        yield open_cache(location, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        return
+    hub, where = _client(), {"repo_type": "dataset", "revision": address.revision}
+    with _staging(f"pull {address}", cache_dir) as folder:
+        with _answers(address, progress):
+            if not hub.HfApi().file_exists(address.repository, COMPLETE, **where):
+                hub.HfApi().dataset_info(
+                    address.repository, revision=address.revision
+                )  # raises if there is no such state
+                raise StoreError(
+                    f"Cannot pull {address}: it has no {COMPLETE}",
+                    entry="cannot pull from hub",
+                    received="a repository without a complete cache",
+                    remedy="Check the address. To finish an interrupted push, run its command again.",
+                )
+            hub.snapshot_download(address.repository, local_dir=folder, allow_patterns=_FILES, **where)
+        try:
+            yield open_cache(folder)
+        except CorruptError as error:
+            shutil.rmtree(folder, ignore_errors=True)  # what is there is fetched anew the next time
+            raise error.restated(
+                received=f"{address}: {error.received}",
+                remedy="Run the same command again, which fetches it anew. If it fails again, whoever pushed the cache "
+                "has to push it into another repository.",
+            ) from error
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """The result of a push: files of the cache, how many of them were sent now, and the digest of the seal."""
+
+    files: int
+    sent: int
+    seal: str
+
+
+def push_store(
+    source: Cache,
+    address: HubAddress,
+    changes: CopyChanges | None = None,
+    *,
+    licence: str | None,
+    private: bool = False,
+    fidelity: Fidelity | None = None,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+) -> PushResult:
+    """Push a cache as a data set with a card. Interrupted, the same call sends what is missing.
+
+    The copy that is pushed lies in a folder of this machine until all of it is there. It has no pixels unless `changes`
+    asks for them: images have licences of their own. The seal is sent last, so that half a push is never a cache.
+
+    Args:
+        licence: a name that the Hub has for it, such as cc-by-4.0.
+        private: makes a new repository private, and refuses one that is public.
+        fidelity: as in `copy_store`.
+        cache_dir: where the folder lies; default as for the copies of remote caches.
+        progress: shows the bars of huggingface_hub on a terminal.
+    Raises: StoreError for what the Hub does not take, and for a repository with files that are not of this cache.
+    """
+    _check(address, licence)
+    changes = changes or CopyChanges()
+    changes = replace(changes, pixels=changes.pixels or "source")
+    copied_manifest(source, changes)  # refuses changes that do not fit
+    assert source.ledger is not None
+    name = f"push {address} {source.ledger.completion.digest} {changes}"
+    with _staging(name, cache_dir) as folder:
+        copy_store(source, folder, changes, fidelity=fidelity)
+        copied = open_cache(folder)
+        card = store_card(summarise(copied), address=str(address), licence=licence)
+        with _answers(address, progress):
+            return _send(copied, address, card, private)
+
+
+def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushResult:
+    """Send what a repository lacks of the cache in a folder: card first, seal last, then compare all of it."""
+    hub, where = _client().HfApi(library_name="kdcache"), {"repo_id": address.repository, "repo_type": "dataset"}
+    files = {str(path.relative_to(cache.path)): path for path in cache.path.rglob("*") if path.is_file()}
+    missing, has_card = _missing(hub, address, files, card)
+    hub.create_repo(**where, private=private or None, exist_ok=True)
+    if private and not hub.dataset_info(address.repository).private:
+        raise StoreError(
+            f"Cannot push privately into {address}: it is public",
+            entry="cannot push into public",
+            received="--private",
+            remedy="Make it private on the Hub, or give another NAME.",
+        )
+    if missing or not has_card:
+        hub.upload_file(**where, path_or_fileobj=card.encode(), path_in_repo=CARD, commit_message="Card of the cache")
+    if missing:
+        folder = {"folder_path": cache.path, **where}
+        hub.upload_folder(**folder, allow_patterns=_FILES, ignore_patterns=[COMPLETE], commit_message="Files")
+        hub.upload_folder(**folder, allow_patterns=[COMPLETE], commit_message="Seal: all files are there")
+        left, _ = _missing(hub, address, files, card)
+        if left:
+            raise StoreError(
+                f"Cannot find {left[0]} in {address} after the push",
+                entry="cannot find after push",
+                received=f"{len(left)} files are missing",
+                remedy="Run the same command again.",
+            )
+    assert cache.ledger is not None
+    return PushResult(len(files), len(missing), cache.ledger.completion.digest)
+
+
+def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str) -> tuple[list[str], bool]:
+    """Return the files that a repository lacks, and whether it has a card.
+
+    Raises: StoreError if it has others, or others under these names.
+    """
+    errors = _client().errors
+    try:
+        tree = hub.list_repo_tree(address.repository, repo_type="dataset", recursive=True)
+        present = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
+        present = {}
+    other = [key for key in present if key not in _OTHERS and (key not in files or not _same(files[key], present[key]))]
+    only_a_card = present.keys() - {".gitattributes"} == {CARD}
+    if other or (only_a_card and present[CARD].blob_id != _git_digest(card.encode())):
+        names = sorted(other) or [CARD]
+        raise StoreError(
+            f"Cannot push into {address}: it holds {names[0]}",
+            entry="cannot push into repository",
+            received=f"{len(names)} files that are not of this cache",
+            remedy="Give another NAME, or remove the files yourself if nothing of them is needed.",
+        )
+    return [key for key in files if key not in present], CARD in present
+
+
+def _same(file: Path, there: Any) -> bool:
+    """Return True if a file of a repository has these bytes: by SHA-256 if it is large, by git's digest if small."""
+    if there.lfs is not None:
+        with file.open("rb") as stream:
+            return bool(there.lfs.sha256 == hashlib.file_digest(stream, "sha256").hexdigest())
+    return bool(there.blob_id == _git_digest(file.read_bytes()))
+
+
+def _git_digest(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _check(address: HubAddress, licence: str | None) -> None:
+    """Refuse a push that cannot end well, before any work for it. Raises: StoreError."""
+    if licence is None:
+        raise StoreError(
+            f"Missing --license for {address}",
+            entry="missing license",
+            received="no licence of the stored outputs",
+            remedy="Give a name that the Hub has for it, for instance --license cc-by-4.0, or other: what the licences "
+            "of the images, the labels and the teacher allow.",
+        )
+    if address.revision is not None:
+        raise StoreError(
+            f"Cannot push into {address}: a push is the newest state",
+            entry="cannot push into revision",
+            received=f"@{address.revision}",
+            remedy=f"Leave @{address.revision} out.",
+        )
+    if _client().get_token() is None:
+        raise StoreError(
+            "Missing token: pushing to the Hub needs one that may write",
+            received="no HF_TOKEN in the environment, and no login",
+            remedy="Set HF_TOKEN, or log in once with: hf auth login",
+        )
+
+
+def _client() -> Any:
+    """Return huggingface_hub. Raises: StoreError without it."""
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.utils
+    except ImportError as error:
+        raise StoreError(
+            "Missing package: caches on the Hub need huggingface_hub",
+            received=f"it cannot be imported ({error})",
+            remedy="In a clone of kdcache: pip install '.[hub]'",
+        ) from error
+    return huggingface_hub
+
+
+@contextmanager
+def _staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
+    """A folder for files on their way, for one process at a time. What is in it stays if the block fails.
+
+    Args:
+        name: what identifies what goes through it.
+    """
+    folder = (cache_dir or user_cache()) / "hub" / hashlib.sha256(name.encode()).hexdigest()[:16]
+    with disk_space_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(folder.with_name(f"{folder.name}.lock")):
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
+    """Turn what the Hub refuses, and what does not reach it, into an error with a remedy.
+
+    Raises: StoreError. Errors of this machine's disk stay what they are.
+    """
+    client = _client()
+    utils, http_error = client.utils, client.errors.HfHubHTTPError.__mro__[1]  # of its HTTP library, of any name
+    hidden = not (bars and sys.stderr.isatty()) and not utils.are_progress_bars_disabled()
+    if hidden:
+        utils.disable_progress_bars()
+    try:
+        yield
+    except (http_error, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        chain = [error, *_causes(error)]
+        status = next((one.response.status_code for one in chain if getattr(one, "response", None) is not None), None)
+        said = next(filter(None, (getattr(one, "server_message", None) for one in chain)), None)
+        words = " ".join(str(said or (error if isinstance(error, ValueError) else chain[-1])).split())[:300]
+        login = "Set HF_TOKEN to a valid token that may do this, or log in with: hf auth login"
+        remedies = {400: "Correct what the Hub names, for instance --license.", 401: login, 403: login}
+        remedies[404] = "Check the address. A private or gated repository needs a token that may read it (HF_TOKEN)."
+        raise StoreError(
+            f"The Hub did not answer as it should: {address}",
+            entry="hub did not answer",
+            received=words if status is None else f"{status}, {words}",
+            remedy=remedies.get(status or 0, "Run the same command again: it continues where it stopped."),
+        ) from error
+    finally:
+        if hidden:
+            utils.enable_progress_bars()
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while (cause := error.__cause__) is not None:
+        yield (error := cause)
