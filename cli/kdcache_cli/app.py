@@ -13,7 +13,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
-from kdcache_cli.console import ERRORS
+from kdcache_cli.console import ERRORS, data_warnings
 from kdcache_cli.parse_errors import parse_errors
 from kdcache_cli.settings import build_flags
 from kdcache_cli.settings.signature import show_plain_types
@@ -37,7 +37,6 @@ from kdcache_cli.verbs import (
     train_student,
     train_teacher,
     verify,
-    visualise,
 )
 
 _PANELS: dict[str, dict[str, Callable[..., None]]] = {
@@ -56,7 +55,6 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Judge": {
         "evaluate": evaluate.evaluate,
         "compare": compare.compare,
-        "visualise": visualise.visualise,
         "report": report.report,
     },
     "Ship": {"export": export.export, "predict": predict.predict},
@@ -161,7 +159,7 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     ERRORS.quiet = "--quiet" in arguments
     try:
-        with one_voice(), _trusting("--trust" in arguments):
+        with one_voice(), _trusting("--trust" in arguments), data_warnings():
             app(args=words, prog_name="kdcache")
     except Exception as error:
         if debug:

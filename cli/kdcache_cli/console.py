@@ -1,5 +1,6 @@
 """Where output goes: results to stdout, progress and errors to stderr."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -129,13 +130,13 @@ def figure_table(*header: str, title: str | None = None) -> Table:
     return Table(*columns, title=above, title_style="bold", title_justify="left", box=None, header_style="dim")
 
 
-def histogram_table(header: str, bins: Sequence[tuple[str, int]], what: str = "pixels") -> Table:
-    """A table of counts, each with its share and a bar; bins that hold nothing are left out.
+def histogram_table(header: str, bins: Sequence[tuple[str, int]]) -> Table:
+    """A table of counts of pixels, each with its share and a bar; bins that hold nothing are left out.
 
     Args:
-        header: what the bins are of. bins: (words, count). what: what is counted.
+        header: what the bins are of. bins: (words, count).
     """
-    table = Table(header, f"{what} %", "", box=None, header_style="dim")
+    table = Table(header, "pixels %", "", box=None, header_style="dim")
     total, most = sum(count for _, count in bins), max(count for _, count in bins)
     for words, count in bins:
         if count:
@@ -147,6 +148,22 @@ def warn(text: str) -> None:
     """Print on stderr a warning about a result that is worth little."""
     with ERRORS.heard():
         ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+
+
+@contextmanager
+def data_warnings() -> Iterator[None]:
+    """A context in which warnings about data sets look as those of verbs do."""
+    with warnings.catch_warnings():
+        default = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            if category.__name__ == "DataWarning":  # of a room that is imported late
+                warn(str(message))
+            else:
+                default(message, category, *rest, **named)
+
+        warnings.showwarning = show
+        yield
 
 
 def bytes_text(count: float) -> str:

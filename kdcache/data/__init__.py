@@ -29,6 +29,7 @@ from kdcache.data.contents import Contents, place_key, read_contents, remembered
 from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
+from kdcache.data.layouts.converted import DataWarning
 from kdcache.data.layouts.download import download
 from kdcache.data.memory import DatasetSplit, from_dataset
 from kdcache.data.prefetch import prefetch
@@ -63,6 +64,7 @@ __all__ = [
     "Contents",
     "Converted",
     "ConvertedSplit",
+    "DataWarning",
     "DatasetSplit",
     "DepthReport",
     "Fit",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, FileDigest, Pixels, Split
+from kdcache.data.sample import IGNORE_INDEX, ClassList, DerivedSplit, Pixels, Split
 from kdcache.errors import MismatchError
 
 
-class ClassesByName(Split):
+class ClassesByName(DerivedSplit):
     """The samples of a split with labels in other classes of the same names; classes that have no such name are void.
 
     Names are the same whatever their case, unless a list has two that differ in it alone.
@@ -46,31 +46,16 @@ class ClassesByName(Split):
         files = whole.label_map
         self.label_map = table if files is None else table.take(files)
 
-    def image(self, index: int) -> Pixels:
-        return self._whole.image(index)
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        return self._whole.image_size(index)
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        return self._whole.has_label(index, task)
+    def _at(self, index: int) -> tuple[Split, int]:
+        return self._whole, index
 
     def raw_label(self, index: int) -> Pixels | None:
         label = self._whole.raw_label(index)
         return None if label is None else self._table.take(label)
 
-    def raw_depth(self, index: int) -> Depth | None:
-        return self._whole.raw_depth(index)
-
-    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        return self._whole.content_digests(index, of_file)
-
     def _segmentation(self, index: int) -> Pixels | None:
         label = self._whole.label(index)
         return None if label is None else self._table.take(label)
-
-    def _depth(self, index: int) -> Depth | None:
-        return self._whole.label(index, DEPTH)
 
 
 def classes_by_name(split: Split, classes: ClassList) -> Split:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, FileDigest, Pixels, Split
+from kdcache.data.sample import DerivedSplit, Pixels, Split
 from kdcache.data.sequences import folds_of
 from kdcache.errors import RecipeError
 
@@ -91,7 +91,7 @@ def check_fold_labels(
         )
 
 
-class SplitPart(Split):
+class SplitPart(DerivedSplit):
     """Some of the samples of a split, which stay in its order."""
 
     def __init__(self, whole: Split, numbers: Sequence[int]) -> None:
@@ -100,32 +100,8 @@ class SplitPart(Split):
         self.ids = tuple(whole.ids[number] for number in numbers)
         self._whole, self._numbers = whole, list(numbers)
 
-    def image(self, index: int) -> Pixels:
-        return self._whole.image(self._numbers[index])
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        return self._whole.image_size(self._numbers[index])
-
-    def origin(self, index: int) -> str:
-        return self._whole.origin(self._numbers[index])
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        return self._whole.has_label(self._numbers[index], task)
-
-    def raw_label(self, index: int) -> Pixels | None:
-        return self._whole.raw_label(self._numbers[index])
-
-    def raw_depth(self, index: int) -> Depth | None:
-        return self._whole.raw_depth(self._numbers[index])
-
-    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        return self._whole.content_digests(self._numbers[index], of_file)
-
-    def _segmentation(self, index: int) -> Pixels | None:
-        return self._whole.label(self._numbers[index])
-
-    def _depth(self, index: int) -> Depth | None:
-        return self._whole.label(self._numbers[index], DEPTH)
+    def _at(self, index: int) -> tuple[Split, int]:
+        return self._whole, self._numbers[index]
 
 
 class Excerpt(SplitPart):

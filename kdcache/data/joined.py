@@ -11,7 +11,17 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcache.data.sample import DEPTH, SEGMENTATION, TASKS, ClassList, Depth, FileDigest, Pixels, Split
+from kdcache.data.sample import (
+    DEPTH,
+    SEGMENTATION,
+    TASKS,
+    ClassList,
+    Depth,
+    DerivedSplit,
+    FileDigest,
+    Pixels,
+    Split,
+)
 from kdcache.errors import DataError
 
 JOINT = " + "
@@ -29,7 +39,7 @@ def task_of(data: str) -> tuple[str | None, str]:
     return (task, rest) if colon and task in TASKS else (None, data)
 
 
-class OneTask(Split):
+class OneTask(DerivedSplit):
     """The samples of a split with their labels of one task alone."""
 
     def __init__(self, whole: Split, task: str) -> None:
@@ -38,14 +48,8 @@ class OneTask(Split):
         self.label_map = whole.label_map if task == SEGMENTATION else None
         self._whole, self._task = whole, task
 
-    def image(self, index: int) -> Pixels:
-        return self._whole.image(index)
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        return self._whole.image_size(index)
-
-    def origin(self, index: int) -> str:
-        return self._whole.origin(index)
+    def _at(self, index: int) -> tuple[Split, int]:
+        return self._whole, index
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         return task == self._task and self._whole.has_label(index, task)
@@ -67,7 +71,7 @@ class OneTask(Split):
         return self._whole.label(index, DEPTH) if self._task == DEPTH else None
 
 
-class Joined(Split):
+class Joined(DerivedSplit):
     """The samples of several splits, in the order of their ids.
 
     An id that two of them have makes each sample's id begin with the number of its part, from 1: `2/000001`.
@@ -89,49 +93,13 @@ class Joined(Split):
         self._parts = tuple(parts)
         self._places = [place for _, *place in places]
 
-    def image(self, index: int) -> Pixels:
-        part, own = self._at(index)
-        return part.image(own)
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        part, own = self._at(index)
-        return part.image_size(own)
-
-    def origin(self, index: int) -> str:
-        part, own = self._at(index)
-        return part.origin(own)
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        part, own = self._at(index)
-        return part.has_label(own, task)
-
-    def raw_label(self, index: int) -> Pixels | None:
-        part, own = self._at(index)
-        return part.raw_label(own)
-
-    def raw_depth(self, index: int) -> Depth | None:
-        part, own = self._at(index)
-        return part.raw_depth(own)
-
-    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        part, own = self._at(index)
-        return part.content_digests(own, of_file)
-
     def digest(self) -> str:
         """SHA-256 over the digests of the parts."""
         return hashlib.sha256(" ".join(part.digest() for part in self._parts).encode("ascii")).hexdigest()
 
-    def _segmentation(self, index: int) -> Pixels | None:
-        part, own = self._at(index)
-        return part.label(own)
-
-    def _depth(self, index: int) -> Depth | None:
-        part, own = self._at(index)
-        return part.label(own, DEPTH)
-
     def _at(self, index: int) -> tuple[Split, int]:
-        part, own = self._places[index]
-        return self._parts[part], own
+        part, number = self._places[index]
+        return self._parts[part], number
 
 
 def _shared_classes(parts: Sequence[Split]) -> ClassList:

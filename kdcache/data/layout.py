@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from kdcache.data.joined import Joined, OneTask, parts_of, task_of
+from kdcache.data.layouts.converted import DataWarning, source_changes
 from kdcache.data.layouts.registry import LayoutRoot, convert_command, find_layout
 from kdcache.data.memory import opened
 from kdcache.data.sample import Split
@@ -29,7 +31,8 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
             that is what there is, and the other way round.
         exports: also open the layouts that are converted first, as `data convert` and `data check` do: kaggle, coco and
             exports of labelling tools.
-    Raises: DataError with what is missing or malformed.
+    Raises: DataError with what is missing or malformed. Warns (DataWarning) if the folder was converted, and its
+        source has changed since.
     """
     data = os.fspath(data)
     if len(parts := parts_of(data)) > 1:
@@ -42,7 +45,10 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
     if opened.is_memory(data):
         return opened.find(data, split)
     layout, root, images = _find(data, exports)
-    return layout.open(data, root, split, images)
+    found = layout.open(data, root, split, images)
+    if changed := source_changes(root, found.split):
+        warnings.warn(changed, DataWarning, stacklevel=2)
+    return found
 
 
 def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[str]:

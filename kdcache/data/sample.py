@@ -209,6 +209,50 @@ class Split(ABC):
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
+class DerivedSplit(Split):
+    """A split whose samples are those of other splits. Subclasses say where each comes from, and what differs."""
+
+    @abstractmethod
+    def _at(self, index: int) -> tuple[Split, int]:
+        """The split that a sample comes from, and its number there."""
+
+    def image(self, index: int) -> Pixels:
+        source, number = self._at(index)
+        return source.image(number)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        source, number = self._at(index)
+        return source.image_size(number)
+
+    def origin(self, index: int) -> str:
+        source, number = self._at(index)
+        return source.origin(number)
+
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        source, number = self._at(index)
+        return source.has_label(number, task)
+
+    def raw_label(self, index: int) -> Pixels | None:
+        source, number = self._at(index)
+        return source.raw_label(number)
+
+    def raw_depth(self, index: int) -> Depth | None:
+        source, number = self._at(index)
+        return source.raw_depth(number)
+
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        source, number = self._at(index)
+        return source.content_digests(number, of_file)
+
+    def _segmentation(self, index: int) -> Pixels | None:
+        source, number = self._at(index)
+        return source.label(number)
+
+    def _depth(self, index: int) -> Depth | None:
+        source, number = self._at(index)
+        return source.label(number, DEPTH)
+
+
 def check_task(task: str) -> None:
     """Refuse a name that is no task of this room. Raises: ValueError."""
     if task not in TASKS:

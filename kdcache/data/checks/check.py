@@ -25,6 +25,7 @@ from kdcache.data.classes import read_numbers
 from kdcache.data.files import label_kind
 from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
+from kdcache.data.layouts.converted import source_changes
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
@@ -155,6 +156,8 @@ def check(
     doubts = doubts_of(reports, classes, layout_root, whole=splits is None)
     problems += [*_repeats(where, layout_root), *doubts.problems]
     warnings = _twins(where) + doubts.warnings
+    if layout_root is not None:
+        warnings += filter(None, (source_changes(layout_root.root, name) for name in reports))
     return CheckReport(data, *place, classes, reports, problems, warnings, why, numbers or {})
 
 

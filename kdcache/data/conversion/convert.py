@@ -35,6 +35,7 @@ from kdcache.data.files import channel_bits, read_image
 from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.base import VALIDATION
+from kdcache.data.layouts.converted import SETTINGS, open_defective
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
@@ -43,7 +44,7 @@ from kdcache.data.scenes.generate import is_scenes
 from kdcache.errors import DataError, RecipeError
 from kdcache.files import check_own_folder, read_object, write_whole
 
-SETTINGS, REPORTS = "converted.json", "converted"
+REPORTS = "converted"
 USUAL = ("train", *VALIDATION, "test")
 
 Progress = Callable[[str, int, int], None]
@@ -163,19 +164,7 @@ def _check_source(data: str, folder: Path) -> None:
 
 
 def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[str, str]]:
-    """A split, opened in spite of defects in its file names, and what these leave out: file -> why."""
-    if place is None:
-        return open_split(data, name), {}
-    layout, root, images = place
-    name = layout.split_named(root, name)
-    scan = layout.scan(root, name, images)
-    dropped = dict.fromkeys(scan.orphans, "no image has this label's name")
-    dropped |= dict.fromkeys(scan.foreign, "a label is a PNG or TIFF")
-    dropped |= {path: f"another image is {sample!r} already: {first}" for sample, first, path in scan.clashes}
-    dropped |= dict.fromkeys(scan.missing, "it is called for, and not there")
-    if scan.depth is not None:
-        dropped |= dict.fromkeys(scan.depth.orphans, "no image has this depth's name")
-    return FileSplit(data, name, layout.classes(root), root, scan), dropped
+    return (open_split(data, name), {}) if place is None else open_defective(place, name)
 
 
 def _prepare(folder: Path, settings: dict[str, Any], origin: dict[str, str], splits: list[Split], threads: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.data import check, convert, open_split
+from kdcache.data import DataWarning, check, convert, open_split
 from kdcache.data.conversion import folder_writer
 from kdcache.data.conversion.folder_writer import link_file
 from kdcache.errors import DataError, MismatchError, RecipeError
@@ -128,6 +129,27 @@ def test_a_source_that_changed_since_is_named(tiny, tmp_path) -> None:
         convert(tmp_path / "renamed", out)
     assert (out / "converted.json").read_text() == before
     assert convert(tmp_path / "renamed", tmp_path / "new").splits["train"].written == 3
+
+
+@pytest.mark.parametrize("layout", ["coco", "camvid"])
+def test_whoever_opens_a_converted_folder_is_told_that_its_source_changed(layout, tiny, tmp_path) -> None:
+    root, out = tiny.write(layout, tmp_path / "set"), tmp_path / "out"
+    convert(root, out)
+    open_split(out, "train")  # which warns of nothing
+    if layout == "coco":
+        path = root / "annotations/instances_train2017.json"
+        content = json.loads(path.read_text())
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 0]
+        path.write_text(json.dumps(content))
+    else:
+        (root / "trainannot/b.png").unlink()  # a file of its own: the folder has links
+        tiny.save_label(root / "trainannot/b.png", np.zeros(tiny.SIZE, np.uint8))
+    with pytest.warns(DataWarning, match=r"set has changed since .*out was converted from it: 1 label differs \('b'\)"):
+        open_split(out, "train")
+    assert any("1 label differs ('b')" in warning for warning in check(out).warnings)
+    open_split(out, "val")
+    shutil.rmtree(root)
+    open_split(out, "train")  # nobody can tell
 
 
 def test_masks_of_0_and_255(tiny, tmp_path) -> None:

@@ -5,8 +5,8 @@
                                                 task has, or the images are called 1.jpg, 2.jpg ... after their tasks
 
 Images lie in any folder below. Their names are found behind /data/upload/, /data/local-files/?d= and the prefix of
-eight digits that an upload gets. Of several annotations of a task the first counts that was not cancelled. coco.py reads
-COCO exports.
+eight digits that an upload gets. Of several annotations of a task the first counts that was not cancelled. COCO
+exports are read by coco.py.
 Source: https://labelstud.io/guide/export
 """
 

@@ -1,0 +1,59 @@
+"""A folder that `data convert` wrote, and the data set that it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdcache.data.changes import digest_changes
+from kdcache.data.contents import Contents, read_contents
+from kdcache.data.layouts.file_split import FileSplit
+from kdcache.data.layouts.registry import LAYOUTS, LayoutRoot
+from kdcache.errors import DataError
+from kdcache.files import read_object
+
+SETTINGS = "converted.json"
+
+
+class DataWarning(UserWarning):
+    """A data set can be used, and may not be what the user takes it for."""
+
+
+def open_defective(place: LayoutRoot, name: str) -> tuple[FileSplit, dict[str, str]]:
+    """Open a split in spite of defects in its file names.
+
+    Returns: the split, and what was left out: file -> why.
+    """
+    layout, root, images = place
+    name = layout.split_named(root, name)
+    scan = layout.scan(root, name, images)
+    dropped = dict.fromkeys(scan.orphans, "no image has this label's name")
+    dropped |= dict.fromkeys(scan.foreign, "a label is a PNG or TIFF")
+    dropped |= {path: f"another image is {sample!r} already: {first}" for sample, first, path in scan.clashes}
+    dropped |= dict.fromkeys(scan.missing, "it is called for, and not there")
+    if scan.depth is not None:
+        dropped |= dict.fromkeys(scan.depth.orphans, "no image has this depth's name")
+    # One name, whatever folder the user is in: the private index of digests goes by it.
+    return FileSplit(f"{layout.name}:{root.resolve()}", name, layout.classes(root), root, scan), dropped
+
+
+def source_changes(folder: Path, split: str) -> str:
+    """Return in a sentence how the source of a converted split has changed since.
+
+    Returns: an empty text for a folder that was not converted, a source that has not changed, or one that is gone.
+    """
+    record = read_object(folder / SETTINGS)
+    name, _, rest = str(record.get("source", "")).partition(":")
+    path, _, images = rest.partition(",images=")
+    root = (folder / path).resolve()
+    before = record.get("splits", {}).get(split)
+    if before is None or name not in LAYOUTS or not root.is_dir():
+        return ""
+    place = LayoutRoot(LAYOUTS[name], root, folder / images if images else None)
+    try:
+        changes = digest_changes(Contents.from_json(before), read_contents(open_defective(place, split)[0]))
+        what = changes.describe()
+    except DataError as error:
+        what = f"{error.rule} {error.received}"
+    if not what:
+        return ""
+    return f"{root} has changed since {folder} was converted from it: {what}. Convert it into a new folder"
