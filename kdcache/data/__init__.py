@@ -2,7 +2,6 @@
 
     open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
     from_dataset(dataset, classes)            the same of a data set that the program holds: torch's, Hugging Face's
-    download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     choose_fit, fitted_share, whole_window    squashed, cropped or padded into a size
@@ -30,7 +29,6 @@ from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.converted import DataWarning
-from kdcache.data.layouts.download import download
 from kdcache.data.memory import DatasetSplit, from_dataset
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import (
@@ -84,7 +82,6 @@ __all__ = [
     "classes_by_name",
     "colour_jitter",
     "convert",
-    "download",
     "draw_view",
     "draw_window",
     "fitted_share",

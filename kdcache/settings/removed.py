@@ -33,6 +33,7 @@ VERBS: Mapping[str, Removed] = {
 """Verbs by their words after `kdcache`."""
 
 SETTINGS: Mapping[str, Removed] = {
+    "download": Removed("Fetch VOC with torchvision: torchvision.datasets.VOCSegmentation(DIR, download=True)."),
     "ids": Removed("Use --samples N. In Python, kdcache.store.CopyChanges(samples=[...]) takes numbers of samples."),
     "pictures": Removed("Use --draw DIR, which draws the pictures and names them on the page."),
     "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torchvision.datasets
 
 from kdcache_cli.console import OUT
 
@@ -128,8 +127,7 @@ def test_a_defect_ends_a_check_with_1_and_is_explained(cli, tmp_path) -> None:
         ("data check vco:{w}/voc", "'vco'", "voc:{w}/voc?"),
         ("data check voc:{w}/nowhere", "nowhere is no folder", "Check the path"),
         ("data check {w}", "ade20k: images/training/", "{w}/voc (voc)"),
-        ("data check {w}/voc --download", "'{w}/voc'", "voc:/data --download"),
-        ("data check cityscapes:{w}/voc --download", "'cityscapes'", "registration"),
+        ("data check voc:{w}/voc --download", "--download was removed", "torchvision"),
         (
             "train-teacher --data camvid:{w}/voc --model kdcache:tiny --size 32x48 --out {w}/run",
             "layout voc",
@@ -145,24 +143,6 @@ def test_wrong_words_end_in_one_panel(words, received, remedy, cli, tmp_path) ->
     assert remedy.format(w=tmp_path) in ended.err
     assert "Traceback" not in ended.err
     assert not (tmp_path / "run").exists()
-
-
-def test_download_fetches_and_then_looks(cli, tmp_path, monkeypatch) -> None:
-    def fetch(root: str, **_: object) -> None:
-        TINY.write("voc", Path(root) / "VOCdevkit/VOC2012")
-
-    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fetch)
-    looked = cli("data", "check", f"voc:{tmp_path}/new", "--download")
-    assert looked.code == 0, looked.err
-    assert f"layout voc in {tmp_path}/new/VOCdevkit/VOC2012" in looked.out
-
-    def fail(root: str, **_: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fail)
-    failed = cli("data", "check", f"voc:{tmp_path}/other", "--download")
-    assert failed.code == 2
-    assert "no route to host" in failed.err
 
 
 def test_a_training_from_voc(cli, tmp_path) -> None:

@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kdcache.errors import RecipeError
 from kdcache_cli.console import OUT, histogram_table, progress_of_stages, warn
 
 if TYPE_CHECKING:
@@ -24,10 +23,8 @@ def check(
     data: Annotated[
         str,
         typer.Argument(
-            help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]; folder, mmseg, kaggle, "
-            "coco, camvid, voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu), or [bold]scenes[/]. "
-            "[bold],images=DIR2[/] behind it: other "
-            "images of its samples."
+            help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]), or [bold]scenes[/]. "
+            "[bold],images=DIR2[/] behind it: other images of its samples."
         ),
     ],
     split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.")] = None,
@@ -39,10 +36,6 @@ def check(
         Path | None, typer.Option("--sheet", metavar="FILE", help="Write twelve samples with their labels as a PNG.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
-    fetch: Annotated[
-        bool,
-        typer.Option("--download", help="Fetch the data set into the folder first, if it is not there: voc:DIR alone."),
-    ] = False,
 ) -> None:
     """Read a data set once and list what is in it and what is wrong with it.
 
@@ -56,8 +49,6 @@ def check(
     from kdcache.data import check as check_data
     from kdcache.data.checks.next_step import next_step
 
-    if fetch:
-        _download(data)
     if sheet is not None:
         _write_sheet(data, split, sheet)
     with progress_of_stages() as update:
@@ -67,12 +58,12 @@ def check(
             max_depth=max_depth,
             progress=lambda name, done, total: update(f"reading {name}", done, total),
         )
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     place = f" in {escape(report.folder)}" if report.folder else ""
     OUT.print(f"layout [bold]{report.layout}[/]{place}: {escape(report.why)}", highlight=False)
     for name, part in report.splits.items():
         _print_split(name, part, report.classes.names, report.numbers)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     for problem in report.problems:
         OUT.print(f"[red]problem[/] {escape(problem)}")
     for warning in report.warnings:
@@ -106,7 +97,8 @@ def convert(
 ) -> None:
     """Write a data set of any layout as a folder of one's own: images/, labels/ and classes.txt.
 
-    It also reads the exports of CVAT, Label Studio, LabelMe, Roboflow and YOLO.
+    It also reads COCO's annotations, masks as on Kaggle, and the exports of CVAT, Label Studio, LabelMe, Roboflow and
+    YOLO. Other verbs then use DST.
 
     Images are links to the files of SRC (hard ones on the same disk, which outlive SRC; copies where no link is
     possible), and so are labels that hold class ids already; polygons, colours and other numbers become class ids.
@@ -168,18 +160,6 @@ def _write_sheet(data: str, splits: list[str] | None, path: Path) -> None:
 
     names = splits or list_splits(data, exports=True)
     write_sheet([open_split(data, name, exports=True) for name in names], path)
-
-
-def _download(data: str) -> None:
-    from kdcache.data import download
-
-    layout, colon, folder = data.partition(":")
-    if not colon or not folder:
-        raise RecipeError(
-            "--download takes a layout and a folder", received=repr(data), remedy="for instance voc:/data --download"
-        )
-    OUT.print(f"fetching {escape(layout)} into {escape(folder)}, unless it is there")
-    download(layout, folder)
 
 
 def _print_split(name: str, part: "SplitReport", names: tuple[str, ...], numbers: Mapping[int, int]) -> None:

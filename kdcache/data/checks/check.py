@@ -61,6 +61,7 @@ class CheckReport:
     why: str = ""
     numbers: dict[int, int] = field(default_factory=dict)
 
+
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON types, with pixel shares beside the counts."""
         splits = {}
@@ -100,7 +101,6 @@ def check(
     data: str | os.PathLike[str],
     splits: Sequence[str] | None = None,
     *,
-    contents: bool = True,
     max_depth: float | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
@@ -110,7 +110,6 @@ def check(
     Args:
         data: as for `open_split`.
         splits: which; all by default.
-        contents: decode and hash every file; else only names are compared.
         max_depth: metres, above 0, beyond which no depth is possible; None allows any.
         progress: called with (split, samples done, samples) after every sample.
         threads: decoding threads; by default one per core, at most 8.
@@ -138,9 +137,8 @@ def check(
         split, report = _open(data, name, layout_root)
         report.depth.max_depth = max_depth
         classes, mapped = split.classes, mapped or split.label_map is not None
-        if contents:
-            for sample, pixels in _read_split(split, report, progress, threads):
-                where.setdefault(pixels, []).append(f"{name}/{sample}")
+        for sample, pixels in _read_split(split, report, progress, threads):
+            where.setdefault(pixels, []).append(f"{name}/{sample}")
         reports[name] = report
     if classes is None:
         raise DataError(

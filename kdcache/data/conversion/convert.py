@@ -205,7 +205,7 @@ def _write_split(
     threads: int,
     progress: Progress | None,
 ) -> ConvertedSplit:
-    writer = FolderWriter(split, folder, hard=True)
+    writer = FolderWriter(split, folder)
     writer.write_beginning()
     links: Counter[str] = Counter()
     labels: Counter[str] = Counter()
@@ -266,7 +266,7 @@ def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> 
     if own is None or scaled:
         save_png(image, path)
         return _Written("copy", labelled, ids)
-    return _Written(link_file(own, path, hard=True), labelled, ids)
+    return _Written(link_file(own, path), labelled, ids)
 
 
 def _unusable(label: Pixels, image: Pixels, classes: int) -> str:

@@ -30,15 +30,10 @@ Link = Literal["hard link", "link", "copy"]
 
 @dataclass(frozen=True)
 class FolderWriter:
-    """The samples of a split, to be written below a folder.
-
-    Attributes:
-        hard: whether links share the file itself, so that they outlive the source; else they name it.
-    """
+    """The samples of a split, to be written below a folder."""
 
     source: Split
     out: Path
-    hard: bool = False
 
     def write_beginning(self) -> None:
         """Write `classes.txt` and `depth.toml`, as far as the source has classes and depth."""
@@ -73,7 +68,7 @@ class FolderWriter:
             return None
         own = self.source.label_path(index) if isinstance(self.source, FileSplit) else None
         if own is not None and label is None and self.source.label_map is None and is_plain_label(own):
-            return link_file(own, path, hard=self.hard)
+            return link_file(own, path)
         # A defect of the source's stays for `data check` to name.
         save_png(np.asarray(self.source.raw_label(index)) if label is None else label, path)
         return "file"
@@ -86,7 +81,7 @@ class FolderWriter:
         own = self.source.depth_path(index) if isinstance(self.source, FileSplit) else None
         if own is not None and self._unit_text() is not None:
             if not (path := folder / f"{sample}{own.suffix}").exists():
-                link_file(own, path, hard=self.hard)
+                link_file(own, path)
             return
         path = folder / f"{sample}.npy"
         if path.exists():
@@ -117,22 +112,16 @@ def save_png(pixels: Pixels, path: Path) -> None:
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
-def link_file(file: Path, path: Path, *, hard: bool = False) -> Link:
-    """Link to a file, or copy it where links are impossible; makes the folder.
-
-    Args:
-        hard: try a hard link first.
-    Returns: what it became.
-    """
+def link_file(file: Path, path: Path) -> Link:
+    """Link to a file: hard, so that it outlives the source, else by name, else as a copy. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # a link to what is no longer there
-    if hard:
-        try:
-            os.link(file.resolve(), path)
-        except OSError:  # another disk, or one without them
-            pass
-        else:
-            return "hard link"
+    try:
+        os.link(file.resolve(), path)
+    except OSError:  # another disk, or one without them
+        pass
+    else:
+        return "hard link"
     try:
         path.symlink_to(file.resolve())
     except OSError:

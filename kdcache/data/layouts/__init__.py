@@ -10,7 +10,6 @@
     published/      camvid, voc, cityscapes, gta5, ade20k, kitti_semantic, kitti_depth, nyu
     registry.py     which of them a folder has
     converted.py    a folder that was converted, and its source
-    download.py     fetching a data set that needs no account or agreement
 
 The package itself is empty: `kdcache.data.layout` is the door.
 """

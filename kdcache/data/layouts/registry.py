@@ -14,7 +14,7 @@ from kdcache.data.layouts.exports.base import Export
 from kdcache.data.layouts.exports.coco import Coco
 from kdcache.data.layouts.exports.cvat import Cvat, CvatMasks
 from kdcache.data.layouts.exports.kaggle import Kaggle
-from kdcache.data.layouts.exports.label_studio import LabelStudio, LabelStudioBrush
+from kdcache.data.layouts.exports.label_studio import LabelStudio
 from kdcache.data.layouts.exports.labelme import LabelMe, LabelMeVoc
 from kdcache.data.layouts.exports.yolo import Yolo
 from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         *(Folder(), Mmseg(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
-        *(Kaggle(), Coco(), Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), LabelStudioBrush(), Yolo()),
+        *(Kaggle(), Coco(), Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), Yolo()),
     )
 }
 

@@ -76,14 +76,6 @@ def test_a_broken_data_set_is_described_in_full(builder) -> None:
     assert json.dumps(report.to_json())
 
 
-def test_without_contents_only_names_are_compared(builder) -> None:
-    break_everything(builder)
-    train = check(builder.root, contents=False).splits["train"]
-    assert train.without_image == ["orphan.png", "whole.jpg"]
-    assert train.unreadable == train.mismatched == train.sizes == {}
-    assert train.digest is None
-
-
 CLASSES = np.arange(48, dtype=np.uint8).reshape(6, 8) % 3
 
 

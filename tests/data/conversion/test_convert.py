@@ -177,11 +177,11 @@ def test_files_are_copied_where_no_link_is_possible(tmp_path, monkeypatch) -> No
         raise OSError("no links here")
 
     (tmp_path / "a").write_text("content")
-    assert link_file(tmp_path / "a", tmp_path / "x/hard", hard=True) == "hard link"
+    assert link_file(tmp_path / "a", tmp_path / "x/hard") == "hard link"
     monkeypatch.setattr(os, "link", refuse)
-    assert link_file(tmp_path / "a", tmp_path / "x/soft", hard=True) == "link"
+    assert link_file(tmp_path / "a", tmp_path / "x/soft") == "link"
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    assert link_file(tmp_path / "a", tmp_path / "x/copy", hard=True) == "copy"
+    assert link_file(tmp_path / "a", tmp_path / "x/copy") == "copy"
     assert {path.read_text() for path in (tmp_path / "x").iterdir()} == {"content"}
 
 

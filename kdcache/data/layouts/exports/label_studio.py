@@ -1,4 +1,4 @@
-"""Label Studio: the JSON export, and "Brush labels to PNG".
+"""Label Studio: the JSON export.
 
     project-1-at-2026-01-31-12-00.json          a list of tasks, with shapes in percent, or brush strokes
     task-1-annotation-2-by-1-tag-car-0.png      a mask of one class; the JSON (or JSON-MIN) export says which image a
@@ -22,11 +22,8 @@ from urllib.parse import unquote
 from kdcache.data.layouts.exports.base import Export, files_of, head_has, is_part, read_json, split_of, unreadable
 from kdcache.data.layouts.exports.shapes import Item, Point, Shape, turned, turned_ellipse
 from kdcache.data.layouts.pictures import Pictures
-from kdcache.data.layouts.scan import WHOLE, is_picture
-from kdcache.errors import DataError
+from kdcache.data.layouts.scan import is_picture
 
-_BRUSHED = re.compile(r"task-(?P<task>\d+)-annotation-(?P<annotation>\d+)-by-[^-]*-[^-]+-(?P<label>.+)-\d+\.png")
-"""Behind `by` the author, the name of the control in the labelling setup, the class, and the number of the stroke."""
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")
 
 Task = dict[str, Any]
@@ -39,7 +36,7 @@ class LabelStudio(Export):
     looks_for: ClassVar[str] = "the JSON export of Label Studio, a list of tasks with annotations"
 
     def found(self, root: Path) -> str:
-        return "" if _brushed(root) else next((path.relative_to(root).as_posix() for path in _exported(root)), "")
+        return next((path.relative_to(root).as_posix() for path in _exported(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
         """See `Export.items`. Raises: DataError for a file that cannot be read, or JSON-MIN."""
@@ -55,54 +52,10 @@ class LabelStudio(Export):
         return items
 
 
-class LabelStudioBrush(Export):
-    """The layout of Label Studio's brush labels as PNG."""
-
-    name: ClassVar[str] = "label-studio-brush"
-    looks_for: ClassVar[str] = "PNGs of Label Studio's brush labels, task-1-annotation-2-by-1-tag-car-0.png"
-
-    def found(self, root: Path) -> str:
-        return next((path.relative_to(root).as_posix() for path in _brushed(root)), "")
-
-    def items(self, root: Path) -> dict[str, list[Item]]:
-        """See `Export.items`. Raises: DataError for a task of no known image."""
-        masks: dict[int, dict[int, list[Shape]]] = defaultdict(lambda: defaultdict(list))
-        for path in _brushed(root):
-            if match := _BRUSHED.fullmatch(path.name):
-                shape = Shape(match["label"], "file", data=str(path))
-                masks[int(match["task"])][int(match["annotation"])].append(shape)
-        images = _images_of_tasks(root)
-        if unknown := sorted(masks.keys() - images.keys()):
-            raise DataError(
-                f"Cannot tell which image task {unknown[0]} has in {self.found(root)}",
-                entry="cannot tell which image",
-                received=f"{len(unknown)} of {len(masks)} tasks of no known image",
-                remedy="Export the project as JSON too, and put that file into this folder with the images. The JSON "
-                "alone is enough: it has the brush strokes.",
-            )
-        file = self.found(root)
-        return {WHOLE: [Item(images[task], file, tuple(shapes[min(shapes)])) for task, shapes in masks.items()]}
-
-
 def _exported(root: Path) -> list[Path]:
     """The files of JSON, and of JSON-MIN."""
     found = (path for path in files_of(root, ".json", 1) if is_part(path, root))
     return [path for path in found if head_has(path, "[", "annotations", "result") or head_has(path, "[", "annotator")]
-
-
-def _brushed(root: Path) -> list[Path]:
-    """The PNGs of brush labels in a folder and the folders in it."""
-    return [path for path in files_of(root, ".png", 1) if _BRUSHED.fullmatch(path.name) and is_part(path, root)]
-
-
-def _images_of_tasks(root: Path) -> dict[int, str]:
-    """Names of the images by the numbers of tasks, from JSON or JSON-MIN, else from the images' own names."""
-    pictures = Pictures(root)
-    for path in files_of(root, ".json", 1):
-        if head_has(path, "["):
-            return {int(task.get("id", -1)): _image(task, pictures) for task in _tasks(path, path.stat().st_mtime_ns)}
-    numbered = (path for suffix in (".jpg", ".jpeg", ".png") for path in files_of(root, suffix, 1))
-    return {int(path.stem): path.relative_to(root).as_posix() for path in numbered if path.stem.isdecimal()}
 
 
 @lru_cache(maxsize=16)

@@ -3,7 +3,7 @@
     a.jpg  a.json                       polygons, rectangles, circles and masks; also in train/ and val/, or JSON in a
                                         folder next to that of the images
     labels.txt                          the order of the classes, if it lies there; else they are sorted
-    JPEGImages/  class_names.txt        labelme2voc: SegmentationClassPNG/ or SegmentationClass/ with .png or .npy
+    JPEGImages/  class_names.txt        labelme2voc: SegmentationClassPNG/ or SegmentationClass/ with .png
 
 An image without a JSON file has no label. Pixels of no shape are `_background_`, those of `__ignore__` are void.
 Source: https://github.com/wkentaro/labelme, examples/semantic_segmentation.
@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kdcache.data.files import LABEL_SUFFIXES, file_digest
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.exports.base import (
     IGNORED,
@@ -36,14 +35,13 @@ from kdcache.data.layouts.exports.shapes import Item, Shape
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.pictures import is_mask
 from kdcache.data.layouts.scan import WHOLE, Scan, composed, names_below, scan_folders
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels, voc_colour
+from kdcache.data.sample import ClassList, voc_colour
 
 _KINDS = {"mask": "png", "oriented_rectangle": "polygon", "rotation": "polygon"}
 """Kinds of shapes by their names in the files; rotation is X-AnyLabeling's."""
 LISTED = "labels.txt"
 IMAGES, NAMES = "JPEGImages", "class_names.txt"
 PNGS = ("SegmentationClass", "SegmentationClassPNG")
-ARRAYS = ("SegmentationClass", "SegmentationClassNpy", "SegmentationClassnpy")
 
 
 class LabelMe(Export):
@@ -102,38 +100,8 @@ class LabelMeVoc(Layout):
 
     def _scan(self, root: Path, split: str) -> Scan:
         ids = LabelIds("Label ids are the lines of class_names.txt, or 255 (void).", f"Complete {NAMES}.")
-        for place in PNGS:
-            if any(path.lower().endswith(LABEL_SUFFIXES) for path in names_below(root / place).values()):
-                return scan_folders(root, IMAGES, place, ids)
-        scan = scan_folders(root, IMAGES, "", ids, label_end="\0")  # images alone
-        for place in ARRAYS:
-            for path in files_of(root / place, ".npy"):
-                if (sample := path.relative_to(root / place).as_posix().removesuffix(".npy")) in scan.images:
-                    scan.labels[sample] = f"{place}/{sample}.npy"
-        drawn = _Arrays({sample: root / path for sample, path in scan.labels.items()})
-        return Scan(scan.images, scan.labels, ids, IMAGES, ARRAYS[0], drawn=drawn)
-
-
-class _Arrays:
-    """Labels in .npy files, in which -1 is void."""
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        self._files = files
-
-    def label(self, sample: str) -> Pixels:
-        """The label, uint8 (H, W). Raises: DataError for an array that is none."""
-        path = self._files[sample]
-        try:
-            label = np.load(path, mmap_mode="r", allow_pickle=False)  # a map is never larger than its file
-            if label.ndim != 2 or label.dtype.kind not in "iu" or not -1 <= label.min() <= label.max() <= IGNORE_INDEX:
-                raise ValueError(f"{label.dtype} {label.shape}, not ids from -1 to {IGNORE_INDEX} (height, width)")
-        except (OSError, ValueError, EOFError) as error:
-            raise unreadable(path, error) from error
-        return np.where(label == -1, IGNORE_INDEX, label).astype(np.uint8)
-
-    def digest(self, sample: str) -> str:
-        """SHA-256 of the file."""
-        return file_digest(self._files[sample])
+        place = next((place for place in PNGS if any(files_of(root / place, ".png", 8))), PNGS[0])
+        return scan_folders(root, IMAGES, place, ids)
 
 
 @lru_cache(maxsize=1 << 17)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from kdcache.data.files import file_digest, image_size
+from kdcache.data.files import image_size
 from kdcache.data.layouts.file_split import describe_sizes
 from kdcache.data.sample import IGNORE_INDEX, Pixels
 from kdcache.errors import DataError
@@ -33,12 +33,12 @@ class Shape:
 
     Attributes:
         label: the name of its class.
-        kind: polygon, rectangle or ellipse (`points`, those of the last two are two corners); runs, png, brush, file
-            or columns (`data`); anything else cannot be drawn.
+        kind: polygon, rectangle or ellipse (`points`, those of the last two are two corners); runs, png, brush or
+            columns (`data`); anything else cannot be drawn.
         points: (x, y) in pixels; in parts of the image's width and height if `scale` is 1, in percent if it is 100.
         data: of runs: lengths of pixels outside and inside in turn, by rows of the box of `points`; of png: base64 of a
-            mask, at the box of `points`; of brush: Label Studio's bytes; of file: the path of a mask of the image; of
-            columns: as runs, down the columns of the image.
+            mask, at the box of `points`; of brush: Label Studio's bytes; of columns: as runs,
+            down the columns of the image.
         scale: what the width and the height of the image are in `points`; 0 for pixels.
     """
 
@@ -104,9 +104,8 @@ class ShapeLabels:
     def digest(self, sample: str) -> str:
         """SHA-256 of a sample's shapes and classes, as hex."""
         shapes = self.items[sample].shapes or ()
-        files = [file_digest(Path(shape.data)) for shape in shapes if shape.kind == "file"]
-        plain = [asdict(shape) | ({"data": None} if shape.kind == "file" else {}) for shape in shapes]
-        content = [plain, files, sorted(self.class_of.items()), self.background]
+        # The empty list had files of masks: the digests of earlier conversions stay what they are.
+        content = [[asdict(shape) for shape in shapes], [], sorted(self.class_of.items()), self.background]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -209,13 +208,6 @@ def _of_png(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]
     return mask, (int(left), int(top))
 
 
-def _of_file(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
-    with Image.open(shape.data) as image:
-        if (image.height, image.width) != size:
-            raise ValueError(f"{describe_sizes((image.height, image.width), size)} in {shape.data}")
-        return np.asarray(image.convert("L")) > 0, (0, 0)
-
-
 def _of_brush(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
     """Decode Label Studio's brush: RGBA of the image, its runs packed by rle-pack.
 
@@ -254,6 +246,5 @@ _MASKS: dict[str, Callable[[Shape, tuple[int, int]], tuple[Mask, tuple[int, int]
     "runs": _of_runs,
     "columns": _of_columns,
     "png": _of_png,
-    "file": _of_file,
     "brush": _of_brush,
 }

@@ -143,24 +143,12 @@ def label_studio(root: Path) -> None:
     (root / "project-1-at-2026-01-31-12-00-0a1b2c3d.json").write_text(json.dumps(tasks))
 
 
-def label_studio_brush(root: Path) -> None:
-    tasks = [{"id": number, "image": f"/data/upload/1/0a1b2c3d-{name}.jpg"} for number, name in enumerate("ab", 1)]
-    root.mkdir(exist_ok=True)
-    (root / "tasks.json").write_text(json.dumps(tasks))
-    for number, name in enumerate("ab", 1):
-        picture(root / f"{name}.jpg")  # the user's own, without the prefix of an upload
-        for label, pixels in (("car", expected() > 0), ("wheel", expected() > 1)):
-            path = root / f"masks/task-{number}-annotation-{number + 6}-by-me@x.org-tag-{label}-0.png"
-            mask(path, 255 * pixels.astype(np.uint8))
-
-
 WRITERS: dict[str, Callable[[Path], None]] = {
     "cvat": cvat,
     "cvat-masks": cvat_masks,
     "labelme": labelme,
     "labelme2voc": labelme2voc,
     "label-studio": label_studio,
-    "label-studio-brush": label_studio_brush,
     "yolo": yolo,
 }
 FOUND = {
@@ -169,7 +157,6 @@ FOUND = {
     "labelme": "train/a.json",
     "labelme2voc": "class_names.txt",
     "label-studio": "project-1-at-2026-01-31-12-00-0a1b2c3d.json",
-    "label-studio-brush": "masks/task-1-annotation-7-by-me@x.org-tag-car-0.png",
     "yolo": "data.yaml",
 }
 
@@ -246,17 +233,11 @@ def test_labelme_draws_circles_masks_and_images_of_windows(tmp_path: Path) -> No
     assert np.argwhere(label == 2).tolist() == [[2, 1], [3, 2]]
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_labelme2voc_arrays_hold_minus_one_for_void(dtype: type, tmp_path: Path) -> None:
+def test_labelme2voc_arrays_alone_are_no_labels(tmp_path: Path) -> None:
+    """labelme2voc writes PNGs as well."""
     labelme2voc(tmp_path, arrays=True)
-    ids = expected().astype(dtype)
-    ids[0] = -1
-    np.save(tmp_path / "SegmentationClass/a.npy", ids)
-    split = open_split(tmp_path, "train", exports=True)
-    assert split.classes.names == ("_background_", "car", "wheel")
-    assert np.array_equal(split.label(0), np.where(ids < 0, 255, ids))
-    np.save(tmp_path / "SegmentationClass/a.npy", np.array([{"pickled": 1}]), allow_pickle=True)
-    assert "a.npy" in convert(tmp_path, tmp_path / "out").splits["train"].dropped["a"]
+    with pytest.raises(DataError, match=r"a\.npy"):
+        open_split(tmp_path, "train", exports=True)
 
 
 def test_cvat_reads_masks_boxes_and_subsets(tmp_path: Path) -> None:
@@ -338,7 +319,7 @@ def test_yolo_of_other_folders(names: str, folders: str, tmp_path: Path) -> None
 
 
 def test_a_folder_of_exports_is_none(tmp_path: Path) -> None:
-    for name in ("labelme", "label-studio", "label-studio-brush"):
+    for name in ("labelme", "label-studio"):
         WRITERS[name](tmp_path / f"my {name}")
     with pytest.raises(DataError) as caught:
         check(tmp_path)
@@ -405,7 +386,6 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda root: next(root.glob("*.json")).write_text('[{"id": 1, "image": "a.jpg", "annotator": 1}]'),
         "export the project as JSON",
     ),
-    "tasks": ("label-studio-brush", lambda root: (root / "tasks.json").unlink(), "Export the project as JSON too"),
 }
 
 
