@@ -1,9 +1,9 @@
-"""What `bench-kernels` is made of: lists of settings, stages, tables of figures, the result file."""
+"""What `bench-kernels` is made of: stages, tables of figures, the result file."""
 
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,26 +25,6 @@ def check_json(path: Path | None) -> None:
     """Refuse a result file that could not be written, before anything is measured. Raises: RecipeError."""
     if path is not None and not path.resolve().parent.is_dir():
         raise RecipeError("--json is a file in a folder that exists", received=str(path), remedy="make the folder")
-
-
-def parse_temperatures(text: str) -> tuple[float, ...]:
-    """Parse a comma list of temperatures. Raises: RecipeError."""
-    try:
-        temperatures = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        temperatures = ()
-    if not temperatures or not all(0 < value < float("inf") for value in temperatures):
-        raise RecipeError("--temperature lists numbers above 0", received=repr(text), remedy="for instance 1,2,2.5")
-    return temperatures
-
-
-def parse_kept(text: str) -> tuple[int | None, ...]:
-    """Parse numbers of target classes: None is auto, the store's default; `sys.maxsize` all. Raises: RecipeError."""
-    words = {"auto": None, "all": sys.maxsize}
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part in words or (part.isdigit() and int(part) > 0) for part in parts):
-        raise RecipeError("--top-k lists numbers of classes, auto or all", received=repr(text), remedy="--top-k 8,all")
-    return tuple(words[part] if part in words else int(part) for part in parts)
 
 
 @contextmanager
@@ -72,26 +52,12 @@ def line(text: str) -> None:
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_result(path: Path | None, verb: str, theme: str, content: Mapping[str, Any]) -> None:
-    """Write the figures of a verb below their header; nothing without a path."""
-    if path is None:
-        return
-    from kdcache.training.run.metrics_log import write_json
-
-    write_json(path, {**_header(verb, theme), **content})
-    _wrote(path)
-
-
-def _header(verb: str, theme: str) -> dict[str, Any]:
+def _header(theme: str) -> dict[str, Any]:
     from kdcache.bench.header import header
     from kdcache.training.run.metrics_log import environment
 
-    words = sys.argv[1:] if sys.argv[1:2] == [verb] else [verb]
+    words = sys.argv[1:] if sys.argv[1:2] == ["bench-kernels"] else ["bench-kernels"]
     return header(theme, shlex.join(["kdcache", *words]), environment())
-
-
-def _wrote(path: Path) -> None:
-    ERRORS.print(f"wrote {path}", markup=False, highlight=False)
 
 
 class GrowingResult:
@@ -102,10 +68,10 @@ class GrowingResult:
         of: how many rows there will be.
     """
 
-    def __init__(self, path: Path | None, verb: str, theme: str, *, of: int) -> None:
+    def __init__(self, path: Path | None, theme: str, *, of: int) -> None:
         self._path, self._of = path, of
         self._rows: list[dict[str, Any]] = []
-        self._content = {} if path is None else _header(verb, theme)
+        self._content = {} if path is None else _header(theme)
         self._written = 0.0
 
     def write(self, **content: Any) -> None:
@@ -129,7 +95,7 @@ class GrowingResult:
         """Write the file for the last time."""
         self.write(**content)
         if self._path is not None:
-            _wrote(self._path)
+            ERRORS.print(f"wrote {self._path}", markup=False, highlight=False)
 
     @contextmanager
     def kept_when_interrupted(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`kdcache bench-kernels` as a user meets it; what its figures mean is tests/evaluate/test_bench*.py."""
+"""`kdcache bench-kernels` as a user meets it; what its figures mean is tests/bench/kernels."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ import torch
 
 from kdcache.bench import kernels
 
-SMALL = "bench-kernels --device cpu --shapes 1x3x16x16/4 --repeats 2 --no-memory --impl reference"
+SMALL = "bench-kernels --device cpu --shapes 1x3x16x16/4 --repeats 2 --no-memory"
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The implementation that needs no compiler."""
+    monkeypatch.setattr(kernels, "Settings", partial(kernels.Settings, impl="reference"))
 
 
 def test_a_table_and_a_file(cli, tmp_path) -> None:
-    words = (
-        f"{SMALL} --against eager,liger --dtype fp32,bf16 --temperature 1,2.5 --top-k 2,all --json {tmp_path}/k.json"
-    )
+    words = f"{SMALL} --against eager,liger --dtype fp32,bf16 --case plain,gate --json {tmp_path}/k.json"
     ended = cli(*words.split())
     assert ended.code == 0, ended.err
-    assert "plain 1x3x16x16/4 bf16 nchw T=2.5 k=2" in ended.out
+    assert "gate 1x3x16x16/4 bf16 T=2 k=3" in ended.out
     assert "kdcache (reference)" in ended.out
-    assert ended.out.count("liger-kernel") >= 8, "a line for every case, and no crash"
+    assert ended.out.count("\n  liger: ") == 4, "a line for every case, and no crash"
     assert "eager: warm-up" in ended.err
     told = json.loads((tmp_path / "k.json").read_text())
     assert told["theme"] == "kernels"
     assert {"date", "commit", "command", "machine"} < set(told)
     assert told["command"].startswith("kdcache bench-kernels")
     assert told["machine"]["packages"]["torch"]
-    assert len(told["rows"]) == 8
+    assert len(told["rows"]) == 4
     assert told["complete"] is True
-    assert {(row["case"]["temperature"], row["case"]["kept"]) for row in told["rows"]} == {
-        (temperature, kept) for temperature in (1.0, 2.5) for kept in (2, 3)
-    }
+    cases = {(row["case"]["kind"], row["case"]["dtype"]) for row in told["rows"]}
+    assert cases == {(kind, dtype) for kind in ("plain", "gate") for dtype in ("fp32", "bf16")}
     eager = told["rows"][0]["rivals"][0]
     ours = told["rows"][0]["ours"]
     assert eager["ratio"]["best"] == pytest.approx(eager["time"]["best"] / ours["time"]["best"])
@@ -55,13 +58,13 @@ def test_rows_are_shown_and_written_before_the_run_is_interrupted(cli, tmp_path,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kernels, "measure", interrupted)
-    ended = cli(*SMALL.split(), "--temperature", "1,2", "--against", "none", "--json", tmp_path / "k.json")
+    ended = cli(*SMALL.split(), "--dtype", "fp32,bf16", "--against", "none", "--json", tmp_path / "k.json")
     assert ended.code == 130
-    assert "T=1 " in ended.out
+    assert "fp32" in ended.out
     assert "1 of 2 rows are measured" in ended.err
     told = json.loads((tmp_path / "k.json").read_text())
     assert told["complete"] is False
-    assert [row["case"]["temperature"] for row in told["rows"]] == [1.0]
+    assert [row["case"]["dtype"] for row in told["rows"]] == ["fp32"]
 
 
 def test_the_file_is_whole_after_every_row(cli, tmp_path, monkeypatch) -> None:
@@ -75,7 +78,7 @@ def test_the_file_is_whole_after_every_row(cli, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(kernels, "measure", watched)
     monkeypatch.setattr("kdcache_cli.measuring.WRITE_EVERY_S", -1)
-    ended = cli(*SMALL.split(), "--temperature", "1,2,4", "--against", "none", "--json", tmp_path / "k.json")
+    ended = cli(*SMALL.split(), "--dtype", "fp32,fp16,bf16", "--against", "none", "--json", tmp_path / "k.json")
     assert ended.code == 0
     assert rows == [0, 1, 2]
 
@@ -90,29 +93,23 @@ def test_memory_is_measured_by_default(cli) -> None:
 
 @pytest.fixture
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = partial(kernels.CheckSettings, strides=("2",), temperatures=(2.0,), classes=(3,), values=("normal",))
+    small = partial(
+        kernels.CheckSettings, impl="reference", strides=("2",), temperatures=(2.0,), classes=(3,), values=("normal",)
+    )
     monkeypatch.setattr(kernels, "CheckSettings", small)
     monkeypatch.setattr(kernels, "EVERY", 1)
 
 
 def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
-    ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--json", tmp_path / "c.json")
+    ended = cli("bench-kernels", "--check", "--device", "cpu", "--json", tmp_path / "c.json")
     assert ended.code == 0, ended.out + ended.err
-    assert "60 points, 0 missed a bound" in ended.out
-    assert "window crop" in ended.out
+    assert "15 points, 0 missed a bound" in ended.out
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["theme"] == "kernel accuracy"
     assert told["impl"] == "reference"
-    assert len(told["rows"]) == 60
+    assert len(told["rows"]) == 15
     assert all(row["passed"] for row in told["rows"])
-    assert {row["factor"] for row in told["summary"]} == {
-        "loss",
-        "stride",
-        "temperature",
-        "num_classes",
-        "window",
-        "values",
-    }
+    assert [row["dtype"] for row in told["summary"]] == ["fp32", "fp16", "bf16"]
 
 
 def test_a_check_that_is_interrupted_leaves_what_it_judged(cli, tmp_path, small_grid, monkeypatch) -> None:
@@ -125,7 +122,7 @@ def test_a_check_that_is_interrupted_leaves_what_it_judged(cli, tmp_path, small_
             yield point
 
     monkeypatch.setattr(kernels, "check", interrupted)
-    ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--json", tmp_path / "c.json")
+    ended = cli("bench-kernels", "--check", "--device", "cpu", "--json", tmp_path / "c.json")
     assert ended.code == 130
     told = json.loads((tmp_path / "c.json").read_text())
     assert (told["complete"], len(told["rows"])) == (False, 4)
@@ -133,25 +130,20 @@ def test_a_check_that_is_interrupted_leaves_what_it_judged(cli, tmp_path, small_
 
 def test_a_check_that_fails(cli, small_grid, monkeypatch) -> None:
     monkeypatch.setitem(kernels.GRADIENT_BOUND, "fp32", -1.0)
-    ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--dtype", "fp32")
+    ended = cli("bench-kernels", "--check", "--device", "cpu", "--dtype", "fp32")
     assert ended.code == 1
-    assert "20 points, 20 missed a bound" in ended.out
+    assert "5 points, 5 missed a bound" in ended.out
     assert "window=crop" in ended.out
 
 
 WRONG = {
+    "flag": ("--layout nchw", "--layout"),
     "shape": ("--shapes 16x21x512", "'16x21x512'"),
     "preset": ("--shapes camvit", "did you mean 'camvid'"),
     "rival": ("--against eagre", "did you mean 'eager'"),
     "dtype": ("--dtype fp8", "'fp8'"),
     "dtype of a check": ("--check --dtype fp8", "'fp8'"),
-    "layout": ("--layout nhwc", "'nhwc'"),
     "case": ("--case trainde", "did you mean 'trained'"),
-    "temperature": ("--temperature 0", "'0'"),
-    "temperatures": ("--temperature 1,warm", "'1,warm'"),
-    "top-k": ("--top-k 0", "'0'"),
-    "implementation": ("--impl cuda", "'cuda'"),
-    "implementation of a check": ("--check --impl cuda", "'cuda'"),
     "folder": ("--json {tmp}/nowhere/k.json", "nowhere"),
 }
 

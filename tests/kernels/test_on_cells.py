@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounding import rounding
 from torch import Tensor
 
-from kdcache.bench.kernels.rounding import rounding
 from kdcache_kernels import ShapeError, average_moments, relation_loss, relation_moments
 from kdcache_kernels.gpu.on_cells import cells as gpu_cells
 from kdcache_kernels.on_cells import library

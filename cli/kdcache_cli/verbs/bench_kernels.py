@@ -1,27 +1,15 @@
 """`kdcache bench-kernels`: how fast, how small and how exact the loss is, here."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from kdcache.settings.shared import MachineSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar
-from kdcache_cli.measuring import (
-    MISSING,
-    GrowingResult,
-    JsonFile,
-    check_json,
-    contestants,
-    line,
-    parse_kept,
-    parse_temperatures,
-    stages,
-)
+from kdcache_cli.measuring import MISSING, GrowingResult, JsonFile, check_json, contestants, line, stages
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for torch
@@ -57,16 +45,10 @@ def bench_kernels(
             "whole views), dist-warp (through windows); or [bold]all[/].",
         ),
     ] = "plain",
-    layout: Annotated[str, _Option("--layout", help="Layout of the student's logits: nchw, channels_last.")] = "nchw",
-    temperature: Annotated[str, _Option("--temperature", help="One or several, comma-separated.")] = "2",
-    top_k: Annotated[
-        str, _Option("--top-k", help="Classes in the target: auto (all up to 32, else 8), all, or numbers.")
-    ] = "auto",
     against: Annotated[
         str,
         _Option("--against", help="eager, compile, compile-max-autotune, chunked (image by image), liger; or none."),
     ] = "eager,compile,liger",
-    impl: Annotated[str, _Option("--impl", help="Which implementation of ours.")] = "auto",
     repeats: Annotated[
         int | None, _Option("--repeats", min=1, help="Samples of each (default: 15; 100 on CUDA).")
     ] = None,
@@ -85,7 +67,7 @@ def bench_kernels(
     """
     import torch
 
-    from kdcache.bench.kernels import DTYPES, KINDS, LAYOUTS, RIVALS, Settings, parse_names, parse_shapes
+    from kdcache.bench.kernels import DTYPES, KINDS, RIVALS, Settings, parse_names, parse_shapes
     from kdcache.training import pick_device
 
     if threads:
@@ -94,17 +76,13 @@ def bench_kernels(
     cuda = where.type == "cuda"
     check_json(json_file)
     if check:
-        raise typer.Exit(1 if _check(where, dtype, impl, json_file) else 0)
+        raise typer.Exit(1 if _check(where, dtype, json_file) else 0)
     settings = Settings(
         device=where,
         shapes=parse_shapes(shapes or where.type),
         dtypes=parse_names(dtype or ("bf16" if cuda else "fp32"), "--dtype", DTYPES),
-        layouts=parse_names(layout, "--layout", LAYOUTS),
-        temperatures=parse_temperatures(temperature),
-        kept=parse_kept(top_k),
         kinds=tuple(KINDS) if case == "all" else parse_names(case, "--case", KINDS),
         against=() if against == "none" else parse_names(against, "--against", RIVALS),
-        impl=impl,
         repeats=repeats,
         weigh=memory,
     )
@@ -115,7 +93,7 @@ def _measure(settings: "Settings", json_file: Path | None) -> None:
     """Print and write the rows as they come."""
     from kdcache.bench.kernels import measure, measure_ceilings
 
-    result = GrowingResult(json_file, "bench-kernels", "kernels", of=len(list(settings.cases())))
+    result = GrowingResult(json_file, "kernels", of=len(list(settings.cases())))
     with result.kept_when_interrupted(), stages() as note:
         ceilings = measure_ceilings(settings, note)
         result.write(ceilings=ceilings and ceilings.to_json())
@@ -127,14 +105,14 @@ def _measure(settings: "Settings", json_file: Path | None) -> None:
     result.end()
 
 
-def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path | None) -> int:
+def _check(device: "torch.device", dtype: str | None, json_file: Path | None) -> int:
     """Print the accuracy grid; return how many points missed a bound."""
     from kdcache.bench.kernels import DTYPES, EVERY, CheckSettings, check, parse_names, resolved, summary
 
     dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
-    settings = CheckSettings(device=device, impl=impl, dtypes=dtypes, every=EVERY)
-    name, total = resolved(impl, device), len(list(settings.points()))
-    result = GrowingResult(json_file, "bench-kernels", "kernel accuracy", of=total)
+    settings = CheckSettings(device=device, dtypes=dtypes, every=EVERY)
+    name, total = resolved(settings.impl, device), len(list(settings.points()))
+    result = GrowingResult(json_file, "kernel accuracy", of=total)
     result.write(impl=name)
     judged: list[Judged] = []
     with result.kept_when_interrupted(), progress_bar() as bar:
@@ -145,15 +123,21 @@ def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path
             missed = sum(not one.passed for one in judged)
             bar.update(task, completed=len(judged), note=f"{missed} missed a bound" if missed else "")
     rows = summary(judged)
-    _print_accuracy(f"{name} on {device.type}", judged, rows, dtypes)
+    _print_accuracy(f"{name} on {device.type}", judged, rows)
     result.end(summary=rows)
     return missed
 
 
-def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> None:
-    """The table by factors, the verdict, and the points that missed a bound, worst first."""
+def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, Any]]) -> None:
+    """The table by dtype, the verdict, and the points that missed a bound, worst first."""
+    from kdcache.bench.kernels import GRADIENT_BOUND
+
     missed = [result for result in judged if not result.passed]
-    OUT.print(_accuracy_table(rows, dtypes))
+    table = figure_table("", "points", "missed", "loss error / bound", "gradient error", "its bound from")
+    for row in rows:
+        errors = f"{row['loss_share']:.2f}", f"{row['gradient_error']:.1e}", f"{GRADIENT_BOUND[row['dtype']]:.0e}"
+        table.add_row(row["dtype"], str(row["points"]), str(row["missed"]), *errors)
+    OUT.print(table)
     OUT.print(f"{escape(name)}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False)
     for worst in sorted(missed, key=lambda point: -max(point.loss_share, point.gradient_share))[:MISSES_SHOWN]:
         line(f"  {_miss(worst)}")
@@ -170,10 +154,11 @@ def _print_row(row: "Row", cuda: bool) -> None:
             style = "bold" if contestant is row.ours else None
             table.add_row(*_cells(row, contestant, contestant.time, cuda), style=style)
     OUT.print(table)
+    if row.ours.floors:
+        line("  roofline: " + ", ".join(f"{100 * share:.0f} % of {floor}" for floor, share in row.ours.floors.items()))
     for contestant in (row.ours, *row.rivals):
-        shares = ", ".join(f"{100 * share:.0f} % of the {floor} floor" for floor, share in contestant.floors.items())
         bound = "the GPU waits for the CPU: event times are the CPU's" if contestant.host_bound else ""
-        for text in filter(None, (shares, bound, contestant.problem)):
+        for text in filter(None, (bound, contestant.problem)):
             line(f"  {contestant.title}: {text}")
     OUT.print()
 
@@ -194,23 +179,6 @@ def _ceilings(ceilings: "Ceilings") -> str:
         f"ceilings: copy {ceilings.copy_bytes / 1e12:.2f} TB/s, {ceilings.exps / 1e12:.2f} T exp2/s, "
         f"{ceilings.instructions / 1e12:.1f} T instructions/s"
     )
-
-
-def _accuracy_table(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> Table:
-    """A row per value of a factor: worst loss error as a share of its bound, worst gradient error, by dtype."""
-    from kdcache.bench.kernels import GRADIENT_BOUND
-
-    bounds = [(f"{dtype} loss / bound", f"gradient ({GRADIENT_BOUND[dtype]:.0e})") for dtype in dtypes]
-    table = figure_table("", "points", "missed", *itertools.chain(*bounds))
-    factor = None
-    for row in rows:
-        if factor not in (None, row["factor"]):
-            table.add_section()
-        factor = row["factor"]
-        errors = [row["worst"].get(dtype) for dtype in dtypes]
-        shown = [text for error in errors for text in (f"{error['loss_share']:.2f}", f"{error['gradient_error']:.1e}")]
-        table.add_row(f"{factor} {row['value']}", str(row["points"]), str(row["missed"]), *shown)
-    return table
 
 
 def _miss(result: "Judged") -> str:

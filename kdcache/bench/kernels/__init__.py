@@ -9,7 +9,7 @@ from kdcache.bench.kernels.accuracy import EVERY, GRADIENT_BOUND, CheckSettings,
 from kdcache.bench.kernels.rivals import RIVALS, resolved
 from kdcache.bench.kernels.roofline import Ceilings
 from kdcache.bench.kernels.run import Measured, Row, Settings, measure, measure_ceilings
-from kdcache.bench.kernels.shapes import DTYPES, KINDS, LAYOUTS, PRESETS, Case, Shape, parse_names, parse_shapes
+from kdcache.bench.kernels.shapes import DTYPES, KINDS, PRESETS, Case, Shape, parse_names, parse_shapes
 from kdcache.bench.timing import Spread
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "EVERY",
     "GRADIENT_BOUND",
     "KINDS",
-    "LAYOUTS",
     "PRESETS",
     "RIVALS",
     "Case",

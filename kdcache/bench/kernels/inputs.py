@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.bench.kernels.shapes import DTYPES, KINDS, LAYOUTS, Case, Shape
+from kdcache.bench.kernels.shapes import DTYPES, KINDS, Case, Shape
 from kdcache.data import draw_window
 from kdcache_kernels import PackedTarget, pack
 from kdcache_kernels.target_cells import area_mean
@@ -77,7 +77,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
             return torch.empty(B, C, *shape.native, device=device)
         return (torch.randn(B, C, *shape.native, generator=generator) * LOGIT_SPREAD).to(device)
 
-    student = logits().to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]).requires_grad_()
+    student = logits().to(DTYPES[case.dtype]).requires_grad_()
     target = PackedTarget(*pack(logits(), case.k), C, shape.size)
     labels = torch.empty((B, *shape.size), dtype=torch.int64, device=device) if meta else draw_labels(shape, generator)
     labels = labels.to(device)

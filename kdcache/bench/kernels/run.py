@@ -5,6 +5,7 @@ such excuse and raises.
 """
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,7 +36,6 @@ class Settings:
     Attributes:
         impl: implementation of `kdcache_kernels.distill_loss`.
         against: names of RIVALS.
-        kept: classes of the target; None as a store would (all up to 32, else 8).
         kinds: names of KINDS.
         repeats: samples per contestant; None is 100 on CUDA and 15 on the CPU.
         weigh: whether memory is measured; on the CPU that takes a fresh process per contestant.
@@ -44,9 +44,6 @@ class Settings:
     device: torch.device
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
-    layouts: tuple[str, ...] = ("nchw",)
-    temperatures: tuple[float, ...] = (2.0,)
-    kept: tuple[int | None, ...] = (None,)
     kinds: tuple[str, ...] = ("plain",)
     against: tuple[str, ...] = ("eager", "compile", "liger")
     impl: str = "auto"
@@ -55,17 +52,8 @@ class Settings:
 
     def cases(self) -> Iterator[Case]:
         """Every combination, once."""
-        grid = (
-            Case(shape, dtype, layout, temperature, k, kind)
-            for shape in self.shapes
-            for kind in self.kinds
-            for dtype in self.dtypes
-            for layout in self.layouts
-            for temperature in self.temperatures
-            for k in self.kept
-        )
-        # 8 of 8 classes and all of 8 are the same target.
-        yield from {str(case): case for case in grid}.values()
+        grid = itertools.product(self.shapes, self.kinds, self.dtypes)
+        yield from dict.fromkeys(Case(shape, dtype, kind=kind) for shape, kind, dtype in grid)
 
 
 @dataclass
@@ -77,7 +65,7 @@ class Measured:
         graph: the same as a CUDA graph, which leaves the host out.
         host: what the CPU takes to issue it to a GPU.
         peak_mib: above the inputs.
-        floors: ours: the fractions of the three floors; a rival's: `bytes`, of its own.
+        floors: of ours, the fractions of the three floors.
         problem: why figures are missing.
     """
 
@@ -134,7 +122,7 @@ def measure_ceilings(settings: Settings, note: Note = lambda text: None) -> Ceil
     resolved(settings.impl, settings.device)
     if settings.device.type != "cuda":
         return None
-    note("ceilings: a copy and an exp2 loop")
+    note("ceilings: a copy")
     return roofline.measure_ceilings()
 
 
@@ -162,13 +150,10 @@ def _measure_case(case: Case, settings: Settings, ceilings: Ceilings | None, not
         measured = [_on_cuda(name, case, inputs, settings, note) for name in names]
     else:
         measured = _on_cpu(names, case, inputs, settings, note)
-    for contestant in measured:
-        if ceilings is not None and (time := contestant.headline) is not None:
-            if contestant.name == OURS:
-                contestant.floors = roofline.fractions(roofline.least_work(case), ceilings, time.p50)
-            elif (share := roofline.rival_fraction(contestant.name, case, ceilings, time.p50)) is not None:
-                contestant.floors = {"bytes": share}
-    return Row(case, measured[0], measured[1:])
+    ours = measured[0]
+    if ceilings is not None and (time := ours.headline) is not None:
+        ours.floors = roofline.fractions(roofline.least_work(case), ceilings, time.p50)
+    return Row(case, ours, measured[1:])
 
 
 def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note) -> Measured:

@@ -19,7 +19,6 @@ KEPT = 8
 """Classes kept above."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,6 @@ class Case:
 
     shape: Shape
     dtype: str = "fp32"
-    layout: str = "nchw"
     temperature: float = 2.0
     kept: int | None = None
     kind: str = "plain"
@@ -179,4 +177,4 @@ class Case:
         return replace(self, shape=Shape(1, self.shape.num_classes, side, side, self.shape.stride))
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.shape} {self.dtype} {self.layout} T={self.temperature:g} k={self.k}"
+        return f"{self.kind} {self.shape} {self.dtype} T={self.temperature:g} k={self.k}"

@@ -65,19 +65,18 @@ def test_a_target_keeps_what_a_store_would(classes: int, kept: int | None, k: in
 
 
 def test_cases_are_drawn_once() -> None:
-    settings = Settings(CPU, (SMALL, SMALL), ("fp32", "bf16"), temperatures=(1.0, 2.0), kept=(None, 5, 2))
-    assert len(list(settings.cases())) == 2 * 2 * 2, "5 of 5 classes are all of them"
-    assert len(list(replace(settings, kinds=tuple(KINDS)).cases())) == len(KINDS) * 2 * 2 * 2
+    settings = Settings(CPU, (SMALL, SMALL), ("fp32", "bf16"))
+    assert len(list(settings.cases())) == 2
+    assert len(list(replace(settings, kinds=tuple(KINDS)).cases())) == len(KINDS) * 2
 
 
 @pytest.mark.parametrize("classes", [5, 300])
 def test_inputs_are_the_same_every_time_and_partly_void(classes: int) -> None:
-    case = Case(Shape(1, classes, 24, 32, 4), dtype="bf16", layout="channels_last")
+    case = Case(Shape(1, classes, 24, 32, 4), dtype="bf16")
     one, other = make_inputs(case, CPU), make_inputs(case, CPU)
     assert torch.equal(one.student, other.student)
     assert torch.equal(one.labels, other.labels)
     assert one.student.dtype == torch.bfloat16
-    assert one.student.is_contiguous(memory_format=torch.channels_last)
     assert one.student.is_leaf
     assert torch.equal(one.labels.long(), one.labels_int64), "no id was cut short"
     void = one.labels_int64 == case.shape.ignore_index
@@ -152,7 +151,7 @@ def test_rivals_agree_with_the_reference(name: str, kind: str, temperature: floa
 @pytest.mark.parametrize("name", [OURS, "eager", "chunked"])
 @pytest.mark.parametrize(("dtype", "error"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_narrow_logits(name: str, dtype: str, error: float) -> None:
-    case = Case(SMALL, dtype=dtype, layout="channels_last")
+    case = Case(SMALL, dtype=dtype)
     expected_loss, expected = reference(case)
     loss, gradient = prepare(name, case, make_inputs(case, CPU), "auto").step()
     assert gradient.shape == expected.shape

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
 import types
 
@@ -70,41 +67,6 @@ def test_the_least_work_of_relations_is_that_of_cells() -> None:
     assert work.bytes == 6 * class_cells, "both logits and the gradient, two bytes each"
     assert work.exps == 2 * class_cells
     assert work.instructions == roofline.INSTRUCTIONS_PER_CLASS_CELL * class_cells
-    ceilings = roofline.Ceilings(copy_bytes=1e12, exps=1.0)
-    assert roofline.rival_fraction("compile", case, ceilings, 1.0) is None, "nobody has counted its bytes"
-    touched = roofline.bytes_per_class_pixel(case) * 16
-    assert 100 < touched < 600, "bytes of a class-cell"
-
-
-def test_a_rivals_floor_is_its_own_bytes() -> None:
-    ceilings = roofline.Ceilings(copy_bytes=1e12, exps=1.0)
-    case = Case(PRESETS["voc"][0], dtype="bf16")
-    touched = roofline.bytes_per_class_pixel(case)
-    assert 100 < touched < 200, "some 40 float32 tensors of label size go in or out"
-    share = roofline.rival_fraction("eager", case, ceilings, milliseconds=20)
-    assert share == pytest.approx(touched * case.shape.class_pixels / 1e12 / 20e-3)
-    assert roofline.rival_fraction("liger", case, ceilings, 1.0) is None
-
-
-def test_touched_bytes_are_those_of_the_tensors() -> None:
-    x = torch.ones(3, 5)
-    touched = roofline._Touched()
-    with touched:
-        _ = x + x[:1].expand(3, 5)
-    assert touched.bytes == 4 * (15 + 5 + 15)
-
-
-def test_the_exp_loop_takes_exponentials() -> None:
-    """In Triton's interpreter, which must be chosen before Triton is imported."""
-    code = (
-        "import torch\nfrom kdcache.bench.kernels.exp_loop import exp2_loop\n"
-        "out = torch.empty(128)\nexp2_loop[(2,)](out, 3, BLOCK=64, num_warps=4)\n"
-        "x = torch.arange(128) % 64 * 0.01\nfor _ in range(3):\n    x = torch.exp2(-x)\n"
-        "assert torch.allclose(out, x), (out - x).abs().max()"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @NO_GPU
@@ -119,7 +81,7 @@ def test_a_run_on_a_gpu() -> None:
     assert (ours.problem, eager.problem) == ("", "")
     assert ours.graph is not None
     assert set(ours.floors) == {"bytes", "sfu", "issue"}
-    assert all(0 < share < 1.2 for share in (*ours.floors.values(), *eager.floors.values()))
+    assert all(0 < share < 1.2 for share in ours.floors.values())
     tensor_mib = 4 * rows[0].case.shape.class_pixels / memory.MIB
     assert eager.peak_mib is not None
     assert 4 * tensor_mib < eager.peak_mib < 12 * tensor_mib
@@ -211,7 +173,6 @@ def test_the_way_on_a_gpu(pretended: _Cuda) -> None:
         assert one.peak_mib == 3
         assert one.problem == ""
     assert set(rows[0].ours.floors) == {"bytes", "sfu", "issue"}
-    assert set(eager.floors) == {"bytes"}
     assert "liger-kernel" in liger.problem
     assert pretended.captured == ["reset", "begin", "end", *["replay"] * 3] * 3
     assert json.loads(json.dumps(rows[0].to_json()))["rivals"][0]["ratio"]["memory"] == 1
