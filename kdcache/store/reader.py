@@ -354,6 +354,17 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
     return completion
 
 
+def store_opens(place: Place) -> bool:
+    """Return True if a store opens, with its ledger. A seal with a wrong digest shows in nothing else."""
+    try:
+        sealed = open_cache(place).ledger
+        assert sealed is not None
+        sealed.check_lines()
+    except StoreError:
+        return False
+    return True
+
+
 def store_exists(location: str | Path | Place) -> bool:
     """Whether a store was begun there."""
     return open_place(location).exists(ROOT, SPARE, ledger.COMPLETE)

@@ -37,7 +37,7 @@ from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays,
 from kdcache.store.format.shard import chunk_checksums
 from kdcache.store.freshness import BuiltFrom, Recorded, columns_of, data_changes, renewal
 from kdcache.store.ledger import FileRecord, ShardRecord
-from kdcache.store.reader import open_cache, read_manifest, store_exists
+from kdcache.store.reader import read_manifest, store_exists, store_opens
 from kdcache.store.sample_ids import read_ids
 from kdcache.store.worker import Worker
 
@@ -355,23 +355,12 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
         return
     place = writer.place
     remedy = f"restore the data set, or build the data as it is now into a new --out; {place} stays as it is"
-    if _opens(place):  # else --from fails too, and names this command
+    if store_opens(place):  # else --from fails too, and names this command
         remedy = (
             f"restore the data set, or renew it: {renewal(place, split.data)} keeps the targets of unchanged images; "
             f"{place} stays as it is"
         )
     raise changed_data(place, changes, split, remedy)
-
-
-def _opens(place: Place) -> bool:
-    """Return True if a store opens, with its ledger. A seal with a wrong digest shows in nothing else."""
-    try:
-        sealed = open_cache(place).ledger
-        assert sealed is not None
-        sealed.check_lines()
-    except StoreError:
-        return False
-    return True
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
