@@ -13,7 +13,7 @@
     curves.py               how a training went
     score_figures.py        one model's scores
     gallery.py              the best and the worst images
-    visualise.py            all of them, as a folder
+    visualise.py            all of them, as a folder: `report --draw`
     report/                 the page
 
 It knows no stores and no trainings: a run is a folder of files.

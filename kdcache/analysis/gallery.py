@@ -2,7 +2,6 @@
 
     OUT/<run>/successful_cases/success_rank1_<sample>_iou0.9234.png
     OUT/<run>/failure_cases/failure_rank1_<sample>_iou0.1234.png
-    OUT/<run>/chosen_cases/chosen1_<sample>_iou0.5000.png      instead of these, for samples named by --ids
     OUT/<run>/contact_sheet.png                                all of them, small: image, ground truth, prediction
     OUT/<run>/iou_distribution.png, confusion.png, rmse_distribution.png, curves.png, evaluation_metrics.txt
     OUT/side_by_side/                                          the same images through all models
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
 OPACITY = 0.55
 SHEET = "contact_sheet.png"
 _THUMB_WIDTH = 240
-SUCCESSES, FAILURES, CHOSEN = "successful_cases", "failure_cases", "chosen_cases"
+SUCCESSES, FAILURES = "successful_cases", "failure_cases"
 SIDE_BY_SIDE = "side_by_side"
 Panel = tuple[str, Array | DepthMap]
 """A picture, with its title."""
@@ -108,12 +107,10 @@ class Case:
     score: Score = MIOU
 
 
-def best_cases(
-    ranking: Sequence[tuple[int, float]], best: int, worst: int, chosen: Sequence[int] = (), score: Score = MIOU
-) -> list[Case]:
-    """The best and the worst of a ranking in the order of their ranks, then those that were chosen."""
+def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, score: Score = MIOU) -> list[Case]:
+    """The best and the worst of a ranking, in the order of their ranks."""
     upper, lower = best_and_worst(ranking, best, worst)
-    groups = ((upper, SUCCESSES, "success_rank"), (lower, FAILURES, "failure_rank"), (chosen, CHOSEN, "chosen"))
+    groups = ((upper, SUCCESSES, "success_rank"), (lower, FAILURES, "failure_rank"))
     return [
         Case(position, folder, f"{prefix}{rank}", score)
         for positions, folder, prefix in groups
@@ -144,38 +141,33 @@ class Gallery:
         shown: Shown,
         cases: Sequence[Case],
         folder: Path,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[Path]:
+        progress: Callable[[int, int], None],
+    ) -> None:
         """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors; depth below.
 
         A contact sheet has all of them, small.
         """
-        written, strips = list[Path](), list[Panel]()
+        strips = list[Panel]()
         for done, case in enumerate(cases, 1):
             image = shown.scores.images[case.position]
             value = case.score.of(image)
             name = f"{shorten(shown.name, 40)}, {_rank(case)}: {case.score.text(value)}"
             pictures, legend = self._one_model(shown, image.number)
             figure = panels(f"{name}\n{shorten(image.sample, 90)}", pictures, legend, self.layout)
-            written += self._save(figure, folder / case.folder, case, image.sample, value)
+            self._save(figure, folder / case.folder, case, image.sample, value)
             strips.append((f"{_rank(case)}: {case.score.text(value)}", _strip(pictures)))
-            if progress is not None:
-                progress(done, len(cases))
+            progress(done, len(cases))
         if strips:
             title = f"{shorten(shown.name)}: image, ground truth, prediction"
-            written += save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
-        return written
+            save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
 
-    def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> list[Path]:
+    def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> None:
         """Draw the same images through several models: predictions, and where they are wrong; scores are means."""
-        written = list[Path]()
         for case in cases:
             images = [shown.scores.images[case.position] for shown in models]
             values = [case.score.of(image) for image in images]
             figure = self._several(models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}", case.score)
-            mean = statistics.fmean(values)
-            written += self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, mean)
-        return written
+            self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, statistics.fmean(values))
 
     def _one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
         pixels, own = self.split.image(number), shown.predict(self.split, number)
@@ -286,9 +278,9 @@ class Gallery:
             entries += [("wrong", error_colour(classes.colours))] if self.layout == "grid" else []
         return [*entries, ("unknown depth", UNKNOWN_RGB)] if DEPTH in tasks else entries
 
-    def _save(self, figure: "Figure", folder: Path, case: Case, sample: str, value: float) -> list[Path]:
+    def _save(self, figure: "Figure", folder: Path, case: Case, sample: str, value: float) -> None:
         path = folder / f"{case.prefix}_{file_part(sample)}_{case.score.stem(value)}.png"
-        return save_figure(figure, path, self.above, self.formats)
+        save_figure(figure, path, self.above, self.formats)
 
 
 def _strip(pictures: Sequence[Panel]) -> Array:
@@ -335,7 +327,7 @@ def _mean_error(error: Array) -> str:
 
 def _rank(case: Case) -> str:
     """`success_rank1` in words: best 1."""
-    for prefix, word in (("success_rank", "best "), ("failure_rank", "worst "), ("chosen", "chosen ")):
+    for prefix, word in (("success_rank", "best "), ("failure_rank", "worst ")):
         if case.prefix.startswith(prefix):
             return word + case.prefix.removeprefix(prefix)
     return case.prefix
@@ -343,12 +335,12 @@ def _rank(case: Case) -> str:
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
     """Yield the pictures of images that an earlier call drew: of these runs, and side by side."""
-    for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES, CHOSEN))):
+    for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES))):
         yield from _pictures(out / folder)
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    for prefix in ("success_rank", "failure_rank", "chosen"):
+    for prefix in ("success_rank", "failure_rank"):
         for score in ("iou", "rmse"):
             yield from (path for kind in get_args(Format) for path in folder.glob(f"{prefix}[0-9]*_{score}*.{kind}"))
 

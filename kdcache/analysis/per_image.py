@@ -1,4 +1,4 @@
-"""The score of each image, and which images are shown: the best, the worst, or those that are named.
+"""The score of each image, and which images are shown: the best and the worst.
 
 Depth is scored by the rmse of each image, in metres, of which less is better.
 IoU of one image is that of its own confusion matrix; its mIoU is the mean over the classes that are in its label or in
@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from kdcache.analysis.groups import nearest
 from kdcache.analysis.spread import plain
 from kdcache.data import Split
-from kdcache.errors import DataError, RecipeError
+from kdcache.errors import DataError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
@@ -43,21 +42,14 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Score:
-    """A score that images are ranked by: mIoU, the IoU of one class, or the rmse of depth, of which less is better.
-
-    Attributes:
-        place: the number of the class; None for all.
-    """
+    """A score that images are ranked by: mIoU, or the rmse of depth, of which less is better."""
 
     name: str = "mIoU"
     task: str = SEGMENTATION
-    place: int | None = None
 
     def of(self, image: ImageScore) -> float:
         """The score of an image."""
-        if self.task == DEPTH:
-            return image.rmse
-        return image.miou if self.place is None else image.iou[self.place]
+        return image.rmse if self.task == DEPTH else image.miou
 
     def text(self, value: float) -> str:
         """The score with its name and its unit."""
@@ -166,32 +158,6 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
     lower = min(worst, len(ranking) - upper)
     positions = [position for position, _ in ranking]
     return positions[:upper], positions[::-1][:lower]
-
-
-def class_number(split: Split, name: str) -> int:
-    """The number of a class by its name. Raises: RecipeError for an unknown class, with the nearest name."""
-    if name not in split.classes.names:
-        raise RecipeError(
-            "--class is one of the data's classes", received=repr(name), remedy=nearest(name, split.classes.names)
-        )
-    return split.classes.names.index(name)
-
-
-def sample_numbers(split: Split, ids: Sequence[str]) -> list[int]:
-    """Numbers of samples by their ids. Raises: RecipeError for unknown ids, and for samples without a label."""
-    places = {sample: number for number, sample in enumerate(split.ids)}
-    for sample in ids:
-        if sample not in places:
-            raise RecipeError(
-                "--ids are samples of the split",
-                received=f"{sample!r} in {split.data}, split {split.split!r}",
-                remedy=nearest(sample, split.ids),
-            )
-        if not _has_label(split, places[sample]):
-            raise RecipeError(
-                "images are scored by their labels", received=f"{sample!r} has none", remedy="leave it out of --ids"
-            )
-    return list(dict.fromkeys(places[sample] for sample in ids))
 
 
 def _has_label(split: Split, number: int) -> bool:

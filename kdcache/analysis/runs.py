@@ -14,7 +14,6 @@ from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
 from kdcache.run_samples import RunSamples
-from kdcache.shown import public
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,6 @@ class Entry:
     def name(self) -> str:
         """The folder's name, or SPEC@FILE."""
         return self.text if self.run is None else str(replace(self.run, folder=Path(self.run.folder.resolve().name)))
-
-    @property
-    def title(self) -> str:
-        """Return the name in pictures: `--name`, or as the user named it, without the folders of this machine."""
-        return str(self.settings.get("name") or public(self.text))
 
     @property
     def key(self) -> tuple[int | None, str | None]:

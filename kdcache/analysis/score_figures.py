@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 _LISTED = 10
 
 
-def draw_distribution(scores: ImageScores, colours: Colours, title: str, score: Score = MIOU) -> "Figure":
-    """How the score is spread over images, and the quartiles of every class."""
+def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Figure":
+    """Draw how mIoU is spread over images, and the quartiles of every class."""
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)
     left, right = figure.subplots(1, 2)
-    percentages = 100 * np.array(scores.known(score))
-    what = score.name
-    dress(left, f"{what}, {len(percentages)} images", f"{what} %", "images")
+    percentages = 100 * np.array(scores.known())
+    dress(left, f"mIoU, {len(percentages)} images", "mIoU %", "images")
     left.hist(percentages, bins=np.linspace(0, 100, 21), color="#1b6ca8", edgecolor="white", linewidth=0.8)
     left.set_xlim(0, 100)
     left.yaxis.get_major_locator().set_params(integer=True)

@@ -312,7 +312,7 @@ class _Planner:
         return run
 
     def _show(self) -> None:
-        """Add table, pictures (of each arm's first run) and page; those of a smoke run are marked as such."""
+        """Add the table, and the page with pictures of each arm's first run. A smoke run's are marked as such."""
         out, folds = self._out, self._recipe.folds
         trained = [job.name for job in self._jobs if job.words[0] == "train-student"]
         where: dict[str, Any] = {"data": self._data, "split": self._val_split if folds is None else self._split}
@@ -324,20 +324,16 @@ class _Planner:
         judged |= {"baseline": self._recipe.show.get("baseline", "")}
         runs = [str(run) for arm in self._recipe.arms for run in self._runs[arm.name]]
         compare = ("compare", *runs, *words({**judged, **files}))
-        shown = [str(self._runs[arm.name][0]) for arm in self._recipe.arms]
-        drawn = {**where, "teacher": spec or self._teacher_run(self._folds[0]), "out": out / "pictures"}
-        drawn |= {"num": self._recipe.show.get("num", 10)}
-        drawn |= {"fold": f"0/{folds}", "folds-by": self._recipe.data.get("folds-by", "")} if folds else {}
         compared = self._add(Job("comparison", compare, None, tuple(trained)))
-        pictures = self._add(Job("pictures", ("visualise", *shown, *words(drawn)), None, (compared,)))
         page = {
             **judged,
             "audit": list(self._audits),
-            "pictures": out / "pictures",
+            "draw": out / "pictures",
+            "num": self._recipe.show.get("num", ""),
             "title": self._recipe.title,
             "out": out / "report.html",
         }
-        self._add(Job("report", ("report", *runs, *words(page)), None, (pictures,)))
+        self._add(Job("report", ("report", *runs, *words(page)), None, (compared,)))
 
     def _judged(self, fold: int | None) -> dict[str, Any]:
         """Flags for what validates a training: a fold, the part that the recipe holds out, or the other split."""

@@ -19,12 +19,13 @@ from kdcache.analysis.per_image import RMSE
 from kdcache.analysis.report.build import ReportOptions, make_report
 from kdcache.analysis.report.recipes import streams
 from kdcache.analysis.report.summary import headline
+from kdcache.analysis.runs import find_runs
 from kdcache.analysis.spread import Blocks, resample
 from kdcache.analysis.stored_evaluations import Judging
 from kdcache.analysis.tables import BOLD, difference_table, legend, score_table, to_csv, to_markdown, to_text
-from kdcache.analysis.visualise import VisualiseOptions, visualise
+from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
-from kdcache.errors import DataError, RecipeError
+from kdcache.errors import DataError
 from kdcache.metrics import evaluate_tasks
 from kdcache.metrics.depth import DepthImages
 from kdcache.models import build_model
@@ -228,30 +229,30 @@ def test_a_head_of_which_a_run_learnt_nothing_is_not_judged(tmp_path: Path) -> N
 
 
 def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        write_run(tmp_path / f"metres-{seed}", "kdcache:tiny+depth", "none", seed, ("segmentation",))
-    write_run(tmp_path / "both", "kdcache:tiny+depth", "none", 2)
-    runs, split = [tmp_path / f"metres-{seed}" for seed in (0, 1)], open_split(DATA, "val")
-    made = visualise([*runs, tmp_path / "both"], None, None, tmp_path / "out", VisualiseOptions(best=1, worst=1))
-    assert [shown.heads for shown in made.shown.values()] == [("depth",), ("depth",), ("segmentation", "depth")]
-    scores = made.shown["metres-0"].scores
+    for method in ("none", "kl"):
+        write_run(tmp_path / f"metres-{method}", "kdcache:tiny+depth", method, 0, ("segmentation",))
+    write_run(tmp_path / "both", "kdcache:tiny+depth", "dist", 0)
+    runs, split = [tmp_path / f"metres-{method}" for method in ("none", "kl")], open_split(DATA, "val")
+    folder = tmp_path / "out"
+    drawing = ReportOptions(QUICK, samples=0, drawing=Drawing(folder, num=1))
+    make_report([*runs, tmp_path / "both"], None, None, tmp_path / "page.html", drawing)
+    (entry,) = find_runs([runs[0]])
+    shown = score_run(entry, "metres", split, Judging(), lambda *_: None)
+    assert shown.heads == ("depth",)
     model, description = load_run(runs[0])
     judged = evaluate_tasks(model, split, description.size).depth
     assert judged is not None
     assert judged.images is not None
-    assert [image.rmse for image in scores.images] == judged.images.values[:, 0].tolist()
-    best, worst = min(scores.known(RMSE)), max(scores.known(RMSE))
-    own = {path.name.rpartition("_")[2] for path in made.files if path.parent.parent.name == "metres-0"}
-    assert {f"rmse{best:.4f}.png", f"rmse{worst:.4f}.png"} <= own
-    folder = tmp_path / "out"
-    assert (folder / "metres-0" / "rmse_distribution.png").is_file()
-    assert not (folder / "metres-0" / "confusion.png").exists()
+    assert [image.rmse for image in shown.scores.images] == judged.images.values[:, 0].tolist()
+    best, worst = min(shown.scores.known(RMSE)), max(shown.scores.known(RMSE))
+    own = {path.name.rpartition("_")[2] for path in folder.glob("metres-none/*_cases/*.png")}
+    assert own == {f"rmse{best:.4f}.png", f"rmse{worst:.4f}.png"}
+    assert (folder / "metres-none" / "rmse_distribution.png").is_file()
+    assert not (folder / "metres-none" / "confusion.png").exists()
     assert (folder / "both" / "confusion.png").is_file()
-    assert "mIoU" not in (folder / "metres-0" / "evaluation_metrics.txt").read_text()
+    assert "mIoU" not in (folder / "metres-none" / "evaluation_metrics.txt").read_text()
     assert len(list((folder / "side_by_side").glob("*_rmse*.png"))) == 3
-    assert json.loads((folder / "visualise.json").read_text())["runs"]["metres-0"]["heads"] == ["depth"]
-    with pytest.raises(RecipeError, match="segmentation"):
-        visualise(runs, None, None, folder, VisualiseOptions(class_name="road"))
+    assert json.loads((folder / "visualise.json").read_text())["runs"]["metres-none"]["heads"] == ["depth"]
     make_report(runs, None, None, tmp_path / "page.html", ReportOptions(QUICK, samples=1))
     page = (tmp_path / "page.html").read_text()
     assert page.count('alt="depth, ground truth of') == 2

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.analysis.per_image import Score, best_and_worst, class_number, ranked, sample_numbers, score_images
+from kdcache.analysis.per_image import best_and_worst, ranked, score_images
 from kdcache.data import Split, open_split
-from kdcache.errors import DataError, RecipeError
+from kdcache.errors import DataError
 from kdcache.metrics import evaluate_model, predictions
 from kdcache.models import SegmentationModel
 
@@ -90,11 +90,6 @@ def test_ranks_are_those_of_the_mean_over_models(model: SegmentationModel, split
     order = [image for image, _ in ranked([one, other])]
     means = [(a.miou + b.miou) / 2 for a, b in zip(one.images, other.images, strict=True)]
     assert order == sorted(range(5), key=lambda place: -means[place])
-    by_class = [place for place, _ in ranked([one], Score("IoU", place=2))]
-    assert by_class == sorted(
-        (p for p in range(5) if not np.isnan(one.images[p].iou[2])), key=lambda p: -one.images[p].iou[2]
-    )
-    assert all(value == 0 for _, value in ranked([one], Score("IoU", place=4)))
 
 
 @given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 12))
@@ -109,14 +104,3 @@ def test_no_image_is_both_a_success_and_a_failure(images: int, best: int, worst:
     assert len(upper) + len(lower) == min(images, best + worst)
     if best == worst:
         assert 0 <= len(upper) - len(lower) <= 1
-
-
-def test_names_that_are_unknown(split: Split) -> None:
-    assert class_number(split, "sky") == 2
-    with pytest.raises(RecipeError, match="did you mean sky"):
-        class_number(split, "skyy")
-    assert sample_numbers(split, ["3", "0", "3"]) == [3, 0]
-    with pytest.raises(RecipeError, match="there are: 0, 1, 2"):
-        sample_numbers(split, ["nothing"])
-    with pytest.raises(RecipeError, match="'5' has none"):
-        sample_numbers(split, ["5"])

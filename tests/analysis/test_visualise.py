@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ from PIL import Image
 
 from kdcache.analysis import gallery
 from kdcache.analysis.banner import banner
+from kdcache.analysis.compare import CompareOptions
+from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.gallery import folder_names, shorten
-from kdcache.analysis.visualise import Visualised, VisualiseOptions, visualise
+from kdcache.analysis.per_image import ImageScores
+from kdcache.analysis.report import ReportOptions, make_report
+from kdcache.analysis.runs import find_runs
+from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.metrics.confusion import ConfusionMatrix
@@ -30,7 +37,7 @@ from kdcache.metrics.figures import (
     save_figure,
 )
 
-NAME = re.compile(r"(success_rank|failure_rank|chosen)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
+NAME = re.compile(r"(success_rank|failure_rank)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
 
 
 @pytest.fixture
@@ -53,9 +60,24 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     return seen
 
 
-def make(world: Path, *runs: str, split: str | None = None, **settings: Any) -> Visualised:
-    options = VisualiseOptions(**settings)
-    return visualise([world / "runs" / run for run in runs], None, split, world / "out", options)
+@pytest.fixture
+def two(world: Path, derive: Callable[..., Path]) -> Path:
+    """The world with a second row, of the run kl-0."""
+    derive("kl-0", method="kl", noise=0.05)
+    return world
+
+
+def make(world: Path, *runs: str, compared: dict[str, Any] | None = None, **drawing: Any) -> Comparison:
+    """Draw runs into out/, by a report."""
+    options = ReportOptions(
+        CompareOptions(repeats=0, **(compared or {})), samples=0, drawing=Drawing(world / "out", **drawing)
+    )
+    return make_report([world / "runs" / run for run in runs], None, None, world / "page.html", options)
+
+
+def scores_of(world: Path, run: str = "none-0") -> ImageScores:
+    (entry,) = find_runs([world / "runs" / run])
+    return score_run(entry, run, open_split(world / "data", "val"), Judging(), lambda *_: None).scores
 
 
 def files(folder: Path) -> list[str]:
@@ -63,21 +85,23 @@ def files(folder: Path) -> list[str]:
 
 
 def test_real_pictures(world: Path) -> None:
-    made = make(world, "none-0", best=1, worst=1)
-    names = {path.relative_to(world / "out").as_posix() for path in made.files}
+    make(world, "none-0", num=1)
+    made = [path for path in (world / "out").rglob("*.*") if path.name != "visualise.json"]
+    names = {path.relative_to(world / "out").as_posix() for path in made}
     plain = {
         f"none-0/{name}" for name in ("confusion.png", "curves.png", "evaluation_metrics.txt", "iou_distribution.png")
     }
     assert names > plain
     assert len(names) == 7
-    for path in made.files:
+    assert "out</code>" in (world / "page.html").read_text()
+    for path in made:
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 assert np.asarray(picture).std() > 5  # not an empty sheet
 
 
 @pytest.mark.parametrize("smoke", [False, True])
-def test_pictures_of_a_smoke_run_say_so(world: Path, monkeypatch: pytest.MonkeyPatch, smoke: bool) -> None:
+def test_pictures_of_a_smoke_run_say_so(two: Path, monkeypatch: pytest.MonkeyPatch, smoke: bool) -> None:
     """Every picture, the text and the summary; none of them otherwise."""
     said: list[str | None] = []
     for module in ("gallery", "visualise"):
@@ -85,10 +109,10 @@ def test_pictures_of_a_smoke_run_say_so(world: Path, monkeypatch: pytest.MonkeyP
             f"kdcache.analysis.{module}.save_figure", lambda figure, path, above, formats: said.append(above) or [path]
         )
     monkeypatch.setattr(gallery, "panels", lambda *given: None)
-    make(world, "none-0", "none-1", best=1, worst=1, smoke=smoke)
+    make(two, "none-0", "kl-0", num=1, compared={"smoke": smoke})
     wanted = banner("data", smoke)
     assert said == [wanted] * (2 * (2 + 3 + 1) + 3)
-    texts = [world / "out/none-0/evaluation_metrics.txt", world / "out/visualise.json"]
+    texts = [two / "out/none-0/evaluation_metrics.txt", two / "out/visualise.json"]
     assert [("Smoke run" in path.read_text()) for path in texts] == [smoke, smoke]
 
 
@@ -114,8 +138,8 @@ def test_a_banner_takes_room_of_its_own(tmp_path: Path) -> None:
 
 def test_names_ranks_and_scores(world: Path, drawn: list) -> None:
     """As in the files' names: the best first, the worst first, and the scores those of the images."""
-    made = make(world, "none-0", best=2, worst=2)
-    scores = {file_part(image.sample): image.miou for image in made.shown["none-0"].scores.images}
+    make(world, "none-0", num=2)
+    scores = {file_part(image.sample): image.miou for image in scores_of(world).images}
     order = sorted(scores, key=lambda sample: -scores[sample])
     for folder, expected in (("successful_cases", order[:2]), ("failure_cases", order[::-1][:2])):
         found = [NAME.fullmatch(name) for name in files(world / "out/none-0" / folder)]
@@ -126,12 +150,12 @@ def test_names_ranks_and_scores(world: Path, drawn: list) -> None:
 
 
 def test_what_a_picture_shows(world: Path, drawn: list) -> None:
-    made = make(world, "none-0", best=1, worst=0, teacher=str(world / "runs/none-1"))
-    (title, panel), (_, sheet) = drawn
-    assert sheet["names"] == [f"best 1: {title.partition(': ')[2].partition(chr(10))[0]}"]
+    make(world, "none-0", num=1, compared={"teacher": str(world / "runs/none-1")})
+    (title, panel), _, (_, sheet) = drawn
+    assert sheet["names"][0] == f"best 1: {title.partition(': ')[2].partition(chr(10))[0]}"
     assert panel["names"] == ["image", "ground truth", "teacher", "prediction", "overlay", "errors"]
     split = open_split(world / "data", "val")
-    image = max(made.shown["none-0"].scores.images, key=lambda image: image.miou)
+    image = max(scores_of(world).images, key=lambda image: image.miou)
     pixels, label = split.image(image.number), split.label(image.number)
     assert f"mIoU {100 * image.miou:.2f} %" in title
     assert np.array_equal(panel["image"], pixels)
@@ -145,16 +169,18 @@ def test_what_a_picture_shows(world: Path, drawn: list) -> None:
     assert [name for name, _ in panel["legend"]][-2:] == ["void", "wrong"]
 
 
-def test_a_row_for_a_paper(world: Path, drawn: list) -> None:
-    beside = {"teacher": str(world / "runs/none-1"), "baseline": str(world / "runs/none-0")}
-    make(world, "none-0", "none-1", best=1, worst=0, layout="row", **beside)
-    names = [panel["names"] for _, panel in drawn if panel["names"][0] == "image"]
-    own, other, both = names[:3]
-    assert own[:3] == ["image", "ground truth", "teacher"]
-    assert own[3:] == ["none-0"]  # it is its own baseline
-    assert other[3:] == ["none-0", "none-1"]
-    assert len(both) == 5
-    assert both[:3] == own[:3]
+@pytest.mark.parametrize("baseline", ["none", "none-0"])
+def test_a_row_for_a_paper(two: Path, drawn: list, baseline: str) -> None:
+    """The baseline, by the name of its row or of its run, is a panel of every picture but its own."""
+    compared = {"teacher": str(two / "runs/none-1"), "baseline": baseline}
+    make(two, "none-0", "kl-0", num=1, layout="row", compared=compared)
+    pictures = [panel for _, panel in drawn if panel["names"][0] == "image"]
+    found = [panel["names"] for panel in pictures[::2]]
+    beside = ["image", "ground truth", "teacher"]
+    assert [*beside, "none"] in found
+    assert [*beside, "none", "kl"] in found
+    both = pictures[-1]["names"]
+    assert (len(both), both[:3]) == (5, beside)
     assert all("wrong" not in dict(panel["legend"]) for _, panel in drawn)
 
 
@@ -184,51 +210,33 @@ def test_wrong_pixels_have_a_colour_of_their_own() -> None:
         assert np.abs(np.array(palette) - error_colour(palette)).sum(1).min() > 40
 
 
-def test_several_runs_side_by_side(world: Path, drawn: list) -> None:
-    made = make(world, "none-0", "none-1", best=1, worst=1)
-    one, two = (shown.scores.images for shown in made.shown.values())
-    means = {file_part(a.sample): (a.miou + b.miou) / 2 for a, b in zip(one, two, strict=True)}
+def test_several_rows_side_by_side(two: Path, drawn: list) -> None:
+    make(two, "none-0", "kl-0", "none-1", num=1)
+    assert sorted(path.name for path in (two / "out").iterdir() if path.is_dir()) == ["kl-0", "none-0", "side_by_side"]
+    one, other = (scores_of(two, run).images for run in ("none-0", "kl-0"))
+    means = {file_part(a.sample): (a.miou + b.miou) / 2 for a, b in zip(one, other, strict=True)}
     order = sorted(means, key=lambda sample: -means[sample])
-    found = [NAME.fullmatch(name) for name in files(world / "out/side_by_side")]
+    found = [NAME.fullmatch(name) for name in files(two / "out/side_by_side")]
     assert [match[3] for match in found if match] == [order[-1], order[0], order[1]]
     assert all(float(match[4]) == pytest.approx(means[match[3]], abs=1e-4) for match in found if match)
     _, panel = drawn[-1]
     assert len(panel["names"]) == 6
-    assert "runs/none-1: mIoU" in panel["names"][4]
-    make(world, "none-0", best=1, worst=1)
-    assert files(world / "out/side_by_side") == []
-
-
-def test_the_same_samples_of_every_run(world: Path, drawn: list) -> None:
-    ids = open_split(world / "data", "val").ids
-    make(world, "none-0", "none-1", ids=(ids[4], ids[1]))
-    for run in ("none-0", "none-1"):
-        assert [NAME.fullmatch(name)[3] for name in files(world / "out" / run / "chosen_cases")] == [ids[4], ids[1]]
-        assert files(world / "out" / run / "successful_cases") == []
-    assert len(files(world / "out/side_by_side")) == 2
-
-
-def test_ranked_by_a_class(world: Path, drawn: list) -> None:
-    made = make(world, "none-0", best=2, worst=1, class_name="sky")
-    place = open_split(world / "data", "val").classes.names.index("sky")
-    scores = {image.sample: image.iou[place] for image in made.shown["none-0"].scores.images}
-    found = [NAME.fullmatch(name) for name in files(world / "out/none-0/successful_cases")]
-    assert [match[3] for match in found if match] == sorted(scores, key=lambda sample: -scores[sample])[:2]
-    assert "IoU of sky" in drawn[0][0]
-    assert "best images by IoU of sky" in (world / "out/none-0/evaluation_metrics.txt").read_text()
+    assert {name.partition(":")[0] for name in panel["names"]} >= {"none", "kl"}
+    make(two, "none-0", num=1)
+    assert files(two / "out/side_by_side") == []
 
 
 def test_earlier_pictures_are_replaced_and_nothing_else(world: Path, drawn: list) -> None:
-    make(world, "none-0", best=3, worst=0)
+    make(world, "none-0", num=3)
     (world / "out/none-0/successful_cases/notes.txt").write_text("mine")
-    make(world, "none-0", best=1, worst=1)
+    make(world, "none-0", num=1)
     assert len(files(world / "out/none-0/successful_cases")) == 2
     assert "notes.txt" in files(world / "out/none-0/successful_cases")
     (world / "mine").mkdir()
     (world / "mine/thesis.txt").write_text("")
     for out, words in ((world / "mine", "holds something else"), (world / "mine/thesis.txt", "is no folder")):
         with pytest.raises(RecipeError, match=words):
-            visualise([world / "runs/none-0"], None, None, out)
+            Drawing(out).check_folder()
 
 
 def test_a_kill_leaves_a_place_to_draw_into(world: Path, drawn: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,23 +245,23 @@ def test_a_kill_leaves_a_place_to_draw_into(world: Path, drawn: list, monkeypatc
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    out = world / "killed"
+    out = world / "out"
     for before in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr("kdcache.analysis.visualise.summary_json", killed)
             with pytest.raises(KeyboardInterrupt):
-                visualise([world / "runs/none-0"], None, None, out)
+                make(world, "none-0")
         assert out.exists() == before
         assert [path.name for path in world.iterdir() if "partial" in path.name] == []
-        (world / ".killed.partial" / "of a kill").mkdir(parents=True)  # which cleans up nothing
-        visualise([world / "runs/none-0"], None, None, out)
+        (world / ".out.partial" / "of a kill").mkdir(parents=True)  # which cleans up nothing
+        make(world, "none-0")
         assert (out / "visualise.json").is_file()
         assert not (out / "of a kill").exists()
 
 
 def test_the_summary_and_the_text_say_what_was_found(world: Path, drawn: list) -> None:
-    made = make(world, "none-0", best=0, worst=0)
-    scores = made.shown["none-0"].scores
+    make(world, "none-0", num=0)
+    scores = scores_of(world)
     summary = json.loads((world / "out/visualise.json").read_text())["runs"]["none-0"]
     assert summary["miou"] == scores.metrics.miou
     assert [one["miou"] for one in summary["images"]] == scores.known()
@@ -268,30 +276,9 @@ def test_the_summary_and_the_text_say_what_was_found(world: Path, drawn: list) -
 
 def test_a_run_without_a_log_has_no_curves(world: Path, drawn: list) -> None:
     (world / "runs/none-0/metrics.jsonl").unlink()
-    made = make(world, "none-0", best=0, worst=0)
-    assert "no curves" in made.notes[0]
+    made = make(world, "none-0", num=0)
+    assert "no curves" in made.notes[-1]
     assert not (world / "out/none-0/curves.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"class_name": "skyy"}, "did you mean sky"),
-        ({"ids": ("val-00000",)}, "did you mean"),
-        ({"teacher": "nowhere"}, "does not exist"),
-        ({"split": "tset"}, "tset"),
-    ],
-)
-def test_names_that_are_unknown(world: Path, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(Exception, match=words):
-        make(world, "none-0", **settings)
-    assert not (world / "out").exists()
-
-
-def test_a_class_that_is_in_no_image(world: Path, drawn: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcache.analysis.visualise.ranked", lambda *_: [])
-    with pytest.raises(RecipeError, match="no image with pole"):
-        make(world, "none-0", class_name="pole")
 
 
 def test_the_matrix_is_normalised_by_labels() -> None:

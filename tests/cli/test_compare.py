@@ -79,15 +79,16 @@ def test_a_batch_that_does_not_fit(place, cli, monkeypatch) -> None:
     def starve(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    for verb, target in (("compare", "stored_evaluations.evaluate_tasks"), ("visualise", "visualise.score_images")):
+    for verb, target in (("report", "visualise.score_images"), ("compare", "stored_evaluations.evaluate_tasks")):
         monkeypatch.setattr(f"kdcache.analysis.{target}", starve)
-        words = ["--out", place / "new"] if verb == "visualise" else []
-        told = cli(verb, place / "runs/kl-0", "--batch-size", "6", *words)
+        words = ["--out", place / "new.html"] if verb == "report" else ["--fresh"]
+        told = cli(verb, place / "runs/kl-0", "--batch-size", "6", "--repeats", "0", *words)
         assert told.code == 2
         assert "--batch-size 3" in told.err
     assert evaluate_model is not starve
 
 
+REPORT = "report --out {p}/page.html "
 CASES = {
     "no run": ("compare {p}/nowhere", "nowhere does not exist"),
     "empty folder": ("compare {p}/empty", "nor has any folder below it"),
@@ -104,16 +105,13 @@ CASES = {
     "no size": ("compare {p}/runs --size 32", "'32'"),
     "no teacher": ("compare {p}/runs --teacher {p}/nowhere", "nowhere does not exist"),
     "the teacher alone": ("compare {p}/teacher --teacher {p}/teacher", "besides the teacher"),
-    "pictures of no run": ("visualise {p}/nowhere --out {p}/new", "nowhere does not exist"),
-    "pictures of an unknown class": ("visualise {p}/runs/kl-0 --out {p}/new --class raod", "did you mean road"),
-    "pictures of an unknown sample": (
-        "visualise {p}/runs/kl-0 --out {p}/new --ids val-000009",
-        "did you mean val-00000",
-    ),
-    "pictures over something": ("visualise {p}/runs/kl-0 --out {p}/data", "data holds something else"),
-    "pictures into a file": ("visualise {p}/runs/kl-0 --out {p}/data/classes.txt", "is no folder"),
-    "pictures of other classes": ("visualise {p}/other --out {p}/new", "heaven"),
-    "pictures without weights": ("visualise {p}/runs --out {p}/new --weights last", "kl-0 has best"),
+    "pictures of no run": (REPORT + "{p}/nowhere --draw {p}/new", "nowhere does not exist"),
+    "pictures over something": (REPORT + "{p}/runs/kl-0 --draw {p}/data", "data holds something else"),
+    "pictures into a file": (REPORT + "{p}/runs/kl-0 --draw {p}/data/classes.txt", "is no folder"),
+    "pictures without weights": (REPORT + "{p}/runs --draw {p}/new --weights last", "kl-0 has best"),
+    "pictures of no layout": (REPORT + "{p}/runs/kl-0 --draw {p}/new --layout column", "Unknown --layout column"),
+    "pictures of no format": (REPORT + "{p}/runs/kl-0 --draw {p}/new --format png,jpg", "png, svg, pdf"),
+    "a layout of no pictures": (REPORT + "{p}/runs/kl-0 --layout row", "Cannot use --layout without --draw"),
 }
 
 

@@ -23,6 +23,7 @@ def way(cli, tmp_path_factory):
     (home / "nets").mkdir(parents=True)
     (home / "nets/net.py").write_text(CODE)
     write_scenes(home / "data", "scenes:32x48,train=4,val=2")
+    weights = f"{home}/nets/net.py:make@{home}/teacher/last.safetensors"
     for line in (
         f"train-teacher --data {home}/data --model {home}/nets/net.py:make {SMALL} --out {home}/teacher",
         f"build-teacher-cache --data {home}/data --teacher {home}/teacher --views 1 --out {home}/c.zarr",
@@ -33,8 +34,8 @@ def way(cli, tmp_path_factory):
         f"evaluate {home}/student --data {home}/data",
         f"compare {home}/student {home}/teacher --data {home}/data --repeats 0 --json {home}/tables/t.json "
         f"--markdown {home}/tables/t.md --csv {home}/tables/t.csv --text {home}/tables/t.txt",
-        f"visualise {home}/student --teacher {home}/teacher --baseline {home}/nets/net.py:make@{home}/teacher/"
-        f"last.safetensors --data {home}/data --size 32x48 --format svg --num 1 --out {home}/pictures",
+        f"report {home}/student {weights} --teacher {home}/teacher --baseline {weights} --data {home}/data "
+        f"--size 32x48 --repeats 0 --format svg --num 1 --draw {home}/pictures --out {home}/drawn.html",
         f"inspect {home}/c.zarr --teacher-report --data {home}/data --out {home}/audit",
         f"report {home}/student {home}/teacher --data {home}/data --repeats 0 --out {home}/page.html",
         f"export {home}/student --out {home}/exported.safetensors",

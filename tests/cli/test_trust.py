@@ -21,7 +21,6 @@ READERS = {
     "evaluate": "evaluate {r} --data {w}/data",
     "compare": "compare {r} {w}/teacher --data {w}/data",
     "compare with a teacher": "compare {w}/teacher --teacher {r} --data {w}/data",
-    "visualise": "visualise {r} --data {w}/data --out {w}/pictures",
     "report": "report {r} --data {w}/data --out {w}/report.html",
     "export": "export {r} --out {w}/out.safetensors",
     "predict": "predict {r} {w}/data/images/val --out {w}/predicted",

@@ -48,7 +48,7 @@ def test_each_job_comes_after_what_it_needs() -> None:
                 assert set(job.needs) <= seen, job
                 assert job.name not in seen
                 seen.add(job.name)
-            assert [job.words[0] for job in sweep.jobs[-3:]] == ["compare", "visualise", "report"]
+            assert [job.words[0] for job in sweep.jobs[-2:]] == ["compare", "report"]
             done = [job.done for job in sweep.jobs if job.done is not None]
             assert len(set(done)) == len(done)
 
@@ -77,7 +77,7 @@ def hydra(**changes: Any) -> Sweep:
 def test_streams_have_their_data_stores_and_teachers() -> None:
     sweep = hydra()
     names = [job.name for job in sweep.jobs]
-    assert names[:-3] == [
+    assert names[:-2] == [
         *("plain", "teacher", "store far", "far", "teacher second", "store far both", "two"),
         *("store far mirrored", "flipped"),
     ]
@@ -149,7 +149,7 @@ def test_folds_have_teachers_and_stores_of_their_own() -> None:
 def test_folds_of_whole_sequences() -> None:
     for data in ({"folds": 2}, {"held-out": "0/5"}):
         trainings = {"train-teacher", "train-student"}
-        for by, verbs in (("^(.+)_", trainings | ({"visualise"} if "folds" in data else set())), ("", set())):
+        for by, verbs in (("^(.+)_", trainings), ("", set())):
             words_of = [job.words for job in plan(data=data | {"folds-by": by}).jobs]
             assert {words[0] for words in words_of if "--folds-by" in words} == verbs
             assert {value(words, "--folds-by") for words in words_of if "--folds-by" in words} == (
@@ -159,8 +159,8 @@ def test_folds_of_whole_sequences() -> None:
 
 def test_a_smoke_run_says_so_wherever_it_is_shown() -> None:
     for smoke in (False, True):
-        shown = plan(smoke=smoke).jobs[-3:]
-        assert [("--smoke" in job.words) for job in shown] == [smoke] * 3
+        shown = plan(smoke=smoke).jobs[-2:]
+        assert [("--smoke" in job.words) for job in shown] == [smoke] * 2
 
 
 def test_the_student_of_a_round_is_the_teacher_of_the_next_rounds_store() -> None:
@@ -251,7 +251,7 @@ def test_a_run_that_another_names_comes_first_with_its_fold_and_seed() -> None:
 def test_a_teacher_that_exists_is_not_trained() -> None:
     sweep = plan(teacher={"spec": "torchvision:fcn_resnet50@default"})
     assert [job.words[0] for job in sweep.jobs][:2] == ["build-teacher-cache", "train-student"]
-    for verb in ("build-teacher-cache", "compare", "visualise"):
+    for verb in ("build-teacher-cache", "compare", "report"):
         command = next(job.words for job in sweep.jobs if job.words[0] == verb)
         assert value(command, "--teacher") == "torchvision:fcn_resnet50@default"
 

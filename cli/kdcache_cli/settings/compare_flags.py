@@ -1,4 +1,4 @@
-"""Flags of compare, report and visualise: which runs, on what data, how they are judged."""
+"""Flags of compare and report: which runs, on what data, how they are judged."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any

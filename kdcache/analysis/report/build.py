@@ -1,17 +1,18 @@
 """From runs to the page, for `kdcache report`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kdcache.analysis.compare import CompareOptions, Progress, compare, one_range
 from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.gallery import Gallery, Shown
 from kdcache.analysis.report.audit import read_audit
 from kdcache.analysis.report.page import check_out, write_report
-from kdcache.analysis.report.samples import Sample, choose_samples
-from kdcache.analysis.runs import find_runs
+from kdcache.analysis.report.samples import FirstRuns, Sample, choose_samples, score_first_runs
+from kdcache.analysis.runs import Entry, find_runs
+from kdcache.analysis.visualise import Drawing, draw
 from kdcache.data import open_split
-from kdcache.errors import RecipeError
 
 SAMPLES = 3
 
@@ -24,7 +25,7 @@ class ReportOptions:
         title: title of the page; None makes one of the data's name.
         samples: best and worst images; 0 shows none.
         audits: `report.json` of the audits of teachers (inspect --teacher-report), one for each store.
-        pictures: a folder of pictures that the page mentions.
+        drawing: a folder of pictures of the first run of each row, which the page mentions; None draws none.
         command: what the user typed.
     """
 
@@ -32,7 +33,7 @@ class ReportOptions:
     title: str | None = None
     samples: int = SAMPLES
     audits: tuple[Path, ...] = ()
-    pictures: Path | None = None
+    drawing: Drawing | None = None
     command: str | None = None
 
 
@@ -44,7 +45,7 @@ def make_report(
     options: ReportOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare runs, draw their best and worst images, write the page.
+    """Compare runs, draw their best and worst images, write the page. Return the comparison.
 
     Args:
         data, split: default: those that the runs' recipes validate on.
@@ -54,12 +55,8 @@ def make_report(
     options = options or ReportOptions()
     report = progress or (lambda what, done, total: None)
     check_out(out)
-    if options.pictures is not None and not options.pictures.is_dir():
-        raise RecipeError(
-            "--pictures is the folder that visualise wrote",
-            received=f"{options.pictures} " + ("is a file" if options.pictures.exists() else "does not exist"),
-            remedy="run kdcache visualise first, or leave --pictures out",
-        )
+    if options.drawing is not None:
+        options.drawing.check_folder()
     audits = [read_audit(path) for path in options.audits]
     judging, teacher = options.compare.judging, options.compare.teacher
     comparison = compare(runs, data, split, options.compare, report)
@@ -67,10 +64,15 @@ def make_report(
         audit.check_classes(comparison.class_names)
     everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
     samples: tuple[Sample, ...] | None = None
-    if options.samples:
+    if options.samples or options.drawing is not None:
         source = open_split(comparison.data, comparison.split)
         one_judging, _ = one_range(judging, everything, source)
-        samples = choose_samples(comparison, everything, source, one_judging, options.samples, report)
+        first = score_first_runs(comparison, everything, source, one_judging, report)
+        if options.samples:
+            samples = choose_samples(comparison, first, options.samples, report)
+        if options.drawing is not None:
+            notes = _draw(comparison, first, options.drawing, options.compare.baseline, report)
+            comparison = replace(comparison, notes=(*comparison.notes, *notes))
     report("writing the page", 0, 1)
     write_report(
         comparison,
@@ -79,9 +81,36 @@ def make_report(
         title=options.title,
         samples=samples,
         audits=audits,
-        pictures=options.pictures,
+        pictures=None if options.drawing is None else options.drawing.folder,
         device=judging.device,
         command=options.command,
     )
     report("writing the page", 1, 1)
     return comparison
+
+
+def _draw(
+    comparison: Comparison, first: FirstRuns, drawing: Drawing, baseline: str | None, progress: Progress
+) -> list[str]:
+    """Draw all rows but the teacher's, with the teacher and the named baseline as panels. Return notes."""
+    rows = comparison.rows
+    gallery = Gallery(
+        first.split,
+        above=comparison.banner,
+        teacher=next((shown for place, _, shown in first.models if rows[place].teacher), None),
+        baseline=_baseline(comparison, first, baseline),
+        layout=drawing.layout,
+        formats=drawing.formats,
+    )
+    models = [(run, shown) for place, run, shown in first.models if not rows[place].teacher]
+    return draw(drawing, models, gallery, progress)
+
+
+def _baseline(comparison: Comparison, first: FirstRuns, named: str | None) -> Shown | None:
+    """Return the model of the row that --baseline names, by its name or by one of its runs."""
+
+    def names(place: int, run: Entry) -> set[str]:
+        row = comparison.rows[place]
+        return {row.name, run.name, *(score.run for score in row.runs)}
+
+    return next((shown for place, run, shown in first.models if named in names(place, run)), None)

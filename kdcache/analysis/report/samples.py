@@ -73,18 +73,27 @@ class Sample:
     depth: tuple[tuple[str, bytes], ...] = ()
 
 
-def choose_samples(
-    comparison: Comparison, runs: Sequence[Entry], split: Split, judging: Judging, count: int, progress: Progress
-) -> tuple[Sample, ...]:
-    """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
+@dataclass(frozen=True)
+class FirstRuns:
+    """The first runs of the rows of a comparison, which have scored every image.
 
-    Where these have no labels of depth, which all rows predict, the best and the worst in depth follow.
+    Attributes:
+        split: the images. With own folds they are of the fold that the first run left out.
+        models: (place of the row in the comparison, run, model).
+    """
+
+    split: Split
+    models: tuple[tuple[int, Entry, Shown], ...]
+
+
+def score_first_runs(
+    comparison: Comparison, runs: Sequence[Entry], split: Split, judging: Judging, progress: Progress
+) -> FirstRuns:
+    """Score every image with the first run of each row.
 
     Args:
-        split: split of the comparison; with own folds the images are of the fold that the first run left out.
-        judging: how the comparison was judged; its depth by one range.
-        count: images among the best, among the worst, and at most among the others; in depth likewise.
-    Returns: none where rows of classes alone and rows of depth alone share no score.
+        runs: all runs of the comparison. split: the comparison's.
+        judging: how the comparison was judged, its depth by one range.
     """
     first_runs = _first_runs(comparison, runs)
     fold = next((run.fold for row, run in first_runs if not row.teacher), None) if comparison.own_fold else None
@@ -95,7 +104,25 @@ def choose_samples(
         part = next(run for _, run in first_runs if run.fold == fold)
         split = fold_alone(split, *part.own_fold())
     places = {id(row): place for place, row in enumerate(comparison.rows)}
-    models = [(places[id(row)], score_run(run, split, judging, progress)) for row, run in first_runs]
+    return FirstRuns(
+        split,
+        tuple(
+            (places[id(row)], run, score_run(run, comparison.without_folders(row.name), split, judging, progress))
+            for row, run in first_runs
+        ),
+    )
+
+
+def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
+    """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
+
+    Where these have no labels of depth, which all rows predict, the best and the worst in depth follow.
+
+    Args:
+        count: images among the best, among the worst, and at most among the others; in depth likewise.
+    Returns: none where rows of classes alone and rows of depth alone share no score.
+    """
+    split, models = first.split, [(place, shown) for place, _, shown in first.models]
     contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
     score = shared_score([shown.scores for shown in contestants])
     if score is None:
@@ -110,7 +137,7 @@ def choose_samples(
         if in_depth and not any(split.has_label(number, DEPTH) for number in numbers):
             chosen += _extremes(contestants, RMSE, count, " in depth")
     samples = []
-    with memory_errors(judging.device, 1):
+    with memory_errors(models[0][1].device, 1):
         for done, (position, why) in enumerate(chosen, 1):
             samples.append(_sample(models, comparison, split, position, why))
             progress("drawing images", done, len(chosen))

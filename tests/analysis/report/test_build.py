@@ -26,10 +26,12 @@ from kdcache.analysis.report.samples import (
     encode_classes,
     encode_image,
     encode_wrong,
+    score_first_runs,
     shown_size,
 )
 from kdcache.analysis.runs import find_runs
 from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.visualise import Drawing
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.metrics.figures import VOID_RGB, error_colour
@@ -73,7 +75,7 @@ def test_images_are_the_same_through_all_rows(three: Path) -> None:
     found = compare([three / "runs"], options=QUICK)
     runs = find_runs([three / "runs"])
     split = open_split(found.data, found.split)
-    samples = choose_samples(found, runs, split, Judging(), 2, quiet)
+    samples = choose_samples(found, score_first_runs(found, runs, split, Judging(), quiet), 2, quiet)
     assert [sample.why for sample in samples[:4]] == ["best 1", "best 2", "worst 1", "worst 2"]
     assert len({sample.sample for sample in samples}) == len(samples)
     assert samples[0].mean >= samples[1].mean >= samples[3].mean >= samples[2].mean
@@ -98,7 +100,8 @@ def test_every_class_of_the_data_is_shown(three: Path) -> None:
     found = compare([three / "runs"], options=QUICK)
     split = open_split(found.data, found.split)
     labels = [set(np.unique(split.label(number)).tolist()) - {255} for number in range(len(split))]  # type: ignore[arg-type]
-    samples = choose_samples(found, find_runs([three / "runs"]), split, Judging(), 3, quiet)
+    first = score_first_runs(found, find_runs([three / "runs"]), split, Judging(), quiet)
+    samples = choose_samples(found, first, 3, quiet)
     assert {place for sample in samples for place in sample.present} == set().union(*labels)
 
 
@@ -109,7 +112,8 @@ def test_with_own_folds_no_image_was_trained_on(world: Path, derive: Callable[..
     runs = [world / "runs" / name for name in ("kl-1", "kl-0", "plain-0", "plain-1")]
     found = compare(runs, str(world / "data"), "train", replace(QUICK, own_fold=True))
     split = open_split(found.data, "train")
-    samples = choose_samples(found, find_runs(runs), split, Judging(), 6, quiet)
+    first = score_first_runs(found, find_runs(runs), split, Judging(), quiet)
+    samples = choose_samples(found, first, 6, quiet)
     assert {sample.sample for sample in samples} == set(fold_alone(split, 1, 2).ids)
     assert all(len(sample.predictions) == 2 for sample in samples)
 
@@ -198,8 +202,8 @@ def no_audit(root: Path) -> ReportOptions:
     return ReportOptions(QUICK, audits=(root / "nowhere.json",))
 
 
-def no_pictures(root: Path) -> ReportOptions:
-    return ReportOptions(QUICK, pictures=root / "nowhere")
+def pictures_over_data(root: Path) -> ReportOptions:
+    return ReportOptions(QUICK, drawing=Drawing(root / "data"))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def no_pictures(root: Path) -> ReportOptions:
         (other_suffix, "page.pdf", "page.pdf"),
         (other_suffix, "data", "is a folder"),
         (no_audit, "page.html", "nowhere.json does not exist"),
-        (no_pictures, "page.html", "nowhere does not exist"),
+        (pictures_over_data, "page.html", "data holds something else"),
     ],
 )
 def test_what_is_refused_before_anything_is_evaluated(

@@ -35,7 +35,7 @@ def test_a_report_with_an_audit(world: Path, derive: Callable[..., Path]) -> Non
         ("build-teacher-cache", "--data", "data", "--teacher", "runs/none-1", "--out", "store.zarr"),
         ("inspect", "store.zarr", "--teacher-report", "--out", "audit"),
         ("report", "runs/none-0", "runs/kl-0", "--teacher", "runs/none-1", "--audit", "audit/report.json",
-         "--pictures", "audit", "--title", "All of it", "--num", 1, "--repeats", 2, "--out", "page.html"),
+         "--draw", "drawn", "--title", "All of it", "--num", 1, "--repeats", 2, "--out", "page.html"),
     ]  # fmt: skip
     for words in made:
         done = kdcache(*words, cwd=world)
@@ -45,7 +45,7 @@ def test_a_report_with_an_audit(world: Path, derive: Callable[..., Path]) -> Non
     for part in (
         "All of it",
         "expected calibration error",
-        "<code>audit</code>",
+        "<code>drawn</code>",
         "kdcache report runs/none-0 runs/kl-0",
     ):
         assert part in text
