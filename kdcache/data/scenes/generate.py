@@ -187,12 +187,11 @@ def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray
     return points
 
 
-def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix: str = ".png") -> Path:
+def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
     """Write the scenes that `data` describes as a data set of layout `folder`.
 
     Args:
         folder: made if missing; files of the same names are overwritten.
-        suffix: of the images: `.png` keeps the pixels of the spec, `.jpg` (quality 95) does not.
     Returns: the folder, ready for `open_split`.
     Raises: DataError for a malformed spec.
     """
@@ -204,9 +203,7 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix
         (root / IMAGES / name).mkdir(parents=True, exist_ok=True)
         for index, sample in enumerate(split.ids):
             stem = sample.rpartition("/")[2]
-            # Pillow ignores options that a format does not have.
-            path = root / IMAGES / name / (stem + suffix)
-            Image.fromarray(split.image(index)).save(path, quality=95, subsampling=0)
+            Image.fromarray(split.image(index)).save(root / IMAGES / name / f"{stem}.png")
             label = split.label(index)
             if label is not None:
                 (root / LABELS / name).mkdir(parents=True, exist_ok=True)
