@@ -29,6 +29,8 @@ from kdcache.metrics.predictions import METRES, answer_of
 from kdcache.models import SegmentationModel
 
 LABELS, OVERLAYS = "labels", "overlays"
+OPACITY = 0.5
+"""Opacity of the colours of classes over an image."""
 DEPTHS, DEPTH_COLOURS = "depth", "depth_colours"
 DEPTH_FORMATS = ("png", "npy")
 _LARGEST = 2**16 - 1
@@ -77,17 +79,13 @@ class PredictOptions:
     """What is written of a prediction.
 
     Attributes:
-        opacity: opacity of the classes' colours over the image, 0 to 1.
         depth_format: `png`, 16 bits in the unit that `depth.toml` names, or `npy`, float32.
     Raises: RecipeError for values that are none.
     """
 
-    opacity: float = 0.5
     depth_format: str = "png"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.opacity <= 1:
-            raise RecipeError("--opacity is 0 to 1", received=f"{self.opacity:g}", remedy="for instance --opacity 0.5")
         if self.depth_format not in DEPTH_FORMATS:
             raise RecipeError(
                 f"--depth-format is one of {', '.join(DEPTH_FORMATS)}",
@@ -307,7 +305,7 @@ class _Writer:
     def write(self, picture: _Picture, answers: dict[str, Array]) -> None:
         """Write the files of one image, each whole or not at all."""
         if (ids_HW := answers.get(SEGMENTATION)) is not None:
-            shown = Image.fromarray(overlay(picture.whole, ids_HW, self.classes, self.options.opacity))
+            shown = Image.fromarray(overlay(picture.whole, ids_HW, self.classes, OPACITY))
             self._write(LABELS, picture, "png", palette_png(ids_HW, self.classes.colours))
             self._write(OVERLAYS, picture, "png", png_bytes(shown))
         if (depth_HW := answers.get(DEPTH)) is not None:

@@ -36,6 +36,9 @@ SETTINGS: Mapping[str, Removed] = {
     "download": Removed("Fetch VOC with torchvision: torchvision.datasets.VOCSegmentation(DIR, download=True)."),
     "ids": Removed("Use --samples N. In Python, kdcache.store.CopyChanges(samples=[...]) takes numbers of samples."),
     "pictures": Removed("Use --draw DIR, which draws the pictures and names them on the page."),
+    "momentum": Removed("Leave it out. sgd has a momentum of 0.9.", unused=0.9),
+    "power": Removed("Leave it out. poly has an exponent of 0.9.", unused=0.9),
+    "opacity": Removed("Leave it out. Overlays have an opacity of 0.5."),
     "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),
 }
 """Flags of any verb, which are also keywords and keys of recipes. Keys have underscores."""

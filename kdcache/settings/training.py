@@ -239,11 +239,9 @@ class TrainSettings:
         repeated=True,
     )
     weight_decay: Weight = _step(0.01, "Weight decay, not of biases and normalisations.")
-    momentum: Annotated[float, Ge(0), Lt(1)] = _step(0.9, "Momentum of sgd.")
     schedule: Literal["poly", "plateau", "constant"] = _step(
         "poly", "poly, plateau (halve when mIoU stalls) or constant."
     )
-    power: Positive = _step(0.9, "Exponent of poly.")
     warmup: Annotated[int, Ge(0)] = _step(0, "Steps of linear warm-up.")
     ema: Decay | None = _step(
         None,

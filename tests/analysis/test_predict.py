@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcache.analysis.predict import Input, PredictOptions, argmax_at, find_images, overlay, predict_images
+from kdcache.analysis.predict import Input, argmax_at, find_images, overlay, predict_images
 from kdcache.analysis.runs import unnamed_classes
 from kdcache.data import ClassList
 from kdcache.data.classes import read_classes
@@ -49,7 +49,7 @@ def test_labels_and_overlays_are_what_the_model_says(
     assert [image.name for image in images] == ["a", "b", "day/a", "turned"]
     seen: list[tuple[int, int]] = []
     counts = predict_images(
-        model, classes, images, tmp_path / "out", SIZE, batch_size=3, options=PredictOptions(0.25),
+        model, classes, images, tmp_path / "out", SIZE, batch_size=3,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(3, 4), (4, 4)]
@@ -67,7 +67,7 @@ def test_labels_and_overlays_are_what_the_model_says(
         with Image.open(tmp_path / "out/labels" / f"{image.name}.png") as shown:
             assert shown.mode == "P"
             assert np.array_equal(np.array(shown.convert("RGB")), colours)
-        mixed = np.rint(0.75 * pixels + 0.25 * colours)
+        mixed = np.rint(0.5 * pixels + 0.5 * colours)
         assert np.abs(read_image(tmp_path / "out/overlays" / f"{image.name}.png") - mixed).max() <= 1
         total += np.bincount(label.reshape(-1), minlength=5)
     assert np.array_equal(counts, total)
@@ -129,8 +129,6 @@ def test_wrong_places_and_numbers(model: SegmentationModel, classes: ClassList, 
         predict_images(model, classes, images, photos / "notes.txt", SIZE)
     with pytest.raises(RecipeError, match="can be made"):
         predict_images(model, classes, images, photos / "notes.txt/out", SIZE)
-    with pytest.raises(RecipeError, match=r"1\.5"):
-        PredictOptions(opacity=1.5)
     (photos / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png"):
         predict_images(model, classes, images, tmp_path / "out", SIZE)

@@ -45,12 +45,12 @@ def test_raw_logits_and_an_explicit_format(world, cli) -> None:
 
 def test_predictions_of_a_run_and_of_its_export_are_the_same(world, exported, cli, tree) -> None:
     pictures = world / "data/images/val"
-    first = cli("predict", world / "teacher", pictures, "--out", world / "one", "--size", "64x96", "--opacity", "0.3")
+    first = cli("predict", world / "teacher", pictures, "--out", world / "one", "--size", "64x96")
     assert first.code == 0, first.err
     assert "2 images" in first.out
     assert "pixels %" in first.out
     spec = SAFE.format(w=exported)
-    again = cli("predict", spec, f"{pictures}/*", "--out", world / "two", "--opacity", "0.3")
+    again = cli("predict", spec, f"{pictures}/*", "--out", world / "two")
     assert again.code == 0, again.err
     assert tree(world / "one") == tree(world / "two")
     for path in pictures.iterdir():

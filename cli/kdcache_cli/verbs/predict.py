@@ -19,9 +19,6 @@ def predict(
         list[str], typer.Argument(metavar="IMAGE", help="Files, folders (with all below) or quoted patterns.")
     ],
     out: Annotated[Path, typer.Option("--out", help="New or empty folder for labels/, overlays/, depth/.")],
-    opacity: Annotated[
-        float, typer.Option("--opacity", min=0.0, max=1.0, help="Opacity of the classes' colours over the image.")
-    ] = 0.5,
     depth_format: Annotated[
         str | None,
         typer.Option("--depth-format", help="png (16 bits, its unit in depth.toml; the default) or npy (float32)."),
@@ -62,7 +59,7 @@ def predict(
     seen = {"fit": fit, "window": window, "stride": stride, "size": size}
     shared_flags.parse_framing(seen)  # what is wrong is refused before the model is read
     where = shared_flags.use_machine(threads, device)
-    options = PredictOptions(opacity, depth_format or "png")
+    options = PredictOptions(depth_format or "png")
     inputs = find_images(images)
     model, description = open_model(run, size or (window if split_spec(run) else None), weights, classes)
     framing = shared_flags.parse_framing(seen, description.fit)

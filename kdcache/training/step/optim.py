@@ -20,6 +20,8 @@ PATIENCE = 5
 """Validations without a better score before `plateau` halves the rate."""
 BETTER = 1e-4
 """The relative gain over the best score that counts as better."""
+MOMENTUM, POWER = 0.9, 0.9
+"""Momentum of SGD, and the exponent of `poly`."""
 
 
 def make_optimizer(
@@ -55,7 +57,7 @@ def make_optimizer(
         groups.append({**groups[0], **own, "weight_decay": 0.0})
     options: dict[str, Any] = {"fused": True} if capturable else {}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, **options)
+        return torch.optim.SGD(groups, momentum=MOMENTUM, **options)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, capturable=capturable, **options)
 
@@ -120,7 +122,7 @@ def distill_weight_scale(config: TrainConfig, step: int) -> float:
 class Schedule:
     """The learning rate: per step (`poly`, `constant`, both with warm-up), or after a validation (`plateau`).
 
-    poly: lr * (1 - step/iterations)^power. plateau: halved when validation mIoU has not risen for 5 validations.
+    poly: lr * (1 - step/iterations)^0.9. plateau: halved when validation mIoU has not risen for 5 validations.
 
     Attributes:
         lr: learning rate of the next step.
@@ -132,7 +134,7 @@ class Schedule:
         assert config.iterations is not None, "resolve the settings first"
         self._optimizer = optimizer
         self._highest, self._kind = config.lr, config.schedule
-        self._warmup, self._power, self._iterations = config.warmup, config.power, config.iterations
+        self._warmup, self._iterations = config.warmup, config.iterations
         self._step, self._best, self._stalled = 0, -float("inf"), 0
         self._set(config.lr * self._factor(0))
 
@@ -173,7 +175,7 @@ class Schedule:
             return 1.0
         if step < self._warmup:
             return (step + 1) / self._warmup
-        return max(0.0, 1.0 - step / self._iterations) ** self._power if self._kind == "poly" else 1.0
+        return max(0.0, 1.0 - step / self._iterations) ** POWER if self._kind == "poly" else 1.0
 
     def _set(self, lr: float) -> None:
         self.lr = lr

@@ -31,11 +31,10 @@ def rates(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> l
     return actual
 
 
-@pytest.mark.parametrize("power", [0.9, 2.0])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_poly_is_its_formula_with_linear_warm_up(config: Callable[..., TrainConfig], power: float, warmup: int) -> None:
-    actual = rates(*new(config(iterations=40, lr=0.02, power=power, warmup=warmup)), 40)
-    expected = [0.02 * (step + 1) / warmup if step < warmup else 0.02 * (1 - step / 40) ** power for step in range(40)]
+def test_poly_is_its_formula_with_linear_warm_up(config: Callable[..., TrainConfig], warmup: int) -> None:
+    actual = rates(*new(config(iterations=40, lr=0.02, warmup=warmup)), 40)
+    expected = [0.02 * (step + 1) / warmup if step < warmup else 0.02 * (1 - step / 40) ** 0.9 for step in range(40)]
     assert actual == pytest.approx(expected, rel=1e-12)
 
 
@@ -99,13 +98,13 @@ def test_the_state_goes_on_where_it_was_saved(config: Callable[..., TrainConfig]
 def test_biases_and_normalisations_are_not_decayed(
     config: Callable[..., TrainConfig], name: str, kind: type[torch.optim.Optimizer]
 ) -> None:
-    optimizer, _ = new(config(optimizer=name, weight_decay=0.3, momentum=0.7))
+    optimizer, _ = new(config(optimizer=name, weight_decay=0.3))
     assert type(optimizer) is kind
     decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {4: 0.3, 1: 0.0}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
     if name == "sgd":
-        assert optimizer.param_groups[0]["momentum"] == 0.7
+        assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
 def test_rates_scale_by_the_beginning_of_names(config: Callable[..., TrainConfig]) -> None:
