@@ -77,6 +77,8 @@ class ObjectStore:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.draw: Callable[[Request], Fault | None] | None = None
+        self._contents: dict[str | None, bytes] = {}
+        self._changes = 0
         self._lock = threading.Lock()
         self._port = 0
         self.endpoint = ""
@@ -91,6 +93,7 @@ class ObjectStore:
             self.requests.clear()
             self.faults.clear()
             self.draw = None
+            self._contents.clear()
 
     def counted(self, method: str = "", key: str = "") -> int:
         """Requests of a method whose key contains `key`."""
@@ -109,10 +112,19 @@ class ObjectStore:
         return f"s3://{BUCKET}/{name or uuid.uuid4().hex}/store.zarr"
 
     def objects(self, address: str) -> dict[str, bytes]:
-        """What lies below an address, asked past the proxy."""
+        """What lies below an address, asked past the proxy. Content of an MD5 (ETag) that was seen is not asked for."""
         store = self._past(address)
-        keys = sorted(found["path"] for page in obstore.list(store) for found in page)
-        return {key: bytes(obstore.get(store, key).bytes()) for key in keys}
+        tags = {found["path"]: found["e_tag"] for page in obstore.list(store) for found in page}
+        self._contents |= {
+            tag: bytes(obstore.get(store, key).bytes()) for key, tag in tags.items() if tag not in self._contents
+        }
+        return {key: self._contents[tags[key]] for key in sorted(tags)}
+
+    def clear(self, address: str) -> None:
+        """Remove all that lies below an address."""
+        store = self._past(address)
+        if keys := [found["path"] for page in obstore.list(store) for found in page]:
+            obstore.delete(store, keys)
 
     def put(self, address: str, key: str, content: bytes | None) -> None:
         """Write an object past the proxy, or remove it."""
@@ -127,7 +139,22 @@ class ObjectStore:
         assert connection.getresponse().status == 200
         connection.close()
 
+    @contextmanager
+    def changing(self, method: str) -> Iterator[None]:
+        """While a request is with the server that may change an object. Its client may have given up already."""
+        changes = method not in ("GET", "HEAD")
+        with self._lock:
+            self._changes += changes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changes -= changes
+
     def _past(self, address: str) -> Any:
+        """Return a client of the server itself, once no request changes anything any more."""
+        while self._changes:
+            time.sleep(0.001)
         return from_url(
             address,
             endpoint=f"http://127.0.0.1:{self._port}",
@@ -199,9 +226,10 @@ def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
             elif kind == "echo":
                 self.answer(403, [], f"<Error><Code>SignatureDoesNotMatch</Code>{self.headers}</Error>".encode())
             else:
+                with store.changing(self.command):
+                    status, headers, content = self.ask(body)
                 if fault and kind == "slow":
                     time.sleep(fault.seconds)
-                status, headers, content = self.ask(body)
                 if kind == "lost":
                     self.reset()
                 else:

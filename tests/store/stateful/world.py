@@ -256,13 +256,14 @@ class World:
         candidates = self._candidates(name)
         if not candidates:
             return None
-        before = self._begin(name) if self.weather is not None else {}
+        before = self.files(name)
         try:
             self.command(name)
         except KDCacheError as error:
             self.tally["refused"] += 1
             self._check_refusal(name, error, candidates)
-            if self.weather is not None:
+            if self.weather is not None or RECIPES[name].changes is not None:  # it may have copied a part
+                self._begin(name)
                 self._ended(name, before)
             return error
         with self._calm():
@@ -446,8 +447,7 @@ class World:
     def remove(self, name: str) -> None:
         """Delete all of a cache."""
         if RECIPES[name].far:
-            for key in self.files(name):
-                self._write_file(name, key, None)
+            self.server.clear(self._bucket)
         else:
             shutil.rmtree(self.path(name), ignore_errors=True)
         self.models[name] = Model()
