@@ -10,7 +10,7 @@ Importing this package imports torch, but no model zoo.
 from kdcache.listing import ModelInfo, TapInfo, list_models, missing_models
 from kdcache.models.callables import WrappedModel
 from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
-from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
+from kdcache.models.ensemble import EnsembleModel, Tta
 from kdcache.models.joint import JointModel
 from kdcache.models.joint import Part as JointPart
 from kdcache.models.logits import AsLogits
@@ -21,7 +21,6 @@ from kdcache.models.trust import trusting
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [
-    "AGREEMENT",
     "AsLogits",
     "ClassMapped",
     "ClassMerge",

@@ -28,8 +28,6 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import SEGMENTATION, HeadKind, RegressionHead, raw_of
 from kdcache.models.native import Outputs, SegmentationModel
 
-AGREEMENT = "ensemble.agreement"
-"""A tap of its own: the weight of the members whose best class is the ensemble's, (B, 1, h, w)."""
 _WORDS = ("flip", "scales")
 _LARGEST_SCALE = 8
 # A probability that float32 rounds to 0 would be -inf among finite logits, and stay so after any resize.
@@ -124,7 +122,7 @@ class EnsembleModel(SegmentationModel):
         return EnsembleModel(self.parts, self.shares).eval()
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        self.parts[0].check_taps(tap for tap in taps if tap != AGREEMENT)
+        self.parts[0].check_taps(taps)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """The log of mean probabilities (B, C, h, w), the raw output of mean depth (B, 1, h', w'), and features.
@@ -133,29 +131,24 @@ class EnsembleModel(SegmentationModel):
             x_B3HW: RGB in 0..1 (see `normalise`).
         """
         self.check_taps(taps)
-        member_taps = [tap for tap in taps if tap != AGREEMENT]
         answers: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.parts] for name in self.head_kinds}
         features: dict[str, Tensor] = {}
         for place, member in enumerate(self.parts):
             for x, mirrored, unscaled in _renderings(x_B3HW, self.tta or Tta()):
                 plain = unscaled and not mirrored
-                output = member(member.standardise(x), member_taps if plain and place == 0 else ())
+                output = member(member.standardise(x), taps if plain and place == 0 else ())
                 features |= output.features
                 for name in member.learnt_heads:
                     if name == SEGMENTATION or unscaled:
                         head = output.heads[name].flip(-1) if mirrored else output.heads[name]
                         answers[name][place].append(head.float().softmax(1) if name == SEGMENTATION else head.float())
-        if member_taps and not features:
-            features = self.parts[0](self.parts[0].standardise(x_B3HW), member_taps).features
+        if taps and not features:
+            features = self.parts[0](self.parts[0].standardise(x_B3HW), taps).features
         heads = {name: self._mean_regression(name, answers[name]) for name in self.regressions}
         if SEGMENTATION in answers:
             shares, p_of_owners = self._owners(answers[SEGMENTATION])
-            p_MBChw = self._means(p_of_owners)
-            mean_BChw = _weighted(shares, p_MBChw)
+            mean_BChw = _weighted(shares, self._means(p_of_owners))
             heads = {SEGMENTATION: mean_BChw.clamp(min=_LEAST).log(), **heads}
-            if AGREEMENT in taps:
-                best = mean_BChw.argmax(1, keepdim=True)
-                features[AGREEMENT] = _weighted(shares, [(p.argmax(1, keepdim=True) == best) for p in p_MBChw])
         return Outputs(heads, {tap: features[tap] for tap in taps})
 
     def _owners(self, passes_of_members: Sequence[Sequence[Tensor]]) -> tuple[list[float], list[Sequence[Tensor]]]:

@@ -69,9 +69,7 @@ class BuildSettings:
     )
     features_only: bool = _stored(False, "Store no head, but the taps of --features alone.")
     features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")
-    statistics: Words = _stored(
-        (), "Comma-separated maps to store: at:TAP (attention), confidence, entropy, agreement (of several teachers)."
-    )
+    statistics: Words = _stored((), "Comma-separated attention maps to store, as at:TAP.")
     raw_logits: bool = _stored(False, "Keep every pixel's largest logit too, for terms over positions (cwd).")
     pixels: Literal["stored", "source"] = _stored(
         "stored", "stored: images and labels go into the store, which then needs no data set; or source."

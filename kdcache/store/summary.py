@@ -16,7 +16,6 @@ from kdcache.store.format.schema import record_arrays
 from kdcache.store.ledger import ShardRecord
 from kdcache.store.reader import Cache, open_cache, read_manifest
 from kdcache.store.subset import evenly_spread
-from kdcache.store.value_statistics import ValueStatistics, value_statistics
 
 _MASS_RECORDS = 16  # records whose tails are read for the top-k mass
 
@@ -44,7 +43,6 @@ class StoreSummary:
     Attributes:
         topk_mass: mean probability inside the top k; None for dense targets.
         seal: digest of the seal; None of a store that is half built.
-        values: of every regression and of stored labels of depth; () of a store that is half built.
         missing: shards that are not written, in order.
     """
 
@@ -56,7 +54,6 @@ class StoreSummary:
     arrays: tuple[ArraySummary, ...]
     topk_mass: float | None
     seal: str | None = None
-    values: tuple[ValueStatistics, ...] = ()
     missing: tuple[int, ...] = ()
 
     @property
@@ -136,11 +133,9 @@ class StoreSummary:
         names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass", "missing"]
         arrays = [{**asdict(array), "ratio": array.ratio} for array in self.arrays]
         manifest = self.manifest.model_dump(mode="json")
-        values = [statistics.to_json() for statistics in self.values]
         return {
             **{name: getattr(self, name) for name in names},
             "arrays": arrays,
-            "values": values,
             "manifest": manifest,
         }
 
@@ -181,8 +176,7 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
     head = manifest.segmentation
     mass = None if cache is None or head is None or head.dense else _topk_mass(cache)
     seal = None if cache is None or cache.ledger is None else cache.ledger.completion.digest
-    values = () if cache is None else value_statistics(cache)
-    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal, values)
+    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

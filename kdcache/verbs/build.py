@@ -160,7 +160,7 @@ def plan_reuse(
         loaded = load_like(manifest.teacher, origins, source.classes, class_map=class_map, classified=classified)
         if loaded.folds is not None:
             check_cross_fit(origins, source, loaded.folds_by)
-    for text in (*loaded.notes, *_reuse_notes(earlier, source)):
+    for text in (*loaded.notes, *reuse_notes(earlier, source)):
         note(text)
     changes = {name: given[name] for name in entries(BuildSettings) if given.get(name) is not None}
     changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
@@ -169,7 +169,7 @@ def plan_reuse(
     return source, loaded, options, earlier
 
 
-def _reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
+def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
     """Yield what has changed since the earlier cache was built: its data, and the library that decodes images."""
     renewed = data_changes(earlier, source)
     yield from renewed.notes()
@@ -178,6 +178,8 @@ def _reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
             f"since {earlier.place} was built: {renewed.describe()}. Labels are rendered again, and the teacher runs "
             "on changed images"
         )
+    if left := [name for name, statistic in earlier.manifest.statistics.items() if not statistic.tap]:
+        yield f"{earlier.place} keeps its {' and '.join(left)}: the new cache has maps of at:TAP only"
     before, now = earlier.manifest.build.libraries.get("pillow"), libraries()["pillow"]
     if before != now:
         yield (

@@ -21,7 +21,7 @@ BUILDS = {
     "as it comes": "--views full",
     "views": "--views 3 --view-scale 0.7:1.3333333333 --view-seed 5 --no-view-flip --shard-records 4 --batch-size 3",
     "crops": "--crop 24x32 --views 2 --raw-logits --top-k 2 --pixels source --codec small",
-    "features": "--views 2 --features stage1 --statistics at:stage1,entropy --teacher-size 64x96 --teacher-grid view",
+    "features": "--views 2 --features stage1 --statistics at:stage1,at:head --teacher-size 64x96 --teacher-grid view",
     "augmented": "--views full --tta flip,scales=0.75:1.0",
 }
 

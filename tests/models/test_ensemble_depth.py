@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import RegressionHead
-from kdcache.models import AGREEMENT, EnsembleModel, SegmentationModel, Tta, build_model
+from kdcache.models import EnsembleModel, SegmentationModel, Tta, build_model
 
 
 def teacher(spec: str, seed: int) -> SegmentationModel:
@@ -82,12 +82,11 @@ def test_who_has_learnt_no_classes_has_no_part_in_them(pixels: Tensor) -> None:
     depth = build_model("kdcache:tiny+depth", 5).eval()  # its classes were not learnt, and are not counted
     depth.untrained = ("segmentation",)
     ensemble = EnsembleModel([depth, first, second], (5.0, 1.0, 3.0)).eval()
-    outputs = ensemble(ensemble.normalise(pixels), [AGREEMENT])
+    outputs = ensemble(ensemble.normalise(pixels))
     alone = EnsembleModel([first, second], (1.0, 3.0)).eval()
-    expected = alone(alone.normalise(pixels), [AGREEMENT])
+    expected = alone(alone.normalise(pixels))
     assert ensemble.num_classes == 3
     assert torch.allclose(outputs.logits, expected.logits, atol=1e-6)
-    assert torch.allclose(outputs.features[AGREEMENT], expected.features[AGREEMENT])
     np.testing.assert_allclose(
         ensemble.regressions["depth"].values(outputs.heads["depth"]),
         metres(depth, pixels.permute(0, 3, 1, 2) / 255, "softplus"),

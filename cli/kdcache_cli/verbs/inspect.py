@@ -2,18 +2,14 @@
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
-from kdcache_cli.console import OUT, bytes_text, histogram_table
+from kdcache_cli.console import OUT, bytes_text
 from kdcache_cli.settings import shared_flags
-
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    from kdcache.store.value_statistics import ValueStatistics
 
 _Option = typer.Option
 
@@ -41,14 +37,13 @@ def inspect(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Show what a store is: from what, how big, complete or not, compression, top-k
-    mass; of depth its range, mean and median, and a histogram.
+    """Show what a store is: from what, how big, complete or not, compression, top-k mass.
 
     With --teacher-report, audit its teacher on whole images at view size: IoU and
     accuracy per class, confusions, calibration, what thresholds of pseudo labels
-    keep, what --top-k loses; of depth its errors, by distance too; of features
-    without a head which channels vary. Tables here; report.json and pictures in --out. Needs the labels:
-    those in the store, or --data for a store built with --pixels source.
+    keep, what --top-k loses; of depth its errors, by distance too. Tables here;
+    report.json and pictures in --out. Needs the labels: those in the store, or --data
+    for a store built with --pixels source.
 
     With --card, a page in Markdown that goes with a store, or with a run: what it is, its
     digests, the commands that train from it and make it again, versions and seeds, an
@@ -94,8 +89,6 @@ def inspect(
         shape = "x".join(map(str, array.shape)) or "1"
         table.add_row(array.path, shape, array.dtype, bytes_text(array.bytes_on_disk), per_record, f"{array.ratio:.2f}")
     OUT.print(table)
-    for statistics in report.values:
-        _print_values(statistics)
 
 
 def _print_card(store: str, cache_dir: str | None, cache_bytes: str | None) -> None:
@@ -117,23 +110,6 @@ def _refuse_beside_card(flags: dict[str, bool]) -> None:
         raise RecipeError(
             "--card prints a card alone", received=f"{', '.join(beside)} with it", remedy="leave one of them out"
         )
-
-
-def _print_values(values: "ValueStatistics") -> None:
-    """Range, mean and median of a regression or of labels, and a histogram."""
-    if values.least is None or values.most is None or values.mean is None or values.median is None:
-        OUT.print(f"{escape(values.path)}: no valid cell in {values.records} records", highlight=False)
-        return
-    unit = "m" if values.unit == "m" else f"({values.unit})"
-    OUT.print(
-        f"[bold]{escape(values.path)}[/]: {values.least:.4g} to {values.most:.4g} {escape(unit)}, mean "
-        f"{values.mean:.4g}, median {values.median:.4g}; {100 * values.valid:.1f} % of the cells of {values.records} "
-        "records are valid",
-        highlight=False,
-    )
-    ends = zip(values.edges, values.edges[1:], values.histogram, strict=False)
-    bins = [(f"{low:.4g} to {high:.4g}", count) for low, high, count in ends]
-    OUT.print(histogram_table("metres" if values.unit == "m" else values.unit, bins, "cells"))
 
 
 def _refuse_alone(flags: dict[str, object]) -> None:

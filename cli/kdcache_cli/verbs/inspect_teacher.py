@@ -2,7 +2,6 @@
 
 import json as json_module
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.store.backend.base import Place
     from kdcache.teacher.audit.audit import Audit
     from kdcache.teacher.audit.depth_audit import RegressionAudit
-    from kdcache.teacher.audit.feature_audit import FeatureAudit
 
 
 def report_teacher(
@@ -45,8 +43,6 @@ def report_teacher(
         _print_regression(regression)
     if audit.parents:
         OUT.print(f"The teacher is a student of the store {', '.join(audit.parents)}", highlight=False)
-    if audit.features:
-        _print_features(audit.features)
     OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")
 
 
@@ -166,18 +162,3 @@ def _print_regression(audit: "RegressionAudit") -> None:
         for scored in audit.worst:
             table.add_row(scored.sample, depth_figure("rmse", scored.rmse))
         OUT.print(table)
-
-
-def _print_features(audits: "Sequence[FeatureAudit]") -> None:
-    table = figure_table(
-        "tap", "channels", "size", "mean norm", "constant", "effective", title="Features of the teacher"
-    )
-    for audit in audits:
-        height, width = audit.size
-        numbers = f"{audit.mean_norm:.4g}", str(audit.constant), f"{audit.effective:.1f}"
-        table.add_row(audit.tap, str(audit.channels), f"{height}x{width}", *numbers)
-    OUT.print(table)
-    OUT.print(
-        "[dim]constant: channels that hardly vary; effective: dimensions that the variance is spread over, "
-        "(sum v)^2 / sum v^2 of the covariance's eigenvalues[/]"
-    )

@@ -24,10 +24,10 @@ Table = tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 @dataclass(frozen=True)
 class TeacherAudit:
-    """The result of `inspect --teacher-report`; without classes, of depth or features alone, all about them is empty.
+    """The result of `inspect --teacher-report`; without classes, of depth alone, all about them is empty.
 
     Attributes:
-        tables: of heads of numbers, such as depth, and of features.
+        tables: of heads of numbers, such as depth.
         ece: expected calibration error; NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
         sure, right: mean confidence of the pixels predicted as each class, and the share of them that is right.
@@ -107,7 +107,7 @@ def show_audit(audit: TeacherAudit) -> Markup:
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
-    others = (*_depth_tables(content), *_feature_tables(content)) if "regressions" in content else ()
+    others = tuple(_depth_tables(content)) if "regressions" in content else ()
     if "pseudo_labels" not in content and others:
         return TeacherAudit(path, int(content["images"]), 0, (), math.nan, (), (), (), (), (), tables=others)
     calibration = content["calibration"] or {"ece": None, "bins": [], "confidence": [], "precision": []}
@@ -159,22 +159,6 @@ def _depth_tables(content: Mapping[str, Any]) -> Iterator[Table]:
             for part in head["by_distance"]
         )
         yield f"{name}: errors by the label's distance", ("distance", "pixels", "rmse m", "abs rel"), rows
-
-
-def _feature_tables(content: Mapping[str, Any]) -> Iterator[Table]:
-    """The table of the taps whose features are stored; none without."""
-    rows = tuple(
-        (
-            tap,
-            str(int(one["channels"])),
-            str(int(one["constant"])),
-            f"{_number(one['mean_norm']):.4g}",
-            f"{_number(one['effective']):.1f}",
-        )
-        for tap, one in content["features"].items()
-    )
-    if rows:
-        yield "Features", ("tap", "channels", "constant", "mean length", "effective dimensions"), rows
 
 
 def _number(value: float | None) -> float:

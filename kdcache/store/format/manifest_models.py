@@ -215,9 +215,8 @@ class Statistic(Part):
     """A number per target pixel or feature position, from 0 up: (h, w) float16 per record.
 
     Attributes:
-        kind: `at`: sum of squares over the channels of `tap`, divided by its largest. Of the distribution, at the
-            target's grid: `confidence` (its largest probability), `entropy` (nats), `agreement` (weight of the members
-            of an ensemble whose best class is the ensemble's).
+        kind: `at`: sum of squares over the channels of `tap`, divided by its largest. The others are in caches of
+            earlier versions, at the target's grid, and nothing reads them.
     """
 
     kind: Literal["at", "confidence", "entropy", "agreement"]

@@ -4,11 +4,10 @@ verify.py          scores from the store; the store against the teacher
 first_views.py     whole images of a store
 audit.py           how good the teacher's classes are where, and how sure it is
 depth_audit.py     its depth beside labels
-feature_audit.py   features where there is no head
-store_audit.py     all of these
+store_audit.py     both of these
 topk_error.py      what keeping fewer classes would do to the gradient
 figures.py         the audit as pictures
-value_figures.py   those of depth and features
+value_figures.py   depth as pictures
 pseudo_labels.py   pseudo labels as PNG files
 pseudo_quality.py  pseudo labels beside labels: coverage, precision, mIoU
 """

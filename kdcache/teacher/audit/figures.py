@@ -29,7 +29,7 @@ from kdcache.teacher.audit.audit import THRESHOLDS, Audit, Scored
 from kdcache.teacher.audit.first_views import read_whole
 from kdcache.teacher.audit.store_audit import StoreAudit
 from kdcache.teacher.audit.topk_error import TEMPERATURES
-from kdcache.teacher.audit.value_figures import SAMPLES, write_features, write_regression
+from kdcache.teacher.audit.value_figures import SAMPLES, write_regression
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +55,6 @@ def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path
         written = [] if whole.classes is None else _write_classes(whole.classes, records, drawn)
         for regression in whole.regressions:
             written += write_regression(regression, records, drawn)
-        for features in whole.features:
-            written += write_features(features, records, drawn)
         (drawn / REPORT).write_text(json.dumps(whole.to_json(), indent=1) + "\n", encoding="utf-8")
     return [folder / path.relative_to(drawn) for path in written]
 

@@ -1,13 +1,13 @@
-"""The audit of everything that a store holds of its teacher: classes, depth, and features where there is no head."""
+"""The audit of the heads that a store holds of its teacher: classes and depth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache.errors import MismatchError
 from kdcache.store import Records
 from kdcache.teacher.audit.audit import Audit, audit_cache
 from kdcache.teacher.audit.depth_audit import RegressionAudit, audit_regression
-from kdcache.teacher.audit.feature_audit import FeatureAudit, audit_features
 from kdcache.teacher.audit.first_views import whole_records
 
 Progress = Callable[[str, int, int], None]
@@ -26,17 +26,15 @@ class StoreAudit:
     images: int
     classes: Audit | None = None
     regressions: tuple[RegressionAudit, ...] = ()
-    features: tuple[FeatureAudit, ...] = ()
     seal: str = ""
     parents: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers: of classes at the top level, `regressions` and `features` by name."""
+        """Plain numbers: of classes at the top level, `regressions` by name."""
         classes = {"images": self.images} if self.classes is None else self.classes.to_json()
         values = {audit.name: audit.to_json() for audit in self.regressions}
-        features = {audit.tap: audit.to_json() for audit in self.features}
         store = {"seal": self.seal, "parents": list(self.parents)}
-        return {**classes, "store": store, "regressions": values, "features": features}
+        return {**classes, "store": store, "regressions": values}
 
 
 def audit_store(records: Records, *, worst: int = 10, progress: Progress | None = None) -> StoreAudit:
@@ -44,11 +42,18 @@ def audit_store(records: Records, *, worst: int = 10, progress: Progress | None 
 
     Args:
         worst: how many images to name, of each task, where the teacher is worst.
-    Raises: MismatchError for a missing or a changed data set; CorruptError.
+    Raises: MismatchError for a store without heads, and for a missing or a changed data set; CorruptError.
     """
     report = progress or (lambda what, done, total: None)
     cache = records.cache
     records.check_complete()
+    if not cache.manifest.heads:
+        raise MismatchError(
+            f"Cannot audit {cache.place}: it holds no head of its teacher",
+            entry="cannot audit without heads",
+            received=f"features of {', '.join(cache.manifest.features)}, which no label judges",
+            remedy="Use kdcache verify CACHE --teacher TEACHER, which compares features with those of their teacher.",
+        )
     classes = None
     if cache.manifest.segmentation is not None:
         classes = audit_cache(records, worst=worst, progress=lambda *now: report("auditing classes", *now))
@@ -58,10 +63,6 @@ def audit_store(records: Records, *, worst: int = 10, progress: Progress | None 
         regressions.append(
             audit_regression(records, name, worst=worst, progress=lambda *now, what=what: report(what, *now))
         )
-    features = [
-        audit_features(cache, tap, lambda *now, tap=tap: report(f"auditing {tap}", *now))
-        for tap in (() if cache.manifest.heads else cache.manifest.features)
-    ]
     assert cache.ledger is not None  # of a store that is complete
     seal, parents = cache.ledger.completion.digest, cache.manifest.teacher.parents
-    return StoreAudit(len(whole_records(cache)), classes, tuple(regressions), tuple(features), seal, parents)
+    return StoreAudit(len(whole_records(cache)), classes, tuple(regressions), seal, parents)

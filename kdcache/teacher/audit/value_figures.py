@@ -1,4 +1,4 @@
-"""The audits of depth and of features as pictures."""
+"""The audit of depth as pictures."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,6 @@ from kdcache.metrics.figures import INK, dress, file_part, new_figure, panels, s
 from kdcache.metrics.tables import depth_figure
 from kdcache.store import Records, evenly_spread
 from kdcache.teacher.audit.depth_audit import JOINT_BINS, RegressionAudit, depth_label, map_at_view
-from kdcache.teacher.audit.feature_audit import FeatureAudit, read_tap
 from kdcache.teacher.audit.first_views import whole_records
 from kdcache.teacher.build.render import Array
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLES = "samples"
-_SHOWN = 4  # images of a head without labels, or of features
+_SHOWN = 4  # images of a head without labels
 _TEACHER, _LABEL = "#1b6ca8", "#d1661f"
 
 
@@ -38,22 +37,6 @@ def write_regression(audit: RegressionAudit, records: Records, folder: Path) -> 
     for record in [] if audit.metrics is not None else _some(records):
         path = folder / SAMPLES / f"{audit.name}-{file_part(records.sample(record))}.png"
         save_figure(_image(audit, records, record, records.sample(record)), path)
-        written.append(path)
-    return written
-
-
-def write_features(audit: FeatureAudit, records: Records, folder: Path) -> list[Path]:
-    """`samples/TAP-...png`: images beside the three main directions of their features. Returns: the pictures."""
-    written = []
-    for record in _some(records):
-        picture = audit.picture(read_tap(records.cache, audit.tap, record))
-        height, width = records.cache.view_size
-        rows = np.arange(height) * picture.shape[0] // height
-        columns = np.arange(width) * picture.shape[1] // width
-        title = f"{records.sample(record)}: {audit.tap}, three main directions of {audit.channels} channels as colours"
-        figure = panels(title, [("image", records.pixels(record)), (audit.tap, picture[rows][:, columns])], [])
-        path = folder / SAMPLES / f"{file_part(audit.tap)}-{file_part(records.sample(record))}.png"
-        save_figure(figure, path)
         written.append(path)
     return written
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from kdcache.data import Split, remembered_digests
 from kdcache.data.sample import FileDigest
 from kdcache.errors import ModelError
-from kdcache.heads import SEGMENTATION
 from kdcache.models import Outputs
 from kdcache.shown import facts_table, line
 from kdcache.store import Cache, Manifest, StoreWriter, Worker, open_writer, round_targets, store_exists
@@ -285,7 +284,7 @@ class Pass:
         try:
             outputs = teach(model, pixels, self._taps, options.precision, options.device, grid)
             packed = pack_batch(outputs, heads, options.features)
-            packed |= measure(self._manifest.statistics, outputs.heads.get(SEGMENTATION), outputs.features)
+            packed |= measure(self._manifest.statistics, outputs.features)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size) from error
         return partial(self._fetch, items, *_to_host(packed, options.device))

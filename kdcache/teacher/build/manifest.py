@@ -39,8 +39,6 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         _check_logits(teacher, options.teacher_size or options.size)
     output = probe.probe()
     heads, figures = _heads(probe, output, fidelity=fidelity and options.fidelity)
-    segmentation = heads.get(SEGMENTATION)
-    grid = (1, 1) if segmentation is None else segmentation.size  # of no statistic then
     feature_shapes = {tap: output.features[tap].shape[1:] for tap in options.features}
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -59,7 +57,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         view=probe.view,
         heads=heads,
         features={tap: Feature(channels=c, size=(h, w)) for tap, (c, h, w) in feature_shapes.items()},
-        statistics=statistics_of(options.statistics, grid, output.features),
+        statistics=statistics_of(options.statistics, output.features),
         teacher=fingerprint(teacher, options.precision, options.device),
         build=Build(
             batch_size=options.batch_size,

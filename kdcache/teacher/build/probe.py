@@ -51,7 +51,6 @@ def _check_logit_options(options: BuildOptions, heads: Sequence[str]) -> None:
     of_logits = {
         "--top-k": options.top_k is not None,
         "--raw-logits": options.raw_logits,
-        "--statistics": any(not name.startswith("at:") for name in options.statistics),
     }
     given = [flag for flag, used in of_logits.items() if used and SEGMENTATION not in heads]
     if options.teacher_grid == "view" and set(heads) != {SEGMENTATION}:

@@ -1,101 +1,68 @@
-"""Small maps beside the targets: where the teacher's features are large, how sure it is, whether its members agree.
+"""Small maps beside the targets, made of a tap's features, for terms that need no more of it.
 
     at:TAP       sum of squares over a tap's channels, divided by the largest (Zagoruyko 2017, arXiv 1612.03928)
-    confidence   largest probability        entropy   in nats        agreement   of an ensemble's members
 
-Shapes: B batch, C classes, c channels of a tap, h w of the target, h' w' of the tap.
+Shapes: B batch, c channels of a tap, h' w' its grid.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kdcache.errors import RecipeError
-from kdcache.models import AGREEMENT, EnsembleModel
+from kdcache.settings.removed import STATISTICS, removal
 from kdcache.store.format.manifest_models import Statistic
-from kdcache.teacher.load.forward import area_mean
 from kdcache.teacher.load.load import Teacher
 
-_OF_THE_DISTRIBUTION = ("confidence", "entropy", "agreement")
 
-
-def statistics_of(names: Sequence[str], grid: tuple[int, int], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
-    """The manifest's entries for `--statistics`, which `taps_of` has checked.
+def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
+    """Return the manifest's entries for `--statistics`, which `taps_of` has checked.
 
     Args:
-        grid: (h, w) of the target.
         features: tap -> (B, c, h', w'), of the taps that are named.
     """
-    statistics = {}
-    for name in dict.fromkeys(names):
-        kind, _, tap = name.partition(":")
-        if kind == "at":
-            height, width = features[tap].shape[-2:]
-            statistics[f"at.{tap}"] = Statistic(kind="at", tap=tap, size=(height, width))
-        else:
-            statistics[kind] = Statistic(kind=kind, size=grid)  # type: ignore[arg-type]
-    return statistics
+    taps = [name.partition(":")[2] for name in dict.fromkeys(names)]
+    return {f"at.{tap}": Statistic(kind="at", tap=tap, size=_grid(features[tap])) for tap in taps}
+
+
+def _grid(feature_Bchw: Tensor) -> tuple[int, int]:
+    height, width = feature_Bchw.shape[-2:]
+    return height, width
 
 
 def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
-    """The taps that statistics are made of.
+    """Return the taps that statistics are made of.
 
-    Raises: RecipeError for a name that is no statistic, and for agreement where there is none; ModelError for a tap
-        that the teacher does not have.
+    Raises: RecipeError for a name that is no statistic; ModelError for a tap that the teacher does not have.
     """
     taps = []
     for name in names:
-        kind, colon, tap = name.partition(":")
-        if kind == "at" and tap:
-            teacher.model.check_taps([tap])
-            taps.append(tap)
-        elif colon or kind not in _OF_THE_DISTRIBUTION:
-            near = ["at:TAP"] if kind == "at" else difflib.get_close_matches(kind, _OF_THE_DISTRIBUTION, n=1)
+        kind, _, tap = name.partition(":")
+        if (gone := removal(kind, STATISTICS)) is not None:
+            raise gone
+        if kind != "at" or not tap:
             raise RecipeError(
-                f"a statistic is at:TAP, {', '.join(_OF_THE_DISTRIBUTION[:-1])} or {_OF_THE_DISTRIBUTION[-1]}",
+                f"Unknown statistic: {name}",
+                entry="unknown statistic",
                 received=repr(name),
-                remedy=f"did you mean {near[0]}?" if near else "for instance --statistics at:head,confidence",
+                remedy="Write at:TAP, for instance --statistics at:head.",
             )
-        if kind == "agreement":
-            if not isinstance(teacher.model, EnsembleModel) or len(teacher.model.members) < 2 or teacher.folds:
-                raise RecipeError(
-                    "agreement is that of several teachers on the same image",
-                    received=f"{teacher.origin}" + (", each of which predicts its own fold" if teacher.folds else ""),
-                    remedy="give --teacher several times and no --folds, or leave agreement out",
-                )
-            taps.append(AGREEMENT)
+        teacher.model.check_taps([tap])
+        taps.append(tap)
     return list(dict.fromkeys(taps))
 
 
-def measure(
-    statistics: Mapping[str, Statistic], logits_BChw: Tensor | None, features: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Path -> (B, h, w) float16, on the same device.
+def measure(statistics: Mapping[str, Statistic], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return path -> (B, h', w') float16, on the same device.
 
     Args:
-        logits_BChw: as they are stored, whatever their constant; None where no statistic is of the distribution.
-        features: tap -> (B, c, h', w'), AGREEMENT among them when a statistic needs it.
+        statistics: those that `statistics_of` gave. features: tap -> (B, c, h', w').
     """
-    log_p = torch.empty(0) if logits_BChw is None else logits_BChw.float().log_softmax(1)
-    maps = {}
-    for name, statistic in statistics.items():
-        if statistic.kind == "at":
-            assert statistic.tap is not None
-            maps[name] = attention(features[statistic.tap])
-        elif statistic.kind == "confidence":
-            maps[name] = log_p.amax(1).exp()
-        elif statistic.kind == "entropy":
-            # A class that the teacher rules out, -inf, has no share in it.
-            maps[name] = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
-        else:
-            maps[name] = area_mean(features[AGREEMENT], statistic.size)[:, 0]
-    return {f"statistics/{name}": value.half() for name, value in maps.items()}
+    return {f"statistics/{name}": attention(features[str(of.tap)]).half() for name, of in statistics.items()}
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:
-    """sum_c F^2 divided by its largest, (B, h, w) float32 in 0..1; a map of zeros stays one."""
+    """Return sum_c F^2 divided by its largest, (B, h, w) float32 in 0..1; a map of zeros stays one."""
     feature = feature_Bchw.float()
     # Divided first: squares of large features would overflow.
     largest = feature.abs().amax((1, 2, 3), keepdim=True)

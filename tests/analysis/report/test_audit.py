@@ -166,7 +166,7 @@ def test_the_teachers_of_several_stores_are_shown_one_below_the_other(tmp_path: 
     assert "have no labels" in str(stores([audits[3], audits[3]]))
 
 
-def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
+def test_an_audit_of_depth_alone(tmp_path: Path) -> None:
     names = ("rmse_log", "abs_rel", "sq_rel", "silog", "delta1", "delta2", "delta3")
     near = {"low": 0.0, "high": 5.0, "pixels": 1234, "rmse": None, "abs_rel": 0.5}
     judged = {
@@ -178,14 +178,12 @@ def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
         "by_distance": [near],
     }
     relative = {**judged, "unit": "relative", "teacher": None, "by_distance": []}
-    tap = {"tap": "stage4", "channels": 64, "constant": 3, "mean_norm": 1.25, "effective": 6.2}
     path = tmp_path / "report.json"
-    for regressions, features, words in (
-        ({"depth": judged}, {}, ("rmse m", "2.500", "0 to 5 m", "1,234", "3 labelled images of 4")),
-        ({"depth": relative}, {}, ("in relative, not judged",)),
-        ({}, {"stage4": tap}, ("effective dimensions", "stage4", "6.2")),
+    for depth, words in (
+        (judged, ("rmse m", "2.500", "0 to 5 m", "1,234", "3 labelled images of 4")),
+        (relative, ("in relative, not judged",)),
     ):
-        path.write_text(json.dumps({"images": 4, "regressions": regressions, "features": features}))
+        path.write_text(json.dumps({"images": 4, "regressions": {"depth": depth}}))
         one = read_audit(path)
         one.check_classes(CLASSES)  # there are none to be other than these
         shown = show_audit(one)
@@ -193,10 +191,10 @@ def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
         assert all(text in shown for text in (*words, "4 images of the store"))
         assert not any(text in shown for text in ("calibration", "how often it is right"))
     both = tmp_path / "both.json"
-    both.write_text(json.dumps(audit(regressions={"depth": judged}, features={})))
+    both.write_text(json.dumps(audit(regressions={"depth": judged})))
     shown = show_audit(read_audit(both))
     assert "rmse m" in shown
     assert "expected calibration error" in shown
-    path.write_text(json.dumps({"images": 4, "regressions": {}, "features": {}}))
+    path.write_text(json.dumps({"images": 4, "regressions": {}}))
     with pytest.raises(RecipeError):
         read_audit(path)

@@ -1,4 +1,4 @@
-"""Audits of depth, alone or beside classes, and of features: against float64 from the arrays and the labels."""
+"""Audits of depth, alone or beside classes: against float64 from the arrays and the labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from kdcache.data import open_split
+from kdcache.errors import MismatchError
 from kdcache.models import build_model
 from kdcache.store import Records, open_cache
-from kdcache.store.value_statistics import ValueStatistics, value_statistics
 from kdcache.teacher import build_cache, load_teacher
 from kdcache.teacher.audit.depth_audit import JOINT_BINS, map_at_view
 from kdcache.teacher.audit.figures import REPORT, write_report
@@ -74,18 +74,10 @@ def test_errors_are_those_of_the_stored_depth_at_view_size(stores, name) -> None
     assert [scored.sample for scored in depth.worst] == sorted(rmse, key=rmse.__getitem__)[::-1][:2]
 
 
-def test_features_are_measured_where_there_is_no_head(stores) -> None:
-    audit = audit_store(stores["features"])
-    assert (audit.classes, audit.regressions) == (None, ())
-    cache = stores["features"].cache
-    vectors = np.stack([cache.read(n, ["features/stage2"])["features/stage2"] for n in range(5)]).astype(np.float64)
-    flat = vectors.transpose(0, 2, 3, 1).reshape(-1, vectors.shape[1])
-    values = np.linalg.eigvalsh(np.cov(flat.T, bias=True))
-    found = audit.features[0]
-    assert found.effective == pytest.approx(values.sum() ** 2 / np.square(values).sum())
-    assert found.mean_norm == pytest.approx(np.linalg.norm(flat, axis=1).mean())
-    assert found.constant == int((flat.std(0) <= 1e-6 * flat.std(0).max()).sum())
-    assert audit_store(stores["both"]).features == ()
+def test_features_alone_have_nothing_to_audit(stores) -> None:
+    with pytest.raises(MismatchError, match="holds no head") as caught:
+        audit_store(stores["features"])
+    assert "kdcache verify" in caught.value.remedy
 
 
 def test_every_kind_of_store_has_pictures(stores, tmp_path) -> None:
@@ -94,29 +86,11 @@ def test_every_kind_of_store_has_pictures(stores, tmp_path) -> None:
         "both": {"depth.png", "classes.png", "worst"},
         "depth": {"depth.png", "worst"},
         "bare": {"depth.png", "samples"},
-        "features": {"samples"},
     }
     for name, files in expected.items():
         written = write_report(audit_store(stores[name], worst=1), stores[name], tmp_path)
         assert all(path.is_file() for path in written)
         assert {path.relative_to(tmp_path).parts[0] for path in written} >= files
         content = json.loads((tmp_path / REPORT).read_text(), parse_constant=pytest.fail)
-        assert set(content["regressions"]) == ({"depth"} if name != "features" else set())
+        assert set(content["regressions"]) == {"depth"}
     assert {path.name for path in tmp_path.rglob("*.png")} == {path.name for path in written}
-
-
-def test_statistics_of_stored_values(stores) -> None:
-    taught, labels = value_statistics(stores["both"].cache)
-    cache = stores["both"].cache
-    values = np.stack([cache.read(n, ["targets/depth/values"])["targets/depth/values"] for n in range(5)])
-    assert (taught.least, taught.most) == (values.min(), values.max())
-    assert taught.mean == pytest.approx(values.astype(np.float64).mean())
-    assert taught.median == pytest.approx(np.median(values.astype(np.float64)))
-    assert taught.valid == 1
-    metres = np.stack([cache.read(n, ["labels/depth"])["labels/depth"] for n in range(5)])
-    assert labels.valid == pytest.approx(np.isfinite(metres).mean())
-    assert labels.mean == pytest.approx(np.nanmean(metres.astype(np.float64)))
-    assert sum(labels.histogram) == np.isfinite(metres).sum()
-    assert len(value_statistics(stores["bare"].cache)) == 1
-    nothing = ValueStatistics.of("labels/depth", "m", [np.full((2, 2), np.nan)], positive=True)
-    assert (nothing.valid, nothing.least, nothing.histogram) == (0.0, None, ())

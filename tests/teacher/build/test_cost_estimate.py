@@ -46,7 +46,7 @@ SETTINGS = {
     "none": {"codec": "none", "pixels": "source"},
     "features": {"features": ("head",), "codec": "small", "views": 2},
     "crops": {"views": 3, "crop": (16, 24), "view_scale": (0.7, 2.0)},
-    "richer": {"raw_logits": True, "statistics": ("confidence", "at:head"), "teacher_size": (64, 96)},
+    "richer": {"raw_logits": True, "statistics": ("at:stage2", "at:head"), "teacher_size": (64, 96)},
 }
 QUICK = {"top-k, drawn views": {"top_k": 3, "views": 3, "shard_records": 32}}
 

@@ -196,7 +196,6 @@ def test_a_build_of_two_heads_goes_on(tmp_path, split, options, origins) -> None
         ({"features_only": True}, "--features-only and no --features"),
         ({"heads": ("depth",), "top_k": 3}, "--top-k is of logits"),
         ({"heads": ("depth",), "raw_logits": True}, "--raw-logits is of logits"),
-        ({"heads": ("depth",), "statistics": ("entropy",)}, "--statistics is of logits"),
         ({"teacher_grid": "view", "teacher_size": (64, 96)}, "--teacher-grid view is of logits"),
     ],
 )

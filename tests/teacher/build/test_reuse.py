@@ -145,9 +145,9 @@ def test_views_go_on_as_they_were_drawn(tmp_path, teacher, split, options, drawn
     [
         {},
         {"views": 3, "view_seed": 5, "view_scale": (0.5, 1.5), "view_flip": False, "top_k": 3, "precision": "bf16"},
-        {"crop": (16, 24), "view_scale": (0.7, 2.0), "statistics": ("at:head", "entropy"), "raw_logits": True},
+        {"crop": (16, 24), "view_scale": (0.7, 2.0), "statistics": ("at:head", "at:stage2"), "raw_logits": True},
         {"teacher_size": (64, 96), "teacher_grid": "view", "features": TAPS, "codec": "small", "pixels": "source"},
-        {"batch_size": 3, "shard_records": 5, "statistics": ("confidence",)},
+        {"batch_size": 3, "shard_records": 5, "statistics": ("at:head",)},
     ],
     ids=["default", "views", "crops", "larger", "batches"],
 )
@@ -378,7 +378,7 @@ def test_workers_share_it(tmp_path, old, teacher, folder_data) -> None:
 def test_another_store_is_not_taken_over(tmp_path, old, teacher, split, change, field) -> None:
     with pytest.raises(MismatchError, match=field) as caught:
         extended(old, split, teacher, tmp_path / "new", **change)
-    assert "build-teacher-cache" in caught.value.remedy
+    assert "leave --from out" in caught.value.remedy
     assert not (tmp_path / "new").exists()
 
 

@@ -1,4 +1,4 @@
-"""Maps beside the targets and raw logits, against float64 arithmetic."""
+"""Attention maps beside the targets and raw logits, against float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
+from kdcache.sharing.rebuild import build_command
 from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Statistic
 from kdcache.teacher import (
@@ -21,10 +22,11 @@ from kdcache.teacher import (
     options_of,
     plan_manifest,
 )
-from kdcache.teacher.build.statistics import attention, measure
+from kdcache.teacher.build.statistics import attention
 from kdcache.training import CacheDataset
+from kdcache.verbs.build import reuse_notes
 
-WORDS = ("at:head", "at:stage2", "confidence", "entropy", "agreement")
+WORDS = ("at:head", "at:stage2")
 MAX = "targets/segmentation/max"
 
 
@@ -49,34 +51,23 @@ def test_what_is_stored(tmp_path, several, split, options) -> None:
     assert about.statistics == {
         "at.head": Statistic(kind="at", tap="head", size=(8, 12)),
         "at.stage2": Statistic(kind="at", tap="stage2", size=(4, 6)),
-        "confidence": Statistic(kind="confidence", size=(8, 12)),
-        "entropy": Statistic(kind="entropy", size=(8, 12)),
-        "agreement": Statistic(kind="agreement", size=(8, 12)),
     }
-    agreements = []
     for record in range(7):
         image = pixels(cache, record)
         with torch.inference_mode():
-            said = [m(m.normalise(image), ("head", "stage2")) for m in several.model.parts]
+            first = several.model.parts[0]
+            features = first(first.normalise(image), ("head", "stage2")).features
             logits = several.model(several.model.normalise(image)).logits[0].double().numpy()
-        p = np.stack([output.logits[0].double().softmax(0).numpy() for output in said])
-        mean = np.einsum("m,mchw->chw", (0.5, 0.25, 0.25), p)
-        wanted = {"confidence": mean.max(0), "entropy": -(mean * np.log(mean)).sum(0)}
-        wanted["agreement"] = np.einsum("m,mhw->hw", (0.5, 0.25, 0.25), p.argmax(1) == mean.argmax(0))
         for tap in ("head", "stage2"):
-            energy = (said[0].features[tap][0].double().numpy() ** 2).sum(0)
-            wanted[f"at.{tap}"] = energy / energy.max()
-        for name, values in wanted.items():
-            stored = cache.read(record, [f"statistics/{name}"])[f"statistics/{name}"]
+            energy = (features[tap][0].double().numpy() ** 2).sum(0)
+            stored = cache.read(record, [f"statistics/at.{tap}"])[f"statistics/at.{tap}"]
             assert stored.dtype == np.float16
-            assert np.abs(stored - values).max() < 2e-3, name
-        agreements.append(wanted["agreement"])
+            assert np.abs(stored - energy / energy.max()).max() < 2e-3, tap
         row = cache.read(record, [MAX, "targets/segmentation/values"])
         assert row[MAX].dtype == np.float32
         assert np.abs(row[MAX] - logits.max(0)).max() < 1e-5
         raw = np.sort(logits, axis=0)[::-1][:4]
         assert np.abs(row[MAX] + row["targets/segmentation/values"] - raw).max() < 0.01
-    assert {0.0, 0.25, 0.5, 0.75, 1.0} >= set(np.unique(agreements)) > {1.0}
 
 
 def test_raw_logits_of_one_teacher(tmp_path, teacher, split, options) -> None:
@@ -108,60 +99,63 @@ def test_attention_of_extremes() -> None:
     assert attention(1e-30 * feature)[1].flatten().tolist() == pytest.approx([1, 0, 0, 0.25]), "squares underflow"
 
 
-def test_a_class_without_any_probability() -> None:
-    logits = torch.tensor([0.0, -math.inf, 0.0]).view(1, 3, 1, 1)
-    about = {kind: Statistic(kind=kind, size=(1, 1)) for kind in ("confidence", "entropy")}
-    found = measure(about, logits, {})
-    assert found["statistics/confidence"].item() == 0.5
-    assert found["statistics/entropy"].item() == pytest.approx(math.log(2), abs=1e-3)
-
-
-def test_agreement_on_a_coarser_grid(several, split, options) -> None:
-    chosen = options(teacher_size=(64, 96), teacher_grid="view", statistics=("agreement", "entropy"))
-    about = plan_manifest(TeacherProbe(split, several, chosen))
-    assert {name: s.size for name, s in about.statistics.items()} == {"agreement": (8, 12), "entropy": (8, 12)}
-
-
 def test_carried_along(tmp_path, several, split, options) -> None:
     """Copied, extended, inspected; a further statistic asks the teacher again and keeps what is there."""
-    build_cache(split, several, tmp_path / "s", options(statistics=("entropy",), raw_logits=True, batch_size=1))
+    build_cache(split, several, tmp_path / "s", options(statistics=("at:stage2",), raw_logits=True, batch_size=1))
     cache = open_cache(tmp_path / "s")
     copy_store(cache, tmp_path / "copy", CopyChanges(codec="none", shard_records=2))
     copied = open_cache(tmp_path / "copy")
-    for path in ("statistics/entropy", MAX):
+    for path in ("statistics/at.stage2", MAX):
         assert all(np.array_equal(cache.read(r, [path])[path], copied.read(r, [path])[path]) for r in range(7))
     more = options_of(cache.manifest, views=2, fidelity=False)
-    assert more.statistics == ("entropy",)
+    assert more.statistics == ("at:stage2",)
     assert build_cache(split, several, tmp_path / "more", more, reuse=cache).reused == 7
-    again = options_of(cache.manifest, statistics=("entropy", "at:head"), fidelity=False)
+    again = options_of(cache.manifest, statistics=("at:stage2", "at:head"), fidelity=False)
     result = build_cache(split, several, tmp_path / "again", again, reuse=cache)
     assert (result.records, result.reused) == (7, 7)
     found = open_cache(tmp_path / "again")
-    assert list(found.manifest.statistics) == ["entropy", "at.head"]
+    assert list(found.manifest.statistics) == ["at.stage2", "at.head"]
     assert np.array_equal(found.read(3, [MAX])[MAX], cache.read(3, [MAX])[MAX])
     arrays = {array.path for array in inspect_store(tmp_path / "again").arrays}
-    assert {"statistics/entropy", "statistics/at.head", MAX} <= arrays
+    assert {"statistics/at.stage2", "statistics/at.head", MAX} <= arrays
     for change in ({"statistics": ()}, {"raw_logits": False}):
-        chosen = options(**{"statistics": ("entropy",), "raw_logits": True, "batch_size": 1, **change})
+        chosen = options(**{"statistics": ("at:stage2",), "raw_logits": True, "batch_size": 1, **change})
         with pytest.raises(MismatchError, match=r"statistics|heads"):
             build_cache(split, several, tmp_path / "s", chosen)
 
 
+def test_a_cache_of_an_earlier_version_is_trained_and_extended(
+    tmp_path, several, split, options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its maps of the distribution are read as they are, and stay where they are."""
+    entropy = {"entropy": Statistic(kind="entropy", size=(8, 12))}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("kdcache.teacher.build.manifest.statistics_of", lambda *_: entropy)
+        earlier.setattr(
+            "kdcache.teacher.build.build.measure",
+            lambda *_: {"statistics/entropy": torch.full((1, 8, 12), 0.5, dtype=torch.float16)},
+        )
+        build_cache(split, several, tmp_path / "old", options(batch_size=1))
+    old = open_cache(tmp_path / "old")
+    assert (old.read(3, ["statistics/entropy"])["statistics/entropy"] == 0.5).all()
+    assert len(CacheDataset(old, augment="replay")) == 7
+    copy_store(old, tmp_path / "copy", CopyChanges(shard_records=2))
+    assert (open_cache(tmp_path / "copy").read(6, ["statistics/entropy"])["statistics/entropy"] == 0.5).all()
+    notes = list(reuse_notes(old, split))
+    assert any("keeps its entropy" in note for note in notes), notes
+    assert "entropy" not in build_command(old.manifest)
+    chosen = options_of(old.manifest, statistics=("at:head",), fidelity=False)
+    assert build_cache(split, several, tmp_path / "new", chosen, reuse=old).reused == 7
+    assert list(open_cache(tmp_path / "new").manifest.statistics) == ["at.head"]
+
+
 def test_statistics_that_cannot_be(teacher, split, options) -> None:
-    for word, remedy in {
-        "entropi": "did you mean entropy",
-        "at": "at:TAP",
-        "at:": "at:TAP",
-        "confidence:head": "did you mean confidence",
-        "norm": "for instance",
-    }.items():
-        with pytest.raises(RecipeError, match="a statistic is") as caught:
+    for word in ("entropi", "at", "at:", "norm"):
+        with pytest.raises(RecipeError, match="Unknown statistic") as caught:
             plan_manifest(TeacherProbe(split, teacher, options(statistics=(word,))))
-        assert remedy in caught.value.remedy, word
+        assert "--statistics at:head" in caught.value.remedy
+    for word in ("confidence", "entropy", "agreement"):
+        with pytest.raises(RecipeError, match=f"{word} was removed"):
+            plan_manifest(TeacherProbe(split, teacher, options(statistics=("at:head", word))))
     with pytest.raises(ModelError, match="a tap must be"):
         plan_manifest(TeacherProbe(split, teacher, options(statistics=("at:haed",))))
-    with pytest.raises(RecipeError, match="agreement is that of several teachers"):
-        plan_manifest(TeacherProbe(split, teacher, options(statistics=("agreement",))))
-    alone = load_teachers([teacher.origin], split.classes, weights=(1,))
-    with pytest.raises(RecipeError, match="agreement is that of several teachers"):
-        plan_manifest(TeacherProbe(split, alone, options(statistics=("agreement",))))

@@ -145,7 +145,7 @@ def test_an_ensemble_is_a_teacher_like_any(tmp_path, origins, split, classes, op
 def test_equal_builds_of_an_ensemble_are_equal(tmp_path, origins, split, classes, options) -> None:
     for name in "ab":
         teacher = load_teachers(origins, classes, tta=Tta.parse("flip,scales=0.75:1.25"))
-        build_cache(split, teacher, tmp_path / name, options(statistics=("agreement", "at:head"), raw_logits=True))
+        build_cache(split, teacher, tmp_path / name, options(statistics=("at:head",), raw_logits=True))
     a, b = (open_cache(tmp_path / name) for name in "ab")
     assert a.ledger.completion.ledger_sha256 == b.ledger.completion.ledger_sha256
     assert a.manifest.teacher == b.manifest.teacher
@@ -341,7 +341,7 @@ def test_each_sample_is_taught_by_who_has_not_seen_it(tmp_path, runs, folder_dat
     sizes = []
     for member in teacher.model.parts:
         member.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    chosen = options(batch_size=2, shard_records=5, views=2, statistics=("confidence",))
+    chosen = options(batch_size=2, shard_records=5, views=2)
     build_cache(split, teacher, tmp_path / "s.zarr", chosen)
     cache = open_cache(tmp_path / "s.zarr")
     folds = folds_of(split.ids, 3)
@@ -435,9 +435,6 @@ def test_teachers_that_have_seen_their_fold(tmp_path, runs, folder_data, options
     teacher = load_teachers(runs, split.classes, folds=3)
     with pytest.raises(RecipeError, match="from one network"):
         plan_manifest(TeacherProbe(split, teacher, options(features=("head",))))
-    with pytest.raises(RecipeError, match="agreement is that of several") as caught:
-        plan_manifest(TeacherProbe(split, teacher, options(statistics=("agreement",))))
-    assert "predicts its own fold" in caught.value.received
 
 
 def test_folds_of_whole_sequences(tmp_path, runs, folder_data, options) -> None:
@@ -478,7 +475,7 @@ def test_camvid(tmp_path, model_of) -> None:
     )
     chosen = _options(
         size=(72, 96), crop=(64, 64), views=2, view_scale=(0.5, 2.0), teacher_size=(128, 128),
-        statistics=("entropy", "agreement", "at:head"), raw_logits=True, fidelity=True,
+        statistics=("at:head",), raw_logits=True, fidelity=True,
     )  # fmt: skip
     build_cache(split, teacher, tmp_path / "s.zarr", chosen)
     cache = open_cache(tmp_path / "s.zarr")
@@ -487,5 +484,5 @@ def test_camvid(tmp_path, model_of) -> None:
         Records(cache, split), load_like(cache.manifest.teacher, teacher.origin.split(", "), split.classes), CPU
     ).ok
     row = cache.read(5, list(cache.specs))
-    assert 0 <= row["statistics/agreement"].min() <= row["statistics/agreement"].max() <= 1
+    assert 0 <= row["statistics/at.head"].min() <= row["statistics/at.head"].max() == 1
     assert cache.manifest.fidelity.kl_t1 < 1e-4
