@@ -45,7 +45,6 @@ class CompareOptions:
     Attributes:
         teacher: a run or SPEC@FILE that is shown apart.
         baseline: name of a row, or of a run in it; None takes each model's row that learnt from labels alone.
-        ignore: settings, besides seed and fold, that do not separate rows.
         blocks_by: pattern of the sequences whose resampling gives the interval over images; None resamples images.
         own_fold: judge each run on the fold of the split that its training left out (cross-validation).
         repeats: timed calls per model; 0 measures no latency.
@@ -55,7 +54,6 @@ class CompareOptions:
     judging: Judging = field(default_factory=Judging)
     teacher: str | None = None
     baseline: str | None = None
-    ignore: tuple[str, ...] = ()
     blocks_by: str | None = None
     own_fold: bool = False
     repeats: int = REPEATS
@@ -94,7 +92,7 @@ def compare(
     judging, depth_range = one_range(options.judging, [*members, *teachers], source)
     options = replace(options, judging=judging)
     blocks = {task: choose_blocks(source, options.blocks_by, task) for task in source.tasks}
-    groups, notes = group_runs(members, options.ignore)
+    groups, notes = group_runs(members)
     groups += _apart(teachers, groups)
     _check_baseline(options.baseline, groups)
     judge = _Judge(source, options, progress or (lambda what, done, total: None))

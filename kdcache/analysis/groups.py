@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.analysis.runs import Entry
-from kdcache.errors import RecipeError
 from kdcache.settings.streams import to_line
 
 REPEATED = ("seed", "fold", "val-fold")
@@ -166,14 +165,9 @@ def _unlike_streams(one: Any, other: Any) -> float:
     return differing / len(keys)
 
 
-def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[Group], list[str]]:
-    """Rows in the order of their first runs, and notes on what a reader could misread.
-
-    Args:
-        ignore: further settings that do not separate rows.
-    Raises: RecipeError for a setting that no run has, with the nearest name.
-    """
-    left_out = {*REPEATED, *MACHINE, *_checked(runs, ignore)}
+def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
+    """Return rows in the order of their first runs, and notes on what a reader could misread."""
+    left_out = {*REPEATED, *MACHINE}
     rows: dict[str, list[Entry]] = {}
     for run in runs:
         apart = left_out | set(OF_A_FOLD if "name" in run.settings else ())
@@ -201,17 +195,6 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {shown}"
-
-
-def _checked(runs: Sequence[Entry], ignore: Iterable[str]) -> set[str]:
-    settings = sorted({key for run in runs for key in run.settings})
-    names = {name.removeprefix("--").replace("_", "-") for name in ignore}
-    for name in names:
-        if name not in settings:
-            raise RecipeError(
-                "--ignore names a setting of the runs' recipes", received=repr(name), remedy=nearest(name, settings)
-            )
-    return names
 
 
 def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:

@@ -38,6 +38,7 @@ SETTINGS: Mapping[str, Removed] = {
     "pictures": Removed("Use --draw DIR, which draws the pictures and names them on the page."),
     "momentum": Removed("Leave it out. sgd has a momentum of 0.9.", unused=0.9),
     "power": Removed("Leave it out. poly has an exponent of 0.9.", unused=0.9),
+    "ignore": Removed("Leave it out. Compare only the runs that belong into one table."),
     "opacity": Removed("Leave it out. Overlays have an opacity of 0.5."),
     "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),
 }

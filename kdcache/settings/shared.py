@@ -119,9 +119,6 @@ class CompareSettings:
     baseline: str | None = setting(
         None, "A row, or a run of it, to measure against (default: the same model with --method none).", metavar="NAME"
     )
-    ignore: tuple[str, ...] = setting(
-        (), "A setting, besides seed and fold, that does not separate rows.", metavar="KEY", repeated=True
-    )
     blocks_by: str | None = setting(
         None,
         "Take the interval over images from whole sequences, such as videos, whose frames are alike: a regular "

@@ -87,7 +87,6 @@ def options_of(settings: Mapping[str, Any]) -> CompareOptions:
         judging_of(settings),
         rows.teacher,
         rows.baseline,
-        rows.ignore,
         rows.blocks_by,
         rows.own_fold,
         settings["repeats"],

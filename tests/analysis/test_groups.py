@@ -11,7 +11,6 @@ from kdcache.analysis.compare import choose_baseline, choose_control
 from kdcache.analysis.groups import CONTROL, DEPTH_ON_LABELS, Group, group_runs, nearest, reads_targets
 from kdcache.analysis.runs import Entry
 from kdcache.distill.terms.spec import CHOICES, KINDS, ON_LABELS, TermSpec, reads_labels, reads_teacher
-from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
 
 COMMON = {"verb": "train-student", "model": "kdcache:tiny", "method": "kl", "term": [], "kl-weight": 1.0, "lr": 0.001}
@@ -22,8 +21,8 @@ def run(folder: str, **settings: Any) -> Entry:
     return Entry(f"runs/{folder}", Run(Path(f"/runs/{folder}")), {**COMMON, "seed": 0, **given})
 
 
-def names(*runs: Entry, ignore: tuple[str, ...] = ()) -> list[str]:
-    return [group.name for group in group_runs(runs, ignore)[0]]
+def names(*runs: Entry) -> list[str]:
+    return [group.name for group in group_runs(runs)[0]]
 
 
 def test_runs_that_differ_in_seed_and_fold_are_one_row() -> None:
@@ -104,15 +103,6 @@ def test_the_fewest_settings_name_and_the_others_are_told() -> None:
     # A run from the data itself beside one from a store of it: nothing that a reader could misread.
     _, notes = group_runs([run("a", method="none", verb="train-teacher", data="camvid"), run("b", cache="camvid.zarr")])
     assert notes == ["rows differ also in cache"]
-
-
-def test_what_is_ignored_tells_no_rows_apart() -> None:
-    runs = [run("a", cache="fold0.zarr", fold="0/2"), run("b", cache="fold1.zarr", fold="1/2")]
-    assert len(names(*runs)) == 2
-    assert len(names(*runs, ignore=("cache",))) == 1
-    assert len(names(*runs, ignore=("--cache",))) == 1
-    with pytest.raises(RecipeError, match="kl-weight"):
-        names(*runs, ignore=("kl_wieght",))
 
 
 def test_the_same_run_twice_is_no_repetition() -> None:

@@ -98,7 +98,6 @@ CASES = {
     "a spec alone": ("compare kdcache:tiny --data {p}/data", "a model without weights"),
     "a spec without a file": ("compare kdcache:tiny@{p}/none.safetensors --data {p}/data --size 32x48", "none.safeten"),
     "an unknown baseline": ("compare {p}/runs --baseline nonne", "did you mean none"),
-    "an unknown setting": ("compare {p}/runs --ignore lrr", "did you mean lr"),
     "no such split": ("compare {p}/runs --split vall", "vall"),
     "other classes": ("compare {p}/other", "heaven"),
     "no fold": ("compare {p}/runs --own-fold", "trained on all samples"),

@@ -15,7 +15,7 @@ TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineS
 Runs = Annotated[
     list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN")
 ]
-ROWS = ("data", "split", "teacher", "baseline", "ignore", "blocks_by", "own_fold")
+ROWS = ("data", "split", "teacher", "baseline", "blocks_by", "own_fold")
 FRAMING = ("size", "fit", "window", "stride")
 DEPTH = ("min_depth", "max_depth", "depth_crop")
 JUDGING = ("weights", *FRAMING, *DEPTH, "batch_size", "repeats", "threads", "device", "fresh", "smoke")
