@@ -35,8 +35,9 @@ def _teachers(teacher: Fingerprint) -> Iterator[str]:
 
 def _values(manifest: Manifest) -> dict[str, Any]:
     """The settings that a build's command gave, by their names; None stands for a default."""
-    view, teacher, build, head = manifest.view, manifest.teacher, manifest.build, manifest.segmentation
-    drawn, several = view.drawn, len(teacher.members) > 1
+    teacher, build, several = manifest.teacher, manifest.build, len(manifest.teacher.members) > 1
+    settings = manifest.settings()
+    settings["view_scale"] = _colons(settings["view_scale"]) if "view_scale" in settings else None  # to the last digit
     elsewhere = not several and not any(teacher.trainings)  # weights that are no run of kdcache, which knows its own
     return {
         "teacher_weights": _numbers(member.share for member in teacher.members)
@@ -48,27 +49,8 @@ def _values(manifest: Manifest) -> dict[str, Any]:
         "class_map": None if teacher.class_map is None else "CLASS_MAP",
         "mean": _numbers(teacher.mean) if elsewhere else None,
         "std": _numbers(teacher.std) if elsewhere else None,
-        "precision": teacher.precision,
         "split": manifest.dataset.split,
-        "size": view.image_size or view.size,
-        "crop": None if view.image_size is None else view.size,
-        "views": view.views_per_sample,
-        "view_seed": 0 if drawn is None else drawn.seed,
-        "view_scale": None if drawn is None else _colons(drawn.scale),
-        "view_flip": drawn is None or drawn.flip,
-        "depth_zoom": "none" if manifest.depth is None else manifest.depth.zoom,
-        "teacher_size": view.teacher_size,
-        "teacher_grid": "view" if head is not None and head.resampled else "own",
-        "heads": tuple(manifest.heads),
-        "features_only": not manifest.heads,
-        "top_k": None if head is None else head.k,
-        "raw_logits": head is not None and head.raw,
-        "features": tuple(manifest.features),
-        "statistics": tuple(s.kind if s.tap is None else f"at:{s.tap}" for s in manifest.statistics.values()),
-        "pixels": view.pixels,
-        "codec": manifest.codec,
-        "shard_records": build.shard_records,
-        "batch_size": build.batch_size,
+        **settings,
         "threads": build.threads,
         "device": "cpu" if build.device == "cpu" else "cuda",
     }

@@ -60,7 +60,7 @@ def test_nothing_that_travels_names_a_folder(way) -> None:
     assert [text.replace(str(way), "")[:300] for text in named] == []
     assert "net.py:make" in (way / "card-0.md").read_text()
     assert "net.py:make" in (way / "page.html").read_text()
-    assert any("baseline: net.py:make" in path.read_text() for path in way.glob("pictures/student/*/*.svg"))
+    assert any("baseline: nets/net.py:make" in path.read_text() for path in way.glob("pictures/student/*/*.svg"))
     assert [run["run"] for row in json.loads((way / "tables/t.json").read_text())["rows"] for run in row["runs"]] == [
         "student",
         "teacher",

@@ -80,6 +80,19 @@ def test_a_build_shows_what_it_made(world: dict[str, Any]) -> None:
     assert again.kept == 12
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_cache_is_built_from_an_earlier_one(world: dict[str, Any], tmp_path: Path, opened: bool) -> None:
+    """What is not given is as there: its size, its views and how they are drawn."""
+    data, module, place = world["data"], world["module"], world["folder"] / "s.zarr"
+    reuse = kdcache.open_cache(place) if opened else place
+    more = kdcache.build_cache(data, module, tmp_path / "more.zarr", reuse=reuse, views=3, progress=False)
+    assert (more.records, more.reused, more.manifest.view.size) == (6, 12, (32, 48))
+    with pytest.raises(RecipeError, match="Cannot change --size, --top-k with --from"):
+        kdcache.build_cache(data, module, tmp_path / "other.zarr", reuse=reuse, size=(32, 32), top_k=3)
+    with pytest.raises(RecipeError, match="from itself"):
+        kdcache.build_cache(data, module, place, reuse=reuse)
+
+
 def test_runs_show_what_they_reached(world: dict[str, Any]) -> None:
     run = world["runs"][1]
     assert run.recipe["method"] == "kl"

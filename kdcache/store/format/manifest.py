@@ -146,6 +146,34 @@ class Manifest(parts.Part):
                 differences.append(f"{name}: {parts.unlike(mine, others)}")
         return differences
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the build was told of images, views and storing, by the names of its settings.
+
+        Settings of views that are drawn are there only if some are.
+        """
+        drawn, head = self.view.drawn, self.segmentation
+        return {
+            "size": self.view.image_size or self.view.size,
+            "fit": self.view.fit,
+            "crop": None if self.view.image_size is None else self.view.size,
+            "views": self.view.views_per_sample,
+            **({} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}),
+            "depth_zoom": "none" if self.depth is None else self.depth.zoom,
+            "teacher_size": self.view.teacher_size,
+            "teacher_grid": "view" if head is not None and head.resampled else "own",
+            "precision": self.teacher.precision,
+            "heads": tuple(self.heads),
+            "features_only": not self.heads,
+            "top_k": None if head is None else head.k,
+            "raw_logits": head is not None and head.raw,
+            "features": tuple(self.features),
+            "statistics": tuple(f"at:{one.tap}" for one in self.statistics.values() if one.tap),
+            "pixels": self.view.pixels,
+            "codec": self.codec,
+            "shard_records": self.build.shard_records,
+            "batch_size": self.build.batch_size,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The value of the attribute `kdcache`. What older readers do not know is left out where it is empty."""
         unused: dict[str, Any] = {name: True for name in ("repairs", "depth") if not getattr(self, name)}

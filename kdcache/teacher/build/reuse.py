@@ -14,7 +14,6 @@ import numpy as np
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
-from kdcache.store.format.manifest_models import Statistic
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -80,36 +79,7 @@ class Reuse:
 
 def options_of(old: Manifest, **changes: Any) -> BuildOptions:
     """The options that a store was built with, but for `changes` (fields of BuildOptions)."""
-    drawn, head = old.view.drawn, old.segmentation
-    views: dict[str, Any] = (
-        {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
-    )
-    options = {
-        "depth_zoom": "none" if old.depth is None else old.depth.zoom,
-        "size": old.view.image_size or old.view.size,
-        "fit": old.view.fit,
-        "crop": None if old.view.image_size is None else old.view.size,
-        "teacher_size": old.view.teacher_size,
-        "heads": tuple(old.heads),
-        "features_only": not old.heads,
-        "teacher_grid": "view" if head is not None and head.resampled else "own",
-        "top_k": None if head is None else head.k,
-        "raw_logits": head is not None and head.raw,
-        "features": tuple(old.features),
-        "statistics": tuple(map(_statistic_flag, old.statistics.values())),
-        "views": old.view.views_per_sample,
-        "pixels": old.view.pixels,
-        "codec": old.codec,
-        "batch_size": old.build.batch_size,
-        "shard_records": old.build.shard_records,
-        "precision": old.teacher.precision,
-    }
-    return BuildOptions(**{**options, **views, **changes})
-
-
-def _statistic_flag(statistic: Statistic) -> str:
-    """A statistic as `--statistics` names it."""
-    return f"at:{statistic.tap}" if statistic.tap else statistic.kind
+    return BuildOptions(**{**old.settings(), **changes})
 
 
 def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
@@ -147,7 +117,7 @@ def _refuse(old: Cache, differences: Sequence[str]) -> None:
         raise MismatchError(
             "a store takes over targets of the same teacher, of the same classes at the same size",
             received=f"{old.place} differs in " + "; ".join(differences),
-            remedy="give the teacher and the settings that it was built with, or leave --from out to compute all anew",
+            remedy="give the teacher and the settings that it was built with, or leave --from out to build anew",
         )
 
 
