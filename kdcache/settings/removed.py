@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, Removed] = {
     "momentum": Removed("Leave it out. sgd has a momentum of 0.9.", unused=0.9),
     "power": Removed("Leave it out. poly has an exponent of 0.9.", unused=0.9),
     "ignore": Removed("Leave it out. Compare only the runs that belong into one table."),
+    "worst": Removed("Leave it out. The report has the 10 images where the teacher loses most."),
     "opacity": Removed("Leave it out. Overlays have an opacity of 0.5."),
     "collapse": Removed("Leave it out. A training notes a teacher that knows few classes.", unused=("note", "refuse")),
 }

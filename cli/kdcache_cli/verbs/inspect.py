@@ -31,9 +31,6 @@ def inspect(
             "--out", help="Where the report goes (default: STORE-report beside the store; for a remote one, here)."
         ),
     ] = None,
-    worst: Annotated[
-        int, _Option("--worst", min=0, max=1000, help="Pictures of so many images where the teacher loses most.")
-    ] = 10,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
@@ -62,7 +59,7 @@ def inspect(
     if teacher_report:
         from kdcache_cli.verbs.inspect_teacher import report_teacher
 
-        report_teacher(shared_flags.open_place(store, cache_dir, cache_bytes), data, split, out, worst, json)
+        report_teacher(shared_flags.open_place(store, cache_dir, cache_bytes), data, split, out, json)
         return
     from kdcache.run_folder import is_run
     from kdcache.store import inspect_store

@@ -16,9 +16,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher.audit.depth_audit import RegressionAudit
 
 
-def report_teacher(
-    place: "Place", data: str | None, split: str | None, out: Path | None, worst: int, json: bool
-) -> None:
+def report_teacher(place: "Place", data: str | None, split: str | None, out: Path | None, json: bool) -> None:
     """Audit a store, write the report, print it (`json`: report.json instead)."""
     from kdcache.store import Records
     from kdcache.teacher.audit.figures import check_report_folder, write_report
@@ -28,7 +26,7 @@ def report_teacher(
     folder = out or _beside(place)
     check_report_folder(folder)
     with progress_of_steps("auditing the teacher") as progress:
-        audit = audit_store(records, worst=worst, progress=progress)
+        audit = audit_store(records, progress=progress)
         progress("drawing", 0, 1)
         pictures = write_report(audit, records, folder)
     if json:
