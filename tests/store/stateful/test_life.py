@@ -19,8 +19,8 @@ from kdcache.data import Changes
 from kdcache.errors import KDCacheError
 
 SETTINGS = settings(
-    max_examples=5,
-    stateful_step_count=30,
+    max_examples=4,
+    stateful_step_count=25,
     phases=[Phase.generate],  # to shrink a failure takes minutes: its steps are printed as they were
     deadline=None,
     database=None,
