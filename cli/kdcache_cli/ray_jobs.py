@@ -49,7 +49,7 @@ class RayRunner:
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
         try:
-            code = self._ray.get(self._job.remote([*self._trust, *job.next_words], os.getcwd(), str(log)))
+            code = self._ray.get(self._job.remote(job, self._trust, os.getcwd(), str(log)))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, KDCacheError) else error from None
         except self._ray.exceptions.WorkerCrashedError as error:
@@ -58,8 +58,12 @@ class RayRunner:
             raise failed(job, f"code {code}", log)
 
 
-def _do(words: list[str], folder: str, log: str) -> int:
-    """Run a command in this process, which is its own. Its output goes to the log. Returns: its exit code."""
+def _do(job: Job, trust: list[str], folder: str, log: str) -> int:
+    """Run a job in this process, which is its own. Its output goes to the log. Returns: its exit code.
+
+    Args:
+        trust: the flag --trust, if it was given.
+    """
     try:
         os.chdir(folder)
         file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job
@@ -71,7 +75,7 @@ def _do(words: list[str], folder: str, log: str) -> int:
         ) from error
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)
-    sys.argv = ["kdcache", *words]
+    sys.argv = ["kdcache", *trust, *job.next_words]  # asked here: one that died before goes on
     try:
         runpy.run_module("kdcache_cli", run_name="__main__")
     except SystemExit as ended:
