@@ -302,7 +302,8 @@ def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         chain = [error, *_causes(error)]
-        status = next((one.response.status_code for one in chain if getattr(one, "response", None) is not None), None)
+        statuses = (getattr(getattr(one, "response", None), "status_code", None) for one in chain)
+        status = next((status for status in statuses if status is not None), None)
         said = next(filter(None, (getattr(one, "server_message", None) for one in chain)), None)
         words = " ".join(str(said or (error if isinstance(error, ValueError) else chain[-1])).split())[:300]
         login = "Set HF_TOKEN to a valid token that may do this, or log in with: hf auth login"

@@ -153,8 +153,14 @@ def plan_reuse(
     if isinstance(teacher, Teacher):
         loaded = teacher
     elif isinstance(teacher, nn.Module):
-        normalisation = {"mean": manifest.teacher.mean, "std": manifest.teacher.std}
-        loaded = load_teacher(teacher, source, classified=classified, class_map=class_map, **normalisation)
+        loaded = load_teacher(
+            teacher,
+            source,
+            classified=classified,
+            class_map=class_map,
+            mean=manifest.teacher.mean,
+            std=manifest.teacher.std,
+        )
     else:
         origins = _origins(teacher)
         loaded = load_like(manifest.teacher, origins, source.classes, class_map=class_map, classified=classified)
