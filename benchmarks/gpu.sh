@@ -109,8 +109,8 @@ kernels() {
 }
 
 step() {
-  run steps 120 "$python" benchmarks/steps.py --device "$device" --batch-size "$batch" --iterations "$iterations" \
-    "${steps[@]}" --json "$results/steps-$gpu.json"
+  run steps 120 "$python" benchmarks/steps.py --device "$device" --batch-size "$batch" "${steps[@]}" \
+    --json "$results/steps-$gpu.json"
   run step 120 "$python" benchmarks/step.py --device "$device" --data "$data" --batch-size "$batch" "${step[@]}" \
     --json "$results/step-$gpu.json"
 }

@@ -2,9 +2,8 @@
 
     steps     one batch that is on the device already, learnt from again and again: forward, loss, backward, optimizer.
               The ways take turns within one run.
-    training  the same from a store, with loader and logging: what a user gets.
     profile   an eager step with impl="reference" and with impl="auto", part by part: time by torch.profiler (of the
-              kernels on a GPU, of the operators on a CPU), and peak memory of the whole step above what it starts with.
+              kernels on a GPU, of the operators on a CPU).
 
 Without --cache, a store of procedural scenes and a random teacher is built first.
 
@@ -12,12 +11,9 @@ Without --cache, a store of procedural scenes and a random teacher is built firs
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 
 from common import header, spread, student_step, synchronise, write
-from kdcache.bench.kernels.memory import peak_in_process, peak_on_device
 from kdcache.data import open_split
-from kdcache.distill import SEGMENTATION, Batch
+from kdcache.distill import Batch
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.training import CacheDataset, Observer, make_config, train
-from kdcache.training.distributed import default_workers
+from kdcache.training import CacheDataset
 from kdcache.training.input.loader import Draws
 from kdcache.training.step.compiled import make_step
 from kdcache.training.step.eager import EagerStep, Step
@@ -108,51 +102,11 @@ def rate(step: Step, batch: Batch, device: torch.device, count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-# --- training ----------------------------------------------------------------------------------------------
-
-
-class Notes(Observer):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        if text.startswith("--step"):
-            self.texts.append(text)
-
-
-def measure_training(cache: Cache, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    device = torch.device(arguments.device)
-    rows = []
-    for kind in kinds(device):
-        config = make_config(
-            verb="train-student",
-            model=arguments.student,
-            cache=str(cache.path),
-            method="kl",
-            batch_size=arguments.batch_size,
-            iterations=arguments.iterations,
-            val_every=arguments.iterations,
-            gradients_every=0,
-            workers=default_workers(device),
-            device=arguments.device,
-            step=kind,
-        )
-        notes = Notes()
-        result = train(config, folder / kind, observer=notes)
-        picked = {key: result[key] for key in ("images_per_second", "wait_share", "prepared_seconds")}
-        steps_per_s = round(result["iterations"] / result["seconds"], 2)
-        rows.append(
-            {"step": kind, "steps_per_s": steps_per_s, **picked, "workers": config.workers, "notes": notes.texts}
-        )
-        print(f"training, {kind}: {steps_per_s:.1f} steps/s, waits {100 * result['wait_share']:.0f} % for data")
-    return rows
-
-
 # --- profile -----------------------------------------------------------------------------------------------
 
 
 def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dict[str, Any]:
-    """Milliseconds of student, loss and optimizer in an eager step, and the step's peak memory in MiB."""
+    """Milliseconds of student, loss and optimizer in an eager step."""
     device = torch.device(arguments.device)
     eager = fresh_step(cache, arguments, impl=impl)
     batch = eager.to_device(first_batch(cache, arguments.batch_size))
@@ -169,11 +123,10 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
     parts = {"student": student, "loss": loss, "optimizer": eager.optimizer.step}
     times = {name: busy_ms(part, device) for name, part in parts.items()}
     share = times["loss"] / sum(times.values())
-    peak = peak_mib(impl, arguments, cache, lambda: eager(batch))
     shown = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
-    print(f"impl={impl}: {shown}; the loss is {100 * share:.1f} %; peak memory {peak:.1f} MiB")
+    print(f"impl={impl}: {shown}; the loss is {100 * share:.1f} %")
     rounded = {name: round(value, 4) for name, value in times.items()}
-    return {"impl": impl, "ms": rounded, "loss_share": round(share, 4), "peak_mib": round(peak, 1)}
+    return {"impl": impl, "ms": rounded, "loss_share": round(share, 4)}
 
 
 def logits_of(eager: EagerStep, batch: Batch) -> torch.Tensor:
@@ -200,30 +153,6 @@ def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
     return float(total) / 1e3 / PROFILED
 
 
-def peak_mib(impl: str, arguments: argparse.Namespace, cache: Cache, step: Callable[[], Any]) -> float:
-    if arguments.device == "cuda":
-        step()
-        return peak_on_device(step)
-    command = [sys.executable, __file__, "--peak-of", impl, "--cache", str(cache.path), "--student", arguments.student]
-    command += ["--batch-size", str(arguments.batch_size), "--threads", str(arguments.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.strip().splitlines()[-1])
-
-
-def report_peak(cache: Cache, arguments: argparse.Namespace) -> None:
-    """In a process of its own: a loss of a few pixels loads the code, then the first whole step is weighed."""
-    eager = fresh_step(cache, arguments, impl=arguments.peak_of)
-    batch = first_batch(cache, arguments.batch_size)
-    few = torch.zeros(1, cache.num_classes, 2, 2, requires_grad=True)
-    one = replace(
-        batch.rows(1),
-        labels={SEGMENTATION: batch.label[:1, :8, :8].contiguous()},
-        window=torch.tensor([[0.0, 0.0, 8.0, 8.0]], dtype=torch.float64),
-    )
-    torch.autograd.backward(eager.criterion(few, one).loss)
-    print(peak_in_process(lambda: eager(batch)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -234,10 +163,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement of steps")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=100, help="of a training")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its default")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -245,9 +172,6 @@ def main() -> None:
         height, width = map(int, arguments.size.split("x"))
         folder = arguments.cache or make_cache(Path(scratch) / "cache.zarr", (height, width), arguments.top_k)
         cache = open_cache(folder)
-        if arguments.peak_of:
-            report_peak(cache, arguments)
-            return
         settings = {
             "student": arguments.student,
             "batch_size": arguments.batch_size,
@@ -259,7 +183,6 @@ def main() -> None:
         result = {
             "settings": settings,
             "steps": measure_steps(cache, arguments),
-            "training": measure_training(cache, arguments, Path(scratch)),
             "profile": [measure_parts(cache, arguments, impl) for impl in IMPLEMENTATIONS],
         }
     if arguments.json:
