@@ -1,12 +1,18 @@
 """Do two checkouts train the same students, to the bit?
 
-A refactoring changes no weight. BEFORE makes two small stores of procedural scenes; then both checkouts train the same
+A refactoring changes no weight. BEFORE makes two small stores of procedural scenes. Then both checkouts train the same
 cases, one after the other, and their weights and logged losses are compared bit by bit. Digests are not kept: they
 depend on the machine and its libraries, so both sides run in one sitting. Exits with 1 on any difference, and on a
 case that one of them cannot train.
 
+A change of what computes a loss, and not of the loss, moves its last bits. `--within` names how far the loss of a step
+may differ, relatively, and the part or gradient that differs most is told. Both sides then start from a student of
+BEFORE and keep its weights: training makes ten times as much of a rounding in one to four steps. Each step has another
+batch.
+
     python benchmarks/identical.py ../before .
     python benchmarks/identical.py ../before . --only 'kl*' dist/plain --steps 50
+    python benchmarks/identical.py ../before . --steps 8 --within 1e-6
 
 A case is named by its method and a variant: `kl/mix`.
 """
@@ -14,6 +20,7 @@ A case is named by its method and a variant: `kl/mix`.
 import argparse
 import fnmatch
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,6 +41,9 @@ STORES = {
 }
 COMMON = "--model kdcache:tiny --batch-size 8 --log-every 1 --gradients-every 40 --no-flip --device cpu"
 STUDENT = "--cache dense.zarr --resident off"
+STARTED = "--iterations 60 --val-every 60 --method kl --out started"
+STILL = "--init started/last.safetensors --lr 1e-12 --gradients-every 1"
+"""Of `--within`: a step that moves no weight, and logs every norm."""
 TIMES = ("images_per_second", "wait_share", "weak_view_seconds", "seconds")
 PROCESSES = 2
 
@@ -100,11 +110,11 @@ def make_stores(checkout: Path, folder: Path) -> None:
         command(checkout, words, folder)
 
 
-def train(checkout: Path, case: str, steps: int, run: Path) -> None:
+def train(checkout: Path, case: str, steps: int, run: Path, more: str = "") -> None:
     """Train a case into the folder `run`, beside the stores. Of flags that are given twice, the last counts."""
     verb = ["train-teacher"] if case.startswith("teacher/") else ["train-student", *STUDENT.split()]
     length = ["--iterations", str(steps), "--val-every", str(steps)]
-    words = [*verb, *COMMON.split(), *length, *cases()[case].split(), "--out", run.name]
+    words = [*verb, *COMMON.split(), *length, *cases()[case].split(), *more.split(), "--out", run.name]
     command(checkout, words, run.parent, PROCESSES if "processes" in case else 1)
 
 
@@ -130,22 +140,45 @@ def differences(before: Path, after: Path) -> list[str]:
     return texts
 
 
+def largest_differences(before: Path, after: Path) -> dict[str, float]:
+    """The largest relative difference over the steps, of the loss, of each part of it and of each norm of a gradient.
+
+    Infinite if the two runs did not log the same steps and parts.
+    """
+    lines = [[line for line in logged(run) if line["kind"] in ("train", "gradients")] for run in (before, after)]
+    if [list(line) for line in lines[0]] != [list(line) for line in lines[1]]:
+        return {"loss": math.inf}
+    found: dict[str, float] = {}
+    for a, b in zip(*lines, strict=True):
+        for name, value in a.items():
+            if isinstance(value, float):
+                key = name if a["kind"] == "train" else f"gradient of {name}"
+                largest = max(abs(value), abs(b[name]), sys.float_info.min)
+                found[key] = max(found.get(key, 0.0), abs(value - b[name]) / largest)
+    return found
+
+
 def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def compare(case: str, folder: Path, arguments: argparse.Namespace) -> str:
-    """Train a case in both checkouts; returns what differs, '' for nothing."""
+def compare(case: str, folder: Path, arguments: argparse.Namespace) -> tuple[str, bool]:
+    """Train a case in both checkouts; returns the verdict in words, and whether it fails."""
     runs = []
     for side in ("before", "after"):
         runs.append(folder / f"{case.replace('/', '-')}-{side}")
         try:
-            train(getattr(arguments, side), case, arguments.steps, runs[-1])
+            train(getattr(arguments, side), case, arguments.steps, runs[-1], STILL if arguments.within else "")
         except subprocess.CalledProcessError as error:
-            return f"{side} does not train it:\n{error.stdout[-1500:]}"
-    return "; ".join(differences(*runs))
+            return f"{side} does not train it:\n{error.stdout[-1500:]}", True
+    text = "; ".join(differences(*runs))
+    if not text or not arguments.within:
+        return text or "identical", bool(text)
+    found = largest_differences(*runs)
+    worst = max(found, key=lambda name: found[name])
+    return f"loss within {found['loss']:.1e}, {worst} {found[worst]:.1e}", not found["loss"] <= arguments.within
 
 
 def main() -> None:
@@ -154,21 +187,25 @@ def main() -> None:
     parser.add_argument("after", type=lambda text: Path(text).resolve())
     parser.add_argument("--only", "--cases", nargs="+", default=["*"], metavar="PATTERN", help="of cases")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--within", type=float, default=0.0, help="relative difference of a loss that may pass")
     parser.add_argument("--list", action="store_true", help="name the cases, train nothing")
     arguments = parser.parse_args()
     wanted = [case for case in cases() if any(fnmatch.fnmatch(case, pattern) for pattern in arguments.only)]
     if arguments.list or not wanted:
         print("\n".join(wanted or cases()))
         sys.exit(not wanted)
-    failed = 0
+    failed, same = 0, 0
     with tempfile.TemporaryDirectory() as name:
         make_stores(arguments.before, Path(name))
+        if arguments.within:
+            words = ["train-student", *STUDENT.split(), *COMMON.split(), *STARTED.split()]
+            command(arguments.before, words, Path(name))
         for case in wanted:
             began = time.perf_counter()
-            text = compare(case, Path(name), arguments)
-            failed += bool(text)
-            print(f"{case:32s} {time.perf_counter() - began:5.0f} s  {text or 'identical'}", flush=True)
-    print(f"{len(wanted) - failed} of {len(wanted)} cases identical after {arguments.steps} steps")
+            text, fails = compare(case, Path(name), arguments)
+            failed, same = failed + fails, same + (text == "identical")
+            print(f"{case:32s} {time.perf_counter() - began:5.0f} s  {text}", flush=True)
+    print(f"{same} of {len(wanted)} cases identical after {arguments.steps} steps, {failed} failed")
     sys.exit(failed > 0)
 
 

@@ -404,11 +404,10 @@ class DistillLoss(nn.Module):
         count = counted.all.sum(dtype=torch.float32) if counts is None and counted.all is not None else None
         call = partial(self._call, logits, counts=counts, kl_weight=kl_weight, kl_count=count)
         parts = call(batch, gated(gate, counted.own), ce_weight=ce_weight)
-        other = self._masks.pasted(batch)
-        if other is None:
+        if counted.other is None:
             return parts
         # Where pixels were pasted, another target teaches: the KL of both adds up, by a denominator that both share.
-        loss, _, kl = call(other, gated(self._gate(other), counted.pasted), ce_weight=0.0)
+        loss, _, kl = call(counted.other, gated(self._gate(counted.other), counted.pasted), ce_weight=0.0)
         return parts[0] + loss, parts[1], parts[2] + kl
 
     def _call(

@@ -16,10 +16,12 @@ class CountedByKL(NamedTuple):
     Attributes:
         own: of the batch's own targets; None where the fused loss finds them by itself.
         pasted: of the targets of pixels that were pasted; None without any.
+        other: the batch with these targets; None without any.
     """
 
     own: Tensor | None
-    pasted: Tensor | None
+    pasted: Tensor | None = None
+    other: Batch | None = None
 
     @property
     def all(self) -> Tensor | None:
@@ -43,16 +45,12 @@ class TeacherMasks:
     def counted_by_kl(self, batch: Batch) -> CountedByKL:
         """Find the pixels that KL counts, of each target, if the fused loss does not find them by itself."""
         if batch.inside is None and batch.own is None:
-            return CountedByKL(None, None)
-        other, own_BHW = self.pasted(batch), self._counted(batch, batch.own)
-        return CountedByKL(own_BHW, None if other is None or other.own is None else self._counted(other, ~other.own))
-
-    def pasted(self, batch: Batch) -> Batch | None:
-        """The batch with the targets of the pixels that were pasted; None where there are none."""
-        if batch.own is None:
-            return None
-        other = batch.with_pasted_targets()
-        return None if other.target is None else other
+            return CountedByKL(None)
+        own_BHW = self._counted(batch, batch.own)
+        other = None if batch.own is None else batch.with_pasted_targets()
+        if batch.own is None or other is None or other.target is None:
+            return CountedByKL(own_BHW)
+        return CountedByKL(own_BHW, self._counted(other, ~batch.own), other)
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""

@@ -34,8 +34,13 @@ def seen_on_cells(term: Term, batch: TermBatch, student_BCxx: Tensor, teacher_BC
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The summands of KL(p || q)."""
-    return log_p.exp() * (log_p - log_q)
+    """The summands of KL(p || q), each at least 0.
+
+    The sums of p and q are equal, so that p may be taken from q. To first order, the rounding of both logarithms then
+    changes neither the value nor the gradient, and equal distributions leave exactly 0 of them.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    return p * (log_p - log_q) + (q - p)
 
 
 def mean_of(total: Tensor, count: Tensor, spoilt: Tensor, student: Tensor) -> Tensor:
