@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from kdcache.bench.header import header as bench_header
+from kdcache.data import Split
 from kdcache.distill import DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache
+from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.training import make_config
 from kdcache.training.run.metrics_log import environment
 from kdcache.training.step.eager import EagerStep
@@ -41,6 +43,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     pick = lambda share: ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]  # noqa: E731
     return {"p20": pick(0.2), "p50": statistics.median(ordered), "p80": pick(0.8)}
+
+
+def random_cache(split: Split, spec: str, folder: Path, options: BuildOptions) -> Path:
+    """Build a cache by a teacher with random weights: for speed, what is in it does not matter."""
+    torch.manual_seed(0)
+    teacher = Teacher(build_model(spec, len(split.classes)).eval(), f"random {spec}")
+    build_cache(split, teacher, folder, options)
+    return folder
 
 
 def student_step(

@@ -17,7 +17,6 @@ import argparse
 import gc
 import math
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -73,21 +72,19 @@ class Source:
     Attributes:
         order: record numbers, which may repeat.
         rows: record -> its target arrays as zarr-python reads them.
-        folder: for temporary files.
     """
 
     cache: Cache
     paths: tuple[str, ...]
     order: tuple[int, ...]
     rows: dict[int, Rows]
-    folder: Path
 
 
 Reader = Callable[[int], Rows]
 """Reads a record; the rows may lie in buffers that the next call overwrites."""
 
 
-def open_source(cache: Cache, records: int, folder: Path) -> Source:
+def open_source(cache: Cache, records: int) -> Source:
     """Draw the order of records, epoch after epoch, and read each of them once."""
     paths = tuple(cache.target_paths())
     rng = np.random.default_rng(0)
@@ -97,7 +94,7 @@ def open_source(cache: Cache, records: int, folder: Path) -> Source:
         cache.read(record, paths)  # a damaged cache gets our own message
     arrays = [open_zarr(cache.path / path) for path in paths]
     rows = {record: [np.ascontiguousarray(array[record]) for array in arrays] for record in set(order)}
-    return Source(cache, paths, order, rows, folder)
+    return Source(cache, paths, order, rows)
 
 
 def open_zarr(path: Path, pipeline: str = "zarr.core.codec_pipeline.BatchedCodecPipeline") -> Any:
@@ -148,20 +145,12 @@ def by_tensorstore(source: Source) -> Reader:
     return lambda record: [array[record].read().result() for array in arrays]
 
 
-def from_files(source: Source) -> Reader:
-    """Return `torch.load` of a file per sample, as frameworks that keep teacher outputs write them."""
-    for record, rows in source.rows.items():
-        torch.save([torch.from_numpy(row) for row in rows], source.folder / f"{record}.pt")
-    return lambda record: [row.numpy() for row in torch.load(source.folder / f"{record}.pt", weights_only=True)]
-
-
 READERS: dict[str, tuple[str, Callable[[Source], Reader]]] = {
     "direct": ("direct", direct),
     "tensorstore": ("tensorstore z[i]", by_tensorstore),
     "zarr": ("zarr-python z[i]", by_zarr),
     "zarrs": ("zarr-python, zarrs", by_zarrs),
     "fused": ("zarr-python, fused", by_fused),
-    "files": ("torch.load, .pt files", from_files),
 }
 """Name -> title, what makes the reader."""
 
@@ -178,18 +167,17 @@ def check_reader(title: str, read: Reader, source: Source) -> None:
 def measure_readers(cache: Cache, names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Time the readers by the record."""
     contestants, results = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = open_source(cache, arguments.records, Path(folder))
-        for name in names:
-            title, make = READERS[name]
-            try:
-                read = make(source)
-            except ImportError as error:
-                results[name] = str(error)
-                continue
-            check_reader(title, read, source)
-            contestants.append(reading(name, read, source.order))
-        results |= in_turn(contestants, arguments.repeats)
+    source = open_source(cache, arguments.records)
+    for name in names:
+        title, make = READERS[name]
+        try:
+            read = make(source)
+        except ImportError as error:
+            results[name] = str(error)
+            continue
+        check_reader(title, read, source)
+        contestants.append(reading(name, read, source.order))
+    results |= in_turn(contestants, arguments.repeats)
     return table("readers", {name: READERS[name][0] for name in names}, results)
 
 

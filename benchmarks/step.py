@@ -27,13 +27,13 @@ from typing import Any
 import psutil
 import torch
 
-from common import header, student_step, synchronise, write
+from common import header, random_cache, student_step, synchronise, write
 from kdcache.data import open_split
 from kdcache.data.folds import SplitPart
 from kdcache.distill import AnyBatch, StreamLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
-from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.teacher import BuildOptions
 from kdcache.training import CacheDataset
 from kdcache.training.input.loader import Draws, next_batch
 from kdcache.training.input.streams import StreamDraws, feed_streams, stream_seed
@@ -59,8 +59,7 @@ def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
     whole = open_split(arguments.data, "train")
     split = SplitPart(whole, range(min(RECORDS, len(whole))))
     options = BuildOptions(size=arguments.size, views=1, device=torch.device(arguments.device), fidelity=False)
-    build_cache(split, Teacher(teacher_of(arguments.teacher, len(split.classes)), "random"), folder, options)
-    return folder
+    return random_cache(split, arguments.teacher, folder, options)
 
 
 def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[Any]:

@@ -22,12 +22,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 
-from common import header, spread, student_step, synchronise, write
+from common import header, random_cache, spread, student_step, synchronise, write
 from kdcache.data import open_split
 from kdcache.distill import Batch
-from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
-from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.teacher import BuildOptions
 from kdcache.training import CacheDataset
 from kdcache.training.input.loader import Draws
 from kdcache.training.step.compiled import make_step
@@ -36,15 +35,6 @@ from kdcache.training.step.eager import EagerStep, Step
 IMPLEMENTATIONS = ("reference", "auto")
 PROFILED = 5
 """Repetitions of a part under the profiler."""
-
-
-def make_cache(folder: Path, size: tuple[int, int], top_k: int | None) -> Path:
-    """A store of 32 scenes, by a teacher that knows nothing: for speed, what is in it does not matter."""
-    split = open_split(f"scenes:{size[0]}x{size[1]},train=32", "train")
-    torch.manual_seed(0)
-    teacher = Teacher(build_model("kdcache:base", len(split.classes)).eval(), "random kdcache:base")
-    build_cache(split, teacher, folder, BuildOptions(size=size, views=1, top_k=top_k))
-    return folder
 
 
 def first_batch(cache: Cache, batch_size: int) -> Batch:
@@ -156,7 +146,7 @@ def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--cache", type=Path, help="default: a store of scenes, built for this run")
+    parser.add_argument("--cache", type=Path, help="default: a cache of scenes, built for this run")
     parser.add_argument("--size", default="144x192", help="of the scenes")
     parser.add_argument("--top-k", type=int, help="of the store of scenes; default dense")
     parser.add_argument("--student", default="kdcache:tiny")
@@ -170,8 +160,10 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         height, width = map(int, arguments.size.split("x"))
-        folder = arguments.cache or make_cache(Path(scratch) / "cache.zarr", (height, width), arguments.top_k)
-        cache = open_cache(folder)
+        scenes = open_split(f"scenes:{arguments.size},train=32", "train")
+        options = BuildOptions(size=(height, width), views=1, top_k=arguments.top_k)
+        store = Path(scratch) / "cache.zarr"
+        cache = open_cache(arguments.cache or random_cache(scenes, "kdcache:base", store, options))
         settings = {
             "student": arguments.student,
             "batch_size": arguments.batch_size,

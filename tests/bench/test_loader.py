@@ -71,7 +71,7 @@ def test_readers_are_compared_with_zarr_python(tables, loader) -> None:
     (table,) = tables("--against " + " ".join(loader.READERS))
     assert [row["name"] for row in table["rows"]] == list(loader.READERS)
     rows = figures(table)
-    assert {"direct", "zarr", "files"} <= set(rows)
+    assert {"direct", "zarr"} <= set(rows)
     for row in rows.values():
         assert row["pace"]["time"]["repeats"] == 2
         assert row["ratio"]["zarr"] == pytest.approx(row["per_second"] / rows["zarr"]["per_second"])
@@ -174,8 +174,8 @@ def test_each_reader_of_zarr_python_has_its_own_pipeline(loader, store) -> None:
     assert names == ["BatchedCodecPipeline", "ZarrsCodecPipeline"]
 
 
-def test_records_are_drawn_at_random_and_epoch_after_epoch(loader, store, tmp_path) -> None:
-    order = loader.open_source(open_cache(store), 15, tmp_path).order
+def test_records_are_drawn_at_random_and_epoch_after_epoch(loader, store) -> None:
+    order = loader.open_source(open_cache(store), 15).order
     assert len(order) == 15
     assert sorted(order[:6]) == sorted(order[6:12]) == list(range(6))
     assert order[:6] != order[6:12]
