@@ -4,7 +4,6 @@ measure(Settings(...))   a row per case, as it comes: ours and every rival, time
 check(CheckSettings(...))  the accuracy grid against float64, point by point
 """
 
-from kdcache.bench.header import header
 from kdcache.bench.kernels.accuracy import EVERY, GRADIENT_BOUND, CheckSettings, Judged, check, summary
 from kdcache.bench.kernels.rivals import RIVALS, resolved
 from kdcache.bench.kernels.roofline import Ceilings
@@ -29,7 +28,6 @@ __all__ = [
     "Shape",
     "Spread",
     "check",
-    "header",
     "measure",
     "measure_ceilings",
     "parse_names",

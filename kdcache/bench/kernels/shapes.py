@@ -118,7 +118,6 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     "binary": (Shape(16, 2, 512, 512, 4),),
     "single": (Shape(1, 21, 512, 512, 4),),
     "camvid": (Shape(4, 11, 288, 288, 4),),
-    "memory": (Shape(4, 21, 512, 512, 4),),
     "cpu": (Shape(4, 11, 288, 288, 4), Shape(2, 21, 512, 512, 4), Shape(1, 150, 512, 512, 4)),
 }
 PRESETS["cuda"] = sum((PRESETS[name] for name in ("voc", "ade", "cityscapes", "stride8", "binary", "single")), ())

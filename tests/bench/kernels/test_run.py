@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdcache.bench import timing
+from kdcache.bench.header import header
 from kdcache.bench.kernels import (
     RIVALS,
     Case,
@@ -19,7 +20,6 @@ from kdcache.bench.kernels import (
     Settings,
     Shape,
     Spread,
-    header,
     losses,
     measure,
     measure_ceilings,
