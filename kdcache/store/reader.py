@@ -113,7 +113,8 @@ class Cache:
     def ids(self) -> SampleIds:
         """Sample ids, in sample order."""
         try:
-            return read_ids(self.place, self.manifest)
+            sealed = {} if self.ledger is None else self.ledger.completion.metadata
+            return read_ids(self.place, self.manifest, sealed)
         except CorruptError:
             self._check_place()
             raise

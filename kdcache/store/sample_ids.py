@@ -1,7 +1,8 @@
 """The ids of a store's samples, UTF-8 end to end in two flat arrays of one chunk each."""
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import overload
 
 import google_crc32c
@@ -69,29 +70,34 @@ class SampleIds(Sequence[str]):
         return repr(tuple(self))
 
 
-def read_ids(place: Place, manifest: Manifest) -> SampleIds:
-    """Sample ids, in sample order; of a store that may still be half built.
+def read_ids(place: Place, manifest: Manifest, sealed: Mapping[str, str] = MappingProxyType({})) -> SampleIds:
+    """Read the sample ids of a store, in sample order. It may still be half built.
 
+    Args:
+        sealed: SHA-256 of files by key. By now another build may lie in the place.
     Raises: CorruptError.
     Memory: at most three times the index, whatever it claims.
     """
     text_key, ends_key = (f"{path}/c/0" for path in SAMPLE_ARRAYS)
     samples = manifest.dataset.samples
-    ends = _decoded(place, ends_key, np.dtype("<i8"), samples)
+    ends = _decoded(place, ends_key, np.dtype("<i8"), samples, sealed)
     lengths = np.diff(ends, prepend=0)
     if not ((lengths >= 0) & (lengths <= _MOST_ID_BYTES)).all():
         raise damaged_metadata(place.describe(ends_key))
-    text = _decoded(place, text_key, np.dtype("u1"), int(ends[-1]) if samples else 0).tobytes()
+    text = _decoded(place, text_key, np.dtype("u1"), int(ends[-1]) if samples else 0, sealed).tobytes()
     try:
         return SampleIds(text, ends)
     except UnicodeDecodeError as error:
         raise damaged_metadata(place.describe(text_key)) from error
 
 
-def _decoded(place: Place, key: str, dtype: "np.dtype[np.generic]", length: int) -> Array:
+def _decoded(place: Place, key: str, dtype: "np.dtype[np.generic]", length: int, sealed: Mapping[str, str]) -> Array:
     try:
         decoded_bytes = length * dtype.itemsize
-        content = place.read(key, most=decoded_bytes + decoded_bytes // 128 + 1024)  # zstd adds no more
+        if key in sealed:
+            content = place.read_verified(key, sealed[key])
+        else:
+            content = place.read(key, most=decoded_bytes + decoded_bytes // 128 + 1024)  # zstd adds no more
         payload = memoryview(content)[:-4]
         if google_crc32c.value(bytes(payload)) != int.from_bytes(content[-4:], "little"):
             raise ValueError("its crc32c is not the one stored with it")

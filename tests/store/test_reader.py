@@ -382,3 +382,16 @@ def test_a_store_that_is_gone_is_not_called_damaged(store, tmp_path, how) -> Non
         with pytest.raises(StoreError, match="moved or deleted since it was opened") as caught:
             action(cache)
         assert not isinstance(caught.value, CorruptError)
+
+
+def test_ids_of_another_build_in_the_same_place_are_not_read(store, plan, tmp_path) -> None:
+    """The other build has as many samples, so that its index of ids would be read as one of the first."""
+    cache = open_cache(store)
+    other = plan()
+    other.ids[0] = "another"
+    other.write(tmp_path / "other.zarr")
+    shutil.rmtree(store)
+    shutil.move(tmp_path / "other.zarr", store)
+    assert open_cache(store).ids[0] == "another"
+    with pytest.raises(CorruptError, match="changed after the store was sealed"):
+        list(cache.ids)
