@@ -24,7 +24,7 @@ from kdcache.store.format.codec import round_targets
 from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Fidelity, Fingerprint
 from kdcache.store.freshness import data_changes, renewal
-from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
+from kdcache.store.reader import Cache, begun_manifest, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
 from kdcache.store.subset import evenly_spread, spread_samples
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
@@ -47,6 +47,7 @@ __all__ = [
     "StoreWriter",
     "VerifyReport",
     "Worker",
+    "begun_manifest",
     "copy_store",
     "data_changes",
     "evenly_spread",

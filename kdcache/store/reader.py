@@ -34,7 +34,7 @@ from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
 from kdcache.store.sample_ids import SampleIds, read_ids
 from kdcache.store.targets import SampleTargets, sample_numbers, view_windows, view_zooms
 
-_REMAINS = (SPARE, ledger.COMPLETE)  # of what was a store once
+_REMAINS = (SPARE, ledger.COMPLETE, ledger.WHOLE, ledger.record_key(0))  # of what was a store once
 
 
 class Cache:
@@ -382,6 +382,17 @@ def read_manifest(location: str | Path | Place) -> Manifest:
         if AGAIN in error.remedy and read_spare(place) is None:
             raise without_spare(error, place) from error
         raise
+
+
+def begun_manifest(location: str | Path | Place) -> Manifest | None:
+    """Return the manifest of a store that was begun, from its spare if zarr.json is damaged. None if both are lost."""
+    place = open_place(location)
+    if not store_exists(place):
+        return None
+    with suppress(CorruptError):
+        return read_manifest(place)
+    spare = read_spare(place)
+    return None if spare is None else parse_manifest(json.loads(spare)["attributes"], place.describe(SPARE))
 
 
 def _read_root(place: Place) -> Manifest:

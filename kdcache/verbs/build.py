@@ -17,7 +17,7 @@ from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
 from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
-from kdcache.store import Cache, Worker, data_changes, open_cache, read_manifest, store_exists, worker_of
+from kdcache.store import Cache, Worker, begun_manifest, data_changes, open_cache, worker_of
 from kdcache.teacher import (
     BuildOptions,
     BuildResult,
@@ -273,8 +273,8 @@ def _fit(
     """
     if choice != "auto":
         return choice, None
-    if out is not None and store_exists(out):
-        return read_manifest(out).view.fit, None
+    if out is not None and (begun := begun_manifest(out)) is not None:
+        return begun.view.fit, None
     fit, reason = choose_fit(source, size)
     if fit == "pad" and learnt == "crop":
         return (

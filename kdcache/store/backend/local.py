@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kdcache.bounded import read_handle
 from kdcache.errors import StoreError
+from kdcache.files import moved_away
 from kdcache.locks import Lock
 from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place, Release
 from kdcache.store.backend.durable import (
@@ -100,7 +101,8 @@ class Folder(Place):
             raise StoreError(
                 "a store is written into a new or empty folder, or goes on where it was begun",
                 received=f"{existing} {content}",
-                remedy="give another folder, or empty it yourself if nothing in it is needed",
+                remedy="give another folder, or empty it yourself if nothing in it is needed. Or move it away: "
+                + moved_away(existing),
             )
 
     def _make(self, files: Mapping[str, bytes]) -> None:
