@@ -94,8 +94,13 @@ def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give a
     else:
         problem = "is no folder" if folder.exists() else ""
     if problem:
-        moved = shlex.join(["mv", str(folder), f"{folder}-before"])
-        raise RecipeError(rule, received=f"{folder} {problem}", remedy=f"{remedy}, or move this one away: {moved}")
+        remedy = f"{remedy}, or move this one away: {moved_away(folder)}"
+        raise RecipeError(rule, received=f"{folder} {problem}", remedy=remedy)
+
+
+def moved_away(folder: Path) -> str:
+    """Return the command that hides a folder, so that a new one can take its place and nothing is lost."""
+    return shlex.join(["mv", str(folder), str(folder.with_name(f".{folder.name}-before"))])
 
 
 def is_partial(path: Path) -> bool:

@@ -29,7 +29,7 @@ from pydantic import (
 from kdcache import shown
 from kdcache.bounded import parse_json, parse_toml, read_bytes, read_text
 from kdcache.errors import MismatchError, ModelError, RecipeError
-from kdcache.files import read_object, write_whole
+from kdcache.files import moved_away, read_object, write_whole
 from kdcache.heads import RegressionHead
 from kdcache.settings.shared import Weights
 
@@ -204,10 +204,13 @@ class Run:
             found = same_spec(spec, model.spec) and Path(spec.rpartition(":")[0]).is_file()
             return model.model_copy(update={"spec": spec}) if found else model
         except FileNotFoundError as error:
+            lost = (self.folder / RECIPE).is_file()
             raise RecipeError(
                 "a run is a folder that train-teacher or train-student wrote",
                 received=f"{self.folder} " + (f"has no {MODEL}" if self.folder.exists() else "does not exist"),
-                remedy="give the --out of a training",
+                remedy="repeat the training with --resume, which writes it again"
+                if lost
+                else "give the --out of a training",
             ) from error
         except (OSError, ValueError) as error:
             raise RecipeError(
@@ -259,7 +262,7 @@ class Run:
             if other != which and other in present:
                 remedy = f"use --weights {other}, or runs of a training with --ema 0.999"
             elif self.result:
-                remedy = "restore it from a copy" + (f", or use --weights {present[0]}" if present else "")
+                remedy = train_again(self.folder) + (f"; or use --weights {present[0]}" if present else "")
             else:
                 remedy = "let the training finish (the same command with --resume), or give only runs that have them"
             raise RecipeError(
@@ -384,8 +387,13 @@ def _no_recipe(path: Path, error: Exception) -> RecipeError:
     return RecipeError(
         "a run's recipe is a TOML file",
         received=f"{path}: {str(error).splitlines()[0]}",
-        remedy="restore it from a copy, or give another run",
+        remedy=train_again(path.parent),
     )
+
+
+def train_again(folder: Path) -> str:
+    """Return the remedy for a run that lost what only its training writes. The folder is kept, under another name."""
+    return f"restore it from a copy, or move the run away and repeat the command that trained it: {moved_away(folder)}"
 
 
 def no_log(path: Path, what: str) -> RecipeError:

@@ -172,8 +172,9 @@ def _runs_below(folder: Path) -> Iterator[Run]:
         return
     empty = True
     for where, names, _ in os.walk(folder):
-        # A store has thousands of folders, and no run in any of them.
-        names[:] = sorted(name for name in names if not (Path(where) / name / "zarr.json").exists())
+        # A store has thousands of folders, and no run in any of them. A run that a remedy moved away is hidden.
+        shown = (name for name in names if not name.startswith("."))
+        names[:] = sorted(name for name in shown if not (Path(where) / name / "zarr.json").exists())
         if is_run(Path(where)):
             names.clear()
             empty = False

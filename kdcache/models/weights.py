@@ -23,6 +23,7 @@ from kdcache.errors import ModelError
 from kdcache.models.checkpoint import CHOICES, HARMLESS, some, unwrap
 from kdcache.models.class_names import names_beside, names_in
 from kdcache.models.native import LoadReport, SegmentationModel
+from kdcache.run_folder import MODEL, train_again
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a folder of weights holds, as Hugging Face's hub has them; the first that is there is read."""
@@ -264,7 +265,7 @@ def _read_safetensors(path: Path) -> object:
         raise ModelError(
             "a weights file holds the tensors that were written into it",
             received=f"{path}, whose tensors have another SHA-256 than its header names",
-            remedy="copy it again; a run may have others, as RUN@last",
+            remedy=_anew(path),
         )
     return state
 
@@ -293,7 +294,15 @@ def _damaged(path: Path, error: Exception) -> ModelError:
     return ModelError(
         "a weights file must be whole and of the kind that its suffix names",
         received=f"{path} of {path.stat().st_size} bytes ({reason})",
-        remedy="copy or download it again",
+        remedy=_anew(path),
+    )
+
+
+def _anew(path: Path) -> str:
+    """Return the remedy for a damaged file: those of a run can be trained again."""
+    run = (path.parent / MODEL).is_file()
+    return (
+        f"{train_again(path.parent)}; or use other weights of it, as RUN@last" if run else "copy or download it again"
     )
 
 

@@ -23,7 +23,7 @@ from kdcache.distill.terms.spec import (
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
-from kdcache.run_folder import RECIPE, Run
+from kdcache.run_folder import RECIPE, Run, train_again
 from kdcache.settings import entries
 from kdcache.settings.removed import SETTINGS, removal, without_removed
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
@@ -293,7 +293,7 @@ def read_config(run: Path) -> TrainConfig:
         raise RecipeError(
             "a run has a resolved recipe of this version",
             received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
-            remedy="restore it from a copy, or begin again in another --out",
+            remedy=train_again(run),
         ) from error
 
 

@@ -1,7 +1,9 @@
 """The full state of a training in one file, replaced whole or not at all."""
 
 import os
+import shlex
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         check_unpacked(path)
+        _check_sums(path)
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
@@ -57,9 +60,17 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
     return state
 
 
+def _check_sums(path: Path) -> None:
+    """Compare the checksums in a checkpoint, which torch does not. Raises: ValueError, zipfile.BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} in it has another checksum than when it was written")
+
+
 def _unreadable(path: Path, what: str) -> RecipeError:
     return RecipeError(
         "a checkpoint must be readable",
         received=f"{path}: {what}",
-        remedy="delete that file to begin the run again, or restore it from a copy",
+        remedy="restore it from a copy, or delete it and repeat the command, which begins the run again: "
+        + shlex.join(["rm", str(path)]),
     )

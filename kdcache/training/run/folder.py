@@ -10,13 +10,24 @@ from typing import Any
 
 from kdcache.data import changed_data, open_split
 from kdcache.errors import RecipeError
-from kdcache.files import clear_partials, is_partial, write_whole
+from kdcache.files import clear_partials, is_partial, moved_away, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.locks import is_lock
 from kdcache.models import SegmentationModel
 from kdcache.models.run import describe_weights, write_run_model
 from kdcache.models.weights import DEPTH_HEAD
-from kdcache.run_folder import ENVIRONMENT, LOCAL, METRICS, MODEL, RECIPE, Run, RunModel, RunStream, write_local
+from kdcache.run_folder import (
+    ENVIRONMENT,
+    LOCAL,
+    METRICS,
+    MODEL,
+    RECIPE,
+    Run,
+    RunModel,
+    RunStream,
+    train_again,
+    write_local,
+)
 from kdcache.run_samples import SAMPLES, RunSamples
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
@@ -63,10 +74,16 @@ def check_folder(
     if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
         return
     if not (run / RECIPE).is_file():
+        if resume and (run / MODEL).is_file():
+            raise RecipeError(
+                "a run to resume has its recipe",
+                received=f"{run / RECIPE}, which is not there",
+                remedy=train_again(run),
+            )
         raise RecipeError(
             "--out is a new or empty folder, or a run to resume",
             received=f"{run} holds something else",
-            remedy="give another --out",
+            remedy=f"give another --out, or move this folder away: {moved_away(run)}",
         )
     untrained = _is_untrained(run)
     if not resume and untrained:
@@ -94,8 +111,8 @@ def check_folder(
         raise RecipeError(
             "a run resumes with the settings it was begun with",
             received=", ".join(changed),
-            remedy="repeat the first command and add --resume, or give another --out"
-            + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
+            remedy="repeat the first command and add --resume, or give another --out. Or move this run away and train "
+            f"it again: {moved_away(run)}" + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
         )
 
 
