@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from kdcache.data.changes import class_changes, digest_changes
 from kdcache.data.files import file_digest
 from kdcache.errors import RecipeError
 from kdcache.files import MOST_CONTENTS, read_object, write_whole
+from kdcache.run_folder import MODEL
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import TrainSettings
@@ -38,6 +39,8 @@ class Inputs:
         self._path, self._lock = sweep.out / INPUTS, threading.Lock()
         self._jobs = {job.name: job for job in sweep.jobs}
         recorded = read_object(self._path, MOST_CONTENTS)
+        if "digest" in recorded and recorded["digest"] != _digest({**recorded, "digest": ""}):
+            raise self._damaged("its digest is another one")
         try:
             self._done = {str(name): str(digest) for name, digest in recorded.get("jobs", {}).items()}
             self._data: dict[str, Any] = dict(recorded.get("data", {}))
@@ -99,12 +102,23 @@ class Inputs:
         return f"{split} of data set {self._numbers.setdefault(data, len(self._numbers) + 1)}"
 
     def _write(self) -> None:
-        write_whole(self._path, json.dumps({"data": self._data, "jobs": self._done}, indent=1) + "\n")
+        content = {"data": self._data, "jobs": self._done, "digest": ""}
+        write_whole(self._path, json.dumps(content | {"digest": _digest(content)}, indent=1) + "\n")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record, by which one that was damaged is known."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_done(job: Job) -> bool:
-    """Return True if the file that a job leaves at its end is there and not empty, as a crash may have left it."""
-    return job.done is not None and bool(read_object(job.done))
+    """Return True if the file that a job leaves at its end is there, not empty as a crash may have left it.
+
+    A training is repeated, too, if its run lost model.json: it writes that again.
+    """
+    if job.done is None or not read_object(job.done):
+        return False
+    return not job.words[0].startswith("train-") or (job.done.parent / MODEL).is_file()
 
 
 def without_folders(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,8 @@
 One process does them in order; `parallel` runs several side by side, each as soon as what it needs is done.
 """
 
+import hashlib
+import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -133,14 +135,22 @@ def _record(sweep: Sweep) -> None:
             remedy="give another --out",
         )
     sweep.out.mkdir(parents=True, exist_ok=True)
-    record = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
+    record = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "digest": _digest(jobs), "jobs": jobs}
     write_whole(path, tomli_w.dumps(record))
+
+
+def _digest(jobs: dict[str, str]) -> str:
+    """Return the SHA-256 of a record's jobs, by which one that was damaged is known."""
+    return hashlib.sha256(json.dumps(jobs, sort_keys=True).encode()).hexdigest()
 
 
 def _recorded(path: Path) -> dict[str, str]:
     """Return the jobs of an earlier run, by name. Raises: RecipeError for a record that is damaged."""
     try:
-        jobs = {str(name): str(words) for name, words in parse_toml(read_text(path))["jobs"].items()}
+        record = parse_toml(read_text(path))
+        jobs = {str(name): str(words) for name, words in record["jobs"].items()}
+        if record.get("digest", _digest(jobs)) != _digest(jobs):  # earlier versions wrote none
+            raise ValueError("its digest is another one")
         _without_folders(jobs)
         return jobs
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
