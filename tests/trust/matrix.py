@@ -207,8 +207,8 @@ VERBS: Mapping[str, Verb] = {
 }
 
 
-def make_world() -> None:
-    """Make a data set of 8 + 3 images and everything that the verbs make of it, in the working folder."""
+def make_data() -> None:
+    """Make a data set of 8 + 3 images, and a recipe of a sweep, in the working folder."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 3)):
         for number in range(count):
@@ -221,6 +221,11 @@ def make_world() -> None:
                 Image.fromarray(array).save(path)
     (DATA / "classes.txt").write_text(CLASSES)
     Path("sweep.toml").write_text(RECIPE)
+
+
+def make_world() -> None:
+    """Make a data set and everything that the verbs make of it, in the working folder."""
+    make_data()
     for command in (
         f"{TEACHER} --data D --val D --out t",
         f"{TEACHER} --data D --val D --seed 1 --out t-other",
@@ -233,7 +238,14 @@ def make_world() -> None:
         assert ended.code == 0, ended.text
     shutil.copytree("P.zarr", "L.zarr")
     LOST.unlink()
-    shared = {
+    half_trained("t-half", verb="train-teacher", data="D", size=(32, 48))
+    half_trained("r-half", verb="train-student", cache="P.zarr", method="kl")
+    assert sweep(DATA).code == 0
+
+
+def half_trained(run: str, **own: object) -> None:
+    """Begin a training, and interrupt it after its first step."""
+    settings = {
         "model": "kdcache:tiny",
         "iterations": 2,
         "val_every": 2,
@@ -241,13 +253,9 @@ def make_world() -> None:
         "val": "D",
         "device": "cpu",
         "threads": 1,
+        **own,
     }
-    _half_trained("t-half", verb="train-teacher", data="D", size=(32, 48), **shared)
-    _half_trained("r-half", verb="train-student", cache="P.zarr", method="kl", **shared)
-    assert sweep(DATA).code == 0
 
-
-def _half_trained(run: str, **settings: object) -> None:
     class Stopping(Observer):
         def advanced(self, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
