@@ -283,7 +283,7 @@ def test_a_kill_in_the_second_round_changes_nothing(cli, spawn: Callable[..., An
     scenes = "scenes:48x64,train=16,val=4,style"
     words = ["self-train", "--data", f"source={scenes}=game", "--data", f"target={scenes}=camera,seed=1"]
     sizes = [f"{table}.size=48x64" for table in ("teacher", "store", "student")]
-    few = ("teacher.iterations=20", "teacher.val-every=20", "student.iterations=60", "student.val-every=5")
+    few = ("teacher.iterations=20", "teacher.val-every=20", "student.iterations=40", "student.val-every=5")
     words += quick((*few, *sizes, "show.num=1"))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     second = killed / "runs/self-training-round-2"
