@@ -22,8 +22,8 @@ from kdcache.analysis.report.pictures import pictures as show_pictures
 from kdcache.analysis.report.recipes import recipes
 from kdcache.analysis.report.render import as_json, render
 from kdcache.analysis.report.samples import Sample
-from kdcache.analysis.report.stores import stores
 from kdcache.analysis.report.scores import scores
+from kdcache.analysis.report.stores import stores
 from kdcache.analysis.report.summary import summary
 from kdcache.analysis.report.teacher import teacher
 from kdcache.analysis.report.training import curves, gradients, read_trainings

@@ -61,7 +61,6 @@ class CheckReport:
     why: str = ""
     numbers: dict[int, int] = field(default_factory=dict)
 
-
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON types, with pixel shares beside the counts."""
         splits = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -274,9 +274,10 @@ def test_a_kill_leaves_no_report_or_the_earlier_one(tmp_path, teacher, split, op
     if earlier:
         write_report(found, Records(cache), folder)
     before = names()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("kdcache.teacher.audit.figures._worst", lambda *_: signal.raise_signal(signal.SIGINT))
-        write_report(found, Records(cache), folder)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(found, Records(cache), folder)
     assert names() == before
     (tmp_path / ".report.partial/worst").mkdir(parents=True)  # of a kill, which cleans up nothing
     write_report(found, Records(cache), folder)
