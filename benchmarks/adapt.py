@@ -29,7 +29,7 @@ from PIL import Image
 from adapt_cost import measure_cost
 from common import header, write
 from effect import interval
-from kdcache.analysis.spread import difference
+from kdcache.analysis.statistics import difference
 from kdcache.data import Split, open_split, write_scenes
 from kdcache.data.classes import write_classes
 from kdcache.data.scenes.street import CLASSES

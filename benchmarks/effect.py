@@ -43,7 +43,7 @@ from arms import (
     Data,
 )
 from common import header, write
-from kdcache.analysis.spread import difference, t_quantile
+from kdcache.analysis.statistics import difference, t_quantile
 from kdcache.data import open_split
 from kdcache.metrics import Metrics, evaluate_model
 from kdcache.models.ensemble import Tta

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import header, write
-from kdcache.analysis.spread import t_quantile
+from kdcache.analysis.statistics import t_quantile
 from kdcache.data import open_split
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher

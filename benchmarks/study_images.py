@@ -14,7 +14,7 @@ from typing import Any
 from arms import BLOCKS
 from common import RESULTS, header, write
 from effect import Folders, run_name
-from kdcache.analysis.spread import Blocks, resample
+from kdcache.analysis.statistics import Blocks, resample
 from kdcache.data import Split, open_split
 from kdcache.metrics import Metrics, evaluate_model
 from kdcache.teacher import load_teacher

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from arms import BLOCKS
 from effect import run_name
-from kdcache.analysis.spread import t_quantile
+from kdcache.analysis.statistics import t_quantile
 from kdcache.run_folder import Run
 
 FEW_SEEDS, FINAL_SEEDS = (0,), (100, 101, 102)  # 10 MB are the most that results may take

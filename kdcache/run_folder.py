@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdcache import shown
+from kdcache import display
 from kdcache.bounded import parse_json, parse_toml, read_bytes, read_text
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import moved_away, read_object, write_whole
@@ -103,7 +103,7 @@ class RunModel(BaseModel):
         What is written travels: the folder of the model's code stays here, in local.json.
         """
         fields: dict[str, Any] = serialise(self)
-        fields["spec"] = shown.public(self.spec)
+        fields["spec"] = display.public(self.spec)
         if self.fit == "squash":  # as in the first runs
             del fields["fit"]
         return {name: value for name, value in fields.items() if value or name not in _LEFT_OUT}
@@ -168,10 +168,10 @@ class Run:
         return run
 
     def __repr__(self) -> str:
-        return shown.line("Run", self._facts)
+        return display.line("Run", self._facts)
 
     def _repr_html_(self) -> str:
-        return shown.facts_table("Run", self._facts)
+        return display.facts_table("Run", self._facts)
 
     @property
     def _facts(self) -> dict[str, object]:
@@ -187,7 +187,7 @@ class Run:
             "best mIoU": None if miou is None else f"{100 * miou:.2f} % at iteration {result.get('best_step')}",
             "best depth rmse": None if rmse is None else f"{rmse:.3g} m",
             "iterations": result.get("iterations") or "not ended",
-            "size": shown.size_text(self.model.size),
+            "size": display.size_text(self.model.size),
         }
 
     def __str__(self) -> str:
@@ -309,7 +309,7 @@ class Run:
 
 def _here(value: Any, place: Any) -> Any:
     """A value of a recipe, with the place that it stands for on this machine."""
-    return place if place is not None and shown.public_values(place) == value else value
+    return place if place is not None and display.public_values(place) == value else value
 
 
 def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
@@ -320,7 +320,7 @@ def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
     """
     code, _, function = spec.rpartition(":")
     content: dict[str, Any] = {"spec": f"{Path(code).absolute()}:{function}"} if code.endswith(".py") else {}
-    if places := {name: value for name, value in recipe.items() if shown.public_values(value) != value}:
+    if places := {name: value for name, value in recipe.items() if display.public_values(value) != value}:
         content["recipe"] = places
     if content:
         write_whole(run / LOCAL, json.dumps(content, indent=1) + "\n")
@@ -328,7 +328,7 @@ def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
 
 def same_spec(one: str, other: str) -> bool:
     """Return True if two specs name the same model, wherever its file lies."""
-    return shown.bare(one) == shown.bare(other)
+    return display.bare(one) == display.bare(other)
 
 
 def is_run(folder: Path) -> bool:

@@ -3,11 +3,10 @@
     runs.py                 run folders, their settings and models
     stored_evaluations.py   evaluations that are kept beside the weights
     groups.py               rows: runs that differ in seed and fold alone
-    spread.py               means, and whether two rows differ by more than noise
+    statistics.py           means, and whether two rows differ by more than noise
     comparison.py           a comparison as data
     compare.py              making it
     tables.py               a comparison as Markdown, CSV and text
-    banner.py               what stands above figures that are no result
     per_image.py            the score of each image, and which are shown
     predict.py              images that are in no data set
     curves.py               how a training went

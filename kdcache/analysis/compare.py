@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
 from kdcache.analysis.runs import Entry, check_same_data, find_runs, regressions_of, validated_split
-from kdcache.analysis.spread import Blocks, Difference, Key, Spread, adjust, choose_blocks, difference, resample
+from kdcache.analysis.statistics import Blocks, Difference, Key, Spread, adjust, choose_blocks, difference, resample
 from kdcache.analysis.stored_evaluations import (
+    EvalSettings,
     Evaluation,
-    Judging,
     data_digest,
     evaluate_run,
     judged_range,
@@ -51,7 +51,7 @@ class CompareOptions:
         smoke: the runs are those of a recipe made small: what is made of them is marked.
     """
 
-    judging: Judging = field(default_factory=Judging)
+    judging: EvalSettings = field(default_factory=EvalSettings)
     teacher: str | None = None
     baseline: str | None = None
     blocks_by: str | None = None
@@ -125,7 +125,7 @@ def compare(
     )
 
 
-def one_range(judging: Judging, members: Sequence[Entry], split: Split) -> tuple[Judging, DepthRange | None]:
+def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> tuple[EvalSettings, DepthRange | None]:
     """How all depth is judged by one range, up to the largest depth of any model, and that range.
 
     Raises: DataError for a range where no depth is judged.

@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdcache.analysis.banner import banner
-from kdcache.analysis.spread import Difference, Images, Key, Spread, plain
+from kdcache.analysis.statistics import Difference, Images, Key, Spread, plain
+from kdcache.data.concat import parts_of, task_of
+from kdcache.data.scenes.generate import is_scenes
+from kdcache.display import html_table, private_places, public, public_names, without_places
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics
-from kdcache.shown import html_table, private_places, public, public_names, without_places
 
 
 @dataclass(frozen=True)
@@ -308,3 +309,19 @@ class Comparison:
         }
         found: dict[str, Any] = without_places(content, self._places)
         return found
+
+
+def banner(data: str, smoke: bool = False) -> str | None:
+    """The note on figures of the procedural scenes, and of runs of `sweep --smoke`; None for all others.
+
+    Args:
+        data: the data set as a user names it.
+        smoke: the runs are those of a recipe made small.
+    """
+    drawn = any(is_scenes(task_of(part)[1]) for part in parts_of(data))
+    if not drawn and not smoke:
+        return None
+    what = "Smoke run" if smoke else "Procedural scenes"
+    what += " on procedural scenes" if drawn and smoke else ""
+    pictures = ", no photographs" if drawn else ", a few hundred steps at most"
+    return f"{what}{pictures}: it shows that everything works, and nothing about any data set, model or method."

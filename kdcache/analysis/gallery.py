@@ -41,8 +41,8 @@ from kdcache.metrics.figures import (
     panels,
     save_figure,
 )
-from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, predicted_tasks, predictions
+from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 
 if TYPE_CHECKING:

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from kdcache.analysis.spread import plain
+from kdcache.analysis.statistics import plain
 from kdcache.data import Split
 from kdcache.errors import DataError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, check_tasks
-from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, predictions
+from kdcache.metrics.sliding import Framing
 from kdcache.metrics.tables import depth_figure, percent
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings

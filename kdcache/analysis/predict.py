@@ -24,8 +24,8 @@ from kdcache.heads import RegressionHead
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.evaluate import Progress
 from kdcache.metrics.figures import Array, colour_ids, palette_png, png_bytes
-from kdcache.metrics.framing import Framing, at_image, slide
 from kdcache.metrics.predictions import METRES, answer_of
+from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
 
 LABELS, OVERLAYS = "labels", "overlays"

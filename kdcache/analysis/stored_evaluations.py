@@ -23,6 +23,7 @@ from kdcache.analysis.runs import Entry, check_classes
 from kdcache.bounded import check_unpacked
 from kdcache.data import ClassList, Contents, Fit, Fold, Split, place_key, prefetch, read_contents, remembered_digests
 from kdcache.data.files import file_digest
+from kdcache.display import public
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
@@ -30,20 +31,19 @@ from kdcache.metrics.confusion import ImageCounts, Metrics, without_nan
 from kdcache.metrics.data_sets import OnDataSet, common_classes, common_mious
 from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
-from kdcache.metrics.framing import Framing
-from kdcache.metrics.oom import is_out_of_memory
 from kdcache.metrics.predictions import metric_depth
+from kdcache.metrics.sliding import Framing
+from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
 from kdcache.models.run import split_spec
 from kdcache.models.weights import split_choice
 from kdcache.run_folder import Run, RunModel
 from kdcache.run_samples import judging_notes
 from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
-from kdcache.shown import public
 
 
 @dataclass(frozen=True)
-class Judging:
+class EvalSettings:
     """How runs are evaluated.
 
     Attributes:
@@ -107,7 +107,7 @@ def evaluate_run(
     entry: Entry,
     split: Split,
     digest: str,
-    judging: Judging,
+    judging: EvalSettings,
     progress: Progress | None = None,
     fold: Fold | None = None,
     contents: Callable[[Split], Contents] = read_contents,
@@ -371,7 +371,7 @@ def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: De
     return None if head is None or DEPTH not in split.tasks else DepthRange.of(head, settings)
 
 
-def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> TaskMetrics:
+def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progress | None) -> TaskMetrics:
     model, description = judging.load(entry, split.classes)
     depth = None if judged_range(description.judged_heads, split, judging.depth) is None else judging.depth
     with memory_errors(judging.device, judging.batch_size):

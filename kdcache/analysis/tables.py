@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.groups import CONTROL
-from kdcache.analysis.spread import RESAMPLES, Difference, Spread
+from kdcache.analysis.statistics import RESAMPLES, Difference, Spread
 from kdcache.errors import one_line
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.depth import DEPTH_METRICS

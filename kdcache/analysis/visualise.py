@@ -24,12 +24,12 @@ from kdcache.analysis.gallery import (
 from kdcache.analysis.per_image import MIOU, RMSE, Score, ranked, score_images, shared_score
 from kdcache.analysis.runs import Entry
 from kdcache.analysis.score_figures import draw_distribution, draw_rmse, metrics_text
-from kdcache.analysis.stored_evaluations import Judging, memory_errors
+from kdcache.analysis.stored_evaluations import EvalSettings, memory_errors
 from kdcache.data import Split
+from kdcache.display import public
 from kdcache.files import check_own_folder, replacing_in
 from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
-from kdcache.shown import public
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
             yield picture
 
 
-def score_run(run: Entry, name: str, split: Split, judging: Judging, progress: Progress) -> Shown:
+def score_run(run: Entry, name: str, split: Split, judging: EvalSettings, progress: Progress) -> Shown:
     """Open a run, and score every labelled image with it.
 
     Args:

@@ -19,7 +19,6 @@
 Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
 """
 
-from kdcache.data.by_name import ClassesByName, classes_by_name
 from kdcache.data.changes import UNRECORDED, Changes, changed_data
 from kdcache.data.checks.check import CheckReport, check, class_weights
 from kdcache.data.checks.depth_report import DepthReport
@@ -29,6 +28,7 @@ from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.converted import DataWarning
+from kdcache.data.match_classes import ClassesByName, classes_by_name
 from kdcache.data.memory import DatasetSplit, from_dataset
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import (

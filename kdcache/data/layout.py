@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from kdcache.data.joined import Joined, OneTask, parts_of, task_of
+from kdcache.data.concat import Joined, OneTask, parts_of, task_of
 from kdcache.data.layouts.converted import DataWarning, source_changes
 from kdcache.data.layouts.registry import LayoutRoot, convert_command, find_layout
 from kdcache.data.memory import opened

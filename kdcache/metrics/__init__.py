@@ -4,7 +4,7 @@
     depth.py         errors of depth maps: rmse, abs_rel, silog, delta
     chance.py        whether a model has learnt anything
     predictions.py   a model's answers to every task, at the labels' size
-    framing.py       how a model sees images of another shape, and in windows
+    sliding.py       how a model sees images of another shape, and in windows
     evaluate.py      a model on a labelled split
     data_sets.py     a model on several data sets, side by side
     calibration.py   calibration, and what a confidence threshold keeps
@@ -13,7 +13,6 @@
     depth_figures.py depth and its errors in colours
     cost.py          parameters, arithmetic, time per image
     timing.py        time without the garbage collector's, and the processor
-    oom.py           running out of memory, whichever library reports it
 
 It knows no stores, no runs and no trainings.
 """
@@ -23,7 +22,7 @@ from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.data_sets import OnDataSet
 from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks
-from kdcache.metrics.framing import Framing
+from kdcache.metrics.sliding import Framing
 from kdcache.metrics.tables import class_rows, comparison_rows, iou_listing, markdown_table, metrics_markdown, percent
 
 __all__ = [

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX, Split
+from kdcache.display import html_table
 from kdcache.errors import DataError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
-from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
+from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings
-from kdcache.shown import html_table
 
 Progress = Callable[[int, int], None]
 

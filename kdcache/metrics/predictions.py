@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcache.data import DEPTH, SEGMENTATION, Split, Window, prefetch, render, render_depth
 from kdcache.data.sample import TASKS
 from kdcache.heads import RegressionHead
-from kdcache.metrics.framing import Framing, at_image, slide
+from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings

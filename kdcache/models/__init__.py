@@ -7,7 +7,7 @@
 Importing this package imports torch, but no model zoo.
 """
 
-from kdcache.listing import ModelInfo, TapInfo, list_models, missing_models
+from kdcache.model_table import ModelInfo, TapInfo, list_models, missing_models
 from kdcache.models.callables import WrappedModel
 from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
 from kdcache.models.ensemble import EnsembleModel, Tta

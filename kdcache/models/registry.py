@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION
-from kdcache.listing import NEEDS, ModelInfo, TapInfo, lacks, pip_command
+from kdcache.model_table import NEEDS, ModelInfo, TapInfo, lacks, pip_command
 from kdcache.models import callables
 from kdcache.models.added_heads import base_of
 from kdcache.models.added_heads.auxiliary import WithAuxiliary, split_auxiliary
@@ -152,7 +152,7 @@ def is_shipped(spec: str) -> bool:
 
 
 def describe_models() -> list[ModelInfo]:
-    """What `kdcache.listing` has in its table, computed: models built without memory or arithmetic (meta device).
+    """What `kdcache.model_table` has in its table, computed: models built without memory or arithmetic (meta device).
 
     Imports the libraries that they are made of; leaves out those whose library is not installed.
     """

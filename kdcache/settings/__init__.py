@@ -1,7 +1,7 @@
 """Settings: each one's name, type, default, help and panel, once; free of torch and of pydantic.
 
     setting.py     the entries of a table, and how a table is read
-    spelling.py    values that are written as text: 288x384, 0.5:2.0, 50GiB
+    parse.py       values that are written as text: 288x384, 0.5:2.0, 50GiB
     shared.py      tables that several verbs share: data, the machine, copies of a remote store
     training.py    the table of a training
     streams.py     a training from several sources: their tables and rows

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from kdcache.settings.parse import Colour, Count, Numbers, Size, TopK, Views, Words, Zoom
 from kdcache.settings.setting import REQUIRED, setting
 from kdcache.settings.shared import FOLDS_BY, DataSettings, ImageSettings, MachineSettings
-from kdcache.settings.spelling import Colour, Count, Numbers, Size, TopK, Views, Words, Zoom
 
 VIEWS = "Views of an image"
 STORED = "What is stored"

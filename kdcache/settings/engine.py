@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from kdcache.errors import RecipeError
+from kdcache.settings.parse import Count
 from kdcache.settings.setting import Entry, entries, setting
-from kdcache.settings.spelling import Count
 
 _engine = partial(setting, panel="Several machines")
 

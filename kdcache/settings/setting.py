@@ -1,12 +1,17 @@
 """The entries of a table of settings, and how a table is read."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from kdcache.errors import RecipeError
+
+if TYPE_CHECKING:  # the command line starts without it
+    from pydantic.fields import FieldInfo
 
 Table = TypeVar("Table")
 T = TypeVar("T")
@@ -199,3 +204,46 @@ def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
 def choices(kind: Any) -> tuple[str, ...] | None:
     """The words of `Literal[...]`; None of any other type."""
     return get_args(kind) if get_origin(kind) is Literal else None
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def in_words(field: "FieldInfo") -> str:
+    """Describe the values of a field: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'."""
+    return _of(field.annotation, field.metadata)
+
+
+def _of(kind: Any, bounds: Sequence[Any]) -> str:
+    if get_origin(kind) is Annotated:
+        inner, *more = get_args(kind)
+        return _of(inner, [*bounds, *more])
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_of(part, bounds) for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        inner = _of(parts[0], ())
+        return f"a list, each {inner}" if parts[-1] is ... else f"{len(parts)} values, each {inner}"
+    return f"{_KINDS.get(kind, 'a value')}{_range(bounds)}"
+
+
+def _range(bounds: Sequence[Any]) -> str:
+    """' from 0 to below 1', ' above 0', ' from 1 on' or nothing."""
+    flat = [one for bound in bounds for one in getattr(bound, "metadata", [bound])]
+    low = next((f" from {bound.ge}" for bound in flat if isinstance(bound, Ge)), "")
+    low = next((f" above {bound.gt}" for bound in flat if isinstance(bound, Gt)), low)
+    high = next((f" to {bound.le}" for bound in flat if isinstance(bound, Le)), "")
+    high = next((f" to below {bound.lt}" for bound in flat if isinstance(bound, Lt)), high)
+    return low + (high or " on" * low.startswith(" from"))
+
+
+def check_focal(focal_gamma: float, label_smoothing: float) -> None:
+    """Raises: RecipeError for a focal loss of smoothed labels."""
+    if focal_gamma > 0 and label_smoothing > 0:
+        raise RecipeError(
+            "the focal loss is one of labels that are not smoothed",
+            received=f"--focal-gamma {focal_gamma:g} with --label-smoothing {label_smoothing:g}",
+            remedy="leave one of them out",
+        )

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from kdcache.settings.parse import Bytes, Count, Size
 from kdcache.settings.setting import REQUIRED, setting
-from kdcache.settings.spelling import Bytes, Count, Size
 
 FOLDS_BY = (
     "Keep whole sequences, such as videos, in a fold: a regular expression whose first group (or whole match) in a "

@@ -19,10 +19,10 @@ from typing import Annotated, Any
 from annotated_types import Gt, Le
 
 from kdcache.errors import RecipeError
+from kdcache.settings.parse import Weight
 from kdcache.settings.removed import SETTINGS, removal
 from kdcache.settings.setting import REQUIRED, entries, names, setting
 from kdcache.settings.shared import ImageSettings, MachineSettings
-from kdcache.settings.spelling import Weight
 from kdcache.settings.training import GATE, LOSS, PART, VIEW, TrainSettings
 
 _MISSPELT = 0.82

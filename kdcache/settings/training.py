@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
-from kdcache.listing import listed_specs
-from kdcache.settings.setting import REQUIRED, setting
-from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.spelling import (
+from kdcache.model_table import listed_specs
+from kdcache.settings.parse import (
     Count,
     Decay,
     DistillSchedule,
@@ -24,6 +22,8 @@ from kdcache.settings.spelling import (
     TaskWeights,
     Weight,
 )
+from kdcache.settings.setting import REQUIRED, setting
+from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
 
 DEFAULT_ITERATIONS = 4000
 METHODS = (

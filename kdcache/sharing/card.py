@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tomli_w
 
-from kdcache import shown
+from kdcache import display
+from kdcache.display import bare, public, public_values
 from kdcache.errors import plain_text
 from kdcache.run_folder import ENVIRONMENT, RECIPE, VERBS, WEIGHTS, Run, weights_path
 from kdcache.sharing.rebuild import build_command
-from kdcache.shown import bare, public, public_values
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.summary import StoreSummary
 
@@ -65,7 +65,7 @@ def run_card(run: Run) -> str:
     facts = [
         ("model", public(model.spec)),
         ("classes", ", ".join(model.class_names) or "none"),
-        ("size", shown.size_text(model.size)),
+        ("size", display.size_text(model.size)),
         ("seed", str(recipe.get("seed", "not recorded"))),
         ("trained on", f"{_source(recipe)}, digest {model.trained_on}" if model.trained_on else _source(recipe)),
         *(("learnt from the store", f"seal sha256:{seal}") for seal in model.stores),

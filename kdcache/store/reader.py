@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from kdcache.data import inside_rectangle
+from kdcache.display import facts_table, line
 from kdcache.errors import CorruptError, IncompleteError, RecipeError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
-from kdcache.shown import facts_table, line
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.shown import bare
+from kdcache.display import bare
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place

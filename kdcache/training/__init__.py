@@ -4,11 +4,10 @@
     checks.py        whether they go together with the data and the processes
     streams.py       the settings of each of several sources
     term_setting.py  a term of the loss as a setting; the balance of tasks
-    ranges.py        the values that a setting takes, in words
     api.py           from settings to a run
     criterion.py     the loss that the settings describe
     class_trust.py   a weight per class of the teacher, by how far it beats a plain run
-    held_out.py      whether the teacher has seen the fold or the labels that a run goes without
+    leakage.py       whether the teacher has seen the fold or the labels that a run goes without
     pseudo_labels.py  how many pixels of a teacher a threshold keeps
     trainer.py       the loop
     depth_validation.py  metrics of a depth head

@@ -16,8 +16,8 @@ from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
-from kdcache.metrics.framing import Framing
-from kdcache.metrics.oom import is_out_of_memory
+from kdcache.metrics.sliding import Framing
+from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel, build_model, not_logits
 from kdcache.models.class_names import compare_names
 from kdcache.run_folder import RECIPE
@@ -35,12 +35,12 @@ from kdcache.training.config import TrainConfig, read_config
 from kdcache.training.criterion import make_criterion, needed_arrays, rare_order
 from kdcache.training.depth_validation import check_depth_labels, check_first_depth, depth_errors
 from kdcache.training.distributed import World, pick_device, processes
-from kdcache.training.held_out import check_teacher
 from kdcache.training.input.loader import Draws
 from kdcache.training.input.residency import keep_records
 from kdcache.training.input.sampler import choose_labelled_share, choose_shuffle
 from kdcache.training.input.shard_prefetch import check_room
 from kdcache.training.input.streams import StreamDraws, stream_seed
+from kdcache.training.leakage import check_teacher
 from kdcache.training.pseudo_labels import collapse_note, pseudo_notes
 from kdcache.training.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.training.run.folder import (

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from kdcache.distill.terms.spec import compares_features
 from kdcache.errors import RecipeError
 from kdcache.models.added_heads import split_auxiliary
-from kdcache.settings.spelling import warmup_steps
+from kdcache.settings.parse import warmup_steps
 from kdcache.training.config import TrainConfig
 
 

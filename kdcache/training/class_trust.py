@@ -24,8 +24,8 @@ from kdcache.metrics import ConfusionMatrix
 from kdcache.models.run import load_run
 from kdcache.store import Cache, Records
 from kdcache.training.config import read_config
-from kdcache.training.held_out import check_same_samples, doubt
 from kdcache.training.input.cache_dataset import CacheDataset
+from kdcache.training.leakage import check_same_samples, doubt
 
 _log = plain_logger("kdcache.training")
 FULL = 0.05

@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kdcache.data import Fold, check_folds_by, parse_fold
+from kdcache.display import public_values
 from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
 from kdcache.distill.terms.spec import (
@@ -25,14 +26,13 @@ from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.run_folder import RECIPE, Run, train_again
 from kdcache.settings import entries
+from kdcache.settings.parse import as_typed
 from kdcache.settings.removed import SETTINGS, removal, without_removed
+from kdcache.settings.setting import check_focal, in_words
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.spelling import as_typed
 from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
-from kdcache.shown import public_values
 from kdcache.training.input.mix import Mix
-from kdcache.training.ranges import check_focal, in_words
 from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
 from kdcache.training.term_setting import Terms, check_balance, check_consistency, learnt_tasks, with_auxiliary
 

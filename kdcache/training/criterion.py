@@ -24,7 +24,7 @@ from kdcache.distill.terms import (
 )
 from kdcache.errors import RecipeError
 from kdcache.models import ClassMerge, Outputs, SegmentationModel
-from kdcache.settings.spelling import rare_temperature
+from kdcache.settings.parse import rare_temperature
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.training.class_trust import read_trust, trust_from_run
 from kdcache.training.config import TrainConfig

@@ -12,8 +12,8 @@ from kdcache.distill.terms.depth import MIN_DEPTH
 from kdcache.errors import DataError
 from kdcache.heads import DEPTH, RegressionHead
 from kdcache.metrics.depth import DepthErrors, DepthRange
-from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import predictions
+from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 from kdcache.training.input.batch import Array
 from kdcache.training.input.dataset import DrawnDataset

@@ -12,8 +12,7 @@ import torch
 from kdcache.distill import MergedTargets, Target
 from kdcache.distill.terms import TermSpec
 from kdcache.distill.terms.spec import reads_teacher
-from kdcache.distill.terms.unlabelled.consistency import Consistency
-from kdcache.distill.terms.unlabelled.pseudo import Pseudo, confidence_of
+from kdcache.distill.terms.unlabelled.pseudo import Consistency, Pseudo, confidence_of
 from kdcache.errors import RecipeError
 from kdcache.metrics.calibration import ConfidenceCounts, Coverage
 from kdcache.store import Cache, Records

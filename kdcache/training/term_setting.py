@@ -12,7 +12,7 @@ from kdcache.distill.terms.spec import labels_itself, of_depth
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
-from kdcache.settings.spelling import task_weights
+from kdcache.settings.parse import task_weights
 
 EVEN = 0.5
 """The weight of a task where none is given."""

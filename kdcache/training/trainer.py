@@ -14,9 +14,9 @@ from kdcache.errors import KDCacheError
 from kdcache.faults import network_fault
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthMetrics, Metrics
-from kdcache.metrics.oom import is_out_of_memory
+from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
-from kdcache.settings.spelling import warmup_steps
+from kdcache.settings.parse import warmup_steps
 from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
 from kdcache.training.input.loader import next_batch

@@ -1,6 +1,6 @@
 """The verbs of the command line as functions: their settings are its flags, from the same tables.
 
-arguments.py          settings as keywords: a function's signature, and how values are checked
+keywords.py           settings as keywords: a function's signature, and how values are checked
 build.py              `build_cache`: a teacher's pass into a store
 train.py              `train`: a training into a run folder
 evaluate.py           `evaluate`: metrics of a model on labelled data

@@ -31,7 +31,7 @@ from kdcache.teacher import (
 from kdcache.teacher import build_cache as build
 from kdcache.teacher.build.manifest import libraries
 from kdcache.training import pick_device
-from kdcache.verbs.arguments import checked, keywords, open_data
+from kdcache.verbs.keywords import checked, keywords, open_data
 
 if TYPE_CHECKING:
     from kdcache.teacher.build.ray_engine import Parts, RayEngine

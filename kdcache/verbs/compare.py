@@ -9,14 +9,14 @@ import torch
 from kdcache.analysis.compare import CompareOptions
 from kdcache.analysis.compare import compare as compare_runs
 from kdcache.analysis.comparison import Comparison
-from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.data import Split
 from kdcache.progress import progress_bar
 from kdcache.run_folder import Run
 from kdcache.settings import read
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.training import pick_device
-from kdcache.verbs.arguments import checked, keywords, spec_of
+from kdcache.verbs.keywords import checked, keywords, spec_of
 
 TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
 
@@ -63,14 +63,14 @@ def compare(
         )
 
 
-def judging_of(settings: Mapping[str, Any]) -> Judging:
+def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
     """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
     judge, depth = read(JudgeSettings, settings), read(DepthSettings, settings)
     images = read(ImageSettings, {"size": settings["size"], "fit": settings["fit"]})
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = pick_device(settings["device"])
-    judging = Judging(
+    judging = EvalSettings(
         *(judge.weights, images.size, judge.batch_size, str(device), judge.fresh, depth),
         fit=images.fit,
         window=judge.window,

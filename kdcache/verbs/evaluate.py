@@ -16,8 +16,8 @@ from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
 from kdcache.teacher import Teacher, load_teacher
-from kdcache.verbs.arguments import checked, keywords, open_data
 from kdcache.verbs.compare import judging_of
+from kdcache.verbs.keywords import checked, keywords, open_data
 
 TABLES = (ImageSettings, JudgeSettings, DepthSettings, MachineSettings)
 

@@ -15,7 +15,7 @@ from kdcache.training import make_config, pick_device
 from kdcache.training import train as run_training
 from kdcache.training.distributed import default_workers
 from kdcache.training.run.training_progress import TrainingProgress
-from kdcache.verbs.arguments import keywords, spec_of
+from kdcache.verbs.keywords import keywords, spec_of
 
 Data = str | Path | Split
 

@@ -22,8 +22,8 @@ from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.groups import CONTROL, Group
 from kdcache.analysis.report.summary import headline
 from kdcache.analysis.runs import Entry
-from kdcache.analysis.spread import Difference, Spread
-from kdcache.analysis.stored_evaluations import Judging, data_digest, memory_errors
+from kdcache.analysis.statistics import Difference, Spread
+from kdcache.analysis.stored_evaluations import EvalSettings, data_digest, memory_errors
 from kdcache.analysis.tables import legend, to_markdown
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
@@ -34,8 +34,8 @@ from kdcache.models.run import load_run
 QUICK = CompareOptions(repeats=0)
 
 
-def options(judging: Judging | None = None, **settings: object) -> CompareOptions:
-    return CompareOptions(judging=judging or Judging(), repeats=0, **settings)
+def options(judging: EvalSettings | None = None, **settings: object) -> CompareOptions:
+    return CompareOptions(judging=judging or EvalSettings(), repeats=0, **settings)
 
 
 def rows(comparison: Comparison) -> dict[str, Row]:
@@ -172,11 +172,11 @@ def test_another_size_other_weights_and_fresh_are_evaluated(world: Path) -> None
     run = world / "runs/none-0"
     retrained(run, world / "data", "last")
     compare([run], options=QUICK)
-    for judging in (Judging(size=(32, 48)), Judging(which="last"), Judging(fresh=True)):
+    for judging in (EvalSettings(size=(32, 48)), EvalSettings(which="last"), EvalSettings(fresh=True)):
         assert not compare([run], options=options(judging)).rows[0].runs[0].reused
     kinds = ("evaluation-val", "evaluation-val-32x48", "evaluation-val-last")
     assert {path.name for path in run.glob("evaluation-*")} == {f"{k}{end}" for k in kinds for end in (".json", ".npz")}
-    assert compare([run], options=options(Judging(size=(32, 48)))).rows[0].runs[0].reused
+    assert compare([run], options=options(EvalSettings(size=(32, 48)))).rows[0].runs[0].reused
     assert compare([run], options=QUICK).rows[0].runs[0].reused
 
 
@@ -399,13 +399,13 @@ def test_cost_is_that_of_each_rows_own_size(world: Path, derive: Callable[..., P
     large, half = found["none"].cost, found["kl"].cost
     assert (large.size, half.size) == ((48, 64), (24, 32))
     assert large.flops == pytest.approx(4 * half.flops, rel=0.05)
-    (one, two) = compare([world / "runs"], options=options(Judging(size=(32, 48)))).rows
+    (one, two) = compare([world / "runs"], options=options(EvalSettings(size=(32, 48)))).rows
     assert one.cost.size == two.cost.size == (32, 48)
 
 
 def test_a_model_that_no_run_has_trained(world: Path) -> None:
     spec = f"kdcache:tiny@{world}/runs/none-0/best.safetensors"
-    found = compare([world / "runs/none-0", spec], options=options(Judging(size=(48, 64))))
+    found = compare([world / "runs/none-0", spec], options=options(EvalSettings(size=(48, 64))))
     assert [row.name for row in found.rows] == ["none-0", spec]
     assert found.rows[0].iou == found.rows[1].iou
     assert found.rows[1].difference is None

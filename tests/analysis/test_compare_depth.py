@@ -17,11 +17,11 @@ from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.per_image import RMSE
 from kdcache.analysis.report.build import ReportOptions, make_report
-from kdcache.analysis.report.recipes import streams
+from kdcache.analysis.report.sections import streams
 from kdcache.analysis.report.summary import headline
 from kdcache.analysis.runs import find_runs
-from kdcache.analysis.spread import Blocks, resample
-from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.statistics import Blocks, resample
+from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.analysis.tables import BOLD, difference_table, legend, score_table, to_csv, to_markdown, to_text
 from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
@@ -160,7 +160,7 @@ def test_files_have_every_task(compared: Comparison) -> None:
 
 def test_one_range_for_all(runs: Path, compared: Comparison) -> None:
     assert compared.depth_range == "0.001 to 80 m"
-    judging = Judging(depth=DepthSettings(max_depth=20))
+    judging = EvalSettings(depth=DepthSettings(max_depth=20))
     near = compare([runs], options=CompareOptions(judging, repeats=0))
     assert near.depth_range == "0.001 to 20 m"
     with pytest.raises(DataError, match="leave out --min-depth"):
@@ -186,7 +186,7 @@ def test_the_page_shows_every_task(runs: Path, names: tuple[str, ...], tmp_path:
 
 def test_a_worse_rmse_is_no_yes() -> None:
     from kdcache.analysis.report.summary import _answer
-    from kdcache.analysis.spread import Difference
+    from kdcache.analysis.statistics import Difference
 
     worse = Difference(-0.4, 0.1, 0.01, "none", 3, paired=True)
     assert _answer([worse]) == "No."
@@ -237,7 +237,7 @@ def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_
     drawing = ReportOptions(QUICK, samples=0, drawing=Drawing(folder, num=1))
     make_report([*runs, tmp_path / "both"], None, None, tmp_path / "page.html", drawing)
     (entry,) = find_runs([runs[0]])
-    shown = score_run(entry, "metres", split, Judging(), lambda *_: None)
+    shown = score_run(entry, "metres", split, EvalSettings(), lambda *_: None)
     assert shown.heads == ("depth",)
     model, description = load_run(runs[0])
     judged = evaluate_tasks(model, split, description.size).depth

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kdcache.analysis.comparison import Row, RunScore, alike, collapse, is_collapsed
-from kdcache.analysis.spread import Spread
+from kdcache.analysis.statistics import Spread
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost
 from kdcache.metrics.evaluate import TaskMetrics

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kdcache import evaluate
 from kdcache.analysis.compare import CompareOptions, compare
-from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.data import open_split, read_contents, write_scenes
 from kdcache.errors import MismatchError
 from kdcache.metrics.cost import Cost, CostKey, Latency, keep_cost, kept_cost
@@ -53,8 +53,8 @@ def test_a_timing_is_kept_beside_its_run_and_said_to_be_used_again(world: Path, 
     assert second.to_json()["rows"][0]["cost"]["reused"]
     assert len(measured) == 1
     compare([world / "runs"], options=replace(TIMED, repeats=4))  # more calls than there were
-    compare([world / "runs"], options=replace(TIMED, judging=Judging(fresh=True)))
-    compare([world / "runs"], options=replace(TIMED, judging=Judging(size=(32, 32))))
+    compare([world / "runs"], options=replace(TIMED, judging=EvalSettings(fresh=True)))
+    compare([world / "runs"], options=replace(TIMED, judging=EvalSettings(size=(32, 32))))
     assert [(size, repeats) for size, _, repeats in measured] == [
         ((48, 64), 3),
         ((48, 64), 4),

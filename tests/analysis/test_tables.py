@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore
-from kdcache.analysis.spread import Difference, Interval, Resampled, Spread, adjust, difference
+from kdcache.analysis.statistics import Difference, Interval, Resampled, Spread, adjust, difference
 from kdcache.analysis.tables import (
     class_table,
     cost_table,

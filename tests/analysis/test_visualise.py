@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 
 from kdcache.analysis import gallery
-from kdcache.analysis.banner import banner
 from kdcache.analysis.compare import CompareOptions
-from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.comparison import Comparison, banner
 from kdcache.analysis.gallery import folder_names, shorten
 from kdcache.analysis.per_image import ImageScores
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.runs import find_runs
-from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
@@ -77,7 +76,7 @@ def make(world: Path, *runs: str, compared: dict[str, Any] | None = None, **draw
 
 def scores_of(world: Path, run: str = "none-0") -> ImageScores:
     (entry,) = find_runs([world / "runs" / run])
-    return score_run(entry, run, open_split(world / "data", "val"), Judging(), lambda *_: None).scores
+    return score_run(entry, run, open_split(world / "data", "val"), EvalSettings(), lambda *_: None).scores
 
 
 def files(folder: Path) -> list[str]:

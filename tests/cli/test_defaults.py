@@ -13,7 +13,7 @@ import torch
 import typer
 
 from kdcache.analysis.predict import predict_images
-from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.data import open_split
 from kdcache.distill import DistillLoss
 from kdcache.metrics import evaluate_model
@@ -103,7 +103,7 @@ def test_functions_do_what_their_verbs_do(verb: str, function: Callable[..., Any
 
 
 def test_comparisons_judge_as_their_verb_says() -> None:
-    python = {field.name: field.default for field in dataclasses.fields(Judging)}
+    python = {field.name: field.default for field in dataclasses.fields(EvalSettings)}
     flags = defaults("compare")
     assert (flags["weights"], flags["batch_size"]) == (python["which"], python["batch_size"])
 

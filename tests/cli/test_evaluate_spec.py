@@ -85,12 +85,12 @@ def test_every_kind_of_evaluation_has_its_own_file(world, cli, monkeypatch) -> N
 
 def test_compare_and_evaluate_share_what_is_the_same_and_nothing_else(world, cli, monkeypatch) -> None:
     from kdcache.analysis.compare import CompareOptions, compare
-    from kdcache.analysis.stored_evaluations import Judging
+    from kdcache.analysis.stored_evaluations import EvalSettings
 
     run = world / "teacher"
 
     def reused(**judging) -> bool:
-        found = compare([run], str(world / "data"), "val", CompareOptions(Judging(**judging), repeats=0))
+        found = compare([run], str(world / "data"), "val", CompareOptions(EvalSettings(**judging), repeats=0))
         return found.rows[0].runs[0].reused
 
     assert not reused()

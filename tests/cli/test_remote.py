@@ -81,7 +81,7 @@ def test_bytes_that_are_none(made, cli, tmp_path, text) -> None:
     [("123", 123), ("50GiB", 50 * 2**30), ("200MB", 2 * 10**8), ("1.5k", 1500), ("2 tib", 2**41), ("7B", 7)],
 )  # fmt: skip
 def test_bytes_as_one_writes_them(text, count) -> None:
-    from kdcache.settings.spelling import parse_bytes
+    from kdcache.settings.parse import parse_bytes
 
     assert parse_bytes(text) == count
 

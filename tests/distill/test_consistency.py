@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, LabelTargets
 from kdcache.distill.batch import PseudoLabels
 from kdcache.distill.terms import TermBatch, TermSpec, labellers, make_term, pseudo_labels, with_companions
-from kdcache.distill.terms.unlabelled.consistency import Consistency
+from kdcache.distill.terms.unlabelled.pseudo import Consistency
 from kdcache.errors import RecipeError
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kdcache.analysis.spread import t_quantile
+from kdcache.analysis.statistics import t_quantile
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from kdcache import listing
+from kdcache import model_table
 from kdcache.models.registry import describe_models
 
 
 def test_the_table_is_what_the_models_are() -> None:
-    assert listing.list_models() == describe_models(), "scripts/list-models writes the table anew"
+    assert model_table.list_models() == describe_models(), "scripts/list-models writes the table anew"
 
 
 @pytest.mark.parametrize(("pattern", "specs"), [("SEGFORMER:B0", ["segformer:b0"]), ("nothing of this name", [])])
 def test_a_pattern_is_part_of_the_spec(pattern: str, specs: list[str]) -> None:
-    assert [info.spec for info in listing.list_models(pattern)] == specs
+    assert [info.spec for info in model_table.list_models(pattern)] == specs
 
 
 def test_the_verb_imports_no_torch() -> None:

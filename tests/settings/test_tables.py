@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, names, read, read_values, setting
 from kdcache.settings.building import BUILD, BuildSettings
+from kdcache.settings.parse import Size, TopK, Words
 from kdcache.settings.setting import REQUIRED
-from kdcache.settings.spelling import Size, TopK, Words
 from kdcache.settings.training import TRAINING, TrainSettings
 from kdcache.teacher import BuildOptions
 from kdcache.training import TrainConfig, make_config

@@ -21,7 +21,7 @@ from kdcache.store import Cache, open_cache
 from kdcache.training import CacheDataset, LabelledDataset, TrainConfig, api, make_config, train
 from kdcache.training.input.loader import Draws
 from kdcache.training.input.mix import Mix
-from kdcache.training.input.sampler import Woven
+from kdcache.training.input.sampler import Interleaved
 from kdcache.training.input.subset import Part
 from kdcache.training.sources import open_dataset, open_validation
 from kdcache.training.trainer import Trainer
@@ -291,7 +291,8 @@ def test_a_training_visits_what_its_seed_order_and_share_say(
     labelled = np.isin(np.arange(6), sorted(Part(labels=3).choose(open_cache(path).ids).labelled))
     asked = (4, 2 if shuffle == "window" else None)
     orders = {
-        key: [Woven(labelled, 0.25, *key).visit(draw) for draw in range(24)] for key in ((4, 2), (4, None), (0, 2))
+        key: [Interleaved(labelled, 0.25, *key).visit(draw) for draw in range(24)]
+        for key in ((4, 2), (4, None), (0, 2))
     }
     assert [trainer.streams[0].draws.visit(draw) for draw in range(24)] == orders[asked]
     assert all(order != orders[asked] for key, order in orders.items() if key != asked)

@@ -9,7 +9,7 @@ from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSetting
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.compare import CompareOptions
-    from kdcache.analysis.stored_evaluations import Judging
+    from kdcache.analysis.stored_evaluations import EvalSettings
 
 TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
 Runs = Annotated[
@@ -21,7 +21,7 @@ DEPTH = ("min_depth", "max_depth", "depth_crop")
 JUDGING = ("weights", *FRAMING, *DEPTH, "batch_size", "repeats", "threads", "device", "fresh", "smoke")
 
 
-def judging(settings: Mapping[str, Any]) -> "Judging":
+def judging(settings: Mapping[str, Any]) -> "EvalSettings":
     """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
     from kdcache.verbs.compare import judging_of
 

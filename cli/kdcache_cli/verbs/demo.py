@@ -118,13 +118,13 @@ def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
     """Write the page and print the table. Return the rows of the comparison by title; the first is the teacher."""
     from kdcache.analysis.compare import CompareOptions
     from kdcache.analysis.report import ReportOptions, make_report
-    from kdcache.analysis.stored_evaluations import Judging
+    from kdcache.analysis.stored_evaluations import EvalSettings
     from kdcache.metrics import percent
     from kdcache.training import pick_device
 
     teacher, *students = map(str, runs.values())
     _show_command(f"report {' '.join(map(escape, students))}", page, {"teacher": teacher, "data": YOURS})
-    judged = CompareOptions(Judging(device=str(pick_device(device))), teacher)
+    judged = CompareOptions(EvalSettings(device=str(pick_device(device))), teacher)
     with progress_of_steps("comparing") as shown:
         comparison = make_report(
             students, YOURS, "val", page, ReportOptions(judged, title="The demo", command="kdcache demo"), shown

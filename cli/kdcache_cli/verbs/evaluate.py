@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdcache.display import public
 from kdcache.settings import entries
 from kdcache.settings.removed import VERBS, removal
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
-from kdcache.shown import public
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import Weights, warn_of_weights

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import ModelError
-from kdcache.listing import list_models, missing_models
+from kdcache.model_table import list_models, missing_models
 from kdcache_cli.console import OUT
 
 _NOTES = (

@@ -17,20 +17,18 @@ from markupsafe import Markup, escape
 
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report.audit import TeacherAudit
-from kdcache.analysis.report.classes import classes
-from kdcache.analysis.report.pictures import pictures as show_pictures
-from kdcache.analysis.report.recipes import recipes
 from kdcache.analysis.report.render import as_json, render
 from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import scores
+from kdcache.analysis.report.sections import classes, recipes, teacher
+from kdcache.analysis.report.sections import pictures as show_pictures
 from kdcache.analysis.report.stores import stores
 from kdcache.analysis.report.summary import summary
-from kdcache.analysis.report.teacher import teacher
 from kdcache.analysis.report.training import curves, gradients, read_trainings
 from kdcache.analysis.runs import Entry
+from kdcache.display import private_places, public, public_names, without_places
 from kdcache.errors import RecipeError
 from kdcache.files import write_whole
-from kdcache.shown import private_places, public, public_names, without_places
 
 SUFFIXES = (".html", ".htm")
 

@@ -17,7 +17,7 @@ from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.gallery import Shown
 from kdcache.analysis.per_image import RMSE, Score, best_and_worst, ranked, shared_score
 from kdcache.analysis.runs import Entry
-from kdcache.analysis.stored_evaluations import Judging, memory_errors
+from kdcache.analysis.stored_evaluations import EvalSettings, memory_errors
 from kdcache.analysis.visualise import score_run
 from kdcache.data import IGNORE_INDEX, Split, fold_alone
 from kdcache.heads import DEPTH, SEGMENTATION
@@ -87,7 +87,7 @@ class FirstRuns:
 
 
 def score_first_runs(
-    comparison: Comparison, runs: Sequence[Entry], split: Split, judging: Judging, progress: Progress
+    comparison: Comparison, runs: Sequence[Entry], split: Split, judging: EvalSettings, progress: Progress
 ) -> FirstRuns:
     """Score every image with the first run of each row.
 

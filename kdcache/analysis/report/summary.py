@@ -11,7 +11,7 @@ from kdcache.analysis.comparison import Comparison, Row, collapse, is_collapsed
 from kdcache.analysis.report.charts import ticks
 from kdcache.analysis.report.render import number, points, quoted, render
 from kdcache.analysis.report.scores import signed
-from kdcache.analysis.spread import Difference
+from kdcache.analysis.statistics import Difference
 from kdcache.analysis.tables import interval_spans
 from kdcache.heads import DEPTH
 from kdcache.metrics.tables import depth_figure, percent

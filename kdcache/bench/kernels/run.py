@@ -20,7 +20,7 @@ from kdcache.bench.kernels.rivals import OURS, RIVALS, Contestant, UnavailableEr
 from kdcache.bench.kernels.roofline import Ceilings
 from kdcache.bench.kernels.shapes import Case, Shape
 from kdcache.bench.timing import Spread
-from kdcache.metrics.oom import is_out_of_memory
+from kdcache.metrics.timing import is_out_of_memory
 
 Note = Callable[[str], None]
 HOST_SHARE = 0.9

@@ -5,5 +5,5 @@ split_report.py  the report of one split
 depth_report.py  the report of its labels of depth
 sheet.py         samples with their labels on one picture
 next_step.py     the command that a check ends with
-doubts.py        labels that teach nothing, or another thing than meant
+warnings.py      labels that teach nothing, or another thing than meant
 """

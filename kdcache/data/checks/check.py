@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.checks.depth_report import DepthCounts
-from kdcache.data.checks.doubts import doubts_of, wrong_palette
 from kdcache.data.checks.split_report import SplitReport
+from kdcache.data.checks.warnings import doubts_of, wrong_palette
 from kdcache.data.classes import read_numbers
+from kdcache.data.concat import parts_of, task_of
 from kdcache.data.files import label_kind
-from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.converted import source_changes
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some

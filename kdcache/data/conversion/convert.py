@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from kdcache.data.changes import changed_data, digest_changes
+from kdcache.data.concat import parts_of, task_of
 from kdcache.data.contents import Contents, read_contents
 from kdcache.data.conversion.folder_writer import FolderWriter, Link, link_file, save_png
 from kdcache.data.files import channel_bits, read_image
-from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.base import VALIDATION
 from kdcache.data.layouts.converted import SETTINGS, open_defective

@@ -23,9 +23,9 @@
 
 from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets
 from kdcache.distill.terms.make import discriminator_parameters, make_term, with_companions
-from kdcache.distill.terms.needs import arrays_of, check_student, check_terms, resolve_taps
+from kdcache.distill.terms.required_arrays import arrays_of, check_student, check_terms, resolve_taps
 from kdcache.distill.terms.spec import KINDS, Method, TermSpec, parse_method
-from kdcache.distill.terms.unlabelled.consistency import labellers, pseudo_labels
+from kdcache.distill.terms.unlabelled.pseudo import labellers, pseudo_labels
 
 __all__ = [
     "KINDS",

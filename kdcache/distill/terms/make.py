@@ -5,20 +5,16 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from kdcache.distill.terms.attention import Attention
 from kdcache.distill.terms.auxiliary import Auxiliary
 from kdcache.distill.terms.base import Term, TermTargets
-from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
-from kdcache.distill.terms.decoupled import Decoupled
 from kdcache.distill.terms.depth import DEPTH_TERMS
-from kdcache.distill.terms.features import Cosine, Hint, Projected
-from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
+from kdcache.distill.terms.features import Attention, Cosine, Hint, Projected
+from kdcache.distill.terms.on_cells import ChannelFeatures, ChannelLogits, Decoupled, Relations, Similarity
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
-from kdcache.distill.terms.relations import Relations, Similarity
+from kdcache.distill.terms.required_arrays import arrays_of, check_student, depth_head, resolve_taps
 from kdcache.distill.terms.spec import TermSpec, compares_features, head_of, of_depth, reads_teacher
-from kdcache.distill.terms.unlabelled.consistency import Confident, Consistency
 from kdcache.distill.terms.unlabelled.predictions import Adversarial, Discrimination, Discriminator, Entropy
-from kdcache.distill.terms.unlabelled.pseudo import Pseudo
+from kdcache.distill.terms.unlabelled.pseudo import Confident, Consistency, Pseudo
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 

@@ -1,11 +1,19 @@
 """The base of the terms that compare logits on the target's cells."""
 
-from torch import Tensor
+from typing import Any
 
-from kdcache.distill.terms.base import Term, TermBatch, grid_of, wide
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill.terms.base import MAXIMUM, Term, TermBatch, TermTargets, grid_of, shared, unit, wide
+from kdcache.distill.terms.features import Projected
+from kdcache.distill.terms.spec import TermSpec
+from kdcache_kernels import average_moments, densify, relation_loss, relation_moments
 from kdcache_kernels.on_cells.reference import Seen, lay_logits
 from kdcache_kernels.on_cells.relations import check_logits
 from kdcache_kernels.reference import NanReachesAll, divide
+from kdcache_kernels.target_cells import labels_at_centres
+from kdcache_kernels.topk import compute_dtype
 
 
 class OnCells(Term):
@@ -47,3 +55,237 @@ def mean_of(total: Tensor, count: Tensor, spoilt: Tensor, student: Tensor) -> Te
     """Return total / count, and 0 if the count is 0. A spoilt sum is NaN, and so is its gradient everywhere."""
     mean: Tensor = NanReachesAll.apply(divide(total, count, spoilt), student)
     return mean
+
+
+class Decoupled(OnCells):
+    """`dkd`: T^2 * (alpha * TCKD + beta * NCKD), mean over cells.
+
+    TCKD is the KL of (p, 1 - p), p the probability of the target class at temperature T; NCKD is the KL of the other
+    classes among themselves. The target class is the label of the pixel at the cell's centre, and the teacher's best
+    class where that is void or there is no label. Cells weigh by their share of counted pixels times the gate.
+
+    Default weight 0.02, alpha 1, beta 8, temperature 4 (the paper's on CIFAR-100, with its T^2; nats per cell): a
+    gradient of 1 to 1.3 of CE's. Published: 1. On ImageNet the authors take beta 0.5 and temperature 1; their code
+    warms the weight up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
+    Source: Zhao et al. 2022, arXiv 2203.08679, equation 7.
+    """
+
+    default_weight = 0.02
+    default_temperature = 4.0
+
+    def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
+        super().__init__(spec, targets, arrays)
+        self.alpha = 1.0 if spec.alpha is None else spec.alpha
+        self.beta = 8.0 if spec.beta is None else spec.beta
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
+        seen = seen_on_cells(self, batch, batch.logits, batch.target.values)
+        target_B1hw = _target_class(batch.labels, seen.teacher)
+        log_t, log_s = (_split(x, target_B1hw) for x in (seen.teacher, seen.student))
+        tckd_Bhw, nckd_Bhw = (divergence(p, q).sum(1) for p, q in zip(log_t, log_s, strict=True))
+        total = ((self.alpha * tckd_Bhw + self.beta * nckd_Bhw) * seen.cells.weight).sum()
+        count = seen.cells.counted.sum() if count is None else count
+        return self.temperature**2 * mean_of(total, count, seen.spoilt, batch.logits)
+
+
+def _target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
+    """(B, 1, h, w) int64: the label at the centre of each cell; without one the teacher's first best class."""
+    best_B1hw = teacher_BChw.argmax(1, keepdim=True)
+    if labels_BHW is None:
+        return best_B1hw
+    C, h, w = teacher_BChw.shape[1:]
+    label_B1hw = labels_at_centres(labels_BHW, (h, w))[:, None].long()
+    return torch.where((label_B1hw >= 0) & (label_B1hw < C), label_B1hw, best_B1hw)
+
+
+def _split(logits_BChw: Tensor, target_B1hw: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (target, rest), and of the classes of the rest among themselves (the target's is -1e30)."""
+    C = logits_BChw.shape[1]
+    is_target_BChw = torch.arange(C, device=logits_BChw.device)[:, None, None] == target_B1hw
+    # Both relative to the largest of the rest: with large logits in it, logsumexp would be rounded as these are.
+    top_B1hw = logits_BChw.detach().masked_fill(is_target_BChw, -torch.inf).amax(1, keepdim=True)
+    logits_BChw = logits_BChw - (top_B1hw if C > 1 else 0)
+    rest_BChw = logits_BChw.masked_fill(is_target_BChw, -1e30)
+    target_Bhw = torch.where(is_target_BChw, logits_BChw, 0).sum(1)
+    pair_B2hw = torch.stack([target_Bhw, rest_BChw.logsumexp(1)], 1).log_softmax(1)
+    return pair_B2hw, rest_BChw.log_softmax(1)
+
+
+class Relations(OnCells):
+    """`dist`: T^2 * (beta * inter + gamma * intra) of q_s, q_t = softmax(x / T), in one operation.
+
+    inter: mean over cells of 1 - pearson(q_s, q_t) over the classes; intra: mean over classes of 1 - pearson over the
+    cells of the whole batch, of all processes together. Cells weigh by their share of counted pixels times the gate.
+    With one class, whose probabilities are constants without a correlation, it is 0.
+
+    Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation): a gradient of 1 to 1.6 of CE's,
+    and of 11 before a student has learnt anything.
+
+    Args:
+        impl: which kernels compute it (see `kdcache_kernels.relation_loss`). Float64 takes the reference.
+    Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
+    """
+
+    def __init__(
+        self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = (), *, impl: str = "auto"
+    ) -> None:
+        super().__init__(spec, targets, arrays)
+        self.impl = impl
+        self.beta = 1.0 if spec.beta is None else spec.beta
+        self.gamma = 1.0 if spec.gamma is None else spec.gamma
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        logits, options = self._logits(batch), self._options(batch)
+        moments = None
+        if self.gather is not None:
+            moments = average_moments(self.of_all(relation_moments(*logits, **options)[None]))
+        return relation_loss(*logits, **options, beta=self.beta, gamma=self.gamma, count=count, moments_6C=moments)
+
+    def _logits(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's logits of all classes, each on its own grid."""
+        target = batch.target
+        assert target is not None  # by `reads_target`
+        if target.indices is None:
+            return batch.logits, target.values
+        num_classes, dtype = self.targets.num_classes, compute_dtype(batch.logits.dtype)
+        impl = self._options(batch)["impl"]
+        return batch.logits, densify(target.values, target.indices, target.tail, num_classes, dtype, impl=impl)
+
+    def _options(self, batch: TermBatch) -> dict[str, Any]:
+        """The arguments of both operations."""
+        return {
+            "view_size": self.targets.view_size,
+            "size": batch.size,
+            "temperature": self.temperature,
+            "window_B4": batch.window,
+            "flip_B": batch.flip,
+            "pixel_weight_BHW": batch.pixel_weight,
+            "counted_BHW": batch.counted,
+            "impl": "reference" if batch.logits.dtype == torch.float64 else self.impl,
+        }
+
+
+class Similarity(Term):
+    """`sp`: ||G_t - G_s||_F^2 / b^2, G = rows of Q Q^T divided by their norms, Q a (b, c h w) matrix of features.
+
+    b is the batch of all processes together. Student and teacher keep their own channels and grids, for only products
+    of images with images are compared; every cell of Q is weighted by its share of counted pixels times the gate. An
+    image without such cells has a row of zeros on both sides.
+
+    Default weight 50 (the formula's own reduction): a gradient of 0.8 to 1.4 of CE's in a batch of 8. Published: 3000,
+    for batches of 64 classified images.
+    Source: Tung and Mori 2019, arXiv 1907.09682, section 3.
+    """
+
+    default_weight = 50.0
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        student_Bchw = wide(batch.features[self._student_tap])
+        teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
+        own = student_Bchw.shape[0]
+        student_bx, teacher_bx = (self.of_all(self._rows(batch, maps)) for maps in (student_Bchw, teacher_Bchw))
+        b = student_bx.shape[0]
+        difference_bb = unit(teacher_bx @ teacher_bx.mT, 1) - unit(student_bx @ student_bx.mT, 1)
+        return shared(difference_bb.square().sum() / b**2, own, b)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """1: `loss` divides by the square of the number of images of all processes, which no process counts alone."""
+        return wide(batch.logits).new_ones(())
+
+    def _rows(self, batch: TermBatch, features_Bchw: Tensor) -> Tensor:
+        """Q of the own images: with the root of the share in both factors, the product carries the share."""
+        share_Bhw = self.cells(batch, grid_of(features_Bchw), features_Bchw).weight
+        return (features_Bchw * share_Bhw.sqrt()[:, None]).flatten(1)
+
+
+def images_counted(term: Term, batch: TermBatch) -> Tensor:
+    """How many images have a pixel that counts, 0-dimensional."""
+    counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.logits)).counted
+    return _images_of(counted_Bhw)
+
+
+def _images_of(counted_Bhw: Tensor) -> Tensor:
+    return (counted_Bhw > 0).flatten(1).any(1).to(counted_Bhw.dtype).sum()
+
+
+def compare_channels(
+    term: Term, batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor, count: Tensor | None
+) -> Tensor:
+    """Return T^2 / C * sum over channels of KL(p_t || p_s) over the cells, mean over the images that count.
+
+    Args:
+        student_BCxx, teacher_BChw: of equal channels, each on its own grid.
+        count: of images.
+    """
+    seen = seen_on_cells(term, batch, student_BCxx, teacher_BChw)
+    counted_Bhw, weight_Bhw = seen.cells
+    log_t, log_s = (_over_cells(x, weight_Bhw) for x in (seen.teacher, seen.student))
+    # A gate that is not finite is no weight above 0: `_over_cells` would leave it out without a word.
+    spoilt = seen.spoilt | (~weight_Bhw.isfinite() & (counted_Bhw > 0)).any()
+    total = divergence(log_t, log_s).sum(-1).mean(1).sum()
+    count = _images_of(counted_Bhw) if count is None else count
+    return term.temperature**2 * mean_of(total, count, spoilt, student_BCxx)
+
+
+def _over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
+    """(B, C, h w): log-probabilities over the cells of each class and image; a cell enters by its weight above 0."""
+    weight_B1n = weight_Bhw.flatten(1)[:, None]
+    logits_BCn = logits_BChw.flatten(2) + torch.where(weight_B1n > 0, weight_B1n, 1).log()
+    # A finite floor: an image without counted cells then has two equal distributions, where -inf would give NaN.
+    return logits_BCn.masked_fill(weight_B1n <= 0, -1e30).log_softmax(-1)
+
+
+class ChannelLogits(OnCells):
+    """`cwd` of logits: T^2 / C * sum over channels of KL(p_t || p_s), p = softmax of x / T over the positions.
+
+    Mean over the images in which any pixel counts. A cell enters both distributions by its share of counted pixels
+    times the gate: a distribution over positions cannot be weighted afterwards. Needs raw logits, for what is
+    subtracted from a position changes them.
+
+    Default weight 0.15, temperature 4 (sum over positions, mean over channels and images): a gradient of 0.8 to 1
+    of CE's. Published: 3.
+    Source: Shu et al. 2021, arXiv 2011.13256, section 3.
+    """
+
+    default_weight = 0.15
+    default_temperature = 4.0
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
+        teacher_BChw = batch.target.values.to(compute_dtype(batch.logits.dtype))
+        if MAXIMUM in self._arrays:
+            teacher_BChw = teacher_BChw + batch.stored[MAXIMUM][:, None].to(teacher_BChw.dtype)
+        return compare_channels(self, batch, batch.logits, teacher_BChw, count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The number of images in which any pixel counts, 0-dimensional."""
+        return images_counted(self, batch)
+
+
+class ChannelFeatures(Projected):
+    """`cwd` of a tap: as of logits; a student of other channels is projected by a trained 1x1 convolution.
+
+    Default weight 3, temperature 4: a gradient of 0.4 to 1.3 of CE's. Published: 50.
+    """
+
+    default_weight = 3.0
+    default_temperature = 4.0
+
+    def __init__(
+        self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...], *, student_channels: int, **others: Any
+    ) -> None:
+        super().__init__(spec, targets, arrays, student_channels=student_channels, **others)
+        teacher_channels = others["teacher_channels"]
+        # A bias would move all positions alike, which a softmax over them does not see.
+        alike = student_channels == teacher_channels
+        self.projection = nn.Identity() if alike else nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        student_Bchw = self.projection(wide(batch.features[self._student_tap]))
+        teacher_Bchw = self.standardised(batch.stored[self._arrays[0]], student_Bchw.dtype)
+        return compare_channels(self, batch, student_Bchw, teacher_Bchw, count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The number of images in which any pixel counts, 0-dimensional."""
+        return images_counted(self, batch)

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from kdcache.display import size_text
 from kdcache.errors import CorruptError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
-from kdcache.shown import size_text
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
 

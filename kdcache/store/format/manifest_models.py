@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from kdcache.display import bare
 from kdcache.heads import Parameterisation
-from kdcache.shown import bare
 
 MAX_RECORDS = 2**31
 """What a claim of more would ask of memory is an attack or an accident."""

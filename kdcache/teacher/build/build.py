@@ -21,9 +21,9 @@ from torch import Tensor
 
 from kdcache.data import Split, remembered_digests
 from kdcache.data.sample import FileDigest
+from kdcache.display import facts_table, line
 from kdcache.errors import ModelError
 from kdcache.models import Outputs
-from kdcache.shown import facts_table, line
 from kdcache.store import Cache, Manifest, StoreWriter, Worker, open_writer, round_targets, store_exists
 from kdcache.store.format.manifest_models import Head, Regression, Repair
 from kdcache.store.freshness import BuiltFrom
@@ -170,7 +170,7 @@ def build_cache(
     ):
         share = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = share - sum(map(manifest.shard_records, writer.missing))
-        work = Pass(probe, writer.manifest, earlier, of_file)
+        work = TeacherPass(probe, writer.manifest, earlier, of_file)
         done = taught = reused = damaged = 0
         began = time.perf_counter()
         if progress is not None:
@@ -231,7 +231,7 @@ def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: S
     return packed
 
 
-class Pass:
+class TeacherPass:
     """The teacher over the records of some shards."""
 
     def __init__(

@@ -23,7 +23,7 @@ from kdcache.ray_cluster import cluster, import_ray
 from kdcache.store import Cache, Manifest, StoreWriter, Worker, read_manifest, store_exists
 from kdcache.store.backend.open import open_place
 from kdcache.store.ledger import ShardRecord
-from kdcache.teacher.build.build import Pass, TaughtShard
+from kdcache.teacher.build.build import TaughtShard, TeacherPass
 from kdcache.teacher.build.manifest import device_name, libraries
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -220,7 +220,7 @@ class _ShardTeacher:
         place(teacher.model, options.device)
         self._writer = StoreWriter(open_place(task.store), manifest, Worker())
         self._reuse = Reuse(earlier[0], manifest) if earlier else None
-        self._work = Pass(TeacherProbe(split, teacher, replace(options, fidelity=False)), manifest, self._reuse)
+        self._work = TeacherPass(TeacherProbe(split, teacher, replace(options, fidelity=False)), manifest, self._reuse)
 
 
 def _actor_class(ray: Any) -> type:

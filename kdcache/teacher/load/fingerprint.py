@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from kdcache.display import bare
 from kdcache.models import EnsembleModel, JointModel, SegmentationModel, state_digest
-from kdcache.shown import bare
 from kdcache.store import Fingerprint
 from kdcache.store.format.manifest_models import Augmented, Member
 from kdcache.teacher.load.forward import Precision, teach

@@ -9,6 +9,7 @@ from torch import nn
 
 from kdcache.data import ClassList, Fit, Split
 from kdcache.data.changes import class_changes
+from kdcache.display import facts_table, line, size_text
 from kdcache.errors import MismatchError, ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import (
@@ -25,7 +26,6 @@ from kdcache.models.class_names import class_map_text, compare_names
 from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.run import described, load_run, split_spec
 from kdcache.run_folder import Run
-from kdcache.shown import facts_table, line, size_text
 from kdcache.store.format.manifest_models import Training
 from kdcache.teacher.load.provenance import trainings_of
 

@@ -22,7 +22,7 @@ from kdcache.errors import KDCacheError
 from kdcache.training.input.batch import Row
 from kdcache.training.input.dataset import DrawnDataset
 from kdcache.training.input.ring_buffer import Ring
-from kdcache.training.input.sampler import Order, Rare, Steps, Woven, choose_labelled_share, choose_shuffle
+from kdcache.training.input.sampler import Interleaved, Order, Rare, Steps, choose_labelled_share, choose_shuffle
 from kdcache.training.input.shard_prefetch import Ahead, reads_ahead
 
 T = TypeVar("T")
@@ -50,9 +50,9 @@ class Draws(Dataset[Batch | KDCacheError]):
         self.seed = seed
         self.by_window = choose_shuffle(shuffle, dataset) == "window"
         shard_records, labelled = dataset.shard_records if self.by_window else None, dataset.label_flags
-        self._order: Order | Woven | Rare = rare or Order(len(dataset), seed, shard_records)
+        self._order: Order | Interleaved | Rare = rare or Order(len(dataset), seed, shard_records)
         if rare is None and labelled_share is not None and labelled is not None:
-            self._order = Woven(labelled, labelled_share, seed, shard_records)
+            self._order = Interleaved(labelled, labelled_share, seed, shard_records)
 
     def visit(self, draw: int) -> tuple[int, int]:
         """The sample that a draw takes, and how often it was taken before."""

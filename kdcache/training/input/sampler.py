@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import RecipeError
-from kdcache.settings.spelling import RARE_TEMPERATURE
+from kdcache.settings.parse import RARE_TEMPERATURE
 from kdcache.training.input.dataset import DrawnDataset
 
 SHUFFLES = ("auto", "full", "window")
@@ -72,7 +72,7 @@ class Order:
         return int(order[position]), epoch
 
 
-class Woven:
+class Interleaved:
     """Two streams of records as one: any draws in a row have the same share of labelled records.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.data import changed_data, open_split
+from kdcache.display import bare
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, moved_away, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION
@@ -31,7 +32,6 @@ from kdcache.run_folder import (
 from kdcache.run_samples import SAMPLES, RunSamples
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
-from kdcache.shown import bare
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.store.format.flags import pack_flags
 from kdcache.training.config import TrainConfig, read_config

@@ -11,8 +11,8 @@ import torch
 from kdcache.data import DEPTH, Fit, Split
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.figures import Array, colour_ids, error_colour, mark_wrong
-from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, judged_tasks, predictions
+from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 
 SAMPLES = 4

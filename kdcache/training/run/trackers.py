@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from kdcache.display import public_values
 from kdcache.errors import RecipeError
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.depth import DEPTH_METRICS
 from kdcache.metrics.figures import Array
-from kdcache.shown import public_values
 from kdcache.training.run.metrics_log import Observer
 
 PROJECT = "kdcache"

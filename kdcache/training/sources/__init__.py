@@ -3,17 +3,13 @@
 source.py      the data of every stream
 samples.py     the samples of one stream, from a store or a data folder
 fresh.py       whether data that are named with a cache still are what it was built from
-fit.py         how images are fitted into the pixels
-labelled.py    whether they have the labels that a training learns from
-pasting.py     whether one stream can be pasted into another
 classes.py     classes that the streams share
 validation.py  what a training is validated on
 """
 
 from kdcache.training.sources.classes import share_classes
-from kdcache.training.sources.pasting import check_pasting
 from kdcache.training.sources.samples import open_dataset
-from kdcache.training.sources.source import Source, open_sources
+from kdcache.training.sources.source import Source, check_pasting, open_sources
 from kdcache.training.sources.validation import (
     check_validation,
     judged_by_its_own,

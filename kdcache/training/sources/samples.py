@@ -14,9 +14,10 @@ from kdcache.data import (
     open_split,
     prefetch,
 )
+from kdcache.distill.terms.spec import needs_labels, of_depth
 from kdcache.errors import DataError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
-from kdcache.settings.spelling import rand_augment
+from kdcache.settings.parse import rand_augment
 from kdcache.store import Cache, Records, open_cache
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.batch import Array
@@ -24,7 +25,6 @@ from kdcache.training.input.cache_dataset import CacheDataset
 from kdcache.training.input.dataset import DepthZoom, DrawnDataset, LabelledDataset
 from kdcache.training.input.mix import Mix
 from kdcache.training.input.subset import Part
-from kdcache.training.sources.labelled import check_labels, check_tasks
 
 
 def open_store(config: TrainConfig) -> Cache | None:
@@ -220,3 +220,32 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
     yield labels(views[:first])
     if views[first:]:
         yield labels(views[first:])
+
+
+def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
+    """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
+    terms = [term.kind for term in config.terms if needs_labels(term)]
+    if terms and not dataset.labelled:
+        raise RecipeError(
+            "terms on labels take labelled samples",
+            received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.labels})",
+            remedy="leave them out, or give labels",
+        )
+
+
+def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
+    """Refuse terms on labels of a task that is none of `offered`, which the source labels. Raises: RecipeError."""
+    named = () if config.labels in ("all", "none") else config.labels.split("+")
+    terms = [term for term in config.terms if needs_labels(term)]
+    for task in (SEGMENTATION, DEPTH):
+        kinds = [term.kind for term in terms if of_depth(term) == (task == DEPTH)]
+        if task in offered or not (kinds or task in named):
+            continue
+        asked = [f"--labels {config.labels}"] if task in named else []
+        example = ", for instance --data scenes:96x128,depth=exact" if task == DEPTH else ""
+        raise RecipeError(
+            f"terms of {task} on labels take a data set with labels of {task}, or a store that was built from one",
+            entry="terms on labels need labels",
+            received=f"{', '.join([*asked, *kinds])} for data with labels of {', '.join(offered) or 'no task'}",
+            remedy=f"give such a data set as the source{example}; or leave {task} out",
+        )

@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kdcache.distill.terms.spec import compares_features, of_depth, reads_labels
+from kdcache.data import Fit, Split, choose_fit
+from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
+from kdcache.distill.terms.required_arrays import depth_head
+from kdcache.distill.terms.spec import compares_features, of_depth, reads_labels, reads_teacher
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.store import Cache
 from kdcache.training.checks import check_replays
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.cache_dataset import choose_augment
 from kdcache.training.input.dataset import DrawnDataset
 from kdcache.training.run.monitor import check_logits
-from kdcache.training.sources.fit import shared_fit
 from kdcache.training.sources.fresh import check_same_data
 from kdcache.training.sources.samples import drawn_scale, open_dataset, open_folder, open_store
 from kdcache.training.streams import Stream, in_stream
@@ -141,3 +143,102 @@ def _shows_classes(source: Source) -> bool:
     if SEGMENTATION not in config.label_tasks or config.labels == "none":
         return False
     return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())
+
+
+def shared_fit(
+    config: TrainConfig,
+    opened: Sequence[tuple[Stream[TrainConfig], Cache | None, Split | None]],
+    size: tuple[int, int] | None,
+    note: Callable[[str], None],
+) -> Fit:
+    """The fit of a training: that of its stores, else that of the settings, else by the shapes of its images.
+
+    Args:
+        opened: every stream with its store, or its data set.
+        size: (H, W) of the pixels; None for the stores' views'.
+        note: is called with the reason where images are padded by default.
+    Raises: RecipeError where stores differ, where the settings differ, and for a size of another shape than padded
+        or cropped views have.
+    """
+    stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}
+    if not stores and config.fit != "auto":
+        return config.fit
+    if not stores:
+        return _by_shapes([split for _, _, split in opened if split is not None], size, note)
+    (fit, cache), *others = stores.items()
+    if others:
+        raise RecipeError(
+            "the images of all stores of a training are fitted into their views in one way",
+            received=", ".join(f"{cache.place} ({fit})" for fit, cache in stores.items()),
+            remedy=f"build the others again with --fit {fit}",
+        )
+    if config.fit not in ("auto", fit):
+        raise RecipeError(
+            "a training fits images as its store's views are, of which the targets are",
+            received=f"--fit {config.fit} for {cache.place}, built with --fit {fit}",
+            remedy=f"leave --fit out, or build a store with --fit {config.fit}",
+        )
+    if fit != "squash" and size is not None and squashed(cache.view_size, size) > MOST_SQUASHED:
+        height, width = cache.view_size
+        raise RecipeError(
+            "pixels of a training have the shape of its store's views where these are cropped or padded",
+            received=f"--size {size[0]}x{size[1]} for views of {height}x{width} with --fit {fit}",
+            remedy=f"use --size {height}x{width}, or build a store of that shape",
+        )
+    return fit
+
+
+def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Callable[[str], None]) -> Fit:
+    """The fit of data sets for which none is named: padded where any of them has images of another shape."""
+    for split in splits:
+        if size is None:  # which is refused later, by the rule of its own
+            break
+        fit, reason = choose_fit(split, size)
+        if reason is not None:
+            note(reason)
+            return fit
+    return "squash"
+
+
+def check_pasting(sources: Sequence[Source]) -> None:
+    """Check every stream that is pasted into. Raises: RecipeError with the name of the stream."""
+    for source in sources:
+        if source.pasted is not None:
+            with source.named():
+                _check_labels(source, source.pasted)
+                _check_forms(source, source.pasted)
+
+
+def _check_labels(source: Source, pasted: Source) -> None:
+    dataset = pasted.dataset
+    classes = SEGMENTATION in dataset.tasks and bool(dataset.own_classes.names)
+    if not dataset.labelled or not classes:
+        raise RecipeError(
+            "what is pasted is taught by its labels of classes",
+            received=f"paste-from {pasted.stream.name}, "
+            + ("whose labels are of depth alone" if dataset.labelled else "of which no sample has a label that is used")
+            + f" (labels={pasted.config.labels})",
+            remedy="paste from a stream with labels of classes; of two streams, labels go into the one without",
+        )
+
+
+def _check_forms(source: Source, pasted: Source) -> None:
+    """Check that a target and what is pasted into it mean the same. Raises: RecipeError."""
+    cache, other = source.cache, pasted.cache
+    depth = any(of_depth(term) and reads_teacher(term) and term.weight != 0 for term in source.config.terms)
+    differs = []
+    unit = depth_head(cache.manifest).unit if depth and cache is not None else METRES
+    if unit != METRES:
+        differs.append(f"depth in unit {unit!r}, known up to a scale of each image")
+    if cache is not None and other is not None:
+        shared = set(source.dataset.heads) & set(pasted.dataset.heads)
+        if SEGMENTATION in shared and cache.align_corners != other.align_corners:
+            differs.append(f"logits resized with align_corners={other.align_corners} into {cache.align_corners}")
+        if depth and DEPTH in shared and depth_head(cache.manifest) != depth_head(other.manifest):
+            differs.append(f"depth as {depth_head(other.manifest)} into {depth_head(cache.manifest)}")
+    if differs:
+        raise RecipeError(
+            "targets that are pasted into others mean the same as these",
+            received=f"paste-from {pasted.stream.name}: {'; '.join(differs)}",
+            remedy="leave the terms that read them out of one stream; or give stores of one teacher",
+        )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from kdcache.errors import ModelError
-from kdcache.metrics.oom import is_out_of_memory
+from kdcache.metrics.timing import is_out_of_memory
 from kdcache.training.config import TrainConfig
 
 RULE = "a batch must fit into memory"

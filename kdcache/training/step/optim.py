@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdcache.distill.terms import discriminator_parameters
 from kdcache.distill.terms.unlabelled.predictions import Discriminator
 from kdcache.errors import RecipeError
-from kdcache.settings.spelling import lr_scales, warmup_steps
+from kdcache.settings.parse import lr_scales, warmup_steps
 from kdcache.training.config import TrainConfig
 
 PATIENCE = 5

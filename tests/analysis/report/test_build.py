@@ -18,7 +18,6 @@ from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.per_image import MIOU
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.page import page, write_report
-from kdcache.analysis.report.pictures import pictures
 from kdcache.analysis.report.samples import (
     RowPrediction,
     Sample,
@@ -29,8 +28,9 @@ from kdcache.analysis.report.samples import (
     score_first_runs,
     shown_size,
 )
+from kdcache.analysis.report.sections import pictures
 from kdcache.analysis.runs import find_runs
-from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.analysis.visualise import Drawing
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
@@ -75,7 +75,7 @@ def test_images_are_the_same_through_all_rows(three: Path) -> None:
     found = compare([three / "runs"], options=QUICK)
     runs = find_runs([three / "runs"])
     split = open_split(found.data, found.split)
-    samples = choose_samples(found, score_first_runs(found, runs, split, Judging(), quiet), 2, quiet)
+    samples = choose_samples(found, score_first_runs(found, runs, split, EvalSettings(), quiet), 2, quiet)
     assert [sample.why for sample in samples[:4]] == ["best 1", "best 2", "worst 1", "worst 2"]
     assert len({sample.sample for sample in samples}) == len(samples)
     assert samples[0].mean >= samples[1].mean >= samples[3].mean >= samples[2].mean
@@ -100,7 +100,7 @@ def test_every_class_of_the_data_is_shown(three: Path) -> None:
     found = compare([three / "runs"], options=QUICK)
     split = open_split(found.data, found.split)
     labels = [set(np.unique(split.label(number)).tolist()) - {255} for number in range(len(split))]  # type: ignore[arg-type]
-    first = score_first_runs(found, find_runs([three / "runs"]), split, Judging(), quiet)
+    first = score_first_runs(found, find_runs([three / "runs"]), split, EvalSettings(), quiet)
     samples = choose_samples(found, first, 3, quiet)
     assert {place for sample in samples for place in sample.present} == set().union(*labels)
 
@@ -112,7 +112,7 @@ def test_with_own_folds_no_image_was_trained_on(world: Path, derive: Callable[..
     runs = [world / "runs" / name for name in ("kl-1", "kl-0", "plain-0", "plain-1")]
     found = compare(runs, str(world / "data"), "train", replace(QUICK, own_fold=True))
     split = open_split(found.data, "train")
-    first = score_first_runs(found, find_runs(runs), split, Judging(), quiet)
+    first = score_first_runs(found, find_runs(runs), split, EvalSettings(), quiet)
     samples = choose_samples(found, first, 6, quiet)
     assert {sample.sample for sample in samples} == set(fold_alone(split, 1, 2).ids)
     assert all(len(sample.predictions) == 2 for sample in samples)

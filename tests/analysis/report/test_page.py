@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from kdcache.analysis.comparison import Comparison, Row, RunScore
 from kdcache.analysis.report.charts import Line, line_chart, thin
 from kdcache.analysis.report.page import page
+from kdcache.analysis.report.sections import lost_classes
 from kdcache.analysis.report.summary import headline, ticks
-from kdcache.analysis.report.teacher import lost_classes
 from kdcache.analysis.report.training import LITTLE, MUCH, judge, read_norms
 from kdcache.analysis.runs import Entry
-from kdcache.analysis.spread import Difference, Interval, Resampled, Spread, adjust
+from kdcache.analysis.statistics import Difference, Interval, Resampled, Spread, adjust
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics

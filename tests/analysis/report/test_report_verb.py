@@ -53,7 +53,7 @@ def test_a_report_with_an_audit(world: Path, derive: Callable[..., Path]) -> Non
 
 @pytest.mark.slow
 def test_the_command_on_the_page_trains_the_run_again(world: Path) -> None:
-    from kdcache.analysis.report.recipes import again
+    from kdcache.analysis.report.sections import again
     from kdcache.analysis.runs import find_runs
 
     (run,) = find_runs([world / "runs/none-0"])

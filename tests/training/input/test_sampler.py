@@ -18,10 +18,10 @@ from kdcache.training.input.loader import Draws
 from kdcache.training.input.sampler import (
     WINDOW_RECORDS,
     WINDOW_SHARDS,
+    Interleaved,
     Order,
     Rare,
     Steps,
-    Woven,
     choose_labelled_share,
     choose_shuffle,
     epoch_order,
@@ -121,7 +121,7 @@ def test_every_batch_has_its_share_of_labels(
     labelled: list[bool], share: float, shard_records: int | None, first: int, batch_size: int
 ) -> None:
     flags = np.array(labelled)
-    woven = Woven(flags, share, 5, shard_records)
+    woven = Interleaved(flags, share, 5, shard_records)
     batch = [woven.visit(draw)[0] for draw in range(first, first + batch_size)]
     assert abs(flags[batch].sum() - share * batch_size) < 1
 
@@ -130,7 +130,7 @@ def test_every_batch_has_its_share_of_labels(
 @settings(max_examples=30, deadline=None)
 def test_each_stream_visits_all_of_its_records_in_every_epoch(labelled: list[bool]) -> None:
     flags = np.array(labelled)
-    woven = Woven(flags, 0.5, 9)
+    woven = Interleaved(flags, 0.5, 9)
     visits = [woven.visit(draw) for draw in range(240)]
     for stream in (flags, ~flags):
         records = np.flatnonzero(stream)

@@ -15,7 +15,7 @@ from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.metrics import DepthErrors, Metrics
 from kdcache.metrics.figures import colour_ids
-from kdcache.settings.spelling import LOGGERS
+from kdcache.settings.parse import LOGGERS
 from kdcache.training import Observer, make_config, train
 from kdcache.training.run import trackers
 from kdcache.training.run.metrics_log import Observers

@@ -12,7 +12,7 @@ import torch
 
 from kdcache.distill import Batch
 from kdcache.errors import ModelError
-from kdcache.metrics.oom import is_out_of_memory
+from kdcache.metrics.timing import is_out_of_memory
 from kdcache.training import Observer, make_config, train
 from kdcache.training.step.batch_fit import largest_fitting, requested_memory
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdcache.data import Window, open_split, whole_window
 from kdcache.errors import RecipeError
 from kdcache.metrics import Framing, evaluate_model
-from kdcache.metrics.framing import at_image, slide
+from kdcache.metrics.sliding import at_image, slide
 from kdcache.models import build_model
 
 SIDE = st.integers(1, 40)

@@ -17,8 +17,8 @@ from kdcache.store.format.manifest import parse_manifest
 from kdcache.store.format.manifest_models import Training
 from kdcache.teacher import BuildOptions, build_cache, load_teacher, load_teachers
 from kdcache.training import Observer, make_config, train
-from kdcache.training.held_out import check_teacher
 from kdcache.training.input.subset import Part
+from kdcache.training.leakage import check_teacher
 from kdcache.training.sources import open_dataset
 
 Notes = Callable[..., list[str]]

@@ -14,7 +14,7 @@ from kdcache.data import Split, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import Entry, entries
 from kdcache.settings.removed import SETTINGS, removal
-from kdcache.training.ranges import in_words
+from kdcache.settings.setting import in_words
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

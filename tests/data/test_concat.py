@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.analysis.banner import banner
+from kdcache.analysis.comparison import banner
 from kdcache.data import ClassList, check, list_splits, open_split
 from kdcache.data.classes import write_classes
 from kdcache.errors import DataError

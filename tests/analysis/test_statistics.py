@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.analysis import spread
-from kdcache.analysis.spread import Blocks, Difference, Spread, adjust, difference, resample, t_quantile, two_sided_p
+from kdcache.analysis import statistics
+from kdcache.analysis.statistics import (
+    Blocks,
+    Difference,
+    Spread,
+    adjust,
+    difference,
+    resample,
+    t_quantile,
+    two_sided_p,
+)
 from kdcache.metrics.confusion import ImageCounts
 
 # Published two-sided 95 % points of Student's t.
@@ -273,8 +282,8 @@ def miou(images: ImageCounts, times: list[int]) -> float:
 
 @pytest.mark.parametrize("by_sequence", [False, True])
 def test_draws_are_those_of_a_loop(by_sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spread, "RESAMPLES", 40)
-    monkeypatch.setattr(spread, "_AT_ONCE", 20)
+    monkeypatch.setattr(statistics, "RESAMPLES", 40)
+    monkeypatch.setattr(statistics, "_AT_ONCE", 20)
     ours, theirs = [counts(7, 4, seed) for seed in (0, 1)], [counts(7, 4, seed) for seed in (2, 3, 4)]
     blocks = blocks_of(ours[0].ids, by_sequence)
     assert blocks.count == (3 if by_sequence else 7)

@@ -17,7 +17,7 @@ from kdcache.settings.building import BUILD
 from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TRAINING
-from kdcache.verbs.arguments import checked, spec_of
+from kdcache.verbs.keywords import checked, spec_of
 from kdcache_cli.app import app
 
 JUDGED = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
