@@ -53,10 +53,9 @@ class KDCacheError(Exception):
         rule: what must hold, in one sentence.
         received: what was found instead.
         remedy: what the user can do about it.
-        entry: accepted and not used.
     """
 
-    def __init__(self, rule: str, *, received: str, remedy: str, entry: str | None = None) -> None:
+    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
         self.rule, self.received, self.remedy = map(plain_text, (rule, received, remedy))
         super().__init__(self.rule, self.received, self.remedy)
 

@@ -47,7 +47,6 @@ def network_fault(error: BaseException) -> ModelError | None:
     if isinstance(error, AttributeError) and error.name in _PARTS and not isinstance(error.obj, Outputs):
         return ModelError(
             "Cannot use what a network returned: its forward must return Outputs",
-            entry="cannot use what network returned",
             received=type(error.obj).__name__,
             remedy='Return kdcache.models.Outputs({"segmentation": logits}, features) from your SegmentationModel, '
             "or make it a torch.nn.Module, which kdcache wraps.",
@@ -55,14 +54,12 @@ def network_fault(error: BaseException) -> ModelError | None:
     if root is not None:
         return ModelError(
             f"Cannot run the network {root.spec}: {type(error).__name__}{_layer(root, modules)}",
-            entry="cannot run network",
             received=received,
             remedy=_fix(str(error)),
         )
     if any(frame.f_code.co_name in ("backward", "grad") and _is_autograd(frame) for frame in frames):
         return ModelError(
             f"Cannot go backward through the network: {type(error).__name__}",
-            entry="cannot go backward through network",
             received=received,
             remedy="Look in the network for operations in place (+=, relu_), for outputs without a gradient (detach, "
             "no_grad, frozen layers) and for gradients of your own. --debug shows the traceback.",

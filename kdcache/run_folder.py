@@ -344,7 +344,6 @@ def named_weights(text: str) -> tuple[Path, str] | None:
     if which not in WEIGHTS:
         raise RecipeError(
             f"weights that are named with a run are one of {', '.join(WEIGHTS)}",
-            entry="weights named with a run",
             received=text,
             remedy=f"for instance {folder}@{WEIGHTS[0]}; {folder} alone is its best weights, or those of --weights",
         )
@@ -362,7 +361,6 @@ def split_outputs(text: str) -> tuple[str, str | None]:
     if kind not in OUTPUTS:
         raise ModelError(
             f"Unknown outputs {kind!r}: a model's outputs are {', '.join(OUTPUTS)}",
-            entry="unknown outputs of a model",
             received=text,
             remedy=f"write {model}{_OUTPUTS}{OUTPUTS[1]} for a softmax, {model}{_OUTPUTS}{OUTPUTS[2]} for a sigmoid",
         )

@@ -208,7 +208,6 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
         return fault
     return KDCacheError(
         f"Cannot run your own code{place}",
-        entry="cannot run own code",
         received=f"{type(error).__name__}: {error}",
         remedy="Correct it there. --debug shows the traceback.",
     )

@@ -96,7 +96,7 @@ def changed_data(what: object, changes: Changes, split: Split | None, remedy: st
     if split is not None and len(changes.added) == len(split.ids):
         headline = f"{split.data} is not the data set that {what} was made from: it has none of its samples"
     where = "the data of the first command" if split is None else f"{split.data}, split {split.split!r}"
-    return MismatchError(headline, entry="data set has changed", received=where, remedy=remedy)
+    return MismatchError(headline, received=where, remedy=remedy)
 
 
 def named(ids: Sequence[str]) -> str:

@@ -181,7 +181,6 @@ def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
             bare = next(entry for entry in classes if entry.number is None)
             raise DataError(
                 f"Cannot number the classes of {path}: line {bare.line} has no number",
-                entry="cannot number classes",
                 received=f"{bare.text!r}, but {marked.text!r} in line {marked.line}",
                 remedy="Give a number to every class, or to none. Remove a header.",
             )
@@ -209,7 +208,6 @@ def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path
             continue
         raise DataError(
             f"Cannot number the classes of {path}: {fault}",
-            entry="cannot number classes",
             received=f"{entry.text!r} in line {entry.line}",
             remedy=f"Number each class once, from 0 to {IGNORE_INDEX - 1}. Write `void: NUMBER` for what is no class; "
             f"{IGNORE_INDEX} is void already.",
@@ -255,7 +253,6 @@ def _parse(path: Path, line: int, text: str) -> _Entry | None:
         return _Entry(line, words, name, colour, void=True)
     raise DataError(
         f"Cannot read line {line} of {path}: {words!r} gives void no number and no colour",
-        entry="cannot read line of void",
         received=repr(text.strip()),
         remedy="Write `void: 0`, or `void: r g b` for labels in colours, a line for each. Leave the colon out of a "
         "class's name.",

@@ -139,7 +139,6 @@ def _scaled(levels_HW3: npt.NDArray[np.uint16], bits: int, path: Path) -> Pixels
     if (most := int(levels_HW3.max())) >= 1 << bits:
         raise RecipeError(
             f"Cannot scale {path.name} from {bits} bits: it has a level of {most}",
-            entry="image has levels beyond bits",
             received=f"{path}; {bits} bits hold 0 to {(1 << bits) - 1}",
             remedy=f"Give --bits {most.bit_length()}, or the number of bits that your camera writes.",
         )
@@ -155,7 +154,6 @@ def _too_deep(path: Path, bits: int, *, scaled: bool) -> DataError:
         )
     return DataError(
         f"Cannot read {path.name}: it has {bits} bits per channel",
-        entry="image has more than 8 bits",
         received=f"{path}; images have 8 bits per channel",
         remedy=remedy,
     )
@@ -370,7 +368,6 @@ def _most_pixels() -> int | None:
     if not 0 < megapixels < math.inf:
         raise DataError(
             f"Cannot use {MEGAPIXELS}={text}: it is no number above 0",
-            entry="megapixels are number above 0",
             received=repr(text),
             remedy=f"Set it to the megapixels of your largest image, such as {MEGAPIXELS}=400, or unset it.",
         )
@@ -382,7 +379,6 @@ def _too_large(path: Path, error: Exception | Warning) -> DataError:
     megapixels = math.ceil(int(pixels[0]) / 1e6) if pixels else 400
     return DataError(
         f"Cannot read {path.name}: it has {megapixels} megapixels, more than the limit",
-        entry="image has more pixels than limit",
         received=f"{path}: {error}",
         remedy=f"If you trust the file, raise the limit: export {MEGAPIXELS}={megapixels}. Or cut it into tiles.",
     )
@@ -391,7 +387,6 @@ def _too_large(path: Path, error: Exception | Warning) -> DataError:
 def _unreadable(path: Path, what: str, error: Exception) -> DataError:
     return DataError(
         f"Every {what} of a data set can be read.",
-        entry="every file of data can be read",
         received=f"{path}: {error or type(error).__name__}",
         remedy="Restore the file from its source, or remove the sample; `check` lists all such files.",
     )

@@ -77,7 +77,6 @@ def _find(data: str, exports: bool) -> LayoutRoot:
         return place
     raise DataError(
         f"Cannot use {data} as it is: a data set of layout {place.layout.name} is converted first",
-        entry="cannot use an export",
         received=place.layout.why(place.root).partition(";")[0],
         remedy=f"Convert it, then use the new folder: {convert_command(data)}",
     )

@@ -38,7 +38,6 @@ def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
     except re.error as error:
         raise RecipeError(
             f"{flag} is a regular expression, whose match in a sample's id names the sequence",
-            entry="pattern is regular expression",
             received=f"{text!r}: {error}",
             remedy=f"for instance {EXAMPLE}",
         ) from error
@@ -69,7 +68,6 @@ def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[
     if nameless:
         raise RecipeError(
             f"{flag} matches in every id, and names a sequence there",
-            entry="pattern matches every id",
             received=f"{by!r} names none in {len(nameless)} of {len(ids)} ids, such as {nameless[0]!r}",
             remedy=f"give a pattern that fits all ids, for instance {EXAMPLE}",
         )

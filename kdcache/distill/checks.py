@@ -28,7 +28,6 @@ def check_weights(temperature: float, **weights: float) -> None:
         if not (isinstance(number, Real) and math.isfinite(number) and number >= 0):
             raise RecipeError(
                 f"{name} of a loss is a number from 0 on",
-                entry="weight of loss is number",
                 received=f"{name}={number!r}",
                 remedy=f"pass {name}=0 to leave its term out",
             )
@@ -123,7 +122,6 @@ def check_logits(reading: Sequence[str]) -> None:
     if reading:
         raise RecipeError(
             f"{', '.join(reading)} compare the logits of a head {SEGMENTATION}",
-            entry="terms compare logits of segmentation",
             received="a student without that head",
             remedy="leave them out, ce_weight=0 and kl_weight=0; or use a student that has it",
         )
@@ -178,7 +176,6 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
         if heads is not None and name not in heads:
             raise RecipeError(
                 f"{term.kind} compares the student's head {name}",
-                entry="term compares heads of a kind",
                 received="outputs without it",
                 remedy="use a model with such a head, in training mode, and pass its outputs whole: "
                 "criterion(model(x), batch)",
@@ -189,7 +186,6 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
         if term.task not in (getattr(batch, where) or {}):
             raise RecipeError(
                 f"{term.kind} reads the {where} of {term.task} of every batch",
-                entry="term reads every batch",
                 received=f"a batch without {where} of {term.task}",
                 remedy="train on data that has them, or leave the term out",
             )

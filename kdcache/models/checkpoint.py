@@ -59,7 +59,6 @@ def unwrap(content: object, path: Path, choice: str | None = None) -> tuple[dict
     if kind not in kinds:
         raise ModelError(
             f"{path} has no {CHOICES[kind]} weights",
-            entry="file has no such weights",
             received=f"{kinds[usual][0] or 'one set of tensors'} alone",
             remedy=f"leave out :{kind}; for the average of a run of kdcache give RUN@best-ema",
         )

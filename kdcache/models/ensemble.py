@@ -204,7 +204,6 @@ def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict
         if tta is not None and 1.0 not in tta.scales:
             raise RecipeError(
                 f"{name} is averaged over renderings at scale 1: an enlarged image shows a nearer scene",
-                entry="depth is averaged at scale 1",
                 received=f"--tta with scales {':'.join(f'{scale:g}' for scale in tta.scales)}",
                 remedy="add 1 to the scales",
             )

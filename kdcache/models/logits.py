@@ -65,7 +65,6 @@ def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None
     if outputs is not None and SEGMENTATION not in model.head_kinds:
         raise ModelError(
             f"outputs={outputs} is said of classes, and {model.spec} has no head {SEGMENTATION}",
-            entry="outputs are of classes",
             received=f"heads {', '.join(model.head_kinds) or 'none'}",
             remedy=f"leave out ,outputs={outputs}",
         )

@@ -241,7 +241,6 @@ def _rgb(name: str, value: Iterable[float]) -> tuple[float, float, float]:
     if len(numbers) != 3 or not all(math.isfinite(v) for v in numbers):
         raise ModelError(
             f"{name} must be three finite numbers",
-            entry="mean and std are three numbers",
             received=str(numbers),
             remedy="give red, green and blue in 0..1, for example 0.485 0.456 0.406",
         )

@@ -192,7 +192,6 @@ def _home(spec: str) -> tuple[_Family | None, str]:
             if lacks(family):
                 raise ModelError(
                     f"{family}:* needs {NEEDS[family]}, which an extra of kdcache brings",
-                    entry="model needs an extra",
                     received=f"{spec}, and no such module",
                     remedy=pip_command(family),
                 )

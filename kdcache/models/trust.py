@@ -55,7 +55,6 @@ def check_present(spec: str, where: str) -> None:
     if place.endswith(".py") and not Path(place).is_file():
         raise ModelError(
             f"Cannot find {place}, the code of a model",
-            entry="cannot find code model",
             received=f"{where} names {spec}, and there is no {Path(place).resolve()}",
             remedy="copy that file here from where the run was trained; then read it, and add --trust",
         )
@@ -77,7 +76,6 @@ def check_trusted(spec: str, where: str) -> None:
     place, _, function = base_of(spec).rpartition(":")
     raise ModelError(
         f"Cannot import {spec}: a file names this code, and you have not allowed it",
-        entry="code that file names",
         received=f"{where} names the model {spec}: {_source_of(place)} would be imported, and {function} called",
         remedy="read that code. If you trust it, add --trust. In Python, call inside `with kdcache.models.trusting():`",
     )

@@ -98,7 +98,6 @@ def split_choice(text: str | Path) -> tuple[Path, str | None]:
     if choice not in CHOICES:
         raise ModelError(
             f"Unknown weights {choice!r} of {file}",
-            entry="unknown weights of a file",
             received=str(text),
             remedy="give FILE:ema for averaged weights, FILE:raw for raw ones, or FILE alone",
         )

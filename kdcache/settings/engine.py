@@ -38,7 +38,6 @@ class EngineSettings:
         if self.engine == "local" and any(mine.values()):
             raise RecipeError(
                 f"{', '.join(mine)} are those of --engine ray",
-                entry="flags of engine ray",
                 received=", ".join(f"{flag} {value}" for flag, value in mine.items() if value),
                 remedy="add --engine ray, or leave them out",
             )

@@ -132,7 +132,6 @@ class Entry:
         if words is not None and value is not None and value not in words:
             raise RecipeError(
                 f"{self.flag} is one of {', '.join(words)}",
-                entry="flag has a value",
                 received=repr(value),
                 remedy=f"use {self.flag} {words[0]}",
             )
@@ -143,7 +142,6 @@ class Entry:
         except ValueError as error:
             raise RecipeError(
                 f"{self.flag} is {self.spelling.rule}",
-                entry="flag has a value",
                 received=repr(value),
                 remedy=f"for instance {self.flag} {self.spelling.example}",
             ) from error

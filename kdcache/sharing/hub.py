@@ -100,7 +100,6 @@ def opened(
                 )  # raises if there is no such state
                 raise StoreError(
                     f"Cannot pull {address}: it has no {COMPLETE}",
-                    entry="cannot pull from hub",
                     received="a repository without a complete cache",
                     remedy="Check the address. To finish an interrupted push, run its command again.",
                 )
@@ -172,7 +171,6 @@ def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushRe
     if private and not hub.dataset_info(address.repository).private:
         raise StoreError(
             f"Cannot push privately into {address}: it is public",
-            entry="cannot push into public",
             received="--private",
             remedy="Make it private on the Hub, or give another NAME.",
         )
@@ -186,7 +184,6 @@ def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushRe
         if left:
             raise StoreError(
                 f"Cannot find {left[0]} in {address} after the push",
-                entry="cannot find after push",
                 received=f"{len(left)} files are missing",
                 remedy="Run the same command again.",
             )
@@ -211,7 +208,6 @@ def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str
         names = sorted(other) or [CARD]
         raise StoreError(
             f"Cannot push into {address}: it holds {names[0]}",
-            entry="cannot push into repository",
             received=f"{len(names)} files that are not of this cache",
             remedy="Give another NAME, or remove the files yourself if nothing of them is needed.",
         )
@@ -235,7 +231,6 @@ def _check(address: HubAddress, licence: str | None) -> None:
     if licence is None:
         raise StoreError(
             f"Missing --license for {address}",
-            entry="missing license",
             received="no licence of the stored outputs",
             remedy="Give a name that the Hub has for it, for instance --license cc-by-4.0, or other: what the licences "
             "of the images, the labels and the teacher allow.",
@@ -243,7 +238,6 @@ def _check(address: HubAddress, licence: str | None) -> None:
     if address.revision is not None:
         raise StoreError(
             f"Cannot push into {address}: a push is the newest state",
-            entry="cannot push into revision",
             received=f"@{address.revision}",
             remedy=f"Leave @{address.revision} out.",
         )
@@ -311,7 +305,6 @@ def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
         remedies[404] = "Check the address. A private or gated repository needs a token that may read it (HF_TOKEN)."
         raise StoreError(
             f"The Hub did not answer as it should: {address}",
-            entry="hub did not answer",
             received=words if status is None else f"{status}, {words}",
             remedy=remedies.get(status or 0, "Run the same command again: it continues where it stopped."),
         ) from error

@@ -171,7 +171,6 @@ class Records:
         if label is not None and self._labels is not None and pixel_checksum(label) != int(self._labels[record]):
             raise MismatchError(
                 f"The label of {where} has changed since {self.cache.place} was built",
-                entry="data set has changed",
                 received=f"split {self.split.split!r}",
                 remedy=f"restore the label, or renew the cache: {renewal(self.cache.place, self.split.data)}",
             )

@@ -193,7 +193,6 @@ class StoreWriter:
             what = "labels" if path == "records/label_checksum" else "images"
             raise MismatchError(
                 f"Cannot repair shard {shard} of {self.place}: its {what} do not render as they did at the build",
-                entry="damaged records are taught again",
                 received="; ".join(other) or f"the {what} of its records have changed, or their checksums are lost",
                 remedy=f"restore the {what}, or the versions that the store was built with (kdcache inspect --json); "
                 "or build into a new folder",

@@ -96,7 +96,7 @@ class Inputs:
 
     def _damaged(self, how: str) -> RecipeError:
         remedy = f"delete it, and repeat the command, which looks at every job again: rm {shlex.quote(str(self._path))}"
-        return RecipeError(f"Cannot read {self._path}", entry="inputs of a sweep", received=how, remedy=remedy)
+        return RecipeError(f"Cannot read {self._path}", received=how, remedy=remedy)
 
     def _key(self, data: str, split: str) -> str:
         return f"{split} of data set {self._numbers.setdefault(data, len(self._numbers) + 1)}"

@@ -386,7 +386,6 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         if not isinstance(own.get(AUDIT, False), bool):
             raise RecipeError(
                 f"{AUDIT} of {name} is true or false",
-                entry="audit of a store",
                 received=f"{AUDIT} = {own[AUDIT]!r}",
                 remedy=f"write {AUDIT} = true",
             )

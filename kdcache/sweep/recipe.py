@@ -144,7 +144,6 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
                 f"[{table}] of a recipe is a table",
                 received=repr(content[table]),
                 remedy="write its keys below it",
-                entry="tables of a recipe",
             )
     for table, keys in _KEYS.items():
         check_names(f"keys of [{table}]", content.get(table, {}), keys)
@@ -175,7 +174,7 @@ def unknown(rule: str, name: str, allowed: Iterable[str]) -> RecipeError:
     """The error for an unknown name: its remedy is the nearest allowed ones, or all."""
     near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.5)
     remedy = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(allowed)}"
-    return RecipeError(rule, received=repr(name), remedy=remedy, entry="names of a recipe")
+    return RecipeError(rule, received=repr(name), remedy=remedy)
 
 
 def _shipped() -> Any:
@@ -320,7 +319,6 @@ def _check_named(kind: str, tables: Any) -> None:
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) and "name" in t for t in tables):
         raise RecipeError(
             f"a recipe has [[{kind}]] tables with a name",
-            entry="tables of a recipe",
             received=repr(tables)[:80],
             remedy=f"add [[{kind}]] and name = ...",
         )
@@ -339,7 +337,6 @@ def _check_tables(content: dict[str, Any]) -> None:
             if not isinstance(table, dict) or name == first:
                 raise RecipeError(
                     f"[{kind}.NAME] is a table, and {first} the name of [{first}]",
-                    entry="tables of a recipe",
                     received=f"{kind}.{name} = {table!r}",
                     remedy=f"write the keys in which it differs from [{first}] below [{kind}.another]",
                 )

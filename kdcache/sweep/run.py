@@ -156,7 +156,6 @@ def _recorded(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"Cannot read {path}",
-            entry="record of a sweep",
             received=f"{type(error).__name__}: {error}",
             remedy=f"delete it, and repeat the first command, which writes it again: rm {shlex.quote(str(path))}",
         ) from error

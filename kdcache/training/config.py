@@ -270,7 +270,6 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
         rule, instance = entry.spelling.rule or rule, entry.spelling.example
     return RecipeError(
         f"{flag} is {rule}",
-        entry="flag has a value",
         received=f"{flag} {as_typed(value)}",
         remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
     )

@@ -139,7 +139,6 @@ def plan_reuse(
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
         raise RecipeError(
             f"Cannot change {flags} with --from",
-            entry="cannot change with from",
             received=f"a cache of other {flags} shares no targets with {reuse}",
             remedy="Leave these out, or leave --from out to compute all targets again.",
         )
@@ -200,7 +199,6 @@ def _check_apart(earlier: Cache, out: str | Path) -> None:
     if same or old.rstrip("/") == new.rstrip("/"):
         raise RecipeError(
             f"Cannot build {new} from itself",
-            entry="cannot build from itself",
             received=f"--from {old} --out {new}",
             remedy="Give a new folder or address with --out. You can remove the old one when the new one is complete.",
         )
@@ -294,7 +292,6 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
         if set_anyway := [name for name, value in beside.items() if value is not None]:
             raise RecipeError(
                 f"{held} is used as it is",
-                entry="loaded teacher is used as it is",
                 received=", ".join(f"{name}={beside[name]!r}" for name in set_anyway),
                 remedy="leave them out; load_teacher takes class_map, mean and std, and runs or SPEC@FILE the others",
             )

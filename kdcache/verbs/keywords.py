@@ -116,7 +116,6 @@ def _place(data: Any, name: str) -> str:
     kind = type(data)
     raise RecipeError(
         f"{name} is a folder or a spec, or a split: of kdcache.open_split, or kdcache.from_dataset",
-        entry="data are folder spec or split",
         received=f"{kind.__module__}.{kind.__qualname__}",
         remedy="make a split of it: kdcache.from_dataset(dataset, classes=[...]); of a DataLoader, of its .dataset",
     )
@@ -147,7 +146,6 @@ def _refused(error: ValidationError, given: Mapping[str, Any], *tables: type) ->
     instance = spelling.example if spelling is not None else entry.default
     return RecipeError(
         f"{entry.name} is {rule}",
-        entry="flag has a value",
         received=f"{entry.name}={given.get(entry.name)!r}",
         remedy=f"for instance {entry.name}={instance!r}" if instance not in (None, (), "", MISSING) else "correct it",
     )

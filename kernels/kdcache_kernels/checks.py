@@ -52,7 +52,6 @@ def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
     if not is_finite(value) or value < 0 or (above_zero and value == 0):
         raise ValueRangeError(
             f"{name} is finite and {'above 0' if above_zero else 'at least 0'}.",
-            entry="number is in range",
             received=f"{value!r}",
             remedy=f"Pass a valid {name}"
             + ("; 1 leaves the distributions as they are." if above_zero else "; 0 leaves its term out."),
@@ -111,14 +110,12 @@ def check_tensor(
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "real numbers"
         raise ShapeError(
             f"{name} is {shape} of {kinds}, a dense tensor.",
-            entry="tensor has a shape",
             received=describe(tensor),
             remedy=remedy,
         )
     if tensor.device != device:
         raise ShapeError(
             f"{name} is on the device of the other tensors.",
-            entry="tensors are on one device",
             received=f"{describe(tensor)}; they are on {device}",
             remedy=f"Move {name} there with .to(..., non_blocking=True) before the call.",
         )

@@ -94,7 +94,6 @@ def choose_k(
     if not is_logits(logits_BChw) or logits_BChw.shape[1] != num_classes:
         raise ShapeError(
             f"logits_BChw is (B, {num_classes}, h, w), as num_classes says.",
-            entry="tensor has a shape",
             received=describe(logits_BChw),
             remedy="Pass the class list of the teacher that made the logits.",
         )

@@ -21,10 +21,9 @@ class KernelError(ValueError):
         rule: what must hold, naming the argument, in one sentence.
         received: the value or property found instead.
         remedy: a step that the caller can take.
-        entry: accepted and not used.
     """
 
-    def __init__(self, rule: str, *, received: str, remedy: str, entry: str | None = None) -> None:
+    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
         super().__init__(rule, received, remedy)
         self.rule = rule
         self.received = received

@@ -359,7 +359,6 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, *
     if impl != "auto":
         raise ValueRangeError(
             f"impl={impl!r} can take the tensors that are given.",
-            entry="impl can take the tensors",
             received="; ".join((*(f"{name} is {describe(x)}" for name, x in arguments.items()), reason)),
             remedy="Pass impl='auto', or impl='reference', which takes everything.",
         )

@@ -191,7 +191,6 @@ def check_device(name: str, tensor: Tensor) -> None:
     if tensor.device.type in NO_FLOAT64:
         raise ShapeError(
             f"{name} is on a device that has float64: the CPU, CUDA or ROCm.",
-            entry="tensor is where float64 is",
             received=describe(tensor),
             remedy=f"Move {name} and what goes with it to the CPU, with .to('cpu'); the fused kernels run there.",
         )
@@ -231,7 +230,6 @@ def _check_ids_fit(k: int, num_classes: int) -> None:
     if k < num_classes > MOST_CLASSES:
         raise ValueRangeError(
             f"Cannot keep the top {k} of {num_classes} classes: class ids are stored in 16 bits.",
-            entry="class ids have 16 bits",
             received=f"{num_classes} classes, at most {MOST_CLASSES}",
             remedy="Merge classes (--class-map), or keep every class with k = num_classes.",
         )
@@ -247,14 +245,12 @@ def _check_part(
     if part is None or not is_dense(part) or tuple(part.shape) != shape or part.dtype not in dtypes:
         raise ShapeError(
             f"{name} is {shape} of {dtypes[0]} where not every class is kept.",
-            entry="tensor has a shape",
             received=describe(part),
             remedy="Pass values, indices and tail of one call of kdcache_kernels.pack.",
         )
     if part.device != device:
         raise ShapeError(
             f"{name} is on the device of values.",
-            entry="tensors are on one device",
             received=f"{describe(part)}; values is on {device}",
             remedy="Move the whole target with PackedTarget.to.",
         )

@@ -61,7 +61,6 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
     if not all(word.isdecimal() for word in words):
         raise RecipeError(
             f"{flag} is whole numbers from 0, with commas between",
-            entry="flag is whole numbers",
             received=repr(text),
             remedy=f"for instance {flag} 0,1",
         )

@@ -113,14 +113,11 @@ def _drawing(draw: Path | None, num: int | None, layout: str | None, formats: st
     if draw is None and (unused := [flag for flag, value in given.items() if value is not None]):
         raise RecipeError(
             f"Cannot use {' and '.join(unused)} without --draw",
-            entry="cannot use without draw",
             received="no folder of pictures",
             remedy="Add --draw DIR, or leave these out.",
         )
     if layout not in (None, *get_args(Layout)):
-        raise RecipeError(
-            f"Unknown --layout {layout}", entry="unknown layout", received="grid or row", remedy="Use row."
-        )
+        raise RecipeError(f"Unknown --layout {layout}", received="grid or row", remedy="Use row.")
     if draw is None:
         return None
     names = [name.strip() for name in (formats or "png").split(",")]

@@ -145,7 +145,6 @@ def parse_names(text: str, flag: str, allowed: Collection[str]) -> tuple[str, ..
             near = difflib.get_close_matches(name, allowed, n=1)
             raise RecipeError(
                 f"{flag} lists some of {', '.join(allowed)}",
-                entry="flag of known names",
                 received=repr(name),
                 remedy=f"did you mean {near[0]!r}?" if near else f"leave out {name!r}",
             )

@@ -117,7 +117,6 @@ def convert(
     if bits is not None and not 8 < bits <= 16:
         raise RecipeError(
             f"Cannot scale images from {bits} bits to 8",
-            entry="images are scaled from bits",
             received=f"--bits {bits}",
             remedy="Give the bits in use of 16, from 9 to 16. Images of 8 bits need no --bits.",
         )

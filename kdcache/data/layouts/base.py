@@ -42,7 +42,6 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
         if strange := [number for number in unlisted if seen[number]]:
             raise DataError(
                 f"Cannot read {path.name}: {CLASSES_FILE} does not list its number {strange[0]}",
-                entry="classes.txt does not list number",
                 received=f"{', '.join(map(str, strange))} in {path}",
                 remedy=remedy,
             )
@@ -158,7 +157,6 @@ class Layout(ABC):
         if split not in (names := self.splits(root)):
             raise DataError(
                 f"A split is {self.split_is}.",
-                entry="split is one of data",
                 received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
                 remedy="Name one of the splits that exist."
                 + (HOW_TO_SPLIT if split in VALIDATION and not {*VALIDATION} & {*names} and WHOLE in names else ""),
@@ -208,7 +206,6 @@ class Layout(ABC):
         if scan.orphans or scan.foreign:
             raise DataError(
                 self.pairing,
-                entry="every label has an image",
                 received=f"{describe_some(scan.orphans + scan.foreign)} in {root / scan.label_place}",
                 remedy=saved_as_png(scan.orphans + scan.foreign)
                 or f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}; "

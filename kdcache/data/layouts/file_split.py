@@ -71,7 +71,6 @@ class FileSplit(Split):
         if bad := ids_out_of_range(label, len(self.classes)):
             raise DataError(
                 self._label_ids.rule.format(last=len(self.classes) - 1),
-                entry="labels hold ids of classes",
                 received=f"{describe_ids(bad)} in {path}",
                 remedy=self._label_ids.remedy,
             )

@@ -175,7 +175,6 @@ def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
         return place
     raise DataError(
         f"A {CLASSES_FILE} lies where its data set begins, and its classes are those of the labels.",
-        entry="classes lie where data begin",
         received=f"{above}, with other classes than layout {place.layout.name} in {place.root}",
         remedy=f"Move it to {place.root} if it is meant for these data; else name {place.root} as the data folder.",
     )
@@ -222,7 +221,6 @@ def _named(layout: Layout, folder: Path) -> LayoutRoot:
     fits = [other.name for other in LAYOUTS.values() if other.find(folder) is not None]
     raise DataError(
         f"A folder of layout {layout.name} has {layout.requirement}.",
-        entry="folder is of its layout",
         received=f"{folder}, which has not" + (f", but is of layout {fits[0]}" if fits else ""),
         remedy=f"Name it {fits[0]}:{folder}." if fits else "Check the path, or restore what is missing.",
     )

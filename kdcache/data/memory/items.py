@@ -42,7 +42,6 @@ def naming_item(where: str) -> Iterator[None]:
     except Exception as error:
         raise DataError(
             f"Cannot read {where}: {type(error).__name__}",
-            entry="cannot read item",
             received=f"{type(error).__name__}: {error}",
             remedy="Correct your data set or its transform, or leave the item out (torch.utils.data.Subset).",
         ) from error

@@ -64,7 +64,6 @@ def check_student(kind: str, heads: Mapping[str, HeadKind], name: str = SEGMENTA
     if head is None or head.kind != right:
         raise RecipeError(
             f"{kind} compares a head {name} that is {right}" + (": numbers" if depth else ": logits of classes"),
-            entry="term compares heads of a kind",
             received=f"a student with {_heads_text(heads)}",
             remedy="use a student with such a head"
             + _ADDED.get(name, "; or leave it out (--ce-weight 0, --method none) beside terms of depth"),
@@ -84,7 +83,6 @@ def _check_metres(kind: str, whose: str, head: Any) -> None:
     if head.unit != "m":
         raise RecipeError(
             f"{kind} compares depth in metres",
-            entry="term compares depth in metres",
             received=f"{whose} head {DEPTH} in unit {head.unit!r}",
             remedy="depth-ssi compares depth that is known up to a scale and a shift",
         )

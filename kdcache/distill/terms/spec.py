@@ -234,7 +234,6 @@ def _refuse_option(kind: str, option: str) -> None:
     near = difflib.get_close_matches(option, options, n=1)
     raise RecipeError(
         f"the options of {kind} are {', '.join(options)}",
-        entry="options of a term",
         received=repr(option),
         remedy=f"did you mean {near[0]}?" if near else "leave it out",
     )
@@ -259,5 +258,4 @@ def _check_value(kind: str, option: str, value: Any) -> None:
             f"{option} of a term is {rule}",
             received=f"{option} = {value!r} of {kind}",
             remedy="correct it",
-            entry="options of a term",
         )

@@ -147,7 +147,6 @@ def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> Segment
         return model
     raise ModelError(
         f"+{DEPTH} adds a depth head to a model without one; its options are of that head, or of kdcache's own",
-        entry="depth head is added once",
         received=f"{spec}, and {model.spec} has " + ("one" if DEPTH in model.head_kinds else "none"),
         remedy=f"write {model.spec}" if DEPTH in model.head_kinds else f"write {model.spec}+{DEPTH}",
     )

@@ -78,7 +78,6 @@ class SmpModel(SegmentationModel):
             near = [max(1, round(int(side) / step)) * step for side in (height, width)]
             raise ModelError(
                 f"{self.spec} takes images whose sides are multiples of {step}",
-                entry="model takes images of sizes",
                 received=f"{int(height)}x{int(width)}",
                 remedy=f"for instance --size {near[0]}x{near[1]}",
             )

@@ -87,9 +87,7 @@ def disk_space_errors(path: Path | str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             rule, remedy = _REFUSALS[error.errno]
-            raise StoreError(
-                rule, received=_where(error, path), remedy=remedy, entry="system refuses writing"
-            ) from error
+            raise StoreError(rule, received=_where(error, path), remedy=remedy) from error
         if not _is_full(error, Path(path)):
             raise
         raise StoreError(

@@ -174,7 +174,6 @@ class Bucket(Place):
                 time.sleep(PAUSE_SECONDS * 2 ** (ATTEMPTS - 1 - left))
         raise StoreError(
             f"Cannot fetch {self.describe(key)}: its bytes are others in every fetch",
-            entry="cannot fetch remote object",
             received=f"{ATTEMPTS} fetches, and no two that agree with each other or with the server's checksum",
             remedy="check the network, and any proxy on the way: what the server has need not be damaged. Then run the "
             "same command again",

@@ -50,7 +50,6 @@ def audit_store(records: Records, *, worst: int = 10, progress: Progress | None 
     if not cache.manifest.heads:
         raise MismatchError(
             f"Cannot audit {cache.place}: it holds no head of its teacher",
-            entry="cannot audit without heads",
             received=f"features of {', '.join(cache.manifest.features)}, which no label judges",
             remedy="Use kdcache verify CACHE --teacher TEACHER, which compares features with those of their teacher.",
         )

@@ -128,7 +128,6 @@ def _check_logits(teacher: Teacher, size: tuple[int, int]) -> None:
     if finding is not None and finding.certain:
         raise ModelError(
             f"The outputs of {teacher.origin} are not logits",
-            entry="outputs are not logits",
             received=f"the teacher {finding.text}",
             remedy=finding.remedy,
         )

@@ -58,7 +58,6 @@ def _check_logit_options(options: BuildOptions, heads: Sequence[str]) -> None:
     if given:
         raise RecipeError(
             f"{', '.join(given)} is of logits, those of a head {SEGMENTATION}",
-            entry="flags of logits need them",
             received=f"a store of {', '.join(heads) or 'features alone'}",
             remedy="leave it out, or store other heads (--heads)",
         )

@@ -43,7 +43,6 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
         if kind != "at" or not tap:
             raise RecipeError(
                 f"Unknown statistic: {name}",
-                entry="unknown statistic",
                 received=repr(name),
                 remedy="Write at:TAP, for instance --statistics at:head.",
             )

@@ -50,7 +50,6 @@ class Mix:
         if self.kind not in NUMBERS or not 0 < self._share <= 1:
             raise RecipeError(
                 f"{flag.strip('= ')} is cutmix or classmix, with the share of samples that are mixed",
-                entry="mix is cutmix or classmix",
                 received=repr(text),
                 remedy=f"for instance {flag}cutmix or {flag}classmix:0.5",
             )

@@ -60,7 +60,6 @@ def _count(flag: str, limit: float | None, available: int) -> int:
     if not 1 <= count <= available:
         raise RecipeError(
             f"{flag} leaves at least one sample, and no more than there are",
-            entry="limit leaves at least one",
             received=f"{limit:g} of {available} samples",
             remedy="give a number of samples, or a share between 0 and 1",
         )

@@ -46,7 +46,6 @@ def check_loggers(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
                 f"--log {name} takes the package {name}",
-                entry="logger needs its package",
                 received="it is not installed",
                 remedy=f"in a clone of kdcache: pip install '.[{name}]'. Or leave --log {name} out",
             )

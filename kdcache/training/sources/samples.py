@@ -245,7 +245,6 @@ def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
         example = ", for instance --data scenes:96x128,depth=exact" if task == DEPTH else ""
         raise RecipeError(
             f"terms of {task} on labels take a data set with labels of {task}, or a store that was built from one",
-            entry="terms on labels need labels",
             received=f"{', '.join([*asked, *kinds])} for data with labels of {', '.join(offered) or 'no task'}",
             remedy=f"give such a data set as the source{example}; or leave {task} out",
         )

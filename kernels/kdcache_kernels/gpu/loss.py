@@ -131,7 +131,6 @@ def _check_offsets(problem: LossProblem) -> None:
         if tensor is not None and _reach(tensor) >= OFFSETS:
             raise ShapeError(
                 f"one image of {name} lies within 2^31 elements of memory.",
-                entry="image within 2^31 elements",
                 received=describe(tensor),
                 remedy=f"Pass {name}.contiguous(), or crop the images where that is as long.",
             )

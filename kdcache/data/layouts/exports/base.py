@@ -92,7 +92,6 @@ class Export(Layout):
         if not objects:
             raise DataError(
                 f"Cannot find a labelled shape in {root}",
-                entry="cannot find labelled shape",
                 received=f"{self.found(root)}, in which nothing is labelled",
                 remedy="Label the images in the tool, and export again.",
             )
@@ -193,7 +192,6 @@ def unreadable(path: Path, error: Exception | str) -> DataError:
     kind = "" if isinstance(error, str) else f"{type(error).__name__} "
     return DataError(
         f"Cannot read the annotations in {path}",
-        entry="cannot read the annotations",
         received=f"{kind}{str(error)[:160]}",
         remedy="Export again, or remove the file.",
     )

@@ -296,7 +296,6 @@ def _broken(needs: str, received: Any, where: str) -> DataError:
     text = json.dumps(received, default=str)
     return DataError(
         f"Cannot draw {where}: it needs {needs}",
-        entry="cannot draw annotation",
         received=text if len(text) < 80 else f"{text[:77]}...",
         remedy="Correct or remove the annotation. kdcache data convert leaves out images that have such.",
     )

@@ -107,7 +107,6 @@ class Kaggle(Layout):
         if odd := next((file for file in others if tables[file] != tables[first]), None):
             raise DataError(
                 f"Cannot join the splits of {root}: {first} and {odd} list other classes",
-                entry="cannot join splits",
                 received=f"{tables[first]} and {tables[odd]}",
                 remedy="Export all splits at once, or convert each one by itself with --split.",
             )
@@ -204,7 +203,6 @@ def _read_roboflow(path: Path) -> dict[int, str]:
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise DataError(
             f"Cannot read the classes in {path}",
-            entry="cannot read the classes",
             received=f"{type(error).__name__} {error}",
             remedy="Write the columns Pixel Value and Class, or a classes.txt in the root, a name a line.",
         ) from error

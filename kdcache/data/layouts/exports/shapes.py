@@ -91,7 +91,6 @@ class ShapeLabels:
         if item.size not in (None, size):
             raise DataError(
                 f"Cannot draw the label of {self.images[sample].name}: it has another size in {item.file}",
-                entry="cannot draw the label",
                 received=describe_sizes(item.size or size, size),
                 remedy="Restore the image that was labelled, or label this one again.",
             )
@@ -144,7 +143,6 @@ def draw(
         ) as error:  # of numbers that are none, and of decoders: OSError, zlib.error, too many pixels ...
             raise DataError(
                 f"Cannot draw shape {number} of {where}",
-                entry="cannot draw shape",
                 received=f"{shape.kind} of {shape.label!r}: {error}",
                 remedy="Correct or remove the shape in the tool, and export again. "
                 "kdcache data convert leaves out images that have such.",

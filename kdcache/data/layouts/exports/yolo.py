@@ -104,7 +104,6 @@ def _names(root: Path) -> dict[int, str]:
             return dict(sorted(listed.items()))
     raise DataError(
         f"Missing data.yaml in {root}",
-        entry="missing data yaml",
         received=f"polygons of YOLO in {LABELS}/, and no file with the names of their classes",
         remedy=f"Write data.yaml with `names: [first, second]`, or {CLASSES_FILE} with a name a line.",
     )

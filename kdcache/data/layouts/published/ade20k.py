@@ -72,7 +72,6 @@ def _short_names(names: list[str]) -> tuple[str, ...]:
 def _no_names(received: str) -> DataError:
     return DataError(
         f"{NAMES_FILE} names the classes of ADE20K: Idx, Ratio, Train, Val, Stuff and Name, for ids 1 to {CLASSES}.",
-        entry="ADE20K lists its classes",
         received=received,
         remedy=f"Put the {NAMES_FILE} of ADEChallengeData2016.zip beside {IMAGES}/ and {LABELS}/.",
     )

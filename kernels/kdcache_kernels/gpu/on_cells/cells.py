@@ -341,7 +341,6 @@ def check_offsets(problem: RelationProblem) -> None:
         if max(reach, tensor[0].numel()) >= OFFSETS:
             raise ShapeError(
                 f"one image of {name} has fewer than 2^31 elements, within as many of memory.",
-                entry="image within 2^31 elements",
                 received=describe(tensor),
                 remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
             )
