@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def test_a_file_names_every_class(tmp_path: Path) -> None:
     (tmp_path / "trust.json").write_text('{"pole": 0, "road": 0.5, "sky": 1.0}')
     for name in ("trust.toml", "trust.json"):
         assert read_trust(str(tmp_path / name), NAMES) == [1.0, 0.5, 0.0]
+
+
+def test_a_pipe_is_no_file_of_trust(tmp_path: Path) -> None:
+    """A plain read would wait for a writer."""
+    os.mkfifo(tmp_path / "trust.toml")
+    with pytest.raises(KDCacheError, match="regular file"):
+        read_trust(str(tmp_path / "trust.toml"), NAMES)
 
 
 @pytest.mark.parametrize(
