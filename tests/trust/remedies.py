@@ -338,7 +338,7 @@ def table(ended: Mapping[Row, tuple[str, str]]) -> str:
     lines += ["", "| damaged | file | how | command | what was executed |", "| --- | --- | --- | --- | --- |"]
     merged = dict[tuple[str, ...], list[str]]()
     for row, (_, remedy) in ended.items():
-        files = ", ".join(f"`{file}`" for file in row.files.split())
+        files = ", ".join(f"`{row.of}/{file}`" for file in row.files.split())
         merged.setdefault((KINDS[row.of], files, row.command, remedy or "nothing: harmless"), []).append(row.how)
     lines += [
         f"| {kind} | {files} | {', '.join(hows)} | {command} | {remedy} |"

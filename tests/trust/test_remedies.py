@@ -35,6 +35,7 @@ QUICK = (
     Row(CACHE, OF_CACHES["zarr.json"], "deleted", "verify"),
     Row(CACHE, OF_CACHES["targets"], "flipped", "train-student"),
     Row(CACHE, OF_CACHES["ledger record"], "another cache's", "verify"),
+    Row(CACHE, OF_CACHES["digests"], "emptied", "verify"),
     Row(CACHE, "zarr.json manifest.json complete.json", "deleted", "build again"),
     Row(RUN, "best.safetensors", "truncated", "evaluate"),
     Row(HALF, "checkpoint.pt", "flipped", "--resume, unfinished"),
@@ -88,9 +89,9 @@ def test_a_dead_end_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_page_counts_every_row() -> None:
     rows = {row: (REMEDIED, "rm x") if row.how == "deleted" else (HARMLESS, "") for row in QUICK}
     lines = table(rows).splitlines()
-    assert "| cache | 4 | 2 | 2 |" in lines
-    assert "| all | 9 | 6 | 3 |" in lines
-    assert "| run | `best.safetensors` | truncated | evaluate | nothing: harmless |" in lines
+    assert "| cache | 5 | 3 | 2 |" in lines
+    assert "| all | 10 | 7 | 3 |" in lines
+    assert "| run | `r/best.safetensors` | truncated | evaluate | nothing: harmless |" in lines
 
 
 @pytest.fixture
