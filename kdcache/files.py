@@ -94,7 +94,7 @@ def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give a
     else:
         problem = "is no folder" if folder.exists() else ""
     if problem:
-        remedy = f"{remedy}, or move this one away: {moved_away(folder)}"
+        remedy = f"{remedy}. If kdcache wrote this one, move it away: {moved_away(folder)}"
         raise RecipeError(rule, received=f"{folder} {problem}", remedy=remedy)
 
 

@@ -101,8 +101,8 @@ class Folder(Place):
             raise StoreError(
                 "a store is written into a new or empty folder, or goes on where it was begun",
                 received=f"{existing} {content}",
-                remedy="give another folder, or empty it yourself if nothing in it is needed. Or move it away: "
-                + moved_away(existing),
+                remedy="give another folder, or empty it yourself if nothing in it is needed. If it was a cache, move "
+                f"it away: {moved_away(existing)}",
             )
 
     def _make(self, files: Mapping[str, bytes]) -> None:

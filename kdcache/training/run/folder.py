@@ -83,7 +83,7 @@ def check_folder(
         raise RecipeError(
             "--out is a new or empty folder, or a run to resume",
             received=f"{run} holds something else",
-            remedy=f"give another --out, or move this folder away: {moved_away(run)}",
+            remedy=f"give another --out. If this was a run, move it away: {moved_away(run)}",
         )
     untrained = _is_untrained(run)
     if not resume and untrained:
