@@ -69,7 +69,7 @@ FURTHER = {
     "kl/replay": "--method kl --augment replay",
     "kl+at/replay+accumulate": "--method kl+at --augment replay --accumulate 2",
     "kl/replay+mix": "--method kl --augment replay --mix cutmix --no-distill-void",
-    "kl/fade+labels": "--method kl --distill-schedule fade --limit-labels 8",
+    "kl/fade+labels": "--method kl --teacher labels --distill-schedule fade --limit-labels 8",
     "kl+at/ram": "--method kl+at --resident ram",
     "kl/threads": "--method kl --workers 2",
     "kl/sparse+source": f"--method kl --cache sparse.zarr --data {SCENES} --workers 1",
