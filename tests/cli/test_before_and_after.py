@@ -47,7 +47,7 @@ def sketch(path) -> None:
 @pytest.mark.usefixtures("sketched")
 def test_a_report(world, cli) -> None:
     """On the terminal, as JSON and as pictures, which agree; beside the store unless told otherwise."""
-    told = cli("inspect", world / "store.zarr", "--teacher-report", "--worst", "1")
+    told = cli("inspect", world / "store.zarr", "--teacher-report")
     assert told.code == 0, told.err
     report = json.loads((world / "store-report/report.json").read_text())
     assert f"mIoU {100 * report['teacher']['miou']:.2f}" in told.out
@@ -59,8 +59,8 @@ def test_a_report(world, cli) -> None:
         "6 labelled images of 6",
     ):
         assert text in told.out
-    assert len(list((world / "store-report").rglob("*.png"))) == 6
-    machine = cli("inspect", world / "store.zarr", "--teacher-report", "--worst", "0", "--json", "--out", world / "new")
+    assert len(list((world / "store-report").rglob("*.png"))) == 11
+    machine = cli("inspect", world / "store.zarr", "--teacher-report", "--json", "--out", world / "new")
     assert json.loads(machine.out)["teacher"] == report["teacher"]
     sizes = cli("inspect", world / "store.zarr")
     assert "full-resolution" in sizes.out
@@ -70,7 +70,7 @@ def test_a_report(world, cli) -> None:
 def test_a_report_from_the_data_set(world, cli) -> None:
     found = []
     for store, more in (("store", ()), ("source", ("--data", world / "data"))):
-        words = ("--teacher-report", "--json", "--worst", "0", "--out", world / f"{store}-new")
+        words = ("--teacher-report", "--json", "--out", world / f"{store}-new")
         told = cli("inspect", world / f"{store}.zarr", *words, *more)
         assert told.code == 0, told.err
         found.append({name: value for name, value in json.loads(told.out).items() if name != "store"})

@@ -124,7 +124,7 @@ def test_an_exported_model_knows_its_classes(here, cli, monkeypatch) -> None:
     train = "train-teacher --data data --model own_models:out --size 32x48 --iterations 1 --batch-size 2 --out run"
     for command in (
         train,
-        "export run --out own.safetensors",
+        "export run --out own.safetensors --trust",
         "predict own_models:out@own.safetensors data/images/val --out predicted",
     ):
         ended = cli(*command.split())

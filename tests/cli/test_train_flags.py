@@ -50,7 +50,7 @@ def test_both_verbs_take_them_and_a_recipe_repeats_them(world, cli, verb) -> Non
 def test_loggers_may_be_repeated(world, cli) -> None:
     ended = cli(*f"{STUDENT.format(w=world)} --log tensorboard --log tensorbord --out {world}/new".split())
     assert ended.code == 2
-    assert "did you mean tensorboard?" in ended.err
+    assert "Did you mean tensorboard?" in ended.err
     assert not (world / "new").exists()
 
 

@@ -13,10 +13,9 @@ from PIL import Image
 
 from kdcache.data import ClassList, open_split
 from kdcache.errors import ModelError
-from kdcache.models import build_model
+from kdcache.models import build_model, trusting
 from kdcache.models.export import export_model
 from kdcache.models.run import load_run, open_model
-from kdcache.models.trust import trusting
 from kdcache.models.weights import save_weights
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
@@ -74,7 +73,8 @@ def test_data_without_classes_teach_depth(model: str, alone: dict[str, Any], tmp
     spec = alone["model"] if model == "own" else model
     data = {"data": root, "val": root, "val_split": "test", "size": "32x48"}
     train(make_config(**alone | data | {"model": spec, "iterations": 3}), tmp_path / "run")
-    trained, description = load_run(tmp_path / "run")
+    with trusting():
+        trained, description = load_run(tmp_path / "run")
     assert (description.class_names, description.untrained, set(trained.head_kinds)) == ((), (), {"depth"})
     pixels = torch.from_numpy(open_split(root, "test").image(0))[None]
     expected = trained(trained.normalise(pixels)).heads

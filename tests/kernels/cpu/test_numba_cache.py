@@ -162,7 +162,7 @@ def test_what_threads_run_is_cached():
     assert kernels == {
         *("cells", "pixels", "to_nodes", "from_nodes", "count_pixels", "count_rows"),
         *("_pack_tasks", "_densify_tasks", "_argmax_tasks"),
-        *("gather_cells", "_relate", "_weigh_cells", "_learn", "_decouple", "_compare"),
+        *("gather_cells", "_relate", "_weigh_cells", "_learn"),
     }
 
 
