@@ -81,8 +81,9 @@ class Decoupled(OnCells):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         seen = seen_on_cells(self, batch, batch.logits, batch.target.values)
-        target_B1hw = _target_class(batch.labels, seen.teacher)
-        log_t, log_s = (_split(x, target_B1hw) for x in (seen.teacher, seen.student))
+        classes_C11 = torch.arange(seen.teacher.shape[1], device=seen.teacher.device)[:, None, None]
+        is_target_BChw = classes_C11 == _target_class(batch.labels, seen.teacher)
+        log_t, log_s = (_split(x, is_target_BChw) for x in (seen.teacher, seen.student))
         tckd_Bhw, nckd_Bhw = (divergence(p, q).sum(1) for p, q in zip(log_t, log_s, strict=True))
         total = ((self.alpha * tckd_Bhw + self.beta * nckd_Bhw) * seen.cells.weight).sum()
         count = seen.cells.counted.sum() if count is None else count
@@ -99,16 +100,14 @@ def _target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
     return torch.where((label_B1hw >= 0) & (label_B1hw < C), label_B1hw, best_B1hw)
 
 
-def _split(logits_BChw: Tensor, target_B1hw: Tensor) -> tuple[Tensor, Tensor]:
+def _split(logits_BChw: Tensor, is_target_BChw: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (target, rest), and of the classes of the rest among themselves (the target's is -1e30)."""
-    C = logits_BChw.shape[1]
-    is_target_BChw = torch.arange(C, device=logits_BChw.device)[:, None, None] == target_B1hw
-    # Both relative to the largest of the rest: with large logits in it, logsumexp would be rounded as these are.
-    top_B1hw = logits_BChw.detach().masked_fill(is_target_BChw, -torch.inf).amax(1, keepdim=True)
-    logits_BChw = logits_BChw - (top_B1hw if C > 1 else 0)
     rest_BChw = logits_BChw.masked_fill(is_target_BChw, -1e30)
-    target_Bhw = torch.where(is_target_BChw, logits_BChw, 0).sum(1)
-    pair_B2hw = torch.stack([target_Bhw, rest_BChw.logsumexp(1)], 1).log_softmax(1)
+    target_B1hw = logits_BChw.masked_fill(~is_target_BChw, 0).sum(1, keepdim=True)
+    # Both relative to the largest of the rest: with large logits in it, logsumexp would be rounded as these are.
+    top_B1hw = rest_BChw.detach().amax(1, keepdim=True)
+    rest_BChw, target_B1hw = rest_BChw - top_B1hw, target_B1hw - top_B1hw
+    pair_B2hw = torch.cat([target_B1hw, rest_BChw.logsumexp(1, keepdim=True)], 1).log_softmax(1)
     return pair_B2hw, rest_BChw.log_softmax(1)
 
 
