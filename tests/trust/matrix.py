@@ -30,6 +30,7 @@ from kdcache.sweep import Job, Watcher, plan_sweep, read_recipe, run_jobs
 from kdcache.teacher.build import manifest
 from kdcache.training import Interrupted, make_config, train
 from kdcache.training.run.metrics_log import Observer
+from kdcache.verbs import build
 from kdcache_cli.app import app, main
 from kdcache_cli.console import ERRORS, OUT
 from kdcache_cli.verbs.sweep import flags_of
@@ -370,7 +371,8 @@ def library_upgraded(patch: pytest.MonkeyPatch) -> None:
         return read(split, index) ^ np.uint8(1)
 
     patch.setattr(FileSplit, "image", image)
-    patch.setattr(manifest, "libraries", lambda: named | {"pillow": "99.1"})
+    for module in (manifest, build):
+        patch.setattr(module, "libraries", lambda: named | {"pillow": "99.1"})
 
 
 def val_changed(_: pytest.MonkeyPatch) -> None:
