@@ -319,16 +319,18 @@ def follow(row: Row, text: str) -> str:
     return "; ".join(done)
 
 
+ABOUT = (
+    "Each damage was made in a copy of an undisturbed world. Each remedy was parsed out of what the command printed, and",
+    "executed. Afterwards every byte of caches and weights was what it was. Only a cache that was made anew has another",
+    "time of its build. Harmless: the command does not read the file, or repairs it by itself.",
+)
+
+
 def table(ended: Mapping[Row, tuple[str, str]]) -> str:
     """Return the page: counts, then a line for each row, rows that differ in the damage alone in one."""
     counts = Counter((KINDS[row.of], word) for row, (word, _) in ended.items())
-    lines = [
-        "# Remedies",
-        "",
-        "Each damage was made in a copy of an undisturbed world. Each remedy was parsed out of what",
-    ]
-    lines += ["the command printed, and executed. Afterwards every byte of caches and weights was what it was.", ""]
-    lines += ["```", "python tests/trust/remedies.py benchmarks/results/remedies.md", "```", ""]
+    lines = ["# Remedies", "", *ABOUT, "", "```", "python tests/trust/remedies.py benchmarks/results/remedies.md"]
+    lines += ["```", ""]
     lines += [f"| damaged | rows | {HARMLESS} | {REMEDIED} |", "| --- | ---: | ---: | ---: |"]
     for kind in KINDS.values():
         harmless, remedied = counts[kind, HARMLESS], counts[kind, REMEDIED]
