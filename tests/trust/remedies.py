@@ -320,9 +320,9 @@ def follow(row: Row, text: str) -> str:
 
 
 ABOUT = (
-    "Each damage was made in a copy of an undisturbed world. Each remedy was parsed out of what the command printed, and",
-    "executed. Afterwards every byte of caches and weights was what it was. Only a cache that was made anew has another",
-    "time of its build. Harmless: the command does not read the file, or repairs it by itself.",
+    "Each damage was made in a copy of an undisturbed world. Each remedy was parsed out of what the command printed,",
+    "and executed. Afterwards every byte of caches and weights was what it was. Only a cache that was made anew has",
+    "another time of its build. Harmless: the command does not read the file, or repairs it by itself.",
 )
 
 
