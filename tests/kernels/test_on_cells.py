@@ -17,7 +17,9 @@ from kdcache_kernels.on_cells import library
 from kdcache_kernels.on_cells.problem import RelationProblem
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""What the gradient's own dtype rounds of it; below 2^-14, float16 has steps of 2^-24."""
+"""What the gradient's own dtype rounds of it."""
+SUBNORMAL = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+"""Half of the smallest step of a dtype, which is all that it rounds to near 0."""
 SHARE = 5e-6
 """An error as a share of the largest element: ten times what these fixed cases have."""
 PREDICTION = ("view_size", "size", "temperature", "window_B4", "flip_B", "pixel_weight_BHW", "counted_BHW")
@@ -98,7 +100,7 @@ def assert_exact(made: Call, impl: str, share: float = math.inf) -> None:
     loss, gradient = made.loss(impl)
     assert (loss.dtype, gradient.dtype) == (torch.float32, made.student.dtype)
     loss_bound, bound = rounding(problem_of(made))
-    unit, subnormal = UNIT[gradient.dtype], 2.0**-25 if gradient.dtype == torch.float16 else 0.0
+    unit, subnormal = UNIT[gradient.dtype], SUBNORMAL[gradient.dtype]
     assert abs(loss.double() - expected) <= loss_bound + UNIT[torch.float32] * expected
     error = (gradient - wanted).abs()
     assert (error <= bound + unit * (wanted.abs() + bound) + subnormal).all()
