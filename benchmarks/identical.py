@@ -6,7 +6,7 @@ depend on the machine and its libraries, so both sides run in one sitting. Exits
 case that one of them cannot train.
 
 A change of what computes a loss, and not of the loss, moves its last bits. `--within` names how far the loss of a step
-may differ, relatively, and the part or gradient that differs most is told. Both sides then start from a student of
+may differ, relatively, and prints the part or gradient that differs most. Both sides then start from a student of
 BEFORE and keep its weights: training makes ten times as much of a rounding in one to four steps. Each step has another
 batch.
 
@@ -43,7 +43,7 @@ COMMON = "--model kdcache:tiny --batch-size 8 --log-every 1 --gradients-every 40
 STUDENT = "--cache dense.zarr --resident off"
 STARTED = "--iterations 60 --val-every 60 --method kl --out started"
 STILL = "--init started/last.safetensors --lr 1e-12 --gradients-every 1"
-"""Of `--within`: a step that moves no weight, and logs every norm."""
+"""Settings for `--within`: its steps move no weight and log every norm."""
 TIMES = ("images_per_second", "wait_share", "weak_view_seconds", "seconds")
 PROCESSES = 2
 

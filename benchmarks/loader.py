@@ -55,7 +55,7 @@ STUDENT = "kdcache:tiny"
 LEAST_BATCHES, LEAST_TURN_S, CHECKED = 4, 0.1, 3
 MEMORY = "memory"
 BASELINES = {"readers": ("zarr", "zarrs", "fused"), "loaders": ("inline", "dataloader"), "steps": (MEMORY,)}
-"""What the others of a table are compared with."""
+"""The readers and loaders that each table compares the others with."""
 
 
 class DifferenceError(Exception):

@@ -25,7 +25,7 @@ class CountedByKL(NamedTuple):
 
     @property
     def all(self) -> Tensor | None:
-        """Those of both targets, which share no pixel."""
+        """Return the pixels of both targets. The two share none."""
         return self.own if self.own is None or self.pasted is None else self.own | self.pasted
 
 

@@ -237,7 +237,7 @@ def test_parts_of_a_batch_share_the_count_of_both_targets(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_nothing_and_everything_pasted(impl: str, everywhere: bool) -> None:
-    """As without a second target: that of the row, or of its neighbour."""
+    """The loss is that of one target alone: of the row, or of its neighbour."""
     student, batch = neighbouring(torch.full((ROWS, *LABEL), not everywhere))
     criterion = DistillLoss(Format(), ce_weight=0.0, kl_weight=1.0, impl=impl)
     alone = batch.map(lambda tensor: tensor[[1, 0, 3, 2]]) if everywhere else batch

@@ -233,7 +233,7 @@ def setting(value: Any) -> str:
 
 
 def _machines(comparison: Comparison, runs: Mapping[str, Entry]) -> list[tuple[list[str], list[tuple[str, str]]]]:
-    """Where the runs were trained; runs of one machine and the same versions stand together."""
+    """Return where the runs were trained. One line has the runs of one machine and equal versions."""
     machines: dict[str, list[str]] = {}
     for row in comparison.rows:
         for score in row.runs:

@@ -29,7 +29,7 @@ from kdcache.bench.kernels.shapes import KINDS, Case
 INSTRUCTIONS_PER_CLASS_PIXEL = 20
 SFU_LANES, LANES_PER_SFU_LANE = 16, 8
 INSTRUCTIONS_PER_CLASS_CELL = 180
-"""Those of the loops over the classes, of whole views, as compiled for sm_90."""
+"""Instructions of the loops over the classes, on whole views, as compiled for sm_90."""
 CELL_STRIDES = (2, 4, 8)
 COPY_BYTES, CEILING_REPEATS = 2**30, 20
 
