@@ -85,7 +85,7 @@ def test_the_file_is_whole_after_every_row(cli, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_memory_is_measured_by_default(cli) -> None:
-    ended = cli(*SMALL.replace("--no-memory ", "").split(), "--against", "eager")
+    ended = cli(*SMALL.removesuffix("--no-memory").split(), "--against", "eager")
     assert ended.code == 0, ended.err
     assert "in a process of its own" in ended.err
     assert " - " not in ended.out

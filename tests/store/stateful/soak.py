@@ -97,10 +97,18 @@ def live(life: type[CacheLife], number: int) -> dict[str, Any] | None:
             ),
         )
     except Exception as error:
-        notes = getattr(error, "__notes__", [])
+        parts = _parts(error)
+        notes = [note for part in parts for note in getattr(part, "__notes__", [])]
         steps = [line for note in notes for line in note.splitlines() if line != "state.count()"]
-        return {"seed": number, "error": f"{type(error).__name__}: {error}", "steps": steps}
+        told = "; in it ".join(f"{type(part).__name__}: {part}" for part in parts)
+        return {"seed": number, "error": told, "steps": steps}
     return None
+
+
+def _parts(error: BaseException) -> list[BaseException]:
+    """Return an error and those inside it. Hypothesis groups two failures, and a failure that did not repeat."""
+    within = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return [error, *(part for inner in within for part in _parts(inner))]
 
 
 if __name__ == "__main__":
