@@ -344,10 +344,15 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
     completion = ledger.read_completion(place)
     if completion is None:
         sizes = place.sizes(ledger.record_key(shard) for shard in range(manifest.shards))
+        remedy = "run the command that began it (build-teacher-cache or copy) again: it goes on"
+        if left := manifest.earlier_statistics:
+            remedy = (
+                f"If kdcache copy began it, repeat that command. Else build a new cache without --statistics {left}."
+            )
         raise IncompleteError(
             "a store is used when it is complete",
             received=f"{place} has {sum(size is not None for size in sizes)} of {manifest.shards} shards",
-            remedy="run the command that began it (build-teacher-cache or copy) again: it goes on",
+            remedy=remedy,
         )
     if completion.shards != manifest.shards:
         what = f"it seals {completion.shards} shards, the manifest has {manifest.shards}"

@@ -183,8 +183,8 @@ def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
             f"since {earlier.place} was built: {renewed.describe()}. Labels are rendered again, and the teacher runs "
             "on changed images"
         )
-    if left := [name for name, statistic in earlier.manifest.statistics.items() if not statistic.tap]:
-        yield f"{earlier.place} keeps its {' and '.join(left)}: the new cache has maps of at:TAP only"
+    if left := earlier.manifest.earlier_statistics:
+        yield f"{earlier.place} keeps its {left}: the new cache has maps of at:TAP only"
     before, now = earlier.manifest.build.libraries.get("pillow"), libraries()["pillow"]
     if before != now:
         yield (

@@ -17,7 +17,7 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec, GzipCodec
 
-from kdcache.errors import MismatchError, StoreError, VersionError
+from kdcache.errors import IncompleteError, MismatchError, StoreError, VersionError
 from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files
 from kdcache.store.format import schema
 from kdcache.store.format.manifest_models import Augmented, Feature, Head, Member, Statistic
@@ -377,6 +377,21 @@ def test_another_manifest_is_refused_by_the_field(small, tree, tmp_path, field, 
         open_writer(path, other, small.ids)
     assert re.search(rf"differs in (.*; )?{re.escape(field)}: ", caught.value.received)
     assert "--out" in caught.value.remedy
+    assert tree(path) == before
+
+
+def test_a_half_built_store_with_a_statistic_of_earlier_versions_names_a_fix_that_works(small, tree, tmp_path) -> None:
+    path = tmp_path / "s.zarr"
+    entropy = {"entropy": Statistic(kind="entropy", size=(6, 8))}
+    open_writer(path, small.manifest.model_copy(update={"statistics": entropy}), small.ids).close()
+    before = tree(path)
+    with pytest.raises(MismatchError, match="Cannot continue") as caught:
+        open_writer(path, small.manifest.model_copy(update={"statistics": {}}), small.ids)
+    assert "without --statistics entropy and with another --out" in caught.value.remedy
+    assert "--from" not in caught.value.remedy, "nothing can be taken from a store that does not open"
+    with pytest.raises(IncompleteError) as unread:
+        open_cache(path)
+    assert "build a new cache without --statistics entropy" in unread.value.remedy
     assert tree(path) == before
 
 

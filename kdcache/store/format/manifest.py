@@ -146,6 +146,11 @@ class Manifest(parts.Part):
                 differences.append(f"{name}: {parts.unlike(mine, others)}")
         return differences
 
+    @property
+    def earlier_statistics(self) -> str:
+        """The statistics that earlier versions computed and this one does not, comma-separated; empty without any."""
+        return ", ".join(name for name, statistic in self.statistics.items() if not statistic.tap)
+
     def settings(self) -> dict[str, Any]:
         """Return what the build was told of images, views and storing, by the names of its settings.
 
