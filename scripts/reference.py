@@ -16,7 +16,7 @@ from kdcache_cli.app import app
 INDEX = "cli/index.md"
 INTRODUCTION = """# Command line
 
-Every verb has a page with its flags, as `kdcache VERB --help` shows them. A recipe file has the same names as keys.
+Every verb has a page with its flags, as `kdcache VERB --help-all` shows them. A recipe file has the same names as keys.
 You can add `--quiet`, `--debug` and `--trust` to any command. Your shell completes verbs, flags and values after
 `kdcache --install-completion`.
 """
@@ -71,7 +71,7 @@ def _page(name: str, parent: typer.Context, command: Any) -> str:
     lines = [f"# kdcache {name}\n", _markdown(command.help) + "\n"]
     panels: dict[str, list[Any]] = {}
     for parameter in command.params:
-        if not getattr(parameter, "hidden", False) and parameter.name != "help":
+        if not getattr(parameter, "hidden", False) and parameter.name not in ("help", "help_all"):
             panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Flags", []).append(parameter)
     for panel, parameters in panels.items():
         lines += [f"## {panel}\n", "| flag | |", "| --- | --- |"]

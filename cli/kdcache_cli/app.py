@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
 from kdcache_cli.console import ERRORS, data_warnings
+from kdcache_cli.help import Verb, text
 from kdcache_cli.parse_errors import parse_errors
 from kdcache_cli.settings import build_flags
 from kdcache_cli.settings.signature import show_plain_types
@@ -143,8 +144,11 @@ app.add_typer(data.app, name="data", rich_help_panel=_GROUPS["data"])
 for _panel, _verbs in _PANELS.items():
     for _name, _verb in _verbs.items():
         _settings = build_flags.ALSO_SHORTER if _name in _ALSO_SHORTER else None
-        _short = " ".join((_verb.__doc__ or "").partition("\n\n")[0].split())
-        app.command(_name, context_settings=_settings, rich_help_panel=_panel, short_help=_short)(_verb)
+        _text = text(_verb)
+        _short = _text.partition("\n\n")[0]
+        app.command(_name, cls=Verb, context_settings=_settings, rich_help_panel=_panel, help=_text, short_help=_short)(
+            _verb
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:

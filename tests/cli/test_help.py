@@ -36,9 +36,40 @@ def test_the_version(cli) -> None:
     assert cli("--version").out == f"kdcache {version('kdcache')}\n"
 
 
+FLAG = r"(?m)^│[ *]+(--[a-z-]+)  "
+
+
+@pytest.mark.parametrize("verb", ["train-student", "train-teacher", "build-teacher-cache", "plan", "compare", "report"])
+def test_the_help_has_about_twenty_flags_and_help_all_has_the_rest(
+    cli, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    short, whole = cli(verb, "-h"), cli(verb, "--help-all")
+    assert (short.code, whole.code) == (0, 0)
+    shown, every = (re.findall(FLAG, told.out) for told in (short, whole))
+    group = get_command(app)
+    parameters = group.get_command(typer.Context(group), verb).params
+    options = {parameter.opts[0] for parameter in parameters if parameter.param_type_name == "option"}
+    assert set(every) == options | {"--help"}
+    assert 18 <= len(shown) <= 26
+    assert set(shown) <= set(every)
+    rest = len(every) - len(shown)
+    assert (f"{rest} more flags: kdcache {verb} --help-all" in short.out) == (rest > 0)
+    assert "more flags" not in whole.out
+
+
+def test_a_paragraph_of_the_help_is_not_broken_within_its_lines(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip() for line in cli("evaluate", "-h").out.partition("╭")[0].splitlines()]
+    paragraphs = "\n".join(lines).split("\n\n")
+    for paragraph in paragraphs[1:-2]:  # between the usage and the examples
+        broken = paragraph.split("\n")[:-1]
+        assert all(len(line) > 60 for line in broken), paragraph
+
+
 @pytest.mark.parametrize("verb", ["train-student", "report", "data check"])
 def test_switches_have_no_type_and_choices_show(cli, verb: str) -> None:
-    shown = cli(*verb.split(), "-h").out
+    shown = cli(*verb.split(), "--help-all" if verb == "train-student" else "-h").out
     assert not re.search(r"<(bool|str|int|list|path)", shown)
     assert "store|labels" in shown or verb != "train-student"
 

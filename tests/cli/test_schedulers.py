@@ -61,5 +61,5 @@ def test_pods_of_the_kubernetes_job_number_their_workers(monkeypatch: pytest.Mon
     monkeypatch.setenv("JOB_COMPLETION_INDEX", str(spec["completions"] - 1))
     worker = worker_of(options["worker"])
     assert (worker.index + 1, worker.count) == (spec["completions"], spec["completions"])
-    help_text = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200"}).output
+    help_text = CliRunner().invoke(app, [verb, "--help-all"], env={"COLUMNS": "200"}).output
     assert all(f"--{option}" in help_text for option in options)

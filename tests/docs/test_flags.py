@@ -38,7 +38,7 @@ FLAGS = {
     flag
     for _, command in commands(typer.main.get_command(app))
     for parameter in command.params
-    if (flag := parameter.opts[0]).startswith("--") and flag != "--help"
+    if (flag := parameter.opts[0]).startswith("--") and flag not in ("--help", "--help-all")
 }
 
 

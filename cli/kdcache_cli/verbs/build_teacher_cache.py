@@ -11,6 +11,7 @@ from kdcache.settings import entries, read, read_values
 from kdcache.settings.building import BUILD
 from kdcache.settings.engine import EngineSettings
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar, warn
+from kdcache_cli.help import common
 from kdcache_cli.settings import build_flags, shared_flags
 from kdcache_cli.settings.signature import given, takes
 
@@ -22,6 +23,24 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher.build.ray_engine import Parts
 
 
+@common(
+    *(
+        "data",
+        "teacher",
+        "out",
+        "split",
+        "size",
+        "fit",
+        "tta",
+        "top_k",
+        "features",
+        "statistics",
+        "pixels",
+        "codec",
+        "reuse",
+    ),
+    *("views", "crop", "view_scale", "batch_size", "threads", "device", "worker"),
+)
 @takes(
     *(*BUILD, EngineSettings),
     order=(

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from kdcache_cli.console import ERRORS, OUT, figure_table, progress_of_steps
+from kdcache_cli.help import common
 from kdcache_cli.settings import compare_flags
 from kdcache_cli.settings.signature import takes
 
@@ -21,6 +22,24 @@ _WIDEST = 7
 """Rows beside each other in the table of classes: a terminal is higher than it is wide."""
 
 
+@common(
+    *(
+        "runs",
+        "data",
+        "split",
+        "teacher",
+        "baseline",
+        "own_fold",
+        "blocks_by",
+        "weights",
+        "size",
+        "window",
+        "threads",
+        "device",
+        "fresh",
+    ),
+    *("markdown", "csv", "json_file", "text"),
+)
 @takes(
     *compare_flags.TABLES,
     order=("runs", *compare_flags.ROWS, *compare_flags.JUDGING, "markdown", "csv", "json_file", "text"),

@@ -9,6 +9,7 @@ import typer
 
 from kdcache.settings.building import BUILD
 from kdcache_cli.console import ERRORS, OUT, bytes_text, figure_table, progress_of_stages
+from kdcache_cli.help import common
 from kdcache_cli.settings import build_flags
 from kdcache_cli.settings.signature import takes
 
@@ -42,6 +43,26 @@ _SHORT = {
 """Helps that leave the explanation to build-teacher-cache."""
 
 
+@common(
+    *(
+        "data",
+        "teacher",
+        "out",
+        "split",
+        "size",
+        "fit",
+        "tta",
+        "top_k",
+        "features",
+        "statistics",
+        "pixels",
+        "codec",
+        "student",
+        "epochs",
+        "json_file",
+    ),
+    *("views", "crop", "view_scale", "batch_size", "threads", "device"),
+)
 @takes(
     *BUILD,
     order=(

@@ -9,6 +9,7 @@ import typer
 
 from kdcache.errors import RecipeError
 from kdcache_cli.console import OUT, bytes_text, progress_of_steps
+from kdcache_cli.help import common
 from kdcache_cli.settings import compare_flags
 from kdcache_cli.settings.signature import takes
 
@@ -18,6 +19,24 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 _Option = typer.Option
 
 
+@common(
+    *(
+        "runs",
+        "data",
+        "split",
+        "teacher",
+        "baseline",
+        "own_fold",
+        "blocks_by",
+        "weights",
+        "size",
+        "window",
+        "threads",
+        "device",
+        "fresh",
+    ),
+    *("out", "title", "num", "draw", "audit"),
+)
 @takes(
     *compare_flags.TABLES,
     order=(

@@ -4,6 +4,7 @@ from typing import Any
 
 from kdcache.settings import names
 from kdcache.settings.training import GATE, LOSS, OPTIMIZATION, PART, RUN, TRAINING, VIEW, TrainSettings
+from kdcache_cli.help import common
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
@@ -15,6 +16,11 @@ _ORDER = (
 )
 
 
+@common(
+    *("cache", "model", "out", "val", "data", "size", "stream", "init"),
+    *("method", "term", "temperature", "kl_weight"),
+    *("iterations", "batch_size", "lr", "augment", "mix", "seed", "device", "threads", "resume", "recipe"),
+)
 @takes(*TRAINING, order=_ORDER)
 def train_student(
     settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None

@@ -5,6 +5,7 @@ from typing import Any
 from kdcache.settings import names
 from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
 from kdcache.settings.training import OPTIMIZATION, TrainSettings
+from kdcache_cli.help import common
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
@@ -28,6 +29,10 @@ _STREAM = (
 _WORDING = {"term": {"help": _TERM}, "val": {"help": _VAL}, "stream": {"help": _STREAM}}
 
 
+@common(
+    *("data", "model", "out", "val", "size", "stream", "init", "term", "class_weights"),
+    *("iterations", "batch_size", "lr", "scale", "flip", "mix", "seed", "device", "threads", "resume", "recipe"),
+)
 @takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER, unset=["data"], wording=_WORDING)
 def train_teacher(
     settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None

@@ -1,0 +1,74 @@
+"""The help of a verb: -h shows the flags that most people need, --help-all shows every flag."""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+_ALL = "--help-all"
+
+
+def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a verb with the parameters that -h shows, and with --help-all. -h shows what is required, too.
+
+    Args:
+        names: of the verb's parameters.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = signature(verb)
+        unknown = set(names) - set(own.parameters)
+        assert not unknown, f"no parameters of {verb.__name__}: {', '.join(sorted(unknown))}"
+        added = Parameter("help_all", Parameter.KEYWORD_ONLY, default=False, annotation=_HelpAll)
+
+        @wraps(verb)
+        def run(*, help_all: bool = False, **flags: Any) -> None:
+            verb(**flags)
+
+        named = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own.parameters.values()]
+        run.__signature__ = own.replace(parameters=[*named, added])  # type: ignore[attr-defined]
+        run.__annotations__ = {**verb.__annotations__, "help_all": _HelpAll}
+        run.common = frozenset({*names, "help_all"})  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def text(verb: Callable[..., None]) -> str:
+    """Return a verb's docstring for a terminal of any width. Each paragraph is one line, and so is each example."""
+    paragraphs = (verb.__doc__ or "").strip().split("\n\n")
+    return "\n\n".join(_lines(part) if "[dim]" in part else " ".join(part.split()) for part in paragraphs)
+
+
+def _lines(paragraph: str) -> str:
+    return "\n".join(line.strip() for line in paragraph.splitlines())
+
+
+class Verb(TyperCommand):
+    """A verb with a short help and a whole one."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown: frozenset[str] | None = getattr(self.callback, "common", None)
+        whole = shown is None or ctx.meta.get(_ALL)
+        rare = [] if whole else [p for p in self.params if p.name not in shown and not p.required and not p.hidden]
+        self.epilog = f"{len(rare)} more flags: {ctx.command_path} {_ALL}" if rare else None
+        for parameter in rare:
+            parameter.hidden = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for parameter in rare:
+                parameter.hidden = False
+
+
+def _show_all(ctx: typer.Context, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        ctx.meta[_ALL] = True
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+_HelpAll = Annotated[bool, typer.Option(_ALL, help="Show every flag and exit.", is_eager=True, callback=_show_all)]
