@@ -6,7 +6,7 @@ for each from the forward would cost its memory in every step that does not ask 
 weight is the term.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,11 +23,19 @@ _STUDENT, _NEED_GRADIENT = (LOSS_ARGUMENTS.index(name) for name in ("student", "
 
 
 def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
-    """Compute a problem's loss and terms, all differentiable; autocast does not enter: the kernels choose precision."""
-    arguments = (family, *library.loss_arguments(problem))
-    kind = problem.student.device.type
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # meta tensors have none
-        loss, ce, kl, _ = _operator()(*arguments)
+    """Compute a problem's loss and terms, all differentiable; autocast does not enter: the kernels choose precision.
+
+    The operator is for programs that are traced. Elsewhere it would cost more than a small problem takes.
+    """
+    arguments = library.loss_arguments(problem)
+    if library.is_traced(*arguments):
+        kind = problem.student.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # meta tensors have none
+            loss, ce, kl, _ = _operator()(family, *arguments)
+    elif torch.is_grad_enabled():
+        loss, ce, kl = _DirectLoss.apply(family, *arguments, problem)
+    else:
+        loss, ce, kl, _ = library.checked_loss(problem, family)
     return LossParts(loss, ce, kl)
 
 
@@ -55,10 +63,15 @@ def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tupl
     return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keep what the backward of the operator needs, whose last result is the gradient."""
+    ctx.mark_non_differentiable(output[3])
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     loss, ce, kl, gradient = output
     ctx.family, *arguments = inputs
-    ctx.mark_non_differentiable(gradient)
     ctx.set_materialize_grads(False)
     ctx.places = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
     ctx.arguments = [None if isinstance(value, Tensor) else value for value in arguments]
@@ -82,10 +95,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_ce is not None or grad_kl is not None:
             fields = dict(zip(LOSS_ARGUMENTS, arguments, strict=True))
             weighed = _weighed(fields, grad_loss, (grad_ce, grad_kl))
-            result[_STUDENT] = _once(library.distill_gradient, ctx.family, *weighed)
+            result[_STUDENT] = _once(library.distill_gradient, library.direct_gradient, ctx.family, *weighed)
         elif grad_loss is not None:
             # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
-            result[_STUDENT] = _once(library.scale_gradient, gradient, grad_loss, loss, arguments[_STUDENT].dtype)
+            scaling = (gradient, grad_loss, loss, arguments[_STUDENT].dtype)
+            result[_STUDENT] = _once(library.scale_gradient, library.scaled, *scaling)
     return None, *result
 
 
@@ -128,6 +142,21 @@ class _Loss(torch.autograd.Function):
         )
 
 
+class _DirectLoss(_Loss):
+    """A family for autograd, without the operator around it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *arguments, problem = inputs
+        output = library.checked_loss(problem, inputs[0])
+        _save(ctx, arguments, output)
+        return output[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return *_backward(ctx, *grads, None), None
+
+
 class _TransformedLoss(_Loss):
     """The operator for `torch.func`, in the form that its transforms take.
 
@@ -147,10 +176,11 @@ class _TransformedLoss(_Loss):
         return _each(_TransformedLoss.apply, info, in_dims, arguments)
 
 
-def _once(operator: Callable[..., Tensor], *arguments: Any) -> Any:
-    """Call an operator of the backward, whose result is not differentiated again."""
-    differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-    return _Once.apply(operator, *arguments) if differentiated else operator(*arguments)
+def _once(operator: Callable[..., Tensor], direct: Callable[..., Tensor], *arguments: Any) -> Any:
+    """Call an operator of the backward, or what it computes, directly; the result is not differentiated again."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return _Once.apply(operator, *arguments)
+    return operator(*arguments) if library.is_traced(*arguments) else direct(*arguments)
 
 
 class _Once(torch.autograd.Function):

@@ -18,10 +18,12 @@ Legend: B batch, C classes, k kept classes, H W label size, h w the logits' own 
 
 import importlib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import config as compiler
 
 from . import checks
@@ -33,8 +35,10 @@ compiler.cache_key_tag = f"{compiler.cache_key_tag} kdcache_kernels {digest_of('
 
 FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
 """The sub-package of each family."""
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
+@cache
 def _module(family: str, operation: str) -> Any:
     """Return the module with which a family computes an operation: loss, counts, topk or argmax."""
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
@@ -72,15 +76,33 @@ _TARGET_SCHEMA = _schema(_TARGET_TYPES.values(), _TARGET_TYPES)
 _ARGMAX_SCHEMA = f"(str family, {_TARGET_SCHEMA}, Tensor? window, Tensor? flip, SymInt[] size) -> (Tensor, Tensor)"
 
 
+def is_traced(*tensors: Any) -> bool:
+    """Return True if somebody follows the operators of a call, so that it has to be made of operators.
+
+    `torch.compile`, `torch.export`, `make_fx`, fake tensors and other modes of dispatch, `torch.func` and forward-mode
+    derivatives do. Else a family may be called as it is, which saves a call 0.1 ms.
+
+    Args:
+        tensors: the tensors of the call. A tensor of a subclass may follow what is done with it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or any(isinstance(x, Tensor) and type(x) not in PLAIN_TENSORS for x in tensors)
+    )
+
+
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
     """Return a target as the operators take it: the values of its fields. A gradient reaches the student alone."""
-    values = (getattr(target, name, None) for name in _TARGET_TYPES)
-    return tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
+    values = [getattr(target, name, None) for name in _TARGET_TYPES]
+    return tuple([x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in values])
 
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
     """Return the problem as the operator takes it: the values of `LOSS_ARGUMENTS`, in their order."""
-    return (*(getattr(problem, name) for name in _PROBLEM_TYPES), *target_arguments(problem.target))
+    return (*[getattr(problem, name) for name in _PROBLEM_TYPES], *target_arguments(problem.target))
 
 
 def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
@@ -99,12 +121,17 @@ def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
 @torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)
 def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, ce, kl, gradient); see `LossProblem` and `LossResult`."""
-    problem = loss_problem(arguments)
-    # Here and not before the operator: a compiled program does not run what stands around it.
+    # The values are checked within the operator: a compiled program does not run what stands around it.
+    result = checked_loss(loss_problem(arguments), family)
+    return result.loss, result.ce, result.kl, result.gradient
+
+
+def checked_loss(problem: LossProblem, family: str) -> LossResult:
+    """Check the values of a problem, and compute it by a family. Raises: ValueRangeError."""
     checks.check_values(problem, ids=family != "numba")
     result = _computed(problem, family)
     checks.explain_non_finite(problem, result.loss)
-    return result.loss, result.ce, result.kl, result.gradient
+    return result
 
 
 def _computed(problem: LossProblem, family: str) -> LossResult:
@@ -129,11 +156,14 @@ def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.custom_op("kdcache::distill_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
 def distill_gradient(family: str, *arguments: Any) -> Tensor:
     """Return d loss / d student in the student's dtype, contiguous; NaN everywhere where the loss is not finite."""
+    return direct_gradient(family, *arguments)
+
+
+def direct_gradient(family: str, *arguments: Any) -> Tensor:
+    """Compute what `distill_gradient` returns."""
     problem = loss_problem(arguments)
     result = _computed(problem, family)
-    one = torch.ones_like(result.loss)
-    gradient: Tensor = scale_gradient(result.gradient, one, result.loss, problem.student.dtype)
-    return gradient
+    return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
 
 
 @distill_gradient.register_fake
@@ -149,10 +179,16 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
     It is multiplied in float32: a factor rounded to bfloat16 would bias it. The result is contiguous, whatever the
     gradient is.
     """
-    if gradient.device.type == "cuda":
-        scaled: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
-        return scaled
-    return (gradient.contiguous().float() * (factor.float() + 0 * loss)).to(dtype)
+    return scaled(gradient, factor, loss, dtype)
+
+
+def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute what `scale_gradient` returns."""
+    if gradient.device.type != "cpu":
+        result: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
+        return result
+    # Numbers, for two operators on tensors of one element cost more than these.
+    return (gradient.contiguous().float() * (factor.item() + 0 * loss.item())).to(dtype)
 
 
 @scale_gradient.register_fake

@@ -33,6 +33,9 @@ from .topk import PackedTarget
 IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = {"triton": "cuda", "numba": "cpu"}
+MOST_CONSTANTS = 256
+"""Numbers that stay on their devices as tensors; a schedule may pass any number of others."""
+_CONSTANTS: dict[tuple[torch.device, float], tuple[Tensor, int]] = {}
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVICES}
 
 
@@ -143,9 +146,7 @@ def distill_loss(
     use_kl = target is not None and (isinstance(kl_weight, Tensor) or kl_weight > 0)
 
     def scalar(value: Tensor | float) -> Tensor:
-        if isinstance(value, Tensor):
-            return value
-        return torch.full((), value, dtype=torch.float64, device=device)
+        return value if isinstance(value, Tensor) else constant(value, device)
 
     problem = LossProblem(
         student=student_logits_BChw,
@@ -335,6 +336,29 @@ def densify(
         topk.check_ids(indices, num_classes)
     result: Tensor = library.densify(values, indices, tail, num_classes, family)
     return result
+
+
+def constant(value: float, device: torch.device) -> Tensor:
+    """Return a number as a 0-dimensional float64 tensor on a device, which nobody may write to.
+
+    The first values are kept for good, for a launch that fills one element costs more than a small kernel. Nothing is
+    kept that is traced. A kept tensor is for the stream that filled it, and for CUDA graphs: a capture begins when all
+    streams are done.
+    """
+    if library.is_traced():
+        return torch.full((), value, dtype=torch.float64, device=device)
+    cuda = device.type == "cuda"
+    stream, capturing = 0, False
+    if cuda:
+        stream, capturing = torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+    kept, of_stream = _CONSTANTS.get((device, value), (None, 0))
+    if kept is not None and (capturing or stream == of_stream):
+        return kept
+    with torch.inference_mode(False):
+        filled = torch.full((), value, dtype=torch.float64, device=device)
+    if kept is None and not capturing and len(_CONSTANTS) < MOST_CONSTANTS:
+        _CONSTANTS[device, value] = filled, stream
+    return filled
 
 
 def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, **arguments: Tensor) -> str:

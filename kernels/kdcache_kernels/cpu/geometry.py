@@ -60,6 +60,7 @@ class Plan(NamedTuple):
     Attributes:
         student_rows, student_columns, target_rows, target_columns: of single label pixels.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool.
+        first_target_rows: (Bt, H) int64, the indices of `target_rows`.
         starts: (h + 1,) int64, the first label row of each cell row.
         phases, tiles, pitch, offset, n: column of pixel k of a tile and phase p:
             phases * (tile * pitch + k) + p - offset, for k < pitch.
@@ -74,6 +75,7 @@ class Plan(NamedTuple):
     target_columns: Taps
     inside_y: Array
     inside_x: Array
+    first_target_rows: Array
     starts: Array
     phases: int
     tiles: int
@@ -124,10 +126,12 @@ def _plan(geometry: Geometry, for_cells: bool, window_B4: Tensor | None, flip_B:
     columns = source_cells(whole.x, size[1], w, aligned).numpy()
     target_columns = source_cells(shown.x, view[1], wt, target_aligned).numpy()
     rows = Taps.of(source_cells(whole.y, size[0], h, aligned)[0].numpy(), h)
+    target_rows = Taps.of(source_cells(shown.y, view[0], ht, target_aligned).numpy(), ht)
     fields: dict[str, Any] = {
         "student_rows": rows,
         "student_columns": Taps.of(columns[0], w),
-        "target_rows": Taps.of(source_cells(shown.y, view[0], ht, target_aligned).numpy(), ht),
+        "target_rows": target_rows,
+        "first_target_rows": target_rows.low.astype(np.int64),
         "target_columns": Taps.of(target_columns, wt),
         "inside_y": ~((y < 0) | (y > view[0])),
         "inside_x": ~((x < 0) | (x > view[1])),

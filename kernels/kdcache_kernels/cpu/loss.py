@@ -13,6 +13,7 @@ Legend: B batch, C classes, H W label size, h w the student's own size, Bt B or 
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,8 @@ PER_LOGIT, PER_LABEL, PER_CLASS = 2.0, 4.0, 1.2
 """Nanoseconds of a thread, roughly: for a low-resolution logit, a label pixel, a class of a label pixel."""
 
 _LARGEST = float(np.finfo(np.float32).max)
+
+_NO_LABELS, _NO_WEIGHTS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.float32)
 
 
 class _Nodes(NamedTuple):
@@ -64,7 +67,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
     Memory: the low-resolution logits four times in float32 (the student's and the target's, and the gradient of the
         student's in three parts), 12 bytes per label pixel, and per thread 400 KiB.
     """
-    student_BChw = problem.student.detach().float().contiguous()
+    student_BChw = _floats(problem.student)
     B, C, h, w = student_BChw.shape
     if B == 0 or not (problem.use_ce or problem.use_kl):
         return _result(problem, 0.0, 0.0, torch.zeros((B, C, h, w)))
@@ -80,7 +83,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
 def _result(problem: LossProblem, ce: float, kl: float, gradient_BChw: Tensor) -> LossResult:
     loss = float(problem.ce_weight) * ce + float(problem.kl_weight) * kl
     gradient = gradient_BChw.to(problem.gradient_dtype) if problem.need_gradient else torch.empty(0)
-    loss_, ce_, kl_ = (torch.tensor(x, dtype=torch.float32) for x in (loss, ce, kl))
+    loss_, ce_, kl_ = (torch.scalar_tensor(x, dtype=torch.float32) for x in (loss, ce, kl))
     return LossResult(loss_, ce_, kl_, gradient)
 
 
@@ -93,8 +96,11 @@ def _lay_out(problem: LossProblem, student_BChw: Tensor) -> tuple[Plan, _Nodes, 
     """Choose the fastest plan that the geometry and the values allow, and lay out student and target by it."""
     T, packed = _temperature(problem), problem.target
     limit = _LARGEST / 8
-    dense = None if packed is None else densify(packed.values, packed.indices, packed.tail, packed.num_classes)
-    target_BChw = None if dense is None else dense.float().contiguous()
+    target_BChw = None
+    if packed is not None and packed.indices is None:
+        target_BChw = _floats(packed.values)
+    elif packed is not None:
+        target_BChw = densify(packed.values, packed.indices, packed.tail, packed.num_classes)
     for plan in plans(_geometry(problem), problem.window, problem.flip):
         student = _to_nodes(
             student_BChw, T, limit * min(1.0, problem.temperature), plan.student_nodes, plan.student_runs
@@ -134,26 +140,35 @@ def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps,
     return _Nodes(values, lost, float(ranges.max()))
 
 
+def _floats(x: Tensor) -> Tensor:
+    """Return the values of a tensor in float32 and contiguous, without a copy if they are."""
+    return x.detach().to(torch.float32, memory_format=torch.contiguous_format)
+
+
 def _class_weight(problem: LossProblem) -> Array:
     """(C,) float32."""
-    weight = torch.ones(problem.student.shape[1]) if problem.class_weight is None else problem.class_weight
-    return weight.float().contiguous().numpy()
+    weight = problem.class_weight
+    return _ones(problem.student.shape[1]) if weight is None else _floats(weight).numpy()
+
+
+@lru_cache(maxsize=32)
+def _ones(n: int) -> Array:
+    return np.ones(n, np.float32)
 
 
 def _count(problem: LossProblem, plan: Plan) -> _Pixels:
     B, C = problem.student.shape[:2]
     H, _ = problem.size
-    none = torch.empty((B, 0, 0))
-    labels = none.to(torch.uint8) if problem.labels is None else problem.labels.contiguous()
+    labels = _NO_LABELS if problem.labels is None else problem.labels.contiguous().numpy()
     weights = (problem.ce_pixel_weight, problem.pixel_weight)
-    label_weight, pixel_weight = (none if x is None else x.float().contiguous() for x in weights)
+    label_weight, pixel_weight = (_NO_WEIGHTS if x is None else _floats(x).numpy() for x in weights)
     shape = (B, H, plan.tiles, plan.phases, plan.n)
     ids, weight, gate = np.empty(shape, np.uint32), np.empty(shape, np.float32), np.empty(shape, np.float32)
     spread = np.empty(shape if problem.label_smoothing > 0 else (0,) * 5, np.float32)
     counts_BH3 = np.empty((B, H, 3))
     run(
-        count_pixels, B * H, labels.numpy(), problem.ignore_index, _class_weight(problem), label_weight.numpy(),
-        problem.label_smoothing, pixel_weight.numpy(),
+        count_pixels, B * H, labels, problem.ignore_index, _class_weight(problem), label_weight,
+        problem.label_smoothing, pixel_weight,
         plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
         plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3, nanoseconds=PER_LABEL * ids.size,
     )  # fmt: skip
@@ -185,7 +200,7 @@ def _compute(
     target_values = student.values if target is None else target.values
     rows = (
         *(plan.starts, plan.student_rows.fraction),
-        *(plan.target_rows.low.astype(np.int64), plan.target_rows.fraction),
+        *(plan.first_target_rows, plan.target_rows.fraction),
     )
     common = (
         *(form, np.float32(T), np.array(factors, np.float32)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ShapeError, describe
-from ..ops import choose_implementation
+from ..ops import choose_implementation, constant
 from ..topk import check_view_size, is_logits
 from ..window import Size
 from . import library
@@ -76,9 +76,7 @@ def relation_loss(
     checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
     checks.check_scalar("count", count, device, "a sum over processes", optional=True)
     if count is not None:
-        count = (
-            count.detach() if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=device)
-        )
+        count = count.detach() if isinstance(count, Tensor) else constant(count, device)
     family, problem = _checked(
         impl,
         student_logits_BChw,
@@ -98,8 +96,7 @@ def relation_loss(
     )
     if family == "reference":
         return relation_loss_reference(problem)
-    loss: Tensor = library.relation_loss(family, *library.arguments_of(problem))[0]
-    return loss
+    return library.call_relation_loss(problem, family)
 
 
 @torch.no_grad()
