@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache.settings.removed import SETTINGS, VERBS, removal
+from kdcache.settings.removed import FLAGS, SETTINGS, VERBS, removal
 
 _UsageError: Any = typer.BadParameter.__base__
 """The base of all that the parser refuses; Typer exports this one of its kinds."""
@@ -38,7 +38,8 @@ def parse_errors(context: Any = None) -> Iterator[None]:
 def _restated(error: Any, verb: str) -> RecipeError:
     kind, help_of = type(error).__name__, f"{verb} --help"
     if kind == "NoSuchOption":
-        if (gone := removal(error.option_name, SETTINGS)) is not None:
+        of_verb = f"{verb} {error.option_name}".removeprefix("kdcache ")
+        if gone := removal(of_verb, FLAGS) or removal(error.option_name, SETTINGS):
             return gone
         flags = [flag for parameter in error.ctx.command.params for flag in parameter.opts]
         near = difflib.get_close_matches(error.option_name, [*flags, *_ANYWHERE], n=1, cutoff=0.7)

@@ -32,6 +32,20 @@ VERBS: Mapping[str, Removed] = {
 }
 """Verbs by their words after `kdcache`."""
 
+_PLAIN_PYTORCH = "Use --case dist: dist alone has its own kernel. To time dkd or cwd, use train-student --method dkd."
+FLAGS: Mapping[str, Removed] = {
+    "bench-kernels --layout": Removed("Leave it out. The logits are contiguous (nchw)."),
+    "bench-kernels --temperature": Removed("Leave it out. The temperature is 2. --check takes 0.05 to 100."),
+    "bench-kernels --top-k": Removed("Leave it out. Targets keep all classes up to 32, else 8, as caches do."),
+    "bench-kernels --impl": Removed(
+        "Leave it out. --device chooses it. In Python, use kdcache.bench.kernels.Settings(impl=...)."
+    ),
+    "bench-kernels --shapes memory": Removed("Use --shapes 4x21x512x512/4."),
+    "bench-kernels --case mix": Removed("Use --case trained. A pasted target is a second call of the loss."),
+    **{f"bench-kernels --case {name}": Removed(_PLAIN_PYTORCH) for name in ("dkd", "cwd", "dkd-warp", "cwd-warp")},
+}
+"""Flags of one verb and values of them, where other verbs have the flag."""
+
 SETTINGS: Mapping[str, Removed] = {
     "download": Removed("Fetch VOC with torchvision: torchvision.datasets.VOCSegmentation(DIR, download=True)."),
     "ids": Removed("Use --samples N. In Python, kdcache.store.CopyChanges(samples=[...]) takes numbers of samples."),

@@ -18,7 +18,7 @@ import numpy as np
 
 from kdcache.data import inside_rectangle
 from kdcache.display import facts_table, line
-from kdcache.errors import CorruptError, IncompleteError, RecipeError, StoreError, VersionError
+from kdcache.errors import CorruptError, IncompleteError, MismatchError, RecipeError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
@@ -369,6 +369,18 @@ def store_opens(place: Place) -> bool:
     except StoreError:
         return False
     return True
+
+
+def not_continued(place: Place, statistics: str) -> MismatchError:
+    """The error for a store with statistics that this version does not compute: no command can continue its build."""
+    remedy = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out"
+    if store_opens(place):
+        remedy += f". To keep the targets of {place}, add --from {place}"
+    return MismatchError(
+        f"Cannot continue {place} without its statistics: {statistics}",
+        received=f"this version does not compute {statistics}",
+        remedy=f"{remedy}. {place} stays as it is.",
+    )
 
 
 def store_exists(location: str | Path | Place) -> bool:

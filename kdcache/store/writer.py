@@ -37,7 +37,7 @@ from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays,
 from kdcache.store.format.shard import chunk_checksums
 from kdcache.store.freshness import BuiltFrom, Recorded, columns_of, data_changes, renewal
 from kdcache.store.ledger import FileRecord, ShardRecord
-from kdcache.store.reader import read_manifest, store_exists, store_opens
+from kdcache.store.reader import not_continued, read_manifest, store_exists, store_opens
 from kdcache.store.sample_ids import read_ids
 from kdcache.store.worker import Worker
 
@@ -325,7 +325,7 @@ def open_writer(
         if data is not None and data.split is not None and all(text.startswith("dataset.") for text in differences):
             _check_dataset(writer, data.split, completion)
         if (left := present.earlier_statistics) and not manifest.earlier_statistics:
-            raise _unfinishable(place, left)
+            raise not_continued(place, left)
         raise _another(place, differences, intact=recovery.is_intact(place, completion))
     files = _metadata(present, ids)
     same = present.build.libraries == manifest.build.libraries
@@ -363,18 +363,6 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
             f"{place} stays as it is"
         )
     raise changed_data(place, changes, split, remedy)
-
-
-def _unfinishable(place: Place, statistics: str) -> MismatchError:
-    """The error for a store with statistics that this version does not compute: no command can continue its build."""
-    remedy = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out"
-    if store_opens(place):
-        remedy += f". To keep the targets of {place}, add --from {place}"
-    return MismatchError(
-        f"Cannot continue {place} without its statistics: {statistics}",
-        received=f"this version does not compute {statistics}",
-        remedy=f"{remedy}. {place} stays as it is.",
-    )
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:

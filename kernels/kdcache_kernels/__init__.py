@@ -10,6 +10,8 @@ Everything runs on the CPU and on CUDA. Importing it imports torch, and neither 
     parts.loss.backward()
 """
 
+from typing import TYPE_CHECKING
+
 from .choose import choose_k, gradient_error
 from .errors import KernelError, ShapeError, ValueRangeError
 from .on_cells.problem import average_moments
@@ -50,3 +52,17 @@ __all__ = [
     "relation_moments",
     "target_argmax_confidence",
 ]
+
+_REMOVED = {
+    "PastedTarget": "Call distill_loss for each target and add the losses.",
+    "channel_loss": "Use the term cwd of kdcache, which is plain PyTorch.",
+    "decoupled_loss": "Use the term dkd of kdcache, which is plain PyTorch.",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
+
+    def __getattr__(name):
+        """Name what takes the place of a removed name, as an ImportError: `from` hides what an AttributeError says."""
+        if name in _REMOVED:
+            raise ImportError(f"kdcache_kernels.{name} was removed. Fix: {_REMOVED[name]}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -58,6 +58,22 @@ def test_a_removed_word_of_the_command_line_fails(words: str, capsys: pytest.Cap
     assert FIX in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", removed.FLAGS)
+def test_a_removed_flag_or_value_of_one_verb_fails(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"{words} was removed" in printed
+    assert removed.FLAGS[words].fix in printed.replace(" │ │ ", " ")
+
+
+@pytest.mark.parametrize("name", ["PastedTarget", "channel_loss", "decoupled_loss"])
+def test_a_removed_name_of_python_fails(name: str) -> None:
+    with pytest.raises(ImportError, match=f"{name} was removed. Fix: "):
+        exec(f"from kdcache_kernels import {name}")
+
+
 @pytest.mark.parametrize(("value", "read"), [(3, True), (4, False)])
 def test_an_earlier_run_is_read_unless_it_used_a_removed_setting(tmp_path: Path, value: int, read: bool) -> None:
     config = make_config(verb="train-teacher", data="scenes", model="kdcache:tiny")

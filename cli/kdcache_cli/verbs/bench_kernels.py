@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from kdcache.settings.removed import FLAGS, removal
 from kdcache.settings.shared import MachineSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar
 from kdcache_cli.measuring import MISSING, GrowingResult, JsonFile, check_json, contestants, line, stages
@@ -70,6 +71,8 @@ def bench_kernels(
     from kdcache.bench.kernels import DTYPES, KINDS, RIVALS, Settings, parse_names, parse_shapes
     from kdcache.training import pick_device
 
+    _check_removed("--case", case)
+    _check_removed("--shapes", shapes or "")
     if threads:
         torch.set_num_threads(threads)
     where = pick_device(device)
@@ -87,6 +90,13 @@ def bench_kernels(
         weigh=memory,
     )
     _measure(settings, json_file)
+
+
+def _check_removed(flag: str, names: str) -> None:
+    """Name what takes the place of a removed value. Raises: RecipeError."""
+    for name in names.split(","):
+        if gone := removal(f"bench-kernels {flag} {name.strip().lower()}", FLAGS):
+            raise gone
 
 
 def _measure(settings: "Settings", json_file: Path | None) -> None:
