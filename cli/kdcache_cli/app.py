@@ -132,9 +132,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error instead of a panel.")] = False,
     trust: Annotated[
         bool,
-        typer.Option(
-            "--trust", help="Import the code that run folders and recipes from elsewhere name as their model."
-        ),
+        typer.Option("--trust", help="Import model code that run folders and recipes from elsewhere name."),
     ] = False,
 ) -> None:
     """Options of every verb; `main` reads them itself: they may stand anywhere, and parsing may fail."""

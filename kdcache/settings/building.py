@@ -26,9 +26,7 @@ class TeacherSettings:
 
     teacher: tuple[str, ...] = setting(
         REQUIRED,
-        "A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads). Given several "
-        "times, they are an ensemble: the mean of their probabilities. HEAD=TEACHER takes that head from a teacher of "
-        "its own, such as depth=runs/depth.",
+        "RUN, RUN@best-ema, SPEC@FILE or SPEC@default. Repeat it for an ensemble.",
         repeated=True,
     )
     teacher_weights: Numbers | None = _teacher(None, "Weights of several teachers (default: equal).", metavar="W,W")
@@ -37,8 +35,7 @@ class TeacherSettings:
     )
     folds: int | None = _teacher(
         None,
-        "Cross-fitting: of K teachers, number I was trained with --fold I/K and predicts fold I, which it "
-        "has not seen.",
+        "Cross-fitting: teacher I predicts fold I of K, which it left out.",
     )
     folds_by: str | None = _teacher(None, FOLDS_BY, metavar="PATTERN")
     class_map: Path | None = _teacher(None, "Which class of the data each teacher class becomes.")
@@ -55,56 +52,47 @@ class BuildSettings:
     )
     teacher_grid: Literal["own", "view"] = _teacher(
         "own",
-        "own: targets on the grid that comes of --teacher-size and --tta. view: averaged to that of the view, "
-        "which takes no more room than without them.",
+        "own: native grid of --teacher-size and --tta. view: averaged to the view's.",
     )
     precision: Literal["float32", "bf16", "fp16"] = _teacher("float32", "float32, bf16 or fp16.")
 
-    top_k: TopK | None = _stored(
-        None, "Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."
-    )
+    top_k: TopK | None = _stored(None, "Classes kept per pixel: a number, or auto (all up to 32).")
     heads: Words = _stored(
         (),
-        "Comma-separated heads of the teacher to store, such as segmentation,depth (default: all that it has learnt).",
+        "Heads to store, separated by commas (default: all that it learnt).",
     )
     features_only: bool = _stored(False, "Store no head, but the taps of --features alone.")
     features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")
     statistics: Words = _stored((), "Comma-separated attention maps to store, as at:TAP.")
     raw_logits: bool = _stored(False, "Keep every pixel's largest logit too, for terms over positions (cwd).")
     pixels: Literal["stored", "source"] = _stored(
-        "stored", "stored: images and labels go into the store, which then needs no data set; or source."
+        "stored", "stored: images and labels go into the cache. source: they stay outside."
     )
     codec: Literal["default", "small", "none"] = _stored(
         "default",
-        "default: lz4, float16 as it is. small: targets rounded to 5 bits of mantissa, zstd; half the bytes "
-        "of targets, 3 to 5 times the CPU per read, gradients off by 1 to 3 % (more for a student very near its "
-        "teacher). none: uncompressed; a quarter more, a third of the CPU. The build measures what storing loses.",
+        "default: lz4. small: rounded targets in zstd, half the bytes. none: uncompressed.",
     )
     shard_records: Annotated[int, Ge(1), Le(65536)] = _stored(64, "Records per shard file.", ranged=True)
 
     views: Views = _view(
         4,
-        "Per sample: the whole image (full, or 1) and seeded crops of it, for replay; with --crop, crops alone. "
-        "full takes a quarter of the time and bytes of 4, but students then see crops without targets of their "
-        "own: those of the whole image are moved.",
+        "Views per sample: the whole image, then seeded crops. full: one view.",
         metavar="N|full",
     )
     crop: Size | None = _view(
         None,
-        "Views are crops of so many pixels out of the image at zoom times --size (default: views of --size).",
+        "Cut views of this size from the zoomed image (default: --size).",
         metavar="HxW",
     )
     view_seed: Annotated[int, Ge(0)] = _view(0, "Seed of the crops.", ranged=True)
     view_scale: Zoom | None = _view(
         None,
-        "Zoom of the crops: 2 shows a quarter of the image, 0.5 all of it at half its size amid grey, which "
-        "teaches nothing (default: 1:2; with depth in metres 1:1).",
+        "Zoom of the crops (default: 1:2, or 1:1 with metric depth).",
         metavar="LOW:HIGH",
     )
     depth_zoom: Literal["none", "divide", "keep"] = _view(
         "none",
-        "Labels of depth in a zoomed view: none zooms no view, divide divides metres by the zoom, as what is twice as "
-        "large looks half as far; or keep them.",
+        "Metric depth in zoomed views: none zooms nothing, divide or keep metres.",
     )
     view_flip: bool = _view(True, "Mirror half of the crops.", default_shown=False)
 

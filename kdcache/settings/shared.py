@@ -8,10 +8,7 @@ from annotated_types import Ge
 from kdcache.settings.parse import Bytes, Count, Size
 from kdcache.settings.setting import REQUIRED, setting
 
-FOLDS_BY = (
-    "Keep whole sequences, such as videos, in a fold: a regular expression whose first group (or whole match) in a "
-    "sample's id names its sequence, e.g. '^(.+)_'."
-)
+FOLDS_BY = "Keep sequences in one fold: a pattern for their names, as '^(.+)_'."
 Weights = Literal["best", "last", "best-ema", "last-ema"]
 FitChoice = Literal["auto", "squash", "crop", "pad"]
 Crop = Literal["none", "garg"]
@@ -24,9 +21,7 @@ class DataSettings:
 
     data: str = setting(
         REQUIRED,
-        "Data folder: your own (images/ and labels/, or as mmseg, Kaggle and COCO have it), CamVid, VOC, Cityscapes, "
-        "GTA5, ADE20K, KITTI or NYU (found by what lies in it, or named as in [bold]voc:DIR[/]); or [bold]scenes[/] "
-        "for the built-in procedural set.",
+        "Data folder, LAYOUT:DIR such as [bold]voc:DIR[/], or the built-in [bold]scenes[/].",
     )
 
 
@@ -45,8 +40,7 @@ class ImageSettings:
     size: Size | None = setting(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
     fit: FitChoice = setting(
         "auto",
-        "Images of another shape than --size are squashed into it, cropped to its shape, or padded, with a margin that "
-        "teaches nothing. auto: as the store or run at hand; new ones pad where shapes differ by more than 5 %.",
+        "How images of another shape fill --size (auto: as before, or pad).",
     )
 
 
@@ -64,13 +58,11 @@ class CopySettings:
 
     cache_dir: str | None = setting(
         None,
-        "Where copies of a remote store's shards are kept (default: $KDCACHE_CACHE_DIR, or kdcache in your cache "
-        "folder).",
+        "Folder for local copies of a remote cache (default: $KDCACHE_CACHE_DIR).",
     )
     cache_bytes: Bytes | None = setting(
         None,
-        "How much they may take, e.g. 50GiB or 200MB; what was not used for longest makes room (default: half of "
-        "what is free there).",
+        "Room for these copies, e.g. 50GiB (default: half of the free space).",
         metavar="SIZE",
     )
 
@@ -79,10 +71,10 @@ class CopySettings:
 class JudgeSettings:
     """How runs are evaluated and timed."""
 
-    weights: Weights = setting("best", "Weights of a run: best or last; of one with --ema also best-ema or last-ema.")
+    weights: Weights = setting("best", "Weights of a run, with --ema also best-ema or last-ema.")
     window: Size | None = setting(
         None,
-        "Slide a window of so many pixels over the image, at its own size or at --size, and average the logits.",
+        "Slide a window over the image and average the logits.",
         metavar="HxW",
     )
     stride: Size | None = setting(None, "From a window to the next (default: two thirds of --window).", metavar="HxW")
@@ -98,11 +90,10 @@ class DepthSettings:
     min_depth: float = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
     max_depth: float | None = setting(
         None,
-        "Labels of depth from it on do not count, and predictions are clipped to it (default: the model's own "
-        "maximum, or 80).",
+        "Ignore deeper labels and clip predictions (default: the model's maximum, or 80).",
         metavar="METRES",
     )
-    depth_crop: Crop = setting("none", "none, or garg: judge inside Garg's crop alone, as is the custom on KITTI.")
+    depth_crop: Crop = setting("none", "none, or garg: judge inside Garg's crop, as is usual on KITTI.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +102,17 @@ class CompareSettings:
 
     data: str | None = setting(
         None,
-        "Data to judge on (default: what the runs' recipes validate on). Without --split it is where that data set "
-        "is now, and another one is refused.",
+        "Data to judge on (default: the validation data of the runs).",
     )
     split: str | None = setting(None, "Which split of it (default: theirs, or val).")
     teacher: str | None = setting(None, "A run or SPEC@FILE, shown apart.", metavar="RUN")
     baseline: str | None = setting(
-        None, "A row, or a run of it, to measure against (default: the same model with --method none).", metavar="NAME"
+        None, "Row or run to measure against (default: the same model, --method none).", metavar="NAME"
     )
     blocks_by: str | None = setting(
         None,
-        "Take the interval over images from whole sequences, such as videos, whose frames are alike: a regular "
-        "expression whose first group (or whole match) in a sample's id names its sequence, e.g. '^(.+)_'.",
+        "Resample whole sequences: a pattern for their names, as '^(.+)_'.",
         metavar="PATTERN",
     )
-    own_fold: bool = setting(False, "Judge each run on the fold of the split that its --fold left out.")
-    smoke: bool = setting(False, "Print above everything that the runs are no result, as of sweep --smoke.")
+    own_fold: bool = setting(False, "Judge each run on the fold that it left out.")
+    smoke: bool = setting(False, "Say on top that the runs are no result.")

@@ -28,8 +28,7 @@ ClassesFolder = Annotated[
     Path | None,
     typer.Option(
         "--classes",
-        help="Folder with a classes.txt, which names the classes of a SPEC@FILE (default: those in the file, or "
-        "numbers).",
+        help="Folder with classes.txt, the class names of a SPEC@FILE.",
     ),
 ]
 

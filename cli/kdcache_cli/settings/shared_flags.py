@@ -164,17 +164,16 @@ Worker = Annotated[
     typer.Option(
         "--worker",
         metavar="I/N",
-        help="This process is number I, from 0, of N that write the store together, on any machines; auto: as Slurm or "
-        "torchrun number it; auto/N: as Kubernetes does, which says no N.",
+        help="Number I of N processes, from 0. auto: as the scheduler says.",
     ),
 ]
 TakeOver = Annotated[
     bool,
-    typer.Option("--take-over", help="After its own shards, this worker writes those that others have not finished."),
+    typer.Option("--take-over", help="Then write the shards that other workers have not finished."),
 ]
 Fold = Annotated[
     str | None,
-    typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
+    typer.Option("--fold", metavar="I/K", help="Only fold I of K, from 0, which a training left out."),
 ]
 FoldsBy = Annotated[
     str | None,

@@ -28,7 +28,7 @@ def copy(
         ),
     ],
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="Where to: a new folder or address, or a copy to go on with.")
+        str, typer.Argument(metavar="DESTINATION", help="New folder or address, or an unfinished copy.")
     ],
     codec: Annotated[
         str | None, _Option("--codec", help="default, small or none, as at the build (default: the source's).")
@@ -46,17 +46,14 @@ def copy(
         str | None,
         _Option(
             "--pixels",
-            help="source: without images and labels, which the data set gives then. Onto the Hub that is the default, "
-            "for their licences: --pixels stored pushes them, too.",
+            help="source: leave out images and labels (default onto the Hub).",
         ),
     ] = None,
     licence: Annotated[
         str | None,
-        _Option("--license", metavar="NAME", help="Of a store that goes onto the Hub, as the Hub names it: cc-by-4.0."),
+        _Option("--license", metavar="NAME", help="Licence of a cache on the Hub, by the Hub's name: cc-by-4.0."),
     ] = None,
-    private: Annotated[
-        bool, _Option("--private", help="The repository on the Hub is made, or is already, a private one.")
-    ] = False,
+    private: Annotated[bool, _Option("--private", help="Keep the repository on the Hub private.")] = False,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
     cache_dir: shared_flags.CacheDir = None,

@@ -22,10 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Check and convert data sets.", ric
 def check(
     data: Annotated[
         str,
-        typer.Argument(
-            help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]), or [bold]scenes[/]. "
-            "[bold],images=DIR2[/] behind it: other images of its samples."
-        ),
+        typer.Argument(help="Data folder, LAYOUT:DIR such as [bold]voc:DIR[/], or [bold]scenes[/]."),
     ],
     split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.")] = None,
     max_depth: Annotated[
@@ -87,11 +84,9 @@ def convert(
         list[str] | None,
         typer.Option("--split", help="Only this split; repeatable (default: train, val and test; without these, all)."),
     ] = None,
-    binary: Annotated[
-        bool, typer.Option("--binary", help="Masks of two classes: 0 is the first, any other number the second.")
-    ] = False,
+    binary: Annotated[bool, typer.Option("--binary", help="Masks of two classes: 0, and every other number.")] = False,
     bits: Annotated[
-        int | None, typer.Option("--bits", metavar="N", help="Scale 16-bit images to 8 bits; N of the 16 are in use.")
+        int | None, typer.Option("--bits", metavar="N", help="Scale 16-bit images to 8 bits. N bits are in use.")
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
 ) -> None:

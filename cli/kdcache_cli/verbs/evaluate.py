@@ -34,7 +34,7 @@ def evaluate(
         list[str],
         typer.Option(
             "--data",
-            help="Data folder or spec, as for data check. Repeated: one table over all, classes joined by name.",
+            help="Data folder or LAYOUT:DIR. Repeat it for one table over all.",
         ),
     ],
     split: Annotated[

@@ -27,9 +27,7 @@ def export_pseudo_labels(
     quantile: Annotated[
         float | None, _Option("--quantile", help="Keep this share of every class, its surest pixels, in (0, 1).")
     ] = None,
-    images: Annotated[
-        bool, _Option("--images", help="Write the images at view size too: OUT is then a data set of its own.")
-    ] = False,
+    images: Annotated[bool, _Option("--images", help="Write the images at view size, too.")] = False,
     data: shared_flags.OptionalData = None,
     split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
     json_file: Annotated[Path | None, _Option("--json", help="Write the coverage table here too.")] = None,

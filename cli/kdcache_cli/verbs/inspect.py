@@ -18,7 +18,7 @@ def inspect(
     store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX; with --card also a run.")],
     json: Annotated[bool, _Option("--json", help="Machine-readable.")] = False,
     card: Annotated[
-        bool, _Option("--card", help="Print how to train from it, build it again and cite it, in Markdown.")
+        bool, _Option("--card", help="Print its card in Markdown: train from it, build it, cite it.")
     ] = False,
     teacher_report: Annotated[
         bool, _Option("--teacher-report", help="Audit the teacher by what the store holds; writes pictures.")
@@ -27,9 +27,7 @@ def inspect(
     split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
     out: Annotated[
         Path | None,
-        _Option(
-            "--out", help="Where the report goes (default: STORE-report beside the store; for a remote one, here)."
-        ),
+        _Option("--out", help="Folder of the report (default: STORE-report beside the cache)."),
     ] = None,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,

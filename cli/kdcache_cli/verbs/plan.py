@@ -25,24 +25,6 @@ ADVICE = (
 )
 
 
-_SHORT = {
-    "teacher_weights": {"help": "Weights of several."},
-    "tta": {"help": "Mirrored and rescaled too.", "metavar": "flip,scales=S:S"},
-    "folds": {"help": "Cross-fitting with K teachers."},
-    "folds_by": {"help": "Keep whole sequences in a fold."},
-    "teacher_size": {"help": "Size of the teacher's input for the same window."},
-    "teacher_grid": {"help": "own or view."},
-    "top_k": {"help": "Classes kept per pixel: auto or a number."},
-    "raw_logits": {"help": "Keep every pixel's largest logit too."},
-    "crop": {"help": "Views are crops of so many pixels."},
-    "pixels": {"help": "stored or source."},
-    "codec": {"help": "default, small or none."},
-    "mean": {"help": "Normalisation, if not the model's own."},
-    "std": {"help": "Normalisation, if not the model's own."},
-}
-"""Helps that leave the explanation to build-teacher-cache."""
-
-
 @common(
     *(
         "data",
@@ -69,13 +51,10 @@ _SHORT = {
         *("data", "teacher", "split", "size", "fit", *build_flags.ORDER, "threads", "device"),
         *("out", "records", "student", "epochs", "json_file"),
     ),
-    wording=_SHORT,
 )
 def plan(
     settings: dict[str, Any],
-    out: Annotated[
-        str, _Option("--out", help="Where the store would go: checks whether it fits on that disk (default: here).")
-    ] = ".",
+    out: Annotated[str, _Option("--out", help="Where the cache would go (default: here).")] = ".",
     records: Annotated[int, _Option("--records", min=8, max=32, help="Records that the estimate is measured on.")] = 16,
     student: Annotated[str | None, _Option("--student", help="Model whose training is estimated too.")] = None,
     epochs: Annotated[int, _Option("--epochs", min=1, help="Epochs of that training.")] = 100,

@@ -61,7 +61,7 @@ def report(
     title: Annotated[str | None, _Option("--title", help="Title of the page (default: of the data's name).")] = None,
     num: Annotated[
         int | None,
-        _Option("--num", min=0, help="Best and worst images (default: 3 on the page, 10 of each run with --draw)."),
+        _Option("--num", min=0, help="Best and worst images (default: 3, with --draw 10 of each run)."),
     ] = None,
     draw: Annotated[
         Path | None, _Option("--draw", metavar="DIR", help="Also write pictures, curves and matrices as files here.")
@@ -71,7 +71,7 @@ def report(
         _Option(
             "--layout",
             metavar="grid|row",
-            help="Panels of --draw. grid: with overlay and errors (default); row: side by side, as for a paper.",
+            help="Panels of --draw: grid with overlay and errors, or a row.",
         ),
     ] = None,
     formats: Annotated[
@@ -83,7 +83,7 @@ def report(
         _Option(
             "--audit",
             metavar="FILE",
-            help="report.json of inspect --teacher-report: the teacher's audit. Repeat it to compare several stores.",
+            help="report.json of inspect --teacher-report. Repeat it to compare teachers.",
         ),
     ] = None,
 ) -> None:

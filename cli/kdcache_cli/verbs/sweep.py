@@ -33,14 +33,14 @@ _Option = typer.Option
 def sweep(
     context: typer.Context,
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe that is shipped, or a TOML file; without one they are listed.")
+        str | None, typer.Argument(help="A shipped recipe or a TOML file. Without one, list them.")
     ] = None,
     data: Annotated[
         list[str] | None,
         _Option(
             "--data",
             metavar="[NAME=]DIR",
-            help="Data folder (or LAYOUT:DIR); NAME=DIR, repeated, for the streams of a recipe that has some.",
+            help="Data folder or LAYOUT:DIR. For a recipe's streams: NAME=DIR, repeated.",
         ),
     ] = None,
     out: Annotated[

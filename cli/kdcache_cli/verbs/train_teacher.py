@@ -19,13 +19,9 @@ _ORDER = (
     *("scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
 )
 
-_TERM = "A term on labels beside the cross-entropy, dice or lovasz, e.g. dice,weight=0.5. May be repeated."
-_VAL = "Labelled data to validate on (default: --data); best weights have the best mIoU."
-_STREAM = (
-    "One of several data sets that share every batch, in place of --data: a name, then its settings, e.g. "
-    "real,data=camvid,share=0.5,weight=1. May be repeated; in a recipe, each is a table named stream. Other flags are "
-    "those of all streams."
-)
+_TERM = "One more term on labels, e.g. dice,weight=0.5. May be repeated."
+_VAL = "Labelled data to validate on (default: --data)."
+_STREAM = "One of several data sets: NAME,data=DIR,share=0.5. May be repeated."
 _WORDING = {"term": {"help": _TERM}, "val": {"help": _VAL}, "stream": {"help": _STREAM}}
 
 

@@ -20,7 +20,7 @@ def verify(
     store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
     teacher: Annotated[
         list[str] | None,
-        _Option("--teacher", help="Run it again on a sample of records. Of several, give all, in their order."),
+        _Option("--teacher", help="Run the teacher again on some records. Repeat it for an ensemble."),
     ] = None,
     records: Annotated[int, _Option("--records", min=1, help="How many records to run it on.")] = 16,
     seal: Annotated[
