@@ -4,9 +4,13 @@ A group is the pixels of one label column per lane in up to ROWS label rows that
 student pixels and, of the target's, between three: a class then costs 10 loads for 4 pixels, where each pixel by
 itself would cost 8. Tables of taps say where a pixel lies (`geometry`), so any ratio and window will do.
 
-Legend: u, v the student's and the target's base-2 logits / T at a label pixel. Blocks: c classes, q rows of a group,
-n lanes. Tuples: taps are a table, `geometry.Taps`; columns are the pixels left and right of a label column and its
-fraction; blend the weights by which a group's rows mix, see `student_group` and `target_group`.
+The rows of a group are tuples of blocks of lanes, not a dimension of a block. Triton spreads a block of two dimensions
+over a warp as it sees fit: its version 3.6 gave a lane's rows to other lanes, through shared memory and barriers.
+
+Legend: u, v the student's and the target's base-2 logits / T at a label pixel. Blocks: c classes (one on a GPU), n
+lanes; q is a row of a group. Tuples: taps are a table, `geometry.Taps`; columns are the pixels left and right of a
+label column and its fraction; blend has for each q the weights by which it mixes rows, `student_group`'s fraction and
+`target_group`'s weights.
 """
 
 import triton
@@ -64,16 +68,55 @@ def along_row(row_n, columns, offset_c):
 
 
 @triton.jit
-def student_logits(top_cn, bottom_cn, blend):
-    return top_cn[:, None, :] + blend[0][None, :, :] * (bottom_cn - top_cn)[:, None, :]
+def of_rows(x_n):
+    """A tuple with the same block for each row of a group."""
+    rows = ()
+    for _ in tl.static_range(ROWS):
+        rows += (x_n,)
+    return rows
 
 
 @triton.jit
-def target_logits(rows, columns, blend, offset_c):
-    """The target's logits from three rows; a row of weight 0 leaves no trace, however large its logits."""
-    v_cqn = blend[1][None, :, :] * along_row(rows[0], columns, offset_c)[:, None, :]
-    v_cqn += blend[2][None, :, :] * along_row(rows[1], columns, offset_c)[:, None, :]
-    return v_cqn + blend[3][None, :, :] * along_row(rows[2], columns, offset_c)[:, None, :]
+def replaced(rows, at: tl.constexpr, x_n):
+    """The tuple with another block for one row."""
+    new = ()
+    for q in tl.static_range(ROWS):
+        new += (x_n if q == at else rows[q],)
+    return new
+
+
+@triton.jit
+def choose(masks, a, b):
+    """a where the mask holds, else b, for each row of a group."""
+    rows = ()
+    for q in tl.static_range(ROWS):
+        rows += (tl.where(masks[q], a[q], b[q]),)
+    return rows
+
+
+@triton.jit
+def student_logits(top_cn, bottom_cn, blend_q):
+    return top_cn + blend_q[0][None, :] * (bottom_cn - top_cn)
+
+
+@triton.jit
+def along_rows(rows, columns, offset_c):
+    """Logits on the target's three rows, at one label column per lane."""
+    return (
+        along_row(rows[0], columns, offset_c),
+        along_row(rows[1], columns, offset_c),
+        along_row(rows[2], columns, offset_c),
+    )
+
+
+@triton.jit
+def target_logits(lines, blend_q):
+    """The target's logits from three rows; a row of weight 0 leaves no trace, however large its logits.
+
+    Spelt out, as every sum of products here: which product is fused must not depend on what is around it.
+    """
+    v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
+    return tl.fma(blend_q[3][None, :], lines[2], v_cn)
 
 
 @triton.jit
@@ -81,8 +124,8 @@ def softmax_sums(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels,
     POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u). BLOCK divides the number of classes."""
-    s1 = tl.zeros(blend[0].shape, tl.float32)
+    """Sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u), of each row. BLOCK divides the number of classes."""
+    s1 = of_rows(tl.zeros(blend[0][0].shape, tl.float32))
     su = s1
     sv = s1
     cross = s1
@@ -90,18 +133,22 @@ def softmax_sums(
         c = start + tl.arange(0, BLOCK)
         top = along_row(student_rows[0], student_columns, c * sizes[1])
         bottom = along_row(student_rows[1], student_columns, c * sizes[1])
-        u = student_logits(top, bottom, blend)
+        lines = (top,)
         if pixels.USE_KL:
-            v = target_logits(target_rows, target_columns, blend, c * sizes[2])
-            eu = tl.exp2(u)
-            ev = tl.exp2(v)
-            su += tl.sum(eu, 0)
-            sv += tl.sum(ev, 0)
-            cross += tl.sum(ev * (v - u), 0)
-            if pixels.USE_CE and POWER > 1:
-                s1 += tl.sum(power(eu, POWER), 0)
-        if pixels.USE_CE and POWER == 0:
-            s1 += tl.sum(tl.exp2(temperature * u), 0)
+            lines = along_rows(target_rows, target_columns, c * sizes[2])
+        for q in tl.static_range(ROWS):
+            u = student_logits(top, bottom, blend[q])
+            if pixels.USE_KL:
+                v = target_logits(lines, blend[q])
+                eu = tl.exp2(u)
+                ev = tl.exp2(v)
+                su = replaced(su, q, su[q] + tl.sum(eu, 0))
+                sv = replaced(sv, q, sv[q] + tl.sum(ev, 0))
+                cross = replaced(cross, q, cross[q] + tl.sum(ev * (v - u), 0))
+                if pixels.USE_CE and POWER > 1:
+                    s1 = replaced(s1, q, s1[q] + tl.sum(power(eu, POWER), 0))
+            if pixels.USE_CE and POWER == 0:
+                s1 = replaced(s1, q, s1[q] + tl.sum(tl.exp2(temperature * u), 0))
     if pixels.USE_CE and POWER == 1:
         s1 = su
     return s1, su, sv, cross
@@ -113,70 +160,82 @@ def softmax_sums_below_peaks(
 ):
     """Compute the sums of `softmax_sums` for logits of any range, relative to the largest u and v.
 
-    Returns: the four sums, the last in units of 2^12, and the largest u and v.
+    Returns: the four sums, the last in units of 2^12, and the largest u and v, of each row.
     """
-    s1 = tl.zeros(blend[0].shape, tl.float32)
+    zero = tl.zeros(blend[0][0].shape, tl.float32)
+    s1 = of_rows(zero)
     su = s1
     sv = s1
     cross = s1
-    peak_u = s1 + LOWEST_LOGIT / tl.maximum(temperature, 1.0)
-    peak_v = s1 + LOWEST_LOGIT
+    peaks_u = of_rows(zero + LOWEST_LOGIT / tl.maximum(temperature, 1.0))
+    peaks_v = of_rows(zero + LOWEST_LOGIT)
     for start in range(sizes[0]):
         c = start + tl.arange(0, 1)
         top = along_row(student_rows[0], student_columns, c * sizes[1])
         bottom = along_row(student_rows[1], student_columns, c * sizes[1])
-        u = tl.sum(student_logits(top, bottom, blend), 0)
-        higher = tl.maximum(peak_u, u)
-        step_u = peak_u - higher
-        peak_u = higher
-        u -= higher
-        if pixels.USE_CE:
-            s1 = s1 * tl.exp2(temperature * step_u) + tl.exp2(temperature * u)
+        lines = (top,)
         if pixels.USE_KL:
-            v = tl.sum(target_logits(target_rows, target_columns, blend, c * sizes[2]), 0)
-            higher = tl.maximum(peak_v, v)
-            step_v = peak_v - higher
-            peak_v = higher
-            v -= higher
-            ev = tl.exp2(v)
-            sv *= tl.exp2(step_v)
-            cross = cross * tl.exp2(step_v) + sv * SMALL * (step_v - step_u) + ev * SMALL * (v - u)
-            sv += ev
-            su = su * tl.exp2(step_u) + tl.exp2(u)
-    return s1, su, sv, cross, peak_u, peak_v
+            lines = along_rows(target_rows, target_columns, c * sizes[2])
+        for q in tl.static_range(ROWS):
+            u = tl.sum(student_logits(top, bottom, blend[q]), 0)
+            higher = tl.maximum(peaks_u[q], u)
+            step_u = peaks_u[q] - higher
+            peaks_u = replaced(peaks_u, q, higher)
+            u -= higher
+            if pixels.USE_CE:
+                s1 = replaced(s1, q, s1[q] * tl.exp2(temperature * step_u) + tl.exp2(temperature * u))
+            if pixels.USE_KL:
+                v = tl.sum(target_logits(lines, blend[q]), 0)
+                higher = tl.maximum(peaks_v[q], v)
+                step_v = peaks_v[q] - higher
+                peaks_v = replaced(peaks_v, q, higher)
+                v -= higher
+                ev = tl.exp2(v)
+                before = sv[q] * tl.exp2(step_v)
+                of_both = cross[q] * tl.exp2(step_v) + before * SMALL * (step_v - step_u) + ev * SMALL * (v - u)
+                cross = replaced(cross, q, of_both)
+                sv = replaced(sv, q, before + ev)
+                su = replaced(su, q, su[q] * tl.exp2(step_u) + tl.exp2(u))
+    return s1, su, sv, cross, peaks_u, peaks_v
 
 
 @triton.jit
 def student_group(y_n, cell_n, taps, H):
-    """The next ROWS label rows from y on, which of them lie in the cell (they come first), and their fractions."""
-    rows_qn = y_n[None, :] + tl.arange(0, ROWS)[:, None]
-    exists_qn = rows_qn < H
-    rows_qn = tl.minimum(rows_qn, H - 1)
-    fraction_qn = tl.load(taps.fraction + rows_qn)
-    own_cell_qn = cell_of(tl.load(taps.index + rows_qn), fraction_qn)
-    return rows_qn, exists_qn & (own_cell_qn == cell_n[None, :]), tl.where(own_cell_qn < 0, 1.0, fraction_qn)
+    """Which of the next ROWS label rows from y on lie in the cell (they come first), and their fractions."""
+    live = ()
+    fractions = ()
+    for q in tl.static_range(ROWS):
+        row_n = tl.minimum(y_n + q, H - 1)
+        fraction_n = tl.load(taps.fraction + row_n)
+        own_cell_n = cell_of(tl.load(taps.index + row_n), fraction_n)
+        live += ((y_n + q < H) & (own_cell_n == cell_n),)
+        fractions += (tl.where(own_cell_n < 0, 1.0, fraction_n),)
+    return live, fractions
 
 
 @triton.jit
-def target_group(at_qn, first_n, taps, scale):
-    """Where label rows lie between three target rows from `first_n` on.
+def target_row(at_n, first_n, taps, scale):
+    """Where a label row lies between three target rows from `first_n` on.
 
-    Returns: whether they lie there (the first always does), whether between the last two rows, the fraction, and the
-    weights of the three rows, times `scale` (None for 1).
+    Args:
+        at_n: its entry in the table.
+        scale: what multiplies the target's logits; None for 1.
+    Returns: whether it lies there (a group's first always does), whether inside the view; whether between the last two
+        rows, with the fraction; and the weights of the three rows.
     """
-    index_qn = tl.load(taps.index + at_qn)
-    fraction_qn = tl.load(taps.fraction + at_qn)
-    reached_qn = (index_qn >= first_n[None, :]) & (index_qn <= first_n[None, :] + 1)
-    below_qn = index_qn > first_n[None, :]
-    upper_qn = 1.0 - fraction_qn
+    index_n = tl.load(taps.index + at_n)
+    fraction_n = tl.load(taps.fraction + at_n)
+    reached_n = (index_n >= first_n) & (index_n <= first_n + 1)
+    below_n = index_n > first_n
+    upper_n = 1.0 - fraction_n
     weights = (
-        tl.where(below_qn, 0.0, upper_qn),
-        tl.where(below_qn, upper_qn, fraction_qn),
-        tl.where(below_qn, fraction_qn, 0.0),
+        tl.where(below_n, 0.0, upper_n),
+        tl.where(below_n, upper_n, fraction_n),
+        tl.where(below_n, fraction_n, 0.0),
     )
     if scale is not None:
         weights = (weights[0] * scale, weights[1] * scale, weights[2] * scale)
-    return reached_qn, below_qn, fraction_qn, weights
+    return reached_n, tl.load(taps.inside + at_n) != 0, (fraction_n, below_n), weights
 
 
 @triton.jit
@@ -193,25 +252,28 @@ def lost_on_row(lost_n, columns):
 
 
 @triton.jit
-def label_logit(rows, columns, fraction_qn, offset_qn):
+def label_logit(rows, columns, fraction_n, offset_n):
     """u of the label's class."""
-    left_n, right_n, fraction_n = columns
-    top_qn = tl.load((rows[0] + left_n)[None, :] + offset_qn)
-    top_qn += fraction_n[None, :] * (tl.load((rows[0] + right_n)[None, :] + offset_qn) - top_qn)
-    bottom_qn = tl.load((rows[1] + left_n)[None, :] + offset_qn)
-    bottom_qn += fraction_n[None, :] * (tl.load((rows[1] + right_n)[None, :] + offset_qn) - bottom_qn)
-    return top_qn + fraction_qn * (bottom_qn - top_qn)
+    left_n, right_n, column_n = columns
+    top_n = tl.load(rows[0] + left_n + offset_n)
+    top_n += column_n * (tl.load(rows[0] + right_n + offset_n) - top_n)
+    bottom_n = tl.load(rows[1] + left_n + offset_n)
+    bottom_n += column_n * (tl.load(rows[1] + right_n + offset_n) - bottom_n)
+    return top_n + fraction_n * (bottom_n - top_n)
 
 
 @triton.jit
 def visit(
-    r, student_rows, student_lost_rows, target_rows, target_lost_rows, mix_rows, blend, target_places, left_n, right_n,
-    first_n, target_at_n, live_qn, in_view_qn, label_row_ptrs, label_gate_row_ptrs, gate_row_ptrs, label_stride_w,
-    label_gate_stride_w, gate_stride_w, value_ptrs, taps, target_taps, pixels, k_ce, k_kl, label_factors,
-    sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+    r, y_n, student_rows, student_lost_rows, target_rows, target_lost_rows, mix_rows, blend, target_places, left_n,
+    right_n, first_n, target_at_n, live, in_view, label_n, label_gate_n, gate_n, label_stride_h, label_stride_w,
+    label_gate_stride_h, label_gate_stride_w, gate_stride_h, gate_stride_w, value_ptrs, taps, target_taps, pixels, k_ce,
+    k_kl, label_factors, sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
 
+    Args:
+        live, in_view: of each row, whether the lane has the pixel, and whether the target's view has its row.
     Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
     """
     x_n = tl.minimum(first_n + r, W - 1)
@@ -219,82 +281,94 @@ def visit(
     target_columns = columns
     if pixels.USE_KL:
         target_columns = load_columns(target_at_n + x_n, target_taps, wt)
-        in_view_qn = in_view_qn & (tl.load(target_taps.inside + target_at_n + x_n) != 0)[None, :]
     s1, su, sv, cross = softmax_sums(
         student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels, POWER, BLOCK
     )
-    lowest = s1
-    if pixels.USE_KL:
-        lowest = tl.where(tl.abs(cross) < float("inf"), tl.minimum(su, sv), 0.0)
-        if pixels.USE_CE:
-            lowest = tl.minimum(lowest, s1)
-    peak_u = tl.zeros(live_qn.shape, tl.float32)
-    peak_v = peak_u
-    unit = peak_u + 1.0
+    zero = tl.zeros(x_n.shape, tl.float32)
+    low = ()
+    any_low = tl.zeros(x_n.shape, tl.int32)
+    for q in tl.static_range(ROWS):
+        lowest = s1[q]
+        if pixels.USE_KL:
+            lowest = tl.where(tl.abs(cross[q]) < float("inf"), tl.minimum(su[q], sv[q]), 0.0)
+            if pixels.USE_CE:
+                lowest = tl.minimum(lowest, s1[q])
+        low += (lowest < LOWEST_SUM,)
+        any_low = any_low | (lowest < LOWEST_SUM).to(tl.int32)
+    peaks_u = of_rows(zero)
+    peaks_v = peaks_u
     has_peaks = 0
-    low = lowest < LOWEST_SUM
-    if tl.max(tl.max(low.to(tl.int32), 0), 0) > 0:
+    if tl.max(any_low, 0) > 0:
         # A pixel keeps its first sums where they serve: its bits must not depend on who shares the program.
-        s1_low, su_low, sv_low, cross_low, peak_u, peak_v = softmax_sums_below_peaks(
+        s1_low, su_low, sv_low, cross_low, peaks_u_low, peaks_v_low = softmax_sums_below_peaks(
             student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels
         )
-        s1 = tl.where(low, s1_low, s1)
-        su = tl.where(low, su_low, su)
-        sv = tl.where(low, sv_low, sv)
-        cross = tl.where(low, cross_low, cross)
-        peak_u = tl.where(low, peak_u, 0.0)
-        peak_v = tl.where(low, peak_v, 0.0)
-        unit = tl.where(low, 1.0 / SMALL, unit)
+        s1 = choose(low, s1_low, s1)
+        su = choose(low, su_low, su)
+        sv = choose(low, sv_low, sv)
+        cross = choose(low, cross_low, cross)
+        peaks_u = choose(low, peaks_u_low, peaks_u)
+        peaks_v = choose(low, peaks_v_low, peaks_v)
         has_peaks = 1
-    label_ptrs = label_row_ptrs
-    if pixels.labels is not None:
-        label_ptrs += (x_n * label_stride_w)[None, :]
-    gate_ptrs = gate_row_ptrs
-    if pixels.gate is not None:
-        gate_ptrs += (x_n * gate_stride_w)[None, :]
-    label_gate_ptrs = label_gate_row_ptrs
-    if pixels.label_gate is not None:
-        label_gate_ptrs += (x_n * label_gate_stride_w)[None, :]
-    label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted = load_pixel(
-        pixels, label_ptrs, label_gate_ptrs, gate_ptrs, live_qn, in_view_qn
-    )
-    below_lost = tl.where(blend[0] > 0, lost_on_row(student_lost_rows[1], columns)[None, :], 0)
-    lost = (lost_on_row(student_lost_rows[0], columns)[None, :] | below_lost) != 0
-    ce_n = tl.zeros(x_n.shape, tl.float32)
-    kl_n = ce_n
-    value_ptrs += r * (ROWS * VALUES * x_n.shape[0])
-    if pixels.USE_CE:
-        ce_weight = ce_weight.to(tl.float32)
-        u_label = label_logit(student_rows, columns, blend[0], label * sizes[1])
-        mix = u_label
-        if pixels.SMOOTH:
-            # The sum of the class weights times the maximum goes off every class's logit.
-            mix = label_logit(mix_rows, columns, blend[0], label * 0) - label_factors[2] / label_factors[1] * peak_u
-        ce, whole, pull, even = label_terms(
-            pixels, label_factors, ce_weight, label_gate, tl.log2(s1), temperature * (u_label - peak_u),
-            temperature * mix,
-        )  # fmt: skip
-        ce_n = LN2 * tl.sum(tl.where(ce_counted & lost, float("nan"), ce), 0)
-        if HAS_GRADIENT:
-            tl.store(value_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
-            tl.store(value_ptrs + x_n.shape[0], k_ce * whole / s1)
-            if pixels.WEIGHED:
-                tl.store(value_ptrs + 6 * x_n.shape[0], pull)
-            if pixels.SMOOTH:
-                tl.store(value_ptrs + 7 * x_n.shape[0], even)
+    student_lost = lost_on_row(student_lost_rows[0], columns)
+    student_lost_below = lost_on_row(student_lost_rows[1], columns)
     if pixels.USE_KL:
-        t_fraction, below = target_places
-        lost0 = lost_on_row(target_lost_rows[0], target_columns)[None, :]
-        lost1 = lost_on_row(target_lost_rows[1], target_columns)[None, :]
-        lost2 = lost_on_row(target_lost_rows[2], target_columns)[None, :]
-        below_lost = tl.where(t_fraction > 0, tl.where(below, lost2, lost1), 0)
-        lost = lost | ((tl.where(below, lost1, lost0) | below_lost) != 0)
-        kl = (cross / sv * unit + tl.log2(su / sv)) * kl_weight
-        kl_n = LN2 * tl.sum(tl.where(kl_counted & lost, float("nan"), kl), 0)
+        column_inside = tl.load(target_taps.inside + target_at_n + x_n) != 0
+        lost0 = lost_on_row(target_lost_rows[0], target_columns)
+        lost1 = lost_on_row(target_lost_rows[1], target_columns)
+        lost2 = lost_on_row(target_lost_rows[2], target_columns)
+    ce_n = zero
+    kl_n = zero
+    for q in tl.static_range(ROWS):
+        at_ptrs = value_ptrs + (r * ROWS + q) * (VALUES * x_n.shape[0])
+        y64_n = (y_n + q).to(tl.int64)
+        label_ptrs = label_n
+        if label_n is not None:
+            label_ptrs += y64_n * label_stride_h + x_n * label_stride_w
+        label_gate_ptrs = label_gate_n
+        if label_gate_n is not None:
+            label_gate_ptrs += y64_n * label_gate_stride_h + x_n * label_gate_stride_w
+        gate_ptrs = gate_n
+        if gate_n is not None:
+            gate_ptrs += y64_n * gate_stride_h + x_n * gate_stride_w
+        seen = live[q]
+        if pixels.USE_KL:
+            seen = in_view[q] & column_inside
+        label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted = load_pixel(
+            pixels, label_ptrs, label_gate_ptrs, gate_ptrs, live[q], seen
+        )
+        lost = (student_lost | tl.where(blend[q][0] > 0, student_lost_below, 0)) != 0
+        if pixels.USE_CE:
+            ce_weight = ce_weight.to(tl.float32)
+            u_label = label_logit(student_rows, columns, blend[q][0], label * sizes[1])
+            mix = u_label
+            if pixels.SMOOTH:
+                # The sum of the class weights times the maximum goes off every class's logit.
+                mix = label_logit(mix_rows, columns, blend[q][0], label * 0)
+                mix -= label_factors[2] / label_factors[1] * peaks_u[q]
+            ce, whole, pull, even = label_terms(
+                pixels, label_factors, ce_weight, label_gate, tl.log2(s1[q]), temperature * (u_label - peaks_u[q]),
+                temperature * mix,
+            )  # fmt: skip
+            ce_n += tl.where(ce_counted & lost, float("nan"), ce)
+            if HAS_GRADIENT:
+                tl.store(at_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
+                tl.store(at_ptrs + x_n.shape[0], k_ce * whole / s1[q])
+                if pixels.WEIGHED:
+                    tl.store(at_ptrs + 6 * x_n.shape[0], pull)
+                if pixels.SMOOTH:
+                    tl.store(at_ptrs + 7 * x_n.shape[0], even)
+        if pixels.USE_KL:
+            t_fraction, below = target_places[q]
+            below_lost = tl.where(t_fraction > 0, tl.where(below, lost2, lost1), 0)
+            lost = lost | ((tl.where(below, lost1, lost0) | below_lost) != 0)
+            unit = tl.where(low[q], 1.0 / SMALL, 1.0)
+            kl = (cross[q] / sv[q] * unit + tl.log2(su[q] / sv[q])) * kl_weight
+            kl_n += tl.where(kl_counted & lost, float("nan"), kl)
+            if HAS_GRADIENT:
+                tl.store(at_ptrs + 2 * x_n.shape[0], k_kl * kl_weight / su[q])
+                tl.store(at_ptrs + 3 * x_n.shape[0], k_kl * kl_weight / sv[q])
         if HAS_GRADIENT:
-            tl.store(value_ptrs + 2 * x_n.shape[0], k_kl * kl_weight / su)
-            tl.store(value_ptrs + 3 * x_n.shape[0], k_kl * kl_weight / sv)
-    if HAS_GRADIENT:
-        tl.store(value_ptrs + 4 * x_n.shape[0], peak_u)
-        tl.store(value_ptrs + 5 * x_n.shape[0], peak_v)
-    return ce_n, kl_n, has_peaks
+            tl.store(at_ptrs + 4 * x_n.shape[0], peaks_u[q])
+            tl.store(at_ptrs + 5 * x_n.shape[0], peaks_v[q])
+    return LN2 * ce_n, LN2 * kl_n, has_peaks

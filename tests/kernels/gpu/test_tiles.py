@@ -95,9 +95,9 @@ def run(problem: LossProblem, tiling: Tiling | None = None, prepared: Prepared |
     return Found(ce, kl, gradient)
 
 
-def check(problem: LossProblem, rounding: float = 0.0) -> None:
+def check(problem: LossProblem, rounding: float = 0.0, tiling: Tiling | None = None) -> None:
     """Against the reference; `rounding` is what the float32 rounding of large logits adds, relative."""
-    actual, expected = run(problem), expect(problem)
+    actual, expected = run(problem, tiling), expect(problem)
     T = max(1.0, problem.temperature)
     for a, b in zip(actual[:2], expected[:2], strict=True):
         assert abs(a - b) <= (1e-6 + rounding) * abs(b) + 1e-7 * T * T
@@ -136,6 +136,12 @@ def test_any_ratio_of_sizes(case):
 @pytest.mark.parametrize("case", ALIGNED.values(), ids=ALIGNED.keys())
 def test_aligned_corners(case):
     check(make(**case))
+
+
+def test_the_blocks_of_a_gpu():
+    """One class in a block and four blocks at a time, of which the last three here have no class."""
+    problem = make(B=1, C=5, student=(2, 2), size=(5, 3))
+    check(problem, tiling=Tiling(1, 32, 1, 1, 4, 2))
 
 
 WINDOWS = {
@@ -341,14 +347,14 @@ def test_without_a_gradient():
     problem = make(window=WINDOWS["crops"])
     whole = run(problem)
     prepared = prepare(problem)
-    tiling = Tiling(2, 32, 4, 4, 3)
+    tiling = Tiling(2, 32, 4, 4, 1, 3)
     buffers = triton_loss.make_buffers(replace(problem, need_gradient=False), needs(problem, tiling))
     launch(problem, prepared, None, buffers, tiling, all_images=True)
     terms = buffers.partials.sum(0) * prepared.factors[2:4]
     torch.testing.assert_close(terms, torch.stack(whole[:2]), rtol=1e-14, atol=0)
 
 
-TILINGS = [Tiling(1, 8, 4, 4, 100), Tiling(2, 32, 4, 4, 2), Tiling(3, 64, 4, 4, 1)]
+TILINGS = [Tiling(1, 8, 4, 4, 1, 100), Tiling(2, 32, 4, 4, 1, 2), Tiling(3, 64, 4, 1, 4, 1)]
 
 
 def mixed() -> LossProblem:
