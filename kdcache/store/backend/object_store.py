@@ -148,18 +148,22 @@ class Bucket(Place):
 
         Args:
             sha256: what they must have. Without it they are proven by the server's ETag, or if they arrive twice.
-        Raises: FileNotFoundError; ValueError for more than `most` bytes, and for wrong bytes that arrive twice;
-            StoreError for bytes that are others in every fetch.
+        Raises: FileNotFoundError; ValueError for more than `most` bytes in every fetch, and for wrong bytes that arrive
+            twice; StoreError for bytes that are others in every fetch.
         """
-        arrived = Counter[str]()
+        arrived, too_large = Counter[str](), Counter[str]()
         for left in reversed(range(ATTEMPTS)):
             digest = None
             with self._answers(key):
                 try:
                     digest, tag = self._receive(key, file, most)
-                except (exceptions.BaseError, FileNotFoundError, ValueError) as error:
+                except ValueError as error:
+                    too_large[str(error)] += 1
+                    if too_large[str(error)] == ATTEMPTS:  # every answer says so
+                        raise
+                except (exceptions.BaseError, FileNotFoundError) as error:
                     # What the ledger lists is there: one answer does not show that it is not.
-                    if not left or (sha256 is None and isinstance(error, FileNotFoundError)):
+                    if (not left and not too_large) or (sha256 is None and isinstance(error, FileNotFoundError)):
                         raise
             if digest is not None:
                 arrived[digest] += 1

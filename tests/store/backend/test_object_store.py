@@ -21,7 +21,7 @@ import zarr
 from s3 import BUCKET, CREDENTIALS, SECRET, TOKEN
 
 from kdcache.errors import CorruptError, IncompleteError, KDCacheError, MismatchError, StoreError
-from kdcache.store import inspect_store, open_cache, open_writer, store_exists, verify_files
+from kdcache.store import copy_store, inspect_store, open_cache, open_writer, store_exists, verify_files
 from kdcache.store.backend import object_store
 from kdcache.store.backend.object_store import Bucket
 from kdcache.store.backend.open import open_place
@@ -344,6 +344,16 @@ def test_noise_that_stays_is_no_damage(s3, small, but_for, key) -> None:
         read_one(address, small)
     assert type(caught.value) is StoreError
     assert f"{address}/{key}" in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_one_answer_of_another_size_is_no_damage(s3, small, built, tmp_path) -> None:
+    """The last of the fetches names more bytes than the file may have, and those before it were spoilt."""
+    s3.fail("noise", f"store.zarr/{SHARD_FILE}", times=4)
+    s3.fail("long", f"store.zarr/{SHARD_FILE}", times=10_000)
+    with pytest.raises(StoreError, match="others in every fetch") as caught:
+        copy_store(open_cache(built), tmp_path / "copy")
+    assert f"{built}/{SHARD_FILE}" in str(caught.value)
     assert "delete" not in str(caught.value)
 
 
