@@ -84,11 +84,16 @@ def exact(problem: LossProblem) -> Result:
     return Result(parts.ce.item(), parts.kl.item(), gradient)
 
 
-def assert_close(actual: Result, problem: LossProblem, gradient_error: float = 2e-6) -> None:
-    """Terms within what float32 rounds of them, the gradient also within `gradient_error` of its largest element."""
+def assert_close(actual: Result, problem: LossProblem, gradient_error: float = 2e-6, term_error: float = 0.0) -> None:
+    """Terms within what float32 rounds of them, the gradient also within `gradient_error` of its largest element.
+
+    Args:
+        term_error: what the rounding of large logits adds to both terms, relative.
+    """
     expected, allowed = exact(problem), _allowed(problem)
-    assert abs(actual.ce - expected.ce) <= allowed.of_ce * (expected.ce + allowed.ce_weight)
-    assert abs(actual.kl - expected.kl) <= allowed.of_kl * (expected.kl + allowed.kl_weight * problem.temperature**2)
+    assert abs(actual.ce - expected.ce) <= (allowed.of_ce + term_error) * (expected.ce + allowed.ce_weight)
+    kl_unit = expected.kl + allowed.kl_weight * problem.temperature**2
+    assert abs(actual.kl - expected.kl) <= (allowed.of_kl + term_error) * kl_unit
     assert actual.gradient.dtype == problem.gradient_dtype
     largest = expected.gradient.abs().max().item()
     error = (actual.gradient.double() - expected.gradient).abs().max().item()

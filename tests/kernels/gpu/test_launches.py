@@ -32,6 +32,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         def count(self, *arguments, **options):
             names.append(self.fn.__name__)
+            assert len(options["grid"]) == 1, "the second and third dimension of a grid end at 65,535"
             with _disable_current_modes():  # the interpreter computes with torch
                 return run(self, *arguments, **options)
 
@@ -123,10 +124,10 @@ def test_a_backward_is_one_launch(launched):
 
 def test_the_limit_of_registers_is_a_choice_of_the_environment(monkeypatch):
     monkeypatch.delenv("KDCACHE_CELLS_REGISTERS", raising=False)
-    assert register_limit(128) == 128
+    assert register_limit(168) == 168
     monkeypatch.setenv("KDCACHE_CELLS_REGISTERS", "152")
-    assert register_limit(128) == 152
+    assert register_limit(168) == 152
     for wrong in ("31", "256", "many", "-1"):
         monkeypatch.setenv("KDCACHE_CELLS_REGISTERS", wrong)
         with pytest.raises(ValueRangeError, match=f"(?s)KDCACHE_CELLS_REGISTERS.*{wrong}"):
-            register_limit(128)
+            register_limit(168)

@@ -200,16 +200,18 @@ def _weight_of(taps, cell_n, pixel_n, exists):
     return tl.where(index_n == pixel_n, 1.0 - fraction_n, tl.where(index_n + 1 == pixel_n, fraction_n, 0.0))
 
 
-@triton.jit(do_not_specialize=["h", "w", "hs", "ws", "rows", "columns"])
-def gather_kernel(cells_ptr, row_taps, column_taps, gradient_ptr, h, w, hs, ws, rows, columns, BLOCK: tl.constexpr):
-    """The transpose of the student's resize: a pixel of its array per lane; program (block, plane).
+@triton.jit(do_not_specialize=["h", "w", "hs", "ws", "rows", "columns", "blocks"])
+def gather_kernel(
+    cells_ptr, row_taps, column_taps, gradient_ptr, h, w, hs, ws, rows, columns, blocks, BLOCK: tl.constexpr
+):
+    """The transpose of the student's resize: a pixel of its array per lane; a plane takes `blocks` programs.
 
     Args:
         rows, columns: cells, at most, that one pixel enters along each axis.
     """
-    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < hs * ws
-    plane = tl.program_id(1).to(tl.int64)
+    plane = (tl.program_id(0) // blocks).to(tl.int64)
     y_n, x_n = offs_n // ws, offs_n % ws
     # The first cell whose centre lies beyond the pixel before: (i + 1/2) hs / h - 1/2 > y - 1.
     top_n = tl.maximum((2 * y_n - 1) * h // (2 * hs) - 1, 0)
@@ -327,9 +329,11 @@ def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
         return cells
     gradient = torch.empty(problem.student.shape, device=cells.device)
     (B, C, hs, ws), (h, w) = problem.student.shape, problem.grid
-    gather_kernel[(triton.cdiv(hs * ws, BLOCKS[0]), B * C)](
+    blocks = triton.cdiv(hs * ws, BLOCKS[0])
+    # In one dimension of the grid: a second one ends at 65,535 programs.
+    gather_kernel[(blocks * B * C,)](
         cells, *laid.taps, gradient, h, w, hs, ws, *(2 * triton.cdiv(n, m) + 3 for n, m in ((h, hs), (w, ws))),
-        BLOCK=BLOCKS[0], num_warps=4,
+        blocks, BLOCK=BLOCKS[0], num_warps=4,
     )  # fmt: skip
     return gradient
 
