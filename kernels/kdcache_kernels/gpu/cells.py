@@ -69,11 +69,21 @@ from .surface import (
     subtract,
 )
 
-REGISTERS = register_limit(128)
-"""Per lane, so that 16 warps share a multiprocessor; about 20 values that the loops do not need are spilt.
+REGISTERS = register_limit(168)
+"""Per lane, so that 12 warps share a multiprocessor. Nothing is spilt, and the next class's logits are loaded early.
 
-Nothing would be with 152, but 12 warps. KDCACHE_CELLS_REGISTERS in the environment is another limit, for measurements.
+With 128 there are 16 warps, but those loads come last, and every turn waits for them. KDCACHE_CELLS_REGISTERS in the
+environment is another limit, for measurements.
 """
+RESIDENT = max(1, min(4, 512 // REGISTERS))
+"""Warps that share a scheduler, of which a multiprocessor has four."""
+ROW_TIME = (0.0, 1.0, 1.25, 1.8, 2.4)
+"""Time in which a scheduler does a row of cells for 0 to 4 warps, relative to one warp alone.
+
+Simulated from the machine code (benchmarks/results/sass-sm90.md), not measured.
+"""
+STRIP_TIME = 0.2
+"""What a warp's start and its strip's edges take, in rows of a lone warp."""
 
 
 @triton.jit
@@ -216,11 +226,13 @@ def cells_kernel(
 
     base = image.to(tl.int64) * pixels.num_classes
     student_ptr += base * (h * w)
+    student_lost_ptr += image.to(tl.int64) * (h * w)
     s_column, s_first, s_step = interpolation(j, w, lane < 0, S)
     t_first = s_first
     t_step = s_step
     if pixels.USE_KL:
         target_ptr += base * (ht * wt)
+        target_lost_ptr += image.to(tl.int64) * (ht * wt)
         row_shift = tl.load(route_ptr + 1)
         column_shift = tl.load(route_ptr + 2)
         flip = tl.load(route_ptr + 3) != 0
@@ -318,7 +330,7 @@ def cells_kernel(
         edge_ptrs = edges_ptr
         if gradient_ptr is not None:
             gradient_ptrs = gradient_ptr + i * w + j
-            edge_ptrs = edges_ptr + strip * PLANES * plane + j
+            edge_ptrs = edges_ptr + strip.to(tl.int64) * (PLANES * plane) + j
         kl_cell, ce_label = _gradient(
             student, target, y_first, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, present, even,
             ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs,
@@ -326,7 +338,7 @@ def cells_kernel(
         )  # fmt: skip
 
         if pixels.USE_CE or pixels.USE_KL:
-            student_spoilt = any_lost(student_lost_ptr + image * (h * w), s_top, s_bottom, j, w)
+            student_spoilt = any_lost(student_lost_ptr, s_top, s_bottom, j, w)
         if pixels.USE_CE:
             if pixels.SMOOTH:
                 ce_label += even_label
@@ -335,7 +347,7 @@ def cells_kernel(
             ce_cell = tl.where(spoilt, float("nan"), ce_cell)
             ce_sum += tl.where(owned & active, ce_cell, 0.0)
         if pixels.USE_KL:
-            spoilt = student_spoilt | any_lost(target_lost_ptr + image * (ht * wt), t_top, t_bottom, t_low, wt)
+            spoilt = student_spoilt | any_lost(target_lost_ptr, t_top, t_bottom, t_low, wt)
             kl_cell = tl.where(kl_any & spoilt, float("nan"), LN2 * kl_cell)
             kl_sum += tl.where(owned & active, kl_cell, 0.0)
         # Edges are read by the lane that wrote them, but not in every layout by the same thread.
@@ -358,9 +370,9 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """The most of 4 to 16 rows with which the busiest of the GPU's schedulers works through the fewest.
+    """The rows, at most 16, with which the busiest of the GPU's schedulers is done first.
 
-    The edges cost 8 bytes per class and logit column of a strip, so strips are not made thinner than need be.
+    A lone warp leaves half of a scheduler's cycles unused, so short strips of several warps beat a long one.
     """
     B, _, h, w = problem.student.shape
     # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
@@ -370,11 +382,12 @@ def choose_tiling(problem: LossProblem) -> Tiling:
         return Tiling(2, min(512, max(lanes, power_of_2((h // 2 + 1) * (w + 1) + 1))))
     schedulers = 4 * multiprocessors(problem.student.device)
 
-    def most_rows(rows: int) -> int:
-        programs = B * cdiv(cdiv(h + 1, rows) * (w + 1), lanes - 1)
-        return int(rows * cdiv(programs, schedulers))
+    def time(rows: int) -> float:
+        warps = cdiv(B * cdiv(cdiv(h + 1, rows) * (w + 1), lanes - 1), schedulers)
+        rounds, rest = divmod(warps, RESIDENT)
+        return rows * (rounds * ROW_TIME[RESIDENT] + ROW_TIME[rest]) + warps * STRIP_TIME
 
-    return Tiling(min(min(range(16, 3, -1), key=most_rows), h + 1), lanes)
+    return Tiling(min(range(min(16, h + 1), 0, -1), key=time), lanes)
 
 
 class Seams(NamedTuple):

@@ -275,7 +275,7 @@ def register_limit(default: int) -> int:
         raise ValueRangeError(
             "KDCACHE_CELLS_REGISTERS is a number of registers from 32 to 255.",
             received=repr(text),
-            remedy=f"Leave it unset for {default}, or set 152, with which nothing is spilt.",
+            remedy=f"Leave it unset for {default}, or set 128, with which more warps share a multiprocessor.",
         )
     return int(text)
 

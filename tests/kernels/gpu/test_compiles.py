@@ -121,3 +121,16 @@ def test_a_program_is_one_warp_and_asks_for_what_the_compiler_knows(kernel, targ
     options = launch_options(lanes, kernel.REGISTERS, problem.student.device)
     assert options == {"num_warps": 1, **({"maxnreg": kernel.REGISTERS} if limited else {})}
     assert launch_options(4 * lanes, kernel.REGISTERS, problem.student.device)["num_warps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "rows"),
+    [(16, (128, 128), 6), (8, (128, 128), 3), (16, (72, 96), 4), (16, (96, 96), 5), (1, (64, 64), 1), (1, (1, 2), 1)],
+    ids=str,
+)
+def test_strips_are_short_enough_for_several_warps_of_a_scheduler(batch, grid, rows, monkeypatch):
+    """On 132 multiprocessors. Where one strip would do, as in a small image, it has one row of cells."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(GPUTarget("cuda", 90, 32)))
+    problem = make_problem(4, grid, B=batch)
+    problem = dataclasses.replace(problem, student=problem.student.to("meta"))
+    assert cells.choose_tiling(problem).rows == rows
