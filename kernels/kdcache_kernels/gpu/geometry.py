@@ -1,7 +1,7 @@
 """Positions of every pixel in the two grids of logits, the kernel of each image, and the factors of the pixels.
 
-One program per image writes tables of taps in float64, in the order of operations of `window.py` and without fused
-multiplications, so that they are bit for bit those of the reference; a further program turns counts into factors.
+One program per table writes taps in float64, in the order of operations of `window.py` and without fused
+multiplications, so that they are bit for bit those of the reference; others turn counts into factors and route images.
 Everything depends on values on the device (windows, ranges of logits), so the host never learns the route: both loss
 kernels are launched and each returns at once from the images of the other.
 
@@ -192,6 +192,36 @@ def _store_factors(
     tl.store(factors_ptr + 3, (T * T * kl_inverse).to(tl.float32))
 
 
+@triton.jit
+def _store_route(
+    image, window_ptr, flip_ptr, ranges_ptr, route_ptr, h, w, ht, wt, view_height, view_width, num_ranges,
+    USE_KL: tl.constexpr, FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    fast = image >= 0
+    if USE_KL:
+        y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
+        flip = image < 0
+        if flip_ptr is not None:
+            flip = tl.load(flip_ptr + image) != 0
+        row, row_aligned = _shift(h, ht, view_height, y0, y1)
+        column, column_aligned = _shift(w, wt, view_width, x0, x1)
+        fast = fast & row_aligned & column_aligned
+        tl.store(route_ptr + 4 * image + 1, row)
+        tl.store(route_ptr + 4 * image + 2, column)
+        tl.store(route_ptr + 4 * image + 3, flip.to(tl.int32))
+    if FAST:
+        if GUARD_RANGE:
+            widest = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, num_ranges, BLOCK):
+                offs_n = start + tl.arange(0, BLOCK)
+                ranges_n = tl.load(ranges_ptr + image * num_ranges + offs_n, mask=offs_n < num_ranges, other=0.0)
+                widest = tl.maximum(widest, ranges_n)
+            fast = fast & (tl.max(widest, 0) <= MOST_NATS)
+        tl.store(route_ptr + 4 * image, fast.to(tl.int32))
+    else:
+        tl.store(route_ptr + 4 * image, 0)
+
+
 @triton.jit(
     do_not_specialize=[
         "B", "h", "w", "ht", "wt", "H", "W", "view_height", "view_width", "num_ranges", "num_counts", "pixel_count",
@@ -211,50 +241,43 @@ def geometry_kernel(
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 to B - 1 do an image each, program B the factors.
+    """Program 0 does the factors, the next B the route of an image each, and every further one a table.
 
-    With FAST, an image takes the fast kernel when the target's grid, seen through its window, meets the student's
-    cell by cell and, with GUARD_RANGE, no pixel's logits span too much.
+    Of a table there is one program, as most of a table's time is one division in float64 after the other. With FAST, an
+    image takes the fast kernel when the target's grid, seen through its window, meets the student's cell by cell and,
+    with GUARD_RANGE, no pixel's logits span too much.
     """
-    image = tl.program_id(0)
-    if image == B:
+    program = tl.program_id(0)
+    if program == 0:
         _store_factors(
             counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
             kl_denominator_ptr, temperature, class_weight_ptr, num_classes, smoothing, gamma, USE_CE, USE_KL, COUNTS_CE,
             COUNTS_KL, BLOCK,
         )  # fmt: skip
-        return
-    if image == 0:
-        row_taps, column_taps = student_tables(tables_ptr, H, W)
-        store_taps(row_taps, 0, H, H, h, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
-        store_taps(column_taps, 0, W, W, w, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
-    fast = image >= 0
-    flip = image < 0
-    if USE_KL:
-        HAS_WINDOW: tl.constexpr = window_ptr is not None
+    elif program <= B:
+        _store_route(
+            program - 1, window_ptr, flip_ptr, ranges_ptr, route_ptr, h, w, ht, wt, view_height, view_width, num_ranges,
+            USE_KL, FAST, GUARD_RANGE, BLOCK,
+        )  # fmt: skip
+    elif program <= B + 2:
+        of_rows = program == B + 1
+        size = tl.where(of_rows, H, W)
+        taps = _table(tables_ptr, tl.where(of_rows, 0, 3 * H), size)
+        store_taps(
+            taps, 0, size, size, tl.where(of_rows, h, w), _double(0), _double(size), program < 0, True, STUDENT_ALIGN,
+            BLOCK,
+        )  # fmt: skip
+    elif USE_KL:
+        image = (program - B - 3) // 2
+        of_rows = (program - B - 3) % 2 == 0
         y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
+        flip = program < 0
         if flip_ptr is not None:
-            flip = tl.load(flip_ptr + image) != 0
-        if HAS_WINDOW or flip_ptr is not None or image == 0:
-            target_row_taps, target_column_taps = target_tables(tables_ptr, H, W, target_batch)
-            store_taps(
-                target_row_taps, image * H, H, view_height, ht, y0, y1, image < 0, HAS_WINDOW, TARGET_ALIGN, BLOCK
-            )
-            store_taps(target_column_taps, image * W, W, view_width, wt, x0, x1, flip, HAS_WINDOW, TARGET_ALIGN, BLOCK)
-        row, row_aligned = _shift(h, ht, view_height, y0, y1)
-        column, column_aligned = _shift(w, wt, view_width, x0, x1)
-        fast = fast & row_aligned & column_aligned
-        tl.store(route_ptr + 4 * image + 1, row)
-        tl.store(route_ptr + 4 * image + 2, column)
-        tl.store(route_ptr + 4 * image + 3, flip.to(tl.int32))
-    if FAST:
-        if GUARD_RANGE:
-            widest = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, num_ranges, BLOCK):
-                offs_n = start + tl.arange(0, BLOCK)
-                ranges_n = tl.load(ranges_ptr + image * num_ranges + offs_n, mask=offs_n < num_ranges, other=0.0)
-                widest = tl.maximum(widest, ranges_n)
-            fast = fast & (tl.max(widest, 0) <= MOST_NATS)
-        tl.store(route_ptr + 4 * image, fast.to(tl.int32))
-    else:
-        tl.store(route_ptr + 4 * image, 0)
+            flip = (tl.load(flip_ptr + image) != 0) & (of_rows == 0)
+        size = tl.where(of_rows, H, W)
+        first = 3 * (H + W) + tl.where(of_rows, 0, 3 * target_batch * H)
+        store_taps(
+            _table(tables_ptr, first, target_batch * size), image * size, size,
+            tl.where(of_rows, view_height, view_width), tl.where(of_rows, ht, wt), tl.where(of_rows, y0, x0),
+            tl.where(of_rows, y1, x1), flip, True, TARGET_ALIGN, BLOCK,
+        )  # fmt: skip

@@ -31,7 +31,7 @@ PIXELS = 128
 """Low-resolution pixels of a program."""
 COUNT_ROWS, COUNT_COLUMNS = 8, 128
 """Labels of a program that counts: this many rows, and columns at a time."""
-TABLE = 1024
+TABLE = 512
 """Entries of a table that are written at a time."""
 
 
@@ -409,7 +409,7 @@ def _launch_geometry(
     tables = torch.empty(tables_size(H, W, target_batch), dtype=torch.int32, device=device)
     route = torch.empty((B, 4), dtype=torch.int32, device=device)
     factors = torch.empty(8, dtype=torch.float32, device=device)
-    geometry_kernel[(B + 1,)](
+    geometry_kernel[(1 + B + 2 * (1 + target_batch),)](
         window, flip, ranges, counts, problem.ce_weight, problem.kl_weight, problem.ce_denominator,
         problem.kl_denominator, tables, route, factors, target_batch,
         B, h, w, ht, wt, H, W, *view, ranges.shape[1], B * counts.shape[1], B * H * W, problem.temperature,
@@ -417,7 +417,7 @@ def _launch_geometry(
         problem.student.shape[1], problem.label_smoothing, problem.focal_gamma,
         USE_CE=problem.use_ce, USE_KL=problem.use_kl, STUDENT_ALIGN=problem.align_corners,
         TARGET_ALIGN=target is not None and target.align_corners, FAST=stride > 0, GUARD_RANGE=stride > 1,
-        COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
+        COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, BLOCK=TABLE, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     scale = _scale(problem.temperature) if _reads_packed(problem) else None
     return Prepared(*logits, scale, tables, target_batch, route, factors, mix, stride)
