@@ -3,9 +3,11 @@
 Launches are the package's own, on meta tensors (`kdcache_kernels.gpu.offline`).
 
 Counts are static, of the whole kernel and of its innermost loops; what a spill costs depends on where it is. Writes
-benchmarks/results/sass-sm80.json and sass-sm90.json in about three minutes each, most of it for tiles.
+benchmarks/results/sass-sm90.json in about three minutes, most of it for tiles. Machine code depends on Triton's
+version: a name tells the files of two versions apart.
 
     python benchmarks/sass.py
+    python benchmarks/sass.py --name -triton-3.8   # writes sass-sm90-triton-3.8.json
     python benchmarks/sass.py --compile-only   # more variants, no disassembler needed; a test runs this
     python benchmarks/sass.py --brief --capability 75 120 gfx942   # every kernel once; a test runs this
 """
@@ -43,7 +45,7 @@ from kdcache_kernels.on_cells.problem import RelationProblem
 from kdcache_kernels.problem import Counted
 from kdcache_kernels.topk import index_dtype
 
-CAPABILITIES = ("80", "90")
+CAPABILITIES = ("90",)
 BATCH, CLASSES, KEPT, LABELS = 16, 21, 8, 512
 CELLS = {"stride 1": 512, "stride 2": 256, "stride 4": 128, "stride 8": 64, "any ratio": 100}
 """Logits along an axis of LABELS pixels; the last is for tiles alone."""
@@ -304,6 +306,7 @@ def main() -> None:
     parser.add_argument("--capability", nargs="+", default=list(CAPABILITIES), help="80 is sm_80; or gfx942")
     parser.add_argument("--compile-only", action="store_true", help="compile every variant and write nothing")
     parser.add_argument("--brief", action="store_true", help="compile every kernel once and write nothing")
+    parser.add_argument("--name", default="", help="what follows the capability in the file's name")
     arguments = parser.parse_args()
     writes = not (arguments.compile_only or arguments.brief)
     tools = [find_tool("cuobjdump"), find_tool("nvdisasm")] if writes else []
@@ -329,7 +332,7 @@ def main() -> None:
         result["kernels"] = [describe(kernel, tools[0], tools[1]) for kernel in compiled]
         for row in result["kernels"]:
             print(f"sm_{capability} {row['kernel']:16} {row['variant']:22}", *_short(row))
-        write(RESULTS / f"sass-sm{capability}.json", result)
+        write(RESULTS / f"sass-sm{capability}{arguments.name}.json", result)
 
 
 def _short(row: dict[str, Any]) -> list[str]:
