@@ -7,7 +7,7 @@ benchmarks/results/sass-sm90.json in about three minutes, most of it for tiles. 
 version: a name tells the files of two versions apart.
 
     python benchmarks/sass.py
-    python benchmarks/sass.py --name -triton-3.8   # writes sass-sm90-triton-3.8.json
+    python benchmarks/sass.py --name triton-3.8   # writes sass-sm90-triton-3.8.json
     python benchmarks/sass.py --compile-only   # more variants, no disassembler needed; a test runs this
     python benchmarks/sass.py --brief --capability 75 120 gfx942   # every kernel once; a test runs this
 """
@@ -332,7 +332,8 @@ def main() -> None:
         result["kernels"] = [describe(kernel, tools[0], tools[1]) for kernel in compiled]
         for row in result["kernels"]:
             print(f"sm_{capability} {row['kernel']:16} {row['variant']:22}", *_short(row))
-        write(RESULTS / f"sass-sm{capability}{arguments.name}.json", result)
+        name = f"sass-sm{capability}-{arguments.name}" if arguments.name else f"sass-sm{capability}"
+        write(RESULTS / f"{name}.json", result)
 
 
 def _short(row: dict[str, Any]) -> list[str]:

@@ -1,5 +1,9 @@
 """What a call costs the host: kernels that it launches and tensors that it allocates, counted."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -75,6 +79,45 @@ def test_a_call(problem, kernels, allocated, launched):
         loss.distill_loss(problem)
     assert launched == kernels
     assert (counts.allocated, counts.computed) == (allocated, 0)
+
+
+CALL = """
+import json, torch, triton
+from kdcache_kernels import PackedTarget, distill_loss
+from kdcache_kernels.gpu.offline import compile_instead, gpu_target, launch_from_meta_tensors
+launched = compile_instead(gpu_target("sm_90"))
+launch_from_meta_tensors()
+triton.knobs.runtime.jit_cache_hook = lambda **_: True  # nothing is compiled
+empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
+target = PackedTarget(empty(2, 3, 8, 8, dtype=torch.float16), None, None, 3, (32, 32))
+student, labels, factor = empty(2, 3, 8, 8).requires_grad_(), empty(2, 32, 32, dtype=torch.uint8), empty()
+def step(*weights):
+    launched.clear()
+    parts = distill_loss(student, labels, target, ce_weight=weights[0], kl_weight=weights[1], temperature=2.0)
+    torch.autograd.grad(parts.loss, student, factor)
+for weights in (0.7, 0.3), (empty(), empty()):
+    step(*weights)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(*weights)
+    operations = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+    print(json.dumps([[name for name, _ in launched], sorted(operations)]))
+"""
+
+
+def test_a_whole_call_is_six_launches():
+    """Forward and backward, with weights that are numbers and tensors, of tensors of a GPU that is not there.
+
+    From the second call on, since the first may fill what later ones use again. The profiler also sees operations of
+    torch within an operator: each that computes anything would be a launch.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    calls = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(calls) == 2
+    for launched, operations in calls:
+        assert launched == [*CELLS, "scale_kernel"]
+        assert set(operations) <= {f"aten::{name}" for name in ("empty", "empty_strided", "detach", "alias", "view")}
 
 
 def relation_problem(moved: bool) -> RelationProblem:
