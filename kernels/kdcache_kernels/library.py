@@ -33,7 +33,7 @@ from .topk import PackedTarget, argmax_dtype, index_dtype
 
 compiler.cache_key_tag = f"{compiler.cache_key_tag} kdcache_kernels {digest_of('**/*.py')}".strip()
 
-FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
+FAMILIES = {"numba": ".cpu", "triton": ".gpu", "torch": ".plain"}
 """The sub-package of each family."""
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 

@@ -4,8 +4,11 @@
 | --- | --- | --- |
 | triton | CUDA (and the CPU under TRITON_INTERPRET=1) | fused kernels; nothing of label size times classes |
 | numba | CPU | the same for the CPU |
+| torch | CPU | the loss in PyTorch operations with a gradient by hand; elsewhere the reference |
 | reference | anything, float64 too | plain PyTorch, the oracle; several tensors of label size times classes |
-| auto | | the fused family of the device; for tensors it cannot take the reference, with a warning |
+| auto | | the fused family of the device, or torch where a table of small problems says that it is faster |
+
+For tensors that no family takes, auto is the reference, with a warning.
 
 Legend: B batch, C classes, k kept classes, H W label size, h w the student's or the target's own size.
 """
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from . import autograd, checks, library, topk
 from .errors import ShapeError, ValueRangeError, describe
+from .plain.choice import prefers_torch
 from .problem import LossProblem
 from .reference import (
     Denominators,
@@ -30,9 +34,9 @@ from .reference import (
 )
 from .topk import PackedTarget
 
-IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "numba", "torch", "reference")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DEVICES = {"triton": "cuda", "numba": "cpu"}
+_DEVICES = {"triton": "cuda", "numba": "cpu", "torch": "cpu"}
 MOST_CONSTANTS = 256
 """Numbers that stay on their devices as tensors; a schedule may pass any number of others."""
 _CONSTANTS: dict[tuple[torch.device, float], tuple[Tensor, int]] = {}
@@ -107,7 +111,8 @@ def distill_loss(
         align_corners: whether the student's resize aligns corners; the target carries its own.
         ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device or
             numbers: the global batch's, from `distill_denominators`, summed over ranks and accumulation steps.
-        impl: "auto", "triton", "numba" or "reference"; the module's docstring has the table.
+        impl: "auto", "triton", "numba", "torch" or "reference"; the module's docstring has the table. What auto takes
+            on a CPU depends on the sizes of a problem; windows, flips and compiled programs keep numba.
     Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2. Each carries a gradient,
         once; several times with the reference. The loss's is computed with it. That of ce or kl is computed in the
         backward, for as much time as the call took and no memory; detach a value that is only logged where a compiled
@@ -125,7 +130,9 @@ def distill_loss(
     checks.check_student(student_logits_BChw)
     B, num_classes = student_logits_BChw.shape[:2]
     device = student_logits_BChw.device
-    family = choose_implementation(impl, device, student_logits_BChw.dtype, student_logits_BChw=student_logits_BChw)
+    family = choose_implementation(
+        impl, device, student_logits_BChw.dtype, has_torch=True, student_logits_BChw=student_logits_BChw
+    )
     checks.check_number("temperature", temperature, above_zero=True)
     checks.check_scalar("ce_weight", ce_weight, device, "a scheduled weight")
     checks.check_scalar("kl_weight", kl_weight, device, "a scheduled weight")
@@ -171,6 +178,8 @@ def distill_loss(
         align_corners=align_corners,
         need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
     )
+    if impl == "auto" and family == "numba" and not library.is_traced(student_logits_BChw) and prefers_torch(problem):
+        family = "torch"
     if family == "reference":
         if not torch.compiler.is_compiling():
             checks.check_values(problem)
@@ -361,10 +370,13 @@ def constant(value: float, device: torch.device) -> Tensor:
     return filled
 
 
-def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, **arguments: Tensor) -> str:
-    """Return "triton", "numba" or "reference" for tensors of this device and dtype.
+def choose_implementation(
+    impl: str, device: torch.device, dtype: torch.dtype, *, has_torch: bool = False, **arguments: Tensor
+) -> str:
+    """Return "triton", "numba", "torch" or "reference" for tensors of this device and dtype.
 
     Args:
+        has_torch: whether the operation is in the family torch; one that is not is computed by the reference there.
         arguments: the tensor that has them, by its name, which an error describes.
     Raises: ValueRangeError for an implementation that does not exist or cannot take them.
     """
@@ -374,8 +386,8 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, *
             received=repr(impl),
             remedy=f"Choose one of {', '.join(IMPLEMENTATIONS)}.",
         )
-    if impl == "reference":
-        return impl
+    if impl == "reference" or (impl == "torch" and not has_torch):
+        return "reference"
     family = next((name for name, kind in _DEVICES.items() if kind == device.type), "") if impl == "auto" else impl
     reason = _refusal(family, device, dtype)
     if reason is None:

@@ -31,6 +31,7 @@ class Backend(NamedTuple):
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference-cpu"),
     pytest.param(("numba", "cpu"), id="numba-cpu"),
+    pytest.param(("torch", "cpu"), id="torch-cpu"),
     *(
         [pytest.param((impl, "cuda"), id=f"{impl}-cuda") for impl in ("reference", "triton")]
         if CUDA
@@ -62,6 +63,8 @@ def _is_computed(item: pytest.Function) -> bool:
         return item.get_closest_marker("fused") is None
     if dtype == torch.float64:
         return False  # the reference's alone
+    if backend[0] == "torch":
+        return "distill_loss" in item.fixturenames  # it has no other operation
     if backend != ("triton", "cpu"):
         return True
     if dtype == torch.bfloat16 or item.get_closest_marker("native"):

@@ -34,7 +34,7 @@ NAN = float("nan")
 
 
 def test_impl_lists_what_exists():
-    with pytest.raises(ValueRangeError, match=r"(?s)'cutlass'.*auto, triton, numba, reference"):
+    with pytest.raises(ValueRangeError, match=r"(?s)'cutlass'.*auto, triton, numba, torch, reference"):
         distill_loss(LOGITS, LABELS, impl="cutlass")
 
 

@@ -1,0 +1,120 @@
+"""What a call of the losses costs on small problems: of two checkouts, and of eager PyTorch, in one run.
+
+Each checkout has a process, and they take turns. The time is that of the processor on one thread, in microseconds,
+best of all calls: a forward by itself, and with the backward. Eager is `kdcache.bench.kernels.losses` of AFTER, so
+that both checkouts meet the same rival; the images of one pixel are a batch of rows there.
+
+    python benchmarks/small.py ../before . --json benchmarks/results/kernels-cpu-small.json
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SHAPES = (
+    *("1x3x32x32/4", "1x11x24x24/4", "1x11x96x96/4", "1x11x384x384/4", "1x1000x16x16/1", "1x1000x64x64/4"),
+    *("4x1000x7x7/1", "4x1000x28x28/4", "256x1000x1x1/1", "32x10x1x1/1"),
+)
+"""Labels and stride; the last two are images of one pixel."""
+RELATIONS = ("1x3x32x32/4", "1x11x96x96/4", "1x11x384x384/4")
+KEPT = {"256x1000x1x1/1": 16}
+"""Classes that a target keeps, where they are not what a store keeps."""
+ROUNDS, SECONDS = 6, 0.15
+"""Turns of a checkout, and about how long a contestant is called in each."""
+
+
+def steps() -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return by case what is timed of it: ours, forward and both ways, and eager."""
+    import torch
+
+    from kdcache.bench.kernels.inputs import make_inputs
+    from kdcache.bench.kernels.losses import loss_of, targets_of
+    from kdcache.bench.kernels.shapes import Case, parse_shapes
+
+    def gradient(loss: Callable[[], Any], leaf: Any) -> Any:
+        return torch.autograd.grad(loss(), leaf)[0]
+
+    found: dict[str, dict[str, Callable[[], Any]]] = {}
+    torch.set_num_threads(1)
+    for kind, shapes in (("plain", SHAPES), ("dist", RELATIONS)):
+        for name in shapes:
+            case = Case(parse_shapes(name)[0], kind=kind, kept=KEPT.get(name))
+            inputs = make_inputs(case, torch.device("cpu"))
+            ours = partial(loss_of(case).ours, case, inputs, "auto")
+            eager = partial(loss_of(case).eager, inputs.student, targets_of(case, inputs))
+            both = {"both": partial(gradient, ours, inputs.student), "eager": partial(gradient, eager, inputs.student)}
+            found[str(case)] = {"forward": ours, **both}
+    return found
+
+
+def work() -> None:
+    """Time every step once for every line of the standard input, and answer with a line of JSON."""
+    found = steps()
+    for contestants in found.values():
+        for step in contestants.values():
+            step()
+    for _ in sys.stdin:
+        times = {case: {name: best(step) for name, step in timed.items()} for case, timed in found.items()}
+        print(json.dumps(times), flush=True)
+
+
+def best(step: Callable[[], Any]) -> float:
+    """Return the least time of a step in microseconds."""
+    least, end = float("inf"), time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        began = time.process_time()
+        step()
+        least = min(least, time.process_time() - began)
+    return 1e6 * least
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--worker"]:
+        return work()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    workers = {}
+    for name, checkout in (("before", arguments.before), ("after", arguments.after)):
+        # Only the kernels are the checkout's: cases and rivals are those of AFTER.
+        path = os.pathsep.join(str(x.resolve()) for x in (checkout / "kernels", arguments.after))
+        command = [sys.executable, __file__, "--worker"]
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        workers[name] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    rows: dict[str, dict[str, float]] = {}
+    for _ in range(ROUNDS):
+        for name, worker in workers.items():
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            print(file=worker.stdin, flush=True)
+            for case, times in json.loads(worker.stdout.readline()).items():
+                row = rows.setdefault(case, {})
+                for key, value in times.items():
+                    place = "eager" if key == "eager" else f"{name}_{key}"
+                    row[place] = round(min(row.get(place, value), value), 1)
+    for worker in workers.values():
+        worker.communicate()
+    for case, row in rows.items():
+        row["eager_over_before"] = round(row["eager"] / row["before_both"], 2)
+        row["eager_over_after"] = round(row["eager"] / row["after_both"], 2)
+        print(f"{case:36}", *(f"{key} {value:.6g}" for key, value in row.items()), sep="  ")
+    if arguments.json is not None:
+        from common import header, write
+
+        write(arguments.json, {**header("small kernels"), "microseconds": rows})
+    return None
+
+
+if __name__ == "__main__":
+    main()

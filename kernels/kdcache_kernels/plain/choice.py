@@ -1,0 +1,50 @@
+"""Which family computes a problem on the CPU: torch where a table of measured times says that it is faster.
+
+`choice.json` holds how many times as long numba takes, by the label pixels of a cell along an axis ("one cell" for
+images of one pixel), the classes, and the label pixels of a batch. `benchmarks/choice.py` measures it. A problem has
+the figure of the largest measured one that exceeds it in neither classes nor pixels. Strides that were not measured
+take numba. So the choice depends on the problem and on the file only, and on no clock, machine or number of threads.
+"""
+
+import json
+from bisect import bisect_right
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..problem import LossProblem
+
+LEAST = 1.1
+"""How many times as long numba takes from where torch is chosen: what is closer is noise."""
+FILE = Path(__file__).parent / "choice.json"
+
+
+def prefers_torch(problem: LossProblem) -> bool:
+    """Return True if torch is the faster family for a problem; views that are windows or mirrored were not measured."""
+    if problem.window is not None or problem.flip is not None:
+        return False
+    B, C, h, w = problem.student.shape
+    target = (h, w) if problem.target is None else tuple(problem.target.values.shape[2:])
+    H, W = problem.size
+    one_cell = (h, w) == target == (H, W) == (1, 1)
+    return _prefers_torch("one cell" if one_cell else str(min(H // h, W // w)), C, B * H * W)
+
+
+@lru_cache(maxsize=256)
+def _prefers_torch(kind: str, classes: int, pixels: int) -> bool:
+    table = _table()
+    measured = table["kinds"].get(kind)
+    if measured is None:
+        return False
+    row, column = bisect_right(table["classes"], classes) - 1, bisect_right(measured["pixels"], pixels) - 1
+    if row < 0 or column < 0:
+        return False
+    while measured["ratios"][row][column] is None:
+        column -= 1  # too large to be measured: the largest that was
+    return float(measured["ratios"][row][column]) >= LEAST
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return table

@@ -1,0 +1,97 @@
+"""What the teacher asks of a student in each pixel: the divergence, and its gradient.
+
+A target that keeps every class, or is resampled, is dense. A target of one cell that keeps the top k is not densified:
+the classes that it leaves out share one probability, so k + 1 numbers say everything.
+
+Legend: B batch, C classes, k kept classes, P pixels of an image, an axis that images of one pixel do not have.
+"""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..topk import LOGIT_LIMIT, PackedTarget
+
+
+class Softmax(NamedTuple):
+    """A distribution. No logarithm of every probability is taken, which would cost as much as the softmax.
+
+    Attributes:
+        logits, p: (B, C, P).
+        total: (B, P), the logarithm of the sum of the exponentials of the logits.
+    """
+
+    logits: Tensor
+    p: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, logits_BCP: Tensor) -> "Softmax":
+        p_BCP = logits_BCP.softmax(1)
+        return cls(logits_BCP, p_BCP, logits_BCP.amax(1) - p_BCP.amax(1).log_())
+
+
+class Teacher(Protocol):
+    """A distribution in every pixel."""
+
+    def divergence(self, student: Softmax) -> Tensor:
+        """Return KL(teacher || student) in nats, (B, P)."""
+
+    def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
+        """Return (p - q) * factor, written over p."""
+
+
+class DenseTeacher(NamedTuple):
+    """Every class by itself."""
+
+    softmax: Softmax
+
+    def divergence(self, student: Softmax) -> Tensor:
+        logits_BCP, q_BCP, total_BP = self.softmax
+        cross_BP = (logits_BCP - student.logits).mul_(q_BCP).sum(1)
+        return cross_BP + (student.total - total_BP)
+
+    def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
+        return p_BCP.sub_(self.softmax.p).mul_(factor_B1P)
+
+
+class SparseTeacher(NamedTuple):
+    """The kept classes by themselves, and each of the others with one share of the rest; of images of one pixel.
+
+    Attributes:
+        ids: (B, k) int64 class ids.
+        log_q, rest: (B, k) and (B, 1) logarithms of the probability of a kept class, and of one of the others.
+        missing: C - k.
+    """
+
+    ids: Tensor
+    log_q: Tensor
+    rest: Tensor
+    missing: int
+
+    @classmethod
+    def of(cls, target: PackedTarget, temperature: float) -> "SparseTeacher":
+        """Make one of a target of one cell, whose values are finite."""
+        assert target.indices is not None
+        assert target.tail is not None
+        missing = target.num_classes - target.k
+        values_Bk = target.values.flatten(1).double()
+        fill_B1 = values_Bk.logsumexp(1, keepdim=True) + target.tail.double().flatten(1) - math.log(missing)
+        fill_B1 = fill_B1.clamp_(-LOGIT_LIMIT, LOGIT_LIMIT) / temperature
+        values_Bk /= temperature
+        total_B1 = torch.cat((values_Bk, fill_B1 + math.log(missing)), 1).logsumexp(1, keepdim=True)
+        log_q_Bk, rest_B1 = (values_Bk - total_B1).float(), (fill_B1 - total_B1).float()
+        return cls(target.indices.flatten(1).long(), log_q_Bk, rest_B1, missing)
+
+    def divergence(self, student: Softmax) -> Tensor:
+        kept_Bk, rest_B = student.logits.gather(1, self.ids), self.rest[:, 0]
+        others_B = student.logits.sum(1) - kept_Bk.sum(1)
+        of_kept_B = (self.log_q.exp() * (self.log_q - kept_Bk + student.total[:, None])).sum(1)
+        return of_kept_B + rest_B.exp() * (self.missing * (rest_B + student.total) - others_B)
+
+    def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
+        rest_B1 = self.rest.exp()
+        gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)
+        return gradient_BC.scatter_add_(1, self.ids, (rest_B1 - self.log_q.exp()) * factor_B1P)
