@@ -1,25 +1,31 @@
 #!/usr/bin/env bash
-# Every GPU check and benchmark of the project, in parts that take at most 9 minutes each on one GPU:
-#     benchmarks/gpu.sh [--dry] [--kernels ARCHIVE] [--data DATA] [--results DIR] [--minutes N] [PART ...]
+# Every GPU check and benchmark of the project, in three calls that take at most 8 minutes each on one GPU:
+#     benchmarks/gpu.sh --kernels ARCHIVE correctness     is it right
+#     benchmarks/gpu.sh --kernels ARCHIVE kernels         how fast are the kernels, and which tiling suits them
+#     benchmarks/gpu.sh --kernels ARCHIVE step rest       how fast are trainings
+# in full: benchmarks/gpu.sh [--dry] [--kernels ARCHIVE] [--data DATA] [--results DIR] [--minutes N] [PART ...]
 # PART, all of them in this order when none is named:
-#     correctness  accuracy against float64 and the tests of the kernels: what nobody has run
-#     kernels      the losses beside their rivals, and the cases of trainings
+#     correctness  imports; every kernel once against float64, outputs poisoned; memcheck and racecheck of
+#                  compute-sanitizer; the accuracy grid; the quick tests of a GPU
+#     kernels      ceilings; the loss at three shapes and at 16x11x288x384; tune; ncu; rivals; the other cases
 #     step         a training step, eager, compiled and graphed, beside one without a teacher
 #     rest         builds, the main job, gradients, loaders, a live teacher
 # and, when they are named,
-#     tune         the loss at other limits of registers: KDCACHE_CELLS_REGISTERS, 128 by default
-#     effect       the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left; EFFECT names a
-#                  folder that keeps its teachers and stores from one call to the next
+#     tune         the loss at 2 to 12 rows of cells per program, by limits of 128, 152 and 168 registers
+#     effect       the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left; EFFECT names
+#                  a folder that keeps its teachers and stores from one call to the next
 #
-# --kernels is an archive of benchmarks/precompile.py; without it all kernels are compiled first, which takes 16 cores a
-# minute or two. DATA is a data set in the folder layout with splits train and val; procedural scenes when left
-# out. JSON goes to DIR (default benchmarks/results), named after the GPU, as soon as it is measured. --minutes (default 9)
-# is for the whole call: what does not fit is named at the end. Needs no installed package: the import roots are set here.
-# Exits with 1 when a step fails, after running the rest. --dry goes the same way on a CPU, at sizes that take minutes.
+# --kernels is an archive of benchmarks/precompile.py, made by the same versions; without it all kernels are compiled
+# first, which takes 16 cores a minute or two. DATA is a data set in the folder layout with splits train and val;
+# procedural scenes when left out. JSON goes to DIR (default benchmarks/results), named after the GPU, as soon as it is
+# measured, and a line of calls-GPU.jsonl after each step. --minutes (default 8) is for the whole call: what does not
+# fit is named at the end. Needs no installed package: the import roots are set here. What is not installed
+# (compute-sanitizer, ncu, pytest) is named and left out. Exits with 1 when a step fails, after running the rest; with 2
+# for wrong words and an archive of other versions. --dry goes the same way on a CPU, at sizes that take minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 began=$SECONDS
-dry='' kernels='' data='' results='' minutes=9 parts=()
+dry='' kernels='' data='' results='' minutes=8 parts=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry) dry=yes ;;
@@ -45,6 +51,8 @@ if [ -n "$dry" ]; then
   results=${results:-$work/results}
   check=(--dtype fp32)
   shapes=(--shapes 1x3x16x16/4 --repeats 2 --no-memory) all=(--shapes 1x3x16x16/4 --case trained)
+  tuned=(--shapes 1x3x16x16/4) profiled=("${tuned[@]}") main=("${shapes[@]}")
+  cases=("${shapes[@]}")
   arch=(--arch sm_90) pytest=(--collect-only)
   build=(--records 8 --repeats 1 --teachers kdcache:tiny) gradients=(--batches 1) steps=(--seconds 0.05 --repeats 1 --size 48x64)
   step=(--teacher kdcache:base --student kdcache:tiny --size 36x48 --steps 1 --repeats 1 --no-bounds)
@@ -55,16 +63,17 @@ else
   device=cuda size=288x384 iterations=1000 batch=16
   data=${data:-scenes:360x480,train=192,val=32,seed=0}
   results=${results:-benchmarks/results}
-  check=() shapes=() all=() arch=() pytest=()
+  check=() all=() arch=() pytest=() tuned=() profiled=(--shapes voc) cases=(--shapes voc)
+  main=(--shapes voc,ade,cityscapes,16x11x288x384/4)
   build=(--records 512 --repeats 3) gradients=() steps=(--seconds 1) step=(--steps 20 --workers 2) loader=()
   live=(--pairs 2 --iterations 200)
 fi
 mkdir -p "$results"
 budget=$(awk "BEGIN { print int(60 * $minutes) }")
 
-failed=() left=()
+failed=() left=() part=compile
 run() { # NAME, most seconds, command
-  local name=$1 limit=$2 start=$SECONDS
+  local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
   local rest=$((budget - (SECONDS - began)))
   if [ "$rest" -lt 5 ]; then left+=("$name"); return; fi
@@ -72,8 +81,17 @@ run() { # NAME, most seconds, command
   [ -z "$dry" ] || limit=$rest # these are seconds of a GPU
   echo "== $name (at most $limit s)"
   # An interrupt, so that what was measured is written; what ignores it is killed.
-  timeout --signal=INT --kill-after=15 "$limit" "$@" || failed+=("$name")
+  timeout --signal=INT --kill-after=15 "$limit" "$@" || code=$?
+  [ "$code" -eq 0 ] || failed+=("$name")
   echo "== $name: $((SECONDS - start)) s"
+  printf '{"part": "%s", "step": "%s", "seconds": %d, "code": %d}\n' "$part" "$name" $((SECONDS - start)) "$code" \
+    >> "$results/calls-$gpu.jsonl"
+}
+found() { # PROGRAM: whether it is there
+  command -v "$1" > /dev/null || { echo "== $1 is not installed"; return 1; }
+}
+checks() { # NAME, most seconds, arguments of gpu_checks.py
+  run "$1" "$2" "$python" benchmarks/gpu_checks.py "${@:3}" --json "$results/$1-$gpu.json"
 }
 bench() { # NAME, most seconds, arguments of bench-kernels
   run "$1" "$2" "${kdcache[@]}" bench-kernels --device "$device" --json "$results/$1-$gpu.json" "${@:3}"
@@ -81,31 +99,56 @@ bench() { # NAME, most seconds, arguments of bench-kernels
 
 compile() { # the kernels, before anything launches them
   if [ -n "$kernels" ]; then
-    run unpack 30 tar -xf "$kernels" -C /
-    export TRITON_CACHE_DIR=/tmp/kdcache-kernels
-    "$python" -c 'from triton.runtime.cache import triton_key; print(triton_key(), end="")' |
-      cmp -s - "$TRITON_CACHE_DIR/triton-key" || echo "another Triton wrote $kernels: all is compiled again"
+    TRITON_CACHE_DIR=$("$python" benchmarks/precompile.py --use "$kernels") || exit 2
   else
-    export TRITON_CACHE_DIR=$work/kernels
+    TRITON_CACHE_DIR=$work/kernels
     run compile 240 "$python" benchmarks/precompile.py "${arch[@]}" --folder "$TRITON_CACHE_DIR" "${all[@]}"
   fi
+  export TRITON_CACHE_DIR
+}
+
+sanitize() { # TOOL of compute-sanitizer: fewer points, for a kernel takes many times as long under it
+  found compute-sanitizer || return
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$1" 75 compute-sanitizer --tool "$1" --error-exitcode 86 \
+    --log-file "$results/$1-$gpu.txt" "$python" benchmarks/gpu_checks.py once --of 97
 }
 
 correctness() {
-  bench accuracy 150 --check "${check[@]}"
-  if "$python" -c 'import pytest' 2>/dev/null; then
-    # Most of the tests' time is compiling: several processes, where pytest-xdist is there.
-    local processes=()
-    "$python" -c 'import xdist' 2>/dev/null && processes=(-n 12)
-    run tests 330 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
-      "${pytest[@]}" -k "cuda or graph or triton or gpu or feed" tests/kernels tests/training tests/distill
+  checks once 60 once
+  sanitize memcheck
+  sanitize racecheck
+  bench accuracy 120 --check "${check[@]}"
+  "$python" -c 'import pytest' 2> /dev/null || { echo "== pytest is not installed"; return; }
+  # Most of the tests' time is compiling: several processes, where pytest-xdist is there.
+  local processes=()
+  "$python" -c 'import xdist' 2> /dev/null && [ -z "$dry" ] && processes=(-n 12)
+  run tests 330 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
+    "${pytest[@]}" -m "not slow" -k "cuda or graph or triton or gpu or feed" --junitxml "$results/tests-$gpu.xml" \
+    --ignore tests/kernels/test_bad_arguments.py tests/kernels tests/training tests/distill
+}
+
+profile() { # each kernel of a step, whole views and windows; the report is for ncu-ui
+  local report=$results/ncu-$gpu target=("$python" benchmarks/gpu_checks.py launch "${profiled[@]}" --case plain,warp)
+  if ! found ncu; then
+    run launch 30 "${target[@]}"
+    return
   fi
+  run profile 80 ncu --set full --clock-control none --force-overwrite --export "$report" \
+    --kernel-name 'regex:^(cells|tiles|prepare)_kernel' "${target[@]}"
+  ncu --import "$report.ncu-rep" --csv --page raw > "$work/ncu.csv" && checks ncu 20 ncu "$work/ncu.csv"
 }
 
 kernels() {
-  bench kernels 240 "${shapes[@]}" --against eager,compile
-  bench kernels-cases 100 "${shapes[@]}" --case trained,warp,gate --against eager
-  bench kernels-on-cells 100 "${shapes[@]}" --case dist,dist-warp --against eager,compile
+  checks ceilings 30 ceilings
+  bench kernels 100 "${main[@]}" --case plain,trained,warp --against none
+  tune
+  profile
+  bench rivals 170 "${main[@]}" --against eager,compile
+  bench kernels-cases 100 "${cases[@]}" --case trained,warp,gate,dist,dist-warp --against eager,compile
+}
+
+tune() {
+  checks rows 100 rows "${tuned[@]}"
 }
 
 step() {
@@ -129,19 +172,15 @@ rest() {
     --teacher "$work/teacher" --out "$work/live" "${live[@]}" --json "$results/live-$gpu.json"
 }
 
-tune() {
-  local registers
-  for registers in 128 152 168; do
-    KDCACHE_CELLS_REGISTERS=$registers bench "kernels-$registers-registers" 60 "${shapes[@]}" --case plain,trained \
-      --against none --no-memory
-  done
-}
-
 effect() {
   run effect "$budget" "$python" benchmarks/effect.py --data "$data" --out "${EFFECT:-$work/effect}" \
     --json "$results/study-$gpu.json" --parallel 4 --minutes $((budget / 60 - 1))
 }
 
+"$python" -c 'import kdcache.bench.kernels, kdcache.teacher, kdcache.training, kdcache_cli.app, psutil' || {
+  echo "Cannot import what the checks need. Fix: add the missing package to PYTHONPATH." >&2
+  exit 1
+}
 compile
 for part in "${parts[@]}"; do "$part"; done
 [ ${#left[@]} -eq 0 ] || echo "no time was left for: ${left[*]}"

@@ -1,29 +1,35 @@
 """Compile the loss kernels of a GPU ahead, which need not be there, and write them as one archive.
 
-Without --shapes these are all kernels that `bench-kernels` and `bench-kernels --check` launch. A training of your own
-is named as there. Sizes make no variant beyond their divisibility by 16.
+Without --shapes these are all kernels that `benchmarks/gpu.sh` measures and checks. A training of your own is named as
+in `bench-kernels`. Sizes make no variant beyond their divisibility by 16.
 
     python benchmarks/precompile.py --arch sm_90 --out kernels-sm90.tar.xz
     python benchmarks/precompile.py --arch sm_90 --shapes 8x19x768x768/4 --case trained,warp --out kernels-sm90.tar.xz
 
-Use it on the other machine: tar -xf kernels-sm90.tar.xz -C / && export TRITON_CACHE_DIR=/tmp/kdcache-kernels
+On the other machine, from a clone of the same commit:
 
-Triton looks kernels up by a digest of itself, so an archive serves the Triton that wrote it: the same version and
-Python. It names its files by absolute paths, so the folder is the same on both machines (--folder names another).
+    export TRITON_CACHE_DIR=$(python benchmarks/precompile.py --use kernels-sm90.tar.xz)
+
+Triton looks kernels up by a digest of itself and of their sources, so an archive serves the Triton that wrote it: the
+same version and Python. --use fails if anything differs. Triton names files by absolute paths, so the folder has the
+same place on both machines (--folder names another).
 What the folder holds already is not compiled again. A kernel takes up to a minute and 1.5 GB.
 """
 
 import argparse
+import contextlib
+import json
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -35,8 +41,13 @@ from kdcache.bench.kernels.accuracy import launch
 from kdcache.bench.kernels.inputs import make_inputs
 from kdcache.bench.kernels.losses import loss_of
 from kdcache.bench.kernels.shapes import Case
+from kdcache_kernels.sources import digest_of
 
-FOLDER, KEY = "/tmp/kdcache-kernels", "triton-key"
+FOLDER, VERSIONS = "/tmp/kdcache-kernels", "versions.json"
+ALIKE = ("Triton", "Python", "Triton's files")
+"""The versions that a folder shares with what is added to it."""
+TUNED, REGISTERS = "voc,ade,cityscapes,16x11x288x384/4", (128, 152, 168)
+"""Shapes at which `gpu_checks.py rows` times cells, and the limits of their registers."""
 META = torch.device("meta")
 LONGEST = ("tiles_kernel", "cells_kernel", "pixels_kernel", "prepare_kernel")
 """Kernels that take longest come first, so that no process ends with one of them while the others wait."""
@@ -63,21 +74,44 @@ def start(arch: str, shapes: str, kinds: str, dtypes: str) -> None:
     torch.set_num_threads(1)
     compile_instead(gpu_target(arch))
     launch_from_meta_tensors()
+    calls.extend(partial(launch_case, case) for case in settings_of(shapes, kinds, dtypes).cases())
     if not shapes:
         calls.extend(partial(launch, point, META) for point in CheckSettings(META, every=EVERY).points())
-    calls.extend(partial(launch_case, case) for case in settings_of(shapes, kinds, dtypes).cases())
+        tuned = settings_of(TUNED, "plain", "bf16").cases()
+        calls.extend(partial(launch_case, case, limit) for case in tuned for limit in REGISTERS)
 
 
 def settings_of(shapes: str, kinds: str, dtypes: str) -> Settings:
     """Return the cases of `bench-kernels` that flags name. Raises: RecipeError."""
     names = tuple(KINDS) if kinds == "all" else parse_names(kinds, "--case", KINDS)
-    return Settings(META, parse_shapes(shapes or "cuda"), parse_names(dtypes, "--dtype", DTYPES), kinds=names)
+    return Settings(META, parse_shapes(shapes or f"cuda,{TUNED}"), parse_names(dtypes, "--dtype", DTYPES), kinds=names)
 
 
-def launch_case(case: Case) -> None:
+def launch_case(case: Case, registers: int | None = None) -> None:
     """Launch what kdcache launches in a case of the benchmark."""
     inputs = make_inputs(case, META)
-    torch.autograd.grad(loss_of(case).ours(case, inputs, "auto"), inputs.student)
+    with tiled(registers=registers):
+        torch.autograd.grad(loss_of(case).ours(case, inputs, "auto"), inputs.student)
+
+
+@contextlib.contextmanager
+def tiled(*, rows: int | None = None, registers: int | None = None) -> Iterator[None]:
+    """A context in which cells are launched with other rows per program and another limit of registers."""
+    from kdcache_kernels.gpu import cells
+
+    choose, limit = cells.choose_tiling, cells.REGISTERS
+
+    def choose_rows(problem: Any) -> Any:
+        return choose(problem)._replace(rows=min(rows or 1, problem.student.shape[2] + 1))
+
+    if rows is not None:
+        cells.choose_tiling = choose_rows
+    if registers is not None:
+        cells.REGISTERS = registers
+    try:
+        yield
+    finally:
+        cells.choose_tiling, cells.REGISTERS = choose, limit
 
 
 def list_variants() -> list[Variant]:
@@ -129,6 +163,42 @@ def compile_all(*request: str) -> None:
             child.terminate()
 
 
+def versions(arch: str | None) -> dict[str, str]:
+    """Return what an archive is valid for, by names for people; without a GPU there is no architecture."""
+    return {
+        "Triton": triton.__version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "Triton's files": triton_key()[:24],
+        "kernel sources": digest_of("gpu/**/*.py")[:12],
+        **({"architecture": arch} if arch else {}),
+    }
+
+
+def unlike(made: dict[str, str], here: dict[str, str]) -> str:
+    """Describe the first version that differs; empty if none does."""
+    differences = (f"{name} {made.get(name)}, not {value}" for name, value in here.items() if made.get(name) != value)
+    return next(differences, "")
+
+
+def use(path: Path) -> Path:
+    """Unpack an archive, and return its folder. Ends the process if it does not serve this machine."""
+    if not path.is_file():
+        sys.exit(f"Archive not found: {path}. Fix: check the path, or compile without --kernels.")
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+        roots = [Path(member.name).parent for member in members if Path(member.name).name == VERSIONS]
+        if not roots or not all(Path(member.name).is_relative_to(roots[0]) for member in members):
+            sys.exit(f"Not an archive of kernels: {path}. Fix: make it with benchmarks/precompile.py --out {path}.")
+        made = json.load(archive.extractfile(str(roots[0] / VERSIONS)))  # type: ignore[arg-type]
+        if difference := unlike(made, versions(this_gpu())):
+            sys.exit(
+                f"Cannot use {path}: its kernels are for {difference}. Fix: make it again with the Python, the Triton "
+                "and the commit of this machine (benchmarks/precompile.py --out), or leave out --kernels."
+            )
+        archive.extractall("/", filter="data")
+    return Path("/") / roots[0]
+
+
 def this_gpu() -> str | None:
     """Return the architecture of this machine's GPU; None without one."""
     if not torch.cuda.is_available():
@@ -148,16 +218,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", help="of the logits: fp32, fp16, bf16")
     parser.add_argument("--folder", type=Path, default=Path(FOLDER), help="of the kernels, on both machines")
     parser.add_argument("--out", type=Path, help="the archive; default none, to use the folder here")
+    parser.add_argument("--use", type=Path, metavar="ARCHIVE", help="unpack an archive, and print its folder")
     arguments = parser.parse_args()
+    if arguments.use:
+        print(use(arguments.use))
+        return
     if arguments.arch is None:
         sys.exit("Missing --arch: no GPU on this machine. Fix: name one, for example --arch sm_90.")
     settings_of(arguments.shapes, arguments.case, arguments.dtype)  # wrong input ends here, before the processes
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    key = folder / KEY
-    if key.exists() and key.read_text() != triton_key():
-        sys.exit(f"Another Triton filled {folder}. Fix: delete the folder, or name another one with --folder.")
-    key.write_text(triton_key())
+    made, here = folder / VERSIONS, versions(arguments.arch)
+    if made.exists() and (other := unlike(json.loads(made.read_text()), {name: here[name] for name in ALIKE})):
+        sys.exit(
+            f"Cannot add to {folder}: its kernels are for {other}. Fix: delete the folder, or name another --folder."
+        )
+    made.write_text(json.dumps(here, indent=1))
     # Triton reads these when it is imported, in the processes. Between source and machine code lies ten times as much.
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", "OMP_NUM_THREADS": "1"}
     os.environ.pop("TRITON_INTERPRET", None)
@@ -166,7 +242,7 @@ def main() -> None:
         with tarfile.open(arguments.out, "w:xz") as archive:
             archive.add(folder)
         print(f"wrote {arguments.out}: {arguments.out.stat().st_size / 2**20:.1f} MiB. Use it on the other machine:")
-        print(f"tar -xf {arguments.out.name} -C / && export TRITON_CACHE_DIR={folder}")
+        print(f"export TRITON_CACHE_DIR=$(python benchmarks/precompile.py --use {arguments.out.name})")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,13 @@ if os.environ.get("SLOW") in words:
 sys.exit(1 if name else 0)
 """
 RESULTS = {
+    "once": "correctness",
     "accuracy": "correctness",
+    "ceilings": "kernels",
     "kernels": "kernels",
+    "rows": "kernels",
+    "rivals": "kernels",
     "kernels-cases": "kernels",
-    "kernels-on-cells": "kernels",
     "steps": "step",
     "step": "step",
     "build": "rest",
@@ -51,6 +53,7 @@ def script(tmp_path: Path):
 
     def run(*words: str, fail: str = "", slow: str = "") -> tuple[int, str]:
         own = {"PYTHON": str(program), "LOG": str(tmp_path / "log"), "FAIL": fail}
+        own["PATH"] = f"{tmp_path / 'bin'}:/usr/bin:/bin"  # without the tools of a GPU
         environment = {**os.environ, **own, "SLOW": slow or "-", "OMP_NUM_THREADS": "1"}
         environment.pop("TRITON_INTERPRET", None)
         command = [str(ROOT / "benchmarks" / "gpu.sh"), "--dry", "--results", str(tmp_path / "results"), *words]
@@ -67,7 +70,7 @@ def started(output: str) -> list[str]:
 
 
 def written(tmp_path: Path) -> set[str]:
-    return {path.name.removesuffix("-dry.json") for path in (tmp_path / "results").iterdir()}
+    return {path.name.removesuffix("-dry.json") for path in (tmp_path / "results").glob("*.json")}
 
 
 def commands(tmp_path: Path) -> list[list[str]]:
@@ -78,9 +81,16 @@ def test_correctness_comes_first_and_everything_leaves_a_file(script, tmp_path) 
     code, output = script()
     assert code == 0, output
     order = started(output)
-    assert order[:3] == ["compile", "accuracy", "tests"]
-    assert order.index("kernels") < order.index("steps") < order.index("build")
+    assert order[:4] == ["compile", "once", "accuracy", "tests"]
+    assert order.index("ceilings") < order.index("kernels") < order.index("rows") < order.index("rivals")
+    assert order.index("rivals") < order.index("steps") < order.index("build")
     assert written(tmp_path) == set(RESULTS)
+    lines = (tmp_path / "results" / "calls-dry.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == order
+    assert {json.loads(line)["part"] for line in lines} == {"compile", *RESULTS.values()}
+    (tests,) = [words for words in commands(tmp_path) if "pytest" in words]
+    assert tests[tests.index("-m", 2) + 1] == "not slow"
+    assert tests[tests.index("--ignore") + 1] == "tests/kernels/test_bad_arguments.py"
 
 
 @pytest.mark.parametrize("part", ["correctness", "kernels", "step", "rest"])
@@ -90,10 +100,34 @@ def test_a_part_alone(part, script, tmp_path) -> None:
     assert written(tmp_path) == {name for name, own in RESULTS.items() if own == part}
 
 
-def test_the_loss_is_measured_at_several_limits_of_registers(script, tmp_path) -> None:
+def test_tilings_are_measured_alone(script, tmp_path) -> None:
     code, output = script("tune")
     assert code == 0, output
-    assert written(tmp_path) == {f"kernels-{limit}-registers" for limit in (128, 152, 168)}
+    assert written(tmp_path) == {"rows"}
+
+
+def test_the_checkers_of_a_gpu_are_used_where_they_are(script, tmp_path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        tool = folder / name
+        tool.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/tools\n')
+        tool.chmod(0o755)
+    code, output = script("correctness", "kernels")
+    assert code == 0, output
+    assert {"memcheck", "racecheck", "profile", "ncu"} < set(started(output))
+    lines = (tmp_path / "tools").read_text().splitlines()
+    assert [line.split()[:3] for line in lines if line.startswith("compute")] == [
+        ["compute-sanitizer", "--tool", tool] for tool in ("memcheck", "racecheck")
+    ]
+    assert "--set full --clock-control none" in next(line for line in lines if line.startswith("ncu"))
+
+
+def test_what_is_not_installed_is_named(script) -> None:
+    code, output = script("correctness", "kernels")
+    assert code == 0, output
+    assert "== compute-sanitizer is not installed" in output
+    assert "== ncu is not installed" in output
 
 
 def test_what_fails_is_named_and_the_rest_is_run(script, tmp_path) -> None:
@@ -104,18 +138,16 @@ def test_what_fails_is_named_and_the_rest_is_run(script, tmp_path) -> None:
 
 
 def test_an_archive_of_kernels_is_unpacked_and_nothing_is_compiled(script, tmp_path) -> None:
-    kernel, archive = tmp_path / "carried" / "kernel", tmp_path / "kernels.tar.xz"
-    kernel.parent.mkdir()
-    kernel.write_text("code")
-    with tarfile.open(archive, "w:xz") as packed:
-        packed.add(kernel)
-    kernel.unlink()
-    code, output = script("--kernels", str(archive), "kernels")
+    code, output = script("--kernels", "kernels.tar.xz", "kernels")
     assert code == 0, output
-    assert started(output)[0] == "unpack"
-    assert kernel.read_text() == "code"
-    assert "another Triton wrote" in output, "the pretended Python has none"
-    assert not [words for words in commands(tmp_path) if "benchmarks/precompile.py" in words]
+    (words,) = [words for words in commands(tmp_path) if "benchmarks/precompile.py" in words]
+    assert words[1:] == ["--use", "kernels.tar.xz"]
+
+
+def test_an_archive_that_does_not_serve_ends_the_call(script, tmp_path) -> None:
+    code, output = script("--kernels", "kernels.tar.xz", "kernels", fail="--use")
+    assert code == 2
+    assert started(output) == []
 
 
 @pytest.mark.slow

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import triton
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "precompile.py"
@@ -48,7 +53,8 @@ def test_an_archive_is_found_again_and_what_changed_is_not(tmp_path: Path) -> No
     assert archive.stat().st_size < 2**21
 
     shutil.rmtree(folder)
-    subprocess.run(["tar", "-xf", archive, "-C", "/"], check=True)
+    used = run("--use", archive)
+    assert (used.returncode, used.stdout.strip()) == (0, str(folder)), used.stderr
     assert compiled(folder) == (variants, 0)
 
     kernels = shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
@@ -107,10 +113,59 @@ def test_few_variants_serve_the_accuracy_check() -> None:
 
 
 def test_a_folder_of_another_triton_fails(tmp_path: Path) -> None:
-    (tmp_path / "triton-key").write_text("another")
+    (tmp_path / "versions.json").write_text(json.dumps({"Triton": "1.0.0"}))
     done = run(*SMALL.split(), "--folder", tmp_path)
     assert done.returncode == 1
-    assert f"Another Triton filled {tmp_path}. Fix: " in done.stderr
+    assert done.stderr.startswith(
+        f"Cannot add to {tmp_path}: its kernels are for Triton 1.0.0, not {triton.__version__}"
+    )
+    assert "Fix: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"Triton": "1.0.0"}, f"Triton 1.0.0, not {triton.__version__}"),
+        ({"Python": "3.1"}, "Python 3.1, not 3."),
+        ({"kernel sources": "0123"}, "kernel sources 0123, not "),
+        ({}, ""),
+    ],
+)
+def test_an_archive_of_other_versions_fails_with_the_fix(
+    change: dict[str, str], difference: str, tmp_path: Path, script: Callable[[str], ModuleType]
+) -> None:
+    folder, archive = tmp_path / "kernels", tmp_path / "kernels.tar.xz"
+    folder.mkdir()
+    made = script("precompile").versions(None) | change
+    (folder / "versions.json").write_text(json.dumps(made))
+    (folder / "kernel").write_text("code")
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(folder)
+    shutil.rmtree(folder)
+    done = run("--use", archive)
+    if not change:
+        assert (done.returncode, done.stdout.strip()) == (0, str(folder)), done.stderr
+        assert (folder / "kernel").read_text() == "code"
+        return
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Cannot use {archive}: its kernels are for {difference}")
+    assert "Fix: make it again" in done.stderr
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "elsewhere"])
+def test_what_is_no_archive_of_kernels_fails(content: str, tmp_path: Path) -> None:
+    archive, stranger = tmp_path / "a.tar.xz", tmp_path / "stranger"
+    stranger.write_text("x")
+    if content != "missing":
+        with tarfile.open(archive, "w:xz") as packed:
+            if content == "elsewhere":
+                packed.add(stranger, "tmp/kernels/versions.json")
+                packed.add(stranger, "etc/stranger")
+    done = run("--use", archive)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{'Archive not found' if content == 'missing' else 'Not an archive of kernels'}: ")
+    assert "Fix: " in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,74 @@
+"""benchmarks/gpu_checks.py: every kernel is launched, tilings are set and put back, ncu's figures are read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kdcache_kernels.gpu import cells
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.py"
+REPORT = """Profiling something
+"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread"
+"","","us","register/thread"
+"0","cells_kernel","1,105.5","168"
+"1","tiles_kernel","57",""
+"""
+
+
+def test_the_figures_of_ncu_are_numbers(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    (tmp_path / "ncu.csv").write_text(REPORT)
+    script("gpu_checks").read_ncu(tmp_path / "ncu.json", tmp_path / "ncu.csv")
+    result = json.loads((tmp_path / "ncu.json").read_text())
+    assert result["units"] == {"gpu__time_duration.sum": "us", "launch__registers_per_thread": "register/thread"}
+    assert result["launches"] == [
+        {"ID": 0, "Kernel Name": "cells_kernel", "gpu__time_duration.sum": 1105.5, "launch__registers_per_thread": 168},
+        {"ID": 1, "Kernel Name": "tiles_kernel", "gpu__time_duration.sum": 57},
+    ]
+
+
+def test_a_tiling_holds_within_its_context(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = script("gpu_checks")
+    before = cells.choose_tiling, cells.REGISTERS
+    (case,) = checks.cases("1x3x64x64/4", "plain")
+    launched = []
+
+    def launch(
+        problem: object, prepared: object, gradient: object, buffers: object, tiling: cells.Tiling, **_: object
+    ) -> None:
+        launched.append((tiling.rows, cells.REGISTERS))
+
+    monkeypatch.setattr(cells, "launch", launch)
+    for rows in (5, 40):
+        with checks.tiled(rows=rows, registers=152):
+            checks.ours(case, checks.make_inputs(case, checks.DEVICE), "triton").step()
+    assert launched == [(5, 152), (17, 152)], "at most the 17 rows of cells of 16 rows of logits"
+    assert (cells.choose_tiling, cells.REGISTERS) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_is_launched_and_right(tmp_path: Path) -> None:
+    words = [sys.executable, SCRIPT, "once", "--of", "301", "--json", tmp_path / "once.json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    result = json.loads((tmp_path / "once.json").read_text())
+    assert result["complete"]
+    assert min(result["launches"].values()) > 0
+    assert len(result["rows"]) >= 15
+
+
+def test_a_report_that_is_not_there_fails(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "ncu", tmp_path / "a.csv"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Report not found: {tmp_path}/a.csv. Fix: ")
