@@ -165,7 +165,9 @@ def _print_row(row: "Row", cuda: bool) -> None:
             table.add_row(*_cells(row, contestant, contestant.time, cuda), style=style)
     OUT.print(table)
     if row.ours.floors:
-        line("  roofline: " + ", ".join(f"{100 * share:.0f} % of {floor}" for floor, share in row.ours.floors.items()))
+        shares = ", ".join(f"{floor} {100 * share:.0f} %" for floor, share in row.ours.floors.items())
+        bound, share = max(row.ours.floors.items(), key=lambda item: item[1])
+        line(f"  roofline: {100 * share:.0f} % of its bound, {bound} ({shares})")
     for contestant in (row.ours, *row.rivals):
         bound = "the GPU waits for the CPU: event times are the CPU's" if contestant.host_bound else ""
         for text in filter(None, (bound, contestant.problem)):

@@ -1,17 +1,18 @@
-"""Limits of a GPU, and the least work of a case.
+"""Limits of a GPU, and what a case makes our kernel do.
 
-Three floors for our kernel, after the mathematics of its fast path. A fraction is floor / measured median, and the
-largest one shows what binds:
+Three floors, from the machine code for sm_90 (`benchmarks/results/sass-sm90.md`). A fraction is floor / measured
+median. The largest floor is the bound: state a GPU figure as a fraction of it.
 
 - bytes: logits, target and labels read once, the gradient written once, over the speed of a copy in the same run.
-- sfu: exponentials over the rate of the special function units. Inside a cell of stride s the logits are bilinear, so 4
-  exponentials per cell, class and tensor replace s*s: 0.5 per class-pixel at s = 4. Elsewhere, as through a window that
-  is drawn, it is one per softmax. At T = 1, 2, 3, 4 one softmax of the student gives the other by multiplication.
-- issue: 20 instructions per class-pixel over the issue rate.
+- sfu: exponentials over the rate of the special function units. Both walks over the classes compute them. Inside a cell
+  of stride s the logits are bilinear, so 4 exponentials per walk, class and tensor replace s*s (16 at s = 8, in four
+  turns): 1.0 per class-pixel at s = 4. Elsewhere there is one per walk and softmax. At T = 1, 2, 3, 4 one
+  softmax of the student gives the other by multiplication.
+- issue: instructions over the issue rate. At s = 4 and 21 classes there are 29 per class-pixel, at 150 classes 25.
 
 A multiprocessor of compute capability 7.x to 10.x has 16 special function lanes and issues 128 lanes per clock. At
-16x21x512x512/4 on an H200 that predicts 8, 11 and 53 microseconds: the kernel is bound by issue. A gate's own pass over
-the target is in none of them.
+16x21x512x512/4 on an H200 the floors are 8, 22 and 77 microseconds: the bound is issue. A gate's own pass over the
+target is in none of them.
 
 The loss on cells: two exponentials and INSTRUCTIONS_PER_CLASS_CELL per class-cell, and no label.
 """
@@ -26,11 +27,16 @@ import torch
 from kdcache.bench import timing
 from kdcache.bench.kernels.shapes import KINDS, Case
 
-INSTRUCTIONS_PER_CLASS_PIXEL = 20
+CELLS = {2: (51.8, 155.0, 4), 4: (23.4, 96.4, 16), 8: (23.3, 96.3, 16)}
+"""By stride: instructions of the loops per class-pixel, others per pixel, and the pixels that share exponentials."""
+PIXELS, TILES = 25.4, 45.0
+"""Instructions per class-pixel of the kernels for stride 1 and for any window: their loops, without the rest."""
+HALO = 32 / 31
+"""One lane of 32 does a cell for its neighbour."""
+WALKS = 2
 SFU_LANES, LANES_PER_SFU_LANE = 16, 8
 INSTRUCTIONS_PER_CLASS_CELL = 180
 """Instructions of the loops over the classes, on whole views, as compiled for sm_90."""
-CELL_STRIDES = (2, 4, 8)
 COPY_BYTES, CEILING_REPEATS = 2**30, 20
 
 
@@ -53,7 +59,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that one forward and backward must do."""
+    """What one forward and backward do at least."""
 
     bytes: float
     exps: float
@@ -61,7 +67,7 @@ class Work:
 
 
 def least_work(case: Case) -> Work:
-    """Return the work of the fused kernel's fast path; see the module's docstring."""
+    """Return the work of the fused kernel that takes the case; see the module's docstring."""
     shape = case.shape
     h, w = shape.native
     B, C = shape.batch, shape.num_classes
@@ -73,12 +79,19 @@ def least_work(case: Case) -> Work:
         return Work(bytes=touched, exps=2 * class_cells, instructions=INSTRUCTIONS_PER_CLASS_CELL * class_cells)
     touched += B * shape.height * shape.width * (1 if shape.ignore_index == 255 else 2)
     softmaxes = 2 if case.temperature in (1, 2, 3, 4) else 3  # then exp(u) = exp(u / T)**T serves both temperatures
-    cells = shape.divides and shape.stride in CELL_STRIDES and not KINDS[case.kind].drawn
-    per_class_pixel = softmaxes * 4 / shape.stride**2 if cells else softmaxes
+    if shape.divides and shape.stride in CELLS and not KINDS[case.kind].drawn:
+        of_class, once, sharing = CELLS[shape.stride]
+        pixels = B * (h + 1) * (w + 1) * shape.stride**2 * HALO
+        return Work(
+            bytes=touched,
+            exps=WALKS * softmaxes * 4 / sharing * C * pixels,
+            instructions=(of_class * C + once) * pixels,
+        )
+    of_class = PIXELS if shape.divides and shape.stride == 1 and not KINDS[case.kind].drawn else TILES
     return Work(
         bytes=touched,
-        exps=per_class_pixel * shape.class_pixels,
-        instructions=INSTRUCTIONS_PER_CLASS_PIXEL * shape.class_pixels,
+        exps=WALKS * softmaxes * shape.class_pixels,
+        instructions=of_class * shape.class_pixels,
     )
 
 
