@@ -47,7 +47,7 @@ def texts() -> str:
     """What users read and run, with each key of a recipe written as its flag, too."""
     parts = []
     for path in (path for pattern in USERS for path in sorted(ROOT.glob(pattern)) if path.is_file()):
-        text = path.read_text(encoding="utf-8")
+        text = re.sub(r"\bncu --.*", "", path.read_text(encoding="utf-8"))  # another program's flags
         parts.append(text)
         if path.suffix == ".toml":
             parts += [f"--{key}" for key in re.findall(r"(?m)(?:^|[{,]) *([a-z][a-z-]*) *=", text)]
