@@ -80,7 +80,9 @@ def distill_loss(
     pixel makes the term and the loss NaN; elsewhere it changes nothing. A loss that is not finite has a gradient
     of NaN at every logit of the batch. With one class the loss and its gradient are exactly 0. The classes that
     a target does not keep share one value, and its rounding to float32: at 8 of 171 classes and T = 4 the KL is
-    within 2e-6 of itself plus 2e-6 T^2 of that of exact arithmetic.
+    within 2e-6 of itself plus 2e-6 T^2 of that of exact arithmetic. Logits as low as -6e4, as of a tail without mass,
+    are rounded by up to 2e-3 nats / T between pixels that keep different classes: with k of 2 to 8 of 21 classes, the
+    gradient is then within 3e-4 of its largest element.
 
     Args:
         student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides; gets a gradient, and beside

@@ -4,8 +4,8 @@ A loop over the classes runs twice, for the sums of the softmaxes and for the gr
 corners, of the student and of the target, and does all pixels of the cell from them (`surface`); sums and
 factors of the pixels stay in registers, nothing of size C is held, and no class is padded. Normalised logits make a
 maximum per pixel unnecessary while their range stays below 80 nats, which the route guarantees. Compiled for sm_90,
-at T = 2, a class of a pixel costs 23 instructions at S = 4 and 8 and 50 at S = 2, a quarter more where the warp holds
-a label of that class; a pixel costs 92 to 129 more, once. At S = 4 and 21 classes these are 28 per class and pixel.
+at T = 2, a class of a pixel costs 23 instructions at S = 4 and 8 and 52 at S = 2, a quarter more where the warp holds
+a label of that class; a pixel costs 96 to 155 more, once. At S = 4 and 21 classes these are 28 per class and pixel.
 
 The image is cut into strips of `rows` rows of cells. A strip's w + 1 columns of cells are w + 1 neighbouring lanes,
 each of which walks down its strip; the strips of an image follow each other, so that a program's NC lanes are full
