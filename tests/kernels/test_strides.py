@@ -193,12 +193,12 @@ class TestOffsetsBeyond32Bits:
             if fits:
                 loss._check_offsets(problem)
                 continue
-            with pytest.raises(ShapeError, match=rf"(?s)one image of {name}.*2\^31.*{step}.*{name}\w*\.contiguous\(\)"):
+            with pytest.raises(ShapeError, match=rf"(?s)One image of {name}.*2\^31.*{step}.*{name}\w*\.contiguous\(\)"):
                 loss._check_offsets(problem)
 
     def test_strides_that_only_add_up_to_it(self):
         tensor = torch.empty_strided((1, 3, 4, 4), (0, 2**29, 2**28, 2**27), device="meta")
-        with pytest.raises(ShapeError, match="lies within 2"):
+        with pytest.raises(ShapeError, match="spans too much memory"):
             loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
 
     def test_between_images_and_along_axes_of_one_element_any_stride_will_do(self):
@@ -214,8 +214,8 @@ class TestOffsetsBeyond32Bits:
         if side * 2**16 < 2**31:
             loss._check_offsets(problem)
             return
-        with pytest.raises(ShapeError, match=r"fewer than 2\^31 logits"):
+        with pytest.raises(ShapeError, match=r"too many logits.*2\^31"):
             loss._check_offsets(problem)
         problem = dataclasses.replace(problem, student=student[:1, :1, :1, :1].expand(student.shape))
-        with pytest.raises(ShapeError, match=r"fewer than 2\^31 logits"):
+        with pytest.raises(ShapeError, match=r"too many logits.*2\^31"):
             loss._check_offsets(problem)

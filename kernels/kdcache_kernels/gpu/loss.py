@@ -115,9 +115,10 @@ def _check_offsets(problem: LossProblem) -> None:
     h, w = problem.student.shape[2:]
     target = (0, 0) if problem.target is None else problem.target.values.shape[2:]
     num_classes = problem.student.shape[1]
-    if num_classes * max(h * w, target[0] * target[1]) >= OFFSETS:
+    logits = num_classes * max(h * w, target[0] * target[1])
+    if logits >= OFFSETS:
         raise ShapeError(
-            "one image has fewer than 2^31 logits.",
+            f"One image has too many logits for the CUDA kernels: {logits:,}, of at most 2^31 - 1.",
             received=f"{num_classes} classes, student {(h, w)}, target {tuple(target)}",
             remedy="Crop the images, or pass impl='reference'.",
         )
@@ -128,9 +129,9 @@ def _check_offsets(problem: LossProblem) -> None:
         "ce_pixel_weight_BHW": problem.ce_pixel_weight,
     }
     for name, tensor in strided.items():
-        if tensor is not None and _reach(tensor) >= OFFSETS:
+        if tensor is not None and (reach := _reach(tensor)) >= OFFSETS:
             raise ShapeError(
-                f"one image of {name} lies within 2^31 elements of memory.",
+                f"One image of {name} spans too much memory for CUDA: {reach:,} elements, of at most 2^31 - 1.",
                 received=describe(tensor),
                 remedy=f"Pass {name}.contiguous(), or crop the images where that is as long.",
             )

@@ -342,9 +342,9 @@ def check_offsets(problem: RelationProblem) -> None:
     """The kernels count the elements of one image in 32 bits, and those of a batch in 64. Raises: ShapeError."""
     for name, tensor in (("student_logits_BChw", problem.student), ("teacher_logits_BChw", problem.teacher)):
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-        if max(reach, tensor[0].numel()) >= OFFSETS:
+        if (elements := max(reach, tensor[0].numel())) >= OFFSETS:
             raise ShapeError(
-                f"one image of {name} has fewer than 2^31 elements, within as many of memory.",
+                f"One image of {name} is too large for the CUDA kernels: {elements:,} elements, of at most 2^31 - 1.",
                 received=describe(tensor),
                 remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
             )
