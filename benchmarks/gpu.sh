@@ -114,7 +114,7 @@ sanitize() { # TOOL of compute-sanitizer: fewer points, for a kernel takes many 
 }
 
 correctness() {
-  checks once 60 once
+  checks once 90 once # a few of its kernels are in no archive
   sanitize memcheck
   sanitize racecheck
   bench accuracy 120 --check "${check[@]}"

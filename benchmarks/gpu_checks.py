@@ -23,7 +23,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ def save(path: Path | None, theme: str, **content: Any) -> None:
     """Write what there is by now."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**header(theme), **content}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({**_header(theme), **content}, indent=1) + "\n", encoding="utf-8")
+
+
+_header = cache(header)
 
 
 def time_step(step: Callable[[], Any]) -> timing.Spread:
