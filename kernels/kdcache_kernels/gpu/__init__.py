@@ -8,7 +8,7 @@ common.py    launches and what kernels share
 sample.py    one target pixel
 surface.py   a cell's corners
 cells.py     a cell per lane
-tiles.py     tiles of any window
+tiles.py     tiles of any window, whose gradient is in tile_gradient.py
 pixels.py    pixel by pixel
 topk.py      packing and densifying
 argmax.py    the teacher's class and confidence

@@ -70,18 +70,14 @@ from .surface import (
 )
 
 REGISTERS = register_limit(168)
-"""Per lane, so that 12 warps share a multiprocessor. Nothing is spilt, and the next class's logits are loaded early.
+"""Per lane: nothing is spilt, and the next class's logits are loaded early; with 128, a turn waits for its loads.
 
-With 128 there are 16 warps, but those loads come last, and every turn waits for them. KDCACHE_CELLS_REGISTERS in the
-environment is another limit, for measurements.
+KDCACHE_CELLS_REGISTERS in the environment is another limit, for measurements.
 """
 RESIDENT = max(1, min(4, 512 // REGISTERS))
 """Warps that share a scheduler, of which a multiprocessor has four."""
 ROW_TIME = (0.0, 1.0, 1.25, 1.8, 2.4)
-"""Time in which a scheduler does a row of cells for 0 to 4 warps, relative to one warp alone.
-
-Simulated from the machine code (benchmarks/results/sass-sm90.md), not measured.
-"""
+"""A scheduler's time for a row of cells of 0 to 4 warps, in that of one; simulated (sass-sm90.md), not measured."""
 STRIP_TIME = 0.2
 """What a warp's start and its strip's edges take, in rows of a lone warp."""
 

@@ -9,7 +9,7 @@ A cell is the square between four neighbouring student pixels, and the label pix
     row i + 1 +----------+----------+          10 loads serve 4 pixels of a class
 
 One lane owns a column of cells in a strip of `strip_rows` rows, and walks down it. The classes run twice in each group
-of rows: first for the sums of the softmaxes (`sample.visit`), then for the gradient (`_gradient`); in between, up to
+of rows: first for the sums of the softmaxes (`sample.visit`), then for the gradient (`tile_gradient`). In between, up
 eight numbers per pixel wait in a scratch buffer that the next group uses again. Over a cell, a lane adds up what its
 pixels give the four corners. The right half goes to the neighbouring lane, the lower half into sums that the next row
 of cells goes on with, and a row of student pixels whose two rows of cells are done is written out. So one program adds
@@ -45,183 +45,16 @@ from .common import (
     load_label_factors,
     multiprocessors,
     pixels_of,
-    power,
     power_of_2,
     strides_of,
 )
 from .geometry import student_tables, target_tables
 from .prep import Prepared
-from .sample import (
-    ROWS,
-    VALUES,
-    along_rows,
-    first_pixel,
-    load_columns,
-    student_group,
-    student_logits,
-    target_logits,
-    target_row,
-    visit,
-)
+from .sample import ROWS, VALUES, first_pixel, student_group, target_row, visit
+from .tile_gradient import add_gradient, finish_row
 
 REGISTERS = 168
 """Per lane, so that 12 warps share a multiprocessor; left alone, ptxas takes 255, with the same innermost loops."""
-
-
-@triton.jit
-def _row_factors(at_n, pixels, PEAKS: tl.constexpr, LANES: tl.constexpr):
-    """What `visit` kept of a pixel: what multiplies 2^(T u), 2^u and 2^v; the maxima; label, and what pulls at it."""
-    label = at_n
-    k_ce = at_n
-    ku = at_n
-    kv = at_n
-    peaks = (at_n, at_n)
-    pulls = (at_n, at_n)
-    if pixels.USE_CE:
-        label = tl.load(at_n)
-        k_ce = tl.load(at_n + LANES)
-        if pixels.WEIGHED or pixels.SMOOTH:
-            pulls = (tl.load(at_n + 6 * LANES), tl.load(at_n + 7 * LANES))
-    if pixels.USE_KL:
-        ku = tl.load(at_n + 2 * LANES)
-        kv = tl.load(at_n + 3 * LANES)
-    if PEAKS:
-        peaks = (tl.load(at_n + 4 * LANES), tl.load(at_n + 5 * LANES))
-    return label, k_ce, ku, kv, peaks, pulls
-
-
-@triton.jit
-def _pixel_gradient(
-    u, lines, blend_q, factors, class_c, k_label_c, pixels, temperature, POWER: tl.constexpr, PEAKS: tl.constexpr
-):
-    """The gradient by u of a row's pixels, of one block of classes."""
-    label, k_ce, ku, kv, peaks, pulls = factors
-    if PEAKS:
-        u -= peaks[0][None, :]
-    if pixels.USE_KL:
-        v = target_logits(lines, blend_q)
-        if PEAKS:
-            v -= peaks[1][None, :]
-        eu = tl.exp2(u)
-        k_all = ku[None, :]
-        if pixels.USE_CE and POWER == 1:
-            k_all += k_ce[None, :]
-        if pixels.USE_CE and POWER > 1:
-            k_all += k_ce[None, :] * power(eu, POWER - 1)
-        # Spelt out, so that no choice of which product is fused is left to the compiler.
-        g = tl.fma(eu, k_all, -(tl.exp2(v) * kv[None, :]))
-        if pixels.USE_CE and POWER == 0:
-            g += tl.exp2(temperature * u) * k_ce[None, :]
-    else:
-        g = tl.exp2(temperature * u) * k_ce[None, :]
-    if pixels.USE_CE:
-        k_label = k_label_c[:, None]
-        if pixels.SMOOTH:
-            g -= k_label * pulls[1][None, :]
-        if pixels.WEIGHED:
-            k_label = k_label * pulls[0][None, :]
-        g -= tl.where(label[None, :] == class_c.to(tl.float32)[:, None], k_label, 0.0)
-    return g
-
-
-@triton.jit
-def _gradient(
-    student_rows, target_rows, blend, cell_n, left_n, right_n, first_n, target_at_n, columns, values_ptr, now_ptr,
-    next_ptr, taps, target_taps, pixels, k_ce, sizes, W, wt, temperature,
-    POWER: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Add what a group of rows gives the corners of its cells to the sums of this row of cells and the next."""
-    lane = tl.arange(0, LANES)
-    shift_cn = tl.zeros((BLOCK, LANES), tl.int32) + tl.maximum(lane - 1, 0)[None, :]
-    zero_cn = tl.zeros((BLOCK, LANES), tl.float32)
-    for start in range(0, sizes[0], BLOCK * UNROLL):
-        corners = ()
-        k_labels = ()
-        sums = ()
-        for k in tl.static_range(UNROLL):
-            c = tl.minimum(start + k * BLOCK + tl.arange(0, BLOCK), sizes[0] - 1)
-            offset_cn = (c * sizes[1])[:, None]
-            top_cn = tl.load((student_rows[0] + left_n)[None, :] + offset_cn)
-            top_step_cn = tl.load((student_rows[0] + right_n)[None, :] + offset_cn) - top_cn
-            bottom_cn = tl.load((student_rows[1] + left_n)[None, :] + offset_cn)
-            bottom_step_cn = tl.load((student_rows[1] + right_n)[None, :] + offset_cn) - bottom_cn
-            corners += ((top_cn, top_step_cn, bottom_cn, bottom_step_cn),)
-            k_label_c = tl.zeros((BLOCK,), tl.float32) + k_ce
-            if pixels.class_weight is not None:
-                k_label_c *= tl.load(pixels.class_weight + c).to(tl.float32)
-            k_labels += (k_label_c,)
-            # Sums over the cell of g, g * row fraction, g * column fraction, g * both.
-            sums += ((zero_cn, zero_cn, zero_cn, zero_cn),)
-        for r in range(columns):
-            x_n = tl.minimum(first_n + r, W - 1)
-            fraction_n = tl.load(taps.fraction + x_n)[None, :]
-            factors = ()
-            for q in tl.static_range(ROWS):
-                factors += (_row_factors(values_ptr + (r * ROWS + q) * (VALUES * LANES) + lane, pixels, PEAKS, LANES),)
-            t_columns = (left_n, right_n)
-            if pixels.USE_KL:
-                t_columns = load_columns(target_at_n + x_n, target_taps, wt)  # type: ignore[assignment]
-            new_sums = ()
-            for k in tl.static_range(UNROLL):
-                class_c = start + k * BLOCK + tl.arange(0, BLOCK)
-                top_cn, top_step_cn, bottom_cn, bottom_step_cn = corners[k]
-                upper_cn = top_cn + fraction_n * top_step_cn
-                lower_cn = bottom_cn + fraction_n * bottom_step_cn
-                lines = (upper_cn,)
-                if pixels.USE_KL:
-                    lines = along_rows(target_rows, t_columns, tl.minimum(class_c, sizes[0] - 1) * sizes[2])  # type: ignore[assignment]
-                for q in tl.static_range(ROWS):
-                    u = student_logits(upper_cn, lower_cn, blend[q])
-                    g = _pixel_gradient(
-                        u, lines, blend[q], factors[q], class_c, k_labels[k], pixels, temperature, POWER, PEAKS
-                    )
-                    if q == 0:
-                        sum_cn = g
-                        sum_low_cn = g * blend[q][0][None, :]
-                    else:
-                        sum_cn += g
-                        sum_low_cn = tl.fma(g, blend[q][0][None, :], sum_low_cn)
-                all_cn, low_cn, right_cn, right_low_cn = sums[k]
-                new_sums += (
-                    (
-                        all_cn + sum_cn,
-                        low_cn + sum_low_cn,
-                        tl.fma(fraction_n, sum_cn, right_cn),
-                        tl.fma(fraction_n, sum_low_cn, right_low_cn),
-                    ),
-                )
-            sums = new_sums
-        for k in tl.static_range(UNROLL):
-            class_c = start + k * BLOCK + tl.arange(0, BLOCK)
-            exists_cn = (class_c < sizes[0])[:, None]
-            all_cn, low_cn, right_cn, right_low_cn = sums[k]
-            # Before the first centre, everything is the right pixel's, which is both.
-            right_cn = tl.where((cell_n < 0)[None, :], all_cn, right_cn)
-            right_low_cn = tl.where((cell_n < 0)[None, :], low_cn, right_low_cn)
-            left_low_cn = low_cn - right_low_cn
-            left_cn = all_cn - right_cn - left_low_cn
-            now_cn = left_cn + tl.gather(right_cn - right_low_cn, shift_cn, 1)
-            next_cn = left_low_cn + tl.gather(right_low_cn, shift_cn, 1)
-            offset_cn = class_c[:, None] * LANES + lane[None, :]
-            tl.store(now_ptr + offset_cn, tl.load(now_ptr + offset_cn, mask=exists_cn) + now_cn, mask=exists_cn)
-            tl.store(next_ptr + offset_cn, tl.load(next_ptr + offset_cn, mask=exists_cn) + next_cn, mask=exists_cn)
-
-
-@triton.jit
-def _finish_row(
-    sums_ptr, gradient_n, writes_n, num_classes, plane,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Write out the sums of a row of student pixels and set them to 0."""
-    for start in range(0, num_classes, BLOCK * UNROLL):
-        for k in tl.static_range(UNROLL):
-            c = start + k * BLOCK + tl.arange(0, BLOCK)
-            exists_cn = (c < num_classes)[:, None]
-            sum_ptrs = sums_ptr + c[:, None] * LANES + tl.arange(0, LANES)[None, :]
-            sums_cn = tl.load(sum_ptrs, mask=exists_cn, other=0.0)
-            tl.store(sum_ptrs, tl.zeros((BLOCK, LANES), tl.float32), mask=exists_cn)
-            gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
-            tl.store(gradient_ptrs, sums_cn.to(gradient_ptrs.dtype.element_ty), mask=exists_cn & writes_n[None, :])
 
 
 @triton.jit(
@@ -296,7 +129,7 @@ def tiles_kernel(
             start = i if HAS_GRADIENT else tl.where(i < 0, -1, first_row)
             y = first_pixel(row_taps, start, H, steps)
             if HAS_GRADIENT:
-                _finish_row(sums_ptr, student_n, lane < 0, 2 * num_classes, 0, BLOCK_C, UNROLL, LANES)
+                finish_row(sums_ptr, student_n, lane < 0, 2 * num_classes, 0, BLOCK_C, UNROLL, LANES)
                 # A row of cells without label pixels is finished next, perhaps by other threads.
                 tl.debug_barrier()
             for step in range(strip_rows + 1):
@@ -368,13 +201,13 @@ def tiles_kernel(
                         if HAS_GRADIENT:
                             tl.debug_barrier()
                             if any_peaks > 0:
-                                _gradient(
+                                add_gradient(
                                     student_rows, target_rows, blend, j, left, right, first, target_image * W, columns,
                                     values_ptr, now_ptr, next_ptr, column_taps, target_column_taps, pixels, k_ce,
                                     sizes, W, wt, temperature, POWER, True, BLOCK_C, UNROLL, LANES,
                                 )  # fmt: skip
                             else:
-                                _gradient(
+                                add_gradient(
                                     student_rows, target_rows, blend, j, left, right, first, target_image * W, columns,
                                     values_ptr, now_ptr, next_ptr, column_taps, target_column_taps, pixels, k_ce,
                                     sizes, W, wt, temperature, POWER, False, BLOCK_C, UNROLL, LANES,
@@ -383,7 +216,7 @@ def tiles_kernel(
                 if HAS_GRADIENT:
                     written = alive & (lane > 0) & (j >= 0) & (i >= first_row) & (i < h)
                     gradient_n = gradient_ptr + image64 * num_classes * sizes[1] + (top + left)
-                    _finish_row(now_ptr, gradient_n, written, num_classes, sizes[1], BLOCK_C, UNROLL, LANES)
+                    finish_row(now_ptr, gradient_n, written, num_classes, sizes[1], BLOCK_C, UNROLL, LANES)
                     tl.debug_barrier()
                 i += 1
     partials_ptr += 2 * (first_partial + pid)
