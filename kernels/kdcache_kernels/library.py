@@ -90,7 +90,7 @@ def is_traced(*tensors: Any) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
-        or any(isinstance(x, Tensor) and type(x) not in PLAIN_TENSORS for x in tensors)
+        or any(issubclass(kind, Tensor) and kind not in PLAIN_TENSORS for kind in {type(x) for x in tensors})
     )
 
 
@@ -187,8 +187,11 @@ def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -
     if gradient.device.type != "cpu":
         result: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result
-    # Numbers, for two operators on tensors of one element cost more than these.
-    return (gradient.contiguous().float() * (factor.item() + 0 * loss.item())).to(dtype)
+    # A number, for two operators on tensors of one element cost more.
+    number = factor.item() + 0 * loss.item()
+    if gradient.dtype == dtype == torch.float32 and gradient.is_contiguous():
+        return gradient * number
+    return (gradient.contiguous().float() * number).to(dtype)
 
 
 @scale_gradient.register_fake

@@ -142,7 +142,10 @@ def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps,
 
 def _floats(x: Tensor) -> Tensor:
     """Return the values of a tensor in float32 and contiguous, without a copy if they are."""
-    return x.detach().to(torch.float32, memory_format=torch.contiguous_format)
+    x = x.detach()
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _class_weight(problem: LossProblem) -> Array:
@@ -172,7 +175,7 @@ def _count(problem: LossProblem, plan: Plan) -> _Pixels:
         plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
         plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3, nanoseconds=PER_LABEL * ids.size,
     )  # fmt: skip
-    weight_sum, counted, wrong = counts_BH3.sum((0, 1))
+    weight_sum, counted, wrong = counts_BH3.reshape(-1, 3).sum(0)
     if wrong and problem.labels is not None:
         checks.check_class_ids(problem.labels, C, problem.ignore_index)
 
@@ -215,7 +218,7 @@ def _compute(
         wide = not _span(problem, student, target) <= WIDEST
         arguments = (student.values, target_values, *labels, plan.columns, *rows, *common, wide, *results)
         run(pixels, B * h, *arguments, nanoseconds=cost)
-    ce, kl = LN2 * losses_Bh2.sum((0, 1))
+    ce, kl = LN2 * losses_Bh2.reshape(-1, 2).sum(0)
     gradient_BChw = torch.empty((B, C, h, w) if problem.need_gradient else 0)
     if problem.need_gradient:
         index, fraction = (x[0] for x in plan.student_nodes)

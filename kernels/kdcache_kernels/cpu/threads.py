@@ -33,6 +33,9 @@ def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any, nanoseconds
     """
     if num_tasks == 0:
         return
+    if nanoseconds < 2 * CHUNK_NANOSECONDS:  # one chunk, whatever the number of threads
+        kernel(0, num_tasks, *arguments)
+        return
     threads = min(torch.get_num_threads(), num_tasks)
     chunks = int(min(num_tasks, threads * CHUNKS_PER_THREAD, max(1, nanoseconds / CHUNK_NANOSECONDS)))
     if threads == 1 or chunks == 1:

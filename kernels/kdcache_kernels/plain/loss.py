@@ -93,10 +93,10 @@ def _compute(problem: LossProblem, student_BChw: Tensor) -> LossResult:
     logits_BCP, lost_BP = _Logits.of(student_BChw, _LARGEST * min(1.0, T), on)
     # Relative to the maximum, for the sums of the divergence.
     logits_BCP = logits_BCP - logits_BCP.amax(1, keepdim=True)
-    at_1 = Softmax.of(logits_BCP) if problem.use_ce else None
+    at_1 = Softmax.of(logits_BCP, centred=True) if problem.use_ce else None
     ce, kl, gradient_BCP = 0.0, 0.0, None
     if problem.use_kl:
-        at_T = Softmax.of(logits_BCP if T == 1 else logits_BCP / T)
+        at_T = Softmax.of(logits_BCP if T == 1 else logits_BCP / T, centred=True)
         kl, factor_BP, teacher = _kl(problem, at_T, lost_BP)
         if problem.need_gradient:
             gradient_BCP = teacher.gradient(at_T.p, factor_BP[:, None])

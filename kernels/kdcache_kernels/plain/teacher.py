@@ -28,9 +28,11 @@ class Softmax(NamedTuple):
     total: Tensor
 
     @classmethod
-    def of(cls, logits_BCP: Tensor) -> "Softmax":
+    def of(cls, logits_BCP: Tensor, *, centred: bool = False) -> "Softmax":
+        """Take the softmax of logits; centred ones have a maximum of 0 in each pixel."""
         p_BCP = logits_BCP.softmax(1)
-        return cls(logits_BCP, p_BCP, logits_BCP.amax(1) - p_BCP.amax(1).log_())
+        total_BP = p_BCP.amax(1).log_().neg_()
+        return cls(logits_BCP, p_BCP, total_BP if centred else total_BP.add_(logits_BCP.amax(1)))
 
 
 class Teacher(Protocol):
