@@ -103,7 +103,7 @@ def add_gradient(
                 factors += (_row_factors(values_ptr + (r * ROWS + q) * (VALUES * LANES) + lane, pixels, PEAKS, LANES),)
             t_columns = (left_n, right_n)
             if pixels.USE_KL:
-                t_columns = load_columns(target_at_n + x_n, target_taps, wt)  # type: ignore[assignment]
+                t_columns = load_columns(target_at_n + x_n, target_taps, wt)
             new_sums = ()
             for k in tl.static_range(UNROLL):
                 class_c = start + k * BLOCK + tl.arange(0, BLOCK)
@@ -112,7 +112,7 @@ def add_gradient(
                 lower_cn = bottom_cn + fraction_n * bottom_step_cn
                 lines = (upper_cn,)
                 if pixels.USE_KL:
-                    lines = along_rows(target_rows, t_columns, tl.minimum(class_c, sizes[0] - 1) * sizes[2])  # type: ignore[assignment]
+                    lines = along_rows(target_rows, t_columns, tl.minimum(class_c, sizes[0] - 1) * sizes[2])
                 for q in tl.static_range(ROWS):
                     u = student_logits(upper_cn, lower_cn, blend[q])
                     g = _pixel_gradient(

@@ -10,8 +10,8 @@ A cell is the square between four neighbouring student pixels, and the label pix
 
 One lane owns a column of cells in a strip of `strip_rows` rows, and walks down it. The classes run twice in each group
 of rows: first for the sums of the softmaxes (`sample.visit`), then for the gradient (`tile_gradient`). In between, up
-eight numbers per pixel wait in a scratch buffer that the next group uses again. Over a cell, a lane adds up what its
-pixels give the four corners. The right half goes to the neighbouring lane, the lower half into sums that the next row
+to eight numbers per pixel wait in a scratch buffer for the next group to use again. Over a cell, a lane adds up what
+its pixels give the four corners. The right half goes to the next lane, the lower half into sums that the next row
 of cells goes on with, and a row of student pixels whose two rows of cells are done is written out. So one program adds
 up all of a gradient element, in an order that depends neither on the tiling nor on the rest of the batch: no atomic
 addition, and the same bits every time.
@@ -158,8 +158,8 @@ def tiles_kernel(
                         row0 = t_row * wt
                         row1 = tl.minimum(t_row + 1, ht - 1) * wt
                         row2 = tl.minimum(t_row + 2, ht - 1) * wt
-                        target_rows = (target_n + row0, target_n + row1, target_n + row2)  # type: ignore[assignment]
-                        target_lost_rows = (target_lost_n + row0, target_lost_n + row1, target_lost_n + row2)  # type: ignore[assignment]
+                        target_rows = (target_n + row0, target_n + row1, target_n + row2)
+                        target_lost_rows = (target_lost_n + row0, target_lost_n + row1, target_lost_n + row2)
                     taken = tl.zeros((LANES,), tl.int32)
                     for q in tl.static_range(ROWS):
                         has = found[q] & alive
