@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -37,20 +38,19 @@ def test_a_tiling_holds_within_its_context(
     script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checks = script("gpu_checks")
-    before = cells.choose_tiling, cells.REGISTERS
-    (case,) = checks.cases("1x3x64x64/4", "plain")
+    before, launch = (cells.choose_tiling, cells.REGISTERS), cells.launch
+    (case,) = checks.cases("1x3x16x16/4", "plain")
     launched = []
 
-    def launch(
-        problem: object, prepared: object, gradient: object, buffers: object, tiling: cells.Tiling, **_: object
-    ) -> None:
-        launched.append((tiling.rows, cells.REGISTERS))
+    def watched(*arguments: Any, **options: Any) -> None:
+        launched.append((arguments[-1].rows, cells.REGISTERS))
+        launch(*arguments, **options)
 
-    monkeypatch.setattr(cells, "launch", launch)
-    for rows in (5, 40):
+    monkeypatch.setattr(cells, "launch", watched)
+    for rows in (3, 40):
         with checks.tiled(rows=rows, registers=152):
             checks.ours(case, checks.make_inputs(case, checks.DEVICE), "triton").step()
-    assert launched == [(5, 152), (17, 152)], "at most the 17 rows of cells of 16 rows of logits"
+    assert launched == [(3, 152), (5, 152)], "4 rows of logits have 5 rows of cells"
     assert (cells.choose_tiling, cells.REGISTERS) == before
 
 

@@ -51,12 +51,13 @@ def script(tmp_path: Path):
     program.write_text(PRETENDED.format(python=sys.executable))
     program.chmod(0o755)
 
-    def run(*words: str, fail: str = "", slow: str = "") -> tuple[int, str]:
+    def run(*words: str, fail: str = "", slow: str = "", dry: bool = True) -> tuple[int, str]:
         own = {"PYTHON": str(program), "LOG": str(tmp_path / "log"), "FAIL": fail}
         own["PATH"] = f"{tmp_path / 'bin'}:/usr/bin:/bin"  # without the tools of a GPU
         environment = {**os.environ, **own, "SLOW": slow or "-", "OMP_NUM_THREADS": "1"}
         environment.pop("TRITON_INTERPRET", None)
-        command = [str(ROOT / "benchmarks" / "gpu.sh"), "--dry", "--results", str(tmp_path / "results"), *words]
+        flags = ["--results", str(tmp_path / "results"), *(["--dry"] if dry else [])]
+        command = [str(ROOT / "benchmarks" / "gpu.sh"), *flags, *words]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -98,6 +99,17 @@ def test_a_part_alone(part, script, tmp_path) -> None:
     code, output = script(part)
     assert code == 0, output
     assert written(tmp_path) == {name for name, own in RESULTS.items() if own == part}
+
+
+@pytest.mark.parametrize("part", ["correctness", "kernels", "step", "rest"])
+def test_a_gpu_gets_sizes_of_its_own(part, script, tmp_path) -> None:
+    code, output = script("--kernels", "kernels.tar.xz", part, dry=False)
+    assert code == 0, output
+    devices = {words[words.index("--device") + 1] for words in commands(tmp_path) if "--device" in words}
+    assert devices == {"cuda"}
+    if part == "kernels":
+        shapes = [words[words.index("--shapes") + 1] for words in commands(tmp_path) if "--shapes" in words]
+        assert shapes.count("voc,ade,cityscapes,16x11x288x384/4") == 2
 
 
 def test_tilings_are_measured_alone(script, tmp_path) -> None:
