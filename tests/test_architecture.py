@@ -41,14 +41,14 @@ ALLOWED = {
     "progress": {"errors"},
     "display": set[str](),
     "ray_cluster": {"errors"},
-    "settings": {"errors", "model_table"},
+    "settings": {"errors", "heads", "model_table"},
     "data": {"errors", "files", "locks"},
     "run_samples": {"data", "files"},
     "run_folder": {"bounded", "display", "heads", "errors", "files", "settings"},
     "models": {"bounded", "heads", "model_table", "errors", "files", "run_folder"},
     "store": {"bounded", "display", "heads", "data", "errors", "files", "locks"},
     "sharing": {"display", "store", "errors", "files", "locks", "run_folder", "settings"},
-    "distill": {"heads", KERNELS, "errors"},
+    "distill": {"heads", KERNELS, "errors", "settings"},
     "metrics": {"display", "heads", "data", "models", "errors", "files", "settings"},
     "teacher": {
         *(
@@ -222,6 +222,7 @@ def test_floors_of_a_room_are_in_order(floors: tuple[str, ...]) -> None:
 IMPORT_BY_VALUE = {
     "kdcache": "its exported names, each from its home",
     "kdcache.bench.kernels.rivals": "kernels of other projects",
+    "kdcache.distill.terms.registry": "the modules of terms",
     "kdcache.models.callables": "a network of the user",
     "kdcache_kernels.library": "a family of kernels: cpu or gpu",
     "kdcache_kernels.on_cells.library": "a family of kernels: cpu or gpu",

@@ -13,6 +13,8 @@ from typing import Any
 
 from kdcache.analysis.runs import Entry
 from kdcache.settings.streams import to_line
+from kdcache.settings.term import LossTerm
+from kdcache.settings.terms import parse_method, parse_term
 
 REPEATED = ("seed", "fold", "val-fold")
 """What runs of one row differ in."""
@@ -43,10 +45,6 @@ _OF_A_TEACHER = ("kl-weight", "temperature")
 """Settings that a run without KL has and does not use: no part of its name."""
 _NAMED = 40
 """Names that a message lists at most."""
-DEPTH_ON_LABELS = ("depth-l1", "depth-berhu", "depth-silog", "depth-gradient")
-"""Terms that compare depth with labels, unless they say `reference=teacher`: without them a model learns no depth."""
-WITHOUT_TEACHER = ("dice", "lovasz", "auxiliary", "entropy", "adversarial", "consistency")
-"""Terms on labels or on the student's predictions alone; `consistency` learns from a teacher with `by=store`."""
 _BARE = ("model", "method", "verb")
 """Settings whose values need no name beside them."""
 
@@ -131,28 +129,17 @@ def is_control(settings: Mapping[str, Any]) -> bool:
 
 def _is_taught(settings: Mapping[str, Any]) -> bool:
     """Whether there is a term besides cross-entropy and those that compare depth with labels."""
-    return any(
-        term["kind"] not in DEPTH_ON_LABELS or term.get("reference", "labels") != "labels" for term in _terms(settings)
-    )
+    return any(term.reads_teacher or not term.of_depth for term in _terms(settings))
 
 
 def _is_distilled(settings: Mapping[str, Any]) -> bool:
     """Whether there is a term that reads the targets of a teacher, with no labels in its place."""
-    return settings.get("teacher") != "labels" and any(map(reads_targets, _terms(settings)))
+    return settings.get("teacher") != "labels" and any(term.reads_teacher for term in _terms(settings))
 
 
-def reads_targets(term: Mapping[str, Any]) -> bool:
-    """Whether a term, as a recipe has it, learns from a teacher."""
-    kind, reference = str(term["kind"]), term.get("reference")
-    if kind in DEPTH_ON_LABELS or reference is not None:
-        return reference == "teacher"
-    return kind not in WITHOUT_TEACHER or term.get("by") == "store"
-
-
-def _terms(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The tables of all terms, those that `method` names without their weights."""
-    method = str(settings.get("method"))
-    return [{"kind": kind} for kind in method.split("+") if kind != "none"] + list(settings.get("term") or ())
+def _terms(settings: Mapping[str, Any]) -> list[LossTerm]:
+    """All terms beside cross-entropy."""
+    return [*parse_method(str(settings.get("method", "none"))), *map(parse_term, settings.get("term") or ())]
 
 
 def _unlike_streams(one: Any, other: Any) -> float:

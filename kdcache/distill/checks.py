@@ -151,8 +151,8 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
 
 def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
     """Raises: RecipeError for terms that count, whose pseudo labels a batch does not bring."""
-    makers = [term.spec.by or "student" for term in terms if term.kind == "consistency" and not term.reads_teacher]
-    missing = [by for by in dict.fromkeys(makers) if by not in batch.pseudo]
+    makers = dict.fromkeys(by for term in terms for by in term.labellers())
+    missing = [by for by in makers if by not in batch.pseudo]
     if missing:
         raise RecipeError(
             "consistency reads the pseudo labels of the weak view of every batch",

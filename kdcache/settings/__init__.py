@@ -1,6 +1,8 @@
 """Settings: each one's name, type, default, help and panel, once; free of torch and of pydantic.
 
     setting.py     the entries of a table, and how a table is read
+    term.py        a term of the loss, and what every kind says of itself
+    terms.py       the terms of the loss, each kind once
     parse.py       values that are written as text: 288x384, 0.5:2.0, 50GiB
     shared.py      tables that several verbs share: data, the machine, copies of a remote store
     training.py    the table of a training

@@ -24,13 +24,13 @@ from kdcache.settings.parse import (
 )
 from kdcache.settings.setting import REQUIRED, setting
 from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.term import TERMS, LossTerm, entries_of
+from kdcache.settings.terms import KL, METHODS, CrossEntropy
 
 DEFAULT_ITERATIONS = 4000
-METHODS = (
-    *("auto", "none", "kl", "pseudo", "at", "sp", "hint", "cosine", "cwd", "dist", "dkd"),
-    *("dice", "lovasz", "auxiliary", "entropy", "consistency", "adversarial"),
-)
-"""What a shell completes --method with; depth terms are options of --term."""
+_TERMS = [TERMS[kind]() for kind in METHODS]
+_TAUGHT = [term.kind for term in _TERMS if term.reads_teacher and not term.of_depth]
+_UNTAUGHT = [term.kind for term in _TERMS if not term.reads_teacher and not term.of_depth]
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"kdcache:tiny": 6e-3, "kdcache:base": 2e-3}
 """Learning rates of Adam and AdamW for models that need their own: for tiny the best of 1e-3 to 8e-3 on CamVid
@@ -45,6 +45,14 @@ OPTIMIZATION = "Optimization"
 RUN = "Execution"
 
 _loss = partial(setting, panel=LOSS)
+
+
+def _of(term: type[LossTerm], option: str) -> Any:
+    """The setting of the whole training that sets an option of a term."""
+    entry = entries_of(term)[option]
+    return _loss(entry.default, entry.setting.help)
+
+
 _gate = partial(setting, panel=GATE)
 _part = partial(setting, panel=PART)
 _view = partial(setting, panel=VIEW)
@@ -87,11 +95,11 @@ class TrainSettings:
 
     method: str = _loss(
         "auto",
-        "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
-        "cwd, dist, dkd, and dice, lovasz, auxiliary (of --model MODEL+aux), entropy, consistency and adversarial, "
-        "which need no teacher. auto is dist; kl with --mix or --accumulate, which dist cannot follow.",
+        f"none (labels only, same pixels), or a sum such as kl or kl+at of {', '.join(_TAUGHT)}, and of "
+        f"{', '.join(_UNTAUGHT)}, which need no teacher. auto is dist; kl with --mix or --accumulate, which dist "
+        "cannot follow.",
         metavar="KIND+KIND",
-        words=METHODS,
+        words=("auto", "none", *_TAUGHT, *_UNTAUGHT),
     )
     teacher: Literal["store", "labels"] = _loss(
         "store",
@@ -106,17 +114,11 @@ class TrainSettings:
         metavar="KIND,X=Y",
         repeated=True,
     )
-    temperature: Positive = _loss(2.0, "Temperature of the KL term.")
-    kl_weight: Weight = _loss(0.3, "Weight of T^2 * KL. At 1 its gradient is several times that of the labels.")
-    ce_weight: Weight = _loss(1.0, "Weight of the cross-entropy.")
-    label_smoothing: Annotated[float, Ge(0), Lt(1)] = _loss(
-        0.0, "Share of every label that is spread over all classes, in the cross-entropy."
-    )
-    focal_gamma: Weight = _loss(
-        0.0,
-        "Exponent of the focal loss: multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p; "
-        "2 is usual, 0 is the plain cross-entropy.",
-    )
+    temperature: Positive = _of(KL, "temperature")
+    kl_weight: Weight = _of(KL, "weight")
+    ce_weight: Weight = _of(CrossEntropy, "weight")
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = _of(CrossEntropy, "label_smoothing")
+    focal_gamma: Weight = _of(CrossEntropy, "focal_gamma")
     balance: Literal["fixed", "uncertainty"] = _loss(
         "fixed",
         "How the losses of two tasks become one: fixed weights (--task-weight), or weights that are learnt from each "
@@ -133,13 +135,9 @@ class TrainSettings:
         "Implementation of the loss: triton (a GPU), numba (a CPU) or reference (plain PyTorch: slow and large, "
         "for comparison). auto: the first that runs here.",
     )
-    class_weights: Literal["none", "median", "sqrt"] = _loss(
-        "sqrt",
-        "Class weights of the cross-entropy: median (median frequency), the milder sqrt of that, or none. "
-        "Unweighted, rare classes are learnt late.",
-    )
+    class_weights: Literal["none", "median", "sqrt"] = _of(CrossEntropy, "class_weights")
 
-    distill_void: bool = _gate(True, "Whether void pixels are distilled too.")
+    distill_void: bool = _gate(True, "Whether teacher terms count void pixels.")
     distill_on: Literal["labelled", "all"] = _gate(
         "all", "all: images without a label are distilled from their targets; or labelled."
     )

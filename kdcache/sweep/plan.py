@@ -20,6 +20,8 @@ from kdcache.errors import RecipeError
 from kdcache.run_folder import RESULT, WEIGHTS
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream, term_line, to_line
+from kdcache.settings.term import no_effect, untaken
+from kdcache.settings.terms import CrossEntropy, auto_method, parse_method, parse_term
 from kdcache.settings.training import TrainSettings
 from kdcache.sweep.recipe import AUDIT, STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
 
@@ -155,6 +157,21 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.=+]+", "-", text).strip("-.") or "arm"
 
 
+def taken(flags: Flags) -> set[str]:
+    """Return the settings of terms that the loss of an arm takes, of any of its streams."""
+    found = set[str]()
+    for table in flags.get("stream") or [{}]:
+        own = {key.replace("-", "_"): value for key, value in {**flags, **table}.items()}
+        method = own.get("method", "auto")
+        if method == "auto":
+            parted = own.get("mix", "") != "" or own.get("accumulate", 1) != 1
+            method = auto_method(parted=parted) if "cache" in own or not table else "none"
+        weights = {"ce": own.get("ce_weight", 1.0), "kl": own.get("kl_weight", 1.0)}
+        terms = [CrossEntropy(), *parse_method(method), *map(parse_term, own.get("term", ()))]
+        found |= {name for term in terms if term.active and weights.get(term.kind) != 0 for name in term.takes}
+    return found
+
+
 class _Planner:
     def __init__(self, recipe: Recipe, data: str, of_streams: Mapping[str, str], out: Path) -> None:
         self._recipe, self._data, self._of_streams, self._out = recipe, data, of_streams, out
@@ -165,6 +182,7 @@ class _Planner:
         self._runs: dict[str, tuple[Path, ...]] = {arm.name: () for arm in recipe.arms}
         self._under_way: list[str] = []
         self._audits: dict[Path, None] = {}
+        self._taken = {name for arm in recipe.arms for name in taken({**recipe.student, **arm.flags})}
 
     def plan(self) -> Sweep:
         if not self._recipe.stream:  # streams name the stores that they read
@@ -284,7 +302,7 @@ class _Planner:
                 remedy="take one of the '@' values out",
             )
         self._under_way.append(name)
-        flags = {**self._recipe.student, **arm.flags}
+        flags = self._flags(arm)
         if str(flags.get("model", "")).startswith("+"):
             flags["model"] = f"{self._recipe.student.get('model', '')}{flags['model']}"
         streams, needs = self._streams(arm, fold, seed)
@@ -310,6 +328,14 @@ class _Planner:
         self._add(Job(name, ("train-student", *words(flags), "--resume"), run / RESULT, tuple(needs)))
         self._runs[arm.name] += (run,)
         return run
+
+    def _flags(self, arm: Arm) -> dict[str, Any]:
+        """Return an arm's flags, less those that only other arms take. Raises: RecipeError for what no arm takes."""
+        flags = {**self._recipe.student, **arm.flags}
+        if nobodys := untaken(flags, self._taken):
+            raise no_effect(nobodys, f"the arm {arm.name!r}")
+        idle = untaken(flags, taken(flags))
+        return {key: value for key, value in flags.items() if key.replace("-", "_") not in idle}
 
     def _show(self) -> None:
         """Add the table, and the page with pictures of each arm's first run. A smoke run's are marked as such."""

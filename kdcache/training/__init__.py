@@ -3,7 +3,7 @@
     config.py        the settings (= the flags, = recipe.toml), and which do not go together
     checks.py        whether they go together with the data and the processes
     streams.py       the settings of each of several sources
-    term_setting.py  a term of the loss as a setting; the balance of tasks
+    term_setting.py  terms of the loss in the model of settings; the balance of tasks
     api.py           from settings to a run
     criterion.py     the loss that the settings describe
     class_trust.py   a weight per class of the teacher, by how far it beats a plain run

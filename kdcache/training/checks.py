@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from kdcache.distill.terms.spec import compares_features
 from kdcache.errors import RecipeError
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import warmup_steps
+from kdcache.settings.terms import Adversarial, Auxiliary, PseudoLabels
 from kdcache.training.config import TrainConfig
 
 
@@ -18,7 +18,7 @@ def check_flip(config: TrainConfig) -> None:
         config: settings whose augment is not auto.
     Raises: RecipeError for stored features that would be mirrored without `--flip`.
     """
-    stored = [term.kind for term in config.terms if compares_features(term)]
+    stored = [term.kind for term in config.terms if term.reads_taps]
     if config.flip is None and config.augment == "warp" and stored and config.cache is not None:
         raise RecipeError(
             "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
@@ -51,7 +51,7 @@ def check_supervised(config: TrainConfig) -> None:
 
 def check_processes(config: TrainConfig, processes: int) -> None:
     """Raises: RecipeError for what several processes cannot compute as one would."""
-    quantiles = [term.kind for term in config.terms if term.quantile is not None]
+    quantiles = [term.kind for term in config.terms if isinstance(term, PseudoLabels) and term.quantile is not None]
     if processes > 1 and quantiles:
         raise RecipeError(
             "several processes train as one would, and a quantile is one of a whole batch",
@@ -66,7 +66,7 @@ def check_adversaries(config: TrainConfig) -> None:
     for stream in config.streams:
         others = [name for name in names if name != stream.name]
         for term in stream.config.terms:
-            if term.kind == "adversarial" and (term.against not in others if term.against else len(others) != 1):
+            if isinstance(term, Adversarial) and (term.against not in others if term.against else len(others) != 1):
                 raise RecipeError(
                     "an adversarial term makes predictions on its stream pass for those on one other stream",
                     received=(f"against {term.against}" if term.against else "no `against`")
@@ -80,7 +80,7 @@ def check_adversaries(config: TrainConfig) -> None:
 def check_auxiliary(config: TrainConfig) -> None:
     """Raises: RecipeError for an auxiliary head that nothing is learnt of."""
     weighed = [stream.config.terms for stream in config.streams if stream.weight > 0]
-    learnt = any(term.kind == "auxiliary" and term.weight != 0 for terms in weighed for term in terms)
+    learnt = any(isinstance(term, Auxiliary) and term.active for terms in weighed for term in terms)
     if split_auxiliary(config.model)[1] is not None and not learnt:
         raise RecipeError(
             "an auxiliary head learns from labels, beside cross-entropy or by a term auxiliary",

@@ -1,7 +1,7 @@
 """The settings of a training as one strict model, made from their tables."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.display import public_values
 from kdcache.distill import parse_gate
-from kdcache.distill.terms import TermSpec, check_terms, parse_method
-from kdcache.distill.terms.spec import (
-    ON_PREDICTIONS,
-    labels_itself,
-    of_depth,
-    reads_labels,
-    reads_logits,
-    reads_teacher,
-)
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
@@ -28,13 +19,15 @@ from kdcache.run_folder import RECIPE, Run, train_again
 from kdcache.settings import entries
 from kdcache.settings.parse import as_typed
 from kdcache.settings.removed import SETTINGS, removal, without_removed
-from kdcache.settings.setting import check_focal, in_words
+from kdcache.settings.setting import in_words
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.streams import StreamSettings, check_rows, shares_of
+from kdcache.settings.term import MASK, LossTerm, check_terms, no_effect, untaken
+from kdcache.settings.terms import KL, CrossEntropy, auto_method, parse_method
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.training.input.mix import Mix
-from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
-from kdcache.training.term_setting import Terms, check_balance, check_consistency, learnt_tasks, with_auxiliary
+from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, in_stream, make_stream, read_tables
+from kdcache.training.term_setting import Terms, check_balance, check_consistency, with_auxiliary
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
@@ -69,10 +62,9 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         if settings.get("stream"):  # each has its own by now: the training's is a summary of what they learn by
             kinds = [kind.strip() for table in choices["stream"] for kind in table["method"].split("+")]
             choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
-        elif settings.get("method", "auto") == "auto":  # `dist` helps more and compares a whole batch of own pixels
+        elif settings.get("method", "auto") == "auto":
             parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
-            taught = "kl" if parted else "dist"
-            choices["method"] = taught if settings.get("verb") == "train-student" else "none"
+            choices["method"] = auto_method(parted=parted) if settings.get("verb") == "train-student" else "none"
         return settings | choices
 
     @model_validator(mode="after")
@@ -114,32 +106,53 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @property
     def wants_kl(self) -> bool:
         """Whether KL is a part of the loss."""
-        return parse_method(self.method).kl
+        return any(isinstance(term, KL) for term in self.loss)
 
     @property
-    def terms(self) -> tuple[TermSpec, ...]:
-        """The terms beside CE and KL: those of the method, those listed one by one, and of an auxiliary head."""
-        return with_auxiliary((*parse_method(self.method).terms, *self.term), self.model, self.ce_weight)
+    def loss(self) -> tuple[LossTerm, ...]:
+        """All terms: `ce`, those of the method, those listed one by one, and of an auxiliary head."""
+        ce = CrossEntropy(
+            weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            focal_gamma=self.focal_gamma,
+            class_weights=self.class_weights,
+        )
+        kl = KL(weight=self.kl_weight, temperature=self.temperature)
+        method = [kl if isinstance(term, KL) else term for term in parse_method(self.method)]
+        return (ce, *with_auxiliary((*method, *self.term), self.model, self.ce_weight))
 
     @property
-    def whole_batch(self) -> tuple[str, ...]:
-        """Kinds of terms whose value is no mean over the samples of a batch."""
-        return tuple(term.kind for term in self.terms if term.kind in ("sp", "dist") or term.quantile is not None)
+    def active(self) -> list[LossTerm]:
+        """The terms that have a weight."""
+        return [term for term in self.loss if term.active]
+
+    @property
+    def taken(self) -> set[str]:
+        """The settings of terms that set one of the loss, of any stream."""
+        if self.stream:
+            return {name for stream in self.streams for name in stream.config.taken}
+        taken = {name for term in self.active for name in term.takes}
+        return taken if self.reads_targets else taken - {*MASK}
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The terms beside CE and KL, which are fused."""
+        return tuple(term for term in self.loss if not term.fused)
 
     @property
     def teaches(self) -> bool:
         """Whether anything is learnt from a teacher, or from labels in its place."""
-        return self.wants_kl or any(map(reads_teacher, self.terms))
+        return any(term.reads_teacher for term in self.loss)
 
     @property
     def learns_unlabelled(self) -> bool:
         """Whether samples without a label teach: by a store's targets, or by a term on predictions alone."""
-        return self.reads_targets or any(term.kind in ON_PREDICTIONS and term.weight != 0 for term in self.terms)
+        return self.reads_targets or any(not term.reads_teacher and not term.reads_labels for term in self.active)
 
     @property
     def learns_labels(self) -> bool:
         """Whether a training of one source learns from labels, by cross-entropy or terms."""
-        on_labels = self.ce_weight > 0 or any(reads_labels(term) and term.weight != 0 for term in self.terms)
+        on_labels = any(term.reads_labels for term in self.active)
         return self.labels != "none" and (on_labels or (self.teaches and self.teacher == "labels"))
 
     @property
@@ -158,28 +171,25 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @property
     def reads_logits(self) -> bool:
         """Whether a store's targets of classes are read, and not its features alone."""
-        of_logits = any(reads_logits(term) and term.weight != 0 for term in self.terms)
-        return self.reads_targets and (of_logits or (self.wants_kl and self.kl_weight != 0))
+        return self.reads_targets and any(term.reads_logits for term in self.active)
 
     @property
     def reads_depth(self) -> bool:
         """Whether labels of depth are read."""
-        return any(of_depth(term) and not reads_teacher(term) and term.weight != 0 for term in self.terms)
+        return any(term.of_depth and term.reads_labels for term in self.active)
 
     @property
     def target_heads(self) -> tuple[str, ...]:
         """The heads of a store whose targets are read, where it has them."""
         if not self.reads_targets:
             return ()
-        terms = [term for term in self.terms if reads_teacher(term) and term.weight != 0]
-        of_classes = self.wants_kl or not all(map(of_depth, terms))
-        return (*((SEGMENTATION,) if of_classes else ()), *((DEPTH,) if any(map(of_depth, terms)) else ()))
+        read = {term.task for term in self.active if term.reads_teacher} | ({SEGMENTATION} if self.wants_kl else set())
+        return tuple(task for task in TASKS if task in read)
 
     @property
     def compares_metres(self) -> bool:
         """Whether metres are compared, of labels or of a teacher; `depth-ssi` of a teacher sees neither its scale."""
-        taught = [term for term in self.terms if of_depth(term) and reads_teacher(term) and term.weight != 0]
-        return self.reads_depth or (self.reads_targets and any(term.kind != "depth-ssi" for term in taught))
+        return any(term.in_metres and (term.reads_labels or self.reads_targets) for term in self.active)
 
     @property
     def label_tasks(self) -> tuple[str, ...]:
@@ -190,9 +200,9 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that are learnt, by any stream of weight above 0: those with a part of weight above 0."""
-        if not self.stream:
-            return learnt_tasks(self.terms, self.ce_weight > 0 or (self.wants_kl and self.kl_weight > 0))
-        learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
+        learnt = {term.task for term in self.active}
+        if self.stream:
+            learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
         return tuple(task for task in TASKS if task in learnt)
 
     @property
@@ -240,12 +250,27 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         return tomli_w.dumps(public_values(self.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
 
-def make_config(**settings: Any) -> TrainConfig:
-    """Make a config from settings by name. Raises: RecipeError that names the flag at fault."""
+def make_config(*, given: Collection[str] = (), **settings: Any) -> TrainConfig:
+    """Make a config from settings by name. Raises: RecipeError that names the flag at fault.
+
+    Args:
+        given: names of the settings that somebody typed, which must have an effect.
+    """
     try:
-        return TrainConfig(**settings)
+        config = TrainConfig(**settings)
     except ValidationError as error:
         raise _refused(error, settings) from error
+    _check_given(config, {name: settings[name] for name in given})
+    return config
+
+
+def _check_given(config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Check that a term takes each setting of terms that somebody typed. Raises: RecipeError that names all others."""
+    if idle := untaken(given, config.taken):
+        raise no_effect(idle, f"--method {config.method}, --ce-weight {config.ce_weight:g}, --teacher {config.teacher}")
+    for stream in config.streams if "stream" in given else ():
+        if idle := untaken(stream.table, stream.config.taken):
+            raise in_stream(stream.name, no_effect(idle, f"--method {stream.config.method}"))
 
 
 def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
@@ -319,7 +344,7 @@ def _check_run(config: TrainConfig) -> None:
 
 
 def _check_depth(config: TrainConfig) -> None:
-    terms = ", ".join(term.kind for term in config.terms if of_depth(term))
+    terms = ", ".join(term.kind for term in config.loss if term.of_depth)
     if not config.compares_metres:
         return
     if config.reads_depth and config.labels != "all" and "depth" not in config.labels.split("+"):
@@ -360,7 +385,7 @@ def _check_data(config: TrainConfig) -> None:
             remedy="leave the method out, so that the labels of the store teach; or use train-student",
         )
     if config.cache is None and config.reads_targets:
-        kinds = [*(["kl"] if config.wants_kl else []), *(term.kind for term in config.terms if reads_teacher(term))]
+        kinds = [term.kind for term in config.loss if term.reads_teacher]
         raise RecipeError(
             "the terms of a teacher learn from a store",
             received=f"{', '.join(kinds)}, and no --cache",
@@ -373,32 +398,15 @@ def _check_data(config: TrainConfig) -> None:
 
 def _check_loss(config: TrainConfig) -> None:
     parse_gate(config.gate)
-    kl = config.wants_kl and config.kl_weight > 0
-    if config.ce_weight == 0 and not kl and all(term.weight == 0 for term in config.terms):
+    if not config.active:
         raise RecipeError(
             "something must weigh more than 0",
             received="every loss weight is 0: nothing would be learnt",
             remedy="raise --ce-weight, --kl-weight or the weight of a --term",
         )
-    check_focal(config.focal_gamma, config.label_smoothing)
 
 
 def _check_teaching(config: TrainConfig) -> None:
-    weighing = {
-        "--gate": config.gate if config.gate != "none" else None,
-        "--class-trust": config.class_trust,
-        "--class-balance": config.class_balance if config.class_balance != "none" else None,
-        "--distill-schedule": config.distill_schedule if config.distill_schedule != "constant" else None,
-    }
-    if any(map(labels_itself, config.terms)):
-        weighing.pop("--distill-schedule")
-    weights = [f"{flag} {value}" for flag, value in weighing.items() if value is not None]
-    if weights and not config.teaches:
-        raise RecipeError(
-            f"the targets of a teacher are weighed by {', '.join(weighing)}",
-            received=f"{', '.join(weights)} with --method {config.method}, which uses no teacher",
-            remedy="leave them out, or choose another --method",
-        )
     if (config.class_trust == "auto") != (config.trust_against is not None):
         raise RecipeError(
             "--class-trust auto compares the teacher with a plain run",
@@ -417,28 +425,21 @@ def _check_label_teacher(config: TrainConfig) -> None:
             received=f"--method {config.method}, which reads none",
             remedy="leave --teacher out, or choose another --method",
         )
-    check_terms(config.terms, None)
-    flags = {"--gate": config.gate != "none", "--class-trust": config.class_trust is not None}
-    flags |= {"--class-balance": config.class_balance != "none"}
-    if weighing := [flag for flag, used in flags.items() if used]:
-        raise RecipeError(
-            f"the targets that a store has of a teacher are weighed by {', '.join(flags)}",
-            received=f"{', '.join(weighing)} with --teacher labels",
-            remedy="leave one of them out",
-        )
+    check_terms(config.loss, None)
 
 
 def _check_whole_batch(config: TrainConfig) -> None:
-    if config.accumulate > 1 and config.whole_batch:
+    whole = [term.kind for term in config.loss if term.whole_batch]
+    if config.accumulate > 1 and whole:
         raise RecipeError(
             "--accumulate sees a part of a batch at a time",
-            received=f"--accumulate {config.accumulate} with {', '.join(config.whole_batch)}, which compares all of it",
+            received=f"--accumulate {config.accumulate} with {', '.join(whole)}, which compares all of it",
             remedy="leave one of them out; --method kl can",
         )
     if config.mix is None:
         return
     Mix(config.mix)
-    taught = [term.kind for term in config.terms if reads_teacher(term) and not of_depth(term)]
+    taught = [term.kind for term in config.loss if term.reads_teacher and not term.follows_mix]
     if taught:
         raise RecipeError(
             "--mix pastes pixels, labels, logits and depth",

@@ -13,18 +13,15 @@ from kdcache.data import IGNORE_INDEX, class_weights
 from kdcache.distill import SEGMENTATION, DistillLoss, Gate, LabelTargets, MergedTargets, parse_gate
 from kdcache.distill.terms import (
     Term,
-    TermSpec,
     TermTargets,
-    arrays_of,
-    check_student,
-    check_terms,
     make_term,
-    resolve_taps,
     with_companions,
 )
 from kdcache.errors import RecipeError
 from kdcache.models import ClassMerge, Outputs, SegmentationModel
 from kdcache.settings.parse import rare_temperature
+from kdcache.settings.term import LossTerm, check_terms
+from kdcache.settings.terms import Auxiliary, Projected, Pseudo
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.training.class_trust import read_trust, trust_from_run
 from kdcache.training.config import TrainConfig
@@ -46,9 +43,9 @@ def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationM
     """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
     if cache is None or config.teacher == "labels":
         return ()
-    check_terms(config.terms, cache.manifest, kl=config.wants_kl)
-    resolved = [resolve_taps(spec, cache.manifest, model.taps) for spec in config.terms]
-    return tuple(dict.fromkeys(path for spec in resolved for path in arrays_of(spec, cache.manifest)))
+    check_terms(config.loss, cache.manifest)
+    resolved = [spec.resolved(cache.manifest, model.taps) for spec in config.terms]
+    return tuple(dict.fromkeys(path for spec in resolved for path in spec.arrays(cache.manifest)))
 
 
 def make_criterion(
@@ -67,7 +64,9 @@ def make_criterion(
         pasted: the stream whose samples, and labels, are pasted into the dataset's.
     Raises: RecipeError for a model whose heads are not those that the loss compares.
     """
-    _check_heads(config, model)
+    for spec in config.active:
+        if spec.fused:
+            spec.check_student(model.head_kinds)
     cache = dataset.cache
     gate = None if cache is None or not config.reads_targets else _gate(config, cache, dataset, device, note)
     stored = None if cache is None else stored_targets(cache, dataset)
@@ -213,10 +212,10 @@ def _terms(
         return []
     channels = tap_channels(model, config)
 
-    def term(spec: TermSpec) -> Term:
+    def term(spec: LossTerm) -> Term:
         moments = None
-        if spec.standardise == "channels" and dataset.cache is not None:
-            spec = resolve_taps(spec, dataset.cache.manifest, list(channels))
+        if isinstance(spec, Projected) and spec.standardise == "channels" and dataset.cache is not None:
+            spec = spec.resolved(dataset.cache.manifest, list(channels))
             moments = channel_moments(dataset.cache, f"features/{spec.teacher_tap}", dataset.indices)
         return make_term(
             spec,
@@ -226,20 +225,13 @@ def _terms(
             align_corners=model.align_corners,
             impl=config.impl,
             class_weight=label_weight
-            if spec.kind == "auxiliary"
-            else _target_weight(config, spec.class_weights or "none", dataset),
+            if isinstance(spec, Auxiliary)
+            else _target_weight(config, spec.class_weights if isinstance(spec, Pseudo) else "none", dataset),
             label_smoothing=config.label_smoothing,
             moments=moments,
         )
 
-    return with_companions([term(spec) for spec in config.terms if spec.weight != 0])
-
-
-def _check_heads(config: TrainConfig, model: SegmentationModel) -> None:
-    weights = {"ce": config.ce_weight, "kl": config.kl_weight if config.wants_kl else 0.0}
-    for part, weight in weights.items():
-        if weight > 0:
-            check_student(part, model.head_kinds)
+    return with_companions([term(spec) for spec in config.terms if spec.active])
 
 
 def _target_weight(

@@ -10,11 +10,10 @@ import numpy.typing as npt
 import torch
 
 from kdcache.distill import MergedTargets, Target
-from kdcache.distill.terms import TermSpec
-from kdcache.distill.terms.spec import reads_teacher
-from kdcache.distill.terms.unlabelled.pseudo import Consistency, Pseudo, confidence_of
+from kdcache.distill.terms.unlabelled.pseudo import confidence_of
 from kdcache.errors import RecipeError
 from kdcache.metrics.calibration import ConfidenceCounts, Coverage
+from kdcache.settings.terms import PseudoLabels
 from kdcache.store import Cache, Records
 from kdcache.training.config import TrainConfig
 from kdcache.training.criterion import label_counts, stored_targets, target_counts
@@ -25,7 +24,6 @@ LOOKED_AT = 64
 """Samples on which the share of pixels with a pseudo label is estimated."""
 KNOWN = 0.5
 """The share of the labels' classes that a teacher has to know, by the entropy of both."""
-_DEFAULTS = {"pseudo": Pseudo.default_threshold, "consistency": Consistency.default_threshold}
 LITTLE = 0.5
 """The share of pixels with a pseudo label below which it is worth a note."""
 
@@ -43,12 +41,13 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
     cache = dataset.cache
     if cache is None or not config.reads_targets:
         return
-    active = [term for term in config.terms if term.weight != 0]
-    specs = [term for term in active if _of_store(term) and term.quantile is None]
+    active = [term for term in config.terms if term.active]
+    pseudo = [term for term in active if isinstance(term, PseudoLabels) and term.reads_teacher]
+    specs = [term for term in pseudo if term.quantile is None]
     labels = config.ce_weight > 0 and (pasted or (config.labels != "none" and bool(dataset.labelled)))
     alone = len(active) == len(specs) and not labels and not config.wants_kl
     targets = stored_targets(cache, dataset)
-    for threshold in dict.fromkeys(spec.threshold or _DEFAULTS[spec.kind] for spec in specs):
+    for threshold in dict.fromkeys(spec.threshold for spec in specs):
         samples = cache.manifest.dataset.samples
         some = range(0, samples, -(-samples // LOOKED_AT))
         counts = _counts(cache, targets, some)
@@ -65,11 +64,6 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
         if alone:
             raise none
         yield f"no pseudo labels: {none.received}. Remedy: {none.remedy}"
-
-
-def _of_store(term: TermSpec) -> bool:
-    """Whether a term learns pseudo labels of a store's targets."""
-    return term.kind in _DEFAULTS and reads_teacher(term)
 
 
 def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:

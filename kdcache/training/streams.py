@@ -8,12 +8,10 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kdcache.distill.terms import parse_method
-from kdcache.distill.terms.spec import labels_itself, of_depth, reads_teacher
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
+from kdcache.settings.terms import parse_method, parse_term
 from kdcache.training.input.mix import Mix
-from kdcache.training.term_setting import parse_term
 
 Config = TypeVar("Config", bound=BaseModel)
 _WITHOUT_TEACHER = {
@@ -105,11 +103,10 @@ def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
         if settings.get("cache") is not None:
             return settings
         settings["method"] = "none"
-    method = parse_method(str(settings["method"]))
-    terms = (*method.terms, *map(parse_term, settings.get("term", ())))
-    if method.kl or any(map(reads_teacher, terms)):
+    terms = [*parse_method(str(settings["method"])), *map(parse_term, settings.get("term", ()))]
+    if any(term.reads_teacher for term in terms):
         return settings
-    kept = {*own, "distill_schedule"} if any(map(labels_itself, terms)) else own
+    kept = {*own, "distill_schedule"} if any(term.labels_itself for term in terms) else own
     return settings | {key: value for key, value in _WITHOUT_TEACHER.items() if key not in kept}
 
 
@@ -171,8 +168,7 @@ def _check_paste(stream: Stream[Any], others: Sequence[str], mix: str | None) ->
             received=f"paste {paste} with --mix {mix}",
             remedy="leave one of them out",
         )
-    taught = [term for term in stream.config.terms if reads_teacher(term) and term.weight != 0]
-    lost = [term.kind for term in taught if not of_depth(term) and term.kind not in ("pseudo", "consistency")]
+    lost = [term.kind for term in stream.config.active if term.reads_teacher and not term.follows_paste]
     if lost:
         raise RecipeError(
             "paste moves pixels, labels, logits and depth; pseudo labels count where nothing was pasted",

@@ -1,52 +1,39 @@
-"""Terms of the loss as a setting, the text of a flag or a table of a recipe; and the balance of their tasks."""
+"""Terms of the loss as a setting, and the balance of their tasks."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from kdcache.distill import Balance, FixedBalance, UncertaintyBalance
 from kdcache.distill.balance import Form
-from kdcache.distill.terms import TermSpec
-from kdcache.distill.terms.spec import labels_itself, of_depth
 from kdcache.errors import RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION, TASKS
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import task_weights
+from kdcache.settings.term import LossTerm
+from kdcache.settings.terms import Auxiliary, Consistency, parse_term
 
 EVEN = 0.5
 """The weight of a task where none is given."""
 _FORMS: dict[str, Form] = {SEGMENTATION: "classes", DEPTH: "absolute"}
 
 
-def parse_term(value: Any) -> Any:
-    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe, into a term; other values pass."""
-    if isinstance(value, str):
-        kind, *options = value.split(",")
-        value = {"kind": kind, **dict(map(_option, options))}
-    return TermSpec.of(value) if isinstance(value, dict) else value
+Terms = Annotated[
+    tuple[Annotated[InstanceOf[LossTerm], BeforeValidator(parse_term), PlainSerializer(LossTerm.table)], ...],
+    BeforeValidator(tuple),
+]
 
 
-def _option(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    try:
-        return key.strip(), float(value)
-    except ValueError:
-        return key.strip(), value.strip()
-
-
-Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
-
-
-def with_auxiliary(terms: tuple[TermSpec, ...], model: str, ce_weight: float) -> tuple[TermSpec, ...]:
+def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) -> tuple[LossTerm, ...]:
     """The terms, and `auxiliary` beside cross-entropy where the spec of the model adds that head and none is listed."""
-    listed = any(term.kind == "auxiliary" for term in terms)
+    listed = any(isinstance(term, Auxiliary) for term in terms)
     if listed or ce_weight == 0 or split_auxiliary(model)[1] is None:
         return terms
-    return (*terms, TermSpec("auxiliary"))
+    return (*terms, Auxiliary())
 
 
-def check_consistency(terms: Iterable[TermSpec], *, ema: float | None, jitter: float | str, mix: str | None) -> None:
+def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: float | str, mix: str | None) -> None:
     """Check that the strong view of consistency is one, and that what labels the weak one is there.
 
     Args:
@@ -54,7 +41,7 @@ def check_consistency(terms: Iterable[TermSpec], *, ema: float | None, jitter: f
     Raises: RecipeError.
     """
     for term in terms:
-        if term.kind != "consistency" or term.weight == 0:
+        if not isinstance(term, Consistency) or not term.active:
             continue
         if term.by == "ema" and ema is None:
             raise RecipeError(
@@ -62,22 +49,12 @@ def check_consistency(terms: Iterable[TermSpec], *, ema: float | None, jitter: f
                 received="consistency,by=ema without --ema",
                 remedy="add --ema 0.99; or use by=student, which keeps no average",
             )
-        if jitter == 0 and (mix is None or not labels_itself(term)):
+        if jitter == 0 and (mix is None or not term.labels_itself):
             raise RecipeError(
                 "consistency compares a weak view with a strong one, which has jitter",
                 received="consistency without jitter (--jitter 0, or --augment none): both views are the same pixels",
                 remedy="add --jitter randaugment:2,9, or leave --jitter out; not with --augment none",
             )
-
-
-def learnt_tasks(terms: Iterable[TermSpec], fused: bool) -> tuple[str, ...]:
-    """The tasks of which a part of the loss weighs more than 0.
-
-    Args:
-        fused: whether cross-entropy or KL does.
-    """
-    learnt = {DEPTH if of_depth(term) else SEGMENTATION for term in terms if term.weight != 0}
-    return tuple(task for task in TASKS if task in learnt or (fused and task == SEGMENTATION))
 
 
 def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> None:

@@ -66,7 +66,7 @@ def train(
     if settings.get("workers") is None:
         settings["workers"] = default_workers(pick_device(str(settings.get("device") or "auto")))
     given = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    config = make_config(**{"verb": verb, "model": model, **given, **places})
+    config = make_config(given=given, **{"verb": verb, "model": model, **given, **places})
     with progress_bar(progress) as bar:
         run_training(config, out, resume=resume, observer=TrainingProgress(bar, verb))
     return Run.open(out)

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from kdcache.analysis.compare import choose_baseline, choose_control
-from kdcache.analysis.groups import CONTROL, DEPTH_ON_LABELS, Group, group_runs, nearest, reads_targets
+from kdcache.analysis.groups import CONTROL, Group, group_runs, nearest
 from kdcache.analysis.runs import Entry
-from kdcache.distill.terms.spec import CHOICES, KINDS, ON_LABELS, TermSpec, reads_labels, reads_teacher
 from kdcache.run_folder import Run
 
 COMMON = {"verb": "train-student", "model": "kdcache:tiny", "method": "kl", "term": [], "kl-weight": 1.0, "lr": 0.001}
@@ -166,12 +165,6 @@ def test_a_row_is_plain_by_what_its_streams_learn_from() -> None:
     assert choose_control(rows["other"], groups) is None
 
 
-def test_terms_of_depth_on_labels_are_those_of_trainings() -> None:
-    for kind in KINDS:
-        on_labels = kind not in ON_LABELS and reads_labels(TermSpec(kind))
-        assert on_labels == (kind in DEPTH_ON_LABELS), kind
-
-
 def test_a_row_is_distilled_where_a_teachers_targets_taught_it() -> None:
     rows = rows_of(
         run("plain", method="none"),
@@ -182,13 +175,3 @@ def test_a_row_is_distilled_where_a_teachers_targets_taught_it() -> None:
         run("itself", method="none", stream=[stream("a", method="none"), stream("b", method="consistency", data="d")]),
     )
     assert [name for name, row in rows.items() if row.distilled] == ["kl", "stream"]
-
-
-def test_terms_of_a_teacher_are_those_of_trainings() -> None:
-    for kind in KINDS:
-        options = [
-            {},
-            *({name: value} for name in ("reference", "by") if name in KINDS[kind] for value in CHOICES[name]),
-        ]
-        for option in options:
-            assert reads_targets({"kind": kind, **option}) == reads_teacher(TermSpec(kind, **option)), (kind, option)

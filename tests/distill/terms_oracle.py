@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import Target
-from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
+from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 
 Array = np.ndarray[Any, Any]
 B, C, SIZE, VIEW = 4, 5, (23, 37), (22, 34)
@@ -23,22 +23,24 @@ CHANNELS, STUDENT_CHANNELS = 6, 4
 MAXIMUM, DEEP, MAP = "targets/segmentation/max", "features/deep", "statistics/at.seen"
 
 SPECS = {
-    "pseudo": TermSpec("pseudo", threshold=0.6),
-    "pseudo over all pixels": TermSpec("pseudo", threshold=0.6, normalise="all"),
-    "pseudo by the confident share": TermSpec("pseudo", threshold=0.6, normalise="share"),
-    "at": TermSpec("at", teacher_tap="deep"),
-    "at of a stored map": TermSpec("at", teacher_tap="seen"),
-    "sp": TermSpec("sp", teacher_tap="deep"),
-    "hint": TermSpec("hint", teacher_tap="deep"),
-    "cosine": TermSpec("cosine", teacher_tap="deep"),
-    "hint of standardised channels": TermSpec("hint", teacher_tap="deep", standardise="channels", distance="smooth-l1"),
-    "cosine by two layers": TermSpec("cosine", teacher_tap="deep", standardise="channels", projector="mlp"),
-    "cwd": TermSpec("cwd"),
-    "cwd of a tap": TermSpec("cwd", teacher_tap="deep", temperature=1.5),
-    "dist": TermSpec("dist"),
-    "dist with parts": TermSpec("dist", temperature=2.0, beta=0.5, gamma=3.0),
-    "dkd": TermSpec("dkd"),
-    "dkd with parts": TermSpec("dkd", temperature=1.0, alpha=2.0, beta=0.25),
+    "pseudo": loss_term("pseudo", threshold=0.6),
+    "pseudo over all pixels": loss_term("pseudo", threshold=0.6, normalise="all"),
+    "pseudo by the confident share": loss_term("pseudo", threshold=0.6, normalise="share"),
+    "at": loss_term("at", teacher_tap="deep"),
+    "at of a stored map": loss_term("at", teacher_tap="seen"),
+    "sp": loss_term("sp", teacher_tap="deep"),
+    "hint": loss_term("hint", teacher_tap="deep"),
+    "cosine": loss_term("cosine", teacher_tap="deep"),
+    "hint of standardised channels": loss_term(
+        "hint", teacher_tap="deep", standardise="channels", distance="smooth-l1"
+    ),
+    "cosine by two layers": loss_term("cosine", teacher_tap="deep", standardise="channels", projector="mlp"),
+    "cwd": loss_term("cwd"),
+    "cwd of a tap": loss_term("cwd", teacher_tap="deep", temperature=1.5),
+    "dist": loss_term("dist"),
+    "dist with parts": loss_term("dist", temperature=2.0, beta=0.5, gamma=3.0),
+    "dkd": loss_term("dkd"),
+    "dkd with parts": loss_term("dkd", temperature=1.0, alpha=2.0, beta=0.25),
 }
 
 
@@ -66,7 +68,7 @@ MOMENTS = torch.linspace(-1, 1, CHANNELS), torch.linspace(0.5, 2, CHANNELS)
 
 def term_of(name: str, dtype: torch.dtype = torch.float64) -> Term:
     torch.manual_seed(5)
-    moments = MOMENTS if SPECS[name].standardise else None
+    moments = MOMENTS if "standardised" in name or "two layers" in name else None
     taps = {"head": STUDENT_CHANNELS}
     return make_term(SPECS[name], targets=Store(), student_taps=taps, moments=moments).to(dtype)
 
@@ -216,7 +218,7 @@ def projected(term: Term, batch: TermBatch, sample: int) -> Array:
         sums = [sum(w * f for w, f in zip(row, features, strict=True)) for row in weight]
         return np.stack(sums) + bias[:, None, None]
 
-    if term.spec.projector == "mlp":
+    if getattr(term.spec, "projector", None) == "mlp":
         hidden = layer(batch.features["head"][sample].detach().double().numpy(), "projection.0")
         gelu = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
         return resized(torch.from_numpy(layer(gelu, "projection.2")), FEATURE)
@@ -244,7 +246,7 @@ def pseudo_oracle(term: Term, batch: TermBatch) -> float:
             numbers += which
             weights += which * weight[c]
             totals -= which * weight[c] * gate[i, j] * math.log(q[c, i, j])
-    normalise = term.spec.normalise or "kept"
+    normalise = term.spec.normalise
     if normalise == "share":
         return float(totals[0] / numbers[0] * numbers[1] / numbers[0])
     return float(totals[1] / (weights[1] if normalise == "kept" else numbers[0]))
@@ -285,7 +287,7 @@ def projected_oracle(term: Term, batch: TermBatch, distance: Callable[[Array, Ar
     for sample in range(B):
         counted, gated = shares(batch, sample, FEATURE)
         t = sampled(batch.stored[DEEP][sample], batch, sample, FEATURE)
-        if term.spec.standardise:
+        if term.spec.standardise == "channels":
             mean, std = (moment.double().numpy()[:, None, None] for moment in MOMENTS)
             t = (t - mean) / std
         total += (gated * distance(projected(term, batch, sample), t)).sum()
@@ -294,7 +296,7 @@ def projected_oracle(term: Term, batch: TermBatch, distance: Callable[[Array, Ar
 
 
 def cwd_oracle(term: Term, batch: TermBatch) -> float:
-    total, T = 0.0, term.temperature
+    total, T = 0.0, term.spec.temperature
     for sample in range(B):
         if term.student_taps():
             s = projected(term, batch, sample)
@@ -310,7 +312,7 @@ def cwd_oracle(term: Term, batch: TermBatch) -> float:
 
 
 def dist_oracle(term: Term, batch: TermBatch) -> float:
-    T, spec = term.temperature, term.spec
+    T, spec = term.spec.temperature, term.spec
     inter = count = 0.0
     students, teachers, weights = [], [], []
     for sample in range(B):
@@ -327,12 +329,12 @@ def dist_oracle(term: Term, batch: TermBatch) -> float:
     for s, t in zip(np.concatenate(students, 1), np.concatenate(teachers, 1), strict=True):
         covariance = np.cov(s, t, aweights=w)
         intra += (1 - covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])) / C
-    beta, gamma = spec.beta or 1.0, spec.gamma or 1.0
+    beta, gamma = spec.beta, spec.gamma
     return T**2 * (beta * inter / count + gamma * intra)
 
 
 def dkd_oracle(term: Term, batch: TermBatch) -> float:
-    T, spec, total, count = term.temperature, term.spec, 0.0, 0.0
+    T, spec, total, count = term.spec.temperature, term.spec, 0.0, 0.0
     for sample in range(B):
         s, t = logits_of(batch, sample)
         counted, gated = shares(batch, sample, GRID)
@@ -349,7 +351,7 @@ def dkd_oracle(term: Term, batch: TermBatch) -> float:
                 p, q = (softmax(x[:, i, j] / T) for x in (t, s))
                 tckd = p[y] * math.log(p[y] / q[y]) + (1 - p[y]) * math.log((1 - p[y]) / (1 - q[y]))
                 p, q = (np.delete(x, y) / np.delete(x, y).sum() for x in (p, q))
-                alpha, beta = spec.alpha or 1.0, spec.beta or 8.0
+                alpha, beta = spec.alpha, spec.beta
                 total += gated[i, j] * (alpha * tckd + beta * (p * np.log(p / q)).sum())
     return T**2 * total / count
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets, StreamBatch, StreamLoss
 from kdcache.distill.outputs import StudentOutputs
-from kdcache.distill.terms import TermSpec, discriminator_parameters, make_term, with_companions
+from kdcache.distill.terms import discriminator_parameters, loss_term, make_term, with_companions
 from kdcache.distill.terms.unlabelled.predictions import Discriminator
 from kdcache.errors import RecipeError
 from kdcache.heads import CategoricalHead
@@ -44,7 +44,7 @@ def batches(steps: int) -> list[StreamBatch]:
 
 
 def criterion(**options: Any) -> StreamLoss:
-    term = make_term(TermSpec("adversarial", **options), targets=TARGETS, student_taps={})
+    term = make_term(loss_term("adversarial", **options), targets=TARGETS, student_taps={})
     losses = [
         DistillLoss(ce_weight=1.0, kl_weight=0.0, impl="reference"),
         DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_companions([term])),
@@ -134,15 +134,15 @@ def test_parts_are_the_student_s_alone() -> None:
 def test_defaults_and_sizes() -> None:
     weights = {"vanilla": 0.001, "least-squares": 0.01}
     for loss, weight in weights.items():
-        term = make_term(TermSpec("adversarial", loss=loss), targets=TARGETS, student_taps={})
+        term = make_term(loss_term("adversarial", loss=loss), targets=TARGETS, student_taps={})
         assert term.weight == weight
         assert not term.reads_teacher
     for size, grid in (((64, 96), (2, 3)), ((8, 40), (1, 5)), ((2, 2), (1, 1))):
         assert Discriminator(C, size)(torch.rand(1, C, *size)).shape[2:] == grid
     with pytest.raises(RecipeError, match="vanilla, least-squares"):
-        TermSpec("adversarial", loss="hinge")
-    with pytest.raises(RecipeError, match="name of a stream"):
-        TermSpec("adversarial", against="")
+        loss_term("adversarial", loss="hinge")
+    with pytest.raises(RecipeError, match="against of adversarial is text, not empty"):
+        loss_term("adversarial", against="")
 
 
 class TwoLevels(Student):
@@ -163,16 +163,16 @@ def test_two_levels_are_trained_as_the_authors_do() -> None:
     torch.manual_seed(0)
     heads = {"segmentation": CategoricalHead(C), "auxiliary": CategoricalHead(C)}
     options: dict[str, Any] = {"targets": TARGETS, "student_taps": {}, "student_heads": heads}
-    second = make_term(TermSpec("adversarial", head="auxiliary"), **options)
+    second = make_term(loss_term("adversarial", head="auxiliary"), **options)
     assert (second.weight, second.kind) == (0.0002, "adversarial-auxiliary")
-    least_squares = make_term(TermSpec("adversarial", head="auxiliary", loss="least-squares"), **options)
+    least_squares = make_term(loss_term("adversarial", head="auxiliary", loss="least-squares"), **options)
     assert least_squares.weight == pytest.approx(0.002)
     weights = {"segmentation": 0.3, "auxiliary": 0.06}
-    terms = [make_term(TermSpec("adversarial", head=head, weight=own), **options) for head, own in weights.items()]
+    terms = [make_term(loss_term("adversarial", head=head, weight=own), **options) for head, own in weights.items()]
     assert [term.head for term in with_companions(terms)] == [None, None, "auxiliary", "auxiliary"]
     own_loss = StreamLoss(
         [
-            DistillLoss(kl_weight=0.0, impl="reference", further=[make_term(TermSpec("auxiliary"), **options)]),
+            DistillLoss(kl_weight=0.0, impl="reference", further=[make_term(loss_term("auxiliary"), **options)]),
             DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_companions(terms)),
         ],
         ["source", "target"],

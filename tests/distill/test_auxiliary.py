@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets
 from kdcache.distill.outputs import StudentOutputs
-from kdcache.distill.terms import TermSpec, make_term
+from kdcache.distill.terms import LossTerm, loss_term, make_term
 from kdcache.errors import RecipeError
 from kdcache.heads import AUXILIARY, SEGMENTATION, CategoricalHead
 
@@ -21,10 +21,10 @@ HEADS = {SEGMENTATION: CategoricalHead(C), AUXILIARY: CategoricalHead(C)}
 WEIGHT = torch.linspace(0.5, 2, C)
 
 
-def criterion(spec: TermSpec | None = None, **options: Any) -> DistillLoss:
+def criterion(spec: LossTerm | None = None, **options: Any) -> DistillLoss:
     smoothing, weight = options.get("label_smoothing", 0.0), options.get("class_weight")
     term = make_term(
-        spec or TermSpec("auxiliary"),
+        spec or loss_term("auxiliary"),
         targets=TARGETS,
         student_taps={},
         student_heads=HEADS,
@@ -117,7 +117,7 @@ def test_without_a_labelled_pixel_it_is_0() -> None:
 
 
 def test_a_student_without_the_head_is_refused() -> None:
-    for spec in (TermSpec("auxiliary"), TermSpec("adversarial", head=AUXILIARY)):
+    for spec in (loss_term("auxiliary"), loss_term("adversarial", head=AUXILIARY)):
         with pytest.raises(RecipeError, match=r"a head auxiliary(?s:.*)--model MODEL\+aux"):
             make_term(spec, targets=TARGETS, student_taps={}, student_heads={SEGMENTATION: CategoricalHead(C)})
     with pytest.raises(RecipeError, match="in training mode"):
@@ -125,6 +125,6 @@ def test_a_student_without_the_head_is_refused() -> None:
     with pytest.raises(RecipeError, match="labels of segmentation"):
         criterion(ce_weight=0.0)(outputs_of(2), Batch(None, {"depth": torch.ones(2, *LABEL)}))
     with pytest.raises(RecipeError, match="one of segmentation, auxiliary"):
-        TermSpec("adversarial", head="depth")
+        loss_term("adversarial", head="depth")
     with pytest.raises(RecipeError, match="options of entropy are weight"):
-        TermSpec("entropy", head=AUXILIARY)
+        loss_term("entropy", head=AUXILIARY)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, LabelTargets
 from kdcache.distill.batch import PseudoLabels
-from kdcache.distill.terms import TermBatch, TermSpec, labellers, make_term, pseudo_labels, with_companions
+from kdcache.distill.terms import TermBatch, labellers, loss_term, make_term, pseudo_labels, with_companions
 from kdcache.distill.terms.unlabelled.pseudo import Consistency
 from kdcache.errors import RecipeError
 
@@ -36,7 +36,7 @@ def between(confidence: Tensor) -> float:
 
 
 def consistency(**options: object) -> Consistency:
-    term = make_term(TermSpec("consistency", **{"weight": 1.0, **options}), targets=TARGETS, student_taps={})  # type: ignore[arg-type]
+    term = make_term(loss_term("consistency", **{"weight": 1.0, **options}), targets=TARGETS, student_taps={})  # type: ignore[arg-type]
     assert isinstance(term, Consistency)
     return term
 
@@ -140,7 +140,7 @@ def test_by_the_store_it_is_pseudo_with_defaults_of_its_own() -> None:
     student, label = inputs()
     batch = labelled(dense_target(), label)
     losses = []
-    for spec in (TermSpec("consistency", by="store"), TermSpec("pseudo", threshold=0.968, normalise="all")):
+    for spec in (loss_term("consistency", by="store"), loss_term("pseudo", threshold=0.968, normalise="all")):
         term = make_term(spec, targets=with_manifest(), student_taps={})
         assert term.reads_teacher
         assert term.reads_target

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets
-from kdcache.distill.terms import TermSpec, make_term
+from kdcache.distill.terms import loss_term, make_term
 from kdcache.errors import RecipeError
 from kdcache.heads import RegressionHead
 
@@ -26,7 +26,7 @@ class Depth(NamedTuple):
 
 def criterion(**weights: Any) -> DistillLoss:
     targets = LabelTargets(3, (8, 12), (4, 6))
-    term = make_term(TermSpec("depth-l1", weight=0.5), targets=targets, student_taps={}, student_heads=HEADS)
+    term = make_term(loss_term("depth-l1", weight=0.5), targets=targets, student_taps={}, student_heads=HEADS)
     return DistillLoss(targets, further=[term], **({"ce_weight": 0.0, "kl_weight": 0.0} | weights))
 
 

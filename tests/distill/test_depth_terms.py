@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, Gate, GateSpec, LabelTargets, Target
-from kdcache.distill.terms import Term, TermSpec, check_terms, make_term, parse_method
+from kdcache.distill.terms import Term, check_terms, loss_term, make_term, parse_method, parse_term
 from kdcache.errors import DataError, RecipeError
 from kdcache.heads import DEPTH, CategoricalHead, Parameterisation, RegressionHead
 from kdcache.models import Outputs
@@ -53,7 +53,7 @@ class Store:
 
 
 def term_of(kind: str, reference: str, targets: Any = None, heads: Any = HEADS, **options: Any) -> Term:
-    spec = TermSpec(kind, reference=reference, **options)
+    spec = loss_term(kind, reference=reference, **options)
     return make_term(spec, targets=targets or Store(), student_taps={}, student_heads=heads)
 
 
@@ -275,7 +275,7 @@ def test_a_relative_teacher_is_compared_by_shape() -> None:
     relative = RegressionHead(unit="relative", parameterisation="identity", max_depth=None)
     target = replace(batch, targets={DEPTH: Target(disparity)})
     small = Outputs({SEGMENTATION: outputs.logits, DEPTH: raw}, {})
-    term = make_term(TermSpec("depth-ssi"), targets=Store(stored(relative)), student_taps={}, student_heads=heads)
+    term = make_term(loss_term("depth-ssi"), targets=Store(stored(relative)), student_taps={}, student_heads=heads)
     assert term.reads_teacher
     criterion = DistillLoss(Store(stored(relative)), ce_weight=0.0, kl_weight=0.0, further=[term], impl="reference")
     # Between cells, the mean of inverses is not the inverse of the geometric mean.
@@ -356,13 +356,13 @@ def test_nothing_waits_on_a_gpu(kind: str) -> None:
 
 
 def test_methods_name_terms_of_depth() -> None:
-    assert parse_method("kl+depth-silog").terms == (TermSpec("depth-silog"),)
-    assert TermSpec.of({"kind": "depth-l1", "reference": "teacher"}).reference == "teacher"
+    assert parse_method("kl+depth-silog")[1:] == (loss_term("depth-silog"),)
+    assert parse_term({"kind": "depth-l1", "reference": "teacher"}).reads_teacher
     assert term_of("depth-ssi", "labels", alpha=0.0).spec.alpha == 0
-    with pytest.raises(RecipeError, match="reference of a term is one of labels, teacher"):
-        TermSpec("depth-l1", reference="lidar")
+    with pytest.raises(RecipeError, match="reference of depth-l1 is one of labels, teacher"):
+        loss_term("depth-l1", reference="lidar")
     with pytest.raises(RecipeError, match=r"options of depth-l1 are weight, reference"):
-        TermSpec("depth-l1", alpha=0.5)
+        loss_term("depth-l1", alpha=0.5)
 
 
 @pytest.mark.parametrize("kind", ["kl", "pseudo", "dist", "dkd"])
@@ -371,20 +371,19 @@ def test_a_regression_is_asked_for_no_logits(kind: str, segmentation: Any) -> No
     store = Store(logits=False)
     if segmentation is not None:
         store.manifest.heads[SEGMENTATION] = segmentation
-    terms = [] if kind == "kl" else [TermSpec(kind)]
     with pytest.raises(
         RecipeError, match=rf"(?s){kind} needs logits of a categorical head.*depth \(regression\).*--heads"
     ):
-        check_terms(terms, store.manifest, kl=kind == "kl")
+        check_terms(parse_method(kind), store.manifest)
 
 
 @pytest.mark.parametrize("depth", [None, SimpleNamespace(k=5, classes=5)], ids=["absent", "categorical"])
 def test_a_store_without_depth_teaches_none(depth: Any) -> None:
     with pytest.raises(RecipeError, match=r"(?s)depth-silog needs targets of a regression head depth.*--heads depth"):
-        check_terms([TermSpec("depth-silog", reference="teacher")], Store(depth).manifest)
-    check_terms([TermSpec("depth-silog")], Store(depth).manifest)
+        check_terms([loss_term("depth-silog", reference="teacher")], Store(depth).manifest)
+    check_terms([loss_term("depth-silog")], Store(depth).manifest)
     with pytest.raises(RecipeError, match=r"(?s)against a teacher reads a store.*--teacher labels.*reference=labels"):
-        check_terms([TermSpec("depth-ssi")], None)
+        check_terms([loss_term("depth-ssi")], None)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +401,7 @@ def test_a_store_without_depth_teaches_none(depth: Any) -> None:
 )
 def test_a_student_without_the_head_is_refused(kind: str, heads: Any, received: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){received}"):
-        make_term(TermSpec(kind), targets=Store(), student_taps={}, student_heads=heads)
+        make_term(loss_term(kind), targets=Store(), student_taps={}, student_heads=heads)
 
 
 def test_batches_and_outputs_that_lack_depth_are_refused() -> None:

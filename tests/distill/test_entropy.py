@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, LabelTargets
-from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
+from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
 
 
 def entropy() -> Term:
-    return make_term(TermSpec("entropy", weight=1), targets=TARGETS, student_taps={})
+    return make_term(loss_term("entropy", weight=1), targets=TARGETS, student_taps={})
 
 
 def oracle(student: Tensor, shown: np.ndarray | None = None) -> float:

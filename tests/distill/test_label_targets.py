@@ -14,16 +14,16 @@ from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, LabelTargets, Target
 from kdcache.distill.label_targets import LOG_FLOOR
-from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
+from kdcache.distill.terms import LossTerm, Term, TermBatch, loss_term, make_term
 from kdcache.errors import RecipeError
 
 LABELS = LabelTargets(C, SIZE, GRID)
 SPECS = [
-    TermSpec("dist"),
-    TermSpec("dist", temperature=2.0, beta=0.5, gamma=3.0),
-    TermSpec("dkd", temperature=1.0),
-    TermSpec("cwd"),
-    TermSpec("pseudo", threshold=0.6),
+    loss_term("dist"),
+    loss_term("dist", temperature=2.0, beta=0.5, gamma=3.0),
+    loss_term("dkd", temperature=1.0),
+    loss_term("cwd"),
+    loss_term("pseudo", threshold=0.6),
 ]
 
 
@@ -75,7 +75,7 @@ def student(dtype: torch.dtype = torch.float64) -> Tensor:
     return 2 * torch.randn(B, C, 7, 10, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
 
 
-def loss_of(*specs: TermSpec, ce_weight: float = 0.0, kl_weight: float = 0.0) -> DistillLoss:
+def loss_of(*specs: LossTerm, ce_weight: float = 0.0, kl_weight: float = 0.0) -> DistillLoss:
     """A loss on the reference implementation, which takes float64 logits."""
     further = [make_term(spec, targets=LABELS, student_taps={}) for spec in specs]
     return DistillLoss(LABELS, ce_weight=ce_weight, kl_weight=kl_weight, further=further, impl="reference")
@@ -105,8 +105,8 @@ def test_shares_are_areas_of_labelled_pixels() -> None:
     assert actual.max() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.kind}{spec.temperature or ''}")
-def test_a_term_compares_with_the_labels_alone(spec: TermSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.table()))
+def test_a_term_compares_with_the_labels_alone(spec: LossTerm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("terms_oracle.B", 3)  # a void image counts nowhere: the oracle goes without it
     logits, batch, criterion = student(), batch_of(), loss_of(spec)
     expected = expected_of(criterion.further[0], logits[:3], label_maps()[:3])  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def test_kl_is_that_of_the_shares_at_every_labelled_pixel() -> None:
 def test_parts_of_a_batch_add_up() -> None:
     """Processes and accumulated parts, of which one has an image of void alone, learn what the batch does."""
     logits, batch = student().requires_grad_(), batch_of()
-    criterion = loss_of(*map(TermSpec, ("dkd", "cwd", "pseudo")), ce_weight=1.0, kl_weight=0.5)
+    criterion = loss_of(*map(loss_term, ("dkd", "cwd", "pseudo")), ce_weight=1.0, kl_weight=0.5)
     whole = criterion(logits, batch)
     (expected,) = torch.autograd.grad(whole.loss, logits)
     parts = [batch.rows(2), batch.rows(2, 2)]
@@ -155,7 +155,7 @@ def test_parts_of_a_batch_add_up() -> None:
 def test_pasted_pixels_bring_their_own_labels() -> None:
     batch = batch_of()
     own = torch.rand(B, *SIZE, generator=torch.Generator().manual_seed(6)) < 0.5
-    criterion = loss_of(TermSpec("dkd"), kl_weight=1.0)
+    criterion = loss_of(loss_term("dkd"), kl_weight=1.0)
     assert criterion(student(), replace(batch, own=own)) == criterion(student(), batch)
 
 
@@ -173,11 +173,11 @@ def test_a_temperature_does_not_smooth_labels() -> None:
 
 def test_features_have_no_labels_in_their_place() -> None:
     for spec in (
-        TermSpec("hint"),
-        TermSpec("at"),
-        TermSpec("sp"),
-        TermSpec("cosine"),
-        TermSpec("cwd", teacher_tap="a"),
+        loss_term("hint"),
+        loss_term("at"),
+        loss_term("sp"),
+        loss_term("cosine"),
+        loss_term("cwd", teacher_tap="a"),
     ):
         with pytest.raises(RecipeError, match="not of its features") as raised:
             make_term(spec, targets=LABELS, student_taps={"head": 4})

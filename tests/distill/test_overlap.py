@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, Gate, GateSpec, LabelTargets
-from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
+from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
 
 
 def term_of(kind: str) -> Term:
-    return make_term(TermSpec(kind), targets=TARGETS, student_taps={})
+    return make_term(loss_term(kind), targets=TARGETS, student_taps={})
 
 
 def batch_of(logits: Tensor, label: Tensor) -> TermBatch:

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
 from kdcache.distill.counts import Counts
 from kdcache.distill.masks import TeacherMasks
-from kdcache.distill.terms import TermSpec
+from kdcache.distill.terms import TermSetup
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.models import Outputs
+from kdcache.settings import terms as specs
 from kdcache.training.input.mix import Mix, Paste, Pastes
 
 ROWS, FROM = 4, [0, 0, 1, 1]
@@ -87,7 +88,9 @@ def test_what_each_pixel_is_taught_by(weight: float) -> None:
     kl = sum(kls[n][counts[n]].sum() for n in (0, 1)) / sum(count.sum() for count in counts)
     pseudo, threshold = pseudo_of(into, z, counts[0])
 
-    term = Pseudo(TermSpec("pseudo", threshold=threshold, normalise="share", weight=0.7), Format(), impl="reference")
+    term = Pseudo(
+        specs.Pseudo(threshold=threshold, normalise="share", weight=0.7), TermSetup(Format(), impl="reference")
+    )
     target_loss = DistillLoss(Format(), kl_weight=0.4, further=[term], impl="reference")
     criterion = StreamLoss([DistillLoss(impl="reference"), target_loss], ["source", "into"], [1.0, weight])
     batch = StreamBatch((replace(source, targets=None), mixed(source, into)))

@@ -15,23 +15,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, Target
-from kdcache.distill.terms import TermSpec, make_term
+from kdcache.distill.terms import loss_term, make_term
 from kdcache.errors import DataError, RecipeError
 from kdcache.models import Outputs
 
 B, C, HEIGHT, WIDTH, CELL = 4, 5, 12, 16, 4
 LEFT = WIDTH // 2
 SPECS = [
-    TermSpec("pseudo"),
-    TermSpec("at", teacher_tap="deep"),
-    TermSpec("sp", teacher_tap="deep"),
-    TermSpec("hint", teacher_tap="deep"),
-    TermSpec("cosine", teacher_tap="deep"),
-    TermSpec("cwd"),
-    TermSpec("dist"),
-    TermSpec("dkd"),
-    TermSpec("pseudo", quantile=0.3),
-    TermSpec("cwd", teacher_tap="deep"),
+    loss_term("pseudo"),
+    loss_term("at", teacher_tap="deep"),
+    loss_term("sp", teacher_tap="deep"),
+    loss_term("hint", teacher_tap="deep"),
+    loss_term("cosine", teacher_tap="deep"),
+    loss_term("cwd"),
+    loss_term("dist"),
+    loss_term("dkd"),
+    loss_term("pseudo", quantile=0.3),
+    loss_term("cwd", teacher_tap="deep"),
 ]
 OVER_CELLS = ("kl", "pseudo", "at", "hint", "cosine", "dkd")
 

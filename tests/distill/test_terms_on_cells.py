@@ -10,7 +10,7 @@ from terms_oracle import DEEP, GRID, MAXIMUM, SIZE, B, C, Store, batch_of, oracl
 from torch import Tensor
 
 from kdcache.distill import Target
-from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
+from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 from kdcache_kernels import ShapeError
 
 TERMS = ("dkd", "dkd with parts", "cwd", "cwd of a tap")
@@ -60,7 +60,7 @@ def test_any_number_of_classes(kind: str, classes: int) -> None:
     """Also where a logit is far above all others, so that a probability is 1 in float32."""
     generator = torch.Generator().manual_seed(classes)
     batch, store = batch_of(), Store(k=classes, num_classes=classes)
-    term = make_term(TermSpec(kind), targets=store, student_taps={})
+    term = make_term(loss_term(kind), targets=store, student_taps={})
     logits = 8 * torch.randn(B, classes, *GRID, generator=generator)
     values = (8 * torch.randn(B, classes, *GRID, generator=generator)).half()
     logits[:, 1] += 40
@@ -104,7 +104,7 @@ def test_one_class_has_no_rest() -> None:
     batch = batch_of(dtype=torch.float32)
     assert batch.target is not None
     batch = replace(batch, logits=batch.logits[:, :1], target=Target(batch.target.values[:, :1]))
-    loss, gradient = learn(make_term(TermSpec("dkd"), targets=Store(1, 1), student_taps={}), batch)
+    loss, gradient = learn(make_term(loss_term("dkd"), targets=Store(1, 1), student_taps={}), batch)
     assert loss == 0
     assert (gradient == 0).all()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from kdcache.distill.terms import TermBatch, TermSpec, make_term
+from kdcache.distill.terms import TermBatch, loss_term, make_term
 from kdcache.models import build_model
 from kdcache.store import Cache
 from kdcache.training import CacheDataset
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from kdcache.distill import Target
-from kdcache.distill.terms import TermBatch, TermSpec, make_term
+from kdcache.distill.terms import TermBatch, LossTerm, loss_term, make_term
 from kdcache.training.distributed import World
 
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -45,7 +45,7 @@ if size > 1:
 world, part = World(rank, size), slice(rank * 4 // size, (rank + 1) * 4 // size)
 found = {}
 for kind in ("at", "sp", "hint", "dist", "dkd"):
-    term = make_term(TermSpec(kind), targets=store, student_taps={"deep": 5})
+    term = make_term(loss_term(kind), targets=store, student_taps={"deep": 5})
     if size > 1:
         term.gather = world.rows
     z = student(images[part])
@@ -89,14 +89,14 @@ def test_a_student_learns_from_a_store_with_features(make_cache: Callable[..., C
     student = build_model("kdcache:tiny", 7)
     taps = {"stage2": 32, "head": 32}
     for spec in (
-        TermSpec("at"),
-        TermSpec("sp", teacher_tap="stage2"),
-        TermSpec("hint", student_tap="head", teacher_tap="stage2"),
-        TermSpec("cosine"),
-        TermSpec("cwd", teacher_tap="head"),
-        TermSpec("dist"),
-        TermSpec("dkd"),
-        TermSpec("pseudo"),
+        loss_term("at"),
+        loss_term("sp", teacher_tap="stage2"),
+        loss_term("hint", student_tap="head", teacher_tap="stage2"),
+        loss_term("cosine"),
+        loss_term("cwd", teacher_tap="head"),
+        loss_term("dist"),
+        loss_term("dkd"),
+        loss_term("pseudo"),
     ):
         term = make_term(spec, targets=cache, student_taps=taps)
         out = student(student.normalise(batch.pixels), term.student_taps())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from kdcache.distill import DistillLoss
-from kdcache.distill.terms import TermSpec, make_term
+from kdcache.distill.terms import loss_term, make_term
 from kdcache.models import SegmentationModel
 from kdcache.store import Cache
 from kdcache.training import CacheDataset
@@ -37,7 +37,7 @@ def channels(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def test_channels_of_a_store_are_those_of_its_teacher(raw: Cache, teacher: SegmentationModel) -> None:
     """`cwd` of values + max as a build wrote and a dataset brings them, against logits of the same pixels."""
-    term = make_term(TermSpec("cwd"), targets=raw, student_taps={})
+    term = make_term(loss_term("cwd"), targets=raw, student_taps={})
     assert term.arrays() == (MAXIMUM,)
     dataset = CacheDataset(raw, augment="none", extras=term.arrays())
     batch = default_collate([dataset[number] for number in range(COUNT)])
@@ -46,7 +46,7 @@ def test_channels_of_a_store_are_those_of_its_teacher(raw: Cache, teacher: Segme
     generator = torch.Generator().manual_seed(2)
     student = 3 * torch.randn(COUNT, raw.num_classes, 8, 12, generator=generator, dtype=torch.float64)
     student = student.requires_grad_()
-    expected = channels(student, live, term.temperature)
+    expected = channels(student, live, term.spec.temperature)
     (wanted,) = torch.autograd.grad(expected, student)
 
     criterion = DistillLoss(raw, ce_weight=0.0, kl_weight=0.0, further=[term], impl="reference")

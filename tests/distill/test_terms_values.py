@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Gate, GateSpec, Target
-from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
+from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 from kdcache.distill.terms.unlabelled.pseudo import most_confident
 from kdcache.metrics.calibration import ConfidenceCounts
 
@@ -244,7 +244,7 @@ def test_the_most_confident_are_those_of_a_report() -> None:
 
 
 def test_pseudo_labels_by_quantile_learn() -> None:
-    term = make_term(TermSpec("pseudo", quantile=0.4), targets=Store(), student_taps={})
+    term = make_term(loss_term("pseudo", quantile=0.4), targets=Store(), student_taps={})
     loss, (gradient,) = gradients(term.double(), batch_of())
     assert loss > 0
     assert gradient.norm() > 0
@@ -257,7 +257,7 @@ def test_pseudo_labels_meet_the_student_as_it_is_resized(aligned: bool, gated: b
     batch = batch_of(moved=False)
     assert batch.target is not None
     store = Store(align_corners=not aligned)
-    term = make_term(TermSpec("pseudo", threshold=0.6), targets=store, student_taps={}, align_corners=aligned).double()
+    term = make_term(loss_term("pseudo", threshold=0.6), targets=store, student_taps={}, align_corners=aligned).double()
     weight = torch.full((B, *VIEW), 0.5, dtype=torch.float64) if gated else None
     batch = replace(batch, size=VIEW, pixel_weight=weight)
     t, z = (
@@ -279,7 +279,7 @@ def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
     values[:, :2] = 0
     batch = replace(batch, target=Target(values))
     at, above = (
-        make_term(TermSpec("pseudo", threshold=threshold), targets=Store(), student_taps={})
+        make_term(loss_term("pseudo", threshold=threshold), targets=Store(), student_taps={})
         for threshold in (0.5, 0.51)
     )
     assert at.double()(batch) > 0
@@ -401,7 +401,7 @@ def test_a_gpu_says_what_the_cpu_says_without_waiting(name: str) -> None:
 @pytest.mark.parametrize("normalise", ["kept", "all", "share"])
 def test_pseudo_labels_are_weighed_by_class(normalise: str, gated: bool) -> None:
     """Against the oracle; two unequal parts that share their counts learn what the batch does; 0 without any label."""
-    spec = TermSpec("pseudo", threshold=0.6, normalise=normalise)
+    spec = loss_term("pseudo", threshold=0.6, normalise=normalise)
     weight = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0])
     term = make_term(spec, targets=Store(), student_taps={}, class_weight=weight)
     batch = batch_of(gated=gated, counted=True)

@@ -182,8 +182,6 @@ def test_unknown_settings_are_refused_by_name() -> None:
         ({"schedule": "plateau", "val": None}, "--val"),
         ({"val_fold": "0/5", "val": None}, "--val-fold 0/5 without --val"),
         ({"folds_by": "^(.+)_"}, "--folds-by '^(.+)_' without folds"),
-        ({"method": "none", "distill_schedule": "fade"}, "--distill-schedule fade"),
-        ({"method": "none", "gate": "correct"}, "--gate correct with --method none"),
         ({"method": "kl", "class_trust": "auto"}, "--trust-against left out"),
         ({"method": "kl", "trust_against": "runs/plain"}, "--class-trust left out"),
         ({"method": "dist", "accumulate": 2}, "--accumulate 2 with dist"),
@@ -314,6 +312,39 @@ def test_a_recipe_file_reads_back_as_it_was(
     write_local(run, config.model, settings)  # the folders that the recipe leaves out
     assert read_config(run) == config
     assert not any("_" in key for key in tomllib.loads(config.to_toml()))
+
+
+@pytest.mark.parametrize(
+    ("typed", "idle"),
+    [
+        ({"temperature": 9.0, "kl_weight": 5.0}, ["--temperature 9.0", "--kl-weight 5.0", "a --method that has kl"]),
+        ({"method": "none", "gate": "correct"}, ["--gate correct", "terms that learn from a teacher"]),
+        ({"method": "dice", "distill_void": False}, ["--distill-void False"]),
+        ({"method": "none", "distill_schedule": "fade"}, ["--distill-schedule fade"]),
+        ({"method": "none", "temperature": 2.0}, ["--temperature 2.0"]),
+        ({"method": "kl", "ce_weight": 0.0, "label_smoothing": 0.1}, ["--label-smoothing 0.1", "ce"]),
+        ({"method": "dist+kl", "kl_weight": 0.0, "temperature": 3.0}, ["--temperature 3.0"]),
+        ({"method": "none", "term": ["depth-ssi"], "gate": "correct"}, ["--gate correct"]),
+    ],
+)
+def test_a_setting_that_no_term_takes_is_refused(typed: dict[str, Any], idle: list[str]) -> None:
+    make_config(**(BASE | typed))  # what nobody typed is no error
+    with pytest.raises(RecipeError, match="would have no effect") as caught:
+        make_config(given=typed, **(BASE | typed))
+    assert all(words in str(caught.value) for words in idle)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"method": "none", "kl_weight": 0.0},
+        {"method": "kl+at", "temperature": 3.0, "gate": "correct"},
+        {"method": "consistency", "distill_schedule": "fade"},
+        {"mix": "cutmix", "temperature": 3.0},
+    ],
+)
+def test_a_setting_that_a_term_takes_passes(typed: dict[str, Any]) -> None:
+    make_config(given=typed, **(BASE | typed))
 
 
 def test_recipes_hold_what_one_types(config: Callable[..., TrainConfig]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets
-from kdcache.distill.terms import TermSpec, make_term
+from kdcache.distill.terms import loss_term, make_term
 from kdcache.errors import DataError, RecipeError
 from kdcache.store import open_cache
 from kdcache.training import Observer, make_config, read_config, train
@@ -55,7 +55,7 @@ def test_the_control_sees_what_the_student_of_the_teacher_sees(
     assert with_targets.targets
     assert not without.targets
     cells = LabelTargets(7, (32, 48), open_cache(views).specs["targets/segmentation/values"].shape[-2:])  # type: ignore[arg-type]
-    expected = DistillLoss(cells, further=[make_term(TermSpec("dist"), targets=cells, student_taps={})])
+    expected = DistillLoss(cells, further=[make_term(loss_term("dist"), targets=cells, student_taps={})])
     logits = torch.randn(4, 7, 16, 24, generator=torch.Generator().manual_seed(0))
     values = [loss(logits, batch).loss for loss in (control.criterion, expected) for batch in (with_targets, without)]
     assert all(torch.equal(value, values[0]) for value in values)
@@ -122,15 +122,19 @@ def test_smoothing_reaches_the_loss_and_none_changes_nothing(student: dict[str, 
         ({"method": "dice"}, "--method dice, which reads none"),
         ({"method": "kl+hint"}, "hint with --teacher labels"),
         ({"term": ["cwd,teacher_tap=stage4"]}, "cwd with --teacher labels"),
-        ({"gate": "correct"}, "--gate with --teacher labels"),
-        ({"class_trust": "trust.toml"}, "--class-trust with --teacher labels"),
-        ({"class_balance": "sqrt"}, "--class-balance with --teacher labels"),
     ],
 )
 def test_what_needs_a_teacher_is_refused(changes: dict[str, Any], received: str, student: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         make_config(**(student | CONTROL | changes))
     assert caught.value.received == received
+
+
+@pytest.mark.parametrize("name", ["gate", "class_trust", "class_balance", "distill_void"])
+def test_masks_of_a_teacher_have_no_effect_on_labels(name: str, student: dict[str, Any]) -> None:
+    value = {"gate": "correct", "class_trust": "trust.toml", "class_balance": "sqrt", "distill_void": False}[name]
+    with pytest.raises(RecipeError, match=f"--{name.replace('_', '-')} {value} would have no effect"):
+        make_config(given=[name], **(student | CONTROL | {name: value}))
 
 
 def test_a_store_without_labels_is_refused(

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation, RandAugment, class_weights, folds_of, open_split
 from kdcache.distill import Batch, DistillLoss, Gate, GateSpec
-from kdcache.distill.terms import TermSpec, make_term
+from kdcache.distill.terms import loss_term, make_term
 from kdcache.store import Cache, open_cache
 from kdcache.training import CacheDataset, LabelledDataset, TrainConfig, api, make_config, train
 from kdcache.training.input.loader import Draws
@@ -92,7 +92,7 @@ def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path
     values = []
     for aligned in (True, False):
         term = make_term(
-            TermSpec("pseudo", threshold=0.4, weight=0.6), targets=cache, student_taps={}, align_corners=aligned
+            loss_term("pseudo", threshold=0.4, weight=0.6), targets=cache, student_taps={}, align_corners=aligned
         )
         gate = Gate(GateSpec("confidence", 0.5))
         expected = DistillLoss(cache, kl_weight=0.0, align_corners=True, gate=gate, further=[term])

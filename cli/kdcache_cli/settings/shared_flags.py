@@ -20,7 +20,7 @@ from kdcache.settings.shared import (
 )
 from kdcache.settings.streams import term_line, to_line
 from kdcache.settings.training import TRAINING
-from kdcache_cli.settings.signature import flag
+from kdcache_cli.settings.signature import RESOLVED, flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch and zarr
     import torch
@@ -106,7 +106,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
         ) from error
     # A run's own recipe names its verb and every setting there is, also those that this verb has no flag for.
-    resolved = "verb" in recipe
+    resolved = context.meta[RESOLVED] = "verb" in recipe
     verb = recipe.pop("verb", context.info_name)
     if verb != context.info_name:
         raise RecipeError(

@@ -13,6 +13,8 @@ from kdcache.settings import Entry, entries
 from kdcache.settings.setting import choices
 
 Verb = Callable[..., None]
+RESOLVED = "kdcache.resolved"
+"""The key in a context's `meta` for whether its recipe is a run's, with every setting there is."""
 
 
 def takes(
@@ -55,13 +57,16 @@ def takes(
 
 
 def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """Return the settings that were typed, or that a recipe holds.
+    """Return the settings that were typed, or that a recipe holds, of which nobody typed a run's own.
 
     Args:
         context: of the parser, which a verb gets in a parameter `context`.
     """
     sources = {name: context.get_parameter_source(name) for name in settings}
-    return {name: settings[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    untyped = ("DEFAULT", "DEFAULT_MAP") if context.meta.get(RESOLVED) else ("DEFAULT",)
+    return {
+        name: settings[name] for name, source in sources.items() if source is not None and source.name not in untyped
+    }
 
 
 def parameter_of(entry: Entry) -> Parameter:

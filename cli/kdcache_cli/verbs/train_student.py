@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import typer
+
 from kdcache.settings import names
 from kdcache.settings.training import GATE, LOSS, OPTIMIZATION, PART, RUN, TRAINING, VIEW, TrainSettings
 from kdcache_cli.help import common
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.signature import takes
+from kdcache_cli.settings.signature import given, takes
 from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
+    "context",
     *("cache", "model", "out", "val", "val_split", "data", "split", "stream", "size", "fit", "name", "init"),
     *("cache_dir", "cache_bytes", "threads", "device", "resume", "recipe"),
     *(name for panel in (LOSS, GATE, PART, VIEW, OPTIMIZATION, RUN) for name in names(TrainSettings, panel)),
@@ -23,7 +26,11 @@ _ORDER = (
 )
 @takes(*TRAINING, order=_ORDER)
 def train_student(
-    settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None
+    settings: dict[str, Any],
+    context: typer.Context,
+    out: Out,
+    resume: Resume = False,
+    recipe: shared_flags.Recipe = None,
 ) -> None:
     """Train a student from a store: no teacher is loaded or run.
 
@@ -36,4 +43,4 @@ def train_student(
 
     [dim]kdcache train-student --cache camvid.zarr --model kdcache:tiny --val camvid --out runs/student[/]
     """
-    run_training({**settings, "verb": "train-student"}, out, resume)
+    run_training({**settings, "verb": "train-student"}, given(settings, context), out, resume)

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import typer
+
 from kdcache.settings import names
 from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
 from kdcache.settings.training import OPTIMIZATION, TrainSettings
 from kdcache_cli.help import common
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.signature import takes
+from kdcache_cli.settings.signature import given, takes
 from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
+    "context",
     *("data", "model", "out", "val", "size", "fit", "split", "val_split", "stream", "name", "init"),
     *("threads", "device", "resume", "recipe"),
     *names(TrainSettings, OPTIMIZATION),
@@ -31,7 +34,11 @@ _WORDING = {"term": {"help": _TERM}, "val": {"help": _VAL}, "stream": {"help": _
 )
 @takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER, unset=["data"], wording=_WORDING)
 def train_teacher(
-    settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None
+    settings: dict[str, Any],
+    context: typer.Context,
+    out: Out,
+    resume: Resume = False,
+    recipe: shared_flags.Recipe = None,
 ) -> None:
     """Train a model on labels alone: the teacher, or a baseline.
 
@@ -41,4 +48,4 @@ def train_teacher(
     [dim]kdcache train-teacher --data camvid --model kdcache:base --size 288x384 --iterations 8000 --out runs/teacher[/]
     """
     val = settings["val"] or settings["data"]
-    run_training({**settings, "verb": "train-teacher", "val": val}, out, resume)
+    run_training({**settings, "verb": "train-teacher", "val": val}, given(settings, context), out, resume)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup
 from kdcache.heads import AUXILIARY
+from kdcache.settings import terms as specs
 from kdcache_kernels import distill_denominators, distill_loss
 
 
@@ -15,33 +15,17 @@ class Auxiliary(Term):
     Class weights, smoothing and denominator are those of the loss's own cross-entropy, of which it is a second one at
     another depth of the network. It is fused as that is.
 
-    Args:
-        align_corners: whether the student's own final resize aligns corners.
-        impl: which kernels compute it (see `kdcache_kernels.distill_loss`).
-        class_weight: (C,); None weighs every class 1.
-        label_smoothing: share of every label that is spread over all classes.
-
     Default weight 0.1.
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 4.1, whose auxiliary loss weighs 0.1 beside 1;
     PSPNet's (Zhao et al. 2017, arXiv 1612.01105) 0.4.
     """
 
-    default_weight = 0.1
+    kind = "auxiliary"
     class_weight: Tensor | None
 
-    def __init__(
-        self,
-        spec: TermSpec,
-        targets: TermTargets,
-        *,
-        align_corners: bool = False,
-        impl: str = "auto",
-        class_weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__(spec, targets)
-        self.student_align_corners, self.impl, self.label_smoothing = align_corners, impl, label_smoothing
-        self.register_buffer("class_weight", class_weight, persistent=False)
+    def __init__(self, spec: specs.Auxiliary, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         logits, labels = batch.heads[AUXILIARY].output, batch.labels
@@ -52,7 +36,7 @@ class Auxiliary(Term):
             labels,
             ce_denominator=count,
             class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
+            label_smoothing=self.setup.label_smoothing,
             align_corners=self.student_align_corners,
             impl="reference" if logits.dtype == torch.float64 else self.impl,
         ).loss

@@ -10,21 +10,11 @@ from torch import Tensor, nn
 from kdcache.distill.batch import Batch, PseudoLabels
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.target import Target, TargetFormat
-from kdcache.distill.terms.spec import (
-    TermSpec,
-    compares_features,
-    head_of,
-    of_depth,
-    reads_labels,
-    reads_logits,
-    reads_teacher,
-)
-from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.heads import SEGMENTATION, HeadKind
+from kdcache.settings.term import FeatureTerm, LossTerm
 from kdcache_kernels.target_cells import Cells, lay_cells, sample_view
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
-
-MAXIMUM = "targets/segmentation/max"
 
 
 class TermTargets(TargetFormat, Protocol):
@@ -32,6 +22,33 @@ class TermTargets(TargetFormat, Protocol):
 
     @property
     def manifest(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TermSetup:
+    """What terms are made with.
+
+    Attributes:
+        targets: an open cache, or `LabelTargets`.
+        arrays: paths of the store that the term needs.
+        student_taps: the student's features -> channels, most useful last.
+        student_heads: what the student's heads are in training, by name.
+        align_corners: whether the student's own final resize aligns corners.
+        impl: which kernels compute pseudo labels and their loss, `auxiliary` and `dist`, as in `distill_loss`.
+        class_weight: (C,) of `pseudo` and `auxiliary`; None weighs every class 1.
+        label_smoothing: of `auxiliary`.
+        moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
+    """
+
+    targets: TermTargets
+    arrays: tuple[str, ...] = ()
+    student_taps: Mapping[str, int] = field(default_factory=dict)
+    student_heads: Mapping[str, HeadKind] = field(default_factory=dict)
+    align_corners: bool = False
+    impl: str = "auto"
+    class_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    moments: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,34 +125,45 @@ class Term(nn.Module):
 
     Args:
         spec: whose taps are filled in.
-        targets: an open cache.
-        arrays: paths of the store that it needs.
     Attributes:
-        weight, temperature: the spec's, or the kind's default. Default weights give a gradient over the student's
-            parameters that compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher
-            kdcache:base at stride 4, student kdcache:tiny after 150 and 650 steps.
+        kind: the spec's, or of a companion its own name.
+        weight: the spec's, or the kind's default. Default weights give a gradient over the student's parameters that
+            compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher kdcache:base at
+            stride 4, student kdcache:tiny after 150 and 650 steps.
         reads_shown: whether it reads `TermBatch.shown`.
         measured: whether its value is logged alone and is no part of the loss.
         gather: concatenates a tensor over the processes along its first axis, in which the own part alone carries a
             gradient; None when there is one.
     """
 
-    default_weight: ClassVar[float] = 1.0
-    default_temperature: ClassVar[float] = 1.0
+    kind: str
+    spec: LossTerm
     reads_shown: ClassVar[bool] = False
     measured: ClassVar[bool] = False
 
-    def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
+    def __init__(self, spec: LossTerm, setup: TermSetup) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.setup = spec, setup
         self.kind = spec.kind
-        self.weight = self.default_weight if spec.weight is None else spec.weight
-        self.temperature = self.default_temperature if spec.temperature is None else spec.temperature
-        self.targets = targets
+        self.weight = spec.default_weight if spec.weight is None else spec.weight
+        self.targets, self._arrays = setup.targets, setup.arrays
+        self.student_align_corners, self.impl = setup.align_corners, setup.impl
         self.gather: Callable[[Tensor], Tensor] | None = None
-        self._arrays = arrays
-        self._student_tap = spec.student_tap or "logits"
+        self._student_tap = spec.student_tap if isinstance(spec, FeatureTerm) and spec.student_tap else "logits"
         self._description: str | None = None
+
+    @classmethod
+    def of(cls, spec: Any, setup: TermSetup) -> "Term":
+        """Make the module of a spec."""
+        return cls(spec, setup)
+
+    def labellers(self) -> tuple[str, ...]:
+        """Return who makes the pseudo labels of weak views that it reads of a batch."""
+        return ()
+
+    def companions(self) -> "tuple[Term, ...]":
+        """Return further terms of the loss that go with it."""
+        return ()
 
     def arrays(self) -> tuple[str, ...]:
         """Paths of the store that `TermBatch.stored` must hold."""
@@ -144,23 +172,22 @@ class Term(nn.Module):
     @property
     def reads_target(self) -> bool:
         """Whether `TermBatch.target` must hold the teacher's logits."""
-        return reads_logits(self.spec)
+        return self.spec.reads_logits
 
     @property
     def head(self) -> str | None:
         """The head beside segmentation whose output it compares; None for a term of logits or features."""
-        name = head_of(self.spec)
-        return None if name == SEGMENTATION else name
+        return None if self.spec.head == SEGMENTATION else self.spec.head
 
     @property
     def task(self) -> str:
-        """The task whose loss it is a part of: depth of that head, segmentation of all else."""
-        return DEPTH if of_depth(self.spec) else SEGMENTATION
+        """The task whose loss it is a part of."""
+        return self.spec.task
 
     @property
     def reads_logits(self) -> bool:
         """Whether it reads the student's logits of segmentation."""
-        return self.head is None and not compares_features(self.spec)
+        return self.head is None and not self.spec.reads_taps
 
     @property
     def teaches_student(self) -> bool:
@@ -170,12 +197,12 @@ class Term(nn.Module):
     @property
     def reads_teacher(self) -> bool:
         """Whether it learns from a teacher, or from labels in its place; False for a term on labels alone."""
-        return reads_teacher(self.spec)
+        return self.spec.reads_teacher
 
     @property
     def reads_labels(self) -> bool:
         """Whether it learns from labels."""
-        return reads_labels(self.spec)
+        return self.spec.reads_labels
 
     @property
     def scheduled(self) -> bool:
@@ -184,7 +211,7 @@ class Term(nn.Module):
 
     def student_taps(self) -> tuple[str, ...]:
         """The student's features that it needs."""
-        return () if self.spec.student_tap is None else (self.spec.student_tap,)
+        return (self._student_tap,) if self.spec.reads_taps else ()
 
     def describe(self) -> str | None:
         """A description of what is resized or projected, set by `prepare` or the first batch; None when nothing is."""

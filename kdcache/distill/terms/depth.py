@@ -17,15 +17,17 @@ three (exact labels of scenes, 26 m on average; steps 51, 151 and 651 of kdcache
 seeds). The errors of the first two are metres, so scenes of other depths want other weights.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kdcache.distill import depth
 from kdcache.distill.batch import neighbours
 from kdcache.distill.target import Target
-from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets, divide, grid_of, wide
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermSetup, divide, grid_of, wide
 from kdcache.heads import DEPTH, METRES, RegressionHead, clip, raw_of
+from kdcache.settings import terms as specs
 from kdcache_kernels.target_cells import resample, resize
 from kdcache_kernels.window import view_positions
 
@@ -36,33 +38,21 @@ MIN_DEPTH = 1e-3
 class DepthTerm(Term):
     """A loss between two maps of depth in metres, as `of_images` has it.
 
-    Args:
+    Attributes:
         student: the student's depth head.
         teacher: the store's depth head; None against labels.
-        align_corners, teacher_align_corners: whether the final resize of the student's head, of the store's, aligns
-            corners.
     """
 
     reads_shown = True
 
-    def __init__(
-        self,
-        spec: TermSpec,
-        targets: TermTargets,
-        *,
-        student: RegressionHead,
-        teacher: RegressionHead | None = None,
-        align_corners: bool = False,
-        teacher_align_corners: bool = False,
-    ) -> None:
-        super().__init__(spec, targets)
-        self.student, self.teacher = student, teacher
-        self.student_align_corners, self.teacher_align_corners = align_corners, teacher_align_corners
-        self.alpha = 0.5 if spec.alpha is None else spec.alpha
-
-    @property
-    def head(self) -> str:
-        return DEPTH
+    def __init__(self, spec: specs.Depth, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        student = setup.student_heads[DEPTH]
+        assert isinstance(student, RegressionHead), "check_student refuses another kind"
+        self.student, self.teacher, self.teacher_align_corners = student, None, False
+        if spec.reads_teacher:
+            self.teacher = depth_head(setup.targets.manifest)
+            self.teacher_align_corners = setup.targets.manifest.heads[DEPTH].align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         own = batch.heads[DEPTH]
@@ -144,7 +134,7 @@ class DepthTerm(Term):
 class DepthL1(DepthTerm):
     """`depth-l1`: mean |p - r| in metres, over all valid pixels of a batch."""
 
-    default_weight = 0.1
+    kind = "depth-l1"
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
         return mask_BHW.sum((1, 2)).to(dtype)
@@ -156,7 +146,7 @@ class DepthL1(DepthTerm):
 class DepthBerhu(DepthTerm):
     """`depth-berhu`: the reverse Huber loss in metres, its bound a fifth of an image's largest error."""
 
-    default_weight = 0.04
+    kind = "depth-berhu"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
         return depth.berhu(prediction_BHW, reference_BHW, mask_BHW)
@@ -165,7 +155,7 @@ class DepthBerhu(DepthTerm):
 class DepthSilog(DepthTerm):
     """`depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2) of g = log p - log r of an image."""
 
-    default_weight = 0.1
+    kind = "depth-silog"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
         return depth.silog(prediction_BHW, reference_BHW, mask_BHW)
@@ -174,7 +164,7 @@ class DepthSilog(DepthTerm):
 class DepthGradient(DepthTerm):
     """`depth-gradient`: gradient matching of logarithms, over four scales: edges and shapes, whatever the scale is."""
 
-    default_weight = 0.5
+    kind = "depth-gradient"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
         return depth.gradient_matching(prediction_BHW.log(), reference_BHW.log(), mask_BHW)
@@ -187,7 +177,8 @@ class DepthSsi(DepthTerm):
     scale and a shift already, as those of MiDaS and Depth Anything.
     """
 
-    default_weight = 0.3
+    kind = "depth-ssi"
+    spec: specs.DepthSsi
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
         if head is not None and head.unit != METRES:
@@ -195,7 +186,7 @@ class DepthSsi(DepthTerm):
         return clip(values_BHW, MIN_DEPTH, None).reciprocal()
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.alpha)
+        return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.spec.alpha)
 
 
 def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
@@ -203,10 +194,8 @@ def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
     return values if head.parameterisation == "identity" else values.clamp_min(MIN_DEPTH)
 
 
-DEPTH_TERMS: dict[str, type[DepthTerm]] = {
-    "depth-l1": DepthL1,
-    "depth-berhu": DepthBerhu,
-    "depth-silog": DepthSilog,
-    "depth-ssi": DepthSsi,
-    "depth-gradient": DepthGradient,
-}
+def depth_head(manifest: Any) -> RegressionHead:
+    """The head of depth that a store has, as models have it."""
+    head = manifest.heads[DEPTH]
+    largest = None if head.range is None else head.range[1]
+    return RegressionHead(head.channels, head.unit, head.parameterisation, largest)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, grid_of, unit, wide
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, divide, grid_of, unit, wide
+from kdcache.errors import RecipeError
+from kdcache.settings import terms as specs
+from kdcache.settings.term import FeatureTerm
 from kdcache_kernels.target_cells import Cells, resize
 
 TINY = 1e-24
@@ -20,33 +22,29 @@ class Projected(Term):
     | `linear` | a 1x1 convolution |
     | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
-    Args:
-        student_channels, teacher_channels: channels of the taps.
-        moments: (mean, standard deviation) of the teacher's channels, (c,) each, that standardise its features; None
-            takes them as they are. They are kept in checkpoints. Source: Theia, Shang et al. 2024, arXiv 2407.20179;
-            PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, which compares ways to do so.
+    `standardise=channels` keeps mean and deviation of the teacher's channels in checkpoints.
+    Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways.
     """
 
+    spec: specs.Projected | specs.Channels
     teacher_mean: Tensor | None
     teacher_std: Tensor | None
 
-    def __init__(
-        self,
-        spec: TermSpec,
-        targets: TermTargets,
-        arrays: tuple[str, ...],
-        *,
-        student_channels: int,
-        teacher_channels: int,
-        moments: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        super().__init__(spec, targets, arrays)
-        self.projection: nn.Module = nn.Conv2d(student_channels, teacher_channels, 1)
-        if spec.projector == "mlp":
-            self.projection = nn.Sequential(
-                self.projection, nn.GELU(), nn.Conv2d(teacher_channels, teacher_channels, 1)
+    def __init__(self, spec: specs.Projected | specs.Channels, setup: TermSetup) -> None:
+        """Raises: RecipeError for channels to standardise without their moments."""
+        super().__init__(spec, setup)
+        options = spec if isinstance(spec, specs.Projected) else specs.Projected()
+        if options.standardise == "channels" and setup.moments is None:
+            raise RecipeError(
+                "a term that standardises the teacher's channels is given their mean and standard deviation",
+                received=f"{spec.kind} with standardise=channels and no moments",
+                remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.training.criterion",
             )
-        mean_c, std_c = moments or (None, None)
+        student, teacher = tap_channels(spec, setup)
+        self.projection: nn.Module = nn.Conv2d(student, teacher, 1)
+        if options.projector == "mlp":
+            self.projection = nn.Sequential(self.projection, nn.GELU(), nn.Conv2d(teacher, teacher, 1))
+        mean_c, std_c = setup.moments or (None, None)
         self.register_buffer("teacher_mean", mean_c)
         self.register_buffer("teacher_std", std_c)
 
@@ -73,6 +71,12 @@ class Projected(Term):
         return (teacher_Bchw.to(dtype) - mean_c11) / std_c11
 
 
+def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
+    """Channels of the student's tap and of the teacher's."""
+    assert spec.student_tap is not None and spec.teacher_tap is not None, "taps are filled in"  # noqa: PT018
+    return setup.student_taps[spec.student_tap], setup.targets.manifest.features[spec.teacher_tap].channels
+
+
 class Hint(Projected):
     """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained projector.
 
@@ -83,7 +87,8 @@ class Hint(Projected):
     Source: Romero et al. 2015, arXiv 1412.6550, section 2.2; smooth L1: Girshick 2015, arXiv 1504.08083, equation 3.
     """
 
-    default_weight = 1.0
+    kind = "hint"
+    spec: specs.Hint
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
@@ -101,7 +106,7 @@ class Cosine(Projected):
     Source: as the feature loss of PyTorch's knowledge distillation tutorial, which compares whole images.
     """
 
-    default_weight = 2.0
+    kind = "cosine"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
@@ -127,11 +132,13 @@ class Attention(Term):
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1.
     """
 
-    def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...]) -> None:
-        super().__init__(spec, targets, arrays)
+    kind = "at"
+
+    def __init__(self, spec: specs.Attention, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
         if spec.weight is None:
-            room, _, name = arrays[0].partition("/")
-            h, w = getattr(targets.manifest, room)[name].size
+            room, _, name = setup.arrays[0].partition("/")
+            h, w = getattr(setup.targets.manifest, room)[name].size
             self.weight = h * w / 2
 
     def prepare(self, batch: TermBatch) -> None:

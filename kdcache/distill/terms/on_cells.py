@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.terms.base import MAXIMUM, Term, TermBatch, TermTargets, grid_of, shared, unit, wide
-from kdcache.distill.terms.features import Projected
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, grid_of, shared, unit, wide
+from kdcache.distill.terms.features import Projected, tap_channels
+from kdcache.settings import terms as specs
+from kdcache.settings.term import MAXIMUM
 from kdcache_kernels import average_moments, densify, relation_loss, relation_moments
 from kdcache_kernels.on_cells.reference import Seen, lay_logits
 from kdcache_kernels.on_cells.relations import check_logits
@@ -19,12 +20,16 @@ from kdcache_kernels.topk import compute_dtype
 class OnCells(Term):
     """A term of logits, which a student of another size is resized for."""
 
+    spec: specs.OfLogits | specs.Channels
+
     def prepare(self, batch: TermBatch) -> None:
         if batch.target is not None:
             self.note_resize(batch.logits, batch.target.values)
 
 
-def seen_on_cells(term: Term, batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor) -> Seen:
+def seen_on_cells(
+    term: "OnCells | ChannelFeatures", batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor
+) -> Seen:
     """Lay the student's and the teacher's maps over the student's image, on the teacher's cells, both over T.
 
     Raises: ShapeError for maps of unequal channels.
@@ -34,7 +39,7 @@ def seen_on_cells(term: Term, batch: TermBatch, student_BCxx: Tensor, teacher_BC
         student_BCxx,
         teacher_BChw,
         term.cells(batch, grid_of(teacher_BChw), wide(student_BCxx)),
-        temperature=term.temperature,
+        temperature=term.spec.temperature,
         view_size=term.targets.view_size,
         window_B4=batch.window,
         flip_B=batch.flip,
@@ -70,13 +75,8 @@ class Decoupled(OnCells):
     Source: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
 
-    default_weight = 0.02
-    default_temperature = 4.0
-
-    def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
-        super().__init__(spec, targets, arrays)
-        self.alpha = 1.0 if spec.alpha is None else spec.alpha
-        self.beta = 8.0 if spec.beta is None else spec.beta
+    kind = "dkd"
+    spec: specs.Decoupled
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
@@ -85,9 +85,9 @@ class Decoupled(OnCells):
         is_target_BChw = classes_C11 == _target_class(batch.labels, seen.teacher)
         log_t, log_s = (_split(x, is_target_BChw) for x in (seen.teacher, seen.student))
         tckd_Bhw, nckd_Bhw = (divergence(p, q).sum(1) for p, q in zip(log_t, log_s, strict=True))
-        total = ((self.alpha * tckd_Bhw + self.beta * nckd_Bhw) * seen.cells.weight).sum()
+        total = ((self.spec.alpha * tckd_Bhw + self.spec.beta * nckd_Bhw) * seen.cells.weight).sum()
         count = seen.cells.counted.sum() if count is None else count
-        return self.temperature**2 * mean_of(total, count, seen.spoilt, batch.logits)
+        return self.spec.temperature**2 * mean_of(total, count, seen.spoilt, batch.logits)
 
 
 def _target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
@@ -121,25 +121,21 @@ class Relations(OnCells):
     Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation): a gradient of 1 to 1.6 of CE's,
     and of 11 before a student has learnt anything.
 
-    Args:
-        impl: which kernels compute it (see `kdcache_kernels.relation_loss`). Float64 takes the reference.
+    Float64 takes the reference.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
     """
 
-    def __init__(
-        self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = (), *, impl: str = "auto"
-    ) -> None:
-        super().__init__(spec, targets, arrays)
-        self.impl = impl
-        self.beta = 1.0 if spec.beta is None else spec.beta
-        self.gamma = 1.0 if spec.gamma is None else spec.gamma
+    kind = "dist"
+    spec: specs.Relations
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         logits, options = self._logits(batch), self._options(batch)
         moments = None
         if self.gather is not None:
             moments = average_moments(self.of_all(relation_moments(*logits, **options)[None]))
-        return relation_loss(*logits, **options, beta=self.beta, gamma=self.gamma, count=count, moments_6C=moments)
+        return relation_loss(
+            *logits, **options, beta=self.spec.beta, gamma=self.spec.gamma, count=count, moments_6C=moments
+        )
 
     def _logits(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's logits of all classes, each on its own grid."""
@@ -156,7 +152,7 @@ class Relations(OnCells):
         return {
             "view_size": self.targets.view_size,
             "size": batch.size,
-            "temperature": self.temperature,
+            "temperature": self.spec.temperature,
             "window_B4": batch.window,
             "flip_B": batch.flip,
             "pixel_weight_BHW": batch.pixel_weight,
@@ -177,7 +173,7 @@ class Similarity(Term):
     Source: Tung and Mori 2019, arXiv 1907.09682, section 3.
     """
 
-    default_weight = 50.0
+    kind = "sp"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw = wide(batch.features[self._student_tap])
@@ -209,7 +205,11 @@ def _images_of(counted_Bhw: Tensor) -> Tensor:
 
 
 def compare_channels(
-    term: Term, batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor, count: Tensor | None
+    term: "ChannelLogits | ChannelFeatures",
+    batch: TermBatch,
+    student_BCxx: Tensor,
+    teacher_BChw: Tensor,
+    count: Tensor | None,
 ) -> Tensor:
     """Return T^2 / C * sum over channels of KL(p_t || p_s) over the cells, mean over the images that count.
 
@@ -224,7 +224,7 @@ def compare_channels(
     spoilt = seen.spoilt | (~weight_Bhw.isfinite() & (counted_Bhw > 0)).any()
     total = divergence(log_t, log_s).sum(-1).mean(1).sum()
     count = _images_of(counted_Bhw) if count is None else count
-    return term.temperature**2 * mean_of(total, count, spoilt, student_BCxx)
+    return term.spec.temperature**2 * mean_of(total, count, spoilt, student_BCxx)
 
 
 def _over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
@@ -247,8 +247,12 @@ class ChannelLogits(OnCells):
     Source: Shu et al. 2021, arXiv 2011.13256, section 3.
     """
 
-    default_weight = 0.15
-    default_temperature = 4.0
+    kind = "cwd"
+    spec: specs.Channels
+
+    @classmethod
+    def of(cls, spec: specs.Channels, setup: TermSetup) -> Term:
+        return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
@@ -268,17 +272,13 @@ class ChannelFeatures(Projected):
     Default weight 3, temperature 4: a gradient of 0.4 to 1.3 of CE's. Published: 50.
     """
 
-    default_weight = 3.0
-    default_temperature = 4.0
+    spec: specs.Channels
 
-    def __init__(
-        self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...], *, student_channels: int, **others: Any
-    ) -> None:
-        super().__init__(spec, targets, arrays, student_channels=student_channels, **others)
-        teacher_channels = others["teacher_channels"]
+    def __init__(self, spec: specs.Channels, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        student, teacher = tap_channels(spec, setup)
         # A bias would move all positions alike, which a softmax over them does not see.
-        alike = student_channels == teacher_channels
-        self.projection = nn.Identity() if alike else nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        self.projection = nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1, bias=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw = self.projection(wide(batch.features[self._student_tap]))

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import Term, TermBatch, divide, wide
 from kdcache_kernels.target_cells import resize
 
 
@@ -14,14 +13,7 @@ class Overlap(Term):
 
     Neither is a sum over pixels, so each image is on its own: processes and accumulated parts change nothing. Void
     pixels count nowhere, an image of void alone does not count. Gates and masks of a teacher's terms do not apply.
-
-    Args:
-        align_corners: whether the student's own final resize aligns corners.
     """
-
-    def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
-        super().__init__(spec, targets)
-        self.student_align_corners = align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
@@ -60,6 +52,8 @@ class Dice(Overlap):
     arXiv 1707.03237, equation 2.
     """
 
+    kind = "dice"
+
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
         both_BC = (probability_BCP * shown_BCP).sum(2)
         either_BC = (probability_BCP * labelled_B1P).sum(2) + shown_BCP.sum(2)
@@ -75,6 +69,8 @@ class Lovasz(Overlap):
     Default weight 1.
     Source: Berman et al. 2018, arXiv 1705.08790, algorithm 1 and equation 12.
     """
+
+    kind = "lovasz"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
         error_BCP = (shown_BCP.to(probability_BCP.dtype) - probability_BCP).abs()

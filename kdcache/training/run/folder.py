@@ -32,6 +32,7 @@ from kdcache.run_folder import (
 from kdcache.run_samples import SAMPLES, RunSamples
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
+from kdcache.settings.term import untaken
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.store.format.flags import pack_flags
 from kdcache.training.config import TrainConfig, read_config
@@ -95,10 +96,11 @@ def check_folder(
             remedy="add --resume to go on with it, or give another --out",
         )
     before = read_config(run)
+    idle = untaken(config.model_dump(), config.taken | before.taken)
     changed = [
         f"--{name.replace('_', '-')} {getattr(config, name)} (was {getattr(before, name)})"
         for name in TrainConfig.model_fields
-        if name not in FREE_ON_RESUME and _fixed(config, name) != _fixed(before, name)
+        if name not in {*FREE_ON_RESUME, *idle} and _fixed(config, name) != _fixed(before, name)
     ]
     # Folders may move, what is in them may not change.
     if (config.val is None) != (before.val is None):

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX, ClassList
-from kdcache.distill.terms.spec import reads_logits
 from kdcache.errors import MismatchError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import read_class_map
@@ -92,7 +91,7 @@ def _check_mapped_targets(source: Source, path: Path) -> None:
     """Refuse to map targets that cannot be. Raises: MismatchError."""
     assert source.cache is not None
     head, config = source.cache.head, source.config
-    raw = [term.kind for term in config.terms if term.kind == "cwd" and reads_logits(term)]
+    raw = [term.kind for term in config.terms if term.raw_logits and term.reads_logits]
     lacks = [f"the {head.k} largest of {head.classes} classes in {source.cache.place}"] if not head.dense else []
     lacks += [f"{kind}, which reads raw logits" for kind in raw]
     lacks += [f"--class-trust {config.class_trust}, of the store's classes"] if config.class_trust else []

@@ -14,7 +14,6 @@ from kdcache.data import (
     open_split,
     prefetch,
 )
-from kdcache.distill.terms.spec import needs_labels, of_depth
 from kdcache.errors import DataError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.settings.parse import rand_augment
@@ -224,7 +223,7 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
 
 def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
     """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
-    terms = [term.kind for term in config.terms if needs_labels(term)]
+    terms = [term.kind for term in config.terms if term.needs_labels]
     if terms and not dataset.labelled:
         raise RecipeError(
             "terms on labels take labelled samples",
@@ -236,9 +235,9 @@ def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
     """Refuse terms on labels of a task that is none of `offered`, which the source labels. Raises: RecipeError."""
     named = () if config.labels in ("all", "none") else config.labels.split("+")
-    terms = [term for term in config.terms if needs_labels(term)]
+    terms = [term for term in config.terms if term.needs_labels]
     for task in (SEGMENTATION, DEPTH):
-        kinds = [term.kind for term in terms if of_depth(term) == (task == DEPTH)]
+        kinds = [term.kind for term in terms if term.task == task]
         if task in offered or not (kinds or task in named):
             continue
         asked = [f"--labels {config.labels}"] if task in named else []

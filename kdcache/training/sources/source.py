@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from kdcache.data import Fit, Split, choose_fit
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
-from kdcache.distill.terms.required_arrays import depth_head
-from kdcache.distill.terms.spec import compares_features, of_depth, reads_labels, reads_teacher
+from kdcache.distill.terms.depth import depth_head
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.store import Cache
@@ -51,7 +50,7 @@ class Source:
     def learns_classes_from_labels(self) -> bool:
         """Whether any of its samples has a label of classes that is learnt from."""
         config = self.config
-        on_labels = config.ce_weight > 0 or any(reads_labels(term) and not of_depth(term) for term in config.terms)
+        on_labels = config.ce_weight > 0 or any(term.reads_labels and not term.of_depth for term in config.terms)
         used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.labels != "none"
         return on_labels and used and bool(self.dataset.labelled)
 
@@ -138,7 +137,7 @@ def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
 def _shows_classes(source: Source) -> bool:
     """Whether a stream has labels of segmentation that are used, or targets of it or of features."""
     config, cache, split = source.config, source.cache, source.dataset.split
-    if source.stream.weight == 0 or config.reads_logits or any(map(compares_features, config.terms)):
+    if source.stream.weight == 0 or config.reads_logits or any(term.reads_taps for term in config.terms):
         return source.stream.weight > 0
     if SEGMENTATION not in config.label_tasks or config.labels == "none":
         return False
@@ -225,7 +224,7 @@ def _check_labels(source: Source, pasted: Source) -> None:
 def _check_forms(source: Source, pasted: Source) -> None:
     """Check that a target and what is pasted into it mean the same. Raises: RecipeError."""
     cache, other = source.cache, pasted.cache
-    depth = any(of_depth(term) and reads_teacher(term) and term.weight != 0 for term in source.config.terms)
+    depth = any(term.of_depth and term.reads_teacher for term in source.config.active)
     differs = []
     unit = depth_head(cache.manifest).unit if depth and cache is not None else METRES
     if unit != METRES:

@@ -63,7 +63,8 @@ def memory_error(
     else:
         remedy = f"use --batch-size {fits * config.accumulate * processes}{parted}"
         parts = _parts(config, fits, processes)
-        otherwise = f" with --method kl instead of {', '.join(config.whole_batch)}" if config.whole_batch else ""
+        whole = ", ".join(term.kind for term in config.loss if term.whole_batch)
+        otherwise = f" with --method kl instead of {whole}" if whole else ""
         keeping = "" if parts is None else f", or --accumulate {parts}{otherwise} to keep the batch"
         remedy += f"{keeping}, with another --out"
     return ModelError(RULE, received=received, remedy=f"{remedy}; {UNTOUCHED}")

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, divide, wide
+from kdcache.settings import terms as specs
 from kdcache_kernels.target_cells import resize
-
-_AUXILIARY_SHARE = 0.2
-"""The default weight of the adversary of an auxiliary head, beside that of the last one: the authors' 0.0002."""
 
 
 class Entropy(Term):
@@ -22,19 +19,12 @@ class Entropy(Term):
     It reads no label and no target: pixels without a label count as others do, pixels that show no image do not. It
     keeps several tensors of label size times classes.
 
-    Args:
-        align_corners: whether the student's own final resize aligns corners.
-
     Default weight 0.001.
     Source: Vu et al. 2019 (ADVENT), arXiv 1811.12833, equation 3, divided by log C as in the authors' code.
     """
 
-    default_weight = 0.001
+    kind = "entropy"
     reads_shown = True
-
-    def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
-        super().__init__(spec, targets)
-        self.student_align_corners = align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
@@ -81,19 +71,22 @@ class Adversarial(Term):
     and D, in the same step and at the same weights, to tell the two apart (`discrimination`). With `head=auxiliary`, q
     are the probabilities of the auxiliary head: a second level of the network, with a D of its own.
 
-    Default weight 0.001, of least squares 0.01; of the auxiliary head a fifth of these.
+    Default weight 0.001, of least squares 0.01; of the auxiliary head a fifth of these (the authors' 0.0002).
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv
     1611.04076, which the authors' code has of one level alone.
     """
 
-    def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
-        super().__init__(spec, targets)
+    kind = "adversarial"
+    spec: specs.Adversarial
+
+    def __init__(self, spec: specs.Adversarial, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
         self.square = spec.loss == "least-squares"
-        if spec.weight is None:
-            self.weight = (0.01 if self.square else 0.001) * (1 if self.head is None else _AUXILIARY_SHARE)
         self.kind = _named(spec.kind, self.head)
-        self.student_align_corners = align_corners
-        self.discriminator = Discriminator(targets.num_classes, targets.view_size)
+        self.discriminator = Discriminator(setup.targets.num_classes, setup.targets.view_size)
+
+    def companions(self) -> tuple[Term, ...]:
+        return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
@@ -137,7 +130,7 @@ class Discrimination(Term):
     """`discriminator`: the loss that the discriminator of an `adversarial` term learns from, of weight 1."""
 
     def __init__(self, adversary: Adversarial) -> None:
-        super().__init__(adversary.spec, adversary.targets)
+        super().__init__(adversary.spec, adversary.setup)
         self.kind, self.weight = _named("discriminator", self.head), 1.0
         self._adversary = (adversary,)  # in a tuple: its parameters are the other term's
 
@@ -151,6 +144,12 @@ class Discrimination(Term):
     def count(self, batch: TermBatch) -> Tensor:
         """1, as of `Adversarial`."""
         return wide(batch.logits).new_ones(())
+
+
+def discriminator_parameters(criterion: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the discriminators of a loss, which learn beside the student by a rate of their own."""
+    found = (module for module in criterion.modules() if isinstance(module, Discriminator))
+    return [parameter for module in found for parameter in module.parameters()]
 
 
 def _named(part: str, head: str | None) -> str:

@@ -1,14 +1,12 @@
 """Hard pseudo labels: cross-entropy with the teacher's best class where it is sure."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from kdcache.distill.batch import PseudoLabels
 from kdcache.distill.target import Target, TargetFormat
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.spec import TermSpec
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, divide, wide
+from kdcache.settings import terms as specs
 from kdcache_kernels import PackedTarget, distill_loss, target_argmax_confidence
 from kdcache_kernels.window import Size
 
@@ -33,36 +31,19 @@ class Pseudo(Term):
     that do not count (outside the view, grey, void) have no label, nor have those that were pasted, which bring a
     label of their own.
 
-    Args:
-        class_weight: (C,) of the cross-entropy; None weighs every class 1.
-
     Default weight 1, threshold 0.7, kept: a gradient of 1 to 1.2 of CE's.
     Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911; FixMatch: Sohn et al.
     2020, arXiv 2001.07685, equation 4; the share: Tranheden et al. 2021, arXiv 2007.08702; Hoyer et al. 2022, arXiv
     2111.14887, with their code.
     """
 
-    default_threshold: ClassVar[float] = 0.7
-    default_normalise: ClassVar[str] = "kept"
+    kind = "pseudo"
     class_weight: Tensor | None
 
-    def __init__(
-        self,
-        spec: TermSpec,
-        targets: TermTargets,
-        arrays: tuple[str, ...] = (),
-        *,
-        align_corners: bool = False,
-        impl: str = "auto",
-        class_weight: Tensor | None = None,
-    ) -> None:
-        super().__init__(spec, targets, arrays)
-        self.threshold = self.default_threshold if spec.threshold is None else spec.threshold
-        self.quantile = spec.quantile
-        self.normalise = spec.normalise or self.default_normalise
-        self.student_align_corners = align_corners
-        self.impl = impl
-        self.register_buffer("class_weight", class_weight, persistent=False)
+    def __init__(self, spec: specs.PseudoLabels, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        self.threshold, self.quantile, self.normalise = spec.threshold, spec.quantile, spec.normalise
+        self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         with torch.no_grad():
@@ -186,14 +167,18 @@ class Consistency(Pseudo):
     class Zou et al. 2018 (CBST), arXiv 1810.07911, there of the whole data set and here of each batch.
     """
 
-    default_threshold = 0.968
-    default_normalise = "all"
+    kind = "consistency"
     reads_shown = True
 
-    @property
-    def by(self) -> str:
-        """Who makes the pseudo labels: student, ema or store."""
-        return self.spec.by or "student"
+    def __init__(self, spec: specs.Consistency, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        self.by = spec.by
+
+    def labellers(self) -> tuple[str, ...]:
+        return () if self.by == "store" else (self.by,)
+
+    def companions(self) -> tuple[Term, ...]:
+        return (Confident(self),)
 
     @property
     def scheduled(self) -> bool:
@@ -227,7 +212,7 @@ class Confident(Term):
     measured = True
 
     def __init__(self, consistency: Consistency) -> None:
-        super().__init__(consistency.spec, consistency.targets)
+        super().__init__(consistency.spec, consistency.setup)
         self.kind, self.weight = "confident", consistency.weight
         self._consistency = (consistency,)  # in a tuple: it is a module of the loss already
 
@@ -259,5 +244,5 @@ def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = Fals
 
 def labellers(criterion: nn.Module) -> tuple[str, ...]:
     """Who makes pseudo labels of weak views for the terms of a loss, by a forward in every step: student, ema."""
-    found = (term.by for term in criterion.modules() if isinstance(term, Consistency) and term.weight > 0)
-    return tuple(dict.fromkeys(by for by in found if by != "store"))
+    terms = (term for term in criterion.modules() if isinstance(term, Term) and term.weight > 0)
+    return tuple(dict.fromkeys(by for term in terms for by in term.labellers()))

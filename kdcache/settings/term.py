@@ -1,0 +1,394 @@
+"""A term of the loss as a setting: what every kind says of itself, and the checks of several.
+
+The kinds are in `kdcache.settings.terms`. Free of torch.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transform, get_type_hints
+
+from annotated_types import Gt, Lt, MinLen
+
+from kdcache.errors import RecipeError
+from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION
+from kdcache.settings.parse import Weight
+from kdcache.settings.setting import Entry, describe_values, entries, setting
+
+MAXIMUM = "targets/segmentation/max"
+"""The array of the teacher's largest logits, which makes stored logits raw again."""
+MASK = ("gate", "distill_void", "class_trust", "class_balance")
+"""The settings that weigh the pixels of a teacher's terms."""
+SCHEDULE = "distill_schedule"
+"""The setting that weighs the terms of a teacher, and pseudo labels of the student itself, over the training."""
+
+Share = Annotated[float, Gt(0), Lt(1)]
+Name = Annotated[str, MinLen(1)]
+_ADDED = {
+    DEPTH: f", for instance --model MODEL+{DEPTH}",
+    AUXILIARY: ": --model MODEL+aux adds it for the training",
+}
+
+
+class Missing(NamedTuple):
+    """A description of what a store lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
+
+    what: str
+    flag: str
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass(frozen=True, kw_only=True)
+class LossTerm:
+    """One term of a loss. Its fields are its options, as `[[term]]` of a recipe and `--term` have them.
+
+    Raises: RecipeError for a value that an option does not take.
+
+    Attributes:
+        kind: its name.
+        fused: it is computed by `DistillLoss` itself, and set by flags alone.
+        learns_from: labels, teacher or predictions.
+        compares: logits, features, depth or similarity.
+        whole_batch: its value is no mean over the samples of a batch.
+        follows_mix, follows_paste: what it compares is pasted with the pixels of a sample of the same stream, of
+            another one.
+        head: the head of the student that it compares; segmentation for features also.
+        all_classes: it reads the teacher's logits of all classes.
+        raw_logits: it reads them as the teacher gave them.
+        partly_labelled: it learns from labels, and data without any are fine.
+        takes: settings of the training that set it, beside its own options.
+        weight: None is automatic (`default_weight`).
+        given: names of the options that were written down, defaults among them.
+    """
+
+    kind: ClassVar[str]
+    fused: ClassVar[bool] = False
+    learns_from: ClassVar[str] = "teacher"
+    compares: ClassVar[str] = "logits"
+    whole_batch: ClassVar[bool] = False
+    follows_mix: ClassVar[bool] = False
+    follows_paste: ClassVar[bool] = False
+    head: ClassVar[str] = SEGMENTATION
+    all_classes: ClassVar[bool] = False
+    raw_logits: ClassVar[bool] = False
+    partly_labelled: ClassVar[bool] = False
+
+    weight: Weight | None = setting(1.0, "Factor on the term; 0 leaves it out.")
+    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+        if "kind" in vars(cls):
+            TERMS[cls.kind] = cls
+
+    def __post_init__(self) -> None:
+        for option in self.options():
+            value = getattr(self, option)
+            if value is not getattr(type(self), option):  # True is equal to 1.0
+                _check_value(type(self), option, value)
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of its options."""
+        return tuple(entries_of(cls))
+
+    def table(self) -> dict[str, Any]:
+        """Return the table of a recipe that `parse_term` takes: what was given, and what is no default."""
+        values = {option: getattr(self, option) for option in self.options()}
+        own = {k: v for k, v in values.items() if k in self.given or v != getattr(type(self), k)}
+        return {"kind": self.kind, **{option: value for option, value in own.items() if value is not None}}
+
+    @property
+    def default_weight(self) -> float:
+        """The weight of a term whose `weight` is None."""
+        return 1.0
+
+    @property
+    def active(self) -> bool:
+        """Whether it has a weight."""
+        return self.weight != 0
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether it learns from a teacher, or from labels in its place."""
+        return self.learns_from == "teacher"
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.learns_from == "labels"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it has a weight and fails without any label."""
+        return self.reads_labels and self.active and not self.partly_labelled
+
+    @property
+    def labels_itself(self) -> bool:
+        """Whether it has a weight and its pseudo labels are made in training, by the student or its average."""
+        return False
+
+    @property
+    def of_depth(self) -> bool:
+        return self.compares == "depth"
+
+    @property
+    def reads_taps(self) -> bool:
+        """Whether it compares features of the student and of the teacher, not outputs of heads."""
+        return self.compares in ("features", "similarity")
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads the teacher's logits of segmentation."""
+        return self.reads_teacher and self.compares == "logits"
+
+    @property
+    def task(self) -> str:
+        """The task whose loss it is a part of."""
+        return DEPTH if self.of_depth else SEGMENTATION
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        # Depth has neither classes nor void pixels.
+        mask = MASK if self.reads_teacher and not self.of_depth else ()
+        return (*mask, SCHEDULE) if self.reads_teacher or self.labels_itself else mask
+
+    def arrays(self, manifest: Any) -> tuple[str, ...]:
+        """Return paths of the arrays that it reads beside the packed target, of a term whose taps are filled in.
+
+        Args:
+            manifest: of an open cache; None where labels stand in the teacher's place.
+        """
+        return (MAXIMUM,) if self.raw_logits and self.reads_logits and manifest is not None else ()
+
+    def missing(self, manifest: Any) -> list[Missing]:
+        """Return what a store lacks for it."""
+        if not self.reads_teacher:
+            return []
+        lacks = _missing_head(manifest, self.task)
+        if lacks or self.of_depth:
+            return lacks
+        head = manifest.heads[SEGMENTATION]
+        if self.all_classes and head.k < head.classes:
+            what = f"the logits of all {head.classes} classes, of which {head.k} are kept"
+            lacks.append(Missing(what, f"--top-k {head.classes}"))
+        if self.raw_logits and not getattr(head, "raw", False):
+            lacks.append(Missing(f"raw logits ({MAXIMUM})", "--raw-logits"))
+        return lacks
+
+    @property
+    def in_metres(self) -> bool:
+        """Whether it compares depth in metres, and not its shape alone."""
+        return False
+
+    def check_unit(self, whose: str, head: Any) -> None:
+        """Check the unit of a head that it compares. Raises: RecipeError."""
+
+    def check_student(self, heads: Mapping[str, Any]) -> None:
+        """Check that a student has the head whose output it compares, and that it is of the right kind.
+
+        Args:
+            heads: the student's in training, by name.
+        Raises: RecipeError.
+        """
+        if self.reads_taps:
+            return
+        right = "regression" if self.of_depth else "categorical"
+        head = heads.get(self.head)
+        if head is None or head.kind != right:
+            what = ": numbers" if self.of_depth else ": logits of classes"
+            raise RecipeError(
+                f"{self.kind} compares a head {self.head} that is {right}{what}",
+                received=f"a student with {_heads_text(heads)}",
+                remedy="use a student with such a head"
+                + _ADDED.get(self.head, "; or leave it out (--ce-weight 0, --method none) beside terms of depth"),
+            )
+        self.check_unit("the student's", head)
+
+    def resolved(self, manifest: Any, student_taps: Sequence[str]) -> Self:
+        """Return the term with its taps filled in; a term without taps returns itself.
+
+        The teacher's tap is the last one in the store, the student's the one of the same name, else its last.
+
+        Args:
+            student_taps: the student's, most useful last.
+        Raises: RecipeError for taps that the store or the student lacks.
+        """
+        check_terms([self], manifest)
+        return self
+
+
+TERMS: dict[str, type[LossTerm]] = {}
+"""Kind -> the class of the term."""
+
+
+class FeatureTerm(LossTerm):
+    """A term of features, the student's and the teacher's."""
+
+    compares = "features"
+    stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")
+    """What a store has of a tap, and the flag that stores it."""
+
+    student_tap: Name | None = setting(None, "The student's tap (default: as teacher_tap, else its last).")
+    teacher_tap: Name | None = setting(None, "The teacher's tap (default: the last that the store has).")
+
+    def offered(self, manifest: Any) -> list[str]:
+        """Return the teacher's taps that it can use, most useful last."""
+        return list(manifest.features)
+
+    def arrays(self, manifest: Any) -> tuple[str, ...]:
+        return (f"features/{self.teacher_tap}",) if self.reads_taps else super().arrays(manifest)
+
+    def missing(self, manifest: Any) -> list[Missing]:
+        if not self.reads_taps:
+            return super().missing(manifest)
+        offered = self.offered(manifest)
+        if offered and self.teacher_tap in (None, *offered):
+            return []
+        what, flag = (text.format(self.teacher_tap or "TAP") for text in self.stored)
+        has = f"the store has {', '.join(offered)}" if offered else "the store has none"
+        return [Missing(f"{what} ({has})", flag)]
+
+    def resolved(self, manifest: Any, student_taps: Sequence[str]) -> Self:
+        """As of `LossTerm`. Raises: RecipeError for taps that the store or the student lacks."""
+        check_terms([self], manifest)
+        if not self.reads_taps:
+            return self
+        teacher_tap = self.teacher_tap or self.offered(manifest)[-1]
+        student_tap = self.student_tap or (teacher_tap if teacher_tap in student_taps else "".join(student_taps[-1:]))
+        if student_tap not in student_taps:
+            raise RecipeError(
+                f"student_tap of a term is one of the student's: {', '.join(student_taps) or 'it has none'}",
+                received=f"{student_tap!r} of {self.kind}",
+                remedy=nearest(student_tap, student_taps)
+                or "pick one of these, or a student that has taps (kdcache models)",
+            )
+        return replace(self, student_tap=student_tap, teacher_tap=teacher_tap)
+
+
+def entries_of(term: type) -> dict[str, Entry]:
+    """Return the options of a term by name."""
+    return entries(term)
+
+
+def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """Return the settings of terms that no term takes, with their values. A weight of 0 is always taken.
+
+    Args:
+        given: settings by name, those of terms among them.
+        taken: names of those that the terms of a loss take (`LossTerm.takes`).
+    """
+    named = {name.replace("-", "_"): value for name, value in given.items()}
+    idle = {name: value for name, value in named.items() if name not in taken and _takers(name)}
+    return {name: value for name, value in idle.items() if not (name.endswith("_weight") and float(value) == 0)}
+
+
+def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
+    """Return the error for settings that no term of a loss takes.
+
+    Args:
+        loss: what the loss is.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in idle:
+        takers = _takers(name)
+        owner = " and ".join(takers) if len(takers) < 4 else "terms that learn from a teacher"
+        owners.setdefault(owner, []).append("--" + name.replace("_", "-"))
+    values = [f"--{name.replace('_', '-')} {value}" for name, value in idle.items()]
+    return RecipeError(
+        f"{' and '.join(values)} would have no effect",
+        received=f"{loss}; but " + ", ".join(f"{' and '.join(flags)} set {owner}" for owner, flags in owners.items()),
+        remedy=f"leave {'them' if len(idle) > 1 else 'it'} out, or choose a --method that has {' or '.join(owners)}",
+    )
+
+
+def _takers(name: str) -> list[str]:
+    return [kind for kind, term in TERMS.items() if name in term().takes]
+
+
+def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
+    """Check that a store has the arrays that some terms read.
+
+    Args:
+        manifest: of an open cache; None where labels stand in the teacher's place.
+    Raises: RecipeError that names all build flags that would help.
+    """
+    terms = list(terms)
+    if manifest is None:
+        _check_logits_alone(terms)
+        return
+    lacks = [(term.kind, lack) for term in terms for lack in term.missing(manifest)]
+    if lacks:
+        flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
+        raise RecipeError(
+            "a term learns from arrays that the store has",
+            received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
+            remedy=f"build the store with {flags} as well, or leave the term out",
+        )
+    for term in terms:
+        if term.of_depth and term.reads_teacher:
+            term.check_unit("the store's", manifest.heads[DEPTH])
+
+
+def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
+    depths = [term.kind for term in terms if term.of_depth and term.reads_teacher]
+    if depths:
+        raise RecipeError(
+            "a term of depth against a teacher reads a store's targets of depth",
+            received=f"{', '.join(dict.fromkeys(depths))} without a store, or with --teacher labels",
+            remedy="give --cache; or compare with labels, --term depth-silog,reference=labels",
+        )
+    features = [term.kind for term in terms if term.reads_taps]
+    if features:
+        others = [kind for kind, term in TERMS.items() if term().reads_logits]
+        raise RecipeError(
+            "labels can stand in the place of a teacher's logits, not of its features",
+            received=f"{', '.join(dict.fromkeys(features))} with --teacher labels",
+            remedy=f"choose among {', '.join(others)}, without taps; or leave --teacher out",
+        )
+
+
+def _check_value(cls: type[LossTerm], option: str, value: Any) -> None:
+    from pydantic import ValidationError
+
+    try:
+        _adapter(get_type_hints(cls, include_extras=True)[option]).validate_python(value, strict=True)
+    except ValidationError as error:
+        entry = entries_of(cls)[option]
+        raise RecipeError(
+            f"{option} of {cls.kind} is {describe_values(entry.type, entry.marks)}",
+            received=f"{option} = {value!r}",
+            remedy=f"correct it, or leave it out. {entry.setting.help}",
+        ) from error
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import TypeAdapter  # the command line starts without it
+
+    return TypeAdapter(hint)
+
+
+def _missing_head(manifest: Any, name: str) -> list[Missing]:
+    """The head of a task that a store lacks, or has of another kind."""
+    kind, values = ("regression", "targets") if name == DEPTH else ("categorical", "logits")
+    head = manifest.heads.get(name)
+    if head is not None and _kind(head) == kind:
+        return []
+    return [
+        Missing(f"{values} of a {kind} head {name} (the store has {_heads_text(manifest.heads)})", f"--heads {name}")
+    ]
+
+
+def _heads_text(heads: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({_kind(head)})" for name, head in heads.items()) or "no head"
+
+
+def _kind(head: Any) -> str:
+    return str(getattr(head, "kind", "categorical"))
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return a remedy with the nearest of some names; "" if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else ""

@@ -1,0 +1,413 @@
+"""The terms of the loss: one class for each kind, which says everything that the rest of kdcache asks about it.
+
+| kind | compares | on |
+| --- | --- | --- |
+| `ce`, `kl` | classes with labels, with the teacher's; fused in one operation | the label's pixels |
+| `pseudo` | the student's classes with the teacher's best, where it is sure | the label's pixels |
+| `at` | maps of attention | the teacher's cells |
+| `sp` | which images of the batch are alike | each one's own cells |
+| `hint`, `cosine` | features, the student's projected | the teacher's cells |
+| `cwd` | where each class (or channel of a tap) is strong | the teacher's cells |
+| `dist` | how predictions vary over classes and over cells | the target's cells |
+| `dkd` | target class and other classes apart | the target's cells |
+| `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
+| `auxiliary` | classes of the auxiliary head with labels | the label's pixels |
+| `entropy` | how undecided predictions are, without a teacher or labels | the label's pixels |
+| `consistency` | predictions with the confident ones on the weak view | the label's pixels |
+| `adversarial` | predictions on a stream with those on another, by a discriminator | the label's pixels |
+| `depth-l1`, `depth-berhu`, `depth-silog` | depth in metres with labels, or a teacher's | the label's pixels |
+| `depth-ssi`, `depth-gradient` | the shape of depth, with labels or a teacher's | the label's pixels |
+
+A new term is a class here, and a module of `kdcache.distill.terms` of the same kind that computes it.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
+
+from kdcache.errors import RecipeError
+from kdcache.heads import AUXILIARY, DEPTH, METRES, SEGMENTATION
+from kdcache.settings.parse import Positive, Weight
+from kdcache.settings.setting import setting
+from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, nearest
+
+
+class _OnLabels(LossTerm):
+    """A term on labels alone, without a teacher."""
+
+    learns_from = "labels"
+
+
+class OfLogits(LossTerm):
+    """A term of the teacher's logits with a temperature."""
+
+    temperature: Positive = setting(1.0, "Temperature of both softmaxes.")
+
+
+class Projected(FeatureTerm):
+    """A term of features that projects the student's."""
+
+    standardise: Literal["none", "channels"] = setting("none", "Standardise the teacher's channels.")
+    projector: Literal["linear", "mlp"] = setting("linear", "How the student's features are projected.")
+
+
+class PseudoLabels(LossTerm):
+    """A term of hard pseudo labels."""
+
+    follows_paste = True
+
+    threshold: Share = setting(0.7, "Least probability of a pseudo label.")
+    quantile: Share | None = setting(None, "Instead of threshold, the surest share of each class in the batch.")
+    normalise: Literal["kept", "all", "share"] = setting("kept", "What the sum is divided by.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = "threshold" in self.given or self.threshold != type(self).threshold
+        if chosen and self.quantile is not None:
+            raise RecipeError(
+                f"Cannot choose pseudo labels by a threshold and by a quantile, in {self.kind}",
+                received=f"threshold {self.threshold} and quantile {self.quantile}",
+                remedy="leave one of them out",
+            )
+
+    @property
+    def whole_batch(self) -> bool:  # type: ignore[override]
+        return self.quantile is not None
+
+
+class Depth(_OnLabels):
+    """A term of depth in metres."""
+
+    compares = "depth"
+    head = DEPTH
+    follows_mix = follows_paste = True
+
+    reference: Literal["labels", "teacher"] = setting("labels", "What it compares with.")
+
+    @property
+    def learns_from(self) -> str:  # type: ignore[override]
+        return self.reference
+
+    @property
+    def in_metres(self) -> bool:
+        return True
+
+    def check_unit(self, whose: str, head: Any) -> None:
+        """Check that a head has metres. Raises: RecipeError."""
+        if head.unit != METRES:
+            raise RecipeError(
+                f"{self.kind} compares depth in metres",
+                received=f"{whose} head {DEPTH} in unit {head.unit!r}",
+                remedy="depth-ssi compares depth that is known up to a scale and a shift",
+            )
+
+
+class CrossEntropy(_OnLabels):
+    """`ce`, set by flags: part of every loss whose weight is not 0."""
+
+    kind = "ce"
+    fused = partly_labelled = follows_mix = follows_paste = True
+
+    weight: Weight | None = setting(1.0, "Weight of ce, the cross-entropy.")
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = setting(
+        0.0, "Share of every label that ce, and auxiliary, spread over all classes."
+    )
+    focal_gamma: Weight = setting(
+        0.0,
+        "Exponent of the focal loss: ce is multiplied by (1 - p)^gamma of its label's probability p, pixel by pixel; "
+        "2 is usual, 0 is the plain ce.",
+    )
+    class_weights: Literal["none", "median", "sqrt"] = setting(
+        "sqrt",
+        "Class weights of ce, and of auxiliary beside it: median (median frequency), the milder sqrt of that, or none. "
+        "Unweighted, rare classes are learnt late.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.focal_gamma > 0 and self.label_smoothing > 0:
+            raise RecipeError(
+                "Cannot compute a focal loss of smoothed labels",
+                received=f"--focal-gamma {self.focal_gamma:g} with --label-smoothing {self.label_smoothing:g}",
+                remedy="leave one of them out",
+            )
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ("ce_weight", "label_smoothing", "focal_gamma", "class_weights")
+
+
+class KL(OfLogits):
+    """`kl`, set by flags."""
+
+    kind = "kl"
+    fused = follows_mix = follows_paste = True
+
+    weight: Weight | None = setting(
+        0.3, "Weight of kl, T^2 * KL. At 1 its gradient is several times that of the labels."
+    )
+    temperature: Positive = setting(2.0, "Temperature of kl.")
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ("kl_weight", "temperature", *super().takes)
+
+
+class Pseudo(PseudoLabels):
+    kind = "pseudo"
+    class_weights: Literal["none", "median", "sqrt"] = setting("none", "Weights by how rare a class is among targets.")
+
+
+class Attention(FeatureTerm):
+    kind = "at"
+    stored = ("the attention map or features of {}", "--statistics at:{}")
+    weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
+
+    def offered(self, manifest: Any) -> list[str]:
+        """Taps with a stored map come after all others: of a map and the features it was made from, it is smaller."""
+        return super().offered(manifest) + _maps(manifest)
+
+    def arrays(self, manifest: Any) -> tuple[str, ...]:
+        mapped = self.teacher_tap in _maps(manifest)
+        return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
+
+
+class Similarity(FeatureTerm):
+    kind = "sp"
+    compares = "similarity"
+    whole_batch = True
+    weight: Weight | None = setting(50.0, "Factor on the term.")
+
+
+class Hint(Projected):
+    kind = "hint"
+    distance: Literal["mse", "smooth-l1"] = setting("mse", "How features are compared.")
+
+
+class Cosine(Projected):
+    kind = "cosine"
+    weight: Weight | None = setting(2.0, "Factor on the term.")
+
+
+class Channels(FeatureTerm):
+    kind = "cwd"
+    all_classes = raw_logits = True
+    weight: Weight | None = setting(None, "Factor on the term (default: 0.15 of logits, 3 of a tap).")
+    temperature: Positive = setting(4.0, "Temperature of both softmaxes.")
+
+    @property
+    def compares(self) -> str:  # type: ignore[override]
+        return "logits" if self.student_tap is None and self.teacher_tap is None else "features"
+
+    @property
+    def default_weight(self) -> float:
+        return 3.0 if self.reads_taps else 0.15
+
+
+class Relations(OfLogits):
+    kind = "dist"
+    whole_batch = True
+    beta: Weight = setting(1.0, "Weight of the relations between classes.")
+    gamma: Weight = setting(1.0, "Weight of the relations between cells.")
+
+
+class Decoupled(OfLogits):
+    kind = "dkd"
+    all_classes = True
+    weight: Weight | None = setting(0.02, "Factor on the term.")
+    temperature: Positive = setting(4.0, "Temperature of both softmaxes.")
+    alpha: Weight = setting(1.0, "Weight of the target class against the rest.")
+    beta: Weight = setting(8.0, "Weight of the other classes among themselves.")
+
+
+class Dice(_OnLabels):
+    kind = "dice"
+
+
+class Lovasz(_OnLabels):
+    kind = "lovasz"
+
+
+class Auxiliary(_OnLabels):
+    """It is a second cross-entropy: it counts nothing without labels, and takes the settings of the first."""
+
+    kind = "auxiliary"
+    head = AUXILIARY
+    partly_labelled = True
+    weight: Weight | None = setting(0.1, "Factor on the term.")
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ("label_smoothing",)
+
+
+class Entropy(LossTerm):
+    kind = "entropy"
+    learns_from = "predictions"
+    weight: Weight | None = setting(0.001, "Factor on the term.")
+
+
+class Consistency(PseudoLabels):
+    kind = "consistency"
+    threshold: Share = setting(0.968, "Least probability of a pseudo label.")
+    normalise: Literal["kept", "all", "share"] = setting("all", "What the sum is divided by.")
+    by: Literal["student", "ema", "store"] = setting("student", "Who makes the pseudo labels.")
+
+    @property
+    def learns_from(self) -> str:  # type: ignore[override]
+        return "teacher" if self.by == "store" else "predictions"
+
+    @property
+    def labels_itself(self) -> bool:
+        return self.by != "store" and self.active
+
+
+class Adversarial(LossTerm):
+    kind = "adversarial"
+    learns_from = "predictions"
+    weight: Weight | None = setting(None, "Factor (default: 0.001, of least squares 0.01; of auxiliary a fifth).")
+    against: Name | None = setting(None, "The stream whose predictions they are to pass for (default: the only other).")
+    loss: Literal["vanilla", "least-squares"] = setting("vanilla", "How the discriminator's answers are judged.")
+    head: Literal["segmentation", "auxiliary"] = setting("segmentation", "Whose predictions are compared.")  # type: ignore[misc]
+
+    @property
+    def default_weight(self) -> float:
+        return (0.01 if self.loss == "least-squares" else 0.001) * (1 if self.head == SEGMENTATION else 0.2)
+
+
+class DepthL1(Depth):
+    kind = "depth-l1"
+    weight: Weight | None = setting(0.1, "Factor on the term.")
+
+
+class DepthBerhu(Depth):
+    kind = "depth-berhu"
+    weight: Weight | None = setting(0.04, "Factor on the term.")
+
+
+class DepthSilog(Depth):
+    kind = "depth-silog"
+    weight: Weight | None = setting(0.1, "Factor on the term.")
+
+
+class DepthSsi(Depth):
+    """It aligns scale and shift, so it is for teachers, whose depth often has neither."""
+
+    kind = "depth-ssi"
+    weight: Weight | None = setting(0.3, "Factor on the term.")
+    reference: Literal["labels", "teacher"] = setting("teacher", "What it compares with.")
+    alpha: Weight = setting(0.5, "Weight of gradient matching.")
+
+    @property
+    def in_metres(self) -> bool:
+        return self.reads_labels
+
+    def check_unit(self, whose: str, head: Any) -> None:
+        """It compares depth in any unit."""
+
+
+class DepthGradient(Depth):
+    kind = "depth-gradient"
+    weight: Weight | None = setting(0.5, "Factor on the term.")
+
+
+KINDS = tuple(kind for kind, term in TERMS.items() if not term.fused)
+"""The kinds that `--term` takes."""
+METHODS = ("kl", *KINDS)
+"""The kinds that `--method` takes."""
+
+
+def parse_term(value: Any) -> LossTerm:
+    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe, whose keys may have dashes.
+
+    Raises: RecipeError for what is no term.
+    """
+    if isinstance(value, LossTerm):
+        return value
+    if isinstance(value, str):
+        kind, *options = value.split(",")
+        value = {"kind": kind, **dict(map(_option, options))}
+    table = {key: own for key, own in value.items() if own is not None} if isinstance(value, Mapping) else {}
+    named = {str(key).replace("-", "_"): own for key, own in table.items()}
+    if len(named) < len(table):
+        raise RecipeError(
+            "A term has one option in two spellings",
+            received=", ".join(map(str, table)),
+            remedy="leave one of them out: a dash and an underscore are the same",
+        )
+    cls = _class_of(named.pop("kind", None), value)
+    for option in named:
+        if option not in cls.options():
+            raise RecipeError(
+                f"the options of {cls.kind} are {', '.join(cls.options())}",
+                received=repr(option),
+                remedy=nearest(option, cls.options()) or "leave it out",
+            )
+    return cls(**named, given=frozenset(named))
+
+
+def loss_term(kind: str, **options: Any) -> LossTerm:
+    """Make a term by its kind. Raises: RecipeError for an unknown kind or option, or a value that it does not take."""
+    return parse_term({"kind": kind, **options})
+
+
+def parse_method(text: str) -> tuple[LossTerm, ...]:
+    """Parse `none`, or a sum of kinds such as `kl+at`, in any order.
+
+    Raises: RecipeError for an unknown kind (with the nearest name), a kind twice, or `none` beside another.
+    """
+    kinds = [part.strip() for part in text.split("+")]
+    if kinds == ["none"]:
+        return ()
+    for kind in kinds:
+        if kind not in ("none", *METHODS):
+            raise RecipeError(
+                f"--method is none or a sum of {', '.join(METHODS)}",
+                received=repr(text),
+                remedy=nearest(kind, ("none", *METHODS)) or "write for example kl or kl+at",
+            )
+    if len(set(kinds)) < len(kinds) or "none" in kinds:
+        raise RecipeError(
+            "--method names each of its terms once, and none stands alone",
+            received=repr(text),
+            remedy="several terms of a kind, with taps of their own, are written as [[term]] in a recipe",
+        )
+    return tuple(TERMS[kind]() for kind in kinds)
+
+
+def auto_method(*, parted: bool) -> str:
+    """Return the method `auto` of train-student: `dist` helps more, and compares a whole batch of own pixels.
+
+    Args:
+        parted: whether a batch has pasted pixels, or is learnt in parts.
+    """
+    return "kl" if parted else "dist"
+
+
+def _class_of(kind: Any, value: Any) -> type[LossTerm]:
+    """The class of a kind. Raises: RecipeError with the nearest name for any other."""
+    if not isinstance(kind, str):
+        raise RecipeError("a term says its kind", received=f"{value}", remedy=f"add kind, one of {', '.join(KINDS)}")
+    if kind in KINDS:
+        return TERMS[kind]
+    fused = f"its weight is a flag: --{kind}-weight" if kind in TERMS else ""
+    raise RecipeError(
+        f"a term is one of {', '.join(KINDS)}",
+        received=repr(kind),
+        remedy=fused or nearest(kind, KINDS) or "pick one of these",
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), float(value)
+    except ValueError:
+        return key.strip(), value.strip()
+
+
+def _maps(manifest: Any) -> list[str]:
+    """Taps whose attention map is stored."""
+    statistics: Mapping[str, Any] = getattr(manifest, "statistics", {})
+    return [name.removeprefix("at.") for name in statistics if name.startswith("at.")]

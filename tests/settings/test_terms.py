@@ -1,0 +1,45 @@
+"""Terms of a loss: each is in four places, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdcache.distill.terms import KINDS, loss_term, parse_term, term_modules
+from kdcache.errors import RecipeError
+from kdcache.settings.term import TERMS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_term_has_a_module_a_test_and_a_heading(kind: str) -> None:
+    assert term_modules()[kind].kind == kind
+    tests = (path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "distill").glob("test_*.py"))
+    assert any(f'"{kind}"' in text for text in tests)
+    assert f"\n| `{kind}` |" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def test_every_module_has_settings() -> None:
+    assert set(term_modules()) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_facts_of_a_term_are_words_that_readers_know(kind: str) -> None:
+    term = TERMS[kind]()
+    assert term.learns_from in ("labels", "teacher", "predictions")
+    assert term.compares in ("logits", "features", "depth", "similarity")
+    assert term.head in ("segmentation", "auxiliary", "depth")
+
+
+def test_a_table_has_what_was_given() -> None:
+    table = {"kind": "pseudo", "threshold": 0.7, "weight": 0.5}
+    assert parse_term(table).table() == table
+    assert parse_term("pseudo,threshold=0.7,weight=0.5") == parse_term({**table, "normalise": "kept"})
+    assert loss_term("pseudo").table() == {"kind": "pseudo"}
+
+
+def test_two_spellings_of_an_option_are_refused() -> None:
+    with pytest.raises(RecipeError, match="two spellings"):
+        parse_term({"kind": "at", "student-tap": "a", "student_tap": "b"})
