@@ -19,7 +19,7 @@ from torch import Tensor
 from common import header, write
 from kdcache.bench import timing
 from kdcache_kernels import PackedTarget, distill_loss, pack
-from kdcache_kernels.plain.choice import LEAST
+from kdcache_kernels.plain.choice import LEAST, MOST, ONE_CELL
 
 FAMILIES = ("numba", "torch")
 CLASSES = (2, 10, 21, 50, 100, 150, 300, 600, 1000)
@@ -28,8 +28,6 @@ CELLS = (1, 2, 4, 8, 16, 32)
 STRIDES = (1, 2, 4)
 IMAGES = (1, 4, 16, 64, 256)
 """In a batch of images of one pixel."""
-MOST = 1_200_000
-"""Classes times label pixels up to which problems are measured."""
 REPEATS = 40
 
 
@@ -64,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    grids = {"one cell": (list(IMAGES), [(images, 1, 1) for images in IMAGES])}
+    grids = {ONE_CELL: (list(IMAGES), [(images, 1, 1) for images in IMAGES])}
     for stride in STRIDES:
         grids[str(stride)] = ([(cells * stride) ** 2 for cells in CELLS], [(1, cells, stride) for cells in CELLS])
     kinds: dict[str, Any] = {}

@@ -93,6 +93,9 @@ def test_the_table_is_whole_and_is_read_at_the_problem_or_below():
                     assert choice._prefers_torch(kind, classes, pixels) is (ratio >= choice.LEAST)
                     assert choice._prefers_torch(kind, classes, pixels + 1) in (True, False)
     assert not choice._prefers_torch("one cell", 1, 256)
+    assert choice._prefers_torch("one cell", 1000, 10**6)
+    assert choice._prefers_torch("1", 150, choice.MOST // 150)
+    assert not choice._prefers_torch("1", 150, choice.MOST // 150 + 1)
     assert not choice._prefers_torch("3", 1000, 256)
     largest = table["kinds"]["4"]["ratios"][-1]
     assert largest[-1] is None

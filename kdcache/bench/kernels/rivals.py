@@ -76,7 +76,7 @@ def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
 
 def resolved(impl: str, device: torch.device) -> str:
     """The implementation that "auto" stands for on a device. Raises: ValueRangeError for one that it cannot run."""
-    return choose_implementation(impl, device, torch.float32)
+    return choose_implementation(impl, device, torch.float32, has_torch=True)
 
 
 def _whole(title: str, mode: str | None, case: Case, inputs: Inputs) -> Contestant:

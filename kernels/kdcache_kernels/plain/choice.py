@@ -16,6 +16,9 @@ from ..problem import LossProblem
 
 LEAST = 1.1
 """How many times as long numba takes from where torch is chosen: what is closer is noise."""
+MOST = 1_200_000
+"""Classes times label pixels up to which maps were measured; torch would need much memory for larger ones."""
+ONE_CELL = "one cell"
 FILE = Path(__file__).parent / "choice.json"
 
 
@@ -27,14 +30,14 @@ def prefers_torch(problem: LossProblem) -> bool:
     target = (h, w) if problem.target is None else tuple(problem.target.values.shape[2:])
     H, W = problem.size
     one_cell = (h, w) == target == (H, W) == (1, 1)
-    return _prefers_torch("one cell" if one_cell else str(min(H // h, W // w)), C, B * H * W)
+    return _prefers_torch(ONE_CELL if one_cell else str(min(H // h, W // w)), C, B * H * W)
 
 
 @lru_cache(maxsize=256)
 def _prefers_torch(kind: str, classes: int, pixels: int) -> bool:
     table = _table()
     measured = table["kinds"].get(kind)
-    if measured is None:
+    if measured is None or (kind != ONE_CELL and classes * pixels > MOST):
         return False
     row, column = bisect_right(table["classes"], classes) - 1, bisect_right(measured["pixels"], pixels) - 1
     if row < 0 or column < 0:

@@ -40,6 +40,15 @@ class _Map(NamedTuple):
     align_corners: bool
     positions: ViewPositions | None
 
+    @classmethod
+    def of_view(cls, size: Size, own: Size, align_corners: bool, view_size: Size) -> "_Map":
+        """Return the map of a whole view; `F.interpolate` rounds the weights of ratios that are not whole."""
+        whole_ratio = size[0] % own[0] == 0 and size[1] % own[1] == 0
+        simple = view_size == size or not align_corners
+        if simple and (size == own or (whole_ratio and not align_corners)):
+            return cls(size, own, align_corners, None)
+        return cls(size, own, align_corners, view_positions(None, None, view_size, size, torch.device("cpu")))
+
     def resize(self, x_Bchw: Tensor) -> Tensor:
         if self.positions is not None:
             return resample(x_Bchw, *self.positions.hat_matrices(self.own, self.align_corners, x_Bchw.dtype))
@@ -89,7 +98,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
 def _compute(problem: LossProblem, student_BChw: Tensor) -> LossResult:
     T = problem.temperature
-    on = _map_of_student(problem)
+    on = _Map.of_view(problem.size, (student_BChw.shape[2], student_BChw.shape[3]), problem.align_corners, problem.size)
     logits_BCP, lost_BP = _Logits.of(student_BChw, _LARGEST * min(1.0, T), on)
     # Relative to the maximum, for the sums of the divergence.
     logits_BCP = logits_BCP - logits_BCP.amax(1, keepdim=True)
@@ -181,11 +190,11 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
         gate_BP = in_pixels(problem.pixel_weight).float()
         gate_BP = gate_BP if counted_BP is None else torch.where(counted_BP, gate_BP, 0)
     grid = (target.values.shape[2], target.values.shape[3])
-    aligned = target.align_corners and target.view_size != size
-    if aligned and positions is None:
-        positions = view_positions(None, None, target.view_size, size, target.device)
-    on = _Map(size, grid, target.align_corners, positions)
-    sparse = target.indices is not None and grid == size == (1, 1) and positions is None
+    if positions is None:
+        on = _Map.of_view(size, grid, target.align_corners, target.view_size)
+    else:
+        on = _Map(size, grid, target.align_corners, positions)
+    sparse = target.indices is not None and grid == size == (1, 1) and on.positions is None
     teacher: Teacher
     if sparse and _widest(target.values) < math.inf and _widest(target.tail) < math.inf:
         teacher = SparseTeacher.of(target, T)
@@ -201,11 +210,6 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
     kl = T * T * float((teacher.divergence(student) * gate_BP).sum()) * per_count
     factor_BP = gate_BP * (float(problem.kl_weight) * T * per_count)
     return kl, factor_BP, teacher
-
-
-def _map_of_student(problem: LossProblem) -> _Map:
-    own = (problem.student.shape[2], problem.student.shape[3])
-    return _Map(problem.size, own, problem.align_corners, None)
 
 
 def in_pixels(x: Tensor, axis: int = 1) -> Tensor:
