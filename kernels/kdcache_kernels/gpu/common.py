@@ -273,7 +273,7 @@ def register_limit(default: int) -> int:
         return default
     if not (text.isdecimal() and 32 <= int(text) <= 255):
         raise ValueRangeError(
-            "KDCACHE_CELLS_REGISTERS is a number of registers from 32 to 255.",
+            f"KDCACHE_CELLS_REGISTERS={text} is not a number of registers from 32 to 255.",
             received=repr(text),
             remedy=f"Leave it unset for {default}, or set 128, with which more warps share a multiprocessor.",
         )
