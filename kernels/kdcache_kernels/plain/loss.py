@@ -233,4 +233,5 @@ def _inverse(count: Tensor | float) -> float:
 def _result(problem: LossProblem, ce: float, kl: float, gradient_BChw: Tensor) -> LossResult:
     loss = float(problem.ce_weight) * ce + float(problem.kl_weight) * kl
     gradient = gradient_BChw.to(problem.gradient_dtype) if problem.need_gradient else torch.empty(0)
-    return LossResult(*(torch.scalar_tensor(x, dtype=torch.float32) for x in (loss, ce, kl)), gradient)
+    loss_, ce_, kl_ = (torch.scalar_tensor(x, dtype=torch.float32) for x in (loss, ce, kl))
+    return LossResult(loss_, ce_, kl_, gradient)
