@@ -51,9 +51,9 @@ class Verb(TyperCommand):
     """A verb with a short help and a whole one."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        shown: frozenset[str] | None = getattr(self.callback, "common", None)
-        whole = shown is None or ctx.meta.get(_ALL)
-        rare = [] if whole else [p for p in self.params if p.name not in shown and not p.required and not p.hidden]
+        shown: frozenset[str] = getattr(self.callback, "common", frozenset())
+        parameters: list[Any] = list(self.params) if shown and not ctx.meta.get(_ALL) else []
+        rare = [p for p in parameters if p.name not in shown and not p.required and not getattr(p, "hidden", False)]
         self.epilog = f"{len(rare)} more flags: {ctx.command_path} {_ALL}" if rare else None
         for parameter in rare:
             parameter.hidden = True

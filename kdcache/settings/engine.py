@@ -17,17 +17,14 @@ _engine = partial(setting, panel="Several machines")
 class EngineSettings:
     """Who does the work of a build or a sweep; all but `engine` are of Ray."""
 
-    engine: Literal["local", "ray"] = _engine(
-        "local", "local: this machine. ray: actors or jobs on a Ray cluster, which this process leads."
-    )
+    engine: Literal["local", "ray"] = _engine("local", "local: this machine. ray: actors or jobs on a Ray cluster.")
     actors: Count | None = _engine(None, "Actors of --engine ray (default: as many as have room).", ranged=True)
     num_gpus: Annotated[float, Ge(0)] = _engine(
-        0.0, "GPUs of each actor or job of --engine ray, also a part of one.", ranged=True
+        0.0, "GPUs of each actor or job of --engine ray, e.g. 0.5.", ranged=True
     )
     address: str | None = _engine(
         None,
-        "Address of a running Ray cluster, or auto (default: RAY_ADDRESS, or the cluster that ray start began on this "
-        "machine, or one that is started for this command).",
+        "Address of a Ray cluster (default: RAY_ADDRESS, else one on this machine).",
     )
 
     @property

@@ -113,15 +113,10 @@ class CrossEntropy(_OnLabels):
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = setting(
         0.0, "Share of every label that ce, and auxiliary, spread over all classes."
     )
-    focal_gamma: Weight = setting(
-        0.0,
-        "Exponent of the focal loss: ce is multiplied by (1 - p)^gamma of its label's probability p, pixel by pixel; "
-        "2 is usual, 0 is the plain ce.",
-    )
+    focal_gamma: Weight = setting(0.0, "Exponent of the focal loss in ce: 2 is usual, 0 off.")
     class_weights: Literal["none", "median", "sqrt"] = setting(
         "sqrt",
-        "Class weights of ce, and of auxiliary beside it: median (median frequency), the milder sqrt of that, or none. "
-        "Unweighted, rare classes are learnt late.",
+        "Class weights of ce and auxiliary: median frequency, its sqrt, or none.",
     )
 
     def __post_init__(self) -> None:
@@ -144,9 +139,7 @@ class KL(OfLogits):
     kind = "kl"
     fused = follows_mix = follows_paste = True
 
-    weight: Weight | None = setting(
-        0.3, "Weight of kl, T^2 * KL. At 1 its gradient is several times that of the labels."
-    )
+    weight: Weight | None = setting(0.3, "Weight of kl, T^2 * KL.")
     temperature: Positive = setting(2.0, "Temperature of kl.")
 
     @property

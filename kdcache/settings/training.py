@@ -68,49 +68,39 @@ class TrainSettings:
     cache: str | None = setting(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
     model: str = setting(
         REQUIRED,
-        "What to train; see [bold]kdcache models[/]. MODEL+depth adds a depth head, MODEL+aux an auxiliary head of "
-        "classes that serves the training alone.",
+        "What to train, as [bold]kdcache models[/] lists it. MODEL+depth adds a head.",
         metavar="SPEC",
         code=True,
         words=listed_specs,
     )
-    val: str | None = setting(
-        None, "Labelled data to validate on; best weights have the best mIoU, of depth alone the smallest rmse."
-    )
+    val: str | None = setting(None, "Labelled data to validate on.")
     val_split: str = setting("val", "Split to validate on.")
     name: str | None = setting(
         None,
-        "Name in tables and pictures (default: in tables the settings in which it differs, in pictures its folder).",
+        "Name in tables and pictures (default: its settings, or its folder).",
     )
     init: str | None = setting(None, "Start from a weights FILE, or [bold]default[/] (downloads).")
 
     stream: tuple[Any, ...] = setting(
         (),
-        "One of several sources that share every batch: a name, then its settings, e.g. kitti,cache=kitti.zarr,"
-        "share=0.5,weight=1,labels=none,method=kl; paste=classmix,paste-from=NAME pastes another's samples into its "
-        "own. May be repeated; in a recipe, each is a table named stream. Other flags are those of all streams.",
+        "One of several sources: NAME,cache=STORE,share=0.5. May be repeated.",
         metavar="NAME,X=Y",
         repeated=True,
     )
 
     method: str = _loss(
         "auto",
-        f"none (labels only, same pixels), or a sum such as kl or kl+at of {', '.join(_TAUGHT)}, and of "
-        f"{', '.join(_UNTAUGHT)}, which need no teacher. auto is dist; kl with --mix or --accumulate, which dist "
-        "cannot follow.",
+        "none, or terms such as kl+at (auto: dist, with --mix kl).",
         metavar="KIND+KIND",
         words=("auto", "none", *_TAUGHT, *_UNTAUGHT),
     )
     teacher: Literal["store", "labels"] = _loss(
         "store",
-        "What the teacher terms learn from: the store's targets; or labels, averaged over the same cells in their "
-        "place, the control that shows what a loss does without a teacher (--cache or --data).",
+        "Targets of the teacher terms: the cache's, or labels as a control.",
     )
     term: tuple[Any, ...] = _loss(
         (),
-        "One more term with options of its own, e.g. cosine,weight=0.1,teacher_tap=layer4, or "
-        "dkd,beta=0.5,temperature=1 (ImageNet's; its defaults 8 and 4 are CIFAR's). May be repeated; in a recipe, each "
-        "is a table named term.",
+        "One more term, e.g. cosine,weight=0.1,teacher_tap=layer4. May be repeated.",
         metavar="KIND,X=Y",
         repeated=True,
     )
@@ -121,19 +111,17 @@ class TrainSettings:
     focal_gamma: Weight = _of(CrossEntropy, "focal_gamma")
     balance: Literal["fixed", "uncertainty"] = _loss(
         "fixed",
-        "How the losses of two tasks become one: fixed weights (--task-weight), or weights that are learnt from each "
-        "task's uncertainty (Kendall 2018).",
+        "Weights of two tasks: fixed, or learnt from their uncertainty.",
     )
     task_weight: TaskWeights = _loss(
         (),
-        "Weight of a task where two are learnt, e.g. depth=0.7 (default: 0.5 each). May be repeated.",
+        "Weight of a task, e.g. depth=0.7 (default: 0.5 each). May be repeated.",
         metavar="TASK=X",
         repeated=True,
     )
     impl: Literal["auto", "triton", "numba", "reference"] = _loss(
         "auto",
-        "Implementation of the loss: triton (a GPU), numba (a CPU) or reference (plain PyTorch: slow and large, "
-        "for comparison). auto: the first that runs here.",
+        "Implementation of the loss (auto: triton on CUDA, else numba or torch).",
     )
     class_weights: Literal["none", "median", "sqrt"] = _of(CrossEntropy, "class_weights")
 
@@ -143,96 +131,78 @@ class TrainSettings:
     )
     distill_schedule: DistillSchedule = _gate(
         "constant",
-        "Weight of the teacher terms, and of consistency: constant; fade: falls linearly to 0; warmup:N: rises "
-        "linearly over the first N iterations.",
+        "Weight of the teacher terms over time: constant, fade or warmup:N.",
     )
-    gate: str = _gate(
-        "none", "Which pixels are distilled: none (all), correct (not where the label differs) or confidence:X."
-    )
+    gate: str = _gate("none", "Which pixels are distilled: none (all), correct, or confidence:X.")
     class_trust: str | None = _gate(
         None,
-        "Weight of each class that the teacher predicts: from a file, or by how far it beats --trust-against.",
+        "Weights of the teacher's classes, from a file or --trust-against.",
         metavar="FILE|auto",
     )
     trust_against: str | None = _gate(None, "A run without a teacher that left out a --fold.", metavar="RUN")
     class_balance: Literal["none", "median", "sqrt"] = _gate(
-        "none", "Weights of the targets by how rare their class is: none, median or sqrt."
+        "none", "Weights of the targets by how rare their class is."
     )
 
-    labels: Tasks = _part(
-        "all", "Which labels are used: all, none (a teacher's targets alone), or tasks as segmentation+depth."
-    )
-    limit_labels: Positive | None = _part(
-        None, "Use the labels of so many samples. A store whose teacher had others of them is refused.", metavar="N"
-    )
+    labels: Tasks = _part("all", "Which labels are used: all, none, or tasks as segmentation+depth.")
+    limit_labels: Positive | None = _part(None, "Use the labels of so many samples.", metavar="N")
     labelled_share: Annotated[float, Ge(0.001), Le(0.999)] | None = _part(
         None,
-        "Where only some samples have a label: their share of every batch (default: as many as there are, at "
-        "least 0.5).",
+        "Share of labelled samples in every batch (default: as in the data).",
         metavar="SHARE",
     )
     sampling: Sampling = _part(
         "even",
-        "even: every sample once an epoch; rare: a rare class first, then a sample that shows it, so that most batches "
-        "have some (needs labels); rare:T with another temperature than 0.01, of which a higher one is milder.",
+        "even: each sample once an epoch. rare: rare classes first.",
         metavar="even|rare[:T]",
     )
     limit_views: Count | None = _part(None, "Replay the first so many views of a sample.", metavar="N", ranged=True)
     limit_samples: Positive | None = _part(None, "Use so many samples, below 1 a share; always the same.", metavar="N")
-    fold: str | None = _part(
-        None, "Leave out fold I, from 0, of K: for cross-fitting (--folds), or to evaluate on it.", metavar="I/K"
-    )
+    fold: str | None = _part(None, "Leave out fold I of K, from 0.", metavar="I/K")
     val_fold: str | None = _part(None, "Validate on this fold of the split alone.", metavar="I/K")
     folds_by: str | None = _part(None, FOLDS_BY, metavar="PATTERN")
 
     augment: Literal["auto", "warp", "replay", "none"] = _view(
         "auto",
-        "warp (zoom, crop, flip pixels and targets alike), replay (as stored) or none. "
-        "auto: replay where the store has several views, else warp.",
+        "warp (random crops), replay (views as stored) or none.",
     )
     scale: Range | None = _view(
         None, "Random zoom (default: 0.5:2; where metric depth is compared 1:1).", metavar="MIN:MAX"
     )
     depth_zoom: Literal["none", "divide", "keep"] = _view(
         "none",
-        "Metric depth in a zoomed image: none draws no zoom, divide divides it by the zoom, as what "
-        "is twice as large looks half as far; or keep it.",
+        "Metric depth in a zoomed image: none zooms nothing, divide or keep.",
     )
     flip: bool | None = _view(
         None,
-        "Random horizontal flip: yes, except where warp would mirror stored features, which needs --flip.",
+        "Random horizontal flip (default: yes, unless features forbid it).",
         default_shown=False,
     )
     jitter: Jitter = _view(
         0.3,
-        "Strength of colour jitter, 0 is off; or randaugment:N,M: N of RandAugment's colour operations, of magnitude M "
-        "of 0 to 30.",
+        "Strength of colour jitter, 0 for none, or randaugment:N,M.",
         metavar="X|randaugment:N,M",
     )
-    mix: str | None = _view(
-        None, "Paste between the samples of a batch: cutmix or classmix, with a share as cutmix:0.5."
-    )
+    mix: str | None = _view(None, "Paste between samples: cutmix or classmix, with a share as cutmix:0.5.")
 
     iterations: Count | None = _step(None, f"Optimizer steps (default: {DEFAULT_ITERATIONS}).")
     epochs: Count | None = _step(None, "Instead of --iterations: passes over all samples.")
     batch_size: Count = _step(8, "Samples per step, of all processes together.")
     accumulate: Count = _step(
         1,
-        "Process a batch in N parts, one after the other, in about an Nth of the memory: gradients add up to "
-        "those of the whole batch, except that BatchNorm sees each part alone.",
+        "Process a batch in N parts, with the same gradients.",
         metavar="N",
         ranged=True,
     )
     optimizer: Literal["adamw", "adam", "sgd"] = _step("adamw", "adamw, adam or sgd.")
     lr: Positive = _step(
         LEARNING_RATE,
-        "Learning rate at its highest (default: 6e-3 for kdcache:tiny, 2e-3 for kdcache:base, else 1e-3).",
+        "Highest learning rate (default: 6e-3 kdcache:tiny, 2e-3 kdcache:base, else 1e-3).",
         automatic=True,
     )
     lr_scale: LrScales = _step(
         (),
-        "Factor on the learning rate of parameters whose name begins with PREFIX, e.g. encoder=0.1 where that is "
-        "pretrained. May be repeated; the longest prefix counts.",
+        "Factor on the learning rate below PREFIX, e.g. encoder=0.1. May be repeated.",
         metavar="PREFIX=X",
         repeated=True,
     )
@@ -243,8 +213,7 @@ class TrainSettings:
     warmup: Annotated[int, Ge(0)] = _step(0, "Steps of linear warm-up.")
     ema: Decay | None = _step(
         None,
-        "Also keep an exponential moving average of the weights with this decay, e.g. 0.999: it is validated and "
-        "saved beside them, as best-ema and last-ema (default: none).",
+        "Keep a moving average of the weights, too, e.g. 0.999.",
         metavar="DECAY",
     )
     clip_grad: Weight = _step(0.0, "Largest gradient norm; 0 does not clip.")
@@ -253,38 +222,32 @@ class TrainSettings:
     amp: Literal["auto", "off", "bf16"] = _run("auto", "auto (bf16 on a GPU), off or bf16.")
     step: Literal["auto", "eager", "compiled", "graphed"] = _run(
         "auto",
-        "How a training step runs: eager, compiled (torch.compile: up to a minute at first, then faster) or "
-        "graphed (compiled and replayed as one CUDA graph: a small student waits for launches otherwise). "
-        "auto: graphed on a GPU, eager on a CPU.",
+        "How a step runs: eager, compiled, or graph (CUDA graph).",
     )
     workers: Annotated[int, Ge(0), Le(256)] = _run(
         0,
-        "Workers that load ahead: threads from a store, processes from image files; 0 loads between steps (and is "
-        "the default on a CPU).",
+        "Workers that load ahead (default: chosen by the source).",
         automatic=True,
     )
     shuffle: Literal["auto", "full", "window"] = _run(
         "auto",
-        "Order of an epoch: full (all records), or window (a few shards at a time, for a store that is far away). "
-        "auto: window for a remote store, else full.",
+        "Order of an epoch: full, or window (few shards at a time).",
     )
     resident: Literal["auto", "ram", "gpu", "off"] = _run(
         "auto",
-        "Where decoded records stay: ram (after their first reading), gpu (targets) or off. "
-        "auto: gpu, else ram, where they take at most half of what is free.",
+        "Where decoded records stay: ram, gpu or off.",
     )
     val_every: Count | None = _run(None, "Steps between validations and checkpoints (default: a tenth).")
     log_every: Count = _run(20, "Steps between log lines.")
     gradients_every: Annotated[int, Ge(0)] = _run(500, "Steps between gradient norms per term; 0 is off.")
     keep_every: Every | None = _run(
         None,
-        "Also keep the full state every N iterations (500), or N epochs (5e), as checkpoints/step-000500.pt; "
-        "--resume continues from one that is renamed to checkpoint.pt.",
+        "Keep the full state every N iterations (500) or epochs (5e), too.",
         metavar="N|Ne",
     )
     log: Logs = _run(
         (),
-        "Also send metrics to tensorboard or wandb, as a list (a,b) or repeated. wandb sends where you configured it.",
+        "Send metrics to tensorboard or wandb, too. May be repeated.",
         metavar="WHERE",
         repeated=True,
     )

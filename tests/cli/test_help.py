@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import typer
@@ -18,6 +20,15 @@ def option(verb: str, name: str):
     group = get_command(app)
     command = group.get_command(typer.Context(group), verb)
     return next(parameter for parameter in command.params if name in parameter.opts)
+
+
+def every_option(group: Any = None, words: str = "") -> Iterator[tuple[str, Any]]:
+    """Each verb with each of its parameters."""
+    for name, command in (get_command(app) if group is None else group).commands.items():
+        if hasattr(command, "commands"):
+            yield from every_option(command, f"{words}{name} ")
+        else:
+            yield from ((f"{words}{name}", parameter) for parameter in command.params if hasattr(parameter, "help"))
 
 
 def completed(verb: str, name: str, begun: str) -> list[str]:
@@ -56,6 +67,11 @@ def test_the_help_has_about_twenty_flags_and_help_all_has_the_rest(
     rest = len(every) - len(shown)
     assert (f"{rest} more flags: kdcache {verb} --help-all" in short.out) == (rest > 0)
     assert "more flags" not in whole.out
+
+
+def test_a_flag_is_explained_in_at_most_twelve_words() -> None:
+    long = [(verb, option.name) for verb, option in every_option() if len((option.help or "").split()) > 12]
+    assert long == []
 
 
 def test_a_paragraph_of_the_help_is_not_broken_within_its_lines(cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,17 +33,13 @@ def bench_kernels(
     ] = None,
     dtype: Annotated[
         str | None,
-        _Option(
-            "--dtype", help="Dtypes of the logits: fp32, fp16, bf16 (default: fp32; bf16 on CUDA; with --check all)."
-        ),
+        _Option("--dtype", help="Dtypes of the logits (default: fp32, on CUDA bf16, with --check all)."),
     ] = None,
     case: Annotated[
         str,
         _Option(
             "--case",
-            help="What a step computes: plain (labelled pixels), trained (class weights, void pixels that learn from "
-            "the teacher), warp (a window and a flip per image), gate (confident pixels), dist (this term alone, of "
-            "whole views), dist-warp (through windows); or [bold]all[/].",
+            help="What a step computes: plain, trained, warp, gate, dist, dist-warp or all.",
         ),
     ] = "plain",
     against: Annotated[
