@@ -10,6 +10,7 @@ from kdcache.data.memory.opened import is_memory
 from kdcache.errors import RecipeError
 from kdcache.progress import progress_bar
 from kdcache.run_folder import Run
+from kdcache.settings.preset import read_preset
 from kdcache.settings.training import TRAINING
 from kdcache.training import make_config, pick_device
 from kdcache.training import train as run_training
@@ -27,6 +28,7 @@ def train(
     model: str,
     data: Data | None = None,
     val: Data | None = None,
+    preset: str | None = None,
     resume: bool = False,
     progress: bool = True,
     **settings: Any,
@@ -43,6 +45,7 @@ def train(
         out: the run folder: new, empty, or with `resume` the run itself.
         model: its spec, such as kdcache:tiny or path/to/file.py:function.
         data, val: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
+        preset: settings of a training by a name, such as few-labels. `settings` win.
         resume: goes on from the last checkpoint.
         progress: shows a bar, or lines where there is no terminal.
         settings: as the flags of the verbs, with their defaults: `help(kdcache.verbs.train)` lists them. Sizes are
@@ -66,7 +69,8 @@ def train(
     if settings.get("workers") is None:
         settings["workers"] = default_workers(pick_device(str(settings.get("device") or "auto")))
     given = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    config = make_config(given=given, **{"verb": verb, "model": model, **given, **places})
+    base = {} if preset is None else read_preset(preset)
+    config = make_config(given=given, **{**base, "verb": verb, "model": model, **given, **places})
     with progress_bar(progress) as bar:
         run_training(config, out, resume=resume, observer=TrainingProgress(bar, verb))
     return Run.open(out)

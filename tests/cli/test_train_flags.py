@@ -47,6 +47,38 @@ def test_both_verbs_take_them_and_a_recipe_repeats_them(world, cli, verb) -> Non
     assert one == two
 
 
+def test_a_preset_gives_what_nobody_gave(world, cli) -> None:
+    """A flag wins over a recipe, and a recipe over a preset, in any order. What a preset gives may have no effect."""
+    recipe = world / "mine.toml"
+    recipe.write_text("warmup = 1\nema = 0.9\n", encoding="utf-8")
+    for number, order in enumerate(
+        (f"--preset few-labels --recipe {recipe}", f"--recipe {recipe} --preset few-labels")
+    ):
+        out = world / f"run-{number}"
+        ended = cli(*f"{STUDENT.format(w=world)} {order} --warmup 2 --method none --out {out}".split())
+        assert ended.code == 0, ended.err
+        resolved = tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))
+        assert (resolved["warmup"], resolved["ema"], resolved["iterations"]) == (2, 0.9, 4)
+        assert (resolved["method"], resolved["augment"]) == ("none", "replay")
+
+
+def test_a_setting_of_a_preset_is_not_taken_for_typed(world, cli) -> None:
+    base = STUDENT.format(w=world)
+    ended = cli(*f"{base} --preset few-labels --method none --class-weights none --ce-weight 1 --out {world}/a".split())
+    assert ended.code == 0, ended.err
+    refused = cli(*f"{base} --preset few-labels --temperature 3 --out {world}/b".split())
+    assert refused.code == 2
+    assert "--temperature 3.0 would have no effect" in refused.err
+    assert not (world / "b").exists()
+
+
+def test_another_preset(world, cli) -> None:
+    ended = cli(*f"{STUDENT.format(w=world)} --preset few-label --out {world}/new".split())
+    assert ended.code == 2
+    assert "Did you mean few-labels?" in ended.err
+    assert not (world / "new").exists()
+
+
 def test_loggers_may_be_repeated(world, cli) -> None:
     ended = cli(*f"{STUDENT.format(w=world)} --log tensorboard --log tensorbord --out {world}/new".split())
     assert ended.code == 2

@@ -10,6 +10,7 @@ import typer
 from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, read
+from kdcache.settings.preset import preset_names, read_preset
 from kdcache.settings.shared import (
     CopySettings,
     DataSettings,
@@ -20,7 +21,7 @@ from kdcache.settings.shared import (
 )
 from kdcache.settings.streams import term_line, to_line
 from kdcache.settings.training import TRAINING
-from kdcache_cli.settings.signature import RESOLVED, flag
+from kdcache_cli.settings.signature import UNTYPED, flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch and zarr
     import torch
@@ -106,7 +107,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
         ) from error
     # A run's own recipe names its verb and every setting there is, also those that this verb has no flag for.
-    resolved = context.meta[RESOLVED] = "verb" in recipe
+    resolved = "verb" in recipe
     verb = recipe.pop("verb", context.info_name)
     if verb != context.info_name:
         raise RecipeError(
@@ -137,8 +138,21 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         values[name] = (
             [line(table) if isinstance(table, dict) else table for table in value] if isinstance(value, list) else value
         )
+    untyped: frozenset[str] = context.meta.get(UNTYPED, frozenset())
+    context.meta[UNTYPED] = untyped | values.keys() if resolved else untyped - values.keys()
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _load_preset(context: typer.Context, name: str | None) -> str | None:
+    """Let a preset's settings stand for flags that neither the command nor a recipe gives."""
+    if name is None or context.resilient_parsing:
+        return name
+    begun = dict(context.default_map or {})
+    values = {setting: value for setting, value in read_preset(name).items() if setting not in begun}
+    context.meta[UNTYPED] = context.meta.get(UNTYPED, frozenset()) | values.keys()
+    context.default_map = {**values, **begun}
+    return name
 
 
 Recipe = Annotated[
@@ -148,6 +162,17 @@ Recipe = Annotated[
         callback=_load_recipe,
         is_eager=True,
         help="TOML file with these flags as keys; a flag given here wins.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        callback=_load_preset,
+        is_eager=True,
+        autocompletion=lambda incomplete: [name for name in preset_names() if name.startswith(incomplete)],
+        help=f"Settings by a name: {', '.join(preset_names())}.",
     ),
 ]
 Data = Annotated[str, flag(DataSettings, "data")]

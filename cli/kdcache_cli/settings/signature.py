@@ -13,8 +13,8 @@ from kdcache.settings import Entry, entries
 from kdcache.settings.setting import choices
 
 Verb = Callable[..., None]
-RESOLVED = "kdcache.resolved"
-"""The key in a context's `meta` for whether its recipe is a run's, with every setting there is."""
+UNTYPED = "kdcache.untyped"
+"""The key in a context's `meta` for the settings of a preset, or of a run's own recipe: nobody typed them."""
 
 
 def takes(
@@ -57,15 +57,17 @@ def takes(
 
 
 def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """Return the settings that were typed, or that a recipe holds, of which nobody typed a run's own.
+    """Return the settings that somebody typed, here or in a recipe.
 
     Args:
         context: of the parser, which a verb gets in a parameter `context`.
     """
+    untyped = context.meta.get(UNTYPED, frozenset())
     sources = {name: context.get_parameter_source(name) for name in settings}
-    untyped = ("DEFAULT", "DEFAULT_MAP") if context.meta.get(RESOLVED) else ("DEFAULT",)
     return {
-        name: settings[name] for name, source in sources.items() if source is not None and source.name not in untyped
+        name: settings[name]
+        for name, source in sources.items()
+        if source is not None and source.name != "DEFAULT" and not (source.name == "DEFAULT_MAP" and name in untyped)
     }
 
 

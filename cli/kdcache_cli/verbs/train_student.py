@@ -14,7 +14,7 @@ from kdcache_cli.training import Out, Resume, run_training
 _ORDER = (
     "context",
     *("cache", "model", "out", "val", "val_split", "data", "split", "stream", "size", "fit", "name", "init"),
-    *("cache_dir", "cache_bytes", "threads", "device", "resume", "recipe"),
+    *("cache_dir", "cache_bytes", "threads", "device", "resume", "preset", "recipe"),
     *(name for panel in (LOSS, GATE, PART, VIEW, OPTIMIZATION, RUN) for name in names(TrainSettings, panel)),
 )
 
@@ -22,7 +22,7 @@ _ORDER = (
 @common(
     *("cache", "model", "out", "val", "data", "size", "stream", "init"),
     *("method", "term", "temperature", "kl_weight"),
-    *("iterations", "batch_size", "lr", "augment", "mix", "seed", "device", "threads", "resume", "recipe"),
+    *("iterations", "batch_size", "lr", "augment", "mix", "seed", "device", "threads", "resume", "preset", "recipe"),
 )
 @takes(*TRAINING, order=_ORDER)
 def train_student(
@@ -30,6 +30,7 @@ def train_student(
     context: typer.Context,
     out: Out,
     resume: Resume = False,
+    preset: shared_flags.Preset = None,
     recipe: shared_flags.Recipe = None,
 ) -> None:
     """Train a student from a store: no teacher is loaded or run.
