@@ -362,7 +362,7 @@ def test_each_run_on_the_sequences_that_it_left_out(world: Path, derive: Callabl
 def test_a_folds_teacher_is_judged_on_its_fold_alone(world: Path, derive: Callable[..., Path]) -> None:
     """Its training part would flatter it."""
     students = [derive(f"cv-{fold}", fold=f"{fold}/2", noise=0.1) for fold in (0, 1)]
-    teacher = Path(shutil.move(derive("big", fold="1/2", method="big", noise=0.2), world / "teacher"))
+    teacher = Path(shutil.move(derive("big", fold="1/2", method="kl", noise=0.2), world / "teacher"))
     found = compare(students, str(world / "data"), "train", options(own_fold=True, teacher=str(teacher)))
     (score,) = found.rows[1].runs
     split = open_split(world / "data", "train")
