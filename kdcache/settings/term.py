@@ -294,12 +294,20 @@ def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
         takers = _takers(name)
         owner = " and ".join(takers) if len(takers) < 4 else "terms that learn from a teacher"
         owners.setdefault(owner, []).append("--" + name.replace("_", "-"))
-    values = [f"--{name.replace('_', '-')} {value}" for name, value in idle.items()]
+    values = [_typed(name, value) for name, value in idle.items()]
     return RecipeError(
         f"{' and '.join(values)} would have no effect",
         received=f"{loss}; but " + ", ".join(f"{' and '.join(flags)} set {owner}" for owner, flags in owners.items()),
         remedy=f"leave {'them' if len(idle) > 1 else 'it'} out, or choose a --method that has {' or '.join(owners)}",
     )
+
+
+def _typed(name: str, value: Any) -> str:
+    """Return a setting as a command has it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
 
 
 def _takers(name: str) -> list[str]:

@@ -320,14 +320,15 @@ def parse_term(value: Any) -> LossTerm:
         return value
     if isinstance(value, str):
         kind, *options = value.split(",")
-        value = {"kind": kind, **dict(map(_option, options))}
-    table = {key: own for key, own in value.items() if own is not None} if isinstance(value, Mapping) else {}
-    named = {str(key).replace("-", "_"): own for key, own in table.items()}
-    if len(named) < len(table):
+        pairs: list[tuple[str, Any]] = [("kind", kind), *map(_option, options)]
+    else:
+        pairs = [(key, own) for key, own in value.items() if own is not None] if isinstance(value, Mapping) else []
+    named = {str(key).replace("-", "_"): own for key, own in pairs}
+    if len(named) < len(pairs):
         raise RecipeError(
-            "A term has one option in two spellings",
-            received=", ".join(map(str, table)),
-            remedy="leave one of them out: a dash and an underscore are the same",
+            "A term has one option twice",
+            received=", ".join(str(key) for key, _ in pairs),
+            remedy="Leave one of them out. A dash and an underscore are the same.",
         )
     cls = _class_of(named.pop("kind", None), value)
     for option in named:

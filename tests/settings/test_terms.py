@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kdcache.distill.terms import KINDS, loss_term, parse_term, term_modules
 from kdcache.errors import RecipeError
+from kdcache.settings.streams import term_line
 from kdcache.settings.term import TERMS
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,15 @@ def test_a_table_has_what_was_given() -> None:
     assert loss_term("pseudo").table() == {"kind": "pseudo"}
 
 
-def test_two_spellings_of_an_option_are_refused() -> None:
-    with pytest.raises(RecipeError, match="two spellings"):
-        parse_term({"kind": "at", "student-tap": "a", "student_tap": "b"})
+@pytest.mark.parametrize(
+    "term",
+    [
+        {"kind": "at", "student-tap": "a", "student_tap": "b"},
+        "at,student-tap=a,student_tap=b",
+        "at,student_tap=a,student_tap=b",
+        term_line({"kind": "at", "student-tap": "a", "student_tap": "b"}),
+    ],
+)
+def test_an_option_is_given_once(term: Any) -> None:
+    with pytest.raises(RecipeError, match="one option twice"):
+        parse_term(term)

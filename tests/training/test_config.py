@@ -319,7 +319,7 @@ def test_a_recipe_file_reads_back_as_it_was(
     [
         ({"temperature": 9.0, "kl_weight": 5.0}, ["--temperature 9.0", "--kl-weight 5.0", "a --method that has kl"]),
         ({"method": "none", "gate": "correct"}, ["--gate correct", "terms that learn from a teacher"]),
-        ({"method": "dice", "distill_void": False}, ["--distill-void False"]),
+        ({"method": "dice", "distill_void": False}, ["--no-distill-void"]),
         ({"method": "none", "distill_schedule": "fade"}, ["--distill-schedule fade"]),
         ({"method": "none", "temperature": 2.0}, ["--temperature 2.0"]),
         ({"method": "kl", "ce_weight": 0.0, "label_smoothing": 0.1}, ["--label-smoothing 0.1", "ce"]),
