@@ -290,7 +290,7 @@ _CONSISTENT = 'b,labels=none,method=none,"term=consistency,by=ema,threshold=0.15
     [
         {},
         {"clip_grad": 0.1, "workers": 2, "distill_void": True, "optimizer": "adam", "lr": 1e-4},
-        {"model": "spare", "method": "none"},
+        {"model": "spare", "method": "none", "distill_void": None},
         {"method": "kl+dist+pseudo", "batch_size": 4},
         {"mix": "classmix", "gate": "confidence:0.5", "class_balance": "sqrt", "batch_size": 4},
         {"stream": ["a,share=0.75,method=kl+dist", "b,method=none,weight=0.5"], "batch_size": 8},
@@ -299,6 +299,7 @@ _CONSISTENT = 'b,labels=none,method=none,"term=consistency,by=ema,threshold=0.15
         {
             "model": "kdcache:tiny+aux",
             "stream": ["a,method=none", _TWO_LEVELS],
+            "distill_void": None,
             "optimizer": "adam",
             "lr": 1e-4,
             "batch_size": 8,
@@ -337,7 +338,7 @@ def test_two_processes_learn_the_balance_of_two_tasks_as_one(
     """Half of the samples have labels of each task, so that the processes count different numbers of pixels of both."""
     data = "scenes:32x48,train=6,val=3,depth=exact,tasks=halves"
     settings = uneven | {"cache": None, "data": data, "val": data, "size": "32x48", "model": "kdcache:tiny+depth"}
-    settings |= {"method": "depth-silog", "balance": "uncertainty"}
+    settings |= {"method": "depth-silog", "balance": "uncertainty", "distill_void": None}
     for name, ranks in (("one", 1), ("two", 2)):
         ended = go(settings, tmp_path / name, ranks)
         assert ended.codes == [0] * ranks, ended.err

@@ -133,7 +133,8 @@ def test_what_needs_a_teacher_is_refused(changes: dict[str, Any], received: str,
 @pytest.mark.parametrize("name", ["gate", "class_trust", "class_balance", "distill_void"])
 def test_masks_of_a_teacher_have_no_effect_on_labels(name: str, student: dict[str, Any]) -> None:
     value = {"gate": "correct", "class_trust": "trust.toml", "class_balance": "sqrt", "distill_void": False}[name]
-    with pytest.raises(RecipeError, match=f"--{name.replace('_', '-')} {value} would have no effect"):
+    typed = f"--{name.replace('_', '-')} {value}" if value else "--no-distill-void"
+    with pytest.raises(RecipeError, match=f"{typed} would have no effect"):
         make_config(given=[name], **(student | CONTROL | {name: value}))
 
 
