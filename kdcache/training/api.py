@@ -29,6 +29,8 @@ from kdcache.training.checks import (
     check_flip,
     check_processes,
     check_supervised,
+    idle_notes,
+    idle_settings,
     warmup_notes,
 )
 from kdcache.training.config import TrainConfig, read_config
@@ -133,6 +135,7 @@ def make_trainer(
                 notes = pseudo_notes(source.config, source.dataset, pasted=source.pasted is not None)
                 _note_all(notes, source.note(observer.note))
                 _note_collapse(source, sources, observer)
+        _note_all(idle_notes(config.given, [idle_settings(x.given, x.cache) for x in sources]), observer.note)
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)
         samples = read_samples(datasets, val) if world.first else None

@@ -1,11 +1,12 @@
 """Whether settings go together once the data, their augmentation and the number of processes are known."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from kdcache.errors import RecipeError
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import warmup_steps
 from kdcache.settings.terms import Adversarial, Auxiliary, PseudoLabels
+from kdcache.store import Cache
 from kdcache.training.config import TrainConfig
 
 
@@ -87,6 +88,44 @@ def check_auxiliary(config: TrainConfig) -> None:
             received=f"--model {config.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
             remedy=f"use --model {split_auxiliary(config.model)[0]}; or add --term auxiliary",
         )
+
+
+def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
+    """Return the settings of a stream that change nothing, by name, with the reason.
+
+    Settings of terms are not among them: `make_config` refuses those.
+
+    Args:
+        config: of the stream, with `augment` resolved.
+        cache: its open cache; None for a data folder.
+    """
+    views = 1 if cache is None else cache.manifest.view.views_per_sample
+    reads_data = cache is None or config.data is not None or not cache.pixels_stored
+    rules = (
+        ("val-split val-every", config.val is not None, "there is no --val"),
+        ("split", reads_data, "the cache holds its pixels"),
+        ("scale flip", config.augment == "warp", f"--augment {config.augment} draws no window"),
+        ("jitter", config.augment != "none", "--augment none changes no pixel"),
+        ("depth-zoom", config.compares_metres, "no depth in metres is learnt"),
+        ("cache-dir cache-bytes", cache is not None and cache.place.remote, "only a remote cache is copied"),
+        ("limit-views", config.limit_views is None or config.limit_views < views, f"a sample has views: {views}"),
+        ("distill-on", config.reads_targets, "no target is read"),
+        ("class-weights label-smoothing focal-gamma", config.labels != "none", "--labels none leaves out labels"),
+        ("shuffle", cache is not None, "images in files are read in any order"),
+    )
+    return {name.replace("-", "_"): reason for names, taken, reason in rules if not taken for name in names.split()}
+
+
+def idle_notes(given: Collection[str], idle: Sequence[dict[str, str]]) -> Iterator[str]:
+    """Notes on settings that somebody typed and that no stream takes.
+
+    Args:
+        given: their names.
+        idle: `idle_settings` of each stream.
+    """
+    for name, reason in idle[0].items():
+        if name in given and all(name in settings for settings in idle):
+            yield f"--{name.replace('_', '-')} has no effect: {reason}"
 
 
 def warmup_notes(config: TrainConfig) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.display import public_values
@@ -25,9 +25,8 @@ from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.term import MASK, LossTerm, check_terms, no_effect, untaken
 from kdcache.settings.terms import KL, CrossEntropy, auto_method, parse_method
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
-from kdcache.training.input.mix import Mix
 from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, in_stream, make_stream, read_tables
-from kdcache.training.term_setting import Terms, check_balance, check_consistency, with_auxiliary
+from kdcache.training.term_setting import Terms, check_balance, check_consistency, check_whole_batch, with_auxiliary
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
@@ -44,6 +43,9 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
 
     term: Terms
+
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+    """Names of the settings that somebody typed."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,8 +84,13 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         check_consistency(self.terms, ema=self.ema, jitter=jitter, mix=self.mix)
         _check_teaching(self)
         _check_label_teacher(self)
-        _check_whole_batch(self)
+        check_whole_batch(self.loss, self.accumulate, self.mix)
         return self
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that somebody typed, of a config that `make_config` made."""
+        return self._given
 
     @property
     def streams(self) -> tuple[Stream["TrainConfig"], ...]:
@@ -261,6 +268,7 @@ def make_config(*, given: Collection[str] = (), **settings: Any) -> TrainConfig:
     except ValidationError as error:
         raise _refused(error, settings) from error
     _check_given(config, {name: settings[name] for name in given})
+    cast("Any", config)._given = frozenset(given)
     return config
 
 
@@ -426,23 +434,3 @@ def _check_label_teacher(config: TrainConfig) -> None:
             remedy="leave --teacher out, or choose another --method",
         )
     check_terms(config.loss, None)
-
-
-def _check_whole_batch(config: TrainConfig) -> None:
-    whole = [term.kind for term in config.loss if term.whole_batch]
-    if config.accumulate > 1 and whole:
-        raise RecipeError(
-            "--accumulate sees a part of a batch at a time",
-            received=f"--accumulate {config.accumulate} with {', '.join(whole)}, which compares all of it",
-            remedy="leave one of them out; --method kl can",
-        )
-    if config.mix is None:
-        return
-    Mix(config.mix)
-    taught = [term.kind for term in config.loss if term.reads_teacher and not term.follows_mix]
-    if taught:
-        raise RecipeError(
-            "--mix pastes pixels, labels, logits and depth",
-            received=f"--mix {config.mix} with {', '.join(taught)}, which cannot follow",
-            remedy="leave one of them out; --method kl can",
-        )

@@ -13,6 +13,7 @@ from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import task_weights
 from kdcache.settings.term import LossTerm
 from kdcache.settings.terms import Auxiliary, Consistency, parse_term
+from kdcache.training.input.mix import Mix
 
 EVEN = 0.5
 """The weight of a task where none is given."""
@@ -55,6 +56,32 @@ def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: f
                 received="consistency without jitter (--jitter 0, or --augment none): both views are the same pixels",
                 remedy="add --jitter randaugment:2,9, or leave --jitter out; not with --augment none",
             )
+
+
+def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | None) -> None:
+    """Check that every term sees what it compares: a whole batch, and pixels that are its own.
+
+    Args:
+        accumulate: parts of a batch.
+    Raises: RecipeError.
+    """
+    whole = [term.kind for term in terms if term.whole_batch]
+    if accumulate > 1 and whole:
+        raise RecipeError(
+            "--accumulate sees a part of a batch at a time",
+            received=f"--accumulate {accumulate} with {', '.join(whole)}, which compares all of it",
+            remedy="leave one of them out; --method kl can",
+        )
+    if mix is None:
+        return
+    Mix(mix)
+    taught = [term.kind for term in terms if term.reads_teacher and not term.follows_mix]
+    if taught:
+        raise RecipeError(
+            "--mix pastes pixels, labels, logits and depth",
+            received=f"--mix {mix} with {', '.join(taught)}, which cannot follow",
+            remedy="leave one of them out; --method kl can",
+        )
 
 
 def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> None:
