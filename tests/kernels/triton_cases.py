@@ -125,17 +125,22 @@ def _allowed(problem: LossProblem) -> _Allowed:
     of_ce, of_kl = error_of_value(span), error_of_value(span / problem.temperature)
     ce_weight = kl_weight = gradient = 0.0
     if problem.use_ce:
-        ce_weight = 1.0 if problem.ce_pixel_weight is None else problem.ce_pixel_weight.max().item()
+        ce_weight = _largest(problem.ce_pixel_weight)
         total = ce_weight_sum(problem.labels.long(), weight_C, problem.ignore_index, C).item()
         share = part * (1.0 if weight_C is None else weight_C.max().item()) / max(total, 1e-9)
         gradient += problem.ce_weight.item() * of_ce * ce_weight * min(1.0, share)
     if problem.use_kl:
-        kl_weight = 1.0 if problem.pixel_weight is None else problem.pixel_weight.max().item()
+        kl_weight = _largest(problem.pixel_weight)
         geometry = (problem.size, problem.ignore_index, problem.window, problem.flip, problem.distill_void)
         total = kl_pixels(problem.target, problem.labels, *geometry)[0].sum().item()
         share = min(1.0, part / max(total, 1))
         gradient += problem.kl_weight.item() * problem.temperature * of_kl * kl_weight * share
     return _Allowed(of_ce, of_kl, ce_weight, kl_weight, gradient)
+
+
+def _largest(weight: Tensor | None) -> float:
+    """Return the largest weight of a pixel. NaN stands where nothing counts."""
+    return 1.0 if weight is None else weight.nan_to_num(nan=0.0).max().item()
 
 
 def same_bits(a: Result, b: Result) -> bool:
