@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from kdcache.data import ClassList
 from kdcache.distill import SEGMENTATION, Batch, Target
-from kdcache.distill.terms.base import MAXIMUM
 from kdcache.models import SegmentationModel
 from kdcache.run_folder import Run
+from kdcache.settings.term import MAXIMUM
 from kdcache.teacher import load_teacher
 from kdcache.teacher.load.forward import Precision, place, teach
 from kdcache.training import api
