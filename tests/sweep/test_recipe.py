@@ -159,13 +159,13 @@ def test_small_arms_replace_keys_of_the_arm_of_their_name(recipe: str) -> None:
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_small_recipes_train_long_enough_to_show_something(name: str) -> None:
-    """Two hundred steps of the small networks, on scenes: pictures of a network that has learnt. Of many rows 32."""
+    """Two hundred steps of the small networks, on scenes: pictures of a network that has learnt. Of many rows 40."""
     small = read_recipe(name, smoke=True)
     data = [str(table["data"]) for table in small.stream] or [small.data["path"]]
     scenes = [ScenesSpec.parse(text) for text in data]
     steps = small.student.get("iterations") or small.student["epochs"] * scenes[0].train // small.student["batch-size"]
     assert small.teacher["iterations"] == 200
-    assert steps == (32 if name == "gta5-cityscapes" else 200)
+    assert steps == (40 if name == "gta5-cityscapes" else 200)
     assert small.student["model"] in ("kdcache:tiny", "kdcache:hydra")
     assert small.teacher["model"] == "kdcache:base"
     assert small.smoke
