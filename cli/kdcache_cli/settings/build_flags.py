@@ -31,6 +31,11 @@ ORDER = (
     *("batch_size", "render_threads"),
 )
 """Flags that build-teacher-cache and plan share, by their panels."""
+COMMON = (
+    *("data", "teacher", "out", "split", "size", "fit", "tta", "top_k", "features", "statistics", "pixels", "codec"),
+    *("views", "crop", "view_scale", "batch_size", "threads", "device"),
+)
+"""Those of them that -h shows."""
 
 
 def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split, LoadedTeacher, BuildOptions]":

@@ -19,6 +19,8 @@ ROWS = ("data", "split", "teacher", "baseline", "blocks_by", "own_fold")
 FRAMING = ("size", "fit", "window", "stride")
 DEPTH = ("min_depth", "max_depth", "depth_crop")
 JUDGING = ("weights", *FRAMING, *DEPTH, "batch_size", "repeats", "threads", "device", "fresh", "smoke")
+COMMON = ("runs", *ROWS, "weights", "size", "window", "threads", "device", "fresh")
+"""Flags that -h shows of both verbs."""
 
 
 def judging(settings: Mapping[str, Any]) -> "EvalSettings":

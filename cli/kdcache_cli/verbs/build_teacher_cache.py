@@ -23,24 +23,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher.build.ray_engine import Parts
 
 
-@common(
-    *(
-        "data",
-        "teacher",
-        "out",
-        "split",
-        "size",
-        "fit",
-        "tta",
-        "top_k",
-        "features",
-        "statistics",
-        "pixels",
-        "codec",
-        "reuse",
-    ),
-    *("views", "crop", "view_scale", "batch_size", "threads", "device", "worker"),
-)
+@common(*build_flags.COMMON, "reuse", "worker")
 @takes(
     *(*BUILD, EngineSettings),
     order=(

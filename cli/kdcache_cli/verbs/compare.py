@@ -22,24 +22,7 @@ _WIDEST = 7
 """Rows beside each other in the table of classes: a terminal is higher than it is wide."""
 
 
-@common(
-    *(
-        "runs",
-        "data",
-        "split",
-        "teacher",
-        "baseline",
-        "own_fold",
-        "blocks_by",
-        "weights",
-        "size",
-        "window",
-        "threads",
-        "device",
-        "fresh",
-    ),
-    *("markdown", "csv", "json_file", "text"),
-)
+@common(*compare_flags.COMMON, "markdown", "csv", "json_file", "text")
 @takes(
     *compare_flags.TABLES,
     order=("runs", *compare_flags.ROWS, *compare_flags.JUDGING, "markdown", "csv", "json_file", "text"),

@@ -25,26 +25,7 @@ ADVICE = (
 )
 
 
-@common(
-    *(
-        "data",
-        "teacher",
-        "out",
-        "split",
-        "size",
-        "fit",
-        "tta",
-        "top_k",
-        "features",
-        "statistics",
-        "pixels",
-        "codec",
-        "student",
-        "epochs",
-        "json_file",
-    ),
-    *("views", "crop", "view_scale", "batch_size", "threads", "device"),
-)
+@common(*build_flags.COMMON, "student", "epochs", "json_file")
 @takes(
     *BUILD,
     order=(

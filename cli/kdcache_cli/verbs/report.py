@@ -19,24 +19,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 _Option = typer.Option
 
 
-@common(
-    *(
-        "runs",
-        "data",
-        "split",
-        "teacher",
-        "baseline",
-        "own_fold",
-        "blocks_by",
-        "weights",
-        "size",
-        "window",
-        "threads",
-        "device",
-        "fresh",
-    ),
-    *("out", "title", "num", "draw", "audit"),
-)
+@common(*compare_flags.COMMON, "out", "title", "num", "draw", "audit")
 @takes(
     *compare_flags.TABLES,
     order=(
