@@ -19,7 +19,7 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
 
     Args:
         data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, mmseg, camvid,
-            voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu; or `scenes`,
+            voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu, images; or `scenes`,
             `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
             `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth`, `style=game` or `style=camera` (a
             folder of that name is `./scenes`).

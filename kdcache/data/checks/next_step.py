@@ -21,7 +21,8 @@ def next_step(report: CheckReport) -> str:
         return f"mend the problem{'s' * (len(report.problems) > 1)} above, then: kdcache data check {data}"
     labelled = {name for name, split in report.splits.items() if split.labelled or split.depth.labelled}
     if not labelled:
-        return f"kdcache build-teacher-cache --data {data} --teacher RUN --out {_name(report)}.zarr"
+        alone = "" if report.classes.names else " --features-only --features TAP --size HxW"
+        return f"kdcache build-teacher-cache --data {data} --teacher RUN{alone} --out {_name(report)}.zarr"
     if report.layout in LAYOUTS and not LAYOUTS[report.layout].live:
         return convert_command(report.data)
     if "train" not in labelled:

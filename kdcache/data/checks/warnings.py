@@ -177,6 +177,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
             )
     if (
         whole
+        and (place is None or place.layout.has_labels)
         and total
         and not doubts.problems
         and not any(report.labelled or report.depth.labelled for report in reports.values())

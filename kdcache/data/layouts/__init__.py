@@ -5,7 +5,7 @@
     file_split.py   the samples that were found, read one by one
     depth.py        from the numbers of a depth file to metres
     label_ids.py    tables from the numbers of a label file to class ids
-    own/            folder, mmseg: data of one's own
+    own/            folder, mmseg, images: data of one's own
     exports/        kaggle, coco and exports of labelling tools, which are converted first
     published/      camvid, voc, cityscapes, gta5, ade20k, kitti_semantic, kitti_depth, nyu
     registry.py     which of them a folder has

@@ -18,6 +18,7 @@ from kdcache.data.layouts.exports.label_studio import LabelStudio
 from kdcache.data.layouts.exports.labelme import LabelMe, LabelMeVoc
 from kdcache.data.layouts.exports.yolo import Yolo
 from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
+from kdcache.data.layouts.own.images import Images
 from kdcache.data.layouts.own.mmseg import Mmseg
 from kdcache.data.layouts.pictures import holds_masks
 from kdcache.data.layouts.published.ade20k import Ade20k
@@ -35,7 +36,7 @@ LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         *(Folder(), Mmseg(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
-        *(Kaggle(), Coco(), Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), Yolo()),
+        *(Kaggle(), Coco(), Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), Yolo(), Images()),
     )
 }
 
@@ -123,20 +124,24 @@ def _layout_of(data: str) -> LayoutRoot:
             received=f"{folder} holds " + ", ".join(f"{one.layout.name} ({one.root})" for one in candidates),
             remedy="Name the one that is meant: " + " or ".join(f"{one.layout.name}:{folder}" for one in candidates),
         )
+    hint = _nearly_a_folder(folder) or _inside(folder) or _around(folder)
+    pictures = [
+        LayoutRoot(layout, folder) for layout in LAYOUTS.values() if not layout.has_labels and layout.find(folder)
+    ]
+    if pictures and not hint:
+        return pictures[0]
     raise DataError(
         "A data folder has a layout that kdcache knows.",
         received=f"{folder}, which has none of\n"
         + "\n".join(f"  {layout.name}: {layout.requirement}" for layout in LAYOUTS.values()),
-        remedy=_nearly_a_folder(folder)
-        or _inside(folder)
-        or _around(folder)
-        or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
+        remedy=(hint or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.")
+        + "".join(f" Or name {place.layout.name}:{folder} for its pictures without labels." for place in pictures),
     )
 
 
 def _fitting(folder: Path, *, drawn: bool = False) -> list[LayoutRoot]:
     """The layouts that a folder has, of those with label files, or of those whose labels are drawn."""
-    layouts = (layout for layout in LAYOUTS.values() if isinstance(layout, Export) == drawn)
+    layouts = (layout for layout in LAYOUTS.values() if layout.has_labels and isinstance(layout, Export) == drawn)
     return [LayoutRoot(layout, root) for layout in layouts if (root := layout.find(folder)) is not None]
 
 
@@ -181,10 +186,12 @@ def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
 
 
 def _nearly_a_folder(folder: Path) -> str:
-    """A remedy for a folder with `images/` that is not quite of the folder layout; empty without `images/`."""
+    """A remedy for a folder with `images/` that is not quite of the folder layout; "" without other folders."""
     if not (folder / IMAGES).is_dir():
         return ""
     others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
+    if not others and not (folder / LABELS).is_dir() and not (folder / CLASSES_FILE).is_file():
+        return ""
     steps = [] if (folder / CLASSES_FILE).is_file() else [f"add {CLASSES_FILE}, a class name a line"]
     if others and not (folder / LABELS).is_dir():
         steps.append(f"rename the folder with the labels ({', '.join(others[:3])}) to {LABELS}")
@@ -198,7 +205,11 @@ def _inside(folder: Path) -> str:
     children = [folder / name for name in folders_in(folder)[:_MOST_FOLDERS]]
     grandchildren = [child / name for child in children for name in folders_in(child)[:_MOST_FOLDERS]]
     for level in (children, grandchildren):
-        fits = [f"{one} ({names[0]})" for one in level if (names := [k for k, v in LAYOUTS.items() if v.find(one)])]
+        fits = [
+            f"{one} ({names[0]})"
+            for one in level
+            if (names := [k for k, v in LAYOUTS.items() if v.has_labels and v.find(one)])
+        ]
         if fits:
             return f"Name the folder where the data begin: {', '.join(fits[:3])}."
     return ""

@@ -1,6 +1,7 @@
-"""Layouts of data of one's own, whose classes are in a `classes.txt`.
+"""Layouts of data of one's own, whose classes, if any, are in a `classes.txt`.
 
 folder.py   images/SPLIT and labels/SPLIT
 mmseg.py    img_dir/SPLIT and ann_dir/SPLIT
+images.py   pictures without labels
 pairs.py    which label belongs to which image, by what their names end with
 """
