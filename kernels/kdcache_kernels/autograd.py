@@ -8,6 +8,7 @@ weight is the term.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,21 +20,27 @@ from .problem import LossProblem
 from .reference import LossParts
 
 _WEIGHTS = ("ce_weight", "kl_weight")
-_STUDENT, _NEED_GRADIENT = (LOSS_ARGUMENTS.index(name) for name in ("student", "need_gradient"))
+_STUDENT, _CE_WEIGHT, _KL_WEIGHT = (LOSS_ARGUMENTS.index(name) for name in ("student", *_WEIGHTS))
+_TENSORS = [place for place, kind in enumerate(library.LOSS_TYPES) if kind.startswith("Tensor")]
+_OTHERS = [place for place in range(len(LOSS_ARGUMENTS)) if place not in _TENSORS]
+_tensors_of, _others_of = itemgetter(*_TENSORS), itemgetter(*_OTHERS)
+_NEED_GRADIENT = _OTHERS.index(LOSS_ARGUMENTS.index("need_gradient"))
+"""Among the arguments that are no tensors."""
 
 
-def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
+def call_distill_loss(problem: LossProblem, family: str, *, traced: bool) -> LossParts:
     """Compute a problem's loss and terms, all differentiable; autocast does not enter: the kernels choose precision.
 
-    The operator is for programs that are traced. Elsewhere it would cost more than a small problem takes.
+    Args:
+        traced: what `library.is_traced` says. The operator is for programs that are traced. Elsewhere it would cost
+            more than a small problem takes.
     """
-    arguments = library.loss_arguments(problem)
-    if library.is_traced(*arguments):
+    if traced:
         kind = problem.student.device.type
         with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # meta tensors have none
-            loss, ce, kl, _ = _operator()(family, *arguments)
+            loss, ce, kl, _ = _operator()(family, *library.loss_arguments(problem))
     elif torch.is_grad_enabled():
-        loss, ce, kl = _DirectLoss.apply(family, *arguments, problem)
+        loss, ce, kl = _DirectLoss.apply(problem.student, problem.ce_weight, problem.kl_weight, problem, family)
     else:
         loss, ce, kl, _ = library.checked_loss(problem, family)
     return LossParts(loss, ce, kl)
@@ -66,41 +73,46 @@ def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tupl
 def _keep(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     """Keep what the backward of the operator needs, whose last result is the gradient."""
     ctx.mark_non_differentiable(output[3])
-    _save(ctx, inputs, output)
+    _save(ctx, inputs[0], inputs[1:], output)
 
 
-def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    loss, ce, kl, gradient = output
-    ctx.family, *arguments = inputs
+def _save(ctx: Any, family: str, arguments: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    ctx.family, ctx.others = family, _others_of(arguments)
     ctx.set_materialize_grads(False)
-    ctx.places = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
-    ctx.arguments = [None if isinstance(value, Tensor) else value for value in arguments]
-    ctx.save_for_backward(loss, ce, kl, gradient, *(arguments[place] for place in ctx.places))
+    ctx.save_for_backward(*output, *_tensors_of(arguments))
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments: the student and the weights alone have one."""
+    result: list[Tensor | None] = [None] * len(LOSS_ARGUMENTS)
+    places = (_STUDENT, _CE_WEIGHT, _KL_WEIGHT)
+    needed = [ctx.needs_input_grad[1 + place] for place in places]
+    for place, gradient in zip(places, _gradients(ctx, needed, *grads[:3]), strict=True):
+        result[place] = gradient
+    return None, *result
+
+
+def _gradients(
+    ctx: Any, needed: Sequence[bool], grad_loss: Tensor | None, grad_ce: Tensor | None, grad_kl: Tensor | None
+) -> list[Tensor | None]:
+    """Return the gradients of the student and of both weights; `needed` says which of them are asked for."""
     loss, ce, kl, gradient, *tensors = ctx.saved_tensors
-    arguments = ctx.arguments.copy()
-    for place, tensor in zip(ctx.places, tensors, strict=True):
-        arguments[place] = tensor
-    grad_loss, grad_ce, grad_kl, _ = grads
-    result: list[Tensor | None] = [None] * len(arguments)
+    result: list[Tensor | None] = [None, None, None]
     if grad_loss is not None:
-        for name, term in zip(_WEIGHTS, (ce, kl), strict=True):
-            place = LOSS_ARGUMENTS.index(name)
-            if ctx.needs_input_grad[1 + place]:
-                result[place] = (grad_loss * term.detach()).to(arguments[place].dtype)
-    if arguments[_NEED_GRADIENT]:
+        for n, (place, term) in enumerate(((_CE_WEIGHT, ce), (_KL_WEIGHT, kl)), 1):
+            if needed[n]:
+                result[n] = (grad_loss * term.detach()).to(tensors[_TENSORS.index(place)].dtype)
+    if ctx.others[_NEED_GRADIENT]:
         if grad_ce is not None or grad_kl is not None:
-            fields = dict(zip(LOSS_ARGUMENTS, arguments, strict=True))
+            places = zip((*_TENSORS, *_OTHERS), (*tensors, *ctx.others), strict=True)
+            fields = {LOSS_ARGUMENTS[place]: value for place, value in sorted(places, key=itemgetter(0))}
             weighed = _weighed(fields, grad_loss, (grad_ce, grad_kl))
-            result[_STUDENT] = _once(library.distill_gradient, library.direct_gradient, ctx.family, *weighed)
+            result[0] = _once(library.distill_gradient, library.direct_gradient, ctx.family, *weighed)
         elif grad_loss is not None:
             # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
-            scaling = (gradient, grad_loss, loss, arguments[_STUDENT].dtype)
-            result[_STUDENT] = _once(library.scale_gradient, library.scaled, *scaling)
-    return None, *result
+            scaling = (gradient, grad_loss, loss, tensors[_TENSORS.index(_STUDENT)].dtype)
+            result[0] = _once(library.scale_gradient, library.scaled, *scaling)
+    return result
 
 
 def _weighed(
@@ -143,18 +155,18 @@ class _Loss(torch.autograd.Function):
 
 
 class _DirectLoss(_Loss):
-    """A family for autograd, without the operator around it."""
+    """A family for autograd, without the operator around it: what has a derivative, the problem and the family."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *arguments, problem = inputs
-        output = library.checked_loss(problem, inputs[0])
-        _save(ctx, arguments, output)
+        problem, family = inputs[3:]
+        output = library.checked_loss(problem, family)
+        _save(ctx, family, library.loss_arguments(problem), output)
         return output[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return *_backward(ctx, *grads, None), None
+        return *_gradients(ctx, ctx.needs_input_grad, *grads), None, None
 
 
 class _TransformedLoss(_Loss):

@@ -17,6 +17,7 @@ Legend: B batch, C classes, k kept classes, H W label size, h w the logits' own 
 """
 
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, get_type_hints
@@ -35,7 +36,7 @@ compiler.cache_key_tag = f"{compiler.cache_key_tag} kdcache_kernels {digest_of('
 
 FAMILIES = {"numba": ".cpu", "triton": ".gpu", "torch": ".plain"}
 """The sub-package of each family."""
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 @cache
@@ -61,6 +62,7 @@ def _schema_types(owner: type) -> dict[str, str]:
 
 _PROBLEM_TYPES, _TARGET_TYPES = map(_schema_types, (LossProblem, PackedTarget))
 _OPTIONAL_TYPES = {f"target_{name}": kind for name, kind in _TARGET_TYPES.items()}
+_NO_TARGET = (None,) * len(_TARGET_TYPES)
 LOSS_ARGUMENTS = (*_PROBLEM_TYPES, *_OPTIONAL_TYPES)
 """The loss's arguments by position, but for the family. Those of a target are None where there is none."""
 
@@ -69,8 +71,9 @@ def _schema(types: Iterable[str], names: Iterable[str]) -> str:
     return ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
 
 
-_LOSS_TYPES = (*_PROBLEM_TYPES.values(), *(kind.removesuffix("?") + "?" for kind in _OPTIONAL_TYPES.values()))
-_LOSS_INPUTS = f"(str family, {_schema(_LOSS_TYPES, LOSS_ARGUMENTS)})"
+LOSS_TYPES = (*_PROBLEM_TYPES.values(), *(kind.removesuffix("?") + "?" for kind in _OPTIONAL_TYPES.values()))
+"""Their types in the operator's schema."""
+_LOSS_INPUTS = f"(str family, {_schema(LOSS_TYPES, LOSS_ARGUMENTS)})"
 _LOSS_SCHEMA, _GRADIENT_SCHEMA = f"{_LOSS_INPUTS} -> (Tensor, Tensor, Tensor, Tensor)", f"{_LOSS_INPUTS} -> Tensor"
 _TARGET_SCHEMA = _schema(_TARGET_TYPES.values(), _TARGET_TYPES)
 _ARGMAX_SCHEMA = f"(str family, {_TARGET_SCHEMA}, Tensor? window, Tensor? flip, SymInt[] size) -> (Tensor, Tensor)"
@@ -90,13 +93,15 @@ def is_traced(*tensors: Any) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
-        or any(issubclass(kind, Tensor) and kind not in PLAIN_TENSORS for kind in {type(x) for x in tensors})
+        or any(issubclass(kind, Tensor) for kind in {type(x) for x in tensors} - PLAIN_TENSORS)
     )
 
 
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
     """Return a target as the operators take it: the values of its fields. A gradient reaches the student alone."""
-    values = [getattr(target, name, None) for name in _TARGET_TYPES]
+    if target is None:
+        return _NO_TARGET
+    values = [getattr(target, name) for name in _TARGET_TYPES]
     return tuple([x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in values])
 
 
@@ -130,7 +135,8 @@ def checked_loss(problem: LossProblem, family: str) -> LossResult:
     """Check the values of a problem, and compute it by a family. Raises: ValueRangeError."""
     checks.check_values(problem, ids=family != "numba")
     result = _computed(problem, family)
-    checks.explain_non_finite(problem, result.loss)
+    if result.loss.device.type != "cpu" or not math.isfinite(result.loss.item()):
+        checks.explain_non_finite(problem, result.loss)
     return result
 
 
@@ -189,6 +195,8 @@ def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -
         return result
     # A number, for two operators on tensors of one element cost more.
     number = factor.item() + 0 * loss.item()
+    if number == 1 and gradient.dtype == dtype and gradient.is_contiguous():
+        return gradient.clone()
     if gradient.dtype == dtype == torch.float32 and gradient.is_contiguous():
         return gradient * number
     return (gradient.contiguous().float() * number).to(dtype)

@@ -151,11 +151,15 @@ def distill_loss(
     checks.check_scalar("kl_denominator", kl_denominator, device, "a sum reduced over ranks", optional=True)
     if target is not None:
         checks.check_target(target, num_classes, B, device)
+    scalars = (ce_weight, kl_weight, ce_denominator, kl_denominator)
+    pixels = (labels_BHW, ce_pixel_weight_BHW, pixel_weight_BHW, window_B4, flip_B)
+    teacher = library.target_arguments(target)
+    traced = library.is_traced(student_logits_BChw, class_weight, *scalars, *pixels, *teacher)
     use_ce = labels_BHW is not None and (isinstance(ce_weight, Tensor) or ce_weight > 0)
     use_kl = target is not None and (isinstance(kl_weight, Tensor) or kl_weight > 0)
 
     def scalar(value: Tensor | float) -> Tensor:
-        return value if isinstance(value, Tensor) else constant(value, device)
+        return value if isinstance(value, Tensor) else constant(value, device, traced=traced)
 
     problem = LossProblem(
         student=student_logits_BChw,
@@ -180,7 +184,7 @@ def distill_loss(
         align_corners=align_corners,
         need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
     )
-    if impl == "auto" and family == "numba" and not library.is_traced(student_logits_BChw) and prefers_torch(problem):
+    if impl == "auto" and family == "numba" and not traced and prefers_torch(problem):
         family = "torch"
     if family == "reference":
         if not torch.compiler.is_compiling():
@@ -188,7 +192,7 @@ def distill_loss(
         parts = distill_loss_reference(problem)
         checks.explain_non_finite(problem, parts.loss)
         return parts
-    return autograd.call_distill_loss(problem, family)
+    return autograd.call_distill_loss(problem, family, traced=traced)
 
 
 @torch.no_grad()
@@ -349,14 +353,17 @@ def densify(
     return result
 
 
-def constant(value: float, device: torch.device) -> Tensor:
+def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     """Return a number as a 0-dimensional float64 tensor on a device, which nobody may write to.
 
     The first values are kept for good, for a launch that fills one element costs more than a small kernel. Nothing is
     kept that is traced. A kept tensor is for the stream that filled it, and for CUDA graphs: a capture begins when all
     streams are done.
+
+    Args:
+        traced: what `library.is_traced` says.
     """
-    if library.is_traced():
+    if traced:
         return torch.full((), value, dtype=torch.float64, device=device)
     cuda = device.type == "cuda"
     stream, capturing = 0, False

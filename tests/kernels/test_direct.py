@@ -70,6 +70,27 @@ def test_a_direct_call_dispatches_no_operator(loss, operator):
     assert not [event.name for event in profile.events() if event.name.startswith("kdcache::")]
 
 
+def test_a_call_and_its_backward_look_once_each_for_who_traces(monkeypatch):
+    looks = []
+    monkeypatch.setattr(library, "is_traced", lambda *tensors: bool(looks.append(tensors)))
+    loss = loss_of(*make())
+    assert len(looks) == 1
+    loss.backward()
+    assert len(looks) == 2
+
+
+@LOSSES
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_gradient_is_the_callers_own(loss, operator, factor):
+    """Writing to it changes no later gradient of the same graph."""
+    inputs = make()
+    value = factor * loss(*inputs)
+    (first,) = torch.autograd.grad(value, inputs[0], retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(torch.autograd.grad(value, inputs[0])[0], kept)
+
+
 @LOSSES
 def test_a_traced_graph_holds_the_operator(loss, operator):
     z, y, target = make()
@@ -103,17 +124,17 @@ def test_forward_mode_raises():
 def test_numbers_become_tensors_once(monkeypatch):
     monkeypatch.setattr(ops, "_CONSTANTS", {})
     cpu = torch.device("cpu")
-    first = ops.constant(0.25, cpu)
-    assert ops.constant(0.25, cpu) is first
+    first = ops.constant(0.25, cpu, traced=False)
+    assert ops.constant(0.25, cpu, traced=False) is first
     assert first.item() == 0.25
     assert first.dtype == torch.float64
     with torch.inference_mode():
-        assert not ops.constant(0.5, cpu).is_inference()
+        assert not ops.constant(0.5, cpu, traced=False).is_inference()
     with FakeTensorMode():
-        ops.constant(0.75, cpu)
-    assert ops.constant(0.75, cpu).item() == 0.75
+        ops.constant(0.75, cpu, traced=library.is_traced())
+    assert ops.constant(0.75, cpu, traced=False).item() == 0.75
     for value in range(2 * ops.MOST_CONSTANTS):
-        assert ops.constant(float(value), cpu).item() == value
+        assert ops.constant(float(value), cpu, traced=False).item() == value
     assert len(ops._CONSTANTS) == ops.MOST_CONSTANTS
 
 

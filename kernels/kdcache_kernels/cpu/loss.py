@@ -46,6 +46,7 @@ class _Nodes(NamedTuple):
 
     values: Array
     lost: Array
+    loses: bool
     span: float
 
 
@@ -68,13 +69,12 @@ def distill_loss(problem: LossProblem) -> LossResult:
         student's in three parts), 12 bytes per label pixel, and per thread 400 KiB.
     """
     student_BChw = _floats(problem.student)
-    B, C, h, w = student_BChw.shape
-    if B == 0 or not (problem.use_ce or problem.use_kl):
-        return _result(problem, 0.0, 0.0, torch.zeros((B, C, h, w)))
+    if student_BChw.shape[0] == 0 or not (problem.use_ce or problem.use_kl):
+        return _result(problem, 0.0, 0.0, torch.zeros_like(student_BChw))
     plan, student, target = _lay_out(problem, student_BChw)
     counted = _count(problem, plan)
     gradient_BChw, ce, kl = _compute(problem, plan, student, target, counted)
-    if student.lost.any() or (target is not None and target.lost.any()):
+    if student.loses or (target is not None and target.loses):
         ce_lost, kl_lost = _lost_terms(problem, plan, student, target)
         ce, kl = (math.nan if ce_lost else ce), (math.nan if kl_lost else kl)
     return _result(problem, ce, kl, gradient_BChw)
@@ -82,7 +82,9 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
 def _result(problem: LossProblem, ce: float, kl: float, gradient_BChw: Tensor) -> LossResult:
     loss = float(problem.ce_weight) * ce + float(problem.kl_weight) * kl
-    gradient = gradient_BChw.to(problem.gradient_dtype) if problem.need_gradient else torch.empty(0)
+    gradient = gradient_BChw if problem.need_gradient else torch.empty(0)
+    if gradient.dtype != problem.gradient_dtype:
+        gradient = gradient.to(problem.gradient_dtype)
     loss_, ce_, kl_ = (torch.scalar_tensor(x, dtype=torch.float32) for x in (loss, ce, kl))
     return LossResult(loss_, ce_, kl_, gradient)
 
@@ -137,15 +139,14 @@ def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps,
     scale = np.float32(1 / (LN2 * temperature))
     arguments = (logits_BChw.numpy(), scale, np.float32(limit), *taps, runs, values, lost, ranges)
     run(to_nodes, B * h, *arguments, nanoseconds=PER_LOGIT * logits_BChw.numel())
-    return _Nodes(values, lost, float(ranges.max()))
+    spans = ranges.ravel().tolist()  # a reduction of NumPy takes longer than a small problem's
+    least = min(spans)
+    return _Nodes(values, lost, least < 0, max(max(spans), -1 - least))
 
 
 def _floats(x: Tensor) -> Tensor:
     """Return the values of a tensor in float32 and contiguous, without a copy if they are."""
-    x = x.detach()
-    if x.dtype == torch.float32 and x.is_contiguous():
-        return x
-    return x.to(torch.float32, memory_format=torch.contiguous_format)
+    return x.detach().contiguous().float()
 
 
 def _class_weight(problem: LossProblem) -> Array:
@@ -175,15 +176,15 @@ def _count(problem: LossProblem, plan: Plan) -> _Pixels:
         plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
         plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3, nanoseconds=PER_LABEL * ids.size,
     )  # fmt: skip
-    weight_sum, counted, wrong = counts_BH3.reshape(-1, 3).sum(0)
+    weight_sum, counted, wrong = np.add.reduce(counts_BH3.reshape(-1, 3)).tolist()
     if wrong and problem.labels is not None:
         checks.check_class_ids(problem.labels, C, problem.ignore_index)
 
-    def denominator_of(denominator: Tensor | None, count: float) -> float:
-        return float(count if denominator is None else denominator)
-
-    ce = denominator_of(problem.ce_denominator, weight_sum)
-    return _Pixels(ids, weight, gate, spread, ce, denominator_of(problem.kl_denominator, counted))
+    if problem.ce_denominator is not None:
+        weight_sum = float(problem.ce_denominator)
+    if problem.kl_denominator is not None:
+        counted = float(problem.kl_denominator)
+    return _Pixels(ids, weight, gate, spread, weight_sum, counted)
 
 
 def _compute(
@@ -218,13 +219,13 @@ def _compute(
         wide = not _span(problem, student, target) <= WIDEST
         arguments = (student.values, target_values, *labels, plan.columns, *rows, *common, wide, *results)
         run(pixels, B * h, *arguments, nanoseconds=cost)
-    ce, kl = LN2 * losses_Bh2.reshape(-1, 2).sum(0)
-    gradient_BChw = torch.empty((B, C, h, w) if problem.need_gradient else 0)
+    ce, kl = (LN2 * bits for bits in np.add.reduce(losses_Bh2.reshape(-1, 2)).tolist())
+    gradient_BChw = np.empty((B, C, h, w) if problem.need_gradient else 0, np.float32)
     if problem.need_gradient:
-        index, fraction = (x[0] for x in plan.student_nodes)
-        halves = (upper, lower, index, fraction, gradient_BChw.numpy())
+        index, fraction = plan.student_nodes
+        halves = (upper, lower, index[0], fraction[0], gradient_BChw)
         run(from_nodes, B * h, *halves, nanoseconds=PER_LOGIT * upper.size)
-    return gradient_BChw, float(ce) * per_ce, float(kl) * T * T * per_kl
+    return torch.from_numpy(gradient_BChw), ce * per_ce, kl * T * T * per_kl
 
 
 def _lost_terms(problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None) -> tuple[bool, bool]:

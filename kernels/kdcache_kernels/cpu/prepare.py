@@ -23,7 +23,8 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
         index, fraction: (Bt, tiles, n) left cell of a node and weight of the next one; Bt is B or 1.
         runs: (Bt, tiles, 2) first and end of the nodes that are cells, one after the other.
         nodes: (B, h, tiles, C, n) result: scale * (logit - maximum over classes).
-        lost: (B, h, w) bool result. ranges: (B, h) result, the largest maximum - minimum over classes.
+        lost: (B, h, w) bool result.
+        ranges: (B, h) result, the largest maximum - minimum over classes; -1 minus it where a pixel of the row is lost.
     """
     _, C, h, w = logits.shape
     _, _, tiles, _, n = nodes.shape
@@ -40,12 +41,14 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
                 usable[j] &= abs(x) <= limit
                 largest[j] = max(largest[j], x)
                 smallest[j] = min(smallest[j], x)
-        widest = _f(0)
+        widest, loses = _f(0), False
         for j in range(w):
             lost[b, i, j] = usable[j] == 0
             if usable[j] != 0:
                 widest = max(widest, largest[j] - smallest[j])
-        ranges[b, i] = widest
+            else:
+                loses = True
+        ranges[b, i] = -_f(1) - widest if loses else widest
         for c in range(C):
             row = logits[b, c, i]
             for j in range(w):

@@ -76,7 +76,7 @@ def relation_loss(
     checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
     checks.check_scalar("count", count, device, "a sum over processes", optional=True)
     if count is not None:
-        count = count.detach() if isinstance(count, Tensor) else constant(count, device)
+        count = count.detach() if isinstance(count, Tensor) else constant(count, device, traced=library.is_traced())
     family, problem = _checked(
         impl,
         student_logits_BChw,

@@ -160,3 +160,18 @@ def test_a_process_that_compiles_computes_what_later_ones_do(tmp_path):
     ]
     assert outputs[0].count("\n") == 6
     assert outputs[0] == outputs[1]
+
+
+def test_a_lost_pixel_hides_no_wide_logits_of_its_row():
+    """The row's other logits span too much for the kernel of cells, and a pixel of the row is void and NaN."""
+    student, labels, target = arguments(5, (4, 6), (16, 24))
+    student[0, 0, 1, 5], student[0, 1, 1, 5] = 300, -300
+    student[0, :, 1, 0] = np.nan
+    labels[0, :12, :8] = 255
+    loss, gradient = loss_and_gradient(student, labels, target, distill_void=False)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    clean = student.nan_to_num(0).double()
+    exact = loss_and_gradient(clean, labels, target, "reference", distill_void=False)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=2e-6, atol=0)
+    assert (gradient - exact[1]).abs().max() <= 2e-6 * exact[1].abs().max()
