@@ -21,8 +21,9 @@ import numpy as np
 
 from common import header, spread, write
 from kdcache.store import Manifest, open_cache, open_writer
-from kdcache.store.format.manifest_models import Build, Dataset, Fingerprint, Head, View
+from kdcache.store.format.manifest_models import Build, Dataset, Head, View
 from kdcache.store.format.schema import record_arrays
+from kdcache.store.format.teacher_models import Fingerprint
 from kdcache.training.input.sampler import Order
 
 CLASSES, SIZE, VIEW, SHARD_RECORDS = 4, (8, 8), (16, 16), 128

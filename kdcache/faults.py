@@ -52,10 +52,12 @@ def network_fault(error: BaseException) -> ModelError | None:
             "or make it a torch.nn.Module, which kdcache wraps.",
         )
     if root is not None:
+        size = _image_size(frames, root)
+        on_images = "" if size is None else f" on images of {size[0]}x{size[1]}"
         return ModelError(
-            f"Cannot run the network {root.spec}: {type(error).__name__}{_layer(root, modules)}",
+            f"Cannot run the network {root.spec}{on_images}: {type(error).__name__}{_layer(root, modules)}",
             received=received,
-            remedy=_fix(str(error)),
+            remedy=_fix(str(error), root, size),
         )
     if any(frame.f_code.co_name in ("backward", "grad") and _is_autograd(frame) for frame in frames):
         return ModelError(
@@ -80,15 +82,27 @@ def _layer(root: nn.Module, modules: list[object]) -> str:
     return f" in its layer {names[id(inside[-1])]} ({type(inside[-1]).__name__})" if inside else ""
 
 
-def _fix(text: str) -> str:
+def _image_size(frames: list[FrameType], root: SegmentationModel) -> tuple[int, int] | None:
+    """Return the (H, W) of the images that a network was given; None where its frame does not tell."""
+    for frame in frames:
+        if frame.f_locals.get("self") is root and frame.f_code.co_name == "forward":
+            images = frame.f_locals.get(frame.f_code.co_varnames[1])
+            if isinstance(images, torch.Tensor) and images.ndim == 4:
+                return images.shape[-2], images.shape[-1]
+    return None
+
+
+def _fix(text: str, root: SegmentationModel, size: tuple[int, int] | None) -> str:
     if _ONE_IMAGE in text:
         return (
             "BatchNorm needs two images or more at once: use --batch-size 2 or more for each process and part, so a "
             "smaller --accumulate."
         )
+    near = root.probe_size if size is None else root.processor.nearest(size)
+    near = root.probe_size if near == size else near
     return (
-        "Correct the network, or give it images of a size that it takes (--size). --debug shows the traceback, which "
-        "is the network's."
+        f"Correct the network, or give it images of a size that it takes, such as --size {near[0]}x{near[1]}. --debug "
+        "shows the traceback, which is the network's."
     )
 
 

@@ -120,6 +120,7 @@ class ClassMapped(SegmentationModel):
         self.model = model
         self.untrained = model.untrained
         self.mean, self.std = model.mean, model.std
+        self.see_as(model)
         sources, absent = _merge_tables(targets)
         # In the state dict, so that another map is another digest.
         self.register_buffer("sources", sources)

@@ -104,6 +104,7 @@ class EnsembleModel(SegmentationModel):
             head_kinds=kinds,
         )
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.see_as(*members)
         self.members = nn.ModuleList(members)
         self.tta = tta
         self.shares = _shares(weights, len(members))

@@ -62,6 +62,7 @@ class JointModel(SegmentationModel):
             head_kinds=kinds,
         )
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.see_as(*(part.model for part in parts))
         self.models = nn.ModuleList(part.model for part in parts)
         self._heads = tuple(part.heads for part in parts)
 

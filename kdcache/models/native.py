@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
+from kdcache.models.foreign.processor import PROBE_SIZE, Processor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,6 +80,8 @@ class SegmentationModel(nn.Module):
         backbone_prefix: of the backbone's names in the state dict; "" when it is not known.
         classifier_keys: prefixes of the tensors whose first axis is the classes; () when they are not known.
         load_report: what `build_model` loaded; None when the weights are random.
+        probe_size: (H, W) of an image that it takes.
+        processor: what it expects of its images, beyond mean and std.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class SegmentationModel(nn.Module):
         self.backbone_prefix = backbone_prefix
         self.classifier_keys = tuple(classifier_keys)
         self.load_report: LoadReport | None = None
+        self.probe_size = PROBE_SIZE
+        self.processor = Processor()
         self._mean, self._std = IMAGENET_MEAN, IMAGENET_STD
         # Not buffers: they would follow `model.half()` and lose the precision of the pixels.
         self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -148,6 +153,36 @@ class SegmentationModel(nn.Module):
             raise ModelError("std must be above 0", received=str(std), remedy="give std of RGB in 0..1")
         self._std = std
         self._moments = {}
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of its images are multiples of it."""
+        return self.processor.multiple
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(H, W) of its images if it takes no other; None for any."""
+        return self.processor.fixed_size
+
+    @property
+    def probed_taps(self) -> tuple[str, ...]:
+        """The features by which a teacher is known, of a network without a head."""
+        return () if self.head_kinds else self.taps[-1:]
+
+    def see_as(self, *models: "SegmentationModel") -> None:
+        """Expect the images that all of some models take."""
+        self.processor = Processor.of_all([model.processor for model in models])
+        self.probe_size = next((m.probe_size for m in models if m.fixed_size is not None), models[0].probe_size)
+
+    def check_size(self, size: tuple[int, int], flag: str = "--size") -> None:
+        """Check that its patches cover images of (H, W) exactly. Raises: ModelError with the nearest size that fits."""
+        near = self.processor.nearest(size)
+        if tuple(size) != near:
+            raise ModelError(
+                f"{self.spec} cannot take images of {int(size[0])}x{int(size[1])}",
+                received=f"it takes {self.processor.takes}",
+                remedy=f"Use {flag} {near[0]}x{near[1]}.",
+            )
 
     def normalise(self, pixels_BHW3: Tensor) -> Tensor:
         """Turn uint8 RGB into the network's input: (pixels / 255 - mean) / std.

@@ -14,7 +14,6 @@ from kdcache.models.logits import AsLogits
 from kdcache.models.native import SegmentationModel, in_eval_mode
 from kdcache.models.registry import is_listed
 
-_PROBE_SIZE = (128, 128)  # as the probe of foreign networks
 _TOLERANCE = 1e-2
 """How far from 1 sums of probabilities may be, in float16 and of many classes."""
 
@@ -33,7 +32,7 @@ class NotLogits(NamedTuple):
     certain: bool
 
 
-def not_logits(model: SegmentationModel, size: tuple[int, int] = _PROBE_SIZE) -> NotLogits | None:
+def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) -> NotLogits | None:
     """What speaks against a network's numbers being logits, in eval mode; None if nothing does.
 
     A black image, a smooth one and noise are shown to it. If all numbers lie within 0 to 1 they are no logits; if none
@@ -41,7 +40,7 @@ def not_logits(model: SegmentationModel, size: tuple[int, int] = _PROBE_SIZE) ->
     the first member counts of which something is said; of a model whose classes are mapped, the classes before.
 
     Args:
-        size: (H, W) of the images for a network that does not take 128x128.
+        size: (H, W) of the images for a network that does not take its `probe_size`.
     """
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]
@@ -91,10 +90,10 @@ def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, o
     return None
 
 
-def _seen(model: SegmentationModel, size: tuple[int, int]) -> tuple[float, float, bool] | None:
+def _seen(model: SegmentationModel, size: tuple[int, int] | None) -> tuple[float, float, bool] | None:
     """The least and the largest number, and whether those of every pixel sum to 1; None if the network fails."""
     like = next(model.parameters(), torch.empty(0))
-    for tried in dict.fromkeys((_PROBE_SIZE, size)):
+    for tried in dict.fromkeys((model.probe_size, size or model.probe_size)):
         with suppress(Exception), torch.no_grad(), in_eval_mode(model):  # one by one, as much as any use takes
             lows, highs, sums_to_one = [], [], True
             for image_HW3 in _images(tried):

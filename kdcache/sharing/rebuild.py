@@ -11,7 +11,7 @@ from typing import Any
 from kdcache.settings import Entry, entries
 from kdcache.settings.building import BUILD
 from kdcache.store.format.manifest import Manifest
-from kdcache.store.format.manifest_models import Augmented, Fingerprint
+from kdcache.store.format.teacher_models import Augmented, Fingerprint
 
 _OTHER_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
 """What separates the teachers of several heads in a spec."""

@@ -22,7 +22,8 @@ It knows tensors as numpy arrays and no models.
 from kdcache.store.copy import CopyChanges, CopyResult, copy_store
 from kdcache.store.format.codec import round_targets
 from kdcache.store.format.manifest import Codec, Manifest
-from kdcache.store.format.manifest_models import Fidelity, Fingerprint
+from kdcache.store.format.manifest_models import Fidelity
+from kdcache.store.format.teacher_models import Fingerprint
 from kdcache.store.freshness import data_changes, renewal
 from kdcache.store.reader import Cache, begun_manifest, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records

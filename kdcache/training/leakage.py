@@ -10,7 +10,7 @@ from kdcache.data import Fold
 from kdcache.errors import KDCacheError, MismatchError
 from kdcache.store import Cache, open_cache
 from kdcache.store.format.flags import Flags, unpack_flags
-from kdcache.store.format.manifest_models import Training
+from kdcache.store.format.teacher_models import Training
 from kdcache.store.subset import ids_digest
 from kdcache.training.config import TrainConfig
 

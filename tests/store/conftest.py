@@ -13,21 +13,9 @@ import pytest
 
 from kdcache.store import Manifest, open_writer
 from kdcache.store.backend.durable import file_digest
-from kdcache.store.format.manifest_models import (
-    Augmented,
-    Build,
-    Dataset,
-    Drawn,
-    Feature,
-    Fidelity,
-    Fingerprint,
-    Head,
-    Member,
-    Statistic,
-    Training,
-    View,
-)
+from kdcache.store.format.manifest_models import Build, Dataset, Drawn, Feature, Fidelity, Head, Statistic, View
 from kdcache.store.format.schema import record_arrays
+from kdcache.store.format.teacher_models import Augmented, Fingerprint, Member, Training
 
 MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -20,7 +20,8 @@ from zarr.codecs import Crc32cCodec, GzipCodec
 from kdcache.errors import IncompleteError, MismatchError, StoreError, VersionError
 from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files
 from kdcache.store.format import schema
-from kdcache.store.format.manifest_models import Augmented, Feature, Head, Member, Statistic
+from kdcache.store.format.manifest_models import Feature, Head, Statistic
+from kdcache.store.format.teacher_models import Augmented, Member
 
 MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 

@@ -16,7 +16,7 @@ from kdcache.errors import KDCacheError
 from kdcache.metrics import ConfusionMatrix
 from kdcache.models.run import load_run
 from kdcache.store import Cache, CopyChanges, Records, copy_store, open_cache
-from kdcache.store.format.manifest_models import Training
+from kdcache.store.format.teacher_models import Training
 from kdcache.training import Observer, make_config, train
 from kdcache.training.class_trust import read_trust, trust_from_run
 

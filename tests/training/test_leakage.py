@@ -14,7 +14,7 @@ from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, inspect_store, open_cache
 from kdcache.store.format.flags import pack_flags, unpack_flags
 from kdcache.store.format.manifest import parse_manifest
-from kdcache.store.format.manifest_models import Training
+from kdcache.store.format.teacher_models import Training
 from kdcache.teacher import BuildOptions, build_cache, load_teacher, load_teachers
 from kdcache.training import Observer, make_config, train
 from kdcache.training.input.subset import Part

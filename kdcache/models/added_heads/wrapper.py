@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from kdcache.heads import SEGMENTATION, HeadKind
 from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
 
-_PROBE_PX = 128  # side of the image that finds the tap's channels
 _PREFIX = "model."
 
 
@@ -45,6 +44,7 @@ class Wrapper(SegmentationModel):
             head_kinds=head_kinds,
         )
         self.mean, self.std = model.mean, model.std
+        self.see_as(model)
         self.model = model
         self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
@@ -95,7 +95,7 @@ class WithHead(Wrapper):
 def tap_channels(model: SegmentationModel, tap: str) -> int:
     """The number of channels of a model's feature (B, c, h, w)."""
     like = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
+    image = torch.zeros(1, 3, *model.probe_size, device=like.device, dtype=like.dtype)
     with torch.no_grad(), in_eval_mode(model):
         feature = model(image, [tap]).features[tap]
     return feature.shape[1]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models.architectures.hub import not_downloaded
+from kdcache.models.foreign.processor import Processor
 from kdcache.models.native import Outputs, SegmentationModel
 
 NAMES = (
@@ -62,25 +63,16 @@ class SmpModel(SegmentationModel):
         self.encoder = network.encoder
         self.decoder = network.decoder
         self.segmentation_head = network.segmentation_head
-        self._multiple = int(network.encoder.output_stride) if network.requires_divisible_input_shape else 1
+        if network.requires_divisible_input_shape:
+            self.processor = Processor(multiple=int(network.encoder.output_stride))
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
-        self._check_size(x_B3HW.shape[-2], x_B3HW.shape[-1])
+        self.check_size((x_B3HW.shape[-2], x_B3HW.shape[-1]))
         features = self.encoder(x_B3HW)
         by_tap = {f"stage{i}": feature for i, feature in enumerate(features)}
         by_tap["head"] = self.decoder(list(features))
         return Outputs({SEGMENTATION: self.segmentation_head[0](by_tap["head"])}, {tap: by_tap[tap] for tap in taps})
-
-    def _check_size(self, height: int, width: int) -> None:
-        step = self._multiple
-        if step > 1 and (height % step or width % step):
-            near = [max(1, round(int(side) / step)) * step for side in (height, width)]
-            raise ModelError(
-                f"{self.spec} takes images whose sides are multiples of {step}",
-                received=f"{int(height)}x{int(width)}",
-                remedy=f"for instance --size {near[0]}x{near[1]}",
-            )
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:

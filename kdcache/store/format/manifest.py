@@ -13,6 +13,7 @@ from kdcache.errors import CorruptError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
+from kdcache.store.format.teacher_models import Fingerprint
 
 FORMAT_VERSION: Final = 3
 """The version of every store that is built now: its records hold digests of image and labels."""
@@ -45,7 +46,7 @@ class Manifest(parts.Part):
     heads: Annotated[dict[parts.Name, parts.AnyHead], Field(max_length=256)]
     features: dict[parts.Name, parts.Feature] = Field(default_factory=dict, max_length=256)
     statistics: dict[parts.Name, parts.Statistic] = Field(default_factory=dict, max_length=256)
-    teacher: parts.Fingerprint
+    teacher: Fingerprint
     build: parts.Build
     codec: Codec = "default"
     fidelity: parts.Fidelity | None = None
@@ -182,7 +183,9 @@ class Manifest(parts.Part):
     def to_json(self) -> dict[str, Any]:
         """The value of the attribute `kdcache`. What older readers do not know is left out where it is empty."""
         unused: dict[str, Any] = {name: True for name in ("repairs", "depth") if not getattr(self, name)}
-        unused |= {} if self.teacher.parents else {"teacher": {"parents"}}
+        unused |= {
+            "teacher": {name for name in ("parents", "probe_size", "processor") if not getattr(self.teacher, name)}
+        }
         unused |= {"view": {"fit"}} if self.view.fit == "squash" else {}
         return self.model_dump(mode="json", exclude=unused)
 

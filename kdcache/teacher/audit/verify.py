@@ -9,6 +9,7 @@ import torch
 from kdcache.data import IGNORE_INDEX
 from kdcache.errors import MismatchError
 from kdcache.metrics import ConfusionMatrix, Metrics
+from kdcache.models.foreign.wrapped import answer_as
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.teacher.build.render import Array
 from kdcache.teacher.load.fingerprint import fingerprint
@@ -124,6 +125,7 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     cache = records.cache
     precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
     place(teacher.model, device)
+    answer_as(teacher.model, cache.manifest.heads, cache.manifest.view.teacher_size or cache.view_size)
     differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
     folds = cache.column("fold").tolist() if teacher.folds and "records/fold" in cache.specs else [None] * len(cache)
     manifest, head = cache.manifest, cache.manifest.segmentation

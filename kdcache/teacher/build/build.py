@@ -24,7 +24,8 @@ from kdcache.data.sample import FileDigest
 from kdcache.display import facts_table, line
 from kdcache.errors import ModelError
 from kdcache.models import Outputs
-from kdcache.store import Cache, Manifest, StoreWriter, Worker, open_writer, round_targets, store_exists
+from kdcache.models.foreign.wrapped import answer_as
+from kdcache.store import Cache, Manifest, StoreWriter, Worker, begun_manifest, open_writer, round_targets, store_exists
 from kdcache.store.format.manifest_models import Head, Regression, Repair
 from kdcache.store.freshness import BuiltFrom
 from kdcache.store.ledger import ShardRecord
@@ -155,6 +156,8 @@ def build_cache(
     place(teacher.model, options.device)
     if store_exists(out):  # begun before: its manifest has the figures
         options = replace(options, fidelity=False)
+    if (begun := begun_manifest(out)) is not None:
+        answer_as(teacher.model, begun.heads, begun.view.teacher_size or begun.view.size)
     probe = TeacherProbe(split, teacher, options)
     if reuse is None:
         manifest, earlier = plan_manifest(probe), None

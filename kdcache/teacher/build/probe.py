@@ -63,6 +63,13 @@ def _check_logit_options(options: BuildOptions, heads: Sequence[str]) -> None:
         )
 
 
+def _size_seen(options: BuildOptions) -> tuple[tuple[int, int], str]:
+    """Return the (H, W) of the images that a teacher sees, and the flag that sets it."""
+    if options.teacher_size is not None:
+        return options.teacher_size, "--teacher-size"
+    return (options.size, "--size") if options.crop is None else (options.crop, "--crop")
+
+
 class TeacherProbe:
     """A teacher, the split that it is run on and the options of that build, with what a few first views show of them.
 
@@ -85,6 +92,7 @@ class TeacherProbe:
         self.metres = DEPTH in split.tasks or any(getattr(kind, "unit", None) == METRES for kind in kinds)
         self.split, self.teacher, self.options = split, teacher, with_zoom(options, metres=self.metres)
         self.view = view_of(self.options)
+        teacher.model.check_size(*_size_seen(options))
         self.folds = folds_of_split(teacher, split)
         self.grid: tuple[int, int] | None = None
         if teacher.folds is not None and options.features:

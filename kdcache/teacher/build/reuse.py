@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import CorruptError, MismatchError
+from kdcache.models.foreign.wrapped import answer_as
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
 from kdcache.teacher.build.manifest import plan_manifest
@@ -103,6 +104,7 @@ def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
     if old_manifest.codec == "small" and options.codec != "small":
         differences.append(f"codec: small rounded its targets, {options.codec} does not")
     _refuse(old, differences)
+    answer_as(probe.teacher.model, old_manifest.heads, old_manifest.view.teacher_size or old_manifest.view.size)
     keeps_figures = old_manifest.fidelity is not None and not rounds(old_manifest, options.codec)
     manifest = plan_manifest(probe, fidelity=not keeps_figures)
     differences = [f"teacher.{text}" for text in old_manifest.teacher.differences(manifest.teacher)]

@@ -1,13 +1,18 @@
 """What identifies a teacher: digests, and a probe that catches code that changed under the same weights."""
 
+from dataclasses import asdict
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from kdcache.display import bare
-from kdcache.models import EnsembleModel, JointModel, SegmentationModel, state_digest
+from kdcache.errors import ModelError
+from kdcache.models import EnsembleModel, JointModel, Outputs, SegmentationModel, state_digest
+from kdcache.models.foreign.peel import whole_answers
+from kdcache.models.foreign.processor import Processor as Expected
 from kdcache.store import Fingerprint
-from kdcache.store.format.manifest_models import Augmented, Member
+from kdcache.store.format.teacher_models import Augmented, Member, Processor
 from kdcache.teacher.load.forward import Precision, teach
 from kdcache.teacher.load.load import Teacher
 
@@ -19,8 +24,7 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
     """Fingerprint of a teacher that is already on `device`."""
     model = teacher.model
     members, tta = _ensemble(model)
-    probed = () if model.head_kinds else model.taps[-1:]
-    outputs = teach(model, torch.from_numpy(_probe_images()), probed, precision, device)
+    size, outputs = _probe(model, precision, device)
     # A network without a head is known by its features.
     maps = outputs.heads or {tap: feature.float().mean(1, keepdim=True) for tap, feature in outputs.features.items()}
     pooled = torch.cat([F.adaptive_avg_pool2d(x.double(), _PROBE_GRID).flatten() for x in maps.values()]).cpu()
@@ -38,7 +42,26 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
         trainings=teacher.trainings,
         parents=teacher.parents,
         probe=tuple(float(f"{value:.6g}") for value in pooled.tolist()),
+        probe_size=None if size == _PROBE_SIZE else size,
+        processor=None if model.processor == Expected() else Processor(**asdict(model.processor)),
     )
+
+
+def _probe(model: SegmentationModel, precision: Precision, device: torch.device) -> tuple[tuple[int, int], Outputs]:
+    """Return the size of the fixed images, the usual one wherever the model takes it, and its answer to them.
+
+    Heads answer as the network itself does, with a last resize: caches from before it was taken off know them so.
+    """
+    takes_usual = model.fixed_size in (None, _PROBE_SIZE)
+    for size in (*((_PROBE_SIZE,) if takes_usual else ()), model.probe_size):
+        images = torch.from_numpy(_probe_images(size))
+        try:
+            with whole_answers():
+                return size, teach(model, images, model.probed_taps, precision, device)
+        except ModelError:
+            if size == model.probe_size:
+                raise
+    raise AssertionError("the last size returns or raises")
 
 
 def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented | None]:
@@ -54,9 +77,9 @@ def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented |
     return members, None if model.tta is None else Augmented(flip=model.tta.flip, scales=model.tta.scales)
 
 
-def _probe_images() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _probe_images(size: tuple[int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """Two fixed images, uint8 (2, H, W, 3): smooth waves, and waves under noise."""
-    height, width = _PROBE_SIZE
+    height, width = size
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 9 + y / 23), np.cos(x / 17 - y / 11), np.sin(x * y / 700)], axis=-1)
     smooth = 127.5 + 110 * waves

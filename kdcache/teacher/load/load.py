@@ -26,7 +26,7 @@ from kdcache.models.class_names import class_map_text, compare_names
 from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.run import described, load_run, split_spec
 from kdcache.run_folder import Run
-from kdcache.store.format.manifest_models import Training
+from kdcache.store.format.teacher_models import Training
 from kdcache.teacher.load.provenance import trainings_of
 
 RGB = tuple[float, float, float]
@@ -209,7 +209,7 @@ def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str 
 
 def _of_module(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> _Loaded:
     model = _in_memory(module, heads, align_corners)
-    return _Loaded(model, model.spec, notes=_full_size(model))
+    return _Loaded(model, model.spec)
 
 
 def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> SegmentationModel:
@@ -221,16 +221,6 @@ def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners
     if align_corners is not None:
         model.align_corners = align_corners
     return model
-
-
-def _full_size(model: SegmentationModel) -> list[str]:
-    """A note on logits of the image's own size, which take 16 times what those of stride 4 do."""
-    if model.stride > 1 or SEGMENTATION not in model.head_kinds:
-        return []
-    return [
-        f"{model.spec} returns logits of the image's size, and a store keeps them so: where its last operation is a "
-        "bilinear resize, give a module that returns what comes before it, a sixteenth at stride 4"
-    ]
 
 
 def _check_classes(loaded: _Loaded, count: int, classes: ClassList) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from kdcache.data import Fold, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
-from kdcache.store.format.manifest_models import Training
+from kdcache.store.format.teacher_models import Training
 
 
 def trainings_of(run: Run) -> tuple[Training | None, ...]:

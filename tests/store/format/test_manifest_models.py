@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kdcache.store.format.manifest_models import Drawn, Training, View
+from kdcache.store.format.manifest_models import Drawn, View
 from kdcache.store.format.schema import head_arrays
+from kdcache.store.format.teacher_models import Training
 
 
 @pytest.mark.parametrize(

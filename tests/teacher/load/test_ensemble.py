@@ -18,7 +18,7 @@ from kdcache.models import EnsembleModel, Tta
 from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, spread_samples, verify_files
-from kdcache.store.format.manifest_models import Training
+from kdcache.store.format.teacher_models import Training
 from kdcache.teacher import (
     Teacher,
     TeacherProbe,

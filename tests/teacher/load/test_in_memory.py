@@ -98,16 +98,11 @@ def test_a_model_of_ours_and_class_names_alone() -> None:
     assert teacher.model.align_corners
 
 
-def test_logits_of_full_size_are_noted() -> None:
-    (note,) = load_teacher(nn.Conv2d(3, 7, 1), SPLIT).notes
-    assert "a sixteenth at stride 4" in note
-
-
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
         (Net(5), {}, "has 5, the data set has 7"),
-        (nn.Linear(3, 7), {}, "must run on a float image"),
+        (nn.Linear(3, 7), {}, "Cannot run memory:Linear on an image"),
         (nn.Flatten(), {}, "a model returns logits"),
         ("runs/none", {"heads": {"segmentation": "categorical"}}, "describe a module"),
     ],

@@ -1,0 +1,7 @@
+"""Networks that were not written for kdcache: which images they take, and what their answers mean.
+
+processor.py   what a network expects of its images
+sizes.py       a first image that a network takes, and what it shows of the network
+answers.py     heads and features out of a network's answer
+wrapped.py     any module behind the interface of kdcache
+"""

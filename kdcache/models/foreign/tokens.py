@@ -1,0 +1,77 @@
+"""Maps out of what backbones answer with: tokens, lists of stages, the output objects of transformers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kdcache.errors import ModelError
+
+_MOST_PREFIX = 16
+"""Class and register tokens that may come before the patches' tokens."""
+_MERGES = (1, 2, 4, 8)
+"""Patches on a side that one token may stand for."""
+SUMMARY = "summary"
+"""The tap of one vector per image, as a map of one cell."""
+
+
+def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> Tensor | None:
+    """Lay tokens over their image as a map (B, c, h, w), without class and register tokens; None if they do not fit.
+
+    Args:
+        size: (H, W) of the image. patch: side in pixels of the network's patches.
+    """
+    count = tokens_BNc.shape[1]
+    height, width = (side // (patch or max(size) + 1) for side in size)
+    for merge in _MERGES if patch is not None else ():
+        h, w = -(-height // merge), -(-width // merge)
+        if 0 <= count - h * w <= _MOST_PREFIX:
+            return tokens_BNc[:, count - h * w :].transpose(1, 2).unflatten(2, (h, w))
+    return None
+
+
+def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str) -> Tensor:
+    """Return a feature as a map (B, c, h, w). Raises: ModelError for anything but a map or tokens on a grid.
+
+    Args:
+        where: the tap and its network, for the error.
+    """
+    if isinstance(feature, Tensor) and feature.ndim == 4:
+        return feature
+    if isinstance(feature, Tensor) and feature.ndim == 3:
+        if (laid := token_map(feature, size, patch)) is not None:
+            return laid
+        patches = "no patches of the image" if patch is None else f"{size[0] // patch}x{size[1] // patch} patches"
+        raise ModelError(
+            f"Cannot lay {feature.shape[1]} tokens of {where} over an image: they are not a grid",
+            received=f"an image of {size[0]}x{size[1]} has {patches}, with up to {_MOST_PREFIX} tokens before them",
+            remedy="Tap a module whose output is (B, c, h, w), or wrap the network so that it returns such a map.",
+        )
+    kind = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+    raise ModelError(
+        f"Cannot tap {where}: a tapped module must run and return (B, c, h, w) or tokens (B, N, c)",
+        received=str(kind),
+        remedy="Tap another module, for example a convolution or a block.",
+    )
+
+
+def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
+    """Return the maps (B, c, h, w) in a backbone's answer by tap, most useful last but for `summary`.
+
+    Takes a map, tokens, a list of maps, or an object with `feature_maps` or `last_hidden_state`. Anything else has no
+    maps.
+    """
+    if isinstance(answer, Mapping) and not hasattr(answer, "last_hidden_state"):
+        return {
+            name: y for name, y in answer.items() if isinstance(name, str) and isinstance(y, Tensor) and y.ndim == 4
+        }
+    stages = getattr(answer, "feature_maps", answer)
+    if isinstance(stages, tuple | list) and stages and all(isinstance(y, Tensor) and y.ndim == 4 for y in stages):
+        return {f"stage{number}": y for number, y in enumerate(stages, start=1)}
+    last = getattr(answer, "last_hidden_state", answer)
+    if not isinstance(last, Tensor):
+        return {}
+    found = {"last": last if last.ndim == 4 else token_map(last, size, patch) if last.ndim == 3 else None}
+    pooled = getattr(answer, "pooler_output", None)
+    summary = {SUMMARY: pooled.flatten(1)[..., None, None]} if isinstance(pooled, Tensor) else {}
+    return summary | {name: y for name, y in found.items() if y is not None}

@@ -1,0 +1,196 @@
+"""Any module behind the interface of kdcache's models."""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kdcache.errors import ModelError
+from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.models.foreign.answers import DECLARED, Reading
+from kdcache.models.foreign.peel import NotingResizes, Resize, is_exact, peels, resize_of
+from kdcache.models.foreign.sizes import probe
+from kdcache.models.foreign.tokens import as_map
+from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
+
+
+class Head(Protocol):
+    """A stored head, such as a manifest's: (h, w) of its maps."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+class WrappedModel(SegmentationModel):
+    """A foreign network behind the interface; its state dict keeps the network's own names.
+
+    Taps are dotted module names, any whose output is (B, c, h, w) or tokens of patches; `taps` lists the network's
+    direct children with maps in the order they ran, and the features in its answer. Modules are read by forward hooks
+    that exist only while a tap is wanted, see only the calls of their own thread, and copy the feature, which a later
+    in-place layer would overwrite.
+
+    A last bilinear resize is taken off the heads (`kdcache.models.foreign.peel`); it tells `align_corners`. Without
+    one, the module's attribute of that name is honoured (False when absent), and so are `mean`, `std` and
+    `kdcache_heads`.
+
+    Attributes:
+        peeled: names of the heads whose last resize is taken off.
+        patch: side in pixels of the patches that its first layer cuts an image into; None for other layers.
+    Args:
+        declared: its heads, as `kdcache_heads` has them; None reads that attribute.
+        reading: what its answer means; default logits, or the declared heads.
+    Raises: ModelError when the network fails on an image, has another number of classes, or other heads than it says.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        network: nn.Module,
+        num_classes: int | None,
+        declared: Mapping[str, Any] | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        reading = reading or Reading(getattr(network, DECLARED, None) if declared is None else declared)
+        children = [name for name, _ in network.named_children()] if reading.lists_modules else []
+
+        def run(x_13HW: Tensor) -> tuple[object, dict[str, Tensor], list[str]]:
+            with NotingResizes(), _recorded(network, children) as outputs:
+                answer = reading.call(network, x_13HW)
+            return answer, reading.heads(spec, answer), [name for name, y in outputs.items() if _is_map(y)]
+
+        with torch.no_grad(), in_eval_mode(network):
+            found, (answer, heads, modules) = probe(spec, network, run)
+            resizes = _resizes(heads)
+        kinds = reading.kinds(spec, heads)
+        segmentation = kinds.get(SEGMENTATION)
+        classes = segmentation.classes if isinstance(segmentation, CategoricalHead) else 0
+        if num_classes is not None and segmentation is not None and not fits(classes, num_classes):
+            raise ModelError(
+                "a model must return one channel per class",
+                received=f"{classes} channels for {num_classes} classes from {spec}",
+                remedy="use the num_classes that the function is given",
+            )
+        native = heads | {name: resize.native for name, resize in resizes.items()}
+        rows = max((head.shape[-2] for head in native.values()), default=found.size[0])
+        rows = native[SEGMENTATION].shape[-2] if segmentation is not None else rows
+        named = [name for name in reading.features(answer, found.size, found.patch) if name not in modules]
+        super().__init__(
+            spec=spec,
+            num_classes=classes,
+            stride=max(1, round(found.size[0] / rows)),
+            taps=(*named, *modules),
+            align_corners=bool(getattr(network, "align_corners", False)),
+            head_kinds=kinds,
+        )
+        for resize in resizes.values():
+            self.align_corners = resize.align_corners
+        for name in ("mean", "std"):
+            if (values := getattr(network, name, None)) is not None:  # numbers, or a tensor of any shape
+                setattr(self, name, torch.as_tensor(values).flatten().tolist())
+        self.probe_size, self.processor, self.patch = found.size, found.processor, found.patch
+        self.peeled = tuple(resizes)
+        self.network = network
+        self._reading = reading
+        self._named = tuple(named)
+        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Run the network. Raises: ModelError for an unknown tap, or one that gives neither a map nor tokens."""
+        self.check_taps(taps)
+        hooked = [tap for tap in taps if tap not in self._named]
+        peel = bool(self.peeled) and peels()
+        outputs = dict[str, Any]()
+        if hooked:
+            with _recorded(self.network, hooked) as outputs:
+                answer = self._answer(x_B3HW, peel=peel)
+        else:
+            answer = self._answer(x_B3HW, peel=peel)
+        heads = self._reading.heads(self.spec, answer)
+        if peel:
+            heads |= {name: found.native for name in self.peeled if (found := resize_of(heads[name])) is not None}
+        size = x_B3HW.shape[-2], x_B3HW.shape[-1]
+        features = dict[str, Tensor]()
+        if len(hooked) < len(taps):
+            features |= self._reading.features(answer, size, self.patch)
+        features |= {tap: as_map(outputs.get(tap), size, self.patch, f"{tap!r} of {self.spec}") for tap in hooked}
+        for tap in taps:
+            if tap not in features:  # of this size alone
+                as_map(getattr(answer, "last_hidden_state", None), size, self.patch, f"{tap!r} of {self.spec}")
+        return Outputs(heads, {tap: features[tap] for tap in taps})
+
+    def _answer(self, x_B3HW: Tensor, *, peel: bool) -> object:
+        if not peel:
+            return self._reading.call(self.network, x_B3HW)
+        with NotingResizes():
+            return self._reading.call(self.network, x_B3HW)
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        modules = {name for name, _ in self.network.named_modules() if name}
+        super().check_taps(tap for tap in taps if tap not in modules)
+
+
+def answer_as(model: nn.Module, stored: Mapping[str, Head], size: tuple[int, int]) -> None:
+    """Have a teacher answer as an earlier cache of it: heads that were stored at the image's size keep their resize.
+
+    Args:
+        stored: heads of that cache, by name. size: (H, W) of the teacher's images in it.
+    """
+    for module in model.modules():
+        if isinstance(module, WrappedModel):
+            module.peeled = tuple(name for name in module.peeled if name not in stored or stored[name].size != size)
+
+
+def fits(channels: int, num_classes: int) -> bool:
+    """Whether a network has one channel for each class, or one logit for two classes (`kdcache.models.logits`)."""
+    return channels == num_classes or (channels == 1 and num_classes == 2)
+
+
+def _is_map(output: object) -> bool:
+    return isinstance(output, Tensor) and output.ndim == 4
+
+
+def _resizes(heads: Mapping[str, Tensor]) -> dict[str, Resize]:
+    """The last resize of each head that has one: all of them alike, for a model has one `align_corners`."""
+    found = {name: resize for name, head in heads.items() if (resize := resize_of(head)) and is_exact(head, resize)}
+    if not found:
+        return {}
+    corners = found.get(SEGMENTATION, next(iter(found.values()))).align_corners
+    return {name: resize for name, resize in found.items() if resize.align_corners == corners}
+
+
+@contextmanager
+def _recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Outputs of submodules by name, for calls of this thread inside the block; the last call counts."""
+    outputs: dict[str, Any] = {}
+    thread = threading.get_ident()
+
+    def hook(name: str) -> RemovableHandle:
+        def record(_module: nn.Module, _inputs: object, output: Any) -> None:
+            if threading.get_ident() == thread:
+                first = output[0] if isinstance(output, tuple) and output else output
+                outputs[name] = first.clone() if isinstance(first, Tensor) else first
+
+        return network.get_submodule(name).register_forward_hook(record)
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(hook(name).remove)
+        yield outputs
+
+
+_PREFIX = "network."
+
+
+def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(prefix + _PREFIX)]:
+        state[prefix + key[len(prefix + _PREFIX) :]] = state.pop(key)
+
+
+def _add_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)
