@@ -3,5 +3,7 @@
 processor.py   what a network expects of its images
 sizes.py       a first image that a network takes, and what it shows of the network
 answers.py     heads and features out of a network's answer
+tokens.py      maps out of tokens
+peel.py        native stride: the last resize is taken off
 wrapped.py     any module behind the interface of kdcache
 """

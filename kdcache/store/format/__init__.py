@@ -1,7 +1,8 @@
 """The contents of a store.
 
 manifest.py          who made it, from what, how
-manifest_models.py   the parts of that: data set, view, heads, the teacher's fingerprint
+manifest_models.py   the parts of that: data set, view, heads, features
+teacher_models.py    the teacher's fingerprint
 schema.py            arrays, chunks
 flags.py             a flag per sample, as text of the manifest
 codec.py             how they are compressed, and what is rounded before
