@@ -32,7 +32,7 @@ class Alone(nn.Module):
 def test_a_teacher_names_its_layer_and_the_line() -> None:
     model = WrappedModel("mine", OfOne(), 2)
     pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    with pytest.raises(ModelError, match=r"network mine: ValueError in its layer body\.1") as caught:
+    with pytest.raises(ModelError, match=r"network mine on images of 32x32: ValueError in its layer body\.1") as caught:
         teach(model, pixels, (), "float32", torch.device("cpu"))
     assert "test_own_network.py:" in caught.value.received
     assert isinstance(caught.value.__cause__, ValueError)
