@@ -38,6 +38,8 @@ def run_training(settings: dict[str, Any], typed: Collection[str], out: Path, re
     score = "not validated" if best is None else f"best mIoU {percent(best)} at iteration {result['best_step']}"
     if (rmse := result.get("best_depth_rmse")) is not None:
         score = f"best depth rmse {rmse:.3g} m at iteration {result['best_step']}"
+    if (loss := result.get("best_feature_loss")) is not None:
+        score = f"least feature loss {loss:.4g} at iteration {result['best_step']}"
     if (ema := result.get("ema_best_miou")) is not None:
         score += f", of the EMA {percent(ema)} at iteration {result['ema_best_step']}"
     OUT.print(

@@ -8,6 +8,7 @@ A term of depth is of the task `depth`, all else of `segmentation`; a balance we
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -173,6 +174,18 @@ class DistillLoss(nn.Module):
         for term in self._terms():
             term.gather = gather
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no term reads the rows of other processes."""
+        gathers = [term.gather for term in self._terms()]
+        try:
+            for term in self._terms():
+                term.gather = None
+            yield
+        finally:
+            for term, gather in zip(self._terms(), gathers, strict=True):
+                term.gather = gather
+
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
         """The denominators of the parts of the loss of a batch, which do not depend on the student.
@@ -294,6 +307,21 @@ class DistillLoss(nn.Module):
             if value is not None and term.teaches_student:
                 parts[name] = self._weight(term) * value
         return parts if self.balance is None else weigh_parts(parts, self.part_tasks, self.balance)
+
+    def feature_parts(self, outputs: Outputs | Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Every active term of features by name, weighted as it was made: no schedule or balance changes it.
+
+        Args, Raises: as `forward`.
+        """
+        own = unpacked(outputs)
+        check_taps([term for term in self._terms() if term.spec.reads_taps], own.features)
+        term_batch = self._batch(own, batch, self._gate(batch))
+        named = zip(self.names[2:], self._terms(), strict=True)
+        return {
+            name: term.weight * term(term_batch)
+            for name, term in named
+            if term.spec.reads_taps and not term.measured and _active(term, batch)
+        }
 
     def _values(
         self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None, counts: Counts | None

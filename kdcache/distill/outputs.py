@@ -9,7 +9,7 @@ from kdcache.heads import SEGMENTATION
 
 
 class Outputs(Protocol):
-    """A student's outputs for a batch; `logits` are read of one that has a head `segmentation`, or no heads by name."""
+    """A student's outputs for a batch; `logits` are read of one with a head `segmentation`, or with nothing by name."""
 
     @property
     def logits(self) -> Tensor: ...
@@ -53,7 +53,8 @@ def unpacked(outputs: Outputs | StudentOutputs | Tensor) -> StudentOutputs:
         return outputs
     if isinstance(outputs, Tensor):
         return StudentOutputs(outputs)
-    if outputs.heads and SEGMENTATION not in outputs.heads:
-        other = next(iter(outputs.heads.values()))
+    named = {**outputs.features, **outputs.heads}
+    if named and SEGMENTATION not in outputs.heads:
+        other = next(iter(named.values()))
         return StudentOutputs(other.new_empty((len(other), 0, 1, 1)), outputs.heads, outputs.features)
     return StudentOutputs(outputs.logits, outputs.heads, outputs.features)

@@ -108,12 +108,6 @@ def build_model(
         model = with_depth(without, model, depth)
     if num_classes == 0 and SEGMENTATION in model.head_kinds:
         model = WithoutClasses(model)
-        if not model.head_kinds:
-            raise ModelError(
-                "a model of data without classes has a head beside that of classes",
-                received=f"{spec}, which has none",
-                remedy=f"write {without}+depth for depth; or name classes in a classes.txt in the data folder",
-            )
     if auxiliary is not None:
         model = WithAuxiliary(spec, model, auxiliary)
     if loaded is not None:

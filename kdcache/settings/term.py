@@ -4,6 +4,7 @@ The kinds are in `kdcache.settings.terms`. Free of torch.
 """
 
 import difflib
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -205,13 +206,17 @@ class LossTerm:
             )
         self.check_unit("the student's", head)
 
-    def resolved(self, manifest: Any, student_taps: Sequence[str]) -> Self:
+    def resolved(
+        self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
+    ) -> Self:
         """Return the term with its taps filled in; a term without taps returns itself.
 
-        The teacher's tap is the last one in the store, the student's the one of the same name, else its last.
+        The teacher's tap is the last one in the store. The student's is the one whose grid is nearest to the teacher's,
+        of equals the one of the same name, else the last.
 
         Args:
             student_taps: the student's, most useful last.
+            grids: (h, w) of each of them for a whole view; None takes equal ones.
         Raises: RecipeError for taps that the store or the student lacks.
         """
         check_terms([self], manifest)
@@ -229,8 +234,14 @@ class FeatureTerm(LossTerm):
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")
     """What a store has of a tap, and the flag that stores it."""
 
-    student_tap: Name | None = setting(None, "The student's tap (default: as teacher_tap, else its last).")
+    student_tap: Name | None = setting(None, "The student's tap (default: the one with the nearest grid).")
     teacher_tap: Name | None = setting(None, "The teacher's tap (default: the last that the store has).")
+
+    def _grid(self, manifest: Any, tap: str) -> tuple[int, int]:
+        """(h, w) of what the store has of a tap."""
+        stored = manifest.features.get(tap) or next(v for k, v in manifest.statistics.items() if k.endswith(f".{tap}"))
+        height, width = stored.size
+        return height, width
 
     def offered(self, manifest: Any) -> list[str]:
         """Return the teacher's taps that it can use, most useful last."""
@@ -249,13 +260,18 @@ class FeatureTerm(LossTerm):
         has = f"the store has {', '.join(offered)}" if offered else "the store has none"
         return [Missing(f"{what} ({has})", flag)]
 
-    def resolved(self, manifest: Any, student_taps: Sequence[str]) -> Self:
+    def resolved(
+        self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
+    ) -> Self:
         """As of `LossTerm`. Raises: RecipeError for taps that the store or the student lacks."""
         check_terms([self], manifest)
         if not self.reads_taps:
             return self
         teacher_tap = self.teacher_tap or self.offered(manifest)[-1]
         student_tap = self.student_tap or (teacher_tap if teacher_tap in student_taps else "".join(student_taps[-1:]))
+        if self.student_tap is None and grids:
+            nearest_taps = _nearest_grids({tap: grids[tap] for tap in student_taps}, self._grid(manifest, teacher_tap))
+            student_tap = student_tap if student_tap in nearest_taps else nearest_taps[-1]
         if student_tap not in student_taps:
             raise RecipeError(
                 f"student_tap of a term is one of the student's: {', '.join(student_taps) or 'it has none'}",
@@ -264,6 +280,12 @@ class FeatureTerm(LossTerm):
                 or "pick one of these, or a student that has taps (kdcache models)",
             )
         return replace(self, student_tap=student_tap, teacher_tap=teacher_tap)
+
+
+def _nearest_grids(grids: Mapping[str, tuple[int, int]], grid: tuple[int, int]) -> list[str]:
+    """Return the taps whose number of cells is nearest to a grid's, by their ratio."""
+    apart = {tap: abs(math.log(math.prod(own) / math.prod(grid))) for tap, own in grids.items()}
+    return [tap for tap, distance in apart.items() if math.isclose(distance, min(apart.values()), abs_tol=1e-9)]
 
 
 def entries_of(term: type) -> dict[str, Entry]:

@@ -24,7 +24,7 @@ from kdcache.settings.parse import (
 )
 from kdcache.settings.setting import REQUIRED, setting
 from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.term import TERMS, LossTerm, entries_of
+from kdcache.settings.term import TERMS, LossTerm, Share, entries_of
 from kdcache.settings.terms import KL, METHODS, CrossEntropy
 
 DEFAULT_ITERATIONS = 4000
@@ -75,6 +75,7 @@ class TrainSettings:
     )
     val: str | None = setting(None, "Labelled data to validate on.")
     val_split: str = setting("val", "Split to validate on.")
+    val_share: Share | None = setting(None, "Validate on the feature loss of this share of the cache.", metavar="SHARE")
     name: str | None = setting(
         None,
         "Name in tables and pictures (default: its settings, or its folder).",

@@ -11,7 +11,7 @@ import torch
 from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.distill.terms import labellers
-from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.errors import DataError, MismatchError, ModelError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
@@ -37,6 +37,8 @@ from kdcache.training.config import TrainConfig, read_config
 from kdcache.training.criterion import make_criterion, needed_arrays, rare_order
 from kdcache.training.depth_validation import check_depth_labels, check_first_depth, depth_errors
 from kdcache.training.distributed import World, pick_device, processes
+from kdcache.training.feature_validation import FeatureJudge
+from kdcache.training.input.cache_dataset import CacheDataset
 from kdcache.training.input.loader import Draws
 from kdcache.training.input.residency import keep_records
 from kdcache.training.input.sampler import choose_labelled_share, choose_shuffle
@@ -149,6 +151,7 @@ def make_trainer(
         # and on every process.
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
+        _check_learns(config, model)
         model.untrained = untrained_heads(model, config.tasks, config.init)
         judged = () if val is None else _judged(model, val, config)
         if val is not None and DEPTH in judged:
@@ -190,8 +193,27 @@ def make_trainer(
             device=device,
             validate=_validator(val, config, device, observer, world) if val and SEGMENTATION in judged else None,
             validate_depth=_depth_validator(val, config, device, world) if val and DEPTH in judged else None,
+            validate_features=_feature_judge(config, sources[0], criterion, device, world),
             observer=watching,
             world=world,
+        )
+
+
+def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
+    """Refuse a model without heads where no features are learnt, and labels that would judge it. Raises: ModelError."""
+    features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
+    if not model.head_kinds and not features:
+        raise ModelError(
+            f"Nothing to learn: {config.model} has no head for these data, and no term compares features",
+            received=f"--method {config.method}",
+            remedy="Add a term of features, --method cosine --ce-weight 0; or a head of depth, "
+            f"--model {config.model}+depth; or name classes in a classes.txt in the data folder.",
+        )
+    if not model.head_kinds and config.val is not None:
+        raise ModelError(
+            f"Cannot judge {config.model} by the labels of --val {config.val}: it has no head",
+            received="a student that learns features only",
+            remedy="Validate on the feature loss instead: --val-share 0.02.",
         )
 
 
@@ -364,6 +386,17 @@ def _depth_validator(
         return DepthErrors.merged(world.gather(errors)).metrics()
 
     return validate
+
+
+def _feature_judge(
+    config: TrainConfig, source: Source, criterion: Criterion, device: torch.device, world: World
+) -> FeatureJudge | None:
+    """The judge of `--val-share`; None without it."""
+    if config.val_share is None:
+        return None
+    assert isinstance(criterion, DistillLoss)
+    assert isinstance(source.dataset, CacheDataset)
+    return FeatureJudge(source.dataset, criterion, config.batch_size, device, world)
 
 
 def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:

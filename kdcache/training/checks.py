@@ -102,7 +102,8 @@ def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     reads_data = cache is None or config.data is not None or not cache.pixels_stored
     rules = (
-        ("val-split val-every", config.val is not None, "there is no --val"),
+        ("val-split", config.val is not None, "there is no --val"),
+        ("val-every", config.val is not None or config.val_share is not None, "there is no --val"),
         ("split", reads_data, "the cache holds its pixels"),
         ("scale flip", config.augment == "warp", f"--augment {config.augment} draws no window"),
         ("jitter", config.augment != "none", "--augment none changes no pixel"),

@@ -337,17 +337,38 @@ def _check_run(config: TrainConfig) -> None:
             received=f"--val-fold {config.val_fold} without --val",
             remedy="add --val DATA, or leave it out",
         )
-    if config.schedule == "plateau" and config.val is None:
+    if config.schedule == "plateau" and config.val is None and config.val_share is None:
         raise RecipeError(
             "--schedule plateau follows the validations",
             received="--schedule plateau without --val",
             remedy="add --val DATA, or use --schedule poly",
         )
+    _check_val_share(config)
     if config.iterations is not None and config.epochs is not None:
         raise RecipeError(
             "a training's length is given once",
             received=f"--iterations {config.iterations} and --epochs {config.epochs}",
             remedy="leave one of them out",
+        )
+
+
+def _check_val_share(config: TrainConfig) -> None:
+    """Check that `--val-share` is the only judge, of a cache whose features are learnt."""
+    if config.val_share is None:
+        return
+    flag = f"--val-share {config.val_share:g}"
+    if config.val is not None or config.stream:
+        other = f"--val {config.val}" if config.val is not None else "--stream"
+        raise RecipeError(
+            f"Cannot use {flag} with {other}",
+            received="--val-share judges one cache by its features, --val judges classes and depth by labels",
+            remedy="Leave one of them out.",
+        )
+    if not (config.reads_targets and any(term.reads_taps for term in config.active)):
+        raise RecipeError(
+            f"{flag} has no feature loss to validate on",
+            received=f"--method {config.method} without a term of features",
+            remedy="Add one, for instance --term cosine; or validate on labels with --val DATA.",
         )
 
 

@@ -210,12 +210,15 @@ def _terms(
     """The terms beside CE and KL; `label_weight` (C,) is the class weight of cross-entropy."""
     if targets is None or not config.terms:
         return []
-    channels = tap_channels(model, config)
+    shapes = tap_shapes(model, config)
+    channels = {tap: channels for tap, (channels, _, _) in shapes.items()}
+    grids = {tap: (height, width) for tap, (_, height, width) in shapes.items()}
 
     def term(spec: LossTerm) -> Term:
         moments = None
+        if spec.reads_taps and targets.manifest is not None:
+            spec = spec.resolved(targets.manifest, list(channels), grids)
         if isinstance(spec, Projected) and spec.standardise == "channels" and dataset.cache is not None:
-            spec = spec.resolved(dataset.cache.manifest, list(channels))
             moments = channel_moments(dataset.cache, f"features/{spec.teacher_tap}", dataset.indices)
         return make_term(
             spec,
@@ -245,11 +248,11 @@ def _target_weight(
     return torch.as_tensor(class_weights(counts, kind), dtype=torch.float32)
 
 
-def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:
-    """Channels of every tap of a model: tap -> channels."""
+def tap_shapes(model: SegmentationModel, config: TrainConfig) -> dict[str, tuple[int, int, int]]:
+    """(c, h, w) of every tap of a model for an image of the training: tap -> shape."""
     assert config.size is not None
     features = _probe(model, config.size).features
-    return {tap: features[tap].shape[1] for tap in model.taps}
+    return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in model.taps}
 
 
 def _of_classes(outputs: Outputs) -> Tensor:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from kdcache.models import SegmentationModel
 from kdcache.settings.parse import warmup_steps
 from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
+from kdcache.training.feature_validation import FeatureScore
 from kdcache.training.input.loader import next_batch
 from kdcache.training.input.mix import Mix, Paste, Pastes
 from kdcache.training.input.streams import StreamDraws, feed_streams
 from kdcache.training.interrupt import Interrupted, stop_requests
-from kdcache.training.run.checkpointing import RunState
+from kdcache.training.run.checkpointing import FEATURES, RunState
 from kdcache.training.run.metrics_log import MetricsLog, Observer
 from kdcache.training.run.monitor import Watch, measures_norms, outcome
 from kdcache.training.step.accumulate import AccumulatedStep
@@ -36,6 +37,8 @@ from kdcache.training.step.gradient_norms import Norms, task_lines
 from kdcache.training.step.optim import Schedule, distill_weight_scale, make_optimizer
 from kdcache.training.step.weak_view import WeakView
 
+Score = TypeVar("Score", DepthMetrics, FeatureScore)
+
 
 class Trainer:
     """Trains `model` on the rows of its streams until `config.iterations`.
@@ -45,6 +48,7 @@ class Trainer:
         criterion: gives the loss and its parts from native-stride logits and features.
         validate: metrics of the model as it stands, or None to train without validation.
         validate_depth: the same of its depth, or None.
+        validate_features: the feature loss of held-out records, or None; used where the others are None.
         run: an existing folder; receives checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
         world: the processes that train together, each with its part of every batch; the first writes the run.
     Attributes:
@@ -62,6 +66,7 @@ class Trainer:
         device: torch.device,
         validate: Callable[[SegmentationModel], Metrics] | None = None,
         validate_depth: Callable[[SegmentationModel], DepthMetrics] | None = None,
+        validate_features: Callable[[SegmentationModel], FeatureScore] | None = None,
         observer: Observer | None = None,
         world: World | None = None,
     ) -> None:
@@ -78,6 +83,7 @@ class Trainer:
         self.observer = observer or Observer()
         self._validate = validate
         self._validate_depth = validate_depth
+        self._validate_features = validate_features
         self._world = world or World()
         self._kind = choose_step(config.step, device, self._world.size)
         if config.accumulate > 1 and self._kind != "eager":
@@ -174,9 +180,14 @@ class Trainer:
             batches.close()  # and with it the threads that draw ahead
             self.observer.ended(completed=completed)
         self._note_cost(self._state.now.step - first)
-        return self._state.finish(
-            DEPTH if self._validate is None and self._validate_depth is not None else SEGMENTATION
-        )
+        return self._state.finish(self._judged)
+
+    @property
+    def _judged(self) -> str:
+        """The task whose score chooses the best weights, or the features."""
+        if self._validate is not None:
+            return SEGMENTATION
+        return DEPTH if self._validate_depth is not None else FEATURES if self._validate_features else SEGMENTATION
 
     def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
         """Take a step; returns whether any process received a request to stop before it."""
@@ -316,8 +327,13 @@ class Trainer:
         The rate of `plateau` follows the weights, so that a training is the same with and without an average.
         Everything is measured before anything changes.
         """
-        if self._validate is None and self._validate_depth is not None:
-            self._validate_depth_alone(self._validate_depth)
+        watcher = self.observer
+        if self._judged == DEPTH and self._validate_depth is not None:
+            shown = watcher.validated_depth, watcher.validated_ema_depth
+            self._judge_least(self._validate_depth, lambda metrics: metrics.rmse, "depth_", *shown)
+        elif self._judged == FEATURES and self._validate_features is not None:
+            shown_features = watcher.validated_features, watcher.validated_ema_features
+            self._judge_least(self._validate_features, lambda score: score.loss, "feature_", *shown_features)
         elif self._validate is not None:
             step, metrics = self._state.now.step, self._validate(self.model)
             depth = None if self._validate_depth is None else self._validate_depth(self.model)
@@ -338,23 +354,36 @@ class Trainer:
             if step == self._iterations and (text := outcome(metrics)) is not None:
                 self.observer.note(text)
 
-    def _validate_depth_alone(self, validate: Callable[[SegmentationModel], DepthMetrics]) -> None:
-        """Validate depth where no segmentation is: the best weights are those of the smallest rmse."""
-        step, metrics = self._state.now.step, validate(self.model)
+    def _judge_least(
+        self,
+        validate: Callable[[SegmentationModel], Score],
+        least: Callable[[Score], float],
+        prefix: str,
+        show: Callable[[int, Score], None],
+        show_ema: Callable[[int, Score], None],
+    ) -> None:
+        """Validate where no segmentation is: the best weights are those of the least error.
+
+        Args:
+            least: from a score to the error.
+            prefix: of the score's values in the log.
+            show, show_ema: of the observer.
+        """
+        step, score = self._state.now.step, validate(self.model)
         averaged = None
         if self._ema is not None:
             with self._ema.in_place():
                 averaged = validate(self.model)
-        line = {f"depth_{name}": value for name, value in metrics.to_json().items()}
-        self._state.keep_best(-metrics.rmse)
-        self._schedule.after_validation(-metrics.rmse)
+        line = {f"{prefix}{name}": value for name, value in score.to_json().items()}
+        self._state.keep_best(-least(score))
+        self._schedule.after_validation(-least(score))
         if averaged is not None:
-            line |= {f"ema_depth_{name}": value for name, value in averaged.to_json().items()}
-            self._state.keep_best(-averaged.rmse, ema=True)
+            line |= {f"ema_{prefix}{name}": value for name, value in averaged.to_json().items()}
+            self._state.keep_best(-least(averaged), ema=True)
         self._write_line("validation", step, line)
-        self.observer.validated_depth(step, metrics)
+        show(step, score)
         if averaged is not None:
-            self.observer.validated_ema_depth(step, averaged)
+            show_ema(step, averaged)
 
     def _validate_ema(self) -> tuple[Metrics | None, DepthMetrics | None]:
         """Metrics of the weights' moving average, and of its depth; None in a training without."""

@@ -11,7 +11,7 @@ from torch import nn
 from kdcache.data import Fit, Split, choose_fit
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
-from kdcache.models import Tta, not_logits
+from kdcache.models import EnsembleModel, Tta, not_logits
 from kdcache.progress import note_line, progress_bar
 from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
@@ -246,6 +246,7 @@ def plan_build(
     options |= {name: settings[name] for name in ("top_k",) if name in settings}  # None measures how many it takes
     classified = not settings["features_only"] and (not settings["heads"] or SEGMENTATION in settings["heads"])
     loaded = _load(source, teacher, settings, classified)
+    _check_one_network(loaded, settings)
     size = settings["size"] or loaded.size
     if size is None:
         raise RecipeError(
@@ -259,6 +260,18 @@ def plan_build(
     if classified and (finding := not_logits(loaded.model, settings["teacher_size"] or size)) and not finding.certain:
         note(f"warning: {loaded.origin} {finding.text}: {finding.remedy}")
     return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
+
+
+def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
+    """Refuse features of several teachers, of which only the first one's would be stored. Raises: RecipeError."""
+    model, features = loaded.model, settings["features"]
+    if features and loaded.folds is None and isinstance(model, EnsembleModel) and len(model.parts) > 1:
+        raise RecipeError(
+            f"Cannot store features of {len(model.parts)} teachers in one cache",
+            received=f"--features {','.join(features)} with {loaded.origin}",
+            remedy="Build a cache for each: give --teacher once. To average the classes of several, leave --features "
+            "out.",
+        )
 
 
 def _fit(

@@ -179,6 +179,18 @@ def test_default_taps(spec: LossTerm, contents: dict[str, Any], taps: tuple[str 
     assert tuple(getattr(actual, tap, None) for tap in ("student_tap", "teacher_tap")) == taps
 
 
+def test_the_default_tap_is_nearest_in_cells_and_of_equals_the_last() -> None:
+    taps = {"s8": (12, 16), "s16": (6, 8), "out": (6, 8), "s32": (3, 4)}
+    contents = manifest(features=("norm",))
+    for size, tap in (((6, 8), "out"), ((7, 9), "out"), ((2, 2), "s32"), ((24, 32), "s8")):
+        contents.features["norm"].size = size
+        assert loss_term("cosine").resolved(contents, list(taps), taps).student_tap == tap
+    same = manifest(features=("s16",))
+    for size, tap in (((6, 8), "s16"), ((12, 16), "s8")):  # of equals the one of the same name
+        same.features["s16"].size = size
+        assert loss_term("cosine").resolved(same, list(taps), taps).student_tap == tap
+
+
 def test_unknown_taps_of_the_student_are_refused() -> None:
     with pytest.raises(RecipeError, match="did you mean stage2"):
         loss_term("at", student_tap="stage22").resolved(manifest(features=("deep",)), list(STUDENT))

@@ -13,7 +13,21 @@ from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
     "context",
-    *("cache", "model", "out", "val", "val_split", "data", "split", "stream", "size", "fit", "name", "init"),
+    *(
+        "cache",
+        "model",
+        "out",
+        "val",
+        "val_split",
+        "val_share",
+        "data",
+        "split",
+        "stream",
+        "size",
+        "fit",
+        "name",
+        "init",
+    ),
     *("cache_dir", "cache_bytes", "threads", "device", "resume", "preset", "recipe"),
     *(name for panel in (LOSS, GATE, PART, VIEW, OPTIMIZATION, RUN) for name in names(TrainSettings, panel)),
 )

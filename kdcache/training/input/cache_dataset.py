@@ -64,6 +64,7 @@ class CacheDataset(DrawnDataset):
 
     cache: Cache
     records: RecordSource
+    part: Part
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class CacheDataset(DrawnDataset):
         self.heads = heads if targets is True else tuple(head for head in heads if targets and head in targets)
         self.target_paths = target_paths(cache, self.heads)
         self.extras = tuple(extras)
-        part = Part() if part is None else part
+        self.part = part = Part() if part is None else part
         everything = range(cache.manifest.dataset.samples)
         used = Selection(everything, everything) if part.whole else part.choose(cache.ids)
         self._labels_used = used.labelled

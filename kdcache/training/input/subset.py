@@ -28,18 +28,22 @@ class Part:
     Attributes:
         samples, labels: a number, or below 1 a share; None is all. Labels may be 0, none.
         without: the fold that is left out.
+        held_out: share of the samples that judge the training and are left out of it; None is none.
+        judging: takes the samples that are held out, instead of the others.
         views: replays the first `views` views of a store; None is all.
     """
 
     samples: float | None = None
     labels: float | None = None
     without: Fold | None = None
+    held_out: float | None = None
+    judging: bool = False
     views: int | None = None
 
     @property
     def whole(self) -> bool:
         """Whether all samples and labels are used, a choice that takes no ids."""
-        return self.samples is None and self.labels is None and self.without is None
+        return (self.samples, self.labels, self.without, self.held_out) == (None, None, None, None)
 
     def choose(self, ids: Sequence[str]) -> Selection:
         """Select samples by their ids. Raises: RecipeError when nothing is left, or for folds that do not exist."""
@@ -47,10 +51,32 @@ class Part:
         if self.whole:
             return Selection(numbers, numbers)
         seen = numbers if self.without is None else np.flatnonzero(~self.without.holds(ids)).tolist()
+        if self.held_out is not None:
+            judges = held_out([ids[number] for number in seen], self.held_out)
+            seen = [number for number, judge in zip(seen, judges, strict=True) if judge == self.judging]
+            if not seen:
+                raise RecipeError(
+                    f"No sample is left to train on: --val-share {self.held_out:g} holds out all",
+                    received=f"{len(judges)} samples",
+                    remedy="Give a smaller share, or leave --val-share out.",
+                )
         ranked = sorted(seen, key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
         labelled = used[: _count("--limit-labels", self.labels, len(used))] if self.labels != 0 else []
         return Selection(sorted(used), frozenset(labelled))
+
+
+def held_out(ids: Sequence[str], share: float) -> list[bool]:
+    """Return whether each sample judges a training, by the hash of its id alone; of few samples at least one does.
+
+    The samples of the largest hashes judge: `--limit-samples` takes those of the smallest.
+
+    Args:
+        share: in 0..1.
+    """
+    hashes = [id_hash(sample) for sample in ids]
+    least = min((1 - share) * 2**64, max(hashes, default=0))
+    return [number >= least for number in hashes]
 
 
 def _count(flag: str, limit: float | None, available: int) -> int:

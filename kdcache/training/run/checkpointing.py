@@ -23,6 +23,9 @@ from kdcache.training.step.eager import EagerStep, random_state
 from kdcache.training.step.ema import ModelEma
 from kdcache.training.step.optim import Schedule, load_optimizer
 
+FEATURES = "features"
+"""What judges a training without labels."""
+
 
 @dataclass
 class Progress:
@@ -31,7 +34,7 @@ class Progress:
     Attributes:
         seconds: seconds of training.
         cpu_seconds: processor time of the steps, of all threads of this process.
-        best_score: mIoU; of depth alone, the rmse below 0.
+        best_score: mIoU; of depth alone the rmse, and of features alone the loss, below 0.
         waited: seconds of these that were spent waiting for data.
         prepared: seconds of preparing a step, which are no training.
         unjudged: whether the validation of the last step is to be made, which a damaged sample had stopped.
@@ -164,7 +167,7 @@ class RunState:
         """Write the last weights and result.json; returns its content.
 
         Args:
-            judged: the task whose scores chose the best weights.
+            judged: the task whose scores chose the best weights, or `FEATURES`.
         """
         now = self.now
         self._write_weights("last")
@@ -180,11 +183,12 @@ class RunState:
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),
         }
-        if judged == DEPTH and now.best_step:
-            result["best_depth_rmse"] = -now.best_score
+        least = {DEPTH: "best_depth_rmse", FEATURES: "best_feature_loss"}.get(judged)
+        if least is not None and now.best_step:
+            result[least] = -now.best_score
         if self._ema is not None:
-            if judged == DEPTH and now.ema_best_step:
-                result["ema_best_depth_rmse"] = -now.ema_best_score
+            if least is not None and now.ema_best_step:
+                result[f"ema_{least}"] = -now.ema_best_score
             self._write_weights("last", ema=True)
             if not now.ema_best_step:
                 self._write_weights("best", ema=True)

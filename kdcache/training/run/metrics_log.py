@@ -16,6 +16,7 @@ from kdcache.files import write_whole
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.run_folder import METRICS, MOST_LOG_BYTES, no_log
 from kdcache.store.backend.durable import disk_space_errors
+from kdcache.training.feature_validation import FeatureScore
 
 
 class Observer:
@@ -60,6 +61,12 @@ class Observer:
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
         """A validation of the moving average's depth ended, after `validated_ema`."""
 
+    def validated_features(self, step: int, score: FeatureScore) -> None:
+        """A validation by features ended; of trainings with `val_share`."""
+
+    def validated_ema_features(self, step: int, score: FeatureScore) -> None:
+        """A validation of the moving average's features ended, after `validated_features`."""
+
     def ended(self, *, completed: bool) -> None:
         """The training ended: at its last step, or before it by an error or by the user's wish."""
 
@@ -91,6 +98,8 @@ class Observers(Observer):
     validated_ema = _of_all("validated_ema")
     validated_depth = _of_all("validated_depth")
     validated_ema_depth = _of_all("validated_ema_depth")
+    validated_features = _of_all("validated_features")
+    validated_ema_features = _of_all("validated_ema_features")
     ended = _of_all("ended")
 
 

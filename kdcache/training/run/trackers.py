@@ -8,9 +8,9 @@
 A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
 `train/images_per_second`, `gradients/<term>`, `val/miou`, `val/seg_miou` (the same number, named as beside another
 task), `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`, of depth `val/depth_rmse` and the other metrics, and
-with `--ema` the same below `val_ema/`. Where two tasks are learnt, `train/balance/<task>` is the weight of each,
-`train/tasks/<task>` its loss, `train/gradients/<task>` the norm of its gradient, `train/ratio/<task>` that norm beside
-the other task's.
+with `--ema` the same below `val_ema/`; with `--val-share` `val/feature_loss`. Where two tasks are learnt,
+`train/balance/<task>` is the weight of each, `train/tasks/<task>` its loss, `train/gradients/<task>` the norm of its
+gradient, `train/ratio/<task>` that norm beside the other task's.
 
 With every validation come pictures of the same few validation samples, `samples/<sample>/<task>`: image, ground truth,
 prediction, errors (`sample_panels.py`).
@@ -32,6 +32,7 @@ from kdcache.errors import RecipeError
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.depth import DEPTH_METRICS
 from kdcache.metrics.figures import Array
+from kdcache.training.feature_validation import FeatureScore
 from kdcache.training.run.metrics_log import Observer
 
 PROJECT = "kdcache"
@@ -140,6 +141,12 @@ class Loggers(Observer):
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._write(step, {f"val_ema/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
+
+    def validated_features(self, step: int, score: FeatureScore) -> None:
+        self._write(step, {"val/feature_loss": score.loss})
+
+    def validated_ema_features(self, step: int, score: FeatureScore) -> None:
+        self._write(step, {"val_ema/feature_loss": score.loss})
 
     def ended(self, *, completed: bool) -> None:
         self._each(lambda sink: sink.close(completed))

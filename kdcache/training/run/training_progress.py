@@ -4,6 +4,7 @@ from rich.progress import Progress, TaskID
 
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.training import Observer
+from kdcache.training.feature_validation import FeatureScore
 
 
 class TrainingProgress(Observer):
@@ -72,6 +73,15 @@ class TrainingProgress(Observer):
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m of the EMA")
+
+    def validated_features(self, step: int, score: FeatureScore) -> None:
+        self._scores["feature loss"] = f"{score.loss:.4g}"
+        self._bar.console.print(
+            f"  iteration {step}: feature loss {score.loss:.4g} on {score.samples} held-out samples"
+        )
+
+    def validated_ema_features(self, step: int, score: FeatureScore) -> None:
+        self._bar.console.print(f"  iteration {step}: feature loss {score.loss:.4g} of the EMA")
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         self._scores["EMA"] = f"{100 * metrics.miou:.2f}"

@@ -102,6 +102,7 @@ def _part(config: TrainConfig) -> Part:
         samples=config.limit_samples,
         labels=0 if config.labels == "none" else config.limit_labels,
         without=config.left_out,
+        held_out=config.val_share,
         views=config.limit_views,
     )
 

@@ -17,6 +17,7 @@ from kdcache.metrics import DepthErrors, Metrics
 from kdcache.metrics.figures import colour_ids
 from kdcache.settings.parse import LOGGERS
 from kdcache.training import Observer, make_config, train
+from kdcache.training.feature_validation import FeatureScore
 from kdcache.training.run import trackers
 from kdcache.training.run.metrics_log import Observers
 from kdcache.training.run.trackers import Beginning, Loggers
@@ -302,6 +303,8 @@ def test_observers_are_told_in_their_order() -> None:
     both.validated_ema(1, metrics, False)
     both.validated_depth(1, DepthErrors().metrics())
     both.validated_ema_depth(1, DepthErrors().metrics())
+    both.validated_features(1, FeatureScore(1.0, {"cosine": 1.0}, 2))
+    both.validated_ema_features(1, FeatureScore(1.0, {"cosine": 1.0}, 2))
     both.ended(completed=True)
     events = [event for event in vars(Observer) if not event.startswith("_")]
     assert [(name, event) for name, event, _ in calls] == [(name, event) for event in events for name in ("one", "two")]

@@ -1,0 +1,91 @@
+"""The judge of a training without labels: the feature loss of records that it does not learn from."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kdcache.data import Augmentation
+from kdcache.distill import Batch, DistillLoss
+from kdcache.models import SegmentationModel
+from kdcache.models.native import in_eval_mode
+from kdcache.store import Records
+from kdcache.training.distributed import World
+from kdcache.training.input.batch import Row
+from kdcache.training.input.cache_dataset import CacheDataset
+
+
+class FeatureScore(NamedTuple):
+    """The feature loss of held-out records.
+
+    Attributes:
+        loss: the sum of the feature terms, each by its weight.
+        terms: the weighted terms by name.
+        samples: how many were held out.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of plain JSON types."""
+        return self._asdict()
+
+
+class FeatureJudge:
+    """Judges models by the feature terms of a loss, on the samples that `dataset` holds out.
+
+    Every process reads all of them in one order, in batches of one size, so that the loss does not depend on how many
+    there are.
+
+    Args:
+        dataset: what the training draws from.
+        criterion: its loss, whose projectors are used as they stand.
+        batch_size: samples that go through a model at once.
+    """
+
+    def __init__(
+        self, dataset: CacheDataset, criterion: DistillLoss, batch_size: int, device: torch.device, world: World
+    ) -> None:
+        self._dataset = CacheDataset(
+            Records(dataset.cache, dataset.split),
+            augment="replay",
+            size=dataset.size,
+            targets=dataset.heads,
+            augmentation=Augmentation.off(),
+            extras=dataset.extras,
+            part=replace(dataset.part, judging=True, samples=None, labels=None),
+            tasks=dataset.tasks,
+            depth_zoom=dataset.depth_zoom,
+        )
+        self._criterion, self._batch_size, self._device, self._world = criterion, batch_size, device, world
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @torch.no_grad()
+    def __call__(self, model: SegmentationModel) -> FeatureScore:
+        """Return the loss of a model in eval mode. Raises: KDCacheError of a record that cannot be read."""
+        criterion = self._criterion
+        totals: dict[str, float] = {}
+        with self._world.together(), in_eval_mode(model), in_eval_mode(criterion), criterion.alone():
+            for batch in self._batches():
+                batch = batch.to(self._device)
+                assert batch.pixels is not None
+                outputs = model(model.normalise(batch.pixels), criterion.student_taps)
+                for name, value in criterion.feature_parts(outputs, batch).items():
+                    totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
+        terms = {name: total / len(self) for name, total in totals.items()}
+        # The process that writes the run decides for all: buffers of batch normalisation may differ.
+        return self._world.gather(FeatureScore(sum(terms.values()), terms, len(self)))[0]
+
+    def _batches(self) -> Iterator[Batch]:
+        for first in range(0, len(self), self._batch_size):
+            numbers = range(first, min(first + self._batch_size, len(self)))
+            batch = self._dataset.empty(len(numbers))
+            for place, number in enumerate(numbers):
+                self._dataset.draw_into(number, 0, np.random.default_rng(number), Row.of(batch, place))
+            yield batch
