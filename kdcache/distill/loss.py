@@ -8,10 +8,9 @@ A term of depth is of the task `depth`, all else of `segmentation`; a balance we
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,18 +173,6 @@ class DistillLoss(nn.Module):
         for term in self._terms():
             term.gather = gather
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, no term reads the rows of other processes."""
-        gathers = [term.gather for term in self._terms()]
-        try:
-            for term in self._terms():
-                term.gather = None
-            yield
-        finally:
-            for term, gather in zip(self._terms(), gathers, strict=True):
-                term.gather = gather
-
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
         """The denominators of the parts of the loss of a batch, which do not depend on the student.
@@ -200,7 +187,7 @@ class DistillLoss(nn.Module):
         if not len(self.further):
             return Counts(ce, kl)
         no_logits = torch.empty((len(batch.any_label), 0, 1, 1), dtype=dtype, device=batch.any_label.device)
-        term_batch = self._batch(StudentOutputs(no_logits), batch, None)
+        term_batch = self.term_batch(StudentOutputs(no_logits), batch, None)
         zero = no_logits.new_zeros(())
         terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self._terms())
         return Counts(ce, kl, terms)
@@ -276,7 +263,7 @@ class DistillLoss(nn.Module):
         own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
-        gate = self._gate(batch)
+        gate = self.gate_of(batch)
         fused, ce, kl = self._fused(own.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
         by_task: dict[str, Tensor] = {SEGMENTATION: fused}
         values: list[Tensor] = []
@@ -296,7 +283,7 @@ class DistillLoss(nn.Module):
         own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
-        gate = self._gate(batch)
+        gate = self.gate_of(batch)
         parts = {}
         if self.ce_weight > 0:
             parts["ce"] = self._fused(own.logits, batch, gate, counts, self.ce_weight, 0.0)[0]
@@ -308,21 +295,6 @@ class DistillLoss(nn.Module):
                 parts[name] = self._weight(term) * value
         return parts if self.balance is None else weigh_parts(parts, self.part_tasks, self.balance)
 
-    def feature_parts(self, outputs: Outputs | Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Every active term of features by name, weighted as it was made: no schedule or balance changes it.
-
-        Args, Raises: as `forward`.
-        """
-        own = unpacked(outputs)
-        check_taps([term for term in self._terms() if term.spec.reads_taps], own.features)
-        term_batch = self._batch(own, batch, self._gate(batch))
-        named = zip(self.names[2:], self._terms(), strict=True)
-        return {
-            name: term.weight * term(term_batch)
-            for name, term in named
-            if term.spec.reads_taps and not term.measured and _active(term, batch)
-        }
-
     def _values(
         self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None, counts: Counts | None
     ) -> "Iterator[tuple[Term, Tensor | None]]":
@@ -331,7 +303,7 @@ class DistillLoss(nn.Module):
         if not terms:
             return
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
-        term_batch = self._batch(outputs, batch, gate)
+        term_batch = self.term_batch(outputs, batch, gate)
         for term, count in zip(terms, shared, strict=True):
             yield term, term(term_batch, count) if _active(term, batch) else None
 
@@ -379,14 +351,14 @@ class DistillLoss(nn.Module):
     def _teaches(self, batch: Batch) -> bool:
         return self.targets is not None and batch.target is not None
 
-    def _gate(self, batch: Batch) -> Tensor | None:
+    def gate_of(self, batch: Batch) -> Tensor | None:
         """Weights (B, H, W) of the teacher's pixels; None is 1."""
         if self.gate.open or not self._teaches(batch) or not (self.kl_weight > 0 or len(self.further)):
             return None
-        weight: Tensor | None = self.gate(batch, self.targets, impl=self.impl)
-        return weight
+        return cast("Tensor", self.gate(batch, self.targets, impl=self.impl))
 
-    def _batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
+    def term_batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
+        """The inputs of the further terms."""
         from kdcache.distill.terms import HeadBatch, TermBatch
 
         targets = batch.targets or {}
@@ -435,7 +407,7 @@ class DistillLoss(nn.Module):
         if counted.other is None:
             return parts
         # Where pixels were pasted, another target teaches: the KL of both adds up, by a denominator that both share.
-        loss, _, kl = call(counted.other, gated(self._gate(counted.other), counted.pasted), ce_weight=0.0)
+        loss, _, kl = call(counted.other, gated(self.gate_of(counted.other), counted.pasted), ce_weight=0.0)
         return parts[0] + loss, parts[1], parts[2] + kl
 
     def _call(

@@ -11,6 +11,7 @@
     pseudo_labels.py  how many pixels of a teacher a threshold keeps
     trainer.py       the loop
     depth_validation.py  metrics of a depth head
+    feature_validation.py  the feature loss of held-out records
     distributed.py   the processes of torchrun, and what they agree on
     interrupt.py     requests to stop a training
     sources/         the training and validation data of the settings

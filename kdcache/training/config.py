@@ -26,7 +26,14 @@ from kdcache.settings.term import MASK, LossTerm, check_terms, no_effect, untake
 from kdcache.settings.terms import KL, CrossEntropy, auto_method, parse_method
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, in_stream, make_stream, read_tables
-from kdcache.training.term_setting import Terms, check_balance, check_consistency, check_whole_batch, with_auxiliary
+from kdcache.training.term_setting import (
+    Terms,
+    check_balance,
+    check_consistency,
+    check_val_share,
+    check_whole_batch,
+    with_auxiliary,
+)
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
@@ -343,32 +350,13 @@ def _check_run(config: TrainConfig) -> None:
             received="--schedule plateau without --val",
             remedy="add --val DATA, or use --schedule poly",
         )
-    _check_val_share(config)
+    reads_taps = config.reads_targets and any(term.reads_taps for term in config.active)
+    check_val_share(config.val_share, config.val, bool(config.stream), config.method, reads_taps=reads_taps)
     if config.iterations is not None and config.epochs is not None:
         raise RecipeError(
             "a training's length is given once",
             received=f"--iterations {config.iterations} and --epochs {config.epochs}",
             remedy="leave one of them out",
-        )
-
-
-def _check_val_share(config: TrainConfig) -> None:
-    """Check that `--val-share` is the only judge, of a cache whose features are learnt."""
-    if config.val_share is None:
-        return
-    flag = f"--val-share {config.val_share:g}"
-    if config.val is not None or config.stream:
-        other = f"--val {config.val}" if config.val is not None else "--stream"
-        raise RecipeError(
-            f"Cannot use {flag} with {other}",
-            received="--val-share judges one cache by its features, --val judges classes and depth by labels",
-            remedy="Leave one of them out.",
-        )
-    if not (config.reads_targets and any(term.reads_taps for term in config.active)):
-        raise RecipeError(
-            f"{flag} has no feature loss to validate on",
-            received=f"--method {config.method} without a term of features",
-            remedy="Add one, for instance --term cosine; or validate on labels with --val DATA.",
         )
 
 

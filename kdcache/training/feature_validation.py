@@ -1,6 +1,7 @@
 """The judge of a training without labels: the feature loss of records that it does not learn from."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 
 from kdcache.data import Augmentation
 from kdcache.distill import Batch, DistillLoss
+from kdcache.distill.outputs import unpacked
+from kdcache.distill.terms import Term
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.store import Records
@@ -71,13 +74,14 @@ class FeatureJudge:
         """Return the loss of a model in eval mode. Raises: KDCacheError of a record that cannot be read."""
         criterion = self._criterion
         totals: dict[str, float] = {}
-        with self._world.together(), in_eval_mode(model), in_eval_mode(criterion), criterion.alone():
+        with self._world.together(), in_eval_mode(model), in_eval_mode(criterion), _alone(criterion):
             for batch in self._batches():
                 batch = batch.to(self._device)
                 assert batch.pixels is not None
                 outputs = model(model.normalise(batch.pixels), criterion.student_taps)
-                for name, value in criterion.feature_parts(outputs, batch).items():
-                    totals[name] = totals.get(name, 0.0) + float(value) * len(batch)
+                term_batch = criterion.term_batch(unpacked(outputs), batch, criterion.gate_of(batch))
+                for name, term in _feature_terms(criterion):
+                    totals[name] = totals.get(name, 0.0) + term.weight * float(term(term_batch)) * len(batch)
         terms = {name: total / len(self) for name, total in totals.items()}
         # The process that writes the run decides for all: buffers of batch normalisation may differ.
         return self._world.gather(FeatureScore(sum(terms.values()), terms, len(self)))[0]
@@ -89,3 +93,25 @@ class FeatureJudge:
             for place, number in enumerate(numbers):
                 self._dataset.draw_into(number, 0, np.random.default_rng(number), Row.of(batch, place))
             yield batch
+
+
+def _feature_terms(criterion: DistillLoss) -> Iterator[tuple[str, Term]]:
+    """The terms of features that have a weight, by name. No schedule and no balance changes their weights."""
+    for name, term in zip(criterion.names[2:], criterion.further, strict=True):
+        assert isinstance(term, Term)
+        if term.spec.reads_taps and term.weight > 0 and not term.measured:
+            yield name, term
+
+
+@contextmanager
+def _alone(criterion: DistillLoss) -> Iterator[None]:
+    """Inside, no term reads the rows of other processes."""
+    terms = [term for term in criterion.further if isinstance(term, Term)]
+    gathers = [term.gather for term in terms]
+    try:
+        for term in terms:
+            term.gather = None
+        yield
+    finally:
+        for term, gather in zip(terms, gathers, strict=True):
+            term.gather = gather

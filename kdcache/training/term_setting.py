@@ -130,3 +130,25 @@ def make_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> 
 
 def _fixed(weights: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
     return {task: task_weights(tuple(weights)).get(task, EVEN) for task in tasks}
+
+
+def check_val_share(share: float | None, val: str | None, streams: bool, method: str, *, reads_taps: bool) -> None:
+    """Check that `--val-share` is the only judge, of a cache whose features are learnt. Raises: RecipeError.
+
+    Args:
+        reads_taps: whether a term compares stored features.
+    """
+    if share is None:
+        return
+    if val is not None or streams:
+        raise RecipeError(
+            f"Cannot use --val-share {share:g} with {'--stream' if val is None else f'--val {val}'}",
+            received="--val-share judges one cache by its features, --val judges classes and depth by labels",
+            remedy="Leave one of them out.",
+        )
+    if not reads_taps:
+        raise RecipeError(
+            f"--val-share {share:g} has no feature loss to validate on",
+            received=f"--method {method} without a term of features",
+            remedy="Add one, for instance --term cosine; or validate on labels with --val DATA.",
+        )
