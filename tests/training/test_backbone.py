@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache.data import open_split
-from kdcache.errors import KDCacheError, ModelError, RecipeError
+from kdcache.errors import KDCacheError, RecipeError
 from kdcache.models import build_model
 from kdcache.run_folder import Run
 from kdcache.store import open_cache
@@ -75,7 +75,7 @@ def features(nets: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory)
     """A cache of the tokens of twelve pictures."""
     teacher = Teacher(build_model(f"{nets}:tokens", 0).eval(), "tokens")
     out = tmp_path_factory.mktemp("cache") / "features.zarr"
-    options = BuildOptions(size=SIZE, views=1, features_only=True, features=("output",), batch_size=4)
+    options = BuildOptions(size=SIZE, views=1, features_only=True, features=("last",), batch_size=4)
     build_cache(open_split(photos, "train"), teacher, out, options)
     return out
 
@@ -89,20 +89,13 @@ def settings(features: Path, nets: Path) -> dict[str, Any]:
 
 def test_tokens_are_stored_as_a_grid_without_class_tokens(features: Path, nets: Path, photos: Path) -> None:
     cache = open_cache(features)
-    assert cache.manifest.features["output"].size == (4, 6)
+    assert cache.manifest.features["last"].size == (4, 6)
     network = build_model(f"{nets}:tokens", 0).eval()
     pixels = torch.from_numpy(open_split(photos, "train").image(3)[None])
     with torch.no_grad():
         tokens = network.network(network.normalise(pixels))
     expected = tokens[:, 2:].mT.reshape(12, 4, 6).half().numpy()
-    assert np.array_equal(cache.read(3, ["features/output"])["features/output"], expected)
-
-
-def test_tokens_that_are_no_grid_are_refused(nets: Path) -> None:
-    network = build_model(f"{nets}:tokens", 0).eval()
-    with pytest.raises(ModelError, match="Cannot lay the tokens of 'output' out as a grid") as caught:
-        network(torch.zeros(1, 3, 36, 48), ["output"])
-    assert "a --size of whole patches" in caught.value.remedy
+    assert np.array_equal(cache.read(3, ["features/last"])["features/last"], expected)
 
 
 def test_a_backbone_learns_and_its_best_weights_have_the_least_loss(settings, tmp_path, read_metrics) -> None:
@@ -132,7 +125,7 @@ def test_the_loss_of_held_out_records_is_the_formula_on_them(settings, features,
         pixels = torch.from_numpy(cache.read(number, ["pixels/image"])["pixels/image"][None])
         with torch.no_grad():
             student = projector(model.eval()(model.normalise(pixels), ["norm"]).features["norm"])
-        teacher = torch.from_numpy(cache.read(number, ["features/output"])["features/output"][None]).float()
+        teacher = torch.from_numpy(cache.read(number, ["features/last"])["features/last"][None]).float()
         total += 2 * float(1 - torch.cosine_similarity(student, teacher).mean())
     (row,) = read_metrics(tmp_path / "run", "validation")[-1:]
     assert row["feature_samples"] == len(held)
