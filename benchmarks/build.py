@@ -109,7 +109,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
     first = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
     outputs = teach(teacher.model, pixels, options.features, options.precision, options.device)
-    packed = {path: t.cpu().numpy() for path, t in pack_batch(outputs, manifest.heads, options.features).items()}
+    packed = {path: t.cpu().numpy() for path, t in pack_batch(outputs, manifest.heads, manifest.features).items()}
     shutil.rmtree(folder, ignore_errors=True)
     with open_writer(folder, manifest, split.ids) as writer:
         watch = Stopwatch()

@@ -78,7 +78,8 @@ class Batch(Tensors):
         pixels: (B, H, W, 3) uint8 RGB.
         labels: task -> labels; segmentation is (B, H, W) uint8, 255 void.
         targets: head -> the teacher's packed outputs; None for a batch without a teacher.
-        arrays: path -> (B, ...) further arrays of the store: features/<tap>, statistics/<name>.
+        arrays: path -> (B, ...) further arrays of the store as they are stored: features/<tap>, scales/<tap>,
+            statistics/<name>.
         window: (B, 4) float64 (y0, x0, y1, x1), edge coordinates in pixels of the view; None is the whole view.
         flip: (B,) bool, whether the window is shown mirrored; None mirrors nothing.
         inside: (B, 4) float64 edges, in pixels of the view, of what shows the image, where the rest is grey; None is
@@ -123,6 +124,17 @@ class Batch(Tensors):
     def target(self) -> Target | None:
         """The target of segmentation; None for a batch without."""
         return None if self.targets is None else self.targets.get(SEGMENTATION)
+
+    @property
+    def numbers(self) -> dict[str, Tensor]:
+        """The further arrays, with features in 8 bits as float32 (B, c, h, w) instead of bytes and scales."""
+        numbers = {path: array for path, array in self.arrays.items() if not path.startswith("scales/")}
+        for path, scales_B2c in self.arrays.items():
+            room, _, tap = path.partition("/")
+            if room == "scales":
+                low, step = scales_B2c.float()[..., None, None].unbind(1)
+                numbers[f"features/{tap}"] = torch.addcmul(low, self.arrays[f"features/{tap}"], step)
+        return numbers
 
     @property
     def size(self) -> tuple[int, int]:

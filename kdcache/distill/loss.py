@@ -121,17 +121,14 @@ class DistillLoss(nn.Module):
     def names(self) -> tuple[str, ...]:
         """Names of the parts, in the order of `Losses` without loss and tasks. A kind that occurs twice is numbered."""
         kinds = [term.kind for term in self._terms()]
-        counted = [
-            f"{kind}_{kinds[:at].count(kind) + 1}" if kind in kinds[:at] else kind for at, kind in enumerate(kinds)
-        ]
-        return ("ce", "kl", *counted)
+        before = (kinds[:at].count(kind) for at, kind in enumerate(kinds))
+        return ("ce", "kl", *(f"{kind}_{n + 1}" if n else kind for kind, n in zip(kinds, before, strict=True)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that are learnt: those with a part of weight above 0."""
         learnt = {term.task for term in self._terms() if term.weight > 0}
-        if self.ce_weight > 0 or self.kl_weight > 0:
-            learnt.add(SEGMENTATION)
+        learnt |= {SEGMENTATION} if self.ce_weight > 0 or self.kl_weight > 0 else set()
         return tuple(task for task in TASKS if task in learnt)
 
     @property
@@ -172,6 +169,12 @@ class DistillLoss(nn.Module):
         """
         for term in self._terms():
             term.gather = gather
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch) -> None:
+        """Let terms remember a whole batch that a step has learnt from; the ring of `queue` does."""
+        for term in (term for term in self._terms() if _active(term, batch)):
+            term.after_step(batch)
 
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
@@ -367,7 +370,7 @@ class DistillLoss(nn.Module):
             features=outputs.features,
             labels=batch.labels.get(SEGMENTATION),
             target=batch.target,
-            stored=batch.arrays,
+            stored=batch.numbers if outputs.features else batch.arrays,
             pixel_weight=gate,
             size=batch.size,
             counted=self._masks.counted(batch),
@@ -376,10 +379,7 @@ class DistillLoss(nn.Module):
             zoom=batch.zoom,
             own=batch.own,
             shown=self._masks.shown(batch) if any(term.reads_shown for term in self._terms()) else None,
-            heads={
-                name: HeadBatch(outputs.heads.get(name), batch.labels.get(name), targets.get(name))
-                for name in self.heads
-            },
+            heads={n: HeadBatch(outputs.heads.get(n), batch.labels.get(n), targets.get(n)) for n in self.heads},
             others=outputs.others,
             pseudo=batch.pseudo,
         )

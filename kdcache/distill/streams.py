@@ -124,6 +124,11 @@ class StreamLoss(nn.Module):
         for _, criterion in self._named():
             criterion.share(gather)
 
+    def after_step(self, batch: StreamBatch) -> None:
+        """As of `DistillLoss`, of each stream."""
+        for (_, criterion), own in zip(self._named(), batch.streams, strict=True):
+            criterion.after_step(own)
+
     def counts(self, batch: StreamBatch) -> StreamCounts:
         """The denominators of each stream's loss. Raises: as `DistillLoss.counts`."""
         pairs = zip(self._named(), batch.streams, strict=True)

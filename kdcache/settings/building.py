@@ -63,7 +63,8 @@ class BuildSettings:
     )
     features_only: bool = _stored(False, "Store no head, but the taps of --features alone.")
     features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")
-    statistics: Words = _stored((), "Comma-separated attention maps to store, as at:TAP.")
+    feature_dtype: Literal["fp16", "uint8"] = _stored("fp16", "fp16, or uint8: half the bytes. See docs/choosing.md.")
+    statistics: Words = _stored((), "Comma-separated at:TAP (attention) or similarity:TAP (between tokens).")
     raw_logits: bool = _stored(False, "Keep every pixel's largest logit too, for terms over positions (cwd).")
     pixels: Literal["stored", "source"] = _stored(
         "stored", "stored: images and labels go into the cache. source: they stay outside."

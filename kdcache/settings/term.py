@@ -54,6 +54,7 @@ class LossTerm:
         whole_batch: its value is no mean over the samples of a batch.
         follows_mix, follows_paste: what it compares is pasted with the pixels of a sample of the same stream, of
             another one.
+        whole_view: what it reads is of a whole stored view, so that views are replayed and no window moves them.
         head: the head of the student that it compares; segmentation for features also.
         all_classes: it reads the teacher's logits of all classes.
         raw_logits: it reads them as the teacher gave them.
@@ -70,6 +71,7 @@ class LossTerm:
     whole_batch: ClassVar[bool] = False
     follows_mix: ClassVar[bool] = False
     follows_paste: ClassVar[bool] = False
+    whole_view: ClassVar[bool] = False
     head: ClassVar[str] = SEGMENTATION
     all_classes: ClassVar[bool] = False
     raw_logits: ClassVar[bool] = False
@@ -248,7 +250,12 @@ class FeatureTerm(LossTerm):
         return list(manifest.features)
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        return (f"features/{self.teacher_tap}",) if self.reads_taps else super().arrays(manifest)
+        """As of `LossTerm`. A tap in 8 bits has scales, with which the device restores it."""
+        if not self.reads_taps:
+            return super().arrays(manifest)
+        tap = str(self.teacher_tap)
+        scaled = getattr(manifest.features[tap], "dtype", "float16") == "uint8"
+        return (f"features/{tap}", *([f"scales/{tap}"] if scaled else []))
 
     def missing(self, manifest: Any) -> list[Missing]:
         if not self.reads_taps:
@@ -257,7 +264,7 @@ class FeatureTerm(LossTerm):
         if offered and self.teacher_tap in (None, *offered):
             return []
         what, flag = (text.format(self.teacher_tap or "TAP") for text in self.stored)
-        has = f"the store has {', '.join(offered)}" if offered else "the store has none"
+        has = f"the store has {', '.join(dict.fromkeys(offered))}" if offered else "the store has none"
         return [Missing(f"{what} ({has})", flag)]
 
     def resolved(

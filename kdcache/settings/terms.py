@@ -6,6 +6,8 @@
 | `pseudo` | the student's classes with the teacher's best, where it is sure | the label's pixels |
 | `at` | maps of attention | the teacher's cells |
 | `sp` | which images of the batch are alike | each one's own cells |
+| `similarity` | which cells of an image are alike | the teacher's cells |
+| `queue` | which of the last images an image is like | images |
 | `hint`, `cosine` | features, the student's projected | the teacher's cells |
 | `cwd` | where each class (or channel of a tap) is strong | the teacher's cells |
 | `dist` | how predictions vary over classes and over cells | the target's cells |
@@ -159,10 +161,10 @@ class Attention(FeatureTerm):
 
     def offered(self, manifest: Any) -> list[str]:
         """Taps with a stored map come after all others: of a map and the features it was made from, it is smaller."""
-        return super().offered(manifest) + _maps(manifest)
+        return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        mapped = self.teacher_tap in _maps(manifest)
+        mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 
 
@@ -171,6 +173,39 @@ class Similarity(FeatureTerm):
     compares = "similarity"
     whole_batch = True
     weight: Weight | None = setting(50.0, "Factor on the term.")
+
+
+class TokenSimilarity(FeatureTerm):
+    """It reads stored similarities, or computes them from stored features."""
+
+    kind = "similarity"
+    compares = "similarity"
+    whole_view = True
+    stored = ("the token similarities or features of {}", "--statistics similarity:{}")
+    temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
+
+    def offered(self, manifest: Any) -> list[str]:
+        """Taps with stored similarities come after all others, as of `Attention`."""
+        maps = [tap for tap in super().offered(manifest) if tuple(manifest.features[tap].size) != (1, 1)]
+        return maps + _made_of(manifest, "similarity")
+
+    def arrays(self, manifest: Any) -> tuple[str, ...]:
+        made = self.teacher_tap in _made_of(manifest, self.kind)
+        return (f"statistics/{self.kind}.{self.teacher_tap}",) if made else super().arrays(manifest)
+
+
+class Queue(FeatureTerm):
+    """It reads summaries, taps of one cell."""
+
+    kind = "queue"
+    compares = "similarity"
+    whole_view = True
+    stored = ("{} with 1x1 cells, a summary of the image,", "--features {}")
+    temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
+    length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
+
+    def offered(self, manifest: Any) -> list[str]:
+        return [tap for tap in super().offered(manifest) if tuple(manifest.features[tap].size) == (1, 1)]
 
 
 class Hint(Projected):
@@ -396,12 +431,12 @@ def _class_of(kind: Any, value: Any) -> type[LossTerm]:
 def _option(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     try:
-        return key.strip(), float(value)
+        return key.strip(), int(value) if value.strip().isdecimal() else float(value)
     except ValueError:
         return key.strip(), value.strip()
 
 
-def _maps(manifest: Any) -> list[str]:
-    """Taps whose attention map is stored."""
+def _made_of(manifest: Any, kind: str) -> list[str]:
+    """Taps of which a statistic of a kind is stored."""
     statistics: Mapping[str, Any] = getattr(manifest, "statistics", {})
-    return [name.removeprefix("at.") for name in statistics if name.startswith("at.")]
+    return [name.removeprefix(f"{kind}.") for name in statistics if name.startswith(f"{kind}.")]

@@ -11,7 +11,7 @@ names the teacher's code without the folder that caches of earlier versions have
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,11 +22,19 @@ from kdcache.errors import MismatchError, StoreError
 from kdcache.store.backend.open import open_place
 from kdcache.store.format.codec import Array, round_targets
 from kdcache.store.format.damage import damaged, unreadable
+from kdcache.store.format.eight_bits import (
+    FeatureFidelity,
+    StoredAs,
+    check_cells,
+    feature_dtype,
+    measure,
+    stored_features,
+)
 from kdcache.store.format.manifest import Codec, Manifest
-from kdcache.store.format.manifest_models import Dataset, Fidelity
+from kdcache.store.format.manifest_models import Dataset, Feature, Fidelity
 from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.reader import Cache
-from kdcache.store.subset import ids_digest
+from kdcache.store.subset import SAMPLE_RECORDS, evenly_spread, ids_digest
 from kdcache.store.worker import Worker
 from kdcache.store.writer import StoreWriter, open_writer
 
@@ -38,6 +46,7 @@ class CopyChanges:
     Attributes:
         samples: numbers of the samples to keep, in ascending order, with all their views.
         features: the taps to keep.
+        feature_dtype: how they are stored. Summaries and maps under 16 cells stay float16.
         pixels: `source` leaves images and labels out.
     """
 
@@ -46,6 +55,7 @@ class CopyChanges:
     samples: Sequence[int] | None = None
     features: Sequence[str] | None = None
     pixels: Literal["stored", "source"] | None = None
+    feature_dtype: StoredAs | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
     """The manifest of the copy that `copy_store` would write. Args, Raises: as `copy_store`."""
     manifest, numbers = source.manifest, _numbers(source, changes)
     _check(source, changes)
-    taps = manifest.features if changes.features is None else set(changes.features)
+    features = _features(manifest, changes)
     pixels = changes.pixels or manifest.view.pixels
     return manifest.model_copy(
         update={
@@ -143,7 +153,8 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
             if changes.samples is None or manifest.depth is None
             else manifest.depth.model_copy(update={"labelled": int(np.count_nonzero(source.has_depth[numbers]))}),
             "view": manifest.view.model_copy(update={"pixels": pixels}),
-            "features": {tap: feature for tap, feature in manifest.features.items() if tap in taps},
+            "features": features,
+            "feature_fidelity": _feature_fidelity(source, features),
             "build": manifest.build.model_copy(
                 update={"shard_records": changes.shard_records or manifest.build.shard_records}
             ),
@@ -152,6 +163,33 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
             "fidelity": fidelity if rounds(manifest, changes.codec) else manifest.fidelity,
         }
     )
+
+
+def _features(manifest: Manifest, changes: CopyChanges) -> dict[str, Feature]:
+    """Return the manifest's entries for the taps of a copy. Raises: RecipeError for 8 bits that no tap can have."""
+    kept = {
+        tap: feature
+        for tap, feature in manifest.features.items()
+        if changes.features is None or tap in changes.features
+    }
+    if changes.feature_dtype is None:
+        return kept
+    check_cells(changes.feature_dtype, {tap: feature.size for tap, feature in kept.items()})
+    return {
+        tap: feature.model_copy(update={"dtype": feature_dtype(changes.feature_dtype, feature.size)})
+        for tap, feature in kept.items()
+    }
+
+
+def _feature_fidelity(source: Cache, features: Mapping[str, Feature]) -> dict[str, FeatureFidelity]:
+    """Return what the taps of a copy have lost: what the source's have, or what 8 bits lose of them in float16."""
+    known, lost = source.manifest.feature_fidelity, dict[str, FeatureFidelity]()
+    for tap, feature in features.items():
+        if feature.dtype == "uint8" and source.manifest.features[tap].dtype == "float16" and tap not in known:
+            lost[tap] = measure(source.feature(record, tap) for record in evenly_spread(len(source), SAMPLE_RECORDS))
+        elif tap in known:
+            lost[tap] = known[tap]
+    return lost
 
 
 def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
@@ -235,11 +273,23 @@ class _Copying:
         views = self.manifest.view.views_per_sample
         if spec.path == "records/sample":
             return np.arange(first, last, dtype=spec.dtype) // views
+        if spec.path not in self.source.specs or self.source.specs[spec.path].dtype != spec.dtype:
+            return self._converted(spec, shard)
         rows = np.empty((last - first, *spec.shape), spec.dtype)
         for place, record in enumerate(range(first, last)):
-            source_record = self.source.manifest.record(self.numbers[record // views], record % views)
-            self.source.read_into(source_record, spec.path, rows[place, ...])
+            self.source.read_into(self._source_record(record), spec.path, rows[place, ...])
         return round_targets({spec.path: rows}, self.manifest.codec)[spec.path]
+
+    def _converted(self, spec: ArraySpec, shard: int) -> Array:
+        """Return a shard of features, or of their scales, that the source stores in another type."""
+        tap = spec.path.partition("/")[2]
+        first, last = self.manifest.shard_range(shard)
+        maps = np.stack([self.source.feature(self._source_record(record), tap) for record in range(first, last)])
+        return stored_features({f"features/{tap}": maps}, self.manifest.features)[spec.path]
+
+    def _source_record(self, record: int) -> int:
+        views = self.manifest.view.views_per_sample
+        return self.source.manifest.record(self.numbers[record // views], record % views)
 
 
 class _Shard(dict[str, Array | bytes]):

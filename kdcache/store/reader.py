@@ -25,6 +25,7 @@ from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
 from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import AGAIN, damaged_metadata, unreadable, unreadable_metadata, without_spare
+from kdcache.store.format.eight_bits import restore
 from kdcache.store.format.manifest import Manifest, parse_manifest
 from kdcache.store.format.manifest_models import Head
 from kdcache.store.format.schema import LABELLED, LABELLED_DEPTH, metadata_keys, record_arrays, shard_key
@@ -194,6 +195,15 @@ class Cache:
             if not self._forget(path, [record // self.manifest.build.shard_records]):
                 raise
             self._array(path).read_into(record, out)
+
+    def feature(self, record: int, tap: str) -> Array:
+        """Return the features of one record as numbers: (c, h, w) float16, or float32 of a tap that is stored in bytes.
+
+        Raises: as `read`.
+        """
+        path, scales = f"features/{tap}", f"scales/{tap}"
+        rows = self.read(record, [path, scales] if scales in self.specs else [path])
+        return restore(rows[path], rows[scales]) if scales in rows else rows[path]
 
     def fetch(self, shard: int, path: str) -> None:
         """Have a shard of an array on this machine, for reads to come. Raises: as `read`."""

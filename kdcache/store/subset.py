@@ -9,6 +9,9 @@ import numpy as np
 from kdcache.errors import StoreError
 from kdcache.store.reader import Cache
 
+SAMPLE_RECORDS = 16
+"""Records, evenly spread, on which a build or a copy measures what storing loses."""
+
 
 def evenly_spread(total: int, most: int) -> list[int]:
     """At most `most` different numbers below `total`, ascending, the first and the last among them."""

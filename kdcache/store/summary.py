@@ -11,6 +11,7 @@ from kdcache.display import bare
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
+from kdcache.store.format.eight_bits import describe
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.schema import record_arrays
 from kdcache.store.ledger import ShardRecord
@@ -94,7 +95,7 @@ class StoreSummary:
             ("view", f"{m.view.kind} at {_size(m.view.size)}, pixels {m.view.pixels}{_drawn(m)}"),
             ("teacher", f"{bare(m.teacher.spec)}, {m.teacher.precision}, weights "
                         f"{m.teacher.weights[:12]}{_several(m)}"),
-            ("targets", "; ".join(_targets(m)) or f"none, features alone: {', '.join(m.features)}"),
+            ("targets", "; ".join(_targets(m)) or f"none, features alone: {', '.join((*m.features, *m.statistics))}"),
             ("codec", m.codec),
             ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
                       f"shards of {m.build.shard_records} records"),
@@ -117,8 +118,8 @@ class StoreSummary:
             at = next(row for row, (name, _) in enumerate(rows) if name == "built")
             rows.insert(at, ("fidelity", m.fidelity.describe()))
         if m.features:
-            taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]}" for tap, f in m.features.items())
-            rows.insert(6, ("features", taps))
+            taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]} {f.dtype}" for tap, f in m.features.items())
+            rows[6:6] = [("features", taps), *(("", line) for line in describe(m.features, m.feature_fidelity))]
         if m.statistics:
             names = ", ".join(f"{name} {_size(statistic.size)}" for name, statistic in m.statistics.items())
             rows.insert(6, ("statistics", names))

@@ -28,6 +28,22 @@ def check_flip(config: TrainConfig) -> None:
         )
 
 
+def check_whole_views(config: TrainConfig) -> None:
+    """Check that views are replayed if a term reads what is of a whole view.
+
+    Args:
+        config: settings whose augment is not auto.
+    Raises: RecipeError.
+    """
+    whole = [term.kind for term in config.terms if term.active and term.whole_view]
+    if config.augment == "warp" and whole and config.cache is not None:
+        raise RecipeError(
+            f"Cannot move what {' and '.join(whole)} compares with a drawn window",
+            received="--augment warp draws windows, and the cache has this of whole views",
+            remedy="use --augment replay, best with a cache of several --views",
+        )
+
+
 def check_replays(config: TrainConfig) -> None:
     """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
     if config.limit_views is not None and config.augment != "replay":

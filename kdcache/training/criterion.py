@@ -161,21 +161,21 @@ def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
     return counts[: len(dataset.classes)]
 
 
-def channel_moments(cache: Cache, path: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+def channel_moments(cache: Cache, tap: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (c,) of a stored feature's channels, over all positions.
 
     They are of the first views of at most COUNTED_TARGETS samples, evenly spread. A channel that does not vary has the
     standard deviation 1.
 
     Args:
-        path: features/<tap>.
+        tap: of the store's features.
         samples: numbers of samples.
     Returns: float32; sums are float64.
     """
     numbers = evenly_spread(len(samples), COUNTED_TARGETS)
     means = []
     for number in numbers:
-        row_chw = cache.read(cache.manifest.record(samples[number]), [path])[path].astype(np.float64)
+        row_chw = cache.feature(cache.manifest.record(samples[number]), tap).astype(np.float64)
         means.append(np.stack([row_chw.mean((1, 2)), np.square(row_chw).mean((1, 2))]))
     mean_c, square_c = np.mean(means, axis=0)
     std_c = np.sqrt(np.maximum(square_c - mean_c**2, 0))
@@ -219,7 +219,7 @@ def _terms(
         if spec.reads_taps and targets.manifest is not None:
             spec = spec.resolved(targets.manifest, list(channels), grids)
         if isinstance(spec, Projected) and spec.standardise == "channels" and dataset.cache is not None:
-            moments = channel_moments(dataset.cache, f"features/{spec.teacher_tap}", dataset.indices)
+            moments = channel_moments(dataset.cache, spec.teacher_tap or "", dataset.indices)
         return make_term(
             spec,
             targets=targets,

@@ -203,6 +203,7 @@ class Trainer:
             raise
         waited = time.perf_counter() - began
         prepared, losses, norms = self._learn(step, batch)
+        self.criterion.after_step(batch)  # type: ignore[arg-type] # both are of one stream, or of several
         if self._ema is not None:
             self._ema.update(step + 1)
         self._describe()

@@ -13,6 +13,7 @@ import pytest
 
 from kdcache.store import Manifest, open_writer
 from kdcache.store.backend.durable import file_digest
+from kdcache.store.format.eight_bits import FeatureFidelity
 from kdcache.store.format.manifest_models import Build, Dataset, Drawn, Feature, Fidelity, Head, Statistic, View
 from kdcache.store.format.schema import record_arrays
 from kdcache.store.format.teacher_models import Augmented, Fingerprint, Member, Training
@@ -60,6 +61,7 @@ def make_manifest(
     codec: str,
     fidelity: bool,
     several: bool,
+    eight_bits: bool,
 ) -> Manifest:
     names = tuple(f"class {index}" for index in range(classes))
     return Manifest(
@@ -85,7 +87,10 @@ def make_manifest(
         heads={
             "segmentation": Head(classes=classes, k=k, size=(6, 8), align_corners=False, raw=several, resampled=several)
         },
-        features={"head": Feature(channels=3, size=(6, 8)), "stage1": Feature(channels=40, size=(5, 7))}
+        features={
+            "head": Feature(channels=3, size=(6, 8)),
+            "stage1": Feature(channels=40, size=(5, 7), dtype="uint8" if eight_bits else "float16"),
+        }
         if features
         else {},
         statistics={
@@ -93,6 +98,8 @@ def make_manifest(
             "entropy": Statistic(kind="entropy", size=(6, 8)),
         }
         if several
+        else {"similarity.stage1": Statistic(kind="similarity", tap="stage1", size=(5, 7))}
+        if eight_bits
         else {},
         teacher=Fingerprint(
             spec="kdcache:tiny",
@@ -109,6 +116,11 @@ def make_manifest(
         build=Build(batch_size=2, shard_records=shard_records, device="cpu", threads=1, libraries={"python": "3"}),
         codec=codec,
         fidelity=Fidelity(records=16, kl_t1=6e-9, kl_t1_max=3e-7, kl_t4=2e-8, argmax_agreement=1) if fidelity else None,
+        feature_fidelity={
+            "stage1": FeatureFidelity(records=16, cosine=0.99997, cosine_least=0.9993, gradient_error=0.007)
+        }
+        if eight_bits
+        else {},
     )
 
 
@@ -147,6 +159,7 @@ def plan() -> Any:
         codec: str = "default",
         fidelity: bool = True,
         several: bool = False,
+        eight_bits: bool = False,
         seed: int = 0,
     ) -> Plan:
         manifest = make_manifest(
@@ -160,6 +173,7 @@ def plan() -> Any:
             codec=codec,
             fidelity=fidelity,
             several=several,
+            eight_bits=eight_bits,
         )
         ids = [f"folder/ä {index}" for index in range(manifest.dataset.samples)]
         return Plan(manifest, ids, make_arrays(manifest, seed))
@@ -177,6 +191,7 @@ VARIANTS = {
     "one record": {"k": 5, "records": 1},
     "views": {"k": 5, "views": 2},
     "several": {"k": 3, "views": 2, "several": True},
+    "eight bits": {"k": 5, "eight_bits": True},
 }
 
 

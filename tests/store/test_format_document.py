@@ -107,7 +107,8 @@ def check_fields(first: str, content: Any, named: dict[str, str]) -> None:
         found[path] = value
     absent = {path for path in written if path not in found}
     may_be_absent = ("depth.", "features.<tap>.", "fidelity.", "statistics.<name>.", "view.drawn.")
-    may_be_absent += ("teacher.parents", "teacher.probe_size", "teacher.processor.", "teacher.tta.", "view.fit")
+    may_be_absent += ("feature_fidelity.", "teacher.parents", "teacher.probe_size", "teacher.processor.", "teacher.tta.")
+    may_be_absent += ("view.fit",)
     assert all(path.startswith(may_be_absent) for path in absent), absent
     for path, (kind, example) in written.items():
         assert has_type(example, kind), (path, kind, example)
@@ -202,6 +203,23 @@ def test_the_reader_reads_every_row(reader, variant_store) -> None:
             assert row.tobytes() == wanted.tobytes(), (path, record)
 
 
+def test_the_reader_restores_features(script, plan, tmp_path) -> None:
+    wanted = plan(k=5, eight_bits=True)
+    store = wanted.write(tmp_path / "store.zarr")
+    low, step = wanted.arrays["scales/stage1"][9].astype(np.float64)[..., None, None]
+    features = {
+        "features/stage1": low + step * wanted.arrays["features/stage1"][9],
+        "features/head": wanted.arrays["features/head"][9],
+    }
+    for path, values in features.items():
+        ran = subprocess.run(
+            [sys.executable, "-c", ALONE, str(script), str(store), "9", path], capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert np.abs(np.array(json.loads(ran.stdout)) - values).max() <= 1e-4
+    assert np.abs(open_cache(store).feature(9, "stage1") - features["features/stage1"]).max() <= 1e-4
+
+
 def test_the_reader_refuses(script, reader, store) -> None:
     """Damage in a chunk and in an index, an empty chunk, another version, a store without its seal."""
     array = store / "targets" / "segmentation" / "values"
@@ -234,7 +252,9 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
         "always": True,
         "k < C": not head.dense,
         "per tap": True,
-        "per statistic": True,
+        "per map": True,
+        "per similarity": True,
+        "8 bits": True,
         "raw logits": head.raw,
         "version 3": True,
         "depth digests": False,
@@ -253,12 +273,20 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
         if wide:
             assert wide == "uint16 above 256 classes"
             plain = "uint16" if head.classes > 256 else plain
-        several = manifest.features if "<tap>" in path else manifest.statistics if "<name>" in path else [""]
+        several: Any = manifest.features if "<tap>" in path else manifest.statistics if "<name>" in path else [""]
+        if when in ("per map", "per similarity"):
+            several = {n: s for n, s in several.items() if (s.kind == "similarity") == (when == "per similarity")}
+        if when == "8 bits":
+            several = {tap: feature for tap, feature in several.items() if feature.dtype == "uint8"}
         for name in several:
+            if dtype == "float16 or uint8":
+                plain = several[name].dtype
             if name in manifest.features:
                 size["c"] = manifest.features[name].channels
             if name:
                 size |= dict(zip(("h'", "w'"), several[name].size, strict=True))
+                cells = several[name].size[0] * several[name].size[1]
+                size["p"] = cells * (cells - 1) // 2
             whole = path.replace("<tap>", name).replace("<name>", name)
             described[whole] = ([size[s] for s in shape.strip("()").split(", ")], plain)
     found = {
@@ -286,7 +314,8 @@ def test_the_codecs_are_those_of_a_store(variant, variant_store) -> None:
     assert header is not None
     column = re.findall(r"`(\w+)`", header[1]).index(variant.manifest.codec) + 1
     rows = {row[0]: described_compressor(row[column]) for row in table("arrays")}
-    assert list(rows) == ["`features/*`", "`samples/*`", "all others"]
+    of_features = "`features/*`, `scales/*`, `statistics/similarity.*`"
+    assert list(rows) == [of_features, "`samples/*`", "all others"]
     for path in (path.parent for path in variant_store.rglob("zarr.json")):
         about = metadata(path)
         if about["node_type"] == "array":
@@ -294,7 +323,8 @@ def test_the_codecs_are_those_of_a_store(variant, variant_store) -> None:
             chain = about["codecs"] if folder == "samples" else about["codecs"][0]["configuration"]["codecs"]
             assert (chain[0]["name"], chain[-1]["name"]) == ("bytes", "crc32c")
             found = [{"name": codec["name"], **codec["configuration"]} for codec in chain[1:-1]]
-            wanted = rows.get(f"`{folder}/*`", rows["all others"])
+            like_features = folder in ("features", "scales") or path.name.startswith("similarity.")
+            wanted = rows[of_features] if like_features else rows.get(f"`{folder}/*`", rows["all others"])
             if wanted is not None and wanted["name"] == "blosc":
                 wanted = {**wanted, "typesize": np.dtype(about["data_type"]).itemsize}
             assert found == ([] if wanted is None else [wanted]), path
@@ -319,7 +349,8 @@ def test_the_fields_are_those_of_a_store(variant, variant_store) -> None:
     taps = dict.fromkeys(variant.manifest.features, "<tap>")
     maps = dict.fromkeys(variant.manifest.statistics, "<name>")
     # A tap may be called like a field: these names stand below `heads`, `features` and `statistics` only.
-    for part, named in (("heads", {"segmentation": "<head>"}), ("features", taps), ("statistics", maps)):
+    parts = {"heads": {"segmentation": "<head>"}, "features": taps, "feature_fidelity": taps, "statistics": maps}
+    for part, named in parts.items():
         if part in manifest:
             manifest[part] = renamed(manifest[part], named)
     check_fields("field", manifest, {})

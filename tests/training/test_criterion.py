@@ -37,7 +37,7 @@ def test_a_look_at_the_taps_is_no_training(config, cache_path) -> None:
 def test_moments_are_those_of_the_stored_channels(make_cache: Callable[..., Path]) -> None:
     cache = open_cache(make_cache(features=("head",)))
     values = np.stack([cache.read(number, ["features/head"])["features/head"] for number in range(len(cache.ids))])
-    mean, std = channel_moments(cache, "features/head", range(len(cache.ids)))
+    mean, std = channel_moments(cache, "head", range(len(cache.ids)))
     assert np.allclose(mean, values.astype(np.float64).mean((0, 2, 3)), rtol=1e-6)
     expected = values.astype(np.float64).std((0, 2, 3))
     assert np.allclose(std, np.where(expected > 0, expected, 1), rtol=1e-5)

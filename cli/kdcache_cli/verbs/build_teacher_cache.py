@@ -92,6 +92,7 @@ def _run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str |
         parts: as of `RayEngine`. settings: with those of the engine.
     """
     from kdcache.store import Records, open_cache, summarise, worker_of
+    from kdcache.store.format.eight_bits import describe
     from kdcache.teacher import build_cache, score_cache
     from kdcache.verbs.build import engine_of
 
@@ -146,6 +147,10 @@ def _run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str |
         OUT.print(
             f"what codec {summary.manifest.codec} stored, beside the teacher: {summary.manifest.fidelity.describe()}"
         )
+    for line in describe(
+        summary.manifest.features, summary.manifest.feature_fidelity, wanted=build_options.feature_dtype
+    ):
+        OUT.print(f"features: {line}", markup=False)
     if summary.manifest.segmentation is None:
         return
     _print_score(score_cache(Records(cache, source)), "first crops" if cache.manifest.view.kind == "crop" else "labels")

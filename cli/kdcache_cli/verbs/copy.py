@@ -42,6 +42,9 @@ def copy(
     features: Annotated[
         str | None, _Option("--features", help="Only these taps, comma-separated; '' for none (default: all).")
     ] = None,
+    feature_dtype: Annotated[
+        str | None, _Option("--feature-dtype", help="fp16 or uint8, as at the build (default: the source's).")
+    ] = None,
     pixels: Annotated[
         str | None,
         _Option(
@@ -89,6 +92,7 @@ def copy(
             shard_records=shard_records,
             samples=None if samples is None else spread_samples(cache, samples),
             features=None if features is None else tuple(tap for tap in features.split(",") if tap),
+            feature_dtype=choices["feature_dtype"].read(feature_dtype),
             pixels=choices["pixels"].read(pixels),
         )
         if address is None:
@@ -123,6 +127,7 @@ def _copy(
 ) -> None:
     """Copy to a folder or an object store, and print what came of it."""
     from kdcache.store import copy_store, open_cache, store_exists, summarise, worker_of
+    from kdcache.store.format.eight_bits import describe
 
     begun = store_exists(destination)  # a copy that was begun has its figures
     part = worker_of(worker, take_over)
@@ -155,6 +160,10 @@ def _copy(
         )
     elif cache.manifest.fidelity is not None:
         OUT.print("what is lost beside the teacher is not known: the source itself has lost some of the targets")
+    for line in describe(
+        result.manifest.features, result.manifest.feature_fidelity, wanted=changes.feature_dtype or "fp16"
+    ):
+        OUT.print(f"features: {line}", markup=False)
 
 
 def _push(

@@ -46,6 +46,7 @@ def verify(
     """
     from kdcache.data import ClassList
     from kdcache.store import Records, read_manifest, verify_files
+    from kdcache.store.format.eight_bits import describe
     from kdcache.teacher import compare_teacher, load_like
     from kdcache.training import pick_device
 
@@ -61,12 +62,14 @@ def verify(
         OUT.print(report.remedy)
         raise typer.Exit(1)
     OUT.print(f"seal {report.seal}" + (", as published" if seal else ""), highlight=False, soft_wrap=True)
+    manifest = read_manifest(place)
+    for line in describe(manifest.features, manifest.feature_fidelity):
+        OUT.print(f"features at the build: {line}", markup=False)
     same_data = data is None or _check_data(place, data, split)
     if not teacher:
         if not same_data:
             raise typer.Exit(1)
         return
-    manifest = read_manifest(place)
     dataset = manifest.dataset
     classes = ClassList(dataset.class_names, dataset.class_colours)
     classified = manifest.segmentation is not None
@@ -86,6 +89,8 @@ def verify(
             f"{agreement.largest_error:.2e}",
         )
     OUT.print(f"{agreement.records} records against the teacher, at native stride: {'; '.join(parts)}")
+    for line in describe(manifest.features, agreement.features):
+        OUT.print(f"features against the teacher: {line}", markup=False)
     OUT.print(
         "[green]the store holds the targets of this teacher[/]"
         if agreement.ok

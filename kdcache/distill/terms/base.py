@@ -75,8 +75,8 @@ class TermBatch:
         features: student's tap -> (B, c, h', w'); receive the gradient.
         labels: (B, H, W) uint8, 255 is void; None for an unlabelled batch.
         target: the teacher's packed logits.
-        stored: other arrays of the store by path: features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
-            targets/segmentation/max (B, h, w).
+        stored: other arrays of the store by path: features/<tap> (B, c, h, w) floats, statistics/at.<tap> (B, h, w),
+            statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
         pixel_weight: (B, H, W) gate of the teacher's terms; None is 1. It does not change what a mean is over.
         size: (H, W).
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
@@ -212,6 +212,9 @@ class Term(nn.Module):
     def student_taps(self) -> tuple[str, ...]:
         """The student's features that it needs."""
         return (self._student_tap,) if self.spec.reads_taps else ()
+
+    def after_step(self, batch: Batch) -> None:
+        """Remember what later batches are compared with, once a step has learnt from a batch."""
 
     def describe(self) -> str | None:
         """A description of what is resized or projected, set by `prepare` or the first batch; None when nothing is."""

@@ -38,7 +38,7 @@ class Projected(Term):
             raise RecipeError(
                 "a term that standardises the teacher's channels is given their mean and standard deviation",
                 received=f"{spec.kind} with standardise=channels and no moments",
-                remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.training.criterion",
+                remedy="make_term(..., moments=channel_moments(cache, tap, samples)) of kdcache.training.criterion",
             )
         student, teacher = tap_channels(spec, setup)
         self.projection: nn.Module = nn.Conv2d(student, teacher, 1)

@@ -24,6 +24,7 @@ _OTHERS = {
     "default": BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),
     "small": BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
 }
+_OF_FEATURES = ("features/", "scales/", "statistics/similarity.")
 _ROUNDED = BitRound(keepbits=5)
 _LOGITS = "targets/segmentation/"
 _LARGEST = np.float16(59392)  # of 5 mantissa bits, within the bound of packed targets, 60000
@@ -33,7 +34,7 @@ def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
     """Standard Zarr v3 codecs of an array, which any Zarr library reads. The checksum makes a flipped bit an error."""
     if codec == "none":
         return (Crc32cCodec(),)
-    return ((_FEATURES if path.startswith("features/") else _OTHERS)[codec], Crc32cCodec())
+    return ((_FEATURES if path.startswith(_OF_FEATURES) else _OTHERS)[codec], Crc32cCodec())
 
 
 def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]:

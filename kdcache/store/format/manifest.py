@@ -13,6 +13,7 @@ from kdcache.errors import CorruptError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
+from kdcache.store.format.eight_bits import FeatureFidelity, pairs
 from kdcache.store.format.teacher_models import Fingerprint
 
 FORMAT_VERSION: Final = 3
@@ -32,6 +33,7 @@ class Manifest(parts.Part):
 
     Attributes:
         depth: of a store with labels of depth or a head of metres; None of any other, and of the first stores.
+        feature_fidelity: of taps in 8 bits; empty if nothing was measured.
         repairs: shards that were taught again with other versions than `build` says.
     """
 
@@ -50,6 +52,7 @@ class Manifest(parts.Part):
     build: parts.Build
     codec: Codec = "default"
     fidelity: parts.Fidelity | None = None
+    feature_fidelity: dict[parts.Name, FeatureFidelity] = Field(default_factory=dict, max_length=256)
     repairs: Annotated[tuple[parts.Repair, ...], Field(max_length=4096)] = ()
 
     @model_validator(mode="after")
@@ -73,11 +76,17 @@ class Manifest(parts.Part):
         sizes = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.categorical.items()}
         sizes |= {f"heads.{name}": (4, head.channels, *head.size) for name, head in self.regressions.items()}
         sizes |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
-        sizes |= {f"statistics.{name}": (2, *statistic.size) for name, statistic in self.statistics.items()}
+        sizes |= {f"statistics.{name}": _bytes_of(statistic) for name, statistic in self.statistics.items()}
         depth_labels = self.depth is not None and self.depth.labelled
         for name, size in {**sizes, "view": (4 if depth_labels else 3, *self.view.size)}.items():
             if math.prod(size) > MAX_RECORD_BYTES:
                 raise ValueError(f"{name}: a record of {math.prod(size)} bytes is larger than {MAX_RECORD_BYTES}")
+        for name, statistic in self.statistics.items():
+            if statistic.kind == "similarity" and not pairs(statistic.size):
+                raise ValueError(f"statistics.{name} compares the cells of a map of one cell")
+        for name, tap in self.features.items():
+            if tap.dtype == "uint8" and not self.records_contents:
+                raise ValueError(f"features.{name} is uint8 in version {self.version}")
         return self
 
     @property
@@ -173,7 +182,8 @@ class Manifest(parts.Part):
             "top_k": None if head is None else head.k,
             "raw_logits": head is not None and head.raw,
             "features": tuple(self.features),
-            "statistics": tuple(f"at:{one.tap}" for one in self.statistics.values() if one.tap),
+            "feature_dtype": "uint8" if any(tap.dtype == "uint8" for tap in self.features.values()) else "fp16",
+            "statistics": tuple(f"{one.kind}:{one.tap}" for one in self.statistics.values() if one.tap),
             "pixels": self.view.pixels,
             "codec": self.codec,
             "shard_records": self.build.shard_records,
@@ -182,7 +192,10 @@ class Manifest(parts.Part):
 
     def to_json(self) -> dict[str, Any]:
         """The value of the attribute `kdcache`. What older readers do not know is left out where it is empty."""
-        unused: dict[str, Any] = {name: True for name in ("repairs", "depth") if not getattr(self, name)}
+        unused: dict[str, Any] = {
+            name: True for name in ("repairs", "depth", "feature_fidelity") if not getattr(self, name)
+        }
+        unused["features"] = {tap: {"dtype"} for tap, feature in self.features.items() if feature.dtype == "float16"}
         unused |= {
             "teacher": {name for name in ("parents", "probe_size", "processor") if not getattr(self.teacher, name)}
         }
@@ -193,6 +206,11 @@ class Manifest(parts.Part):
         """This one, as if it were of a build in the environment of another: its libraries and device."""
         same = {"libraries": of.build.libraries, "device": of.build.device}
         return self.model_copy(update={"build": self.build.model_copy(update=same)})
+
+
+def _bytes_of(statistic: parts.Statistic) -> tuple[int, ...]:
+    """Return numbers whose product is the bytes of a record."""
+    return (pairs(statistic.size),) if statistic.kind == "similarity" else (2, *statistic.size)
 
 
 def _first_version(heads: Mapping[str, parts.Head | parts.Regression], *, depth: bool) -> int:

@@ -203,21 +203,23 @@ AnyHead = Annotated[
 
 
 class Feature(Part):
-    """One tap: (channels, h, w) float16 per record."""
+    """One tap: (channels, h, w) per record, in float16, or in bytes with scales."""
 
     channels: Annotated[int, Field(ge=1, le=1_000_000)]
     size: Size
+    dtype: Literal["float16", "uint8"] = "float16"
 
 
 class Statistic(Part):
-    """A number per target pixel or feature position, from 0 up: (h, w) float16 per record.
+    """What is made of a tap's features, on its grid (h, w) `size`.
 
     Attributes:
-        kind: `at`: sum of squares over the channels of `tap`, divided by its largest. The others are in caches of
-            earlier versions, at the target's grid, and nothing reads them.
+        kind: `at`: sum of squares over the channels of `tap`, divided by its largest, (h, w) float16. `similarity`: the
+            cosines between its cells, uint8. The others are in caches of earlier versions, at the target's grid, and
+            nothing reads them.
     """
 
-    kind: Literal["at", "confidence", "entropy", "agreement"]
+    kind: Literal["at", "similarity", "confidence", "entropy", "agreement"]
     tap: Name | None = None
     size: Size
 

@@ -5,8 +5,10 @@
     targets/<head>/indices   (R, k, h, w)   uint8     class ids (uint16 above 256); absent if k = C
     targets/<head>/tail      (R, h, w)      float16   log-odds of the mass outside the k; absent if k = C
     targets/<head>/max       (R, h, w)      float32   that maximum; with --raw-logits
-    features/<tap>           (R, c, h, w)   float16
-    statistics/<name>        (R, h, w)      float16
+    features/<tap>           (R, c, h, w)   float16   or uint8 of a tap in 8 bits, see eight_bits.py
+    scales/<tap>             (R, 2, c)      float16   low and step of a tap in 8 bits
+    statistics/at.<tap>      (R, h, w)      float16
+    statistics/similarity.<tap>  (R, n (n - 1) / 2)  uint8  of n = h w cells, see docs/format.md
     labels/segmentation      (R, H, W)      uint8     255 is void; with --pixels stored
     labels/depth             (R, H, W)      float32   metres, NaN is unknown; likewise, of data with labels of depth
     pixels/image             (R, H, W, 3)   uint8     with --pixels stored
@@ -30,6 +32,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from kdcache.store.format.codec import compressors
+from kdcache.store.format.eight_bits import pairs
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Regression
 
@@ -88,9 +91,13 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
     """Every array with one row per record, in the order in which they are written."""
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
-        arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), "float16"))
+        arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), feature.dtype))
+        if feature.dtype == "uint8":
+            arrays.append(ArraySpec(f"scales/{tap}", (2, feature.channels), "float16"))
     for name, statistic in manifest.statistics.items():
-        arrays.append(ArraySpec(f"statistics/{name}", statistic.size, "float16"))
+        similarity = statistic.kind == "similarity"
+        shape, dtype = ((pairs(statistic.size),), "uint8") if similarity else (statistic.size, "float16")
+        arrays.append(ArraySpec(f"statistics/{name}", shape, dtype))
     if manifest.view.pixels == "stored":
         arrays.append(ArraySpec("labels/segmentation", manifest.view.size, "uint8"))
         if manifest.depth is not None and manifest.depth.labelled:

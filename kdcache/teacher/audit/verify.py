@@ -11,7 +11,9 @@ from kdcache.errors import MismatchError
 from kdcache.metrics import ConfusionMatrix, Metrics
 from kdcache.models.foreign.wrapped import answer_as
 from kdcache.store import Cache, Records, evenly_spread
+from kdcache.store.format.eight_bits import FeatureFidelity, Loss
 from kdcache.teacher.build.render import Array
+from kdcache.teacher.build.statistics import measure
 from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.forward import Precision, place, teach
 from kdcache.teacher.load.load import Teacher
@@ -34,8 +36,9 @@ class Agreement:
         drifted: records whose pixels are no longer those that were taught on.
         argmax: share of target pixels with the same best class.
         kl: mean KL(teacher || stored) in nats at T = 1; largest_error: of any probability-relevant logit.
-        values: largest error of each array of a regression, and of features where there is no head, as a part of its
-            largest magnitude in the record.
+        values: largest error of each array of a regression, of features in 8 bits or without a head beside them, and of
+            similarities, as a part of its largest magnitude in the record.
+        features: tap in 8 bits -> what is stored of it beside the teacher.
     """
 
     records: int
@@ -45,6 +48,7 @@ class Agreement:
     kl: float
     largest_error: float
     values: Mapping[str, float] = field(default_factory=dict)
+    features: Mapping[str, FeatureFidelity] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -130,7 +134,10 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     folds = cache.column("fold").tolist() if teacher.folds and "records/fold" in cache.specs else [None] * len(cache)
     manifest, head = cache.manifest, cache.manifest.segmentation
     grid = head.size if head is not None and head.resampled else None
-    taps = () if manifest.heads else tuple(manifest.features)
+    losses = {tap: Loss() for tap, feature in manifest.features.items() if feature.dtype == "uint8"}
+    stored_taps = tuple(losses if manifest.heads else manifest.features)
+    similar = {name: one for name, one in manifest.statistics.items() if one.kind == "similarity"}
+    taps = tuple(dict.fromkeys([*stored_taps, *(str(one.tap) for one in similar.values())]))
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
     values = dict[str, float]()
@@ -143,7 +150,11 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
         model = teacher.model_for(folds[record])
         outputs = teach(model, torch.from_numpy(pixels)[None], taps, precision, device, grid)
         numbers_now = {f"targets/{name}/values": outputs.heads.get(name) for name in manifest.regressions}
-        numbers_now |= {f"features/{tap}": outputs.features[tap] for tap in taps}
+        numbers_now |= {f"features/{tap}": outputs.features[tap] for tap in stored_taps}
+        numbers_now |= measure(similar, outputs.features)
+        for tap, loss in losses.items():
+            if outputs.features[tap].shape[1:] == cache.specs[f"features/{tap}"].shape:
+                loss.add(outputs.features[tap][0].float().cpu().numpy(), cache.feature(record, tap))
         for path, error in _value_errors(cache, record, numbers_now).items():
             values[path] = max(values.get(path, 0.0), error)
         if head is None:
@@ -169,14 +180,17 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
         kl=kl_sum / max(pixels_seen, 1),
         largest_error=largest,
         values=values,
+        features={tap: loss.figures() for tap, loss in losses.items() if loss.records},
     )
 
 
 def _value_errors(cache: Cache, record: int, now: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
     """Largest error of each array of a record, as a part of its largest magnitude; infinite for another shape."""
     errors = {}
-    for path, row in cache.read(record, list(now)).items():
-        stored, value = torch.from_numpy(row).double(), now[path]
+    for path, value in now.items():
+        room, _, name = path.partition("/")
+        row = cache.feature(record, name) if room == "features" else cache.read(record, [path])[path]
+        stored = torch.from_numpy(row).double()
         if value is None or value.shape[1:] != stored.shape:
             errors[path] = float("inf")
             continue

@@ -8,7 +8,7 @@ of records.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,8 @@ from kdcache.errors import ModelError
 from kdcache.models import Outputs
 from kdcache.models.foreign.wrapped import answer_as
 from kdcache.store import Cache, Manifest, StoreWriter, Worker, begun_manifest, open_writer, round_targets, store_exists
-from kdcache.store.format.manifest_models import Head, Regression, Repair
+from kdcache.store.format.eight_bits import stored_features
+from kdcache.store.format.manifest_models import Feature, Head, Regression, Repair
 from kdcache.store.freshness import BuiltFrom
 from kdcache.store.ledger import ShardRecord
 from kdcache.teacher.build.manifest import plan_manifest
@@ -210,11 +211,15 @@ def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: i
     }
 
 
-def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: Sequence[str]) -> dict[str, Tensor]:
+def pack_batch(
+    outputs: Outputs, heads: Mapping[str, Head | Regression], features: Mapping[str, Feature]
+) -> dict[str, Tensor]:
     """A teacher's outputs as the store keeps them: path -> tensor with a leading B, on the same device.
 
+    Features that become bytes are still float32: `stored_features` makes these.
+
     Args:
-        outputs: of `teach`. heads: the manifest's. taps: of the features that are stored.
+        outputs: of `teach`. heads, features: the manifest's.
     """
     packed: dict[str, Tensor] = {}
     for name, head in heads.items():
@@ -227,10 +232,12 @@ def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: S
             packed |= {f"targets/{name}/indices": indices, f"targets/{name}/tail": tail}
         if head.raw:
             packed[f"targets/{name}/max"] = outputs.heads[name].float().amax(1)
-    features = {tap: outputs.features[tap] for tap in taps}
     # fp16 ends at 65504: beyond, a finite feature saturates. An infinite one stays so, to be refused.
     limit = torch.finfo(torch.float16).max
-    packed |= {f"features/{tap}": f.clamp(-limit, limit).where(f.isfinite(), f).half() for tap, f in features.items()}
+    for tap, feature in features.items():
+        maps = outputs.features[tap]
+        maps = maps.clamp(-limit, limit).where(maps.isfinite(), maps)
+        packed[f"features/{tap}"] = maps.float() if feature.dtype == "uint8" else maps.half()
     return packed
 
 
@@ -286,7 +293,7 @@ class TeacherPass:
         model, grid = self._teacher.model_for(items[0].fold), head.size if head and head.resampled else None
         try:
             outputs = teach(model, pixels, self._taps, options.precision, options.device, grid)
-            packed = pack_batch(outputs, heads, options.features)
+            packed = pack_batch(outputs, heads, self._manifest.features)
             packed |= measure(self._manifest.statistics, outputs.features)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size) from error
@@ -304,6 +311,7 @@ class TeacherPass:
                     raise not_finite(path, bad.record, self._split.ids[bad.sample])
         self._check_ranges(items, packed)
         rows = round_targets({path: tensor.numpy() for path, tensor in packed.items()}, self._manifest.codec)
+        rows = stored_features(rows, self._manifest.features)
         places = [place for place, item in enumerate(items) if item.old is not None]
         if places:
             for path, stored in self._take_over([items[place] for place in places]).rows.items():

@@ -5,8 +5,8 @@ import torch
 
 from kdcache.store import Cache, Codec, Fidelity, evenly_spread, round_targets
 from kdcache.store.copy import rounds
+from kdcache.store.subset import SAMPLE_RECORDS
 from kdcache.teacher.build.fidelity import measure_fidelity
-from kdcache.teacher.build.manifest import SAMPLE_RECORDS
 
 _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of mantissa do
 

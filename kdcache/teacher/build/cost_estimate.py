@@ -17,6 +17,7 @@ import torch
 from kdcache.data import Split
 from kdcache.models import build_model
 from kdcache.store import Codec, Manifest
+from kdcache.store.format.eight_bits import StoredAs
 from kdcache.store.format.schema import metadata_keys
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
@@ -40,11 +41,12 @@ class Setting:
     views: int
     features: tuple[str, ...]
     pixels: Literal["stored", "source"]
+    feature_dtype: StoredAs = "fp16"
 
     def flags(self, other: "Setting") -> str:
         """The flags in which `self` differs from `other`, as they are typed."""
         mine, others = asdict(self), asdict(other)
-        names = {"k": "top-k"}
+        names = {"k": "top-k", "feature_dtype": "feature-dtype"}
         changed = {names.get(name, name): value for name, value in mine.items() if value != others[name]}
         return " ".join(f"--{name} {_typed(value)}" for name, value in changed.items())
 
@@ -150,9 +152,13 @@ def estimate(
         trial = Trial(probe, records, Path(folder), progress or (lambda *_: None))
         head = manifest.segmentation
         k, classes = (None, 0) if head is None else (head.k, head.classes)
-        own = Setting(k, options.codec, options.views, tuple(options.features), options.pixels)
-        seconds = trial.seconds(own.k, own.codec)
-        others = [one for one in _neighbours(own, classes, trial.taps) if manifest.heads or one.features]
+        own = Setting(k, options.codec, options.views, tuple(options.features), options.pixels, options.feature_dtype)
+        seconds = trial.seconds(own.k, own.codec, own.feature_dtype)
+        others = [
+            one
+            for one in _neighbours(own, classes, trial.taps)
+            if manifest.heads or one.features or manifest.statistics
+        ]
         settings = dict.fromkeys([own, *others])
         costs = [_cost(trial, setting, manifest, seconds.build) for setting in settings]
     return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), classes)
@@ -169,7 +175,9 @@ def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Set
         yield replace(own, codec=codec)
     for views in (1, 4, 16) if own.views == 1 else (1, max(2, own.views // 2), 2 * own.views):
         yield replace(own, views=views)
-    yield replace(own, features=())
+    if own.features:
+        yield replace(own, feature_dtype="uint8" if own.feature_dtype == "fp16" else "fp16")
+    yield replace(own, features=(), feature_dtype="fp16")
     for tap in taps:
         if tap not in own.features:
             yield replace(own, features=(*own.features, tap))
@@ -178,7 +186,7 @@ def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Set
 
 def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) -> Cost:
     """The cost of a setting, by the manifest of the options' own one and the seconds of a record."""
-    sizes = trial.sizes(setting.k, setting.codec, setting.views, setting.features)
+    sizes = trial.sizes(setting.k, setting.codec, setting.views, setting.features, setting.feature_dtype)
     if setting.pixels == "source":
         sizes = {path: size for path, size in sizes.items() if not path.startswith(("pixels/", "labels/"))}
     records = manifest.dataset.samples * setting.views

@@ -12,16 +12,16 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
 from kdcache.models import Outputs, not_logits
 from kdcache.store import Fidelity, Manifest, evenly_spread
+from kdcache.store.format.eight_bits import FeatureFidelity, Loss, check_cells, feature_dtype
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.store.format.manifest_models import Build, Dataset, DepthLabels, Feature, Head, Regression
+from kdcache.store.subset import SAMPLE_RECORDS
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.statistics import statistics_of
 from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import choose_k
-
-SAMPLE_RECORDS = 16  # of the real teacher, on which `--top-k auto` and the fidelity are measured
 
 
 @well_formed_parts()
@@ -39,7 +39,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         _check_logits(teacher, options.teacher_size or options.size)
     output = probe.probe()
     heads, figures = _heads(probe, output, fidelity=fidelity and options.fidelity)
-    feature_shapes = {tap: output.features[tap].shape[1:] for tap in options.features}
+    features, lost = _features(probe, output)
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
@@ -56,7 +56,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         depth=_depth(probe),
         view=probe.view,
         heads=heads,
-        features={tap: Feature(channels=c, size=(h, w)) for tap, (c, h, w) in feature_shapes.items()},
+        features=features,
         statistics=statistics_of(options.statistics, output.features),
         teacher=fingerprint(teacher, options.precision, options.device),
         build=Build(
@@ -68,7 +68,33 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         ),
         codec=options.codec,
         fidelity=figures,
+        feature_fidelity=lost if options.fidelity else {},
     )
+
+
+def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature], dict[str, FeatureFidelity]]:
+    """Return the manifest's features, and what is lost of those in 8 bits.
+
+    Args:
+        output: of `probe.probe()`.
+    Raises: RecipeError for 8 bits that no tap can have; as `TeacherProbe.features`.
+    """
+    shapes, wanted = (
+        {tap: output.features[tap].shape[1:] for tap in probe.options.features},
+        probe.options.feature_dtype,
+    )
+    sizes = {tap: (h, w) for tap, (_, h, w) in shapes.items()}
+    check_cells(wanted, sizes)
+    losses = {tap: Loss() for tap, size in sizes.items() if feature_dtype(wanted, size) == "uint8"}
+    for maps in probe.features(evenly_spread(len(probe.split), SAMPLE_RECORDS), tuple(losses)) if losses else ():
+        for tap, loss in losses.items():
+            loss.add(maps[tap])
+    kept = {tap: loss for tap, loss in losses.items() if not loss.beyond}
+    features = {
+        tap: Feature(channels=shape[0], size=sizes[tap], dtype="uint8" if tap in kept else "float16")
+        for tap, shape in shapes.items()
+    }
+    return features, {tap: loss.figures() for tap, loss in kept.items()}
 
 
 def libraries() -> dict[str, str]:

@@ -20,7 +20,8 @@ class BuildOptions(BuildSettings):
         heads: of the teacher's, those that are stored; () is all that it has learnt.
         features_only: no head is stored, only features.
         top_k: keeps that many classes, None measures how many it takes.
-        statistics: `at:TAP`. raw_logits: keep every pixel's largest logit.
+        feature_dtype: of the features; summaries and maps under 16 cells are float16 in any case.
+        statistics: `at:TAP`, `similarity:TAP`. raw_logits: keep every pixel's largest logit.
         views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.
         crop: (H, W) of the views, cut out of the image at zoom times `size`.
         view_scale: range of the zoom of drawn views, below 1 the image amid grey; None is `ZOOM`, and 1 with depth in

@@ -12,7 +12,7 @@ from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.teacher.build.options import BuildOptions, view_of, with_zoom
-from kdcache.teacher.build.render import render_records
+from kdcache.teacher.build.render import Array, render_records
 from kdcache.teacher.build.statistics import taps_of
 from kdcache.teacher.load.ensemble import folds_of_split
 from kdcache.teacher.load.forward import coarser, not_finite, out_of_memory, teach
@@ -36,11 +36,11 @@ def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
             remedy=f"did you mean {near[0]}?" if near else "leave out --heads, which stores all",
         )
     heads = () if options.features_only else tuple(name for name in own if name in (options.heads or own))
-    if not heads and not (options.features_only and options.features):
+    if not heads and not (options.features_only and (options.features or options.statistics)):
         raise RecipeError(
-            "a store has heads of its teacher, or with --features-only the taps of --features",
+            "a store has heads of its teacher, or with --features-only the taps of --features or --statistics",
             received=f"{teacher.origin} with {', '.join(own) or 'no head'}"
-            + (", --features-only and no --features" if options.features_only else ""),
+            + (", --features-only and neither of them" if options.features_only else ""),
             remedy="add --features-only --features TAP (kdcache models lists taps)",
         )
     _check_logit_options(options, heads)
@@ -155,6 +155,21 @@ class TeacherProbe:
                         record = sample * self.view.views_per_sample
                         raise not_finite("the logits", record, self.split.ids[sample])
                     yield raw
+
+    def features(self, samples: Sequence[int], taps: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Features of the first views of some samples: tap -> (c, h, w) float32.
+
+        Raises: ModelError for NaN or infinite features, and for a full GPU.
+        """
+        for first in range(0, len(samples), self.options.batch_size):
+            batch = samples[first : first + self.options.batch_size]
+            outputs = self._teach(batch, taps, self.teacher.model_for(None))
+            maps = {tap: outputs.features[tap].float().cpu().numpy() for tap in taps}
+            for row, sample in enumerate(batch):
+                for tap in taps:
+                    if not np.isfinite(maps[tap][row]).all():
+                        raise not_finite(f"features/{tap}", sample * self.view.views_per_sample, self.split.ids[sample])
+                yield {tap: maps[tap][row] for tap in taps}
 
     def _grid_of_the_view(self) -> tuple[int, int]:
         if self.teacher.model.align_corners:

@@ -41,7 +41,8 @@ class Reuse:
         maps = [name for name, statistic in manifest.statistics.items() if old_statistics.get(name) == statistic]
         self.complete = (len(taps), len(maps)) == (len(manifest.features), len(manifest.statistics))
         targets = [path for head in old.manifest.heads for path in old.target_paths(head)]
-        self._paths = [*targets, *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
+        scales = [f"scales/{tap}" for tap in taps if manifest.features[tap].dtype == "uint8"]
+        self._paths = [*targets, *(f"features/{tap}" for tap in taps), *scales, *(f"statistics/{n}" for n in maps)]
         self._samples = {sample: number for number, sample in enumerate(old.ids)}
         self._read: dict[int, dict[str, Array]] = {}
         self.damaged = set[int]()

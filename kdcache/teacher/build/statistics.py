@@ -1,18 +1,25 @@
-"""Small maps beside the targets, made of a tap's features, for terms that need no more of it.
+"""What is made of a tap's features, for terms that need no more of it.
 
-    at:TAP       sum of squares over a tap's channels, divided by the largest (Zagoruyko 2017, arXiv 1612.03928)
+    at:TAP            sum of squares over a tap's channels, divided by the largest (Zagoruyko 2017, arXiv 1612.03928)
+    similarity:TAP    cosines between the cells of a tap, in 8 bits
 
-Shapes: B batch, c channels of a tap, h' w' its grid.
+Shapes: B batch, c channels of a tap, h' w' its grid of n cells, p = n (n - 1) / 2 pairs of them.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdcache.errors import RecipeError
 from kdcache.settings.removed import STATISTICS, removal
+from kdcache.store.format.eight_bits import pairs
 from kdcache.store.format.manifest_models import Statistic
 from kdcache.teacher.load.load import Teacher
+
+KINDS: tuple[Literal["at", "similarity"], ...] = ("at", "similarity")
 
 
 def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
@@ -20,9 +27,20 @@ def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[
 
     Args:
         features: tap -> (B, c, h', w'), of the taps that are named.
+    Raises: RecipeError for similarities of a tap with one cell.
     """
-    taps = [name.partition(":")[2] for name in dict.fromkeys(names)]
-    return {f"at.{tap}": Statistic(kind="at", tap=tap, size=_grid(features[tap])) for tap in taps}
+    made: dict[str, Statistic] = {}
+    for name in names:
+        kind, _, tap = name.partition(":")
+        size = _grid(features[tap])
+        if kind == "similarity" and not pairs(size):
+            raise RecipeError(
+                f"Cannot store similarities between the cells of {tap}",
+                received="it has 1x1 cells",
+                remedy=f"store {tap} itself, --features {tap}, for the term queue; or name a tap with a grid",
+            )
+        made[f"{kind}.{tap}"] = Statistic(kind="similarity" if kind == "similarity" else "at", tap=tap, size=size)
+    return made
 
 
 def _grid(feature_Bchw: Tensor) -> tuple[int, int]:
@@ -40,11 +58,11 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
         kind, _, tap = name.partition(":")
         if (gone := removal(kind, STATISTICS)) is not None:
             raise gone
-        if kind != "at" or not tap:
+        if kind not in KINDS or not tap:
             raise RecipeError(
                 f"Unknown statistic: {name}",
                 received=repr(name),
-                remedy="Write at:TAP, for instance --statistics at:head.",
+                remedy="Write at:TAP or similarity:TAP, for instance --statistics at:head.",
             )
         teacher.model.check_taps([tap])
         taps.append(tap)
@@ -52,12 +70,36 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
 
 
 def measure(statistics: Mapping[str, Statistic], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return path -> (B, h', w') float16, on the same device.
+    """Return path -> (B, h', w') float16, or (B, p) of similarities, on the same device.
 
     Args:
         statistics: those that `statistics_of` gave. features: tap -> (B, c, h', w').
     """
-    return {f"statistics/{name}": attention(features[str(of.tap)]).half() for name, of in statistics.items()}
+    made = {}
+    for name, statistic in statistics.items():
+        feature = features[str(statistic.tap)]
+        made[f"statistics/{name}"] = (
+            similarities(feature) if statistic.kind == "similarity" else attention(feature).half()
+        )
+    return made
+
+
+def similarities(feature_Bchw: Tensor) -> Tensor:
+    """Return the cosines between different cells in 8 bits: (B, p), the upper triangle row by row.
+
+    Cells are in row order. q = rint((cosine + 1) * 127.5), whose value is 2 q / 255 - 1. A cell of zeros has the cosine
+    0 with every other.
+
+    Returns: whole numbers in float16, which shows features that are not finite as NaN.
+    """
+    tokens_Bnc = feature_Bchw.float().flatten(2).mT
+    # Divided first: squares of large features would overflow.
+    largest_Bn1 = tokens_Bnc.abs().amax(2, keepdim=True)
+    tokens_Bnc = F.normalize(tokens_Bnc / largest_Bn1.where(largest_Bn1 > 0, 1), dim=2)
+    cells = tokens_Bnc.shape[1]
+    rows, columns = torch.triu_indices(cells, cells, 1, device=tokens_Bnc.device)
+    cosines_Bp = (tokens_Bnc @ tokens_Bnc.mT)[:, rows, columns]
+    return ((cosines_Bp + 1) * 127.5).round().clamp(0, 255).half()
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:

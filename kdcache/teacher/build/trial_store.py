@@ -13,6 +13,7 @@ from kdcache.data import Split
 from kdcache.data.folds import Excerpt
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
+from kdcache.store.format.eight_bits import StoredAs, feature_dtype, stored_features
 from kdcache.teacher.build.build import build_cache
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -25,6 +26,7 @@ Sizes = dict[str, float]
 """Path of an array -> bytes on disk per record."""
 _TAP_RECORDS = 4  # for taps that the options do not name
 _TARGET = "targets/segmentation/"
+_OF_FEATURES = ("features/", "scales/")
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Trial:
         self._drawn = options.views > 1 and options.crop is None
         samples = max(1, min(records, len(split)) // (2 if self._drawn else 1))
         self._shard_records = options.shard_records
-        # All classes and pixels are kept, so that fewer can be written from them.
+        # All classes, numbers and pixels are kept, so that fewer can be written from them.
         top_k = len(split.classes) if SEGMENTATION in probe.heads else None
-        self._options = replace(options, top_k=top_k, codec="default", pixels="stored", views=1)
+        self._options = replace(options, top_k=top_k, codec="default", pixels="stored", views=1, feature_dtype="fp16")
         self._build("warming up", 1, self._options)  # compiles kernels, which a large build does not notice
         self._whole, seconds = self._build("teaching a few images", samples, self._options)
         self._build_seconds = seconds / samples
@@ -74,19 +76,19 @@ class Trial:
             self._more, _ = self._build("and further taps", min(_TAP_RECORDS, samples), few)
         self._rewritten = remember(self._rewrite)
 
-    def sizes(self, k: int | None, codec: Codec, views: int, features: Sequence[str]) -> Sizes:
+    def sizes(self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs) -> Sizes:
         """Every array, with pixels, of `views` views of a sample, on the average of them."""
-        whole, both = (self._rewritten(cache, k, codec)[0] for cache in (self._whole, self._both))
+        whole, both = (self._rewritten(cache, k, codec, dtype)[0] for cache in (self._whole, self._both))
         sizes = {}
         for path, size in whole.items():
             drawn = 2 * both[path] - size if self._drawn else size
             sizes[path] = (size + (views - 1) * drawn) / views
         if self._more is not None and not set(features) <= set(self._options.features):
-            sizes |= self._rewritten(self._more, _classes_of(self._more), codec)[0] | sizes
-        taps = {f"features/{tap}" for tap in features}
-        return {path: size for path, size in sizes.items() if path in taps or not path.startswith("features/")}
+            sizes |= self._rewritten(self._more, _classes_of(self._more), codec, dtype)[0] | sizes
+        taps = {f"{folder}{tap}" for tap in features for folder in _OF_FEATURES}
+        return {path: size for path, size in sizes.items() if path in taps or not path.startswith(_OF_FEATURES)}
 
-    def seconds(self, k: int | None, codec: Codec) -> Seconds:
+    def seconds(self, k: int | None, codec: Codec, dtype: StoredAs) -> Seconds:
         """The seconds that a record takes, by what they go into."""
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
@@ -99,13 +101,13 @@ class Trial:
         for output in (*outputs.heads.values(), *outputs.features.values()):
             output.cpu()
         taught = time.perf_counter()
-        _, written = self._rewritten(self._whole, k, codec)
+        _, written = self._rewritten(self._whole, k, codec, dtype)
         return Seconds(
             build=self._build_seconds,
             render=(rendered - began) / len(part),
             teach=(taught - rendered) / len(part),
             write=written / len(self._whole),
-            read=self._read_seconds(k, codec),
+            read=self._read_seconds(k, codec, dtype),
         )
 
     def _part(self, samples: int) -> Split:
@@ -123,18 +125,23 @@ class Trial:
         result = build_cache(part, self._teacher, out, options, report, reuse=reuse)
         return open_cache(out), result.seconds
 
-    def _path(self, cache: Cache, k: int | None, codec: Codec) -> Path:
-        return cache.path.with_name(f"{cache.path.name}-{k}-{codec}")
+    def _path(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> Path:
+        return cache.path.with_name(f"{cache.path.name}-{k}-{codec}-{dtype}")
 
-    def _rewrite(self, cache: Cache, k: int | None, codec: Codec) -> tuple[Sizes, float]:
-        """Sizes of the store with k classes and a codec, and the seconds that it took to write it.
+    def _rewrite(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> tuple[Sizes, float]:
+        """Sizes of the store with k classes, a codec and a type of features, and the seconds that writing it took.
 
         Args:
             k: None of a store without targets of classes.
         """
-        out, seconds = self._path(cache, k, codec), 0.0
+        out, seconds = self._path(cache, k, codec, dtype), 0.0
         fewer = {} if k is None else {SEGMENTATION: cache.head.model_copy(update={"k": k})}
-        manifest = cache.manifest.model_copy(update={"heads": {**cache.manifest.heads, **fewer}, "codec": codec})
+        features = {
+            tap: feature.model_copy(update={"dtype": feature_dtype(dtype, feature.size)})
+            for tap, feature in cache.manifest.features.items()
+        }
+        changes = {"heads": {**cache.manifest.heads, **fewer}, "codec": codec, "features": features}
+        manifest = cache.manifest.model_copy(update=changes)
         with open_writer(out, manifest, cache.ids) as writer:
             for shard in writer.claimed():
                 rows = _rows(cache, range(*manifest.shard_range(shard)))
@@ -142,17 +149,18 @@ class Trial:
                     rows = _keep(rows, k, cache.num_classes)
                 rows = round_targets(rows, codec)
                 began = time.perf_counter()
+                rows = stored_features(rows, features)
                 writer.write_shard(shard, rows)
                 seconds += time.perf_counter() - began
             writer.seal()
         summary = summarise(open_cache(out))
         return {array.path: array.bytes_on_disk / len(cache) for array in summary.arrays}, seconds
 
-    def _read_seconds(self, k: int | None, codec: Codec) -> float:
-        self._rewritten(self._whole, k, codec)
-        cache = open_cache(self._path(self._whole, k, codec))
-        folder = "targets/" if cache.manifest.heads else "features/"
-        paths = [path for path in cache.specs if path.startswith(folder)]
+    def _read_seconds(self, k: int | None, codec: Codec, dtype: StoredAs) -> float:
+        self._rewritten(self._whole, k, codec, dtype)
+        cache = open_cache(self._path(self._whole, k, codec, dtype))
+        folders = "targets/" if cache.manifest.heads else (*_OF_FEATURES, "statistics/")
+        paths = [path for path in cache.specs if path.startswith(folders)]
         for _ in range(2):  # the first time opens shards
             began = time.perf_counter()
             for record in range(len(cache)):

@@ -10,7 +10,7 @@ from kdcache.distill.terms.depth import depth_head
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.store import Cache
-from kdcache.training.checks import check_replays
+from kdcache.training.checks import check_replays, check_whole_views
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.cache_dataset import choose_augment
 from kdcache.training.input.dataset import DrawnDataset
@@ -85,6 +85,7 @@ def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -
                 update={"augment": augment, "size": size, "fit": fit, "scale": drawn_scale(stream.config)}
             )
             check_replays(given)
+            check_whole_views(given)
             if cache is not None and given.reads_targets:
                 check_logits(cache, needed=given.reads_logits)
             own = given.model_copy(update={"flip": given.flip is not False})

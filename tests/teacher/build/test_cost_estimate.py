@@ -94,13 +94,15 @@ class Priced:
     def __init__(self, *_: object) -> None:
         pass
 
-    def seconds(self, k: int, codec: str) -> Seconds:
+    def seconds(self, k: int, codec: str, dtype: str) -> Seconds:
         return Seconds(3.0, 0.5, 2.0, 0.4, 0.1)
 
-    def sizes(self, k: int, codec: str, views: int, features: tuple[str, ...]) -> dict[str, float]:
+    def sizes(self, k: int, codec: str, views: int, features: tuple[str, ...], dtype: str) -> dict[str, float]:
         target = 10 * k * {"default": 1, "small": 0.5, "none": 2}[codec] + views / 8
         fixed = {"targets/segmentation/values": target, "pixels/image": 100.0, "labels/segmentation": 7.0}
-        return fixed | {"records/sample": 8.0} | {f"features/{tap}": 50.0 for tap in features}
+        return (
+            fixed | {"records/sample": 8.0} | {f"features/{tap}": 50.0 if dtype == "fp16" else 26.0 for tap in features}
+        )
 
 
 def test_sums_of_what_is_chosen_and_of_its_neighbours(teacher, split, options, monkeypatch) -> None:
@@ -119,6 +121,7 @@ def test_sums_of_what_is_chosen_and_of_its_neighbours(teacher, split, options, m
         "--views 1": 7 * (each - 0.375),
         "--views 2": 14 * (each - 0.25),
         "--views 8": 56 * (each + 0.5),
+        "--feature-dtype uint8": 28 * (each - 24),
         "--features ''": 28 * (each - 50),
         "--features head,stage1": 28 * (each + 50),
         "--pixels source": 28 * (each - 107),

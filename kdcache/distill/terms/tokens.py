@@ -1,0 +1,143 @@
+"""Terms that compare similarities: between the cells of an image, and between an image and the last ones.
+
+Neither compares channels, so student and teacher keep their own. Both read what is of a whole view.
+Source of both: LightlyTrain's method `distillationv3`, without its live teacher and without mixed inputs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill.batch import Batch
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, divide, grid_of, unit, wide
+from kdcache.distill.terms.features import tap_channels
+from kdcache.distill.terms.on_cells import divergence, images_counted
+from kdcache.settings import terms as specs
+from kdcache_kernels.target_cells import resize
+
+_NOTHING = -1e30
+"""In the place of the logarithm of 0: two distributions over nothing are then equal, where -inf would give NaN."""
+
+
+class TokenSimilarity(Term):
+    """`similarity`: mean over cells of KL(p_t || p_s), p = softmax over all cells of cosine / T.
+
+    The cosines are those between the features of a cell and of every cell of the same image, itself included. The
+    student's features are resized to the teacher's cells. A cell enters the distributions by its share of counted
+    pixels, and the mean by this share times the gate.
+
+    The teacher's cosines come from statistics/similarity.<tap>, in 8 bits, or from features/<tap>.
+
+    Default weight 1, temperature 0.07.
+    """
+
+    kind = "similarity"
+    spec: specs.TokenSimilarity
+    pair: Tensor
+
+    def __init__(self, spec: specs.TokenSimilarity, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        room, _, name = setup.arrays[0].partition("/")
+        height, width = getattr(setup.targets.manifest, room)[name].size
+        self._grid, cells = (height, width), height * width
+        # Where the cosine of two cells lies in the stored row, to whose end a 1 is added for a cell with itself.
+        pair_nn = torch.full((cells, cells), cells * (cells - 1) // 2)
+        rows, columns = torch.triu_indices(cells, cells, 1)
+        pair_nn[rows, columns] = pair_nn[columns, rows] = torch.arange(len(rows))
+        self.register_buffer("pair", pair_nn, persistent=False)
+
+    def prepare(self, batch: TermBatch) -> None:
+        student = batch.features[self._student_tap]
+        self.note_resize(student, student.new_empty(self._grid, device="meta"))
+
+    def grid(self, batch: TermBatch) -> tuple[int, int]:
+        return self._grid
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        student_Bchw = wide(batch.features[self._student_tap])
+        cells = self.cells(batch, self._grid, student_Bchw)
+        student_Bnn = cosines(resize(student_Bchw, self._grid))
+        log_s, log_t = (
+            self._log_rows(x_Bnn, cells.counted.flatten(1))
+            for x_Bnn in (student_Bnn, self._teacher(batch, student_Bnn))
+        )
+        loss_Bn = divergence(log_t, log_s).sum(2)
+        return self.mean(loss_Bn.view_as(cells.counted), cells, count)
+
+    def _teacher(self, batch: TermBatch, like: Tensor) -> Tensor:
+        """The teacher's cosines (B, n, n)."""
+        stored = batch.stored[self._arrays[0]].to(like.dtype)
+        if stored.ndim == 4:
+            return cosines(stored)
+        values = torch.cat([stored * (2 / 255) - 1, stored.new_ones(len(stored), 1)], 1)
+        return values[:, self.pair]
+
+    def _log_rows(self, cosines_Bnn: Tensor, share_Bn: Tensor) -> Tensor:
+        """Log-probabilities over the cells, which enter by their share."""
+        logits_Bnn = cosines_Bnn / self.spec.temperature + share_Bn.masked_fill(share_Bn == 0, 1).log()[:, None]
+        return logits_Bnn.masked_fill(share_Bn[:, None] == 0, _NOTHING).log_softmax(2)
+
+
+def cosines(features_Bchw: Tensor) -> Tensor:
+    """The cosines between the cells, (B, n, n); of a cell of zeros 0."""
+    tokens_Bnc = unit(features_Bchw.flatten(2).mT, 2)
+    return tokens_Bnc @ tokens_Bnc.mT
+
+
+class Queue(Term):
+    """`queue`: mean over images of KL(p_t || p_s), p = softmax over a ring of summaries of cosine / T.
+
+    The ring has the teacher's summaries of the images that were learnt from last, in the order in which they were
+    drawn. The teacher's side of a cosine is its own summary of the image. The student's is the mean of its features
+    over the image, each cell by its counted pixels times the gate, projected by a trained linear layer. The ring is
+    part of checkpoints. It is empty in the first step, whose loss is 0. In a loop of your own, call
+    `criterion.after_step(batch)` after the optimizer's step.
+
+    Default weight 1, temperature 0.07, 1024 summaries.
+    """
+
+    kind = "queue"
+    spec: specs.Queue
+    ring: Tensor
+    seen_images: Tensor
+
+    def __init__(self, spec: specs.Queue, setup: TermSetup) -> None:
+        super().__init__(spec, setup)
+        student, teacher = tap_channels(spec, setup)
+        self.projection = nn.Linear(student, teacher)
+        self.register_buffer("ring", torch.zeros(spec.length, teacher))
+        self.register_buffer("seen_images", torch.zeros((), dtype=torch.int64))
+
+    def prepare(self, batch: TermBatch) -> None:
+        tap, layer = self._student_tap, self.projection
+        self._description = (
+            f"{self.kind}: the mean of the student's {tap} is projected from {layer.in_features} to "
+            f"{layer.out_features} channels"
+        )
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        student_Bchw = wide(batch.features[self._student_tap])
+        weight_Bhw = self.cells(batch, grid_of(student_Bchw), student_Bchw).weight
+        pooled_Bc = divide((student_Bchw * weight_Bhw[:, None]).sum((2, 3)), weight_Bhw.sum((1, 2))[:, None])
+        both = self.projection(pooled_Bc), batch.stored[self._arrays[0]].to(student_Bchw.dtype).flatten(1)
+        log_s, log_t = (self._log_rows(unit(x_Bc, 1)) for x_Bc in both)
+        loss_B = divergence(log_t, log_s).sum(1).masked_fill(weight_Bhw.sum((1, 2)) == 0, 0)
+        return divide(loss_B.sum(), self.count(batch) if count is None else count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The number of images with a pixel that counts, 0-dimensional."""
+        return images_counted(self, batch)
+
+    def after_step(self, batch: Batch) -> None:
+        """Put the teacher's summaries of a batch, of all processes, into the ring in the place of the oldest."""
+        rows_Nc = self.of_all(unit(wide(batch.arrays[self._arrays[0]]).flatten(1), 1))
+        length, total = len(self.ring), len(rows_Nc)
+        kept = min(length, total)
+        places = (self.seen_images + torch.arange(total - kept, total, device=rows_Nc.device)) % length
+        self.ring.index_copy_(0, places, rows_Nc[total - kept :].to(self.ring.dtype))
+        self.seen_images += total
+
+    def _log_rows(self, unit_Bc: Tensor) -> Tensor:
+        """Log-probabilities over the summaries that are there."""
+        logits_BN = unit_Bc @ self.ring.to(unit_Bc.dtype).mT / self.spec.temperature
+        missing_N = torch.arange(len(self.ring), device=self.ring.device) >= self.seen_images
+        return logits_BN.masked_fill(missing_N, _NOTHING).log_softmax(1)

@@ -1,0 +1,215 @@
+"""Features in 8 bits: a byte for each number, with a low end and a step for each record and channel.
+
+    value = low + byte * step
+
+| array | shape | dtype |
+| --- | --- | --- |
+| `features/<tap>` | (R, c, h, w) | uint8 |
+| `scales/<tap>` | (R, 2, c) | float16: row 0 low, row 1 step |
+
+Error at most half a step, and 0 for a channel without a range. Measured on features of CamVid: half of float16's bytes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from kdcache.errors import RecipeError
+from kdcache.store.format.manifest_models import MAX_RECORDS, Feature, Nats, Part
+
+Array = np.ndarray[Any, Any]
+LEAST_CELLS = 16
+"""Maps of fewer cells stay float16: their scales would take a quarter of the bytes or more."""
+_LARGEST = float(np.finfo(np.float16).max)
+_FEATURES, _SCALES = "features/", "scales/"
+StoredAs = Literal["fp16", "uint8"]
+"""How features are to be stored, by --feature-dtype."""
+
+
+class FeatureFidelity(Part):
+    """The loss by storing a tap in 8 bits, on a few records.
+
+    Attributes:
+        cosine, cosine_least: between the stored and the teacher's channels of a cell: mean, and of the worst cell.
+        gradient_error: norm of the error over the norm of the features without their channels' means. It is the
+            relative error of the gradient of a squared difference, for a student that predicts these means.
+    """
+
+    records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
+    cosine: Annotated[float, Field(ge=-1, le=1)]
+    cosine_least: Annotated[float, Field(ge=-1, le=1)]
+    gradient_error: Nats
+
+    def describe(self) -> str:
+        """In one line, for a person."""
+        return (
+            f"cosine {self.cosine:.6f} (worst cell {self.cosine_least:.6f}), gradient error "
+            f"{100 * self.gradient_error:.2f} %; on {self.records} records"
+        )
+
+
+def check_cells(wanted: StoredAs, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Check that 8 bits, if they are wanted, are possible for any tap.
+
+    Args:
+        sizes: tap -> (h, w).
+    Raises: RecipeError.
+    """
+    if wanted == "uint8" and not any(feature_dtype(wanted, size) == "uint8" for size in sizes.values()):
+        maps = ", ".join(f"{tap} of {size[0]}x{size[1]} cells" for tap, size in sizes.items())
+        raise RecipeError(
+            f"Cannot store {maps or 'no features'} in 8 bits",
+            received=f"summaries and maps under {LEAST_CELLS} cells stay float16",
+            remedy="leave out --feature-dtype uint8" if maps else "add --features TAP, or leave out --feature-dtype",
+        )
+
+
+def feature_dtype(wanted: StoredAs, size: tuple[int, int]) -> Literal["float16", "uint8"]:
+    """Return how a tap is stored: summaries and small maps stay float16.
+
+    Args:
+        size: (h, w) of the tap.
+    """
+    return "uint8" if wanted == "uint8" and size[0] * size[1] >= LEAST_CELLS else "float16"
+
+
+def pairs(size: tuple[int, int]) -> int:
+    """Return the number of pairs of different cells of a grid."""
+    cells = size[0] * size[1]
+    return cells * (cells - 1) // 2
+
+
+def quantise(maps_Rchw: Array) -> tuple[Array, Array]:
+    """Return the bytes (R, c, h, w) uint8 and the scales (R, 2, c) float16 of features.
+
+    Args:
+        maps_Rchw: float16 or float32, finite. What lies beyond the ends of float16 is cut to them.
+    """
+    x_Rchw = maps_Rchw.astype(np.float32).clip(-_LARGEST, _LARGEST)
+    lowest_Rc, highest_Rc = x_Rchw.min((2, 3)).astype(np.float64), x_Rchw.max((2, 3)).astype(np.float64)
+    low_Rc = _rounded(lowest_Rc, down=True)
+    step_Rc = _rounded((highest_Rc - low_Rc) / 255, down=False)
+    low, step = (scale.astype(np.float32)[..., None, None] for scale in (low_Rc, step_Rc))
+    # In place: the maps of a shard are the largest thing in memory.
+    np.subtract(x_Rchw, low, out=x_Rchw)
+    np.divide(x_Rchw, step, out=x_Rchw, where=step > 0)
+    np.multiply(x_Rchw, step > 0, out=x_Rchw)
+    return np.rint(x_Rchw, out=x_Rchw).clip(0, 255).astype(np.uint8), np.stack([low_Rc, step_Rc], 1)
+
+
+def restore(bytes_Rchw: Array, scales_R2c: Array) -> Array:
+    """Return the features (R, c, h, w) float32 of bytes and scales; or of one record, without R."""
+    low, step = np.moveaxis(scales_R2c.astype(np.float32), -2, 0)[..., None, None]
+    restored: Array = low + bytes_Rchw.astype(np.float32) * step
+    return restored
+
+
+def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) -> dict[str, Array]:
+    """Return rows with features as a store keeps them: in bytes with scales, or in float16.
+
+    Args:
+        rows: path -> rows. Features are float16, float32, or bytes with their scales.
+        features: the manifest's.
+    """
+    stored = dict(rows)
+    for tap, feature in features.items():
+        path = f"{_FEATURES}{tap}"
+        if path in stored and feature.dtype == "uint8" and stored[path].dtype != np.uint8:
+            stored[path], stored[f"{_SCALES}{tap}"] = quantise(stored[path])
+        elif path in stored and feature.dtype == "float16" and stored[path].dtype != np.float16:
+            maps = stored[path]
+            maps = restore(maps, stored.pop(f"{_SCALES}{tap}")) if maps.dtype == np.uint8 else maps
+            stored[path] = maps.clip(-_LARGEST, _LARGEST).astype(np.float16)
+    return stored
+
+
+class Loss:
+    """What 8 bits lose of a tap, added up record by record.
+
+    Attributes:
+        records: how many were added.
+        beyond: whether a number lay beyond the ends of float16, whose scales then cannot hold the range.
+    """
+
+    def __init__(self) -> None:
+        self.beyond = False
+        self.records = self._cells = 0
+        self._error = self._cosine = 0.0
+        self._least = 1.0
+        self._sums: tuple[Array, Array] | None = None
+
+    def add(self, map_chw: Array, kept_chw: Array | None = None) -> None:
+        """Add a record.
+
+        Args:
+            map_chw: the teacher's features, finite.
+            kept_chw: what is stored of them; default what 8 bits would keep.
+        """
+        self.beyond = self.beyond or bool(np.abs(map_chw).max() > _LARGEST)
+        exact_cn = map_chw.reshape(len(map_chw), -1).astype(np.float64)
+        kept_chw = restore(*quantise(map_chw[None])) if kept_chw is None else kept_chw
+        kept_cn = kept_chw.reshape(exact_cn.shape).astype(np.float64)
+        norms_n = np.sqrt(np.square(exact_cn).sum(0) * np.square(kept_cn).sum(0))
+        cosine_n = np.divide((exact_cn * kept_cn).sum(0), norms_n, out=np.ones_like(norms_n), where=norms_n > 0)
+        sums = exact_cn.sum(1), np.square(exact_cn).sum(1)
+        self._sums = sums if self._sums is None else (self._sums[0] + sums[0], self._sums[1] + sums[1])
+        self._error += float(np.square(exact_cn - kept_cn).sum())
+        self._cosine += float(cosine_n.sum())
+        self._least = min(self._least, float(cosine_n.min()))
+        self.records, self._cells = self.records + 1, self._cells + len(cosine_n)
+
+    def figures(self) -> FeatureFidelity:
+        """Return the figures of all records; there is at least one."""
+        assert self._sums is not None
+        sum_c, square_c = self._sums
+        spread = float(np.maximum(square_c - np.square(sum_c) / self._cells, 0).sum())
+        return FeatureFidelity(
+            records=self.records,
+            cosine=_figure(self._cosine / self._cells),
+            cosine_least=_figure(self._least),
+            gradient_error=float(f"{np.sqrt(self._error / spread) if spread else 0.0:.3g}"),
+        )
+
+
+def measure(maps: Iterable[Array]) -> FeatureFidelity:
+    """Return what 8 bits lose of a tap.
+
+    Args:
+        maps: the teacher's features of some records, (c, h, w), finite.
+    """
+    loss = Loss()
+    for map_chw in maps:
+        loss.add(map_chw)
+    return loss.figures()
+
+
+def describe(
+    features: Mapping[str, Feature], lost: Mapping[str, FeatureFidelity], *, wanted: StoredAs = "fp16"
+) -> Iterator[str]:
+    """Yield a line on each tap in 8 bits, and on each that stays float16 although 8 bits were wanted.
+
+    Args:
+        lost: the manifest's `feature_fidelity`.
+    """
+    for tap, feature in features.items():
+        if feature.dtype == "uint8":
+            yield f"{tap} in 8 bits: " + (lost[tap].describe() if tap in lost else "what is lost was not measured")
+        elif wanted == "uint8":
+            few = feature_dtype(wanted, feature.size) == "float16"
+            why = f"it has {feature.size[0]}x{feature.size[1]} cells" if few else "its range is beyond float16"
+            yield f"{tap} stays float16: {why}"
+
+
+def _figure(cosine: float) -> float:
+    return min(1.0, max(-1.0, round(float(cosine), 7)))
+
+
+def _rounded(values: Array, *, down: bool) -> Array:
+    """Return float64 values rounded to float16 in one direction."""
+    nearest = values.astype(np.float16)
+    wrong = nearest > values if down else nearest < values
+    towards = np.float16(-np.inf if down else np.inf)
+    rounded: Array = np.nextafter(nearest, towards, out=nearest.copy(), where=wrong)
+    return rounded
