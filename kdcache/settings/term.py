@@ -246,8 +246,8 @@ class FeatureTerm(LossTerm):
         return height, width
 
     def offered(self, manifest: Any) -> list[str]:
-        """Return the teacher's taps that it can use, most useful last."""
-        return list(manifest.features)
+        """Return the teacher's taps that it can use, most useful last: summaries come before maps."""
+        return sorted(manifest.features, key=lambda tap: not is_summary(manifest.features[tap]))
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
         """As of `LossTerm`. A tap in 8 bits has scales, with which the device restores it."""
@@ -293,6 +293,11 @@ def _nearest_grids(grids: Mapping[str, tuple[int, int]], grid: tuple[int, int]) 
     """Return the taps whose number of cells is nearest to a grid's, by their ratio."""
     apart = {tap: abs(math.log(math.prod(own) / math.prod(grid))) for tap, own in grids.items()}
     return [tap for tap, distance in apart.items() if math.isclose(distance, min(apart.values()), abs_tol=1e-9)]
+
+
+def is_summary(feature: Any) -> bool:
+    """Return True if a tap of a manifest has one cell, and so one vector for each view."""
+    return tuple(feature.size) == (1, 1)
 
 
 def entries_of(term: type) -> dict[str, Entry]:

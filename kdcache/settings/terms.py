@@ -32,7 +32,7 @@ from kdcache.errors import RecipeError
 from kdcache.heads import AUXILIARY, DEPTH, METRES, SEGMENTATION
 from kdcache.settings.parse import Positive, Weight
 from kdcache.settings.setting import setting
-from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, nearest
+from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, is_summary, nearest
 
 
 class _OnLabels(LossTerm):
@@ -186,7 +186,7 @@ class TokenSimilarity(FeatureTerm):
 
     def offered(self, manifest: Any) -> list[str]:
         """Taps with stored similarities come after all others, as of `Attention`."""
-        maps = [tap for tap in super().offered(manifest) if tuple(manifest.features[tap].size) != (1, 1)]
+        maps = [tap for tap in super().offered(manifest) if not is_summary(manifest.features[tap])]
         return maps + _made_of(manifest, "similarity")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
@@ -200,12 +200,12 @@ class Queue(FeatureTerm):
     kind = "queue"
     compares = "similarity"
     whole_view = True
-    stored = ("{} with 1x1 cells, a summary of the image,", "--features {}")
+    stored = ("the summary {} of 1x1 cells", "--features {}")
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
     length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
 
     def offered(self, manifest: Any) -> list[str]:
-        return [tap for tap in super().offered(manifest) if tuple(manifest.features[tap].size) == (1, 1)]
+        return [tap for tap in super().offered(manifest) if is_summary(manifest.features[tap])]
 
 
 class Hint(Projected):

@@ -37,7 +37,7 @@ def manifest(*, k: int = 7, features: tuple[str, ...] = (), maps: tuple[str, ...
     depth = SimpleNamespace(kind="regression", align_corners=False, **facts)
     actual = SimpleNamespace(
         heads={"segmentation": head, "depth": depth},
-        features={tap: SimpleNamespace(channels=5, size=(3, 4)) for tap in features},
+        features={tap: SimpleNamespace(channels=5, size=(1, 1) if tap == "summary" else (3, 4)) for tap in features},
     )
     if maps:
         actual.statistics = {"confidence": SimpleNamespace()} | {
@@ -157,7 +157,7 @@ def test_all_that_is_missing_is_said_at_once() -> None:
 
 
 def test_a_store_that_has_all_serves_all() -> None:
-    check_terms([loss_term(kind) for kind in KINDS], manifest(features=("deep",), raw=True))
+    check_terms([loss_term(kind) for kind in KINDS], manifest(features=("deep", "summary"), raw=True))
     check_terms([loss_term("dist"), loss_term("pseudo")], manifest(k=2))
 
 
@@ -166,6 +166,9 @@ def test_a_store_that_has_all_serves_all() -> None:
     [
         (loss_term("hint"), {"features": ("stage2",)}, ("stage2", "stage2")),
         (loss_term("hint"), {"features": ("stage2", "deep")}, ("head", "deep")),
+        (loss_term("hint"), {"features": ("stage2", "summary")}, ("stage2", "stage2")),
+        (loss_term("queue"), {"features": ("summary", "stage2")}, ("head", "summary")),
+        (loss_term("similarity"), {"features": ("stage2", "summary")}, ("stage2", "stage2")),
         (loss_term("hint", teacher_tap="stage1"), {"features": ("stage1", "deep")}, ("stage1", "stage1")),
         (loss_term("hint", student_tap="stage1"), {"features": ("stage2",)}, ("stage1", "stage2")),
         (loss_term("at"), {"features": ("stage2",), "maps": ("stage1",)}, ("stage1", "stage1")),
@@ -209,7 +212,7 @@ def test_what_a_term_reads() -> None:
         "cwd": ("targets/segmentation/max",),
         "dkd": (),
     }
-    targets = store(features=("deep",), maps=("deep",), raw=True)
+    targets = store(features=("deep", "summary"), maps=("deep",), raw=True)
     for kind in KINDS:
         term = make_term(loss_term(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
@@ -223,7 +226,7 @@ def test_what_a_term_reads() -> None:
 
 
 def test_weights_of_the_spec_and_of_the_kind() -> None:
-    targets = store(features=("deep",), raw=True)
+    targets = store(features=("deep", "summary"), raw=True)
     weights = {
         kind: make_term(loss_term(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS).weight
         for kind in KINDS
@@ -234,7 +237,7 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
         weights
         == documented
         | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001, "adversarial": 0.001, "consistency": 1.0}
-        | {"auxiliary": 0.1}
+        | {"auxiliary": 0.1, "similarity": 1.0, "queue": 1.0}
         | depth
     )
     channels, dkd, pseudo = (
@@ -251,12 +254,12 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
 
 
 def test_projections_are_the_terms_own_parameters() -> None:
-    targets = store(features=("deep",), raw=True)
+    targets = store(features=("deep", "summary"), raw=True)
     shapes = {
         kind: [tuple(p.shape) for p in make_term(loss_term(kind), targets=targets, student_taps=STUDENT).parameters()]
         for kind in set(KINDS) - ON_DEPTH - {"adversarial", "auxiliary"}
     }
-    assert {kind for kind, actual in shapes.items() if actual} == {"hint", "cosine"}
+    assert {kind for kind, actual in shapes.items() if actual} == {"hint", "cosine", "queue"}
     assert shapes["hint"] == [(5, 32, 1, 1), (5,)]
     spec = loss_term("cwd", teacher_tap="deep")
     term = make_term(spec, targets=targets, student_taps=STUDENT)

@@ -276,7 +276,9 @@ def test_a_loss_restores_bytes_and_remembers() -> None:
     terms = [make_term(spec, targets=Eight(), student_taps={"head": STUDENT_CHANNELS}) for spec in specs]
     assert terms[0].arrays() == (DEEP, "scales/deep")
     criterion = DistillLoss(Eight(), kl_weight=0, further=terms)
-    outputs = SimpleNamespace(logits=made.logits.float(), heads={}, features={"head": made.features["head"].float()})
+    logits = made.logits.float()
+    heads, features = {"segmentation": logits}, {"head": made.features["head"].float()}
+    outputs = SimpleNamespace(logits=logits, heads=heads, features=features)
     losses = criterion(outputs, given)
     plain = replace(made, logits=outputs.logits, features=outputs.features, stored=floats, counted=None)
     assert losses.terms[0].item() == pytest.approx(terms[0](plain).item(), rel=1e-5)

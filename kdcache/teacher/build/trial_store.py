@@ -76,7 +76,9 @@ class Trial:
             self._more, _ = self._build("and further taps", min(_TAP_RECORDS, samples), few)
         self._rewritten = remember(self._rewrite)
 
-    def sizes(self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs) -> Sizes:
+    def sizes(
+        self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs = "fp16"
+    ) -> Sizes:
         """Every array, with pixels, of `views` views of a sample, on the average of them."""
         whole, both = (self._rewritten(cache, k, codec, dtype)[0] for cache in (self._whole, self._both))
         sizes = {}
@@ -88,7 +90,7 @@ class Trial:
         taps = {f"{folder}{tap}" for tap in features for folder in _OF_FEATURES}
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith(_OF_FEATURES)}
 
-    def seconds(self, k: int | None, codec: Codec, dtype: StoredAs) -> Seconds:
+    def seconds(self, k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> Seconds:
         """The seconds that a record takes, by what they go into."""
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
