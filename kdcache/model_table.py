@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-NEEDS = {"segformer": "transformers", "smp": "segmentation_models_pytorch"}
+NEEDS = {"segformer": "transformers", "smp": "segmentation_models_pytorch", "hf": "transformers", "timm": "timm"}
 """Family, which is also the name of the extra that brings it -> the module that it is made of."""
 
 TABLE = Path(__file__).parent / "models" / "listed.json"

@@ -1,9 +1,9 @@
-"""Models by name: `torchvision:`, `kdcache:`, `segformer:`, `smp:`, `module:function`, `path/to/file.py:function`."""
+"""Models by name: those that come with kdcache, `hf:`, `timm:`, `module:function`, `path/to/file.py:function`."""
 
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,8 @@ from kdcache.models.added_heads import base_of
 from kdcache.models.added_heads.auxiliary import WithAuxiliary, split_auxiliary
 from kdcache.models.added_heads.depth import split_depth, with_depth
 from kdcache.models.added_heads.wrapper import WithoutClasses
-from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
+from kdcache.models.architectures import deeplab, hub_models, hydra, segformer, smp, tiny, torchvision_heads
+from kdcache.models.foreign.hub_spec import HubSpec, is_hub, parse_hub
 from kdcache.models.logits import as_logits
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import Weights, count_classes, load_weights, read_metadata, read_weights
@@ -80,13 +81,19 @@ def build_model(
     stated, outputs = split_outputs(spec)
     without, auxiliary = split_auxiliary(stated)
     base, depth = split_depth(without)
-    builder, name = _home(base)
+    hub = parse_hub(base) if is_hub(base) else None
+    builder, name = (None, base) if hub else _home(base)
     if num_classes is not None and num_classes < 0:
         raise ModelError("num_classes must be at least 0", received=str(num_classes), remedy="count the data's classes")
     strict = num_classes is None if strict_head is None else strict_head
-    loaded = None if weights is None else _read(base, weights, whole=strict)
+    pretrained = hub is not None and weights == "default"
+    loaded = None if weights is None or pretrained else _read(base, weights, whole=strict)
     count = 1 if num_classes == 0 else num_classes  # no family builds a classifier of no class
-    if builder is None:
+    if hub is not None:
+        make: Callable[[int | None], SegmentationModel] = partial(
+            _build_hub, base, hub, pretrained=pretrained, strict=strict
+        )
+    elif builder is None:
         make = partial(callables.build, base)
     else:
         make = partial(builder.build, name)
@@ -124,6 +131,12 @@ def build_model(
     return model
 
 
+def _build_hub(
+    base: str, hub: HubSpec, num_classes: int | None, *, pretrained: bool, strict: bool
+) -> SegmentationModel:
+    return hub_models.build_hub(base, hub, num_classes, pretrained=pretrained, strict=strict)
+
+
 def is_listed(spec: str) -> bool:
     """Whether a spec is of one of the families that come with kdcache, whatever its name there."""
     return base_of(spec).rpartition(":")[0] in _FAMILIES
@@ -134,7 +147,8 @@ def is_function(spec: str) -> bool:
 
     Nothing is imported. Raises: ModelError for a spec that is neither that nor a listed one.
     """
-    return _home(base_of(spec))[0] is None
+    base = base_of(spec)
+    return not is_hub(base) and _home(base)[0] is None
 
 
 def is_shipped(spec: str) -> bool:

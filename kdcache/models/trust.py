@@ -9,30 +9,29 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 from kdcache.errors import ModelError
 from kdcache.models.added_heads import base_of
+from kdcache.models.architectures.hub_models import CODE_ALLOWED
 from kdcache.models.registry import is_function
 
 _REMEDY = "name a model that `kdcache models` lists; or restore the file from a copy that you trust"
-_TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
     """Within the block, names that files bring are imported; `trust=False` changes nothing."""
-    token = _TRUSTING.set(trust or _TRUSTING.get())
+    token = CODE_ALLOWED.set(trust or CODE_ALLOWED.get())
     try:
         yield
     finally:
-        _TRUSTING.reset(token)
+        CODE_ALLOWED.reset(token)
 
 
 def is_trusting() -> bool:
     """Return True inside a `trusting()` block."""
-    return _TRUSTING.get()
+    return CODE_ALLOWED.get()
 
 
 @contextmanager

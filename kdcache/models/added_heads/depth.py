@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kdcache.errors import ModelError
 from kdcache.heads import DEPTH, Parameterisation, RegressionHead, raw_of
 from kdcache.models.added_heads.wrapper import WithHead, tap_channels
+from kdcache.models.foreign.hub_spec import is_hub
 from kdcache.models.native import Outputs, SegmentationModel
 from kdcache.models.weights import DEPTH_HEAD
 
@@ -48,6 +49,8 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
 
     Raises: ModelError for an option that is none.
     """
+    if is_hub(spec):
+        return spec, None
     folder, slash, rest = spec.rpartition("/")  # a folder may be called anything
     name, *options = rest.split(",")
     text = folder + slash + name

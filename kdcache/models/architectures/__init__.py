@@ -6,5 +6,6 @@ torchvision_heads.py   torchvision's FCN, DeepLab and LR-ASPP
 deeplab.py             DeepLab as the documents train it
 segformer.py           SegFormer
 smp.py                 segmentation_models_pytorch
-hub.py                 downloads by torch.hub
+hub.py                 weights of published models
+hub_models.py          hf: and timm:, with their own processors
 """

@@ -27,7 +27,7 @@ class Reading:
         self.declared = declared
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
-        """Return the network's answer to normalised images."""
+        """Return the network's answer to images as it reads them."""
         return network(x_B3HW)
 
     def heads(self, spec: str, answer: object) -> dict[str, Tensor]:

@@ -61,7 +61,8 @@ def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, 
     Takes a map, tokens, a list of maps, or an object with `feature_maps` or `last_hidden_state`. Anything else has no
     maps.
     """
-    if isinstance(answer, Mapping) and not hasattr(answer, "last_hidden_state"):
+    named = any(hasattr(answer, name) for name in ("feature_maps", "last_hidden_state"))
+    if isinstance(answer, Mapping) and not named:
         return {
             name: y for name, y in answer.items() if isinstance(name, str) and isinstance(y, Tensor) and y.ndim == 4
         }
@@ -71,7 +72,9 @@ def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, 
     last = getattr(answer, "last_hidden_state", answer)
     if not isinstance(last, Tensor):
         return {}
-    found = {"last": last if last.ndim == 4 else token_map(last, size, patch) if last.ndim == 3 else None}
-    pooled = getattr(answer, "pooler_output", None)
+    pooled, blocks = getattr(answer, "pooler_output", None), getattr(answer, "hidden_states", None) or ()
+    tokens = {f"stage{number}": y for number, y in enumerate(blocks[1:], start=1) if y.ndim == last.ndim == 3}
+    found = {name: token_map(y, size, patch) for name, y in tokens.items()}
+    found["last"] = last if last.ndim == 4 else token_map(last, size, patch) if last.ndim == 3 else None
     summary = {SUMMARY: pooled.flatten(1)[..., None, None]} if isinstance(pooled, Tensor) else {}
     return summary | {name: y for name, y in found.items() if y is not None}

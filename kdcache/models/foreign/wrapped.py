@@ -13,6 +13,7 @@ from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION, CategoricalHead
 from kdcache.models.foreign.answers import DECLARED, Reading
 from kdcache.models.foreign.peel import NotingResizes, Resize, is_exact, peels, resize_of
+from kdcache.models.foreign.readings import TimmMaps, reading_of
 from kdcache.models.foreign.sizes import probe
 from kdcache.models.foreign.tokens import as_map
 from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
@@ -54,7 +55,9 @@ class WrappedModel(SegmentationModel):
         declared: Mapping[str, Any] | None = None,
         reading: Reading | None = None,
     ) -> None:
-        reading = reading or Reading(getattr(network, DECLARED, None) if declared is None else declared)
+        declared = getattr(network, DECLARED, None) if declared is None else declared
+        if reading is None:
+            reading = (None if declared is not None else reading_of(network)) or Reading(declared)
         children = [name for name, _ in network.named_children()] if reading.lists_modules else []
 
         def run(x_13HW: Tensor) -> tuple[object, dict[str, Tensor], list[str]]:
@@ -89,7 +92,9 @@ class WrappedModel(SegmentationModel):
         for resize in resizes.values():
             self.align_corners = resize.align_corners
         for name in ("mean", "std"):
-            if (values := getattr(network, name, None)) is not None:  # numbers, or a tensor of any shape
+            published = getattr(network, "pretrained_cfg", {}) if isinstance(reading, TimmMaps) else {}
+            values = getattr(network, name, published.get(name))
+            if values is not None:  # numbers, or a tensor of any shape
                 setattr(self, name, torch.as_tensor(values).flatten().tolist())
         self.probe_size, self.processor, self.patch = found.size, found.processor, found.patch
         self.peeled = tuple(resizes)
@@ -124,10 +129,15 @@ class WrappedModel(SegmentationModel):
         return Outputs(heads, {tap: features[tap] for tap in taps})
 
     def _answer(self, x_B3HW: Tensor, *, peel: bool) -> object:
+        x_B3HW = x_B3HW.flip(1) if self.processor.channels == "bgr" else x_B3HW
         if not peel:
             return self._reading.call(self.network, x_B3HW)
         with NotingResizes():
             return self._reading.call(self.network, x_B3HW)
+
+    @property
+    def probed_taps(self) -> tuple[str, ...]:
+        return super().probed_taps if self._reading.lists_modules else self._named
 
     def check_taps(self, taps: Iterable[str]) -> None:
         modules = {name for name, _ in self.network.named_modules() if name}

@@ -63,6 +63,17 @@ def _check_logit_options(options: BuildOptions, heads: Sequence[str]) -> None:
         )
 
 
+def _check_images(teacher: Teacher, options: BuildOptions) -> None:
+    """Check that a teacher takes the images of a build. Raises: ModelError with the size or the fit that it takes."""
+    teacher.model.check_size(*_size_seen(options))
+    if teacher.model.processor.pads and options.fit != "pad":
+        raise ModelError(
+            f"{teacher.origin} was trained on padded images, and --fit {options.fit} gives it others",
+            received="its processor pads images to their size",
+            remedy="Add --fit pad.",
+        )
+
+
 def _size_seen(options: BuildOptions) -> tuple[tuple[int, int], str]:
     """Return the (H, W) of the images that a teacher sees, and the flag that sets it."""
     if options.teacher_size is not None:
@@ -92,7 +103,7 @@ class TeacherProbe:
         self.metres = DEPTH in split.tasks or any(getattr(kind, "unit", None) == METRES for kind in kinds)
         self.split, self.teacher, self.options = split, teacher, with_zoom(options, metres=self.metres)
         self.view = view_of(self.options)
-        teacher.model.check_size(*_size_seen(options))
+        _check_images(teacher, options)
         self.folds = folds_of_split(teacher, split)
         self.grid: tuple[int, int] | None = None
         if teacher.folds is not None and options.features:

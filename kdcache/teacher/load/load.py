@@ -21,6 +21,7 @@ from kdcache.models import (
     count_sources,
     is_function,
     read_class_map,
+    trusting,
 )
 from kdcache.models.class_names import class_map_text, compare_names
 from kdcache.models.logits import as_logits, one_logit_note
@@ -134,7 +135,8 @@ def load_teacher(
             remedy="leave them out: a run or a spec has its own",
         )
     elif (weighted := split_spec(str(origin))) is not None:
-        loaded = _of_spec(str(origin), *weighted, len(classes), class_map)
+        with trusting(trust):
+            loaded = _of_spec(str(origin), *weighted, len(classes), class_map)
     else:
         loaded = _of_run(str(origin), trust=trust)
     model = as_logits(loaded.model, outputs, len(classes) if class_map is None else count_sources(class_map))
@@ -196,7 +198,7 @@ def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str 
         count = 0
     model = build_model(spec, count, weights=weights, strict_head=True)
     model.untrained = () if about is None else about.untrained
-    loaded = _Loaded(model, origin)
+    loaded = _Loaded(model, origin, model.fixed_size or model.processor.native_size)
     if about is not None:
         loaded.size, loaded.class_names, loaded.fit = about.size, about.class_names, about.fit
     report = model.load_report

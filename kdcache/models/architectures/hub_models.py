@@ -1,0 +1,333 @@
+"""`hf:` and `timm:`: networks of transformers and timm, with what their own processor says of images.
+
+Files come from a folder, or from a repository of the hub through huggingface_hub's cache. Offline only the cache is
+read. Weights are read from .safetensors, else from .bin with `weights_only`. Code in a repository runs only with
+`--trust`. Class names come from `id2label`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.files import read_object
+from kdcache.model_table import NEEDS, lacks, pip_command
+from kdcache.models.class_names import names_in
+from kdcache.models.foreign.answers import Reading
+from kdcache.models.foreign.hub_spec import HubSpec
+from kdcache.models.foreign.image_settings import ImageSettings, image_settings
+from kdcache.models.foreign.readings import TimmMaps, reading_as, task_of
+from kdcache.models.foreign.tokens import SUMMARY
+from kdcache.models.foreign.wrapped import WrappedModel
+from kdcache.models.native import LoadReport
+from kdcache.models.weights import load_weights, read_weights
+
+CODE_ALLOWED: ContextVar[bool] = ContextVar("code_allowed", default=False)
+"""Whether code that files name may be imported (see `kdcache.models.trust`)."""
+_TEXTS = ("*.json", "*.txt")
+_SHOWN = 4
+
+
+@dataclass
+class _Made:
+    """A network, what its answers mean, and what is known of its images and classes."""
+
+    network: nn.Module
+    reading: Reading | None
+    images: ImageSettings
+    names: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    revision: str | None = None
+
+
+def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: bool, strict: bool) -> WrappedModel:
+    """Build a network of transformers or timm.
+
+    Args:
+        spec: as it was given. num_classes: of a head that learns; None keeps the network's own.
+        pretrained: whether it begins with its own weights; else at random.
+        strict: whether the head must be there, with the number of classes.
+    Raises: ModelError for files that are missing or do not fit, for code without `--trust`, and for a network that
+        kdcache cannot read.
+    """
+    if lacks(hub.library):
+        raise ModelError(
+            f"Missing {NEEDS[hub.library]}, which {hub.library}: needs", received=spec, remedy=pip_command(hub.library)
+        )
+    classes = None if strict else num_classes
+    if hub.library == "timm":
+        made = _timm(spec, hub.place, hub.weights, pretrained=pretrained)
+    else:
+        folder, revision = _files(spec, hub, pretrained=pretrained)
+        config = read_object(folder / "config.json")
+        if not {"model_type", "architecture", "auto_map"} & set(config):
+            raise ModelError(
+                f"Cannot find a model in {hub.place}",
+                received=f"{folder / 'config.json'} does not name a model of transformers or timm",
+                remedy="Give a folder that save_pretrained wrote.",
+            )
+        if "model_type" not in config and "architecture" in config:
+            made = _timm(spec, str(folder), None, pretrained=pretrained)
+        else:
+            made = _transformers(spec, hub, folder, config, classes, pretrained=pretrained)
+        made.revision = revision
+    model = WrappedModel(spec, made.network, None, reading=made.reading)
+    model.mean, model.std = made.images.mean, made.images.std
+    model.processor = replace(
+        model.processor,
+        multiple=math.lcm(model.multiple, made.images.multiple, _covered(model)),
+        native_size=made.images.native_size,
+        pads=made.images.pads,
+        channels=made.images.channels,
+        revision=made.revision,
+    )
+    if hub.weights is not None and pretrained:
+        load_weights(model, read_weights(hub.weights).state, strict_head=True)
+    if strict and num_classes and model.num_classes not in (0, num_classes):
+        raise ModelError(
+            f"{spec} has {model.num_classes} classes, and the data have {num_classes}",
+            received=", ".join(made.names[:_SHOWN]) + ", ..." if made.names else "no names of classes",
+            remedy="Map each of its classes to one of the data's with --class-map FILE.",
+        )
+    if pretrained:
+        model.load_report = LoadReport(tuple(model.state_dict()), class_names=made.names, notes=tuple(made.notes))
+    return model
+
+
+def _covered(model: WrappedModel) -> int:
+    """Return the multiple that sides need so that the cells of every map cover the image: strided layers may cut it."""
+    if model.head_kinds or model.fixed_size is not None:
+        return 1
+    height, width = model.probe_size
+    with torch.no_grad():
+        whole = _shapes(model, (height, width))
+        strides = {tap: round(height / shape[0]) for tap, shape in whole.items() if shape[0] > 1}
+        most = max(strides.values(), default=1)
+        cut = _shapes(model, (height + most // 2, width)) if most > 1 and model.patch in (None, 1, 2, 4) else {}
+    return math.lcm(
+        *(stride for tap, stride in strides.items() if tap in cut and cut[tap][0] * stride < height + most // 2)
+    )
+
+
+def _shapes(model: WrappedModel, size: tuple[int, int]) -> dict[str, torch.Size]:
+    like = next(model.parameters())
+    return {tap: y.shape[-2:] for tap, y in model.eval()(like.new_zeros(1, 3, *size), model.taps).features.items()}
+
+
+def _files(spec: str, hub: HubSpec, *, pretrained: bool) -> tuple[Path, str | None]:
+    """Return the folder with a model's files, and the commit of a repository. Raises: ModelError if there are none."""
+    folder = Path(hub.place).expanduser()
+    if folder.is_dir():
+        if hub.revision is not None:
+            raise ModelError(
+                f"Cannot use revision={hub.revision}: {hub.place} is a folder",
+                received=spec,
+                remedy="Leave ,revision=... out, or name the repository.",
+            )
+        return folder, None
+    if hub.place.startswith((".", "/", "~")) or hub.place.count("/") != 1:
+        raise ModelError(
+            f"Folder not found: {hub.place}",
+            received=spec,
+            remedy="Check the path. A repository of the hub is OWNER/NAME.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(hub.place, revision=hub.revision, allow_patterns=[*_TEXTS, "*.py"]))
+        for pattern in ("*.safetensors", "*.bin") if pretrained else ():
+            if not any(path.glob("*.safetensors")):
+                path = Path(snapshot_download(hub.place, revision=hub.revision, allow_patterns=[pattern]))
+    except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"Cannot find {hub.place}" + (f" at revision {hub.revision}" if hub.revision else ""),
+            received=f"not in the local cache, and the hub did not give it: {reason}",
+            remedy="Check the name and the network. Offline, copy the model's files here and give hf:FOLDER.",
+        ) from error
+    return path, path.name
+
+
+def _transformers(
+    spec: str, hub: HubSpec, folder: Path, described: Mapping[str, Any], classes: int | None, *, pretrained: bool
+) -> _Made:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = described.get("model_type") in CONFIG_MAPPING_NAMES
+    if not known and "auto_map" not in described:
+        raise ModelError(
+            f"Unknown model type {described.get('model_type')!r} in {hub.place}",
+            received=f"transformers {transformers.__version__} does not have it",
+            remedy="Update transformers.",
+        )
+    if not known and not CODE_ALLOWED.get():
+        raise ModelError(
+            f"Cannot run the code of {hub.place}: you have not allowed it",
+            received=f"{folder / 'config.json'} names {', '.join(map(str, dict(described['auto_map']).values()))}",
+            remedy="Read that code. If you trust it, add --trust. In Python, call inside "
+            "`with kdcache.models.trusting():`",
+        )
+    options: dict[str, Any] = {"trust_remote_code": not known, "local_files_only": True}
+    with _quiet():
+        config = transformers.AutoConfig.from_pretrained(str(folder), **options)
+        task = hub.task or task_of(described.get("architectures") or [])
+        if task == "features":
+            config = getattr(config, "vision_config", config)
+        if classes and task != "features":
+            config.num_labels = classes
+        kind = _class_for(task, config, known=known)
+        if task == "features" and kind is not transformers.AutoModel:
+            config.out_features = config.stage_names[1:]
+            if hasattr(config, "reshape_hidden_states"):
+                config.reshape_hidden_states = True
+        network, notes = _network(spec, kind, folder, config, options, pretrained=pretrained, exact=not classes)
+    sentence = _sentence(folder, config) if task == "universal" else None
+    names = names_in({"id2label": described.get("id2label")}) if task in ("semantic", "universal") else ()
+    images, found = image_settings(folder)
+    return _Made(network, reading_as(task, network, sentence) or Reading(), images, names, notes + found)
+
+
+def _class_for(task: str, config: Any, *, known: bool) -> Any:
+    """Return the class of transformers that builds a network for a task."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+
+    if task == "features":
+        flat = hasattr(config, "patch_size") and not hasattr(config, "depths")  # tokens, and a summary of them
+        staged = known and config.model_type in MODEL_FOR_BACKBONE_MAPPING_NAMES and not flat
+        name = MODEL_FOR_BACKBONE_MAPPING_NAMES[config.model_type] if staged else "AutoModel"
+        return getattr(transformers, name)
+    return {
+        "semantic": transformers.AutoModelForSemanticSegmentation,
+        "universal": transformers.AutoModelForUniversalSegmentation,
+        "depth": transformers.AutoModelForDepthEstimation,
+    }[task]
+
+
+def _network(
+    spec: str, kind: Any, folder: Path, config: Any, options: Mapping[str, Any], *, pretrained: bool, exact: bool
+) -> tuple[nn.Module, list[str]]:
+    """Return the network, with its weights if they are wanted, and notes on them."""
+    try:
+        if not pretrained:
+            trust = options["trust_remote_code"]
+            made: nn.Module = kind.from_config(config, trust_remote_code=trust) if _is_auto(kind) else kind(config)
+            return made, []
+        network, found = kind.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not exact,
+            weights_only=True,
+            **options,
+        )
+    except Exception as error:  # whatever the library or the model's own code raises
+        raise ModelError(
+            f"Cannot load {spec}: {type(error).__name__}",
+            received=(str(error) or type(error).__name__).strip().splitlines()[0],
+            remedy="Check the folder's files: config.json, and model.safetensors or pytorch_model.bin.",
+        ) from error
+    missing, notes = sorted(found["missing_keys"]), list[str]()
+    if any(name.startswith("pooler.") for name in missing):
+        network.pooler = None
+        notes.append(f"{spec}: its weights have no pooler, so there is no tap {SUMMARY}")
+    if any("hidden_states_norms" in name for name in missing):
+        notes.append(f"{spec}: its weights have no norms of stages, so stages are normalised plainly")
+    if lost := [name for name in missing if not name.startswith("pooler.") and "hidden_states_norms" not in name]:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise ModelError(
+            f"{spec} lacks {len(lost)} of its tensors",
+            received=f"{', '.join(lost[:_SHOWN])}{more} are not in the weights of {folder}",
+            remedy="Give the weights of the whole network, or another ,task=...",
+        )
+    return network.eval(), notes
+
+
+def _is_auto(kind: Any) -> bool:
+    return str(kind.__name__).startswith("AutoModel")
+
+
+def _sentence(folder: Path, config: Any) -> Tensor | None:
+    """Return the tokens (1, N) of the sentence that tells a network of several tasks to segment classes."""
+    if config.model_type != "oneformer":
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception:  # whatever the library raises: there is none
+        return None
+    text = tokenizer("the task is semantic", padding="max_length", max_length=config.task_seq_len, truncation=True)
+    return torch.tensor(text["input_ids"])[None] * torch.tensor(text["attention_mask"])[None]
+
+
+def _timm(spec: str, place: str, weights: str | None, *, pretrained: bool) -> _Made:
+    import timm
+
+    own = pretrained and weights is None
+    name = f"local-dir:{place}" if Path(place).is_dir() else place
+    try:
+        with _quiet():
+            network = _create(name, pretrained=own)
+    except Exception as error:  # the library's own errors, the hub's, those of its HTTP client, OSError
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if name == place and not timm.is_model(place.partition(".")[0]):
+            near = timm.list_models(f"*{place.partition('.')[0].partition('_')[0]}*")[:_SHOWN]
+            raise ModelError(
+                f"Unknown model of timm: {place}",
+                received=reason,
+                remedy=f"Did you mean {' or '.join(near) or 'resnet18'}?",
+            ) from error
+        raise ModelError(
+            f"Cannot load {spec}: {type(error).__name__}",
+            received=reason,
+            remedy=f"Check the network, or give a file: timm:{place},weights=FILE.",
+        ) from error
+    if not hasattr(network, "forward_intermediates"):
+        raise ModelError(
+            f"Cannot take features of {spec}: it has no forward_intermediates",
+            received=f"timm {timm.__version__}",
+            remedy="Use another model of timm, or a function of your own, FILE.py:FUNCTION.",
+        )
+    published = network.pretrained_cfg
+    side = published.get("input_size")
+    images = ImageSettings(tuple(published["mean"]), tuple(published["std"]), native_size=side and tuple(side[1:]))
+    return _Made(network, TimmMaps(), images)
+
+
+def _create(name: str, *, pretrained: bool) -> Any:
+    """Return a network of timm without a classifier, for images of any size if its kind has a way to that."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tables and bars of transformers to itself: what a user should know is said here."""
+    if lacks("hf"):
+        yield
+        return
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,64 @@
+"""The spelling of models of transformers and timm.
+
+hf:FOLDER                          a folder that transformers or timm wrote
+hf:OWNER/NAME,revision=SHA         a repository of the hub, or its copy in the local cache
+hf:FOLDER,task=features            semantic, universal, depth or features; default by the model's own architecture
+timm:NAME                          a network of timm
+timm:NAME,weights=FILE             with weights of a file
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kdcache.errors import ModelError
+
+Task = Literal["semantic", "universal", "depth", "features"]
+TASKS = get_args(Task)
+LIBRARIES = ("hf", "timm")
+_OPTIONS = {"hf": ("task", "revision"), "timm": ("weights",)}
+_OPTION = re.compile(r",([A-Za-z_]+)=([^,]*)$")
+
+
+@dataclass(frozen=True)
+class HubSpec:
+    """A model of transformers or timm.
+
+    Attributes:
+        place: a folder, a repository, or a name of timm.
+        task: what it is used for; None goes by its architecture.
+        revision: of a repository. weights: a file.
+    """
+
+    library: str
+    place: str
+    task: str | None = None
+    revision: str | None = None
+    weights: str | None = None
+
+
+def is_hub(spec: str) -> bool:
+    """Return True for a spec of transformers or timm."""
+    return spec.partition(":")[0] in LIBRARIES and ":" in spec
+
+
+def parse_hub(spec: str) -> HubSpec:
+    """Read a spec. Raises: ModelError for an option or a task that is unknown, and for one without a name."""
+    library, _, place = spec.partition(":")
+    values = dict[str, str]()
+    while (found := _OPTION.search(place)) is not None:
+        name, value = found.groups()
+        if name not in _OPTIONS[library] or name in values or not value:
+            options = " and ".join(f",{option}=..." for option in _OPTIONS[library])
+            raise ModelError(
+                f"Unknown option {name}={value} of {library}:{place[: found.start()]}",
+                received=spec,
+                remedy=f"Use {options}, each once.",
+            )
+        values[name] = value
+        place = place[: found.start()]
+    if not place:
+        raise ModelError(f"Missing name after {library}:", received=spec, remedy=f"Write {library}:NAME.")
+    if (task := values.get("task")) is not None and task not in TASKS:
+        raise ModelError(f"Unknown task {task!r}", received=spec, remedy=f"Use one of {', '.join(TASKS)}.")
+    return HubSpec(library, place, task, values.get("revision"), values.get("weights"))

@@ -1,0 +1,169 @@
+"""What the answers of transformers' and timm's networks mean, whether kdcache or the user made them."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
+from kdcache.models.foreign.answers import Reading
+from kdcache.models.foreign.tokens import SUMMARY, maps_of
+
+_LEAST = 1e-12
+_IN_METRES = ("glpn", "zoedepth")
+"""Networks of transformers whose depth is metres, as those are whose configuration says so."""
+
+
+class Universal(Reading):
+    """A mask transformer: each query has class scores and a mask, and a pixel's class is the sum of its queries.
+
+    Args:
+        task: (1, tokens) of the sentence that names the task, of networks that read one.
+    """
+
+    def __init__(self, task: Tensor | None = None) -> None:
+        super().__init__()
+        self.task = task
+
+    def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
+        if self.task is None:
+            return network(x_B3HW)
+        return network(x_B3HW, task_inputs=self.task.to(x_B3HW.device).expand(len(x_B3HW), -1))
+
+    def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
+        """Return the log of the classes' scores (B, C, h, w) at the masks' stride, float32."""
+        classes, masks = (getattr(answer, f"{name}_queries_logits", None) for name in ("class", "masks"))
+        if classes is None or masks is None:
+            raise ModelError(
+                f"Cannot read {type(answer).__name__} of {spec}: a mask transformer answers with classes of queries",
+                received="no class_queries_logits and masks_queries_logits",
+                remedy="Use another model, or ,task=features.",
+            )
+        p_BQC, mask_BQhw = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
+        return {SEGMENTATION: torch.einsum("bqc,bqhw->bchw", p_BQC, mask_BQhw).clamp_min(_LEAST).log()}
+
+    def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+        return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
+
+
+class DepthMap(Reading):
+    """A network of depth: in metres if its configuration says so, else relative.
+
+    Args:
+        config: transformers' configuration of the network.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        metres = getattr(config, "depth_estimation_type", "") == "metric" or config.model_type in _IN_METRES
+        most = getattr(config, "max_depth", None)
+        self.kind = RegressionHead(
+            unit="m" if metres else "relative",
+            parameterisation="identity",
+            max_depth=float(most) if metres and most else None,
+        )
+
+    def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
+        """Return depth (B, 1, h, w)."""
+        depth = answer.predicted_depth
+        return {DEPTH: depth if depth.ndim == 4 else depth[:, None]}
+
+    def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+        return {DEPTH: self.kind}
+
+
+class Maps(Reading):
+    """A backbone: features, and no head.
+
+    Args:
+        stages: names of its stages, of a backbone with several; default by their number.
+        hidden: whether it is asked for the tokens after every block.
+    """
+
+    lists_modules = False
+
+    def __init__(self, stages: Sequence[str] = (), *, hidden: bool = False) -> None:
+        super().__init__({})
+        self.stages = tuple(stages)
+        self.hidden = hidden
+
+    def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
+        return network(x_B3HW, output_hidden_states=True) if self.hidden else network(x_B3HW)
+
+    def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
+        maps = maps_of(answer, size, patch)
+        return dict(zip(self.stages, maps.values(), strict=True)) if len(self.stages) == len(maps) else maps
+
+
+class TimmMaps(Reading):
+    """A network of timm: its intermediate features as stages, and the summary that its classifier would read."""
+
+    lists_modules = False
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def call(self, network: Any, x_B3HW: Tensor) -> object:
+        names = network.forward_intermediates.__code__.co_varnames
+        norm = {"norm": True} if "norm" in names else {}
+        last, maps = network.forward_intermediates(x_B3HW, output_fmt="NCHW", **norm)
+        return {SUMMARY: network.forward_head(last, pre_logits=True).flatten(1)[..., None, None]} | {
+            f"stage{number}": y for number, y in enumerate(maps, start=1)
+        }
+
+
+def reading_of(network: nn.Module) -> Reading | None:
+    """Return what the answers of a network of transformers or timm mean; None for logits, and for any other network."""
+    library = type(network).__module__.partition(".")[0]
+    if library == "timm" and hasattr(network, "forward_intermediates") and getattr(network, "num_classes", None) == 0:
+        return TimmMaps()
+    if library == "timm" and type(network).__module__ == "timm.models._features":
+        return Maps()
+    if "transformers" not in sys.modules:
+        return None
+    from transformers import PreTrainedModel
+
+    if not isinstance(network, PreTrainedModel):
+        return None
+    return reading_as(task_of([type(network).__name__]), network)
+
+
+def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Reading | None:
+    """Return what the answers of a network of transformers mean in a task; None for logits.
+
+    Args:
+        sentence: tokens (1, N) of the sentence that names the task, for networks that read one.
+    Raises: ModelError for such a network without them.
+    """
+    if task == "semantic":
+        return None
+    if task == "depth":
+        return DepthMap(network.config)
+    if task == "universal":
+        if sentence is None and network.config.model_type == "oneformer":
+            raise ModelError(
+                f"Cannot run {type(network).__name__} without its tokenizer: it reads a sentence that names the task",
+                received="a network, and no tokens",
+                remedy="Save network and processor into one folder with save_pretrained, and give hf:FOLDER.",
+            )
+        return Universal(sentence)
+    if hasattr(network, "out_features"):
+        return Maps(network.out_features)
+    return Maps(hidden=hasattr(network.config, "num_hidden_layers"))
+
+
+def task_of(architectures: Sequence[str]) -> str:
+    """Return the task of a class of transformers, by the library's own tables; features if they do not have it."""
+    from transformers.models.auto import modeling_auto as tables
+
+    for task, table in (
+        ("semantic", tables.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES),
+        ("universal", tables.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES),
+        ("depth", tables.MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES),
+    ):
+        if set(architectures) & set(table.values()):
+            return task
+    return "features"
