@@ -27,9 +27,12 @@ EXTRAS = {
     "kdcache.data.layouts.exports.coco": "coco",
     "kdcache.data.tracing.albumentations": "test",  # whoever calls it has it
     "kdcache.models.architectures.hub": "segformer",
+    "kdcache.models.architectures.hub_models": "hf,timm",
     "kdcache.models.architectures.segformer": "segformer",
     "kdcache.models.architectures.smp": "smp",
     "kdcache.models.export": "onnx",
+    "kdcache.models.foreign.image_settings": "hf",
+    "kdcache.models.foreign.readings": "hf",
     "kdcache.sharing.hub": "hub",
     "kdcache.store.backend.object_store": "remote",
     "kdcache.training.run.trackers": "wandb",

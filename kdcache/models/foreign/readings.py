@@ -34,7 +34,7 @@ class Universal(Reading):
         return network(x_B3HW, task_inputs=self.task.to(x_B3HW.device).expand(len(x_B3HW), -1))
 
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
-        """Return the log of the classes' scores (B, C, h, w) at the masks' stride, float32."""
+        """Return the log of the classes' scores (B, C, h, w) at the masks' stride, float32. Raises: ModelError."""
         classes, masks = (getattr(answer, f"{name}_queries_logits", None) for name in ("class", "masks"))
         if classes is None or masks is None:
             raise ModelError(
