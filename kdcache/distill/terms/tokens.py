@@ -27,7 +27,8 @@ class TokenSimilarity(Term):
 
     The teacher's cosines come from statistics/similarity.<tap>, in 8 bits, or from features/<tap>.
 
-    Default weight 1, temperature 0.07.
+    Default weight 0.2, temperature 0.07: a gradient of 0.7 to 1.7 of CE's in the first steps, by a ViT-S with random
+    weights on CamVid at 224x224. Published: 1.
     """
 
     kind = "similarity"

@@ -198,9 +198,12 @@ class Watch:
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
         """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's.
 
-        A stream's terms stand beside its own cross-entropy.
+        A stream's terms stand beside its own cross-entropy. In the first step a term without any gradient may have
+        nothing to compare with yet, as the ring of `queue`.
         """
         for name, norm in norms.items():
+            if step == 0 and norm == 0:
+                continue
             stream, slash, part = name.rpartition("/")
             ce = norms.get(f"{stream}{slash}ce", 0.0)
             share = norm / ce if ce and part not in ("ce", "loss") else 1.0

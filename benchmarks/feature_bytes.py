@@ -1,0 +1,102 @@
+"""Bytes and seconds of a ViT-S's features: as float16, as bytes, and as similarities between tokens.
+
+Plans and builds three caches of images of a split, by a ViT-S/16 of timm with random weights. Pixels stay outside.
+
+    python benchmarks/feature_bytes.py --data camvid --images 96 --json benchmarks/results/feature-bytes-cpu.json
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from common import header, write
+from kdcache.data import Split, open_split
+from kdcache.data.folds import Excerpt
+from kdcache.store import evenly_spread, open_cache, summarise
+from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
+from kdcache.teacher.build.cost_estimate import estimate
+
+TAP, SIZE = "last", (224, 224)
+JOBS: dict[str, dict[str, Any]] = {
+    "fp16": {"features": (TAP,)},
+    "uint8": {"features": (TAP,), "feature_dtype": "uint8"},
+    "similarity": {"statistics": (f"similarity:{TAP}",)},
+}
+
+
+class Tokens(nn.Module):
+    """A ViT-S/16 with random weights that answers with its tokens and their class token."""
+
+    kdcache_heads: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0)
+
+    def forward(self, image: Tensor) -> SimpleNamespace:
+        tokens = self.vit.forward_features(image)
+        return SimpleNamespace(last_hidden_state=tokens, pooler_output=self.vit.forward_head(tokens))
+
+
+def network(num_classes: int = 0) -> nn.Module:
+    """Return the teacher, for `--teacher feature_bytes:network@FILE`."""
+    return Tokens()
+
+
+def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
+    """What a cache costs by `kdcache plan`, and what it then costs."""
+    planned = estimate(split, teacher, options).chosen
+    result = build_cache(split, teacher, out, options)
+    summary = summarise(open_cache(out))
+    lost = {tap: figures.model_dump() for tap, figures in summary.manifest.feature_fidelity.items()}
+    return {
+        "planned_bytes": planned.bytes,
+        "bytes": summary.bytes_on_disk,
+        "planned_over_built": round(planned.bytes / summary.bytes_on_disk, 4),
+        "bytes_per_record": round(summary.bytes_per_record),
+        "planned_seconds": round(planned.seconds, 1),
+        "seconds": round(result.seconds, 1),
+        "arrays": {array.path: array.bytes_on_disk for array in summary.arrays},
+        "fidelity": lost,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--images", type=int, help="so many, evenly spread (default: all)")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    split = open_split(arguments.data, arguments.split)
+    whole = len(split)
+    if arguments.images is not None:
+        split = Excerpt(split, evenly_spread(whole, arguments.images))
+    teacher = load_teacher(Tokens(), split, classified=False)
+    rows = {}
+    with tempfile.TemporaryDirectory() as work:
+        for name, choices in JOBS.items():
+            options = BuildOptions(SIZE, views=1, features_only=True, pixels="source", **choices)
+            rows[name] = job(split, teacher, options, Path(work, name))
+            print(name, json.dumps(rows[name]), flush=True)
+    if arguments.json is not None:
+        content = {
+            "images": len(split),
+            "of": whole,
+            "size": list(SIZE),
+            "threads": torch.get_num_threads(),
+            "jobs": rows,
+        }
+        write(arguments.json, {**header("feature-bytes"), **content})
+
+
+if __name__ == "__main__":
+    main()
