@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
-from kdcache.analysis.runs import Entry, check_same_data, find_runs, regressions_of, validated_split
+from kdcache.analysis.runs import Entry, check_judged, check_same_data, find_runs, regressions_of, validated_split
 from kdcache.analysis.statistics import Blocks, Difference, Key, Spread, adjust, choose_blocks, difference, resample
 from kdcache.analysis.stored_evaluations import (
     EvalSettings,
@@ -88,6 +88,7 @@ def compare(
             received="the teacher alone" if teachers else "none",
             remedy="name some runs",
         )
+    check_judged([*members, *teachers])
     source = comparable_split(members, data, split)
     judging, depth_range = one_range(options.judging, [*members, *teachers], source)
     options = replace(options, judging=judging)

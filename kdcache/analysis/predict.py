@@ -124,6 +124,12 @@ def predict_images(
     Raises: RecipeError for such a folder, or a depth that no PNG holds; DataError for an image that cannot be read.
     """
     out, options, framing = Path(out), options or PredictOptions(), framing or Framing()
+    if not model.learnt_heads:
+        raise ModelError(
+            f"Cannot predict with {model.spec}: none of its heads has learnt",
+            received="a model of features only",
+            remedy="Train the task from it first, with train-student --init RUN. For its features, export it.",
+        )
     depth = model.regressions.get(DEPTH) if DEPTH in model.learnt_heads else None
     units = None if depth is None or options.depth_format != "png" else units_per_metre(depth)
     _prepare(out, classes if SEGMENTATION in model.learnt_heads else None, units)

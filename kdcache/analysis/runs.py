@@ -9,7 +9,7 @@ from typing import Any
 from kdcache.data import Changes, ClassList, Fold, Split, open_split, parse_fold
 from kdcache.data.changes import name_changes
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.heads import RegressionHead
+from kdcache.heads import SEGMENTATION, RegressionHead
 from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
@@ -82,6 +82,25 @@ def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str,
     Raises: as `Entry.load`.
     """
     return entry.run.model.judged_heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].judged_heads
+
+
+def check_judged(entries: Sequence[Entry]) -> None:
+    """Refuse runs that learnt features only, which no label can judge. Raises: RecipeError with their losses."""
+    backbones = [entry for entry in entries if entry.run is not None and not _predicts(entry.run.model)]
+    if backbones:
+        losses = {entry.text: entry.run.result.get("best_feature_loss") for entry in backbones if entry.run is not None}
+        shown = [f"{text}: " + ("none" if loss is None else f"{loss:.4g}") for text, loss in losses.items()]
+        raise RecipeError(
+            f"Cannot judge {backbones[0].text} by labels: it learnt features only",
+            received=f"least feature loss of {', '.join(shown)}",
+            remedy="Leave such runs out. To judge what they learnt, train the task from each with train-student "
+            f"--init {backbones[0].text}, and compare those runs.",
+        )
+
+
+def _predicts(model: RunModel) -> bool:
+    """Return True for a model with a head of classes or numbers that has learnt."""
+    return bool(model.judged_heads) or (bool(model.class_names) and SEGMENTATION not in model.untrained)
 
 
 def check_same_data(runs: Sequence[Entry], split: Split) -> None:

@@ -214,7 +214,8 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
             received=received,
             remedy="give a labelled split with --split, or data with labels of " + " or ".join(predicted_tasks(model))
             if predicted_tasks(model)
-            else "use a model with a head of segmentation, or of depth in metres",
+            else "use a model with a head of segmentation, or of depth in metres; a backbone learns a task by "
+            "train-student --init RUN",
         )
     if depth not in (None, DepthSettings()) and DEPTH not in tasks:
         raise DataError(

@@ -2,9 +2,9 @@
 
 Graphs take what a camera gives, RGB in 0..1 as float32 (B, 3, H, W), and answer with logits (B, C, H, W), and depth in
 metres (B, 1, H, W) where the model has that head: normalisation, resize and the nonlinearity after it, which are easily
-done wrong elsewhere, are inside. Batch, height and width are free where
-the exporter can keep them so. Every file carries class names, colours, mean, std, size and spec, and is compared with
-the model itself before it gets its name.
+done wrong elsewhere, are inside. A backbone, of which no head has learnt, answers with its features (B, c, h, w).
+Batch, height and width are free where the exporter can keep them so. Every file carries class names, colours, mean,
+std, size and spec, and is compared with the model itself before it gets its name.
 
 Only what answers is exported: what served training (projections of features, auxiliary heads) is no part of a model.
 """
@@ -83,13 +83,16 @@ class Deployed(nn.Module):
         """float32 RGB in 0..1 (B, 3, H, W) to each head's map in the order of `names`, a tuple of several.
 
         Those are logits (B, C, H, W), and values of a regression in its unit, resized before its nonlinearity; with
-        `raw` the heads' own outputs (B, C, h, w).
+        `raw` the heads' own outputs (B, C, h, w). Of a backbone they are features (B, c, h, w) of each tap.
         """
         answers = self._answers(image)
         return answers if len(answers) > 1 else answers[0]
 
     def _answers(self, image: Tensor) -> tuple[Tensor, ...]:
-        heads = self.model((image - self.mean) / self.std).heads
+        taps = () if self.model.learnt_heads else self.model.taps
+        heads, features = self.model((image - self.mean) / self.std, taps)
+        if taps:
+            return tuple(features[tap] for tap in taps)
         if self.raw:
             return tuple(heads[name] for name in self.model.learnt_heads)
         aligned, size = self.model.align_corners, image.shape[-2:]
@@ -100,7 +103,9 @@ class Deployed(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of the answers, those of the heads that have learnt."""
+        """Names of the answers, those of the heads that have learnt, or of a backbone's taps."""
+        if not self.model.learnt_heads:
+            return list(self.model.taps)
         return ["logits" if name == SEGMENTATION else name for name in self.model.learnt_heads]
 
 
@@ -182,7 +187,7 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
     made = torch.onnx.export(program, (), input_names=["image"], output_names=names, dynamo=True, verbose=False)
     assert made is not None
     made.model.metadata_props.update(metadata)
-    _name_axes(made.model, deployed.raw, free)
+    _name_axes(made.model, deployed.raw or not deployed.model.learnt_heads, free)
     made.save(path, external_data=False)
     if importlib.util.find_spec("onnxruntime") is None:
         return free, None, "onnxruntime is not installed (pip install '.[onnx]')"
@@ -273,7 +278,7 @@ def _other(side: int) -> int:
 
 def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
     """Metadata that a user of the graph needs: input, output, stride."""
-    answers = []
+    answers = [] if model.learnt_heads else [f"{tap} (B, c, h, w), a feature" for tap in model.taps]
     for name in model.learnt_heads:
         kind = model.head_kinds[name]
         if isinstance(kind, RegressionHead):

@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -135,25 +136,26 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     Args:
         strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier
             of another number of classes keeps its random values, a backbone alone fits too (also an image
-            classifier's, as torchvision publishes them), and the report's `reinitialised` names what was left
-            out.
+            classifier's, as torchvision publishes them, and the whole of any module's), and the report's
+            `reinitialised` names what was left out.
     Raises: ModelError naming missing and unexpected tensors, other shapes, or both numbers of classes.
     """
     own: dict[str, Tensor] = model.state_dict()
     state = model.adopt_names(state)
     dropped: list[str] = []
+    holder = ""
     if not strict_head:
-        state, dropped = _as_backbone(model, state)
+        state, dropped, holder = _as_backbone(model, state)
     auxiliary = [k for k in state if k not in own and k.startswith(_AUXILIARY)]
     unexpected = [k for k in state if k not in own and k not in auxiliary]
     counters = [k for k in own if k not in state and k.endswith(_COUNTER)]
     missing = [k for k in own if k not in state and k not in counters]
     reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
-    recounted = [k for k in reshaped if _differs_in_classes(model, k, own[k], state[k])]
+    recounted = [k for k in reshaped if not holder and _differs_in_classes(model, k, own[k], state[k])]
     reshaped = [k for k in reshaped if k not in recounted]
     reinitialised: list[str] = []
     if not strict_head:
-        absent_head = [k for k in missing if _is_head(model, k, own[k])]
+        absent_head = [k for k in missing if (not k.startswith(holder) if holder else _is_head(model, k, own[k]))]
         missing = [k for k in missing if k not in absent_head]
         reinitialised = [k for k in own if k in absent_head or k in recounted]
     if missing or unexpected or reshaped:
@@ -305,7 +307,22 @@ def _anew(path: Path) -> str:
     )
 
 
-def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str], str]:
+    """A backbone's state under this model's names, the names of its own head, and the prefix of the module it is of.
+
+    The prefix is that of any module which has more of its tensors than the model itself; "" without one.
+    """
+    own = model.state_dict()
+    adopted, dropped = _as_classifier(model, state)
+    dots = ((name, place + 1) for name in own for place, letter in enumerate(name) if letter == ".")
+    holders = Counter(name[:place] for name, place in dots if name[place:] in state)
+    holder, held = next(iter(holders.most_common(1)), ("", 0))
+    if held <= sum(k in own for k in adopted):
+        return adopted, dropped, ""
+    return {holder + k: value for k, value in state.items()}, [], holder
+
+
+def _as_classifier(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
     """An image classifier's state under this model's backbone, and the names of its own head."""
     prefix = model.backbone_prefix
     own = model.state_dict()

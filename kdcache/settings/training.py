@@ -80,7 +80,7 @@ class TrainSettings:
         None,
         "Name in tables and pictures (default: its settings, or its folder).",
     )
-    init: str | None = setting(None, "Start from a weights FILE, or [bold]default[/] (downloads).")
+    init: str | None = setting(None, "Start from a RUN, a weights FILE, or [bold]default[/] (downloads).")
 
     stream: tuple[Any, ...] = setting(
         (),

@@ -11,15 +11,14 @@ import torch
 from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.distill.terms import labellers
-from kdcache.errors import DataError, MismatchError, ModelError, RecipeError
+from kdcache.errors import DataError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.timing import is_out_of_memory
-from kdcache.models import SegmentationModel, build_model, not_logits
-from kdcache.models.class_names import compare_names
+from kdcache.models import SegmentationModel
 from kdcache.run_folder import RECIPE
 from kdcache.run_samples import SAMPLES
 from kdcache.store.backend.durable import disk_space_errors
@@ -46,12 +45,12 @@ from kdcache.training.input.shard_prefetch import check_room
 from kdcache.training.input.streams import StreamDraws, stream_seed
 from kdcache.training.leakage import check_teacher
 from kdcache.training.pseudo_labels import collapse_note, pseudo_notes
+from kdcache.training.run.beginning import begin_model, model_notes
 from kdcache.training.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.training.run.folder import (
     check_folder,
     hold_folder,
     identity_of,
-    untrained_heads,
     write_beginning,
 )
 from kdcache.training.run.lock import RunLock
@@ -150,9 +149,7 @@ def make_trainer(
         # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
         # and on every process.
         torch.manual_seed(config.seed)
-        model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
-        _check_learns(config, model)
-        model.untrained = untrained_heads(model, config.tasks, config.init)
+        model = begin_model(config, sources, len(classes))
         judged = () if val is None else _judged(model, val, config)
         if val is not None and DEPTH in judged:
             check_first_depth(val)
@@ -170,7 +167,7 @@ def make_trainer(
             write_beginning(config, run, model, datasets, world.size, samples)
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
-        _note_all(_model_notes(config, model, classes.names), observer.note)
+        _note_all(model_notes(config, model, classes.names), observer.note)
         _note_all(warmup_notes(config), observer.note)
         own = None if samples is None else judged_by_its_own(samples)
         if own is not None:
@@ -196,24 +193,6 @@ def make_trainer(
             validate_features=_feature_judge(config, sources[0], criterion, device, world),
             observer=watching,
             world=world,
-        )
-
-
-def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
-    """Refuse a model without heads where no features are learnt, and labels that would judge it. Raises: ModelError."""
-    features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
-    if not model.head_kinds and not features:
-        raise ModelError(
-            f"Nothing to learn: {config.model} has no head for these data, and no term compares features",
-            received=f"--method {config.method}",
-            remedy="Add a term of features, --method cosine --ce-weight 0; or a head of depth, "
-            f"--model {config.model}+depth; or name classes in a classes.txt in the data folder.",
-        )
-    if not model.head_kinds and config.val is not None:
-        raise ModelError(
-            f"Cannot judge {config.model} by the labels of --val {config.val}: it has no head",
-            received="a student that learns features only",
-            remedy="Validate on the feature loss instead: --val-share 0.02.",
         )
 
 
@@ -297,26 +276,6 @@ def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
 def _check_seen(source: Source) -> list[str]:
     """Notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
     return [] if source.cache is None else check_teacher(source.cache, source.config, source.dataset.labels_used)
-
-
-def _model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[str]) -> Iterator[str]:
-    """Notes on what initialisation left out or has for other classes, and on a model that gives no logits."""
-    report = model.load_report
-    if report is not None:
-        yield from report.notes
-        if not report.reinitialised:
-            try:
-                note = compare_names(f"--init {config.init}", report.class_names, names)
-            except MismatchError as error:
-                note = f"{error.rule}: the head begins with other classes than it learns"
-            if note is not None:
-                yield note
-    if report is not None and report.reinitialised:
-        yield f"--init leaves at random: {', '.join(report.reinitialised)}"
-    if report is not None and report.unused_auxiliary:
-        yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
-    if (finding := not_logits(model)) is not None and finding.certain:
-        yield f"{config.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
 
 
 def _notes(source: Source, val: Split | None) -> Iterator[str]:

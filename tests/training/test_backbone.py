@@ -12,9 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kdcache.data import open_split
-from kdcache.errors import KDCacheError, RecipeError
+from kdcache.analysis.compare import compare
+from kdcache.analysis.predict import predict_images
+from kdcache.data import ClassList, open_split
+from kdcache.errors import DataError, KDCacheError, ModelError, RecipeError
+from kdcache.metrics.evaluate import evaluate_tasks
 from kdcache.models import build_model
+from kdcache.models.export import export_model
+from kdcache.models.run import load_run
+from kdcache.models.trust import trusting
 from kdcache.run_folder import Run
 from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
@@ -43,6 +49,26 @@ class Backbone(nn.Module):
         self.norm = nn.BatchNorm2d(8)
     def forward(self, x):
         return self.s16(self.norm(self.s8(self.s4(x))).relu())
+
+class Segmenter(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.head = Backbone(), nn.Conv2d(8, classes, 1)
+    def forward(self, x):
+        return self.head(self.body(x))
+
+def segmenter(num_classes):
+    return Segmenter(num_classes)
+
+def longer(num_classes):
+    network = Segmenter(num_classes)
+    network.body.more = nn.Conv2d(8, 8, 1)
+    return network
+
+def wider(num_classes):
+    network = Segmenter(num_classes)
+    network.body.s4, network.body.s8 = nn.Conv2d(3, 7, 4, 4), nn.Conv2d(7, 8, 2, 2)
+    return network
 
 def tokens():
     torch.manual_seed(5)
@@ -146,6 +172,101 @@ def test_a_stopped_backbone_goes_on_to_the_same_weights(settings, tmp_path) -> N
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
     with pytest.raises(RecipeError, match="resumes with the settings"):
         train(make_config(**settings | {"val_share": 0.5}), tmp_path / "stopped", resume=True)
+
+
+@pytest.fixture(scope="module")
+def run(features: Path, nets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone that has learnt a little."""
+    given = {"verb": "train-student", "cache": str(features), "model": f"{nets}:backbone", "method": "cosine"}
+    given |= {"ce_weight": 0.0, "val_share": 0.25, "iterations": 2, "batch_size": 4, "device": "cpu", "workers": 0}
+    given |= {"augment": "none"}
+    out = tmp_path_factory.mktemp("runs") / "backbone"
+    train(make_config(**given), out)
+    return out
+
+
+@pytest.mark.parametrize("which", ["run", "last", "exported"])
+def test_a_task_starts_from_a_backbone_whole(which, run, nets, scenes, tmp_path) -> None:
+    """Of a learning rate of nearly 0, every tensor of the backbone is the run's."""
+    init, source = str(run), run / "best.safetensors"
+    if which == "last":
+        init, source = f"{run}@last", run / "last.safetensors"
+    elif which == "exported":
+        with trusting():
+            export_model(*load_run(run), tmp_path / "backbone.safetensors")
+        init = str(tmp_path / "backbone.safetensors")
+    notes: list[str] = []
+    watching = Observer()
+    watching.note = notes.append  # type: ignore[method-assign]
+    task = {"verb": "train-student", "model": f"{nets}:segmenter", "data": scenes, "size": "32x48", "method": "none"}
+    task |= {"iterations": 1, "lr": 1e-30, "device": "cpu", "workers": 0, "init": init}
+    train(make_config(**task), tmp_path / "task", observer=watching)
+    state = load_file(tmp_path / "task" / "last.safetensors")
+    for name, value in load_file(source).items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(state[f"body.{name}"], value), name
+    assert "--init leaves at random: head.weight, head.bias" in notes
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors"),
+    [
+        ("{nets}:longer", "2 missing: body.more.weight, body.more.bias"),
+        ("{nets}:wider", "of another shape: body.s4.weight (6, 3, 4, 4) instead of (7, 3, 4, 4)"),
+        ("kdcache:tiny", "65 missing: encoder.stem.0.0.weight"),
+    ],
+)
+def test_a_partial_start_names_the_tensors(model, tensors, run, nets, scenes, tmp_path) -> None:
+    task = {"verb": "train-student", "model": model.format(nets=nets), "data": scenes, "size": "32x48"}
+    task |= {"method": "none", "iterations": 1, "device": "cpu", "init": str(run)}
+    with pytest.raises(ModelError, match="Cannot start") as caught:
+        train(make_config(**task), tmp_path / "task")
+    assert tensors in caught.value.received
+    assert not (tmp_path / "task").exists()
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "backbone.pt2"])
+def test_an_exported_backbone_answers_with_its_features(name, run, tmp_path) -> None:
+    with trusting():
+        model, description = load_run(run)
+        done = export_model(model, description, tmp_path / name)
+    assert (done.checked_by is None, done.difference) == (False, 0)
+    if name.endswith(".pt2"):
+        image = torch.rand(1, 3, 32, 48)
+        program = torch.export.load(tmp_path / name).module()
+        features = model(
+            (image - torch.tensor(model.mean).view(3, 1, 1)) / torch.tensor(model.std).view(3, 1, 1), ["s8"]
+        )
+        answers = dict(zip(model.taps, program(image), strict=True))
+        assert torch.allclose(answers["s8"], features.features["s8"], atol=1e-5)
+
+
+def test_labels_cannot_judge_it(run, scenes, tmp_path) -> None:
+    for arguments in (([run],), ([run], scenes)):
+        with pytest.raises(RecipeError, match="it learnt features only") as caught:
+            compare(*arguments)
+        assert f"{run}: {Run.open(run).result['best_feature_loss']:.4g}" in caught.value.received
+    with trusting():
+        model, description = load_run(run)
+    with pytest.raises(ModelError, match="Cannot predict"):
+        predict_images(model, ClassList(()), [], tmp_path / "out", description.size)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="--init RUN"):
+        evaluate_tasks(model, open_split(scenes, "val"), description.size)
+
+
+def test_heads_that_learnt_nothing_beside_features_are_not_judged(settings, make_cache, tmp_path) -> None:
+    cache = make_cache(features=("stage4",))
+    tiny = settings | {"cache": str(cache), "model": "kdcache:tiny", "iterations": 1}
+    train(make_config(**tiny), tmp_path / "run")
+    assert Run.open(tmp_path / "run").model.untrained == ("segmentation",)
+    with pytest.raises(KDCacheError, match="learnt nothing of segmentation"):
+        train(make_config(**tiny | {"val_share": None, "val": "scenes:32x48,train=6,val=3"}), tmp_path / "judged")
+
+
+def test_a_listed_model_is_a_backbone_where_data_have_no_classes(settings, tmp_path) -> None:
+    train(make_config(**settings | {"model": "kdcache:tiny", "iterations": 1}), tmp_path / "run")
+    assert (Run.open(tmp_path / "run").model.class_names, Run.open(tmp_path / "run").model.untrained) == ((), ())
 
 
 def test_held_out_samples_depend_on_their_ids_alone_and_teach_nothing(features: Path) -> None:

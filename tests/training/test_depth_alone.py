@@ -93,7 +93,7 @@ def test_data_without_classes_teach_depth(model: str, alone: dict[str, Any], tmp
 
 def test_data_without_classes_want_another_head(alone: dict[str, Any], tmp_path: Path) -> None:
     changes = {"model": "kdcache:tiny", "data": write_nyu(tmp_path / "nyu"), "val": None, "size": "32x48"}
-    with pytest.raises(ModelError, match=r"write kdcache:tiny\+depth for depth; or name classes in a classes.txt"):
+    with pytest.raises(ModelError, match=r"a head of depth, --model kdcache:tiny\+depth; or name classes in a classes.txt"):
         train(make_config(**alone | changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -114,7 +114,7 @@ def test_a_head_is_at_random_where_neither_weights_nor_the_training_gave_it_valu
     fresh = build_model("kdcache:tiny+depth", 3)
     assert untrained_heads(fresh, ("depth",)) == ("segmentation",)
     assert untrained_heads(fresh, ("segmentation",)) == ("depth",)
-    assert untrained_heads(fresh, ()) == ()  # features alone: no head is more at random than another
+    assert untrained_heads(fresh, ()) == ("segmentation", "depth")  # features alone
     save_weights(build_model("kdcache:tiny", 3), tmp_path / "classes.safetensors")
     begun = build_model("kdcache:tiny+depth", 3, weights=tmp_path / "classes.safetensors", strict_head=False)
     assert untrained_heads(begun, ("depth",)) == ()

@@ -1,5 +1,6 @@
 """The folder of a run.
 
+beginning.py         the model that a training begins with
 folder.py            before its first step
 lock.py              one training at a time per folder
 checkpointing.py     what a run leaves and goes on from

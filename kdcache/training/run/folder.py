@@ -174,7 +174,7 @@ def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | 
     """The heads of classes and of depth that stay at random: they begin so, and nothing is learnt of them.
 
     Args:
-        tasks: those that are learnt; of features alone there are none, and no head is named then.
+        tasks: those that heads learn; of features alone there are none.
         init: the weights that the model begins with, whose run may have learnt nothing of a head itself.
     """
     report = model.load_report
@@ -184,7 +184,7 @@ def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | 
     return tuple(
         head
         for head in model.head_kinds
-        if tasks and head in at_random and head not in tasks
+        if head in at_random and head not in tasks
         if report is None or head in before or any(name.startswith(at_random[head]) for name in report.reinitialised)
     )
 

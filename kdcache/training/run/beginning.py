@@ -1,0 +1,105 @@
+"""The model that a training begins with: at random, with weights of a file, or with what another run has learnt."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kdcache.errors import MismatchError, ModelError
+from kdcache.heads import TASKS
+from kdcache.models import SegmentationModel, build_model, not_logits
+from kdcache.models.class_names import compare_names
+from kdcache.models.weights import load_weights, read_state_dict
+from kdcache.run_folder import Run, is_run, named_weights
+from kdcache.training.config import TrainConfig
+from kdcache.training.run.folder import untrained_heads
+from kdcache.training.sources import Source
+
+
+def begin_model(config: TrainConfig, sources: Sequence[Source], classes: int) -> SegmentationModel:
+    """Build the model of a training, with the weights that it begins with.
+
+    Weights are drawn from torch's global generator.
+
+    Args:
+        classes: of the data.
+    Raises: ModelError for weights that do not fit, for a model that these data teach nothing, and for labels that
+        would judge one without heads; RecipeError for a run without weights.
+    """
+    run = None if config.init is None else _run_of(config.init)
+    init = config.init if run is None else str(run.weights())
+    model = build_model(config.model, classes, weights=init if run is None else None, strict_head=False)
+    if run is not None:
+        _start_from(model, run, config)
+    _check_learns(config, model)
+    model.untrained = untrained_heads(model, _taught(sources), init)
+    return model
+
+
+def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[str]) -> Iterator[str]:
+    """Notes on what initialisation left out or has for other classes, and on a model that gives no logits."""
+    report = model.load_report
+    if report is not None:
+        yield from report.notes
+        if not report.reinitialised:
+            try:
+                note = compare_names(f"--init {config.init}", report.class_names, names)
+            except MismatchError as error:
+                note = f"{error.rule}: the head begins with other classes than it learns"
+            if note is not None:
+                yield note
+    if report is not None and report.reinitialised:
+        yield f"--init leaves at random: {', '.join(report.reinitialised)}"
+    if report is not None and report.unused_auxiliary:
+        yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    if (finding := not_logits(model)) is not None and finding.certain:
+        yield f"{config.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
+
+
+def _run_of(init: str) -> Run | None:
+    """The run that `--init` names; None for a file of weights."""
+    return Run.open(init) if named_weights(init) is not None or is_run(Path(init)) else None
+
+
+def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None:
+    """Load what a run has learnt but its heads. Raises: ModelError that names the tensors that do not fit."""
+    state = read_state_dict(run.weights())
+    try:
+        report = load_weights(model, state, strict_head=False)
+    except ModelError as error:
+        raise ModelError(
+            f"Cannot start {config.model} from {config.init}, a run of {run.model.spec}",
+            received=error.received,
+            remedy=f"Use --model {run.model.spec}, or a model that holds this network whole as one of its modules.",
+        ) from error
+    model.load_report = replace(report, class_names=run.model.class_names)
+    model.mean, model.std = run.model.mean, run.model.std
+
+
+def _taught(sources: Sequence[Source]) -> tuple[str, ...]:
+    """The tasks whose heads learn: from a teacher's head, from predictions, or from labels that are there."""
+    learnt = {
+        term.task
+        for source in sources
+        if source.stream.weight > 0
+        for term in source.config.active
+        if not term.reads_taps and (not term.reads_labels or source.dataset.labelled or source.pasted is not None)
+    }
+    return tuple(task for task in TASKS if task in learnt)
+
+
+def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
+    """Refuse a model without heads where no features are learnt, and labels that would judge it. Raises: ModelError."""
+    features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
+    if not model.head_kinds and not features:
+        raise ModelError(
+            f"Nothing to learn: {config.model} has no head for these data, and no term compares features",
+            received=f"--method {config.method}",
+            remedy="Add a term of features, --method cosine --ce-weight 0; or a head of depth, "
+            f"--model {config.model}+depth; or name classes in a classes.txt in the data folder.",
+        )
+    if not model.head_kinds and config.val is not None:
+        raise ModelError(
+            f"Cannot judge {config.model} by the labels of --val {config.val}: it has no head",
+            received="a student that learns features only",
+            remedy="Validate on the feature loss instead: --val-share 0.02.",
+        )
