@@ -67,6 +67,7 @@ from kdcache.training.sources import (
     read_samples,
     share_classes,
     shared_with_judge,
+    taught_tasks,
 )
 from kdcache.training.step.batch_fit import largest_fitting, memory_error, memory_errors, requested_memory
 from kdcache.training.step.compiled import choose_step
@@ -149,7 +150,7 @@ def make_trainer(
         # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
         # and on every process.
         torch.manual_seed(config.seed)
-        model = begin_model(config, sources, len(classes))
+        model = begin_model(config, len(classes), taught_tasks(sources))
         judged = () if val is None else _judged(model, val, config)
         if val is not None and DEPTH in judged:
             check_first_depth(val)

@@ -167,6 +167,10 @@ CASES = {
     "plan --codec foo": (PLAN + " --codec foo", "'foo'"),
     "plan --features foo": (PLAN + " --features foo", "foo"),
     "plan --student foo": (PLAN + " --student kdcache:foo", "foo"),
+    "plan --measure-disk s3": (
+        PLAN + " --measure-disk --out s3://bucket/x",
+        "Cannot measure the disk of s3://bucket/x",
+    ),
     "plan --views 0": (PLAN + " --views 0", "0"),
 }
 

@@ -93,7 +93,7 @@ def test_data_without_classes_teach_depth(model: str, alone: dict[str, Any], tmp
 
 def test_data_without_classes_want_another_head(alone: dict[str, Any], tmp_path: Path) -> None:
     changes = {"model": "kdcache:tiny", "data": write_nyu(tmp_path / "nyu"), "val": None, "size": "32x48"}
-    with pytest.raises(ModelError, match=r"a head of depth, --model kdcache:tiny\+depth; or name classes in a classes.txt"):
+    with pytest.raises(ModelError, match=r"--model kdcache:tiny\+depth; or name classes in a classes.txt"):
         train(make_config(**alone | changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -15,6 +15,7 @@ from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.teacher.build.cost_estimate import Estimate
+    from kdcache.teacher.build.disk import Bound, DiskRate
 
 _Option = typer.Option
 ADVICE = (
@@ -30,12 +31,15 @@ ADVICE = (
     *BUILD,
     order=(
         *("data", "teacher", "split", "size", "fit", *build_flags.ORDER, "threads", "device"),
-        *("out", "records", "student", "epochs", "json_file"),
+        *("out", "measure_disk", "records", "student", "epochs", "json_file"),
     ),
 )
 def plan(
     settings: dict[str, Any],
     out: Annotated[str, _Option("--out", help="Where the cache would go (default: here).")] = ".",
+    measure_disk: Annotated[
+        bool, _Option("--measure-disk", help="Write at most 30 s or 2 GB to --out's disk, then delete it.")
+    ] = False,
     records: Annotated[int, _Option("--records", min=8, max=32, help="Records that the estimate is measured on.")] = 16,
     student: Annotated[str | None, _Option("--student", help="Model whose training is estimated too.")] = None,
     epochs: Annotated[int, _Option("--epochs", min=1, help="Epochs of that training.")] = 100,
@@ -52,21 +56,30 @@ def plan(
     [dim]kdcache plan --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache plan --data ade20k --teacher runs/b5 --views 4 --student kdcache:tiny --epochs 50[/]
     """
+    from kdcache.teacher.build import disk as disks
     from kdcache.teacher.build.cost_estimate import estimate, student_seconds
 
+    if measure_disk:
+        disks.check_local(out)
     source, loaded, build_options = build_flags.prepare(settings)
     learning = None if student is None else student_seconds(student, len(source.classes), build_options)
     with progress_of_stages() as progress:
         estimated = estimate(source, loaded, build_options, records=records, progress=progress)
+        disk = disks.measure_disk(out, progress=progress) if measure_disk else None
+    bound = None if disk is None else disks.bound_of(estimated, disk, build_options.render_threads)
     free = _free_bytes(out)
     _print_settings(estimated)
     _print_time(estimated)
+    if disk is not None and bound is not None:
+        _print_disk(disk, bound)
     if learning is not None:
         _print_training(estimated, str(student), learning, epochs)
     _print_room(estimated, free, out)
     OUT.print(ADVICE)
     if json_file is not None:
         content = {"data": settings["data"], "teachers": settings["teacher"], **estimated.to_json(), "free_bytes": free}
+        if disk is not None and bound is not None:
+            content["disk"] = bound.to_json(disk)
         if learning is not None:
             live, cached = estimated.training_seconds(epochs, learning)
             content["training"] = {
@@ -123,6 +136,23 @@ def _print_time(estimate: "Estimate") -> None:
         return
     epochs = f"{estimate.payback_epochs:.1f}"
     OUT.print(f"Beside a teacher in every step it has paid for itself after [bold]{epochs}[/] epochs of students.")
+
+
+def _print_disk(disk: "DiskRate", bound: "Bound") -> None:
+    first, last = (f"{bytes_text(rate)}/s" for rate in (disk.first, disk.last))
+    took = f"{bytes_text(disk.bytes)} in {_time(disk.seconds)}"
+    each = ", ".join(f"{name} {_time(seconds)}" for name, seconds in bound.seconds.items())
+    OUT.print(
+        f"The disk of {disk.folder} took {took}: {first} at first, {last} at the end. What bounds the build: "
+        f"[bold]{bound.name}[/]. A record takes: {each}.",
+        highlight=False,
+    )
+    if disk.slows_down:
+        OUT.print(
+            f"[yellow]warning: this disk is {disk.first / disk.last:.1f} times slower once its write cache is full. "
+            f"Expect {_time(bound.build_seconds)} for the pass, or name a faster disk with --out.[/]",
+            highlight=False,
+        )
 
 
 def _print_training(estimate: "Estimate", student: str, learning: float, epochs: int) -> None:

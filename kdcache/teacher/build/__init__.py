@@ -2,6 +2,7 @@
 
 options.py         the choices of a build
 cost_estimate.py   what they will cost, before it
+disk.py            how fast the disk is, and what the build waits for
 trial_store.py     the small store that this is measured on
 probe.py           the teacher on a few first views
 manifest.py        the manifest, before the first shard

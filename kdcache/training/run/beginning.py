@@ -5,23 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdcache.errors import MismatchError, ModelError
-from kdcache.heads import TASKS
 from kdcache.models import SegmentationModel, build_model, not_logits
 from kdcache.models.class_names import compare_names
 from kdcache.models.weights import load_weights, read_state_dict
 from kdcache.run_folder import Run, is_run, named_weights
 from kdcache.training.config import TrainConfig
 from kdcache.training.run.folder import untrained_heads
-from kdcache.training.sources import Source
 
 
-def begin_model(config: TrainConfig, sources: Sequence[Source], classes: int) -> SegmentationModel:
+def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> SegmentationModel:
     """Build the model of a training, with the weights that it begins with.
 
     Weights are drawn from torch's global generator.
 
     Args:
         classes: of the data.
+        tasks: those that heads learn.
     Raises: ModelError for weights that do not fit, for a model that these data teach nothing, and for labels that
         would judge one without heads; RecipeError for a run without weights.
     """
@@ -31,7 +30,7 @@ def begin_model(config: TrainConfig, sources: Sequence[Source], classes: int) ->
     if run is not None:
         _start_from(model, run, config)
     _check_learns(config, model)
-    model.untrained = untrained_heads(model, _taught(sources), init)
+    model.untrained = untrained_heads(model, tasks, init)
     return model
 
 
@@ -73,18 +72,6 @@ def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None
         ) from error
     model.load_report = replace(report, class_names=run.model.class_names)
     model.mean, model.std = run.model.mean, run.model.std
-
-
-def _taught(sources: Sequence[Source]) -> tuple[str, ...]:
-    """The tasks whose heads learn: from a teacher's head, from predictions, or from labels that are there."""
-    learnt = {
-        term.task
-        for source in sources
-        if source.stream.weight > 0
-        for term in source.config.active
-        if not term.reads_taps and (not term.reads_labels or source.dataset.labelled or source.pasted is not None)
-    }
-    return tuple(task for task in TASKS if task in learnt)
 
 
 def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:

@@ -9,7 +9,7 @@ validation.py  what a training is validated on
 
 from kdcache.training.sources.classes import share_classes
 from kdcache.training.sources.samples import open_dataset
-from kdcache.training.sources.source import Source, check_pasting, open_sources
+from kdcache.training.sources.source import Source, check_pasting, open_sources, taught_tasks
 from kdcache.training.sources.validation import (
     check_validation,
     judged_by_its_own,
@@ -29,4 +29,5 @@ __all__ = [
     "read_samples",
     "share_classes",
     "shared_with_judge",
+    "taught_tasks",
 ]

@@ -8,7 +8,7 @@ from kdcache.data import Fit, Split, choose_fit
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 from kdcache.distill.terms.depth import depth_head
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.heads import DEPTH, METRES, SEGMENTATION
+from kdcache.heads import DEPTH, METRES, SEGMENTATION, TASKS
 from kdcache.store import Cache
 from kdcache.training.checks import check_replays, check_whole_views
 from kdcache.training.config import TrainConfig
@@ -143,6 +143,18 @@ def _shows_classes(source: Source) -> bool:
     if SEGMENTATION not in config.label_tasks or config.labels == "none":
         return False
     return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())
+
+
+def taught_tasks(sources: Sequence[Source]) -> tuple[str, ...]:
+    """The tasks whose heads learn: from a teacher's head, from predictions, or from labels that are there."""
+    learnt = {
+        term.task
+        for source in sources
+        if source.stream.weight > 0
+        for term in source.config.active
+        if not term.reads_taps and (not term.reads_labels or source.dataset.labelled or source.pasted is not None)
+    }
+    return tuple(task for task in TASKS if task in learnt)
 
 
 def shared_fit(

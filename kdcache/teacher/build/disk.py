@@ -1,0 +1,145 @@
+"""How fast a disk takes what a build writes, at first and once its write cache is full."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdcache.errors import RecipeError
+from kdcache.teacher.build.cost_estimate import Estimate
+
+MOST_BYTES = 2_000_000_000
+MOST_SECONDS = 30.0
+SLOWER = 0.5
+"""A disk has a second regime if its last part is written at less than this share of the first part's rate."""
+_PIECE = 16 * 2**20
+_PART = 5
+"""The first and the last part are each a fifth of what is written."""
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """The rates of a disk.
+
+    Attributes:
+        folder: where it was measured.
+        bytes: written and deleted again. seconds: that took.
+        first, last: bytes per second of the first and of the last part.
+    """
+
+    folder: str
+    bytes: int
+    seconds: float
+    first: float
+    last: float
+
+    @classmethod
+    def of(cls, folder: str, pieces: Sequence[tuple[int, float]]) -> "DiskRate":
+        """Return the rates of pieces, (bytes, seconds) each, at least one, in their order."""
+        part = max(1, len(pieces) // _PART)
+        size, seconds = _sum(pieces)
+        first, last = (own / max(taken, 1e-9) for own, taken in (_sum(pieces[:part]), _sum(pieces[-part:])))
+        return cls(folder, size, seconds, first, last)
+
+    @property
+    def slows_down(self) -> bool:
+        """Whether it has a second regime."""
+        return self.last < SLOWER * self.first
+
+
+class Bound(NamedTuple):
+    """What a build waits for.
+
+    Attributes:
+        name: teacher, decoding or disk.
+        seconds: of a record, by name.
+        build_seconds: of the whole pass, which is at least the disk's time at its last rate.
+    """
+
+    name: str
+    seconds: dict[str, float]
+    build_seconds: float
+
+    def to_json(self, disk: DiskRate) -> dict[str, Any]:
+        """Return a dict of plain JSON types, with the rates of the disk."""
+        measured = {**asdict(disk), "slows_down": disk.slows_down}
+        return {**measured, "bound": self.name, "seconds_per_record": self.seconds, "build_seconds": self.build_seconds}
+
+
+def bound_of(estimate: Estimate, disk: DiskRate, threads: int) -> Bound:
+    """Return what the chosen build waits for.
+
+    Args:
+        threads: that decode and resize, 0 for none besides the teacher's.
+    """
+    cost = estimate.chosen
+    cores = min(max(1, threads), os.cpu_count() or 1)
+    seconds = {
+        "teacher": estimate.seconds.teach,
+        "decoding": estimate.seconds.render / cores,
+        "disk": cost.bytes_per_record / disk.last,
+    }
+    return Bound(max(seconds, key=seconds.__getitem__), seconds, max(cost.seconds, cost.bytes / disk.last))
+
+
+def check_local(out: str) -> None:
+    """Refuse to measure an object store. Raises: RecipeError."""
+    if "://" in out:
+        raise RecipeError(
+            f"Cannot measure the disk of {out}: it is an object store",
+            received="--measure-disk, which writes up to 2 GB and deletes it",
+            remedy="Leave --measure-disk out; or give a local folder with --out.",
+        )
+
+
+def measure_disk(
+    out: str,
+    *,
+    most_bytes: int = MOST_BYTES,
+    most_seconds: float = MOST_SECONDS,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DiskRate:
+    """Write random bytes to the file system of a path, each piece made durable as a shard is; nothing is left.
+
+    The file has no name, so that a process that is killed leaves nothing, either. At most half of what is free is
+    written.
+
+    Args:
+        out: where a cache would go; its nearest folder that exists is measured.
+        progress: called with (what, bytes done, of how many).
+    Raises: RecipeError for an object store, and for a folder that cannot be written to.
+    """
+    check_local(out)
+    path = Path(out).absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    pieces: list[tuple[int, float]] = []
+    written = 0
+    try:
+        free = os.statvfs(folder)
+        most = min(most_bytes, free.f_bavail * free.f_frsize // 2)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            while written < most and sum(seconds for _, seconds in pieces) < most_seconds:
+                content = os.urandom(min(_PIECE, most - written))
+                began = time.perf_counter()
+                file.write(content)
+                os.fsync(file.fileno())
+                pieces.append((len(content), time.perf_counter() - began))
+                written += len(content)
+                if progress is not None:
+                    progress("measuring the disk", written, most)
+    except OSError as error:
+        raise RecipeError(
+            f"Cannot write to {folder}: {error.strerror or error}",
+            received="--measure-disk",
+            remedy="Free some space, or name another place with --out.",
+        ) from error
+    if not pieces:
+        raise RecipeError(f"No space is free at {folder}", received="--measure-disk", remedy="Name another --out.")
+    return DiskRate.of(str(folder), pieces)
+
+
+def _sum(pieces: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    return sum(size for size, _ in pieces), sum(seconds for _, seconds in pieces)
