@@ -38,7 +38,7 @@ def plan(
     settings: dict[str, Any],
     out: Annotated[str, _Option("--out", help="Where the cache would go (default: here).")] = ".",
     measure_disk: Annotated[
-        bool, _Option("--measure-disk", help="Write at most 30 s or 2 GB to --out's disk, then delete it.")
+        bool, _Option("--measure-disk", help="Measure --out's disk: write at most 2 GB, delete it.")
     ] = False,
     records: Annotated[int, _Option("--records", min=8, max=32, help="Records that the estimate is measured on.")] = 16,
     student: Annotated[str | None, _Option("--student", help="Model whose training is estimated too.")] = None,
