@@ -1,6 +1,6 @@
-"""What to ask of a GPU first: are the kernels right, how fast is it, and which tiling of cells suits it?
+"""Check the kernels on a GPU first: whether they are right, how fast the GPU is, and which tiling of cells suits it.
 
-    once       launch every Triton kernel and judge it against float64. Outputs and scratch hold NaN before
+    once       launch every Triton kernel, with NaN in outputs and scratch, and compare it with float64
     ceilings   copied bytes and exponentials per second
     rows       time the loss by rows of cells per program and by limits of registers
     launch     take one step of each case, for ncu
@@ -8,8 +8,8 @@
 
     python benchmarks/gpu_checks.py once --json benchmarks/results/once-h100.json
 
-Without a GPU, all of it runs in Triton's interpreter, at few points, and times say nothing. Results are written as they
-come.
+Without a GPU, all of it runs in Triton's interpreter, at few points, and times say nothing. Each result is written when
+it is there.
 """
 
 import argparse
@@ -64,7 +64,7 @@ REPEATS = 30 if CUDA else 1
 
 
 def save(path: Path | None, theme: str, **content: Any) -> None:
-    """Write what there is by now."""
+    """Write the results that are there so far."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**_header(theme), **content}, indent=1) + "\n", encoding="utf-8")
@@ -83,7 +83,7 @@ def time_step(step: Callable[[], Any]) -> timing.Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Few(CheckSettings):
-    """One of `of` points of the grid that `bench-kernels --check` takes whole."""
+    """Take one of `of` points of the grid of `bench-kernels --check`."""
 
     of: int
 
@@ -155,7 +155,7 @@ def _twice(compute: Callable[[], Tensor]) -> Tensor:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error over the largest value; NaN is infinite."""
+    """Return the largest error divided by the largest value. NaN counts as infinite."""
     error = (actual.cpu().double() - expected.double()).abs().max() / expected.double().abs().max()
     return float(error.nan_to_num(nan=float("inf")))
 

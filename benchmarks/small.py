@@ -1,8 +1,9 @@
-"""What a call of the losses costs on small problems: of two checkouts, and of eager PyTorch, in one run.
+"""Time a call of the losses on small problems: of two checkouts and of eager PyTorch, in one run.
 
-Each checkout has a process, and they take turns. The time is that of the processor on one thread, in microseconds,
-best of all calls: a forward by itself, and with the backward. Eager is `kdcache.bench.kernels.losses` of AFTER, so
-that both checkouts meet the same rival; the images of one pixel are a batch of rows there.
+Each checkout has a process, and they take turns. Times are processor times on one thread in microseconds, best of all
+calls: the forward, and forward and backward. Eager is `kdcache.bench.kernels.losses` of AFTER, so both checkouts have
+the same rival. Images of one pixel are a batch of rows there. In each process, kdcache and eager alternate call by
+call.
 
     python benchmarks/small.py ../before . --json benchmarks/results/kernels-cpu-small.json
 """
@@ -22,16 +23,16 @@ SHAPES = (
     *("1x3x32x32/4", "1x11x24x24/4", "1x11x96x96/4", "1x11x384x384/4", "1x1000x16x16/1", "1x1000x64x64/4"),
     *("4x1000x7x7/1", "4x1000x28x28/4", "256x1000x1x1/1", "32x10x1x1/1"),
 )
-"""Labels and stride; the last two are images of one pixel."""
+"""Labels and stride. The last two are images of one pixel."""
 RELATIONS = ("1x3x32x32/4", "1x11x96x96/4", "1x11x384x384/4")
 KEPT = {"256x1000x1x1/1": 16}
-"""Classes that a target keeps, where they are not what a store keeps."""
+"""Classes that a target keeps, if a cache would keep others."""
 ROUNDS, SECONDS = 6, 0.15
-"""Turns of a checkout, and about how long a contestant is called in each."""
+"""Turns of a checkout, and about how long each contestant is called in a turn."""
 
 
 def steps() -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return by case what is timed of it: ours, forward and both ways, and eager."""
+    """Return the timed steps of each case: kdcache forward, kdcache both ways, and eager."""
     import torch
 
     from kdcache.bench.kernels.inputs import make_inputs
@@ -55,24 +56,25 @@ def steps() -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def work() -> None:
-    """Time every step once for every line of the standard input, and answer with a line of JSON."""
+    """Time all steps for each line of the standard input, and answer with a line of JSON."""
     found = steps()
     for contestants in found.values():
         for step in contestants.values():
             step()
     for _ in sys.stdin:
-        times = {case: {name: best(step) for name, step in timed.items()} for case, timed in found.items()}
+        times = {case: best(timed) for case, timed in found.items()}
         print(json.dumps(times), flush=True)
 
 
-def best(step: Callable[[], Any]) -> float:
-    """Return the least time of a step in microseconds."""
-    least, end = float("inf"), time.monotonic() + SECONDS
+def best(timed: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Return the least time of each step in microseconds. The steps alternate, so all meet the same machine."""
+    least, end = dict.fromkeys(timed, float("inf")), time.monotonic() + SECONDS * len(timed)
     while time.monotonic() < end:
-        began = time.process_time()
-        step()
-        least = min(least, time.process_time() - began)
-    return 1e6 * least
+        for name, step in timed.items():
+            began = time.process_time()
+            step()
+            least[name] = min(least[name], time.process_time() - began)
+    return {name: 1e6 * seconds for name, seconds in least.items()}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Limits of a GPU, and what a case makes our kernel do.
+"""Compute the least time that a GPU needs for a case of the kernels.
 
-Three floors, from the machine code for sm_90 (`benchmarks/results/sass-sm90.md`). A fraction is floor / measured
-median. The largest floor is the bound: state a GPU figure as a fraction of it.
+A case has three floors, from the machine code for sm_90 (`benchmarks/results/sass-sm90.md`). A fraction is floor over
+measured median. The largest floor is the bound. State a GPU figure as a fraction of it.
 
 - bytes: logits, target and labels read once, the gradient written once, over the speed of a copy in the same run.
 - sfu: exponentials over the rate of the special function units. Both walks over the classes compute them. Inside a cell
@@ -42,24 +42,24 @@ COPY_BYTES, CEILING_REPEATS = 2**30, 20
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Speeds of one device, per second."""
+    """Hold the speeds of one device, per second."""
 
     copy_bytes: float
     exps: float
 
     @property
     def instructions(self) -> float:
-        """Lanes that could issue an instruction."""
+        """Return how many lanes could issue an instruction, per second."""
         return LANES_PER_SFU_LANE * self.exps
 
     def to_json(self) -> dict[str, float]:
-        """Plain numbers."""
+        """Return the speeds as plain numbers."""
         return {"copy_bytes": self.copy_bytes, "exps": self.exps, "instructions": self.instructions}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one forward and backward do at least."""
+    """Count the bytes, exponentials and instructions that one forward and backward need at least."""
 
     bytes: float
     exps: float
@@ -67,7 +67,7 @@ class Work:
 
 
 def least_work(case: Case) -> Work:
-    """Return the work of the fused kernel that takes the case; see the module's docstring."""
+    """Return the work of the fused kernel that takes the case. The module's docstring explains it."""
     shape = case.shape
     h, w = shape.native
     B, C = shape.batch, shape.num_classes
@@ -96,7 +96,7 @@ def least_work(case: Case) -> Work:
 
 
 def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, float]:
-    """Return each floor over the time that was measured; 1 is the floor itself."""
+    """Return each floor divided by the measured time. 1 is the floor itself."""
     floors = {
         "bytes": work.bytes / ceilings.copy_bytes,
         "sfu": work.exps / ceilings.exps,
@@ -106,7 +106,7 @@ def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, 
 
 
 def measure_ceilings() -> Ceilings:
-    """Measure the copy of the current CUDA device, best of 20; its exponentials follow from its clock."""
+    """Measure the copy speed of the current CUDA device, best of 20, and derive its exponentials from its clock."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy: Callable[[], Any] = partial(target.copy_, source)
