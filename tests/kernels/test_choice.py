@@ -8,6 +8,7 @@ import torch
 
 from kdcache_kernels import LossProblem, PackedTarget, distill_loss, pack
 from kdcache_kernels.plain import choice
+from kdcache_kernels.plain.teacher import largest
 
 CLASSIFICATION = (64, 1000, 1, 1)  # batch, classes, cells and label pixels along an axis
 
@@ -174,3 +175,11 @@ def test_a_problem_is_not_looked_up_by_its_values():
         need_gradient=True,
     )  # fmt: skip
     assert choice.prefers_torch(problem)
+
+
+@pytest.mark.parametrize("shape", [(4, 1000, 49), (3, 999, 9), (2, 301, 64), (1, 1, 20000), (20000, 2, 1), (256, 1000)])
+def test_the_largest_of_the_classes_is_exact(shape):
+    x_BCP = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(largest(x_BCP), x_BCP.amax(1))
+    x_BCP[0, -1] = torch.nan
+    assert torch.equal(largest(x_BCP).isnan(), x_BCP.amax(1).isnan())

@@ -19,7 +19,7 @@ from ..problem import LossProblem, LossResult
 from ..reference import ce_weight_sum, kl_pixels
 from ..topk import densify
 from ..window import Size, ViewPositions, resample, view_positions
-from .teacher import DenseTeacher, Softmax, SparseTeacher, Teacher
+from .teacher import DenseTeacher, Softmax, SparseTeacher, Teacher, largest
 
 _LARGEST = torch.finfo(torch.float32).max / 8
 """As in the reference: a logit beyond it is lost, for a difference of two overflows."""
@@ -101,7 +101,7 @@ def _compute(problem: LossProblem, student_BChw: Tensor) -> LossResult:
     on = _Map.of_view(problem.size, (student_BChw.shape[2], student_BChw.shape[3]), problem.align_corners, problem.size)
     logits_BCP, lost_BP = _Logits.of(student_BChw, _LARGEST * min(1.0, T), on)
     # Relative to the maximum, for the sums of the divergence.
-    logits_BCP = logits_BCP - logits_BCP.amax(1, keepdim=True)
+    logits_BCP = logits_BCP - largest(logits_BCP)[:, None]
     at_1 = Softmax.of(logits_BCP, centred=True) if problem.use_ce else None
     ce, kl, gradient_BCP = 0.0, 0.0, None
     if problem.use_kl:
