@@ -205,12 +205,13 @@ class Run:
             return model.model_copy(update={"spec": spec}) if found else model
         except FileNotFoundError as error:
             lost = (self.folder / RECIPE).is_file()
+            hub = "" if self.folder.exists() or str(self.folder).count("/") != 1 else f". Of the hub: hf:{self.folder}"
             raise RecipeError(
                 "a run is a folder that train-teacher or train-student wrote",
                 received=f"{self.folder} " + (f"has no {MODEL}" if self.folder.exists() else "does not exist"),
                 remedy="repeat the training with --resume, which writes it again"
                 if lost
-                else "give the --out of a training",
+                else f"give the --out of a training{hub}",
             ) from error
         except (OSError, ValueError) as error:
             raise RecipeError(

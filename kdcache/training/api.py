@@ -151,6 +151,8 @@ def make_trainer(
         # and on every process.
         torch.manual_seed(config.seed)
         model = begin_model(config, len(classes), taught_tasks(sources))
+        for source in sources:
+            model.check_size(source.dataset.size)
         judged = () if val is None else _judged(model, val, config)
         if val is not None and DEPTH in judged:
             check_first_depth(val)
@@ -247,7 +249,7 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
     with source.named():
         source.dataset.extras = needed_arrays(source.config, source.cache, model)
         if source.cache is not None:
-            check_flip(source.given)
+            check_flip(source.given, source.cache.manifest.teacher.processor)
         pasted = None if source.pasted is None else source.pasted.dataset
         criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note), pasted)
         source.dataset.weak = bool(labellers(criterion))

@@ -7,20 +7,29 @@ from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import warmup_steps
 from kdcache.settings.terms import Adversarial, Auxiliary, PseudoLabels
 from kdcache.store import Cache
+from kdcache.store.format.teacher_models import Processor
 from kdcache.training.config import TrainConfig
 
 
-def check_flip(config: TrainConfig) -> None:
+def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
     """Check that stored features are mirrored only with `--flip`, while pixels are by default.
 
-    Features of a mirrored image are not the mirrored features, of transformers least of all.
+    Features of a mirrored image are not the mirrored features: with position embeddings they are never mirrored.
 
     Args:
-        config: settings whose augment is not auto.
-    Raises: RecipeError for stored features that would be mirrored without `--flip`.
+        config: settings whose augment is not auto. processor: of the cache's teacher, if it is known.
+    Raises: RecipeError for stored features that would be mirrored without `--flip`, or with position embeddings.
     """
     stored = [term.kind for term in config.terms if term.reads_taps]
-    if config.flip is None and config.augment == "warp" and stored and config.cache is not None:
+    if config.augment != "warp" or not stored or config.cache is None:
+        return
+    if config.flip is not False and processor is not None and processor.positions:
+        raise RecipeError(
+            "Cannot mirror stored features: the teacher has position embeddings",
+            received=f"{', '.join(stored)} with --augment warp, which mirrors half of the images",
+            remedy="Add --no-flip, or replay stored views: they hold features of mirrored images.",
+        )
+    if config.flip is None:
         raise RecipeError(
             "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
             received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",

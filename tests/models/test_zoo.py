@@ -260,6 +260,9 @@ def saved(case: Case, name: str, folder: Path) -> tuple[Any, nn.Module]:
     """What a user gives as the teacher, and the network itself."""
     torch.manual_seed(0)
     net = case.make().eval()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):  # the libraries' own beginnings are so small that nothing shows
+            nn.init.kaiming_normal_(layer.weight)
     if case.where == "memory":
         return net, net
     if case.where == "timm":
@@ -302,7 +305,8 @@ def test_a_network_builds_into_a_cache_of_its_own_values(name: str, tmp_path: Pa
         for tap, value in live.items():
             if name in SEMANTIC:
                 native = model(model.normalise(pixels)).logits
-                assert torch.allclose(model.upsample(native, value.shape[-2:]), value, rtol=1e-4, atol=1e-5)
+                resized = model.upsample(native, value.shape[-2:])
+                torch.testing.assert_close(resized, value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
                 if model.peeled:
                     assert native.shape[-1] < value.shape[-1]
                     again = nn.functional.interpolate(
@@ -315,7 +319,9 @@ def test_a_network_builds_into_a_cache_of_its_own_values(name: str, tmp_path: Pa
             else:
                 stored, expected = cache.read(1, [f"features/{tap or model.taps[-1]}"]), value
             (kept,) = (torch.from_numpy(array.astype(np.float32)) for array in stored.values())
-            torch.testing.assert_close(kept, expected[0].float(), rtol=2 * HALF, atol=2 * HALF)
+            largest = float(expected.abs().max())
+            assert largest > 0
+            torch.testing.assert_close(kept, expected[0].float(), rtol=2 * HALF, atol=HALF * largest)
 
 
 def own_input(case: Case, net: nn.Module, pixels: Tensor) -> Tensor:

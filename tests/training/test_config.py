@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kdcache.errors import RecipeError
 from kdcache.run_folder import write_local
+from kdcache.store.format.teacher_models import Processor
 from kdcache.training import TrainConfig, make_config, read_config
 from kdcache.training.checks import check_flip, check_processes, warmup_notes
 
@@ -211,6 +212,12 @@ def test_warp_mirrors_stored_features_only_when_it_is_asked_to(kind: str) -> Non
         check_flip(config)
     for flip in (True, False):
         check_flip(config.model_copy(update={"flip": flip}))
+    positions, none = Processor(positions=True), Processor(multiple=14)
+    for flip in (True, None):
+        with pytest.raises(RecipeError, match="position embeddings"):
+            check_flip(config.model_copy(update={"flip": flip}), positions)
+    check_flip(config.model_copy(update={"flip": False}), positions)
+    check_flip(config.model_copy(update={"flip": True}), none)
     for free in ({"augment": "replay"}, {"augment": "none"}, {"method": "kl"}, {"method": "dist+dkd+pseudo"}):
         check_flip(config.model_copy(update=free))
 

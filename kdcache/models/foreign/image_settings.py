@@ -81,7 +81,8 @@ def _defaults(written: Mapping[str, Any]) -> dict[str, Any]:
     kind = getattr(transformers, name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor"), None)
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad", "pad_size", "size")
     names += ("rescale_offset", "do_flip_channel_order", "do_center_crop", "crop_size", "ensure_multiple_of")
-    return {name: value for name in names if (value := getattr(kind, name, None)) is not None}
+    found = {name: value for name in names if (value := getattr(kind, name, None)) is not None}
+    return found if kind is None else {"do_normalize": False} | found
 
 
 def _three(value: Any, folder: Path) -> RGB | None:
