@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..errors import ShapeError, describe
+from ..library import is_traced
 from ..ops import choose_implementation, constant
 from ..topk import check_view_size, is_logits
 from ..window import Size
@@ -76,7 +77,7 @@ def relation_loss(
     checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
     checks.check_scalar("count", count, device, "a sum over processes", optional=True)
     if count is not None:
-        count = count.detach() if isinstance(count, Tensor) else constant(count, device, traced=library.is_traced())
+        count = count.detach() if isinstance(count, Tensor) else constant(count, device, traced=is_traced())
     family, problem = _checked(
         impl,
         student_logits_BChw,
