@@ -53,7 +53,7 @@ def network(num_classes: int = 0) -> nn.Module:
 
 def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
     """What a cache costs by `kdcache plan`, and what it then costs."""
-    planned = estimate(split, teacher, options).chosen
+    planned = estimate(split, teacher, options, records=32).chosen
     result = build_cache(split, teacher, out, options)
     summary = summarise(open_cache(out))
     lost = {tap: figures.model_dump() for tap, figures in summary.manifest.feature_fidelity.items()}

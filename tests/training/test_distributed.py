@@ -24,14 +24,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kdcache.data import write_scenes
+from kdcache.data import open_split, write_scenes
 from kdcache.distill import Batch, Counts, DistillLoss
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
+from kdcache.teacher import load_teacher
 from kdcache.training import read_config
 from kdcache.training.distributed import World, pick_device
 from kdcache.training.step.compiled import choose_step
+from tests.training.test_tokens import Backbone
 
 Read = Callable[..., list[dict[str, Any]]]
 LOSS, NORM, WEIGHT = 1e-5, 1e-3, 1e-3
@@ -398,6 +400,25 @@ def test_projections_of_terms_are_learnt_together(
     begun, one, two = states
     assert (one - begun).norm() > 0
     assert (two - one).norm() <= 0.05 * (one - begun).norm()
+
+
+def test_the_ring_of_summaries_is_that_of_one_process(
+    student: dict[str, Any], make_cache: Callable[..., Path], go: Callable[..., Ended], tmp_path: Path, scenes: str
+) -> None:
+    """To the last bit: it holds what the teacher said, in the order in which samples were drawn."""
+    model = load_teacher(Backbone(), open_split(scenes, "train")).model
+    cache = make_cache(model=model, features=("pool",), views=2)
+    settings = student | {"cache": str(cache), "method": "none", "term": ["queue,length=5"], "val": None}
+    settings |= {"batch_size": 4, "iterations": 4, "val_every": 4}
+    rings = []
+    for ranks in (1, 2):
+        ended = go(settings, tmp_path / str(ranks), ranks)
+        assert ended.codes == [0] * ranks, ended.err
+        state = torch.load(tmp_path / str(ranks) / "checkpoint.pt", weights_only=True)["criterion"]
+        assert int(state["further.0.seen_images"]) == 16
+        rings.append(state["further.0.ring"])
+    assert rings[0].norm(dim=1).min() > 0.99
+    assert torch.equal(*rings)
 
 
 def test_a_teacher_trains_on_two_processes_and_more_than_there_are_images_to_validate(

@@ -40,7 +40,7 @@ def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
         raise RecipeError(
             "a store has heads of its teacher, or with --features-only the taps of --features or --statistics",
             received=f"{teacher.origin} with {', '.join(own) or 'no head'}"
-            + (", --features-only and neither of them" if options.features_only else ""),
+            + (", --features-only and no --features or --statistics" if options.features_only else ""),
             remedy="add --features-only --features TAP (kdcache models lists taps)",
         )
     _check_logit_options(options, heads)
