@@ -167,6 +167,10 @@ CASES = {
     "plan --codec foo": (PLAN + " --codec foo", "'foo'"),
     "plan --features foo": (PLAN + " --features foo", "foo"),
     "plan --student foo": (PLAN + " --student kdcache:foo", "foo"),
+    "plan of two teachers' features": (
+        PLAN + " --teacher {w}/teacher --features stage4",
+        "Cannot store features of 2 teachers in one cache",
+    ),
     "plan --measure-disk s3": (
         PLAN + " --measure-disk --out s3://bucket/x",
         "Cannot measure the disk of s3://bucket/x",
