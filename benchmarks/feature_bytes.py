@@ -2,7 +2,7 @@
 
 Plans and builds three caches of images of a split, by a ViT-S/16 of timm with random weights. Pixels stay outside.
 
-    python benchmarks/feature_bytes.py --data camvid --images 96 --json benchmarks/results/feature-bytes-cpu.json
+    python benchmarks/feature_bytes.py --data camvid --json benchmarks/results/feature-bytes-cpu.json
 """
 
 import argparse
