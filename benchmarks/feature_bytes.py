@@ -73,13 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", default="train")
-    parser.add_argument("--images", type=int, help="so many, evenly spread (default: all)")
+    parser.add_argument("--take", type=int, help="so many images, evenly spread (default: all)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     split = open_split(arguments.data, arguments.split)
     whole = len(split)
-    if arguments.images is not None:
-        split = Excerpt(split, evenly_spread(whole, arguments.images))
+    if arguments.take is not None:
+        split = Excerpt(split, evenly_spread(whole, arguments.take))
     teacher = load_teacher(Tokens(), split, classified=False)
     rows = {}
     with tempfile.TemporaryDirectory() as work:
