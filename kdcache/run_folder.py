@@ -177,8 +177,8 @@ class Run:
     def _facts(self) -> dict[str, object]:
         """What is known of the run, in words; what its files do not say is None."""
         result, recipe = self.result, self.recipe or {}
-        scores = (result.get(name) for name in ("best_miou", "best_depth_rmse"))
-        miou, rmse = (score if isinstance(score, int | float) else None for score in scores)
+        scores = (result.get(name) for name in ("best_miou", "best_depth_rmse", "best_feature_loss"))
+        miou, rmse, loss = (score if isinstance(score, int | float) else None for score in scores)
         return {
             "folder": self,
             "model": self.model.spec,
@@ -186,6 +186,7 @@ class Run:
             "method": recipe.get("method"),
             "best mIoU": None if miou is None else f"{100 * miou:.2f} % at iteration {result.get('best_step')}",
             "best depth rmse": None if rmse is None else f"{rmse:.3g} m",
+            "least feature loss": None if loss is None else f"{loss:.4g} at iteration {result.get('best_step')}",
             "iterations": result.get("iterations") or "not ended",
             "size": display.size_text(self.model.size),
         }

@@ -132,6 +132,7 @@ def test_a_backbone_learns_and_its_best_weights_have_the_least_loss(settings, tm
     assert result["best_feature_loss"] == min(losses.values()) == losses[result["best_step"]]
     assert losses[8] < losses[2]
     assert result["best_miou"] is None
+    assert f"least feature loss {result['best_feature_loss']:.4g}" in repr(Run.open(tmp_path / "run"))
     assert all(row["feature_terms"] == {"cosine": row["feature_loss"]} and row["feature_samples"] > 0 for row in rows)
     assert Run.open(tmp_path / "run").model.class_names == ()
     expected = set(build_model(settings["model"], 0).state_dict())
