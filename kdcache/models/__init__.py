@@ -8,9 +8,9 @@ Importing this package imports torch, but no model zoo.
 """
 
 from kdcache.model_table import ModelInfo, TapInfo, list_models, missing_models
-from kdcache.models.callables import WrappedModel
 from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
 from kdcache.models.ensemble import EnsembleModel, Tta
+from kdcache.models.foreign.wrapped import WrappedModel
 from kdcache.models.joint import JointModel
 from kdcache.models.joint import Part as JointPart
 from kdcache.models.logits import AsLogits

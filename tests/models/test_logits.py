@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.models import AsLogits, build_model, state_digest
-from kdcache.models.callables import WrappedModel
 from kdcache.models.export import export_model
+from kdcache.models.foreign.wrapped import WrappedModel
 from kdcache.models.logits import as_logits
 from kdcache.models.run import open_model
 from kdcache.run_folder import Run, split_outputs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.models import AsLogits, ClassMapped, EnsembleModel, NotLogits, build_model, not_logits
-from kdcache.models.callables import WrappedModel
+from kdcache.models.foreign.wrapped import WrappedModel
 from kdcache.models.joint import JointModel, Part
 from kdcache.models.native import SegmentationModel
 

@@ -78,7 +78,7 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
         else:
             made = _transformers(spec, hub, folder, config, classes, pretrained=pretrained)
         made.revision = revision
-    model = WrappedModel(spec, made.network, None, reading=made.reading)
+    model = WrappedModel(hub.network if pretrained else spec, made.network, None, reading=made.reading)
     model.mean, model.std = made.images.mean, made.images.std
     model.processor = replace(
         model.processor,
@@ -159,9 +159,10 @@ def _transformers(
     spec: str, hub: HubSpec, folder: Path, described: Mapping[str, Any], classes: int | None, *, pretrained: bool
 ) -> _Made:
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
-    known = described.get("model_type") in CONFIG_MAPPING_NAMES
+    tables: Any = configuration_auto
+    known = described.get("model_type") in tables.CONFIG_MAPPING_NAMES
     if not known and "auto_map" not in described:
         raise ModelError(
             f"Unknown model type {described.get('model_type')!r} in {hub.place}",
@@ -320,8 +321,9 @@ def _quiet() -> Iterator[None]:
     if lacks("hf"):
         yield
         return
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -36,6 +36,11 @@ class HubSpec:
     revision: str | None = None
     weights: str | None = None
 
+    @property
+    def network(self) -> str:
+        """The spec without what says which weights: a teacher is known by those themselves, and by their commit."""
+        return f"{self.library}:{self.place}" + ("" if self.task is None else f",task={self.task}")
+
 
 def is_hub(spec: str) -> bool:
     """Return True for a spec of transformers or timm."""

@@ -11,6 +11,11 @@ from kdcache.models.foreign.processor import Size
 
 RGB = tuple[float, float, float]
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_KNOWN = (
+    *("do_rescale", "rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std"),
+    *("do_pad", "pad_size", "size", "do_flip_channel_order", "do_center_crop", "crop_size", "ensure_multiple_of"),
+)
+"""Settings of processors that are read."""
 _OTHERWISE = {"do_color_quantize": "replaces colours by clusters", "do_grayscale": "makes images grey"}
 """Steps that no mean and std stand for."""
 
@@ -79,9 +84,7 @@ def _defaults(written: Mapping[str, Any]) -> dict[str, Any]:
 
     name = str(written.get("image_processor_type") or written.get("feature_extractor_type") or "")
     kind = getattr(transformers, name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor"), None)
-    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad", "pad_size", "size")
-    names += ("rescale_offset", "do_flip_channel_order", "do_center_crop", "crop_size", "ensure_multiple_of")
-    found = {name: value for name in names if (value := getattr(kind, name, None)) is not None}
+    found = {name: value for name in _KNOWN if (value := getattr(kind, name, None)) is not None}
     return found if kind is None else {"do_normalize": False} | found
 
 
@@ -104,7 +107,7 @@ def _height_width(value: Any) -> Size | None:
         return value, value
     if not isinstance(value, Mapping):
         return None
-    edges = value.get("height") or value.get("longest_edge"), value.get("width") or value.get("longest_edge")
     if "shortest_edge" in value and value.get("shortest_edge") != value.get("longest_edge"):
         return None
-    return None if None in edges else (int(edges[0]), int(edges[1]))
+    height, width = (value.get(edge) or value.get("longest_edge") for edge in ("height", "width"))
+    return None if height is None or width is None else (int(height), int(width))

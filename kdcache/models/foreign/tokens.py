@@ -26,7 +26,7 @@ def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> T
     for merge in _MERGES if patch is not None else ():
         h, w = -(-height // merge), -(-width // merge)
         if 0 <= count - h * w <= _MOST_PREFIX:
-            return tokens_BNc[:, count - h * w :].transpose(1, 2).unflatten(2, (h, w))
+            return tokens_BNc[:, count - h * w :].transpose(1, 2).reshape(len(tokens_BNc), -1, h, w)
     return None
 
 

@@ -155,6 +155,8 @@ class Fingerprint(Part):
         ]
         if self.processor is not None and other.processor is not None:
             differences += part_differences("processor", self.processor, other.processor)
+            if (first := self.processor.revision) not in (None, other.processor.revision):
+                differences[-1] += f" (,revision={first} after the teacher takes the first)"
         scale = max((abs(value) for value in self.probe if math.isfinite(value)), default=0.0)
         far = len(self.probe) != len(other.probe) or any(
             repr(a) != repr(b) and not abs(a - b) <= 0.01 * scale + 1e-4  # NaN is no less than anything
