@@ -31,6 +31,7 @@ from kdcache.bounded import parse_json, parse_toml, read_bytes, read_text
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import moved_away, read_object, write_whole
 from kdcache.heads import RegressionHead
+from kdcache.settings.recipe import settings_of
 from kdcache.settings.shared import Weights
 
 MODEL = "model.json"
@@ -242,7 +243,7 @@ class Run:
         if self.recipe_text is None:
             return None
         try:
-            recipe = parse_toml(self.recipe_text)
+            recipe = settings_of(parse_toml(self.recipe_text))
         except ValueError as error:
             raise _no_recipe(self.folder / RECIPE, error) from error
         places = self._here.get("recipe")

@@ -1,6 +1,5 @@
 """The shared part of train-teacher and train-student: the run folder, and the training on the terminal."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,17 +7,18 @@ import typer
 from rich.markup import escape
 
 from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.settings.signature import copied, given
 from kdcache_cli.torchrun import shared_errors
 
 Out = Annotated[Path, typer.Option("--out", help="Run folder: new, empty, or with --resume the run itself.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run in --out.")]
 
 
-def run_training(settings: dict[str, Any], typed: Collection[str], out: Path, resume: bool) -> None:
+def run_training(settings: dict[str, Any], context: typer.Context, out: Path, resume: bool) -> None:
     """Train with these settings and show the progress; Ctrl-C leaves a run that can be resumed, and exit code 130.
 
     Args:
-        typed: names of the settings that somebody typed, here or in a recipe.
+        context: of the parser, which knows what somebody typed, here or in a recipe.
     """
     from kdcache.metrics import percent
     from kdcache.training import Interrupted, make_config, pick_device, train
@@ -29,7 +29,7 @@ def run_training(settings: dict[str, Any], typed: Collection[str], out: Path, re
         with shared_errors(), progress_bar() as bar:
             if settings["workers"] is None:
                 settings["workers"] = default_workers(pick_device(settings["device"]))
-            config = make_config(given=typed, **settings)
+            config = make_config(given=given(settings, context), copied=copied(context), **settings)
             result = train(config, out, resume=resume, observer=TrainingProgress(bar, settings["verb"]))
     except Interrupted as stop:
         ERRORS.print(f"Stopped after {stop.step} iterations; the state is saved. Add --resume to go on.")

@@ -14,6 +14,7 @@ from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
 from kdcache.run_samples import RunSamples
+from kdcache.settings.recipe import with_defaults
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
             continue
         for run in _runs_below(Path(text)):
             run.weights(which)
-            entries.setdefault((run.folder.resolve(), run.which), Entry(str(run), run, run.recipe or {}))
+            entries.setdefault((run.folder.resolve(), run.which), Entry(str(run), run, with_defaults(run.recipe or {})))
     named = any(entry.run is not None and entry.run.which is not None for entry in entries.values())
     return [_apart(entry, which) if named else entry for entry in entries.values()]
 

@@ -292,9 +292,3 @@ Zoom = Annotated[
         example="1:2",
     ),
 ]
-
-
-def as_typed(value: Any) -> str:
-    """A value as it stands behind its flag; of a flag that may be repeated, with commas between."""
-    several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
-    return ", ".join(value) if several else str(value) if isinstance(value, str | int | float) else repr(value)

@@ -1,19 +1,13 @@
-"""The entries of a table of settings, and how a table is read."""
+"""The entries of a table of settings."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from kdcache.errors import RecipeError
-
-if TYPE_CHECKING:  # the command line starts without it
-    from pydantic.fields import FieldInfo
-
-Table = TypeVar("Table")
 T = TypeVar("T")
 
 REQUIRED: Any = MISSING
@@ -93,6 +87,7 @@ class Entry:
     """One setting of a table.
 
     Attributes:
+        hint: the whole annotation.
         type: without its marks and without None; of choices, `Literal[...]`.
         optional: the value may be None.
         default: `dataclasses.MISSING` where the setting must be given.
@@ -100,6 +95,7 @@ class Entry:
     """
 
     name: str
+    hint: Any
     type: Any
     optional: bool
     default: Any
@@ -126,26 +122,6 @@ class Entry:
             return self.spelling.nothing
         return self.default if self.spelling.show is None else self.spelling.show(self.default)
 
-    def read(self, value: Any) -> Any:
-        """The value of a setting as typed. Raises: RecipeError, naming the flag, for a value that it does not take."""
-        words = choices(self.type)
-        if words is not None and value is not None and value not in words:
-            raise RecipeError(
-                f"{self.flag} is one of {', '.join(words)}",
-                received=repr(value),
-                remedy=f"use {self.flag} {words[0]}",
-            )
-        if self.spelling is None:
-            return value
-        try:
-            return self.spelling.read(value)
-        except ValueError as error:
-            raise RecipeError(
-                f"{self.flag} is {self.spelling.rule}",
-                received=repr(value),
-                remedy=f"for instance {self.flag} {self.spelling.example}",
-            ) from error
-
 
 @cache
 def entries(*tables: type) -> dict[str, Entry]:
@@ -158,31 +134,13 @@ def entries(*tables: type) -> dict[str, Entry]:
             spelling = next((mark for mark in marks if isinstance(mark, Spelling)), None)
             if "setting" in own.metadata:
                 shown = own.metadata["setting"]
-                made[own.name] = Entry(own.name, kind, optional, own.default, shown, spelling, marks)
+                made[own.name] = Entry(own.name, hints[own.name], kind, optional, own.default, shown, spelling, marks)
     return made
 
 
-def read(table: type[Table], settings: Mapping[str, Any]) -> Table:
-    """Make a table from those of `settings`, as typed, that it has; an automatic setting that is None gets its default.
-
-    Raises: RecipeError for the first value that the table does not take.
-    """
-    return table(**read_values(table, settings))
-
-
-def read_values(table: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a table by name, without those automatic settings that are None.
-
-    Raises: RecipeError for the first value that the table does not take.
-    """
-    mine = {name: entry for name, entry in entries(table).items() if name in settings}
-    typed = {name: entry.read(settings[name]) for name, entry in mine.items()}
-    return {name: value for name, value in typed.items() if value is not None or not mine[name].setting.automatic}
-
-
-def names(table: type, panel: str | None) -> tuple[str, ...]:
-    """The names of a table's settings under one panel of the help."""
-    return tuple(name for name, entry in entries(table).items() if entry.setting.panel == panel)
+def names(*tables: type, panel: str | None) -> tuple[str, ...]:
+    """Return the names of the settings under one panel of the help."""
+    return tuple(name for name, entry in entries(*tables).items() if entry.setting.panel == panel)
 
 
 def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
@@ -207,13 +165,12 @@ def choices(kind: Any) -> tuple[str, ...] | None:
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def in_words(field: "FieldInfo") -> str:
-    """Describe the values of a field: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'."""
-    return describe_values(field.annotation, field.metadata)
-
-
 def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
-    """Describe the values of a type with marks of annotated-types, as `in_words` does."""
+    """Describe the values of a type: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'.
+
+    Args:
+        bounds: marks of annotated-types.
+    """
     if get_origin(kind) is Annotated:
         inner, *more = get_args(kind)
         return describe_values(inner, [*bounds, *more])

@@ -1,12 +1,18 @@
 """Tables that several verbs share."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from kdcache.settings.parse import Bytes, Count, Size
 from kdcache.settings.setting import REQUIRED, setting
+
+DATA = "Data"
+MACHINE = "Machine"
+_data = partial(setting, panel=DATA)
+_machine = partial(setting, panel=MACHINE)
 
 FOLDS_BY = "Keep sequences in one fold: a pattern for their names, as '^(.+)_'."
 Weights = Literal["best", "last", "best-ema", "last-ema"]
@@ -19,7 +25,7 @@ Crop = Literal["none", "garg"]
 class DataSettings:
     """The data that a verb works on."""
 
-    data: str = setting(
+    data: str = _data(
         REQUIRED,
         "Data folder, LAYOUT:DIR such as [bold]voc:DIR[/], or the built-in [bold]scenes[/].",
     )
@@ -29,16 +35,16 @@ class DataSettings:
 class SourceSettings:
     """The data of a store that may hold no pixels."""
 
-    data: str | None = setting(None, "Data folder; needed for a store built with --pixels source.")
+    data: str | None = _data(None, "Data folder; needed for a store built with --pixels source.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """Which images of the data, how large, and how they are fitted into that: `size` is (H, W) in pixels."""
 
-    split: str = setting("train", "Which split of it.")
-    size: Size | None = setting(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
-    fit: FitChoice = setting(
+    split: str = _data("train", "Which split of it.")
+    size: Size | None = _data(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
+    fit: FitChoice = _data(
         "auto",
         "How images of another shape fill --size (auto: as before, or pad).",
     )
@@ -48,19 +54,19 @@ class ImageSettings:
 class MachineSettings:
     """Device and CPU threads of a verb."""
 
-    threads: Annotated[int, Ge(0)] = setting(0, "CPU threads; 0 lets torch choose.")
-    device: str = setting("auto", "auto, cpu or cuda.", metavar="auto|cpu|cuda", words=("auto", "cpu", "cuda"))
+    threads: Annotated[int, Ge(0)] = _machine(0, "CPU threads; 0 lets torch choose.")
+    device: str = _machine("auto", "auto, cpu or cuda.", metavar="auto|cpu|cuda", words=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopySettings:
     """The folder for copies of a remote store's shards, and its room in bytes."""
 
-    cache_dir: str | None = setting(
+    cache_dir: str | None = _machine(
         None,
         "Folder for local copies of a remote cache (default: $KDCACHE_CACHE_DIR).",
     )
-    cache_bytes: Bytes | None = setting(
+    cache_bytes: Bytes | None = _machine(
         None,
         "Room for these copies, e.g. 50GiB (default: half of the free space).",
         metavar="SIZE",

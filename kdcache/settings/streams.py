@@ -22,8 +22,7 @@ from kdcache.errors import RecipeError
 from kdcache.settings.parse import Weight
 from kdcache.settings.removed import SETTINGS, removal
 from kdcache.settings.setting import REQUIRED, entries, names, setting
-from kdcache.settings.shared import ImageSettings, MachineSettings
-from kdcache.settings.training import GATE, LOSS, PART, VIEW, TrainSettings
+from kdcache.settings.training import PART, TRAINING, Augmentation, Data, Loss
 
 _MISSPELT = 0.82
 """From this likeness on (difflib's ratio) a word is a misspelt key, else the next part of a value with commas."""
@@ -45,14 +44,14 @@ class StreamSettings:
 
 SOURCE = ("cache", "data", "split")
 """The settings that say where a stream's samples come from."""
-_WHOLE = ("impl", "balance", "task_weight", "distill_schedule", "val_fold", "mix")
-"""Settings of the panels below that are those of the whole training."""
+_WHOLE = ("balance", "task_weight", "distill_schedule", "val_fold", "mix")
+"""Settings of the tables below that are those of the whole training."""
 _OF_TERMS = ("weight", "temperature", "class_weights")
 """Settings of a stream that a term has, too: behind a term it would not be clear whose they are."""
+_OF_STREAMS = (*entries(Loss), *names(Data, panel=PART), *entries(Augmentation))
 OVERRIDDEN = (
     *SOURCE,
-    *(name for panel in (LOSS, GATE, PART, VIEW) for name in names(TrainSettings, panel) if name not in _WHOLE),
-    "shuffle",
+    *(name for name in _OF_STREAMS if name not in _WHOLE),
 )
 """The settings of a training that a stream may have of its own."""
 
@@ -73,7 +72,7 @@ def parse_stream(value: Any) -> Any:
             if (gone := removal(key, SETTINGS)) is not None:
                 raise gone
             near = difflib.get_close_matches(key, allowed, n=1)
-            whole = key in entries(TrainSettings, ImageSettings, MachineSettings)
+            whole = key in entries(*TRAINING)
             raise RecipeError(
                 "the keys of a stream are its own and those of its data, loss, part of the data and augmentation",
                 received=f"{key.replace('_', '-')!r} of {table.get('name', 'a stream')}",
@@ -172,7 +171,7 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
 
 def _check_quotes(options: Sequence[str]) -> None:
     """Refuse a value whose commas do not stand in quotes, as far as its next part shows it. Raises: RecipeError."""
-    own = [*entries(StreamSettings), *OVERRIDDEN, *entries(TrainSettings, ImageSettings, MachineSettings)]
+    own = [*entries(StreamSettings), *OVERRIDDEN, *entries(*TRAINING)]
     for option, following in itertools.pairwise(options):
         key, _, value = option.partition("=")
         name = following.partition("=")[0].strip().replace("-", "_")

@@ -7,15 +7,15 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transform, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transform
 
 from annotated_types import Gt, Lt, MinLen
 
 from kdcache.errors import RecipeError
 from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION
 from kdcache.settings.parse import Weight
-from kdcache.settings.setting import Entry, describe_values, entries, setting
+from kdcache.settings.setting import Entry, entries, setting
+from kdcache.settings.validate import Wording, read_value
 
 MAXIMUM = "targets/segmentation/max"
 """The array of the teacher's largest logits, which makes stored logits raw again."""
@@ -86,10 +86,10 @@ class LossTerm:
             TERMS[cls.kind] = cls
 
     def __post_init__(self) -> None:
-        for option in self.options():
+        for option, entry in entries_of(type(self)).items():
             value = getattr(self, option)
             if value is not getattr(type(self), option):  # True is equal to 1.0
-                _check_value(type(self), option, value)
+                read_value(entry, value, Wording(f"{{name}} of {self.kind}", "{name}={value}", ""), strict=True)
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -388,27 +388,6 @@ def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
             received=f"{', '.join(dict.fromkeys(features))} with --teacher labels",
             remedy=f"choose among {', '.join(others)}, without taps; or leave --teacher out",
         )
-
-
-def _check_value(cls: type[LossTerm], option: str, value: Any) -> None:
-    from pydantic import ValidationError
-
-    try:
-        _adapter(get_type_hints(cls, include_extras=True)[option]).validate_python(value, strict=True)
-    except ValidationError as error:
-        entry = entries_of(cls)[option]
-        raise RecipeError(
-            f"{option} of {cls.kind} is {describe_values(entry.type, entry.marks)}",
-            received=f"{option} = {value!r}",
-            remedy=f"correct it, or leave it out. {entry.setting.help}",
-        ) from error
-
-
-@cache
-def _adapter(hint: Any) -> Any:
-    from pydantic import TypeAdapter  # the command line starts without it
-
-    return TypeAdapter(hint)
 
 
 def _missing_head(manifest: Any, name: str) -> list[Missing]:

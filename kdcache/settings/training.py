@@ -1,4 +1,4 @@
-"""The table of a training: train-teacher, train-student, their recipes and `TrainConfig` are made from it."""
+"""The settings of a training, by their owner. Its verbs, recipes and `TrainConfig` are made from them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,17 @@ from kdcache.settings.parse import (
     Weight,
 )
 from kdcache.settings.setting import REQUIRED, setting
-from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.shared import (
+    DATA,
+    FOLDS_BY,
+    MACHINE,
+    CopySettings,
+    ImageSettings,
+    MachineSettings,
+    SourceSettings,
+)
 from kdcache.settings.term import TERMS, LossTerm, Share, entries_of
-from kdcache.settings.terms import KL, METHODS, CrossEntropy
+from kdcache.settings.terms import KL, METHODS, CrossEntropy, Terms
 
 DEFAULT_ITERATIONS = 4000
 _TERMS = [TERMS[kind]() for kind in METHODS]
@@ -42,7 +50,7 @@ GATE = "Distillation masks and weights"
 PART = "Part of the data"
 VIEW = "Augmentation"
 OPTIMIZATION = "Optimization"
-RUN = "Execution"
+LOGGING = "Logging and checkpoints"
 
 _loss = partial(setting, panel=LOSS)
 
@@ -57,15 +65,16 @@ _gate = partial(setting, panel=GATE)
 _part = partial(setting, panel=PART)
 _view = partial(setting, panel=VIEW)
 _step = partial(setting, panel=OPTIMIZATION)
-_run = partial(setting, panel=RUN)
+_log = partial(setting, panel=LOGGING)
+_machine = partial(setting, panel=MACHINE)
+_data = partial(setting, panel=DATA)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """The settings of a training beside its images and the machine; lengths are optimizer steps."""
+class Run:
+    """What is trained, and how the training is followed."""
 
-    verb: Literal["train-teacher", "train-student"]
-    cache: str | None = setting(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
+    verb: Literal["train-teacher", "train-student"] = setting(REQUIRED, "The verb that trains.")
     model: str = setting(
         REQUIRED,
         "What to train, as [bold]kdcache models[/] lists it. MODEL+depth adds a head.",
@@ -73,21 +82,67 @@ class TrainSettings:
         code=True,
         words=listed_specs,
     )
-    val: str | None = setting(None, "Labelled data to validate on.")
-    val_split: str = setting("val", "Split to validate on.")
-    val_share: Share | None = setting(None, "Validate on the feature loss of this share of the cache.", metavar="SHARE")
     name: str | None = setting(
         None,
         "Name in tables and pictures (default: its settings, or its folder).",
     )
     init: str | None = setting(None, "Start from a RUN, a weights FILE, or [bold]default[/] (downloads).")
+    val_every: Count | None = _log(None, "Steps between validations and checkpoints (default: a tenth).")
+    log_every: Count = _log(20, "Steps between log lines.")
+    gradients_every: Annotated[int, Ge(0)] = _log(500, "Steps between gradient norms per term; 0 is off.")
+    keep_every: Every | None = _log(
+        None,
+        "Keep the full state every N iterations (500) or epochs (5e), too.",
+        metavar="N|Ne",
+    )
+    log: Logs = _log(
+        (),
+        "Send metrics to tensorboard or wandb, too. May be repeated.",
+        metavar="WHERE",
+        repeated=True,
+    )
 
-    stream: tuple[Any, ...] = setting(
+
+@dataclass(frozen=True, kw_only=True)
+class Data(SourceSettings, ImageSettings, CopySettings):
+    """The samples that a training learns from, and those that judge it."""
+
+    cache: str | None = _data(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
+    stream: tuple[Any, ...] = _data(
         (),
         "One of several sources: NAME,cache=STORE,share=0.5. May be repeated.",
         metavar="NAME,X=Y",
         repeated=True,
     )
+    val: str | None = _data(None, "Labelled data to validate on.")
+    val_split: str = _data("val", "Split to validate on.")
+    val_share: Share | None = _data(None, "Validate on the feature loss of this share of the cache.", metavar="SHARE")
+    labels: Tasks = _part("all", "Which labels are used: all, none, or tasks as segmentation+depth.")
+    limit_labels: Positive | None = _part(None, "Use the labels of so many samples.", metavar="N")
+    labelled_share: Annotated[float, Ge(0.001), Le(0.999)] | None = _part(
+        None,
+        "Share of labelled samples in every batch (default: as in the data).",
+        metavar="SHARE",
+    )
+    sampling: Sampling = _part(
+        "even",
+        "even: each sample once an epoch. rare: rare classes first.",
+        metavar="even|rare[:T]",
+    )
+    limit_views: Count | None = _part(None, "Replay the first so many views of a sample.", metavar="N", ranged=True)
+    limit_samples: Positive | None = _part(None, "Use so many samples, below 1 a share; always the same.", metavar="N")
+    shuffle: Literal["auto", "full", "window"] = _part(
+        "auto",
+        "Order of an epoch: full, or window (few shards at a time).",
+    )
+    fold: str | None = _part(None, "Leave out fold I of K, from 0.", metavar="I/K")
+    val_fold: str | None = _part(None, "Validate on this fold of the split alone.", metavar="I/K")
+    folds_by: str | None = _part(None, FOLDS_BY, metavar="PATTERN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The terms of the loss, and which pixels and samples they count."""
 
     method: str = _loss(
         "auto",
@@ -99,7 +154,7 @@ class TrainSettings:
         "store",
         "Targets of the teacher terms: the cache's, or labels as a control.",
     )
-    term: tuple[Any, ...] = _loss(
+    term: Terms = _loss(
         (),
         "One more term, e.g. cosine,weight=0.1,teacher_tap=layer4. May be repeated.",
         metavar="KIND,X=Y",
@@ -110,6 +165,7 @@ class TrainSettings:
     ce_weight: Weight = _of(CrossEntropy, "weight")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _of(CrossEntropy, "label_smoothing")
     focal_gamma: Weight = _of(CrossEntropy, "focal_gamma")
+    class_weights: Literal["none", "median", "sqrt"] = _of(CrossEntropy, "class_weights")
     balance: Literal["fixed", "uncertainty"] = _loss(
         "fixed",
         "Weights of two tasks: fixed, or learnt from their uncertainty.",
@@ -120,12 +176,6 @@ class TrainSettings:
         metavar="TASK=X",
         repeated=True,
     )
-    impl: Literal["auto", "triton", "numba", "reference"] = _loss(
-        "auto",
-        "Implementation of the loss (auto: triton on CUDA, else numba or torch).",
-    )
-    class_weights: Literal["none", "median", "sqrt"] = _of(CrossEntropy, "class_weights")
-
     distill_void: bool = _gate(True, "Whether teacher terms count void pixels.")
     distill_on: Literal["labelled", "all"] = _gate(
         "all", "all: images without a label are distilled from their targets; or labelled."
@@ -145,23 +195,10 @@ class TrainSettings:
         "none", "Weights of the targets by how rare their class is."
     )
 
-    labels: Tasks = _part("all", "Which labels are used: all, none, or tasks as segmentation+depth.")
-    limit_labels: Positive | None = _part(None, "Use the labels of so many samples.", metavar="N")
-    labelled_share: Annotated[float, Ge(0.001), Le(0.999)] | None = _part(
-        None,
-        "Share of labelled samples in every batch (default: as in the data).",
-        metavar="SHARE",
-    )
-    sampling: Sampling = _part(
-        "even",
-        "even: each sample once an epoch. rare: rare classes first.",
-        metavar="even|rare[:T]",
-    )
-    limit_views: Count | None = _part(None, "Replay the first so many views of a sample.", metavar="N", ranged=True)
-    limit_samples: Positive | None = _part(None, "Use so many samples, below 1 a share; always the same.", metavar="N")
-    fold: str | None = _part(None, "Leave out fold I of K, from 0.", metavar="I/K")
-    val_fold: str | None = _part(None, "Validate on this fold of the split alone.", metavar="I/K")
-    folds_by: str | None = _part(None, FOLDS_BY, metavar="PATTERN")
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is drawn anew for each sample."""
 
     augment: Literal["auto", "warp", "replay", "none"] = _view(
         "auto",
@@ -185,6 +222,11 @@ class TrainSettings:
         metavar="X|randaugment:N,M",
     )
     mix: str | None = _view(None, "Paste between samples: cutmix or classmix, with a share as cutmix:0.5.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The steps of a training. Lengths are optimizer steps."""
 
     iterations: Count | None = _step(None, f"Optimizer steps (default: {DEFAULT_ITERATIONS}).")
     epochs: Count | None = _step(None, "Instead of --iterations: passes over all samples.")
@@ -219,40 +261,31 @@ class TrainSettings:
     )
     clip_grad: Weight = _step(0.0, "Largest gradient norm; 0 does not clip.")
     seed: Annotated[int, Ge(0), Lt(2**63)] = _step(0, "Seed of weights, order and augmentation.")
+    amp: Literal["auto", "off", "bf16"] = _machine("auto", "auto (bf16 on a GPU), off or bf16.")
 
-    amp: Literal["auto", "off", "bf16"] = _run("auto", "auto (bf16 on a GPU), off or bf16.")
-    step: Literal["auto", "eager", "compiled", "graphed"] = _run(
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(MachineSettings):
+    """How the steps run on this machine. Nothing here changes what is learnt."""
+
+    step: Literal["auto", "eager", "compiled", "graphed"] = _machine(
         "auto",
         "How a step runs: eager, compiled, or graph (CUDA graph).",
     )
-    workers: Annotated[int, Ge(0), Le(256)] = _run(
+    workers: Annotated[int, Ge(0), Le(256)] = _machine(
         0,
         "Workers that load ahead (default: chosen by the source).",
         automatic=True,
     )
-    shuffle: Literal["auto", "full", "window"] = _run(
-        "auto",
-        "Order of an epoch: full, or window (few shards at a time).",
-    )
-    resident: Literal["auto", "ram", "gpu", "off"] = _run(
+    resident: Literal["auto", "ram", "gpu", "off"] = _machine(
         "auto",
         "Where decoded records stay: ram, gpu or off.",
     )
-    val_every: Count | None = _run(None, "Steps between validations and checkpoints (default: a tenth).")
-    log_every: Count = _run(20, "Steps between log lines.")
-    gradients_every: Annotated[int, Ge(0)] = _run(500, "Steps between gradient norms per term; 0 is off.")
-    keep_every: Every | None = _run(
-        None,
-        "Keep the full state every N iterations (500) or epochs (5e), too.",
-        metavar="N|Ne",
-    )
-    log: Logs = _run(
-        (),
-        "Send metrics to tensorboard or wandb, too. May be repeated.",
-        metavar="WHERE",
-        repeated=True,
+    impl: Literal["auto", "triton", "numba", "reference"] = _machine(
+        "auto",
+        "Implementation of the loss (auto: triton on CUDA, else numba or torch).",
     )
 
 
-TRAINING = (TrainSettings, SourceSettings, ImageSettings, CopySettings, MachineSettings)
-"""All tables of a training, in the order of its recipe."""
+TRAINING = (Run, Data, Loss, Augmentation, Optimizer, Machine)
+"""All tables of a training, by their owner, in the order of its recipe."""

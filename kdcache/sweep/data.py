@@ -7,7 +7,7 @@ from kdcache.data import DEPTH, Split, open_split
 from kdcache.errors import DataError, MismatchError
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
-from kdcache.settings.training import TrainSettings
+from kdcache.settings.training import Data
 from kdcache.sweep.plan import Sweep
 
 
@@ -34,7 +34,7 @@ def check_data(sweep: Sweep) -> None:
     for name, split in own.items():
         if split.classes.names != splits[first].classes.names:
             raise _other_classes(name, split, first, splits[first])
-    judge = open_split(sweep.data, str(recipe.data.get("val-split", TrainSettings.val_split)))
+    judge = open_split(sweep.data, str(recipe.data.get("val-split", Data.val_split)))
     if judge.classes.names != splits[first].classes.names:
         raise MismatchError(
             "a recipe is judged on data with the classes of its streams",

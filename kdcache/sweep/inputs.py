@@ -21,7 +21,7 @@ from kdcache.files import MOST_CONTENTS, read_object, write_whole
 from kdcache.run_folder import MODEL
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
-from kdcache.settings.training import TrainSettings
+from kdcache.settings.training import Data
 from kdcache.sweep.plan import Job, Sweep
 
 INPUTS = "inputs.json"
@@ -143,7 +143,7 @@ def _data_of(job: Job) -> Iterator[tuple[str, str]]:
     split = flags.get("--split", [ImageSettings.split])[-1]
     if "--cache" not in flags:
         yield from ((data, split) for data in flags.get("--data", []))
-    yield from ((data, flags.get("--val-split", [TrainSettings.val_split])[-1]) for data in flags.get("--val", []))
+    yield from ((data, flags.get("--val-split", [Data.val_split])[-1]) for data in flags.get("--val", []))
     for stream in flags.get("--stream", []):
         table = parse_stream(stream)
         if "data" in table and "cache" not in table:

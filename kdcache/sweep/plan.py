@@ -22,7 +22,7 @@ from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream, term_line, to_line
 from kdcache.settings.term import no_effect, untaken
 from kdcache.settings.terms import CrossEntropy, auto_method, parse_method, parse_term
-from kdcache.settings.training import TrainSettings
+from kdcache.settings.training import Data
 from kdcache.sweep.recipe import AUDIT, STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
 
 TEACHERS, RUNS = "teachers", "runs"
@@ -176,7 +176,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, data: str, of_streams: Mapping[str, str], out: Path) -> None:
         self._recipe, self._data, self._of_streams, self._out = recipe, data, of_streams, out
         self._split = str(recipe.data.get("split", ImageSettings.split))
-        self._val_split = str(recipe.data.get("val-split", TrainSettings.val_split))
+        self._val_split = str(recipe.data.get("val-split", Data.val_split))
         self._folds: list[int | None] = [None] if recipe.folds is None else list(range(recipe.folds))
         self._jobs: list[Job] = []
         self._runs: dict[str, tuple[Path, ...]] = {arm.name: () for arm in recipe.arms}

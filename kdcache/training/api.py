@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kdcache.training.checks import (
     check_flip,
     check_processes,
     check_supervised,
+    idle_everywhere,
     idle_notes,
     idle_settings,
     warmup_notes,
@@ -80,8 +82,8 @@ def train(
 ) -> dict[str, Any]:
     """Train by `config` into the folder `out`; returns the content of its result.json.
 
-    A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run. Every process
-    that torchrun starts calls this, with the same arguments; all return or raise the same.
+    A student is trained from the cache alone. No teacher is imported, loaded or run. Every process that torchrun
+    starts calls this with the same arguments. All return or raise the same.
 
     Args:
         resume: go on from the last checkpoint of the same settings in `out`, which exists; from the beginning when it
@@ -109,22 +111,24 @@ def make_trainer(
         lock: lock of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
     """
     with world.together():
-        if not config.stream:  # whose rows are checked each
-            world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
+        if not config.data.stream:  # whose rows are checked each
+            world.check_batch_size(
+                config.optimizer.batch_size, 1 if config.augmentation.mix is None else 2, config.optimizer.accumulate
+            )
         for stream in config.streams:
             check_processes(stream.config, world.size)
         check_supervised(config)
         check_adversaries(config)
         check_auxiliary(config)
-        check_loggers(config.log)
-        device = pick_device(config.device, world)
-        choose_step(config.step, device, world.size)
-        choose_implementation(config.impl, device, torch.float32)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if resume and config.fit == "auto" and (run / RECIPE).is_file():
-            config = config.model_copy(update={"fit": read_config(run).fit})
-        sources = open_sources(config, world.size * config.accumulate, observer.note)
+        check_loggers(config.run.log)
+        device = pick_device(config.machine.device, world)
+        choose_step(config.machine.step, device, world.size)
+        choose_implementation(config.machine.impl, device, torch.float32)
+        if config.machine.threads:
+            torch.set_num_threads(config.machine.threads)
+        if resume and config.data.fit == "auto" and (run / RECIPE).is_file():
+            config = config.changed(fit=read_config(run).data.fit)
+        sources = open_sources(config, world.size * config.optimizer.accumulate, observer.note)
         datasets = [source.dataset for source in sources]
         for source in sources:
             with source.named():
@@ -137,8 +141,9 @@ def make_trainer(
                 notes = pseudo_notes(source.config, source.dataset, pasted=source.pasted is not None)
                 _note_all(notes, source.note(observer.note))
                 _note_collapse(source, sources, observer)
-        _note_all(idle_notes(config.given, [idle_settings(x.given, x.cache) for x in sources]), observer.note)
-        config = _resolve(config, sources, observer)
+        idle = idle_everywhere(config, [idle_settings(source.given, source.cache) for source in sources])
+        _note_all(idle_notes(config, idle), observer.note)
+        config = replace(_resolve(config, sources, observer), untaken=frozenset(idle))
         identity = identity_of(datasets)
         samples = read_samples(datasets, val) if world.first else None
         if samples is not None:
@@ -149,7 +154,7 @@ def make_trainer(
             check_validation(config, classes, val)
         # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
         # and on every process.
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.optimizer.seed)
         model = begin_model(config, len(classes), taught_tasks(sources))
         for source in sources:
             model.check_size(source.dataset.size)
@@ -160,10 +165,15 @@ def make_trainer(
         for source in sources:
             with source.named():
                 note = source.note(observer.note)
-                workers = config.workers
-                keep_records(source.dataset, config.resident, device, workers=workers, among=len(sources), note=note)
-                check_room(source.dataset, source.config.shuffle, note)
-        streams = [_draws(source, stream_seed(config.seed, number), observer) for number, source in enumerate(sources)]
+                workers = config.machine.workers
+                keep_records(
+                    source.dataset, config.machine.resident, device, workers=workers, among=len(sources), note=note
+                )
+                check_room(source.dataset, source.config.data.shuffle, note)
+        streams = [
+            _draws(source, stream_seed(config.optimizer.seed, number), observer)
+            for number, source in enumerate(sources)
+        ]
     with world.together():
         if world.first:
             hold_folder(config, run, resume, identity, lock)
@@ -179,11 +189,10 @@ def make_trainer(
             notes = _notes(source, None if own is not None else val)
             _note_all(notes, source.note(observer.note))
         watching = observer
-        if config.log and world.first:
-            recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-            seen = config.size
+        if config.run.log and world.first:
+            seen = config.data.size
             panels = None if val is None or seen is None else sample_panels(model, val, seen, device, _fit(config))
-            watching = Observers([observer, Loggers(config.log, run, recipe, observer.note, panels)])
+            watching = Observers([observer, Loggers(config.run.log, run, config.recipe, observer.note, panels)])
         return Trainer(
             model,
             streams,
@@ -218,27 +227,27 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
         own, dataset = source.config, source.dataset
         with source.named():
             shuffle = choose_shuffle(_shuffle(own), dataset)
-        share = choose_labelled_share(own.labelled_share, dataset.label_flags)
-        if own.labelled_share is not None and share is None:
+        share = choose_labelled_share(own.data.labelled_share, dataset.label_flags)
+        if own.data.labelled_share is not None and share is None:
             source.note(observer.note)("--labelled-share has nothing to share out: all samples have a label, or none")
         source.config = own.resolved(len(dataset), dataset.size, shuffle, share)
-    if not config.stream:
+    if not config.data.stream:
         return sources[0].config
-    config = config.model_copy(update={"fit": sources[0].config.fit})
+    config = config.changed(fit=sources[0].config.data.fit)
     # An epoch takes as many batches as the stream that takes most.
-    samples = max(math.ceil(len(source.dataset) * config.batch_size / source.rows) for source in sources)
-    resolved = config.resolved(samples, sources[0].dataset.size, config.shuffle)
+    samples = max(math.ceil(len(source.dataset) * config.optimizer.batch_size / source.rows) for source in sources)
+    resolved = config.resolved(samples, sources[0].dataset.size, config.data.shuffle)
     return resolved.with_streams([source.config for source in sources])
 
 
 def _shuffle(config: TrainConfig) -> str:
     """The order of an epoch, of which there is none where samples are drawn by class. Raises: RecipeError."""
-    if config.sampling == "even":
-        return config.shuffle
-    if config.shuffle == "window":
+    if config.data.sampling == "even":
+        return config.data.shuffle
+    if config.data.shuffle == "window":
         raise RecipeError(
             "--sampling rare takes samples from any shard at any time",
-            received=f"--sampling {config.sampling} with --shuffle window",
+            received=f"--sampling {config.data.sampling} with --shuffle window",
             remedy="leave one of them out",
         )
     return "full"
@@ -260,7 +269,7 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
 
 def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
     """The loss of all streams, of one source its own; with the balance of two tasks."""
-    balance = make_balance(config.balance, config.task_weight, config.tasks)
+    balance = make_balance(config.loss.balance, config.loss.task_weight, config.tasks)
     if len(criteria) == 1 and not sources[0].stream.name:
         criteria[0].balance = balance
         return criteria[0]
@@ -272,7 +281,7 @@ def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
     own = source.config
     with source.named():
         rare = rare_order(own, source.dataset, seed, source.note(observer.note))
-    draws = Draws(source.dataset, seed, own.shuffle, own.labelled_share, rare)
+    draws = Draws(source.dataset, seed, own.data.shuffle, own.data.labelled_share, rare)
     return StreamDraws(source.stream.name, draws, source.rows)
 
 
@@ -285,25 +294,29 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
     """Notes on the rows of a stream, how labels are shared out, what warp works on, and what is judged."""
     config, dataset, cache = source.config, source.dataset, source.cache
     if source.stream.name:
-        yield f"{source.rows} of {config.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
+        yield f"{source.rows} of {config.optimizer.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
             f"{source.stream.weight:g}"
         )
     if source.rows > len(dataset):
         yield (
-            f"--batch-size {config.batch_size} is more than the {len(dataset)} samples: every batch takes each about "
-            f"{source.rows / len(dataset):.2g} times"
+            f"--batch-size {config.optimizer.batch_size} is more than the {len(dataset)} samples: every batch takes "
+            f"each about {source.rows / len(dataset):.2g} times"
         )
     flags = dataset.label_flags
-    if config.labelled_share is not None and flags is not None:
+    if (share := config.data.labelled_share) is not None and flags is not None:
         yield (
-            f"{flags.sum()} of {len(dataset)} samples have a label; {100 * config.labelled_share:.3g} % of every batch "
+            f"{flags.sum()} of {len(dataset)} samples have a label; {100 * share:.3g} % of every batch "
             "are taken from these (--labelled-share)"
         )
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     if views > 1:
-        rest = "an epoch shows one of each sample" if config.augment == "replay" else "only the whole images are used"
-        yield f"the store has {views} views of a sample; with --augment {config.augment} {rest}"
-    if cache is not None and config.augment == "warp":
+        rest = (
+            "an epoch shows one of each sample"
+            if config.augmentation.augment == "replay"
+            else "only the whole images are used"
+        )
+        yield f"the store has {views} views of a sample; with --augment {config.augmentation.augment} {rest}"
+    if cache is not None and config.augmentation.augment == "warp":
         changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
         yield f"augmentation warp {changed}, and moves the targets alike"
     if (text := shared_with_judge(config, dataset, val)) is not None:
@@ -332,7 +345,7 @@ def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[
 
 def _fit(config: TrainConfig) -> Fit:
     """The fit of a training whose data are known."""
-    return "squash" if config.fit == "auto" else config.fit
+    return "squash" if config.data.fit == "auto" else config.data.fit
 
 
 def _depth_validator(
@@ -341,10 +354,10 @@ def _depth_validator(
     """Each process validates depth on its part of the samples."""
 
     def validate(model: SegmentationModel) -> DepthMetrics:
-        assert config.size is not None
+        assert config.data.size is not None
         with world.together():
             part = (world.rank, world.size)
-            errors = depth_errors(model, val, config.size, device=device, part=part, framing=Framing(_fit(config)))
+            errors = depth_errors(model, val, config.data.size, device=device, part=part, framing=Framing(_fit(config)))
         return DepthErrors.merged(world.gather(errors)).metrics()
 
     return validate
@@ -354,11 +367,11 @@ def _feature_judge(
     config: TrainConfig, source: Source, criterion: Criterion, device: torch.device, world: World
 ) -> FeatureJudge | None:
     """The judge of `--val-share`; None without it."""
-    if config.val_share is None:
+    if config.data.val_share is None:
         return None
     assert isinstance(criterion, DistillLoss)
     assert isinstance(source.dataset, CacheDataset)
-    return FeatureJudge(source.dataset, criterion, config.batch_size, device, world)
+    return FeatureJudge(source.dataset, criterion, config.optimizer.batch_size, device, world)
 
 
 def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
@@ -366,17 +379,17 @@ def _validator(val: Split, config: TrainConfig, device: torch.device, observer: 
 
     As many go through the model at once as in training.
     """
-    at_once = config.batch_size // (world.size * config.accumulate)
-    together = 1 if config.mix is None else 2
+    at_once = config.optimizer.batch_size // (world.size * config.optimizer.accumulate)
+    together = 1 if config.augmentation.mix is None else 2
 
     def count(
         model: SegmentationModel, at_once: int, part: tuple[int, int], progress: Progress | None = None
     ) -> ConfusionMatrix:
-        assert config.size is not None
+        assert config.data.size is not None
         return count_pixels(
             model,
             val,
-            config.size,
+            config.data.size,
             device=device,
             batch_size=at_once,
             part=part,

@@ -1,14 +1,16 @@
 """Whether settings go together once the data, their augmentation and the number of processes are known."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from kdcache.errors import RecipeError
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import warmup_steps
+from kdcache.settings.term import untaken
 from kdcache.settings.terms import Adversarial, Auxiliary, PseudoLabels
 from kdcache.store import Cache
 from kdcache.store.format.teacher_models import Processor
 from kdcache.training.config import TrainConfig
+from kdcache.training.streams import flag_of
 
 
 def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
@@ -21,15 +23,16 @@ def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
     Raises: RecipeError for stored features that would be mirrored without `--flip`, or with position embeddings.
     """
     stored = [term.kind for term in config.terms if term.reads_taps]
-    if config.augment != "warp" or not stored or config.cache is None:
+    augmentation = config.augmentation
+    if augmentation.augment != "warp" or not stored or config.data.cache is None:
         return
-    if config.flip is not False and processor is not None and processor.positions:
+    if augmentation.flip is not False and processor is not None and processor.positions:
         raise RecipeError(
             "Cannot mirror stored features: the teacher has position embeddings",
             received=f"{', '.join(stored)} with --augment warp, which mirrors half of the images",
             remedy="Add --no-flip, or replay stored views: they hold features of mirrored images.",
         )
-    if config.flip is None:
+    if augmentation.flip is None:
         raise RecipeError(
             "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
             received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",
@@ -45,7 +48,7 @@ def check_whole_views(config: TrainConfig) -> None:
     Raises: RecipeError.
     """
     whole = [term.kind for term in config.terms if term.active and term.whole_view]
-    if config.augment == "warp" and whole and config.cache is not None:
+    if config.augmentation.augment == "warp" and whole and config.data.cache is not None:
         raise RecipeError(
             f"Cannot move what {' and '.join(whole)} compares with a drawn window",
             received="--augment warp draws windows, and the cache has this of whole views",
@@ -55,10 +58,11 @@ def check_whole_views(config: TrainConfig) -> None:
 
 def check_replays(config: TrainConfig) -> None:
     """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
-    if config.limit_views is not None and config.augment != "replay":
+    augment = config.augmentation.augment
+    if config.data.limit_views is not None and augment != "replay":
         raise RecipeError(
             "--limit-views says how many of the stored views are replayed",
-            received=f"--limit-views {config.limit_views} with --augment {config.augment}: whole images alone",
+            received=f"--limit-views {config.data.limit_views} with --augment {augment}: whole images alone",
             remedy="leave it out, or use --augment replay with a store of several --views",
         )
 
@@ -66,10 +70,11 @@ def check_replays(config: TrainConfig) -> None:
 def check_supervised(config: TrainConfig) -> None:
     """Raises: RecipeError for terms on predictions alone, to which any one class everywhere is as good as the truth."""
     if not config.supervised:
+        loss = config.all_terms
         raise RecipeError(
             "something is learnt from labels, or from a teacher",
-            received=f"--method {config.method} with --labels {config.labels} and --ce-weight {config.ce_weight:g}"
-            if not config.stream
+            received=f"--method {loss.method} with --labels {config.data.labels} and --ce-weight {loss.ce_weight:g}"
+            if not config.data.stream
             else f"streams {', '.join(stream.name for stream in config.streams)}, of which none has either",
             remedy="add a stream with labels, or a --method that has a teacher",
         )
@@ -107,11 +112,11 @@ def check_auxiliary(config: TrainConfig) -> None:
     """Raises: RecipeError for an auxiliary head that nothing is learnt of."""
     weighed = [stream.config.terms for stream in config.streams if stream.weight > 0]
     learnt = any(isinstance(term, Auxiliary) and term.active for terms in weighed for term in terms)
-    if split_auxiliary(config.model)[1] is not None and not learnt:
+    if split_auxiliary(config.run.model)[1] is not None and not learnt:
         raise RecipeError(
             "an auxiliary head learns from labels, beside cross-entropy or by a term auxiliary",
-            received=f"--model {config.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
-            remedy=f"use --model {split_auxiliary(config.model)[0]}; or add --term auxiliary",
+            received=f"--model {config.run.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
+            remedy=f"use --model {split_auxiliary(config.run.model)[0]}; or add --term auxiliary",
         )
 
 
@@ -125,33 +130,51 @@ def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
         cache: its open cache; None for a data folder.
     """
     views = 1 if cache is None else cache.manifest.view.views_per_sample
-    reads_data = cache is None or config.data is not None or not cache.pixels_stored
+    reads_data = cache is None or config.data.data is not None or not cache.pixels_stored
     rules = (
-        ("val-split", config.val is not None, "there is no --val"),
-        ("val-every", config.val is not None or config.val_share is not None, "there is no --val"),
+        ("val-split", config.data.val is not None, "there is no --val"),
         ("split", reads_data, "the cache holds its pixels"),
-        ("scale flip", config.augment == "warp", f"--augment {config.augment} draws no window"),
-        ("jitter", config.augment != "none", "--augment none changes no pixel"),
+        (
+            "scale flip",
+            config.augmentation.augment == "warp",
+            f"--augment {config.augmentation.augment} draws no window",
+        ),
+        ("jitter", config.augmentation.augment != "none", "--augment none changes no pixel"),
         ("depth-zoom", config.compares_metres, "no depth in metres is learnt"),
         ("cache-dir cache-bytes", cache is not None and cache.place.remote, "only a remote cache is copied"),
-        ("limit-views", config.limit_views is None or config.limit_views < views, f"a sample has views: {views}"),
+        (
+            "limit-views",
+            config.data.limit_views is None or config.data.limit_views < views,
+            f"a sample has views: {views}",
+        ),
         ("distill-on", config.reads_targets, "no target is read"),
-        ("class-weights label-smoothing focal-gamma", config.labels != "none", "--labels none leaves out labels"),
+        ("class-weights label-smoothing focal-gamma", config.data.labels != "none", "--labels none leaves out labels"),
         ("shuffle", cache is not None, "images in files are read in any order"),
     )
     return {name.replace("-", "_"): reason for names, taken, reason in rules if not taken for name in names.split()}
 
 
-def idle_notes(given: Collection[str], idle: Sequence[dict[str, str]]) -> Iterator[str]:
-    """Notes on settings that somebody typed and that no stream takes.
+def idle_everywhere(config: TrainConfig, idle: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return the settings that no stream and no term takes, by name, with the reason.
 
     Args:
-        given: their names.
         idle: `idle_settings` of each stream.
     """
-    for name, reason in idle[0].items():
-        if name in given and all(name in settings for settings in idle):
-            yield f"--{name.replace('_', '-')} has no effect: {reason}"
+    shared = {name: reason for name, reason in idle[0].items() if all(name in settings for settings in idle)}
+    return shared | dict.fromkeys(untaken(config.settings, config.taken), "no term of the loss takes it")
+
+
+def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
+    """Notes on settings that change nothing: each one that somebody typed, and one line for those of a run's recipe.
+
+    Args:
+        idle: `idle_everywhere`.
+    """
+    for name, reason in idle.items():
+        if name in config.given:
+            yield f"--{flag_of(name)} has no effect: {reason}"
+    if copied := [flag_of(name) for name in sorted(idle) if name in config.copied]:
+        yield f"The recipe has settings without effect here. The new run leaves them out: {', '.join(copied)}"
 
 
 def warmup_notes(config: TrainConfig) -> Iterator[str]:
@@ -160,17 +183,21 @@ def warmup_notes(config: TrainConfig) -> Iterator[str]:
     Args:
         config: with its iterations.
     """
-    assert config.iterations is not None, "resolve the settings first"
+    assert config.optimizer.iterations is not None, "resolve the settings first"
     for flag, steps, what in (
-        (f"--warmup {config.warmup}", config.warmup if config.schedule != "plateau" else 0, "the learning rate"),
         (
-            f"--distill-schedule {config.distill_schedule}",
-            warmup_steps(config.distill_schedule),
+            f"--warmup {config.optimizer.warmup}",
+            config.optimizer.warmup if config.optimizer.schedule != "plateau" else 0,
+            "the learning rate",
+        ),
+        (
+            f"--distill-schedule {config.loss.distill_schedule}",
+            warmup_steps(config.loss.distill_schedule),
             "the weight of the teacher's terms",
         ),
     ):
-        if steps > config.iterations:
+        if steps > config.optimizer.iterations:
             yield (
-                f"{flag} is longer than the training of {config.iterations} iterations: {what} gets to "
-                f"{100 * config.iterations / steps:.0f} % of its value. Train longer, or warm up for fewer"
+                f"{flag} is longer than the training of {config.optimizer.iterations} iterations: {what} gets to "
+                f"{100 * config.optimizer.iterations / steps:.0f} % of its value. Train longer, or warm up for fewer"
             )

@@ -78,7 +78,8 @@ def trust_from_run(
     if config.teaches or config.left_out is None:
         raise RecipeError(
             "--trust-against is a run without a teacher that left out a fold, on which both are compared",
-            received=f"{run}: method {config.method}, " + (f"fold {config.fold}" if config.fold else "no --fold"),
+            received=f"{run}: method {config.loss.method}, "
+            + (f"fold {config.data.fold}" if config.data.fold else "no --fold"),
             remedy="train it with --method none --fold 0/5",
         )
     model, run_model = load_run(run)
@@ -104,7 +105,7 @@ def trust_from_run(
     if not teacher.counts.sum():
         raise RecipeError(
             "trust is measured on labels",
-            received=f"no sample of fold {config.fold} is labelled",
+            received=f"no sample of fold {config.data.fold} is labelled",
             remedy="give --class-trust FILE",
         )
     ious = [np.array(confusion.metrics().iou) for confusion in (teacher, student)]

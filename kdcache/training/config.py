@@ -1,13 +1,11 @@
 """The settings of a training as one strict model, made from their tables."""
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.display import public_values
@@ -15,19 +13,28 @@ from kdcache.distill import parse_gate
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
-from kdcache.run_folder import RECIPE, Run, train_again
-from kdcache.settings import entries
-from kdcache.settings.parse import as_typed
-from kdcache.settings.removed import SETTINGS, removal, without_removed
-from kdcache.settings.setting import in_words
-from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.streams import StreamSettings, check_rows, shares_of
+from kdcache.run_folder import RECIPE, train_again
+from kdcache.run_folder import Run as RunFolder
+from kdcache.settings import entries, read_values
+from kdcache.settings.recipe import FORMAT, to_recipe
+from kdcache.settings.streams import check_rows, shares_of
 from kdcache.settings.term import MASK, LossTerm, check_terms, no_effect, untaken
 from kdcache.settings.terms import KL, CrossEntropy, auto_method, parse_method
-from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
-from kdcache.training.streams import Stream, StreamOwn, check_pastes, flag_of, in_stream, make_stream, read_tables
+from kdcache.settings.training import (
+    DEFAULT_ITERATIONS,
+    LEARNING_RATE,
+    LEARNING_RATES,
+    TRAINING,
+    Augmentation,
+    Data,
+    Loss,
+    Machine,
+    Optimizer,
+    Run,
+)
+from kdcache.settings.validate import check_names
+from kdcache.training.streams import Stream, check_pastes, flag_of, in_stream, make_stream, read_tables
 from kdcache.training.term_setting import (
-    Terms,
     check_balance,
     check_consistency,
     check_val_share,
@@ -39,65 +46,67 @@ _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
 
 
-class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, SourceSettings, TrainSettings, frozen=True):
-    """Everything that decides a training. Written whole into the run folder as `recipe.toml`.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training, by owner. The run folder keeps it as `recipe.toml`.
 
-    Its fields are those of the tables. Sizes are (H, W) in pixels; `iterations` are optimizer steps; a recipe file has
-    the same keys with dashes and values as one types them. What depends on the data (None here) is filled in by
-    `resolved`.
+    Sizes are (H, W) in pixels. `resolved` fills in what depends on the data (None here).
+
+    Attributes:
+        given: names of the settings that somebody typed.
+        copied: names of the settings that come from the recipe.toml of another run.
+        untaken: names of the settings that change nothing, once the data are known.
     """
 
-    model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
+    run: Run
+    data: Data
+    loss: Loss
+    augmentation: Augmentation
+    optimizer: Optimizer
+    machine: Machine
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    copied: frozenset[str] = field(default=frozenset(), compare=False)
+    untaken: frozenset[str] = field(default=frozenset(), compare=False)
 
-    term: Terms
-
-    _given: frozenset[str] = PrivateAttr(default=frozenset())
-    """Names of the settings that somebody typed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _choices(cls, settings: Any) -> Any:
-        """Fill in what depends on other settings alone: the learning rate, and the method `auto`."""
-        if not isinstance(settings, dict):
-            return settings
-        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-        choices: dict[str, Any] = {}
-        if settings.get("stream"):
-            tables = read_tables(settings["stream"])
-            choices["stream"] = tuple(make_stream(settings, table, cls, _refused).table for table in tables)
-        if settings.get("lr") is None:
-            rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
-            choices["lr"] = rates.get(split_auxiliary(str(settings.get("model")))[0], LEARNING_RATE)
-        if settings.get("stream"):  # each has its own by now: the training's is a summary of what they learn by
-            kinds = [kind.strip() for table in choices["stream"] for kind in table["method"].split("+")]
-            choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
-        elif settings.get("method", "auto") == "auto":
-            parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
-            choices["method"] = auto_method(parted=parted) if settings.get("verb") == "train-student" else "none"
-        return settings | choices
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
+    def __post_init__(self) -> None:
         _check_run(self)
-        if self.balance != "fixed" or self.task_weight:
-            check_balance(self.balance, self.task_weight, self.tasks)
-        if self.stream:  # each stream's settings were checked as those of a training
+        if self.loss.balance != "fixed" or self.loss.task_weight:
+            check_balance(self.loss.balance, self.loss.task_weight, self.tasks)
+        if self.data.stream:  # each stream's settings were checked as those of a training
             self.rows()
-            check_pastes(self.streams, self.mix)
-            return self
+            check_pastes(self.streams, self.augmentation.mix)
+            return
         _check_data(self)
         _check_loss(self)
-        jitter = 0 if self.augment == "none" else self.jitter
-        check_consistency(self.terms, ema=self.ema, jitter=jitter, mix=self.mix)
+        jitter = 0 if self.augmentation.augment == "none" else self.augmentation.jitter
+        check_consistency(self.terms, ema=self.optimizer.ema, jitter=jitter, mix=self.augmentation.mix)
         _check_teaching(self)
         _check_label_teacher(self)
-        check_whole_batch(self.loss, self.accumulate, self.mix)
-        return self
+        check_whole_batch(self.all_terms, self.optimizer.accumulate, self.augmentation.mix)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "TrainConfig":
+        """Make a config from settings by name, with the defaults of all others.
+
+        Raises: RecipeError that names the flag at fault.
+        """
+        settings = {name.replace("-", "_"): value for name, value in settings.items()}
+        check_names(settings, entries(*TRAINING))
+        settings |= _choices(settings, cls.of)
+        if missing := [name for name, entry in entries(*TRAINING).items() if entry.required and name not in settings]:
+            flag = f"--{flag_of(missing[0])}"
+            raise RecipeError(f"Missing {flag}", received=f"no {flag}", remedy=f"Add {flag}.")
+        return cls(**_by_owner(read_values(settings, *TRAINING)))
 
     @property
-    def given(self) -> frozenset[str]:
-        """Names of the settings that somebody typed, of a config that `make_config` made."""
-        return self._given
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, of all owners."""
+        owners = (self.run, self.data, self.loss, self.augmentation, self.optimizer, self.machine)
+        return {name: value for owner in owners for name, value in vars(owner).items()}
+
+    def changed(self, **settings: Any) -> "TrainConfig":
+        """Return a copy with other values of some settings, which are not checked again one by one."""
+        return replace(self, **_by_owner(self.settings | settings))
 
     @property
     def streams(self) -> tuple[Stream["TrainConfig"], ...]:
@@ -105,45 +114,45 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
         Raises: RecipeError for shares that do not sum up to 1, or leave a stream without a row of a batch.
         """
-        if not self.stream:
+        if not self.data.stream:
             return (Stream("", 1.0, 1.0, None, None, None, self, {}),)
-        training = self.model_dump(exclude={"stream"})
-        made = [make_stream(training, table, TrainConfig, _refused) for table in read_tables(self.stream)]
+        made = [make_stream(self.settings, table, TrainConfig.of) for table in read_tables(self.data.stream)]
         shares = shares_of({stream.name: stream.share for stream in made})
         return tuple(replace(stream, share=share) for stream, share in zip(made, shares, strict=True))
 
     def rows(self, parts: int = 1) -> list[int]:
         """Rows of every batch that each stream has, which `parts` processes and parts share. Raises: RecipeError."""
         named = {stream.name: cast("float", stream.share) for stream in self.streams}
-        return check_rows(named, self.batch_size, 1 if self.mix is None else 2, parts)
+        return check_rows(named, self.optimizer.batch_size, 1 if self.augmentation.mix is None else 2, parts)
 
     @property
     def wants_kl(self) -> bool:
         """Whether KL is a part of the loss."""
-        return any(isinstance(term, KL) for term in self.loss)
+        return any(isinstance(term, KL) for term in self.all_terms)
 
     @property
-    def loss(self) -> tuple[LossTerm, ...]:
+    def all_terms(self) -> tuple[LossTerm, ...]:
         """All terms: `ce`, those of the method, those listed one by one, and of an auxiliary head."""
+        loss = self.loss
         ce = CrossEntropy(
-            weight=self.ce_weight,
-            label_smoothing=self.label_smoothing,
-            focal_gamma=self.focal_gamma,
-            class_weights=self.class_weights,
+            weight=loss.ce_weight,
+            label_smoothing=loss.label_smoothing,
+            focal_gamma=loss.focal_gamma,
+            class_weights=loss.class_weights,
         )
-        kl = KL(weight=self.kl_weight, temperature=self.temperature)
-        method = [kl if isinstance(term, KL) else term for term in parse_method(self.method)]
-        return (ce, *with_auxiliary((*method, *self.term), self.model, self.ce_weight))
+        kl = KL(weight=loss.kl_weight, temperature=loss.temperature)
+        method = [kl if isinstance(term, KL) else term for term in parse_method(loss.method)]
+        return (ce, *with_auxiliary((*method, *loss.term), self.run.model, loss.ce_weight))
 
     @property
     def active(self) -> list[LossTerm]:
         """The terms that have a weight."""
-        return [term for term in self.loss if term.active]
+        return [term for term in self.all_terms if term.active]
 
     @property
     def taken(self) -> set[str]:
         """The settings of terms that set one of the loss, of any stream."""
-        if self.stream:
+        if self.data.stream:
             return {name for stream in self.streams for name in stream.config.taken}
         taken = {name for term in self.active for name in term.takes}
         return taken if self.reads_targets else taken - {*MASK}
@@ -151,12 +160,12 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @property
     def terms(self) -> tuple[LossTerm, ...]:
         """The terms beside CE and KL, which are fused."""
-        return tuple(term for term in self.loss if not term.fused)
+        return tuple(term for term in self.all_terms if not term.fused)
 
     @property
     def teaches(self) -> bool:
         """Whether anything is learnt from a teacher, or from labels in its place."""
-        return any(term.reads_teacher for term in self.loss)
+        return any(term.reads_teacher for term in self.all_terms)
 
     @property
     def learns_unlabelled(self) -> bool:
@@ -167,12 +176,12 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def learns_labels(self) -> bool:
         """Whether a training of one source learns from labels, by cross-entropy or terms."""
         on_labels = any(term.reads_labels for term in self.active)
-        return self.labels != "none" and (on_labels or (self.teaches and self.teacher == "labels"))
+        return self.data.labels != "none" and (on_labels or (self.teaches and self.loss.teacher == "labels"))
 
     @property
     def supervised(self) -> bool:
         """Whether classes or depth are learnt from labels or from a teacher, by any stream."""
-        if self.stream:
+        if self.data.stream:
             weighed = [stream for stream in self.streams if stream.weight > 0]
             return any(stream.paste is not None or stream.config.supervised for stream in weighed)
         return self.teaches or self.learns_labels
@@ -180,7 +189,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @property
     def reads_targets(self) -> bool:
         """Whether a store's targets are read."""
-        return self.teaches and self.teacher == "store"
+        return self.teaches and self.loss.teacher == "store"
 
     @property
     def reads_logits(self) -> bool:
@@ -208,26 +217,26 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @property
     def label_tasks(self) -> tuple[str, ...]:
         """The tasks whose labels are used."""
-        used = (SEGMENTATION, DEPTH) if self.labels in ("all", "none") else self.labels.split("+")
+        used = (SEGMENTATION, DEPTH) if self.data.labels in ("all", "none") else self.data.labels.split("+")
         return tuple(task for task in (SEGMENTATION, DEPTH) if task in used and (task != DEPTH or self.reads_depth))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that are learnt, by any stream of weight above 0: those with a part of weight above 0."""
         learnt = {term.task for term in self.active}
-        if self.stream:
+        if self.data.stream:
             learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
         return tuple(task for task in TASKS if task in learnt)
 
     @property
     def left_out(self) -> Fold | None:
         """The fold of the samples that the training does not see."""
-        return None if self.fold is None else parse_fold(self.fold, self.folds_by)
+        return None if self.data.fold is None else parse_fold(self.data.fold, self.data.folds_by)
 
     @property
     def validated_fold(self) -> Fold | None:
         """The fold of the validation data that the training is validated on; None for all of it."""
-        return None if self.val_fold is None else parse_fold(self.val_fold, self.folds_by)
+        return None if self.data.val_fold is None else parse_fold(self.data.val_fold, self.data.folds_by)
 
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
@@ -240,84 +249,86 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             shuffle: full or window, in place of auto; a run keeps it, also where its store moves.
             labelled_share: share of every batch that has labels; None draws all samples alike.
         """
-        iterations = self.iterations or DEFAULT_ITERATIONS
-        if self.epochs is not None:
-            iterations = -(-self.epochs * samples // self.batch_size)
-        val_every = self.val_every or max(1, iterations // 10)
-        settings = self.model_dump() | {"size": self.size or size, "iterations": iterations, "epochs": None}
-        settings["shuffle"] = shuffle if self.shuffle == "auto" else self.shuffle
-        settings["labelled_share"] = labelled_share
-        if isinstance(self.keep_every, str):
-            settings["keep_every"] = -(-int(self.keep_every[:-1]) * samples // self.batch_size)
-        return TrainConfig(**settings | {"val_every": val_every})
+        optimizer, run = self.optimizer, self.run
+        iterations = optimizer.iterations or DEFAULT_ITERATIONS
+        if optimizer.epochs is not None:
+            iterations = -(-optimizer.epochs * samples // optimizer.batch_size)
+        settings: dict[str, Any] = {"iterations": iterations, "epochs": None, "labelled_share": labelled_share}
+        settings["size"] = self.data.size or size
+        settings["shuffle"] = shuffle if self.data.shuffle == "auto" else self.data.shuffle
+        settings["val_every"] = run.val_every or max(1, iterations // 10)
+        if isinstance(run.keep_every, str):
+            settings["keep_every"] = -(-int(run.keep_every[:-1]) * samples // optimizer.batch_size)
+        return self.changed(**settings)
 
     def with_streams(self, resolved: "Sequence[TrainConfig]") -> "TrainConfig":
         """Return the settings whose streams have what `resolved` filled in; without streams they are resolved alone."""
         tables = []
-        for table, own in zip(self.stream, resolved, strict=False):
-            chosen = own.model_dump(mode="json", by_alias=True, exclude_none=True, include=set(_RESOLVED))
-            tables.append({**table, **chosen})
-        return self.model_copy(update={"stream": tuple(tables)})
+        for table, own in zip(self.data.stream, resolved, strict=False):
+            chosen = {name: own.settings[name] for name in _RESOLVED}
+            tables.append({**table, **to_recipe(chosen)})
+        return self.changed(stream=tuple(tables))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings that were taken, as recipe.toml writes them."""
+        return to_recipe({name: value for name, value in self.settings.items() if name not in self.untaken})
 
     def to_toml(self) -> str:
-        """Return the recipe file, without folders of this machine; None is left out, for TOML has no null."""
-        return tomli_w.dumps(public_values(self.model_dump(mode="json", by_alias=True, exclude_none=True)))
+        """Return the recipe file, without folders of this machine."""
+        return tomli_w.dumps({"format": FORMAT, **public_values(self.recipe)})
 
 
-def make_config(*, given: Collection[str] = (), **settings: Any) -> TrainConfig:
+def _by_owner(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of each owner, by its name in `TrainConfig`."""
+    return {
+        table.__name__.lower(): table(**{name: settings[name] for name in entries(table) if name in settings})
+        for table in TRAINING
+    }
+
+
+def _choices(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], TrainConfig]) -> dict[str, Any]:
+    """Return the settings that depend on other settings only: the learning rate, and the method `auto`."""
+    choices: dict[str, Any] = {}
+    if settings.get("lr") is None:
+        rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
+        choices["lr"] = rates.get(split_auxiliary(str(settings.get("model")))[0], LEARNING_RATE)
+    if settings.get("stream"):  # each has its own method: the training's is a summary
+        tables = [make_stream(settings, table, make).table for table in read_tables(settings["stream"])]
+        kinds = [kind.strip() for table in tables for kind in table["method"].split("+")]
+        choices["stream"] = tuple(tables)
+        choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
+    elif settings.get("method", "auto") == "auto":
+        parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
+        choices["method"] = auto_method(parted=parted) if settings.get("verb") == "train-student" else "none"
+    return choices
+
+
+def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **settings: Any) -> TrainConfig:
     """Make a config from settings by name. Raises: RecipeError that names the flag at fault.
 
     Args:
         given: names of the settings that somebody typed, which must have an effect.
+        copied: names of the settings that a run's own recipe holds.
     """
-    try:
-        config = TrainConfig(**settings)
-    except ValidationError as error:
-        raise _refused(error, settings) from error
+    config = TrainConfig.of(settings)
     _check_given(config, {name: settings[name] for name in given})
-    cast("Any", config)._given = frozenset(given)
-    return config
+    return replace(config, given=frozenset(given), copied=frozenset(copied))
 
 
 def _check_given(config: TrainConfig, given: Mapping[str, Any]) -> None:
     """Check that a term takes each setting of terms that somebody typed. Raises: RecipeError that names all others."""
+    loss = config.all_terms
     if idle := untaken(given, config.taken):
-        raise no_effect(idle, f"--method {config.method}, --ce-weight {config.ce_weight:g}, --teacher {config.teacher}")
+        raise no_effect(idle, f"--method {loss.method}, --ce-weight {loss.ce_weight:g}, --teacher {loss.teacher}")
     for stream in config.streams if "stream" in given else ():
         if idle := untaken(stream.table, stream.config.taken):
-            raise in_stream(stream.name, no_effect(idle, f"--method {stream.config.method}"))
-
-
-def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
-    """Return the error for the first setting that is wrong, with its flag and the values it takes."""
-    first = error.errors()[0]
-    name = str(first["loc"][0]).replace("-", "_") if first["loc"] else ""
-    flag, value = "--" + flag_of(name), settings.get(name, first["input"])
-    fields = StreamOwn.model_fields | TrainConfig.model_fields
-    if first["type"] == "extra_forbidden":
-        if (gone := removal(flag, SETTINGS)) is not None:
-            return gone
-        near = difflib.get_close_matches(name, fields, n=1)
-        remedy = f"did you mean --{flag_of(near[0])}?" if near else "leave it out: --help lists those there are"
-        return RecipeError("every setting is one that a training has", received=f"{flag} {value}", remedy=remedy)
-    if first["type"] == "missing" and len(first["loc"]) == 1:
-        return RecipeError("a training is given all that it needs", received=f"no {flag}", remedy=f"give {flag}")
-    field = fields[name]
-    entry, default = entries(*TRAINING, StreamSettings).get(name), field.get_default()
-    rule = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else in_words(field)
-    instance = None if default in (None, ()) or field.is_required() else str(default)
-    if entry is not None and entry.spelling is not None:
-        rule, instance = entry.spelling.rule or rule, entry.spelling.example
-    return RecipeError(
-        f"{flag} is {rule}",
-        received=f"{flag} {as_typed(value)}",
-        remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
-    )
+            raise in_stream(stream.name, no_effect(idle, f"--method {stream.config.loss.method}"))
 
 
 def read_config(run: Path) -> TrainConfig:
     """Read the resolved recipe of a run. Raises: RecipeError when it is missing or malformed."""
-    path, recipe = run / RECIPE, Run(run).recipe
+    path, recipe = run / RECIPE, RunFolder(run).recipe
     if recipe is None:
         raise RecipeError(
             "a run has a resolved recipe",
@@ -326,95 +337,95 @@ def read_config(run: Path) -> TrainConfig:
         )
     try:
         # The first runs have no fit. Loggers may change on a resume, and an earlier version had others.
-        return TrainConfig.model_validate({"fit": "squash", **without_removed(recipe), "log": ()})
-    except ValidationError as error:
-        wrong = _refused(error, {})
+        return TrainConfig.of({"fit": "squash", **recipe, "log": ()})
+    except RecipeError as wrong:
         raise RecipeError(
             "a run has a resolved recipe of this version",
             received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
             remedy=train_again(run),
-        ) from error
+        ) from wrong
 
 
 def _check_run(config: TrainConfig) -> None:
     """Check what concerns all streams."""
-    if config.val_fold is not None and config.val is None:
+    if config.data.val_fold is not None and config.data.val is None:
         raise RecipeError(
             "--val-fold is a part of the validation data",
-            received=f"--val-fold {config.val_fold} without --val",
+            received=f"--val-fold {config.data.val_fold} without --val",
             remedy="add --val DATA, or leave it out",
         )
-    if config.schedule == "plateau" and config.val is None and config.val_share is None:
+    if config.optimizer.schedule == "plateau" and config.data.val is None and config.data.val_share is None:
         raise RecipeError(
             "--schedule plateau follows the validations",
             received="--schedule plateau without --val",
             remedy="add --val DATA, or use --schedule poly",
         )
     reads_taps = config.reads_targets and any(term.reads_taps for term in config.active)
-    check_val_share(config.val_share, config.val, bool(config.stream), config.method, reads_taps=reads_taps)
-    if config.iterations is not None and config.epochs is not None:
+    data = config.data.data
+    check_val_share(data.val_share, data.val, bool(data.stream), config.loss.method, reads_taps=reads_taps)
+    if config.optimizer.iterations is not None and config.optimizer.epochs is not None:
         raise RecipeError(
             "a training's length is given once",
-            received=f"--iterations {config.iterations} and --epochs {config.epochs}",
+            received=f"--iterations {config.optimizer.iterations} and --epochs {config.optimizer.epochs}",
             remedy="leave one of them out",
         )
 
 
 def _check_depth(config: TrainConfig) -> None:
-    terms = ", ".join(term.kind for term in config.loss if term.of_depth)
+    terms = ", ".join(term.kind for term in config.all_terms if term.of_depth)
     if not config.compares_metres:
         return
-    if config.reads_depth and config.labels != "all" and "depth" not in config.labels.split("+"):
+    if config.reads_depth and config.data.labels != "all" and "depth" not in config.data.labels.split("+"):
         raise RecipeError(
             "a term of depth on labels reads labels of depth",
-            received=f"{terms} with --labels {config.labels}",
+            received=f"{terms} with --labels {config.data.labels}",
             remedy="use --labels all or segmentation+depth, or compare with a store: --term depth-silog,"
             "reference=teacher",
         )
-    if config.depth_zoom == "none" and config.scale not in (None, (1.0, 1.0)):
+    if config.augmentation.depth_zoom == "none" and config.augmentation.scale not in (None, (1.0, 1.0)):
         raise RecipeError(
             "a zoomed image looks nearer than it is: metric depth is drawn without zoom",
-            received=f"{terms} with --scale {config.scale[0]:g}:{config.scale[1]:g}",
+            received=f"{terms} with --scale {config.augmentation.scale[0]:g}:{config.augmentation.scale[1]:g}",
             remedy="leave --scale out; or divide the labels by the zoom, --depth-zoom divide",
         )
 
 
 def _check_data(config: TrainConfig) -> None:
     _check_depth(config)
-    low, high = config.scale or (1.0, 1.0)
+    low, high = config.augmentation.scale or (1.0, 1.0)
     if low > high:
         raise RecipeError(
             "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"
         )
-    check_folds_by(config.folds_by, folds=any((config.left_out, config.validated_fold)))
-    if config.cache is None and config.data is None:
+    check_folds_by(config.data.folds_by, folds=any((config.left_out, config.validated_fold)))
+    if config.data.cache is None and config.data.data is None:
         raise RecipeError(
             "there must be something to train on",
-            received="no --cache and no --data" if config.verb == "train-student" else "no --data and no --stream",
+            received="no --cache and no --data" if config.run.verb == "train-student" else "no --data and no --stream",
             remedy="give --cache STORE; or --data DATA, to learn from its labels alone"
-            if config.verb == "train-student"
+            if config.run.verb == "train-student"
             else "give --data DATA, or --stream NAME,data=DATA for each of several data sets",
         )
-    if config.verb == "train-teacher" and config.reads_targets and config.cache is not None:
+    if config.run.verb == "train-teacher" and config.reads_targets and config.data.cache is not None:
         raise RecipeError(
             "train-teacher learns from labels alone",
-            received=f"--method {config.method} with the store {config.cache}",
+            received=f"--method {config.loss.method} with the store {config.data.cache}",
             remedy="leave the method out, so that the labels of the store teach; or use train-student",
         )
-    if config.cache is None and config.reads_targets:
-        kinds = [term.kind for term in config.loss if term.reads_teacher]
+    if config.data.cache is None and config.reads_targets:
+        kinds = [term.kind for term in config.all_terms if term.reads_teacher]
         raise RecipeError(
             "the terms of a teacher learn from a store",
             received=f"{', '.join(kinds)}, and no --cache",
             remedy="give --cache STORE; or learn from labels alone, by --method none or --teacher labels"
             + ("; or from the student's own, by=student or by=ema" if "consistency" in kinds else "")
-            if config.verb == "train-student"
+            if config.run.verb == "train-student"
             else "use terms on labels, dice or lovasz; or train-student, with --cache STORE",
         )
 
 
 def _check_loss(config: TrainConfig) -> None:
-    parse_gate(config.gate)
+    parse_gate(config.loss.gate)
     if not config.active:
         raise RecipeError(
             "something must weigh more than 0",
@@ -424,22 +435,22 @@ def _check_loss(config: TrainConfig) -> None:
 
 
 def _check_teaching(config: TrainConfig) -> None:
-    if (config.class_trust == "auto") != (config.trust_against is not None):
+    if (config.loss.class_trust == "auto") != (config.loss.trust_against is not None):
         raise RecipeError(
             "--class-trust auto compares the teacher with a plain run",
-            received=f"--class-trust {config.class_trust or 'left out'} and --trust-against "
-            f"{config.trust_against or 'left out'}",
+            received=f"--class-trust {config.loss.class_trust or 'left out'} and --trust-against "
+            f"{config.loss.trust_against or 'left out'}",
             remedy="give both: --class-trust auto --trust-against RUN, of a train-student --method none --fold 0/5",
         )
 
 
 def _check_label_teacher(config: TrainConfig) -> None:
-    if config.teacher == "store":
+    if config.loss.teacher == "store":
         return
     if not config.teaches:
         raise RecipeError(
             "--teacher labels puts labels in the place of a teacher's logits",
-            received=f"--method {config.method}, which reads none",
+            received=f"--method {config.loss.method}, which reads none",
             remedy="leave --teacher out, or choose another --method",
         )
-    check_terms(config.loss, None)
+    check_terms(config.all_terms, None)

@@ -41,9 +41,9 @@ _COUNTED: "WeakKeyDictionary[DrawnDataset, tuple[npt.NDArray[np.int64], npt.NDAr
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
     """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
-    if cache is None or config.teacher == "labels":
+    if cache is None or config.loss.teacher == "labels":
         return ()
-    check_terms(config.loss, cache.manifest)
+    check_terms(config.all_terms, cache.manifest)
     resolved = [spec.resolved(cache.manifest, model.taps) for spec in config.terms]
     return tuple(dict.fromkeys(path for spec in resolved for path in spec.arrays(cache.manifest)))
 
@@ -70,26 +70,26 @@ def make_criterion(
     cache = dataset.cache
     gate = None if cache is None or not config.reads_targets else _gate(config, cache, dataset, device, note)
     stored = None if cache is None else stored_targets(cache, dataset)
-    alone = config.teacher == "labels" or cache is None
+    alone = config.loss.teacher == "labels" or cache is None
     labels = _label_targets(config, model, dataset) if alone and (config.teaches or config.terms) else None
     if labels is not None and config.teaches:
         note(f"--teacher labels: a control without a teacher, labels on {labels.grid[0]}x{labels.grid[1]} cells")
     class_weight = _class_weight(config, dataset, pasted)
     return DistillLoss(
-        labels if config.teacher == "labels" else stored,
-        ce_weight=config.ce_weight if config.labels != "none" or pasted is not None else 0.0,
-        kl_weight=config.kl_weight if config.wants_kl else 0.0,
-        temperature=config.temperature,
+        labels if config.loss.teacher == "labels" else stored,
+        ce_weight=config.loss.ce_weight if config.data.labels != "none" or pasted is not None else 0.0,
+        kl_weight=config.loss.kl_weight if config.wants_kl else 0.0,
+        temperature=config.loss.temperature,
         class_weight=class_weight,
-        label_smoothing=config.label_smoothing,
-        focal_gamma=config.focal_gamma,
-        distill_void=config.distill_void,
+        label_smoothing=config.loss.label_smoothing,
+        focal_gamma=config.loss.focal_gamma,
+        distill_void=config.loss.distill_void,
         align_corners=model.align_corners,
         gate=gate,
         further=_terms(config, labels or stored, model, dataset, class_weight),
-        scheduled=config.distill_schedule != "constant",
-        size=config.size,
-        impl=config.impl,
+        scheduled=config.loss.distill_schedule != "constant",
+        size=config.data.size,
+        impl=config.machine.impl,
     )
 
 
@@ -127,7 +127,7 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
         note: receives the classes that are drawn most.
     Raises: RecipeError for samples without labels of classes.
     """
-    temperature = rare_temperature(config.sampling)
+    temperature = rare_temperature(config.data.sampling)
     if temperature is None:
         return None
     counts_NC, pixels_N = sample_counts(dataset)
@@ -144,7 +144,7 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
     order = Rare(counts_NC, pixels_N, seed, temperature)
     most = np.argsort(-order.probabilities_C, kind="stable")[:_NAMED]
     drawn = [f"{dataset.classes.names[c]} {100 * order.probabilities_C[c]:.3g} %" for c in most]
-    note(f"--sampling {config.sampling} draws samples by a class that they show: {', '.join(drawn)}")
+    note(f"--sampling {config.data.sampling} draws samples by a class that they show: {', '.join(drawn)}")
     return order
 
 
@@ -193,11 +193,11 @@ def _best_class(cache: Cache, record: int) -> Array:
 
 def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset) -> LabelTargets:
     """Labels as targets, on the store's cells; without a store, on those of the student's logits."""
-    assert config.size is not None
+    assert config.data.size is not None
     cache = dataset.cache
     stored = None if cache is None else cache.specs.get(TARGET_VALUES)
-    shape = _of_classes(_probe(model, config.size)).shape if stored is None else stored.shape
-    return LabelTargets(len(dataset.classes), config.size, (shape[-2], shape[-1]))
+    shape = _of_classes(_probe(model, config.data.size)).shape if stored is None else stored.shape
+    return LabelTargets(len(dataset.classes), config.data.size, (shape[-2], shape[-1]))
 
 
 def _terms(
@@ -226,11 +226,11 @@ def _terms(
             student_taps=channels,
             student_heads=model.head_kinds | model.training_heads,
             align_corners=model.align_corners,
-            impl=config.impl,
+            impl=config.machine.impl,
             class_weight=label_weight
             if isinstance(spec, Auxiliary)
             else _target_weight(config, spec.class_weights if isinstance(spec, Pseudo) else "none", dataset),
-            label_smoothing=config.label_smoothing,
+            label_smoothing=config.loss.label_smoothing,
             moments=moments,
         )
 
@@ -243,15 +243,15 @@ def _target_weight(
     """Weights (C,) of the classes by how rare they are among the targets: the store's, or labels in their place."""
     if kind == "none":
         return None
-    stored = dataset.cache if config.teacher == "store" else None
+    stored = dataset.cache if config.loss.teacher == "store" else None
     counts = label_counts(dataset) if stored is None else target_counts(stored, dataset)
     return torch.as_tensor(class_weights(counts, kind), dtype=torch.float32)
 
 
 def tap_shapes(model: SegmentationModel, config: TrainConfig) -> dict[str, tuple[int, int, int]]:
     """(c, h, w) of every tap of a model for an image of the training: tap -> shape."""
-    assert config.size is not None
-    features = _probe(model, config.size).features
+    assert config.data.size is not None
+    features = _probe(model, config.data.size).features
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in model.taps}
 
 
@@ -276,20 +276,20 @@ def _probe(model: SegmentationModel, size: Size) -> Outputs:
 def _gate(
     config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
 ) -> Gate:
-    spec = parse_gate(config.gate)
+    spec = parse_gate(config.loss.gate)
     if spec.kind == "correct" and not dataset.labelled:
         raise RecipeError(
             "--gate correct compares the teacher with labels",
-            received=f"{config.cache}, in which no sample that is used has a label",
+            received=f"{config.data.cache}, in which no sample that is used has a label",
             remedy="use --gate confidence:0.7 or none",
         )
     weight = torch.ones(len(dataset.classes))
-    if config.class_balance != "none":
+    if config.loss.class_balance != "none":
         counts = target_counts(cache, dataset)
-        weight = weight * torch.as_tensor(class_weights(counts, config.class_balance), dtype=torch.float32)
-    if config.class_trust is not None:
+        weight = weight * torch.as_tensor(class_weights(counts, config.loss.class_balance), dtype=torch.float32)
+    if config.loss.class_trust is not None:
         weight = weight * _trust(config, cache, dataset, device, note)
-    balanced = config.class_balance != "none" or config.class_trust is not None
+    balanced = config.loss.class_balance != "none" or config.loss.class_trust is not None
     return Gate(spec, weight if balanced else None)
 
 
@@ -297,12 +297,12 @@ def _trust(
     config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
 ) -> Tensor:
     names = cache.manifest.dataset.class_names
-    if config.class_trust == "auto":
-        assert config.trust_against is not None
-        trust = trust_from_run(Records(cache, dataset.split), config.trust_against, device, note)
+    if config.loss.class_trust == "auto":
+        assert config.loss.trust_against is not None
+        trust = trust_from_run(Records(cache, dataset.split), config.loss.trust_against, device, note)
     else:
-        assert config.class_trust is not None
-        trust = read_trust(config.class_trust, names)
+        assert config.loss.class_trust is not None
+        trust = read_trust(config.loss.class_trust, names)
     note(
         "trust in the teacher: " + ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, trust, strict=True))
     )
@@ -310,10 +310,10 @@ def _trust(
 
 
 def _class_weight(config: TrainConfig, dataset: DrawnDataset, pasted: DrawnDataset | None) -> Tensor | None:
-    if config.class_weights == "none" or config.ce_weight == 0:
+    if config.loss.class_weights == "none" or config.loss.ce_weight == 0:
         return None
     counts = label_counts(dataset) + (0 if pasted is None else label_counts(pasted))
-    return torch.as_tensor(class_weights(counts, config.class_weights), dtype=torch.float32)
+    return torch.as_tensor(class_weights(counts, config.loss.class_weights), dtype=torch.float32)
 
 
 def _bincount(ids: Array) -> npt.NDArray[np.int64]:

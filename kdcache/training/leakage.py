@@ -28,15 +28,16 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
     names = cache.manifest.dataset.class_names
     if theirs is None:
         return (
-            f"whether {run} left out fold {config.fold} of these very samples is not known: {config.cache}, the store "
-            "that it was trained from, is gone or another. If its samples were others, train it again on this store."
+            f"whether {run} left out fold {config.data.fold} of these very samples is not known: {config.data.cache}, "
+            "the store that it was trained from, is gone or another. If its samples were others, train it again on "
+            "this store."
         )
     if theirs not in (cache.manifest.dataset.ids_digest, ids_digest(names, cache.ids)):
         raise MismatchError(
             "trust is measured on a fold of the very samples of the store: which those are depends on all ids",
             received=f"{run} was trained on other samples than the {len(cache.ids)} of {cache.place}",
             remedy=f"train it on this store: kdcache train-student --cache {cache.place} --method none "
-            f"--fold {config.fold}",
+            f"--fold {config.data.fold}",
         )
     return None
 
@@ -79,7 +80,7 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
 
     Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
     """
-    limit = config.limit_labels
+    limit = config.data.limit_labels
     without = ~(cache.has_label | cache.has_depth if limit is None else labels_used)
     if not without.any():
         return None
@@ -102,7 +103,7 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
 
 def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[str]) -> MismatchError:
     """The error for a teacher that was trained on the labels of the samples `hidden`, too."""
-    limit = config.limit_labels
+    limit = config.data.limit_labels
     some = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
     teacher = "the data set as it was when the store was built"
     if limit is not None:
@@ -162,10 +163,10 @@ def _samples_of(cache: Cache, trained_on: str, config: TrainConfig) -> str | Non
         return digest
     if kind == "store" and digest == _seal(cache):
         return cache.manifest.dataset.ids_digest
-    if kind != "store" or config.cache is None:
+    if kind != "store" or config.data.cache is None:
         return None
     try:
-        theirs = open_cache(config.cache, cache_dir=config.cache_dir)
+        theirs = open_cache(config.data.cache, cache_dir=config.data.cache_dir)
     except KDCacheError:  # moved, or damaged: it is not needed for anything else
         return None
     return theirs.manifest.dataset.ids_digest if digest == _seal(theirs) else None

@@ -44,7 +44,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
     active = [term for term in config.terms if term.active]
     pseudo = [term for term in active if isinstance(term, PseudoLabels) and term.reads_teacher]
     specs = [term for term in pseudo if term.quantile is None]
-    labels = config.ce_weight > 0 and (pasted or (config.labels != "none" and bool(dataset.labelled)))
+    labels = config.loss.ce_weight > 0 and (pasted or (config.data.labels != "none" and bool(dataset.labelled)))
     alone = len(active) == len(specs) and not labels and not config.wants_kl
     targets = stored_targets(cache, dataset)
     for threshold in dict.fromkeys(spec.threshold for spec in specs):
@@ -119,7 +119,7 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
         config: of a stream that learns from targets without labels. dataset: its samples.
         labelled: the samples of all streams that learn from labels of classes.
     """
-    if dataset.cache is None or not config.reads_logits or config.teacher == "labels" or not labelled:
+    if dataset.cache is None or not config.reads_logits or config.loss.teacher == "labels" or not labelled:
         return None
     taught = target_counts(dataset.cache, dataset)
     shown = np.sum([label_counts(own) for own in labelled], 0)

@@ -4,16 +4,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any, Generic, Protocol, TypeVar
 
 from kdcache.errors import KDCacheError, RecipeError
+from kdcache.settings import read
 from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
 from kdcache.settings.terms import parse_method, parse_term
+from kdcache.settings.training import TRAINING
+from kdcache.settings.validate import dump_values
 from kdcache.training.input.mix import Mix
 
-Config = TypeVar("Config", bound=BaseModel)
+
+class _Settings(Protocol):
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+
+Config = TypeVar("Config", bound=_Settings)
 _WITHOUT_TEACHER = {
     "teacher": "store",
     "gate": "none",
@@ -58,17 +65,8 @@ class Stream(Generic[Config]):
     table: Mapping[str, Any]
 
 
-class StreamOwn(BaseModel, StreamSettings, frozen=True):
-    """The settings that a stream alone has, checked."""
-
-    model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
-
-
 def make_stream(
-    training: Mapping[str, Any],
-    table: Mapping[str, Any],
-    make: Callable[..., Config],
-    refused: Callable[[ValidationError, Mapping[str, Any]], KDCacheError],
+    training: Mapping[str, Any], table: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Config]
 ) -> Stream[Config]:
     """The stream of a table, whose settings stand in the place of the training's.
 
@@ -76,7 +74,6 @@ def make_stream(
 
     Args:
         make: makes the settings of a training, checked.
-        refused: makes the error for settings that are refused.
     Raises: KDCacheError that names the stream.
     """
     own = {key: value for key, value in table.items() if key in OVERRIDDEN}
@@ -84,16 +81,14 @@ def make_stream(
     if "cache" in own or "data" in own:
         merged |= {"cache": own.get("cache"), "data": own.get("data")}
     try:
-        alone = StreamOwn(**{key: value for key, value in table.items() if key not in OVERRIDDEN})
-        config = make(**_fitting(merged, own))
-    except ValidationError as error:
-        raise in_stream(str(table.get("name")), refused(error, {**merged, **table})) from error
+        alone = read(StreamSettings, {key: value for key, value in table.items() if key not in OVERRIDDEN})
+        config = make(_fitting(merged, own))
     except KDCacheError as error:
         raise in_stream(str(table.get("name")), error) from error
-    settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    resolved = {flag_of(key): settings[flag_of(key)] for key in {**own, "method": None} if flag_of(key) in settings}
-    plain = alone.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return Stream(**dict(alone), config=config, table=plain | resolved)
+    kept = {key: config.settings[key] for key in {**own, "method": None}}
+    written = dump_values(vars(alone) | kept, StreamSettings, *TRAINING)
+    resolved = {flag_of(key): value for key, value in written.items() if value is not None}
+    return Stream(**vars(alone), config=config, table=resolved)
 
 
 def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """Terms of the loss as a setting, and the balance of their tasks."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated
-
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from kdcache.distill import Balance, FixedBalance, UncertaintyBalance
 from kdcache.distill.balance import Form
@@ -12,18 +9,12 @@ from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import task_weights
 from kdcache.settings.term import LossTerm
-from kdcache.settings.terms import Auxiliary, Consistency, parse_term
+from kdcache.settings.terms import Auxiliary, Consistency
 from kdcache.training.input.mix import Mix
 
 EVEN = 0.5
 """The weight of a task where none is given."""
 _FORMS: dict[str, Form] = {SEGMENTATION: "classes", DEPTH: "absolute"}
-
-
-Terms = Annotated[
-    tuple[Annotated[InstanceOf[LossTerm], BeforeValidator(parse_term), PlainSerializer(LossTerm.table)], ...],
-    BeforeValidator(tuple),
-]
 
 
 def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) -> tuple[LossTerm, ...]:

@@ -41,7 +41,7 @@ Score = TypeVar("Score", DepthMetrics, FeatureScore)
 
 
 class Trainer:
-    """Trains `model` on the rows of its streams until `config.iterations`.
+    """Trains `model` on the rows of its streams until `config.optimizer.iterations`.
 
     Args:
         streams: the sources of every batch, in the order of the criterion's.
@@ -74,10 +74,11 @@ class Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.streams = tuple(streams)
         self.criterion = criterion.to(device)
-        assert config.iterations is not None, "resolve the settings first"
-        assert config.val_every is not None
+        settings = config.optimizer.optimizer
+        assert settings.iterations is not None, "resolve the settings first"
+        assert config.run.val_every is not None
         self.config = config
-        self._iterations, self._val_every = config.iterations, config.val_every
+        self._iterations, self._val_every = settings.iterations, config.run.val_every
         self.run = run
         self.device = device
         self.observer = observer or Observer()
@@ -85,26 +86,32 @@ class Trainer:
         self._validate_depth = validate_depth
         self._validate_features = validate_features
         self._world = world or World()
-        self._kind = choose_step(config.step, device, self._world.size)
-        if config.accumulate > 1 and self._kind != "eager":
+        self._kind = choose_step(config.machine.step, device, self._world.size)
+        if settings.accumulate > 1 and self._kind != "eager":
             self.observer.note(f"--accumulate learns from the parts of a batch in eager steps, not {self._kind}")
             self._kind = "eager"
-        bf16 = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
-        optimizer = make_optimizer(self.model, config, self.criterion, capturable=self._kind == "graphed")
-        self._schedule = Schedule(optimizer, config)
-        made = EagerStep if config.accumulate == 1 else partial(AccumulatedStep, parts=config.accumulate)
+        bf16 = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
+        optimizer = make_optimizer(self.model, settings, self.criterion, capturable=self._kind == "graphed")
+        self._schedule = Schedule(optimizer, settings)
+        made = EagerStep if settings.accumulate == 1 else partial(AccumulatedStep, parts=settings.accumulate)
         self.eager = made(
             self.model,
             self.criterion,
             optimizer,
             device=device,
             bf16=bf16,
-            clip_grad=config.clip_grad,
+            clip_grad=settings.clip_grad,
             mix=_pasting(config, self.criterion),
         )
-        self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
+        self._ema = None if settings.ema is None else ModelEma(self.model, settings.ema)
         self._weak = WeakView(
-            self.model, self._ema, self.criterion, device=device, bf16=bf16, parts=config.accumulate, impl=config.impl
+            self.model,
+            self._ema,
+            self.criterion,
+            device=device,
+            bf16=bf16,
+            parts=settings.accumulate,
+            impl=config.machine.impl,
         )
         self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
         self._tasks = () if criterion.balance is None else criterion.balance.heads
@@ -131,20 +138,20 @@ class Trainer:
         world = self._world
         with world.together():
             random = self._state.restore() if resume else None
-            iterations, first, keep_every = self._iterations, self._state.now.step, self.config.keep_every
+            iterations, first, keep_every = self._iterations, self._state.now.step, self.config.run.keep_every
             self._first = first
             assert not isinstance(keep_every, str), "resolve the settings first"
             self._log = MetricsLog(self.run, first) if world.first else None
         self._state.check_same()
         parameters = sum(p.numel() for p in self.model.parameters())
         self.observer.started(step=first, iterations=iterations, parameters=parameters)
-        torch.manual_seed(world.seed(self.config.seed, first))  # whatever an observer has drawn
+        torch.manual_seed(world.seed(self.config.optimizer.seed, first))  # whatever an observer has drawn
         batches = feed_streams(
             self.streams,
             self.device,
             first=first,
             last=iterations,
-            workers=self.config.workers,
+            workers=self.config.machine.workers,
             rank=world.rank,
             world=world.size,
         )
@@ -207,7 +214,7 @@ class Trainer:
         if self._ema is not None:
             self._ema.update(step + 1)
         self._describe()
-        logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
+        logged = (step + 1) % config.run.log_every == 0 or step + 1 == self._iterations
         self._watch.add(step, losses)
         # On a GPU reading every loss would stall the queue: losses are read when they are logged.
         reading = logged or norms is not None or self.device.type == "cpu"
@@ -224,7 +231,7 @@ class Trainer:
         now.prepared += prepared
         self.observer.advanced(now.step)
         if logged:
-            speed = config.batch_size * now.step / now.seconds
+            speed = config.optimizer.batch_size * now.step / now.seconds
             report = dict(zip(self._watch.names, values, strict=True))
             _note_all(self._watch.won(report), self.observer.note)
             _note_all(self._watch.unsure(report, last=now.step == self._iterations), self.observer.note)
@@ -262,18 +269,19 @@ class Trainer:
             self.observer.gradients(step + 1, norms.terms)
         if tasks:
             self.observer.balanced(step + 1, tasks)
-        if step + 1 >= warmup_steps(self.config.distill_schedule):  # until then weights are small on purpose
+        if step + 1 >= warmup_steps(self.config.loss.distill_schedule):  # until then weights are small on purpose
             _note_all(self._watch.lopsided(step, norms.terms), self.observer.note)
             _note_all(self._watch.starving(tasks), self.observer.note)
 
     def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, Norms | None]:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
-        measured = measures_norms(step, self.config.gradients_every)
+        measured = measures_norms(step, self.config.run.gradients_every)
         try:
             labelled = self._weak(batch)
             prepared = self._prepare(labelled)
             if self.criterion.distill_weight_scale is not None:
-                self.criterion.set_distill_weight_scale(distill_weight_scale(self.config, step))
+                schedule = self.config.loss.distill_schedule
+                self.criterion.set_distill_weight_scale(distill_weight_scale(schedule, step, self._iterations))
             if measured:
                 return prepared, *self.eager.with_norms(labelled)
             assert self._step is not None
@@ -287,7 +295,7 @@ class Trainer:
             requested = requested_memory(error)
         # Here, where the handler no longer holds what the step had made.
         self._step = None
-        held, together = self.eager.held(batch), 1 if self.config.mix is None else 2
+        held, together = self.eager.held(batch), 1 if self.config.augmentation.mix is None else 2
         fits = largest_fitting(
             lambda size: self.eager.attempt(self._weak(held.rows(size)), measured), len(held), self.device, together
         )
@@ -406,8 +414,8 @@ def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
 
 def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[AnyBatch], AnyBatch] | None:
     """What is pasted in every batch: within each stream, or from one into another; None for nothing."""
-    if config.mix is not None:
-        return Mix(config.mix)
+    if config.augmentation.mix is not None:
+        return Mix(config.augmentation.mix)
     names = [stream.name for stream in config.streams]
     pastes = []
     for number, stream in enumerate(config.streams):

@@ -14,7 +14,7 @@ from kdcache.metrics import TaskMetrics, evaluate_tasks
 from kdcache.progress import progress_bar
 from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
-from kdcache.settings.training import TrainSettings
+from kdcache.settings.training import Data
 from kdcache.teacher import Teacher, load_teacher
 from kdcache.verbs.compare import judging_of
 from kdcache.verbs.keywords import checked, keywords, open_data
@@ -51,7 +51,7 @@ def evaluate(
     Raises: KDCacheError of every kind.
     """
     chosen = checked(evaluate, settings, *TABLES)
-    source = open_data(data, None if isinstance(data, Split) and split is None else split or TrainSettings.val_split)
+    source = open_data(data, None if isinstance(data, Split) and split is None else split or Data.val_split)
     check_folds_by(folds_by, folds=fold is not None)
     part = None if fold is None else parse_fold(fold, folds_by)
     if part is not None:

@@ -1,20 +1,14 @@
 """Settings as keywords of a function: their names and defaults in its signature, their values checked by the tables."""
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING
-from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from typing import Any, TypeVar
 
 from kdcache.data import Split, open_split
 from kdcache.errors import RecipeError
-from kdcache.settings import Entry, entries
-from kdcache.settings.removed import SETTINGS, removal
-from kdcache.settings.setting import in_words
+from kdcache.settings import Entry, entries, read_values
+from kdcache.settings.validate import Wording, check_names
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,21 +54,10 @@ def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: 
     """
     table = entries(*tables)
     names = [one.name for one in signature(function).parameters.values() if one.name in table]
-    if unknown := [name for name in settings if name not in names]:
-        if (gone := removal(unknown[0], SETTINGS)) is not None:
-            raise gone
-        near = difflib.get_close_matches(unknown[0], signature(function).parameters, n=1)
-        raise RecipeError(
-            f"every keyword of kdcache.{function.__name__} is one of its settings",
-            received=f"{unknown[0]}={settings[unknown[0]]!r}",
-            remedy=f"did you mean {near[0]}=?" if near else f"help(kdcache.{function.__name__}) lists them",
-        )
-    given = {name: value for name, value in settings.items() if not (table[name].setting.automatic and value is None)}
-    try:
-        typed = _model(*tables)(**given)
-    except ValidationError as error:
-        raise _refused(error, given, *tables) from error
-    return {name: getattr(typed, name) for name in names}
+    wording = Wording("{name}=", "{name}={value!r}", f"Leave it out. help(kdcache.{function.__name__}) lists all.")
+    check_names(settings, [*signature(function).parameters], wording)
+    defaults = {name: None if table[name].required else table[name].default for name in names}
+    return defaults | read_values(settings, *tables, wording=wording)
 
 
 def open_data(data: str | Path | Split, split: str | None, name: str = "data") -> Split:
@@ -118,34 +101,4 @@ def _place(data: Any, name: str) -> str:
         f"{name} is a folder or a spec, or a split: of kdcache.open_split, or kdcache.from_dataset",
         received=f"{kind.__module__}.{kind.__qualname__}",
         remedy="make a split of it: kdcache.from_dataset(dataset, classes=[...]); of a DataLoader, of its .dataset",
-    )
-
-
-@cache
-def _hints(*tables: type) -> dict[str, Any]:
-    return {name: hint for table in tables for name, hint in get_type_hints(table, include_extras=True).items()}
-
-
-@cache
-def _model(*tables: type) -> type[BaseModel]:
-    """A model of all settings of tables, for its checks; what must be given is not asked for here."""
-    hints, table = _hints(*tables), entries(*tables)
-    fields: Any = {
-        name: (hints[name], None if entry.default is MISSING else entry.default) for name, entry in table.items()
-    }
-    return create_model("Settings", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
-
-
-def _refused(error: ValidationError, given: Mapping[str, Any], *tables: type) -> RecipeError:
-    """The error for the first setting whose value is wrong."""
-    entry = entries(*tables)[str(error.errors()[0]["loc"][0])]
-    spelling = entry.spelling
-    rule = (
-        spelling.rule if spelling is not None and spelling.rule else in_words(_model(*tables).model_fields[entry.name])
-    )
-    instance = spelling.example if spelling is not None else entry.default
-    return RecipeError(
-        f"{entry.name} is {rule}",
-        received=f"{entry.name}={given.get(entry.name)!r}",
-        remedy=f"for instance {entry.name}={instance!r}" if instance not in (None, (), "", MISSING) else "correct it",
     )

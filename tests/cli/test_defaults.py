@@ -18,11 +18,13 @@ from kdcache.data import open_split
 from kdcache.distill import DistillLoss
 from kdcache.metrics import evaluate_model
 from kdcache.models import build_model
+from kdcache.settings import entries
+from kdcache.settings.training import TRAINING
 from kdcache.sweep import plan_sweep, read_recipe, run_jobs
 from kdcache.teacher import BuildOptions
 from kdcache.teacher.audit.pseudo_labels import Rule
 from kdcache.teacher.build.cost_estimate import estimate
-from kdcache.training import TrainConfig, make_config
+from kdcache.training import make_config
 from kdcache_cli.app import app
 from kdcache_cli.settings import build_flags
 from kdcache_cli.verbs import sweep
@@ -59,7 +61,7 @@ def of_python(function: Callable[..., Any]) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("model", ["kdcache:tiny", "smp:unet-resnet18"])
 def test_a_training_has_the_settings_of_its_verb(verb: str, needed: dict[str, Any], model: str) -> None:
-    flags = {name: value for name, value in defaults(verb).items() if name in TrainConfig.model_fields}
+    flags = {name: value for name, value in defaults(verb).items() if name in entries(*TRAINING)}
     assert len(flags) > 30
     # Who draws ahead is the machine's; lists that may be repeated begin as None.
     lists = ("term", "log", "lr_scale", "task_weight", "stream")

@@ -20,7 +20,7 @@ def test_a_preset_is_a_training(name: str) -> None:
     values = read_preset(name)
     assert values.keys() <= entries(*TRAINING).keys()
     config = make_config(verb="train-student", model="kdcache:tiny", cache="c.zarr", **values)
-    assert config.iterations == values["iterations"]
+    assert config.optimizer.iterations == values["iterations"]
 
 
 def test_a_control_differs_from_its_run_by_the_targets_alone() -> None:

@@ -157,8 +157,8 @@ def eager_step(cache: Cache, config: Callable[..., TrainConfig]) -> Callable[...
         run_config, place = config(**{"lr": 0.01, **changes}), torch.device(device)
         torch.manual_seed(3)
         model = build_model(spec, cache.num_classes).to(place).train().to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(model, run_config, capturable=capturable)
-        return EagerStep(model, DistillLoss(cache), optimizer, device=place, clip_grad=run_config.clip_grad)
+        optimizer = make_optimizer(model, run_config.optimizer, capturable=capturable)
+        return EagerStep(model, DistillLoss(cache), optimizer, device=place, clip_grad=run_config.optimizer.clip_grad)
 
     return make
 

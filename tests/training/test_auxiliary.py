@@ -100,7 +100,7 @@ def test_the_student_begins_as_without_it(alone: dict[str, Any], tmp_path: Path)
     first = begun(alone, tmp_path / "with").model.deployed.state_dict()
     other = begun(alone | {"model": "kdcache:tiny"}, tmp_path / "without").model.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.items())
-    assert make_config(**alone).lr == make_config(**alone | {"model": "kdcache:tiny"}).lr == 6e-3
+    assert make_config(**alone).optimizer.lr == make_config(**alone | {"model": "kdcache:tiny"}).optimizer.lr == 6e-3
 
 
 @pytest.mark.parametrize(("weight", "kinds"), [("auxiliary,weight=0.4", 1), ("auxiliary,weight=0", 0)])

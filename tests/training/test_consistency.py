@@ -244,7 +244,7 @@ def test_bf16_mixed_samples_a_schedule_and_a_single_source(
     assert all(norm["consistency"] > 0 for norm in norms)
     plain = make_config(**settings | changed | {"distill_schedule": "constant", "term": []})
     with pytest.raises(RecipeError, match="--distill-schedule"):
-        make_config(given=["distill_schedule"], **plain.model_dump() | {"distill_schedule": "fade"})
+        make_config(given=["distill_schedule"], **plain.settings | {"distill_schedule": "fade"})
 
 
 def test_pixels_that_another_stream_pasted_have_no_pseudo_label(base: dict[str, Any], tmp_path: Path) -> None:

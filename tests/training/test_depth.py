@@ -83,13 +83,16 @@ def test_both_tasks_are_validated(both: dict[str, Any], tmp_path: Path, read_met
 
 def test_metric_depth_is_drawn_without_zoom(both: dict[str, Any], tmp_path: Path) -> None:
     trainer = begun(both, tmp_path / "none")
-    assert trainer.config.scale == (1.0, 1.0)
+    assert trainer.config.augmentation.scale == (1.0, 1.0)
     for scale in ("0.5:1.5", "0.5:2", (0.5, 2.0)):  # also where it is what trainings of classes draw
         with pytest.raises(KDCacheError, match="drawn without zoom"):
             make_config(**both | {"scale": scale})
-    assert begun(both | {"scale": "1:1"}, tmp_path / "one").config.scale == (1.0, 1.0)
+    assert begun(both | {"scale": "1:1"}, tmp_path / "one").config.augmentation.scale == (1.0, 1.0)
     for how in ("divide", "keep"):
-        assert begun(both | {"scale": "0.5:1.5", "depth_zoom": how}, tmp_path / how).config.scale == (0.5, 1.5)
+        assert begun(both | {"scale": "0.5:1.5", "depth_zoom": how}, tmp_path / how).config.augmentation.scale == (
+            0.5,
+            1.5,
+        )
 
 
 def test_a_zoom_divides_the_metres() -> None:

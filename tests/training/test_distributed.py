@@ -232,9 +232,9 @@ def close(one: Path, two: Path, read_metrics: Read) -> None:
         if "miou" in a:  # a pixel or two between two classes
             assert b["miou"] == pytest.approx(a["miou"], abs=1e-3), a["step"]
     config = read_config(one)
-    torch.manual_seed(config.seed)
-    begun = build_model(config.model, 7).deployed.state_dict()
-    kinds = ("last",) if config.ema is None else ("last", "last-ema")
+    torch.manual_seed(config.optimizer.seed)
+    begun = build_model(config.run.model, 7).deployed.state_dict()
+    kinds = ("last",) if config.optimizer.ema is None else ("last", "last-ema")
     for which, statistics in itertools.product(kinds, (False, True)):
         weights, others = (load_file(run / f"{which}.safetensors") for run in (one, two))
         assert weights.keys() == others.keys()

@@ -153,7 +153,7 @@ def test_a_run_remembers_its_fit(tmp_path, wide: str) -> None:
     # A run of the time before has no fit, and resumes as it began.
     recipe = tmp_path / "run/recipe.toml"
     recipe.write_text(recipe.read_text().replace('fit = "pad"\n', ""))
-    assert read_config(tmp_path / "run").fit == "squash"
+    assert read_config(tmp_path / "run").data.fit == "squash"
 
 
 def test_a_store_decides(make_cache: Callable, tmp_path, wide: str) -> None:

@@ -70,7 +70,7 @@ def test_a_control_is_trained_and_says_so(
     notes = Notes()
     train(make_config(**(student | CONTROL | where)), tmp_path / "run", observer=notes)
     assert "--teacher labels: a control without a teacher, labels on 8x12 cells" in notes.texts
-    assert read_config(tmp_path / "run").teacher == "labels"
+    assert read_config(tmp_path / "run").loss.teacher == "labels"
     lines = read_metrics(tmp_path / "run", "train")
     assert all(line[name] > 0 for line in lines for name in ("kl", "dist"))
     (first, *_) = read_metrics(tmp_path / "run", "gradients")

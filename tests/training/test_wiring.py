@@ -40,7 +40,9 @@ def build(num_classes=7):
 
 
 def first_batch(trainer: Trainer) -> Batch:
-    actual: Batch = default_collate([trainer.streams[0].draws[draw] for draw in range(trainer.config.batch_size)])
+    actual: Batch = default_collate(
+        [trainer.streams[0].draws[draw] for draw in range(trainer.config.optimizer.batch_size)]
+    )
     return actual
 
 
@@ -310,7 +312,7 @@ def test_a_fold_is_left_out_and_judged_on(
     assert whole is not None
     assert list(whole.ids) == list(open_split(scenes, "val").ids)
     for chosen in (config(limit_samples=2, limit_labels=1), make_config(**student | {"limit_samples": 2})):
-        dataset = open_dataset(chosen, None if chosen.cache is None else open_cache(cache_path))
+        dataset = open_dataset(chosen, None if chosen.data.cache is None else open_cache(cache_path))
         part = Part(samples=2).choose(split.ids)
-        expected = part.samples if chosen.cache else Part(samples=2, labels=1).choose(split.ids).labelled
+        expected = part.samples if chosen.data.cache else Part(samples=2, labels=1).choose(split.ids).labelled
         assert [dataset.sample_id(index) for index in range(len(dataset))] == [split.ids[n] for n in sorted(expected)]

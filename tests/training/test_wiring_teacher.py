@@ -62,7 +62,7 @@ def kl_of(trainer: Trainer, weight: Tensor) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(4)
     student = 2 * torch.randn(len(dataset), len(weight), 8, 12, generator=generator)
     actual = trainer.eager.criterion(student, batch).kl.item()
-    size, T = batch.label.shape[1:], trainer.config.temperature
+    size, T = batch.label.shape[1:], trainer.config.loss.temperature
     s, t = (F.interpolate(x.double(), size, mode="bilinear") for x in (student, batch.target.values))
     kl = F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="none").sum(1)
     return actual, (T**2 * kl * weight[t.argmax(1)]).mean().item()

@@ -104,9 +104,9 @@ def test_a_store_of_a_teacher_of_crops_is_cropped_where_others_are_padded(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"fit": "stretch"}, "fit is one of auto, squash, crop, pad"),
-        ({"window": 0}, "window is HEIGHTxWIDTH"),
-        ({"window": (0, 8)}, "window is HEIGHTxWIDTH"),
+        ({"fit": "stretch"}, "fit= takes one of auto, squash, crop, pad"),
+        ({"window": 0}, "window= takes HEIGHTxWIDTH"),
+        ({"window": (0, 8)}, "window= takes HEIGHTxWIDTH"),
         ({"window": (16, 16), "stride": (32, 8)}, "--stride is at most --window"),
         ({"stride": (8, 8)}, "--stride is the way"),
         ({"window": (32, 32)}, "at most as large as the image"),
@@ -119,4 +119,4 @@ def test_what_makes_no_sense_is_refused(runs: Path, settings: dict[str, Any], ru
     ):
         with pytest.raises(RecipeError) as caught:
             call()
-        assert rule in caught.value.rule
+        assert rule in caught.value.rule + caught.value.received

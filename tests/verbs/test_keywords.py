@@ -12,7 +12,7 @@ import typer
 import kdcache
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import RecipeError
-from kdcache.settings import entries
+from kdcache.settings import entries, read_value
 from kdcache.settings.building import BUILD
 from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
@@ -49,7 +49,7 @@ def test_a_function_has_the_settings_of_its_verb_with_their_defaults(verb: str) 
     assert named <= set(python), named - set(python)
     compared = 0
     for name in named & set(table):
-        default = None if flags[name].default is None else table[name].read(flags[name].default)
+        default = None if flags[name].default is None else read_value(table[name], flags[name].default)
         assert (() if default is None and python[name] == () else default) == python[name], name
         compared += 1
     assert compared > 5
@@ -73,15 +73,15 @@ def test_a_signature_is_short_and_complete() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sise": (32, 48)}, "did you mean size=?"),
+        ({"sise": (32, 48)}, "Did you mean size=?"),
         ({"wholly_other": 1}, "help(kdcache.build_cache)"),
-        ({"size": 288}, "size is HEIGHTxWIDTH in pixels"),
-        ({"size": (288,)}, "size is HEIGHTxWIDTH in pixels"),
-        ({"size": "288"}, "received: size='288'"),
-        ({"views": "few"}, "views is"),
-        ({"precision": "fp8"}, "precision is one of float32, bf16, fp16"),
-        ({"batch_size": 2.5}, "batch_size is a whole number from 1"),
-        ({"threads": -1}, "threads is a whole number from 0"),
+        ({"size": 288}, "size= takes HEIGHTxWIDTH in pixels"),
+        ({"size": (288,)}, "size= takes HEIGHTxWIDTH in pixels"),
+        ({"size": "288"}, "Invalid value of size=: 288"),
+        ({"views": "few"}, "views= takes"),
+        ({"precision": "fp8"}, "precision= takes one of float32, bf16, fp16"),
+        ({"batch_size": 2.5}, "batch_size= takes a whole number from 1"),
+        ({"threads": -1}, "threads= takes a whole number from 0"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(settings: dict[str, Any], message: str) -> None:

@@ -26,8 +26,8 @@ Out = Annotated[
 ORDER = (
     *("teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid", "class_map", "mean", "std"),
     "precision",
-    *names(BuildSettings, STORED),
-    *names(BuildSettings, VIEWS),
+    *names(BuildSettings, panel=STORED),
+    *names(BuildSettings, panel=VIEWS),
     *("batch_size", "render_threads"),
 )
 """Flags that build-teacher-cache and plan share, by their panels."""
@@ -50,7 +50,7 @@ def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split
 
     _check_views(settings)
     images, teacher = read(ImageSettings, settings), read(TeacherSettings, settings)
-    options = read_values(BuildSettings, settings)
+    options = read_values(settings, BuildSettings)
     source = open_split(read(DataSettings, settings).data, images.split)
     values = {
         **vars(read(MachineSettings, settings)),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache.settings import entries
+from kdcache.settings import entries, read_value
 from kdcache.settings.shared import JudgeSettings
 from kdcache_cli.console import warn
 from kdcache_cli.settings import shared_flags
@@ -40,7 +40,7 @@ def open_model(run: str, size: str | None, weights: str, classes: Path | None) -
     from kdcache.models import not_logits
     from kdcache.models import run as runs
 
-    which = entries(JudgeSettings)["weights"].read(weights)
+    which = read_value(entries(JudgeSettings)["weights"], weights)
     named = None if classes is None else read_classes(classes)
     if named is not None and runs.split_spec(run) is None:
         raise RecipeError(

@@ -9,8 +9,9 @@ import typer
 
 from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import RecipeError
-from kdcache.settings import entries, read
+from kdcache.settings import entries, read, read_value
 from kdcache.settings.preset import preset_names, read_preset
+from kdcache.settings.recipe import settings_of
 from kdcache.settings.shared import (
     CopySettings,
     DataSettings,
@@ -21,7 +22,7 @@ from kdcache.settings.shared import (
 )
 from kdcache.settings.streams import term_line, to_line
 from kdcache.settings.training import TRAINING
-from kdcache_cli.settings.signature import UNTYPED, flag
+from kdcache_cli.settings.signature import COPIED, UNTYPED, flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch and zarr
     import torch
@@ -33,7 +34,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """'288x384' as (288, 384): height, then width. Raises: RecipeError for other text."""
-    return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
+    return cast("tuple[int, int] | None", read_value(entries(ImageSettings)["size"], text))
 
 
 def parse_framing(settings: Mapping[str, str | None], trained: "data.Fit" = "squash") -> "Framing":
@@ -88,7 +89,7 @@ def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "P
 
 def copies(cache_dir: str | None, cache_bytes: str | None) -> tuple[Path | None, int | None]:
     """The folder for copies of remote files, and its room in bytes. Raises: RecipeError for a room that is none."""
-    room = entries(CopySettings)["cache_bytes"].read(cache_bytes)
+    room = read_value(entries(CopySettings)["cache_bytes"], cache_bytes)
     return None if cache_dir is None else Path(cache_dir), room
 
 
@@ -106,7 +107,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         raise RecipeError(
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
         ) from error
-    # A run's own recipe names its verb and every setting there is, also those that this verb has no flag for.
+    recipe = settings_of(recipe)
+    # A run's own recipe names its verb, and may have settings that this verb has no flag for.
     resolved = "verb" in recipe
     verb = recipe.pop("verb", context.info_name)
     if verb != context.info_name:
@@ -140,6 +142,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         )
     untyped: frozenset[str] = context.meta.get(UNTYPED, frozenset())
     context.meta[UNTYPED] = untyped | values.keys() if resolved else untyped - values.keys()
+    context.meta[COPIED] = frozenset(values) if resolved else frozenset()
     context.default_map = {**(context.default_map or {}), **values}
     return path
 

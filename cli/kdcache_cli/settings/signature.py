@@ -15,6 +15,8 @@ from kdcache.settings.setting import choices
 Verb = Callable[..., None]
 UNTYPED = "kdcache.untyped"
 """The key in a context's `meta` for the settings of a preset, or of a run's own recipe: nobody typed them."""
+COPIED = "kdcache.copied"
+"""The key in a context's `meta` for the settings of a run's own recipe."""
 
 
 def takes(
@@ -69,6 +71,13 @@ def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]
         for name, source in sources.items()
         if source is not None and source.name != "DEFAULT" and not (source.name == "DEFAULT_MAP" and name in untyped)
     }
+
+
+def copied(context: typer.Context) -> frozenset[str]:
+    """Return the names of the settings that come from a run's own recipe."""
+    names: frozenset[str] = context.meta.get(COPIED, frozenset())
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return frozenset(name for name, source in sources.items() if source is not None and source.name == "DEFAULT_MAP")
 
 
 def parameter_of(entry: Entry) -> Parameter:

@@ -78,7 +78,7 @@ def _prepare_reuse(
     """
     from kdcache.verbs.build import plan_reuse
 
-    values = {name: value for table in BUILD for name, value in read_values(table, typed).items()}
+    values = read_values(typed, *BUILD)
     notes = partial(ERRORS.print, markup=False)
     return plan_reuse(
         reuse, typed["data"], typed.get("split"), teacher, values, out, lambda text: notes(note_line(text))

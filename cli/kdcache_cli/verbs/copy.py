@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from kdcache.errors import RecipeError
-from kdcache.settings import entries
+from kdcache.settings import entries, read_value
 from kdcache.settings.building import BuildSettings
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
 from kdcache_cli.settings import shared_flags
@@ -88,12 +88,12 @@ def copy(
     choices = entries(BuildSettings)
     with opened(source, cache_dir=folder, cache_bytes=room, progress=not ERRORS.quiet) as cache:
         changes = CopyChanges(
-            codec=choices["codec"].read(codec),
+            codec=read_value(choices["codec"], codec),
             shard_records=shard_records,
             samples=None if samples is None else spread_samples(cache, samples),
             features=None if features is None else tuple(tap for tap in features.split(",") if tap),
-            feature_dtype=choices["feature_dtype"].read(feature_dtype),
-            pixels=choices["pixels"].read(pixels),
+            feature_dtype=None if feature_dtype is None else read_value(choices["feature_dtype"], feature_dtype),
+            pixels=None if pixels is None else read_value(choices["pixels"], pixels),
         )
         if address is None:
             _copy(cache, destination, changes, worker, take_over, cache_dir, cache_bytes)

@@ -90,7 +90,7 @@ def _train(verb: str, run: Path, **settings: Any) -> int:
         f"best mIoU {percent(result['best_miou'])}, {result['seconds']:.0f} s, "
         f"{result['images_per_second']:.1f} images/s, {100 * result['wait_share']:.0f} % of it waiting for data"
     )
-    return config.batch_size
+    return config.optimizer.batch_size
 
 
 def _build(teacher: Path, cache: Path, device: str) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcache.display import public
-from kdcache.settings import entries
+from kdcache.settings import entries, read_value
 from kdcache.settings.removed import VERBS, removal
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
-from kdcache.settings.training import TrainSettings
+from kdcache.settings.training import Data
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import Weights, warn_of_weights
@@ -39,9 +39,7 @@ def evaluate(
     ],
     split: Annotated[
         list[str] | None,
-        typer.Option(
-            "--split", help=f"Which split (default: {TrainSettings.val_split}); one for all data, or for each."
-        ),
+        typer.Option("--split", help=f"Which split (default: {Data.val_split}); one for all data, or for each."),
     ] = None,
     fold: shared_flags.Fold = None,
     folds_by: shared_flags.FoldsBy = None,
@@ -103,8 +101,8 @@ def evaluate(
     seen = {"fit": fit, "window": window, "stride": stride, "size": size}
     shared_flags.parse_framing(seen)  # what is wrong is refused before data and model are read
     where = shared_flags.use_machine(threads, device)
-    which = entries(JudgeSettings)["weights"].read(weights)
-    sources = _open(data, split or [TrainSettings.val_split])
+    which = read_value(entries(JudgeSettings)["weights"], weights)
+    sources = _open(data, split or [Data.val_split])
     several = len(sources) > 1
     depth = read(DepthSettings, {"min_depth": min_depth, "max_depth": max_depth, "depth_crop": depth_crop})
     classes = next((source.classes for source in sources if len(source.classes)), unnamed_classes)

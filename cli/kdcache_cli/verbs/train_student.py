@@ -5,31 +5,19 @@ from typing import Any
 import typer
 
 from kdcache.settings import names
-from kdcache.settings.training import GATE, LOSS, OPTIMIZATION, PART, RUN, TRAINING, VIEW, TrainSettings
+from kdcache.settings.shared import MACHINE
+from kdcache.settings.training import GATE, LOGGING, LOSS, OPTIMIZATION, PART, TRAINING, VIEW
 from kdcache_cli.help import common
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.signature import given, takes
+from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
 
+_PANELS = (LOSS, GATE, PART, VIEW, OPTIMIZATION, LOGGING, MACHINE)
 _ORDER = (
     "context",
-    *(
-        "cache",
-        "model",
-        "out",
-        "val",
-        "val_split",
-        "val_share",
-        "data",
-        "split",
-        "stream",
-        "size",
-        "fit",
-        "name",
-        "init",
-    ),
-    *("cache_dir", "cache_bytes", "threads", "device", "resume", "preset", "recipe"),
-    *(name for panel in (LOSS, GATE, PART, VIEW, OPTIMIZATION, RUN) for name in names(TrainSettings, panel)),
+    *("model", "out", "init", "name", "resume", "preset", "recipe"),
+    *("cache", "val", "val_split", "val_share", "data", "split", "stream", "size", "fit"),
+    *(name for panel in _PANELS for name in names(*TRAINING, panel=panel)),
 )
 
 
@@ -58,4 +46,4 @@ def train_student(
 
     [dim]kdcache train-student --cache camvid.zarr --model kdcache:tiny --val camvid --out runs/student[/]
     """
-    run_training({**settings, "verb": "train-student"}, given(settings, context), out, resume)
+    run_training({**settings, "verb": "train-student"}, context, out, resume)

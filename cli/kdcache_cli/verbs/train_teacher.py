@@ -5,21 +5,21 @@ from typing import Any
 import typer
 
 from kdcache.settings import names
-from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
-from kdcache.settings.training import OPTIMIZATION, TrainSettings
+from kdcache.settings.training import LOGGING, OPTIMIZATION, TRAINING
 from kdcache_cli.help import common
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.signature import given, takes
+from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
     "context",
-    *("data", "model", "out", "val", "size", "fit", "split", "val_split", "stream", "name", "init"),
-    *("threads", "device", "resume", "recipe"),
-    *names(TrainSettings, OPTIMIZATION),
-    *("amp", "step", "workers", "val_every", "log_every", "gradients_every", "keep_every", "log"),
+    *("model", "out", "init", "name", "resume", "recipe"),
+    *("data", "split", "val", "val_split", "stream", "size", "fit"),
+    *names(*TRAINING, panel=OPTIMIZATION),
     *("term", "label_smoothing", "focal_gamma", "class_weights"),
     *("scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
+    *names(*TRAINING, panel=LOGGING),
+    *("amp", "step", "workers", "threads", "device"),
 )
 
 _TERM = "One more term on labels, e.g. dice,weight=0.5. May be repeated."
@@ -32,7 +32,7 @@ _WORDING = {"term": {"help": _TERM}, "val": {"help": _VAL}, "stream": {"help": _
     *("data", "model", "out", "val", "size", "stream", "init", "term", "class_weights"),
     *("iterations", "batch_size", "lr", "scale", "flip", "mix", "seed", "device", "threads", "resume", "recipe"),
 )
-@takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER, unset=["data"], wording=_WORDING)
+@takes(*TRAINING, order=_ORDER, wording=_WORDING)
 def train_teacher(
     settings: dict[str, Any],
     context: typer.Context,
@@ -48,4 +48,4 @@ def train_teacher(
     [dim]kdcache train-teacher --data camvid --model kdcache:base --size 288x384 --iterations 8000 --out runs/teacher[/]
     """
     val = settings["val"] or settings["data"]
-    run_training({**settings, "verb": "train-teacher", "val": val}, given(settings, context), out, resume)
+    run_training({**settings, "verb": "train-teacher", "val": val}, context, out, resume)

@@ -24,9 +24,9 @@ def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> Segm
     Raises: ModelError for weights that do not fit, for a model that these data teach nothing, and for labels that
         would judge one without heads; RecipeError for a run without weights.
     """
-    run = None if config.init is None else _run_of(config.init)
-    init = config.init if run is None else str(run.weights())
-    model = build_model(config.model, classes, weights=init if run is None else None, strict_head=False)
+    run = None if config.run.init is None else _run_of(config.run.init)
+    init = config.run.init if run is None else str(run.weights())
+    model = build_model(config.run.model, classes, weights=init if run is None else None, strict_head=False)
     if run is not None:
         _start_from(model, run, config)
     _check_learns(config, model)
@@ -41,7 +41,7 @@ def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[s
         yield from report.notes
         if not report.reinitialised:
             try:
-                note = compare_names(f"--init {config.init}", report.class_names, names)
+                note = compare_names(f"--init {config.run.init}", report.class_names, names)
             except MismatchError as error:
                 note = f"{error.rule}: the head begins with other classes than it learns"
             if note is not None:
@@ -51,7 +51,7 @@ def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[s
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
     if (finding := not_logits(model)) is not None and finding.certain:
-        yield f"{config.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
+        yield f"{config.run.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
 
 
 def _run_of(init: str) -> Run | None:
@@ -66,7 +66,7 @@ def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None
         report = load_weights(model, state, strict_head=False)
     except ModelError as error:
         raise ModelError(
-            f"Cannot start {config.model} from {config.init}, a run of {run.model.spec}",
+            f"Cannot start {config.run.model} from {config.run.init}, a run of {run.model.spec}",
             received=error.received,
             remedy=f"Use --model {run.model.spec}, or a model that holds this network whole as one of its modules.",
         ) from error
@@ -79,14 +79,14 @@ def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
     features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
     if not model.head_kinds and not features:
         raise ModelError(
-            f"Nothing to learn: {config.model} has no head for these data, and no term compares features",
-            received=f"--method {config.method}",
+            f"Nothing to learn: {config.run.model} has no head for these data, and no term compares features",
+            received=f"--method {config.loss.method}",
             remedy="Add a term of features, --method cosine --ce-weight 0; or a head of depth, "
-            f"--model {config.model}+depth; or name classes in a classes.txt in the data folder.",
+            f"--model {config.run.model}+depth; or name classes in a classes.txt in the data folder.",
         )
-    if not model.head_kinds and config.val is not None:
+    if not model.head_kinds and config.data.val is not None:
         raise ModelError(
-            f"Cannot judge {config.model} by the labels of --val {config.val}: it has no head",
+            f"Cannot judge {config.run.model} by the labels of --val {config.data.val}: it has no head",
             received="a student that learns features only",
             remedy="Validate on the feature loss instead: --val-share 0.02.",
         )

@@ -95,7 +95,7 @@ class RunState:
         except RuntimeError as error:
             raise ModelError(
                 "a run resumes with the model it was begun with",
-                received=f"{self._config.model} has other tensors than the checkpoint in {self._run}",
+                received=f"{self._config.run.model} has other tensors than the checkpoint in {self._run}",
                 remedy="restore the model's code, or give another --out",
             ) from error
         load_optimizer(self._optimizer, state["optimizer"])
@@ -179,7 +179,7 @@ class RunState:
             "best_step": now.best_step or now.step,
             "seconds": round(now.seconds, 3),
             "cpu_seconds": round(now.cpu_seconds, 3),
-            "images_per_second": round(self._config.batch_size * now.step / max(now.seconds, 1e-9), 3),
+            "images_per_second": round(self._config.optimizer.batch_size * now.step / max(now.seconds, 1e-9), 3),
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),
         }

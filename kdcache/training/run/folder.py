@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from kdcache.run_folder import (
 )
 from kdcache.run_samples import SAMPLES, RunSamples
 from kdcache.settings import entries
-from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
+from kdcache.settings.shared import CopySettings, SourceSettings
 from kdcache.settings.term import untaken
+from kdcache.settings.training import Machine
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.store.format.flags import pack_flags
 from kdcache.training.config import TrainConfig, read_config
@@ -45,7 +46,7 @@ BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS, LOCAL, SAMPLES}
 EVENTS = "events.out.tfevents."  # of tensorboard
 # What may change between a run's start and its resumption without changing what it learns.
 PLACES = {*entries(SourceSettings, CopySettings), "cache", "val"}
-EXECUTION = {*entries(MachineSettings), "name", "workers", "log", "log_every", "keep_every", "step", "impl", "resident"}
+EXECUTION = {*entries(Machine), "name", "log", "log_every", "keep_every"}
 FREE_ON_RESUME = PLACES | EXECUTION
 
 
@@ -96,15 +97,16 @@ def check_folder(
             remedy="add --resume to go on with it, or give another --out",
         )
     before = read_config(run)
-    idle = untaken(config.model_dump(), config.taken | before.taken)
+    now, then = config.settings, before.settings
+    idle = {*untaken(now, config.taken | before.taken), *config.untaken}
     changed = [
-        f"--{name.replace('_', '-')} {getattr(config, name)} (was {getattr(before, name)})"
-        for name in TrainConfig.model_fields
-        if name not in {*FREE_ON_RESUME, *idle} and _fixed(config, name) != _fixed(before, name)
+        f"--{name.replace('_', '-')} {now[name]} (was {then[name]})"
+        for name in now
+        if name not in {*FREE_ON_RESUME, *idle} and _fixed(now, name) != _fixed(then, name)
     ]
     # Folders may move, what is in them may not change.
-    if (config.val is None) != (before.val is None):
-        changed.append(f"--val {config.val} (was {before.val})")
+    if (config.data.val is None) != (before.data.val is None):
+        changed.append(f"--val {config.data.val} (was {before.data.val})")
     if not changed and samples is not None:
         check_samples(run, samples)
     if (run / MODEL).is_file() and Run.open(run).model.trained_on not in ("", identity):
@@ -134,9 +136,9 @@ def _torchrun_restarts() -> bool:
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
-def _fixed(config: TrainConfig, name: str) -> Any:
+def _fixed(settings: Mapping[str, Any], name: str) -> Any:
     """The value of a setting as far as it may not change: of streams without their places, of files without folders."""
-    value = getattr(config, name)
+    value = settings[name]
     if name in ("model", "init") and value is not None:
         return bare(str(value))
     return [{k: v for k, v in table.items() if k not in PLACES} for table in value] if name == "stream" else value
@@ -198,21 +200,20 @@ def write_beginning(
     samples: RunSamples | None,
 ) -> None:
     """Write the files that a reader of the folder needs, before the first step."""
-    assert config.size is not None
+    assert config.data.size is not None
     classes = datasets[0].classes
     with disk_space_errors(run):
         clear_partials(run)
         clear_partials(run / KEPT)
         # First and whole: its presence marks the folder as a run, which may be resumed whatever else is missing.
         write_whole(run / RECIPE, config.to_toml())
-        settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-        write_local(run, model.deployed.spec, settings)
+        write_local(run, model.deployed.spec, config.recipe)
         run_model = RunModel(
             spec=model.deployed.spec,
             class_names=classes.names,
             class_colours=classes.colours,
-            size=config.size,
-            fit="squash" if config.fit == "auto" else config.fit,
+            size=config.data.size,
+            fit="squash" if config.data.fit == "auto" else config.data.fit,
             mean=model.mean,
             std=model.std,
             trained_on=identity_of(datasets),
@@ -221,7 +222,7 @@ def write_beginning(
             untrained=model.untrained,
             streams=_streams(config, datasets) if len(datasets) > 1 else (),
             stores=_stores(config, datasets),
-            validated_on="" if config.val is None else open_split(config.val, config.val_split).digest(),
+            validated_on="" if config.data.val is None else open_split(config.data.val, config.data.val_split).digest(),
         )
         write_run_model(run, run_model)
         if samples is not None:

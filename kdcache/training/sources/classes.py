@@ -57,7 +57,7 @@ def _class_source(sources: Sequence[Source]) -> Source | None:
 
 def _names_read(source: Source) -> tuple[str, ...]:
     """The classes of the labels that a stream uses, or of its targets."""
-    used = SEGMENTATION in source.config.label_tasks and source.config.labels != "none"
+    used = SEGMENTATION in source.config.label_tasks and source.config.data.labels != "none"
     return source.dataset.own_classes.names if used or SEGMENTATION in source.dataset.heads else ()
 
 
@@ -94,7 +94,7 @@ def _check_mapped_targets(source: Source, path: Path) -> None:
     raw = [term.kind for term in config.terms if term.raw_logits and term.reads_logits]
     lacks = [f"the {head.k} largest of {head.classes} classes in {source.cache.place}"] if not head.dense else []
     lacks += [f"{kind}, which reads raw logits" for kind in raw]
-    lacks += [f"--class-trust {config.class_trust}, of the store's classes"] if config.class_trust else []
+    lacks += [f"--class-trust {config.loss.class_trust}, of the store's classes"] if config.loss.class_trust else []
     if lacks:
         raise MismatchError(
             "a class map sums the probabilities of a store's classes: its targets have all of them",

@@ -16,7 +16,11 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
 
     Raises: DataError for a data set that cannot be read; MismatchError naming the samples that changed.
     """
-    split = open_split(config.data, config.split) if config.data is not None else _beside_validation(config, cache)
+    split = (
+        open_split(config.data.data, config.data.split)
+        if config.data.data is not None
+        else _beside_validation(config, cache)
+    )
     if split is None:
         if not cache.manifest.records_contents:
             note(UNRECORDED)
@@ -27,7 +31,7 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
     if not changes:
         return
     renew = renewal(cache.place, split.data)
-    if config.data is None:
+    if config.data.data is None:
         note(f"{split.data} has changed since {cache.place} was built: {changes.describe()}. To train on it: {renew}")
         return
     remedy = f"restore the data set, or renew the cache: {renew}"
@@ -38,10 +42,10 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
 
 def _beside_validation(config: TrainConfig, cache: Cache) -> Split | None:
     """Return the split in the data set of `--val` whose samples are the cache's; None without one."""
-    if config.val is None:
+    if config.data.val is None:
         return None
     try:
-        split = open_split(config.val, cache.manifest.dataset.split)
+        split = open_split(config.data.val, cache.manifest.dataset.split)
     except DataError:
         return None
     return split if len(set(split.ids) & set(cache.ids)) > len(cache.ids) // 2 else None

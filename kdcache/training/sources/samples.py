@@ -28,16 +28,20 @@ from kdcache.training.input.subset import Part
 
 def open_store(config: TrainConfig) -> Cache | None:
     """Open the store of a training and check its files; None when it draws from a data folder."""
-    if config.cache is None:
+    if config.data.cache is None:
         return None
-    cache = open_cache(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    cache = open_cache(config.data.cache, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
     cache.check_files()
     return cache
 
 
 def open_folder(config: TrainConfig) -> Split | None:
     """Open the data set of a training; None when it draws from a store."""
-    return open_split(config.data, config.split) if config.cache is None and config.data is not None else None
+    return (
+        open_split(config.data.data, config.data.split)
+        if config.data.cache is None and config.data.data is not None
+        else None
+    )
 
 
 def open_dataset(
@@ -56,14 +60,14 @@ def open_dataset(
         dataset = _of_store(config, cache, labelled_only)
     if paste is None:
         check_labels(config, dataset)
-    if paste is not None or config.mix is not None:
-        dataset.dice = Mix(paste or str(config.mix)).dice
+    if paste is not None or config.augmentation.mix is not None:
+        dataset.dice = Mix(paste or str(config.augmentation.mix)).dice
     return dataset
 
 
 def source_split(config: TrainConfig, cache: Cache) -> Split | None:
     """The data set of a store that keeps no pixels."""
-    return open_split(config.data, config.split) if config.data and not cache.pixels_stored else None
+    return open_split(config.data.data, config.data.split) if config.data.data and not cache.pixels_stored else None
 
 
 def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
@@ -71,46 +75,56 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
     Raises: RecipeError where both say something else, or neither says anything.
     """
+    zoom = config.augmentation.depth_zoom
     drawn, depth = cache.manifest.view.drawn, cache.manifest.depth
-    if config.augment != "replay" or drawn is None or drawn.scale == (1.0, 1.0) or not config.compares_metres:
-        return config.depth_zoom
+    if (
+        config.augmentation.augment != "replay"
+        or drawn is None
+        or drawn.scale == (1.0, 1.0)
+        or not config.compares_metres
+    ):
+        return zoom
     built = "none" if depth is None else depth.zoom
-    if built == config.depth_zoom == "none":
+    if built == zoom == "none":
         raise RecipeError(
             "a zoomed image looks nearer than it is: replayed views with a zoom want a rule for metric depth",
             received=f"{cache.place}, whose views are zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times, and no "
             "--depth-zoom",
             remedy="add --depth-zoom divide, or keep; or use --augment warp; or build views without a zoom",
         )
-    if "none" not in (built, config.depth_zoom) and built != config.depth_zoom:
+    if "none" not in (built, zoom) and built != zoom:
         raise RecipeError(
             "replayed views have the depth that their store was built with",
-            received=f"--depth-zoom {config.depth_zoom} for {cache.place}, built with --depth-zoom {built}",
+            received=f"--depth-zoom {zoom} for {cache.place}, built with --depth-zoom {built}",
             remedy=f"use --depth-zoom {built}, or leave it out; or build another store",
         )
-    return config.depth_zoom if built == "none" else built
+    return zoom if built == "none" else built
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
     """The zoom that is drawn; where no other is chosen, none for metric depth that is to keep its meaning."""
-    still = config.compares_metres and config.depth_zoom == "none"
-    return config.scale or ((1.0, 1.0) if still else Augmentation.scale)
+    still = config.compares_metres and config.augmentation.depth_zoom == "none"
+    return config.augmentation.scale or ((1.0, 1.0) if still else Augmentation.scale)
 
 
 def _part(config: TrainConfig) -> Part:
     return Part(
-        samples=config.limit_samples,
-        labels=0 if config.labels == "none" else config.limit_labels,
+        samples=config.data.limit_samples,
+        labels=0 if config.data.labels == "none" else config.data.limit_labels,
         without=config.left_out,
-        held_out=config.val_share,
-        views=config.limit_views,
+        held_out=config.data.val_share,
+        views=config.data.limit_views,
     )
 
 
 def _augmentation(config: TrainConfig) -> Augmentation:
-    if config.augment == "none":
+    if config.augmentation.augment == "none":
         return Augmentation.off()
-    return Augmentation(scale=drawn_scale(config), flip=config.flip is not False, jitter=_jitter(config.jitter))
+    return Augmentation(
+        scale=drawn_scale(config),
+        flip=config.augmentation.flip is not False,
+        jitter=_jitter(config.augmentation.jitter),
+    )
 
 
 def _jitter(setting: float | str) -> float | RandAugment:
@@ -123,7 +137,7 @@ def _jitter(setting: float | str) -> float | RandAugment:
 
 def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) -> LabelledDataset:
     assert split is not None
-    if config.size is None:
+    if config.data.size is None:
         raise RecipeError(
             "training from a data folder needs the size of its pixels",
             received="no --size",
@@ -134,19 +148,19 @@ def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) ->
     check_tasks(config, split.tasks)
     dataset = LabelledDataset(
         split,
-        config.size,
+        config.data.size,
         _augmentation(config),
         part=_part(config),
         tasks=config.label_tasks,
-        depth_zoom=config.depth_zoom,
+        depth_zoom=config.augmentation.depth_zoom,
         labelled_only=labelled_only,
-        fit="squash" if config.fit == "auto" else config.fit,
+        fit="squash" if config.data.fit == "auto" else config.data.fit,
     )
     if len(dataset) == 0:
         raise DataError(
             "training needs labelled images",
-            received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label{_used(config)}",
-            remedy=_LABELLED_SPLIT if config.labels == "all" else _OTHER_LABELS,
+            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has a label{_used(config)}",
+            remedy=_LABELLED_SPLIT if config.data.labels == "all" else _OTHER_LABELS,
         )
     return dataset
 
@@ -157,7 +171,7 @@ _OTHER_LABELS = "leave --labels out, or use a --method that learns without label
 
 def _used(config: TrainConfig) -> str:
     """What follows "a label" where only some labels are used."""
-    return "" if config.labels == "all" else f" that --labels {config.labels} leaves to it"
+    return "" if config.data.labels == "all" else f" that --labels {config.data.labels} leaves to it"
 
 
 def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDataset:
@@ -165,23 +179,24 @@ def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDa
     check_tasks(config, _stored_tasks(cache) if split is None else split.tasks)
     dataset = CacheDataset(
         Records(cache, split),
-        augment=config.augment,
-        size=config.size,
+        augment=config.augmentation.augment,
+        size=config.data.size,
         targets=config.target_heads,
         augmentation=_augmentation(config),
         part=_part(config),
-        labelled_only=labelled_only or config.distill_on == "labelled",
+        labelled_only=labelled_only or config.loss.distill_on == "labelled",
         tasks=config.label_tasks,
         depth_zoom=_zoom_of_depth(config, cache),
     )
     if len(dataset) == 0:
         raise DataError(
             "training on labels needs labelled samples",
-            received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label" + _used(config),
+            received=f"{config.data.cache}: none of {cache.manifest.dataset.samples} samples has a label"
+            + _used(config),
             remedy=_OTHER_LABELS
-            if config.labels != "all" and config.teacher == "store"
+            if config.data.labels != "all" and config.loss.teacher == "store"
             else "use --method kl with --distill-on all, which learns from targets alone"
-            if config.teacher == "store"
+            if config.loss.teacher == "store"
             else "leave --teacher labels out: the store's targets need no labels",
         )
     if config.left_out is not None:
@@ -228,20 +243,20 @@ def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
     if terms and not dataset.labelled:
         raise RecipeError(
             "terms on labels take labelled samples",
-            received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.labels})",
+            received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.data.labels})",
             remedy="leave them out, or give labels",
         )
 
 
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
     """Refuse terms on labels of a task that is none of `offered`, which the source labels. Raises: RecipeError."""
-    named = () if config.labels in ("all", "none") else config.labels.split("+")
+    named = () if config.data.labels in ("all", "none") else config.data.labels.split("+")
     terms = [term for term in config.terms if term.needs_labels]
     for task in (SEGMENTATION, DEPTH):
         kinds = [term.kind for term in terms if term.task == task]
         if task in offered or not (kinds or task in named):
             continue
-        asked = [f"--labels {config.labels}"] if task in named else []
+        asked = [f"--labels {config.data.labels}"] if task in named else []
         example = ", for instance --data scenes:96x128,depth=exact" if task == DEPTH else ""
         raise RecipeError(
             f"terms of {task} on labels take a data set with labels of {task}, or a store that was built from one",

@@ -50,8 +50,8 @@ class Source:
     def learns_classes_from_labels(self) -> bool:
         """Whether any of its samples has a label of classes that is learnt from."""
         config = self.config
-        on_labels = config.ce_weight > 0 or any(term.reads_labels and not term.of_depth for term in config.terms)
-        used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.labels != "none"
+        on_labels = config.loss.ce_weight > 0 or any(term.reads_labels and not term.of_depth for term in config.terms)
+        used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.data.labels != "none"
         return on_labels and used and bool(self.dataset.labelled)
 
     def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
@@ -68,27 +68,25 @@ def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -
         note: is called with what the user should know.
     Raises: KDCacheError of every kind, with the name of the stream.
     """
-    rows = config.rows(parts) if config.stream else [config.batch_size]
+    rows = config.rows(parts) if config.data.stream else [config.optimizer.batch_size]
     opened = []
     for stream in config.streams:
         with _named(stream.name):
             opened.append((stream, open_store(stream.config), open_folder(stream.config)))
             if (cache := opened[-1][1]) is not None:
-                check_same_data(stream.config.model_copy(update={"val": config.val}), cache, note)
-    size = _shared_size(config, [cache for _, cache, _ in opened]) if config.stream else config.size
+                check_same_data(stream.config.changed(val=config.data.val), cache, note)
+    size = _shared_size(config, [cache for _, cache, _ in opened]) if config.data.stream else config.data.size
     fit = shared_fit(config, opened, size, note)
     sources = []
     for (stream, cache, split), count in zip(opened, rows, strict=True):
         with _named(stream.name):
-            augment = choose_augment(stream.config.augment, cache)
-            given = stream.config.model_copy(
-                update={"augment": augment, "size": size, "fit": fit, "scale": drawn_scale(stream.config)}
-            )
+            augment = choose_augment(stream.config.augmentation.augment, cache)
+            given = stream.config.changed(augment=augment, size=size, fit=fit, scale=drawn_scale(stream.config))
             check_replays(given)
             check_whole_views(given)
             if cache is not None and given.reads_targets:
                 check_logits(cache, needed=given.reads_logits)
-            own = given.model_copy(update={"flip": given.flip is not False})
+            own = given.changed(flip=given.augmentation.flip is not False)
             dataset = open_dataset(own, cache, stream.paste, split)
             sources.append(Source(stream, given, own, cache, dataset, count))
     _check_both_learn(config, sources)
@@ -105,14 +103,14 @@ def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[i
     Raises: RecipeError for views of several sizes.
     """
     sizes = dict.fromkeys(cache.view_size for cache in caches if cache is not None)
-    if config.size is None and len(sizes) > 1:
+    if config.data.size is None and len(sizes) > 1:
         texts = [f"{height}x{width}" for height, width in sizes]
         raise RecipeError(
             "all streams have pixels of one size",
             received=f"stores with views of {' and '.join(texts)}, and no --size",
             remedy=f"add --size {texts[0]}",
         )
-    return config.size or next(iter(sizes), None)
+    return config.data.size or next(iter(sizes), None)
 
 
 @contextmanager
@@ -130,7 +128,7 @@ def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
     if len(config.tasks) > 1 and not any(map(_shows_classes, sources)):
         raise RecipeError(
             "each of two tasks learns from labels, or from a teacher's targets",
-            received=f"--ce-weight {config.ce_weight:g} and labels of depth alone",
+            received=f"--ce-weight {config.loss.ce_weight:g} and labels of depth alone",
             remedy="add --ce-weight 0, so that depth alone is learnt; or give data with labels of segmentation",
         )
 
@@ -140,7 +138,7 @@ def _shows_classes(source: Source) -> bool:
     config, cache, split = source.config, source.cache, source.dataset.split
     if source.stream.weight == 0 or config.reads_logits or any(term.reads_taps for term in config.terms):
         return source.stream.weight > 0
-    if SEGMENTATION not in config.label_tasks or config.labels == "none":
+    if SEGMENTATION not in config.label_tasks or config.data.labels == "none":
         return False
     return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())
 
@@ -173,8 +171,8 @@ def shared_fit(
         or cropped views have.
     """
     stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}
-    if not stores and config.fit != "auto":
-        return config.fit
+    if not stores and config.data.fit != "auto":
+        return config.data.fit
     if not stores:
         return _by_shapes([split for _, _, split in opened if split is not None], size, note)
     (fit, cache), *others = stores.items()
@@ -184,11 +182,11 @@ def shared_fit(
             received=", ".join(f"{cache.place} ({fit})" for fit, cache in stores.items()),
             remedy=f"build the others again with --fit {fit}",
         )
-    if config.fit not in ("auto", fit):
+    if config.data.fit not in ("auto", fit):
         raise RecipeError(
             "a training fits images as its store's views are, of which the targets are",
-            received=f"--fit {config.fit} for {cache.place}, built with --fit {fit}",
-            remedy=f"leave --fit out, or build a store with --fit {config.fit}",
+            received=f"--fit {config.data.fit} for {cache.place}, built with --fit {fit}",
+            remedy=f"leave --fit out, or build a store with --fit {config.data.fit}",
         )
     if fit != "squash" and size is not None and squashed(cache.view_size, size) > MOST_SQUASHED:
         height, width = cache.view_size
@@ -229,7 +227,7 @@ def _check_labels(source: Source, pasted: Source) -> None:
             "what is pasted is taught by its labels of classes",
             received=f"paste-from {pasted.stream.name}, "
             + ("whose labels are of depth alone" if dataset.labelled else "of which no sample has a label that is used")
-            + f" (labels={pasted.config.labels})",
+            + f" (labels={pasted.config.data.labels})",
             remedy="paste from a stream with labels of classes; of two streams, labels go into the one without",
         )
 

@@ -14,9 +14,9 @@ from kdcache.training.input.dataset import DrawnDataset
 
 def open_validation(config: TrainConfig) -> Split | None:
     """Open the split that a training is validated on, or its fold `--val-fold`; None without `--val`."""
-    if config.val is None:
+    if config.data.val is None:
         return None
-    split = open_split(config.val, config.val_split)
+    split = open_split(config.data.val, config.data.val_split)
     return split if config.validated_fold is None else fold_alone(split, *config.validated_fold)
 
 
@@ -25,7 +25,7 @@ def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> N
     if classes.names and split.classes.names and split.classes.names != classes.names:
         raise MismatchError(
             "training and validation have the same classes in the same order",
-            received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
+            received=f"{', '.join(split.classes.names)} in {config.data.val} against {', '.join(classes.names)}",
             remedy="give the validation data of the same class list",
         )
 
@@ -74,9 +74,9 @@ def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | N
         judges.append("validation")
         judged += val.ids
     if config.left_out is not None:
-        judges.append(f"fold {config.fold}")
+        judges.append(f"fold {config.data.fold}")
         judged += itertools.compress(source.ids, config.left_out.holds(source.ids))
-    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(judged)), config.folds_by)
+    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(judged)), config.data.folds_by)
     if not shared:
         return None
     some = [f"{name} ({count} judged, {trained} trained on)" for name, count, trained in shared[:5]]

@@ -56,14 +56,16 @@ def memory_error(
         requested: result of `requested_memory`.
         fits: measured number of samples of a process that go through the model at once; None when not even one does.
     """
-    parted = f" --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-    received = f"--batch-size {config.batch_size}{parted} on the device {device}, which could not give {requested}"
+    parted = f" --accumulate {config.optimizer.accumulate}" if config.optimizer.accumulate > 1 else ""
+    received = (
+        f"--batch-size {config.optimizer.batch_size}{parted} on the device {device}, which could not give {requested}"
+    )
     if fits is None:
         remedy = "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"
     else:
-        remedy = f"use --batch-size {fits * config.accumulate * processes}{parted}"
+        remedy = f"use --batch-size {fits * config.optimizer.accumulate * processes}{parted}"
         parts = _parts(config, fits, processes)
-        whole = ", ".join(term.kind for term in config.loss if term.whole_batch)
+        whole = ", ".join(term.kind for term in config.all_terms if term.whole_batch)
         otherwise = f" with --method kl instead of {whole}" if whole else ""
         keeping = "" if parts is None else f", or --accumulate {parts}{otherwise} to keep the batch"
         remedy += f"{keeping}, with another --out"
@@ -72,7 +74,7 @@ def memory_error(
 
 def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
     """The fewest parts of the batch that are no larger than what fits; None where there are none."""
-    together, share = 1 if config.mix is None else 2, config.batch_size // processes
+    together, share = 1 if config.augmentation.mix is None else 2, config.optimizer.batch_size // processes
     return next((share // n for n in range(fits, 0, -1) if share % n == 0 and n % together == 0), None)
 
 
@@ -88,8 +90,9 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         where = "a GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+        received = f"--batch-size {config.optimizer.batch_size}, for which {where} could not give"
         raise ModelError(
             RULE,
-            received=f"--batch-size {config.batch_size}, for which {where} could not give {requested_memory(error)}",
+            received=f"{received} {requested_memory(error)}",
             remedy=f"use a smaller --batch-size, a higher --accumulate, a smaller --size or --model; {UNTOUCHED}",
         ) from error

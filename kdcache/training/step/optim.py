@@ -14,7 +14,7 @@ from kdcache.distill.terms import discriminator_parameters
 from kdcache.distill.terms.unlabelled.predictions import Discriminator
 from kdcache.errors import RecipeError
 from kdcache.settings.parse import lr_scales, warmup_steps
-from kdcache.training.config import TrainConfig
+from kdcache.settings.training import Optimizer
 
 PATIENCE = 5
 """Validations without a better score before `plateau` halves the rate."""
@@ -25,7 +25,7 @@ MOMENTUM, POWER = 0.9, 0.9
 
 
 def make_optimizer(
-    model: nn.Module, config: TrainConfig, criterion: nn.Module | None = None, *, capturable: bool = False
+    model: nn.Module, settings: Optimizer, criterion: nn.Module | None = None, *, capturable: bool = False
 ) -> torch.optim.Optimizer:
     """Make AdamW, Adam or SGD; biases and normalisation weights are not decayed.
 
@@ -40,25 +40,25 @@ def make_optimizer(
     groups: list[dict[str, Any]] = [
         {
             "params": parameters,
-            "weight_decay": config.weight_decay if decayed else 0.0,
-            "lr": torch.tensor(config.lr, dtype=torch.float32, device=device) if capturable else config.lr,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+            "lr": torch.tensor(settings.lr, dtype=torch.float32, device=device) if capturable else settings.lr,
             "lr_scale": scale,
         }
-        for (scale, decayed), parameters in _by_scale(model, criterion, lr_scales(config.lr_scale)).items()
+        for (scale, decayed), parameters in _by_scale(model, criterion, lr_scales(settings.lr_scale)).items()
     ]
     if adversaries := [] if criterion is None else discriminator_parameters(criterion):
-        if config.optimizer == "sgd":
+        if settings.optimizer == "sgd":
             raise RecipeError(
                 "a discriminator is trained by Adam, in the optimizer of the student",
                 received="--optimizer sgd with a term adversarial",
                 remedy="use --optimizer adamw or adam",
             )
-        own = {"params": adversaries, "lr_scale": Discriminator.RATE / config.lr, "betas": Discriminator.BETAS}
+        own = {"params": adversaries, "lr_scale": Discriminator.RATE / settings.lr, "betas": Discriminator.BETAS}
         groups.append({**groups[0], **own, "weight_decay": 0.0})
     options: dict[str, Any] = {"fused": True} if capturable else {}
-    if config.optimizer == "sgd":
+    if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=MOMENTUM, **options)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, capturable=capturable, **options)
 
 
@@ -104,19 +104,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                     moments["step"] = moments["step"].cpu()
 
 
-def distill_weight_scale(config: TrainConfig, step: int) -> float:
+def distill_weight_scale(schedule: str, step: int, iterations: int) -> float:
     """The factor, 0 to 1, on the weights of the teacher's terms at a step.
 
     `constant` is 1 throughout; `fade` falls on a line from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3:
     teacher annealing); `warmup:N` rises on a line to 1, which it reaches in the Nth step (as in the authors' code of
     `dkd`, there over 20 of 240 epochs).
     """
-    assert config.iterations is not None, "resolve the settings first"
-    if config.distill_schedule == "constant":
+    if schedule == "constant":
         return 1.0
-    if config.distill_schedule == "fade":
-        return max(0.0, 1.0 - step / config.iterations)
-    return min(1.0, (step + 1) / warmup_steps(config.distill_schedule))
+    if schedule == "fade":
+        return max(0.0, 1.0 - step / iterations)
+    return min(1.0, (step + 1) / warmup_steps(schedule))
 
 
 class Schedule:
@@ -130,13 +129,13 @@ class Schedule:
 
     lr: float
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-        assert config.iterations is not None, "resolve the settings first"
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: Optimizer) -> None:
+        assert settings.iterations is not None, "resolve the settings first"
         self._optimizer = optimizer
-        self._highest, self._kind = config.lr, config.schedule
-        self._warmup, self._iterations = config.warmup, config.iterations
+        self._highest, self._kind = settings.lr, settings.schedule
+        self._warmup, self._iterations = settings.warmup, settings.iterations
         self._step, self._best, self._stalled = 0, -float("inf"), 0
-        self._set(config.lr * self._factor(0))
+        self._set(settings.lr * self._factor(0))
 
     def after_step(self) -> None:
         if self._kind != "plateau":

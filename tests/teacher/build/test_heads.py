@@ -271,9 +271,9 @@ def test_features_alone_train_a_student(tmp_path, split, options, teacher) -> No
     settings = {"verb": "train-student", "cache": str(tmp_path / "store"), "model": "kdcache:tiny"}
     settings |= {"iterations": 2, "batch_size": 2, "threads": 1, "augment": "replay"}
     with pytest.raises(StoreError, match="targets of classes are those of a head segmentation"):
-        train(TrainConfig.model_validate({**settings, "method": "kl"}), tmp_path / "refused")
+        train(TrainConfig.of({**settings, "method": "kl"}), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-    config = TrainConfig.model_validate({**settings, "method": "none", "term": ["hint"], "ce_weight": 0.0})
+    config = TrainConfig.of({**settings, "method": "none", "term": ["hint"], "ce_weight": 0.0})
     result = train(config, tmp_path / "run")
     assert result["iterations"] == 2
 

@@ -60,7 +60,7 @@ def test_a_kept_state_is_gone_on_from(step: int, settings: dict[str, Any], tmp_p
 def test_epochs_are_counted_in_steps(settings: dict[str, Any], tmp_path: Path) -> None:
     go(settings | {"keep_every": "1e"}, tmp_path)  # 6 images in batches of 2
     assert kept(tmp_path) == ["step-000003.pt", "step-000006.pt"]
-    assert read_config(tmp_path).keep_every == 3
+    assert read_config(tmp_path).run.keep_every == 3
 
 
 def test_what_is_kept_may_change_on_resume(settings: dict[str, Any], tmp_path: Path) -> None:

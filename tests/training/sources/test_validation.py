@@ -77,4 +77,4 @@ def test_folds_of_a_store_keep_sequences_whole(
     dataset = open_dataset(config, cache)
     assert [dataset.sample_id(index) for index in range(len(dataset))] in (VIDEOS[:4], VIDEOS[4:])
     with pytest.raises(RecipeError, match="a sequence for each fold"):
-        open_dataset(config.model_copy(update={"fold": "0/3"}), cache)
+        open_dataset(config.changed(fold="0/3"), cache)

@@ -59,7 +59,7 @@ def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[
             cache, extras=needed_arrays(chosen, cache, model), augmentation=Augmentation(scale=(0.3, 2.0))
         )
         criterion = make_criterion(chosen, model, dataset, CPU, lambda _: None)
-        mix = None if chosen.mix is None else Mix(chosen.mix)
+        mix = None if chosen.augmentation.mix is None else Mix(chosen.augmentation.mix)
         dataset.dice = 0 if mix is None else mix.dice
         draws = Draws(dataset, 0)
         batch: Batch = default_collate([draws[number] for number in range(4)])

@@ -357,10 +357,10 @@ def test_a_rate_in_a_tensor_is_the_rate_in_a_number(
     for capturable in (False, True):
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3)
-        adam = make_optimizer(model, training, capturable=capturable)
+        adam = make_optimizer(model, training.optimizer, capturable=capturable)
         tensors = [group["lr"] for group in adam.param_groups]
         assert all(isinstance(lr, torch.Tensor) == capturable for lr in tensors)
-        plan = Schedule(adam, training)
+        plan = Schedule(adam, training.optimizer)
         rates = []
         for number in range(20):
             model(torch.full((1, 3, 5, 5), 0.1 * number)).square().sum().backward()
@@ -394,7 +394,7 @@ def test_an_optimizer_s_state_fits_every_way(saved: bool, optimizer: str, config
             model(torch.full((1, 3, 5, 5), 0.1 * number)).square().sum().backward()
             optimizer.step()
 
-    first = make_optimizer(model, training, capturable=saved)
+    first = make_optimizer(model, training.optimizer, capturable=saved)
     learn(first, model)
     state = first.state_dict()
     for group in state["param_groups"]:
@@ -403,7 +403,7 @@ def test_an_optimizer_s_state_fits_every_way(saved: bool, optimizer: str, config
     results = []
     for capturable in (False, True):
         other = copy.deepcopy(model)
-        second = make_optimizer(other, training, capturable=capturable)
+        second = make_optimizer(other, training.optimizer, capturable=capturable)
         load_optimizer(second, copy.deepcopy(state))
         for group in second.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == capturable

@@ -18,8 +18,8 @@ def new(config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(model, config)
-    return optimizer, Schedule(optimizer, config)
+    optimizer = make_optimizer(model, config.optimizer.optimizer)
+    return optimizer, Schedule(optimizer, config.optimizer.optimizer)
 
 
 def rates(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[float]:
@@ -58,11 +58,11 @@ def test_plateau_halves_when_the_score_has_not_risen_for_five_validations(
 def test_the_teacher_fades_on_a_line(config: Callable[..., TrainConfig]) -> None:
     taught = {"verb": "train-student", "cache": "x.zarr", "data": None, "method": "kl", "iterations": 8}
     fading = config(**taught, distill_schedule="fade")
-    scales = [distill_weight_scale(fading, step) for step in range(9)]
+    scales = [distill_weight_scale(fading.loss.distill_schedule, step, 8) for step in range(9)]
     assert scales == pytest.approx([1 - step / 8 for step in range(9)])
-    assert distill_weight_scale(config(**taught), 8) == 1
+    assert distill_weight_scale(config(**taught).loss.distill_schedule, 8, 8) == 1
     rising = config(**taught, distill_schedule="warmup:4")
-    scales = [distill_weight_scale(rising, step) for step in range(8)]
+    scales = [distill_weight_scale(rising.loss.distill_schedule, step, 8) for step in range(8)]
     assert scales == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
 
 
@@ -112,8 +112,8 @@ def test_rates_scale_by_the_beginning_of_names(config: Callable[..., TrainConfig
                            "head": nn.Conv2d(4, 2, 1)})  # fmt: skip
     settings = config(iterations=10, lr=0.5, lr_scale=("encoder=0.1", "encoder.stem=0.01"), warmup=0)
     projection = nn.Linear(2, 2)
-    optimizer = make_optimizer(model, settings, projection)
-    schedule = Schedule(optimizer, settings)
+    optimizer = make_optimizer(model, settings.optimizer, projection)
+    schedule = Schedule(optimizer, settings.optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     names |= {id(parameter): name for name, parameter in projection.named_parameters()}
 
@@ -132,4 +132,4 @@ def test_rates_scale_by_the_beginning_of_names(config: Callable[..., TrainConfig
 
 def test_a_prefix_of_no_parameter_is_refused(config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(RecipeError, match="begins the name of none"):
-        make_optimizer(nn.Sequential(nn.Conv2d(3, 4, 1)), config(lr_scale="encoder=0.1"))
+        make_optimizer(nn.Sequential(nn.Conv2d(3, 4, 1)), config(lr_scale="encoder=0.1").optimizer)

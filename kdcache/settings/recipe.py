@@ -1,0 +1,45 @@
+"""The recipe.toml of a run: its format, and the settings that it leaves out."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from kdcache.errors import RecipeError
+from kdcache.settings.removed import without_removed
+from kdcache.settings.setting import entries
+from kdcache.settings.training import TRAINING
+from kdcache.settings.validate import dump_values
+
+FORMAT = 2
+"""The format of recipe.toml. Since 2, it holds the settings that the training took, and no others."""
+
+
+def to_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as recipe.toml writes them. None is left out, because TOML has no null."""
+    written = dump_values({name: value for name, value in settings.items() if value is not None}, *TRAINING)
+    return {name.replace("_", "-"): value for name, value in written.items()}
+
+
+def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe.toml, without its format and the removed keys that nobody had set.
+
+    Raises: RecipeError for a format of a later version.
+    """
+    number = recipe.get("format", 1)
+    if number not in (1, FORMAT):
+        raise RecipeError(
+            f"Unknown format of recipe.toml: {number}",
+            received=f"format = {number}. This version reads 1 and {FORMAT}",
+            remedy="Use the version of kdcache that wrote it, or a later one.",
+        )
+    return {name: value for name, value in without_removed(recipe).items() if name != "format"}
+
+
+def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the defaults of all settings that it leaves out, so that recipes can be compared."""
+    return {**_defaults(), **recipe} if "verb" in recipe else dict(recipe)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return to_recipe({name: entry.default for name, entry in entries(*TRAINING).items() if not entry.required})

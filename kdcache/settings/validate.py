@@ -1,0 +1,127 @@
+"""The one validator of settings: flags, keys of recipes, keywords of Python, and options of terms."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+from kdcache.errors import RecipeError
+from kdcache.settings.removed import SETTINGS, removal
+from kdcache.settings.setting import Entry, choices, describe_values, entries
+
+Table = TypeVar("Table")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How errors write a setting.
+
+    Attributes:
+        name: pattern of the setting alone, with {flag} or {name}.
+        typed: pattern of the setting with its value.
+        others: where all settings are listed.
+    """
+
+    name: str
+    typed: str
+    others: str
+
+    def setting(self, name: str) -> str:
+        """Return the setting without a value, for example --size."""
+        return self.name.format(name=name, flag=_flag(name))
+
+    def given(self, name: str, value: Any) -> str:
+        """Return the setting with its value, for example --size 3."""
+        return self.typed.format(name=name, flag=_flag(name), value=value)
+
+
+FLAGS = Wording("{flag}", "{flag} {value}", "Leave it out. --help-all lists all flags.")
+
+
+def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLAGS) -> Table:
+    """Make a table from those of `settings` that it has. Raises: RecipeError for the first value that is wrong."""
+    return table(**read_values(settings, table, wording=wording))
+
+
+def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = FLAGS) -> dict[str, Any]:
+    """Return the checked values of those `settings` that tables have, without automatic ones that are None.
+
+    Raises: RecipeError for the first value that is wrong.
+    """
+    mine = {name: entry for name, entry in entries(*tables).items() if name in settings}
+    return {
+        name: read_value(entry, settings[name], wording)
+        for name, entry in mine.items()
+        if settings[name] is not None or not entry.setting.automatic
+    }
+
+
+def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bool = False) -> Any:
+    """Return the checked value of one setting.
+
+    Args:
+        value: as typed, or already of its type.
+        strict: numbers must be numbers, and not texts of numbers.
+    Raises: RecipeError with the values that the setting takes.
+    """
+    spelling = entry.spelling
+    try:
+        read = value if spelling is None or value is None else spelling.read(value)
+        return None if read is None and entry.optional else _adapter(entry.hint).validate_python(read, strict=strict)
+    except ValueError as error:
+        raise _invalid(entry, value, wording) from error
+
+
+def dump_values(values: Mapping[str, Any], *tables: type) -> dict[str, Any]:
+    """Return the values of tables as recipes write them, by name."""
+    table = entries(*tables)
+    return {name: _adapter(table[name].hint).dump_python(value, mode="json") for name, value in values.items()}
+
+
+def check_names(given: Collection[str], names: Collection[str], wording: Wording = FLAGS) -> None:
+    """Check that settings have known names. Raises: RecipeError with the replacement, or the nearest name."""
+    for name in given:
+        if name in names:
+            continue
+        if (gone := removal(wording.setting(name), SETTINGS)) is not None:
+            raise gone
+        near = difflib.get_close_matches(name, names, n=1)
+        raise RecipeError(
+            f"Unknown setting {wording.setting(name)}",
+            received=wording.setting(name),
+            remedy=f"Did you mean {wording.setting(near[0])}?" if near else wording.others,
+        )
+
+
+def _invalid(entry: Entry, value: Any, wording: Wording) -> RecipeError:
+    """Return the error for a value that a setting does not take."""
+    rule, example = describe_values(entry.type, entry.marks), entry.default
+    if entry.spelling is not None:
+        rule, example = entry.spelling.rule or rule, entry.spelling.example
+    elif words := choices(entry.type):
+        near = difflib.get_close_matches(str(value), words, n=1)
+        example = (near or words)[0]
+    shown = None if example in (None, (), "", MISSING) else wording.given(entry.name, example)
+    return RecipeError(
+        f"Invalid value of {wording.setting(entry.name)}: {as_typed(value)}",
+        received=f"{wording.setting(entry.name)} takes {rule}",
+        remedy=f"For example {shown}." if shown else "Correct it, or leave it out.",
+    )
+
+
+def as_typed(value: Any) -> str:
+    """Return a value as it stands behind its flag, with commas between the values of a repeated flag."""
+    several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+    return ", ".join(value) if several else str(value) if isinstance(value, str | int | float) else repr(value)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter  # the command line starts without it
+
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
