@@ -104,16 +104,16 @@ def _invalid(entry: Entry, value: Any, wording: Wording) -> RecipeError:
         example = (near or words)[0]
     shown = None if example in (None, (), "", MISSING) else wording.given(entry.name, example)
     return RecipeError(
-        f"Invalid value of {wording.setting(entry.name)}: {as_typed(value)}",
+        f"Invalid value of {wording.setting(entry.name)}: {_quoted(value)}",
         received=f"{wording.setting(entry.name)} takes {rule}",
         remedy=f"For example {shown}." if shown else "Correct it, or leave it out.",
     )
 
 
-def as_typed(value: Any) -> str:
-    """Return a value as it stands behind its flag, with commas between the values of a repeated flag."""
+def _quoted(value: Any) -> str:
+    """Return a value for an error, with commas between the values of a repeated flag."""
     several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
-    return ", ".join(value) if several else str(value) if isinstance(value, str | int | float) else repr(value)
+    return ", ".join(map(repr, value)) if several else repr(value)
 
 
 def _flag(name: str) -> str:

@@ -52,7 +52,7 @@ def test_a_range_has_files_of_its_own(spec: str, cli, tmp_path: Path) -> None:
     [
         (("--min-depth", "0"), "0 < minimum < maximum"),
         (("--max-depth", "0.002"), "no such pixel in any label"),
-        (("--depth-crop", "eigen"), "--depth-crop is one of none, garg"),
+        (("--depth-crop", "eigen"), "--depth-crop takes one of none, garg"),
     ],
 )
 def test_ranges_that_cannot_be(spec: str, cli, words: tuple[str, ...], rule: str, tmp_path: Path) -> None:

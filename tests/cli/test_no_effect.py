@@ -26,7 +26,6 @@ REFUSED = [
 ]
 NOTED = [
     "--val-split test",
-    "--val-every 1",
     "--split train",
     "--depth-zoom divide",
     "--augment replay --scale 0.5:2",

@@ -70,7 +70,7 @@ def test_values_are_read_from_text() -> None:
 def test_a_wrong_text_is_refused_by_its_flag(name: str, value: str, rule: str) -> None:
     with pytest.raises(RecipeError) as caught:
         read_values({name: value}, Bread)
-    assert caught.value.rule == f"Invalid value of --{name}: {value}"
+    assert caught.value.rule == f"Invalid value of --{name}: {value!r}"
     assert caught.value.received == rule
     assert f"--{name}" in caught.value.remedy
 

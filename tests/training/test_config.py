@@ -130,7 +130,7 @@ def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
 def test_a_refusal_says_the_whole_range_and_what_was_given(name: str, value: object, rule: str) -> None:
     with pytest.raises(RecipeError) as caught:
         make_config(**{**BASE, name: value})
-    assert caught.value.rule == f"Invalid value of --{name.replace('_', '-')}: {value}"
+    assert caught.value.rule == f"Invalid value of --{name.replace('_', '-')}: {value!r}"
     assert caught.value.received == rule
 
 

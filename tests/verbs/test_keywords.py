@@ -77,7 +77,7 @@ def test_a_signature_is_short_and_complete() -> None:
         ({"wholly_other": 1}, "help(kdcache.build_cache)"),
         ({"size": 288}, "size= takes HEIGHTxWIDTH in pixels"),
         ({"size": (288,)}, "size= takes HEIGHTxWIDTH in pixels"),
-        ({"size": "288"}, "Invalid value of size=: 288"),
+        ({"size": "288"}, "Invalid value of size=: '288'"),
         ({"views": "few"}, "views= takes"),
         ({"precision": "fp8"}, "precision= takes one of float32, bf16, fp16"),
         ({"batch_size": 2.5}, "batch_size= takes a whole number from 1"),

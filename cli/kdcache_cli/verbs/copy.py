@@ -88,7 +88,7 @@ def copy(
     choices = entries(BuildSettings)
     with opened(source, cache_dir=folder, cache_bytes=room, progress=not ERRORS.quiet) as cache:
         changes = CopyChanges(
-            codec=read_value(choices["codec"], codec),
+            codec=None if codec is None else read_value(choices["codec"], codec),
             shard_records=shard_records,
             samples=None if samples is None else spread_samples(cache, samples),
             features=None if features is None else tuple(tap for tap in features.split(",") if tap),
