@@ -67,7 +67,7 @@ def student_step(
     torch.manual_seed(0)
     model = build_model(spec, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
     criterion = DistillLoss(cache, kl_weight=kl_weight, impl=impl, align_corners=model.align_corners).to(device)
-    optimizer = make_optimizer(model, config.optimizer.optimizer, capturable=capturable)
+    optimizer = make_optimizer(model, config.optimizer, capturable=capturable)
     return EagerStep(model, criterion, optimizer, device=device, bf16=device.type == "cuda")
 
 

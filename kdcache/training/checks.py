@@ -70,7 +70,7 @@ def check_replays(config: TrainConfig) -> None:
 def check_supervised(config: TrainConfig) -> None:
     """Raises: RecipeError for terms on predictions alone, to which any one class everywhere is as good as the truth."""
     if not config.supervised:
-        loss = config.all_terms
+        loss = config.loss
         raise RecipeError(
             "something is learnt from labels, or from a teacher",
             received=f"--method {loss.method} with --labels {config.data.labels} and --ce-weight {loss.ce_weight:g}"

@@ -318,7 +318,7 @@ def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **
 
 def _check_given(config: TrainConfig, given: Mapping[str, Any]) -> None:
     """Check that a term takes each setting of terms that somebody typed. Raises: RecipeError that names all others."""
-    loss = config.all_terms
+    loss = config.loss
     if idle := untaken(given, config.taken):
         raise no_effect(idle, f"--method {loss.method}, --ce-weight {loss.ce_weight:g}, --teacher {loss.teacher}")
     for stream in config.streams if "stream" in given else ():
@@ -361,7 +361,7 @@ def _check_run(config: TrainConfig) -> None:
             remedy="add --val DATA, or use --schedule poly",
         )
     reads_taps = config.reads_targets and any(term.reads_taps for term in config.active)
-    data = config.data.data
+    data = config.data
     check_val_share(data.val_share, data.val, bool(data.stream), config.loss.method, reads_taps=reads_taps)
     if config.optimizer.iterations is not None and config.optimizer.epochs is not None:
         raise RecipeError(

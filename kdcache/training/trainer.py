@@ -74,7 +74,7 @@ class Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.streams = tuple(streams)
         self.criterion = criterion.to(device)
-        settings = config.optimizer.optimizer
+        settings = config.optimizer
         assert settings.iterations is not None, "resolve the settings first"
         assert config.run.val_every is not None
         self.config = config

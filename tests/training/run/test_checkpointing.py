@@ -30,8 +30,8 @@ def new(seed: int, config: TrainConfig, run: Path, world: World | None = None) -
     """The state of a training of a model and a projection, and what it owns."""
     torch.manual_seed(seed)
     model, criterion = build_model("kdcache:tiny", 7), torch.nn.Conv2d(3, 2, 1)
-    optimizer = make_optimizer(torch.nn.ModuleList([model, criterion]), config.optimizer.optimizer)
-    schedule = Schedule(optimizer, config.optimizer.optimizer)
+    optimizer = make_optimizer(torch.nn.ModuleList([model, criterion]), config.optimizer)
+    schedule = Schedule(optimizer, config.optimizer)
     step = EagerStep.__new__(EagerStep)
     step.model, step.criterion, step.optimizer, step.device = model, criterion, optimizer, CPU  # type: ignore[assignment]
     return RunState(run, config, step, schedule, world or World()), [model, criterion, optimizer, schedule]

@@ -111,7 +111,7 @@ def losses_of(
     step: Callable[[Batch], Tensor], eager: EagerStep, batches: list[Batch], config: TrainConfig
 ) -> list[Tensor]:
     """Ten steps with a schedule, one batch of another size and two steps with gradient norms among them."""
-    schedule = Schedule(eager.optimizer, config.optimizer.optimizer)
+    schedule = Schedule(eager.optimizer, config.optimizer)
     found = []
     for number in range(10):
         batch = batches[number % len(batches)]

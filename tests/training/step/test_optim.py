@@ -18,8 +18,8 @@ def new(config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(model, config.optimizer.optimizer)
-    return optimizer, Schedule(optimizer, config.optimizer.optimizer)
+    optimizer = make_optimizer(model, config.optimizer)
+    return optimizer, Schedule(optimizer, config.optimizer)
 
 
 def rates(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[float]:
