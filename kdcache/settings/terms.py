@@ -31,7 +31,7 @@ from annotated_types import Ge, Lt
 from kdcache.errors import RecipeError
 from kdcache.heads import AUXILIARY, DEPTH, METRES, SEGMENTATION
 from kdcache.settings.parse import Positive, Weight
-from kdcache.settings.setting import Spelling, setting
+from kdcache.settings.setting import setting
 from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, is_summary, nearest
 
 
@@ -375,25 +375,6 @@ def parse_term(value: Any) -> LossTerm:
                 remedy=nearest(option, cls.options()) or "leave it out",
             )
     return cls(**named, given=frozenset(named))
-
-
-def parse_terms(value: Any) -> tuple[LossTerm, ...]:
-    """Parse a list of terms, or one. Raises: ValueError for anything else; RecipeError as `parse_term`."""
-    if not isinstance(value, str | Mapping | list | tuple | LossTerm):
-        raise ValueError
-    return tuple(map(parse_term, value if isinstance(value, list | tuple) else (value,)))
-
-
-Terms = Annotated[
-    tuple[Any, ...],
-    Spelling(
-        parse_terms,
-        show=lambda terms: [term.table() for term in terms],
-        rule="a list of loss terms, each KIND,OPTION=VALUE",
-        example="cosine,weight=0.1",
-        text_only=False,
-    ),
-]
 
 
 def loss_term(kind: str, **options: Any) -> LossTerm:

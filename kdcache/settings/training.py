@@ -1,5 +1,6 @@
 """The settings of a training, by their owner. Its verbs, recipes and `TrainConfig` are made from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ from kdcache.settings.parse import (
     TaskWeights,
     Weight,
 )
-from kdcache.settings.setting import REQUIRED, setting
+from kdcache.settings.setting import REQUIRED, Spelling, setting
 from kdcache.settings.shared import (
     DATA,
     FOLDS_BY,
@@ -33,7 +34,7 @@ from kdcache.settings.shared import (
     SourceSettings,
 )
 from kdcache.settings.term import TERMS, LossTerm, Share, entries_of
-from kdcache.settings.terms import KL, METHODS, CrossEntropy, Terms
+from kdcache.settings.terms import KL, METHODS, CrossEntropy, parse_term
 
 DEFAULT_ITERATIONS = 4000
 _TERMS = [TERMS[kind]() for kind in METHODS]
@@ -68,6 +69,25 @@ _step = partial(setting, panel=OPTIMIZATION)
 _log = partial(setting, panel=LOGGING)
 _machine = partial(setting, panel=MACHINE)
 _data = partial(setting, panel=DATA)
+
+
+def parse_terms(value: Any) -> tuple[LossTerm, ...]:
+    """Parse a list of terms, or one. Raises: ValueError for anything else; RecipeError as `parse_term`."""
+    if not isinstance(value, str | Mapping | list | tuple | LossTerm):
+        raise ValueError
+    return tuple(map(parse_term, value if isinstance(value, list | tuple) else (value,)))
+
+
+Terms = Annotated[
+    tuple[Any, ...],
+    Spelling(
+        parse_terms,
+        show=lambda terms: [term.table() for term in terms],
+        rule="a list of loss terms, each KIND,OPTION=VALUE",
+        example="cosine,weight=0.1",
+        text_only=False,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The settings of a training as one strict model, made from their tables."""
+"""The settings of a training, by owner, and the rules over several owners."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,22 +80,17 @@ class TrainConfig:
         _check_loss(self)
         jitter = 0 if self.augmentation.augment == "none" else self.augmentation.jitter
         check_consistency(self.terms, ema=self.optimizer.ema, jitter=jitter, mix=self.augmentation.mix)
-        _check_teaching(self)
         _check_label_teacher(self)
         check_whole_batch(self.all_terms, self.optimizer.accumulate, self.augmentation.mix)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "TrainConfig":
-        """Make a config from settings by name, with the defaults of all others.
-
-        Raises: RecipeError that names the flag at fault.
-        """
+        """Make a config from settings by name. Raises: RecipeError that names the flag at fault."""
         settings = {name.replace("-", "_"): value for name, value in settings.items()}
         check_names(settings, entries(*TRAINING))
         settings |= _choices(settings, cls.of)
         if missing := [name for name, entry in entries(*TRAINING).items() if entry.required and name not in settings]:
-            flag = f"--{flag_of(missing[0])}"
-            raise RecipeError(f"Missing {flag}", received=f"no {flag}", remedy=f"Add {flag}.")
+            raise RecipeError(f"Missing --{missing[0]}", received="It has no default", remedy=f"Add --{missing[0]}.")
         return cls(**_by_owner(read_values(settings, *TRAINING)))
 
     @property
@@ -432,9 +427,6 @@ def _check_loss(config: TrainConfig) -> None:
             received="every loss weight is 0: nothing would be learnt",
             remedy="raise --ce-weight, --kl-weight or the weight of a --term",
         )
-
-
-def _check_teaching(config: TrainConfig) -> None:
     if (config.loss.class_trust == "auto") != (config.loss.trust_against is not None):
         raise RecipeError(
             "--class-trust auto compares the teacher with a plain run",

@@ -142,7 +142,7 @@ CASES = {
     "verified against other data": (
         other_data, "verify {w}/source.zarr --teacher {w}/teacher --data {w}/data", "6 samples"),
     "--size 14x": (nothing, BUILD + " --size 14x", "'14x'"),
-    "--size of training": (nothing, TEACHER + " --size 14x", "--size 14x"),
+    "--size of training": (nothing, TEACHER + " --size 14x", "--size: '14x'"),
     "--top-k -3": (nothing, BUILD + " --top-k -3", "'-3'"),
     "--top-k 0": (nothing, BUILD + " --top-k 0", "0"),
     "--top-k 8": (nothing, BUILD + " --top-k 8", "8"),
@@ -154,12 +154,12 @@ CASES = {
     "--temperature 0": (nothing, STUDENT + " --temperature 0", "--temperature"),
     "--temperature nan": (nothing, STUDENT + " --temperature nan", "--temperature"),
     "--method foo": (nothing, STUDENT + " --method foo", "'foo'"),
-    "--augment foo": (nothing, STUDENT + " --augment foo", "--augment foo"),
+    "--augment foo": (nothing, STUDENT + " --augment foo", "--augment: 'foo'"),
     "--scale 2:1": (nothing, STUDENT + " --scale 2:1", "2.0:1.0"),
-    "--impl foo": (nothing, STUDENT + " --impl foo", "--impl foo"),
+    "--impl foo": (nothing, STUDENT + " --impl foo", "--impl: 'foo'"),
     "--impl triton without a GPU": (
         nothing, STUDENT + " --impl triton --device cpu", "triton runs on cuda, the tensors are on cpu"),
-    "--step foo": (nothing, STUDENT + " --step foo", "--step foo"),
+    "--step foo": (nothing, STUDENT + " --step foo", "--step: 'foo'"),
     "--step graphed without a GPU": (
         nothing, STUDENT + " --step graphed --device cpu", "--step graphed on the device cpu"),
     "--lr -1": (nothing, STUDENT + " --lr -1", "--lr"),

@@ -294,8 +294,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no term": ({"method": "none", "ce_weight": 1.0}, r"--val-share 0.25 has no feature loss.*--term cosine"),
     "labels judge": ({"val_share": None, "val": "scenes:32x48,train=6,val=3"}, r"has no head.*--val-share 0.02"),
     "two judges": ({"val": "scenes"}, r"Cannot use --val-share 0.25 with --val scenes"),
-    "a share of 0": ({"val_share": 0.0}, "--val-share is"),
-    "a share of 1": ({"val_share": 1.0}, "--val-share is"),
+    "a share of 0": ({"val_share": 0.0}, "--val-share takes"),
+    "a share of 1": ({"val_share": 1.0}, "--val-share takes"),
     "all held out": ({"val_share": 0.999999}, "No sample is left"),
 }
 

@@ -44,6 +44,7 @@ WRONG = {
     "limit_samples": [0, -1, NAN],
     "limit_labels": [0, -0.5, INFINITY],
     "labelled_share": [0, 1, -0.5, INFINITY],
+    "val_share": [0, 1, -0.5, INFINITY],
     "limit_views": [0, 1.5],
     "sampling": ["common", "rare:", "rare:0", "rare:-1", "rare:x", "rare:nan", "rare:inf", None],
     "fold": ["1", "2/2", "-1/2", "a/b"],
