@@ -33,7 +33,7 @@ from kdcache.settings.training import (
     Run,
 )
 from kdcache.settings.validate import check_names
-from kdcache.training.streams import Stream, check_pastes, flag_of, in_stream, make_stream, read_tables
+from kdcache.training.streams import Stream, check_pastes, in_stream, make_stream, read_tables
 from kdcache.training.term_setting import (
     check_balance,
     check_consistency,
