@@ -109,7 +109,7 @@ class WrappedModel(SegmentationModel):
         self.check_taps(taps)
         hooked = [tap for tap in taps if tap not in self._named]
         peel = bool(self.peeled) and peels()
-        outputs = dict[str, Any]()
+        outputs: dict[str, Any] = {}
         if hooked:
             with _recorded(self.network, hooked) as outputs:
                 answer = self._answer(x_B3HW, peel=peel)
@@ -119,7 +119,7 @@ class WrappedModel(SegmentationModel):
         if peel:
             heads |= {name: found.native for name in self.peeled if (found := resize_of(heads[name])) is not None}
         size = x_B3HW.shape[-2], x_B3HW.shape[-1]
-        features = dict[str, Tensor]()
+        features: dict[str, Tensor] = {}
         if len(hooked) < len(taps):
             features |= self._reading.features(answer, size, self.patch)
         features |= {tap: as_map(outputs.get(tap), size, self.patch, f"{tap!r} of {self.spec}") for tap in hooked}
