@@ -225,6 +225,7 @@ IMPORT_BY_VALUE = {
     "kdcache.distill.terms.registry": "the modules of terms",
     "kdcache.models.callables": "a network of the user",
     "kdcache_kernels.library": "a family of kernels: cpu or gpu",
+    "kdcache.data.layouts.registry": "a layout, by its file",
     "kdcache_kernels.on_cells.library": "a family of kernels: cpu or gpu",
 }
 """Files that import a module by a name that is a value, and what."""

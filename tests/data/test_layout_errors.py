@@ -65,7 +65,7 @@ def test_a_folder_of_two_layouts_names_both(tiny, tmp_path) -> None:
     error = refusal(lambda: open_split(tmp_path, "train"))
     assert "VOC2012" in error.received
     assert "ADEChallengeData2016" in error.received
-    assert f"voc:{tmp_path} or ade20k:{tmp_path}" in error.remedy
+    assert f"ade20k:{tmp_path} or voc:{tmp_path}" in error.remedy
     assert len(open_split(f"voc:{tmp_path}", "train")) == 3
 
 

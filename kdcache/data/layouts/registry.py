@@ -5,40 +5,33 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import NamedTuple
 
 from kdcache.data.classes import CLASSES_FILE, read_classes
+from kdcache.data.layouts import exports, own, published
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.exports.base import Export
-from kdcache.data.layouts.exports.coco import Coco
-from kdcache.data.layouts.exports.cvat import Cvat, CvatMasks
-from kdcache.data.layouts.exports.kaggle import Kaggle
-from kdcache.data.layouts.exports.label_studio import LabelStudio
-from kdcache.data.layouts.exports.labelme import LabelMe, LabelMeVoc
-from kdcache.data.layouts.exports.yolo import Yolo
 from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
-from kdcache.data.layouts.own.images import Images
-from kdcache.data.layouts.own.mmseg import Mmseg
 from kdcache.data.layouts.pictures import holds_masks
-from kdcache.data.layouts.published.ade20k import Ade20k
-from kdcache.data.layouts.published.camvid import CamVid
-from kdcache.data.layouts.published.cityscapes import Cityscapes
 from kdcache.data.layouts.published.gta5 import Gta5
-from kdcache.data.layouts.published.kitti_depth import KittiDepth
-from kdcache.data.layouts.published.kitti_semantic import KittiSemantic
-from kdcache.data.layouts.published.nyu import Nyu
-from kdcache.data.layouts.published.voc import Voc
 from kdcache.data.layouts.scan import folders_in, holds_pictures
 from kdcache.errors import DataError
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        *(Folder(), Mmseg(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
-        *(Kaggle(), Coco(), Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), Yolo(), Images()),
-    )
-}
+
+def _layouts() -> Iterator[Layout]:
+    """Make the layouts of all files in the folders own, published and exports."""
+    for package in (own, published, exports):
+        for file in iter_modules(package.__path__, f"{package.__name__}."):
+            module = import_module(file.name)
+            kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Layout))
+            yield from (kind() for kind in kinds if "name" in vars(kind) and kind.__module__ == file.name)
+
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _layouts()}
 
 _MOST_FOLDERS = 20
 """The most folders of a folder in which a data set is looked for to suggest it."""
