@@ -125,7 +125,8 @@ def test_builds_and_evaluations_name_the_network_and_debug_shows_its_traceback(n
     for verb in (("build-teacher-cache", "--teacher", teacher, "--out", tmp_path / "s.zarr"), ("evaluate", teacher)):
         ended = cli(*verb, *words)
         assert ended.code == 2
-        assert f"Cannot run the network {networks}:of_one: ValueError" in ended.err
+        assert f"Cannot run the network {networks}:of_one" in ended.err
+        assert "ValueError" in ended.err
         assert "one image at a time, at " in ended.err
         with pytest.raises((ModelError, ValueError), match="one image at a time"):
             cli("--debug", *verb, *words)

@@ -359,7 +359,7 @@ def test_methods_name_terms_of_depth() -> None:
     assert parse_method("kl+depth-silog")[1:] == (loss_term("depth-silog"),)
     assert parse_term({"kind": "depth-l1", "reference": "teacher"}).reads_teacher
     assert term_of("depth-ssi", "labels", alpha=0.0).spec.alpha == 0
-    with pytest.raises(RecipeError, match="reference of depth-l1 is one of labels, teacher"):
+    with pytest.raises(RecipeError, match="reference of depth-l1 takes one of labels, teacher"):
         loss_term("depth-l1", reference="lidar")
     with pytest.raises(RecipeError, match=r"options of depth-l1 are weight, reference"):
         loss_term("depth-l1", alpha=0.5)

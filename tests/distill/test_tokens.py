@@ -292,7 +292,7 @@ def test_a_loss_restores_bytes_and_remembers() -> None:
 
 def test_options_and_what_a_store_lacks() -> None:
     assert parse_term("queue,length=64,temperature=0.1").length == 64
-    with pytest.raises(RecipeError, match="length of queue is"):
+    with pytest.raises(RecipeError, match="length of queue takes"):
         parse_term("queue,length=0.5")
     with pytest.raises(RecipeError, match="a term learns from") as caught:
         term_of("similarity", teacher_tap="seen")
