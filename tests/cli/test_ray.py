@@ -217,13 +217,13 @@ def test_what_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
     [
         ({"actors": 2}, "--actors 2"),
         ({"engine": "ray", "worker": "0/2"}, "worker 0 of 2"),
-        ({"engine": "spark"}, "engine='spark'"),
+        ({"engine": "spark"}, "engine=: 'spark'"),
     ],
 )
 def test_wrong_settings_in_python(settings: dict[str, Any], received: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as refused:
         kdcache.build_cache("scenes", "runs/none", tmp_path / "s.zarr", **settings)
-    assert received in refused.value.received
+    assert received in str(refused.value)
 
 
 class _Elsewhere:
