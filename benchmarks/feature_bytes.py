@@ -52,7 +52,7 @@ def network(num_classes: int = 0) -> nn.Module:
 
 
 def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
-    """What a cache costs by `kdcache plan`, and what it then costs."""
+    """Compare the bytes that `kdcache plan` predicts for a cache with the bytes that a build writes."""
     planned = estimate(split, teacher, options, records=32).chosen
     result = build_cache(split, teacher, out, options)
     summary = summarise(open_cache(out))

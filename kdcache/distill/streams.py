@@ -125,7 +125,7 @@ class StreamLoss(nn.Module):
             criterion.share(gather)
 
     def after_step(self, batch: StreamBatch) -> None:
-        """As of `DistillLoss`, of each stream."""
+        """Let the loss of each stream learn from its rows (see `DistillLoss.after_step`)."""
         for (_, criterion), own in zip(self._named(), batch.streams, strict=True):
             criterion.after_step(own)
 

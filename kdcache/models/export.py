@@ -103,7 +103,7 @@ class Deployed(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of the answers, those of the heads that have learnt, or of a backbone's taps."""
+        """The names of the outputs: the heads that have learnt, or the taps of a backbone."""
         if not self.model.learnt_heads:
             return list(self.model.taps)
         return ["logits" if name == SEGMENTATION else name for name in self.model.learnt_heads]

@@ -308,7 +308,7 @@ def _anew(path: Path) -> str:
 
 
 def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str], str]:
-    """A backbone's state under this model's names, the names of its own head, and the prefix of the module it is of.
+    """Return a backbone's state under this model's names, the names of the model's head, and the backbone's prefix.
 
     The prefix is that of any module which has more of its tensors than the model itself; "" without one.
     """

@@ -45,7 +45,7 @@ class StreamSettings:
 SOURCE = ("cache", "data", "split")
 """The settings that say where a stream's samples come from."""
 _WHOLE = ("balance", "task_weight", "distill_schedule", "val_fold", "mix")
-"""Settings of the tables below that are those of the whole training."""
+"""Settings that only the whole training has, and no stream of its own."""
 _OF_TERMS = ("weight", "temperature", "class_weights")
 """Settings of a stream that a term has, too: behind a term it would not be clear whose they are."""
 _OF_STREAMS = (*entries(Loss), *names(Data, panel=PART), *entries(Augmentation))

@@ -250,7 +250,7 @@ class FeatureTerm(LossTerm):
         return sorted(manifest.features, key=lambda tap: not is_summary(manifest.features[tap]))
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """As of `LossTerm`. A tap in 8 bits has scales, with which the device restores it."""
+        """Return the arrays that the term reads. A tap in 8 bits also needs its scales."""
         if not self.reads_taps:
             return super().arrays(manifest)
         tap = str(self.teacher_tap)

@@ -58,6 +58,16 @@ def test_a_removed_word_of_the_command_line_fails(words: str, capsys: pytest.Cap
     assert FIX in capsys.readouterr().err
 
 
+def test_a_removed_key_of_flags_in_a_file_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody wrote it, so that it fails also with the value that is unused in a run's own recipe."""
+    (tmp_path / "mine.toml").write_text("old-flag = 3\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["train-student", "--recipe", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert FIX in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("words", removed.FLAGS)
 def test_a_removed_flag_or_value_of_one_verb_fails(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

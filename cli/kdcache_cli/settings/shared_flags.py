@@ -12,6 +12,7 @@ from kdcache.errors import RecipeError
 from kdcache.settings import entries, read, read_value
 from kdcache.settings.preset import preset_names, read_preset
 from kdcache.settings.recipe import settings_of
+from kdcache.settings.removed import SETTINGS, removal
 from kdcache.settings.shared import (
     CopySettings,
     DataSettings,
@@ -107,7 +108,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         raise RecipeError(
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
         ) from error
-    recipe = settings_of(recipe)
+    if "verb" in recipe:
+        recipe = settings_of(recipe)
     # A run's own recipe names its verb, and may have settings that this verb has no flag for.
     resolved = "verb" in recipe
     verb = recipe.pop("verb", context.info_name)
@@ -124,6 +126,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         if name not in flags:
             if resolved and name in entries(*TRAINING):
                 continue
+            if (gone := removal(key, SETTINGS)) is not None:
+                raise gone
             near = difflib.get_close_matches(name, flags, n=1)
             raise RecipeError(
                 "a recipe's keys are the verb's flags",

@@ -30,7 +30,7 @@ from kdcache.models.native import LoadReport
 from kdcache.models.weights import load_weights, read_weights
 
 CODE_ALLOWED: ContextVar[bool] = ContextVar("code_allowed", default=False)
-"""Whether code that files name may be imported (see `kdcache.models.trust`)."""
+"""Permission to import code that files name (see `kdcache.models.trust`)."""
 _TEXTS = ("*.json", "*.txt")
 _SHOWN = 4
 

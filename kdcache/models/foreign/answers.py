@@ -1,4 +1,4 @@
-"""What a network's answer means: heads and features out of it."""
+"""Readings turn a network's answer into heads and features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -66,7 +66,7 @@ def _heads(spec: str, declared: Mapping[str, Any] | None, answer: object) -> dic
 
 
 def _kinds(spec: str, declared: Mapping[str, Any] | None, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-    """What each head's output means. Raises: ModelError for a declaration that is none, or does not fit the output."""
+    """Return the kind of each head. Raises: ModelError for a wrong declaration, or one that does not fit the output."""
     if declared is None:
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
     kinds: dict[str, HeadKind] = {}

@@ -18,7 +18,7 @@ class Processor:
     Attributes:
         multiple: both sides are multiples of it, such as the patch of a transformer.
         fixed_size: (H, W), if the network takes no other.
-        native_size: (H, W) of its own training, when known.
+        native_size: (H, W) that the network was trained at, if known.
         pads: whether its own images were padded to that size, so that squashed ones are new to it.
         channels: the order of colours that its first layer reads.
         positions: whether it has position embeddings: features of a mirrored image are not mirrored features.

@@ -69,7 +69,7 @@ class Processor(Part):
 
     Attributes:
         multiple: both sides are multiples of it. fixed_size: (H, W), if it takes no other.
-        native_size: (H, W) of its own training, when known.
+        native_size: (H, W) that the network was trained at, if known.
         pads: whether its own images were padded to that size.
         channels: the order of colours that its first layer reads.
         positions: whether it has position embeddings, so that mirrored features are not those of a mirrored image.
