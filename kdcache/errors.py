@@ -10,11 +10,13 @@
     ├── RecipeError         flags, recipe files, run folders
     └── ModelError          model specs, weights, teachers, non-finite losses
 
-Each names the rule, what was received and the remedy. The command line prints them in one panel and exits with 2.
+Each names the problem and the fix. The command line prints them in one panel and exits with 2.
 """
 
+import difflib
 import logging
 import re
+from collections.abc import Iterable
 from typing import Self
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -50,29 +52,55 @@ class KDCacheError(Exception):
     """Base of every error that kdcache raises on purpose.
 
     Args:
-        rule: what must hold, in one sentence.
-        received: what was found instead.
-        remedy: what the user can do about it.
+        problem: what is wrong, with its value, in one sentence.
+        fix: what the user can do about it, in the imperative.
+        rule: what must hold, where it adds something.
+        received, remedy: the old names of the value and of the fix. They go with the last error that has them.
     """
 
-    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
-        self.rule, self.received, self.remedy = map(plain_text, (rule, received, remedy))
-        super().__init__(self.rule, self.received, self.remedy)
+    def __init__(
+        self, problem: str, *, fix: str = "", rule: str = "", received: str | None = None, remedy: str = ""
+    ) -> None:
+        self.problem, self.fix, self.rule = map(plain_text, (problem, fix or remedy, rule))
+        self.received, self.remedy = None if received is None else plain_text(received), self.fix
+        if received is not None:
+            self.rule = self.problem
+        super().__init__(self.problem, self.received, self.fix, self.rule)
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
+        if self.received is not None:
+            return f"{self.problem}\n  received: {self.received}\n  remedy:   {self.fix}"
+        return "\n  ".join(part for part in (self.problem, f"fix: {self.fix}", self.rule) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.rule, self.received, self.remedy)
+        return _rebuild, (type(self), self.problem, self.fix, self.rule, self.received)
+
+    def within(self, place: str, *, fix: str | None = None) -> Self:
+        """Return this error with the place where it was met before its problem. `fix` replaces its fix."""
+        if self.received is not None:
+            return self.restated(received=f"{place}: {self.received}", remedy=fix)
+        return type(self)(f"{place}: {self.problem}", fix=self.fix if fix is None else fix, rule=self.rule)
 
     def restated(self, *, received: str, remedy: str | None = None) -> Self:
         """Return the same error about something received elsewhere, with another remedy if one is given."""
-        return type(self)(self.rule, received=received, remedy=self.remedy if remedy is None else remedy)
+        return type(self)(self.problem, received=received, remedy=self.fix if remedy is None else remedy)
 
 
-def _rebuild(kind: type[KDCacheError], rule: str, received: str, remedy: str) -> KDCacheError:
+def _rebuild(kind: type[KDCacheError], problem: str, fix: str, rule: str, received: str | None) -> KDCacheError:
     """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-    return kind(rule, received=received, remedy=remedy)
+    if received is not None:
+        return kind(problem, received=received, remedy=fix)
+    return kind(problem, fix=fix, rule=rule)
+
+
+def suggest(word: str, names: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
+    """Return "Did you mean NAME?" for the closest name, or `otherwise` if none is close.
+
+    Args:
+        cutoff: the least similarity of a close name, 0 to 1, as `difflib` counts it.
+    """
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)
+    return f"Did you mean {near[0]}?" if near else otherwise
 
 
 class StoreError(KDCacheError):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from kdcache.errors import DataError, one_line, plain_logger
+from kdcache.errors import DataError, one_line, plain_logger, suggest
 
 
 def test_an_error_crosses_a_process_boundary_with_its_parts() -> None:
@@ -17,6 +17,17 @@ def test_an_error_crosses_a_process_boundary_with_its_parts() -> None:
     again = error.restated(received="elsewhere")
     assert (type(again), again.rule, again.received, again.remedy) == (DataError, "The rule.", "elsewhere", "Do that.")
     assert error.restated(received="elsewhere", remedy="Go there.").remedy == "Go there."
+
+
+def test_an_error_says_its_problem_then_its_fix() -> None:
+    error = DataError("Unknown class 'cra'.", fix=suggest("cra", ["car", "sky"]), rule="A class is one of the list.")
+    assert str(error) == "Unknown class 'cra'.\n  fix: Did you mean car?\n  A class is one of the list."
+    for copy in (pickle.loads(pickle.dumps(error)), error.within("list.txt", fix="Correct it.")):
+        assert type(copy) is DataError
+        assert copy.rule == "A class is one of the list."
+    assert str(error.within("list.txt")).startswith("list.txt: Unknown class 'cra'.\n  fix: Did you mean car?")
+    assert str(DataError("No images.", fix="Add one.")) == "No images.\n  fix: Add one."
+    assert suggest("zebra", ["car", "sky"], "There are: car, sky.") == "There are: car, sky."
 
 
 def test_a_log_line_is_one_plain_line(caplog: pytest.LogCaptureFixture) -> None:

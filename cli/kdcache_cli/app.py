@@ -216,7 +216,10 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
 
 
 def _show(error: Any) -> None:
-    lines = (("received  ", error.received), ("remedy    ", error.remedy))
-    body = Text.assemble((error.rule, "bold"), *(part for name, text in lines for part in ("\n", (name, "dim"), text)))
+    lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
+    if (received := getattr(error, "received", None)) is not None:  # an error that does not yet say its problem first
+        lines = [("received  ", received), ("remedy    ", error.fix)]
+    parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))
+    body = Text.assemble((error.problem, "bold"), *parts)
     with ERRORS.heard():
         ERRORS.print(Panel.fit(body, title="error", title_align="left", border_style="red"))

@@ -18,23 +18,29 @@ class KernelError(ValueError):
     """Base of every error that kdcache_kernels raises on purpose.
 
     Args:
-        rule: what must hold, naming the argument, in one sentence.
-        received: the value or property found instead.
-        remedy: a step that the caller can take.
+        problem: what is wrong, naming the argument with its value, in one sentence.
+        fix: a step that the caller can take.
+        rule: what must hold, where it adds something.
+        received, remedy: the old names of the value and of the fix. They go with the last error that has them.
     """
 
-    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
-        super().__init__(rule, received, remedy)
-        self.rule = rule
-        self.received = received
-        self.remedy = remedy
+    def __init__(
+        self, problem: str, *, fix: str = "", rule: str = "", received: str | None = None, remedy: str = ""
+    ) -> None:
+        self.problem, self.fix, self.rule = problem, fix or remedy, problem if received is not None else rule
+        self.received, self.remedy = received, self.fix
+        super().__init__(problem, received, self.fix, rule)
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
+        if self.received is not None:
+            return f"{self.problem}\n  received: {self.received}\n  remedy:   {self.fix}"
+        return "\n  ".join(part for part in (self.problem, f"fix: {self.fix}", self.rule) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-        return partial(type(self), received=self.received, remedy=self.remedy), (self.rule,)
+        if self.received is not None:
+            return partial(type(self), received=self.received, remedy=self.fix), (self.problem,)
+        return partial(type(self), fix=self.fix, rule=self.rule), (self.problem,)
 
 
 class ShapeError(KernelError):
