@@ -15,6 +15,7 @@ where a run needs them. The score is that of the last iteration, never that of t
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -130,17 +131,25 @@ def run_name(arm: str, seed: int) -> str:
     return f"{re.sub('[^a-z0-9.]+', '-', arm.lower())}-{seed}"
 
 
-def kdcache(words: str, live: str = "") -> None:
+def kdcache(words: str, live: str = "", ends: float = math.inf) -> None:
     """A verb of the command line, with one thread; with a teacher in every step where `live` names one.
 
-    Raises: SystemExit with its output when it fails.
+    Raises: SystemExit with its output when it fails. TimeoutError if it still runs at `ends`, on the monotonic clock:
+    it is stopped, and keeps what it can go on from.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     program = [str(HERE / "live_teacher.py"), live] if live else ["-m", "kdcache_cli"]
     command = [sys.executable, *program, *words.split()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr}")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=None if math.isinf(ends) else max(0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.communicate()
+            raise TimeoutError(words) from None
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{output[-2000:]}{errors}")
 
 
 class Study:
