@@ -60,6 +60,8 @@ CLASS_OF_OPCODE = {
     "branch": ("BRA", "BRX", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "EXIT", "YIELD", "BMOV", "WARPGROUP"),
 }
 REST = "FMA/ALU"
+HARMLESS = {"LDC", "VIADD", "IADD3", "MOV", "NOP"}
+"""Opcodes that read no memory which a kernel could write: constants and registers."""
 
 
 Call = tuple[str, Callable[[], object]]
@@ -253,12 +255,8 @@ def find_tool(name: str) -> Path:
 
 def describe(compiled: Compiled, cuobjdump: Path, nvdisasm: Path) -> dict[str, Any]:
     """The numbers of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.kernel.asm["cubin"])
-        file.flush()
-        usage = _output(cuobjdump, "--dump-resource-usage", file.name)
-        listing = _output(nvdisasm, "-c", file.name)
-    opcodes, loops = read_listing(listing)
+    usage = _read_machine_code(compiled, cuobjdump, "--dump-resource-usage")
+    opcodes, loops = read_listing(_read_machine_code(compiled, nvdisasm, "-c"))
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     assert used is not None, usage
     return {
@@ -268,13 +266,33 @@ def describe(compiled: Compiled, cuobjdump: Path, nvdisasm: Path) -> dict[str, A
         "registers": int(used[1]),
         "spilled_bytes": int(used[2]),  # the stack: the kernels have no arrays to put there
         "shared_bytes": compiled.kernel.metadata.shared,
+        "before_wait": before_wait(opcodes) if compiled.kernel.metadata.launch_pdl else None,
         "instructions": count(opcodes),
         "innermost_loops": [count(opcodes[first : last + 1]) for first, last in loops],
     }
 
 
-def _output(tool: Path, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+def _read_machine_code(compiled: Compiled, tool: Path, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def before_wait(opcodes: list[str]) -> list[str]:
+    """Return the instructions that a kernel issues before it waits for the kernels before it."""
+    return opcodes[: opcodes.index("ACQBULK")]
+
+
+def check_waits(compiled: list[Compiled]) -> int:
+    """Count the kernels that may start before the one before has ended. Exit if one could touch memory too early."""
+    dependent = [one for one in compiled if one.kernel.metadata.launch_pdl]
+    tool = find_tool("nvdisasm")
+    for one in dependent:
+        early = before_wait(read_listing(_read_machine_code(one, tool, "-c"))[0])
+        if not set(early) <= HARMLESS:
+            sys.exit(f"{one.name} ({one.variant}) does not wait first: {', '.join(early)} come before.")
+    return len(dependent)
 
 
 def read_listing(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
@@ -320,6 +338,8 @@ def main() -> None:
             compiled += [] if arguments.brief else compile_all(target, other_calls())
             name = capability if capability.startswith("gfx") else f"sm_{capability}"
             print(f"{name}: compiled {len(compiled)} variants of {len({c.name for c in compiled})} kernels")
+            if target.backend == "cuda":
+                print(f"{name}: {check_waits(compiled)} wait first")
             continue
         result = header("registers and instructions of the Triton kernels")
         result |= {

@@ -40,6 +40,7 @@ from .common import (
     Buffers,
     Needs,
     cdiv,
+    dependent,
     gpu,
     integer_power,
     launch_options,
@@ -49,6 +50,7 @@ from .common import (
     power_of_2,
     register_limit,
     strides_of,
+    take_turn,
 )
 from .geometry import target_tables
 from .prep import Prepared
@@ -193,13 +195,14 @@ def cells_kernel(
     ht, wt, target_batch, blocks, strips, rows, target_scale,
     label_stride_b, label_stride_h, label_stride_w, label_gate_stride_b, label_gate_stride_h, label_gate_stride_w,
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
-    S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr,
+    S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Each program does NC - 1 columns of cells, down their strips, of one image.
 
     `edges` is (B, strips, PLANES, C, w): plane 0 is the strip's share of the row of logits above it, planes 1 and up
     what its last row of cells gave to the row below, see `_spread`.
     """
+    take_turn(DEPENDENT)
     ROWS: tl.constexpr = 2 if S == 8 else S
     GROUPS: tl.constexpr = S // ROWS
     PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
@@ -444,5 +447,5 @@ def launch(
         h, w, *prepared.target.shape[2:], prepared.target_batch, blocks, strips, tiling.rows,
         prepared.target_scale, *strides_of(problem), problem.temperature,
         S=stride, NC=tiling.lanes, POWER=integer_power(problem.temperature),
-        num_stages=1, enable_fp_fusion=False, **launch_options(tiling.lanes, REGISTERS, device),
+        num_stages=1, enable_fp_fusion=False, **dependent(device), **launch_options(tiling.lanes, REGISTERS, device),
     )  # fmt: skip

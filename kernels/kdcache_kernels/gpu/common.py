@@ -248,6 +248,23 @@ def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
     return tl.sum(ce, 0), tl.sum(kl, 0)
 
 
+@triton.jit
+def take_turn(DEPENDENT: tl.constexpr):
+    """Wait for the kernels before this one, then let the next one be launched.
+
+    This is the first statement of every kernel of a call. A kernel with DEPENDENT may start before the one before it
+    has ended, so it must read and write nothing earlier. As each one waits, the last one waits for all of them.
+    "memory" keeps the compiler from moving a read up.
+    """
+    if DEPENDENT:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 def gpu(device: torch.device) -> GPUTarget:
     """The target of compilation: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
     if device.type == "cpu":  # the interpreter
@@ -261,6 +278,22 @@ def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str
     target = gpu(device)
     options = {"num_warps": max(1, lanes // target.warp_size)}
     return options | {"maxnreg": registers} if target.backend == "cuda" else options
+
+
+def dependent(device: torch.device) -> dict[str, Any]:
+    """Options of a launch whose kernel takes its turn itself: programmatic dependent launch, from sm_90 on."""
+    return _dependent_on(device) if device.type == "cuda" else _dependent(None if device.type == "cpu" else gpu(device))
+
+
+@lru_cache
+def _dependent_on(device: torch.device) -> dict[str, Any]:
+    return _dependent(gpu(device))
+
+
+def _dependent(target: GPUTarget | None) -> dict[str, Any]:
+    if target is None or target.backend != "cuda" or target.arch < 90:
+        return {"DEPENDENT": constant(False)}
+    return {"DEPENDENT": constant(True), "launch_pdl": True}
 
 
 def register_limit(default: int) -> int:

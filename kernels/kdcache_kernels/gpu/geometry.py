@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import sum_pairs
+from .common import sum_pairs, take_turn
 
 MOST_NATS = tl.constexpr(80.0)
 """Range of a pixel's logits, over min(T, 1), up to which exp2 of normalised logits stays a normal float32."""
@@ -239,7 +239,7 @@ def geometry_kernel(
     class_weight_ptr, num_classes, smoothing, gamma,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr,
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program 0 does the factors, the next B the route of an image each, and every further one a table.
 
@@ -247,6 +247,7 @@ def geometry_kernel(
     image takes the fast kernel when the target's grid, seen through its window, meets the student's cell by cell and,
     with GUARD_RANGE, no pixel's logits span too much.
     """
+    take_turn(DEPENDENT)
     program = tl.program_id(0)
     if program == 0:
         _store_factors(

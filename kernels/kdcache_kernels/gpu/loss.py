@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ShapeError, describe
 from ..problem import LossProblem, LossResult
 from . import cells, pixels, tiles
-from .common import Buffers, Needs, cdiv, sum_pairs
+from .common import Buffers, Needs, cdiv, dependent, sum_pairs, take_turn
 from .prep import Prepared, fast_stride, prepare
 
 SUMS = 2048
@@ -65,9 +65,10 @@ def _combine(program, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, str
 def totals_kernel(
     partials_ptr, num_partials, factors_ptr, ce_weight_ptr, kl_weight_ptr, loss_ptr, ce_ptr, kl_ptr, edges_ptr,
     route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The first program: the terms and the loss from (P, 2) partial sums, in float64. The others: seams of cells."""
+    take_turn(DEPENDENT)
     if tl.program_id(0) > 0:
         if edges_ptr is not None:
             _combine(tl.program_id(0) - 1, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS)
@@ -82,8 +83,11 @@ def totals_kernel(
 
 
 @triton.jit
-def scale_kernel(gradient_ptr, factor_ptr, loss_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
+def scale_kernel(
+    gradient_ptr, factor_ptr, loss_ptr, out_ptr, num_elements, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """out = gradient * factor, multiplied in float32; NaN where the loss is not finite."""
+    take_turn(DEPENDENT)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < num_elements
     gradient = tl.load(gradient_ptr + offs_n, mask=exists, other=0.0).to(tl.float32)
@@ -182,7 +186,7 @@ def add_up(
     totals_kernel[(1 + programs,)](
         partials, partials.shape[0], prepared.factors, problem.ce_weight, problem.kl_weight, loss, ce, kl,
         *((buffers.scratch, prepared.route, gradient) if programs else (None, None, None)), C, h, w, strips, rows,
-        GROUPS=groups, BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
+        GROUPS=groups, BLOCK=SUMS, num_warps=8, enable_fp_fusion=False, **dependent(loss.device),
     )  # fmt: skip
     return loss, ce, kl
 
@@ -201,6 +205,14 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             scale_kernel[(cdiv(gradient.numel(), SCALED),)](
-                gradient, factor, loss, out, gradient.numel(), BLOCK=SCALED, num_warps=8, enable_fp_fusion=False
+                gradient,
+                factor,
+                loss,
+                out,
+                gradient.numel(),
+                BLOCK=SCALED,
+                num_warps=8,
+                enable_fp_fusion=False,
+                **dependent(gradient.device),
             )
     return out

@@ -26,6 +26,7 @@ from .common import (
     Buffers,
     Needs,
     cdiv,
+    dependent,
     integer_power,
     label_terms,
     load_label_factors,
@@ -34,6 +35,7 @@ from .common import (
     pixels_of,
     power,
     power_of_2,
+    take_turn,
 )
 from .geometry import target_tables
 from .prep import Prepared
@@ -137,8 +139,10 @@ def pixels_kernel(
     gradient_ptr, partials_ptr, first_partial, pixels, plane, target_plane, batch, target_batch, h, w, ht, wt,
     image_blocks, num_blocks, temperature,
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of pixels of the images whose route is 1."""
+    take_turn(DEPENDENT)
     pid = tl.program_id(0)
     k_ce = tl.load(factors_ptr)
     k_kl = tl.load(factors_ptr + 1)
@@ -285,4 +289,5 @@ def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, bu
         MOVED=problem.window is not None or problem.flip is not None, SINGLE=h * w == 1,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_C=tiling.classes, BLOCK_N=tiling.pixels, num_warps=tiling.num_warps, enable_fp_fusion=True,
+        **dependent(problem.student.device),
     )  # fmt: skip

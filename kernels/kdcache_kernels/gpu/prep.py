@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import cdiv, label_pixels, load_pixel, power_of_2
+from .common import cdiv, dependent, label_pixels, load_pixel, power_of_2, take_turn
 from .geometry import geometry_kernel, is_inside, load_window, tables_size, view_positions
 from .topk import tail_fill
 
@@ -242,9 +242,10 @@ def prepare_kernel(
     target_plane, k, h, w, ht, wt, H, W, view_height, view_width, student_blocks, target_blocks, count_blocks,
     student_limit, target_limit, scale, stretch,
     FLAT: tl.constexpr, STUDENT_C: tl.constexpr, TARGET_C: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
+    take_turn(DEPENDENT)
     programs = student_blocks + target_blocks + count_blocks
     image = tl.program_id(0) // programs
     block = tl.program_id(0) % programs
@@ -390,6 +391,7 @@ def _launch_prepare(
         STUDENT_C=_classes_at_once(C, device, pixel_per_lane=student.stride(3) == 1 and h * w >= PIXELS),
         TARGET_C=_classes_at_once(C, device, pixel_per_lane=ht * wt >= PIXELS),
         BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS, num_warps=4, enable_fp_fusion=False,
+        **dependent(device),
     )  # fmt: skip
     return (*students, *targets), ranges, counts
 
@@ -418,6 +420,7 @@ def _launch_geometry(
         USE_CE=problem.use_ce, USE_KL=problem.use_kl, STUDENT_ALIGN=problem.align_corners,
         TARGET_ALIGN=target is not None and target.align_corners, FAST=stride > 0, GUARD_RANGE=stride > 1,
         COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, BLOCK=TABLE, num_warps=8, enable_fp_fusion=False,
+        **dependent(device),
     )  # fmt: skip
     scale = _scale(problem.temperature) if _reads_packed(problem) else None
     return Prepared(*logits, scale, tables, target_batch, route, factors, mix, stride)

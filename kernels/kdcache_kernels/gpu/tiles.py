@@ -39,6 +39,7 @@ from .common import (
     Buffers,
     Needs,
     cdiv,
+    dependent,
     gpu,
     integer_power,
     launch_options,
@@ -47,6 +48,7 @@ from .common import (
     pixels_of,
     power_of_2,
     strides_of,
+    take_turn,
 )
 from .geometry import student_tables, target_tables
 from .prep import Prepared
@@ -74,9 +76,10 @@ def tiles_kernel(
     label_stride_b, label_stride_h, label_stride_w, label_gate_stride_b, label_gate_stride_h, label_gate_stride_w,
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
+    take_turn(DEPENDENT)
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
     row_taps, column_taps = student_tables(tables_ptr, H, W)
     target_row_taps, target_column_taps = row_taps, column_taps
@@ -320,5 +323,5 @@ def launch(
         max(H, W).bit_length(), prepared.target_scale, *strides_of(problem), problem.temperature, ALL_IMAGES=all_images,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, UNROLL=tiling.unroll, LANES=tiling.lanes,
-        enable_fp_fusion=True, **launch_options(tiling.lanes, REGISTERS, device),
+        enable_fp_fusion=True, **dependent(device), **launch_options(tiling.lanes, REGISTERS, device),
     )  # fmt: skip
