@@ -182,21 +182,20 @@ _OF_DISKS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.
 
 
 def _explained(error: Exception) -> Any:
-    """Return an error with rule, received and remedy: the error itself if it is kdcache's or the kernels'."""
-    if all(isinstance(getattr(error, name, None), str) for name in ("rule", "received", "remedy")):
+    """Return an error with problem, fix and rule: the error itself if it is kdcache's or the kernels'."""
+    if all(isinstance(getattr(error, name, None), str) for name in ("problem", "fix", "rule")):
         return error
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in _OF_DISKS):
         return KDCacheError(
-            "files must be readable and folders writable",
-            received=str(error),
-            remedy="check the path, its permissions, the disk's room, and whether it is mounted for writing",
+            f"Cannot read or write a file: {error}",
+            fix="Check the path, its permissions, the disk's free space, and whether it is mounted for writing.",
         )
     if (fault := _fault_of_theirs(error)) is not None:
         return fault
     return KDCacheError(
-        "this should not have happened: it is a defect of kdcache, or of a library",
-        received=f"{type(error).__name__}: {error}",
-        remedy="run again with --debug and report the traceback",
+        f"This should not have happened: {type(error).__name__}: {error}",
+        fix="Run again with --debug, and report the traceback.",
+        rule="It is a defect of kdcache, or of a library.",
     )
 
 
@@ -209,16 +208,15 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
     if (fault := network_fault(error)) is not None or not (place := user_place(error)):
         return fault
     return KDCacheError(
-        f"Cannot run your own code{place}",
-        received=f"{type(error).__name__}: {error}",
-        remedy="Correct it there. --debug shows the traceback.",
+        f"Cannot run your own code{place}: {type(error).__name__}: {error}",
+        fix="Correct it there. --debug shows the traceback.",
     )
 
 
 def _show(error: Any) -> None:
     lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
     if (received := getattr(error, "received", None)) is not None:  # an error that does not yet say its problem first
-        lines = [("received  ", received), ("remedy    ", error.fix)]
+        lines = [("received  ", received), ("fix: ", error.fix)]
     parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))
     body = Text.assemble((error.problem, "bold"), *parts)
     with ERRORS.heard():

@@ -139,7 +139,7 @@ def validated_split(run: Entry, data: str, split: str) -> Split:
     except DataError as error:
         raise DataError(
             "the data that a run's recipe validates on is there, seen from this folder",
-            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received}",
+            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received or error.problem}",
             remedy="name the data with --data, or run this where the run was trained",
         ) from error
 

@@ -86,17 +86,16 @@ def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
     return ", ".join(parts[:_MOST_NAMED])
 
 
-def changed_data(what: object, changes: Changes, split: Split | None, remedy: str) -> MismatchError:
+def changed_data(what: object, changes: Changes, split: Split | None, fix: str) -> MismatchError:
     """Return the error for a data set that is not what `what` was made from.
 
     Args:
         split: the data set now. None if there are several.
     """
-    headline = f"The data set has changed since {what} was made: {changes.describe()}"
+    where = "" if split is None else f" ({split.data}, split {split.split!r})"
     if split is not None and len(changes.added) == len(split.ids):
-        headline = f"{split.data} is not the data set that {what} was made from: it has none of its samples"
-    where = "the data of the first command" if split is None else f"{split.data}, split {split.split!r}"
-    return MismatchError(headline, received=where, remedy=remedy)
+        return MismatchError(f"Not the data set that {what} was made from: no sample is the same{where}", fix=fix)
+    return MismatchError(f"The data set has changed since {what} was made: {changes.describe()}{where}", fix=fix)
 
 
 def named(ids: Sequence[str]) -> str:

@@ -74,7 +74,7 @@ def read_classes(folder: Path) -> ClassList:
     try:
         return ClassList(tuple(entry.name for entry in listed), _complete([entry.colour for entry in listed]))
     except DataError as error:
-        raise error.restated(received=f"{error.received} in {folder / CLASSES_FILE}") from None
+        raise error.within(str(folder / CLASSES_FILE)) from None
 
 
 def read_numbers(folder: Path) -> dict[int, int] | None:
@@ -155,17 +155,15 @@ def _read(folder: Path) -> _Listed:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"A data folder has a {CLASSES_FILE} in UTF-8.",
-            received=f"{path} does not exist" if isinstance(error, FileNotFoundError) else f"{path}: {error}",
-            remedy="Write one class name per line, in the order of the ids in the labels; `name r g b` where they hold "
-            "colours.",
+            f"Cannot read {path}: {'it does not exist' if isinstance(error, FileNotFoundError) else error}",
+            fix="Write one class name per line in UTF-8, in the order of the ids in the labels. Write `name r g b` if "
+            "they hold colours.",
         ) from error
     listed = _listed(_parsed(unicodedata.normalize("NFC", text).splitlines(), path), path)
     if not listed.classes:
         raise DataError(
-            f"A {CLASSES_FILE} lists 2 to 255 classes.",
-            received=f"0 classes in {path}",
-            remedy="Write one class name per line, in the order of the ids in the labels.",
+            f"No classes in {path}",
+            fix="Write 2 to 255 class names, one per line, in the order of the ids in the labels.",
         )
     return listed
 
@@ -180,9 +178,9 @@ def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
         if marked is not None:
             bare = next(entry for entry in classes if entry.number is None)
             raise DataError(
-                f"Cannot number the classes of {path}: line {bare.line} has no number",
-                received=f"{bare.text!r}, but {marked.text!r} in line {marked.line}",
-                remedy="Give a number to every class, or to none. Remove a header.",
+                f"Cannot number the classes of {path}: line {bare.line} ({bare.text!r}) has no number, but line "
+                f"{marked.line} ({marked.text!r}) has",
+                fix="Give a number to every class, or to none. Remove a header.",
             )
         taken = {entry.number for entry in void}
         free = iter([number for number in range(len(classes) + len(taken)) if number not in taken])
@@ -207,9 +205,8 @@ def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path
         else:
             continue
         raise DataError(
-            f"Cannot number the classes of {path}: {fault}",
-            received=f"{entry.text!r} in line {entry.line}",
-            remedy=f"Number each class once, from 0 to {IGNORE_INDEX - 1}. Write `void: NUMBER` for what is no class; "
+            f"Cannot number the classes of {path}: {fault} ({entry.text!r})",
+            fix=f"Number each class once, from 0 to {IGNORE_INDEX - 1}. Write `void: NUMBER` for what is no class. "
             f"{IGNORE_INDEX} is void already.",
         )
 
@@ -237,9 +234,8 @@ def _parse(path: Path, line: int, text: str) -> _Entry | None:
         colour = int(match["r"]), int(match["g"]), int(match["b"])
         if max(colour) > 255:
             raise DataError(
-                "Class colours are 0 to 255 per channel.",
-                received=f"{text.strip()!r} in line {line} of {path}",
-                remedy="Correct the three numbers after the name.",
+                f"Invalid colour in line {line} of {path}: {text.strip()!r}",
+                fix="Give three numbers of 0 to 255 after the name.",
             )
     numbered = _VOID.fullmatch(words) or _NUMBER_FIRST.fullmatch(words) or _NUMBER_LAST.fullmatch(words)
     name = words if numbered is None else numbered["name"]
@@ -252,10 +248,9 @@ def _parse(path: Path, line: int, text: str) -> _Entry | None:
     if bare in VOID_NAMES and colour is not None:
         return _Entry(line, words, name, colour, void=True)
     raise DataError(
-        f"Cannot read line {line} of {path}: {words!r} gives void no number and no colour",
-        received=repr(text.strip()),
-        remedy="Write `void: 0`, or `void: r g b` for labels in colours, a line for each. Leave the colon out of a "
-        "class's name.",
+        f"Cannot read line {line} of {path}: {text.strip()!r} gives void no number and no colour",
+        fix="Write `void: 0`, or `void: r g b` for labels in colours, one per line. Leave the colon out of a class's "
+        "name.",
     )
 
 

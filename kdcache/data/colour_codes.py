@@ -47,11 +47,10 @@ class ColourCodes:
         strange = self._codes[places] != codes_HW
         if strange.any():
             raise DataError(
-                f"A label in RGB holds the colours of {self._where}, exactly; void is black (unless a class has it) or "
-                "the colour of a line `void: r g b`.",
-                received=f"{_describe(codes_HW[strange])} in {path}",
-                remedy=f"Correct the colours in {self._where}; where they are blurred at borders, the label was saved "
-                "as JPEG or resized with interpolation: make it again with nearest, as PNG.",
+                f"Label {path} has colours that are not in {self._where}: {_describe(codes_HW[strange])}",
+                fix=f"Correct the colours in {self._where}, or write `void: r g b` there. If colours are blurred at "
+                "borders, save the label again as PNG, resized with nearest: not as JPEG.",
+                rule="Black is void, unless a class has it.",
             )
         ids: Pixels = self._ids[places]
         return ids

@@ -111,9 +111,8 @@ def _shared_classes(parts: Sequence[Split]) -> ClassList:
     for part in with_classes[1:]:
         if part.classes.names != first.classes.names:
             raise DataError(
-                "Data sets that are joined have the same classes in the same order, or none.",
-                received=f"{', '.join(part.classes.names)} in {part.data} against {', '.join(first.classes.names)} in "
-                f"{first.data}",
-                remedy=f"Use the labels of depth alone, as depth:{part.data}, or give both the same classes.txt.",
+                f"Cannot join data sets with different classes: {', '.join(part.classes.names)} in {part.data}, "
+                f"{', '.join(first.classes.names)} in {first.data}",
+                fix=f"Use only its depth labels, as depth:{part.data}, or give both the same classes.txt.",
             )
     return first.classes

@@ -138,25 +138,20 @@ def _scaled(levels_HW3: npt.NDArray[np.uint16], bits: int, path: Path) -> Pixels
     """The 8 high bits of levels of `bits` bits. Raises: RecipeError for a level beyond them."""
     if (most := int(levels_HW3.max())) >= 1 << bits:
         raise RecipeError(
-            f"Cannot scale {path.name} from {bits} bits: it has a level of {most}",
-            received=f"{path}; {bits} bits hold 0 to {(1 << bits) - 1}",
-            remedy=f"Give --bits {most.bit_length()}, or the number of bits that your camera writes.",
+            f"Cannot scale {path} from {bits} bits: it has a level of {most}, above {(1 << bits) - 1}",
+            fix=f"Give --bits {most.bit_length()}, or the number of bits that your camera writes.",
         )
     return (levels_HW3 >> (bits - 8)).astype(np.uint8)
 
 
 def _too_deep(path: Path, bits: int, *, scaled: bool) -> DataError:
-    remedy = "Save it as 8-bit RGB, or as PNG of 16 bits in RGB or grey: kdcache data convert --bits N scales that."
+    fix = "Save it as 8-bit RGB, or as PNG of 16 bits in RGB or grey: kdcache data convert --bits N scales that."
     if scaled:
-        remedy = (
+        fix = (
             "Scale the data once: kdcache data convert SRC DST --bits N, with N the bits in use (12 for many cameras, "
             "else 16). Then use DST."
         )
-    return DataError(
-        f"Cannot read {path.name}: it has {bits} bits per channel",
-        received=f"{path}; images have 8 bits per channel",
-        remedy=remedy,
-    )
+    return DataError(f"Cannot read image {path}: it has {bits} bits per channel, more than 8", fix=fix)
 
 
 def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
@@ -194,10 +189,8 @@ def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
         if image.mode in ("RGB", "RGBA") and bits == 8:
             return _ids_of_colours(np.array(image), colours, kind, path)
         raise DataError(
-            "A label is a PNG or TIFF of class ids (one channel of 1 to 16 bits, or a palette), or of the classes' "
-            "colours (RGB).",
-            received=f"{kind} in {path}",
-            remedy="Save the ids as an 8-bit single-channel PNG (255 = void).",
+            f"Cannot read label {path}: it is {kind}",
+            fix="Save the class ids as an 8-bit single-channel PNG (255 = void), or the classes' colours as RGB.",
         )
 
 
@@ -217,16 +210,14 @@ def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path
     """Class ids (H, W) of uint8 (H, W, 3), or (H, W, 4) without transparency. Raises: DataError."""
     if colours is None:
         raise DataError(
-            "A label in RGB needs a classes.txt with a colour of its own for every class.",
-            received=f"{kind} in {path}",
-            remedy="Write `name r g b` for every class into classes.txt, no colour twice; or save the ids as an 8-bit "
-            "single-channel PNG (255 = void), not their colours.",
+            f"Cannot read label {path}: it is {kind}, and classes.txt does not give every class its own colour",
+            fix="Write `name r g b` for every class into classes.txt, no colour twice. Or save the ids, not their "
+            "colours, as an 8-bit single-channel PNG (255 = void).",
         )
     if pixels.shape[2] == 4 and not (pixels[..., 3] == 255).all():
         raise DataError(
-            "A label in colours has no transparent pixels: what they mean is not known.",
-            received=f"{int((pixels[..., 3] != 255).sum())} of them in {path}",
-            remedy="Save it as RGB, black where nothing is labelled.",
+            f"Cannot read label {path}: {int((pixels[..., 3] != 255).sum())} of its pixels are transparent",
+            fix="Save it as RGB, black where nothing is labelled.",
         )
     return colours.ids(pixels[..., :3], path)
 
@@ -236,10 +227,10 @@ def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
     wrong = numbers[(numbers < 0) | (numbers > 255)]
     if wrong.size:
         raise DataError(
-            "The numbers in a label are from 0 to 255 (void), also in files of 16 bits.",
-            received=f"{kind}, {wrong.size} pixels beyond, such as {int(wrong.reshape(-1)[0])}, in {path}",
-            remedy="Save class ids: files of larger numbers count instances (class * 1000 + number, as Cityscapes' "
-            "instanceIds), or hold depth.",
+            f"Cannot read label {path}: {wrong.size} numbers are outside 0 to 255, such as {int(wrong.reshape(-1)[0])} "
+            f"({kind})",
+            fix="Save class ids. Larger numbers count instances (class * 1000 + number, as in Cityscapes' instanceIds) "
+            "or are depth.",
         )
     return numbers.astype(np.uint8)
 
@@ -258,17 +249,15 @@ def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
             image.seek(1)
             if image.size == whole:
                 raise DataError(
-                    "A label is one picture.",
-                    received=f"a TIFF of {pages} pages in {path}",
-                    remedy="Save the page with the class ids as a file of its own.",
+                    f"Cannot read label {path}: it is a TIFF of {pages} pages",
+                    fix="Save the page with the class ids as its own file.",
                 )
             image.seek(0)
         bits = image.tag_v2.get(258, (1,))[0]  # type: ignore[attr-defined] # BitsPerSample
         return f"TIFF of {bits} bits, mode {image.mode}", int(bits)
     raise DataError(
-        "A label is a PNG or a TIFF, which keep every number as it is.",
-        received=f"{image.format} in {path}",
-        remedy="Save the ids as an 8-bit single-channel PNG (255 = void); of a JPEG only the original will do.",
+        f"Cannot read label {path}: {image.format} is neither PNG nor TIFF",
+        fix="Save the ids as an 8-bit single-channel PNG (255 = void). A JPEG changes ids: start from the original.",
     )
 
 
@@ -284,16 +273,15 @@ def read_numbers(path: Path) -> npt.NDArray[Any]:
             kind = _png_kind(path) if path.suffix.lower() == ".png" else ""
             if kind not in ("", "16-bit grey") or (not kind and not image.mode.startswith(("I", "F"))):
                 raise DataError(
-                    "A picture of depth has one channel: a PNG of 16 bits, or a TIFF of 16 bits or floats.",
-                    received=f"{kind or f'mode {image.mode}'} in {path}",
-                    remedy="Save the depth itself, not a picture that shows it; 8 bits are too few for metres.",
+                    f"Cannot read depth file {path}: it is {kind or f'of mode {image.mode}'}",
+                    fix="Save the depth itself, not a picture that shows it: one channel, as PNG of 16 bits or TIFF of "
+                    "16 bits or floats.",
                 )
             numbers = np.array(image)
     if numbers.ndim != 2 or not numbers.size or numbers.dtype.kind not in "uif":
         raise DataError(
-            "A depth file holds a number for each pixel, (height, width).",
-            received=f"{numbers.dtype} {numbers.shape} in {path}",
-            remedy="Save an array of two dimensions, of floats or whole numbers.",
+            f"Cannot read depth file {path}: it holds {numbers.dtype} {numbers.shape}",
+            fix="Save one number for each pixel: an array (height, width) of floats or whole numbers.",
         )
     return numbers
 
@@ -313,9 +301,8 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     except Exception as error:  # as decoders of pictures: OSError, ValueError, EOFError, zipfile.BadZipFile ...
         raise _unreadable(path, "depth file", error) from error
     raise DataError(
-        "An .npz file of depth has one array, or one that is called depth.",
-        received=f"{', '.join(names) or 'none'} in {path}",
-        remedy="Rename the array to depth.",
+        f"Cannot tell the depth in {path}: its arrays are {', '.join(names) or 'none'}",
+        fix="Save one array, or rename it to depth.",
     )
 
 
@@ -367,9 +354,8 @@ def _most_pixels() -> int | None:
         megapixels = math.nan
     if not 0 < megapixels < math.inf:
         raise DataError(
-            f"Cannot use {MEGAPIXELS}={text}: it is no number above 0",
-            received=repr(text),
-            remedy=f"Set it to the megapixels of your largest image, such as {MEGAPIXELS}=400, or unset it.",
+            f"Invalid value of {MEGAPIXELS}: {text!r}",
+            fix=f"Set it to the megapixels of your largest image, such as {MEGAPIXELS}=400, or unset it.",
         )
     return int(megapixels * 1e6)
 
@@ -378,17 +364,15 @@ def _too_large(path: Path, error: Exception | Warning) -> DataError:
     pixels = re.search(r"\d+", str(error))
     megapixels = math.ceil(int(pixels[0]) / 1e6) if pixels else 400
     return DataError(
-        f"Cannot read {path.name}: it has {megapixels} megapixels, more than the limit",
-        received=f"{path}: {error}",
-        remedy=f"If you trust the file, raise the limit: export {MEGAPIXELS}={megapixels}. Or cut it into tiles.",
+        f"Cannot read {path}: it has {megapixels} megapixels, more than the limit ({error})",
+        fix=f"Cut it into tiles. If you trust the file, raise the limit: export {MEGAPIXELS}={megapixels}",
     )
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> DataError:
     return DataError(
-        f"Every {what} of a data set can be read.",
-        received=f"{path}: {error or type(error).__name__}",
-        remedy="Restore the file from its source, or remove the sample; `check` lists all such files.",
+        f"Cannot read {what} {path}: {error or type(error).__name__}",
+        fix="Restore the file from its source, or remove the sample. `kdcache data check` lists all such files.",
     )
 
 

@@ -40,7 +40,10 @@ def parse_fold(text: str, by: str | None = None) -> Fold:
     """Read '1/4' as the second of four folds. Raises: RecipeError for another form."""
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
-        raise RecipeError("--fold is I/K: fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4")
+        raise RecipeError(
+            f"Invalid value of --fold: {text!r}",
+            fix="Give the fold, counted from 0, and the number of folds: --fold 0/4",
+        )
     return Fold(int(first), int(second), by)
 
 
@@ -80,14 +83,14 @@ def check_fold_labels(
                 counts[fold] += np.bincount(label.reshape(-1), minlength=256)
         of_class = counts[:, : len(class_names)]
         in_one_fold = np.argwhere((of_class == of_class.sum(0)) & (of_class > 0)).tolist()
-        alone = [f"{class_names[c]} is in fold {fold} alone" for fold, c in in_one_fold]
+        alone = [f"{class_names[c]} is only in fold {fold}" for fold, c in in_one_fold]
         if not alone:
             return
     if alone:
         raise RecipeError(
-            "every class has labelled pixels outside of each fold, or nobody trained without it could know it",
-            received="; ".join(alone[:5]) + f" of {folds}" + (f", and {len(alone) - 5} more" if len(alone) > 5 else ""),
-            remedy="use another number of folds, or another --folds-by, or label more images of the class",
+            f"A teacher trained without a fold would miss a class: {', '.join(alone[:5])} of {folds}"
+            + (f", and {len(alone) - 5} more" if len(alone) > 5 else ""),
+            fix="Use another number of folds or another --folds-by, or label more images of the class.",
         )
 
 

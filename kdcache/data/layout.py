@@ -76,7 +76,7 @@ def _find(data: str, exports: bool) -> LayoutRoot:
     if place.layout.live or exports:
         return place
     raise DataError(
-        f"Cannot use {data} as it is: a data set of layout {place.layout.name} is converted first",
-        received=place.layout.why(place.root).partition(";")[0],
-        remedy=f"Convert it, then use the new folder: {convert_command(data)}",
+        f"Cannot use {data} without a conversion: it is of layout {place.layout.name} "
+        f"({place.layout.why(place.root).partition(';')[0]})",
+        fix=f"Convert it, then use the new folder: {convert_command(data)}",
     )

@@ -35,10 +35,9 @@ class ClassesByName(DerivedSplit):
         self.void = tuple(name for i, name in enumerate(own) if i not in class_of)
         if not self.shared:
             raise MismatchError(
-                "a model is judged by the classes that it shares with the data, joined by name",
-                received=f"{', '.join(own)} in {whole.data}, split {whole.split!r}; the model has "
-                f"{', '.join(classes.names)}",
-                remedy="rename the classes in the data's classes.txt, or name the model's with --class-map",
+                f"No common class: {', '.join(own)} in {whole.data}, split {whole.split!r}, "
+                f"and {', '.join(classes.names)} in the model",
+                fix="Rename the classes in the data's classes.txt, or name the model's with --class-map.",
             )
         table = np.full(256, IGNORE_INDEX, np.uint8)
         table[list(class_of)] = list(class_of.values())

@@ -79,23 +79,22 @@ class ClassList:
     def _check(self) -> None:
         if len(self.names) == 1 or len(self.names) > IGNORE_INDEX:
             raise DataError(
-                f"A class list has 2 to {IGNORE_INDEX} classes ({IGNORE_INDEX} is the id of void).",
-                received=f"{len(self.names)} classes",
-                remedy="List every class once; give unused pixels the id 255 instead of a class.",
+                f"Invalid number of classes: {len(self.names)}",
+                fix=f"List 2 to {IGNORE_INDEX} classes. Give unused pixels the id {IGNORE_INDEX} (void) instead of a "
+                "class.",
             )
         bad = sorted(name for name, n in Counter(self.names).items() if n > 1 or not name.strip())
         if bad:
             raise DataError(
-                "Class names are unique and not empty.",
-                received=", ".join(f"{name!r} {self.names.count(name)} times" for name in bad),
-                remedy="Rename or remove the repeated or empty entries.",
+                "Repeated or empty class names: "
+                f"{', '.join(f'{name!r} {self.names.count(name)} times' for name in bad)}",
+                fix="Rename or remove them.",
             )
         channels = [channel for colour in self.colours for channel in colour]
         if len(self.colours) != len(self.names) or any(not 0 <= c <= 255 for c in channels):
             raise DataError(
-                "Class colours are one RGB triple of 0 to 255 per class.",
-                received=f"{len(self.colours)} colours for {len(self.names)} classes: {self.colours}",
-                remedy="Give every class a colour, or none.",
+                f"Invalid colours for {len(self.names)} classes: {self.colours}",
+                fix="Give every class one RGB triple of 0 to 255, or give no colours.",
             )
 
 

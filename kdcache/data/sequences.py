@@ -37,9 +37,8 @@ def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise RecipeError(
-            f"{flag} is a regular expression, whose match in a sample's id names the sequence",
-            received=f"{text!r}: {error}",
-            remedy=f"for instance {EXAMPLE}",
+            f"Invalid value of {flag}: {text!r} ({error})",
+            fix=f"Give a regular expression whose match in a sample's id names the sequence, for example {EXAMPLE}.",
         ) from error
 
 
@@ -49,9 +48,8 @@ def check_folds_by(by: str | None, *, folds: bool) -> None:
         sequence_pattern(by)
         if not folds:
             raise RecipeError(
-                "--folds-by names the samples that stay together in a fold",
-                received=f"--folds-by {by!r} without folds",
-                remedy="add the folds (--fold I/K of a training, --folds K of a build), or leave out --folds-by",
+                f"Cannot use --folds-by {by!r} without folds",
+                fix="Add the folds (--fold I/K of a training, --folds K of a build), or leave out --folds-by.",
             )
 
 
@@ -67,9 +65,8 @@ def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[
     nameless = [sample for sample, name in zip(ids, names, strict=True) if not name]
     if nameless:
         raise RecipeError(
-            f"{flag} matches in every id, and names a sequence there",
-            received=f"{by!r} names none in {len(nameless)} of {len(ids)} ids, such as {nameless[0]!r}",
-            remedy=f"give a pattern that fits all ids, for instance {EXAMPLE}",
+            f"{flag} {by!r} names no sequence in {len(nameless)} of {len(ids)} ids, such as {nameless[0]!r}",
+            fix=f"Give a pattern that fits all ids, for example {EXAMPLE}.",
         )
     return names
 
@@ -87,9 +84,8 @@ def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArr
     """
     if not 2 <= folds <= min(MOST_FOLDS, len(ids)):
         raise RecipeError(
-            f"a split has 2 to {MOST_FOLDS} folds, none of them empty",
-            received=f"{folds} folds of {len(ids)} samples",
-            remedy="use --folds 2, or a number up to the samples",
+            f"Cannot deal {len(ids)} samples into {folds} folds",
+            fix=f"Use 2 to {MOST_FOLDS} folds, and no more than there are samples: --folds 2",
         )
     if by is None:
         fold_of = np.empty(len(ids), np.int64)
@@ -100,11 +96,10 @@ def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArr
     if len(sizes) < folds:
         some = ", ".join(sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
         raise RecipeError(
-            "folds of whole sequences need a sequence for each fold",
-            received=f"{folds} folds of {len(sizes)} sequences, which --folds-by {by!r} names: {some}",
-            remedy=f"use up to {len(sizes)} folds, or a pattern that names shorter sequences"
+            f"Cannot deal {len(sizes)} sequences, which --folds-by {by!r} names, into {folds} folds: {some}",
+            fix=f"Use up to {len(sizes)} folds, or a pattern that names shorter sequences."
             if len(sizes) > 1
-            else "give a pattern that names shorter sequences, or leave out --folds-by",
+            else "Give a pattern that names shorter sequences, or leave out --folds-by.",
         )
     fold_of_sequence = {name: fold for fold, part in enumerate(_deal(sizes, folds)) for name in part}
     return np.array([fold_of_sequence[name] for name in names], np.int64)

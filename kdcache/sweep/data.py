@@ -25,7 +25,7 @@ def check_data(sweep: Sweep) -> None:
         try:
             splits[name] = open_split(sweep.sources[name], of_data)
         except DataError as error:
-            raise error.restated(received=f"stream {name}: {error.received}") from error
+            raise error.within(f"stream {name}") from error
         _check_labels(name, table, splits[name])
     own = {name: split for name, split in splits.items() if "class_map" not in tables[name]}
     if not own:

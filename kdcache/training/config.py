@@ -336,7 +336,7 @@ def read_config(run: Path) -> TrainConfig:
     except RecipeError as wrong:
         raise RecipeError(
             "a run has a resolved recipe of this version",
-            received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
+            received=f"{path}: {wrong.received or wrong.problem}" if recipe else f"{path} is empty",
             remedy=train_again(run),
         ) from wrong
 

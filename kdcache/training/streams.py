@@ -109,7 +109,7 @@ def in_stream(name: str, error: KDCacheError) -> KDCacheError:
     """The error with the stream that it concerns; as it is where there is but one source."""
     if not name:
         return error
-    return error.restated(received=f"stream {name}: {error.received}")
+    return error.within(f"stream {name}")
 
 
 def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:

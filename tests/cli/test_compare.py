@@ -125,7 +125,7 @@ def test_wrong_input(place, cli, tree, command, received) -> None:
     ended = cli(*command.format(p=place).split())
     assert ended.code == 2, (ended.out, ended.err)
     assert received in ended.err
-    assert ended.err.count("remedy") == 1
+    assert ended.err.count("fix: ") == 1
     assert "Traceback" not in ended.err
     assert "should not have happened" not in ended.err
     assert tree(place) == before

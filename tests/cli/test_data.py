@@ -118,14 +118,14 @@ def test_a_defect_ends_a_check_with_1_and_is_explained(cli, tmp_path) -> None:
     looked = cli("data", "check", root)
     assert looked.code == 1
     assert "problem train: 1 samples cannot be read" in looked.out
-    assert "mapped already" in looked.out
+    assert "it has train ids" in looked.out
 
 
 @pytest.mark.parametrize(
     ("words", "received", "remedy"),
     [
-        ("data check vco:{w}/voc", "'vco'", "voc:{w}/voc?"),
-        ("data check voc:{w}/nowhere", "nowhere is no folder", "Check the path"),
+        ("data check vco:{w}/voc", "Unknown layout 'vco'", "Did you mean voc?"),
+        ("data check voc:{w}/nowhere", "Data folder not found: ", "Check the path"),
         ("data check {w}", "ade20k: images/training/", "{w}/voc (voc)"),
         ("data check voc:{w}/voc --download", "--download was removed", "torchvision"),
         (

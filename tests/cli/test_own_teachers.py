@@ -108,7 +108,7 @@ def test_a_function_that_cannot_be_called_so_is_named(here, cli, form, said) -> 
     ended = cli(*f"{BUILD} --out {{w}}/new".format(w=here, form=form).split())
     assert ended.code == 2
     assert said in ended.err
-    assert ended.err.count("remedy") == 1
+    assert ended.err.count("fix: ") == 1
     assert not (here / "new").exists()
 
 

@@ -10,35 +10,37 @@ from kdcache_cli.app import main
 
 
 @pytest.mark.parametrize(
-    ("typed", "received", "remedy"),
+    ("typed", "problem", "fix"),
     [
-        ("plan --bacth-size 3", "kdcache plan --bacth-size", "did you mean --batch-size?"),
-        ("plan --zzz 3", "kdcache plan --zzz", "leave it out: kdcache plan --help lists"),
-        ("plan", "kdcache plan without --data", "add it, as kdcache plan --help shows"),
-        ("models --qiet", "kdcache models --qiet", "did you mean --quiet?"),
-        ("report", "kdcache report without RUN", "add it, as kdcache report --help shows"),
-        ("plan --batch-size x", "kdcache plan --batch-size x: ", "correct it"),
-        ("plan --batch-size", "kdcache plan: Option '--batch-size' requires an argument", "correct it"),
-        ("reprot runs", "kdcache: No such command 'reprot'.", "did you mean 'report'"),
-        ("data chek x", "kdcache data: No such command 'chek'.", "did you mean 'check'"),
-        ("--zzz", "kdcache --zzz", "leave it out: kdcache --help lists"),
-        ("models a b", "kdcache models: Got unexpected extra argument", "correct it"),
+        ("plan --bacth-size 3", "Unknown flag --bacth-size", "Did you mean --batch-size?"),
+        ("train-student --itterations 3", "Unknown flag --itterations", "Did you mean --iterations?"),
+        ("plan --zzz 3", "Unknown flag --zzz", "Leave it out. See kdcache plan --help"),
+        ("plan", "Missing --data", "Add it. See kdcache plan --help"),
+        ("models --qiet", "Unknown flag --qiet", "Did you mean --quiet?"),
+        ("report", "Missing RUN", "Add it. See kdcache report --help"),
+        ("plan --batch-size x", "Invalid value of --batch-size x: ", "Correct it. See kdcache plan --help"),
+        ("plan --batch-size", "Cannot run kdcache plan: Option '--batch-size' requires an argument", "Correct it."),
+        ("reprot runs", "Unknown command reprot", "Did you mean report?"),
+        ("data chek x", "Unknown command chek", "Did you mean check?"),
+        ("data zzz", "Unknown command zzz", "Correct it. See kdcache data --help"),
+        ("--zzz", "Unknown flag --zzz", "Leave it out. See kdcache --help"),
+        ("models a b", "Cannot run kdcache models: Got unexpected extra argument", "Correct it."),
     ],
 )
 def test_what_the_parser_refuses_names_the_words_and_the_fix(
-    typed: str, received: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    typed: str, problem: str, fix: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcache_cli.app.ERRORS.width", 200)
     with pytest.raises(SystemExit) as ended:
         main(typed.split())
     shown = capsys.readouterr().err
     assert ended.value.code == 2
-    assert received in shown
-    assert remedy in shown
+    assert f" {problem}" in shown
+    assert f"fix: {fix}" in shown
 
 
 def test_what_nobody_foresaw_has_a_panel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    disk, defect = "files must be readable", "this should not have happened"
+    disk, defect = "Cannot read or write a file: ", "This should not have happened: "
     full = OSError(errno.ENOSPC, "No space left on device")
     for error, rule in ((PermissionError("no"), disk), (full, disk), (None, defect)):
 
@@ -60,4 +62,4 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
             main(typed)
         shown = capsys.readouterr()
         assert "Usage" in shown.out + shown.err
-        assert "received" not in shown.out + shown.err
+        assert "fix: " not in shown.out + shown.err

@@ -100,7 +100,7 @@ def test_wrong_input(world, cli, tree, command, received) -> None:
     ended = cli(*command.format(w=world).split())
     assert ended.code == 2, (ended.out, ended.err)
     assert received.format(w=world) in ended.err
-    assert ended.err.count("remedy") == 1
+    assert ended.err.count("fix: ") == 1
     assert "should not have happened" not in ended.err
     assert tree(world) == before
 

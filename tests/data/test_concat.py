@@ -71,7 +71,7 @@ def test_a_folder_of_such_a_name_is_one(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_check_is_of_one_data_set() -> None:
     with pytest.raises(DataError) as caught:
         check(f"{CITY} + depth:{FAR}")
-    assert f"{CITY}, then {FAR}" in caught.value.remedy
+    assert f"{CITY}, then {FAR}" in caught.value.fix
 
 
 def test_figures_on_scenes_beside_photographs_are_marked() -> None:

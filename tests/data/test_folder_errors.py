@@ -1,4 +1,4 @@
-"""Every refusal of the folder layout, from real files: the rule, what was received, a remedy."""
+"""Every refusal of the folder layout, from real files: the problem and the fix."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ from kdcache.errors import DataError
 def refusal(action) -> DataError:
     with pytest.raises(DataError) as caught:
         action()
-    assert caught.value.rule
-    assert caught.value.remedy
+    assert caught.value.problem
+    assert caught.value.fix
     return caught.value
 
 
 def test_no_folder(tmp_path) -> None:
     error = refusal(lambda: open_split(tmp_path / "nowhere", "train"))
-    assert "nowhere is no folder" in error.received
-    assert "folder: images/SPLIT/ and classes.txt" in refusal(lambda: list_splits(tmp_path)).received
+    assert error.problem == f"Data folder not found: {tmp_path / 'nowhere'}"
+    assert "folder: images/SPLIT/ and classes.txt" in refusal(lambda: list_splits(tmp_path)).rule
 
 
 def test_a_missing_split_names_those_that_exist(builder) -> None:
     builder.pair("a").pair("b", split="val")
-    assert "there are: train, val" in refusal(lambda: open_split(builder.root, "test")).received
-    assert "'..'" in refusal(lambda: open_split(builder.root, "..")).received
+    assert (
+        f"'test' in {builder.root}, which has train, val" in refusal(lambda: open_split(builder.root, "test")).problem
+    )
+    assert "'..'" in refusal(lambda: open_split(builder.root, "..")).problem
 
 
 def test_an_empty_split(builder) -> None:
     (builder.root / "images/train").mkdir(parents=True)
-    assert "none in" in refusal(lambda: open_split(builder.root, "train")).received
+    assert f"No images in {builder.root / 'images/train'}" in refusal(lambda: open_split(builder.root, "train")).problem
 
 
 @pytest.mark.parametrize(
     ("text", "received"),
     [
         (None, "classes.txt"),
-        ("", "0 classes"),
-        ("# only a comment\n", "0 classes"),
+        ("", "No classes in "),
+        ("# only a comment\n", "No classes in "),
         ("a\nb\na\n", "'a' 2 times"),
         ("a\nb 1 2 300\n", "line 2"),
     ],
@@ -53,29 +55,31 @@ def test_bad_class_files(new_builder, text, received) -> None:
     if text is not None:
         bad.classes(text)
     error = refusal(lambda: open_split(bad.root, "train"))
-    assert received in error.received
-    assert "classes.txt" in error.received
+    assert received in error.problem
+    assert "classes.txt" in error.problem
 
 
 def test_a_class_file_that_is_no_text(builder) -> None:
     builder.pair("a")
     (builder.root / "classes.txt").write_bytes(b"\xff\xfe\x00road")
-    assert "UTF-8" in refusal(lambda: open_split(builder.root, "train")).rule
+    error = refusal(lambda: open_split(builder.root, "train"))
+    assert f"{builder.root / 'classes.txt'}: 'utf-8' codec can't decode" in error.problem
+    assert "UTF-8" in error.fix
 
 
 def test_two_images_with_one_id(builder) -> None:
     builder.image("x/a.jpg")
     builder.image("x/a.png")
-    received = refusal(lambda: open_split(builder.root, "train")).received
-    assert "x/a.jpg" in received
-    assert "x/a.png" in received
+    problem = refusal(lambda: open_split(builder.root, "train")).problem
+    assert "x/a.jpg" in problem
+    assert "x/a.png" in problem
 
 
 @pytest.mark.parametrize("name", ["b.png", "a_of_b.png", "a.PNG.png", "a.jpg"])
 def test_labels_that_belong_to_no_image_or_are_no_png(builder, name) -> None:
     builder.image("a.png")
     builder.label(name)
-    assert name in refusal(lambda: open_split(builder.root, "train")).received
+    assert name in refusal(lambda: open_split(builder.root, "train")).problem
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
@@ -85,35 +89,35 @@ def test_damaged_images_are_named(builder, name, damage) -> None:
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "rubbish": b"\x00" * 500, "empty": b""}[damage])
     split = open_split(builder.root, "train")
-    assert str(path) in refusal(lambda: split.image(0)).received
+    assert str(path) in refusal(lambda: split.image(0)).problem
 
 
 def test_an_image_that_vanished(builder) -> None:
     path = builder.image("a.png")
     split = open_split(builder.root, "train")
     path.unlink()
-    assert str(path) in refusal(lambda: split.image(0)).received
+    assert str(path) in refusal(lambda: split.image(0)).problem
 
 
 def test_a_truncated_label_is_named(builder) -> None:
     builder.image("a.png")
     path = builder.label("a.png", np.random.default_rng(0).integers(0, 3, (6, 8), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:50])
-    assert str(path) in refusal(lambda: open_split(builder.root, "train").label(0)).received
+    assert str(path) in refusal(lambda: open_split(builder.root, "train").label(0)).problem
 
 
 def test_a_16_bit_image(builder) -> None:
     path = builder.image("a.png")
     Image.fromarray(np.full((6, 8), 60000, np.uint16)).save(path)
-    assert "16 bits per channel" in refusal(lambda: open_split(builder.root, "train").image(0)).rule
+    assert "16 bits per channel" in refusal(lambda: open_split(builder.root, "train").image(0)).problem
 
 
 def test_a_label_of_another_size_shows_both(builder) -> None:
     builder.image("a.png")
     builder.label("a.png", np.zeros((8, 6), np.uint8))
-    received = refusal(lambda: open_split(builder.root, "train").label(0)).received
-    assert "label 8 x 6, image 6 x 8" in received
-    assert "a.png" in received
+    problem = refusal(lambda: open_split(builder.root, "train").label(0)).problem
+    assert "label 8 x 6, image 6 x 8" in problem
+    assert "a.png" in problem
 
 
 def test_ids_beyond_the_classes_are_counted(builder) -> None:
@@ -122,24 +126,24 @@ def test_ids_beyond_the_classes_are_counted(builder) -> None:
     ids[0, :3], ids[1, 0] = 3, 200
     builder.label("a.png", ids)
     split = open_split(builder.root, "train")
-    received = refusal(lambda: split.label(0)).received
-    assert "id 3 in 3 pixels, id 200 in 1 pixel in" in received
+    problem = refusal(lambda: split.label(0)).problem
+    assert "id 3 in 3 pixels, id 200 in 1 pixel" in problem
     assert np.array_equal(split.raw_label(0), ids)
 
 
 @pytest.mark.parametrize(
     ("ids", "kind"),
     [
-        (np.full((6, 8), 26001, np.uint16), "16-bit grey, 48 pixels beyond, such as 26001,"),
-        (np.zeros((6, 8, 3), np.uint8), "8-bit RGB"),
-        (np.zeros((6, 8, 4), np.uint8), "8-bit RGBA"),
-        (np.zeros((6, 8, 2), np.uint8), "8-bit grey with alpha"),
+        (np.full((6, 8), 26001, np.uint16), "48 numbers are outside 0 to 255, such as 26001 (16-bit grey)"),
+        (np.zeros((6, 8, 3), np.uint8), "a.png: it is 8-bit RGB,"),
+        (np.zeros((6, 8, 4), np.uint8), "a.png: it is 8-bit RGBA,"),
+        (np.zeros((6, 8, 2), np.uint8), "a.png: it is 8-bit grey with alpha"),
     ],
 )
 def test_labels_of_another_kind_of_png(builder, ids, kind) -> None:
     builder.image("a.png")
     builder.label("a.png", ids)
-    assert f"{kind} in " in refusal(lambda: open_split(builder.root, "train").label(0)).received
+    assert kind in refusal(lambda: open_split(builder.root, "train").label(0)).problem
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -180,8 +184,8 @@ def test_two_labels_of_one_image(builder) -> None:
     if len(list((builder.root / "labels/train").iterdir())) < 2:
         pytest.skip("names of this disk do not tell cases apart")
     error = refusal(lambda: open_split(builder.root, "train"))
-    assert "'a.png'" in error.received
-    assert "remove" in error.remedy
+    assert "'a.png'" in error.problem
+    assert "Remove" in error.fix
     report = check(builder.root)
     assert report.splits["train"].without_image == ["a.png"]
     assert "1 labels belong to no image: 'a.png'" in report.problems[0]
@@ -192,7 +196,7 @@ def test_masks_saved_as_jpeg_and_numbers_from_1_are_named_for_what_they_are(buil
     Image.fromarray(np.zeros((6, 8), np.uint8)).save(builder.label("a.png").with_suffix(".jpg"))
     (builder.root / "labels/train/a.png").unlink()
     assert "A JPEG changes numbers and colours: save the original labels" in check(builder.root).problems[0]
-    assert "A JPEG changes" in refusal(lambda: open_split(builder.root, "train")).remedy
+    assert "A JPEG changes" in refusal(lambda: open_split(builder.root, "train")).fix
     other = new_builder("other").classes()
     other.image("a.png")
     other.label("a.png", np.resize([1, 2, 3], (6, 8)).astype(np.uint8))
@@ -216,7 +220,7 @@ def test_a_tiff_of_pages_is_refused_and_one_with_an_overview_read(builder) -> No
     path = builder.label("a.png").with_suffix(".tif")
     (builder.root / "labels/train/a.png").unlink()
     pages[0].save(path, save_all=True, append_images=pages[1:2])
-    assert "a TIFF of 2 pages in" in refusal(lambda: open_split(builder.root, "train").label(0)).received
+    assert "a.tif: it is a TIFF of 2 pages" in refusal(lambda: open_split(builder.root, "train").label(0)).problem
     pages[0].save(path, save_all=True, append_images=pages[2:])
     assert open_split(builder.root, "train").label(0).shape == (6, 8)
 
@@ -231,7 +235,7 @@ def test_a_tiff_of_pages_is_refused_and_one_with_an_overview_read(builder) -> No
 def test_an_archive_and_a_folder_within_the_data_have_a_remedy(new_builder, tmp_path, name, remedy) -> None:
     new_builder("set").classes().pair("a")
     (tmp_path / "set.zip").write_bytes(b"PK")
-    assert refusal(lambda: open_split(tmp_path / name, "train")).remedy.startswith(remedy.format(root=tmp_path))
+    assert refusal(lambda: open_split(tmp_path / name, "train")).fix.startswith(remedy.format(root=tmp_path))
 
 
 def test_a_second_label_of_an_image_is_named_by_its_file(builder) -> None:
@@ -248,4 +252,4 @@ def test_a_label_that_only_pretends_to_be_png(builder) -> None:
     builder.image("a.png")
     path = builder.label("a.png")
     Image.fromarray(np.zeros((6, 8), np.uint8)).save(path, format="JPEG")
-    assert "JPEG in" in refusal(lambda: open_split(builder.root, "train").label(0)).received
+    assert "a.png: JPEG is neither PNG nor TIFF" in refusal(lambda: open_split(builder.root, "train").label(0)).problem

@@ -31,7 +31,7 @@ def test_folds_are_equal_and_of_the_ids_alone(ids, data) -> None:
 def test_folds_that_cannot_be(ids, folds) -> None:
     with pytest.raises(RecipeError, match="folds") as caught:
         folds_of(ids, folds)
-    assert caught.value.received == f"{folds} folds of {len(ids)} samples"
+    assert caught.value.problem == f"Cannot deal {len(ids)} samples into {folds} folds"
 
 
 def test_a_fold_by_its_name() -> None:
@@ -97,12 +97,12 @@ def test_a_class_in_one_fold_alone(tmp_path) -> None:
     rare[3, 4] = 6
     Image.fromarray(rare).save(labels[2])
     fold = folds_of(split.ids, 2)[2]
-    with pytest.raises(RecipeError, match="every class") as caught:
+    with pytest.raises(RecipeError, match="would miss a class") as caught:
         check_folds(split, 2)
-    assert f"{split.classes.names[6]} is in fold {fold} alone" in caught.value.received
+    assert f"{split.classes.names[6]} is only in fold {fold} of 2" in caught.value.problem
     other = int(np.flatnonzero(folds_of(split.ids, 2) != fold)[0])
     Image.fromarray(rare).save(labels[other])
     check_folds(split, 2)
     labels[other].unlink()  # an image without a label counts for nothing
-    with pytest.raises(RecipeError, match="every class"):
+    with pytest.raises(RecipeError, match="would miss a class"):
         check_folds(open_split(folder, "train"), 2)

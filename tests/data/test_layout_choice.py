@@ -62,10 +62,10 @@ def test_a_split_that_is_not_there_says_how_to_make_one(tiny, tmp_path) -> None:
         with pytest.raises(DataError) as caught:
             open_split(root, "val")
         assert find_layout(str(root)).layout.name == layout
-        assert "--fold 0/5 --val-split train --val-fold 0/5" in caught.value.remedy
+        assert "--fold 0/5 --val-split train --val-fold 0/5" in caught.value.fix
     with pytest.raises(DataError) as caught:
         open_split(tiny.write("folder", tmp_path / "split"), "tset")
-    assert "--fold" not in caught.value.remedy
+    assert "--fold" not in caught.value.fix
 
 
 def test_gta5_without_a_class_list_stays_gta5(tiny, tmp_path) -> None:
@@ -109,8 +109,8 @@ def test_numbers_beyond_one_s_own_classes_are_refused_with_a_way_back(tiny, tmp_
     with pytest.raises(DataError) as caught:
         open_split(root, "train").label(0)
     assert "0 to 2 (the lines of classes.txt)" in caught.value.rule
-    assert "id 11 in" in caught.value.received
-    assert "remove classes.txt" in caught.value.remedy
+    assert "id 11 in" in caught.value.problem
+    assert "remove classes.txt" in caught.value.fix
     (root / "classes.txt").unlink()
     open_split(root, "train").label(0)
 
@@ -122,7 +122,7 @@ def test_a_class_list_that_is_none_is_refused_in_every_layout(content, tiny, tmp
         (root / "classes.txt").write_text(content)
         with pytest.raises(DataError) as caught:
             open_split(f"{layout}:{root}", "train", exports=True)
-        assert "classes.txt" in caught.value.received
+        assert "classes.txt" in caught.value.problem
 
 
 def test_a_class_list_above_the_data_is_not_passed_over(tiny, tmp_path) -> None:
@@ -134,8 +134,8 @@ def test_a_class_list_above_the_data_is_not_passed_over(tiny, tmp_path) -> None:
     for data in (tmp_path, f"voc:{tmp_path}"):
         with pytest.raises(DataError) as caught:
             open_split(data, "train")
-        assert str(tmp_path / "classes.txt") in caught.value.received
-        assert str(root) in caught.value.remedy
+        assert str(tmp_path / "classes.txt") in caught.value.problem
+        assert str(root) in caught.value.fix
     assert open_split(root, "train").classes.names == names
     (tmp_path / "classes.txt").rename(root / "classes.txt")
     assert open_split(tmp_path, "train").classes.names == OWN
@@ -147,8 +147,8 @@ def test_what_keeps_a_folder_from_being_one_of_one_s_own(tiny, tmp_path) -> None
     (root / "labels").rename(root / "gt")
     with pytest.raises(DataError) as caught:
         open_split(root, "train")
-    assert "add classes.txt" in caught.value.remedy
-    assert "(gt) to labels" in caught.value.remedy
+    assert "add classes.txt" in caught.value.fix
+    assert "(gt) to labels" in caught.value.fix
     (root / "gt").rename(root / "labels")
     (root / "classes.txt").write_text("\n".join(OWN))
     assert len(open_split(root, "train")) == 6
@@ -159,5 +159,5 @@ def test_a_folder_that_could_be_two_layouts_is_asked_about(tiny, tmp_path) -> No
     tiny.write("voc", root)
     with pytest.raises(DataError) as caught:
         open_split(root, "train")
-    assert f"folder:{root} or voc:{root}" in caught.value.remedy
+    assert f"folder:{root} or voc:{root}" in caught.value.fix
     assert open_split(f"folder:{root}", "train").classes.names == ("road", "car", "sky")

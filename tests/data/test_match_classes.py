@@ -46,5 +46,5 @@ def test_equal_lists_and_depth_alone_need_no_join(tmp_path: Path) -> None:
 
 def test_nothing_shared_is_refused(tmp_path: Path) -> None:
     split = open_split(folder(tmp_path, "a b", [[0, 1]]), "val")
-    with pytest.raises(MismatchError, match=r"(?s)a, b in .*the model has c, d.*--class-map"):
+    with pytest.raises(MismatchError, match=r"(?s)a, b in .*and c, d in the model.*--class-map"):
         classes_by_name(split, ClassList(("c", "d")))

@@ -56,20 +56,20 @@ def test_a_sequence_is_the_first_group_or_the_match() -> None:
     ("by", "folds", "received"),
     [
         ("(", 2, "'('"),
-        ("^v(.*)_", 2, "names none in 1 of 5 ids, such as 'w_00000'"),
-        ("^(z*)", 2, "names none in 5 of 5 ids, such as 'v1_00000'"),
-        ("^(z)?", 2, "names none in 5 of 5 ids"),
-        ("_0", 2, "2 folds of 1 sequences, which --folds-by '_0' names: _0"),
-        ("^.", 3, "3 folds of 2 sequences, which --folds-by '^.' names: v, w"),
-        (BY, 6, "6 folds of 5 samples"),
+        ("^v(.*)_", 2, "names no sequence in 1 of 5 ids, such as 'w_00000'"),
+        ("^(z*)", 2, "names no sequence in 5 of 5 ids, such as 'v1_00000'"),
+        ("^(z)?", 2, "names no sequence in 5 of 5 ids"),
+        ("_0", 2, "1 sequences, which --folds-by '_0' names, into 2 folds: _0"),
+        ("^.", 3, "2 sequences, which --folds-by '^.' names, into 3 folds: v, w"),
+        (BY, 6, "Cannot deal 5 samples into 6 folds"),
     ],
 )
 def test_patterns_that_cannot_be(by, folds, received) -> None:
     ids = [*video("v1", range(2)), *video("v2", range(2)), *video("w", range(1))]
     with pytest.raises(RecipeError, match="folds") as caught:
         folds_of(ids, folds, by)
-    assert received in caught.value.received
-    assert caught.value.remedy
+    assert received in caught.value.problem
+    assert caught.value.fix
 
 
 def test_a_pattern_needs_folds() -> None:

@@ -205,10 +205,12 @@ def test_digests_of_two_times(folder: Path) -> None:
 def test_many_samples_are_counted(folder: Path) -> None:
     split = train_of(folder)
     error = changed_data("c.zarr", Changes(labels=tuple("abcde")), split, "restore it")
-    assert "5 labels differ ('a', 'b', 'c' and 2 more)" in error.rule
+    assert "5 labels differ ('a', 'b', 'c' and 2 more)" in error.problem
 
 
 def test_a_data_set_without_any_of_the_samples_is_called_another_one(folder: Path, recorded: Recorded) -> None:
     changes = data_changes(replace(recorded, ids=("w", "x", "y", "z")), train_of(folder))
     error = changed_data("c.zarr", changes, train_of(folder), "give the data set")
-    assert error.rule == f"{folder} is not the data set that c.zarr was made from: it has none of its samples"
+    assert error.problem == (
+        f"Not the data set that c.zarr was made from: no sample is the same ({folder}, split 'train')"
+    )

@@ -117,14 +117,13 @@ def check(
     """
     if max_depth is not None and not max_depth > 0:
         raise RecipeError(
-            "--max-depth is a distance in metres above 0", received=f"{max_depth:g}", remedy="for instance 80"
+            f"Invalid value of --max-depth: {max_depth:g}", fix="Give metres above 0, for example --max-depth 80"
         )
     data = os.fspath(data)
     if len(parts_of(data)) > 1 or task_of(data)[0] is not None:
         raise DataError(
-            "A check is of one data set, with all labels that it has.",
-            received=repr(data),
-            remedy="Check " + ", then ".join(task_of(part)[1] for part in parts_of(data)) + ".",
+            f"Cannot check several data sets, or a part of one: {data!r}",
+            fix="Check " + ", then ".join(task_of(part)[1] for part in parts_of(data)) + ".",
         )
     layout_root = None if is_scenes(data) else find_layout(data)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
@@ -140,11 +139,7 @@ def check(
             where.setdefault(pixels, []).append(f"{name}/{sample}")
         reports[name] = report
     if classes is None:
-        raise DataError(
-            "A check needs at least one split.",
-            received=f"none of {data}",
-            remedy="Name a split, or add data.",
-        )
+        raise DataError(f"No split to check in {data}", fix="Name a split, or add data.")
     problems = [problem for report in reports.values() for problem in report.problems()]
     place, why, numbers = ("scenes", ""), "drawn, no files", None
     if layout_root is not None:
@@ -268,7 +263,7 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
             fits = depth.shape == reading.size
             reading.depth = DepthCounts.of(depth, max_depth) if fits else describe_sizes(depth.shape, reading.size)
     except DataError as error:
-        reading.defects["unreadable"] = f"{error.rule.rstrip('.')}: {error.received}. {error.remedy}"
+        reading.defects["unreadable"] = f"{error.problem}. {error.fix}"
     return reading
 
 

@@ -35,7 +35,8 @@ def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> 
     """
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
         raise RecipeError(
-            "--sheet is a PNG file in a folder that exists", received=str(path), remedy="for instance --sheet sheet.png"
+            f"Invalid value of --sheet: {str(path)!r}",
+            fix="Give a PNG file in a folder that exists, for example --sheet sheet.png",
         )
     places = _spread(splits, samples)
     font = ImageFont.load_default(size=13)
@@ -105,7 +106,7 @@ def _tile(split: Split, index: int, seen: np.ndarray) -> Image.Image:
         return Image.fromarray(small)
     except DataError as error:
         tile = Image.new("RGB", (TILE[1], TILE[0]), (200, 200, 200))
-        text = _short(error.rule, 40)
+        text = _short(error.problem, 40)
         ImageDraw.Draw(tile).text((8, TILE[0] // 2), text, (160, 0, 0), ImageFont.load_default(size=13))
         return tile
 

@@ -116,9 +116,8 @@ def convert(
     data, folder = os.fspath(source), Path(out)
     if bits is not None and not 8 < bits <= 16:
         raise RecipeError(
-            f"Cannot scale images from {bits} bits to 8",
-            received=f"--bits {bits}",
-            remedy="Give the bits in use of 16, from 9 to 16. Images of 8 bits need no --bits.",
+            f"Invalid value of --bits: {bits}",
+            fix="Give the bits in use of 16, from 9 to 16. Images of 8 bits need no --bits.",
         )
     _check_source(data, folder)
     place = None if is_scenes(data) else find_layout(data)
@@ -128,9 +127,8 @@ def convert(
     classes = opened[0][0].classes
     if binary and len(classes) != 2:
         raise RecipeError(
-            "--binary is for masks of two classes, the background first",
-            received=f"{len(classes)} classes: {', '.join(classes.names[:4])}",
-            remedy="write the two names into classes.txt, or leave --binary out",
+            f"Cannot use --binary with {len(classes)} classes: {', '.join(classes.names[:4])}",
+            fix="Write two names into classes.txt, the background first, or leave out --binary.",
         )
     layout, why = ("scenes", "drawn, no files") if place is None else (place.layout.name, place.layout.why(place.root))
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
@@ -154,9 +152,8 @@ def convert(
 def _check_source(data: str, folder: Path) -> None:
     if len(parts_of(data)) > 1 or task_of(data)[0] is not None:
         raise DataError(
-            "A conversion is of one data set, with all labels that it has.",
-            received=repr(data),
-            remedy="Convert each of them by itself.",
+            f"Cannot convert several data sets, or a part of one: {data!r}",
+            fix="Convert each data set by itself, with all its labels.",
         )
     rule = "a data set is converted into a new or empty folder, or one that it was converted into before"
     check_own_folder(folder, SETTINGS, rule, "give another folder, or remove what is in it")
@@ -178,10 +175,9 @@ def _prepare(folder: Path, settings: dict[str, Any], origin: dict[str, str], spl
     changed = [name for name, value in settings.items() if before and before.get(name) != value]
     if changed:
         raise RecipeError(
-            "a folder holds one conversion of one data set",
-            received=f"{folder}, which was written with another {' and '.join(changed)}: "
-            + "; ".join(f"{name} {json.dumps(before.get(name))}" for name in changed),
-            remedy="give another folder, or remove that one",
+            f"Cannot convert into {folder}, which was converted with "
+            + ", ".join(f"{name} {json.dumps(before.get(name))}" for name in changed),
+            fix="Give another folder, or remove this one.",
         )
     recorded = dict(before.get("splits", {}))
     for split in splits:
@@ -229,10 +225,9 @@ def _write_split(
     written = links.total()
     if not written + kept:
         raise DataError(
-            "A split has samples that a training can use.",
-            received=f"none of {len(split)} in {split.data}, split {split.split!r}: "
+            f"Cannot use any of {len(split)} samples in {split.data}, split {split.split!r}: "
             f"{next(iter(dropped.values()), 'no images')}",
-            remedy=f"See {folder / REPORTS / split.split}.csv for every sample, and kdcache data check for remedies.",
+            fix=f"See {folder / REPORTS / split.split}.csv for every sample, and kdcache data check for fixes.",
         )
     writer.publish()
     held = ids - {IGNORE_INDEX}
@@ -260,7 +255,7 @@ def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> 
         labelled = writer.write_label(index, label if binary else None)
         writer.write_depth(index)
     except DataError as error:
-        return f"{error.rule} {error.received}" + (f". {error.remedy}" if "--bits" in error.remedy else "")
+        return error.problem + (f". {error.fix}" if "--bits" in error.fix else "")
     ids = frozenset() if label is None else frozenset(np.unique(label).tolist())
     if own is None or scaled:
         save_png(image, path)

@@ -36,18 +36,16 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
     classes = {index for index in numbers.values() if index != IGNORE_INDEX}
     # Numbers that are not listed stay as they are, so they are no class; those that would pass for one are refused.
     unlisted = sorted(classes - numbers.keys())
-    remedy = f"Add a line for it to {CLASSES_FILE}: `NAME: NUMBER`, or `void: NUMBER` where it means no class."
+    fix = f"Add a line for it to {CLASSES_FILE}: `NAME: NUMBER`, or `void: NUMBER` if it means no class."
 
     def check(seen: Seen, path: Path) -> None:
         if strange := [number for number in unlisted if seen[number]]:
             raise DataError(
-                f"Cannot read {path.name}: {CLASSES_FILE} does not list its number {strange[0]}",
-                received=f"{', '.join(map(str, strange))} in {path}",
-                remedy=remedy,
+                f"Cannot read {path}: {CLASSES_FILE} does not list its number {', '.join(map(str, strange))}", fix=fix
             )
 
     table = id_table({**dict.fromkeys(unlisted, IGNORE_INDEX), **numbers})
-    return LabelIds(f"Labels hold the numbers of {CLASSES_FILE}, or {IGNORE_INDEX} (void).", remedy, table, check)
+    return LabelIds(f"Labels hold the numbers of {CLASSES_FILE}, or {IGNORE_INDEX} (void).", fix, table, check)
 
 
 class Layout(ABC):
@@ -158,10 +156,10 @@ class Layout(ABC):
         split = self.split_named(root, split)
         if split not in (names := self.splits(root)):
             raise DataError(
-                f"A split is {self.split_is}.",
-                received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
-                remedy="Name one of the splits that exist."
+                f"Unknown split {split!r} in {root}, which has {', '.join(names) or 'none'}",
+                fix="Name one of the splits that exist."
                 + (HOW_TO_SPLIT if split in VALIDATION and not {*VALIDATION} & {*names} and WHOLE in names else ""),
+                rule=f"A split is {self.split_is}.",
             )
         scan = self._scan(root, split)
         if scan.drawn is None and (numbers := read_numbers(root)) is not None:
@@ -176,9 +174,8 @@ class Layout(ABC):
             raise self._missing(root, split, scan)
         if not scan.images:
             raise DataError(
-                "A split has at least one image.",
-                received=f"none in {root / scan.image_place}" + (f" for split {split!r}" if self.listed else ""),
-                remedy=f"Put images there ({', '.join(IMAGE_SUFFIXES)})"
+                f"No images in {root / scan.image_place}" + (f" for split {split!r}" if self.listed else ""),
+                fix=f"Put images there ({', '.join(IMAGE_SUFFIXES)})"
                 + (", and their names into the list." if self.listed else ", or remove the folder."),
             )
         return scan
@@ -197,27 +194,26 @@ class Layout(ABC):
             raise self._missing(root, split, scan)
         if scan.clashes:
             sample, first, second = scan.clashes[0]
-            alike = "; they differ in Unicode normalisation alone" if composed(first) == composed(second) else ""
+            alike = ", which differ only in Unicode normalisation" if composed(first) == composed(second) else ""
             raise DataError(
-                "Sample ids (paths without the last suffix) are unique in a split.",
-                received=f"{first} and {second} are both {sample!r} ({len(scan.clashes)} clashes) "
-                f"in {root / scan.image_place}{alike}",
-                remedy="Rename or remove one file of each pair"
+                f"Repeated sample id {sample!r} in {root / scan.image_place}: {first} and {second}{alike} "
+                f"({len(scan.clashes)} clashes)",
+                fix="Rename or remove one file of each pair"
                 + (", or the repeated lines of the list." if self.listed else "."),
+                rule="An id is a path without its last suffix.",
             )
         if scan.orphans or scan.foreign:
             raise DataError(
-                self.pairing,
-                received=f"{describe_some(scan.orphans + scan.foreign)} in {root / scan.label_place}",
-                remedy=saved_as_png(scan.orphans + scan.foreign)
-                or f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}; "
-                "remove the labels that have no image.",
+                f"Labels without an image in {root / scan.label_place}: {describe_some(scan.orphans + scan.foreign)}",
+                fix=saved_as_png(scan.orphans + scan.foreign)
+                or f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}. "
+                "Remove the labels that have no image.",
+                rule=self.pairing,
             )
         if scan.depth is not None and scan.depth.orphans:
             raise DataError(
-                "Every depth file belongs to an image: it has its path (another suffix), or the layout's name for it.",
-                received=f"{describe_some(scan.depth.orphans)} in {root / scan.depth.place}",
-                remedy=f"Give each one its image's name, as in {next(iter(scan.images))!r}; remove the others.",
+                f"Depth files without an image in {root / scan.depth.place}: {describe_some(scan.depth.orphans)}",
+                fix=f"Give each one its image's name, as in {next(iter(scan.images))!r}. Remove the others.",
             )
         return FileSplit(data, split, self.classes(root), root, scan)
 
@@ -232,16 +228,12 @@ class Layout(ABC):
     def _missing(self, root: Path, split: str, scan: Scan) -> DataError:
         if other_images := [path for path in scan.missing if Path(path).is_absolute()]:
             return DataError(
-                "images= names a folder with an image for every sample of the split: FOLDER/SPLIT/ID.png, or "
-                "FOLDER/ID.png.",
-                received=f"no {describe_some(other_images)} for {len(other_images)} of "
-                f"{len(other_images) + len(scan.images)} samples of {root}, split {split!r}",
-                remedy="Add them under the names of the data set's own images; or"
-                + (" take the other samples out of the list, or" if self.listed else "")
-                + " leave out images= to use the data set's own.",
+                f"Missing images for {len(other_images)} of {len(other_images) + len(scan.images)} samples of {root}, "
+                f"split {split!r}: {describe_some(other_images)}",
+                fix="Add them to the folder of images= as SPLIT/ID.png or ID.png, or leave out images=."
+                + (" Or take these samples out of the list." if self.listed else ""),
             )
         return DataError(
-            "Every file that a split calls for is there.",
-            received=f"no {describe_some(scan.missing)} in {root}, split {split!r}",
-            remedy=self.restore + (", or take their lines out of the list." if self.listed else "."),
+            f"Missing files in {root}, split {split!r}: {describe_some(scan.missing)}",
+            fix=self.restore + (", or take their lines out of the list." if self.listed else "."),
         )

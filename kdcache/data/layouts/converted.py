@@ -53,7 +53,7 @@ def source_changes(folder: Path, split: str) -> str:
         changes = digest_changes(Contents.from_json(before), read_contents(open_defective(place, split)[0]))
         what = changes.describe()
     except DataError as error:
-        what = f"{error.rule} {error.received}"
+        what = error.problem
     if not what:
         return ""
     return f"{root} has changed since {folder} was converted from it: {what}. Convert it into a new folder"

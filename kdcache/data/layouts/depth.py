@@ -66,9 +66,9 @@ class DepthUnit:
         numbers = read_numbers(path)
         if self.per_metre is None and numbers.dtype.kind in "ui":
             raise DataError(
-                f"Depth in whole numbers has a unit: units_per_metre in {DEPTH_FILE}, beside images/.",
-                received=f"{numbers.dtype} up to {numbers.max()} in {path}, and no units_per_metre",
-                remedy=f"Write `units_per_metre = 1000` (millimetres) or 256 (as KITTI has it) into {DEPTH_FILE}.",
+                f"Unknown unit of depth file {path}: it holds whole numbers ({numbers.dtype} up to {numbers.max()})",
+                fix=f"Write `units_per_metre = 1000` (millimetres) or 256 (as KITTI has it) into {DEPTH_FILE}, next to "
+                "images/.",
             )
         with np.errstate(all="ignore"):  # what float32 has no number for is infinite
             metres = numbers.astype(np.float32)
@@ -118,9 +118,9 @@ def read_disparity(path: Path) -> Depth:
         constant = float(entries["extrinsic"]["baseline"]) * float(entries["intrinsic"]["fx"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            "A camera file of Cityscapes has extrinsic.baseline (metres) and intrinsic.fx (pixels).",
-            received=f"{camera}: {type(error).__name__} {error}",
-            remedy="Restore the file from its source (camera_trainvaltest.zip).",
+            f"Cannot read camera file {camera}: {type(error).__name__} {error}",
+            fix="Restore it from its source (camera_trainvaltest.zip), with extrinsic.baseline (metres) and "
+            "intrinsic.fx (pixels).",
         ) from error
     numbers[numbers <= 1] = np.nan
     depth: Depth = np.float32(constant * 256) / (numbers - 1)
@@ -154,10 +154,9 @@ def check_depth(depth: Depth, path: Path) -> None:
     """Refuse depths that cannot be metres, and a label without a known one. Raises: DataError."""
     if reason := impossible_depth(depth):
         raise DataError(
-            "Depth is in metres, above 0, and known for a pixel at least.",
-            received=f"{reason}: {path}",
-            remedy=f"Name the unit, and what means unknown, in {DEPTH_FILE} (layout folder); or correct the file, or "
-            "remove it. `kdcache data check` lists all such files.",
+            f"Cannot use depth file {path}: {reason}",
+            fix=f"Name the unit, and the number that means unknown, in {DEPTH_FILE} (layout folder). Or correct or "
+            "remove the file. `kdcache data check` lists all such files.",
         )
 
 
@@ -165,9 +164,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _malformed(path: Path, received: str) -> DataError:
+def _malformed(path: Path, fault: str) -> DataError:
     return DataError(
-        f"{DEPTH_FILE} has `units_per_metre`, a number above 0, and `invalid`, the numbers that mean unknown.",
-        received=f"{path}: {received}",
-        remedy="For instance `units_per_metre = 1000` for millimetres; `invalid = [0]` is the default.",
+        f"Cannot read {path}: {fault}",
+        fix="Write `units_per_metre`, a number above 0 (1000 for millimetres), and `invalid`, a list of the numbers "
+        "that mean unknown ([0] is the default).",
     )

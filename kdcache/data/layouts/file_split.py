@@ -70,9 +70,9 @@ class FileSplit(Split):
         self._check_size(index, label.shape, path)
         if bad := ids_out_of_range(label, len(self.classes)):
             raise DataError(
-                self._label_ids.rule.format(last=len(self.classes) - 1),
-                received=f"{describe_ids(bad)} in {path}",
-                remedy=self._label_ids.remedy,
+                f"Unknown ids in label {path}: {describe_ids(bad)}",
+                fix=self._label_ids.fix,
+                rule=self._label_ids.rule.format(last=len(self.classes) - 1),
             )
         return label
 
@@ -123,10 +123,9 @@ class FileSplit(Split):
     def _check_size(self, index: int, shape: tuple[int, ...], path: Path | None) -> None:
         if shape != (size := self._size(index)):
             raise DataError(
-                "A label has the size of its image (upright by EXIF).",
-                received=f"{describe_sizes(shape, size)}: {path}, {self.image_path(index)}",
-                remedy="Resize the labels (nearest) or restore the images they were drawn on; those of images= have "
-                "the size of the data set's own.",
+                f"Label {path} does not fit image {self.image_path(index)}: {describe_sizes(shape, size)}",
+                fix="Resize the labels (nearest), or restore the images they were drawn on. Images of images= need the "
+                "size of the data set's own.",
             )
 
     def _size(self, index: int) -> tuple[int, int]:
@@ -147,7 +146,7 @@ def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
 
 
 def saved_as_png(labels: Iterable[str]) -> str:
-    """A remedy for labels that are by their names no PNGs or TIFFs; empty where all are."""
+    """A fix for labels that are by their names no PNGs or TIFFs; empty where all are."""
     others = [name.lower() for name in labels if not name.lower().endswith(LABEL_SUFFIXES)]
     if any(name.endswith((".jpg", ".jpeg")) for name in others):
         return "A JPEG changes numbers and colours: save the original labels as .png."

@@ -21,7 +21,7 @@ class LabelIds:
 
     Args:
         rule: which numbers there may be, for messages; `{last}` is the last class id.
-        remedy: what to do about others.
+        fix: what to do about others.
         table: uint8 (256,), the class id of every number; None when they are class ids already.
         colours: class ids of the colours of labels in RGB; None refuses such labels.
         check: raises DataError when the numbers seen in a file, bool (256,), show that it cannot be what it is called;
@@ -29,7 +29,7 @@ class LabelIds:
     """
 
     rule: str
-    remedy: str
+    fix: str
     table: Pixels | None = None
     check: Callable[[Seen, Path], None] | None = None
     colours: ColourCodes | None = None

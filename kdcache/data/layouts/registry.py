@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
 from kdcache.data.layouts.pictures import holds_masks
 from kdcache.data.layouts.published.gta5 import Gta5
 from kdcache.data.layouts.scan import folders_in, holds_pictures
-from kdcache.errors import DataError
+from kdcache.errors import DataError, suggest
 
 
 def _layouts() -> Iterator[Layout]:
@@ -77,9 +76,8 @@ def split_images(data: str) -> tuple[str, Path | None]:
     folder = Path(match["images"].strip()).expanduser()
     if not match["images"].strip() or not folder.is_dir():
         raise DataError(
-            "images= names a folder with an image for every sample: FOLDER/SPLIT/ID.png, or FOLDER/ID.png.",
-            received=f"{match['images']!r}, which is no folder, in {data!r}",
-            remedy="Check the path, or leave out images= to use the data set's own.",
+            f"Not a folder: images={match['images']!r} in {data!r}",
+            fix="Name a folder with FOLDER/SPLIT/ID.png or FOLDER/ID.png for every sample, or leave out images=.",
         )
     return match["data"], folder
 
@@ -90,14 +88,13 @@ def _layout_of(data: str) -> LayoutRoot:
     if not folder.is_dir():
         archive = folder.name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"))
         raise DataError(
-            "A data set is a folder.",
-            received=f"{folder} {'is a file' if folder.exists() else 'is no folder'}",
-            remedy=(
+            f"Not a folder: {folder}" if folder.exists() else f"Data folder not found: {folder}",
+            fix=(
                 f"{'Unpack it, and name the' if archive else 'Name its'} folder. "
                 if folder.exists()
                 else "Check the path. "
             )
-            + f"What kdcache reads: {', '.join(LAYOUTS)}, or the built-in scenes.",
+            + f"kdcache reads {', '.join(LAYOUTS)}, and the built-in scenes.",
         )
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
@@ -113,9 +110,8 @@ def _layout_of(data: str) -> LayoutRoot:
         return _with_its_classes(candidates[0], folder)
     if candidates:
         raise DataError(
-            "A folder holds a data set of one layout.",
-            received=f"{folder} holds " + ", ".join(f"{one.layout.name} ({one.root})" for one in candidates),
-            remedy="Name the one that is meant: " + " or ".join(f"{one.layout.name}:{folder}" for one in candidates),
+            f"Several layouts fit {folder}: " + ", ".join(f"{one.layout.name} ({one.root})" for one in candidates),
+            fix="Name the one that is meant: " + " or ".join(f"{one.layout.name}:{folder}" for one in candidates),
         )
     hint = _nearly_a_folder(folder) or _inside(folder) or _around(folder)
     pictures = [
@@ -124,11 +120,10 @@ def _layout_of(data: str) -> LayoutRoot:
     if pictures and not hint:
         return pictures[0]
     raise DataError(
-        "A data folder has a layout that kdcache knows.",
-        received=f"{folder}, which has none of\n"
-        + "\n".join(f"  {layout.name}: {layout.requirement}" for layout in LAYOUTS.values()),
-        remedy=(hint or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.")
+        f"Cannot find a data set in {folder}: no layout fits",
+        fix=(hint or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.")
         + "".join(f" Or name {place.layout.name}:{folder} for its pictures without labels." for place in pictures),
+        rule="\n  ".join(("Layouts:", *(f"{layout.name}: {layout.requirement}" for layout in LAYOUTS.values()))),
     )
 
 
@@ -149,17 +144,14 @@ def split_prefix(data: str) -> tuple[str | None, Path]:
         return None, whole
     name, path = match["name"], match["path"]
     if name not in LAYOUTS:
-        near = difflib.get_close_matches(name.lower(), LAYOUTS, n=1, cutoff=0.5)
         raise DataError(
-            f"What stands before the colon is a layout: {', '.join(LAYOUTS)}, or scenes.",
-            received=f"{name!r} in {data!r} (and there is no such folder)",
-            remedy=f"Did you mean {near[0]}:{path}?" if near else "Name a layout, or check the path; data lie on disk.",
+            f"Unknown layout {name!r} in {data!r}, and no such folder",
+            fix=suggest(name.lower(), LAYOUTS, "Name a layout, or check the path. Data must lie on disk.", cutoff=0.5),
+            rule=f"Layouts: {', '.join(LAYOUTS)}, and the built-in scenes.",
         )
     if not path:
         raise DataError(
-            "A layout is followed by the folder of the data set.",
-            received=repr(data),
-            remedy=f"For instance {name}:/data/{name}.",
+            f"Missing folder after the layout: {data!r}", fix=f"Name the folder, for example {name}:/data/{name}"
         )
     return name, Path(path).expanduser()
 
@@ -172,14 +164,13 @@ def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
     if read_classes(folder).names == place.layout.classes(place.root).names:
         return place
     raise DataError(
-        f"A {CLASSES_FILE} lies where its data set begins, and its classes are those of the labels.",
-        received=f"{above}, with other classes than layout {place.layout.name} in {place.root}",
-        remedy=f"Move it to {place.root} if it is meant for these data; else name {place.root} as the data folder.",
+        f"{above} lists other classes than the data set in {place.root} (layout {place.layout.name})",
+        fix=f"Move it to {place.root} if it is meant for these data. Otherwise name {place.root} as the data folder.",
     )
 
 
 def _nearly_a_folder(folder: Path) -> str:
-    """A remedy for a folder with `images/` that is not quite of the folder layout; "" without other folders."""
+    """A fix for a folder with `images/` that is not quite of the folder layout; "" without other folders."""
     if not (folder / IMAGES).is_dir():
         return ""
     others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
@@ -194,7 +185,7 @@ def _nearly_a_folder(folder: Path) -> str:
 
 
 def _inside(folder: Path) -> str:
-    """A remedy that names folders, up to two levels in, where data sets begin; empty without any."""
+    """A fix that names folders, up to two levels in, where data sets begin; empty without any."""
     children = [folder / name for name in folders_in(folder)[:_MOST_FOLDERS]]
     grandchildren = [child / name for child in children for name in folders_in(child)[:_MOST_FOLDERS]]
     for level in (children, grandchildren):
@@ -209,7 +200,7 @@ def _inside(folder: Path) -> str:
 
 
 def _around(folder: Path) -> str:
-    """A remedy that names the folder, up to three levels above, of whose data set this one is a part; empty without."""
+    """A fix that names the folder, up to three levels above, of whose data set this one is a part; empty without."""
     folder = folder.absolute()
     for above in folder.parents[:3]:
         fits = [one.layout.name for one in _fitting(above) if folder.is_relative_to(one.root)]
@@ -224,7 +215,7 @@ def _named(layout: Layout, folder: Path) -> LayoutRoot:
         return LayoutRoot(layout, root)
     fits = [other.name for other in LAYOUTS.values() if other.find(folder) is not None]
     raise DataError(
-        f"A folder of layout {layout.name} has {layout.requirement}.",
-        received=f"{folder}, which has not" + (f", but is of layout {fits[0]}" if fits else ""),
-        remedy=f"Name it {fits[0]}:{folder}." if fits else "Check the path, or restore what is missing.",
+        f"{folder} is not of layout {layout.name}" + (f", but of layout {fits[0]}" if fits else ""),
+        fix=f"Name it {fits[0]}:{folder}" if fits else "Check the path, or restore what is missing.",
+        rule=f"A folder of layout {layout.name} has {layout.requirement}.",
     )

@@ -198,9 +198,7 @@ def read_list(path: Path) -> list[Line]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            "The list of a split is a text file in UTF-8.",
-            received=f"{path}: {error}",
-            remedy="Restore the file from its source.",
+            f"Cannot read the list {path}: {error}", fix="Restore it from its source, as text in UTF-8."
         ) from error
     return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 

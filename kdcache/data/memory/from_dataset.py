@@ -110,9 +110,8 @@ class DatasetSplit(Split):
 
     def _lost(self, index: int) -> DataError:
         return DataError(
-            "a sample with a label has it whenever it is read",
-            received=f"{self._where(index)}: None",
-            remedy="leave ids out: then all samples are read once, and those without a label are known",
+            f"{self._where(index)} has no label, though it had one before",
+            fix="Leave ids out: kdcache then reads all samples once, and knows those without a label.",
         )
 
 
@@ -189,21 +188,20 @@ def read_item(dataset: Any, number: int, where: str) -> Any:
 def _length(dataset: Any) -> int:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(
-            "a data set in memory is map-style: it has a length, and items by their number",
-            received=type(dataset).__name__,
-            remedy="give a torch.utils.data.Dataset, a Hugging Face Dataset (not streaming), or a list of items; a "
-            "DataLoader's data set is its .dataset",
+            f"Cannot use a {type(dataset).__name__} as a data set: it has no length and items by number",
+            fix="Give a torch.utils.data.Dataset, a Hugging Face Dataset (not streaming), a list of items, or a "
+            "DataLoader's .dataset.",
         )
     if isinstance(dataset, dict) or hasattr(dataset, "keys"):
         raise DataError(
-            "one split of a data set is given",
-            received=f"{type(dataset).__name__} with {', '.join(map(str, list(dataset.keys())[:5]))}",
-            remedy="pick one: kdcache.from_dataset(splits['train'], ...)",
+            f"Cannot use several splits at once: {type(dataset).__name__} with "
+            f"{', '.join(map(str, list(dataset.keys())[:5]))}",
+            fix="Pick one: kdcache.from_dataset(splits['train'], ...)",
         )
     with naming_item("the length of the data set"):
         count = len(dataset)
     if not count:
-        raise DataError("A split has at least one image.", received="an empty data set", remedy="give one with samples")
+        raise DataError("The data set is empty", fix="Give one with samples.")
     return count
 
 
@@ -211,9 +209,9 @@ def _names(classes: Any) -> tuple[str, ...]:
     """Class names. Raises: DataError for what is no list of them."""
     if isinstance(classes, str) or not isinstance(classes, Iterable) or not all(isinstance(c, str) for c in classes):
         raise DataError(
-            "classes are names in the order of the ids in labels",
-            received=repr(classes)[:80],
-            remedy="give a list such as ['road', 'car']; a Hugging Face ClassLabel has it as .names",
+            f"Invalid value of classes: {repr(classes)[:80]}",
+            fix="Give names in the order of the ids in labels, such as ['road', 'car']. A Hugging Face ClassLabel has "
+            "them as .names",
         )
     return tuple(classes)
 
@@ -241,10 +239,9 @@ def _given_ids(dataset: Any, ids: str | Sequence[str], count: int) -> list[str]:
     repeated = [text for text, times in Counter(texts).items() if times > 1 or not text]
     if len(texts) != count or repeated:
         raise DataError(
-            "ids are texts, one for each sample, each once",
-            received=f"{len(texts)} ids for {count} samples"
+            f"Invalid ids: {len(texts)} for {count} samples"
             + (f", {repeated[0]!r} twice or empty" if repeated else ""),
-            remedy="name a column whose values differ; or leave ids out, for numbers and digests of contents",
+            fix="Name a column whose values differ. Or leave ids out, for numbers and digests of contents.",
         )
     return texts
 
@@ -255,9 +252,8 @@ def _column(item: Any, column: str, number: int) -> Any:
     except (KeyError, TypeError, IndexError) as error:
         offered = ", ".join(map(str, item)) if hasattr(item, "keys") else type(item).__name__
         raise DataError(
-            "ids are a column of the data set, or one for each sample",
-            received=f"{column!r}; item {number} has {offered}",
-            remedy="name a column that is there, give a list of ids, or leave ids out",
+            f"Unknown column of ids: {column!r} (item {number} has {offered})",
+            fix="Name a column that exists, give a list of ids, or leave ids out.",
         ) from error
 
 
@@ -297,8 +293,7 @@ def _check_still(dataset: Any, keys: Keys, count: int, classes: ClassList, void:
         digests = {_contents(read_item(dataset, number, where), keys, classes, void, where) for _ in range(_READINGS)}
         if len(digests) > 1:
             raise DataError(
-                "a data set gives the same sample each time: views are drawn by the build and the training",
-                received=f"{where} differs from one reading to the next",
-                remedy="take the augmentation out of the data set; or keep it in your own loop, with "
-                "Cache.targets_for (docs/loops.md)",
+                f"{where} differs from one reading to the next",
+                fix="Take the augmentation out of the data set, as the build and the training draw views. Or keep it "
+                "in your own loop, with Cache.targets_for (docs/loops.md).",
             )

@@ -41,9 +41,8 @@ def naming_item(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(
-            f"Cannot read {where}: {type(error).__name__}",
-            received=f"{type(error).__name__}: {error}",
-            remedy="Correct your data set or its transform, or leave the item out (torch.utils.data.Subset).",
+            f"Cannot read {where}: {type(error).__name__}: {error}",
+            fix="Correct your data set or its transform, or leave the item out (torch.utils.data.Subset).",
         ) from error
 
 
@@ -65,11 +64,10 @@ def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None
             return Keys("", None)  # the item is the image
     wrong = [key for key in (chosen, mask, depth) if key is not None and key not in offered]
     if chosen is None or wrong:
-        asked = f"no {', '.join(map(repr, wrong))}" if wrong else "no key that is known to be an image's"
+        asked = ", ".join(map(repr, wrong)) if wrong else "image, by the usual names"
         raise DataError(
-            "an item is a mapping or a tuple that has an image, and a label where there is one",
-            received=f"{where}: {asked}; it has {', '.join(map(repr, offered)) or type(item).__name__}",
-            remedy="name them: kdcache.from_dataset(..., image='photo', label='mask'), or places in a tuple",
+            f"{where} has no {asked}: it has {', '.join(map(repr, offered)) or type(item).__name__}",
+            fix="Name the keys: kdcache.from_dataset(..., image='photo', label='mask'), or places in a tuple.",
         )
     return Keys(chosen, mask, depth)
 
@@ -87,19 +85,19 @@ def image_of(value: Any, where: str) -> Pixels:
     if isinstance(value, Image.Image):
         raw = " ".join(str(tile.args) for tile in getattr(value, "tile", ()))  # of a file not yet decoded
         if value.mode.startswith(("I", "F")) or re.search(";16[BLN]", raw):
-            raise _no_image(f"{where}: a picture of mode {value.mode} {raw}".rstrip())
+            raise _no_image(where, f"a picture of mode {value.mode} {raw}".rstrip())
         upright = ImageOps.exif_transpose(value)
         return np.array((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
     array = _array(value)
     if array is None or array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
         shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
-        raise _no_image(f"{where}: {shown}")
+        raise _no_image(where, shown)
     if array.ndim == 2:
         array = array[..., None]
     if array.shape[-1] not in (1, 3) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.shape[-1] not in (1, 3):
-        raise _no_image(f"{where}: {array.dtype} {array.shape}")
+        raise _no_image(where, f"{array.dtype} {array.shape}")
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)), order="C")
 
 
@@ -119,15 +117,13 @@ def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: 
     if array is None or array.ndim != 2 or array.dtype.kind not in "iub":
         shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
         raise DataError(
-            "a label is a class id for each pixel, whole numbers (H, W)",
-            received=f"{where}: {shown}",
-            remedy="give ids, not colours, one-hot maps or floats; argmax(0) of one-hot maps, for instance",
+            f"Cannot read the label of {where}: {shown} is not class ids (H, W)",
+            fix="Give ids, not colours, one-hot maps or floats. For one-hot maps, give argmax(0).",
         )
     if array.shape != size:
         raise DataError(
-            "a label has the size of its image",
-            received=f"{where}: a label of {array.shape[0]}x{array.shape[1]}, an image of {size[0]}x{size[1]}",
-            remedy="give both before they are resized, or resize both alike",
+            f"Sizes differ in {where}: a label of {array.shape[0]}x{array.shape[1]}, an image of {size[0]}x{size[1]}",
+            fix="Give both before they are resized, or resize both.",
         )
     numbers: npt.NDArray[Any] = array.astype(np.int64)
     ids = np.where((numbers == void) | (numbers == IGNORE_INDEX), IGNORE_INDEX, numbers)
@@ -136,9 +132,8 @@ def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: 
     wrong = sorted({*np.unique(ids[beyond]).tolist(), *unknown})
     if wrong:
         raise DataError(
-            f"Label ids are 0 to {len(classes) - 1} (the classes) or {IGNORE_INDEX} (void).",
-            received=f"{where}: {', '.join(map(str, wrong[:8]))} for {len(classes)} classes",
-            remedy="list every class; or say which number is void, kdcache.from_dataset(..., void=-100)",
+            f"Unknown ids in the label of {where}: {', '.join(map(str, wrong[:8]))} for {len(classes)} classes",
+            fix="List every class. Or say which number is void: kdcache.from_dataset(..., void=-100)",
         )
     return ids.astype(np.uint8)
 
@@ -156,9 +151,8 @@ def depth_of(value: Any, size: tuple[int, int], where: str) -> Depth | None:
     if array is None or array.shape != size or array.dtype.kind != "f":
         shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
         raise DataError(
-            "a label of depth is metres for each pixel, floats of the size of the image",
-            received=f"{where}: {shown}, an image of {size}",
-            remedy="give metres as float32 (H, W), NaN or 0 where the depth is unknown",
+            f"Cannot read the depth of {where}: {shown} for an image of {size}",
+            fix="Give metres as float32 (H, W) of the image's size, NaN or 0 where the depth is unknown.",
         )
     metres = array.astype(np.float32)
     metres[~(metres > 0) | np.isinf(metres)] = np.nan
@@ -175,10 +169,9 @@ def _array(value: Any) -> npt.NDArray[Any] | None:
     return array if array.dtype.kind in "iubf" else None
 
 
-def _no_image(received: str) -> DataError:
+def _no_image(where: str, found: str) -> DataError:
     return DataError(
-        "an image is RGB of 8 bits: Pillow's, or uint8 (H, W, 3) or (3, H, W)",
-        received=received,
-        remedy="give images as they were read, before they become floats, are normalised or augmented: the views and "
-        "the model do that",
+        f"Cannot read the image of {where}: {found} is not 8-bit RGB",
+        fix="Give Pillow's images, or uint8 (H, W, 3) or (3, H, W), as they were read: not floats, normalised or "
+        "augmented.",
     )

@@ -35,15 +35,14 @@ def find(data: str, split: str) -> Split:
     splits = names(data)
     if splits:
         raise DataError(
-            "a data set in memory has the split that it was made with",
-            received=f"{split!r} of {data}, which has {', '.join(splits)}",
-            remedy=f"name that split; or make another one: kdcache.from_dataset(..., split={split!r})",
+            f"Unknown split {split!r} of {data}, which has {', '.join(splits)}",
+            fix=f"Name that split, or make another one: kdcache.from_dataset(..., split={split!r})",
         )
     raise DataError(
-        "a data set in memory is there as long as its program holds it",
-        received=f"{data}, split {split!r}; this program holds {', '.join(sorted({d for d, _ in _OPENED})) or 'none'}",
-        remedy="make it again with kdcache.from_dataset(...) and keep it; or name the data with --data (in Python "
-        "data=), a folder too",
+        f"Data set not in memory: {data}, split {split!r} (this program holds "
+        f"{', '.join(sorted({d for d, _ in _OPENED})) or 'none'})",
+        fix="Make it again with kdcache.from_dataset(...) and keep it. Or name the data, also a folder, with --data "
+        "(in Python data=).",
     )
 
 

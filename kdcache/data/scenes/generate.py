@@ -124,9 +124,8 @@ class ScenesSplit(Split):
         self.spec = ScenesSpec.parse(data)
         if split not in self.spec.splits():
             raise DataError(
-                "A split of `scenes` is train, val or unlabelled, with at least one sample.",
-                received=f"{split!r} of {data!r}; there are: {', '.join(self.spec.splits()) or 'none'}",
-                remedy=f"Name one of these, or add samples, as in scenes:{_UNLABELLED}=32.",
+                f"Unknown split {split!r} of {data!r}, which has {', '.join(self.spec.splits()) or 'none'}",
+                fix=f"Name train, val or unlabelled, with samples, as in scenes:{_UNLABELLED}=32",
             )
         self.data = data
         self.split = split
@@ -261,9 +260,9 @@ _CACHE = _Cache(CACHE_BYTES)
 
 def _malformed(data: str, what: str) -> DataError:
     return DataError(
-        "Procedural scenes read scenes:HxW,train=N,val=N,seed=N,unlabelled=N,"
+        f"Cannot read {data!r}: {what}",
+        fix="Write for example scenes:96x128,train=64,val=16. For a folder of that name, write ./scenes",
+        rule="The form is scenes:HxW,train=N,val=N,seed=N,unlabelled=N,"
         + ",".join(f"{key}={'|'.join(words)}" for key, words in _WORDS.items())
         + ", each part optional.",
-        received=f"{data!r}: {what}",
-        remedy="For example scenes:96x128,train=64,val=16; a folder of that name is ./scenes.",
     )

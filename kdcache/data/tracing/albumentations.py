@@ -28,9 +28,8 @@ class TracedCompose:
     def __init__(self, transform: Any) -> None:
         if not isinstance(transform, A.Compose):
             raise DataError(
-                "a transform of albumentations is traced as albumentations.Compose, which keeps what it applied",
-                received=type(transform).__name__,
-                remedy="wrap it: kdcache.traced(A.Compose([...]))",
+                f"Cannot trace a single transform: {type(transform).__name__}",
+                fix="Wrap it: kdcache.traced(A.Compose([...]))",
             )
         for part in _parts(transform):  # at once, though it may be applied to few images
             if not _may_show_window(part):
@@ -42,9 +41,9 @@ class TracedCompose:
         image = named.get("image")
         if unnamed or image is None or getattr(image, "ndim", 0) not in (2, 3):
             raise DataError(
-                "a traced composition is given image=, an array (H, W, C)",
-                received=f"{len(unnamed)} arguments without a name" if unnamed else ", ".join(named) or "nothing",
-                remedy="call it as augment(image=image, mask=mask)",
+                "Missing image= in the call of a traced composition: it has "
+                + (f"{len(unnamed)} arguments without a name" if unnamed else ", ".join(named) or "no arguments"),
+                fix="Call it as augment(image=image, mask=mask), the image an array (H, W, C).",
             )
         result: dict[str, Any] = self.transform(**named)
         applied = result.pop("applied_transforms")

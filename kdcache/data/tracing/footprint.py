@@ -62,7 +62,6 @@ class Footprint:
 def no_window(transform: str) -> DataError:
     """The error for a transform after which pixels show no window of their image."""
     return DataError(
-        "targets are moved by windows: crops, resizes, padding and horizontal flips of the image",
-        received=f"{transform}, which moves pixels otherwise",
-        remedy="leave it out of what is traced; changes of colour may stay",
+        f"Cannot trace {transform}: it moves pixels in other ways than crops, resizes, padding and horizontal flips",
+        fix="Leave it out of what is traced. Changes of colour may stay.",
     )

@@ -44,11 +44,7 @@ class TracedTransform:
         self.transform = transform
         before_last = [part for whole in _composes(transform) for part in list(whole.transforms)[:-1]]
         if any(isinstance(part, v2.ToPureTensor) for part in before_last):
-            raise DataError(
-                "transforms that are traced know images by their type until the last",
-                received="ToPureTensor before other transforms",
-                remedy="put it last",
-            )
+            raise DataError("Cannot trace ToPureTensor before other transforms", fix="Put it last.")
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         height, width = _size_of(inputs)
@@ -70,9 +66,8 @@ def _size_of(inputs: Any) -> tuple[int, int]:
             height, width = F.get_size(leaf)
             return height, width
     raise DataError(
-        "a traced transform is given an image: a tensor (C, H, W), a tv_tensors.Image, or one of Pillow",
-        received=", ".join(type(leaf).__name__ for leaf in leaves) or "nothing",
-        remedy="convert it first, torchvision.tv_tensors.Image(...), and masks with tv_tensors.Mask(...)",
+        f"Cannot find an image to trace among {', '.join(type(leaf).__name__ for leaf in leaves) or 'no arguments'}",
+        fix="Give a tensor (C, H, W), a Pillow image or a torchvision.tv_tensors.Image, and masks as tv_tensors.Mask.",
     )
 
 

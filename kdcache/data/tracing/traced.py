@@ -35,7 +35,7 @@ def traced(transform: Any) -> Callable[..., Any]:
 
         return TracedCompose(transform)
     raise DataError(
-        "a transform that can be traced is one of torchvision.transforms.v2, or albumentations.Compose",
-        received=f"{type(transform).__module__}.{type(transform).__qualname__}",
-        remedy="use transforms of v2; or give Cache.targets_for the windows and flips that you draw yourself",
+        f"Cannot trace a {type(transform).__module__}.{type(transform).__qualname__}",
+        fix="Use torchvision.transforms.v2 or albumentations.Compose. Or give Cache.targets_for the windows and flips "
+        "that you draw yourself.",
     )

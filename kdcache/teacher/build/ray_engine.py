@@ -210,7 +210,7 @@ class _ShardTeacher:
             torch.set_num_threads(manifest.build.threads)
             split, teacher, options, *earlier = task.parts()
         except KDCacheError as error:
-            raise _lacks(node, f"{error.rule}: {error.received.splitlines()[0]}") from error
+            raise _lacks(node, (error.received or error.problem).splitlines()[0]) from error
         except (OSError, ImportError) as error:
             raise _lacks(node, str(error)) from error
         if not store_exists(task.store) or read_manifest(open_place(task.store)).created != manifest.created:

@@ -83,7 +83,7 @@ def test_each_format_becomes_the_same_metres(deep, suffix, numbers, toml) -> Non
         (".npy", METRES[None], "", r"\(1, 6, 8\)"),
         (".npy", METRES.astype(complex), "", "complex"),
         (".npy", np.zeros((0, 8), np.uint16), "", r"\(0, 8\)"),
-        (".npy", np.array([{}], object), "", "can be read"),
+        (".npy", np.array([{}], object), "", "Cannot read depth file"),
         (".png", np.ones(SIZE, np.uint8), "units_per_metre = 1", "8-bit grey"),
         (".png", np.ones((*SIZE, 3), np.uint8), "units_per_metre = 1", "8-bit RGB"),
         (".tif", np.ones((*SIZE, 3), np.uint8), "", "mode RGB"),
@@ -101,14 +101,14 @@ def test_what_is_no_depth_is_refused(deep, suffix, numbers, toml, message) -> No
     "toml", ["units_per_metre = 0", "units_per_metre = true", "unit = 3", "invalid = 0", "invalid = ['a']", "nonsense"]
 )
 def test_a_malformed_sidecar_is_refused(deep, toml) -> None:
-    with pytest.raises(DataError, match=r"depth\.toml has"):
+    with pytest.raises(DataError, match=r"(?s)Cannot read .*depth\.toml: .*units_per_metre.*invalid"):
         deep(".npy", METRES, toml)
 
 
 def test_an_unreadable_file_is_named(deep) -> None:
     split = deep(".npy", METRES)
     split.depth_path(0).write_bytes(b"\x93NUMPY nothing")
-    with pytest.raises(DataError, match=r"depth file .* can be read"):
+    with pytest.raises(DataError, match=r"Cannot read depth file .*a\.npy"):
         split.label(0, "depth")
 
 
@@ -241,7 +241,7 @@ def test_cities_are_no_must(tiny, tmp_path) -> None:
         (root / folder).mkdir(parents=True, exist_ok=True)
     tiny.save_image(root / "leftImg8bit/train/two_leftImg8bit.png")
     Image.fromarray(np.full(tiny.SIZE, 2561, np.uint16)).save(root / "disparity/train/two_disparity.png")
-    with pytest.raises(DataError, match=r"no 'camera/train/two_camera\.json'"):
+    with pytest.raises(DataError, match=r"Missing files .*'camera/train/two_camera\.json'"):
         open_split(root, "train")
     (root / "camera/train/two_camera.json").write_text('{"extrinsic": {"baseline": 0.2}, "intrinsic": {"fx": 1000}}')
     assert open_split(root, "train").label(1, "depth")[0, 0] == pytest.approx(20)
@@ -251,10 +251,10 @@ def test_a_camera_that_lacks_or_is_none_is_named(tiny, tmp_path) -> None:
     root = cityscapes(tiny, tmp_path / "city")
     camera = root / "camera/train/trainstadt/trainstadt_a_camera.json"
     camera.write_text('{"extrinsic": {}}')
-    with pytest.raises(DataError, match=r"(?s)baseline.*trainstadt_a_camera\.json"):
+    with pytest.raises(DataError, match=r"trainstadt_a_camera\.json: KeyError 'baseline'"):
         open_split(root, "train").label(0, "depth")
     camera.unlink()
-    with pytest.raises(DataError, match=r"no 'camera/train/trainstadt/trainstadt_a_camera\.json'"):
+    with pytest.raises(DataError, match=r"Missing files .*'camera/train/trainstadt/trainstadt_a_camera\.json'"):
         open_split(root, "train")
 
 
@@ -265,5 +265,5 @@ def test_an_npz_has_one_array_or_one_called_depth(builder) -> None:
     np.savez_compressed(path, METRES)
     assert np.nanmax(open_split(builder.root, "train").label(0, "depth")) == np.nanmax(METRES)
     np.savez(path, one=METRES, other=METRES)
-    with pytest.raises(DataError, match=r"one, other in .*a\.npz"):
+    with pytest.raises(DataError, match=r"a\.npz: its arrays are one, other"):
         open_split(builder.root, "train").label(0, "depth")

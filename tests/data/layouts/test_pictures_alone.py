@@ -55,7 +55,7 @@ def test_a_data_set_whose_labels_are_not_found_is_not_taken_for_pictures(tmp_pat
     (root / "classes.txt").write_text("road\ncar\n")
     with pytest.raises(DataError) as caught:  # a part of a data set
         find_layout(str(root / "images"))
-    assert caught.value.remedy == (
+    assert caught.value.fix == (
         f"Name the folder where the data begin: {root} (folder). "
         f"Or name images:{root}/images for its pictures without labels."
     )
@@ -68,5 +68,5 @@ def test_a_folder_without_pictures_and_names_that_clash(tmp_path) -> None:
         with pytest.raises(DataError, match="pictures, at any depth, and no labels"):
             open_split(data, "train")
     root = draw(tmp_path / "photos", "a.png", "a.jpg")
-    with pytest.raises(DataError, match=r"a\.jpg and a\.png are both 'a'"):
+    with pytest.raises(DataError, match=r"Repeated sample id 'a' .*: a\.jpg and a\.png"):
         open_split(root, "train")

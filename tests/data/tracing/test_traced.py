@@ -95,7 +95,7 @@ def test_what_moves_pixels_otherwise_is_refused(name: str) -> None:
         "RandomPerspective": lambda: v2.RandomPerspective(p=1.0),
         "ElasticTransform": v2.ElasticTransform,
     }[name]()
-    with pytest.raises(DataError, match="moved by windows"):
+    with pytest.raises(DataError, match="moves pixels in other ways"):
         traced(transform)(torch.zeros(3, HEIGHT, WIDTH))
 
 
@@ -114,9 +114,9 @@ def test_a_vertical_flip_is_refused_even_where_it_is_drawn_seldom() -> None:
 def test_other_transforms_and_inputs_are_refused() -> None:
     with pytest.raises(DataError, match=r"torchvision\.transforms\.v2"):
         traced(lambda image: image)
-    with pytest.raises(DataError, match="put it last"):
+    with pytest.raises(DataError, match="ToPureTensor .*\n.*Put it last"):
         traced(v2.Compose([v2.ToPureTensor(), v2.RandomHorizontalFlip()]))
-    with pytest.raises(DataError, match="is given an image"):
+    with pytest.raises(DataError, match="Cannot find an image to trace among ndarray"):
         traced(v2.RandomHorizontalFlip())(np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(DataError, match="unseen"):
         traced(v2.Lambda(lambda image: image[..., 1:, :], tv_tensors.Image))(tv_tensors.Image(torch.zeros(3, 4, 4)))
@@ -192,9 +192,9 @@ def test_what_albumentations_moves_otherwise_is_refused() -> None:
             traced(a.Compose([transform]))
     with pytest.raises(DataError, match="Rotate"):
         traced(a.Compose([a.HorizontalFlip(), a.OneOf([a.RandomCrop(8, 8), a.Rotate(p=0.01)])]))
-    with pytest.raises(DataError, match="wrap it"):
+    with pytest.raises(DataError, match=r"single transform: HorizontalFlip\n.*Wrap it"):
         traced(a.HorizontalFlip())
-    with pytest.raises(DataError, match="is given image="):
+    with pytest.raises(DataError, match="Missing image= .*: it has mask"):
         traced(a.Compose([a.HorizontalFlip()]))(mask=image)
     with pytest.raises(DataError, match="2 arguments without a name"):
         traced(a.Compose([a.HorizontalFlip()]))(image, image)

@@ -76,5 +76,5 @@ def test_folds_of_a_store_keep_sequences_whole(
     config = make_config(**(settings | changes | {"fold": "0/2", "folds_by": "^(.+)_"}))
     dataset = open_dataset(config, cache)
     assert [dataset.sample_id(index) for index in range(len(dataset))] in (VIDEOS[:4], VIDEOS[4:])
-    with pytest.raises(RecipeError, match="a sequence for each fold"):
+    with pytest.raises(RecipeError, match="Cannot deal 2 sequences"):
         open_dataset(config.changed(fold="0/3"), cache)

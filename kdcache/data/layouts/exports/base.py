@@ -91,9 +91,8 @@ class Export(Layout):
         objects = [name for name in names if name.lower() not in BACKGROUNDS]
         if not objects:
             raise DataError(
-                f"Cannot find a labelled shape in {root}",
-                received=f"{self.found(root)}, in which nothing is labelled",
-                remedy="Label the images in the tool, and export again.",
+                f"Cannot find a labelled shape in {root}: {self.found(root)} labels nothing",
+                fix="Label the images in the tool, and export again.",
             )
         return ClassList((background, *objects))
 
@@ -191,7 +190,5 @@ def unreadable(path: Path, error: Exception | str) -> DataError:
     """The error for a file of annotations that is not what its tool writes."""
     kind = "" if isinstance(error, str) else f"{type(error).__name__} "
     return DataError(
-        f"Cannot read the annotations in {path}",
-        received=f"{kind}{str(error)[:160]}",
-        remedy="Export again, or remove the file.",
+        f"Cannot read the annotations in {path}: {kind}{str(error)[:160]}", fix="Export again, or remove the file."
     )

@@ -67,9 +67,9 @@ class Coco(Export):
             content = _read(file)
             if (others := _categories(content)) != categories:
                 raise DataError(
-                    "All splits have the same categories.",
-                    received=f"{_shown(others)} in {file}; {_shown(categories)} in {_first(root)}",
-                    remedy="Give both files the categories of both, with the same ids.",
+                    f"Splits have different categories: {_shown(others)} in {file}, {_shown(categories)} in "
+                    f"{_first(root)}",
+                    fix="Give both files the categories of both, with the same ids.",
                 )
             place = _image_place(root, split, file)
             folders = (place, *(("images", "") if place in ("images", "") else ()))
@@ -233,9 +233,8 @@ def load_pycocotools() -> Any:
         from pycocotools import mask
     except ImportError as error:
         raise DataError(
-            "Polygons of COCO's annotations are drawn by pycocotools.",
-            received="pycocotools, which is not installed",
-            remedy="In a clone of kdcache: pip install '.[coco]'.",
+            "Cannot draw polygons of COCO: pycocotools is not installed",
+            fix="Install it in a clone of kdcache: pip install '.[coco]'",
         ) from error
     return mask
 
@@ -292,10 +291,9 @@ def decompressed(counts: str) -> list[int]:
     return [-1] if shift else runs
 
 
-def _broken(needs: str, received: Any, where: str) -> DataError:
-    text = json.dumps(received, default=str)
+def _broken(needs: str, found: Any, where: str) -> DataError:
+    text = json.dumps(found, default=str)
     return DataError(
-        f"Cannot draw {where}: it needs {needs}",
-        received=text if len(text) < 80 else f"{text[:77]}...",
-        remedy="Correct or remove the annotation. kdcache data convert leaves out images that have such.",
+        f"Cannot draw {where}: it needs {needs}, and has {text if len(text) < 80 else f'{text[:77]}...'}",
+        fix="Correct or remove the annotation. kdcache data convert leaves out such images.",
     )

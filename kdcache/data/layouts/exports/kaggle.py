@@ -106,9 +106,8 @@ class Kaggle(Layout):
         first, *others = tables
         if odd := next((file for file in others if tables[file] != tables[first]), None):
             raise DataError(
-                f"Cannot join the splits of {root}: {first} and {odd} list other classes",
-                received=f"{tables[first]} and {tables[odd]}",
-                remedy="Export all splits at once, or convert each one by itself with --split.",
+                f"Cannot join the splits of {root}: {first} lists {tables[first]}, {odd} lists {tables[odd]}",
+                fix="Export all splits at once, or convert each one by itself with --split.",
             )
         return tables[first]
 
@@ -185,9 +184,9 @@ def _read_table(path: Path) -> list[tuple[str, Colour]]:
         read = [(str(row["name"]).strip(), _colour(row)) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError, TypeError) as error:
         raise DataError(
-            f"{CLASS_TABLE} has the columns name, r, g and b, of 0 to 255.",
-            received=f"{path}: {type(error).__name__} {error}",
-            remedy=f"Correct it, or write a {CLASSES_FILE} beside it: `name r g b`, a line for every class.",
+            f"Cannot read the classes in {path}: {type(error).__name__} {error}",
+            fix=f"Write the columns name, r, g and b (0 to 255). Or write a {CLASSES_FILE} next to it: `name r g b`, "
+            "one class per line.",
         ) from error
     return read
 
@@ -202,9 +201,8 @@ def _read_roboflow(path: Path) -> dict[int, str]:
             raise ValueError("a pixel value twice, or one outside of 0 to 254")
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise DataError(
-            f"Cannot read the classes in {path}",
-            received=f"{type(error).__name__} {error}",
-            remedy="Write the columns Pixel Value and Class, or a classes.txt in the root, a name a line.",
+            f"Cannot read the classes in {path}: {type(error).__name__} {error}",
+            fix="Write the columns Pixel Value and Class, or a classes.txt in the root, one name per line.",
         ) from error
     return dict(sorted(names.items()))
 

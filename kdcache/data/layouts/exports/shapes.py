@@ -90,9 +90,9 @@ class ShapeLabels:
         item, size = self.items[sample], image_size(self.images[sample])
         if item.size not in (None, size):
             raise DataError(
-                f"Cannot draw the label of {self.images[sample].name}: it has another size in {item.file}",
-                received=describe_sizes(item.size or size, size),
-                remedy="Restore the image that was labelled, or label this one again.",
+                f"Cannot draw the label of {self.images[sample].name} from {item.file}: "
+                + describe_sizes(item.size or size, size),
+                fix="Restore the image that was labelled, or label this one again.",
             )
         return draw(self.shapes(sample), size, self.class_of, self.background, f"{item.file}, image {item.image!r}")
 
@@ -142,10 +142,9 @@ def draw(
             Exception
         ) as error:  # of numbers that are none, and of decoders: OSError, zlib.error, too many pixels ...
             raise DataError(
-                f"Cannot draw shape {number} of {where}",
-                received=f"{shape.kind} of {shape.label!r}: {error}",
-                remedy="Correct or remove the shape in the tool, and export again. "
-                "kdcache data convert leaves out images that have such.",
+                f"Cannot draw shape {number} of {where}, a {shape.kind} of {shape.label!r}: {error}",
+                fix="Correct or remove the shape in the tool, and export again. kdcache data convert leaves out such "
+                "images.",
             ) from error
     return np.array(canvas)
 

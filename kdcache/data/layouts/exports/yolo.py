@@ -103,9 +103,8 @@ def _names(root: Path) -> dict[int, str]:
                 raise unreadable(path, error) from error
             return dict(sorted(listed.items()))
     raise DataError(
-        f"Missing data.yaml in {root}",
-        received=f"polygons of YOLO in {LABELS}/, and no file with the names of their classes",
-        remedy=f"Write data.yaml with `names: [first, second]`, or {CLASSES_FILE} with a name a line.",
+        f"Missing data.yaml in {root}: the polygons in {LABELS}/ have no class names",
+        fix=f"Write data.yaml with `names: [first, second]`, or {CLASSES_FILE} with one name per line.",
     )
 
 

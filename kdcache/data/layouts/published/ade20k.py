@@ -53,10 +53,10 @@ class Ade20k(Layout):
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise _no_names(f"{path}: {error}") from error
+            raise _no_names(path, error) from error
         entries = [match for line in lines if (match := _LINE.fullmatch(line))]
         if [int(match["id"]) for match in entries] != list(range(1, CLASSES + 1)):
-            raise _no_names(f"{len(entries)} such lines in {path}")
+            raise _no_names(path, f"its {len(entries)} lines of classes do not have the ids 1 to {CLASSES}")
         return ClassList(_short_names([match["names"] for match in entries]))
 
     def _scan(self, root: Path, split: str) -> Scan:
@@ -69,9 +69,9 @@ def _short_names(names: list[str]) -> tuple[str, ...]:
     return tuple(first if short.count(first) == 1 else name for first, name in zip(short, names, strict=True))
 
 
-def _no_names(received: str) -> DataError:
+def _no_names(path: Path, fault: object) -> DataError:
     return DataError(
-        f"{NAMES_FILE} names the classes of ADE20K: Idx, Ratio, Train, Val, Stuff and Name, for ids 1 to {CLASSES}.",
-        received=received,
-        remedy=f"Put the {NAMES_FILE} of ADEChallengeData2016.zip beside {IMAGES}/ and {LABELS}/.",
+        f"Cannot read the classes of ADE20K in {path}: {fault}",
+        fix=f"Put the {NAMES_FILE} of ADEChallengeData2016.zip next to {IMAGES}/ and {LABELS}/.",
+        rule="Its lines are Idx, Ratio, Train, Val, Stuff and Name.",
     )

@@ -85,9 +85,8 @@ def _paths(root: Path, listing: str, number: int, words: list[str]) -> list[str]
     """Paths of the image and, where the line has one, its annotation."""
     if len(words) > 2:
         raise DataError(
-            "A line of a CamVid list is the path of an image and that of its annotation, without spaces.",
-            received=f"{len(words)} words in line {number} of {root / listing}",
-            remedy="Correct the line, or rename files that have spaces in their names.",
+            f"Cannot read line {number} of {root / listing}: it has {len(words)} words",
+            fix="Write the path of an image and the path of its annotation, without spaces. Rename files with spaces.",
         )
     return [_resolve(root, word) for word in words]
 

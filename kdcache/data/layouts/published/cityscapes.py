@@ -76,10 +76,10 @@ def refuse_train_ids(seen: Seen, path: Path) -> None:
     if seen[len(CLASSES) : IGNORE_INDEX].any() or not (seen[IGNORE_INDEX] or seen[list(_SELDOM)].sum() >= 2):
         return
     raise DataError(
-        f"Labels are mapped to class ids once: labelIds are 0 to {MOST_LABEL_ID}, and streets show some from 19 up.",
-        received=f"train ids, mapped already: {', '.join(map(str, seen.nonzero()[0]))} in {path}",
-        remedy="Restore the labelIds; or keep train ids as *_gtFine_labelTrainIds.png without labelIds (Cityscapes), "
-        "or in the folder layout with a classes.txt of the 19 classes.",
+        f"Cannot read {path} as labelIds: it has train ids ({', '.join(map(str, seen.nonzero()[0]))})",
+        fix="Restore the labelIds. To use train ids, name the files *_gtFine_labelTrainIds.png and remove the labelIds "
+        "(Cityscapes), or use the folder layout with a classes.txt of the 19 classes.",
+        rule=f"labelIds are 0 to {MOST_LABEL_ID}, and pictures of streets have some from 19 up.",
     )
 
 

@@ -170,8 +170,8 @@ def test_an_export_is_converted_and_named_by_other_verbs(name: str, tmp_path: Pa
     assert FOUND[name] in report.why
     with pytest.raises(DataError) as caught:
         open_split(root, "train")
-    assert FOUND[name] in caught.value.received
-    assert f"kdcache data convert {root} set-folder" in caught.value.remedy
+    assert FOUND[name] in caught.value.problem
+    assert f"kdcache data convert {root} set-folder" in caught.value.fix
     convert(root, tmp_path / "out", threads=1)
     out = open_split(tmp_path / "out", "train")
     assert len(out) == 2
@@ -323,7 +323,7 @@ def test_a_folder_of_exports_is_none(tmp_path: Path) -> None:
         WRITERS[name](tmp_path / f"my {name}")
     with pytest.raises(DataError) as caught:
         check(tmp_path)
-    assert f"{tmp_path / 'my labelme'} (labelme)" in caught.value.remedy
+    assert f"{tmp_path / 'my labelme'} (labelme)" in caught.value.fix
 
 
 def test_masks_beside_annotations_are_the_labels(tmp_path: Path, tiny) -> None:
@@ -379,7 +379,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty": (
         "labelme",
         lambda root: [broken(root, f"{file}.json", shapes=[]) for file in ("train/a", "train/b", "val/c")],
-        "nothing is labelled",
+        "labels nothing",
     ),
     "minimal": (
         "label-studio",

@@ -78,13 +78,13 @@ def test_a_table_of_another_kind_is_named(table: str, words: str, tmp_path: Path
     write(tmp_path, table)
     with pytest.raises(DataError, match=words) as caught:
         open_split(tmp_path, "train")
-    assert "_classes.csv" in caught.value.rule
+    assert "_classes.csv" in caught.value.problem
 
 
 def test_splits_with_other_tables_are_refused(tmp_path: Path) -> None:
     write(tmp_path, splits="train")
     write(tmp_path, "Pixel Value, Class\n0, background\n1, dog\n2, cat\n", splits="valid")
-    with pytest.raises(DataError, match=r"valid/_classes\.csv list other classes"):
+    with pytest.raises(DataError, match=r"train/_classes\.csv lists \{.*\}, valid/_classes\.csv lists \{.*dog.*cat"):
         open_split(tmp_path, "train")
 
 
