@@ -199,7 +199,7 @@ CASES = {
     "fewer labels than the teacher had": (nothing, STUDENT + " --limit-labels 2", "trained on those of 4 more"),
     "more views than there are": (nothing, STUDENT + " --augment replay --limit-views 2", "2 of 1"),
     "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
-    "folds by no pattern": (nothing, STUDENT + " --fold 0/2 --folds-by (", "Invalid value of --folds-by: '(' (missing )"),
+    "folds by no pattern": (nothing, STUDENT + " --fold 0/2 --folds-by (", "--folds-by: '(' (missing )"),
     "folds by what is in no id": (nothing, STUDENT + " --fold 0/2 --folds-by x(.)", "names no sequence in 6 of 6 ids"),
     "folds of one sequence": (nothing, STUDENT + " --fold 0/2 --folds-by ^.", "Cannot deal 1 sequences"),
     "folds by a pattern alone": (nothing, STUDENT + " --folds-by ^.", "'^.' without folds"),

@@ -86,7 +86,7 @@ def test_samples_without_a_label_are_known() -> None:
     assert [split.has_label(index) for index in range(6)] == [True, False, True, True, False, True]
     assert split.label(1) is None
     by_name = from_dataset(Scenes(lost=(1,)), NAMES, ids=list("abcdef"))
-    with pytest.raises(DataError, match="(?s)item 1 of .* has no label.*Leave ids out"):
+    with pytest.raises(DataError, match=r"(?s)item 1 of .* has no label.*Leave ids out"):
         by_name.label(1)
 
 
@@ -112,7 +112,7 @@ def test_its_name_opens_it_as_long_as_it_is_held() -> None:
     assert data.startswith("memory:my-scenes@")
     assert open_split(data, "train") is split
     assert list_splits(data) == ["train"]
-    with pytest.raises(DataError, match="Unknown split 'val' of .*, which has train"):
+    with pytest.raises(DataError, match=r"Unknown split 'val' of .*, which has train"):
         open_split(data, "val")
     del split
     gc.collect()

@@ -114,7 +114,7 @@ def test_a_vertical_flip_is_refused_even_where_it_is_drawn_seldom() -> None:
 def test_other_transforms_and_inputs_are_refused() -> None:
     with pytest.raises(DataError, match=r"torchvision\.transforms\.v2"):
         traced(lambda image: image)
-    with pytest.raises(DataError, match="ToPureTensor .*\n.*Put it last"):
+    with pytest.raises(DataError, match=r"ToPureTensor .*\n.*Put it last"):
         traced(v2.Compose([v2.ToPureTensor(), v2.RandomHorizontalFlip()]))
     with pytest.raises(DataError, match="Cannot find an image to trace among ndarray"):
         traced(v2.RandomHorizontalFlip())(np.zeros((4, 4, 3), np.uint8))
@@ -194,7 +194,7 @@ def test_what_albumentations_moves_otherwise_is_refused() -> None:
         traced(a.Compose([a.HorizontalFlip(), a.OneOf([a.RandomCrop(8, 8), a.Rotate(p=0.01)])]))
     with pytest.raises(DataError, match=r"single transform: HorizontalFlip\n.*Wrap it"):
         traced(a.HorizontalFlip())
-    with pytest.raises(DataError, match="Missing image= .*: it has mask"):
+    with pytest.raises(DataError, match=r"Missing image= .*: it has mask"):
         traced(a.Compose([a.HorizontalFlip()]))(mask=image)
     with pytest.raises(DataError, match="2 arguments without a name"):
         traced(a.Compose([a.HorizontalFlip()]))(image, image)
