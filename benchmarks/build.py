@@ -9,6 +9,9 @@ CPU time includes its plan (a fingerprint and a few forward passes).
 Two heads: a teacher with a depth head beside segmentation, whose build is compared with the time of its bare inference
 and of writing what it stores, one after the other, best against best; `--heads-only` measures nothing else.
 
+Features: a backbone whose taps are all that is stored; `--features-only TAP...` measures the first of `--teachers` with
+them, best against best, and compares the bytes that `kdcache plan` predicts with those that are written.
+
 Memory: peak resident set of builds of N and 4N records, each in a fresh process.
 
     python benchmarks/build.py --data camvid --json benchmarks/results/build.json
@@ -33,16 +36,19 @@ import torch
 from common import header, spread, synchronise, write
 from kdcache.data import DEPTH, SEGMENTATION, Split, open_split, prefetch
 from kdcache.models import build_model
-from kdcache.store import open_writer
+from kdcache.store import open_cache, open_writer, summarise
 from kdcache.store.format.manifest_models import DepthLabels, View
 from kdcache.teacher import BuildOptions, Teacher, TeacherProbe, build_cache, plan_manifest
 from kdcache.teacher.build.build import pack_batch
+from kdcache.teacher.build.cost_estimate import estimate
 from kdcache.teacher.build.render import Rendered, batches_of, render_records
 from kdcache.teacher.build.shard_queue import ShardQueue
 from kdcache.teacher.load.forward import place, teach
 
 HEADS_BOUND = 1.05
 """The most that a build of two heads may take, as a multiple of bare inference and writing one after the other."""
+FEATURES_BOUND, BYTES_BOUND = 0.9, 0.01
+"""The least speed of a build of features over bare inference, and the most that its planned bytes may be off."""
 
 
 class Cycled(Split):
@@ -136,7 +142,8 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     count = arguments.records if spec.startswith("kdcache:") else max(arguments.batch_size, arguments.records // 8)
     split = Cycled(inner, count)
     torch.manual_seed(0)
-    teacher = Teacher(build_model(spec, len(split.classes)), spec)
+    taps = tuple(arguments.features_only or ())
+    teacher = Teacher(build_model(spec, len(split.classes)).eval(), spec)
     place(teacher.model, device)
     options = BuildOptions(
         size=(height, width),
@@ -144,6 +151,8 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         batch_size=arguments.batch_size,
         device=device,
         render_threads=arguments.render_threads,
+        features=taps,
+        features_only=bool(taps),
     )
 
     def whole() -> Measured:
@@ -166,6 +175,8 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             measured = run()
             speed[name].append(measured.images_per_s)
             cpu[name].append(measured.cpu_ms)
+    summary = summarise(open_cache(folder))
+    planned = estimate(split, teacher, options).chosen.bytes if taps else None
     shutil.rmtree(folder)
     pairs = zip(speed["build"], speed["bare_inference"], speed["writer_alone"], strict=True)
     best = {name: max(values) for name, values in speed.items()}
@@ -178,6 +189,9 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "ratio": spread([build / min(bare, alone) for build, bare, alone in pairs]),
         "heads": sorted(teacher.model.head_kinds),
         "build_over_inference_and_writing": round(1 / best["build"] / seconds, 4),
+        "build_over_bare_inference": round(best["build"] / best["bare_inference"], 4),
+        "planned_over_built_bytes": planned and round(planned / summary.bytes_on_disk, 5),
+        "bytes_per_record": round(summary.bytes_per_record),
         "cpu_ms_per_image": {name: round(spread(values)["p50"], 3) for name, values in cpu.items()},
     }
     medians = {name: value["p50"] for name, value in row.items() if isinstance(value, dict) and "p50" in value}
@@ -219,6 +233,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=["torchvision:fcn_resnet50", "kdcache:tiny"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--heads-only", metavar="TEACHER", help="only this teacher of two heads, and no memory")
+    parser.add_argument("--features-only", metavar="TAP", nargs="+", help="only these taps of the first teacher")
     parser.add_argument("--peak-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -234,6 +249,15 @@ def main() -> None:
             met = row["build_over_inference_and_writing"] <= HEADS_BOUND
             if arguments.json:
                 write(arguments.json, {**header("build-heads"), "builds": [row], "bound": HEADS_BOUND, "met": met})
+            sys.exit(0 if met else 1)
+        if arguments.features_only:
+            row = measure(arguments.teachers[0], arguments, folder)
+            off = abs(row["planned_over_built_bytes"] - 1)
+            met = row["build_over_bare_inference"] >= FEATURES_BOUND and off <= BYTES_BOUND
+            bounds = {"build_over_bare_inference": FEATURES_BOUND, "planned_bytes_off": BYTES_BOUND}
+            if arguments.json:
+                content = {"features": arguments.features_only, "builds": [row], "bounds": bounds, "met": met}
+                write(arguments.json, {**header("build-features"), **content})
             sys.exit(0 if met else 1)
         rows = [measure(spec, arguments, folder) for spec in arguments.teachers]
         counts = [arguments.records // 2, 2 * arguments.records]

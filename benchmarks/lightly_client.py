@@ -182,13 +182,13 @@ def build(work: Path, dtype: str, side: int) -> list[kdcache.Batch]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teachers", nargs="+", default=[*TEACHERS], choices=TEACHERS)
-    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = {}
     for name in arguments.teachers:
         with tempfile.TemporaryDirectory() as work:
-            rows[name] = measure(name, arguments.images, Path(work))
+            rows[name] = measure(name, arguments.count, Path(work))
         print(name, json.dumps(rows[name]), flush=True)
     if arguments.json is not None:
         packages = {name: version(name) for name in ("lightly-train", "transformers")}
