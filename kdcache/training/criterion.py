@@ -21,7 +21,7 @@ from kdcache.errors import RecipeError
 from kdcache.models import ClassMerge, Outputs, SegmentationModel
 from kdcache.settings.parse import rare_temperature
 from kdcache.settings.term import LossTerm, check_terms
-from kdcache.settings.terms import Auxiliary, Projected, Pseudo
+from kdcache.settings.terms import Auxiliary, CrossEntropy, Projected, Pseudo
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.training.class_trust import read_trust, trust_from_run
 from kdcache.training.config import TrainConfig
@@ -60,10 +60,15 @@ def make_criterion(
 
     Args:
         device: where a plain run is evaluated for `--class-trust auto`.
-        note: receives the trust in each class of the teacher, or the cells on which labels stand in its place.
+        note: receives the trust in each class of the teacher, or the cells on which labels stand in its place; and
+            that a student without heads leaves labels out.
         pasted: the stream whose samples, and labels, are pasted into the dataset's.
     Raises: RecipeError for a model whose heads are not those that the loss compares.
     """
+    if not model.head_kinds and config.given.isdisjoint(CrossEntropy().takes):
+        if dataset.labels_used.any():
+            note("labels are not used: the student has no heads")
+        config = config.changed(ce_weight=0.0)
     for spec in config.active:
         if spec.fused:
             spec.check_student(model.head_kinds)

@@ -290,7 +290,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"has no heads, features alone.*--method none with --term hint",
     ),
     "no tap of that name": ({"method": "none", "term": ("cosine,student_tap=s9",)}, "s4, s8, norm, s16"),
-    "cross-entropy": ({"ce_weight": 1.0}, r"ce compares a head segmentation.*--ce-weight 0"),
     "no term": ({"method": "none", "ce_weight": 1.0}, r"--val-share 0.25 has no feature loss.*--term cosine"),
     "labels judge": ({"val_share": None, "val": "scenes:32x48,train=6,val=3"}, r"has no head.*--val-share 0.02"),
     "two judges": ({"val": "scenes"}, r"Cannot use --val-share 0.25 with --val scenes"),
@@ -298,6 +297,30 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a share of 1": ({"val_share": 1.0}, "--val-share takes"),
     "all held out": ({"val_share": 0.999999}, "No sample is left"),
 }
+
+
+def test_a_student_without_heads_leaves_cross_entropy_out(settings, tmp_path) -> None:
+    settings |= {"iterations": 2}
+    train(make_config(**settings), tmp_path / "typed")
+    del settings["ce_weight"]
+    train(make_config(**settings), tmp_path / "run")
+    typed, run = (load_file(tmp_path / name / "best.safetensors") for name in ("typed", "run"))
+    assert all(torch.equal(value, run[name]) for name, value in typed.items())
+    with pytest.raises(RecipeError, match="ce compares a head segmentation"):
+        train(make_config(**settings, label_smoothing=0.1, given={"label_smoothing"}), tmp_path / "smoothed")
+
+
+def test_labels_that_a_student_without_heads_does_not_use_are_noted(nets, tmp_path) -> None:
+    split = open_split("scenes:32x48,train=4,val=1", "train")
+    teacher = Teacher(build_model(f"{nets}:tokens", 0).eval(), "tokens")
+    build_cache(split, teacher, tmp_path / "cache", BuildOptions(size=SIZE, features_only=True, features=("last",)))
+    notes = list[str]()
+    observer = Observer()
+    observer.note = notes.append
+    given = {"verb": "train-student", "cache": str(tmp_path / "cache"), "model": f"{nets}:backbone", "augment": "none"}
+    given |= {"iterations": 1, "batch_size": 2, "workers": 0, "device": "cpu", "method": "cosine"}
+    train(make_config(**given), tmp_path / "run", observer=observer)
+    assert "labels are not used: the student has no heads" in notes
 
 
 @pytest.mark.parametrize("case", WRONG)
