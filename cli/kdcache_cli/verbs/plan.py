@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher.build.disk import Bound, DiskRate
 
 _Option = typer.Option
+_EXACT = 0.005  # of two standard errors, 1 %
 ADVICE = (
     "[dim]Before you pay: with few labels a store of all images helped most on CamVid (46 labels, a teacher that began "
     "from ImageNet: 2 to 13 points of mIoU over these labels alone). With a label on every image it gained less than "
@@ -40,7 +41,9 @@ def plan(
     measure_disk: Annotated[
         bool, _Option("--measure-disk", help="Measure --out's disk: write at most 2 GB, delete it.")
     ] = False,
-    records: Annotated[int, _Option("--records", min=8, max=32, help="Records that the estimate is measured on.")] = 16,
+    records: Annotated[
+        int, _Option("--records", min=8, max=256, help="Records that the estimate is measured on.")
+    ] = 32,
     student: Annotated[str | None, _Option("--student", help="Model whose training is estimated too.")] = None,
     epochs: Annotated[int, _Option("--epochs", min=1, help="Epochs of that training.")] = 100,
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures here too.")] = None,
@@ -95,11 +98,14 @@ def plan(
 def _print_settings(estimate: "Estimate") -> None:
     planned = estimate.chosen
     share = "all" if planned.setting.k == estimate.classes else f"the top {planned.setting.k} of"
+    off = ""
+    if estimate.error > _EXACT:
+        off = f", which differ: the bytes may be off by {200 * estimate.error:.1f} %. --records measures more of them"
     kept = "" if planned.setting.k is None else f", keeping {share} {estimate.classes} classes"
     OUT.print(
         f"[bold]{bytes_text(planned.bytes)}[/] in {planned.files:,} files, {planned.records:,} records of "
         f"{bytes_text(planned.bytes_per_record)}{kept}; the teacher's pass takes "
-        f"[bold]{_time(planned.seconds)}[/] on this machine. From {estimate.taught} records."
+        f"[bold]{_time(planned.seconds)}[/] on this machine. From {estimate.taught} records{off}."
     )
     table = figure_table("array", "per record", "in all")
     for path, size in planned.sizes.items():

@@ -102,6 +102,13 @@ class ShardArray:
             parts.append(part[: len(self) - first])
         return np.concatenate(parts)
 
+    def bytes_of(self, record: int) -> float:
+        """Return the bytes that a record takes on disk: its share of a chunk of several. Raises: as `read_into`."""
+        number, chunk = divmod(record // self._layout.chunk_rows, self._layout.shard_chunks)
+        shard = self._shards.get(number) or self._open(number)[0]
+        size: int = _ENTRY.unpack_from(shard.index, 16 * chunk)[1]
+        return size / self._layout.chunk_rows
+
     def _rows(self, chunk: int) -> Array:
         """The records (chunk_rows, ...) of a chunk that holds several. Shared: not to be written to."""
         last = self._last

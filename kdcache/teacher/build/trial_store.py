@@ -1,7 +1,7 @@
 """A small store of a few real records, from which any setting can be written to see what it takes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as remember
 from pathlib import Path
@@ -14,6 +14,7 @@ from kdcache.data.folds import Excerpt
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
 from kdcache.store.format.eight_bits import StoredAs, feature_dtype, stored_features
+from kdcache.store.format.shard import ShardArray
 from kdcache.teacher.build.build import build_cache
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -89,6 +90,18 @@ class Trial:
             sizes |= self._rewritten(self._more, _classes_of(self._more), codec, dtype)[0] | sizes
         taps = {f"{folder}{tap}" for tap in features for folder in _OF_FEATURES}
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith(_OF_FEATURES)}
+
+    def error(self, paths: Iterable[str], k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> float:
+        """Return the standard error of the mean bytes of a record, relative: some images compress better than others.
+
+        Args:
+            paths: the arrays that count.
+        """
+        self._rewritten(self._both, k, codec, dtype)
+        arrays = [ShardArray(self._path(self._both, k, codec, dtype) / path) for path in paths]
+        sizes_R = [sum(array.bytes_of(record) for array in arrays) for record in range(len(self._both))]
+        unseen = 1 - self._whole.manifest.dataset.samples / len(self._split)
+        return float(np.std(sizes_R) / np.mean(sizes_R) * (unseen / len(sizes_R)) ** 0.5)
 
     def seconds(self, k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> Seconds:
         """The seconds that a record takes, by what they go into."""

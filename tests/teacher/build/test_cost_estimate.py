@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -223,10 +224,21 @@ def test_what_is_chosen_has_neighbours_too(teacher, options) -> None:
     assert found.taught == 8
 
 
+def test_the_error_of_the_bytes_is_of_images_that_were_not_measured(teacher, options, tmp_path) -> None:
+    split, chosen = open_split(MANY, "train"), options(shard_records=1)
+    found = estimate(split, teacher, chosen, records=8)
+    build_cache(split, teacher, tmp_path / "all", chosen)
+    ledger = open_cache(tmp_path / "all").ledger
+    sizes = np.array([sum(file.bytes for file in ledger.record(shard).files.values()) for shard in range(40)])
+    expected = sizes.std() / sizes.mean() * (0.8 / 8) ** 0.5
+    assert found.error == pytest.approx(expected, rel=0.7)
+
+
 @pytest.mark.slow
 def test_few_images_are_all_taught(teacher, split, options) -> None:
     found = estimate(split, teacher, options(), records=32)
     assert (found.taught, found.samples, found.classes) == (7, 7, 7)
+    assert found.error == 0
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, None])
