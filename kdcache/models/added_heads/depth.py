@@ -2,6 +2,7 @@
 
     kdcache:tiny+depth                            on the model's last tap, softplus, at most 80 m
     kdcache:tiny+depth,tap=stage2,as=exp,max=10   on a tap that is named, exp, at most 10 m
+    timm:resnet18,weights=FILE+depth,tap=stage4   on a model of timm or transformers
     kdcache:hydra,max=10                          of a model that has a depth head, its parameterisation alone
 
 Two 3x3 convolutions, at the tap's stride; the second has one channel. Shapes: c channels of the tap.
@@ -49,14 +50,10 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
 
     Raises: ModelError for an option that is none.
     """
-    if is_hub(spec):
-        return spec, None
-    folder, slash, rest = spec.rpartition("/")  # a folder may be called anything
-    name, *options = rest.split(",")
-    text = folder + slash + name
+    text, options = _spelled(spec)
     model = text.removesuffix(f"+{DEPTH}")
-    name, _, added = model.removeprefix(folder + slash).rpartition(":")[2].rpartition("+")
-    if name and added[:1].isalpha():  # `deeplabv3+-resnet101` is a name of smp's, misspelt
+    name, _, added = model.rpartition("/")[2].rpartition(":")[2].rpartition("+")
+    if name and added[:1].isalpha() and not is_hub(spec):  # `deeplabv3+-resnet101` is a name of smp's, misspelt
         nearest = "aux" if added.startswith("aux") else DEPTH
         raise _refused(spec, f"{added!r} after +", f"{model.rpartition('+')[0]}+{nearest}")
     if model == text and not options:
@@ -75,6 +72,16 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
     except ValueError as error:
         raise _refused(spec, str(error), f"{text},as=exp,max=10") from error
     return model, DepthSpec(model != text, values.get("tap"), head)
+
+
+def _spelled(spec: str) -> tuple[str, list[str]]:
+    """Split the options of depth off a spec. Those of a hub model itself come before `+depth`."""
+    if is_hub(spec):
+        model, added, rest = spec.rpartition(f"+{DEPTH}")
+        return (model + added, rest.split(",")[1:]) if added and rest[:1] in ("", ",") else (spec, [])
+    folder, slash, rest = spec.rpartition("/")  # a folder may be called anything
+    name, *options = rest.split(",")
+    return folder + slash + name, options
 
 
 class DepthDecoder(nn.Sequential):

@@ -29,6 +29,8 @@ SPEC = "kdcache:tiny+depth,tap=stage2,as=exp,max=10"
         (SPEC, "kdcache:tiny", True, "stage2", RegressionHead(parameterisation="exp", max_depth=10)),
         ("kdcache:hydra,max=5.5", "kdcache:hydra", False, None, RegressionHead(max_depth=5.5)),
         ("a+b,c/m.py:f+depth,tap=x.1", "a+b,c/m.py:f", True, "x.1", RegressionHead()),
+        ("timm:net,weights=a/f.pth+depth,tap=s4", "timm:net,weights=a/f.pth", True, "s4", RegressionHead()),
+        ("hf:a+depths/net,task=features+depth", "hf:a+depths/net,task=features", True, None, RegressionHead()),
     ],
 )
 def test_the_spelling(spec, model, added, tap, head) -> None:
@@ -37,7 +39,7 @@ def test_the_spelling(spec, model, added, tap, head) -> None:
     assert (base, depth.added, depth.tap, depth.head) == (model, added, tap, head)
 
 
-@pytest.mark.parametrize("spec", ["kdcache:tiny", "a+b,c/m.py:f", "smp:unet-tu-resnet18"])
+@pytest.mark.parametrize("spec", ["kdcache:tiny", "a+b,c/m.py:f", "smp:unet-tu-resnet18", "hf:a+depth/net"])
 def test_a_spec_without_depth_is_left_as_it_is(spec) -> None:
     assert split_depth(spec) == (spec, None)
 
@@ -56,6 +58,7 @@ def test_a_spec_without_depth_is_left_as_it_is(spec) -> None:
         ("kdcache:tiny+depth,tap=hed", "did you mean head"),
         ("kdcache:tiny,max=10", "write kdcache:tiny.depth"),
         ("kdcache:hydra+depth", "write kdcache:hydra"),
+        ("timm:resnet18+depth,tp=stage4", "'tp=stage4'"),
     ],
 )
 def test_mistakes_are_named(spec, message) -> None:
@@ -130,10 +133,11 @@ def test_hydra_is_listed_with_its_heads_and_taps() -> None:
     assert (info.taps["depth"].channels, info.taps["depth"].stride) == (24, 4)
 
 
-def test_a_run_keeps_its_heads(tmp_path: Path) -> None:
-    model = build_model(SPEC, 2)
+@pytest.mark.parametrize("spec", [SPEC, "timm:test_resnet+depth,tap=stage2,max=10"])
+def test_a_run_keeps_its_heads(tmp_path: Path, spec: str) -> None:
+    model = build_model(spec, 2)
     description = RunModel(
-        spec=SPEC, class_names=("a", "b"), class_colours=((0, 0, 0), (1, 1, 1)), size=(64, 64),
+        spec=spec, class_names=("a", "b"), class_colours=((0, 0, 0), (1, 1, 1)), size=(64, 64),
         mean=model.mean, std=model.std, heads=model.regressions,
     )  # fmt: skip
     write_run_model(tmp_path, description)
