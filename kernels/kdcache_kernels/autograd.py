@@ -148,9 +148,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "distill_loss is differentiated backwards.\n"
-            "  received: a forward-mode derivative (torch.func.jvp, jacfwd, hessian)\n"
-            "  remedy:   take torch.func.grad, vjp or jacrev; jacrev of jacrev with impl='reference' for a Hessian."
+            "Cannot differentiate distill_loss forwards (torch.func.jvp, jacfwd, hessian)\n"
+            "  fix: Take torch.func.grad, vjp or jacrev. For a Hessian, take jacrev of jacrev with impl='reference'."
         )
 
 
@@ -209,9 +208,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "distill_loss can be differentiated once.\n"
-            "  received: a backward through its backward (create_graph=True)\n"
-            "  remedy:   pass impl='reference' and float64 logits, which differentiate any number of times."
+            "Cannot differentiate distill_loss twice (create_graph=True)\n"
+            "  fix: Pass impl='reference' and float64 logits, which differentiate any number of times."
         )
 
     @staticmethod

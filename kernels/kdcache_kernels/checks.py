@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, ValueRangeError, describe
+from .errors import ShapeError, ValueRangeError, describe, misfit
 from .problem import LossProblem
-from .topk import PackedTarget, check_device, check_ids, is_dense, is_logits
+from .topk import FLOATS_BCHW, PackedTarget, check_device, check_ids, is_dense, is_logits
 from .window import window_misses_view
 
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -50,33 +50,28 @@ def is_finite(value: Any) -> bool:
 def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
     """Refuse what is no finite number, or is negative, or zero where it must be above. Raises: ValueRangeError."""
     if not is_finite(value) or value < 0 or (above_zero and value == 0):
-        raise ValueRangeError(
-            f"{name} is finite and {'above 0' if above_zero else 'at least 0'}.",
-            received=f"{value!r}",
-            remedy=f"Pass a valid {name}"
-            + ("; 1 leaves the distributions as they are." if above_zero else "; 0 leaves its term out."),
+        wanted = (
+            "above 0. 1 leaves the distributions as they are." if above_zero else "from 0 on. 0 leaves its term out."
         )
+        raise ValueRangeError(f"Invalid {name}: {value!r}", fix=f"Pass a finite number {wanted}")
 
 
 def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
     """Refuse a share outside [0, 1), a negative exponent, and both at once. Raises: ValueRangeError."""
     if not (is_finite(label_smoothing) and 0 <= label_smoothing < 1):
         raise ValueRangeError(
-            "label_smoothing is a share of every label, at least 0 and below 1.",
-            received=f"{label_smoothing!r}",
-            remedy="0.1 is usual; 0 leaves the labels as they are.",
+            f"Invalid label_smoothing: {label_smoothing!r}",
+            fix="Pass a share of every label, at least 0 and below 1. 0.1 is usual, 0 leaves the labels as they are.",
         )
     if not (is_finite(focal_gamma) and focal_gamma >= 0):
         raise ValueRangeError(
-            "focal_gamma is finite and at least 0.",
-            received=f"{focal_gamma!r}",
-            remedy="2 is usual; 0 is the plain cross-entropy.",
+            f"Invalid focal_gamma: {focal_gamma!r}",
+            fix="Pass a finite number from 0 on. 2 is usual, 0 is the plain cross-entropy.",
         )
     if label_smoothing > 0 and focal_gamma > 0:
         raise ValueRangeError(
-            "focal_gamma is for labels that are not smoothed.",
-            received=f"focal_gamma {focal_gamma} and label_smoothing {label_smoothing}",
-            remedy="Leave one of them at 0.",
+            f"Cannot combine focal_gamma {focal_gamma} with label_smoothing {label_smoothing}",
+            fix="Leave one of them at 0.",
         )
 
 
@@ -84,7 +79,7 @@ def check_ignore_index(ignore_index: int) -> None:
     """Refuse what is no integer, such as None. Raises: ValueRangeError."""
     if not hasattr(ignore_index, "__index__"):
         raise ValueRangeError(
-            "ignore_index is an integer.", received=repr(ignore_index), remedy="Pass -1 where no pixel is void."
+            f"Invalid ignore_index: {ignore_index!r}", fix="Pass an integer, such as -1 if no pixel is void."
         )
 
 
@@ -94,7 +89,7 @@ def check_tensor(
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
-    remedy: str,
+    fix: str,
 ) -> None:
     """Refuse what is no dense tensor of a shape, dtype and device; no dtypes means real ones. None passes.
 
@@ -108,26 +103,22 @@ def check_tensor(
         or (tensor.dtype not in dtypes if dtypes else tensor.is_complex())
     ):
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "real numbers"
-        raise ShapeError(
-            f"{name} is {shape} of {kinds}, a dense tensor.",
-            received=describe(tensor),
-            remedy=remedy,
-        )
+        raise misfit(name, tensor, f"a dense {shape} of {kinds}", fix)
     if tensor.device != device:
         raise ShapeError(
-            f"{name} is on the device of the other tensors.",
-            received=f"{describe(tensor)}; they are on {device}",
-            remedy=f"Move {name} there with .to(..., non_blocking=True) before the call.",
+            f"Invalid {name}: {describe(tensor)}, but the other tensors are on {device}",
+            fix=f"Move {name} there with .to(..., non_blocking=True) before the call.",
         )
 
 
 def check_student(logits: Tensor) -> None:
     """Refuse anything but (B, C, h, w) floats of at least one class and pixel. Raises: ShapeError."""
     if not is_logits(logits) or min(logits.shape[1:]) < 1:
-        raise ShapeError(
-            "student_logits_BChw is a (B, C, h, w) tensor of floats.",
-            received=describe(logits),
-            remedy="Pass the raw output of the student's head, before any resize or softmax.",
+        raise misfit(
+            "student_logits_BChw",
+            logits,
+            FLOATS_BCHW,
+            "Pass the raw output of the student's head, before any resize or softmax.",
         )
     check_device("student_logits_BChw", logits)
 
@@ -135,31 +126,25 @@ def check_student(logits: Tensor) -> None:
 def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int, int]:
     """Return the label size (H, W) from the labels or from `size`, which must agree. Raises: ShapeError."""
     if labels is not None and not (is_dense(labels) and labels.dim() == 3):
-        raise ShapeError(
-            "labels_BHW is a (B, H, W) tensor.",
-            received=describe(labels),
-            remedy="Drop a channel axis with squeeze(1); turn one-hot labels into ids with argmax(1).",
+        raise misfit(
+            "labels_BHW",
+            labels,
+            "a dense (B, H, W)",
+            "Drop a channel axis with squeeze(1). Turn one-hot labels into ids with argmax(1).",
         )
     if labels is None and size is None:
         raise ShapeError(
-            "size is given where labels_BHW is not.",
-            received="neither",
-            remedy="Pass size=(H, W), the resolution at which the loss is taken.",
+            "Missing labels_BHW or size", fix="Pass size=(H, W), the resolution at which the loss is taken."
         )
     if size is not None and (not hasattr(size, "__len__") or len(size) != 2):
-        raise ShapeError(
-            "size is a pair (H, W) in pixels.",
-            received=repr(size),
-            remedy="Pass size=(H, W), such as labels.shape[1:].",
-        )
+        raise ShapeError(f"Invalid size: {size!r}", fix="Pass a pair (H, W) in pixels, such as labels.shape[1:].")
     label_size = None if labels is None else (labels.shape[1], labels.shape[2])
     wanted = label_size if size is None else (int(size[0]), int(size[1]))
     assert wanted is not None
     if (label_size is not None and label_size != wanted) or min(wanted) < 1:
         raise ShapeError(
-            "size is the (H, W) of labels_BHW, each at least 1.",
-            received=f"size={wanted}, labels {label_size}",
-            remedy="Leave size out where there are labels.",
+            f"Invalid size: {wanted}" + ("" if label_size is None else f" for labels of {label_size}"),
+            fix="Leave size out if there are labels. Otherwise pass (H, W), each at least 1.",
         )
     return wanted
 
@@ -174,17 +159,16 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
     if wrong.any():
         ids = sorted(set(labels[wrong].tolist()))[:SHOWN]
         raise ValueRangeError(
-            f"labels_BHW holds class ids below {num_classes}, or {ignore_index} for void.",
-            received=f"ids {ids} in {int(wrong.sum())} pixels, the first at (b, y, x) = {_first(wrong)}",
-            remedy="Map the labels to the student's classes, or set ignore_index.",
+            f"Invalid labels_BHW: ids {ids} in {int(wrong.sum())} pixels, the first at (b, y, x) = {_first(wrong)}",
+            fix=f"Map the labels to class ids below {num_classes}, or set ignore_index (now {ignore_index}).",
         )
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
     """Refuse class weights that are not C floats. Raises: ShapeError."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    remedy = "Pass one weight for each of the student's classes."
-    check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, remedy)
+    fix = "Pass one weight for each of the student's classes."
+    check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, fix)
 
 
 def check_class_weight_values(class_weight: Tensor | None) -> None:
@@ -194,16 +178,15 @@ def check_class_weight_values(class_weight: Tensor | None) -> None:
     wrong = ~((class_weight >= 0) & class_weight.isfinite())
     if wrong.any():
         raise ValueRangeError(
-            "class_weight is finite and at least 0.",
-            received=f"classes {wrong.nonzero().flatten()[:SHOWN].tolist()}",
-            remedy="A class that never occurs has no inverse frequency; give it weight 0.",
+            f"Invalid class_weight: classes {wrong.nonzero().flatten()[:SHOWN].tolist()} are negative or not finite",
+            fix="Give a class that never occurs weight 0: it has no inverse frequency.",
         )
 
 
 def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
     """Refuse windows that are not (B, 4) float64 and flips that are not (B,) bool. Raises: ShapeError."""
-    remedy = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
-    check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, remedy)
+    fix = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
+    check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, fix)
     check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
 
 
@@ -218,9 +201,8 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
     if not good.all():
         sample = int((~good).nonzero()[0])
         raise ValueRangeError(
-            "window_B4 is finite, with y0 < y1 and x0 < x1.",
-            received=f"{window[sample].tolist()} for sample {sample}",
-            remedy="Flip with flip_B, never by reversing the edges.",
+            f"Invalid window_B4: {window[sample].tolist()} for sample {sample} is empty, reversed or not finite",
+            fix="Give y0 < y1 and x0 < x1. Flip with flip_B, not by reversing the edges.",
         )
     if view_size is None:
         return
@@ -228,19 +210,19 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
     if outside.any():
         sample = int(outside.nonzero()[0])
         raise ValueRangeError(
-            "window_B4 shows a part of the target's view.",
-            received=f"{window[sample].tolist()} for sample {sample}, the view is {view_size}",
-            remedy="Give the edges in pixels of the view that the teacher saw; they may reach over its edge.",
+            f"Invalid window_B4: {window[sample].tolist()} for sample {sample} is outside the view {view_size}",
+            fix="Give the edges in pixels of the view that the teacher saw. They may reach over its edge.",
         )
 
 
 def check_packed_target(target: PackedTarget) -> None:
     """Refuse anything else, such as raw logits. Raises: ShapeError."""
     if not isinstance(target, PackedTarget):
-        raise ShapeError(
-            "target is a PackedTarget.",
-            received=describe(target),
-            remedy="Pack raw logits: PackedTarget(*pack(logits, k), num_classes, view_size).",
+        raise misfit(
+            "target",
+            target,
+            "a PackedTarget",
+            "Pack raw logits: PackedTarget(*pack(logits, k), num_classes, view_size)",
         )
 
 
@@ -249,16 +231,14 @@ def check_target(target: PackedTarget, num_classes: int, batch: int, device: tor
     check_packed_target(target)
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
-            "target has the batch size and the classes of student_logits_BChw.",
-            received=f"(B, C) is ({target.batch_size}, {target.num_classes}), not ({batch}, {num_classes}); "
-            f"values {describe(target.values)}",
-            remedy="Use a student with the store's class list, and one record per image.",
+            f"Invalid target: (B, C) is ({target.batch_size}, {target.num_classes}), not ({batch}, {num_classes}), "
+            f"of values {describe(target.values)}",
+            fix="Use a student with the cache's class list, and one record per image.",
         )
     if target.device != device:
         raise ShapeError(
-            "target is on the device of student_logits_BChw.",
-            received=f"values {describe(target.values)}; the student is on {device}",
-            remedy="Move it with target.to(device, non_blocking=True) before the call.",
+            f"Invalid target: values {describe(target.values)}, but the student is on {device}",
+            fix="Move it with target.to(device, non_blocking=True) before the call.",
         )
 
 
@@ -314,9 +294,9 @@ def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
             position = _first(wrong)
             causes.append(f"{name}{list(position)} is {tensor[position].item()} ({int(wrong.sum())} of them)")
     raise ValueRangeError(
-        "The loss is finite.",
-        received=f"{loss.item()}; " + ("; ".join(causes) or "logits so large that logits / temperature overflow"),
-        remedy="Look at those positions; in training, lower the learning rate or clip the gradient.",
+        f"The loss is {loss.item()}: "
+        + (", ".join(causes) or "the logits are so large that logits / temperature overflows"),
+        fix="Look at those positions. In training, lower the learning rate or clip the gradient.",
     )
 
 

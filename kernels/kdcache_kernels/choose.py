@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import is_finite
-from .errors import ShapeError, ValueRangeError, describe
+from .errors import ValueRangeError, misfit
 from .topk import check_logits, compute_dtype, densify, is_logits, pack
 
 DENSE_UP_TO = 32
@@ -48,9 +48,7 @@ def gradient_error(
     """
     if not (is_finite(temperature) and temperature > 0):
         raise ValueRangeError(
-            "temperature is finite and above 0.",
-            received=f"{temperature}",
-            remedy="Measure at T = 1 and T = 2.",
+            f"Invalid temperature: {temperature}", fix="Pass a finite number above 0, such as 1 or 2."
         )
     check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
@@ -92,10 +90,11 @@ def choose_k(
     Raises: ShapeError when the logits do not have num_classes classes.
     """
     if not is_logits(logits_BChw) or logits_BChw.shape[1] != num_classes:
-        raise ShapeError(
-            f"logits_BChw is (B, {num_classes}, h, w), as num_classes says.",
-            received=describe(logits_BChw),
-            remedy="Pass the class list of the teacher that made the logits.",
+        raise misfit(
+            "logits_BChw",
+            logits_BChw,
+            f"a dense (B, {num_classes}, h, w) of floats",
+            "Pass the class list of the teacher that made the logits.",
         )
     table: dict[int, dict[float, float]] = {}
     if num_classes <= DENSE_UP_TO:

@@ -21,25 +21,17 @@ class KernelError(ValueError):
         problem: what is wrong, naming the argument with its value, in one sentence.
         fix: a step that the caller can take.
         rule: what must hold, where it adds something.
-        received, remedy: the old names of the value and of the fix. They go with the last error that has them.
     """
 
-    def __init__(
-        self, problem: str, *, fix: str = "", rule: str = "", received: str | None = None, remedy: str = ""
-    ) -> None:
-        self.problem, self.fix, self.rule = problem, fix or remedy, problem if received is not None else rule
-        self.received, self.remedy = received, self.fix
-        super().__init__(problem, received, self.fix, rule)
+    def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
+        self.problem, self.fix, self.rule = problem, fix, rule
+        super().__init__(problem, fix, rule)
 
     def __str__(self) -> str:
-        if self.received is not None:
-            return f"{self.problem}\n  received: {self.received}\n  remedy:   {self.fix}"
         return "\n  ".join(part for part in (self.problem, f"fix: {self.fix}", self.rule) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-        if self.received is not None:
-            return partial(type(self), received=self.received, remedy=self.fix), (self.problem,)
         return partial(type(self), fix=self.fix, rule=self.rule), (self.problem,)
 
 
@@ -49,6 +41,11 @@ class ShapeError(KernelError):
 
 class ValueRangeError(KernelError):
     """A number, a class id or a name is outside its range."""
+
+
+def misfit(name: str, value: Any, wanted: str, fix: str) -> ShapeError:
+    """Return the error for an argument that is not a tensor of the wanted shape and dtype."""
+    return ShapeError(f"Invalid {name}: {describe(value)}, not {wanted}", fix=fix)
 
 
 def describe(value: Any) -> str:

@@ -139,10 +139,10 @@ def distill_loss(
     checks.check_scalar("ce_weight", ce_weight, device, "a scheduled weight")
     checks.check_scalar("kl_weight", kl_weight, device, "a scheduled weight")
     size = checks.check_size(labels_BHW, size)
-    remedy = "Pass one value per pixel of the label."
-    checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
-    checks.check_tensor("pixel_weight_BHW", pixel_weight_BHW, (B, *size), (), device, remedy)
-    checks.check_tensor("ce_pixel_weight_BHW", ce_pixel_weight_BHW, (B, *size), (), device, remedy)
+    fix = "Pass one value per pixel of the label."
+    checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, fix)
+    checks.check_tensor("pixel_weight_BHW", pixel_weight_BHW, (B, *size), (), device, fix)
+    checks.check_tensor("ce_pixel_weight_BHW", ce_pixel_weight_BHW, (B, *size), (), device, fix)
     checks.check_label_terms(label_smoothing, focal_gamma)
     checks.check_ignore_index(ignore_index)
     checks.check_class_weight(class_weight, num_classes, device)
@@ -226,13 +226,11 @@ def distill_denominators(
         checks.check_packed_target(target)
     anchor = target.values if labels_BHW is None and target is not None else labels_BHW
     if anchor is None:
-        raise ShapeError(
-            "labels_BHW or target is given.", received="neither", remedy="Pass what distill_loss will get."
-        )
+        raise ShapeError("Missing labels_BHW or target", fix="Pass what distill_loss will get.")
     B, device = anchor.shape[0], anchor.device
     topk.check_device("labels_BHW", anchor)
-    remedy = "Pass one id per pixel."
-    checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
+    fix = "Pass one id per pixel."
+    checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, fix)
     checks.check_class_weight(class_weight, num_classes, device)
     checks.check_ignore_index(ignore_index)
     family = choose_implementation(impl, device, torch.float32, labels_BHW=anchor)
@@ -390,11 +388,7 @@ def choose_implementation(
     Raises: ValueRangeError for an implementation that does not exist or cannot take them.
     """
     if impl not in IMPLEMENTATIONS:
-        raise ValueRangeError(
-            "impl names an implementation that exists.",
-            received=repr(impl),
-            remedy=f"Choose one of {', '.join(IMPLEMENTATIONS)}.",
-        )
+        raise ValueRangeError(f"Unknown impl {impl!r}", fix=f"Choose one of {', '.join(IMPLEMENTATIONS)}.")
     if impl == "reference" or (impl == "torch" and not has_torch):
         return "reference"
     family = next((name for name, kind in _DEVICES.items() if kind == device.type), "") if impl == "auto" else impl
@@ -403,9 +397,9 @@ def choose_implementation(
         return family
     if impl != "auto":
         raise ValueRangeError(
-            f"impl={impl!r} can take the tensors that are given.",
-            received="; ".join((*(f"{name} is {describe(x)}" for name, x in arguments.items()), reason)),
-            remedy="Pass impl='auto', or impl='reference', which takes everything.",
+            f"Cannot compute with impl={impl!r}: "
+            + ", ".join((*(f"{name} is {describe(x)}" for name, x in arguments.items()), reason)),
+            fix="Pass impl='auto', or impl='reference', which takes everything.",
         )
     if not torch.compiler.is_compiling():
         warnings.warn(f"kdcache_kernels computes with the slow reference: {reason}.", ReferenceWarning, stacklevel=3)

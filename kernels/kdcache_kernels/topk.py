@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, ValueRangeError, describe
+from .errors import ShapeError, ValueRangeError, describe, misfit
 
 NO_FLOAT64 = ("mps",)
 """Devices without float64, in which positions, sums and windows are."""
 MOST_CLASSES = 2**16
 """Classes that a target of the top k can have: its ids are uint16."""
+FLOATS_BCHW = "a dense (B, C, h, w) of floats"
+"""What logits are, for messages."""
 LOGIT_LIMIT = 6e4
 """Bound of stored values and tails: exact in float16, far below its overflow, and 0 after any softmax."""
 
@@ -51,11 +53,7 @@ class PackedTarget:
     def __post_init__(self) -> None:
         check_packed(self.values, self.indices, self.tail, self.num_classes)
         if self.values.dtype != torch.float16:
-            raise ShapeError(
-                "values is float16.",
-                received=describe(self.values),
-                remedy="Pack raw logits with kdcache_kernels.pack.",
-            )
+            raise misfit("values", self.values, "float16", "Pack raw logits with kdcache_kernels.pack.")
         check_view_size(self.view_size)
 
     @property
@@ -160,18 +158,13 @@ def is_logits(value: Any) -> bool:
 def check_logits(logits_BChw: Tensor, k: int) -> None:
     """Refuse logits that are not (B, C, h, w) floats, and k outside 1 to C. Raises: ShapeError, ValueRangeError."""
     if not is_logits(logits_BChw):
-        raise ShapeError(
-            "logits_BChw is a (B, C, h, w) tensor of floats.",
-            received=describe(logits_BChw),
-            remedy="Pass the raw output of one head, before any softmax.",
-        )
+        raise misfit("logits_BChw", logits_BChw, FLOATS_BCHW, "Pass the raw output of one head, before any softmax.")
     check_device("logits_BChw", logits_BChw)
     num_classes = logits_BChw.shape[1]
     if not 1 <= k <= num_classes:
         raise ValueRangeError(
-            "k lies between 1 and the number of classes.",
-            received=f"k={k} with {num_classes} classes",
-            remedy=f"Choose k up to {num_classes}; that keeps every class.",
+            f"Invalid k: {k} with {num_classes} classes",
+            fix=f"Choose k from 1 to {num_classes}. {num_classes} keeps every class.",
         )
     _check_ids_fit(k, num_classes)
 
@@ -180,9 +173,8 @@ def check_view_size(view_size: tuple[int, int]) -> None:
     """Refuse a size that is no pair of pixels. Raises: ValueRangeError."""
     if not hasattr(view_size, "__len__") or len(view_size) != 2 or min(view_size) < 1:
         raise ValueRangeError(
-            "view_size is (height, width) in pixels, each at least 1.",
-            received=repr(view_size),
-            remedy="Pass the size at which the teacher saw the view.",
+            f"Invalid view_size: {view_size!r}",
+            fix="Pass (height, width) in pixels, the size at which the teacher saw the view.",
         )
 
 
@@ -190,34 +182,27 @@ def check_device(name: str, tensor: Tensor) -> None:
     """Refuse a tensor on a device without float64, which every implementation needs. Raises: ShapeError."""
     if tensor.device.type in NO_FLOAT64:
         raise ShapeError(
-            f"{name} is on a device that has float64: the CPU, CUDA or ROCm.",
-            received=describe(tensor),
-            remedy=f"Move {name} and what goes with it to the CPU, with .to('cpu'); the fused kernels run there.",
+            f"Invalid {name}: {describe(tensor)}, a device without float64",
+            fix=f"Move {name} and what goes with it to the CPU, with .to('cpu'). The fused kernels run there.",
         )
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
     """Check shapes, dtypes and devices, never values: nothing here waits for a device. Raises: ShapeError."""
     if not is_logits(values):
-        raise ShapeError(
-            "values is a (B, k, h, w) tensor of floats.",
-            received=describe(values),
-            remedy="Pass the values that kdcache_kernels.pack returned.",
-        )
+        raise misfit("values", values, FLOATS_BCHW, "Pass the values that kdcache_kernels.pack returned.")
     check_device("values", values)
     B, k, h, w = values.shape
     if not 1 <= k <= num_classes or min(h, w) < 1:
         raise ShapeError(
-            "values keeps 1 to num_classes classes of at least one pixel.",
-            received=f"{describe(values)}, with num_classes={num_classes}",
-            remedy="Pass the number of classes of the teacher that was packed.",
+            f"Invalid values: {describe(values)}, with num_classes={num_classes}",
+            fix="Pass the number of classes of the teacher that was packed, and at least one pixel.",
         )
     if k == num_classes:
         if indices is not None or tail is not None:
             raise ShapeError(
-                "A target that keeps every class has neither indices nor tail.",
-                received=f"k = num_classes = {k} with indices or tail",
-                remedy="Pass None for both; the values are in class order.",
+                f"Invalid target: it keeps all {k} classes, and has indices or tail",
+                fix="Pass None for both. The values are in class order.",
             )
         return
     _check_ids_fit(k, num_classes)
@@ -229,9 +214,8 @@ def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, nu
 def _check_ids_fit(k: int, num_classes: int) -> None:
     if k < num_classes > MOST_CLASSES:
         raise ValueRangeError(
-            f"Cannot keep the top {k} of {num_classes} classes: class ids are stored in 16 bits.",
-            received=f"{num_classes} classes, at most {MOST_CLASSES}",
-            remedy="Merge classes (--class-map), or keep every class with k = num_classes.",
+            f"Cannot keep the top {k} of {num_classes} classes: ids of 16 bits count {MOST_CLASSES}",
+            fix="Merge classes (--class-map), or keep every class with k = num_classes.",
         )
 
 
@@ -243,16 +227,16 @@ def _check_part(
     device: torch.device,
 ) -> None:
     if part is None or not is_dense(part) or tuple(part.shape) != shape or part.dtype not in dtypes:
-        raise ShapeError(
-            f"{name} is {shape} of {dtypes[0]} where not every class is kept.",
-            received=describe(part),
-            remedy="Pass values, indices and tail of one call of kdcache_kernels.pack.",
+        raise misfit(
+            name,
+            part,
+            f"a dense {shape} of {str(dtypes[0]).removeprefix('torch.')}",
+            "Pass values, indices and tail of one call of kdcache_kernels.pack.",
         )
     if part.device != device:
         raise ShapeError(
-            f"{name} is on the device of values.",
-            received=f"{describe(part)}; values is on {device}",
-            remedy="Move the whole target with PackedTarget.to.",
+            f"Invalid {name}: {describe(part)}, but values is on {device}",
+            fix="Move the whole target with PackedTarget.to.",
         )
 
 
@@ -262,9 +246,8 @@ def check_ids(ids: Tensor, num_classes: int) -> None:
     if ids.numel() and int(ids.max()) >= num_classes:
         wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]
         raise ValueRangeError(
-            f"indices holds class ids below {num_classes}.",
-            received=f"{wrong}",
-            remedy="Check num_classes against the teacher that was packed; else the store is damaged.",
+            f"Invalid indices: ids {wrong} are not below {num_classes}",
+            fix="Check num_classes against the teacher that was packed. If they agree, the cache is damaged.",
         )
 
 

@@ -94,13 +94,13 @@ def test_torch_func(distill_loss, part, device):
 @pytest.mark.fused
 def test_what_is_not_computed_says_so(distill_loss, device):
     z, y, target = make(device)
-    with pytest.raises(RuntimeError, match=r"(?s)differentiated backwards.*remedy"):
+    with pytest.raises(RuntimeError, match=r"Cannot differentiate distill_loss forwards .*\n  fix: "):
         torch.func.jvp(lambda z: distill_loss(z, y).loss, (z.detach(),), (z.detach(),))
-    with pytest.raises(RuntimeError, match=r"(?s)differentiated once.*remedy"):
+    with pytest.raises(RuntimeError, match=r"Cannot differentiate distill_loss twice .*\n  fix: "):
         torch.func.jacrev(torch.func.grad(lambda z: distill_loss(z, y).loss))(z.detach())
     for part in distill_loss(z, y, target, **OPTIONS):
         (gradient,) = torch.autograd.grad(part, z, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiated once"):
+        with pytest.raises(RuntimeError, match="Cannot differentiate distill_loss twice"):
             gradient.square().sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""Every bad argument has its own error: the rule names the argument, and a remedy is offered."""
+"""Every bad argument has its own error: the problem names the argument, and a fix is offered."""
 
 import pickle
 import subprocess
@@ -72,14 +72,14 @@ VALUES, INDICES, TAIL = pack(torch.randn(2, 9, 2, 2, generator=torch.Generator()
         ("indices", (VALUES, INDICES.to("meta"), TAIL, 9, SIZE), ShapeError),
         ("tail", (VALUES, INDICES, None, 9, SIZE), ShapeError),
         ("tail", (VALUES, INDICES, TAIL[:, None], 9, SIZE), ShapeError),
-        ("A target that keeps every class", (VALUES, INDICES, TAIL, 3, SIZE), ShapeError),
+        ("target", (VALUES, INDICES, TAIL, 3, SIZE), ShapeError),
         ("view_size", (VALUES, INDICES, TAIL, 9, (0, 8)), ValueRangeError),
     ],
 )
 def test_packed_target_refuses(name, arguments, kind):
     with pytest.raises(kind) as caught:
         PackedTarget(*arguments)
-    assert caught.value.rule.startswith(name)
+    assert caught.value.problem.startswith(f"Invalid {name}: ")
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_a_device_without_float64_is_refused(name, call, impl, monkeypatch):
     """Apple's MPS raises a bare TypeError over it; here the meta device stands for it."""
     assert "mps" in topk.NO_FLOAT64
     monkeypatch.setattr(topk, "NO_FLOAT64", ("meta",))
-    with pytest.raises(ShapeError, match=rf"{name} is on a device that has float64.*\n.*meta\n.*to the CPU"):
+    with pytest.raises(ShapeError, match=rf"Invalid {name}: .*meta, a device without float64\n.*to the CPU"):
         call(impl)
 
 
 def test_message_layout_and_pickle():
-    error = ShapeError("The rule.", received="this", remedy="Do that.")
-    assert str(error) == "The rule.\n  received: this\n  remedy:   Do that."
+    error = ShapeError("Invalid x: this", fix="Do that.", rule="The rule.")
+    assert str(error) == "Invalid x: this\n  fix: Do that.\n  The rule."
     with pytest.raises(ShapeError) as caught:
         topk.pack(torch.zeros(1), 2)
     for each in (error, caught.value):

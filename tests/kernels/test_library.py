@@ -134,14 +134,14 @@ def test_bad_values_are_seen_in_a_compiled_program(distill_loss, backend):
     compiled = torch.compile(lambda z, y: distill_loss(z, y).loss, fullgraph=True, backend="aot_eager")
     assert compiled(z, y).isfinite()
     y[0, 0, 0] = C
-    with pytest.raises(ValueRangeError, match="labels_BHW holds class ids below 5"):
+    with pytest.raises(ValueRangeError, match=r"(?s)Invalid labels_BHW: .*ids below 5"):
         compiled(z, y)
 
 
 def test_second_derivatives_are_refused(distill_loss, backend):
     z, y, target = make(backend.device)
     (gradient,) = torch.autograd.grad(distill_loss(z, y, target, kl_weight=1.0).loss, z, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once"):
+    with pytest.raises(RuntimeError, match="Cannot differentiate distill_loss twice"):
         gradient.square().sum().backward()
 
 

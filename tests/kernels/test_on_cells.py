@@ -351,6 +351,6 @@ def test_logits_beyond_offsets_of_32_bits_are_refused(name, spread):
     logits = torch.empty(shape, device="meta")[..., :: 2**30 if spread else 1]
     with pytest.raises(ShapeError, match=f"One image of {name}_logits_BChw is too large") as caught:
         gpu_cells.check_offsets(replace(made, **{name: logits}))
-    assert str(tuple(logits.shape)) in caught.value.received
-    assert str(logits.stride()) in caught.value.received
-    assert "reference" in caught.value.remedy
+    assert str(tuple(logits.shape)) in caught.value.problem
+    assert str(logits.stride()) in caught.value.problem
+    assert "reference" in caught.value.fix

@@ -221,7 +221,7 @@ def test_class_ids_out_of_range(num_classes, wrong, backend):
     ids[0, 1, 1, 1] = wrong
     indices = ids.to(indices.dtype)
     if backend.device.type == "cpu" and backend.impl != "triton":
-        with pytest.raises(ValueRangeError, match=rf"(?s)indices.*below {num_classes}.*\[{wrong}\]"):
+        with pytest.raises(ValueRangeError, match=rf"Invalid indices: ids \[{wrong}\] are not below {num_classes}"):
             densify(values, indices, tail, num_classes, impl=backend.impl)
         return
     lost = densify(values, indices, tail, num_classes, impl=backend.impl).isnan().any(1)

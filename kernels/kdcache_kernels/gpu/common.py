@@ -306,9 +306,8 @@ def register_limit(default: int) -> int:
         return default
     if not (text.isdecimal() and 32 <= int(text) <= 255):
         raise ValueRangeError(
-            f"KDCACHE_CELLS_REGISTERS={text} is not a number of registers from 32 to 255.",
-            received=repr(text),
-            remedy=f"Leave it unset for {default}, or set 128, with which more warps share a multiprocessor.",
+            f"Invalid value of KDCACHE_CELLS_REGISTERS: {text!r}",
+            fix=f"Leave it unset for {default}, or set 32 to 255. With 128, more warps share a multiprocessor.",
         )
     return int(text)
 

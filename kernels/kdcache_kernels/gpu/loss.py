@@ -122,9 +122,9 @@ def _check_offsets(problem: LossProblem) -> None:
     logits = num_classes * max(h * w, target[0] * target[1])
     if logits >= OFFSETS:
         raise ShapeError(
-            f"One image has too many logits for the CUDA kernels: {logits:,}, of at most 2^31 - 1.",
-            received=f"{num_classes} classes, student {(h, w)}, target {tuple(target)}",
-            remedy="Crop the images, or pass impl='reference'.",
+            f"One image has too many logits for the CUDA kernels: {logits:,}, above 2^31 - 1 "
+            f"({num_classes} classes, student {(h, w)}, target {tuple(target)})",
+            fix="Crop the images, or pass impl='reference'.",
         )
     strided = {
         "student_logits_BChw": problem.student,
@@ -135,9 +135,9 @@ def _check_offsets(problem: LossProblem) -> None:
     for name, tensor in strided.items():
         if tensor is not None and (reach := _reach(tensor)) >= OFFSETS:
             raise ShapeError(
-                f"One image of {name} spans too much memory for CUDA: {reach:,} elements, of at most 2^31 - 1.",
-                received=describe(tensor),
-                remedy=f"Pass {name}.contiguous(), or crop the images where that is as long.",
+                f"One image of {name} spans too much memory for the CUDA kernels: {reach:,} elements, above 2^31 - 1 "
+                f"({describe(tensor)})",
+                fix=f"Pass {name}.contiguous(). If it is as long, crop the images.",
             )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ShapeError, describe
+from ..errors import misfit
 from ..library import is_traced
 from ..ops import choose_implementation, constant
 from ..topk import check_view_size, is_logits
@@ -73,8 +73,8 @@ def relation_loss(
     """
     check_logits(student_logits_BChw, teacher_logits_BChw)
     device, C = student_logits_BChw.device, student_logits_BChw.shape[1]
-    remedy = "Pass average_moments(torch.stack([...])) of what relation_moments returned."
-    checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
+    fix = "Pass average_moments(torch.stack([...])) of what relation_moments returned."
+    checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, fix)
     checks.check_scalar("count", count, device, "a sum over processes", optional=True)
     if count is not None:
         count = count.detach() if isinstance(count, Tensor) else constant(count, device, traced=is_traced())
@@ -150,13 +150,14 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
     checks.check_student(student)
     B, C = student.shape[:2]
     if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
-        raise ShapeError(
-            "teacher_logits_BChw is (B, C, h, w) floats with the batch size and the classes of student_logits_BChw.",
-            received=f"{describe(teacher)}; not ({B}, {C}, h, w)",
-            remedy="Use a student with the store's class list; densify a target that keeps some classes.",
+        raise misfit(
+            "teacher_logits_BChw",
+            teacher,
+            f"a dense ({B}, {C}, h, w) of floats",
+            "Use a student with the cache's class list. Densify a target that keeps some classes.",
         )
-    remedy = "Pass the logits of every class, as densify returns them."
-    checks.check_tensor("teacher_logits_BChw", teacher, tuple(teacher.shape), FLOATS, student.device, remedy)
+    fix = "Pass the logits of every class, as densify returns them."
+    checks.check_tensor("teacher_logits_BChw", teacher, tuple(teacher.shape), FLOATS, student.device, fix)
 
 
 def _checked(impl: str, student: Tensor, teacher: Tensor, **others: Any) -> tuple[str, RelationProblem]:
@@ -172,9 +173,9 @@ def _checked(impl: str, student: Tensor, teacher: Tensor, **others: Any) -> tupl
     size = others["size"] = checks.check_size(None, others["size"])
     check_view_size(others["view_size"])
     checks.check_window(others["window"], others["flip"], B, device)
-    remedy = "Pass one value per pixel of the image."
-    checks.check_tensor("pixel_weight_BHW", others["pixel_weight"], (B, *size), (), device, remedy)
-    checks.check_tensor("counted_BHW", others["counted"], (B, *size), (torch.bool,), device, remedy)
+    fix = "Pass one value per pixel of the image."
+    checks.check_tensor("pixel_weight_BHW", others["pixel_weight"], (B, *size), (), device, fix)
+    checks.check_tensor("counted_BHW", others["counted"], (B, *size), (torch.bool,), device, fix)
     # The student alone has a gradient.
     detached: dict[str, Any] = {name: x.detach() if isinstance(x, Tensor) else x for name, x in others.items()}
     problem = RelationProblem(student=student, teacher=teacher.detach(), **detached)

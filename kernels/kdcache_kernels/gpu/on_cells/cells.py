@@ -344,7 +344,7 @@ def check_offsets(problem: RelationProblem) -> None:
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if (elements := max(reach, tensor[0].numel())) >= OFFSETS:
             raise ShapeError(
-                f"One image of {name} is too large for the CUDA kernels: {elements:,} elements, of at most 2^31 - 1.",
-                received=describe(tensor),
-                remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
+                f"One image of {name} is too large for the CUDA kernels: {elements:,} elements, above 2^31 - 1 "
+                f"({describe(tensor)})",
+                fix=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
             )
