@@ -45,9 +45,9 @@ class FixedBalance(nn.Module):
         super().__init__()
         if not weights or not all(0 <= weight < float("inf") for weight in weights.values()):
             raise RecipeError(
-                "the weight of a head's loss is a finite number, at least 0",
-                received=", ".join(f"{head} {weight}" for head, weight in weights.items()) or "no head",
-                remedy="for instance segmentation 0.5, depth 0.5",
+                "Invalid weights of heads: "
+                f"{', '.join(f'{head} {weight}' for head, weight in weights.items()) or 'none'}",
+                fix="Give each head a finite number from 0 on, for example segmentation 0.5, depth 0.5",
             )
         self.heads = tuple(weights)
         self._weights = dict(weights)
@@ -87,9 +87,9 @@ class UncertaintyBalance(nn.Module):
         super().__init__()
         if not forms or any(form not in get_args(Form) for form in forms.values()):
             raise RecipeError(
-                f"the loss of a head has a form: {', '.join(get_args(Form))}",
-                received=", ".join(f"{head} {form}" for head, form in forms.items()) or "no head",
-                remedy="classes for cross-entropy, squared for squared errors, absolute for the terms of depth",
+                f"Invalid forms of losses: {', '.join(f'{head} {form}' for head, form in forms.items()) or 'none'}",
+                fix="Give each head classes (cross-entropy), squared (squared errors) or absolute (the terms of "
+                "depth).",
             )
         self.forms = dict(forms)
         self.heads = tuple(forms)
@@ -141,7 +141,6 @@ def weigh_parts(parts: Mapping[str, Tensor], tasks: Mapping[str, str], balance: 
 def _check_heads(losses: Mapping[str, Tensor], heads: tuple[str, ...]) -> None:
     if set(losses) != set(heads):
         raise RecipeError(
-            "a balance is given the loss of each of its heads",
-            received=f"losses of {', '.join(losses) or 'none'} for {', '.join(heads)}",
-            remedy="balance the heads that are trained",
+            f"Cannot balance losses of {', '.join(losses) or 'none'}: the balance is made for {', '.join(heads)}",
+            fix="Balance the heads that are trained.",
         )

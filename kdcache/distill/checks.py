@@ -27,15 +27,13 @@ def check_weights(temperature: float, **weights: float) -> None:
     for name, number in weights.items():
         if not (isinstance(number, Real) and math.isfinite(number) and number >= 0):
             raise RecipeError(
-                f"{name} of a loss is a number from 0 on",
-                received=f"{name}={number!r}",
-                remedy=f"pass {name}=0 to leave its term out",
+                f"Invalid value of {name}: {number!r}",
+                fix=f"Pass a number from 0 on. {name}=0 leaves its term out.",
             )
     if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
         raise RecipeError(
-            "the temperature of a loss is a number above 0",
-            received=f"temperature={temperature!r}",
-            remedy="pass temperature=1 to leave the distributions as they are",
+            f"Invalid value of temperature: {temperature!r}",
+            fix="Pass a number above 0. temperature=1 leaves the distributions as they are.",
         )
 
 
@@ -53,16 +51,14 @@ def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[s
     names = ", ".join(reading)
     if form is None and batch.target is not None:
         raise RecipeError(
-            "a loss with a teacher's weight needs the store of its targets",
-            received=f"{names} above weight 0 and a target, and no store",
-            remedy="make it with the open store, DistillLoss(cache); or with kl_weight=0",
+            f"Cannot compare targets without their cache ({names} have a weight above 0)",
+            fix="Make the loss with the open cache, DistillLoss(cache). Or use kl_weight=0.",
         )
     if form is not None and batch.target is None:
         raise RecipeError(
-            "a loss with a teacher's weight needs the target of every batch",
-            received=f"{names} above weight 0, and a batch without a target of {SEGMENTATION}",
-            remedy="read them, CacheDataset(cache, targets=True); or replace(batch, targets=None) for a batch without "
-            "a teacher; or kl_weight=0 and no terms",
+            f"Missing target of {SEGMENTATION} in a batch ({names} have a weight above 0)",
+            fix="Read targets: CacheDataset(cache, targets=True). Or use replace(batch, targets=None) for a batch "
+            "without a teacher, or kl_weight=0 and no terms.",
         )
 
 
@@ -74,15 +70,13 @@ def labelled_batch(batch: Batch | StoredTargets, labels: Tensor | None, device: 
         device: where stored targets go.
     Raises: DataError for stored targets without labels, and for labels of another shape or of floats.
     """
-    remedy = "pass labels=masks, (B, H, W) ids at the size of the student's image; torch.full((B, H, W), 255, "
-    remedy += "dtype=torch.uint8) for images without labels"
+    fix = "Pass labels=masks, whole (B, H, W) ids at the size of the student's image. For images without labels, pass "
+    fix += "torch.full((B, H, W), 255, dtype=torch.uint8)"
     if labels is None:
-        raise DataError(
-            "stored targets are compared at the pixels of labels", received="targets and no labels", remedy=remedy
-        )
+        raise DataError("Missing labels for stored targets", fix=fix)
     if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.is_floating_point():
         kind = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise DataError("labels are whole numbers, (B, H, W)", received=kind, remedy=remedy)
+        raise DataError(f"Invalid labels: {kind}", fix=fix)
     whole = batch if isinstance(batch, Batch) else Batch.of_targets(batch, device)
     return replace(whole, labels={**whole.labels, SEGMENTATION: labels})
 
@@ -96,9 +90,9 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
     """
     if not batch.labels:
         raise DataError(
-            "a batch has labels; what is not labelled has void ones",
-            received="no labels of any task",
-            remedy=f'add labels={{"{SEGMENTATION}": torch.full((B, H, W), 255, dtype=torch.uint8)}}',
+            "A batch has no labels of any task",
+            fix="For images without labels, add void ones: "
+            f'labels={{"{SEGMENTATION}": torch.full((B, H, W), 255, dtype=torch.uint8)}}',
         )
     rows = {} if logits is None else {"logits": len(logits)}
     rows["labels"] = len(batch.any_label)
@@ -106,9 +100,9 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
     rows |= {} if batch.window is None else {"window": len(batch.window)}
     if len(set(rows.values())) > 1:
         raise DataError(
-            "logits, labels and target are of the same samples",
-            received=", ".join(f"{name} of {count}" for name, count in rows.items()),
-            remedy="pass them as the loader gave them, and cut all or none",
+            "A batch has parts of different lengths: "
+            f"{', '.join(f'{name} of {count}' for name, count in rows.items())}",
+            fix="Pass them as the loader gave them, and cut all or none.",
         )
 
 
@@ -121,9 +115,8 @@ def check_logits(reading: Sequence[str]) -> None:
     """
     if reading:
         raise RecipeError(
-            f"{', '.join(reading)} compare the logits of a head {SEGMENTATION}",
-            received="a student without that head",
-            remedy="leave them out, ce_weight=0 and kl_weight=0; or use a student that has it",
+            f"{', '.join(reading)} need logits, but the student has no head {SEGMENTATION}",
+            fix="Leave them out with ce_weight=0 and kl_weight=0, or use a student with that head.",
         )
 
 
@@ -132,9 +125,8 @@ def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
     arrays = [path for term in terms for path in term.arrays() if path not in batch.arrays]
     if arrays:
         raise RecipeError(
-            "a batch brings the arrays of the store that its terms read",
-            received=f"a batch without {', '.join(dict.fromkeys(arrays))}",
-            remedy="read them, CacheDataset(cache, extras=criterion.arrays)",
+            f"A batch lacks arrays of the cache: {', '.join(dict.fromkeys(arrays))}",
+            fix="Read them: CacheDataset(cache, extras=criterion.arrays)",
         )
 
 
@@ -143,9 +135,8 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:
         raise RecipeError(
-            "a loss whose terms compare features is given those of the student",
-            received=f"outputs without {', '.join(dict.fromkeys(taps))}",
-            remedy="pass outputs=model(x, criterion.student_taps), which have logits and features",
+            f"The student's outputs lack features: {', '.join(dict.fromkeys(taps))}",
+            fix="Pass outputs=model(x, criterion.student_taps), which have logits and features.",
         )
 
 
@@ -155,9 +146,8 @@ def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
     missing = [by for by in makers if by not in batch.pseudo]
     if missing:
         raise RecipeError(
-            "consistency reads the pseudo labels of the weak view of every batch",
-            received=f"a batch without those by {', '.join(missing)}",
-            remedy=f'add those of its logits: replace(batch, pseudo={{"{missing[0]}": pseudo_labels(logits, size)}})',
+            f"A batch lacks the pseudo labels of its weak view by {', '.join(missing)}",
+            fix=f'Add those of its logits: replace(batch, pseudo={{"{missing[0]}": pseudo_labels(logits, size)}})',
         )
 
 
@@ -175,26 +165,24 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
             continue
         if heads is not None and name not in heads:
             raise RecipeError(
-                f"{term.kind} compares the student's head {name}",
-                received="outputs without it",
-                remedy="use a model with such a head, in training mode, and pass its outputs whole: "
-                "criterion(model(x), batch)",
+                f"{term.kind} needs the student's head {name}, but the outputs have none",
+                fix="Use a model with that head, in training mode, and pass all its outputs: criterion(model(x), "
+                "batch)",
             )
         if not (term.reads_teacher or term.reads_labels):
             continue
         where = "labels" if term.reads_labels else "targets"
         if term.task not in (getattr(batch, where) or {}):
             raise RecipeError(
-                f"{term.kind} reads the {where} of {term.task} of every batch",
-                received=f"a batch without {where} of {term.task}",
-                remedy="train on data that has them, or leave the term out",
+                f"{term.kind} needs {where} of {term.task}, but a batch has none",
+                fix="Train on data that has them, or leave the term out.",
             )
         label = batch.labels.get(name)
         if where == "labels" and label is not None and label.shape[-2:] != batch.size:
             raise DataError(
-                "the labels of all tasks of a batch show the same pixels",
-                received=f"labels of {name} {tuple(label.shape)}, of {SEGMENTATION} {tuple(batch.any_label.shape)}",
-                remedy="render them as the loader does, (B, H, W) each",
+                f"Labels of one batch have different sizes: {name} {tuple(label.shape)}, "
+                f"{SEGMENTATION} {tuple(batch.any_label.shape)}",
+                fix="Render them as the loader does, (B, H, W) each.",
             )
 
 
@@ -222,10 +210,9 @@ def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataErro
     view = "x".join(map(str, form.view_size))
     stretched = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"
     return DataError(
-        "labels show what the target's window shows",
-        received=f"labels of {'x'.join(map(str, size))} for a target of {view}{stretched}, seen whole or zoomed alike",
-        remedy="cut pixels, labels and window alike: replace(batch, window=...), (B, 4) float64 edges y0, x0, y1, x1 "
-        f"in pixels of the {view} view; or DistillLoss(..., size=(H, W)), where whole views are stretched to that",
+        f"Labels of {'x'.join(map(str, size))} do not fit the window of a target of {view}{stretched}",
+        fix="Cut pixels, labels and window in the same way: replace(batch, window=...), (B, 4) float64 edges y0, x0, "
+        f"y1, x1 in pixels of the {view} view. If whole views are stretched, use DistillLoss(..., size=(H, W)).",
     )
 
 

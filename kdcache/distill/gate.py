@@ -42,9 +42,8 @@ def parse_gate(text: str) -> GateSpec:
     exists = kind == "confidence" or text in ("none", "correct")
     if not exists or (kind == "confidence" and not 0 < threshold < 1):
         raise RecipeError(
-            "a gate is none, correct or confidence:X with X between 0 and 1",
-            received=repr(text),
-            remedy="for instance --gate confidence:0.7",
+            f"Invalid value of --gate: {text!r}",
+            fix="Use none, correct or confidence:X with X between 0 and 1, for example --gate confidence:0.7",
         )
     return GateSpec(kind, threshold)
 

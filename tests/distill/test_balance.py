@@ -127,8 +127,8 @@ def test_bad_balances_are_refused() -> None:
         FixedBalance({"depth": math.nan})
     with pytest.raises(RecipeError, match="finite number"):
         FixedBalance({})
-    with pytest.raises(RecipeError, match="has a form"):
+    with pytest.raises(RecipeError, match="forms of losses: depth cubed"):
         UncertaintyBalance({"depth": "cubed"})  # type: ignore[dict-item]
     for balance in (FixedBalance({"depth": 1.0}), UncertaintyBalance({"depth": "absolute"})):
-        with pytest.raises(RecipeError, match=r"losses of segmentation for depth"):
+        with pytest.raises(RecipeError, match=r"losses of segmentation: the balance is made for depth"):
             balance({"segmentation": torch.ones(())})

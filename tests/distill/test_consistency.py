@@ -198,7 +198,7 @@ def test_defaults_schedule_and_what_is_missing() -> None:
     assert labellers(DistillLoss(further=[consistency(weight=0.0)])) == ()
     student = inputs(batch=2)[0]
     batch = Batch(labels={SEGMENTATION: VOID}, targets=None)
-    with pytest.raises(RecipeError, match="without those by student, ema"):
+    with pytest.raises(RecipeError, match="lacks the pseudo labels of its weak view by student, ema"):
         criterion(student, batch)
     own = pseudo_labels(weak_logits(), LABEL)
     batch = replace(batch, pseudo={"student": own, "ema": own})

@@ -56,5 +56,5 @@ def test_its_loss_is_that_of_its_terms() -> None:
 
 def test_what_reads_logits_is_refused() -> None:
     outputs, batch = batch_of(torch.randn(2, 1, 4, 6))
-    with pytest.raises(RecipeError, match="ce compare the logits"):
+    with pytest.raises(RecipeError, match="ce need logits"):
         criterion(ce_weight=1.0)(outputs, batch)

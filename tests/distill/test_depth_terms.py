@@ -407,15 +407,15 @@ def test_a_student_without_the_head_is_refused(kind: str, heads: Any, received: 
 def test_batches_and_outputs_that_lack_depth_are_refused() -> None:
     outputs, batch = batch_of()
     term = term_of("depth-l1", "labels")
-    with pytest.raises(RecipeError, match="compares the student's head depth"):
+    with pytest.raises(RecipeError, match="depth-l1 needs the student's head depth"):
         loss_of(term, Outputs({SEGMENTATION: outputs.logits}, {}), batch)
     bare = replace(batch, labels={SEGMENTATION: batch.label}, targets={SEGMENTATION: batch.target})
-    with pytest.raises(RecipeError, match="reads the labels of depth of every batch"):
+    with pytest.raises(RecipeError, match="depth-l1 needs labels of depth"):
         loss_of(term, outputs, bare)
-    with pytest.raises(RecipeError, match="reads the targets of depth of every batch"):
+    with pytest.raises(RecipeError, match="depth-l1 needs targets of depth"):
         loss_of(term_of("depth-l1", "teacher"), outputs, bare)
     half = {**batch.labels, DEPTH: batch.labels[DEPTH][:, ::2]}
-    with pytest.raises(DataError, match="labels of all tasks of a batch show the same pixels"):
+    with pytest.raises(DataError, match="different sizes: depth "):
         loss_of(term, outputs, replace(batch, labels=half))
 
 

@@ -129,8 +129,8 @@ def test_a_teacher_that_weighs_is_never_left_out_in_silence(call: str, store: st
     student, label = inputs()
     with pytest.raises(RecipeError, match=remedy) as caught:
         getattr(criterion, call)(student, labelled(batch, label))
-    assert caught.value.rule.startswith("a loss with a teacher's weight needs")
-    assert "kl above weight 0" in caught.value.received
+    assert "(kl have a weight above 0)" in caught.value.problem
+    assert "target" in caught.value.problem
 
 
 def cropped(batch: Batch, window: tuple[float, ...]) -> Batch:
@@ -147,9 +147,9 @@ def test_labels_that_were_cut_without_the_window_are_refused(rows: int, columns:
     criterion = DistillLoss(Format(), kl_weight=0.3)
     with pytest.raises(DataError) as caught:
         criterion(student, labelled(target, label))
-    assert f"{rows}x{columns}" in caught.value.received
-    assert "22x34" in caught.value.received
-    assert "window=" in caught.value.remedy
+    assert f"{rows}x{columns}" in caught.value.problem
+    assert "22x34" in caught.value.problem
+    assert "window=" in caught.value.fix
     stretched = DistillLoss(Format(), kl_weight=0.3, size=(rows, columns))
     assert stretched(student, labelled(target, label)).kl > 0
     with pytest.raises(DataError, match=f"whose labels are {rows}x{columns}"):
@@ -306,8 +306,8 @@ def test_a_student_of_another_class_list_is_refused(dense: Cache) -> None:
 def test_a_number_that_is_no_weight_is_refused_where_the_loss_is_made(name: str, number: object) -> None:
     with pytest.raises(RecipeError) as caught:
         DistillLoss(Format(), **{name: number})
-    assert f"{name}={number!r}" in caught.value.received
-    assert name in caught.value.remedy
+    assert caught.value.problem == f"Invalid value of {name}: {number!r}"
+    assert name in caught.value.fix
 
 
 def test_a_temperature_of_nothing_is_refused() -> None:

@@ -164,8 +164,8 @@ def test_terms_are_told_what_a_batch_lacks() -> None:
         criterion(scene.outputs, replace(batch, targets={}))
     with pytest.raises(RecipeError, match=r"extras=criterion\.arrays") as caught:
         criterion(scene.outputs, replace(batch, arrays={}))
-    assert "features/deep" in caught.value.received
-    with pytest.raises(RecipeError, match="without head"):
+    assert "features/deep" in caught.value.problem
+    with pytest.raises(RecipeError, match="lack features: head"):
         criterion(scene.logits, batch)
     with pytest.raises(DataError, match="window="):
         criterion(scene.outputs, replace(batch, labels={SEGMENTATION: scene.labels[:, : HEIGHT // 2]}))

@@ -36,9 +36,9 @@ class Projected(Term):
         options = spec if isinstance(spec, specs.Projected) else specs.Projected()
         if options.standardise == "channels" and setup.moments is None:
             raise RecipeError(
-                "a term that standardises the teacher's channels is given their mean and standard deviation",
-                received=f"{spec.kind} with standardise=channels and no moments",
-                remedy="make_term(..., moments=channel_moments(cache, tap, samples)) of kdcache.training.criterion",
+                f"{spec.kind} with standardise=channels lacks the mean and standard deviation of the teacher's "
+                "channels",
+                fix="Use make_term(..., moments=channel_moments(cache, tap, samples)) of kdcache.training.criterion",
             )
         student, teacher = tap_channels(spec, setup)
         self.projection: nn.Module = nn.Conv2d(student, teacher, 1)
