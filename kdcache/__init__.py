@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kdcache.models.run import load_run as load_run
     from kdcache.store import Records as Records
     from kdcache.store import open_cache as open_cache
+    from kdcache.store import open_caches as open_caches
     from kdcache.teacher import BuildOptions as BuildOptions
     from kdcache.teacher import load_teacher as load_teacher
     from kdcache.training import CacheDataset as CacheDataset
@@ -56,6 +57,7 @@ _HOMES = {
     "load_run": "kdcache.models.run",
     "load_teacher": "kdcache.teacher",
     "open_cache": "kdcache.store",
+    "open_caches": "kdcache.store",
     "open_split": "kdcache.data",
     "traced": "kdcache.data",
     "train": "kdcache.verbs.train",

@@ -31,7 +31,7 @@ from kdcache.bounded import parse_json, parse_toml, read_bytes, read_text
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import moved_away, read_object, write_whole
 from kdcache.heads import RegressionHead
-from kdcache.settings.recipe import settings_of
+from kdcache.settings.recipe import settings_of, source_of
 from kdcache.settings.shared import Weights
 
 MODEL = "model.json"
@@ -183,7 +183,7 @@ class Run:
         return {
             "folder": self,
             "model": self.model.spec,
-            "trained on": recipe.get("cache") or recipe.get("data"),
+            "trained on": source_of(recipe),
             "method": recipe.get("method"),
             "best mIoU": None if miou is None else f"{100 * miou:.2f} % at iteration {result.get('best_step')}",
             "best depth rmse": None if rmse is None else f"{rmse:.3g} m",

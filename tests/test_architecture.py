@@ -102,6 +102,7 @@ EXPORTED = [
     "load_run",
     "load_teacher",
     "open_cache",
+    "open_caches",
     "open_split",
     "traced",
     "train",

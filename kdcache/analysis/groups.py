@@ -244,6 +244,8 @@ def _words(key: str, value: Any) -> str:
         return "streams " + " + ".join(map(to_line, value))
     if key == "term":
         return " + ".join(",".join([str(term["kind"]), *_options(term)]) for term in value)
+    if isinstance(value, list):
+        value = " + ".join(map(str, value))
     return str(value) if key in _BARE else f"{key} {str(value).lower() if isinstance(value, bool) else value}"
 
 

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Callable
 from math import inf, isfinite
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt, Predicate
@@ -147,6 +148,12 @@ def _each(value: Any, read: Callable[[tuple[str, ...]], object]) -> Any:
     return value
 
 
+def parse_caches(value: Any) -> Any:
+    """Parse a cache, or a list of caches to join, as a tuple of texts. Other values pass. None if the list is empty."""
+    parts = (value,) if isinstance(value, str | Path) else value
+    return (tuple(map(str, parts)) or None) if isinstance(parts, list | tuple) else value
+
+
 def parse_tasks(value: Any) -> Any:
     """'all', 'none' or tasks joined by +, or a list of them, as text; each once. Raises: ValueError for other words."""
     words = value.split("+") if isinstance(value, str) else value
@@ -236,6 +243,16 @@ LrScales = Annotated[
         text_only=False,
         rule="PREFIX=X, a prefix of parameter names, each given once, and a factor above 0",
         example="encoder=0.1",
+    ),
+]
+Caches = Annotated[
+    tuple[str, ...],
+    Spelling(
+        parse_caches,
+        show=lambda caches: caches[0] if len(caches) == 1 else list(caches),  # type: ignore[arg-type, return-value]
+        rule="a cache, or a list of them, the further ones as NAME=CACHE",
+        example="camvid.zarr",
+        text_only=False,
     ),
 ]
 Words = Annotated[tuple[str, ...], Spelling(parse_words, show=",".join, rule=None, example="")]

@@ -35,6 +35,12 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in without_removed(recipe).items() if name != "format"}
 
 
+def source_of(settings: Mapping[str, Any]) -> str | None:
+    """Return what a training or a stream learns from: its caches with ' + ' between, or its data set."""
+    named = settings.get("cache") or settings.get("data")
+    return " + ".join(map(str, named)) if isinstance(named, list | tuple) else named
+
+
 def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe with the defaults of all settings that it leaves out, so that recipes can be compared."""
     return {**_defaults(), **recipe} if "verb" in recipe else dict(recipe)

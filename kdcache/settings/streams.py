@@ -199,7 +199,7 @@ def _of_line(text: str) -> dict[str, Any]:
     for option in options:
         key, equals, value = option.partition("=")
         name = key.strip().replace("-", "_")
-        if not equals or (name in table and name != "term"):
+        if not equals or (name in table and name not in ("term", "cache")):
             raise RecipeError(
                 "--stream gives each of its keys once, as KEY=VALUE; what holds a comma stands in double quotes",
                 received=f"{option!r} in {text!r}",
@@ -207,6 +207,9 @@ def _of_line(text: str) -> dict[str, Any]:
             )
         if name == "term":  # repeated as the flag is; an empty one stands for none
             table[name] = [*table.get(name, []), *([value] if value else [])]
+        elif name == "cache" and name in table:  # repeated, too: the first of several is text
+            first = table[name]
+            table[name] = [*([first] if isinstance(first, str) else first), value.strip()]
         else:
             table[name] = value.strip()
     return table

@@ -213,8 +213,8 @@ class LossTerm:
     ) -> Self:
         """Return the term with its taps filled in; a term without taps returns itself.
 
-        The teacher's tap is the last one in the store. The student's is the one whose grid is nearest to the teacher's,
-        of equals the one of the same name, else the last.
+        The teacher's tap is the last one in the store, of joined ones in the main one if it has any. The student's is
+        the one whose grid is nearest to the teacher's, of equals the one of the same name, else the last.
 
         Args:
             student_taps: the student's, most useful last.
@@ -263,9 +263,11 @@ class FeatureTerm(LossTerm):
         offered = self.offered(manifest)
         if offered and self.teacher_tap in (None, *offered):
             return []
-        what, flag = (text.format(self.teacher_tap or "TAP") for text in self.stored)
-        has = f"the store has {', '.join(dict.fromkeys(offered))}" if offered else "the store has none"
-        return [Missing(f"{what} ({has})", flag)]
+        name, tap = _split_tap(self.teacher_tap or "TAP", getattr(manifest, "joined", ()))
+        what, flag = (text.format(tap) for text in self.stored)
+        prefix = f"{name}:" if name else ""
+        own = [each.removeprefix(prefix) for each in dict.fromkeys(offered) if each.startswith(prefix)]
+        return [Missing(f"{what} ({name or 'the store'} has {', '.join(own) or 'none'})", flag)]
 
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
@@ -274,8 +276,10 @@ class FeatureTerm(LossTerm):
         check_terms([self], manifest)
         if not self.reads_taps:
             return self
-        teacher_tap = self.teacher_tap or self.offered(manifest)[-1]
-        student_tap = self.student_tap or (teacher_tap if teacher_tap in student_taps else "".join(student_taps[-1:]))
+        offered = self.offered(manifest)
+        teacher_tap = self.teacher_tap or ([tap for tap in offered if ":" not in tap] or offered)[-1]
+        alike = teacher_tap.rpartition(":")[2]
+        student_tap = self.student_tap or (alike if alike in student_taps else "".join(student_taps[-1:]))
         if self.student_tap is None and grids:
             nearest_taps = _nearest_grids({tap: grids[tap] for tap in student_taps}, self._grid(manifest, teacher_tap))
             student_tap = student_tap if student_tap in nearest_taps else nearest_taps[-1]
@@ -287,6 +291,29 @@ class FeatureTerm(LossTerm):
                 or "pick one of these, or a student that has taps (kdcache models)",
             )
         return replace(self, student_tap=student_tap, teacher_tap=teacher_tap)
+
+
+def _split_tap(tap: str, joined: Sequence[str]) -> tuple[str, str]:
+    """Split NAME:TAP of a joined cache. The name of a tap of the main cache is empty.
+
+    Args:
+        joined: names of the caches, the main one first. Empty for a single cache.
+    Raises: RecipeError for a name of no joined cache.
+    """
+    name, _, own = tap.rpartition(":")
+    if name and name in joined[:1]:
+        raise RecipeError(
+            f"Cannot name the first cache in teacher_tap={tap}",
+            received="only arrays of further caches are NAME:ARRAY",
+            remedy=f"Write teacher_tap={own}.",
+        )
+    if name and name not in joined:
+        raise RecipeError(
+            f"Unknown cache {name} in teacher_tap={tap}",
+            received=f"the further caches are {', '.join(joined[1:])}" if joined else "the training has one cache",
+            remedy=nearest(name, joined[1:]) or f"Join it: --cache {name}=CACHE.",
+        )
+    return name, own
 
 
 def _nearest_grids(grids: Mapping[str, tuple[int, int]], grid: tuple[int, int]) -> list[str]:

@@ -9,6 +9,7 @@ from annotated_types import Ge, Le, Lt
 
 from kdcache.model_table import listed_specs
 from kdcache.settings.parse import (
+    Caches,
     Count,
     Decay,
     DistillSchedule,
@@ -127,7 +128,12 @@ class Run:
 class Data(SourceSettings, ImageSettings, CopySettings):
     """The samples that a training learns from, and those that judge it."""
 
-    cache: str | None = _data(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
+    cache: Caches | None = _data(
+        None,
+        "Cache of build-teacher-cache. Repeat it as NAME=CACHE to join another.",
+        metavar="[NAME=]CACHE",
+        repeated=True,
+    )
     stream: tuple[Any, ...] = _data(
         (),
         "One of several sources: NAME,cache=STORE,share=0.5. May be repeated.",

@@ -15,6 +15,7 @@ from kdcache import display
 from kdcache.display import bare, public, public_values
 from kdcache.errors import plain_text
 from kdcache.run_folder import ENVIRONMENT, RECIPE, VERBS, WEIGHTS, Run, weights_path
+from kdcache.settings.recipe import source_of
 from kdcache.sharing.rebuild import build_command
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.summary import StoreSummary
@@ -192,10 +193,10 @@ def _value(value: object) -> str:
 
 def _source(recipe: dict[str, object]) -> str:
     """The name of what a run learnt from, not its path, which is private."""
-    named = recipe.get("cache") or recipe.get("data")
+    named = source_of(recipe)
     if named is None:
         return "several streams" if recipe.get("stream") else "data that are not recorded"
-    return _name(str(named))
+    return " + ".join(map(_name, named.split(" + ")))
 
 
 def _program(run: Run) -> str:

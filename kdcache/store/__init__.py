@@ -10,6 +10,7 @@
     copy.py         a store into another codec, other shards, in part
     subset.py       which samples a part has
     reader.py       open_cache, Cache
+    join.py         open_caches: several caches of the same views as one
     targets.py      targets through windows of an augmentation of one's own
     records.py      Records: a store with the data set that it was built from
     sample_ids.py   the ids
@@ -25,6 +26,7 @@ from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Fidelity
 from kdcache.store.format.teacher_models import Fingerprint
 from kdcache.store.freshness import data_changes, renewal
+from kdcache.store.join import JoinedCache, open_caches, seal_of
 from kdcache.store.reader import Cache, begun_manifest, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
 from kdcache.store.subset import evenly_spread, spread_samples
@@ -41,6 +43,7 @@ __all__ = [
     "CopyResult",
     "Fidelity",
     "Fingerprint",
+    "JoinedCache",
     "Manifest",
     "Records",
     "SampleTargets",
@@ -54,10 +57,12 @@ __all__ = [
     "evenly_spread",
     "inspect_store",
     "open_cache",
+    "open_caches",
     "open_writer",
     "read_manifest",
     "renewal",
     "round_targets",
+    "seal_of",
     "spread_samples",
     "store_exists",
     "summarise",

@@ -71,6 +71,11 @@ class Cache:
         return Cache, (self.place, self.manifest, self.ledger)
 
     @property
+    def parts(self) -> tuple["Cache", ...]:
+        """The caches that it is joined of, the main one first: here itself."""
+        return (self,)
+
+    @property
     def path(self) -> Path:
         """The store's folder; of a remote one, the folder of its copies on this machine."""
         return self.place.folder

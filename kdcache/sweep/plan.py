@@ -272,21 +272,26 @@ class _Planner:
         tables, needs = [], []
         for own in arm.flags.get("stream", ()):
             table = {key: value for key, value in own.items() if value != ""}
-            name, cache = str(table["name"]), str(table.get("cache", ""))
+            name, caches = str(table["name"]), table.get("cache", ())
             if name in self._of_streams:
                 table = {"name": name, "data": self._of_streams[name], "split": self._split} | {
                     key: value for key, value in table.items() if key not in ("name", "data")
                 }
-            if cache.startswith("@"):
-                store = cache[1:]
+            places: list[str] = []
+            for text in caches if isinstance(caches, list) else [caches]:
+                named, store = _named_store(str(text))
+                if store is None:
+                    places.append(str(text))
+                    continue
                 if store not in (STORE, *self._recipe.stores) or name not in self._of_streams:
-                    raise unknown("'@NAME' of a stream is a store", cache[1:], [STORE, *self._recipe.stores])
+                    raise unknown("'@NAME' of a stream is a store", store, [STORE, *self._recipe.stores])
                 place, job = self._store(store, name, fold, seed)
                 needs.append(job)
-                table["cache"] = place
-                if {**self._recipe.store, **self._recipe.stores.get(store, {})}.get("pixels") != "source":
+                of_store = {**self._recipe.store, **self._recipe.stores.get(store, {})}
+                if not places and of_store.get("pixels") != "source":
                     table = {key: value for key, value in table.items() if key not in ("data", "split")}
-            tables.append(table)
+                places.append(f"{named}{place}")
+            tables.append(table | ({"cache": places} if caches else {}))
         return tables, needs
 
     def _run(self, arm: Arm, fold: int | None, seed: int) -> Path:
@@ -376,6 +381,12 @@ class _Planner:
         of_stream = [stream, *([name] if name != STORE else [])] if stream else [name]
         text = folder_name("-".join(map(str, of_stream))) + _of(fold, "-") + (f"-seed{seed}" if seed else "")
         return self._out / "stores" / f"{text}.zarr"
+
+
+def _named_store(cache: str) -> tuple[str, str | None]:
+    """('NAME=', store) of '@STORE' or 'NAME=@STORE' in a recipe. The store of a path is None."""
+    match = re.fullmatch(r"((?:[^@=/]+=)?)@(.+)", cache)
+    return (match[1], match[2]) if match else ("", None)
 
 
 def _of(fold: int | None, before: str = ", ") -> str:

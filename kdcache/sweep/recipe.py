@@ -26,7 +26,8 @@
 In a name, {kl-weight} stands for the flag's value. The value "@NAME" of a flag is the run of that arm with the same
 fold and seed, which is trained before. "" leaves a flag out. An arm's model = "+aux" is that of [student], with a head.
 
-A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a store of that stream's data. An arm changes a stream by
+A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a store of that stream's data. A list of them is joined, as
+["@store", "depth=@NAME"]. An arm changes a stream by
 its name, `stream.kitti.share = [0.25, 0.5]` ({kitti.share} in its own), and leaves it out by `stream.kitti = false`.
 """
 

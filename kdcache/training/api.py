@@ -22,6 +22,7 @@ from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
 from kdcache.run_folder import RECIPE
 from kdcache.run_samples import SAMPLES
+from kdcache.store import JoinedCache
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.training.checks import (
     check_adversaries,
@@ -257,8 +258,8 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
     """The loss of a stream, whose samples bring from now on what it reads."""
     with source.named():
         source.dataset.extras = needed_arrays(source.config, source.cache, model)
-        if source.cache is not None:
-            check_flip(source.given, source.cache.manifest.teacher.processor)
+        for part in () if source.cache is None else source.cache.parts:
+            check_flip(source.given, part.manifest.teacher.processor)
         pasted = None if source.pasted is None else source.pasted.dataset
         criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note), pasted)
         source.dataset.weak = bool(labellers(criterion))
@@ -287,7 +288,8 @@ def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
 
 def _check_seen(source: Source) -> list[str]:
     """Notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
-    return [] if source.cache is None else check_teacher(source.cache, source.config, source.dataset.labels_used)
+    parts = () if source.cache is None else source.cache.parts
+    return [note for part in parts for note in check_teacher(part, source.config, source.dataset.labels_used)]
 
 
 def _notes(source: Source, val: Split | None) -> Iterator[str]:
@@ -308,6 +310,8 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
             f"{flags.sum()} of {len(dataset)} samples have a label; {100 * share:.3g} % of every batch "
             "are taken from these (--labelled-share)"
         )
+    for name in cache.unread(dataset.paths) if isinstance(cache, JoinedCache) else ():
+        yield f"no term reads the joined cache {name}"
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     if views > 1:
         rest = (

@@ -404,7 +404,7 @@ def _check_data(config: TrainConfig) -> None:
     if config.run.verb == "train-teacher" and config.reads_targets and config.data.cache is not None:
         raise RecipeError(
             "train-teacher learns from labels alone",
-            received=f"--method {config.loss.method} with the store {config.data.cache}",
+            received=f"--method {config.loss.method} with the store {', '.join(config.data.cache)}",
             remedy="leave the method out, so that the labels of the store teach; or use train-student",
         )
     if config.data.cache is None and config.reads_targets:

@@ -285,7 +285,7 @@ def _gate(
     if spec.kind == "correct" and not dataset.labelled:
         raise RecipeError(
             "--gate correct compares the teacher with labels",
-            received=f"{config.data.cache}, in which no sample that is used has a label",
+            received=f"{cache.place}, in which no sample that is used has a label",
             remedy="use --gate confidence:0.7 or none",
         )
     weight = torch.ones(len(dataset.classes))

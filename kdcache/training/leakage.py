@@ -8,7 +8,7 @@ import numpy as np
 
 from kdcache.data import Fold
 from kdcache.errors import KDCacheError, MismatchError
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, open_caches, seal_of
 from kdcache.store.format.flags import Flags, unpack_flags
 from kdcache.store.format.teacher_models import Training
 from kdcache.store.subset import ids_digest
@@ -28,9 +28,9 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
     names = cache.manifest.dataset.class_names
     if theirs is None:
         return (
-            f"whether {run} left out fold {config.data.fold} of these very samples is not known: {config.data.cache}, "
-            "the store that it was trained from, is gone or another. If its samples were others, train it again on "
-            "this store."
+            f"whether {run} left out fold {config.data.fold} of these very samples is not known: "
+            f"{', '.join(config.data.cache or ())}, the store that it was trained from, is gone or another. If its "
+            "samples were others, train it again on this store."
         )
     if theirs not in (cache.manifest.dataset.ids_digest, ids_digest(names, cache.ids)):
         raise MismatchError(
@@ -161,16 +161,12 @@ def _samples_of(cache: Cache, trained_on: str, config: TrainConfig) -> str | Non
     kind, _, digest = trained_on.partition(" ")
     if kind == "data":
         return digest
-    if kind == "store" and digest == _seal(cache):
+    if kind == "store" and digest == seal_of(cache):
         return cache.manifest.dataset.ids_digest
     if kind != "store" or config.data.cache is None:
         return None
     try:
-        theirs = open_cache(config.data.cache, cache_dir=config.data.cache_dir)
+        theirs = open_caches(config.data.cache, cache_dir=config.data.cache_dir)
     except KDCacheError:  # moved, or damaged: it is not needed for anything else
         return None
-    return theirs.manifest.dataset.ids_digest if digest == _seal(theirs) else None
-
-
-def _seal(cache: Cache) -> str | None:
-    return None if cache.ledger is None else cache.ledger.completion.ledger_sha256
+    return theirs.manifest.dataset.ids_digest if digest == seal_of(theirs) else None

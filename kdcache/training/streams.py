@@ -95,7 +95,7 @@ def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     """The settings of a stream without those of the training that concern a teacher, where the stream has none."""
     settings = dict(merged)
     if settings.get("method", "auto") == "auto":
-        if settings.get("cache") is not None:
+        if settings.get("cache"):
             return settings
         settings["method"] = "none"
     terms = [*parse_method(str(settings["method"])), *map(parse_term, settings.get("term", ()))]

@@ -42,7 +42,7 @@ def test_a_recipe_s_tables_become_lines() -> None:
         ("cache=a", "the name first"),
         ("", "the name first"),
         ("a,cache", "KEY=VALUE"),
-        ("a,cache=x,cache=y", "once"),
+        ("a,share=0.5,share=0.25", "once"),
         ("a,chache=x", "did you mean cache"),
         ("a,data=x,shar=0.5", "did you mean share"),
         ("a,term=dice,wieght=2", "did you mean weight"),
@@ -58,6 +58,13 @@ def test_a_recipe_s_tables_become_lines() -> None:
 def test_malformed_lines_are_refused(line: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse_stream(line)
+
+
+def test_a_cache_is_repeated_to_join_others() -> None:
+    table = parse_stream("a,cache=x.zarr,share=0.5,cache=sam=y.zarr,cache=z.zarr")
+    assert table == {"name": "a", "cache": ["x.zarr", "sam=y.zarr", "z.zarr"], "share": "0.5"}
+    assert to_line(table) == "a,cache=x.zarr,cache=sam=y.zarr,cache=z.zarr,share=0.5"
+    assert parse_stream("a,cache=x.zarr")["cache"] == "x.zarr"
 
 
 def test_streams_without_a_share_get_what_is_left() -> None:

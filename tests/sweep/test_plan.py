@@ -108,6 +108,17 @@ def test_streams_have_their_data_stores_and_teachers() -> None:
     )
 
 
+def test_a_stream_joins_stores() -> None:
+    joined = Arm("joined", {"stream": [{"name": "far", "cache": ["@store", "flip=@mirrored", "x=my.zarr"]}]})
+    job = next(job for job in hydra(arms=(joined,), show={}).jobs if job.name == "joined")
+    assert value(job.words, "--stream") == (
+        "far,cache=out/stores/far.zarr,cache=flip=out/stores/far-mirrored.zarr,cache=x=my.zarr"
+    )
+    assert set(job.needs) == {"store far", "store far mirrored"}
+    with pytest.raises(RecipeError, match="'@NAME' of a stream is a store"):
+        hydra(arms=(Arm("joined", {"stream": [{"name": "far", "cache": ["@store", "flip=@mirored"]}]}),))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -245,6 +245,26 @@ def close(one: Path, two: Path, read_metrics: Read) -> None:
         assert (a - b).norm() <= WEIGHT * (a - c).norm(), (which, statistics, float((a - b).norm() / (a - c).norm()))
 
 
+def test_two_processes_train_from_a_join_as_from_one_cache(
+    student: dict[str, Any],
+    cache_path: Path,
+    make_cache: Callable[..., Path],
+    go: Callable[..., Ended],
+    tmp_path: Path,
+    read_metrics: Read,
+) -> None:
+    taps = {"features": ("stage2",)}
+    both, further = make_cache(**taps), make_cache(features_only=True, pixels="source", **taps)
+    one = {"cache": str(both), "term": ["cosine,teacher_tap=stage2"]}
+    join = {"cache": [str(cache_path), f"sam={further}"], "term": ["cosine,teacher_tap=sam:stage2"]}
+    settings = student | {"val": None, "batch_size": 4, "augment": "warp", "flip": False, "lr": 1e-4}
+    for name, changes, ranks in (("one", one, 2), ("join", join, 2), ("alone", join, 1)):
+        ended = go(settings | changes, tmp_path / name, ranks)
+        assert ended.codes == [0] * ranks, ended.err
+    assert (tmp_path / "one/last.safetensors").read_bytes() == (tmp_path / "join/last.safetensors").read_bytes()
+    close(tmp_path / "alone", tmp_path / "join", read_metrics)
+
+
 def lines_of(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0

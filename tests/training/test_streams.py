@@ -377,7 +377,7 @@ def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(
         **student | {"gate": "correct", "batch_size": 4, "stream": ["a,limit-samples=2", "b,method=none,labels=all"]}
     )
     a, b = (stream.config for stream in config.streams)
-    assert a.data.cache == b.data.cache == str(cache_path)
+    assert a.data.cache == b.data.cache == (str(cache_path),)
     assert (a.loss.gate, a.loss.method, a.data.limit_samples) == ("correct", "kl", 2)
     assert (b.loss.gate, b.loss.method, b.data.limit_samples) == ("none", "none", None)
 

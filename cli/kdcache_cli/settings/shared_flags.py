@@ -119,7 +119,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
             received=f"{path} is for {verb}, the command is {context.info_name}",
             remedy=f"run kdcache {verb} --recipe {path}" if verb in VERBS else f"verb is one of {', '.join(VERBS)}",
         )
-    flags = {parameter.name for parameter in context.command.params if parameter.name}
+    flags = {parameter.name: parameter for parameter in context.command.params if parameter.name}
     values = {}
     for key, value in recipe.items():
         name = key.replace("-", "_")
@@ -140,6 +140,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
                 received=f"[{key}] in {path}",
                 remedy=f"write [[{key}]] above each of its tables",
             )
+        if getattr(flags[name], "multiple", False) and not isinstance(value, list):
+            value = [value]
         line = to_line if name == "stream" else term_line
         values[name] = (
             [line(table) if isinstance(table, dict) else table for table in value] if isinstance(value, list) else value

@@ -19,6 +19,7 @@ from kdcache.analysis.runs import Entry
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.tables import depth_figure, percent
 from kdcache.run_folder import RECIPE, VERBS
+from kdcache.settings.recipe import source_of
 from kdcache.settings.streams import rows_of, shares_of
 
 _SHOWN = 24
@@ -211,7 +212,7 @@ def streams(settings: Mapping[str, Any]) -> list[list[str]]:
         return []
     shares = shares_of({table["name"]: table.get("share") for table in tables})
     rows = rows_of(shares, batch, 1 if settings.get("mix") is None else 2)
-    sources = [str(table.get("cache") or table.get("data") or settings.get("cache") or "-") for table in tables]
+    sources = [source_of(table) or source_of(settings) or "-" for table in tables]
     return [
         [table["name"], source, percent(share), str(own), f"{table.get('weight', 1.0):g}"]
         for table, source, share, own in zip(tables, sources, shares, rows, strict=True)

@@ -23,7 +23,7 @@ from kdcache.data import (
 from kdcache.distill import SEGMENTATION
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH
-from kdcache.store import Cache, Records
+from kdcache.store import Cache, Records, seal_of
 from kdcache.training.input.batch import Array, Row
 from kdcache.training.input.dataset import DepthZoom, DrawnDataset, Field, Size
 from kdcache.training.input.resident_records import DEPTH_PATH, PIXEL_PATHS, RamRecords, RecordSource, target_paths
@@ -137,8 +137,7 @@ class CacheDataset(DrawnDataset):
 
     @property
     def identity(self) -> str:
-        assert self.cache.ledger is not None
-        return f"store {self.cache.ledger.completion.ledger_sha256}"
+        return f"store {seal_of(self.cache)}"
 
     @property
     def threads_suffice(self) -> bool:

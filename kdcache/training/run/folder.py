@@ -234,9 +234,9 @@ def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str,
     """The seals of the stores whose targets the run learns from, each once."""
     seals = dict[str, None]()
     for stream, dataset in zip(config.streams, datasets, strict=True):
-        ledger = None if dataset.cache is None else dataset.cache.ledger
-        if stream.weight > 0 and stream.config.reads_targets and ledger is not None:
-            seals[ledger.completion.digest] = None
+        if stream.weight > 0 and stream.config.reads_targets and dataset.cache is not None:
+            sealed = (part.ledger for part in dataset.cache.parts)
+            seals |= {ledger.completion.digest: None for ledger in sealed if ledger is not None}
     return tuple(seals)
 
 

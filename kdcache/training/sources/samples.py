@@ -17,7 +17,7 @@ from kdcache.data import (
 from kdcache.errors import DataError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.settings.parse import rand_augment
-from kdcache.store import Cache, Records, open_cache
+from kdcache.store import Cache, Records, open_caches
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.batch import Array
 from kdcache.training.input.cache_dataset import CacheDataset
@@ -30,7 +30,7 @@ def open_store(config: TrainConfig) -> Cache | None:
     """Open the store of a training and check its files; None when it draws from a data folder."""
     if config.data.cache is None:
         return None
-    cache = open_cache(config.data.cache, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
+    cache = open_caches(config.data.cache, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
     cache.check_files()
     return cache
 
@@ -191,8 +191,7 @@ def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDa
     if len(dataset) == 0:
         raise DataError(
             "training on labels needs labelled samples",
-            received=f"{config.data.cache}: none of {cache.manifest.dataset.samples} samples has a label"
-            + _used(config),
+            received=f"{cache.place}: none of {cache.manifest.dataset.samples} samples has a label" + _used(config),
             remedy=_OTHER_LABELS
             if config.data.labels != "all" and config.loss.teacher == "store"
             else "use --method kl with --distill-on all, which learns from targets alone"

@@ -1,0 +1,255 @@
+"""Joined caches: the targets, features and statistics of several caches of the same views, read as those of one.
+
+The first cache is the main one. It gives pixels, labels, classes, order and shards. Heads of a further cache keep their
+names. Its taps are NAME:TAP, as in `features/sam:last` and `statistics/similarity.sam:last`.
+
+Record n is the same view of the same sample in all of them: drawn views depend on seed, id and view only.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from kdcache.errors import MismatchError, RecipeError
+from kdcache.heads import SEGMENTATION
+from kdcache.store.format.codec import Array
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest_models import part_differences, unlike
+from kdcache.store.format.shard import ShardArray
+from kdcache.store.reader import Cache, open_cache
+
+_NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.\-]*)=(.+)")
+FREE_IN_VIEWS = ("teacher_size", "pixels")
+"""The fields of `view` in which joined caches may differ."""
+
+
+class JoinedManifest(Manifest):
+    """The manifest of the main cache, with heads, features and statistics of all.
+
+    Attributes:
+        joined: names of the caches, the main one first.
+    """
+
+    joined: tuple[str, ...] = ()
+
+
+class JoinedCache(Cache):
+    """Several caches as one, which are not compared here: `open_caches` does that.
+
+    Args:
+        caches: by name. The first is the main one.
+    """
+
+    def __init__(self, caches: Mapping[str, Cache]) -> None:
+        main = next(iter(caches.values()))
+        super().__init__(main.place, _manifest_of(caches), main.ledger)
+        self._caches = dict(caches)
+        self._further = {
+            path: (cache, own) for name, cache in [*caches.items()][1:] for own, path in _renamed(name, cache)
+        }
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return JoinedCache, (self._caches,)
+
+    @property
+    def parts(self) -> tuple[Cache, ...]:
+        return tuple(self._caches.values())
+
+    @property
+    def remote(self) -> bool:
+        return any(cache.remote for cache in self.parts)
+
+    def unread(self, paths: Sequence[str]) -> list[str]:
+        """Return the names of the further caches of which none of these arrays is."""
+        read = [self._further[path][0] for path in paths if path in self._further]
+        return [name for name, cache in [*self._caches.items()][1:] if cache not in read]
+
+    def check_files(self) -> None:
+        """As of `Cache`, for the files of all."""
+        for cache in self.parts:
+            cache.check_files()
+
+    def read_into(self, record: int, path: str, out: Array) -> None:
+        """As of `Cache`. Raises: as it does."""
+        if path in self._further:
+            cache, own = self._further[path]
+            cache.read_into(record, own, out)
+        else:
+            super().read_into(record, path, out)
+
+    def fetch(self, shard: int, path: str) -> None:
+        """Have the records of a shard of the main cache on this machine. Raises: as `read_into`."""
+        if path not in self._further:
+            super().fetch(shard, path)
+            return
+        cache, own = self._further[path]
+        first, end = self.manifest.shard_range(shard)
+        size = cache.manifest.build.shard_records
+        for number in range(first // size, -(-end // size)):
+            cache.fetch(number, own)
+
+    def _array(self, path: str) -> ShardArray:
+        if path in self._further:
+            cache, own = self._further[path]
+            return cache._array(own)
+        return super()._array(path)
+
+
+def open_caches(
+    locations: str | Path | Sequence[str | Path],
+    *,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int | None = None,
+) -> Cache:
+    """Open a cache, or join several.
+
+        cache = kdcache.open_caches(["camvid.zarr", "sam=features.zarr"])
+
+    Args:
+        locations: as of `open_cache`, each alone or as NAME=LOCATION. The default name is the folder's stem.
+        cache_dir, cache_bytes: as of `open_cache`, for each.
+    Raises: as `open_cache`; RecipeError for two caches of one name; MismatchError for caches that do not belong
+        together, with the first sample and view that differ.
+    """
+    texts = [str(locations)] if isinstance(locations, str | Path) else [str(location) for location in locations]
+    places = [_named(text) for text in texts]
+    names = [name for name, _ in places]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(
+            f"Two joined caches have the name {twice}",
+            received=", ".join(place for name, place in places if name == twice),
+            remedy=f"Name one of them: --cache NAME={next(place for name, place in reversed(places) if name == twice)}",
+        )
+    caches = {name: open_cache(place, cache_dir=cache_dir, cache_bytes=cache_bytes) for name, place in places}
+    main, *further = caches.values()
+    if not further:
+        return main
+    for cache in further:
+        _check_joins(main, cache)
+    _check_heads(caches)
+    return JoinedCache(caches)
+
+
+def seal_of(cache: Cache) -> str:
+    """Return the digest of a cache's ledger, of a join those of all in their order; '' if it is not sealed."""
+    return "+".join(part.ledger.completion.ledger_sha256 for part in cache.parts if part.ledger is not None)
+
+
+def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
+    """Check that samples are those of a cache, in its order. Raises: MismatchError with the first that differs."""
+    pairs = enumerate(zip_longest(main.ids, ids))
+    number, (its, own) = next(((n, pair) for n, pair in pairs if pair[0] != pair[1]), (0, (None, None)))
+    if its is not own:
+        raise MismatchError(
+            f"The samples of {whose} are not those of {main.place}",
+            received=f"{len(ids)} against {len(main.ids)} samples; number {number} is {_shown(own)} against "
+            f"{_shown(its)}",
+            remedy=f"Give the data set of {main.place}, or build the cache with --like {main.place}.",
+        )
+
+
+def other_view(main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = ()) -> MismatchError:
+    """Return the error for a view that is not the one of a cache.
+
+    Args:
+        record: the first of the main cache that differs. None if only settings differ.
+        whose: a cache or a data set.
+        pillow: its version of Pillow.
+        more: further differences.
+    """
+    manifest, shown = main.manifest, []
+    if record is not None:
+        sample, view = divmod(record, manifest.view.views_per_sample)
+        shown.append(f"view {view} of sample {main.ids[sample]!r} shows other pixels")
+    return MismatchError(
+        f"The views of {whose} are not those of {main.place}",
+        received="; ".join([*shown, *more, f"built with Pillow {pillow} against {pillow_of(manifest)}"]),
+        remedy=f"Build it with --like {main.place}, from the same images and with the same version of Pillow.",
+    )
+
+
+def pillow_of(manifest: Manifest) -> str:
+    """The version of Pillow that a cache was built with."""
+    return manifest.build.libraries.get("pillow", "(unknown)")
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(Name, location) of `NAME=LOCATION`, or of a location alone."""
+    match = None if Path(text).exists() else _NAMED.fullmatch(text)
+    return (match[1], match[2]) if match else (PurePosixPath(text).stem, text)
+
+
+def _check_joins(main: Cache, cache: Cache) -> None:
+    """Check that a further cache has the views of the main one. Raises: MismatchError."""
+    check_ids(main, cache.ids, cache.place)
+    ours, theirs = main.manifest.view, cache.manifest.view
+    differs = part_differences("view", theirs, ours, but=FREE_IN_VIEWS)
+    views = min(ours.views_per_sample, theirs.views_per_sample)
+    sums = [part.column("pixel_checksum").reshape(len(main.ids), -1)[:, :views] for part in (main, cache)]
+    if differs or (sums[0] != sums[1]).any():
+        places = np.argwhere(sums[0] != sums[1]).tolist()
+        record = main.manifest.record(*places[0]) if places else None
+        raise other_view(main, record, cache.place, pillow_of(cache.manifest), differs)
+    if SEGMENTATION in cache.manifest.heads and cache.manifest.dataset.class_names != main.manifest.dataset.class_names:
+        raise MismatchError(
+            f"The classes of {cache.place} are not those of {main.place}",
+            received=unlike(cache.manifest.dataset.class_names, main.manifest.dataset.class_names),
+            remedy=f"Give the cache with the classes first, or build it with --like {main.place} and --class-map.",
+        )
+    zooms = {part.manifest.depth.zoom: part for part in (main, cache) if part.manifest.depth is not None}
+    if len(zooms) > 1:
+        raise MismatchError(
+            f"Cannot join {cache.place}: a zoom does something else to its metres",
+            received="; ".join(f"{part.place} has --depth-zoom {zoom}" for zoom, part in zooms.items()),
+            remedy=f"Build it again with --like {main.place}.",
+        )
+
+
+def _check_heads(caches: Mapping[str, Cache]) -> None:
+    """Check that each head is in one cache only. Raises: MismatchError."""
+    owners: dict[str, Cache] = {}
+    for cache in caches.values():
+        for head in cache.manifest.heads:
+            if head in owners:
+                raise MismatchError(
+                    f"Two joined caches have a {head} head",
+                    received=f"{owners[head].place} and {cache.place}",
+                    remedy=f"Join only one of them. For other arrays of {cache.place}, build it with --features-only, "
+                    "or with other --heads.",
+                )
+            owners[head] = cache
+
+
+def _manifest_of(caches: Mapping[str, Cache]) -> JoinedManifest:
+    main, *others = [*caches.items()]
+    fields = dict(main[1].manifest)
+    heads, features, statistics = (dict(fields[name]) for name in ("heads", "features", "statistics"))
+    for name, cache in others:
+        own = cache.manifest
+        heads |= own.heads
+        features |= {f"{name}:{tap}": feature for tap, feature in own.features.items()}
+        statistics |= {f"{one.kind}.{name}:{one.tap}": one for one in own.statistics.values() if one.tap}
+        if fields["depth"] is None and own.depth is not None:
+            fields["depth"] = own.depth.model_copy(update={"labelled": 0})  # labels are the main cache's
+    changed = {"heads": heads, "features": features, "statistics": statistics, "joined": tuple(caches)}
+    # Not validated: names of the parts are, and a NAME:TAP is no folder.
+    return JoinedManifest.model_construct(**{**fields, **changed})
+
+
+def _renamed(name: str, cache: Cache) -> Iterator[tuple[str, str]]:
+    """Yield the paths of the arrays of a further cache that are joined: its own, and that in the join."""
+    for path in cache.specs:
+        room, _, array = path.partition("/")
+        if room == "targets":
+            yield path, path
+        elif room in ("features", "scales"):
+            yield path, f"{room}/{name}:{array}"
+        elif room == "statistics" and (tap := cache.manifest.statistics[array].tap):
+            yield path, f"{room}/{array.removesuffix(tap)}{name}:{tap}"
+
+
+def _shown(sample: str | None) -> str:
+    return "not there" if sample is None else repr(sample)
