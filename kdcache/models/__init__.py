@@ -11,8 +11,6 @@ from kdcache.model_table import ModelInfo, TapInfo, list_models, missing_models
 from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
 from kdcache.models.ensemble import EnsembleModel, Tta
 from kdcache.models.foreign.wrapped import WrappedModel
-from kdcache.models.joint import JointModel
-from kdcache.models.joint import Part as JointPart
 from kdcache.models.logits import AsLogits
 from kdcache.models.native import LoadReport, Outputs, SegmentationModel
 from kdcache.models.probe import NotLogits, not_logits
@@ -25,8 +23,6 @@ __all__ = [
     "ClassMapped",
     "ClassMerge",
     "EnsembleModel",
-    "JointModel",
-    "JointPart",
     "LoadReport",
     "ModelInfo",
     "NotLogits",

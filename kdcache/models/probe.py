@@ -5,11 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from kdcache.heads import SEGMENTATION
 from kdcache.models.added_heads.wrapper import Wrapper
 from kdcache.models.class_map import ClassMapped
 from kdcache.models.ensemble import EnsembleModel
-from kdcache.models.joint import JointModel
 from kdcache.models.logits import AsLogits
 from kdcache.models.native import SegmentationModel, in_eval_mode
 from kdcache.models.registry import is_listed
@@ -45,9 +43,6 @@ def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) ->
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]
         return next((each for each in found if each is not None), None)
-    if isinstance(model, JointModel):
-        named = (part.model for part in model.parts if SEGMENTATION in part.heads)
-        return next((not_logits(part, size) for part in named), None)
     while isinstance(model, ClassMapped | Wrapper) and not isinstance(model, AsLogits):
         model = model.model
     stated, asked = None, model

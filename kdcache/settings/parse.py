@@ -249,7 +249,7 @@ Caches = Annotated[
     tuple[str, ...],
     Spelling(
         parse_caches,
-        show=lambda caches: caches[0] if len(caches) == 1 else list(caches),  # type: ignore[arg-type, return-value]
+        show=lambda caches: caches[0] if len(caches) == 1 else list(caches),
         rule="a cache, or a list of them, the further ones as NAME=CACHE",
         example="camvid.zarr",
         text_only=False,

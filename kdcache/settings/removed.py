@@ -66,6 +66,14 @@ KEYS: Mapping[str, Removed] = {
 }
 """Keys of a recipe that are no flags."""
 
+TEACHERS: Mapping[str, Removed] = {
+    "--teacher HEAD=TEACHER": Removed(
+        "Build a cache of each teacher: --teacher A --out a.zarr, then --like a.zarr --teacher B --out b.zarr. Train "
+        "from both: train-student --cache a.zarr --cache NAME=b.zarr."
+    ),
+}
+"""Forms of --teacher."""
+
 STATISTICS: Mapping[str, Removed] = {
     "confidence": Removed("Leave it out. Gates and terms compute it from the stored logits, as --gate confidence:0.7."),
     "entropy": Removed("Leave it out. Compute it from the stored logits."),

@@ -3,7 +3,6 @@
 A manifest knows its data set and its teachers by digests, not where they lie: DATA and TEACHER stand for these.
 """
 
-import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +12,11 @@ from kdcache.settings.building import BUILD
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.teacher_models import Augmented, Fingerprint
 
-_OTHER_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
-"""What separates the teachers of several heads in a spec."""
-
 
 def build_command(manifest: Manifest) -> str:
     """`kdcache build-teacher-cache` with the flags of a build, on several lines; defaults are left out."""
+    if manifest.teacher.per_head:
+        return "# This version of kdcache does not compute a cache of one teacher per head."
     table = entries(*BUILD)
     words = [
         *_teachers(manifest.teacher),
@@ -30,7 +28,6 @@ def build_command(manifest: Manifest) -> str:
 def _teachers(teacher: Fingerprint) -> Iterator[str]:
     count = len(teacher.members)
     yield from (f"--teacher TEACHER{f'_{number + 1}' if count else ''}" for number in range(count or 1))
-    yield from (f"--teacher {head}=TEACHER_OF_{head.upper()}" for head in _OTHER_HEAD.findall(teacher.spec))
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:

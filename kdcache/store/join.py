@@ -147,11 +147,13 @@ def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
             f"The samples of {whose} are not those of {main.place}",
             received=f"{len(ids)} against {len(main.ids)} samples; number {number} is {_shown(own)} against "
             f"{_shown(its)}",
-            remedy=f"Give the data set of {main.place}, or build the cache with --like {main.place}.",
+            remedy=f"Give the data set and split of {main.place}, or a cache that was built with --like {main.place}.",
         )
 
 
-def other_view(main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = ()) -> MismatchError:
+def other_view(
+    main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = (), remedy: str = ""
+) -> MismatchError:
     """Return the error for a view that is not the one of a cache.
 
     Args:
@@ -159,6 +161,7 @@ def other_view(main: Cache, record: int | None, whose: object, pillow: str, more
         whose: a cache or a data set.
         pillow: its version of Pillow.
         more: further differences.
+        remedy: default for a cache to join.
     """
     manifest, shown = main.manifest, []
     if record is not None:
@@ -167,7 +170,8 @@ def other_view(main: Cache, record: int | None, whose: object, pillow: str, more
     return MismatchError(
         f"The views of {whose} are not those of {main.place}",
         received="; ".join([*shown, *more, f"built with Pillow {pillow} against {pillow_of(manifest)}"]),
-        remedy=f"Build it with --like {main.place}, from the same images and with the same version of Pillow.",
+        remedy=remedy
+        or f"Build it with --like {main.place}, from the same images and with the same version of Pillow.",
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kdcache.data import Fit, Split, choose_fit
+from kdcache.display import size_text
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import EnsembleModel, Tta, not_logits
@@ -30,6 +31,8 @@ from kdcache.teacher import (
 )
 from kdcache.teacher import build_cache as build
 from kdcache.teacher.build.manifest import libraries
+from kdcache.teacher.build.render import LikeSplit, StoredViews
+from kdcache.teacher.load.ensemble import check_computable
 from kdcache.training import pick_device
 from kdcache.verbs.keywords import checked, keywords, open_data
 
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings, EngineSettings)
 Origin = str | Path | nn.Module | Teacher
 Note = Callable[[str], None]
+OF_LIKE = ("size", "fit", "crop", "views", "view_seed", "view_scale", "view_flip", "shard_records")
+"""Settings that a cache takes over from the one whose views it repeats."""
 OF_REUSED = (
     *("size", "fit", "crop", "teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid"),
     *("mean", "std", "precision", "top_k", "heads", "features_only", "raw_logits"),
@@ -48,12 +53,13 @@ OF_REUSED = (
 
 @keywords(*TABLES)
 def build_cache(
-    data: str | Path | Split,
+    data: str | Path | Split | None,
     teacher: Origin | Sequence[str],
     out: str | Path,
     *,
     split: str | None = None,
     reuse: str | Path | Cache | None = None,
+    like: str | Path | Cache | None = None,
     worker: str | None = None,
     take_over: bool = False,
     progress: bool = True,
@@ -68,12 +74,14 @@ def build_cache(
     a Ray cluster teach the shards; data and teacher in memory are pickled, and each actor gets a copy.
 
     Args:
-        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
+        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`. None with `like` takes the
+            pixels that this cache stores.
         teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or what `load_teacher` made.
         out: the store, a folder or s3://BUCKET/PREFIX.
         split: which split of the data, default train; with `reuse` that of the earlier cache.
         reuse: a complete cache, which is only read (`--from`). Its targets are copied for views that render as they
             did. Settings that are not given are as there.
+        like: a complete cache whose views the new one repeats (`--like`), so that `train` can join both.
         worker: "I/N" is this process's part of a build that several share; "auto" as a scheduler numbers it.
         take_over: writes the missing shards of the other workers, too.
         progress: shows a bar, or lines where there is no terminal.
@@ -83,9 +91,13 @@ def build_cache(
     """
     chosen = checked(build_cache, settings, *TABLES)
     part = worker_of(worker, take_over)
+    typed = {name: chosen[name] for name in settings}
+    check_source(data, reuse, like)
     parts: Callable[[Note], Any] = partial(_prepare, data, split, teacher, chosen, out)
+    if like is not None:
+        parts = partial(plan_like, like, data, split, teacher, chosen, typed, out)
     if reuse is not None:
-        parts = partial(plan_reuse, reuse, data, split, teacher, {name: chosen[name] for name in settings}, out)
+        parts = partial(plan_reuse, reuse, data, split, teacher, typed, out)
     engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
     with progress_bar(progress) as bar:
         source, loaded, options, *earlier = parts(
@@ -174,6 +186,83 @@ def plan_reuse(
     return source, loaded, options, earlier
 
 
+def plan_like(
+    like: str | Path | Cache,
+    data: str | Path | Split | None,
+    split: str | None,
+    teacher: Origin | Sequence[str],
+    settings: Mapping[str, Any],
+    given: Mapping[str, Any],
+    out: str | Path,
+    note: Note,
+) -> tuple[Split, Teacher, BuildOptions]:
+    """Return what a build consists of that repeats the views of a cache.
+
+    Args:
+        like: that cache.
+        data: whose images are rendered. None takes the pixels that the cache stores.
+        split: default the cache's.
+        settings, out, note: as of `plan_build`.
+        given: the settings that were given, by name. Pixels are not stored unless they ask for it.
+    Raises: as `open_cache` and `plan_build`; RecipeError for settings of views that the cache does not have;
+        MismatchError for other samples.
+    """
+    cache = like if isinstance(like, Cache) else open_cache(like)
+    _check_apart(cache, out, "--like")
+    of_cache, manifest = cache.manifest.settings(), cache.manifest
+    own = {name: of_cache.get(name) for name in OF_LIKE}
+    if manifest.depth is not None:
+        own["depth_zoom"] = manifest.depth.zoom
+    if data is None:
+        own["split"] = manifest.dataset.split
+        if (seen := settings["teacher_size"]) not in (None, manifest.view.size):
+            raise RecipeError(
+                f"Cannot show the teacher stored pixels at {size_text(seen)}",
+                received=f"{cache.place} stores them at {size_text(manifest.view.size)}",
+                remedy=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
+            )
+    typed = given | ({} if split is None else {"split": split})
+    if changed := [name for name, value in own.items() if name in typed and typed[name] != value]:
+        flags = [f"--{name.replace('_', '-')}" for name in changed]
+        raise RecipeError(
+            f"Cannot change {', '.join(flags)} with --like",
+            received="; ".join(
+                f"{flag} {_shown(typed[name])} against {_shown(own[name])} of {cache.place}"
+                for flag, name in zip(flags, changed, strict=True)
+            ),
+            remedy="Leave these out: --like copies them.",
+        )
+    own = {name: value for name, value in own.items() if value is not None}
+    source: Split = (
+        StoredViews(cache) if data is None else LikeSplit(cache, open_data(data, split or manifest.dataset.split))
+    )
+    pixels = given.get("pixels", "source")
+    return plan_build(source, teacher, {**settings, **own, "pixels": pixels}, out, note)
+
+
+def check_source(data: Any, reuse: Any, like: Any) -> None:
+    """Check where the views of a build come from. Raises: RecipeError."""
+    if reuse is not None and like is not None:
+        raise RecipeError(
+            "Use either --from or --like, not both",
+            received=f"--from {reuse} --like {like}",
+            remedy="--from copies targets of the same teacher. --like repeats the views for another teacher.",
+        )
+    if data is None and like is None:
+        raise RecipeError(
+            "Missing --data",
+            received="a build renders the images of a data set",
+            remedy="Add --data DIR, or --like CACHE to use the pixels that another cache stores.",
+        )
+
+
+def _shown(value: Any) -> str:
+    """A value of a setting of views as one types it."""
+    if not isinstance(value, tuple):
+        return str(value).lower()
+    return ("x" if isinstance(value[0], int) else ":").join(f"{side:g}" for side in value)
+
+
 def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
     """Yield what has changed since the earlier cache was built: its data, and the library that decodes images."""
     renewed = data_changes(earlier, source)
@@ -193,14 +282,15 @@ def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
         )
 
 
-def _check_apart(earlier: Cache, out: str | Path) -> None:
+def _check_apart(earlier: Cache, out: str | Path, flag: str = "--from") -> None:
     old, new = str(earlier.place), str(out)
     same = "://" not in old + new and Path(old).resolve() == Path(new).resolve()
     if same or old.rstrip("/") == new.rstrip("/"):
         raise RecipeError(
             f"Cannot build {new} from itself",
-            received=f"--from {old} --out {new}",
-            remedy="Give a new folder or address with --out. You can remove the old one when the new one is complete.",
+            received=f"{flag} {old} --out {new}",
+            remedy="Give a new folder or address with --out."
+            + (" You can remove the old one when the new one is complete." if flag == "--from" else ""),
         )
 
 
@@ -239,6 +329,8 @@ def plan_build(
         note: is called with what the user should know.
     Raises: RecipeError without a size, where the teachers have none of their own; as `load_teachers`.
     """
+    if out is not None and (begun := begun_manifest(out)) is not None:
+        check_computable(begun.teacher)
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = pick_device(settings["device"])

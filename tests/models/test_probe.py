@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kdcache.models import AsLogits, ClassMapped, EnsembleModel, NotLogits, build_model, not_logits
 from kdcache.models.foreign.wrapped import WrappedModel
-from kdcache.models.joint import JointModel, Part
 from kdcache.models.native import SegmentationModel
 
 C = 5
@@ -139,7 +138,6 @@ def test_members_and_mapped_teachers_are_looked_at_themselves(place: int) -> Non
     members[place] = model(PROBABILITIES["softmax"])
     assert found(EnsembleModel(members)).certain
     assert found(ClassMapped(members[place], torch.tensor([0, 0, 1, 2, 3]))).certain
-    assert found(JointModel([Part(members[place], ("segmentation",))])).certain
 
 
 def test_a_look_leaves_no_trace() -> None:

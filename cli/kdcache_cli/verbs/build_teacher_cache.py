@@ -10,6 +10,7 @@ from kdcache.progress import note_line
 from kdcache.settings import entries, read, read_values
 from kdcache.settings.building import BUILD
 from kdcache.settings.engine import EngineSettings
+from kdcache.settings.shared import DataSettings
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar, warn
 from kdcache_cli.help import common
 from kdcache_cli.settings import build_flags, shared_flags
@@ -23,11 +24,12 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher.build.ray_engine import Parts
 
 
-@common(*build_flags.COMMON, "reuse", "worker")
+@common(*build_flags.COMMON, "reuse", "like", "worker")
 @takes(
     *(*BUILD, EngineSettings),
+    unset=("data",),
     order=(
-        *("context", "data", "teacher", "out", "reuse", "split", "size", "fit", *build_flags.ORDER),
+        *("context", "data", "teacher", "out", "reuse", "like", "split", "size", "fit", *build_flags.ORDER),
         *("worker", "take_over", *entries(EngineSettings), "threads", "device"),
     ),
 )
@@ -38,6 +40,10 @@ def build_teacher_cache(
     reuse: Annotated[
         str | None,
         typer.Option("--from", metavar="OLD", help="Copy targets of this cache; other flags default to its settings."),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option("--like", metavar="CACHE", help="Repeat the views of this cache, for a training that joins both."),
     ] = None,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
@@ -56,13 +62,23 @@ def build_teacher_cache(
     teacher runs on the others. A new tap sends every image through the teacher
     once more. OLD is only read.
 
+    --like CACHE builds the cache of another teacher for the same views, so that
+    train-student can join both. Without --data the teacher sees the pixels that
+    CACHE stores. The new cache stores none.
+
     [dim]kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache build-teacher-cache ... --teacher runs/a --teacher runs/b --tta flip --teacher-size 576x768[/]
     [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
     [dim]kdcache build-teacher-cache --from camvid.zarr --data camvid --teacher runs/teacher --out new.zarr[/]
+    [dim]kdcache build-teacher-cache --like camvid.zarr --teacher hf:facebook/dinov2-base ... --out dino.zarr[/]
     [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
     """
+    from kdcache.verbs.build import check_source
+
+    check_source(settings["data"], reuse, like)
     parts: Parts = partial(build_flags.prepare, settings, out)
+    if like is not None:
+        parts = partial(_prepare_like, like, settings, given(settings, context), out)
     if reuse is not None:
         parts = partial(_prepare_reuse, reuse, given(settings, context), settings["teacher"], out)
     _run_build(parts, settings, out, worker, take_over)
@@ -85,15 +101,43 @@ def _prepare_reuse(
     )
 
 
+def _prepare_like(
+    like: str, settings: dict[str, Any], typed: dict[str, Any], out: str
+) -> "tuple[Split, Teacher, BuildOptions]":
+    """Return what a build consists of that repeats the views of a cache.
+
+    Args:
+        typed: the settings that were given.
+    """
+    from kdcache.verbs.build import plan_like
+
+    values, notes = (
+        read_values(settings, *(table for table in BUILD if table is not DataSettings)),
+        partial(ERRORS.print, markup=False),
+    )
+    given_values = read_values({name: value for name, value in typed.items() if name != "data"}, *BUILD)
+    return plan_like(
+        like,
+        settings["data"],
+        typed.get("split"),
+        settings["teacher"],
+        values,
+        given_values,
+        out,
+        lambda text: notes(note_line(text)),
+    )
+
+
 def _run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str | None, take_over: bool) -> None:
     """Run the teacher's pass with its progress, and print its result.
 
     Args:
         parts: as of `RayEngine`. settings: with those of the engine.
     """
-    from kdcache.store import Records, open_cache, summarise, worker_of
+    from kdcache.store import JoinedCache, Records, open_cache, summarise, worker_of
     from kdcache.store.format.eight_bits import describe
     from kdcache.teacher import build_cache, score_cache
+    from kdcache.teacher.build.render import StoredViews
     from kdcache.verbs.build import engine_of
 
     part = worker_of(worker, take_over)
@@ -153,7 +197,9 @@ def _run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str |
         OUT.print(f"features: {line}", markup=False)
     if summary.manifest.segmentation is None:
         return
-    _print_score(score_cache(Records(cache, source)), "first crops" if cache.manifest.view.kind == "crop" else "labels")
+    like = JoinedCache({"": source.like, "out": cache}) if isinstance(source, StoredViews) else None
+    records = Records(cache, source) if like is None else Records(like)  # which has pixels and labels
+    _print_score(score_cache(records), "first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 
 def _print_score(score: "Score | None", of: str) -> None:

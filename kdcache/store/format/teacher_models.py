@@ -1,6 +1,7 @@
 """The part of a manifest that identifies its teacher."""
 
 import math
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -12,6 +13,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Spread = Annotated[float, Field(gt=0)]
 Logit = Annotated[float, Field(allow_inf_nan=True)]
 """A class may be ruled out by -inf."""
+_OF_A_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
+"""What separated the teachers of several heads in a spec."""
 
 
 class Member(Part):
@@ -116,6 +119,11 @@ class Fingerprint(Part):
     probe: tuple[Logit, ...]
     probe_size: Size | None = None
     processor: Processor | None = None
+
+    @property
+    def per_head(self) -> tuple[str, ...]:
+        """The heads that had a teacher of their own, in caches of earlier versions."""
+        return tuple(_OF_A_HEAD.findall(self.spec))
 
     @model_validator(mode="after")
     def _one_member_per_fold(self) -> "Fingerprint":

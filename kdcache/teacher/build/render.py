@@ -1,13 +1,16 @@
-"""The records of a build before the teacher sees them: which view of which sample, rendered."""
+"""The records of a build before the teacher sees them: views of samples, rendered or as another cache has them."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from kdcache.data import (
+    ClassList,
     Split,
     Window,
     draw_view,
@@ -20,12 +23,15 @@ from kdcache.data import (
     whole_window,
     zoom_of,
 )
-from kdcache.data.sample import FileDigest
-from kdcache.heads import DEPTH
-from kdcache.store import Manifest
+from kdcache.data.sample import DerivedSplit, FileDigest
+from kdcache.errors import MismatchError
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.store import Cache, Manifest
 from kdcache.store.format.manifest_models import DepthLabels, View
+from kdcache.store.join import check_ids, other_view, pillow_of
 
 Array = np.ndarray[Any, Any]
+DIGESTS = ("records/image_digest", "records/label_digest", "records/depth_digest")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,106 @@ class Rendered:
     fold: int | None = None
 
 
+class LikeSplit(DerivedSplit):
+    """A data set whose views must be those of a cache.
+
+    Raises: MismatchError for other samples than the cache has.
+    """
+
+    def __init__(self, like: Cache, whole: Split) -> None:
+        check_ids(like, whole.ids, f"{whole.data}, split {whole.split!r}")
+        self.like, self._whole = like, whole
+        self.data, self.split, self.classes, self.ids = whole.data, whole.split, whole.classes, whole.ids
+        self.label_map = whole.label_map
+
+    @cached_property
+    def checksums(self) -> Array:
+        """The checksum of the pixels of every view, (R,) uint64."""
+        return self.like.column("pixel_checksum")
+
+    def digest(self) -> str:
+        return self._whole.digest()
+
+    def check(self, rendered: Iterable["Rendered"]) -> None:
+        """Check that views are those of the cache. Raises: MismatchError naming the first that differs."""
+        for item in rendered:
+            if item.checksum != int(self.checksums[item.record]):
+                pillow = pillow_of(self.like.manifest)
+                remedy = f"Give the images that {self.like.place} was built from, with Pillow {pillow}"
+                remedy += ", or leave --data out to use the stored pixels." if self.like.pixels_stored else "."
+                raise other_view(self.like, item.record, self.data, metadata.version("pillow"), remedy=remedy)
+
+    def _at(self, index: int) -> tuple[Split, int]:
+        return self._whole, index
+
+
+class StoredViews(Split):
+    """The samples of a cache that stores pixels, which are rendered no more.
+
+    Raises: MismatchError for a cache without pixels, or without digests of its images.
+    """
+
+    def __init__(self, like: Cache) -> None:
+        dataset = like.manifest.dataset
+        if not (like.pixels_stored and like.manifest.records_contents):
+            raise MismatchError(
+                f"{like.place} does not store {'digests of its images' if like.pixels_stored else 'pixels'}",
+                received="without --data, pixels and digests come from the cache of --like",
+                remedy=f"Add --data (the folder of {dataset.name!r}).",
+            )
+        self.like, self.data, self.split, self.ids = like, dataset.name, dataset.split, tuple(like.ids)
+        self.classes = ClassList(dataset.class_names, dataset.class_colours)
+
+    def digest(self) -> str:
+        return self.like.manifest.dataset.ids_digest
+
+    def image(self, index: int) -> Array:
+        """The pixels of a sample's first view."""
+        return self._first(index, "pixels/image")
+
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return bool((self.like.has_depth if task == DEPTH else self.like.has_label)[index])
+
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        """The first half of each digest, which is all that a cache has."""
+        names = [name for name in DIGESTS if name in self.like.specs]
+        found = [self._first(index, name).tobytes() for name in names]
+        return tuple(digest.hex() if any(digest) else None for digest in found)
+
+    def rendered(self, records: Sequence[int]) -> list["Rendered"]:
+        """The views as the cache has them. Raises: CorruptError as `Cache.read`."""
+        views, read = self.like.manifest.view.views_per_sample, []
+        paths = [path for path in self.like.specs if path.startswith(("pixels/", "labels/", "records/"))]
+        for record in records:
+            row, (sample, view) = self.like.read(record, paths), divmod(record, views)
+            read.append(
+                Rendered(
+                    record=record,
+                    sample=sample,
+                    view=view,
+                    pixels=row["pixels/image"],
+                    taught=row["pixels/image"],
+                    label=row["labels/segmentation"],
+                    window=Window(*row["records/window"].tolist()),
+                    flip=bool(row["records/flip"]),
+                    source_size=tuple(row.get("records/source_size", np.zeros(2, np.int32)).tolist()),
+                    checksum=int(row["records/pixel_checksum"]),
+                    digests=np.stack([row.get(path, np.zeros(16, np.uint8)) for path in DIGESTS]),
+                    label_checksum=int(row["records/label_checksum"]),
+                    labelled=self.has_label(sample),
+                    depth=row.get("labels/depth"),
+                    depth_labelled=self.has_label(sample, DEPTH),
+                )
+            )
+        return read
+
+    def _segmentation(self, index: int) -> Array | None:
+        return self._first(index, "labels/segmentation") if self.has_label(index) else None
+
+    def _first(self, index: int, path: str) -> Array:
+        return self.like.read(self.like.manifest.record(index), [path])[path]
+
+
 def render_records(
     split: Split,
     view: View,
@@ -71,6 +177,8 @@ def render_records(
     Raises: DataError as `Split.image` and `Split.label`.
     """
     numbers = list(records)
+    if isinstance(split, StoredViews):
+        return split.rendered(numbers)
     sample = numbers[0] // view.views_per_sample
     image, label = split.image(sample), split.label(sample)
     depth_labelled = depth is not None and split.has_label(sample, DEPTH)
@@ -109,6 +217,8 @@ def render_records(
                 depth_labelled=depth_labelled,
             )
         )
+    if isinstance(split, LikeSplit):
+        split.check(rendered)
     return rendered
 
 

@@ -1,21 +1,20 @@
 """Several teachers as one: an ensemble that averages probabilities, or for each fold a teacher that has not seen it."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdcache.data import ClassList, Fold, Split, check_folds, check_folds_by
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.heads import SEGMENTATION
-from kdcache.models import EnsembleModel, JointModel, JointPart, Tta
+from kdcache.models import EnsembleModel, Tta
 from kdcache.run_folder import RECIPE, Run
+from kdcache.settings.removed import TEACHERS, removal
 from kdcache.store import Fingerprint
 from kdcache.teacher.load.load import RGB, Teacher, load_teacher
 from kdcache.teacher.load.provenance import fold_left_out
 
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.+)")
-"""`HEAD=ORIGIN`; a spec has a colon before any equals sign."""
+"""HEAD=ORIGIN of earlier versions. A spec has a colon before any equals sign."""
 
 
 def load_teachers(
@@ -35,30 +34,14 @@ def load_teachers(
     """Load one teacher, or several as one.
 
     Args:
-        origins, classes, class_map, mean, std, trust, classified: as `load_teacher`, for each of them. `HEAD=ORIGIN`
-            takes that head from a teacher of its own, without the others' weights, augmentation, folds and
-            normalisation.
+        origins, classes, class_map, mean, std, trust, classified: as `load_teacher`, for each of them.
         weights: of their probabilities; default equal ones.
         tta: renderings of every image over which predictions are averaged.
         folds: probabilities are not averaged: teacher i predicts the samples of fold i. See `check_cross_fit`.
         folds_by: the pattern of the sequences that folds keep whole.
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """
-    origins, named = heads_apart(origins)
-    if named:
-        if mean is not None or std is not None:
-            raise RecipeError(
-                "teachers of a head each are normalised as they were trained",
-                received=f"--mean or --std, and a teacher of its own for {', '.join(named)}",
-                remedy="leave them out, or build a store for each head",
-            )
-        main = None
-        if origins:
-            main = load_teachers(
-                origins, classes, weights=weights, tta=tta, folds=folds, folds_by=folds_by, class_map=class_map,
-                trust=trust, classified=classified,
-            )  # fmt: skip
-        return _joined(main, _of_heads(named, classes, trust=trust))
+    _check_plain(origins)
     _check_counts(origins, weights, folds, folds_by)
     loaded = [
         load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust, classified=classified)
@@ -86,58 +69,6 @@ def load_teachers(
     )
 
 
-def heads_apart(origins: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Teachers that are given as they are, and by head those that are given as `HEAD=ORIGIN`.
-
-    Raises: RecipeError for a head that is given twice.
-    """
-    plain, named = [], dict[str, str]()
-    for origin in origins:
-        match = None if Path(origin).exists() else _NAMED.fullmatch(origin)
-        if match is None:
-            plain.append(origin)
-        elif match[1] in named:
-            raise RecipeError(
-                "a head is taken from one teacher",
-                received=f"{match[1]} of {named[match[1]]} and of {match[2]}",
-                remedy=f"give --teacher {match[1]}=... once; for the mean of several, give them without {match[1]}=",
-            )
-        else:
-            named[match[1]] = match[2]
-    return plain, named
-
-
-def _joined(main: Teacher | None, named: Mapping[str, Teacher]) -> Teacher:
-    """One teacher with the heads of several: those of the first that no other is named for, and the named ones."""
-    if main is not None and main.folds is not None:
-        raise RecipeError(
-            "the teachers of folds give every head themselves",
-            received=f"--folds {main.folds} and a teacher of its own for {', '.join(named)}",
-            remedy="leave out --folds, or build a store for each head",
-        )
-    teachers = [*([] if main is None else [main]), *named.values()]
-    parts = [JointPart(teacher.model, (name,)) for name, teacher in named.items()]
-    if main is not None:
-        parts.insert(0, JointPart(main.model, tuple(name for name in main.model.learnt_heads if name not in named)))
-    sizes = {teacher.size for teacher in teachers if teacher.size is not None}
-    return replace(
-        teachers[0],
-        model=JointModel(parts).eval(),
-        origin=", ".join([*([] if main is None else [main.origin]), *(f"{n}={t.origin}" for n, t in named.items())]),
-        size=sizes.pop() if len(sizes) == 1 else None,
-        notes=tuple(dict.fromkeys(note for teacher in teachers for note in teacher.notes)),
-        parents=tuple(dict.fromkeys(parent for teacher in teachers for parent in teacher.parents)),
-    )
-
-
-def _of_heads(named: Mapping[str, str], classes: ClassList, *, trust: bool = False) -> dict[str, Teacher]:
-    """The teachers of one head each; only one of classes must have the data's."""
-    return {
-        name: load_teacher(origin, classes, trust=trust, classified=name == SEGMENTATION)
-        for name, origin in named.items()
-    }
-
-
 def load_like(
     fingerprint: Fingerprint,
     origins: Sequence[str],
@@ -152,16 +83,10 @@ def load_like(
 
     Args:
         classified: whether the store has a head of classes.
-    Raises: as `load_teachers`; MismatchError unless there are as many.
+    Raises: as `load_teachers`; MismatchError unless there are as many, and for a store of one teacher per head.
     """
-    plain, named = heads_apart(origins)
-    if named:
-        main = None
-        if fingerprint.members:
-            main = load_like(fingerprint, plain, classes, class_map=class_map, classified=classified)
-        elif plain:  # normalised as it was trained: a store of such teachers has no other normalisation
-            main = load_teachers(plain, classes, class_map=class_map, classified=classified)
-        return _joined(main, _of_heads(named, classes))
+    check_computable(fingerprint)
+    _check_plain(origins)
     count = max(1, len(fingerprint.members))
     if len(origins) != count:
         raise MismatchError(
@@ -188,6 +113,17 @@ def load_like(
     for model, member in zip(teacher.model.parts, fingerprint.members, strict=True):
         model.mean, model.std = member.mean, member.std
     return teacher
+
+
+def check_computable(fingerprint: Fingerprint) -> None:
+    """Check that this version can load the teachers of a cache. Raises: MismatchError for one teacher per head."""
+    if fingerprint.per_head:
+        raise MismatchError(
+            "This version of kdcache cannot compute a cache of one teacher per head",
+            received=f"its teachers are {fingerprint.spec}",
+            remedy="Read it and train from it as it is. To compute its arrays, build a cache of each teacher, the "
+            "further ones with --like, and give them all to train-student --cache. Restore damaged files from a copy.",
+        )
 
 
 def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None) -> None:
@@ -234,6 +170,15 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
     """The number of the teacher that predicts each sample of a split; None when all predict together."""
     return None if teacher.folds is None else split.folds(teacher.folds, teacher.folds_by).tolist()
+
+
+def _check_plain(origins: Sequence[str]) -> None:
+    """Check that no teacher is given as HEAD=TEACHER, which was removed. Raises: RecipeError."""
+    for origin in origins:
+        if _NAMED.fullmatch(origin) and not Path(origin).exists():
+            gone = removal("--teacher HEAD=TEACHER", TEACHERS)
+            assert gone is not None
+            raise gone.restated(received=f"--teacher {origin}")
 
 
 def _sequences(by: str | None) -> str:

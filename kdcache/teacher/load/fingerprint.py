@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kdcache.display import bare
 from kdcache.errors import ModelError
-from kdcache.models import EnsembleModel, JointModel, Outputs, SegmentationModel, state_digest
+from kdcache.models import EnsembleModel, Outputs, SegmentationModel, state_digest
 from kdcache.models.foreign.peel import whole_answers
 from kdcache.models.foreign.processor import Processor as Expected
 from kdcache.store import Fingerprint
@@ -66,8 +66,6 @@ def _probe(model: SegmentationModel, precision: Precision, device: torch.device)
 
 def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented | None]:
     """The members of an ensemble and its augmentation."""
-    if isinstance(model, JointModel):
-        return _ensemble(model.parts[0].model)
     if not isinstance(model, EnsembleModel):
         return (), None
     members = tuple(

@@ -1,4 +1,4 @@
-"""Builds of several heads: of one teacher, of two with one head each, of none."""
+"""Builds of several heads and of none."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
+import kdcache
 from kdcache.data import ClassList, Window, open_split, render
 from kdcache.data.folds import SplitPart
-from kdcache.errors import ModelError, RecipeError, StoreError
+from kdcache.errors import MismatchError, ModelError, RecipeError, StoreError
 from kdcache.heads import RegressionHead
 from kdcache.models import Tta, build_model
 from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
+from kdcache.sharing.rebuild import build_command
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
 from kdcache.teacher import build_cache, compare_teacher, load_like, load_teachers, score_cache
 from kdcache.teacher.build.cost_estimate import estimate
@@ -104,39 +106,39 @@ def test_one_pass_stores_every_head(tmp_path, split, options, origins) -> None:
     assert score_cache(Records(cache, split)) is not None
 
 
-def test_two_teachers_make_one_store(tmp_path, split, options, origins) -> None:
-    """Each head's targets are those of a store of its teacher alone, each normalised in its own way."""
-    given = [origins["classes"], f"depth={origins['both']}"]
-    teacher = load_teachers(given, split.classes)
-    teacher.model.parts[1].model.mean = (0.3, 0.4, 0.5)
-    build_cache(split, teacher, tmp_path / "two", options(features=("stage2",)))
-    for name, origin, mean in (("segmentation", "classes", None), ("depth", "both", (0.3, 0.4, 0.5))):
-        alone = load_teachers([origins[origin]], split.classes, mean=mean)
-        build_cache(split, alone, tmp_path / name, options(heads=(name,)))
-        two, one = (open_cache(tmp_path / folder) for folder in ("two", name))
-        for record in range(len(two)):
-            path = f"targets/{name}/values"
-            a, b = (cache.read(record, [path])[path].astype(np.float64) for cache in (two, one))
-            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-2)
-    cache = open_cache(tmp_path / "two")
-    assert list(cache.manifest.heads) == ["segmentation", "depth"]
-    assert "depth=kdcache:hydra" in cache.manifest.teacher.spec
-    agreement = compare_teacher(Records(cache, split), teacher, CPU, 2)
-    assert agreement.ok, agreement
-    assert agreement.values["targets/depth/values"] < 1e-3
+def test_a_teacher_of_one_head_is_a_removed_form(split, origins) -> None:
+    with pytest.raises(RecipeError, match="--teacher HEAD=TEACHER was removed") as caught:
+        load_teachers([origins["classes"], f"depth={origins['both']}"], split.classes)
+    assert caught.value.received == f"--teacher depth={origins['both']}"
+    assert "--like a.zarr" in caught.value.remedy
+    assert "--cache a.zarr --cache NAME=b.zarr" in caught.value.remedy
 
 
-def test_teachers_of_a_head_each_are_loaded_again_for_verify(tmp_path, split, options, origins) -> None:
-    """Also where the first is an ensemble."""
-    for number, plain in enumerate(([origins["classes"]], [origins["classes"], origins["both"]])):
-        given = [*plain, f"depth={origins['both']}"]
-        build_cache(split, load_teachers(given, split.classes), tmp_path / str(number), options())
-        records = Records.open(tmp_path / str(number))
-        again = load_like(records.cache.manifest.teacher, given, split.classes)
-        assert [part.heads for part in again.model.parts] == [("segmentation",), ("depth",)]
-        assert compare_teacher(records, again, CPU, 2).ok
-    with pytest.raises(RecipeError, match="normalised as they were trained"):
-        load_teachers(given, split.classes, mean=(0.3, 0.4, 0.5))
+def test_caches_of_one_teacher_per_head_are_read_and_not_computed(tmp_path, split, options, origins) -> None:
+    """The spec of their teacher, as earlier versions wrote it, is all that tells them apart."""
+    from kdcache.training import TrainConfig, train
+
+    teacher = load_teachers([origins["both"]], split.classes)
+    teacher.model.spec = "kdcache:tiny, depth=kdcache:hydra,as=exp,max=20"
+    build_cache(split, teacher, tmp_path / "old", options())
+    cache = open_cache(tmp_path / "old")
+    assert cache.manifest.teacher.per_head == ("depth",)
+    assert verify_files(tmp_path / "old").damaged == []
+    settings = {"verb": "train-student", "cache": str(tmp_path / "old"), "model": "kdcache:hydra", "iterations": 2}
+    settings |= {"batch_size": 2, "threads": 1, "method": "kl", "term": ["depth-silog,reference=teacher"]}
+    assert train(TrainConfig.of(settings), tmp_path / "run")["iterations"] == 2
+    with pytest.raises(MismatchError, match="cannot compute a cache of one teacher per head") as caught:
+        load_like(cache.manifest.teacher, [origins["both"]], split.classes)
+    assert "--like" in caught.value.remedy
+    with pytest.raises(MismatchError, match="cannot compute a cache of one teacher per head"):
+        kdcache.build_cache(split, origins["both"], tmp_path / "old", size=SIZE, views=1, progress=False)
+    with pytest.raises(MismatchError, match="cannot compute a cache of one teacher per head"):
+        kdcache.build_cache(split, origins["both"], tmp_path / "new", reuse=tmp_path / "old", progress=False)
+    assert build_command(cache.manifest).startswith("# This version of kdcache does not compute")
+    assert not open_cache(tmp_path / "old").manifest.repairs
+    plain = load_teachers([origins["both"], origins["both"]], split.classes)
+    build_cache(split, plain, tmp_path / "ensemble", options())
+    assert open_cache(tmp_path / "ensemble").manifest.teacher.per_head == ()
 
 
 def test_a_teacher_of_another_depth_is_found(tmp_path, split, options, origins) -> None:
@@ -215,8 +217,6 @@ def test_heads_of_which_a_run_learnt_nothing_are_not_stored(tmp_path, split, opt
         assert TeacherProbe(split, teacher, options()).heads == (left,)
         with pytest.raises(RecipeError, match=f"has {left}, and learnt nothing of {lacking}"):
             TeacherProbe(split, teacher, options(heads=(lacking,)))
-        with pytest.raises(ModelError, match=f"'{lacking}' of .*, whose run learnt nothing of it"):
-            load_teachers([f"{lacking}={runs[lacking]}"], split.classes)
         mirrored = load_teachers([str(runs[lacking])], split.classes, tta=Tta(flip=True))
         assert TeacherProbe(split, mirrored, options()).heads == (left,)
     build_cache(split, load_teachers([str(runs["depth"])], split.classes), tmp_path / "store", options())
@@ -250,17 +250,6 @@ def test_depth_that_is_no_number_or_outside_its_range_is_refused(tmp_path, split
     teacher.model.head_kinds["depth"] = Unbounded(parameterisation="exp", max_depth=20)
     with pytest.raises(ModelError, match="lie in its range, 0 to 20 m"):
         build_cache(split, teacher, tmp_path / "far", options())
-
-
-def test_teachers_by_head_are_told_apart(split, origins, tmp_path) -> None:
-    with pytest.raises(RecipeError, match="a head is taken from one teacher"):
-        load_teachers([f"depth={origins['both']}", f"depth={origins['both']}"], split.classes)
-    with pytest.raises(ModelError, match="'normals' of kdcache:hydra"):
-        load_teachers([origins["both"], f"normals={origins['both']}"], split.classes)
-    with pytest.raises(ModelError, match="'depth' of kdcache:tiny"):
-        load_teachers([f"depth={origins['classes']}"], split.classes)
-    alone = load_teachers([f"depth={origins['both']}"], split.classes)
-    assert list(alone.model.head_kinds) == ["depth"]
 
 
 def test_features_alone_train_a_student(tmp_path, split, options, teacher) -> None:
@@ -422,16 +411,14 @@ def test_data_without_classes_have_a_store_of_depth(tmp_path, options, origins) 
     assert len(split.classes) == 0
     with pytest.raises(ModelError, match="as many classes as the data set"):
         load_teachers([origins["both"]], split.classes)
-    for given, heads in (([origins["both"]], ("depth",)), ([f"depth={origins['both']}"], ())):
-        teacher = load_teachers(given, split.classes, classified=False)
-        store = tmp_path / str(len(heads))
-        build_cache(split, teacher, store, options(heads=heads, views=2))
-        cache = open_cache(store)
-        assert (list(cache.manifest.heads), cache.manifest.dataset.class_names) == (["depth"], ())
-        again = load_like(cache.manifest.teacher, given, split.classes, classified=False)
-        assert compare_teacher(Records(cache), again, CPU, 2).ok
-        assert verify_files(store).damaged == []
-        assert np.isfinite(Records(cache).label(0, "depth")).any()
+    teacher = load_teachers([origins["both"]], split.classes, classified=False)
+    build_cache(split, teacher, tmp_path / "store", options(heads=("depth",), views=2))
+    cache = open_cache(tmp_path / "store")
+    assert (list(cache.manifest.heads), cache.manifest.dataset.class_names) == (["depth"], ())
+    again = load_like(cache.manifest.teacher, [origins["both"]], split.classes, classified=False)
+    assert compare_teacher(Records(cache), again, CPU, 2).ok
+    assert verify_files(tmp_path / "store").damaged == []
+    assert np.isfinite(Records(cache).label(0, "depth")).any()
 
 
 @pytest.mark.parametrize("few", [range(1, 15, 2), [7]])
