@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transfo
 
 from annotated_types import Gt, Lt, MinLen
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION
 from kdcache.settings.parse import Weight
 from kdcache.settings.setting import Entry, entries, setting
@@ -303,15 +303,14 @@ def _split_tap(tap: str, joined: Sequence[str]) -> tuple[str, str]:
     name, _, own = tap.rpartition(":")
     if name and name in joined[:1]:
         raise RecipeError(
-            f"Cannot name the first cache in teacher_tap={tap}",
-            received="only arrays of further caches are NAME:ARRAY",
-            remedy=f"Write teacher_tap={own}.",
+            f"Cannot name the first cache in teacher_tap={tap}: its arrays have no name",
+            fix=f"Write teacher_tap={own}.",
         )
     if name and name not in joined:
         raise RecipeError(
-            f"Unknown cache {name} in teacher_tap={tap}",
-            received=f"the further caches are {', '.join(joined[1:])}" if joined else "the training has one cache",
-            remedy=nearest(name, joined[1:]) or f"Join it: --cache {name}=CACHE.",
+            f"Unknown cache {name} in teacher_tap={tap}: "
+            + (f"the further caches are {', '.join(joined[1:])}" if joined else "the training has one cache"),
+            fix=suggest(name, joined[1:], f"Join it: --cache {name}=CACHE."),
         )
     return name, own
 

@@ -118,10 +118,10 @@ def open_caches(
     places = [_named(text) for text in texts]
     names = [name for name, _ in places]
     if twice := next((name for name in names if names.count(name) > 1), None):
+        own = [place for name, place in places if name == twice]
         raise RecipeError(
-            f"Two joined caches have the name {twice}",
-            received=", ".join(place for name, place in places if name == twice),
-            remedy=f"Name one of them: --cache NAME={next(place for name, place in reversed(places) if name == twice)}",
+            f"Two joined caches have the name {twice}: {', '.join(own)}",
+            fix=f"Name one of them: --cache NAME={own[-1]}",
         )
     caches = {name: open_cache(place, cache_dir=cache_dir, cache_bytes=cache_bytes) for name, place in places}
     main, *further = caches.values()
@@ -144,15 +144,14 @@ def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
     number, (its, own) = next(((n, pair) for n, pair in pairs if pair[0] != pair[1]), (0, (None, None)))
     if its is not own:
         raise MismatchError(
-            f"The samples of {whose} are not those of {main.place}",
-            received=f"{len(ids)} against {len(main.ids)} samples; number {number} is {_shown(own)} against "
-            f"{_shown(its)}",
-            remedy=f"Give the data set and split of {main.place}, or a cache that was built with --like {main.place}.",
+            f"The samples of {whose} are not those of {main.place}: {len(ids)} against {len(main.ids)} samples, number "
+            f"{number} is {_shown(own)} against {_shown(its)}",
+            fix=f"Give the data set and split of {main.place}, or a cache that was built with --like {main.place}.",
         )
 
 
 def other_view(
-    main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = (), remedy: str = ""
+    main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = (), fix: str = ""
 ) -> MismatchError:
     """Return the error for a view that is not the one of a cache.
 
@@ -161,17 +160,16 @@ def other_view(
         whose: a cache or a data set.
         pillow: its version of Pillow.
         more: further differences.
-        remedy: default for a cache to join.
+        fix: default for a cache to join.
     """
     manifest, shown = main.manifest, []
     if record is not None:
         sample, view = divmod(record, manifest.view.views_per_sample)
         shown.append(f"view {view} of sample {main.ids[sample]!r} shows other pixels")
+    shown += [*more, f"built with Pillow {pillow} against {pillow_of(manifest)}"]
     return MismatchError(
-        f"The views of {whose} are not those of {main.place}",
-        received="; ".join([*shown, *more, f"built with Pillow {pillow} against {pillow_of(manifest)}"]),
-        remedy=remedy
-        or f"Build it with --like {main.place}, from the same images and with the same version of Pillow.",
+        f"The views of {whose} are not those of {main.place}: {'; '.join(shown)}",
+        fix=fix or f"Build it with --like {main.place}, from the same images and with the same version of Pillow.",
     )
 
 
@@ -199,16 +197,16 @@ def _check_joins(main: Cache, cache: Cache) -> None:
         raise other_view(main, record, cache.place, pillow_of(cache.manifest), differs)
     if SEGMENTATION in cache.manifest.heads and cache.manifest.dataset.class_names != main.manifest.dataset.class_names:
         raise MismatchError(
-            f"The classes of {cache.place} are not those of {main.place}",
-            received=unlike(cache.manifest.dataset.class_names, main.manifest.dataset.class_names),
-            remedy=f"Give the cache with the classes first, or build it with --like {main.place} and --class-map.",
+            f"The classes of {cache.place} are not those of {main.place}: "
+            f"{unlike(cache.manifest.dataset.class_names, main.manifest.dataset.class_names)}",
+            fix=f"Give the cache with the classes first, or build it with --like {main.place} and --class-map.",
         )
     zooms = {part.manifest.depth.zoom: part for part in (main, cache) if part.manifest.depth is not None}
     if len(zooms) > 1:
+        texts = [f"{part.place} has --depth-zoom {zoom}" for zoom, part in zooms.items()]
         raise MismatchError(
-            f"Cannot join {cache.place}: a zoom does something else to its metres",
-            received="; ".join(f"{part.place} has --depth-zoom {zoom}" for zoom, part in zooms.items()),
-            remedy=f"Build it again with --like {main.place}.",
+            f"A zoom does something else to the metres of {cache.place}: {', '.join(texts)}",
+            fix=f"Build it again with --like {main.place}.",
         )
 
 
@@ -219,9 +217,8 @@ def _check_heads(caches: Mapping[str, Cache]) -> None:
         for head in cache.manifest.heads:
             if head in owners:
                 raise MismatchError(
-                    f"Two joined caches have a {head} head",
-                    received=f"{owners[head].place} and {cache.place}",
-                    remedy=f"Join only one of them. For other arrays of {cache.place}, build it with --features-only, "
+                    f"Two joined caches have a {head} head: {owners[head].place} and {cache.place}",
+                    fix=f"Join only one of them. For other arrays of {cache.place}, build it with --features-only, "
                     "or with other --heads.",
                 )
             owners[head] = cache

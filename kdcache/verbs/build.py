@@ -217,20 +217,16 @@ def plan_like(
         own["split"] = manifest.dataset.split
         if (seen := settings["teacher_size"]) not in (None, manifest.view.size):
             raise RecipeError(
-                f"Cannot show the teacher stored pixels at {size_text(seen)}",
-                received=f"{cache.place} stores them at {size_text(manifest.view.size)}",
-                remedy=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
+                f"Cannot show the teacher pixels of {size_text(seen)}: {cache.place} stores them at "
+                f"{size_text(manifest.view.size)}",
+                fix=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
             )
     typed = given | ({} if split is None else {"split": split})
     if changed := [name for name, value in own.items() if name in typed and typed[name] != value]:
-        flags = [f"--{name.replace('_', '-')}" for name in changed]
+        texts = [f"--{n.replace('_', '-')} {_shown(typed[n])} (there {_shown(own[n])})" for n in changed]
         raise RecipeError(
-            f"Cannot change {', '.join(flags)} with --like",
-            received="; ".join(
-                f"{flag} {_shown(typed[name])} against {_shown(own[name])} of {cache.place}"
-                for flag, name in zip(flags, changed, strict=True)
-            ),
-            remedy="Leave these out: --like copies them.",
+            f"Cannot change the views of {cache.place} with --like: {', '.join(texts)}",
+            fix="Leave these flags out: --like copies them.",
         )
     own = {name: value for name, value in own.items() if value is not None}
     source: Split = (
@@ -244,15 +240,13 @@ def check_source(data: Any, reuse: Any, like: Any) -> None:
     """Check where the views of a build come from. Raises: RecipeError."""
     if reuse is not None and like is not None:
         raise RecipeError(
-            "Use either --from or --like, not both",
-            received=f"--from {reuse} --like {like}",
-            remedy="--from copies targets of the same teacher. --like repeats the views for another teacher.",
+            f"Use either --from {reuse} or --like {like}, not both",
+            fix="Use --from to keep the targets of the same teacher, or --like to repeat the views for another one.",
         )
     if data is None and like is None:
         raise RecipeError(
             "Missing --data",
-            received="a build renders the images of a data set",
-            remedy="Add --data DIR, or --like CACHE to use the pixels that another cache stores.",
+            fix="Add --data DIR, or --like CACHE to use the pixels that another cache stores.",
         )
 
 

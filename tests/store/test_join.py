@@ -108,9 +108,9 @@ def test_a_depth_head_joins_with_its_zoom(plan: Any, tmp_path: Path) -> None:
     kept = plan(k=5, views=2)
     kept.manifest = kept.manifest.model_copy(update={"depth": DepthLabels(labelled=0, zoom="keep")})
     kept.write(tmp_path / "kept.zarr")
-    with pytest.raises(MismatchError, match="a zoom does something else") as caught:
+    with pytest.raises(MismatchError, match="A zoom does something else") as caught:
         open_caches([tmp_path / "kept.zarr", tmp_path / "far.zarr"])
-    assert "far.zarr has --depth-zoom divide" in caught.value.received
+    assert "far.zarr has --depth-zoom divide" in caught.value.problem
 
 
 def changed(made: Any, **parts: Any) -> Any:
@@ -146,7 +146,7 @@ WRONG = {
         {"records": 8},
         ids_changed,
         "The samples of .* are not those of",
-        ["4 against 5 samples; number 3 is 'another' against 'folder/ä 3'"],
+        ["4 against 5 samples, number 3 is 'another' against 'folder/ä 3'"],
     ),
     "fewer samples": ({"records": 8}, lambda made: made, "The samples of", ["number 4 is not there against"]),
 }
@@ -160,8 +160,8 @@ def test_what_differs_is_named(plan: Any, tmp_path: Path, name: str) -> None:
     with pytest.raises(MismatchError, match=problem) as caught:
         open_caches([tmp_path / "main.zarr", tmp_path / "further.zarr"])
     for text in words:
-        assert text in caught.value.received
-    assert f"--like {tmp_path / 'main.zarr'}" in caught.value.remedy
+        assert text in caught.value.problem
+    assert f"--like {tmp_path / 'main.zarr'}" in caught.value.fix
 
 
 def test_heads_classes_and_names_belong_to_one(plan: Any, tmp_path: Path) -> None:
@@ -169,10 +169,10 @@ def test_heads_classes_and_names_belong_to_one(plan: Any, tmp_path: Path) -> Non
     plan(k=5).write(tmp_path / "second.zarr")
     with pytest.raises(MismatchError, match="Two joined caches have a segmentation head") as caught:
         open_caches([tmp_path / "main.zarr", tmp_path / "second.zarr"])
-    assert "--features-only" in caught.value.remedy
+    assert "--features-only" in caught.value.fix
     with pytest.raises(RecipeError, match="Two joined caches have the name main") as named:
         open_caches([tmp_path / "main.zarr", f"main={tmp_path / 'second.zarr'}"])
-    assert named.value.remedy == f"Name one of them: --cache NAME={tmp_path / 'second.zarr'}"
+    assert named.value.fix == f"Name one of them: --cache NAME={tmp_path / 'second.zarr'}"
     headless = other(plan)
     names = tuple(f"other {number}" for number in range(5))
     changed(headless, dataset={"class_names": names}).write(tmp_path / "features.zarr")

@@ -116,20 +116,20 @@ def test_a_term_takes_a_tap_of_a_joined_cache_by_default(caches: dict[str, Path]
 
 
 @pytest.mark.parametrize(
-    ("term", "problem", "remedy"),
+    ("term", "problem", "fix"),
     [
-        ("cosine,teacher_tap=sma:blocks", "Unknown cache sma in teacher_tap=sma:blocks", "did you mean sam?"),
+        ("cosine,teacher_tap=sma:blocks", "Unknown cache sma in teacher_tap=sma:blocks", "Did you mean sam?"),
         ("cosine,teacher_tap=main:blocks", "Cannot name the first cache", "Write teacher_tap=blocks."),
         ("at,teacher_tap=x:blocks", "Unknown cache x", "Join it: --cache x=CACHE."),
     ],
 )
 def test_unknown_names_are_found(
-    caches: dict[str, Path], short: dict[str, Any], tmp_path: Path, term: str, problem: str, remedy: str
+    caches: dict[str, Path], short: dict[str, Any], tmp_path: Path, term: str, problem: str, fix: str
 ) -> None:
     places = [f"main={caches['logits']}", f"sam={caches['taps']}"]
     with pytest.raises(RecipeError, match=problem) as caught:
         train(make_config(**short | {"cache": places, "term": (term,)}), tmp_path / "run")
-    assert caught.value.remedy == remedy
+    assert caught.value.fix == fix
     assert not (tmp_path / "run").exists()
 
 
@@ -143,7 +143,7 @@ def test_an_array_that_a_joined_cache_lacks_is_named(caches: dict[str, Path], sh
     assert "cosine needs features/x (sam has pool, blocks)" in caught.value.received
     with pytest.raises(RecipeError) as single:
         train(make_config(**short | {"cache": str(caches["both"]), "term": ("hint,teacher_tap=sam:x",)}), "never")
-    assert "the training has one cache" in single.value.received
+    assert "the training has one cache" in single.value.problem
 
 
 def test_other_views_are_refused_before_anything_is_written(
@@ -154,7 +154,7 @@ def test_other_views_are_refused_before_anything_is_written(
         train(make_config(**short | {"cache": places}), tmp_path / "run")
     assert (
         "view 1 of sample '32x48-seed0/train-000000' shows other pixels; view.drawn: seed 1 against 0"
-        in caught.value.received
+        in caught.value.problem
     )
     assert not (tmp_path / "run").exists()
 

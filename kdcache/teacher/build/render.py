@@ -87,9 +87,9 @@ class LikeSplit(DerivedSplit):
         for item in rendered:
             if item.checksum != int(self.checksums[item.record]):
                 pillow = pillow_of(self.like.manifest)
-                remedy = f"Give the images that {self.like.place} was built from, with Pillow {pillow}"
-                remedy += ", or leave --data out to use the stored pixels." if self.like.pixels_stored else "."
-                raise other_view(self.like, item.record, self.data, metadata.version("pillow"), remedy=remedy)
+                fix = f"Give the images that {self.like.place} was built from, with Pillow {pillow}"
+                fix += ", or leave --data out to use the stored pixels." if self.like.pixels_stored else "."
+                raise other_view(self.like, item.record, self.data, metadata.version("pillow"), fix=fix)
 
     def _at(self, index: int) -> tuple[Split, int]:
         return self._whole, index
@@ -106,8 +106,7 @@ class StoredViews(Split):
         if not (like.pixels_stored and like.manifest.records_contents):
             raise MismatchError(
                 f"{like.place} does not store {'digests of its images' if like.pixels_stored else 'pixels'}",
-                received="without --data, pixels and digests come from the cache of --like",
-                remedy=f"Add --data (the folder of {dataset.name!r}).",
+                fix=f"Add --data (the folder of {dataset.name!r}).",
             )
         self.like, self.data, self.split, self.ids = like, dataset.name, dataset.split, tuple(like.ids)
         self.classes = ClassList(dataset.class_names, dataset.class_colours)

@@ -119,9 +119,8 @@ def check_computable(fingerprint: Fingerprint) -> None:
     """Check that this version can load the teachers of a cache. Raises: MismatchError for one teacher per head."""
     if fingerprint.per_head:
         raise MismatchError(
-            "This version of kdcache cannot compute a cache of one teacher per head",
-            received=f"its teachers are {fingerprint.spec}",
-            remedy="Read it and train from it as it is. To compute its arrays, build a cache of each teacher, the "
+            f"This version of kdcache cannot compute a cache of one teacher per head: {fingerprint.spec}",
+            fix="Read it and train from it as it is. To compute its arrays, build a cache of each teacher, the "
             "further ones with --like, and give them all to train-student --cache. Restore damaged files from a copy.",
         )
 
@@ -178,7 +177,7 @@ def _check_plain(origins: Sequence[str]) -> None:
         if _NAMED.fullmatch(origin) and not Path(origin).exists():
             gone = removal("--teacher HEAD=TEACHER", TEACHERS)
             assert gone is not None
-            raise gone.restated(received=f"--teacher {origin}")
+            raise gone.within(f"--teacher {origin}")
 
 
 def _sequences(by: str | None) -> str:
