@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from kdcache.data import Fit, Split, choose_fit
-from kdcache.display import size_text
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import EnsembleModel, Tta, not_logits
@@ -217,8 +216,8 @@ def plan_like(
         own["split"] = manifest.dataset.split
         if (seen := settings["teacher_size"]) not in (None, manifest.view.size):
             raise RecipeError(
-                f"Cannot show the teacher pixels of {size_text(seen)}: {cache.place} stores them at "
-                f"{size_text(manifest.view.size)}",
+                f"Cannot show the teacher pixels of {_shown(seen)}: {cache.place} stores them at "
+                f"{_shown(manifest.view.size)}",
                 fix=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
             )
     typed = given | ({} if split is None else {"split": split})
