@@ -1,6 +1,7 @@
 """Bytes and seconds of a ViT-S's features: as float16, as bytes, and as similarities between tokens.
 
-Plans and builds three caches of images of a split, by a ViT-S/16 of timm with random weights. Pixels stay outside.
+Plans and builds three caches of the images of some splits, by a ViT-S/16 of timm with random weights. Pixels stay
+outside.
 
     python benchmarks/feature_bytes.py --data camvid --json benchmarks/results/feature-bytes-cpu.json
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from common import header, write
 from kdcache.data import Split, open_split
+from kdcache.data.concat import Joined
 from kdcache.data.folds import Excerpt
 from kdcache.store import evenly_spread, open_cache, summarise
 from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
@@ -53,13 +55,16 @@ def network(num_classes: int = 0) -> nn.Module:
 
 def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
     """Compare the bytes that `kdcache plan` predicts for a cache with the bytes that a build writes."""
-    planned = estimate(split, teacher, options, records=32).chosen
+    plan = estimate(split, teacher, options)
+    planned = plan.chosen
     result = build_cache(split, teacher, out, options)
     summary = summarise(open_cache(out))
     lost = {tap: figures.model_dump() for tap, figures in summary.manifest.feature_fidelity.items()}
     return {
         "planned_bytes": planned.bytes,
         "bytes": summary.bytes_on_disk,
+        "planned_records": plan.taught,
+        "planned_standard_error": round(plan.error, 4),
         "planned_over_built": round(planned.bytes / summary.bytes_on_disk, 4),
         "bytes_per_record": round(summary.bytes_per_record),
         "planned_seconds": round(planned.seconds, 1),
@@ -72,11 +77,11 @@ def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", nargs="+", default=["train", "val"])
     parser.add_argument("--take", type=int, help="so many images, evenly spread (default: all)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    split = open_split(arguments.data, arguments.split)
+    split: Split = Joined(arguments.data, [open_split(arguments.data, name) for name in arguments.split])
     whole = len(split)
     if arguments.take is not None:
         split = Excerpt(split, evenly_spread(whole, arguments.take))
@@ -91,6 +96,7 @@ def main() -> None:
         content = {
             "images": len(split),
             "of": whole,
+            "splits": arguments.split,
             "size": list(SIZE),
             "threads": torch.get_num_threads(),
             "jobs": rows,
