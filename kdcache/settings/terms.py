@@ -182,7 +182,6 @@ class TokenSimilarity(FeatureTerm):
     compares = "similarity"
     whole_view = True
     stored = ("the token similarities or features of {}", "--statistics similarity:{}")
-    weight: Weight | None = setting(0.2, "Factor on the term.")
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
 
     def offered(self, manifest: Any) -> list[str]:

@@ -237,7 +237,7 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
         weights
         == documented
         | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001, "adversarial": 0.001, "consistency": 1.0}
-        | {"auxiliary": 0.1, "similarity": 0.2, "queue": 1.0}
+        | {"auxiliary": 0.1, "similarity": 1.0, "queue": 1.0}
         | depth
     )
     channels, dkd, pseudo = (

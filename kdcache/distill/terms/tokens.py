@@ -27,8 +27,8 @@ class TokenSimilarity(Term):
 
     The teacher's cosines come from statistics/similarity.<tap>, in 8 bits, or from features/<tap>.
 
-    Default weight 0.2, temperature 0.07: a gradient of 0.7 to 1.7 of CE's in the first steps, by a ViT-S with random
-    weights on CamVid at 224x224. Published: 1.
+    Default weight 1, as published, temperature 0.07. Its gradient over CE's is 5.4 in the first step, 0.9 in step 51,
+    0.4 in steps 101 to 201 and 0.2 in steps 551 to 651, by EfficientNet-Lite0 on CamVid (decision 0014).
     """
 
     kind = "similarity"
@@ -93,7 +93,7 @@ class Queue(Term):
     part of checkpoints. It is empty in the first step, whose loss is 0. In a loop of your own, call
     `criterion.after_step(batch)` after the optimizer's step.
 
-    Default weight 1, temperature 0.07, 1024 summaries.
+    Default weight 1, temperature 0.07, 1024 summaries: a gradient of 0.2 to 0.5 of CE's (decision 0014).
     """
 
     kind = "queue"
