@@ -63,9 +63,9 @@ def hub_address(location: object) -> HubAddress | None:
     found = _ADDRESS.fullmatch(text)
     if found is None:
         raise StoreError(
-            f"Cannot read the address {text}",
-            received="a cache on the Hub is hf://datasets/USER/NAME, with @REVISION for an earlier state",
-            remedy="Give such an address, for instance hf://datasets/USER/camvid.",
+            f"Invalid address of a cache on the Hub: {text}",
+            fix="Use hf://datasets/USER/NAME, for example hf://datasets/USER/camvid. Append @REVISION for an earlier "
+            "state.",
         )
     return HubAddress(found[1], found[2])
 
@@ -99,18 +99,17 @@ def opened(
                     address.repository, revision=address.revision
                 )  # raises if there is no such state
                 raise StoreError(
-                    f"Cannot pull {address}: it has no {COMPLETE}",
-                    received="a repository without a complete cache",
-                    remedy="Check the address. To finish an interrupted push, run its command again.",
+                    f"Cannot pull {address}: it has no {COMPLETE}, so the cache is not complete",
+                    fix="Check the address. To finish an interrupted push, run its command again.",
                 )
             hub.snapshot_download(address.repository, local_dir=folder, allow_patterns=_FILES, **where)
         try:
             yield open_cache(folder)
         except CorruptError as error:
             shutil.rmtree(folder, ignore_errors=True)  # what is there is fetched anew the next time
-            raise error.restated(
-                received=f"{address}: {error.received}",
-                remedy="Run the same command again, which fetches it anew. If it fails again, whoever pushed the cache "
+            raise error.within(
+                str(address),
+                fix="Run the same command again, which fetches it anew. If it fails again, whoever pushed the cache "
                 "has to push it into another repository.",
             ) from error
 
@@ -170,9 +169,8 @@ def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushRe
     hub.create_repo(**where, private=private or None, exist_ok=True)
     if private and not hub.dataset_info(address.repository).private:
         raise StoreError(
-            f"Cannot push privately into {address}: it is public",
-            received="--private",
-            remedy="Make it private on the Hub, or give another NAME.",
+            f"Cannot push with --private into {address}: it is public",
+            fix="Make it private on the Hub, or give another NAME.",
         )
     if missing or not has_card:
         hub.upload_file(**where, path_or_fileobj=card.encode(), path_in_repo=CARD, commit_message="Card of the cache")
@@ -183,9 +181,8 @@ def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushRe
         left, _ = _missing(hub, address, files, card)
         if left:
             raise StoreError(
-                f"Cannot find {left[0]} in {address} after the push",
-                received=f"{len(left)} files are missing",
-                remedy="Run the same command again.",
+                f"Cannot find {left[0]} in {address} after the push ({len(left)} missing files)",
+                fix="Run the same command again.",
             )
     assert cache.ledger is not None
     return PushResult(len(files), len(missing), cache.ledger.completion.digest)
@@ -207,9 +204,9 @@ def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str
     if other or (only_a_card and present[CARD].blob_id != _git_digest(card.encode())):
         names = sorted(other) or [CARD]
         raise StoreError(
-            f"Cannot push into {address}: it holds {names[0]}",
-            received=f"{len(names)} files that are not of this cache",
-            remedy="Give another NAME, or remove the files yourself if nothing of them is needed.",
+            f"Cannot push into {address}: it holds {names[0]}, and {len(names)} files in all that are not of this "
+            "cache",
+            fix="Give another NAME, or remove the files yourself if nothing of them is needed.",
         )
     return [key for key in files if key not in present], CARD in present
 
@@ -231,21 +228,17 @@ def _check(address: HubAddress, licence: str | None) -> None:
     if licence is None:
         raise StoreError(
             f"Missing --license for {address}",
-            received="no licence of the stored outputs",
-            remedy="Give a name that the Hub has for it, for instance --license cc-by-4.0, or other: what the licences "
-            "of the images, the labels and the teacher allow.",
+            fix="Give a license by its name on the Hub, for example --license cc-by-4.0 or --license other. Choose "
+            "one that the licenses of the images, the labels and the teacher allow.",
         )
     if address.revision is not None:
         raise StoreError(
-            f"Cannot push into {address}: a push is the newest state",
-            received=f"@{address.revision}",
-            remedy=f"Leave @{address.revision} out.",
+            f"Cannot push into {address}: a push is always the newest state", fix=f"Leave @{address.revision} out."
         )
     if _client().get_token() is None:
         raise StoreError(
-            "Missing token: pushing to the Hub needs one that may write",
-            received="no HF_TOKEN in the environment, and no login",
-            remedy="Set HF_TOKEN, or log in once with: hf auth login",
+            "Missing token: HF_TOKEN is not set, and there is no login",
+            fix="Set HF_TOKEN to a token that may write, or log in once with: hf auth login",
         )
 
 
@@ -257,9 +250,8 @@ def _client() -> Any:
         import huggingface_hub.utils
     except ImportError as error:
         raise StoreError(
-            "Missing package: caches on the Hub need huggingface_hub",
-            received=f"it cannot be imported ({error})",
-            remedy="In a clone of kdcache: pip install '.[hub]'",
+            f"Cannot import huggingface_hub, which caches on the Hub need ({error})",
+            fix="Install it in a clone of kdcache: pip install '.[hub]'",
         ) from error
     return huggingface_hub
 
@@ -281,7 +273,7 @@ def _staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
-    """Turn what the Hub refuses, and what does not reach it, into an error with a remedy.
+    """Turn what the Hub refuses, and what does not reach it, into an error with a fix.
 
     Raises: StoreError. Errors of this machine's disk stay what they are.
     """
@@ -301,12 +293,11 @@ def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
         said = next(filter(None, (getattr(one, "server_message", None) for one in chain)), None)
         words = " ".join(str(said or (error if isinstance(error, ValueError) else chain[-1])).split())[:300]
         login = "Set HF_TOKEN to a valid token that may do this, or log in with: hf auth login"
-        remedies = {400: "Correct what the Hub names, for instance --license.", 401: login, 403: login}
-        remedies[404] = "Check the address. A private or gated repository needs a token that may read it (HF_TOKEN)."
+        fixes = {400: "Correct what the Hub names, for instance --license.", 401: login, 403: login}
+        fixes[404] = "Check the address. A private or gated repository needs a token that may read it (HF_TOKEN)."
         raise StoreError(
-            f"The Hub did not answer as it should: {address}",
-            received=words if status is None else f"{status}, {words}",
-            remedy=remedies.get(status or 0, "Run the same command again: it continues where it stopped."),
+            f"The Hub failed for {address}: {words if status is None else f'{status}, {words}'}",
+            fix=fixes.get(status or 0, "Run the same command again: it continues where it stopped."),
         ) from error
     finally:
         if hidden:

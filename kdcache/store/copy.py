@@ -99,10 +99,9 @@ def copy_store(
     with open_writer(destination, manifest, [source.ids[number] for number in numbers], worker) as writer:
         if writer.manifest.created != manifest.created:
             raise MismatchError(
-                "a copy is continued from the store that it was begun with",
-                received=f"{writer.place} holds what was built {writer.manifest.created}, "
+                f"Cannot continue {writer.place}: it copies a cache built {writer.manifest.created}, but "
                 f"{source.place} was built {manifest.created}",
-                remedy="copy into a new or empty place",
+                fix="Copy into a new or empty place.",
             )
         copying = _Copying(source, writer, numbers)
         mine = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
@@ -123,11 +122,7 @@ def _check_elsewhere(source: Cache, destination: str | Path) -> None:
     place = open_place(destination)
     same = str(place).rstrip("/") == str(source.place).rstrip("/")
     if same or (not place.remote and not source.remote and place.folder.resolve() == source.path.resolve()):
-        raise StoreError(
-            "a copy goes to another place than its source",
-            received=f"{place} for both",
-            remedy="give another folder or address",
-        )
+        raise StoreError(f"Source and destination are the same cache: {place}", fix="Give another folder or address.")
 
 
 def rounds(source: Manifest, codec: Codec | None) -> bool:
@@ -209,21 +204,18 @@ def _check(source: Cache, changes: CopyChanges) -> None:
     unknown = sorted(set(changes.features or ()) - set(manifest.features))
     if unknown:
         raise StoreError(
-            "a copy keeps taps that its source has",
-            received=f"{', '.join(unknown)}; {source.place} has {', '.join(manifest.features) or 'no taps'}",
-            remedy="name some of these; kdcache build-teacher-cache --from adds taps",
+            f"Unknown tap {', '.join(unknown)}: {source.place} has {', '.join(manifest.features) or 'no taps'}",
+            fix="Name some of these. To add taps, use kdcache build-teacher-cache --from",
         )
     if changes.pixels == "stored" and manifest.view.pixels != "stored":
         raise StoreError(
-            "a copy has pixels only when its source has",
-            received=f"{source.place} was built with --pixels source",
-            remedy="kdcache build-teacher-cache --from OLD --pixels stored renders them from the data set",
+            f"Cannot copy pixels: {source.place} was built with --pixels source",
+            fix="Render them from the data set: kdcache build-teacher-cache --from OLD --pixels stored",
         )
     if changes.samples is not None and (changes.pixels or manifest.view.pixels) == "source":
         raise StoreError(
-            "a store without pixels is used with exactly the data set that it was built from",
-            received="some of the samples, and no pixels",
-            remedy="copy all samples, or some of a store with pixels; onto the Hub with --pixels stored",
+            "Cannot copy some of the samples without pixels: no data set would fit the copy",
+            fix="Copy all samples, or copy from a cache with pixels. Onto the Hub, copy with --pixels stored",
         )
 
 

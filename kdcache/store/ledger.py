@@ -148,10 +148,9 @@ def publish_shard(place: Place, record: ShardRecord) -> None:
         for key in (COMPLETE, record_key(shard)):  # its files may be some of each
             place.remove(key)
         raise StoreError(
-            "one worker writes a shard",
-            received=f"{place.describe(record_key(shard))} was published by another, with other bytes",
-            remedy="give every worker its own number with --worker I/N, and run the same build again: "
-            "it redoes what is damaged",
+            f"Two workers wrote {place.describe(record_key(shard))} with different bytes",
+            fix="Give every worker its own number with --worker I/N, then run the same build again: it rebuilds what "
+            "is damaged.",
         )
 
 

@@ -85,10 +85,9 @@ class Cache:
         """The segmentation head. Raises: StoreError for a store without."""
         if self.manifest.segmentation is None:
             raise StoreError(
-                f"targets of classes are those of a head {SEGMENTATION}",
-                received=f"{self.place} has {', '.join(self.manifest.heads) or 'no heads, features alone'}",
-                remedy="train with terms on what it has (--method none with --term hint for features, or --term "
-                f"depth-silog,reference=teacher for depth), or build a store with the teacher's {SEGMENTATION}",
+                f"{self.place} has no {SEGMENTATION} head, only {', '.join(self.manifest.heads) or 'features'}",
+                fix="Train with terms on what it has (--method none with --term hint for features, or --term "
+                f"depth-silog,reference=teacher for depth). Or build a cache with the teacher's {SEGMENTATION}.",
             )
         return self.manifest.segmentation
 
@@ -146,9 +145,8 @@ class Cache:
         """A store that is gone is not damaged. Raises StoreError."""
         if not self.remote and not self.path.is_dir():
             raise StoreError(
-                "a store stays in its place while it is used",
-                received=f"{self.place} was moved or deleted since it was opened",
-                remedy="put it back, or open it where it is now",
+                f"Cache not found: {self.place} was moved or deleted since it was opened",
+                fix="Put it back, or open it where it is now.",
             )
 
     def column(self, name: str) -> Array:
@@ -249,16 +247,15 @@ class Cache:
         """
         if self.manifest.view.kind == "crop":
             raise RecipeError(
-                "targets for windows of one's own are those of the whole image, moved",
-                received=f"{self.place}, a store of crops",
-                remedy="replay its crops, CacheDataset(cache); or build a store without --crop",
+                f"Cannot move targets with windows: {self.place} is a cache of crops",
+                fix="Replay its crops with CacheDataset(cache), or build a cache without --crop",
             )
         names = tuple(self.manifest.heads) if heads is None else tuple(heads)
         if (unknown := [name for name in names if name not in self.manifest.heads]) or not names:
             raise RecipeError(
-                "targets are those of the store's heads",
-                received=f"{', '.join(unknown) or 'no head'} of {', '.join(self.manifest.heads) or 'none'}",
-                remedy="leave heads out for all of them",
+                f"Unknown heads {', '.join(unknown) or '(none given)'}: {self.place} has "
+                f"{', '.join(self.manifest.heads) or 'none'}",
+                fix="Leave heads out to read all of them.",
             )
         records = [self.manifest.record(number, 0) for number in sample_numbers(ids, self._numbers, self.place)]
         window, flip = view_windows(windows, flips, self._column("window")[records], self.view_size)
@@ -308,9 +305,8 @@ class Cache:
             spec = self.specs.get(path)
             if spec is None:
                 raise StoreError(
-                    "an array that is read is one of the store's",
-                    received=f"{self.place} has no array {path}; it has {', '.join(self.specs)}",
-                    remedy="build the store with what the run needs (see build-teacher-cache --help)",
+                    f"{self.place} has no array {path}, only {', '.join(self.specs)}",
+                    fix="Build the cache with what the run needs (see build-teacher-cache --help).",
                 )
             if self.remote and self.ledger is not None:  # its copy may have made room for others
                 check_metadata(self.place, self.ledger.completion, [f"{path}/zarr.json"])
@@ -359,15 +355,12 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
     completion = ledger.read_completion(place)
     if completion is None:
         sizes = place.sizes(ledger.record_key(shard) for shard in range(manifest.shards))
-        remedy = "run the command that began it (build-teacher-cache or copy) again: it goes on"
+        fix = "Run the command that began it (build-teacher-cache or copy) again: it continues."
         if left := manifest.earlier_statistics:
-            remedy = (
-                f"If kdcache copy began it, repeat that command. Else build a new cache without --statistics {left}."
-            )
+            fix = f"If kdcache copy began it, repeat that command. Else build a new cache without --statistics {left}"
         raise IncompleteError(
-            "a store is used when it is complete",
-            received=f"{place} has {sum(size is not None for size in sizes)} of {manifest.shards} shards",
-            remedy=remedy,
+            f"Cache is not complete: {place} has {sum(size is not None for size in sizes)} of {manifest.shards} shards",
+            fix=fix,
         )
     if completion.shards != manifest.shards:
         what = f"it seals {completion.shards} shards, the manifest has {manifest.shards}"
@@ -388,13 +381,11 @@ def store_opens(place: Place) -> bool:
 
 def not_continued(place: Place, statistics: str) -> MismatchError:
     """The error for a store with statistics that this version does not compute: no command can continue its build."""
-    remedy = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out"
-    if store_opens(place):
-        remedy += f". To keep the targets of {place}, add --from {place}"
+    kept = f" Add --from {place} to keep its targets." if store_opens(place) else ""
+    fix = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out folder."
     return MismatchError(
-        f"Cannot continue {place} without its statistics: {statistics}",
-        received=f"this version does not compute {statistics}",
-        remedy=f"{remedy}. {place} stays as it is.",
+        f"Cannot continue {place}: this version does not compute its statistics {statistics}",
+        fix=f"{fix}{kept} {place} stays as it is.",
     )
 
 
@@ -411,7 +402,7 @@ def read_manifest(location: str | Path | Place) -> Manifest:
     try:  # again: what is elsewhere is not called damaged at the first answer
         return _read_root(place)
     except (CorruptError, VersionError) as error:
-        if AGAIN in error.remedy and read_spare(place) is None:
+        if AGAIN in error.fix and read_spare(place) is None:
             raise without_spare(error, place) from error
         raise
 
@@ -436,9 +427,8 @@ def _read_root(place: Place) -> Manifest:
         if place.exists(*_REMAINS):
             raise damaged_metadata(file, "it is missing") from error
         raise StoreError(
-            "a store is a folder that build-teacher-cache wrote",
-            received=(file if place.remote or place.folder.exists() else str(place)) + " does not exist",
-            remedy="check the path, or build one with kdcache build-teacher-cache (see its --help)",
+            f"Cache not found: {file if place.remote or place.folder.exists() else place}",
+            fix=f"Check the path, or build it: kdcache build-teacher-cache --out {place}",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable_metadata(file, error, "it is not the metadata of a Zarr group") from error

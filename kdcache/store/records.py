@@ -62,9 +62,8 @@ class Records:
         """Refuse a store without pixels that has no data set beside it. Raises MismatchError."""
         if not self.complete:
             raise MismatchError(
-                "a store without pixels needs its data set beside it",
-                received=f"{self.cache.place} was built with --pixels source, and no data set was given",
-                remedy=f"add --data (the folder of {self.cache.manifest.dataset.name!r})",
+                f"Missing --data: {self.cache.place} was built with --pixels source, so it has no pixels",
+                fix=f"Add --data (the folder of {self.cache.manifest.dataset.name!r}).",
             )
 
     def sample(self, record: int) -> str:
@@ -100,9 +99,9 @@ class Records:
         """
         if head not in self.cache.manifest.heads:
             raise StoreError(
-                "a target is that of one of the store's heads",
-                received=f"{head!r}; {self.cache.place} has {', '.join(self.cache.manifest.heads) or 'none'}",
-                remedy="build the store with that head of the teacher's (build-teacher-cache --heads)",
+                f"Unknown head {head!r}: {self.cache.place} has {', '.join(self.cache.manifest.heads) or 'none'}",
+                fix="Name one of these, or build the cache with that head of the teacher's (build-teacher-cache "
+                "--heads).",
             )
         rows = self.cache.read(record, self.cache.target_paths(head))
         return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
@@ -164,15 +163,13 @@ class Records:
         where = f"{self.sample(record)!r} of {self.split.data}"
         if not self.is_same(record, pixels):
             raise MismatchError(
-                "an image must render to the pixels that the teacher saw",
-                received=f"{where} renders differently: the file or an image library has changed",
-                remedy="restore the image, build the store again, or build with --pixels stored",
+                f"Image {where} does not render as at the build: the file or an image library has changed",
+                fix="Restore the image, build the cache again, or build with --pixels stored",
             )
         if label is not None and self._labels is not None and pixel_checksum(label) != int(self._labels[record]):
             raise MismatchError(
-                f"The label of {where} has changed since {self.cache.place} was built",
-                received=f"split {self.split.split!r}",
-                remedy=f"restore the label, or renew the cache: {renewal(self.cache.place, self.split.data)}",
+                f"The label of {where}, split {self.split.split!r}, has changed since {self.cache.place} was built",
+                fix=f"Restore the label, or renew the cache: {renewal(self.cache.place, self.split.data)}",
             )
 
 
@@ -180,9 +177,8 @@ def _check_digest(cache: Cache, split: Split) -> None:
     dataset = cache.manifest.dataset
     if split.digest() != dataset.ids_digest:
         raise MismatchError(
-            "a store is used with the data set that it was built from",
-            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes), for "
-            f"{dataset.name!r}, split {dataset.split!r} ({dataset.samples} samples, {len(dataset.class_names)} "
-            "classes)",
-            remedy="give the original data set with --data and --split, or build a store of this one",
+            f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) is not what "
+            f"{cache.place} was built from: {dataset.name!r}, split {dataset.split!r} ({dataset.samples} samples, "
+            f"{len(dataset.class_names)} classes)",
+            fix="Give the original data set with --data and --split, or build a cache of this one.",
         )

@@ -59,10 +59,11 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
         except (OSError, ValueError) as error:
             what = f"it is not what {COMPLETE} seals, or that was changed"
             failure = unreadable_metadata(place.describe(key), error, what)
-            if key == ROOT and AGAIN in failure.remedy and read_spare(place) is None:
-                remedy = f"{AGAIN}: it writes this file anew, or says that it cannot"
-                received = f"{failure.received}; there is no spare of it"
-                raise failure.restated(received=received, remedy=remedy) from error
+            if key == ROOT and AGAIN in failure.fix and read_spare(place) is None:
+                raise type(failure)(
+                    f"{failure.problem}, and zarr.json has no spare copy",
+                    fix=f"{AGAIN}: it writes this file again, or says that it cannot.",
+                ) from error
             raise failure from error
 
 
@@ -122,9 +123,8 @@ def restore_metadata(
                 continue
             if not same_libraries:
                 raise MismatchError(
-                    "a damaged metadata file is written again by the versions that wrote it",
-                    received=f"{place.describe(key)} is damaged, and the libraries are others",
-                    remedy="install the versions that `kdcache inspect --json` shows, or restore it from a copy",
+                    f"Cannot write the damaged {place.describe(key)} again: other library versions wrote it",
+                    fix="Install the versions that `kdcache inspect --json` shows, or restore the file from a copy.",
                 )
             place.remove(COMPLETE)  # first: a store with metadata in doubt must not open
         place.publish(key, wanted)

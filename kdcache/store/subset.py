@@ -23,9 +23,7 @@ def spread_samples(source: Cache, count: int) -> list[int]:
     samples = source.manifest.dataset.samples
     if not 1 <= count <= samples:
         raise StoreError(
-            "a copy has from one to all of the samples",
-            received=f"{count} of {samples} samples of {source.place}",
-            remedy=f"give a number from 1 to {samples}",
+            f"Cannot copy {count} of {samples} samples of {source.place}", fix=f"Give a number from 1 to {samples}."
         )
     return evenly_spread(samples, count)
 

@@ -3,7 +3,6 @@
 The target of a sample's whole image is moved with a window, as `--augment warp` moves it.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.data import Window, zoom_of
-from kdcache.errors import DataError, RecipeError
+from kdcache.errors import DataError, RecipeError, suggest
 from kdcache.store.format.codec import Array
 
 
@@ -42,18 +41,18 @@ def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object
     """The number of each id among a store's samples. Raises: DataError for ids that it does not have."""
     if isinstance(ids, str):
         raise DataError(
-            "targets_for takes the ids of a batch, a sequence of texts",
-            received=f"the text {ids!r}",
-            remedy=f"give a list: targets_for([{ids!r}], ...)",
+            f"targets_for takes a list of ids, not the text {ids!r}", fix=f"Give a list: targets_for([{ids!r}], ...)"
         )
     unknown = [sample for sample in ids if sample not in numbers]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), list(numbers)[:5000], n=1, cutoff=0.3)
-        some = near or list(numbers)[:1]
         raise DataError(
-            "ids are those of the store's samples",
-            received=f"{unknown[0]!r}, and {len(unknown)} of {len(ids)} in all that {place} does not have",
-            remedy=f"give ids as the store has them, for instance {some[0]!r}; cache.ids lists them",
+            f"Unknown id {unknown[0]!r}: {place} does not have {len(unknown)} of these {len(ids)} ids",
+            fix=suggest(
+                str(unknown[0]),
+                list(numbers)[:5000],
+                f"Give ids that cache.ids lists, such as {next(iter(numbers))!r}.",
+                cutoff=0.3,
+            ),
         )
     return [numbers[sample] for sample in ids]
 
@@ -73,9 +72,8 @@ def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int
     flip = np.zeros(count, np.bool_) if flips is None else np.asarray(flips)
     if edges.shape != (count, 4) or flip.shape != (count,):
         raise DataError(
-            "targets_for takes a window of four edges and a flip for every id",
-            received=f"{count} ids, windows of shape {edges.shape}, flips of shape {flip.shape}",
-            remedy="give windows (B, 4), edges y0, x0, y1, x1 in pixels of the image, and flips (B,)",
+            f"Cannot match {count} ids with windows of shape {edges.shape} and flips of shape {flip.shape}",
+            fix="Give windows (B, 4), edges y0, x0, y1, x1 in pixels of the image, and flips (B,).",
         )
     _check_areas(edges, shown_B4)
     # By ratios, so that a view of its image's size leaves every edge as it is.
@@ -93,15 +91,16 @@ def view_zooms(window_B4: Array, view_size: tuple[int, int], depth_zoom: str | N
     Raises: RecipeError for windows that zoom metres without a rule, and for another rule.
     """
     if depth_zoom not in (None, "divide", "keep"):
-        raise RecipeError("depth_zoom is divide or keep", received=repr(depth_zoom), remedy="use depth_zoom='divide'")
+        raise RecipeError(f"Invalid depth_zoom: {depth_zoom!r}", fix="Use depth_zoom='divide' or depth_zoom='keep'.")
     if depth_zoom == "keep":
         return None
     zooms = np.array([zoom_of(Window(*edges), view_size) for edges in window_B4.tolist()])
     if depth_zoom is None and (np.abs(zooms - 1) > 1e-6).any():
         raise RecipeError(
-            "a zoomed image looks nearer than it is: windows that zoom want a rule for targets in metres",
-            received=f"windows that zoom {zooms.min():.3g} to {zooms.max():.3g} times, and no depth_zoom",
-            remedy="give depth_zoom='divide', or 'keep'; or heads=['segmentation'], which leaves depth out",
+            f"Missing depth_zoom: the windows zoom {zooms.min():.3g} to {zooms.max():.3g} times, and the targets have "
+            "metres",
+            fix="Give depth_zoom='divide' or 'keep', or leave depth out: heads=['segmentation']",
+            rule="A zoomed image looks nearer than it is.",
         )
     return zooms if depth_zoom == "divide" else None
 
@@ -117,8 +116,8 @@ def _check_areas(edges_B4: Array, shown_B4: Array) -> None:
         row = int(wrong.argmax())
         bad, view = (", ".join(f"{edge:g}" for edge in edges[row]) for edges in (edges_B4, shown_B4))
         raise DataError(
-            "a window is edges y0 < y1 and x0 < x1 in pixels of the image, and shows some of the view",
-            received=f"({bad}) in row {row}; the view shows ({view}) of its image",
-            remedy="give (top, left, top + height, left + width) of the crop"
-            + (", in pixels and not as shares of the image" if np.atleast_1d(shares)[row] else ""),
+            f"Invalid window ({bad}) in row {row} of a view that shows ({view}) of its image",
+            fix="Give (top, left, top + height, left + width) of the crop"
+            + (", in pixels and not as shares of the image." if np.atleast_1d(shares)[row] else "."),
+            rule="A window has edges y0 < y1 and x0 < x1 in pixels of the image, and overlaps the view.",
         )

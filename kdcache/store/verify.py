@@ -9,7 +9,7 @@ from kdcache.errors import MismatchError, StoreError
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
-from kdcache.store.format.damage import damaged_metadata, remedy_of_files
+from kdcache.store.format.damage import damaged_metadata, fix_of_files
 from kdcache.store.format.schema import metadata_keys
 from kdcache.store.ledger import Ledger
 from kdcache.store.reader import Cache, read_manifest, require_complete
@@ -21,14 +21,14 @@ class VerifyReport:
     """The result of `verify_files`.
 
     Attributes:
-        damaged: files below the store whose bytes are not those written. remedy: what mends them.
+        damaged: files below the store whose bytes are not those written. fix: what repairs them.
         seal: the digest of its seal, which stands for all of them.
     """
 
     files: int = 0
     bytes: int = 0
     damaged: list[str] = field(default_factory=list)
-    remedy: str = ""
+    fix: str = ""
     seal: str = ""
 
 
@@ -59,8 +59,9 @@ def verify_files(
     cache = Cache(place, manifest, sealed)
     len(cache.ids)
     cache.check_arrays()
-    remedy = remedy_of_files(remote=place.remote)
-    report = VerifyReport(files=len(completion.metadata) + 1, remedy=remedy, seal=completion.digest)
+    report = VerifyReport(
+        files=len(completion.metadata) + 1, fix=fix_of_files(remote=place.remote), seal=completion.digest
+    )
     for record, examined in zip(records, ledger.examine(place, records, chunk_counts(manifest)), strict=True):
         report.files += 1 + len(record.files)
         report.bytes += sum(entry.bytes for entry in record.files.values())
@@ -80,13 +81,11 @@ def _check_seal(place: Place, digest: str, published: str) -> None:
     wanted = published.strip().lower().removeprefix("sha256:")
     if re.fullmatch("[0-9a-f]{64}", wanted) is None:
         raise StoreError(
-            "the digest of a seal has 64 hexadecimal digits",
-            received=repr(published),
-            remedy="give the one that kdcache verify or kdcache inspect printed when the store was published",
+            f"Invalid digest of a seal: {published!r} does not have 64 hexadecimal digits",
+            fix="Give the one that kdcache verify or kdcache inspect printed when the cache was published.",
         )
     if digest != wanted:
         raise MismatchError(
-            "a store is the one whose seal was published",
-            received=f"{place} has the seal {digest}, not {wanted}",
-            remedy="it was changed or built anew: fetch the store again, or ask who published the digest",
+            f"{place} has the seal {digest}, not {wanted}: it was changed or built again",
+            fix="Fetch the cache again, or ask who published the digest.",
         )

@@ -51,9 +51,8 @@ def worker_of(text: str | None, take_over: bool = False) -> Worker:
         worker = _numbers(text)
     if take_over and worker[1] == 1:
         raise StoreError(
-            "--take-over is for one of several workers, which writes the missing shards of the others after its own",
-            received="one worker, which writes every shard anyway",
-            remedy="leave it out; or number this worker as it was, --worker I/N",
+            "--take-over needs several workers, but this one writes every shard",
+            fix="Leave it out, or number this worker as before: --worker I/N",
         )
     return Worker(*worker, take_over)
 
@@ -98,19 +97,17 @@ def _automatic(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
     numbered = next((found for way in ways if (found := way(environment)) is not None), None)
     if numbered is None:
         raise StoreError(
-            "--worker auto reads the number of this process from SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX or RANK",
-            received="an environment without any of them",
-            remedy="submit it as a Slurm array, a Kubernetes Job of completionMode Indexed or by torchrun; or number "
-            "the workers, --worker I/N",
+            "--worker auto finds no number: SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX and RANK are not set",
+            fix="Use a Slurm array, a Kubernetes Job of completionMode Indexed, or torchrun. Or number the workers: "
+            "--worker I/N",
         )
     _, _, count = text.partition("/")
     if count or text.endswith("/"):
         numbered = _Numbered(numbered.index, count, f"{numbered.variables} with --worker {text}")
     if not numbered.count:
         raise StoreError(
-            "a worker knows how many there are",
-            received=f"{numbered.variables} alone",
-            remedy="say it, for instance --worker auto/8 for eight",
+            f"--worker auto needs a total: the environment has only {numbered.variables}",
+            fix="Add it, for example for eight workers: --worker auto/8",
         )
     return _checked(numbered)
 
@@ -121,9 +118,9 @@ def _checked(numbered: _Numbered) -> tuple[int, int]:
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
     raise StoreError(
-        "the environment numbers a worker from 0, below the number of workers (tasks 0-7 of a Slurm array for eight)",
-        received=numbered.variables,
-        remedy="unset these variables, or number the workers with --worker I/N",
+        f"Invalid worker number in the environment: {numbered.variables}",
+        fix="Unset these variables, or number the workers with --worker I/N",
+        rule="Workers are numbered from 0, below their total (tasks 0-7 of a Slurm array for eight).",
     )
 
 
@@ -131,8 +128,7 @@ def _numbers(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise StoreError(
-            "--worker is I/N: number I, from 0, of N workers; or auto",
-            received=repr(text),
-            remedy="for instance --worker 0/4 on the first of four machines",
+            f"Invalid value of --worker: {text!r}",
+            fix="Use auto, or I/N: number I, from 0, of N workers. On the first of four machines: --worker 0/4",
         )
     return int(index), int(count)

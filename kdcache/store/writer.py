@@ -192,10 +192,10 @@ class StoreWriter:
         if not same:
             what = "labels" if path == "records/label_checksum" else "images"
             raise MismatchError(
-                f"Cannot repair shard {shard} of {self.place}: its {what} do not render as they did at the build",
-                received="; ".join(other) or f"the {what} of its records have changed, or their checksums are lost",
-                remedy=f"restore the {what}, or the versions that the store was built with (kdcache inspect --json); "
-                "or build into a new folder",
+                f"Cannot repair shard {shard} of {self.place}: its {what} do not render as they did at the build "
+                f"({', '.join(other) or 'they have changed, or their checksums are lost'})",
+                fix=f"Restore the {what}, or the versions that the cache was built with (kdcache inspect --json). Or "
+                "build into a new folder.",
             )
         return proof
 
@@ -248,9 +248,9 @@ class StoreWriter:
         """Have the manifest say that shards are written again in another environment."""
         if self.worker.count > 1:
             raise MismatchError(
-                "one process repairs a store with other versions than it was begun with",
-                received=self.worker.describe("a repair") + f", of shards {shards} of {self.place}",
-                remedy="run the same command once without --worker, and not by torchrun",
+                f"Cannot repair shards {shards} of {self.place} with other versions as one of {self.worker.count} "
+                "workers",
+                fix="Run the same command once without --worker and without torchrun.",
             )
         with self.place.alone():
             present = read_manifest(self.place)
@@ -356,13 +356,13 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
     if not changes:
         return
     place = writer.place
-    remedy = f"restore the data set, or build the data as it is now into a new --out; {place} stays as it is"
+    fix = f"Restore the data set, or build the data as it is now into a new --out. {place} stays as it is."
     if store_opens(place):  # else --from fails too, and names this command
-        remedy = (
-            f"restore the data set, or renew it: {renewal(place, split.data)} keeps the targets of unchanged images; "
-            f"{place} stays as it is"
+        fix = (
+            f"Restore the data set, or renew the cache: {renewal(place, split.data)} keeps the targets of unchanged "
+            f"images. {place} stays as it is."
         )
-    raise changed_data(place, changes, split, remedy)
+    raise changed_data(place, changes, split, fix)
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
@@ -371,17 +371,16 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
     Args:
         intact: whether its manifest is what was written, as far as one can tell.
     """
-    received = f"{place} differs in " + "; ".join(differences)
-    remedy = (
-        "repeat the first command exactly, with the versions and on the device that are named where these differ, or "
-        f"give another --out (kdcache copy: another DESTINATION); kdcache build-teacher-cache --from {place} makes a "
-        "store of more views, taps or samples out of a finished one"
+    spare = ""
+    fix = (
+        "Repeat the first command exactly, with the versions and on the device named here. Or give another --out "
+        "(kdcache copy: another DESTINATION). To add views, taps or samples to a finished cache: "
+        f"kdcache build-teacher-cache --from {place}"
     )
     if not intact:
-        received += f"; its {recovery.ROOT} is not what {ledger.COMPLETE} seals, and there is no spare of it"
-        remedy = f"repeat the first command exactly; if this was it, {restored(place)}"
-    rule = "a store is continued with the inputs that it was begun with"
-    return MismatchError(rule, received=received, remedy=remedy)
+        spare = f". Its {recovery.ROOT} is not what {ledger.COMPLETE} seals, and has no spare copy"
+        fix = f"Repeat the first command exactly. If this is it: {restored(place)}"
+    return MismatchError(f"Cannot continue {place}: it differs in {', '.join(differences)}{spare}", fix=fix)
 
 
 class _Encoder:
@@ -440,7 +439,7 @@ def _check_layout(content: bytes, key: str) -> None:
     try:
         parse_layout(json.loads(content), key)
     except VersionError as error:
-        raise error.restated(
-            received=f"zarr-python {zarr.__version__} writes another kind: {error.received}",
-            remedy="install an earlier zarr-python, or a later kdcache",
+        raise error.within(
+            f"zarr-python {zarr.__version__} writes another kind of array",
+            fix="Install an earlier zarr-python, or a later kdcache.",
         ) from error

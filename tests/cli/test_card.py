@@ -79,7 +79,7 @@ WRONG = {
     "json": (["store.zarr", "--card", "--json"], "--json with it"),
     "report": (["store.zarr", "--card", "--teacher-report"], "--teacher-report with it"),
     "data": (["store.zarr", "--card", "--data", "data"], "--data without it"),
-    "no store": (["data", "--card"], "a store is a folder"),
+    "no store": (["data", "--card"], "Cache not found: data"),
     "nothing": (["nowhere", "--card"], "nowhere"),
     "a run without --card": (["teacher"], "--card"),
 }

@@ -111,7 +111,10 @@ WRONG = {
     "a licence that is none": (["--license", "CC BY"], '"license" must be one of'),
     "a licence that the Hub has not": (["--license", "my-own"], '"license" must be one of'),
     "a worker": (["--license", "mit", "--worker", "0/2"], "leave --worker out"),
-    "some of the samples without pixels": (["--license", "mit", "--samples", "2"], "onto the Hub with --pixels stored"),
+    "some of the samples without pixels": (
+        ["--license", "mit", "--samples", "2"],
+        "Onto the Hub, copy with --pixels stored",
+    ),
 }
 
 
@@ -141,8 +144,8 @@ def test_addresses_that_are_none(hub, made, cli, tmp_path, place) -> None:
 
 
 TOKENS = {
-    None: "no HF_TOKEN in the environment",
-    "": "no HF_TOKEN in the environment",
+    None: "HF_TOKEN is not set",
+    "": "HF_TOKEN is not set",
     READ: "403, You don't have the rights",
     "hf_of_nobody": "401, Invalid",
 }
@@ -199,7 +202,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, made, cli) -> N
     hub.make(NAME, {})
     ended = cli("copy", made / "store.zarr", PLACE, "--license", "mit", "--private")
     assert ended.code == 2
-    assert f"Cannot push privately into {PLACE}" in " ".join(ended.err.split())
+    assert f"Cannot push with --private into {PLACE}" in " ".join(ended.err.split())
     assert hub.sent == []
 
 

@@ -106,7 +106,7 @@ CASES = {
     "teacher of other classes": (fewer_classes, BUILD, "has 7, the data set has 6"),
     "teacher of other names": (renamed_classes, BUILD, "pedestrian, vehicle"),
     "teacher without weights": (nothing, BUILD.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
-    "teacher that is nowhere": (nothing, BUILD.replace("{w}/teacher", "{w}/none"), "none does not exist"),
+    "teacher that is nowhere": (nothing, BUILD.replace("{w}/teacher", "{w}/none"), "Run not found: {w}/none"),
     "teacher not trained yet": (no_weights, BUILD, "has no weights"),
     "teacher without size": (
         nothing, BUILD.replace("{w}/teacher", "kdcache:tiny@{w}/teacher/best.safetensors"), "no --size"),
@@ -121,8 +121,8 @@ CASES = {
     "out is another build": (nothing, BUILD.replace("/new", "/store.zarr") + " --batch-size 3", "build.batch_size"),
     "run not overwritten": (nothing, TEACHER.replace("/new", "/teacher"), "holds a run already"),
     "run resumed otherwise": (nothing, TEACHER.replace("/new", "/teacher") + " --resume --lr 0.5", "--lr 0.5"),
-    "store that is nowhere": (nothing, STUDENT.replace("store.zarr", "none.zarr"), "none.zarr does not exist"),
-    "store that is none": (nothing, STUDENT.replace("store.zarr", "data"), "data/zarr.json does not exist"),
+    "store that is nowhere": (nothing, STUDENT.replace("store.zarr", "none.zarr"), "Cache not found: {w}/none.zarr"),
+    "store that is none": (nothing, STUDENT.replace("store.zarr", "data"), "Cache not found: {w}/data/zarr.json"),
     "half-built store": (half_built, STUDENT, "1 of 2 shards"),
     "half-built store, verify": (half_built, "verify {w}/store.zarr", "1 of 2 shards"),
     "store of another version": (other_version, STUDENT, "has format 7"),
@@ -297,7 +297,7 @@ def test_a_full_disk(world, cli, small_disk) -> None:
     words = BUILD.replace("{w}/new", f"{disk.path}/s.zarr").format(w=world).split()
     ended = cli(*words)
     assert ended.code == 2
-    assert "no space left" in ended.err
+    assert "No space left" in ended.err
     assert "should not have happened" not in ended.err
     disk.grow(8192)
     assert cli(*words).code == 0
@@ -311,7 +311,7 @@ def test_a_full_disk_while_training(world, cli, small_disk, command, size_kib) -
     disk = small_disk(size_kib)
     ended = cli(*command.replace("{w}/new", f"{disk.path}/run").format(w=world).split())
     assert ended.code == 2
-    assert "no space left" in ended.err
+    assert "No space left" in ended.err
     assert "should not have happened" not in ended.err
 
 

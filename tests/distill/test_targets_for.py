@@ -122,12 +122,12 @@ MANY = "y0 < y1 and x0 < x1 in pixels"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["scene 12"],), "ids are those of the store's samples"),
-        (("64x96-seed0/train-000000",), "takes the ids of a batch"),
-        (([0],), "ids are those of the store's samples"),
-        ((None, [[0, 0, 32]]), "a window of four edges"),
-        ((None, [[0, 0, 32, 48]] * 2), "a window of four edges"),
-        ((None, [[0, 0, 32, 48]], [True, False]), "a window of four edges"),
+        ((["scene 12"],), "Unknown id 'scene 12'"),
+        (("64x96-seed0/train-000000",), "takes a list of ids"),
+        (([0],), "Unknown id 0"),
+        ((None, [[0, 0, 32]]), "Cannot match 1 ids"),
+        ((None, [[0, 0, 32, 48]] * 2), "Cannot match 1 ids"),
+        ((None, [[0, 0, 32, 48]], [True, False]), "Cannot match 1 ids"),
         ((None, [[32, 48, 16, 24]]), MANY),
         ((None, [[0.1, 0.2, 0.9, 0.8]]), "as shares of the image"),
         ((None, [[0, 0, float("nan"), 48]]), MANY),
@@ -146,10 +146,10 @@ def test_stores_without_whole_views_and_unknown_heads_are_refused(
     make_cache: Callable[..., Cache], dense: Cache
 ) -> None:
     crops = make_cache(views=2, crop=(32, 48))
-    with pytest.raises(RecipeError, match="those of the whole image"):
+    with pytest.raises(RecipeError, match="is a cache of crops"):
         crops.targets_for([crops.ids[0]])
     for heads in (["depth"], []):
-        with pytest.raises(RecipeError, match="those of the store's heads"):
+        with pytest.raises(RecipeError, match="Unknown heads"):
             dense.targets_for([dense.ids[0]], heads=heads)
 
 

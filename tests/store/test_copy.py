@@ -96,7 +96,7 @@ def test_not_onto_itself(store, tree) -> None:
     """Which would unseal a store that is damaged."""
     before = tree(store)
     for destination in (store, f"{store}/", store.parent / "." / store.name):
-        with pytest.raises(StoreError, match="another place"):
+        with pytest.raises(StoreError, match="same cache"):
             copy_store(open_cache(store), destination)
     assert tree(store) == before
 
@@ -206,7 +206,7 @@ def test_a_damaged_source(store, tree, tmp_path, codec, damage) -> None:
     changes = CopyChanges(codec=codec)
     with pytest.raises(CorruptError) as caught:
         copy_store(open_cache(store), tmp_path / "c", changes)
-    assert str(file) in caught.value.received
+    assert str(file) in caught.value.problem
     assert (inspect_store(tmp_path / "c").shards_written, inspect_store(tmp_path / "c").complete) == (1, False)
     file.write_bytes(content)
     result = copy_store(open_cache(store), tmp_path / "c", changes)
@@ -254,25 +254,25 @@ def test_the_copy_of_another_store_is_not_continued(store, plan, tree, tmp_path)
     before = tree(tmp_path / "c")
     other = plan(seed=5)
     other.manifest = other.manifest.model_copy(update={"created": "2026-02-02T00:00:00+00:00"})
-    with pytest.raises(MismatchError, match="begun with") as caught:
+    with pytest.raises(MismatchError, match="built 2026-02-02") as caught:
         copy_store(open_cache(other.write(tmp_path / "other")), tmp_path / "c")
-    assert "2026-02-02" in caught.value.received
+    assert "a new or empty place" in caught.value.fix
     with pytest.raises(MismatchError, match="codec: default against none"):
         copy_store(open_cache(store), tmp_path / "c", CopyChanges(codec="none"))
     assert tree(tmp_path / "c") == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "received"),
+    ("changes", "named"),
     [
         (CopyChanges(features=("haed",)), "haed"),
-        (CopyChanges(samples=[1], pixels="source"), "no pixels"),
+        (CopyChanges(samples=[1], pixels="source"), "without pixels"),
     ],
 )
-def test_changes_that_cannot_be(store, tmp_path, changes, received) -> None:
+def test_changes_that_cannot_be(store, tmp_path, changes, named) -> None:
     with pytest.raises(StoreError) as caught:
         copy_store(open_cache(store), tmp_path / "c", changes)
-    assert received in caught.value.received
+    assert named in caught.value.problem
     assert not (tmp_path / "c").exists()
 
 

@@ -119,7 +119,7 @@ class Patient:
 
     def _named(self, damaged: dict[str, bytes | None], error: KDCacheError) -> None:
         self.refused += 1
-        assert error.remedy
+        assert error.fix
         # A seal that is missing is no file to name; a wrong one makes others look wrong.
         # To a build, a folder without zarr.json is no store but somebody else's.
         whole = "complete.json" in damaged or (damaged.get("zarr.json", b"") is None and "no zarr.json" in str(error))

@@ -204,7 +204,7 @@ def test_digests_of_two_times(folder: Path) -> None:
 
 def test_many_samples_are_counted(folder: Path) -> None:
     split = train_of(folder)
-    error = changed_data("c.zarr", Changes(labels=tuple("abcde")), split, "restore it")
+    error = changed_data("c.zarr", Changes(labels=tuple("abcde")), split, "Restore it.")
     assert "5 labels differ ('a', 'b', 'c' and 2 more)" in error.problem
 
 

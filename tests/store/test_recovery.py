@@ -133,18 +133,18 @@ def build(location: Any, wanted: Any) -> None:
 
 
 def verified(location: Any) -> tuple[list[str], str]:
-    """What `verify` says is damaged, and its remedy; a store that it stops at is named whole."""
+    """What `verify` says is damaged, and its fix; a store that it stops at is named whole."""
     try:
         report = verify_files(location)
     except KDCacheError as error:
-        return [error.received], error.remedy
-    return report.damaged, report.remedy
+        return [error.problem], error.fix
+    return report.damaged, report.fix
 
 
-def follow(remedy: str, damaged: list[str], files: Files, wanted: Any) -> None:
-    """Do what a remedy says, to the letter."""
-    assert "run the command that" in remedy.lower()
-    if "delete" in remedy.lower():
+def follow(fix: str, damaged: list[str], files: Files, wanted: Any) -> None:
+    """Do what a fix says, to the letter."""
+    assert "Run the command that" in fix
+    if "Delete" in fix:
         for key in damaged:
             files.put(key, None)
     build(files.location, wanted)
@@ -177,12 +177,12 @@ def walk(files: Files, whole: dict[str, bytes], wanted: Any, hows: Callable[[int
 def mend(files: Files, key: str, cosmetic: bool, wanted: Any) -> None:
     """Have `verify` look at a store of which one file is damaged, and follow its remedy."""
     refused = says(files.location)
-    found, remedy = verified(files.location)
+    found, fix = verified(files.location)
     assert not refused or found, f"{key}: the reader sees more than verify"
     if found:
         # A seal that was changed makes others look wrong: they are named together.
         assert any(name in text for text in found for name in (key, SEAL)) or key == SEAL, (key, found)
-        follow(remedy, found, files, wanted)
+        follow(fix, found, files, wanted)
     else:
         assert cosmetic, f"{key}: verify sees nothing"
         build(files.location, wanted)
@@ -273,7 +273,7 @@ def test_a_folder_in_the_place_of_a_file(wanted, tmp_path, key) -> None:
     (files.location / key / "mine.txt").write_text("thesis")
     with pytest.raises(StoreError, match="is a folder") as caught:
         build(files.location, wanted)
-    assert "move it elsewhere" in caught.value.remedy
+    assert "Move it elsewhere" in caught.value.fix
     (files.location / key).rename(tmp_path / "moved")
     build(files.location, wanted)
     assert files.read() == clean
@@ -291,9 +291,9 @@ def test_something_in_the_place_of_a_folder(wanted, tmp_path, how) -> None:
     else:
         (files.location / "records/view").write_text("thesis")
     assert verified(files.location)[0]
-    with pytest.raises(StoreError, match="is no folder") as caught:
+    with pytest.raises(StoreError, match="is not a folder") as caught:
         build(files.location, wanted)
-    assert "move it elsewhere" in caught.value.remedy
+    assert "Move it elsewhere" in caught.value.fix
     if how == "a link":
         assert OnDisk(tmp_path / "elsewhere").read() == before
     (files.location / "records/view").unlink()
@@ -413,25 +413,25 @@ class TestWithoutSpare:
             files.put("zarr.json", DAMAGES[how](content))
 
     @pytest.mark.parametrize("how", KINDS)
-    def test_the_remedy_works(self, old, wanted, how) -> None:
+    def test_the_fix_works(self, old, wanted, how) -> None:
         """To the letter: the command again where that is said, then the copy, or the folder deleted."""
         whole = old.read()
         for restored in (True, False):
             self.damage(how, old, whole["zarr.json"])
-            found, remedy = verified(old.location)
+            found, fix = verified(old.location)
             assert len(found) == 1
             if isinstance(old, OnDisk):  # else what was read lies here
                 with pytest.raises(KDCacheError) as opened:
                     open_cache(old.location)
-                assert (found, remedy) == ([opened.value.received], opened.value.remedy)
+                assert (found, fix) == ([opened.value.problem], opened.value.fix)
             before = old.read()
             refused = self.refusal(old, wanted)
             if refused is None:
-                assert remedy.startswith("run the command that wrote it"), how
+                assert fix.startswith("Run the command that wrote it"), how
             else:
                 assert old.read() == before
-                assert f"delete all of {old.location}" in refused.remedy, how
-                assert "no spare" in refused.received
+                assert f"delete all of {old.location}" in refused.fix, how
+                assert "no spare" in refused.problem
                 self.delete(old)
                 for key, content in whole.items() if restored else ():
                     old.put(key, content)
@@ -553,10 +553,10 @@ class TestWithOtherVersions:
         before = files.read()
         with pytest.raises(MismatchError) as caught:
             open_writer(files.location, new.manifest, new.ids, None, self.pixels(new))
-        assert f"numcodecs {libraries['numcodecs']} against 2, more nothing against 1" in caught.value.received
+        assert f"numcodecs {libraries['numcodecs']} against 2, more nothing against 1" in caught.value.problem
         assert files.read() == before
-        assert "with the versions and on the device that are named" in caught.value.remedy
-        assert "or give another --out" in caught.value.remedy
+        assert "with the versions and on the device named here" in caught.value.fix
+        assert "give another --out" in caught.value.fix
         again, other = OnDisk(old.write(tmp_path / "half")), OnDisk(new.write(tmp_path / "other"))
         for store, libraries_now in ((again, libraries), (other, new.manifest.build.libraries)):
             assert verify_files(store.location).damaged == []

@@ -141,7 +141,7 @@ def test_names_are_no_paths(store, forger, part) -> None:
         def rename(manifest: Any, name: str = name) -> None:
             manifest[part][name] = next(iter(manifest[part].values()))
 
-        with pytest.raises(KDCacheError, match="well formed"):
+        with pytest.raises(KDCacheError, match="malformed"):
             open_cache(manifest_of(store, forger, rename))
         (store / "zarr.json").write_bytes(content)
 
@@ -170,7 +170,7 @@ UNTRUE = {
 
 @pytest.mark.parametrize("what", UNTRUE)
 def test_a_manifest_that_cannot_be_true(store, forger, what) -> None:
-    with pytest.raises(CorruptError, match="well formed"):
+    with pytest.raises(CorruptError, match="malformed"):
         open_cache(manifest_of(store, forger, UNTRUE[what]))
 
 
@@ -233,7 +233,7 @@ QUICK = ("records 10^12", "view 65536x65536", "a shard per record", "channels 10
 
 @pytest.mark.parametrize("what", QUICK)
 def test_a_manifest_is_limited(store, forger, what) -> None:
-    with pytest.raises(KDCacheError, match="well formed"):
+    with pytest.raises(KDCacheError, match="malformed"):
         open_cache(manifest_of(store, forger, MANIFESTS[what]))
 
 

@@ -328,7 +328,7 @@ def test_an_out_that_holds_something_else_is_untouched(small, tree, tmp_path, wh
     before = tree(tmp_path) if out.is_dir() else out.read_bytes()
     with pytest.raises(StoreError) as caught:
         open_writer(out, small.manifest, small.ids)
-    assert str(out) in caught.value.received
+    assert str(out) in caught.value.problem
     assert (tree(tmp_path) if out.is_dir() else out.read_bytes()) == before
 
 
@@ -376,8 +376,8 @@ def test_another_manifest_is_refused_by_the_field(small, tree, tmp_path, field, 
     before = tree(path)
     with pytest.raises(MismatchError) as caught:
         open_writer(path, other, small.ids)
-    assert re.search(rf"differs in (.*; )?{re.escape(field)}: ", caught.value.received)
-    assert "--out" in caught.value.remedy
+    assert re.search(rf"differs in (.*, )?{re.escape(field)}: ", caught.value.problem)
+    assert "--out" in caught.value.fix
     assert tree(path) == before
 
 
@@ -388,11 +388,11 @@ def test_a_half_built_store_with_a_statistic_of_earlier_versions_names_a_fix_tha
     before = tree(path)
     with pytest.raises(MismatchError, match="Cannot continue") as caught:
         open_writer(path, small.manifest.model_copy(update={"statistics": {}}), small.ids)
-    assert "without --statistics entropy and with another --out" in caught.value.remedy
-    assert "--from" not in caught.value.remedy, "nothing can be taken from a store that does not open"
+    assert "without --statistics entropy and with another --out" in caught.value.fix
+    assert "--from" not in caught.value.fix, "nothing can be taken from a store that does not open"
     with pytest.raises(IncompleteError) as unread:
         open_cache(path)
-    assert "build a new cache without --statistics entropy" in unread.value.remedy
+    assert "build a new cache without --statistics entropy" in unread.value.fix
     assert tree(path) == before
 
 
@@ -476,9 +476,9 @@ def test_a_full_disk_loses_nothing(small, clean, tree, small_disk) -> None:
     needed = sum(-(-len(content) // 4096) * 4 for content in clean.values())  # KiB of whole blocks
     disk = small_disk(needed - 32)
     path = disk.path / "s.zarr"
-    with pytest.raises(StoreError, match="no space left") as caught:
+    with pytest.raises(StoreError, match="No space left") as caught:
         small.write(path)
-    assert "space" in caught.value.remedy
+    assert "space" in caught.value.fix
     finished = len(list(path.glob("ledger/*.json")))
     disk.grow(100 * needed)
     with open_writer(path, small.manifest, small.ids) as writer:
@@ -489,7 +489,7 @@ def test_a_full_disk_loses_nothing(small, clean, tree, small_disk) -> None:
 
 def test_a_disk_that_is_full_from_the_start(small, clean, tree, small_disk) -> None:
     disk = small_disk(4)
-    with pytest.raises(StoreError, match="no space left"):
+    with pytest.raises(StoreError, match="No space left"):
         small.write(disk.path / "s.zarr")
     assert list(disk.path.iterdir()) == []
     disk.grow(8192)
@@ -537,5 +537,5 @@ def test_a_zarr_that_writes_another_kind_of_array_is_refused_first(plan, tmp_pat
     monkeypatch.setattr(schema, "compressors", lambda *_: (GzipCodec(), Crc32cCodec()))
     with pytest.raises(VersionError, match=r"targets/segmentation/values/zarr\.json.*gzip") as caught:
         plan().write(tmp_path / "s.zarr")
-    assert f"zarr-python {zarr.__version__}" in caught.value.received
+    assert f"zarr-python {zarr.__version__}" in caught.value.problem
     assert not (tmp_path / "s.zarr").exists()

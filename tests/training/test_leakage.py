@@ -117,9 +117,9 @@ def test_a_teacher_of_other_samples_is_not(taught: Callable[..., Cache], notes: 
 
 
 def test_labels_of_other_samples_are_damage(cache: Cache, taught: Callable[..., Cache], notes: Notes) -> None:
-    with pytest.raises(CorruptError, match="a bit per sample") as caught:
+    with pytest.raises(CorruptError, match="which samples had labels") as caught:
         notes(taught(2, labels=pack_flags(np.ones(600, np.bool_))), limit_labels=2)
-    assert str(cache.place) in caught.value.received
+    assert str(cache.place) in caught.value.problem
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def verify(
     for name in report.damaged:
         OUT.print(f"  [red]damaged[/] {escape(place.describe(name))}")
     if report.damaged:
-        OUT.print(report.remedy)
+        OUT.print(report.fix)
         raise typer.Exit(1)
     OUT.print(f"seal {report.seal}" + (", as published" if seal else ""), highlight=False, soft_wrap=True)
     manifest = read_manifest(place)

@@ -19,18 +19,13 @@ PARTIAL = ".partial"
 """Ends the name of a file that is being written; what a crash leaves of it means nothing."""
 _ROOM_BYTES = 2**20  # with less, a failed write is taken for a full disk
 _MOST_NAME_BYTES = 255  # of a file's name, on every usual file system
-_REFUSALS = {
-    errno.EROFS: (
-        "what is written needs a file system that can be written",
-        "give another place, or mount it for writing",
-    ),
-    errno.EACCES: ("what is written needs a folder that can be written", "check its permissions, or give another one"),
-    errno.ENAMETOOLONG: (
-        f"a file's name has at most {_MOST_NAME_BYTES} bytes",
-        "shorten the name: of the --out or destination, or of the images whose ids it comes from",
-    ),
+_FIXES = {
+    errno.EROFS: "Give another place, or mount it for writing.",
+    errno.EACCES: "Check its permissions, or give another folder.",
+    errno.EPERM: "Check its permissions, or give another folder.",
+    errno.ENAMETOOLONG: f"Shorten the name to {_MOST_NAME_BYTES} bytes: of the --out or destination, or of the images "
+    "whose ids it comes from.",
 }
-_REFUSALS[errno.EPERM] = _REFUSALS[errno.EACCES]
 
 
 def sync_path(path: Path) -> None:
@@ -85,15 +80,13 @@ def disk_space_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
-            rule, remedy = _REFUSALS[error.errno]
-            raise StoreError(rule, received=_where(error, path), remedy=remedy) from error
+        if isinstance(error, OSError) and error.errno in _FIXES:
+            raise StoreError(f"Cannot write {_where(error, path)}", fix=_FIXES[error.errno]) from error
         if not _is_full(error, Path(path)):
             raise
         raise StoreError(
-            "the disk must have room for what is written",
-            received=f"no space left while writing {path}",
-            remedy="free some space and run the same command again (a training with --resume): nothing is lost",
+            f"No space left on the disk while writing {path}",
+            fix="Free some space and run the same command again (a training with --resume): nothing is lost.",
         ) from error
 
 

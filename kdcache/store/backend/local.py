@@ -99,10 +99,9 @@ class Folder(Place):
         if not existing.is_dir() or (existing == path and not (path / "zarr.json").exists() and any(path.iterdir())):
             content = "holds something else, and no zarr.json" if existing.is_dir() else "is a file"
             raise StoreError(
-                "a store is written into a new or empty folder, or goes on where it was begun",
-                received=f"{existing} {content}",
-                remedy="give another folder, or empty it yourself if nothing in it is needed. If it was a cache, move "
-                f"it away: {moved_away(existing)}",
+                f"Cannot write a cache here: {existing} {content}",
+                fix="Give another folder, or empty it yourself if nothing in it is needed. If it was a cache, move it "
+                f"away: {moved_away(existing)}",
             )
 
     def _make(self, files: Mapping[str, bytes]) -> None:
@@ -137,9 +136,8 @@ class Folder(Place):
             wrong += [path] if path.is_dir() else []
         if wrong:
             raise StoreError(
-                "nothing but a store's own files and folders may be in their places",
-                received=f"{wrong[0]} is {'a folder' if wrong[0] == path else 'no folder'}",
-                remedy="move it elsewhere, then run the same command again",
+                f"Cannot write {path}: {wrong[0]} is {'a folder' if wrong[0] == path else 'not a folder'}",
+                fix="Move it elsewhere, then run the same command again.",
             )
         return path
 

@@ -88,9 +88,8 @@ class Mirror:
             (self.folder / _LOCKS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                "copies of a remote store need a folder that can be written",
-                received=f"{self.base} ({error.strerror})",
-                remedy="give another --cache-dir, or set KDCACHE_CACHE_DIR",
+                f"Cannot write copies of remote caches to {self.base} ({error.strerror})",
+                fix="Give another --cache-dir, or set KDCACHE_CACHE_DIR.",
             ) from error
 
     def _lock(self, name: str) -> Path:
@@ -138,9 +137,8 @@ class Mirror:
         most = self._most(held)
         if needed > most:
             raise StoreError(
-                "a shard must fit into the folder of copies",
-                received=f"a file of {needed} bytes, --cache-bytes {most} in {self.base}",
-                remedy="give more --cache-bytes, or another --cache-dir",
+                f"A file of {needed} bytes does not fit into --cache-bytes {most} in {self.base}",
+                fix="Increase --cache-bytes, or give another --cache-dir.",
             )
         if held + needed > most:
             held = self._clear(needed, most)

@@ -34,9 +34,8 @@ try:
     from obstore.store import from_url
 except ImportError as error:
     raise StoreError(
-        "stores in object stores need obstore",
-        received=f"it cannot be imported ({error})",
-        remedy="in a clone of kdcache: pip install '.[remote]'",
+        f"Cannot import obstore, which caches in object stores need ({error})",
+        fix="Install it in a clone of kdcache: pip install '.[remote]'",
     ) from error
 
 T = TypeVar("T")
@@ -72,9 +71,9 @@ class Bucket(Place):
         parts = urlsplit(address)
         if parts.scheme not in SCHEMES or not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
             raise StoreError(
-                "the address of a store is s3://BUCKET/PREFIX, gs:// and az:// likewise; credentials are no part of it",
-                received=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
-                remedy="put credentials, region and endpoint into the environment, as for the provider's own tools",
+                f"Invalid cache address: {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+                fix="Use s3://BUCKET/PREFIX, gs:// or az://. Put credentials, region and endpoint into the "
+                "environment, as for the provider's own tools.",
             )
         self._address = address.rstrip("/")
         self._mirror = mirror
@@ -100,9 +99,8 @@ class Bucket(Place):
         """obstore's client. Its threads survive no fork: without them a request would wait for ever."""
         if _users and os.getpid() not in _users:
             raise StoreError(
-                "a process that reads a remote store is started, not forked",
-                received=f"{self} in a process that was forked from one that has read from an object store",
-                remedy="use threads, or worker processes by forkserver or spawn (multiprocessing_context=...)",
+                f"Cannot read {self} in a process forked from one that has read from an object store",
+                fix="Use threads, or start workers with forkserver or spawn (multiprocessing_context=...).",
             )
         _users.add(os.getpid())
         return self._connected
@@ -117,7 +115,7 @@ class Bucket(Place):
 
     @contextmanager
     def _answers(self, key: str = "") -> Iterator[None]:
-        """Turn what the object store refuses into an error with a remedy.
+        """Turn what the object store refuses into an error with a fix.
 
         The original is not kept as its cause: an answer may repeat the request, credentials too.
         """
@@ -127,9 +125,7 @@ class Bucket(Place):
             text = str(error)
             if isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(text):
                 raise FileNotFoundError(f"{self.describe(key)} does not exist") from None
-            raise StoreError(
-                "an object store must answer", received=f"{self}: {_summary(text)}", remedy=_remedy(text)
-            ) from None
+            raise StoreError(f"Cannot reach {self}: {_summary(text)}", fix=_fix(text)) from None
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
         """The answer to a request; it is repeated while the server is busy, until `retry_timeout` is over."""
@@ -177,10 +173,10 @@ class Bucket(Place):
             if left and (digest is None or arrived[digest] == 1):
                 time.sleep(PAUSE_SECONDS * 2 ** (ATTEMPTS - 1 - left))
         raise StoreError(
-            f"Cannot fetch {self.describe(key)}: its bytes are others in every fetch",
-            received=f"{ATTEMPTS} fetches, and no two that agree with each other or with the server's checksum",
-            remedy="check the network, and any proxy on the way: what the server has need not be damaged. Then run the "
-            "same command again",
+            f"Cannot fetch {self.describe(key)}: {ATTEMPTS} fetches gave different bytes, none with the server's "
+            "checksum",
+            fix="Check the network and any proxy on the way, then run the same command again. What the server has "
+            "need not be damaged.",
         )
 
     def _receive(self, key: str, file: IO[bytes], most: int | None) -> tuple[str, re.Match[str] | None]:
@@ -258,9 +254,8 @@ class Bucket(Place):
                 return
             if key not in files or self.read(key) != files[key]:
                 raise StoreError(
-                    "--out is a place without anything else, or a store to continue",
-                    received=f"{self.describe(key)} is no part of this store",
-                    remedy="give another --out, or empty it yourself if nothing in it is needed",
+                    f"Cannot write a cache into {self}: {self.describe(key)} is not part of it",
+                    fix="Give another --out, or empty it yourself if nothing in it is needed.",
                 )
             present.add(key)
         for key, content in files.items():  # zarr.json, which makes it a store, is the last
@@ -303,12 +298,13 @@ def _summary(text: str) -> str:
     return f"{first[:300]} ({code[1]})" if code else first[:300]
 
 
-def _remedy(text: str) -> str:
+def _fix(text: str) -> str:
     if _NO_BUCKET.search(text):
-        return "check the name of the bucket, or make it: kdcache makes none"
+        return "Check the name of the bucket, or create it: kdcache creates none."
     if _MACHINE_ROLE.search(text):
         return (
-            "put credentials into the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_..., AZURE_...):"
-            " there are none, and this machine has no role of its own"
+            "Put credentials into the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_..., "
+            "AZURE_...). "
+            "There are none, and this machine does not have a role."
         )
-    return "check address, network and the credentials in the environment; the same command goes on"
+    return "Check address, network and the credentials in the environment, then repeat the command: it continues."

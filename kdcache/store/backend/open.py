@@ -22,9 +22,8 @@ def open_place(location: "str | Path | Place", cache_dir: Path | None = None, ca
         return Folder(Path(location))
     if str(location).startswith("hf://"):
         raise StoreError(
-            "a store on the Hub is used by a copy of it",
-            received=str(location),
-            remedy=f"kdcache copy {location} STORE.zarr; then use STORE.zarr",
+            f"Cannot use a cache on the Hub in place: {location}",
+            fix=f"Copy it, then use the copy: kdcache copy {location} CACHE.zarr",
         )
     from kdcache.store.backend.mirror import Mirror
     from kdcache.store.backend.object_store import Bucket  # obstore is an extra

@@ -6,39 +6,40 @@ from collections.abc import Callable
 from kdcache.errors import CorruptError, KDCacheError, StoreError
 
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # no fault of the store
-_AS_WRITTEN = "a store's files must be those that were written"
-AGAIN = "run the command that wrote it (build-teacher-cache or copy) again"
-"""The words that remedies begin with."""
+_COMMAND = "the command that wrote it (build-teacher-cache or copy)"
+AGAIN = f"Run {_COMMAND} again"
+"""The words of a fix that a repair follows."""
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
     """The error of a root's zarr.json that no spare is left of: what it held cannot be written again."""
-    before = error.remedy.partition(AGAIN)[0]
-    return error.restated(received=f"{error.received}; there is no spare of zarr.json", remedy=before + restored(store))
+    before = error.fix.partition(AGAIN)[0]
+    return type(error)(f"{error.problem}, and zarr.json has no spare copy", fix=before + restored(store))
 
 
 def restored(store: object) -> str:
-    """The remedy for a manifest that cannot be written again."""
-    return f"restore zarr.json from a copy, or delete all of {store} and {AGAIN}"
+    """Return the fix for a manifest that cannot be written again."""
+    return f"Restore zarr.json from a copy, or delete all of {store} and repeat {_COMMAND}."
 
 
 def damaged(file: object, what: str) -> CorruptError:
     """The error for a file of a shard: a build redoes it, in an object store when it is gone."""
-    remote = "://" in str(file)
-    remedy = f"delete it and {AGAIN}: it redoes what is missing" if remote else f"{AGAIN}: it redoes what is damaged"
-    return CorruptError(_AS_WRITTEN, received=f"{file}: {what}", remedy=remedy)
-
-
-def remedy_of_files(*, remote: bool) -> str:
-    """The remedy for a list of files, as a sentence."""
-    return (
-        f"Delete these files, then {AGAIN}: it redoes them alone." if remote else f"R{AGAIN[1:]}: it redoes them alone."
+    return CorruptError(
+        f"Damaged cache file {file}: {what}",
+        fix=f"Delete it. {AGAIN}: it rebuilds what is missing."
+        if "://" in str(file)
+        else f"{AGAIN}: it rebuilds what is damaged.",
     )
+
+
+def fix_of_files(*, remote: bool) -> str:
+    """Return the fix for a list of damaged files."""
+    return f"{'Delete these files. ' if remote else ''}{AGAIN}: it rebuilds only them."
 
 
 def damaged_metadata(file: object, what: str = "it was changed or removed") -> CorruptError:
     """The error for what a build writes again wherever the store is: manifest, array metadata, ids, ledger, seal."""
-    return CorruptError(_AS_WRITTEN, received=f"{file}: {what}", remedy=f"{AGAIN}: it writes this file anew")
+    return CorruptError(f"Damaged cache file {file}: {what}", fix=f"{AGAIN}: it writes this file again.")
 
 
 def unreadable(
@@ -48,11 +49,9 @@ def unreadable(
     number = getattr(error, "errno", None)
     if number in _OURS:
         return StoreError(
-            "the files of a store must be readable",
-            received=f"{file}: {error}",
-            remedy="check its permissions; for too many open files raise ulimit -n",
+            f"Cannot read {file}: {error}", fix="Check its permissions. For too many open files, raise ulimit -n"
         )
-    return damage(file, f"{what} ({error}{'; links are not followed' if number == errno.ELOOP else ''})")
+    return damage(file, f"{what} ({error}{', links are not followed' if number == errno.ELOOP else ''})")
 
 
 def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:

@@ -60,9 +60,10 @@ def check_cells(wanted: StoredAs, sizes: Mapping[str, tuple[int, int]]) -> None:
     if wanted == "uint8" and not any(feature_dtype(wanted, size) == "uint8" for size in sizes.values()):
         maps = ", ".join(f"{tap} of {size[0]}x{size[1]} cells" for tap, size in sizes.items())
         raise RecipeError(
-            f"Cannot store {maps or 'no features'} in 8 bits",
-            received=f"summaries and maps under {LEAST_CELLS} cells stay float16",
-            remedy="leave out --feature-dtype uint8" if maps else "add --features TAP, or leave out --feature-dtype",
+            f"Cannot store {maps} in 8 bits: summaries and maps under {LEAST_CELLS} cells stay float16"
+            if maps
+            else "Cannot store features in 8 bits: there are none",
+            fix="Leave out --feature-dtype uint8" if maps else "Add --features TAP, or leave out --feature-dtype",
         )
 
 

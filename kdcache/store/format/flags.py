@@ -34,7 +34,6 @@ def unpack_flags(text: str, count: int, where: object) -> Flags:
 
 def _corrupt(where: object, what: str) -> CorruptError:
     return CorruptError(
-        "flags of samples are a bit per sample, compressed by zlib, in Base64",
-        received=f"{where}: {what}",
-        remedy="restore the store from a copy, or build it again from the teacher's run",
+        f"Cannot read which samples had labels in {where}: {what}",
+        fix="Restore the cache from a copy, or build it again from the teacher's run.",
     )

@@ -24,10 +24,10 @@ from kdcache.store.format.manifest_models import MAX_RECORDS
 
 CRC_BYTES = 4
 NOT_SUPPORTED = (
-    "another program or a later zarr-python wrote it: update kdcache, or build the store again with this version; "
-    "zarr-python may read it all the same"
+    "Update kdcache, or build the cache again with this version: another program or a later zarr-python wrote it. "
+    "zarr-python itself may still read it."
 )
-"""The remedy for an array that our writer does not make."""
+"""The fix for an array that our writer does not make."""
 _MAX_METADATA_BYTES = 2**20  # what is longer is cut, and no JSON then
 _MAX_SHARD_CHUNKS = 2**16
 _DTYPE = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)")
@@ -113,12 +113,7 @@ def parse_layout(metadata: Any, file: object) -> Layout:
     try:
         return _parse(metadata)
     except (ValueError, RecursionError) as error:
-        raise VersionError(
-            "arrays of a store are shards of whole records in bytes [+ blosc | zstd] [+ crc32c], index in bytes "
-            "+ crc32c",
-            received=f"{file}: {error}",
-            remedy=NOT_SUPPORTED,
-        ) from error
+        raise VersionError(f"Cannot read the array {file}: {error}", fix=NOT_SUPPORTED) from error
 
 
 def _parse(metadata: Any) -> Layout:
@@ -161,9 +156,9 @@ def _parse(metadata: Any) -> Layout:
     return layout
 
 
-def _require(condition: bool, what: str, received: Any) -> None:
+def _require(condition: bool, what: str, value: Any) -> None:
     if not condition:
-        raise ValueError(f"{what}: {repr(received)[:200]}")
+        raise ValueError(f"{what}: {repr(value)[:200]}")
 
 
 def _sizes(value: Any, what: str, least: int = 1) -> tuple[int, ...]:

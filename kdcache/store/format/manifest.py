@@ -12,7 +12,7 @@ from kdcache.display import size_text
 from kdcache.errors import CorruptError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
 from kdcache.store.format import manifest_models as parts
-from kdcache.store.format.damage import AGAIN
+from kdcache.store.format.damage import AGAIN, damaged_metadata
 from kdcache.store.format.eight_bits import FeatureFidelity, pairs
 from kdcache.store.format.teacher_models import Fingerprint
 
@@ -231,25 +231,20 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
     version = content.get("version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or content.get("format") != "kdcache":
         raise CorruptError(
-            "a store is a Zarr group whose attributes hold a kdcache manifest",
-            received=f"{where} has none",
-            remedy="give the folder that build-teacher-cache wrote (its --out)",
+            f"Not a cache: {where} has no kdcache manifest",
+            fix="Give the folder that build-teacher-cache wrote (its --out).",
         )
     if version not in range(1, FORMAT_VERSION + 1):
         raise VersionError(
-            f"this version of kdcache reads store formats 1 to {FORMAT_VERSION}",
-            received=f"{where} has format {version!r}",
-            remedy=f"use the kdcache that wrote it (`created_by` in its zarr.json); if this did, {AGAIN}: it mends it",
+            f"{where} has format {version!r}, but this version of kdcache reads cache formats 1 to {FORMAT_VERSION}",
+            fix="Use the kdcache that wrote it (`created_by` in its zarr.json). If this version wrote it, the file is "
+            f"damaged. {AGAIN}: it fixes the file.",
         )
     try:
         # JSON has lists where the models have tuples: validate as JSON, not as Python objects.
         return Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise CorruptError(
-            "every field of a manifest must be well formed",
-            received=f"{where}: {_first_fault(error)}",
-            remedy=f"{AGAIN}: it writes this file anew",
-        ) from error
+        raise damaged_metadata(where, f"malformed {_first_fault(error)}") from error
 
 
 @contextmanager
@@ -262,9 +257,8 @@ def well_formed_parts() -> Iterator[None]:
         yield
     except ValidationError as error:
         raise StoreError(
-            "a manifest must be well formed, and its names of splits and taps be names of folders",
-            received=_first_fault(error),
-            remedy="name the split's folder or the tap otherwise, or correct the value",
+            f"Cannot write the manifest: {_first_fault(error)}",
+            fix="Give the split's folder or the tap another name, or correct the value.",
         ) from error
 
 

@@ -143,9 +143,7 @@ class ShardArray:
                 self._decode(memoryview(parts[0])[: size - self._layout.crc_bytes], out)
         except NotImplementedError as error:
             raise VersionError(
-                "the zstd frames of a store say how much they hold",
-                received=f"{shard.name}: chunk {chunk} does not",
-                remedy=NOT_SUPPORTED,
+                f"Cannot read chunk {chunk} of {shard.name}: its zstd frame does not give its size", fix=NOT_SUPPORTED
             ) from error
         except (ValueError, RuntimeError, struct.error, OSError) as error:
             raise unreadable(shard.name, f"chunk {chunk} cannot be read", error) from error
@@ -177,9 +175,9 @@ def check_buffer(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> No
     """A record can be decoded into `out`. Raises StoreError."""
     if out.shape != shape or out.dtype != dtype or not out.flags.carray:
         raise StoreError(
-            f"a record is read into a writable, C-contiguous {dtype} array of shape {shape}",
-            received=f"{out.dtype} {out.shape}, strides {out.strides}, writable: {out.flags.writeable}",
-            remedy="allocate it with numpy.empty(shape, dtype)",
+            f"Cannot read a record into {out.dtype} {out.shape}, strides {out.strides}, writable: "
+            f"{out.flags.writeable}",
+            fix=f"Allocate a writable, C-contiguous array: numpy.empty({shape}, {str(dtype)!r})",
         )
 
 

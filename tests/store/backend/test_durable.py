@@ -43,7 +43,7 @@ def test_other_errors_pass(tmp_path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_to_be_full(tmp_path, number) -> None:
-    with pytest.raises(StoreError, match="no space left"), disk_space_errors(tmp_path):
+    with pytest.raises(StoreError, match="No space left"), disk_space_errors(tmp_path):
         raise OSError(number, "full")
 
 
@@ -55,7 +55,7 @@ def test_writers_that_lose_the_error_number(small_disk, how) -> None:
     disk = small_disk(100)
     state = {"a": torch.zeros(100_000)}
     write = torch.save if how == "torch" else save_file
-    with pytest.raises(StoreError, match="no space left"), disk_space_errors(disk.path / "run"):
+    with pytest.raises(StoreError, match="No space left"), disk_space_errors(disk.path / "run"):
         write(state, disk.path / "x")
 
 
@@ -71,8 +71,8 @@ def test_writers_that_lose_the_error_number(small_disk, how) -> None:
 def test_what_cannot_be_written_is_named_for_what_it_is(tmp_path, number, says) -> None:
     with pytest.raises(StoreError) as caught, disk_space_errors(tmp_path):
         raise OSError(number, os.strerror(number), str(tmp_path / "file"))
-    assert says in caught.value.received
-    assert str(tmp_path / "file") in caught.value.received
+    assert says in caught.value.problem
+    assert str(tmp_path / "file") in caught.value.problem
     assert "space" not in str(caught.value)
 
 

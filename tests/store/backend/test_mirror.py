@@ -154,10 +154,10 @@ def test_the_bound_is_half_of_what_is_free_copies_included(tmp_path, monkeypatch
 def test_a_file_beyond_the_bound_is_refused(tmp_path) -> None:
     copies, source = Mirror(tmp_path, 100), Source()
     source.open(copies, "a", 50)
-    with pytest.raises(StoreError, match="must fit") as caught:
+    with pytest.raises(StoreError, match="does not fit") as caught:
         source.open(copies, "b", 101)
-    assert "101 bytes, --cache-bytes 100" in caught.value.received
-    assert "--cache-bytes" in caught.value.remedy
+    assert "101 bytes does not fit into --cache-bytes 100" in caught.value.problem
+    assert "--cache-bytes" in caught.value.fix
     assert held(tmp_path) == ["a"]
     assert source.fetched == ["a"]
 
@@ -203,7 +203,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path) -> None:
 def test_a_full_disk_says_so(tmp_path, small_disk) -> None:
     disk = small_disk(64)
     copies = Mirror(disk.path, 2**20)
-    with pytest.raises(StoreError, match="no space left"):
+    with pytest.raises(StoreError, match="No space left"):
         Source().open(copies, "a", 2**17)
     assert held(copies.folder) == []
 
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_made(s3, address, tmp_path) -> None:
     (tmp_path / "file").write_text("thesis")
     with pytest.raises(StoreError, match="--cache-dir") as caught:
         open_cache(address, cache_dir=tmp_path / "file")
-    assert str(tmp_path / "file") in caught.value.received
+    assert str(tmp_path / "file") in caught.value.problem
 
 
 def test_threads_share_a_bound_that_is_too_small(s3, small, address, tmp_path) -> None:

@@ -213,7 +213,7 @@ def test_a_manifest_goes_through_json(plan) -> None:
 def test_malformed(plan, field, value) -> None:
     with pytest.raises(CorruptError) as caught:
         parsed(plan().manifest, **{field: value})
-    assert field in caught.value.received
+    assert field in caught.value.problem
 
 
 def test_a_build_goes_on_with_its_codec_whatever_the_fidelity(plan, tmp_path) -> None:
@@ -221,7 +221,7 @@ def test_a_build_goes_on_with_its_codec_whatever_the_fidelity(plan, tmp_path) ->
     begun.write(tmp_path / "s.zarr", [0])
     with pytest.raises(MismatchError) as caught:
         plan(codec="default").write(tmp_path / "s.zarr")
-    assert "codec: small against default" in caught.value.received
+    assert "codec: small against default" in caught.value.problem
     with open_writer(tmp_path / "s.zarr", plan(codec="small", fidelity=False).manifest, begun.ids) as writer:
         assert writer.missing == [1, 2]
         assert writer.manifest.fidelity == begun.manifest.fidelity

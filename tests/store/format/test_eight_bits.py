@@ -141,7 +141,7 @@ def test_summaries_and_small_maps_stay_float16() -> None:
     check_cells("fp16", {})
     with pytest.raises(RecipeError, match="Cannot store summary of 1x1 cells in 8 bits"):
         check_cells("uint8", {"summary": (1, 1)})
-    with pytest.raises(RecipeError, match="no features"):
+    with pytest.raises(RecipeError, match="features in 8 bits: there are none"):
         check_cells("uint8", {})
     features = {tap: Feature(channels=2, size=size, dtype="float16") for tap, size in sizes.items()}
     lines = list(describe(features, {}, wanted="uint8"))
@@ -179,6 +179,6 @@ def test_copies_into_8_bits_and_back(plan, tmp_path) -> None:
     assert np.array_equal(back.feature(7, "head"), eight.feature(7, "head").astype(np.float16))
     copy_store(eight, tmp_path / "same", CopyChanges(codec="none"))
     assert np.array_equal(open_cache(tmp_path / "same").feature(7, "stage1"), eight.feature(7, "stage1"))
-    with pytest.raises(RecipeError, match="no features"):
+    with pytest.raises(RecipeError, match="features in 8 bits: there are none"):
         copy_store(source, tmp_path / "none", CopyChanges(feature_dtype="uint8", features=()))
     assert not (tmp_path / "none").exists()

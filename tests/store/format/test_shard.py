@@ -98,8 +98,8 @@ def refused(path: Path, action) -> None:
     with pytest.raises(KDCacheError) as caught:
         action()
     assert type(caught.value) is CorruptError, caught.value
-    assert str(path) in caught.value.received
-    assert caught.value.remedy
+    assert str(path) in caught.value.problem
+    assert caught.value.fix
 
 
 def by_zarr(path: Path) -> Any:
@@ -199,7 +199,7 @@ def never_wrong(case: Case, path: Path, file: Path) -> int:
             try:
                 assert read(array, record).tobytes() == wanted[record].tobytes()
             except CorruptError as error:
-                count += str(file) in error.received
+                count += str(file) in error.problem
     finally:
         assert np.array_equal(read(ShardArray(path), case.records - 1), wanted[-1])
     return count
@@ -266,7 +266,7 @@ def test_an_empty_chunk_is_no_record_of_zeros(tmp_path, chunk_rows, record) -> N
     number, chunk = divmod(record // chunk_rows, 4)
     with pytest.raises(CorruptError, match=f"chunk {chunk} was never written") as caught:
         read(ShardArray(path), record)
-    assert str(case.file(path, number)) in caught.value.received
+    assert str(case.file(path, number)) in caught.value.problem
 
 
 def by_hand(path: Path, chunks: list[bytes], compressor: str, values: np.ndarray[Any, Any]) -> Path:
@@ -319,7 +319,7 @@ def test_a_frame_of_unknown_size_is_left_to_zarr(tmp_path) -> None:
     values = Case(records=2).values()
     path = by_hand(tmp_path / "a", [frame(row.tobytes()) for row in values], "zstd", values)
     assert np.array_equal(by_zarr(path), values)
-    with pytest.raises(VersionError, match="chunk 1 does not"):
+    with pytest.raises(VersionError, match=r"chunk 1 of .*does not give its size"):
         read(ShardArray(path), 1)
 
 
@@ -459,9 +459,9 @@ CRC = {"name": "crc32c"}
 def test_another_kind_of_array_is_refused(tmp_path, way, value) -> None:
     path = Case().write(tmp_path / "a")
     change(path, *way, value=value)
-    with pytest.raises(VersionError, match="shards of whole records") as caught:
+    with pytest.raises(VersionError, match="Cannot read the array") as caught:
         ShardArray(path)
-    assert str(path / "zarr.json") in caught.value.received
+    assert str(path / "zarr.json") in caught.value.problem
 
 
 def test_arrays_that_zarr_makes_otherwise(tmp_path) -> None:
@@ -556,7 +556,7 @@ def test_mutated_metadata_is_refused_or_means_the_same(fuzzed, data) -> None:
         for record in range(min(4, len(array))):
             assert read(array, record).tobytes() == Case().values()[record].tobytes()
     except (VersionError, CorruptError) as error:
-        named = str(fuzzed) in error.received
+        named = str(fuzzed) in error.problem
         assert named
     finally:
         file.write_bytes(whole)
@@ -659,7 +659,7 @@ def test_more_shards_than_descriptors(tmp_path) -> None:
         check(array, [0])
         raise AssertionError("it was read")
     except StoreError as error:
-        assert type(error) is StoreError and "ulimit" in error.remedy, error
+        assert type(error) is StoreError and "ulimit" in error.fix, error
     for handle in taken:
         os.close(handle)
     check(array, [0])

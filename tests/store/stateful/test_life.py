@@ -69,7 +69,7 @@ def test_the_model_sees_samples_that_are_named_wrongly(world, monkeypatch) -> No
     """The command names the samples of the data set, and the model those that it is told of."""
     world.set_version(LATER[0])
     world.remove_sample(SAMPLES[1])
-    assert "1 sample was added ('aa'), 1 sample was removed ('b')" in world.run("plain").rule
+    assert "1 sample was added ('aa'), 1 sample was removed ('b')" in world.run("plain").problem
     world.compare("plain")
     monkeypatch.setattr(world, "changes_since", lambda versions: Changes(added=(LATER[0],)))
     with pytest.raises(Violation, match="and its command says"):
@@ -117,8 +117,8 @@ def test_a_damaged_object_is_found_and_mended_alone(world) -> None:
     key = next(key for key in before if "image/c/" in key)
     world.put("far", key, flipped(before[key], 100))
     said = world.run("far")
-    assert key in said.received
-    assert said.remedy.startswith("Delete these files")
+    assert key in said.problem
+    assert said.fix.startswith("Delete these files")
     world.repair("far", renew=True)
     assert world.files("far") == before
 
@@ -138,7 +138,7 @@ def test_changed_data_are_named_although_the_ledger_is_damaged(world, key) -> No
     world.put("plain", key, b"{")
     with pytest.raises(KDCacheError, match=r"The data set has changed since .* 1 label differs \('a'\)") as caught:
         world.command("plain")
-    assert "into a new --out" in caught.value.remedy
+    assert "into a new --out" in caught.value.fix
     world.repair("plain", renew=True)
     world.verify("plain")
 
@@ -151,7 +151,7 @@ def test_changed_data_are_named_although_the_seal_has_a_wrong_digest(world) -> N
     world.put("plain", "complete.json", json.dumps(seal).encode())
     with pytest.raises(KDCacheError, match="The data set has changed since") as caught:
         world.command("plain")
-    assert "into a new --out" in caught.value.remedy
+    assert "into a new --out" in caught.value.fix
     world.repair("plain", renew=True)
 
 

@@ -286,9 +286,9 @@ class World:
                 self._allowed(name, error, f"{name} is whole, its data are the same, and its command fails")
             elif not model.may_hold and not self.files(name) and self.weather is None:
                 raise Violation(f"{name} is not there, and its command fails: {error}") from error
-        if model.whole and "The data set has changed since" in error.rule:
+        if model.whole and "The data set has changed since" in error.problem:
             said = self.changes_since(model.may_hold[-1]).describe()
-            if not error.rule.endswith(f" was made: {said}"):
+            if not error.problem.endswith(f" was made: {said}"):
                 raise Violation(f"{name}: {said} in its data, and its command says: {error}") from error
             self.tally["changes named"] += 1
 
@@ -301,7 +301,7 @@ class World:
         if not report.damaged:
             return None
         files = " ".join(f"{self.place(name)}/{key}" for key in report.damaged)
-        return CorruptError("verify finds damage", received=files, remedy=report.remedy)
+        return CorruptError(f"verify finds damage: {files}", fix=report.fix)
 
     def _candidates(self, name: str) -> list[Versions]:
         """Return what a cache's command may write now: the data, or what its source may hold; without a source []."""
@@ -316,14 +316,14 @@ class World:
 
     def _another_source(self, name: str, error: KDCacheError) -> bool:
         """Return True if a copy fails because its source was built anew since, with the same content or others."""
-        anew = "copy into a new or empty place" in error.remedy or self._of_other_samples(name, error)
+        anew = "Copy into a new or empty place" in error.fix or self._of_other_samples(name, error)
         return RECIPES[name].changes is not None and anew
 
     def _of_other_samples(self, name: str, error: KDCacheError) -> bool:
         """Return True if a command says that a cache was begun with others than today's samples, and it may be so."""
         now = {tuple(ids_of(versions)) for versions in self._candidates(name)}
         begun = {tuple(ids_of(versions)) for versions in self.models[name].may_hold}
-        return "differs in dataset." in error.received and "give another --out" in error.remedy and now != begun
+        return "differs in dataset." in error.problem and "give another --out" in error.fix and now != begun
 
     def _became_whole(self, name: str, candidates: list[Versions]) -> None:
         model = self.models[name]
@@ -554,7 +554,7 @@ class World:
 
     def _check_answer(self, error: KDCacheError) -> None:
         """Check that an error while requests fail calls no whole cache damaged."""
-        accused = self._bucket in str(error) and (isinstance(error, CorruptError) or "elete" in error.remedy)
+        accused = self._bucket in str(error) and (isinstance(error, CorruptError) or "elete" in error.fix)
         if accused and self.models["far"].whole:
             raise Violation(f"the far cache is whole, answers fail, and it is accused: {error}") from error
         self.tally["answers failed"] += 1
@@ -662,7 +662,7 @@ class World:
         """Do what the errors of a cache's command say, until the cache is whole.
 
         Args:
-            renew: which of two remedies to take after a change of the data: renew the cache, or restore the data.
+            renew: which of two fixes to take after a change of the data: renew the cache, or restore the data.
         """
         if RECIPES[name].source and not self.models[RECIPES[name].source].whole:
             self.repair(RECIPES[name].source, renew)
@@ -682,30 +682,30 @@ class World:
         self.tally["remedies"] += len(said)
 
     def _follow(self, name: str, error: KDCacheError, renew: bool, *, again: bool) -> None:
-        remedy, place = error.remedy, str(self.place(name))
-        if self.weather is not None and (again or "same command" in remedy):
+        fix, place = error.fix, str(self.place(name))
+        if self.weather is not None and (again or "same command" in fix):
             return  # the next one may be answered
-        if "has changed since" in error.rule or "do not render as they did" in error.rule:
+        if "has changed since" in error.problem or "do not render as they did" in error.problem:
             self._follow_change(name, error, renew)
-        elif (found := re.search(r"delete all of (\S+)", remedy)) is not None:
+        elif (found := re.search(r"delete all of (\S+)", fix)) is not None:
             self.remove(self._named(found.group(1), error))
-        elif any(words in remedy for words in ("empty it yourself", "copy into a new or empty place")):
+        elif any(words in fix for words in ("empty it yourself", "Copy into a new or empty place")):
             self.remove(name)
         elif self._of_other_samples(name, error):
             self.remove(name)  # as good as another --out
-        elif "elete " in remedy and (files := self._far_files(error.received)):
+        elif "elete " in fix and (files := self._far_files(error.problem)):
             for key in files:
                 self.put("far", key, None)
-        elif "run the command that" in remedy and not again:
-            named = [other for other in RECIPES if f"{self.place(other)}" in error.received]
-            if named and place not in error.received:
+        elif "Run the command that" in fix and not again:
+            named = [other for other in RECIPES if f"{self.place(other)}" in error.problem]
+            if named and place not in error.problem:
                 self.repair(named[0], renew)
         else:
             raise Violation(f"{name}: DEAD END: {error}")
 
-    def _far_files(self, received: str) -> list[str]:
+    def _far_files(self, problem: str) -> list[str]:
         """Return the files of the far cache that an error names."""
-        return [word.rstrip(":,;") for word in re.findall(rf"{re.escape(self._bucket)}/(\S+)", received)]
+        return [word.rstrip(":,;") for word in re.findall(rf"{re.escape(self._bucket)}/(\S+)", problem)]
 
     def _named(self, place: str, error: KDCacheError) -> str:
         name = next((name for name in RECIPES if str(self.place(name)) == place.rstrip(":,;")), None)
@@ -718,9 +718,9 @@ class World:
         may_hold = self.models[name].may_hold
         if not renew and len(may_hold) == 1:
             self.restore(may_hold[0])
-        elif renew and "renew it: " in error.remedy:
+        elif renew and "renew the cache: " in error.fix:
             self.renew(name)
-        elif "new --out" in error.remedy or "a new folder" in error.remedy or "--out NEW" in error.remedy:
+        elif "new --out" in error.fix or "a new folder" in error.fix or "--out NEW" in error.fix:
             self.remove(name)  # as good as another folder
         else:
             raise Violation(f"{name}: no way on: {error}")

@@ -136,7 +136,7 @@ def test_a_store_without_pixels_needs_its_own_data(tmp_path, teacher, folder_dat
     pixels = np.asarray(Image.open(path)).copy()
     pixels[:20, :20] ^= 64
     Image.fromarray(pixels).save(path)
-    with pytest.raises(MismatchError, match=r"'train-000002'.*renders differently"):
+    with pytest.raises(MismatchError, match=r"'train-000002'.*does not render as at the build"):
         audit_cache(Records(cache, open_split(folder_data, "train")))
 
 

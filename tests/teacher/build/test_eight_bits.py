@@ -133,7 +133,7 @@ def test_taps_that_stay_float16(tmp_path, split, options) -> None:
 
 def test_what_cannot_be(tmp_path, teacher, split, options) -> None:
     own = load_teacher(Backbone(len(split.classes)), split)
-    for tap, why in (((), "no features"), (("pool",), "pool of 1x1 cells")):
+    for tap, why in (((), "features in 8 bits: there are none"), (("pool",), "pool of 1x1 cells")):
         with pytest.raises(RecipeError, match=f"Cannot store {why}"):
             plan_manifest(TeacherProbe(split, own, options(features=tap, feature_dtype="uint8")))
     with pytest.raises(RecipeError, match="Cannot store similarities between the cells of pool"):

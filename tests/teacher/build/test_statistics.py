@@ -145,7 +145,7 @@ def test_a_cache_of_an_earlier_version_is_trained_and_extended(
     assert any("keeps its entropy" in note for note in notes), notes
     with pytest.raises(MismatchError) as caught:
         build_cache(split, several, tmp_path / "old", options(batch_size=1))
-    assert f"add --from {tmp_path / 'old'}" in caught.value.remedy
+    assert f"Add --from {tmp_path / 'old'}" in caught.value.fix
     assert "entropy" not in build_command(old.manifest)
     chosen = options_of(old.manifest, statistics=("at:head",), fidelity=False)
     assert build_cache(split, several, tmp_path / "new", chosen, reuse=old).reused == 7

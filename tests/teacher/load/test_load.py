@@ -23,7 +23,7 @@ def refusal(kind: type[KDCacheError], origin: str, classes: ClassList, **options
     with pytest.raises(KDCacheError) as caught:
         load_teacher(origin, classes, **options)
     assert type(caught.value) is kind, caught.value
-    assert caught.value.remedy
+    assert caught.value.fix
     return caught.value
 
 
@@ -95,14 +95,14 @@ def test_a_bare_spec_has_no_weights(classes) -> None:
 
 
 def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
-    assert "nowhere" in refusal(RecipeError, str(tmp_path / "nowhere"), classes).received
+    assert "nowhere" in refusal(RecipeError, str(tmp_path / "nowhere"), classes).problem
     assert "w.pth" in refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.pth", classes).received
     (tmp_path / "w.pth").touch()
     for spec in ("kdcache:tinny", "tiny"):
         assert "kdcache:tiny" in refusal(ModelError, f"{spec}@{tmp_path}/w.pth", classes).remedy
     (run_folder / "best.safetensors").unlink()
-    assert "no weights yet" in refusal(RecipeError, str(run_folder), classes).received
-    assert "has no model.json" in refusal(RecipeError, str(tmp_path), classes).received
+    assert "no weights yet" in refusal(RecipeError, str(run_folder), classes).problem
+    assert "has no model.json" in refusal(RecipeError, str(tmp_path), classes).problem
 
 
 def test_another_number_of_classes(tmp_path, classes, model_of) -> None:

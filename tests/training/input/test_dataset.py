@@ -262,20 +262,20 @@ def test_a_drifted_image_is_refused_at_its_first_visit_by_name(
     for epoch in (0, 0, 5):  # a run that resumes in its sixth epoch looks, too
         with pytest.raises(MismatchError) as caught:
             dataset.draw(1, epoch, rng)
-        assert split.ids[1] in caught.value.received
+        assert split.ids[1] in caught.value.problem
     with pytest.raises(MismatchError):
         dataset[1]
 
 
 def test_a_store_without_pixels_needs_the_data_set_it_was_built_from(source_path: Path, scenes: str) -> None:
     cache = open_cache(source_path)
-    with pytest.raises(MismatchError, match="no data set was given"):
+    with pytest.raises(MismatchError, match="Missing --data"):
         CacheDataset(cache)
     for data, split in ((scenes, "val"), (scenes.replace("train=6", "train=7"), "train"), ("scenes:48x32", "train")):
         with pytest.raises(MismatchError) as caught:
             CacheDataset(Records(cache, open_split(data, split)))
-        assert data in caught.value.received
-        assert scenes in caught.value.received
+        assert data in caught.value.problem
+        assert scenes in caught.value.problem
 
 
 def test_items_follow_torch_s_generator(cache: Cache) -> None:
