@@ -37,9 +37,9 @@ def check_data(sweep: Sweep) -> None:
     judge = open_split(sweep.data, str(recipe.data.get("val-split", Data.val_split)))
     if judge.classes.names != splits[first].classes.names:
         raise MismatchError(
-            "a recipe is judged on data with the classes of its streams",
-            received=f"{_names(judge)} in {judge.data} against {_names(splits[first])} in the stream {first}",
-            remedy="give --data DIR with those classes, or another val in [data]",
+            f"{judge.data}, the data to judge on, has other classes ({_names(judge)}) than the stream {first} "
+            f"({_names(splits[first])})",
+            fix="Give --data DIR with those classes, or another val in [data].",
         )
 
 
@@ -52,22 +52,22 @@ def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
         tasks.add(DEPTH)
     if lacking := sorted(tasks - set(split.tasks)):
         raise DataError(
-            "the data of a stream have labels of the tasks that it learns from labels",
-            received=f"stream {name}: none of {len(split)} samples of {split.data}, split {split.split!r}, has a label "
-            f"of {' or '.join(lacking)}" + (f", but of {' and '.join(split.tasks)}" if split.tasks else ""),
-            remedy=f"give others, --data {name}=DIR (kdcache data check DIR shows what is there)",
+            f"Cannot learn {' or '.join(lacking)} in the stream {name}: none of the {len(split)} samples of "
+            f"{split.data}, split {split.split!r}, has such a label"
+            + (f", only of {' and '.join(split.tasks)}" if split.tasks else ""),
+            fix=f"Give other data with --data {name}=DIR. To show what is there: kdcache data check DIR",
         )
 
 
 def _other_classes(name: str, split: Split, first: str, other: Split) -> MismatchError:
     """The error for a stream with other classes than the first."""
-    remedy = f"give it a class map, a line `<id> <class>` for each of its own: --set stream.{name}.class-map=FILE"
+    fix = f"Give it a class map, a line `<id> <class>` for each of its classes: --set stream.{name}.class-map=FILE"
     if not split.classes.names:
-        remedy = f"write the classes of {first}, one a line, into classes.txt where the data of {name} begin"
+        fix = f"Write the classes of {first}, one a line, into classes.txt where the data of {name} begin."
     return MismatchError(
-        "all streams have the same classes in the same order",
-        received=f"{_names(split)} in the stream {name} ({split.data}) against {_names(other)} in {first}",
-        remedy=remedy,
+        f"The stream {name} ({split.data}) has other classes, or another order, than {first}: {_names(split)} against "
+        f"{_names(other)}",
+        fix=fix,
     )
 
 

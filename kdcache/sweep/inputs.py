@@ -89,14 +89,14 @@ class Inputs:
         except (ValueError, TypeError, KeyError) as error:
             raise self._damaged(f"the contents of {key}: {error}") from error
         if changes := digest_changes(before, contents, class_changes(classes, opened.classes.names)):
-            remedy = (
-                f"restore the data set; or give another --out, and {out} keeps the results of the data as they were"
-            )
-            raise changed_data(out, changes, opened, remedy)
+            fix = f"Restore the data set. Or give another --out: {out} keeps the results of the data as they were."
+            raise changed_data(out, changes, opened, fix)
 
     def _damaged(self, how: str) -> RecipeError:
-        remedy = f"delete it, and repeat the command, which looks at every job again: rm {shlex.quote(str(self._path))}"
-        return RecipeError(f"Cannot read {self._path}", received=how, remedy=remedy)
+        return RecipeError(
+            f"Cannot read {self._path}: {how}",
+            fix=f"Delete it, and repeat the command, which looks at every job again: rm {shlex.quote(str(self._path))}",
+        )
 
     def _key(self, data: str, split: str) -> str:
         return f"{split} of data set {self._numbers.setdefault(data, len(self._numbers) + 1)}"

@@ -98,9 +98,8 @@ def plan_sweep(
     if data is None:
         layout = recipe.data.get("layout")
         raise RecipeError(
-            "a sweep runs on a data folder",
-            received=f"no --data for {recipe.name}" + (f", which is made for the layout {layout}" if layout else ""),
-            remedy="add --data DIR, or try it with --smoke first",
+            f"Missing --data for {recipe.name}" + (f", which is made for the layout {layout}" if layout else ""),
+            fix="Add --data DIR, or try it with --smoke first.",
         )
     _check(recipe, known)
     return _Planner(recipe, data, of_streams, out).plan()
@@ -114,14 +113,13 @@ def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str
     Raises: RecipeError for a stream without data, and for data of a stream that does not exist.
     """
     names = [str(table["name"]) for table in recipe.stream]
-    check_names("names before --data NAME=DIR are streams of the recipe, and", sources, names)
+    check_names("stream in --data NAME=DIR", sources, names)
     data = {str(table["name"]): str(table.get("data", "")) for table in recipe.stream} | dict(sources)
     if missing := [name for name in names if not data[name]]:
         have = [f"{name} has {folder}" for name, folder in data.items() if folder]
         raise RecipeError(
-            "every stream of a recipe has a data set",
-            received=f"no data for {' and '.join(missing)} of {recipe.name}" + "".join(f"; {text}" for text in have),
-            remedy=f"add {' '.join(f'--data {name}=DIR' for name in missing)}, or try it with --smoke first",
+            f"Missing data for {' and '.join(missing)} of {recipe.name}" + "".join(f", {text}" for text in have),
+            fix=f"Add {' '.join(f'--data {name}=DIR' for name in missing)}, or try it with --smoke first.",
         )
     return data
 
@@ -132,7 +130,7 @@ def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
         return None
     text = str(recipe.data.get("val", f"{{{next(iter(data))}}}"))
     for name in re.findall(r"{([^}]*)}", text):
-        check_names("names in val of [data] are streams of the recipe, and", [name], data)
+        check_names("stream in val of [data]", [name], data)
         text = text.replace(f"{{{name}}}", data[name])
     return text
 
@@ -246,9 +244,7 @@ class _Planner:
             run = self._run(self._recipe.arm(own), fold, seed)
             return f"{run}{weights}", next(job.name for job in self._jobs if job.done == run / RESULT), True
         if own not in (TEACHER, *self._recipe.teachers):
-            raise unknown(
-                f"teachers of [stores.{store}] are tables or arms", own, [TEACHER, *self._recipe.teachers, *arms]
-            )
+            raise unknown(f"teacher of [stores.{store}]", own, [TEACHER, *self._recipe.teachers, *arms])
         if "spec" in self._recipe.teacher:
             return str(self._recipe.teacher["spec"]), "", False
         return f"{self._teacher_run(fold, own)}{weights}", self._teacher(own, fold), False
@@ -284,7 +280,7 @@ class _Planner:
                     places.append(str(text))
                     continue
                 if store not in (STORE, *self._recipe.stores) or name not in self._of_streams:
-                    raise unknown("'@NAME' of a stream is a store", store, [STORE, *self._recipe.stores])
+                    raise unknown("store in '@NAME' of a stream", store, [STORE, *self._recipe.stores])
                 place, job = self._store(store, name, fold, seed)
                 needs.append(job)
                 of_store = {**self._recipe.store, **self._recipe.stores.get(store, {})}
@@ -302,9 +298,8 @@ class _Planner:
             return run
         if name in self._under_way:
             raise RecipeError(
-                "arms that name each other's runs have an order",
-                received=" needs ".join(map(repr, [*self._under_way, name])),
-                remedy="take one of the '@' values out",
+                f"Arms need each other's runs: {' needs '.join(map(repr, [*self._under_way, name]))}",
+                fix="Take one of the '@' values out.",
             )
         self._under_way.append(name)
         flags = self._flags(arm)
@@ -402,29 +397,23 @@ def _without(flags: Flags, *keys: str) -> Flags:
 def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
     folds = recipe.folds
     if folds is not None and (not isinstance(folds, int) or folds < 2):
-        raise RecipeError("folds of a recipe are 2 or more", received=repr(folds), remedy="leave it out for none")
+        raise RecipeError(f"Invalid folds: {folds!r}", fix="Give 2 or more, or leave it out for none.")
     held_out = recipe.data.get("held-out")
     if held_out is not None:
         if folds is not None:
-            raise RecipeError(
-                "a recipe has folds or a part held out", received="both", remedy="leave out folds, or held-out"
-            )
+            raise RecipeError("Use either folds or held-out, not both", fix="Leave out folds, or held-out.")
         parse_fold(str(held_out))
     if folds_by := recipe.data.get("folds-by"):  # "" leaves it out
         check_folds_by(str(folds_by), folds=any((folds, held_out)))
     if recipe.stream and (folds or held_out):
         raise RecipeError(
-            "folds are of the data of one stream",
-            received="folds or held-out beside [[stream]]",
-            remedy="leave them out, or give a stream a fold of its own",
+            "Cannot use folds or held-out with [[stream]]", fix="Leave them out, or give a stream its own fold."
         )
     stores = {"[store]": recipe.store, **{f"[stores.{name}]": own for name, own in recipe.stores.items()}}
     for name, own in stores.items():
         if not isinstance(own.get(AUDIT, False), bool):
             raise RecipeError(
-                f"{AUDIT} of {name} is true or false",
-                received=f"{AUDIT} = {own[AUDIT]!r}",
-                remedy=f"write {AUDIT} = true",
+                f"Invalid {AUDIT} of {name}: {own[AUDIT]!r}", fix=f"Write {AUDIT} = true or {AUDIT} = false"
             )
     for table, verb, flags in (
         ("[teacher]", "train-teacher", _without(recipe.teacher, "spec", "stream")),
@@ -433,4 +422,4 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         ("[student]", "train-student", recipe.student),
         *((f"the arm {arm.name!r}", "train-student", arm.flags) for arm in recipe.arms),
     ):
-        check_names(f"keys of {table} are flags of {verb}, and", flags, flags_of_verbs[verb] - OWN[verb])
+        check_names(f"flag of {verb} in {table}", flags, flags_of_verbs[verb] - OWN[verb])

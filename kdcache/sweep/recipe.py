@@ -31,7 +31,6 @@ A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a store of that str
 its name, `stream.kitti.share = [0.25, 0.5]` ({kitti.share} in its own), and leaves it out by `stream.kitti = false`.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.bounded import parse_toml, read_text
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.settings.removed import KEYS, SETTINGS, removal
 from kdcache.settings.streams import parse_stream
 
@@ -110,7 +109,7 @@ class Recipe:
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise unknown("'@NAME' is the name of an arm", name, [arm.name for arm in self.arms])
+        raise unknown("arm in '@NAME'", name, [arm.name for arm in self.arms])
 
 
 def list_recipes() -> dict[str, str]:
@@ -128,13 +127,13 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
     Raises: RecipeError for one that is missing, malformed, or has keys that do not exist.
     """
     content = _load(origin)
-    check_names("a recipe's keys", content, _TOP)
+    check_names("key of the recipe", content, _TOP)
     shrunk = content.pop("smoke", {})
-    check_names("keys of [smoke]", shrunk, _TOP - {"smoke", "title", "about"})
+    check_names("key of [smoke]", shrunk, _TOP - {"smoke", "title", "about"})
     if smoke:
         if not shrunk:
             raise RecipeError(
-                "--smoke needs a [smoke] table in the recipe", received=origin, remedy="add one, or leave --smoke out"
+                f"--smoke needs a [smoke] table in the recipe {origin}", fix="Add one, or leave --smoke out."
             )
         content = _replaced(content, shrunk)
     for change in changes:
@@ -142,12 +141,11 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
     for table in TABLES:
         if not isinstance(content.get(table, {}), dict):
             raise RecipeError(
-                f"[{table}] of a recipe is a table",
-                received=repr(content[table]),
-                remedy="write its keys below it",
+                f"[{table}] of the recipe is not a table: {content[table]!r}",
+                fix=f"Write [{table}] and its keys below it.",
             )
     for table, keys in _KEYS.items():
-        check_names(f"keys of [{table}]", content.get(table, {}), keys)
+        check_names(f"key of [{table}]", content.get(table, {}), keys)
     _check_tables(content)
     return Recipe(
         name=Path(origin).stem,
@@ -162,20 +160,25 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
 
 
 def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
-    """Check that names are among the allowed ones. Raises: RecipeError for the first other, with the nearest."""
+    """Check that names are among the allowed ones.
+
+    Args:
+        what: what a name is and where, such as "key of [smoke]".
+    Raises: RecipeError for the first other, with the nearest.
+    """
     options = sorted(allowed)
     for name in names:
         if name not in options:
             if (gone := removal(name, KEYS, SETTINGS)) is not None:
                 raise gone
-            raise unknown(f"{what} are known ones", name, options)
+            raise unknown(what, name, options)
 
 
-def unknown(rule: str, name: str, allowed: Iterable[str]) -> RecipeError:
-    """The error for an unknown name: its remedy is the nearest allowed ones, or all."""
-    near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(allowed)}"
-    return RecipeError(rule, received=repr(name), remedy=remedy)
+def unknown(what: str, name: str, allowed: Iterable[str]) -> RecipeError:
+    """Return the error for an unknown name. Its fix is the nearest allowed one, or all."""
+    names = list(allowed)
+    otherwise = f"Choose one of: {', '.join(names)}" if names else "Leave it out: the recipe has none."
+    return RecipeError(f"Unknown {what}: {name!r}", fix=suggest(name, names, otherwise, cutoff=0.5))
 
 
 def _shipped() -> Any:
@@ -187,18 +190,16 @@ def _load(origin: str) -> dict[str, Any]:
     path = Path(origin)
     if not path.is_file() and not shipped.is_file():
         names = list_recipes()
-        near = difflib.get_close_matches(origin, names, n=3, cutoff=0.4)
         raise RecipeError(
-            "a recipe is one that is shipped, or a TOML file",
-            received=repr(origin),
-            remedy=f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(names)}",
+            f"Recipe not found: {origin!r}",
+            fix=suggest(
+                origin, names, f"Give a TOML file, or a recipe that is shipped: {', '.join(names)}", cutoff=0.4
+            ),
         )
     try:
         return parse_toml(read_text(path) if path.is_file() else shipped.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            "a recipe is a TOML file", received=f"{origin}: {error}", remedy="correct that line"
-        ) from error
+        raise RecipeError(f"Cannot read the recipe {origin}: {error}", fix="Correct that line.") from error
 
 
 def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _replaced_named(kind: str, tables: Any, smoke: Any) -> list[dict[str, Any]]:
     _check_named(kind, tables)
     _check_named(kind, smoke)
     small = {str(table["name"]): table for table in smoke}
-    check_names(f"names of [[smoke.{kind}]]", small, [str(table["name"]) for table in tables])
+    check_names(f"name in [[smoke.{kind}]]", small, [str(table["name"]) for table in tables])
     return [{**table, **small.get(str(table["name"]), {})} for table in tables]
 
 
@@ -231,9 +232,9 @@ def _change(content: dict[str, Any], text: str) -> None:
         raise gone
     if not equals or not key or (table and first not in (*TABLES, "stream")) or bool(name) != nested:
         raise RecipeError(
-            "--set is TABLE.KEY=VALUE, stream.NAME.KEY=VALUE, or seeds=[0, 1]",
-            received=repr(text),
-            remedy=f"the tables are {', '.join(TABLES)}; for instance --set student.iterations=1000",
+            f"Invalid value of --set: {text!r}",
+            fix=f"Use TABLE.KEY=VALUE, stream.NAME.KEY=VALUE, or seeds=[0, 1]. The tables are {', '.join(TABLES)}. For "
+            "example: --set student.iterations=1000",
         )
     try:
         parsed = parse_toml(f"value = {value}")["value"]
@@ -247,7 +248,7 @@ def _change(content: dict[str, Any], text: str) -> None:
     elif table:
         content[table] = {**content.get(table, {}), key: parsed}
     else:
-        check_names("keys of --set without a table", [key], ["seeds"])
+        check_names("key of --set without a table", [key], ["seeds"])
         content[key] = parsed
 
 
@@ -269,9 +270,8 @@ def _arms(content: dict[str, Any]) -> Iterator[Arm]:
             arm = Arm(_name(str(table["name"]), {**both, **choice}, choice), flags)
             if arm.name in seen:
                 raise RecipeError(
-                    "arms have names of their own",
-                    received=f"{arm.name!r} twice",
-                    remedy="put what tells them apart into the name, as {kl-weight}",
+                    f"Two arms have the name {arm.name!r}",
+                    fix="Put what tells them apart into the name, for example {kl-weight}",
                 )
             seen.add(arm.name)
             yield arm
@@ -293,9 +293,8 @@ def _stream_changes(arm: Flags) -> dict[str, Any]:
         return {}
     if not isinstance(changes, dict) or not all(own is False or isinstance(own, dict) for own in changes.values()):
         raise RecipeError(
-            "an arm changes streams by their names, or has tables of its own",
-            received=f"stream = {changes!r} of the arm {arm['name']!r}",
-            remedy="write stream.NAME.share = 0.5, or stream.NAME = false to leave it out",
+            f"Cannot read the streams of the arm {arm['name']!r}: stream = {changes!r}",
+            fix="Write stream.NAME.share = 0.5, or stream.NAME = false to leave it out.",
         )
     flat: dict[str, Any] = {}
     for name, own in changes.items():
@@ -310,7 +309,7 @@ def _streams(arm: Flags, shared: list[dict[str, Any]], changes: Flags) -> list[d
     by_name = {str(table["name"]): dict(table) for table in shared}
     for key, value in changes.items():
         name, _, option = key.rpartition(".")
-        check_names(f"streams of the arm {arm['name']!r}", [name], by_name or ["none: the recipe has no [[stream]]"])
+        check_names(f"stream of the arm {arm['name']!r}", [name], by_name)
         by_name[name][option] = value
     streams = [table for table in by_name.values() if table.pop("", True)]
     return [dict(parse_stream(table)) for table in streams]
@@ -319,9 +318,8 @@ def _streams(arm: Flags, shared: list[dict[str, Any]], changes: Flags) -> list[d
 def _check_named(kind: str, tables: Any) -> None:
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) and "name" in t for t in tables):
         raise RecipeError(
-            f"a recipe has [[{kind}]] tables with a name",
-            received=repr(tables)[:80],
-            remedy=f"add [[{kind}]] and name = ...",
+            f"[[{kind}]] of the recipe needs tables with a name, not {repr(tables)[:80]}",
+            fix=f"Add [[{kind}]] and name = ...",
         )
 
 
@@ -332,14 +330,13 @@ def _check_tables(content: dict[str, Any]) -> None:
         for table in content["stream"]:
             parse_stream(table)
     names = [str(table["name"]) for table in content.get("stream", [])]
-    check_names("streams of [teacher]", content.get(TEACHER, {}).get("stream", []), names or ["no [[stream]]"])
+    check_names("stream of [teacher]", content.get(TEACHER, {}).get("stream", []), names)
     for kind, first in (("teachers", TEACHER), ("stores", STORE)):
         for name, table in content.get(kind, {}).items():
             if not isinstance(table, dict) or name == first:
                 raise RecipeError(
-                    f"[{kind}.NAME] is a table, and {first} the name of [{first}]",
-                    received=f"{kind}.{name} = {table!r}",
-                    remedy=f"write the keys in which it differs from [{first}] below [{kind}.another]",
+                    f"Invalid table in the recipe: {kind}.{name} = {table!r}",
+                    fix=f"Write the keys in which it differs from [{first}] below [{kind}.another]",
                 )
 
 
@@ -355,6 +352,7 @@ def _name(template: str, flags: Flags, choice: Flags) -> str:
 def _seeds(seeds: Any) -> tuple[int, ...]:
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise RecipeError(
-            "seeds are whole numbers from 0", received=f"seeds = {seeds!r}", remedy="for instance seeds = [0, 1, 2]"
+            f"Invalid seeds in the recipe: seeds = {seeds!r}",
+            fix="Give whole numbers from 0, for example seeds = [0, 1, 2]",
         )
     return tuple(dict.fromkeys(seeds))

@@ -122,18 +122,13 @@ def _record(sweep: Sweep) -> None:
         before = _recorded(path)
         if _without_folders(before) != _without_folders(jobs):
             raise RecipeError(
-                "a sweep goes on with the recipe, data and flags that it was begun with",
-                received=f"{sweep.out}: {_first_difference(before, jobs)}",
-                remedy="repeat the first command, or give another --out",
+                f"Cannot continue the sweep in {sweep.out}: {_first_difference(before, jobs)}",
+                fix="Repeat the first command, or give another --out",
             )
         return
     begun = (sweep.out / INPUTS).is_file()  # its record was lost
     if sweep.out.is_dir() and not begun and not all(map(is_partial, sweep.out.iterdir())):
-        raise RecipeError(
-            "--out is a new or empty folder, or a sweep to go on with",
-            received=f"{sweep.out} holds something else",
-            remedy="give another --out",
-        )
+        raise RecipeError(f"Cannot write a sweep here: {sweep.out} holds something else", fix="Give another --out")
     sweep.out.mkdir(parents=True, exist_ok=True)
     record = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "digest": _digest(jobs), "jobs": jobs}
     write_whole(path, tomli_w.dumps(record))
@@ -155,9 +150,8 @@ def _recorded(path: Path) -> dict[str, str]:
         return jobs
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
-            f"Cannot read {path}",
-            received=f"{type(error).__name__}: {error}",
-            remedy=f"delete it, and repeat the first command, which writes it again: rm {shlex.quote(str(path))}",
+            f"Cannot read {path}: {type(error).__name__}: {error}",
+            fix=f"Delete it, and repeat the first command, which writes it again: rm {shlex.quote(str(path))}",
         ) from error
 
 
@@ -187,7 +181,6 @@ def failed(job: Job, how: str, log: Path) -> KDCacheError:
     """The error of a job that a process of its own did not bring to its end; it has the last lines of its log."""
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
     return KDCacheError(
-        "every job of a sweep must succeed",
-        received=f"{job.name} ended with {how}:\n" + "\n".join(last),
-        remedy=f"see {log}; the same sweep goes on with what is not done",
+        f"The job {job.name} ended with {how}:\n" + "\n".join(last),
+        fix=f"See {log}, then repeat the sweep, which continues with what is not done.",
     )

@@ -126,16 +126,19 @@ def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("voc-compar", "--smoke", "--out", "OUT"), "did you mean voc-compare"),
+        (("voc-compar", "--smoke", "--out", "OUT"), "Did you mean voc-compare"),
         (("voc-compare", "--out", "OUT"), "--data"),
         (("voc-compare", "--smoke"), "--out"),
-        (("voc-compare", "--smoke", "--out", "OUT", "--set", "student.itertions=1"), "did you mean iterations"),
+        (("voc-compare", "--smoke", "--out", "OUT", "--set", "student.itertions=1"), "Did you mean iterations"),
         (("voc-compare", "--smoke", "--out", "OUT", "--set", "nonsense"), "TABLE.KEY=VALUE"),
         (("voc-compare", "--smoke", "--out", "OUT", "--seeds", "a"), "--seeds"),
         (("voc-compare", "--data", "a", "--data", "b", "--out", "OUT"), "leave one of them out"),
         (("safetrip-hydranet", "--data", "surface=a", "--out", "OUT"), "--data polygon=DIR --data kitti=DIR"),
-        (("safetrip-hydranet", "--smoke", "--data", "kitti=scenes:48x64", "--out", "OUT"), "label of depth"),
-        (("safetrip-hydranet", "--smoke", "--set", "stream.kiti.share=1", "--out", "OUT"), "did you mean kitti"),
+        (
+            ("safetrip-hydranet", "--smoke", "--data", "kitti=scenes:48x64", "--out", "OUT"),
+            "learn depth in the stream kitti",
+        ),
+        (("safetrip-hydranet", "--smoke", "--set", "stream.kiti.share=1", "--out", "OUT"), "Did you mean kitti"),
         (("voc-compare", "--data", "NOWHERE", "--out", "OUT"), "NOWHERE"),
     ],
 )
@@ -188,7 +191,7 @@ def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Pat
     assert (out / "teachers" / "teacher" / "result.json").is_file()
     refused = cli("sweep", recipe, "--out", out, "--parallel", "2")
     assert refused.code == 2
-    assert "was begun with" in refused.err
+    assert "Cannot continue the sweep in" in refused.err
     whole = cli("sweep", recipe, "--out", tmp_path / "new", "--parallel", "2")
     assert whole.code == 0, whole.err
     assert (tmp_path / "new" / "report.html").is_file()

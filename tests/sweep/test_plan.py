@@ -124,10 +124,10 @@ def test_a_stream_joins_stores() -> None:
     [
         ({"stream": (*HYDRA.stream, {"name": "more"})}, "--data more=DIR"),
         ({"stores": {}}, "store"),
-        ({"stores": HYDRA.stores | {"both": {"teacher": ["@thrid"]}}}, "did you mean"),
-        ({"data": {"val": "{cit}"}}, "did you mean city"),
-        ({"data": {"folds": 2}}, "fold of its own"),
-        ({"teachers": {"second": {"modl": "x"}}}, "did you mean model"),
+        ({"stores": HYDRA.stores | {"both": {"teacher": ["@teachr"]}}}, "Did you mean teacher?"),
+        ({"data": {"val": "{cit}"}}, "Did you mean city"),
+        ({"data": {"folds": 2}}, "its own fold"),
+        ({"teachers": {"second": {"modl": "x"}}}, "Did you mean model"),
         ({"store": {"audit": "yes"}}, "audit = true"),
         ({"stores": HYDRA.stores | {"both": {"audit": 1}}}, "audit = true"),
     ],
@@ -135,7 +135,7 @@ def test_a_stream_joins_stores() -> None:
 def test_streams_that_cannot_be_planned_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError) as caught:
         hydra(**changes)
-    assert named in caught.value.remedy
+    assert named in caught.value.fix
 
 
 def test_folds_have_teachers_and_stores_of_their_own() -> None:
@@ -273,12 +273,12 @@ def test_a_teacher_that_exists_is_not_trained() -> None:
         ({"student": {"modle": "x"}}, "model"),
         ({"teacher": {"kl-weight": 1}}, "class-weights"),
         ({"store": {"feature": "x"}}, "features"),
-        ({"student": {"out": "x"}}, "there are"),
+        ({"student": {"out": "x"}}, "Choose one of"),
         ({"arms": (Arm("a", {"metod": "kl"}),)}, "method"),
-        ({"arms": (Arm("a", {"init": "@b"}),)}, "there are: a"),
+        ({"arms": (Arm("a", {"init": "@b"}),)}, "Choose one of: a"),
         ({"arms": (Arm("a", {"init": "@b"}), Arm("b", {"init": "@a"}))}, "'@' values"),
         ({"data": {"folds": 1}}, "leave it out"),
-        ({"data": {"folds": 2, "held-out": "0/5"}}, "leave out"),
+        ({"data": {"folds": 2, "held-out": "0/5"}}, "Leave out"),
         ({"data": {"held-out": "5/5"}}, ""),
         ({"data": {"folds-by": "^(.+)_"}}, "leave out --folds-by"),
         ({"data": {"folds": 2, "folds-by": "("}}, "^(.+)_"),
@@ -287,7 +287,7 @@ def test_a_teacher_that_exists_is_not_trained() -> None:
 def test_what_cannot_be_planned_is_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError) as caught:
         plan(**changes)
-    assert named in caught.value.remedy
+    assert named in caught.value.fix
 
 
 def test_without_data_the_layout_is_named() -> None:

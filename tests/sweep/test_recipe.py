@@ -47,11 +47,11 @@ def replace_in(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def remedy_of(recipe: str, **options: bool) -> str:
-    """The remedy with which a recipe is refused."""
+def fix_of(recipe: str, **options: bool) -> str:
+    """The fix with which a recipe is refused."""
     with pytest.raises(RecipeError) as caught:
         read_recipe(recipe, **options)
-    return caught.value.remedy
+    return caught.value.fix
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_changes_are_values_of_toml_or_words(recipe: str) -> None:
         ("seeds = [0, 3]", "seeds = [-1]", "seeds = [0, 1, 2]"),
         ('name = "kl"', 'nam = "kl"', "name = ..."),
         ('name = "plain {lr}"', 'name = "kl"\nlr = 1', "{kl-weight}"),
-        ("[teacher]", "[teacher", "correct that line"),
+        ("[teacher]", "[teacher", "Correct that line"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_remedy(recipe: str, old: str, new: str, named: str) -> None:
     if new.startswith('name = "kl"'):
         replace_in(Path(recipe), "kl-weight = [0.5, 1]\ntemperature = [1.0, 4.0]\n", "")
     replace_in(Path(recipe), old, new)
-    assert named in remedy_of(recipe)
+    assert named in fix_of(recipe)
 
 
 @pytest.mark.parametrize("change", ["iterations=5", "student", "studnet.lr=1", "student.=1"])
@@ -266,16 +266,16 @@ def test_names_of_streams_may_hold_dots(streams: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("stream.far.share =", "stream.fr.share =", "did you mean far"),
+        ("stream.far.share =", "stream.fr.share =", "Did you mean far"),
         ("stream.city = false", "stream.city = 3", "stream.NAME = false"),
-        ('stream = ["city"]', 'stream = ["cty"]', "did you mean city"),
-        ("share = 0.5", "shar = 0.5", "did you mean share"),
+        ('stream = ["city"]', 'stream = ["cty"]', "Did you mean city"),
+        ("share = 0.5", "shar = 0.5", "id you mean share"),
         ('[[stream]]\nname = "city"', "[[stream]]", "name = ..."),
         ("[teachers.second]", "[teachers.teacher]", "another"),
         ('[stores.mirrored]\ntta = "flip"', "[stores]\nmirrored = 1", "another"),
-        ('[[smoke.stream]]\nname = "far"', '[[smoke.stream]]\nname = "fra"', "did you mean far"),
+        ('[[smoke.stream]]\nname = "far"', '[[smoke.stream]]\nname = "fra"', "Did you mean far"),
     ],
 )
-def test_streams_that_are_wrong_are_named_with_their_remedy(streams: Path, old: str, new: str, named: str) -> None:
+def test_streams_that_are_wrong_are_named_with_their_fix(streams: Path, old: str, new: str, named: str) -> None:
     replace_in(streams, old, new)
-    assert named in remedy_of(str(streams), smoke=True)
+    assert named in fix_of(str(streams), smoke=True)

@@ -124,7 +124,7 @@ def test_changed_data_is_named_with_its_samples(tmp_path: Path) -> None:
     Image.fromarray((np.array(Image.open(label)) + 1) % 3).save(label)
     with pytest.raises(MismatchError, match="1 label differs") as caught:
         run_jobs(sweep, Doing())
-    assert label.stem in caught.value.rule
+    assert label.stem in caught.value.problem
     label.write_bytes(before)
     again = Doing()
     run_jobs(sweep, again)
@@ -176,7 +176,7 @@ def test_a_damaged_record_is_named_and_written_again(tmp_path: Path, content: st
         record.write_text(content)
     with pytest.raises(RecipeError, match="Cannot read") as caught:
         run_jobs(sweep, Doing())
-    words = shlex.split(caught.value.remedy.rpartition(": ")[2])
+    words = shlex.split(caught.value.fix.rpartition(": ")[2])
     assert words == ["rm", str(record)]
     subprocess.run(words, check=True)
     again = Doing()
@@ -232,8 +232,8 @@ def test_damaged_inputs_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "out" / INPUTS).write_text(content)
     with pytest.raises(RecipeError, match="Cannot read") as caught:
         run_jobs(sweep, Doing())
-    assert INPUTS in caught.value.rule
-    subprocess.run(shlex.split(caught.value.remedy.rpartition(": ")[2]), check=True)
+    assert INPUTS in caught.value.problem
+    subprocess.run(shlex.split(caught.value.fix.rpartition(": ")[2]), check=True)
     again = Doing()
     run_jobs(sweep, again)
     assert again.done == ["run"]
