@@ -43,28 +43,25 @@ def network_fault(error: BaseException) -> ModelError | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name in ("forward", "_call_impl")]
     root = next((module for module in modules if isinstance(module, SegmentationModel)), None)
-    received = f"{type(error).__name__}: {error}{user_place(error)}"
+    kind, said = type(error).__name__, f"{error}{user_place(error)}"
     if isinstance(error, AttributeError) and error.name in _PARTS and not isinstance(error.obj, Outputs):
         return ModelError(
-            "Cannot use what a network returned: its forward must return Outputs",
-            received=type(error.obj).__name__,
-            remedy='Return kdcache.models.Outputs({"segmentation": logits}, features) from your SegmentationModel, '
+            f"Cannot use what a network returned: {type(error.obj).__name__} instead of Outputs",
+            fix='Return kdcache.models.Outputs({"segmentation": logits}, features) from your SegmentationModel, '
             "or make it a torch.nn.Module, which kdcache wraps.",
         )
     if root is not None:
         size = _image_size(frames, root)
         on_images = "" if size is None else f" on images of {size[0]}x{size[1]}"
         return ModelError(
-            f"Cannot run the network {root.spec}{on_images}: {type(error).__name__}{_layer(root, modules)}",
-            received=received,
-            remedy=_fix(str(error), root, size),
+            f"Cannot run the network {root.spec}{on_images}: {kind}{_layer(root, modules)}: {said}",
+            fix=_fix(str(error), root, size),
         )
     if any(frame.f_code.co_name in ("backward", "grad") and _is_autograd(frame) for frame in frames):
         return ModelError(
-            f"Cannot go backward through the network: {type(error).__name__}",
-            received=received,
-            remedy="Look in the network for operations in place (+=, relu_), for outputs without a gradient (detach, "
-            "no_grad, frozen layers) and for gradients of your own. --debug shows the traceback.",
+            f"Cannot go backward through the network: {kind}: {said}",
+            fix="Look in the network for operations in place (+=, relu_), for outputs without a gradient (detach, "
+            "no_grad, frozen layers) and for your own gradients. --debug shows the traceback.",
         )
     return None
 

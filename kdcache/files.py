@@ -82,20 +82,22 @@ def user_cache() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
 
 
-def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give another folder with --out") -> None:
+def check_own_folder(folder: Path, marker: str, fix: str = "Give another folder with --out") -> None:
     """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
 
     Args:
-        rule, remedy: of the error's message, which also has the command that moves the folder away.
+        fix: of the error, which also has the command that moves the folder away.
     Raises: RecipeError.
     """
     if folder.is_dir():
         problem = "holds something else" if any(folder.iterdir()) and not (folder / marker).is_file() else ""
     else:
-        problem = "is no folder" if folder.exists() else ""
+        problem = "is not a folder" if folder.exists() else ""
     if problem:
-        remedy = f"{remedy}. If kdcache wrote this one, move it away: {moved_away(folder)}"
-        raise RecipeError(rule, received=f"{folder} {problem}", remedy=remedy)
+        raise RecipeError(
+            f"Cannot write here: {folder} {problem}",
+            fix=f"{fix}. If kdcache wrote this folder, move it away: {moved_away(folder)}",
+        )
 
 
 def moved_away(folder: Path) -> str:

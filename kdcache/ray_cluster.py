@@ -17,9 +17,8 @@ def import_ray() -> Any:
         return import_module("ray")
     except ImportError:
         raise RecipeError(
-            "--engine ray needs Ray",
-            received="no package ray",
-            remedy="in a clone of kdcache: pip install '.[ray]'. One machine needs no engine",
+            "Cannot import ray, which --engine ray needs",
+            fix="Leave --engine out on one machine. To install Ray, in a clone of kdcache: pip install '.[ray]'",
         ) from None
 
 
@@ -70,8 +69,8 @@ def _check_address(address: str) -> None:
 def _no_cluster(address: str, error: Exception) -> RecipeError:
     reason = str(error.__cause__ or error).strip().splitlines()[-1]  # a traceback's last line
     return RecipeError(
-        "--address, or RAY_ADDRESS without one, is that of a running Ray cluster",
-        received=f"{address}: {reason.partition('. ')[0]}",
-        remedy="start one with ray start --head, which prints its address; where it asks for a token, set "
-        "RAY_AUTH_MODE=token, and the token as Ray's documentation has it; or leave both out for this machine alone",
+        f"No Ray cluster at {address}: {reason.partition('. ')[0]}",
+        fix="Start one with ray start --head, which prints its address. If it asks for a token, set "
+        "RAY_AUTH_MODE=token, and the token as in Ray's documentation. To use only this machine, leave out --address "
+        "and RAY_ADDRESS.",
     )

@@ -118,9 +118,9 @@ class RunModel(BaseModel):
         """Compare the classes of data with this model's. Raises: MismatchError when they differ."""
         if names != self.class_names:
             raise MismatchError(
-                "a model is used on data with its own classes, in the same order",
-                received=f"{', '.join(names)} in {where} against {', '.join(self.class_names)}",
-                remedy="give the data set it was trained for",
+                f"Cannot use the model on {where}: its classes, or their order, differ ({', '.join(names)} against "
+                f"{', '.join(self.class_names)})",
+                fix="Give the data set it was trained for.",
             )
 
     def metadata(self) -> dict[str, str]:
@@ -140,9 +140,8 @@ class RunModel(BaseModel):
             )
         except ValueError as error:  # of json and of pydantic
             raise ModelError(
-                "the description in a weights file must be as kdcache export wrote it",
-                received=f"{path}: {str(error).splitlines()[0]}",
-                remedy="export it again",
+                f"Cannot read the description of the model in {path}: {str(error).splitlines()[0]}",
+                fix="Export it again.",
             ) from error
 
 
@@ -207,20 +206,22 @@ class Run:
             return model.model_copy(update={"spec": spec}) if found else model
         except FileNotFoundError as error:
             lost = (self.folder / RECIPE).is_file()
-            hub = "" if self.folder.exists() or str(self.folder).count("/") != 1 else f". Of the hub: hf:{self.folder}"
+            hub = (
+                ""
+                if self.folder.exists() or str(self.folder).count("/") != 1
+                else f". For a model of the Hub: hf:{self.folder}"
+            )
             raise RecipeError(
-                "a run is a folder that train-teacher or train-student wrote",
-                received=f"{self.folder} " + (f"has no {MODEL}" if self.folder.exists() else "does not exist"),
-                remedy="repeat the training with --resume, which writes it again"
+                f"Not a run: {self.folder} has no {MODEL}" if self.folder.exists() else f"Run not found: {self.folder}",
+                fix="Repeat the training with --resume, which writes it again."
                 if lost
-                else f"give the --out of a training{hub}",
+                else f"Give the --out of a training{hub}",
             ) from error
         except (OSError, ValueError) as error:
             raise RecipeError(
-                "a run's model.json must be well formed, its class names unique and not empty",
-                received=f"{path} {_fault(path, error)}",
-                remedy="restore it from a copy; or delete it and repeat the training with --resume, which writes it "
-                "again",
+                f"Damaged {MODEL}: {path} {_fault(path, error)}",
+                fix="Restore it from a copy. Or delete it and repeat the training with --resume, which writes it "
+                "again.",
             ) from error
 
     @cached_property
@@ -263,15 +264,17 @@ class Run:
             present = sorted(name for name in WEIGHTS if weights_path(self.folder, name).is_file())
             other = which.removesuffix("-ema")
             if other != which and other in present:
-                remedy = f"use --weights {other}, or runs of a training with --ema 0.999"
+                fix = f"Use --weights {other}, or runs of a training with --ema 0.999"
             elif self.result:
-                remedy = train_again(self.folder) + (f"; or use --weights {present[0]}" if present else "")
+                kept = f"Use --weights {present[0]}, or get {path.name} back. " if present else ""
+                fix = kept + train_again(self.folder)
             else:
-                remedy = "let the training finish (the same command with --resume), or give only runs that have them"
+                fix = "Let the training finish (the same command with --resume), or give only runs that have them."
             raise RecipeError(
-                f"a run is used by its weights, here {path.name}",
-                received=f"{self.folder} has " + (", ".join(present) or f"no weights{'' if self.result else ' yet'}"),
-                remedy=remedy,
+                f"{self.folder} has no {path.name}, only {', '.join(present)}"
+                if present
+                else f"{self.folder} has no weights{'' if self.result else ' yet'}",
+                fix=fix,
             )
         return path
 
@@ -346,9 +349,8 @@ def named_weights(text: str) -> tuple[Path, str] | None:
         return None
     if which not in WEIGHTS:
         raise RecipeError(
-            f"weights that are named with a run are one of {', '.join(WEIGHTS)}",
-            received=text,
-            remedy=f"for instance {folder}@{WEIGHTS[0]}; {folder} alone is its best weights, or those of --weights",
+            f"Unknown weights {which!r} in {text}",
+            fix=f"Use one of {', '.join(WEIGHTS)}, for example {folder}@{WEIGHTS[0]}",
         )
     return Path(folder), which
 
@@ -363,9 +365,9 @@ def split_outputs(text: str) -> tuple[str, str | None]:
         return text, None
     if kind not in OUTPUTS:
         raise ModelError(
-            f"Unknown outputs {kind!r}: a model's outputs are {', '.join(OUTPUTS)}",
-            received=text,
-            remedy=f"write {model}{_OUTPUTS}{OUTPUTS[1]} for a softmax, {model}{_OUTPUTS}{OUTPUTS[2]} for a sigmoid",
+            f"Unknown outputs {kind!r} in {text}",
+            fix=f"Use one of {', '.join(OUTPUTS)}. For a softmax write {model}{_OUTPUTS}{OUTPUTS[1]}, for a sigmoid "
+            f"{model}{_OUTPUTS}{OUTPUTS[2]}",
         )
     return model, kind
 
@@ -385,22 +387,17 @@ def _fault(path: Path, error: Exception) -> str:
 
 
 def _no_recipe(path: Path, error: Exception) -> RecipeError:
-    return RecipeError(
-        "a run's recipe is a TOML file",
-        received=f"{path}: {str(error).splitlines()[0]}",
-        remedy=train_again(path.parent),
-    )
+    return RecipeError(f"Cannot read {path}: {str(error).splitlines()[0]}", fix=train_again(path.parent))
 
 
 def train_again(folder: Path) -> str:
-    """Return the remedy for a run that lost what only its training writes. The folder is kept, under another name."""
-    return f"restore it from a copy, or move the run away and repeat the command that trained it: {moved_away(folder)}"
+    """Return the fix for a run that lost what only its training writes. The folder is kept, under another name."""
+    return f"Restore it from a copy, or move the run away and repeat the command that trained it: {moved_away(folder)}"
 
 
 def no_log(path: Path, what: str) -> RecipeError:
     """The error of a log that cannot be read."""
     return RecipeError(
-        f"a run's {METRICS} has a line of JSON per entry",
-        received=f"{path}: {what}",
-        remedy="restore it from a copy, or remove it: everything but the curves is drawn without it",
+        f"Cannot read {path}: {what}",
+        fix="Restore it from a copy, or remove it: everything but the curves is drawn without it.",
     )

@@ -42,12 +42,12 @@ def test_a_run_is_what_its_folder_holds(folder: Path) -> None:
     assert run.weights("last") == folder / "last.safetensors"
     with pytest.raises(RecipeError, match=r"best\.safetensors") as caught:
         run.weights()
-    assert caught.value.received == f"{folder} has last"
-    assert "; or use --weights last" in caught.value.remedy
+    assert caught.value.problem == f"{folder} has no best.safetensors, only last"
+    assert "Use --weights last" in caught.value.fix
     (folder / "last.safetensors").unlink()
     with pytest.raises(RecipeError, match="has no weights\n") as caught:
         Run.open(folder).weights()
-    assert caught.value.remedy.startswith("restore it from a copy, or move the run away")
+    assert caught.value.fix.startswith("Restore it from a copy, or move the run away")
 
 
 def test_a_folder_that_holds_a_model_alone_is_a_run(folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_weights_may_be_named_with_the_run(folder: Path) -> None:
     assert run.weights() == run.weights("last") == folder / "best-ema.safetensors"
     assert split_spec(f"{folder}@last") is None
     (folder / "best-ema.safetensors").unlink()
-    with pytest.raises(RecipeError, match="use --weights best, or runs of a training with --ema"):
+    with pytest.raises(RecipeError, match="Use --weights best, or runs of a training with --ema"):
         run.weights()
     with pytest.raises(RecipeError, match="one of best, last, best-ema, last-ema"):
         Run.open(f"{folder}@newest")
@@ -89,10 +89,10 @@ def test_a_damaged_recipe_harms_only_who_asks_for_it(folder: Path, content: byte
         _ = run.recipe
 
 
-@pytest.mark.parametrize(("content", "received"), [(None, "has no model.json"), ("", "is empty"), ("{}", "holds")])
-def test_what_is_no_run_is_refused(folder: Path, content: str | None, received: str) -> None:
+@pytest.mark.parametrize(("content", "problem"), [(None, "has no model.json"), ("", "is empty"), ("{}", "holds")])
+def test_what_is_no_run_is_refused(folder: Path, content: str | None, problem: str) -> None:
     path = folder / "model.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(RecipeError) as caught:
         Run.open(folder)
-    assert received in caught.value.received
+    assert problem in caught.value.problem

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
-from kdcache.analysis.groups import Group, group_runs, nearest
+from kdcache.analysis.groups import Group, group_runs
 from kdcache.analysis.runs import Entry, check_judged, check_same_data, find_runs, regressions_of, validated_split
 from kdcache.analysis.statistics import Blocks, Difference, Key, Spread, adjust, choose_blocks, difference, resample
 from kdcache.analysis.stored_evaluations import (
@@ -24,7 +24,7 @@ from kdcache.analysis.stored_evaluations import (
     memory_errors,
 )
 from kdcache.data import Split, fold_alone, open_split, read_contents
-from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.errors import DataError, MismatchError, RecipeError, suggest
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
 from kdcache.metrics.depth import DEPTH_METRICS, DepthRange
@@ -84,9 +84,8 @@ def compare(
     left_out = [f"{run.text} has no row of its own: it is the --teacher" for run in named if run not in members]
     if not members:
         raise RecipeError(
-            "a comparison has runs besides the teacher",
-            received="the teacher alone" if teachers else "none",
-            remedy="name some runs",
+            f"Nothing to compare: {'only the teacher was given' if teachers else 'no run was given'}",
+            fix="Name some runs.",
         )
     check_judged([*members, *teachers])
     source = comparable_split(members, data, split)
@@ -136,9 +135,9 @@ def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> 
     if not ranges:
         if judging.depth != DepthSettings():
             raise DataError(
-                "a range or crop of depth is for models that predict depth in metres, on data with labels of depth",
-                received=f"{', '.join(entry.text for entry in members[:3])} on {split.data}, split {split.split!r}",
-                remedy="leave out --min-depth, --max-depth and --depth-crop, or give such models and such data",
+                "Cannot use --min-depth, --max-depth or --depth-crop: no depth is judged for "
+                f"{', '.join(entry.text for entry in members[:3])} on {split.data}, split {split.split!r}",
+                fix="Leave these flags out, or give models that predict depth in metres and data with labels of depth.",
             )
         return judging, None
     widest = max(ranges, key=lambda one: one.max_depth)
@@ -170,19 +169,17 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
     }
     if not named:
         raise RecipeError(
-            "runs are judged on labelled images",
-            received=f"no --data, and no recipe of {', '.join(run.text for run in runs[:3])} names one to validate on",
-            remedy="add --data, and --split if it is not val",
+            f"Missing --data: no recipe of {', '.join(run.text for run in runs[:3])} names data to validate on",
+            fix="Add --data, and --split if it is not val.",
         )
     (_, first), *others = named.items()
     source, *more = [validated_split(run, *where) for where, run in named.items()]
     for (_, run), other in zip(others, more, strict=True):
         if data_digest(other) != data_digest(source):
             raise MismatchError(
-                "runs are compared on one split of one data set",
-                received=f"{first.text} was validated on {source.data}, split {source.split!r}; {run.text} on "
-                f"{other.data}, split {other.split!r}",
-                remedy="name the data for all with --data and --split, or compare fewer runs",
+                f"Cannot compare runs on two data sets: {first.text} was validated on {source.data}, split "
+                f"{source.split!r}, and {run.text} on {other.data}, split {other.split!r}",
+                fix="Name the data for all with --data and --split, or compare fewer runs.",
             )
     return source
 
@@ -263,7 +260,10 @@ def _check_baseline(name: str | None, groups: Sequence[Group]) -> None:
     """Refuse an unknown baseline before anything is evaluated. Raises: RecipeError."""
     if name is not None and _named(name, groups) is None:
         names = [group.name for group in groups if not group.teacher]
-        raise RecipeError("--baseline is a row, or a run of it", received=repr(name), remedy=nearest(name, names))
+        raise RecipeError(
+            f"Unknown row or run in --baseline: {name!r}",
+            fix=suggest(name, names, f"Choose one of: {', '.join(names[:40])}", cutoff=0.5),
+        )
 
 
 def _apart(teachers: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
@@ -349,7 +349,7 @@ class _Judge:
         model, description = judging.load(entry, self._split.classes)
         self.notes += () if model.load_report is None else model.load_report.notes
         if (finding := not_logits(model)) is not None:
-            self.notes.append(f"{entry.text} {finding.text}: {finding.remedy}")
+            self.notes.append(f"{entry.text} {finding.text}: {finding.fix}")
         with memory_errors(judging.device, 1):
             cost = measure_cost(model, description.size, device=judging.device, repeats=repeats)
         if entry.run is not None and (key := self._key(entry.run)) is not None:

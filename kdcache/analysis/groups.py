@@ -4,10 +4,9 @@ Runs that were given a `--name` carry it into every table. Those of one name dif
 a teacher of its own, and so a store.
 """
 
-import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +42,6 @@ _NAMING = (
 _LAST = ("init", "cache", "data", "split", "val", "val-split", "verb")
 _OF_A_TEACHER = ("kl-weight", "temperature")
 """Settings that a run without KL has and does not use: no part of its name."""
-_NAMED = 40
-"""Names that a message lists at most."""
 _BARE = ("model", "method", "verb")
 """Settings whose values need no name beside them."""
 
@@ -174,14 +171,6 @@ def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
         for name, members in zip(names, parts, strict=True)
     ]
     return groups, notes
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """A remedy: the name that was probably meant, or all names."""
-    names = list(candidates)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-    return f"did you mean {' or '.join(near)}?" if near else f"there are: {shown}"
 
 
 def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:

@@ -17,11 +17,10 @@ import torch
 
 from kdcache.analysis.statistics import plain
 from kdcache.data import Split
-from kdcache.errors import DataError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
-from kdcache.metrics.evaluate import Progress, check_tasks
+from kdcache.metrics.evaluate import Progress, check_tasks, labelled_images
 from kdcache.metrics.predictions import Predicted, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.tables import depth_figure, percent
@@ -113,13 +112,7 @@ def score_images(
         framing: how the model sees an image; default squashed to `size`.
     Raises: DataError when nothing is labelled, the model predicts nothing of it, or an image cannot be read.
     """
-    labelled = [number for number in range(len(split)) if _has_label(split, number)]
-    if not labelled:
-        raise DataError(
-            "images are scored by their labels",
-            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has one",
-            remedy="give a labelled split with --split",
-        )
+    labelled = labelled_images(split, split.tasks)
     tasks = check_tasks(model, split)
     total = ConfusionMatrix(split.classes.names)
     errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
@@ -158,10 +151,6 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
     lower = min(worst, len(ranking) - upper)
     positions = [position for position, _ in ranking]
     return positions[:upper], positions[::-1][:lower]
-
-
-def _has_label(split: Split, number: int) -> bool:
-    return any(split.has_label(number, task) for task in split.tasks)
 
 
 def _score(prediction: Predicted, split: Split, total: ConfusionMatrix, errors: DepthErrors | None) -> ImageScore:

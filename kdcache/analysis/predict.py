@@ -67,9 +67,8 @@ def find_images(paths: Sequence[str]) -> list[Input]:
             other = images.setdefault(image.name, image)
             if other.path.resolve() != image.path.resolve():
                 raise DataError(
-                    "images have names of their own, for their results are named after them",
-                    received=f"{other.path} and {image.path}, both {image.name}.png",
-                    remedy="give a folder that both are below, which keeps their places, or rename one",
+                    f"Cannot name two results {image.name}.png: {other.path} and {image.path}",
+                    fix="Give a folder that holds both, which keeps their places, or rename one.",
                 )
     return list(images.values())
 
@@ -88,9 +87,8 @@ class PredictOptions:
     def __post_init__(self) -> None:
         if self.depth_format not in DEPTH_FORMATS:
             raise RecipeError(
-                f"--depth-format is one of {', '.join(DEPTH_FORMATS)}",
-                received=repr(self.depth_format),
-                remedy="use --depth-format png",
+                f"Invalid value of --depth-format: {self.depth_format!r}",
+                fix=f"Choose one of: {', '.join(DEPTH_FORMATS)}",
             )
 
 
@@ -126,9 +124,8 @@ def predict_images(
     out, options, framing = Path(out), options or PredictOptions(), framing or Framing()
     if not model.learnt_heads:
         raise ModelError(
-            f"Cannot predict with {model.spec}: none of its heads has learnt",
-            received="a model of features only",
-            remedy="Train the task from it first, with train-student --init RUN. For its features, export it.",
+            f"Cannot predict with {model.spec}: it has features only, and none of its heads has learnt",
+            fix="Train the task from it first, with train-student --init RUN. For its features, export it.",
         )
     depth = model.regressions.get(DEPTH) if DEPTH in model.learnt_heads else None
     units = None if depth is None or options.depth_format != "png" else units_per_metre(depth)
@@ -167,9 +164,8 @@ def units_per_metre(head: RegressionHead) -> int:
     fitting = [units for units in (1000, 256) if head.max_depth is not None and head.max_depth * units <= _LARGEST]
     if head.unit != METRES or not fitting:
         raise RecipeError(
-            f"a PNG of 16 bits holds metres, at most {_LARGEST / 256:.0f}",
-            received=f"depth in {head.unit}, at most {head.max_depth}",
-            remedy="use --depth-format npy",
+            f"Cannot write depth in {head.unit}, at most {head.max_depth}, as PNG: 16 bits hold {_LARGEST / 256:.0f} m",
+            fix="Use --depth-format npy",
         )
     return fitting[0]
 
@@ -245,36 +241,30 @@ def _matches(text: str) -> list[Input]:
     elif path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(
-                f"an image ends with one of {', '.join(IMAGE_SUFFIXES)}",
-                received=text,
-                remedy="convert it, or rename it when it is an image",
+                f"Not an image by its suffix: {text}",
+                fix=f"Convert it, or rename it if it is an image, to one of: {', '.join(IMAGE_SUFFIXES)}",
             )
         images = [Input(path, path.stem)]
     elif _WILD & set(text):
         inside = sorted(Path(p) for p in glob.glob(text, recursive=True))
         images = [Input(p, p.stem) for p in inside if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
     else:
-        raise DataError("images are files, folders or patterns", received=f"{text} is nowhere", remedy="check the path")
+        raise DataError(f"Image not found: {text}", fix="Check the path, or give a folder or a pattern of images.")
     if not images:
-        raise DataError(
-            "a folder or pattern has images",
-            received=f"none of {', '.join(IMAGE_SUFFIXES)} in {text}",
-            remedy="check the path",
-        )
+        raise DataError(f"No images ({', '.join(IMAGE_SUFFIXES)}) in {text}", fix="Check the path.")
     return images
 
 
 def _prepare(out: Path, classes: ClassList | None, units: int | None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(
-            "predictions are written into a new or empty folder",
-            received=f"{out} " + ("holds something" if out.is_dir() else "is a file"),
-            remedy="give another folder with --out",
+            f"Cannot write predictions here: {out} {'holds something' if out.is_dir() else 'is a file'}",
+            fix="Give another folder with --out",
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError("--out is a folder that can be made", received=f"{error}", remedy="give another") from error
+        raise RecipeError(f"Cannot create the folder of --out: {error}", fix="Give another --out") from error
     if classes is not None:
         write_classes(out, classes)
     if units is not None:
@@ -283,9 +273,8 @@ def _prepare(out: Path, classes: ClassList | None, units: int | None) -> None:
 
 def _refuse_outputs(model: SegmentationModel, batch: Sequence[_Picture]) -> NoReturn:
     raise ModelError(
-        "a model's logits, and its depths, are finite",
-        received=f"NaN or infinite ones from {model.spec} in {', '.join(str(p.input.path) for p in batch[:4])}",
-        remedy="use weights from before the training diverged",
+        f"NaN or infinite outputs of {model.spec} for {', '.join(str(p.input.path) for p in batch[:4])}",
+        fix="Use weights from before the training diverged.",
     )
 
 

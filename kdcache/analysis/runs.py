@@ -57,9 +57,8 @@ class Entry:
         """The fold that this run was not trained on. Raises: RecipeError for a run that left out none."""
         if self.fold is None:
             raise RecipeError(
-                "a run is judged on its own fold when its training left one out",
-                received=f"{self.text} was trained on all samples",
-                remedy="train with --fold I/K, or leave out --own-fold",
+                f"Cannot use --own-fold: {self.text} was trained on all samples",
+                fix="Train with --fold I/K, or leave out --own-fold",
             )
         return parse_fold(self.fold.partition(" ")[0], self.settings.get("folds-by"))
 
@@ -92,10 +91,10 @@ def check_judged(entries: Sequence[Entry]) -> None:
         losses = {entry.text: entry.run.result.get("best_feature_loss") for entry in backbones if entry.run is not None}
         shown = [f"{text}: " + ("none" if loss is None else f"{loss:.4g}") for text, loss in losses.items()]
         raise RecipeError(
-            f"Cannot judge {backbones[0].text} by labels: it learnt features only",
-            received=f"least feature loss of {', '.join(shown)}",
-            remedy="Leave such runs out. To judge what they learnt, train the task from each with train-student "
-            f"--init {backbones[0].text}, and compare those runs.",
+            f"Cannot judge {backbones[0].text} by labels: it learnt features only (least feature loss of "
+            f"{', '.join(shown)})",
+            fix="Leave such runs out. To judge what they learnt, train the task from each with train-student --init "
+            f"{backbones[0].text}, and compare those runs.",
         )
 
 
@@ -113,11 +112,10 @@ def check_same_data(runs: Sequence[Entry], split: Split) -> None:
             where = f"{split.data}, split {split.split!r}"
             check_classes(run.run.model, split.classes, where)
             raise MismatchError(
-                "runs are compared on the data that they were validated on, wherever it is now",
-                received=f"{where}, has other samples (digest {digest[:12]}) than "
-                f"{run.text} was validated on (digest {recorded[:12]}: {run.settings.get('val')}){_named(run, split)}",
-                remedy="give --data the place where that data set is now; or judge on this one on purpose, and name "
-                "its split, too: --split",
+                f"{where}, has other samples (digest {digest[:12]}) than {run.text} was validated on (digest "
+                f"{recorded[:12]}: {run.settings.get('val')}){_named(run, split)}",
+                fix="Give --data the place where that data set is now. To judge on this one on purpose, name its "
+                "split with --split",
             )
 
 
@@ -137,10 +135,9 @@ def validated_split(run: Entry, data: str, split: str) -> Split:
     try:
         return open_split(data, split)
     except DataError as error:
-        raise DataError(
-            "the data that a run's recipe validates on is there, seen from this folder",
-            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received or error.problem}",
-            remedy="name the data with --data, or run this where the run was trained",
+        raise error.within(
+            f"val = {data!r} in {run.text}/recipe.toml",
+            fix="Name the data with --data, or run this where the run was trained.",
         ) from error
 
 
@@ -192,7 +189,7 @@ def _runs_below(folder: Path) -> Iterator[Run]:
         return
     empty = True
     for where, names, _ in os.walk(folder):
-        # A store has thousands of folders, and no run in any of them. A run that a remedy moved away is hidden.
+        # A store has thousands of folders, and no run in any of them. A run that a fix moved away is hidden.
         shown = (name for name in names if not name.startswith("."))
         names[:] = sorted(name for name in shown if not (Path(where) / name / "zarr.json").exists())
         if is_run(Path(where)):
@@ -202,7 +199,6 @@ def _runs_below(folder: Path) -> Iterator[Run]:
     if empty:
         nothing = f"has no {MODEL}, nor has any folder below it" if folder.is_dir() else "is a file"
         raise RecipeError(
-            "a run is a folder that train-teacher or train-student wrote, or a folder that holds some",
-            received=f"{folder} {nothing}",
-            remedy="give the --out of a training, or the folder of several",
+            f"No run found: {folder} {nothing}",
+            fix="Give the --out of a training (train-teacher or train-student), or a folder of several.",
         )

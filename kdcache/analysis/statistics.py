@@ -367,9 +367,7 @@ def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blo
     blocks = Blocks.of(dict(zip(ids, sequences_of(ids, by, "--blocks-by"), strict=True)), "sequences")
     if blocks.count < 2:
         raise RecipeError(
-            "an interval over sequences needs several of them",
-            received=f"--blocks-by {by!r} names one sequence alone in the {len(ids)} ids of {split.data}, split "
-            f"{split.split!r}",
-            remedy="give a pattern that names shorter sequences, or leave it out for an interval over images",
+            f"--blocks-by {by!r} finds a single sequence in the {len(ids)} ids of {split.data}, split {split.split!r}",
+            fix="Give a pattern that names shorter sequences, or leave it out for an interval over images.",
         )
     return blocks

@@ -416,7 +416,7 @@ def _depth_of(content: Mapping[str, Any]) -> DepthMetrics:
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """A context that names the remedy when a batch does not fit into memory. Raises: ModelError."""
+    """A context that names the fix when a batch does not fit into memory. Raises: ModelError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -425,9 +425,9 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
         words = str(error)
         less = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --size, or --device cpu"
         raise ModelError(
-            "a batch of the evaluation must fit into memory",
-            received=f"{batch_size} images at a time on {device}: {words.splitlines()[0] if words else 'no memory'}",
-            remedy=f"use {less}",
+            f"Out of memory: {batch_size} images at a time on {device} "
+            f"({words.splitlines()[0] if words else 'no memory'})",
+            fix=f"Use {less}",
         ) from error
 
 

@@ -56,8 +56,7 @@ class Drawing:
 
     def check_folder(self) -> None:
         """Refuse a folder that holds something else. Raises: RecipeError."""
-        rule = "pictures are drawn into a new or empty folder, or over earlier ones"
-        check_own_folder(self.folder, SUMMARY, rule, "give another folder with --draw")
+        check_own_folder(self.folder, SUMMARY, "Give another folder with --draw")
 
 
 def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Gallery, progress: Progress) -> list[str]:

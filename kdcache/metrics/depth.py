@@ -92,9 +92,8 @@ class DepthRange:
     def __post_init__(self) -> None:
         if not 0 < self.min_depth < self.max_depth < math.inf:
             raise DataError(
-                "depth is measured in a range of metres, 0 < minimum < maximum, both finite",
-                received=f"{self.min_depth:g} to {self.max_depth:g}",
-                remedy="take 0.001 to 80 for KITTI, 0.001 to 10 for NYU",
+                f"Invalid range of depth: {self.min_depth:g} to {self.max_depth:g} m",
+                fix="Give a finite 0 < minimum < maximum: 0.001 to 80 for KITTI, 0.001 to 10 for NYU.",
             )
 
     @classmethod
@@ -142,9 +141,8 @@ class DepthErrors:
         """
         if predicted.shape != label.shape or label.ndim != 2:
             raise DataError(
-                "a depth map is compared with a label of its size, (H, W)",
-                received=f"a prediction of {tuple(predicted.shape)} and a label of {tuple(label.shape)}",
-                remedy="resize the raw output to the label's size first",
+                f"Cannot compare a prediction of {tuple(predicted.shape)} with a label of {tuple(label.shape)}",
+                fix="Resize the raw output to the label's size (H, W) first.",
             )
         p, d = (x.detach().cpu().numpy().astype(np.float64) for x in (predicted, label))
         valid = self.range.valid(d)
@@ -163,9 +161,8 @@ class DepthErrors:
         for part in (first, *rest):
             if part.range != whole.range:
                 raise DataError(
-                    "depth metrics that are merged have one range and crop",
-                    received=f"{whole.range} and {part.range}",
-                    remedy="measure all parts alike",
+                    f"Cannot merge depth metrics of different ranges: {whole.range} and {part.range}",
+                    fix="Measure all parts with one range and crop.",
                 )
             whole._rows += part._rows
         return whole

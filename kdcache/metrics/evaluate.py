@@ -117,7 +117,7 @@ def count_pixels(
         each: called with every prediction and its own counts, (C, C).
     Raises: DataError for a split without labels.
     """
-    labelled = _labelled(split, (SEGMENTATION,))
+    labelled = labelled_images(split, (SEGMENTATION,))
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
     mine = labelled[part[0] :: part[1]]
     predicted_batches = predictions(
@@ -167,7 +167,7 @@ def evaluate_tasks(
     tasks = check_tasks(model, split, depth)
     confusion, ids, counts = ConfusionMatrix(split.classes.names, IGNORE_INDEX), list[str](), list[Tensor]()
     errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
-    labelled = _labelled(split, tasks)
+    labelled = labelled_images(split, tasks)
     batches = predictions(
         model,
         split,
@@ -205,35 +205,32 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
     tasks, where = judged_tasks(model, split), f"{split.data}, split {split.split!r}"
     labels = f"labels of {', '.join(split.tasks)}" if split.tasks else "no labels"
     predicted = ", ".join(predicted_tasks(model)) or "no task that has labels"
-    received = f"{model.spec} predicts {predicted}; {where} has {labels}"
+    facts = f"{model.spec} predicts {predicted}, and {where} has {labels}"
     if model.untrained:
-        received += f"; its run learnt nothing of {', '.join(model.untrained)}"
+        facts += f". Its run learnt nothing of {', '.join(model.untrained)}"
     if not tasks:
         raise DataError(
-            "a model is judged by labels of a task that it predicts",
-            received=received,
-            remedy="give a labelled split with --split, or data with labels of " + " or ".join(predicted_tasks(model))
+            f"Nothing to judge: {facts}",
+            fix="Give a labelled split with --split, or data with labels of " + " or ".join(predicted_tasks(model))
             if predicted_tasks(model)
-            else "use a model with a head of segmentation, or of depth in metres; a backbone learns a task by "
-            "train-student --init RUN",
+            else "Use a model with a head of segmentation, or of depth in metres. To teach a "
+            "backbone a task: train-student --init RUN",
         )
     if depth not in (None, DepthSettings()) and DEPTH not in tasks:
         raise DataError(
-            "a range or crop of depth is for a model that predicts depth in metres, on data with labels of depth",
-            received=received,
-            remedy="leave out --min-depth, --max-depth and --depth-crop, or give such a model and such data",
+            f"Cannot use --min-depth, --max-depth or --depth-crop: {facts}",
+            fix="Leave these flags out, or give a model that predicts depth in metres and data with labels of depth.",
         )
     return tasks
 
 
-def _labelled(split: Split, tasks: Sequence[str]) -> list[int]:
+def labelled_images(split: Split, tasks: Sequence[str]) -> list[int]:
     """Numbers of the samples with a label of a task. Raises: DataError where there is none."""
     labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in tasks)]
     if not labelled:
         raise DataError(
-            "evaluation needs labels",
-            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has one",
-            remedy="give a labelled split with --split",
+            f"Missing labels: none of the {len(split)} images of {split.data}, split {split.split!r}, has one",
+            fix="Give a labelled split with --split",
         )
     return labelled
 
@@ -243,10 +240,9 @@ def _judged(errors: DepthErrors, split: Split) -> DepthMetrics:
     metrics = errors.metrics()
     if not metrics.counted_images:
         raise DataError(
-            f"labels of depth have pixels between {errors.range.min_depth:g} and {errors.range.max_depth:g} m"
-            + (" inside the crop" if errors.range.crop != "none" else ""),
-            received=f"{split.data}, split {split.split!r}: no such pixel in any label",
-            remedy="see the range of the labels with kdcache data check; give --min-depth and --max-depth that fit, or "
-            "correct the unit in depth.toml",
+            f"No label of {split.data}, split {split.split!r}, has depth from {errors.range.min_depth:g} to "
+            f"{errors.range.max_depth:g} m" + (" inside the crop" if errors.range.crop != "none" else ""),
+            fix="Show the range of the labels with kdcache data check. Then give --min-depth and --max-depth that "
+            "fit, or correct the unit in depth.toml",
         )
     return metrics

@@ -78,11 +78,7 @@ def check_formats(formats: Sequence[str]) -> tuple[Format, ...]:
     """The formats of pictures, PNG among them always. Raises: RecipeError for another."""
     known: tuple[Format, ...] = get_args(Format)
     if strange := [name for name in formats if name not in known]:
-        raise RecipeError(
-            f"--format is a list of {', '.join(known)}",
-            received=repr(",".join(strange)),
-            remedy="for instance --format png,pdf",
-        )
+        raise RecipeError(f"Unknown format in --format: {','.join(strange)!r}", fix=f"Choose from: {','.join(known)}")
     return tuple(name for name in known if name == "png" or name in formats)
 
 

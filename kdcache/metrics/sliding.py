@@ -56,15 +56,12 @@ class Framing:
     def __post_init__(self) -> None:
         if self.stride is not None and self.window is None:
             raise RecipeError(
-                "--stride is the way from a sliding window to the next",
-                received=f"--stride {_text(self.stride)} without --window",
-                remedy="add --window HxW, or leave --stride out",
+                f"--stride {_text(self.stride)} needs --window", fix="Add --window HxW, or leave --stride out."
             )
         if self.window is not None and any(s > w for s, w in zip(self.steps, self.window, strict=True)):
             raise RecipeError(
-                "windows cover the image: --stride is at most --window, in height and width",
-                received=f"--window {_text(self.window)} --stride {_text(self.steps)}",
-                remedy=f"use --stride {_text(_two_thirds(self.window))}, or leave it out",
+                f"--stride {_text(self.steps)} is larger than --window {_text(self.window)}, so windows leave gaps",
+                fix=f"Leave it out, or use --stride {_text(_two_thirds(self.window))}",
             )
 
     @property
@@ -113,9 +110,8 @@ class Framing:
         window, step = (size, size) if self.window is None else (self.window, self.steps)
         if any(w > side for w, side in zip(window, scaled, strict=True)):
             raise RecipeError(
-                "a sliding window is at most as large as the image that it slides over",
-                received=f"--window {_text(window)}, and {name} of {_text(scaled)} (height x width)",
-                remedy="use a smaller --window, or a larger --size, which resizes the image before windows are cut",
+                f"--window {_text(window)} is larger than {name}, which is {_text(scaled)} (height x width)",
+                fix="Use a smaller --window, or a larger --size, which resizes the image before windows are cut.",
             )
         rows, columns = (list(_starts(side, w, s)) for side, w, s in zip(scaled, window, step, strict=True))
         return [(row, column) for row in rows for column in columns]

@@ -21,12 +21,12 @@ class NotLogits(NamedTuple):
 
     Attributes:
         text: what they are, as a sentence goes on after the network's name.
-        remedy: what to do.
+        fix: what to do.
         certain: False for what may be logits after all.
     """
 
     text: str
-    remedy: str
+    fix: str
     certain: bool
 
 

@@ -343,7 +343,7 @@ def plan_build(
     for text in (*loaded.notes, *([reason] if reason else [])):
         note(text)
     if classified and (finding := not_logits(loaded.model, settings["teacher_size"] or size)) and not finding.certain:
-        note(f"warning: {loaded.origin} {finding.text}: {finding.remedy}")
+        note(f"warning: {loaded.origin} {finding.text}: {finding.fix}")
     return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
 
 

@@ -163,7 +163,7 @@ def test_one_range_for_all(runs: Path, compared: Comparison) -> None:
     judging = EvalSettings(depth=DepthSettings(max_depth=20))
     near = compare([runs], options=CompareOptions(judging, repeats=0))
     assert near.depth_range == "0.001 to 20 m"
-    with pytest.raises(DataError, match="leave out --min-depth"):
+    with pytest.raises(DataError, match="Cannot use --min-depth"):
         compare([runs / "plain"], options=CompareOptions(judging, repeats=0))
 
 
@@ -225,7 +225,7 @@ def test_a_head_of_which_a_run_learnt_nothing_is_not_judged(tmp_path: Path) -> N
         evaluate_tasks(classes, split, SIZE, depth=DepthSettings(max_depth=10))
     with pytest.raises(DataError) as error:
         evaluate_tasks(metres, open_split("scenes:40x56,train=2,val=5", "val"), SIZE)
-    assert "learnt nothing of segmentation" in error.value.received
+    assert "learnt nothing of segmentation" in error.value.problem
 
 
 def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kdcache.analysis.compare import choose_baseline, choose_control
-from kdcache.analysis.groups import CONTROL, Group, group_runs, nearest
+from kdcache.analysis.groups import CONTROL, Group, group_runs
 from kdcache.analysis.runs import Entry
 from kdcache.run_folder import Run
 
@@ -119,12 +119,6 @@ def test_the_same_run_twice_is_no_repetition() -> None:
 )
 def test_who_was_taught(settings: dict[str, Any], taught: bool) -> None:
     assert Group("a", (run("a", **settings),), {}).taught is taught
-
-
-def test_many_names_are_not_all_listed() -> None:
-    assert nearest("kk", ["kl", "none"]) == "did you mean kl?"
-    assert nearest("xyz", ["kl", "none"]) == "there are: kl, none"
-    assert nearest("xyz", map(str, range(1000))).endswith("39 ...")
 
 
 def rows_of(*runs: Entry) -> dict[str, Group]:

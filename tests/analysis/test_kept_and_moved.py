@@ -139,8 +139,8 @@ def test_a_run_knows_its_validation_data_by_digest_wherever_they_lie(world: Path
     other = "scenes:48x64,train=2,val=3"
     with pytest.raises(MismatchError) as caught:
         compare([world / "runs"], other, options=untimed)
-    assert model.validated_on[:12] in caught.value.received
-    assert "--split" in caught.value.remedy
+    assert model.validated_on[:12] in caught.value.problem
+    assert "--split" in caught.value.fix
     assert compare([world / "runs"], other, "val", untimed).images == 3  # on purpose
 
 

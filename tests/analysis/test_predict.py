@@ -103,9 +103,9 @@ def test_files_folders_and_patterns(photos: Path) -> None:
 
 
 def test_names_that_clash_are_refused(photos: Path) -> None:
-    with pytest.raises(DataError, match=r"photos/a\.png and .*day/a\.png, both a\.png"):
+    with pytest.raises(DataError, match=r"photos/a\.png and .*day/a\.png"):
         find_images([str(photos / "a.png"), str(photos / "day")])
-    with pytest.raises(DataError, match=r"both a\.png"):
+    with pytest.raises(DataError, match=r"two results a\.png"):
         find_images([str(photos / "**/*.png")])
     (photos / "a.png").rename(photos / "b.png")
     with pytest.raises(DataError, match=r"b\.JPG and .*b\.png"):
@@ -113,11 +113,15 @@ def test_names_that_clash_are_refused(photos: Path) -> None:
 
 
 def test_what_is_no_image_is_named(photos: Path) -> None:
-    for given, received in [("notes.txt", r"notes\.txt"), ("none.png", "is nowhere"), ("*.gif", r"\*\.gif")]:
+    for given, received in [
+        ("notes.txt", r"notes\.txt"),
+        ("none.png", r"not found: \S+none\.png"),
+        ("*.gif", r"\*\.gif"),
+    ]:
         with pytest.raises(DataError, match=received):
             find_images([str(photos / given)])
     (photos / "empty").mkdir()
-    with pytest.raises(DataError, match="none of"):
+    with pytest.raises(DataError, match="No images"):
         find_images([str(photos / "empty")])
 
 
@@ -127,7 +131,7 @@ def test_wrong_places_and_numbers(model: SegmentationModel, classes: ClassList, 
         predict_images(model, classes, images, photos, SIZE)
     with pytest.raises(RecipeError, match="is a file"):
         predict_images(model, classes, images, photos / "notes.txt", SIZE)
-    with pytest.raises(RecipeError, match="can be made"):
+    with pytest.raises(RecipeError, match="--out: "):
         predict_images(model, classes, images, photos / "notes.txt/out", SIZE)
     (photos / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png"):

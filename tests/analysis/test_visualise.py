@@ -233,7 +233,7 @@ def test_earlier_pictures_are_replaced_and_nothing_else(world: Path, drawn: list
     assert "notes.txt" in files(world / "out/none-0/successful_cases")
     (world / "mine").mkdir()
     (world / "mine/thesis.txt").write_text("")
-    for out, words in ((world / "mine", "holds something else"), (world / "mine/thesis.txt", "is no folder")):
+    for out, words in ((world / "mine", "holds something else"), (world / "mine/thesis.txt", "is not a folder")):
         with pytest.raises(RecipeError, match=words):
             Drawing(out).check_folder()
 

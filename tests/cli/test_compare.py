@@ -90,24 +90,27 @@ def test_a_batch_that_does_not_fit(place, cli, monkeypatch) -> None:
 
 REPORT = "report --out {p}/page.html "
 CASES = {
-    "no run": ("compare {p}/nowhere", "nowhere does not exist"),
+    "no run": ("compare {p}/nowhere", "Run not found: {p}/nowhere"),
     "empty folder": ("compare {p}/empty", "nor has any folder below it"),
     "a file": ("compare {p}/data/classes.txt", "classes.txt is a file"),
-    "no weights": ("compare {p}/runs --weights last", "kl-0 has best"),
+    "no weights": ("compare {p}/runs --weights last", "kl-0 has no last.safetensors, only best"),
     "weights of no kind": ("compare {p}/runs --weights newest", "'newest'"),
     "a spec alone": ("compare kdcache:tiny --data {p}/data", "a model without weights"),
     "a spec without a file": ("compare kdcache:tiny@{p}/none.safetensors --data {p}/data --size 32x48", "none.safeten"),
-    "an unknown baseline": ("compare {p}/runs --baseline nonne", "did you mean none"),
+    "an unknown baseline": ("compare {p}/runs --baseline nonne", "Did you mean none"),
     "no such split": ("compare {p}/runs --split vall", "vall"),
     "other classes": ("compare {p}/other", "heaven"),
     "no fold": ("compare {p}/runs --own-fold", "trained on all samples"),
     "no size": ("compare {p}/runs --size 32", "'32'"),
-    "no teacher": ("compare {p}/runs --teacher {p}/nowhere", "nowhere does not exist"),
-    "the teacher alone": ("compare {p}/teacher --teacher {p}/teacher", "besides the teacher"),
-    "pictures of no run": (REPORT + "{p}/nowhere --draw {p}/new", "nowhere does not exist"),
+    "no teacher": ("compare {p}/runs --teacher {p}/nowhere", "Run not found: {p}/nowhere"),
+    "the teacher alone": ("compare {p}/teacher --teacher {p}/teacher", "only the teacher was given"),
+    "pictures of no run": (REPORT + "{p}/nowhere --draw {p}/new", "Run not found: {p}/nowhere"),
     "pictures over something": (REPORT + "{p}/runs/kl-0 --draw {p}/data", "data holds something else"),
-    "pictures into a file": (REPORT + "{p}/runs/kl-0 --draw {p}/data/classes.txt", "is no folder"),
-    "pictures without weights": (REPORT + "{p}/runs --draw {p}/new --weights last", "kl-0 has best"),
+    "pictures into a file": (REPORT + "{p}/runs/kl-0 --draw {p}/data/classes.txt", "classes.txt is not a folder"),
+    "pictures without weights": (
+        REPORT + "{p}/runs --draw {p}/new --weights last",
+        "kl-0 has no last.safetensors, only best",
+    ),
     "pictures of no layout": (REPORT + "{p}/runs/kl-0 --draw {p}/new --layout column", "Unknown --layout column"),
     "pictures of no format": (REPORT + "{p}/runs/kl-0 --draw {p}/new --format png,jpg", "png, svg, pdf"),
     "a layout of no pictures": (REPORT + "{p}/runs/kl-0 --layout row", "Cannot use --layout without --draw"),
@@ -124,7 +127,7 @@ def test_wrong_input(place, cli, tree, command, received) -> None:
     before = tree(place)
     ended = cli(*command.format(p=place).split())
     assert ended.code == 2, (ended.out, ended.err)
-    assert received in ended.err
+    assert received.format(p=place) in ended.err
     assert ended.err.count("fix: ") == 1
     assert "Traceback" not in ended.err
     assert "should not have happened" not in ended.err

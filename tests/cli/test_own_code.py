@@ -100,7 +100,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("missing", "--batch-size 2", "KeyError: 'attention', at ", "--debug"),
         ("in_place", "--batch-size 2", "Cannot go backward through the network", "operations in place"),
         ("detached", "--batch-size 2", "Cannot go backward through the network", "without a gradient"),
-        ("bare", "--batch-size 2", "its forward must return Outputs", "torch.nn.Module"),
+        ("bare", "--batch-size 2", "instead of Outputs", "torch.nn.Module"),
         ("broken", "--batch-size 2", "Cannot run your own code, at ", "--debug"),
     ],
 )

@@ -70,16 +70,16 @@ def test_one_window_is_the_whole_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "rule"),
+    ("settings", "problem"),
     [
-        ({"stride": (8, 8)}, "--stride is the way"),
-        ({"window": (16, 16), "stride": (8, 17)}, "--stride is at most --window"),
+        ({"stride": (8, 8)}, "--stride 8x8 needs --window"),
+        ({"window": (16, 16), "stride": (8, 17)}, "--stride 8x17 is larger than --window 16x16"),
     ],
 )
-def test_strides_that_make_no_sense_are_refused(settings, rule) -> None:
+def test_strides_that_make_no_sense_are_refused(settings, problem) -> None:
     with pytest.raises(RecipeError) as caught:
         Framing(**settings)
-    assert rule in caught.value.rule
+    assert problem in caught.value.problem
 
 
 def test_a_window_larger_than_the_image_is_refused() -> None:
@@ -88,8 +88,8 @@ def test_a_window_larger_than_the_image_is_refused() -> None:
         evaluate_model(
             build_model("kdcache:tiny", len(split.classes)), split, (24, 40), framing=Framing(window=(32, 32))
         )
-    assert "at most as large as the image" in caught.value.rule
-    assert "--size" in caught.value.remedy
+    assert "--window 32x32 is larger than" in caught.value.problem
+    assert "--size" in caught.value.fix
 
 
 @given(

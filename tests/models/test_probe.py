@@ -74,7 +74,7 @@ def test_probabilities_are_seen(end: Callable[[Tensor], Tensor]) -> None:
     finding = found(model(end))
     assert finding.certain
     assert "sum to 1" in finding.text
-    assert "outputs=probabilities" in finding.remedy
+    assert "outputs=probabilities" in finding.fix
 
 
 @pytest.mark.parametrize("end", SIGMOIDS.values(), ids=SIGMOIDS)
@@ -82,7 +82,7 @@ def test_sigmoids_are_seen(end: Callable[[Tensor], Tensor]) -> None:
     finding = found(model(end))
     assert finding.certain
     assert "as after a sigmoid" in finding.text
-    assert "outputs=sigmoid" in finding.remedy
+    assert "outputs=sigmoid" in finding.fix
 
 
 @pytest.mark.parametrize("end", DOUBTFUL.values(), ids=DOUBTFUL)
@@ -104,7 +104,7 @@ def test_one_class_has_nothing_to_share() -> None:
 def test_one_logit_of_two_classes_is_looked_at() -> None:
     """Beside the other logit, 0, a probability has no sum to be known by."""
     one = model(lambda y: y.sigmoid(), 1)
-    assert "outputs=sigmoid" in found(AsLogits("own:net", one, two=True)).remedy
+    assert "outputs=sigmoid" in found(AsLogits("own:net", one, two=True)).fix
     assert not_logits(AsLogits("own:net", model(lambda y: y, 1), two=True)) is None
     for outputs in ("sigmoid", "probabilities"):
         assert not_logits(AsLogits("own:net", one, outputs, two=True)) is None
@@ -118,12 +118,12 @@ def test_what_outputs_are_said_to_be_is_compared() -> None:
     for kind in ("probabilities", "sigmoid"):
         finding = found(AsLogits("own:net", plain, kind))
         assert finding.certain
-        assert f"leave out ,outputs={kind}" in finding.remedy
+        assert f"leave out ,outputs={kind}" in finding.fix
         assert found(AsLogits("kdcache:tiny", build_model("kdcache:tiny", C), kind)).certain  # listed ones, too
     for network, kind, other in ((softmax, "sigmoid", "probabilities"), (sigmoid, "probabilities", "sigmoid")):
         finding = found(AsLogits("own:net", network, kind))
         assert not finding.certain
-        assert f"outputs={other}" in finding.remedy
+        assert f"outputs={other}" in finding.fix
 
 
 def test_listed_models_give_logits() -> None:

@@ -34,7 +34,7 @@ def test_a_teacher_names_its_layer_and_the_line() -> None:
     pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(ModelError, match=r"network mine on images of 32x32: ValueError in its layer body\.1") as caught:
         teach(model, pixels, (), "float32", torch.device("cpu"))
-    assert "test_own_network.py:" in caught.value.received
+    assert "test_own_network.py:" in caught.value.problem
     assert isinstance(caught.value.__cause__, ValueError)
     assert teach(model, pixels[:1], (), "float32", torch.device("cpu")).logits.shape == (1, 2, 8, 8)
 
@@ -44,7 +44,7 @@ def test_a_training_of_one_pooled_image_names_batch_norm(tmp_path) -> None:
     settings |= {"data": "scenes:32x48,train=2,val=1", "size": (32, 48), "device": "cpu"}
     with pytest.raises(ModelError, match="BatchNorm2d") as caught:
         train(make_config(verb="train-teacher", **settings), tmp_path / "run")
-    assert "--batch-size 2 or more" in caught.value.remedy
+    assert "--batch-size 2 or more" in caught.value.fix
     assert isinstance(caught.value.__cause__, ValueError)
 
 

@@ -107,9 +107,9 @@ def test_a_store_of_a_teacher_of_crops_is_cropped_where_others_are_padded(tmp_pa
         ({"fit": "stretch"}, "fit= takes one of auto, squash, crop, pad"),
         ({"window": 0}, "window= takes HEIGHTxWIDTH"),
         ({"window": (0, 8)}, "window= takes HEIGHTxWIDTH"),
-        ({"window": (16, 16), "stride": (32, 8)}, "--stride is at most --window"),
-        ({"stride": (8, 8)}, "--stride is the way"),
-        ({"window": (32, 32)}, "at most as large as the image"),
+        ({"window": (16, 16), "stride": (32, 8)}, "--stride 32x8 is larger than --window 16x16"),
+        ({"stride": (8, 8)}, "--stride 8x8 needs --window"),
+        ({"window": (32, 32)}, "--window 32x32 is larger than"),
     ],
 )
 def test_what_makes_no_sense_is_refused(runs: Path, settings: dict[str, Any], rule: str) -> None:

@@ -51,7 +51,7 @@ def open_model(run: str, size: str | None, weights: str, classes: Path | None) -
         description.check_classes(named.names, str(classes))
     warn_of_weights(model)
     if (finding := not_logits(model, description.size)) is not None:
-        warn(f"{run} {finding.text}: {finding.remedy}")
+        warn(f"{run} {finding.text}: {finding.fix}")
     return model, description
 
 

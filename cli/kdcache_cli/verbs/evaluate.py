@@ -160,7 +160,7 @@ def evaluate(
         for note in judging_notes(Run.open(run).folder, source):
             warn(f"{run}: {note}")
     if (finding := not_logits(model)) and any(one.metrics.segmentation is not None for one in results):
-        warn(f"{run} {finding.text}: {finding.remedy}")
+        warn(f"{run} {finding.text}: {finding.fix}")
     if several:
         _write_several(records, results, description.class_names, run, json_file, markdown, listing)
     else:

@@ -53,9 +53,8 @@ class TeacherAudit:
         """Check the classes of the audit, where it and the data have some. Raises: MismatchError for other classes."""
         if names and self.class_names and names != self.class_names:
             raise MismatchError(
-                "the audit is of a teacher of the same classes, in the same order",
-                received=f"{', '.join(self.class_names)} in {self.path} against {', '.join(names)}",
-                remedy="give the report.json of this data's store to --audit",
+                f"{self.path} has other classes ({', '.join(self.class_names)}) than the data ({', '.join(names)})",
+                fix="Give --audit the report.json of this data's cache.",
             )
 
 
@@ -65,9 +64,10 @@ def read_audit(path: Path) -> TeacherAudit:
         return _parse(path, parse_json(read_bytes(path)))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise RecipeError(
-            "--audit is the report.json that kdcache inspect STORE --teacher-report writes",
-            received=f"{path} {_failure(path, error)}",
-            remedy=f"give {path / 'report.json'}" if path.is_dir() else "write it with inspect, or leave --audit out",
+            f"Cannot read --audit {path}: {_failure(path, error)}",
+            fix=f"Give {path / 'report.json'}"
+            if path.is_dir()
+            else "Leave --audit out, or give the report.json of: kdcache inspect CACHE --teacher-report",
         ) from error
 
 

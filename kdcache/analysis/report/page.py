@@ -53,9 +53,8 @@ def check_out(out: Path) -> Path:
     if out.suffix.lower() in SUFFIXES and not out.is_dir():
         return out
     raise RecipeError(
-        "--out is an .html file",
-        received=f"{out} is a folder" if out.is_dir() else repr(str(out)),
-        remedy=f"use --out {out / 'report.html' if out.is_dir() else out.with_suffix('.html')}",
+        f"--out needs an .html file: {out} is a folder" if out.is_dir() else f"--out needs an .html file: {str(out)!r}",
+        fix=f"Use --out {out / 'report.html' if out.is_dir() else out.with_suffix('.html')}",
     )
 
 

@@ -47,8 +47,8 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
         answer, sentence = depth
         return answer, sentence[0].upper() + sentence[1:], []
     if not rows:
-        remedy = "A baseline is a run of the same model that learnt from labels alone (--method none)"
-        return "Unknown.", "No row has a baseline to be measured against.", [f"{remedy}; --baseline names another."]
+        fix = "A baseline is a run of the same model that learnt from labels alone (--method none)"
+        return "Unknown.", "No row has a baseline to be measured against.", [f"{fix}; --baseline names another."]
     best, difference = max(rows, key=lambda pair: pair[0].miou.mean)
     gaps = [gap for _, gap in rows]
     reached = f"reaches {percent(best.miou.mean)} % mIoU, {gap_words(difference.mean)} {quoted(difference.baseline)}"

@@ -3,7 +3,6 @@
 Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Collection
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 
 MOST_DENSE = 32
 """Classes up to which a store keeps all of them."""
@@ -99,13 +98,13 @@ def _parse(text: str) -> Shape:
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)/(\d+)", text.strip().lower())
     numbers = [int(group) for group in match.groups()] if match else []
     if not numbers or min(numbers) < 1:
-        near = difflib.get_close_matches(text, PRESETS, n=1)
         raise RecipeError(
-            "--shapes lists BxCxHxW/STRIDE at label size, or presets",
-            received=repr(text),
-            remedy=f"did you mean {near[0]!r}?"
-            if near
-            else f"for instance 16x21x512x512/4; presets: {', '.join(PRESETS)}",
+            f"Invalid shape in --shapes: {text!r}",
+            fix=suggest(
+                text,
+                PRESETS,
+                f"Use BxCxHxW/STRIDE at label size, for example 16x21x512x512/4, or: {', '.join(PRESETS)}",
+            ),
         )
     return Shape(*numbers)
 
@@ -142,11 +141,8 @@ def parse_names(text: str, flag: str, allowed: Collection[str]) -> tuple[str, ..
     names = [part.strip().lower() for part in text.split(",") if part.strip()]
     for name in names:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1)
             raise RecipeError(
-                f"{flag} lists some of {', '.join(allowed)}",
-                received=repr(name),
-                remedy=f"did you mean {near[0]!r}?" if near else f"leave out {name!r}",
+                f"Unknown name in {flag}: {name!r}", fix=suggest(name, allowed, f"Choose from: {', '.join(allowed)}")
             )
     return tuple(dict.fromkeys(names))
 

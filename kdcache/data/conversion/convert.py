@@ -155,8 +155,7 @@ def _check_source(data: str, folder: Path) -> None:
             f"Cannot convert several data sets, or a part of one: {data!r}",
             fix="Convert each data set by itself, with all its labels.",
         )
-    rule = "a data set is converted into a new or empty folder, or one that it was converted into before"
-    check_own_folder(folder, SETTINGS, rule, "give another folder, or remove what is in it")
+    check_own_folder(folder, SETTINGS, "Give another folder, or remove what is in it")
 
 
 def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[str, str]]:

@@ -42,7 +42,7 @@ _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
 
 def check_report_folder(folder: Path) -> None:
     """Refuse a folder that holds something else than a report. Raises RecipeError."""
-    check_own_folder(folder, REPORT, "a report is written into a new or empty folder, or over an earlier report")
+    check_own_folder(folder, REPORT)
 
 
 def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:

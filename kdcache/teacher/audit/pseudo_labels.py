@@ -160,8 +160,7 @@ def _check_views(cache: Cache) -> None:
 
 
 def _check_out(out: Path, settings: dict[str, Any]) -> None:
-    rule = "pseudo labels are written into a new or empty folder, or one that they were written into before"
-    check_own_folder(out, SETTINGS, rule)
+    check_own_folder(out, SETTINGS)
     if not (out / SETTINGS).is_file():
         return
     try:

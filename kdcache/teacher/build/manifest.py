@@ -155,7 +155,7 @@ def _check_logits(teacher: Teacher, size: tuple[int, int]) -> None:
         raise ModelError(
             f"The outputs of {teacher.origin} are not logits",
             received=f"the teacher {finding.text}",
-            remedy=finding.remedy,
+            remedy=finding.fix,
         )
 
 

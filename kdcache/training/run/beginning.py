@@ -51,7 +51,7 @@ def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[s
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
     if (finding := not_logits(model)) is not None and finding.certain:
-        yield f"{config.run.model} {finding.text}. It learns badly and cannot teach: {finding.remedy}"
+        yield f"{config.run.model} {finding.text}. It learns badly and cannot teach: {finding.fix}"
 
 
 def _run_of(init: str) -> Run | None:

@@ -24,8 +24,8 @@ def test_wrong_input_ends_in_a_panel(world: Path, capsys: pytest.CaptureFixture[
         main(["report", str(world / "runs"), "--out", "page.txt"])
     assert ended.value.code == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "--out is an .html file" in told
-    assert "use --out page.html" in told
+    assert "--out needs an .html file: 'page.txt'" in told
+    assert "Use --out page.html" in told
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_the_machine_s_own_memory(function: str, asked: str, hungry: Any, tmp_pa
 def test_another_error_is_none_of_ours(hungry: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Cannot run the network") as caught:
         train(make_config(**hungry(4, function="other", batch_size=8)), tmp_path / "run")
-    assert "a fault of the model's own" in caught.value.received
+    assert "a fault of the model's own" in caught.value.problem
 
 
 def test_a_validation_that_does_not_fit(hungry: Any, tmp_path: Path) -> None:
