@@ -579,7 +579,7 @@ def test_data_that_is_elsewhere_is_named_with_its_recipe_and_the_flag(tmp_path: 
     run: Any = SimpleNamespace(text=str(tmp_path / "runs/student"), settings={"val": "data/camvid"})
     with pytest.raises(DataError) as caught:
         comparable_split([run], None, None)
-    assert f"'data/camvid' in {run.text}/recipe.toml" in (caught.value.received or caught.value.problem)
+    assert f"'data/camvid' in {run.text}/recipe.toml" in caught.value.problem
     assert "--data" in caught.value.fix
     run.run = None
     assert comparable_split([run], "scenes:32x48,train=2,val=2", None).split == "val"  # the fix

@@ -55,11 +55,11 @@ def test_other_classes_are_refused_with_the_fix_of_their_kind(tmp_path: Path) ->
     [
         (CITY, {}, "learn depth in the stream far: none of the 2 samples of scenes:32x48,train=2,val=2, split 'train'"),
         (FAR, {"labels": "segmentation"}, "only of depth"),
-        ("NOWHERE", {}, "stream far: NOWHERE"),
+        ("NOWHERE", {}, "stream far: Data folder not found: NOWHERE"),
     ],
 )
 def test_a_stream_without_the_labels_that_it_learns_is_named(far: str, keys: dict[str, Any], named: str) -> None:
     with pytest.raises(DataError) as caught:
         check({"city": CITY, "far": far}, **keys)
-    assert named in str(caught.value)
+    assert named in caught.value.problem
     assert isinstance(caught.value, KDCacheError)
