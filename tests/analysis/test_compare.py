@@ -459,8 +459,8 @@ def test_the_difference_has_an_interval_over_images_or_sequences(world: Path, de
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("(", "--blocks-by is a regular expression"),
-        ("nothing", "--blocks-by matches in every id"),
+        ("(", "Invalid value of --blocks-by"),
+        ("nothing", "--blocks-by .* names no sequence"),
         ("^.", "a single sequence in the 6 ids"),
     ],
 )

@@ -112,7 +112,7 @@ CASES = {
         "kl-0 has no last.safetensors, only best",
     ),
     "pictures of no layout": (REPORT + "{p}/runs/kl-0 --draw {p}/new --layout column", "Unknown --layout column"),
-    "pictures of no format": (REPORT + "{p}/runs/kl-0 --draw {p}/new --format png,jpg", "png, svg, pdf"),
+    "pictures of no format": (REPORT + "{p}/runs/kl-0 --draw {p}/new --format png,jpg", "Choose from: png,svg,pdf"),
     "a layout of no pictures": (REPORT + "{p}/runs/kl-0 --layout row", "Cannot use --layout without --draw"),
 }
 

@@ -80,10 +80,10 @@ CASES = {
         "predict kdcache:tiny@{w}/teacher/best.safetensors {w}/data/images --size 32x48 --classes {w} --out {w}/new",
         "classes.txt"),
     "unknown weights": ("predict {w}/teacher {w}/data/images --weights bset --out {w}/new", "'bset'"),
-    "no images": ("predict {w}/teacher {w}/teacher --out {w}/new", "none of .jpg"),
+    "no images": ("predict {w}/teacher {w}/teacher --out {w}/new", "No images (.jpg"),
     "names that clash": (
-        "predict {w}/teacher {w}/data/images/val {w}/data/labels/val --out {w}/new", "both val-000000.png"),
-    "image nowhere": ("predict {w}/teacher {w}/a.png --out {w}/new", "a.png is nowhere"),
+        "predict {w}/teacher {w}/data/images/val {w}/data/labels/val --out {w}/new", "two results val-000000.png"),
+    "image nowhere": ("predict {w}/teacher {w}/a.png --out {w}/new", "Image not found: {w}/a.png"),
     "occupied": ("predict {w}/teacher {w}/data/images --out {w}/data", "holds something"),
     "another format": ("export {w}/teacher --out {w}/new.tflite", "new.tflite"),
     "format and suffix": ("export {w}/teacher --format onnx --out {w}/new.pt2", "new.pt2 with --format onnx"),

@@ -171,7 +171,7 @@ CASES = {
     "from --features foo": (FROM + " --features foo", "foo"),
     "from --view-scale 2": (FROM + " --views 2 --view-scale 2", "'2'"),
     "from --view-scale 0:2": (FROM + " --views 2 --view-scale 0:2", "0:2"),
-    "from no such split": (FROM + " --split test", "there are: train, val"),
+    "from no such split": (FROM + " --split test", "Unknown split 'test'"),
     "from --size and --tta": (FROM + " --tta flip --size 32x48", "Cannot change --size, --tta with --from"),
 }
 
