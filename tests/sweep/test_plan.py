@@ -115,7 +115,7 @@ def test_a_stream_joins_stores() -> None:
         "far,cache=out/stores/far.zarr,cache=flip=out/stores/far-mirrored.zarr,cache=x=my.zarr"
     )
     assert set(job.needs) == {"store far", "store far mirrored"}
-    with pytest.raises(RecipeError, match="'@NAME' of a stream is a store"):
+    with pytest.raises(RecipeError, match=r"'@NAME' of a stream: 'mirored'[\s\S]*Did you mean mirrored"):
         hydra(arms=(Arm("joined", {"stream": [{"name": "far", "cache": ["@store", "flip=@mirored"]}]}),))
 
 
