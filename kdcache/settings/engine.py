@@ -34,8 +34,8 @@ class EngineSettings:
         mine = {entry.flag: getattr(self, name) for name, entry in table.items() if name != "engine"}
         if self.engine == "local" and any(mine.values()):
             raise RecipeError(
-                f"{', '.join(mine)} are those of --engine ray",
-                received=", ".join(f"{flag} {value}" for flag, value in mine.items() if value),
-                remedy="add --engine ray, or leave them out",
+                f"Cannot use {', '.join(f'{flag} {value}' for flag, value in mine.items() if value)} without --engine "
+                "ray",
+                fix="Add --engine ray, or leave them out.",
             )
         return self.engine == "ray"

@@ -1,6 +1,5 @@
 """Values that are written as text: their types, with the one parser of each."""
 
-import difflib
 import re
 from collections.abc import Callable
 from math import inf, isfinite
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt, Predicate
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.settings.setting import Spelling
 
 LOGGERS = ("tensorboard", "wandb")
@@ -46,18 +45,14 @@ def parse_every(value: Any) -> Any:
 
 
 def parse_bytes(text: str) -> int:
-    """'50GiB' or '200MB' as a number of bytes. Raises: RecipeError for other text."""
+    """Read '50GiB' or '200MB' as a number of bytes. Raises: ValueError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
     count = 0
     if match is not None:
         number, unit, binary = match.groups()
         count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
     if count < 1:
-        raise RecipeError(
-            "--cache-bytes is a number of bytes, with a unit if you like",
-            received=repr(text),
-            remedy="for instance --cache-bytes 50GiB, 200MB or 1000000000",
-        )
+        raise ValueError(text)
     return count
 
 
@@ -102,14 +97,8 @@ def parse_logs(value: Any) -> Any:
     loggers = [name.strip() for part in parts for name in part.split(",")]
     for name in loggers:
         if name not in LOGGERS:
-            near = difflib.get_close_matches(name, LOGGERS, n=1)
-            raise RecipeError(
-                f"--log is one or more of {', '.join(LOGGERS)}",
-                received=repr(name),
-                remedy=f"Did you mean {near[0]}?"
-                if near
-                else "Use one of these, or leave it out: metrics.jsonl has all metrics.",
-            )
+            others = f"Use one or more of {', '.join(LOGGERS)}, or leave it out: metrics.jsonl has all metrics."
+            raise RecipeError(f"Unknown logger {name!r} in --log", fix=suggest(name, LOGGERS, others))
     return tuple(dict.fromkeys(loggers))
 
 

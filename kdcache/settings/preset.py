@@ -1,11 +1,10 @@
 """Presets: the settings of a training by one name. What is given beside the name wins."""
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 
 _FOLDER = Path(__file__).parent / "presets"
 
@@ -22,11 +21,6 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        raise RecipeError(
-            f"There is no preset {name}",
-            received=name,
-            remedy=f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(names)}.",
-        )
+        raise RecipeError(f"Unknown preset {name}", fix=suggest(name, names, f"Choose one of {', '.join(names)}."))
     values = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     return {key.replace("-", "_"): value for key, value in values.items()}

@@ -28,9 +28,8 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     number = recipe.get("format", 1)
     if number not in (1, FORMAT):
         raise RecipeError(
-            f"Unknown format of recipe.toml: {number}",
-            received=f"format = {number}. This version reads 1 and {FORMAT}",
-            remedy="Use the version of kdcache that wrote it, or a later one.",
+            f"Unknown format of recipe.toml: {number} (this version reads 1 and {FORMAT})",
+            fix="Use the version of kdcache that wrote it, or a later one.",
         )
     return {name: value for name, value in without_removed(recipe).items() if name != "format"}
 

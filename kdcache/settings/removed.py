@@ -92,7 +92,7 @@ def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
     for table in tables:
         row = table.get(name) or table.get(key)
         if row is not None:
-            return RecipeError(f"{name} was removed", received=name, remedy=row.fix)
+            return RecipeError(f"{name} was removed", fix=row.fix)
     return None
 
 

@@ -7,7 +7,6 @@ stands in double quotes). Its keys are those of `StreamSettings`, and settings o
 """
 
 import csv
-import difflib
 import io
 import itertools
 import math
@@ -18,16 +17,16 @@ from typing import Annotated, Any
 
 from annotated_types import Gt, Le
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.settings.parse import Weight
 from kdcache.settings.removed import SETTINGS, removal
 from kdcache.settings.setting import REQUIRED, entries, names, setting
 from kdcache.settings.training import PART, TRAINING, Augmentation, Data, Loss
 
 _MISSPELT = 0.82
-"""From this likeness on (difflib's ratio) a word is a misspelt key, else the next part of a value with commas."""
+"""From this likeness on, a word is a misspelt key, else the next part of a value with commas."""
 _LARGEST = 4096
-"""The largest batch that a remedy names."""
+"""The largest batch that a fix names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +70,12 @@ def parse_stream(value: Any) -> Any:
         if key not in allowed:
             if (gone := removal(key, SETTINGS)) is not None:
                 raise gone
-            near = difflib.get_close_matches(key, allowed, n=1)
-            whole = key in entries(*TRAINING)
+            shown, own = key.replace("_", "-"), sorted(name.replace("_", "-") for name in allowed)
             raise RecipeError(
-                "the keys of a stream are its own and those of its data, loss, part of the data and augmentation",
-                received=f"{key.replace('_', '-')!r} of {table.get('name', 'a stream')}",
-                remedy="it is a setting of the whole training: give it beside the streams"
-                if whole
-                else f"did you mean {near[0].replace('_', '-')}?"
-                if near
-                else f"there are {', '.join(sorted(name.replace('_', '-') for name in allowed))}",
+                f"Unknown key {shown!r} of {table.get('name', 'a stream')}",
+                fix="Give it next to the streams: it is a setting of the whole training."
+                if key in entries(*TRAINING)
+                else suggest(shown, own, f"Use one of {', '.join(own)}."),
             )
     return table
 
@@ -119,9 +114,8 @@ def shares_of(named: Mapping[str, float | None]) -> list[float]:
     if rest < -1e-6 or (open_streams and rest < 1e-6) or (not open_streams and abs(rest) > 1e-6):
         texts = [f"{name} {'no share' if share is None else f'{share:g}'}" for name, share in named.items()]
         raise RecipeError(
-            "the shares of all streams sum up to 1; streams without one share what is left",
-            received=f"{', '.join(texts)}: together {total:g}",
-            remedy="correct them, or leave one of them out",
+            f"The shares of all streams sum up to {total:g}, not 1: {', '.join(texts)}",
+            fix="Correct them, or leave one out: streams without a share divide the rest.",
         )
     return [rest / open_streams if share is None else share for share in named.values()]
 
@@ -159,13 +153,12 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
     size = next((size for size in sizes if works(size)), None)
     texts = [f"{name} {own} of {share:g}" for (name, share), own in zip(named.items(), rows, strict=True)]
     raise RecipeError(
-        "every stream has a row of every batch"
-        + (f", and as many of each of its {parts} processes and parts" if parts > 1 else "")
+        f"Cannot give every stream rows of --batch-size {batch_size}: the shares are {', '.join(texts)} rows"
+        + (f", for {parts} processes and parts" if parts > 1 else "")
         + (f", {together} of which stay together" if together > 1 else ""),
-        received=f"--batch-size {batch_size}, of which the shares are {', '.join(texts)} rows",
-        remedy=f"use --batch-size {size}, the smallest from there on that works, or other shares"
+        fix=f"Use --batch-size {size}, the next one that works, or other shares."
         if size is not None
-        else "give every stream a larger share",
+        else "Give every stream a larger share.",
     )
 
 
@@ -175,14 +168,13 @@ def _check_quotes(options: Sequence[str]) -> None:
     for option, following in itertools.pairwise(options):
         key, _, value = option.partition("=")
         name = following.partition("=")[0].strip().replace("-", "_")
-        broken = not difflib.get_close_matches(name, own, n=1, cutoff=_MISSPELT)
+        broken = not suggest(name, own, cutoff=_MISSPELT)
         whole = not value or "," in value or key not in ("data", "term")
         if not whole and (broken or (key == "term" and name in _OF_TERMS)):
             raise RecipeError(
-                "--stream is comma-separated: a value that holds a comma stands in double quotes, with its key",
-                received=f"{option},{following}",
-                remedy=f"""write '"{option},{following}"' if both are one value"""
-                + ("" if broken else f"; or put {following} before {option} if it is the stream's"),
+                f"Missing quotes around a value with commas in --stream: {option},{following}",
+                fix=f"""Write '"{option},{following}"' if both are one value."""
+                + ("" if broken else f" Or put {following} before {option} if it belongs to the stream."),
             )
 
 
@@ -190,9 +182,8 @@ def _of_line(text: str) -> dict[str, Any]:
     first, *options = next(csv.reader([" ".join(text.splitlines())], skipinitialspace=True), []) or [""]
     if not first.strip() or "=" in first:
         raise RecipeError(
-            "--stream is NAME,KEY=VALUE,...: the name first; a [[stream]] of a recipe has a key name",
-            received=repr(text),
-            remedy="for instance --stream kitti,cache=kitti.zarr,share=0.5",
+            f"Missing name in --stream {text!r}",
+            fix="Write the name first, for example --stream kitti,cache=kitti.zarr,share=0.5",
         )
     _check_quotes(options)
     table: dict[str, Any] = {"name": first.strip()}
@@ -201,9 +192,9 @@ def _of_line(text: str) -> dict[str, Any]:
         name = key.strip().replace("-", "_")
         if not equals or (name in table and name not in ("term", "cache")):
             raise RecipeError(
-                "--stream gives each of its keys once, as KEY=VALUE; what holds a comma stands in double quotes",
-                received=f"{option!r} in {text!r}",
-                remedy="""for instance --stream 'kitti,cache=kitti.zarr,"term=cosine,weight=0.1"'""",
+                f"Cannot read {option!r} in --stream {text!r}: it is not KEY=VALUE, or its key is there twice",
+                fix="Put what holds a comma into double quotes: "
+                """--stream 'kitti,cache=kitti.zarr,"term=cosine,weight=0.1"'""",
             )
         if name == "term":  # repeated as the flag is; an empty one stands for none
             table[name] = [*table.get(name, []), *([value] if value else [])]

@@ -3,7 +3,6 @@
 The kinds are in `kdcache.settings.terms`. Free of torch.
 """
 
-import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,13 +26,13 @@ SCHEDULE = "distill_schedule"
 Share = Annotated[float, Gt(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
 _ADDED = {
-    DEPTH: f", for instance --model MODEL+{DEPTH}",
-    AUXILIARY: ": --model MODEL+aux adds it for the training",
+    DEPTH: f", for example --model MODEL+{DEPTH}",
+    AUXILIARY: ": --model MODEL+aux adds it for the training.",
 }
 
 
 class Missing(NamedTuple):
-    """A description of what a store lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
+    """A description of what a cache lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
 
     what: str
     flag: str
@@ -173,10 +172,10 @@ class LossTerm:
             return lacks
         head = manifest.heads[SEGMENTATION]
         if self.all_classes and head.k < head.classes:
-            what = f"the logits of all {head.classes} classes, of which {head.k} are kept"
+            what = f"the logits of all {head.classes} classes, but the cache has {head.k}"
             lacks.append(Missing(what, f"--top-k {head.classes}"))
         if self.raw_logits and not getattr(head, "raw", False):
-            lacks.append(Missing(f"raw logits ({MAXIMUM})", "--raw-logits"))
+            lacks.append(Missing(f"raw logits ({MAXIMUM}), but the cache has none", "--raw-logits"))
         return lacks
 
     @property
@@ -199,12 +198,10 @@ class LossTerm:
         right = "regression" if self.of_depth else "categorical"
         head = heads.get(self.head)
         if head is None or head.kind != right:
-            what = ": numbers" if self.of_depth else ": logits of classes"
             raise RecipeError(
-                f"{self.kind} compares a head {self.head} that is {right}{what}",
-                received=f"a student with {_heads_text(heads)}",
-                remedy="use a student with such a head"
-                + _ADDED.get(self.head, "; or leave it out (--ce-weight 0, --method none) beside terms of depth"),
+                f"{self.kind} needs a {right} head {self.head}, but the student has {_heads_text(heads)}",
+                fix="Use a student with such a head"
+                + _ADDED.get(self.head, ". Or leave it out (--ce-weight 0, --method none) next to terms of depth."),
             )
         self.check_unit("the student's", head)
 
@@ -267,7 +264,7 @@ class FeatureTerm(LossTerm):
         what, flag = (text.format(tap) for text in self.stored)
         prefix = f"{name}:" if name else ""
         own = [each.removeprefix(prefix) for each in dict.fromkeys(offered) if each.startswith(prefix)]
-        return [Missing(f"{what} ({name or 'the store'} has {', '.join(own) or 'none'})", flag)]
+        return [Missing(f"{what}, but {name or 'the cache'} has {', '.join(own) or 'none'}", flag)]
 
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
@@ -285,10 +282,12 @@ class FeatureTerm(LossTerm):
             student_tap = student_tap if student_tap in nearest_taps else nearest_taps[-1]
         if student_tap not in student_taps:
             raise RecipeError(
-                f"student_tap of a term is one of the student's: {', '.join(student_taps) or 'it has none'}",
-                received=f"{student_tap!r} of {self.kind}",
-                remedy=nearest(student_tap, student_taps)
-                or "pick one of these, or a student that has taps (kdcache models)",
+                f"Unknown student_tap {student_tap!r} of {self.kind}",
+                fix=suggest(
+                    student_tap,
+                    student_taps,
+                    f"Choose one of {', '.join(student_taps) or 'none'}, or a student with taps (kdcache models).",
+                ),
             )
         return replace(self, student_tap=student_tap, teacher_tap=teacher_tap)
 
@@ -356,9 +355,10 @@ def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
         owners.setdefault(owner, []).append("--" + name.replace("_", "-"))
     values = [_typed(name, value) for name, value in idle.items()]
     return RecipeError(
-        f"{' and '.join(values)} would have no effect",
-        received=f"{loss}; but " + ", ".join(f"{' and '.join(flags)} set {owner}" for owner, flags in owners.items()),
-        remedy=f"leave {'them' if len(idle) > 1 else 'it'} out, or choose a --method that has {' or '.join(owners)}",
+        f"{' and '.join(values)} would have no effect with {loss}",
+        fix=f"Leave {'them' if len(idle) > 1 else 'it'} out, or choose a --method that has "
+        + " or ".join(f"{owner} ({', '.join(flags)})" for owner, flags in owners.items())
+        + ".",
     )
 
 
@@ -389,30 +389,27 @@ def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
     if lacks:
         flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
         raise RecipeError(
-            "a term learns from arrays that the store has",
-            received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
-            remedy=f"build the store with {flags} as well, or leave the term out",
+            " and ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
+            fix=f"Build the cache with {flags} as well, or leave the term out.",
         )
     for term in terms:
         if term.of_depth and term.reads_teacher:
-            term.check_unit("the store's", manifest.heads[DEPTH])
+            term.check_unit("the cache's", manifest.heads[DEPTH])
 
 
 def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
     depths = [term.kind for term in terms if term.of_depth and term.reads_teacher]
     if depths:
         raise RecipeError(
-            "a term of depth against a teacher reads a store's targets of depth",
-            received=f"{', '.join(dict.fromkeys(depths))} without a store, or with --teacher labels",
-            remedy="give --cache; or compare with labels, --term depth-silog,reference=labels",
+            f"Cannot compute {', '.join(dict.fromkeys(depths))} without a cache, or with --teacher labels",
+            fix="Give --cache, one with targets of depth. Or compare with labels: --term depth-silog,reference=labels",
         )
     features = [term.kind for term in terms if term.reads_taps]
     if features:
         others = [kind for kind, term in TERMS.items() if term().reads_logits]
         raise RecipeError(
-            "labels can stand in the place of a teacher's logits, not of its features",
-            received=f"{', '.join(dict.fromkeys(features))} with --teacher labels",
-            remedy=f"choose among {', '.join(others)}, without taps; or leave --teacher out",
+            f"Cannot compute {', '.join(dict.fromkeys(features))} with --teacher labels: labels have no features",
+            fix=f"Choose among {', '.join(others)}, without taps, or leave out --teacher.",
         )
 
 
@@ -423,7 +420,7 @@ def _missing_head(manifest: Any, name: str) -> list[Missing]:
     if head is not None and _kind(head) == kind:
         return []
     return [
-        Missing(f"{values} of a {kind} head {name} (the store has {_heads_text(manifest.heads)})", f"--heads {name}")
+        Missing(f"{values} of a {kind} head {name}, but the cache has {_heads_text(manifest.heads)}", f"--heads {name}")
     ]
 
 
@@ -433,9 +430,3 @@ def _heads_text(heads: Mapping[str, Any]) -> str:
 
 def _kind(head: Any) -> str:
     return str(getattr(head, "kind", "categorical"))
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """Return a remedy with the nearest of some names; "" if none is near."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else ""

@@ -28,11 +28,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.heads import AUXILIARY, DEPTH, METRES, SEGMENTATION
 from kdcache.settings.parse import Positive, Weight
 from kdcache.settings.setting import setting
-from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, is_summary, nearest
+from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, is_summary
 
 
 class _OnLabels(LossTerm):
@@ -68,9 +68,9 @@ class PseudoLabels(LossTerm):
         chosen = "threshold" in self.given or self.threshold != type(self).threshold
         if chosen and self.quantile is not None:
             raise RecipeError(
-                f"Cannot choose pseudo labels by a threshold and by a quantile, in {self.kind}",
-                received=f"threshold {self.threshold} and quantile {self.quantile}",
-                remedy="leave one of them out",
+                f"Cannot choose pseudo labels of {self.kind} by threshold {self.threshold} and by quantile "
+                f"{self.quantile}",
+                fix="Leave one of them out.",
             )
 
     @property
@@ -99,9 +99,8 @@ class Depth(_OnLabels):
         """Check that a head has metres. Raises: RecipeError."""
         if head.unit != METRES:
             raise RecipeError(
-                f"{self.kind} compares depth in metres",
-                received=f"{whose} head {DEPTH} in unit {head.unit!r}",
-                remedy="depth-ssi compares depth that is known up to a scale and a shift",
+                f"{self.kind} needs depth in metres, but {whose} head {DEPTH} has unit {head.unit!r}",
+                fix="Use depth-ssi, which compares depth up to a scale and a shift.",
             )
 
 
@@ -125,9 +124,8 @@ class CrossEntropy(_OnLabels):
         super().__post_init__()
         if self.focal_gamma > 0 and self.label_smoothing > 0:
             raise RecipeError(
-                "Cannot compute a focal loss of smoothed labels",
-                received=f"--focal-gamma {self.focal_gamma:g} with --label-smoothing {self.label_smoothing:g}",
-                remedy="leave one of them out",
+                f"Cannot combine --focal-gamma {self.focal_gamma:g} with --label-smoothing {self.label_smoothing:g}",
+                fix="Leave one of them out.",
             )
 
     @property
@@ -361,17 +359,15 @@ def parse_term(value: Any) -> LossTerm:
     named = {str(key).replace("-", "_"): own for key, own in pairs}
     if len(named) < len(pairs):
         raise RecipeError(
-            "A term has one option twice",
-            received=", ".join(str(key) for key, _ in pairs),
-            remedy="Leave one of them out. A dash and an underscore are the same.",
+            f"A term has an option twice: {', '.join(str(key) for key, _ in pairs)}",
+            fix="Leave one of them out. A dash and an underscore are the same.",
         )
     cls = _class_of(named.pop("kind", None), value)
     for option in named:
         if option not in cls.options():
             raise RecipeError(
-                f"the options of {cls.kind} are {', '.join(cls.options())}",
-                received=repr(option),
-                remedy=nearest(option, cls.options()) or "leave it out",
+                f"Unknown option {option!r} of {cls.kind}",
+                fix=f"{suggest(option, cls.options(), 'Leave it out.')} The options are {', '.join(cls.options())}.",
             )
     return cls(**named, given=frozenset(named))
 
@@ -389,18 +385,17 @@ def parse_method(text: str) -> tuple[LossTerm, ...]:
     kinds = [part.strip() for part in text.split("+")]
     if kinds == ["none"]:
         return ()
+    names = ("none", *METHODS)
     for kind in kinds:
-        if kind not in ("none", *METHODS):
+        if kind not in names:
             raise RecipeError(
-                f"--method is none or a sum of {', '.join(METHODS)}",
-                received=repr(text),
-                remedy=nearest(kind, ("none", *METHODS)) or "write for example kl or kl+at",
+                f"Unknown loss term {kind!r} in --method {text!r}",
+                fix=suggest(kind, names, f"Use none, or a sum of {', '.join(METHODS)}, for example kl+at"),
             )
     if len(set(kinds)) < len(kinds) or "none" in kinds:
         raise RecipeError(
-            "--method names each of its terms once, and none stands alone",
-            received=repr(text),
-            remedy="several terms of a kind, with taps of their own, are written as [[term]] in a recipe",
+            f"Cannot combine the terms of --method {text!r}: one is there twice, or next to none",
+            fix="Name each term once. Write several terms of a kind, with different taps, as [[term]] in a recipe.",
         )
     return tuple(TERMS[kind]() for kind in kinds)
 
@@ -417,14 +412,13 @@ def auto_method(*, parted: bool) -> str:
 def _class_of(kind: Any, value: Any) -> type[LossTerm]:
     """The class of a kind. Raises: RecipeError with the nearest name for any other."""
     if not isinstance(kind, str):
-        raise RecipeError("a term says its kind", received=f"{value}", remedy=f"add kind, one of {', '.join(KINDS)}")
+        raise RecipeError(f"Missing kind of a loss term: {value}", fix=f"Add kind, one of {', '.join(KINDS)}.")
     if kind in KINDS:
         return TERMS[kind]
-    fused = f"its weight is a flag: --{kind}-weight" if kind in TERMS else ""
+    fused = f"Set its weight with --{kind}-weight" if kind in TERMS else ""
     raise RecipeError(
-        f"a term is one of {', '.join(KINDS)}",
-        received=repr(kind),
-        remedy=fused or nearest(kind, KINDS) or "pick one of these",
+        f"Unknown loss term {kind!r}",
+        fix=fused or suggest(kind, KINDS, f"Choose one of {', '.join(KINDS)}."),
     )
 
 

@@ -1,12 +1,11 @@
 """The one validator of settings: flags, keys of recipes, keywords of Python, and options of terms."""
 
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.settings.removed import SETTINGS, removal
 from kdcache.settings.setting import Entry, choices, describe_values, entries
 
@@ -86,27 +85,26 @@ def check_names(given: Collection[str], names: Collection[str], wording: Wording
             continue
         if (gone := removal(wording.setting(name), SETTINGS)) is not None:
             raise gone
-        near = difflib.get_close_matches(name, names, n=1)
         raise RecipeError(
             f"Unknown setting {wording.setting(name)}",
-            received=wording.setting(name),
-            remedy=f"Did you mean {wording.setting(near[0])}?" if near else wording.others,
+            fix=suggest(wording.setting(name), map(wording.setting, names), wording.others),
         )
 
 
 def _invalid(entry: Entry, value: Any, wording: Wording) -> RecipeError:
     """Return the error for a value that a setting does not take."""
     rule, example = describe_values(entry.type, entry.marks), entry.default
+    words = choices(entry.type) or ()
     if entry.spelling is not None:
         rule, example = entry.spelling.rule or rule, entry.spelling.example
-    elif words := choices(entry.type):
-        near = difflib.get_close_matches(str(value), words, n=1)
-        example = (near or words)[0]
+    elif words:
+        example = words[0]
     shown = None if example in (None, (), "", MISSING) else wording.given(entry.name, example)
+    near = suggest(str(value), words)
+    how = f"for example {shown}" if shown else "or leave it out."
     return RecipeError(
         f"Invalid value of {wording.setting(entry.name)}: {_quoted(value)}",
-        received=f"{wording.setting(entry.name)} takes {rule}",
-        remedy=f"For example {shown}." if shown else "Correct it, or leave it out.",
+        fix=f"{near} Give {rule}, {how}".strip(),
     )
 
 

@@ -52,7 +52,7 @@ def test_a_range_has_files_of_its_own(spec: str, cli, tmp_path: Path) -> None:
     [
         (("--min-depth", "0"), "Invalid range of depth: 0 to"),
         (("--max-depth", "0.002"), "has depth from 0.001 to 0.002 m"),
-        (("--depth-crop", "eigen"), "--depth-crop takes one of none, garg"),
+        (("--depth-crop", "eigen"), "Give one of none, garg"),
     ],
 )
 def test_ranges_that_cannot_be(spec: str, cli, words: tuple[str, ...], problem: str, tmp_path: Path) -> None:

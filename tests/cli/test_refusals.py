@@ -173,7 +173,7 @@ CASES = {
     "recipe with one table where there may be several": (
         recipe('[stream]\nname = "a"\n'), STUDENT + " --recipe {w}/recipe.toml", "write [[stream]] above each"),
     "recipe with a stream without a name": (
-        recipe('[[stream]]\nshare = 1\n'), STUDENT + " --recipe {w}/recipe.toml", "has a key name"),
+        recipe('[[stream]]\nshare = 1\n'), STUDENT + " --recipe {w}/recipe.toml", "Missing name in --stream"),
     "recipe of another verb": (
         nothing, STUDENT + " --recipe {w}/teacher/recipe.toml", "the command is train-student"),
     "recipe of no training with a foreign key": (

@@ -93,8 +93,8 @@ def test_loggers_may_be_repeated(world, cli) -> None:
         ("--accumulate 3", "use --batch-size 3 or 6"),
         ("--accumulate 2 --method dist", "--accumulate 2 with dist, which compares all of it"),
         ("--keep-every 0", "a number of iterations such as 500, or of epochs such as 5e"),
-        ("--ema 1", "For example --ema 0.999"),
-        ("--ema slow", "--ema takes a decay above 0 and below 1"),
+        ("--ema 1", "for example --ema 0.999"),
+        ("--ema slow", "Give a decay above 0 and below 1"),
         ("--keep-every often", "a number of iterations such as 500, or of epochs such as 5e"),
     ],
 )

@@ -141,7 +141,7 @@ def test_defaults_and_sizes() -> None:
         assert Discriminator(C, size)(torch.rand(1, C, *size)).shape[2:] == grid
     with pytest.raises(RecipeError, match="vanilla, least-squares"):
         loss_term("adversarial", loss="hinge")
-    with pytest.raises(RecipeError, match="against of adversarial takes text, not empty"):
+    with pytest.raises(RecipeError, match=r"(?s)against of adversarial: ''.*Give text, not empty"):
         loss_term("adversarial", against="")
 
 

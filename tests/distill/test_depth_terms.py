@@ -282,9 +282,9 @@ def test_a_relative_teacher_is_compared_by_shape() -> None:
     same = criterion(small, target).loss.item()
     other = criterion(Outputs({SEGMENTATION: outputs.logits, DEPTH: raw.flip(-1)}, {}), target).loss.item()
     assert same < 0.2 * other
-    with pytest.raises(RecipeError, match=r"(?s)depth-silog compares depth in metres.*'relative'.*depth-ssi"):
+    with pytest.raises(RecipeError, match=r"(?s)depth-silog needs depth in metres.*'relative'.*depth-ssi"):
         term_of("depth-silog", "teacher", Store(stored(relative)))
-    with pytest.raises(RecipeError, match=r"the student's head depth in unit 'relative'"):
+    with pytest.raises(RecipeError, match=r"the student's head depth has unit 'relative'"):
         term_of("depth-l1", "labels", heads={DEPTH: relative, SEGMENTATION: CategoricalHead(C)})
 
 
@@ -359,9 +359,9 @@ def test_methods_name_terms_of_depth() -> None:
     assert parse_method("kl+depth-silog")[1:] == (loss_term("depth-silog"),)
     assert parse_term({"kind": "depth-l1", "reference": "teacher"}).reads_teacher
     assert term_of("depth-ssi", "labels", alpha=0.0).spec.alpha == 0
-    with pytest.raises(RecipeError, match="reference of depth-l1 takes one of labels, teacher"):
+    with pytest.raises(RecipeError, match=r"(?s)reference of depth-l1: .*Give one of labels, teacher"):
         loss_term("depth-l1", reference="lidar")
-    with pytest.raises(RecipeError, match=r"options of depth-l1 are weight, reference"):
+    with pytest.raises(RecipeError, match=r"(?s)'alpha' of depth-l1.*options are weight, reference"):
         loss_term("depth-l1", alpha=0.5)
 
 
@@ -382,7 +382,7 @@ def test_a_store_without_depth_teaches_none(depth: Any) -> None:
     with pytest.raises(RecipeError, match=r"(?s)depth-silog needs targets of a regression head depth.*--heads depth"):
         check_terms([loss_term("depth-silog", reference="teacher")], Store(depth).manifest)
     check_terms([loss_term("depth-silog")], Store(depth).manifest)
-    with pytest.raises(RecipeError, match=r"(?s)against a teacher reads a store.*--teacher labels.*reference=labels"):
+    with pytest.raises(RecipeError, match=r"(?s)without a cache, or with --teacher labels.*reference=labels"):
         check_terms([loss_term("depth-ssi")], None)
 
 
@@ -392,11 +392,19 @@ def test_a_store_without_depth_teaches_none(depth: Any) -> None:
         (
             "depth-silog",
             {SEGMENTATION: CategoricalHead(C)},
-            r"regression: numbers.*segmentation \(categorical\).*MODEL\+depth",
+            r"regression head depth, but the student has segmentation \(categorical\).*MODEL\+depth",
         ),
-        ("depth-silog", {DEPTH: CategoricalHead(3)}, r"regression: numbers.*depth \(categorical\)"),
-        ("dist", {DEPTH: RegressionHead()}, r"categorical: logits of classes.*depth \(regression\)"),
-        ("dice", {SEGMENTATION: RegressionHead()}, r"categorical: logits of classes.*segmentation \(regression\)"),
+        (
+            "depth-silog",
+            {DEPTH: CategoricalHead(3)},
+            r"regression head depth, but the student has depth \(categorical\)",
+        ),
+        ("dist", {DEPTH: RegressionHead()}, r"categorical head segmentation, but the student has depth \(regression\)"),
+        (
+            "dice",
+            {SEGMENTATION: RegressionHead()},
+            r"categorical head segmentation, but the student has segmentation \(regression\)",
+        ),
     ],
 )
 def test_a_student_without_the_head_is_refused(kind: str, heads: Any, received: str) -> None:

@@ -28,9 +28,9 @@ def test_a_control_differs_from_its_run_by_the_targets_alone() -> None:
 
 
 def test_another_name() -> None:
-    with pytest.raises(RecipeError, match=r"There is no preset few-label") as caught:
+    with pytest.raises(RecipeError, match=r"Unknown preset few-label") as caught:
         read_preset("few-label")
-    assert caught.value.remedy == "Did you mean few-labels?"
+    assert caught.value.fix == "Did you mean few-labels?"
     with pytest.raises(RecipeError) as caught:
         read_preset("xyz")
-    assert "all-labels, control" in caught.value.remedy
+    assert "all-labels, control" in caught.value.fix

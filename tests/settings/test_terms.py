@@ -52,5 +52,5 @@ def test_a_table_has_what_was_given() -> None:
     ],
 )
 def test_an_option_is_given_once(term: Any) -> None:
-    with pytest.raises(RecipeError, match="one option twice"):
+    with pytest.raises(RecipeError, match="an option twice: "):
         parse_term(term)

@@ -269,7 +269,7 @@ def test_names_of_streams_may_hold_dots(streams: Path) -> None:
         ("stream.far.share =", "stream.fr.share =", "Did you mean far"),
         ("stream.city = false", "stream.city = 3", "stream.NAME = false"),
         ('stream = ["city"]', 'stream = ["cty"]', "Did you mean city"),
-        ("share = 0.5", "shar = 0.5", "id you mean share"),
+        ("share = 0.5", "shar = 0.5", "Did you mean share"),
         ('[[stream]]\nname = "city"', "[[stream]]", "name = ..."),
         ("[teachers.second]", "[teachers.teacher]", "another"),
         ('[stores.mirrored]\ntta = "flip"', "[stores]\nmirrored = 1", "another"),

@@ -293,8 +293,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no term": ({"method": "none", "ce_weight": 1.0}, r"--val-share 0.25 has no feature loss.*--term cosine"),
     "labels judge": ({"val_share": None, "val": "scenes:32x48,train=6,val=3"}, r"has no head.*--val-share 0.02"),
     "two judges": ({"val": "scenes"}, r"Cannot use --val-share 0.25 with --val scenes"),
-    "a share of 0": ({"val_share": 0.0}, "--val-share takes"),
-    "a share of 1": ({"val_share": 1.0}, "--val-share takes"),
+    "a share of 0": ({"val_share": 0.0}, "Invalid value of --val-share: "),
+    "a share of 1": ({"val_share": 1.0}, "Invalid value of --val-share: "),
     "all held out": ({"val_share": 0.999999}, "No sample is left"),
 }
 
@@ -306,7 +306,7 @@ def test_a_student_without_heads_leaves_cross_entropy_out(settings, tmp_path) ->
     train(make_config(**settings), tmp_path / "run")
     typed, run = (load_file(tmp_path / name / "best.safetensors") for name in ("typed", "run"))
     assert all(torch.equal(value, run[name]) for name, value in typed.items())
-    with pytest.raises(RecipeError, match="ce compares a head segmentation"):
+    with pytest.raises(RecipeError, match="ce needs a categorical head segmentation"):
         train(make_config(**settings, label_smoothing=0.1, given={"label_smoothing"}), tmp_path / "smoothed")
 
 
@@ -328,6 +328,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(case, settings, tm
     changes, text = WRONG[case]
     with pytest.raises(KDCacheError) as caught:
         train(make_config(**settings | changes), tmp_path / "run")
-    shown = f"{caught.value.rule} {caught.value.received} {caught.value.remedy}"
+    shown = " ".join(str(caught.value).split())
     assert re.search(text, shown), shown
     assert not (tmp_path / "run").exists()

@@ -120,14 +120,14 @@ def test_smoothing_reaches_the_loss_and_none_changes_nothing(student: dict[str, 
     [
         ({"method": "none"}, "--method none, which reads none"),
         ({"method": "dice"}, "--method dice, which reads none"),
-        ({"method": "kl+hint"}, "hint with --teacher labels"),
-        ({"term": ["cwd,teacher_tap=stage4"]}, "cwd with --teacher labels"),
+        ({"method": "kl+hint"}, "Cannot compute hint with --teacher labels"),
+        ({"term": ["cwd,teacher_tap=stage4"]}, "Cannot compute cwd with --teacher labels"),
     ],
 )
 def test_what_needs_a_teacher_is_refused(changes: dict[str, Any], received: str, student: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         make_config(**(student | CONTROL | changes))
-    assert caught.value.received == received
+    assert received in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["gate", "class_trust", "class_balance", "distill_void"])

@@ -178,7 +178,7 @@ def test_images_alone_learn_from_what_is_pasted(pasted: dict[str, Any], tmp_path
         ("classmix", "mixup", "(?s)paste is cutmix or classmix.*paste=cutmix"),
         ("classmix", "classmix:2", "paste is cutmix or classmix"),
         ("kl+pseudo", "kl+dist", "paste classmix with dist"),
-        ("paste-from", "paste-form", "did you mean paste-from"),
+        ("paste-from", "paste-form", "Did you mean paste-from"),
     ],
 )
 def test_settings_that_cannot_paste_are_refused(old: str, new: str, words: str, pasted: dict[str, Any]) -> None:

@@ -387,10 +387,10 @@ def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(
     [
         ({"batch_size": 6, "accumulate": 2, "method": "kl", "stream": ["a", "b"]}, r"--batch-size 8"),
         ({"stream": ["a,share=0.01", "b"]}, r"--batch-size 50"),
-        ({"stream": ["a,share=0.5", "b,share=0.6"]}, "sum up to 1"),
+        ({"stream": ["a,share=0.5", "b,share=0.6"]}, r"sum up to 1\.1, not 1"),
         ({"stream": ["a", "a"]}, "a name of its own"),
-        ({"stream": ["a", "b,wieght=2"]}, "did you mean weight"),
-        ({"stream": ["a", "b,weight=-2"]}, r"stream b: --weight takes a number from 0"),
+        ({"stream": ["a", "b,wieght=2"]}, "Did you mean weight"),
+        ({"stream": ["a", "b,weight=-2"]}, r"(?s)stream b: .*--weight: '-2'.*Give a number from 0"),
         ({"stream": ["a", "b,data=x,method=kl"]}, "stream b: kl, and no --cache"),
         ({"stream": ["a", "b,method=dice,labels=none"]}, "stream b: .*none of"),
         ({"stream": ["a", "b,method=kl+dice,labels=none"]}, "stream b: dice, and no sample with a label"),

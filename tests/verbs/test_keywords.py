@@ -75,13 +75,13 @@ def test_a_signature_is_short_and_complete() -> None:
     [
         ({"sise": (32, 48)}, "Did you mean size=?"),
         ({"wholly_other": 1}, "help(kdcache.build_cache)"),
-        ({"size": 288}, "size= takes HEIGHTxWIDTH in pixels"),
-        ({"size": (288,)}, "size= takes HEIGHTxWIDTH in pixels"),
+        ({"size": 288}, "Invalid value of size=: 288"),
+        ({"size": (288,)}, "Give HEIGHTxWIDTH in pixels"),
         ({"size": "288"}, "Invalid value of size=: '288'"),
-        ({"views": "few"}, "views= takes"),
-        ({"precision": "fp8"}, "precision= takes one of float32, bf16, fp16"),
-        ({"batch_size": 2.5}, "batch_size= takes a whole number from 1"),
-        ({"threads": -1}, "threads= takes a whole number from 0"),
+        ({"views": "few"}, "Invalid value of views=: 'few'"),
+        ({"precision": "fp8"}, "Give one of float32, bf16, fp16"),
+        ({"batch_size": 2.5}, "Give a whole number from 1"),
+        ({"threads": -1}, "Give a whole number from 0"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(settings: dict[str, Any], message: str) -> None:

@@ -242,7 +242,7 @@ def test_a_truncated_image_is_named_and_once_repaired_the_build_goes_on(
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError) as caught:
         build_cache(open_split(folder_data, "train"), teacher, tmp_path / "s.zarr", options())
-    assert str(path) in caught.value.received
+    assert str(path) in caught.value.problem
     assert not inspect_store(tmp_path / "s.zarr").complete
     path.write_bytes(whole)
     build_cache(open_split(folder_data, "train"), teacher, tmp_path / "s.zarr", options())

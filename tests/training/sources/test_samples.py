@@ -68,11 +68,11 @@ def test_a_class_of_one_fold_alone_is_refused(data: Path, draw: Callable[..., Ca
     draw(**way)  # classes that nobody has are nobody's loss
     first, second = labels_of(data)
     write(first, with_rare(slice(4, 28), slice(4, 44)))
-    with pytest.raises(RecipeError, match="every class") as caught:
+    with pytest.raises(RecipeError, match="would miss a class") as caught:
         draw(**way)
     names = open_split(data, "train").classes.names
-    assert caught.value.received == f"{names[RARE]} is in fold 0 alone of 2"
-    assert caught.value.remedy
+    assert f"{names[RARE]} is only in fold 0 of 2" in caught.value.problem
+    assert caught.value.fix
     write(second, with_rare(slice(4, 28), slice(4, 44)))
     draw(**way)
 
@@ -83,7 +83,7 @@ def test_a_view_may_show_what_the_whole_image_loses(data: Path, draw: Callable[.
     write(first, with_rare(slice(4, 28), slice(4, 44)))
     write(second, with_rare(slice(0, None, 2), slice(0, None, 2)))
     half = {"size": (16, 24), "view_scale": (2.0, 2.0)}
-    with pytest.raises(RecipeError, match="every class"):
+    with pytest.raises(RecipeError, match="would miss a class"):
         draw(**half)
     draw(**half, views=8)
 
