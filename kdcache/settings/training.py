@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
+from kdcache.errors import RecipeError
 from kdcache.model_table import listed_specs
 from kdcache.settings.parse import (
     Caches,
@@ -145,6 +147,7 @@ class Data(SourceSettings, ImageSettings, CopySettings):
     val_share: Share | None = _data(None, "Validate on the feature loss of this share of the cache.", metavar="SHARE")
     labels: Tasks = _part("all", "Which labels are used: all, none, or tasks as segmentation+depth.")
     limit_labels: Positive | None = _part(None, "Use the labels of so many samples.", metavar="N")
+    labels_from: Path | None = _part(None, "Use the labels of the ids in this file, one a line.", metavar="FILE")
     labelled_share: Annotated[float, Ge(0.001), Le(0.999)] | None = _part(
         None,
         "Share of labelled samples in every batch (default: as in the data).",
@@ -164,6 +167,13 @@ class Data(SourceSettings, ImageSettings, CopySettings):
     fold: str | None = _part(None, "Leave out fold I of K, from 0.", metavar="I/K")
     val_fold: str | None = _part(None, "Validate on this fold of the split alone.", metavar="I/K")
     folds_by: str | None = _part(None, FOLDS_BY, metavar="PATTERN")
+
+    def __post_init__(self) -> None:
+        others = {"--limit-labels": self.limit_labels is not None, "--labels none": self.labels == "none"}
+        if self.labels_from is not None and (flag := next((name for name, given in others.items() if given), None)):
+            raise RecipeError(
+                f"Use either --labels-from or {flag}, not both", received="both", remedy="Leave one of them out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

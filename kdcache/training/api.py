@@ -54,6 +54,7 @@ from kdcache.training.run.folder import (
     check_folder,
     hold_folder,
     identity_of,
+    labels_of,
     write_beginning,
 )
 from kdcache.training.run.lock import RunLock
@@ -148,7 +149,7 @@ def make_trainer(
         identity = identity_of(datasets)
         samples = read_samples(datasets, val) if world.first else None
         if samples is not None:
-            check_folder(config, run, resume, identity, samples)
+            check_folder(config, run, resume, identity, samples, labels_of(datasets))
             if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
                 lock.take()
         if val is not None:

@@ -76,18 +76,18 @@ def doubt(cache: Cache, fold: Fold) -> str | None:
 
 
 def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str | None:
-    """Refuse a teacher of labels that the run goes without: by `--limit-labels`, or because the store has none.
+    """Refuse a teacher of labels that the run goes without: by its settings, or because the store has none.
 
     Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
     """
-    limit = config.data.limit_labels
-    without = ~(cache.has_label | cache.has_depth if limit is None else labels_used)
+    limited = _limit(config) is not None
+    without = ~(labels_used if limited else cache.has_label | cache.has_depth)
     if not without.any():
         return None
     if config.left_out is not None:
         without &= ~config.left_out.holds(cache.ids)
     # Images without labels usually have a teacher from elsewhere; a limit is a claim about all that was learnt from.
-    trainings = _on_these_samples(cache) if limit is None else _trainings(cache)
+    trainings = _trainings(cache) if limited else _on_these_samples(cache)
     known = [labels for training in trainings if (labels := _labels_of(cache, training)) is not None]
     hidden = np.flatnonzero(without & np.any([np.zeros_like(without), *known], axis=0)).tolist()
     if hidden:
@@ -104,19 +104,29 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
 def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[str]) -> MismatchError:
     """The error for a teacher that was trained on the labels of the samples `hidden`, too."""
     limit = config.data.limit_labels
+    flag = _limit(config)
     some = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
     teacher = "the data set as it was when the store was built"
-    if limit is not None:
+    if flag is not None:
+        same = flag if limit is None else f"--limit-samples {used if limit < 1 else limit:g}"
         fold = "" if config.left_out is None else f" {_flags_of(config.left_out)}"
-        teacher = f"the same labels, with train-teacher --limit-samples {used if limit < 1 else limit:g}{fold}"
+        teacher = f"the same labels, with train-teacher {same}{fold}"
     return MismatchError(
         "a run that goes without labels has a teacher that went without them too: targets carry what it learnt",
-        received=("" if limit is None else f"--limit-labels {limit:g}: ")
+        received=("" if flag is None else f"{flag}: ")
         + f"{used} labels, and the teacher of {cache.place} was trained on those of {len(hidden)} more of its samples "
         f"({some})",
         remedy=f"train the teacher on {teacher}, and build its store; or learn from labels alone, by --method none or "
         "--teacher labels",
     )
+
+
+def _limit(config: TrainConfig) -> str | None:
+    """The flag by which a run goes without some labels; None if it takes all."""
+    if config.data.labels_from is not None:
+        return f"--labels-from {config.data.labels_from}"
+    limit = config.data.limit_labels
+    return None if limit is None else f"--limit-labels {limit:g}"
 
 
 def _labels_of(cache: Cache, training: Training | None) -> Flags | None:

@@ -197,6 +197,9 @@ CASES = {
         nothing, STUDENT + " --class-trust auto --trust-against {w}/teacher", "no --fold"),
     "more samples than there are": (nothing, STUDENT + " --limit-samples 70", "70 of 6 samples"),
     "fewer labels than the teacher had": (nothing, STUDENT + " --limit-labels 2", "trained on those of 4 more"),
+    "labels of a list that is nowhere": (nothing, STUDENT + " --labels-from {w}/none.txt", "none.txt"),
+    "labels of a list and a number": (
+        nothing, STUDENT + " --labels-from {w}/none.txt --limit-labels 2", "--labels-from or --limit-labels"),
     "more views than there are": (nothing, STUDENT + " --augment replay --limit-views 2", "2 of 1"),
     "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
     "folds by no pattern": (nothing, STUDENT + " --fold 0/2 --folds-by (", "--folds-by: '(' (missing )"),

@@ -48,7 +48,7 @@ SUBSTITUTIONS = [
     (r"--folds-by '[^']*'", "--folds-by '.$'"),
     (r"--teacher-size \d+x\d+", "--teacher-size 64x96"),
     (r"--views \d+", "--views 2"),
-    (r"(--limit-(?:samples|labels)) \d+", r"\1 4"),
+    (r"(--limit-(?:samples|labels) |head -)\d+", r"\g<1>4"),
     # A teacher of two iterations is sure of nothing.
     (r"--threshold 0\.7", "--threshold 0.1"),
     # Nothing is measured for half a minute.

@@ -162,7 +162,7 @@ def test_the_value_of_a_remedy_is_taken() -> None:
 
 def test_every_field_with_a_range_is_in_the_table() -> None:
     free = {"data", "split", "val", "val_split", "cache", "cache_dir", "init", "device", "class_trust", "trust_against"}
-    free |= {"name", "stream"}
+    free |= {"name", "stream", "labels_from"}
     assert set(WRONG) == set(entries(*TRAINING)) - free
 
 

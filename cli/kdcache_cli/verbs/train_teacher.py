@@ -17,7 +17,7 @@ _ORDER = (
     *("data", "split", "val", "val_split", "stream", "size", "fit"),
     *names(*TRAINING, panel=OPTIMIZATION),
     *("term", "label_smoothing", "focal_gamma", "class_weights"),
-    *("scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
+    *("scale", "flip", "jitter", "mix", "labels_from", "limit_samples", "fold", "val_fold", "folds_by"),
     *names(*TRAINING, panel=LOGGING),
     *("amp", "step", "workers", "threads", "device"),
 )

@@ -111,7 +111,10 @@ class CacheDataset(DrawnDataset):
         used = Selection(everything, everything) if part.whole else part.choose(cache.ids)
         self._labels_used = used.labelled
         self._flags = {task: self._of_task(task) for task in self.tasks}
-        self._complete = bool(np.any([*self._flags.values()], axis=0).all()) and part.labels is None
+        self._complete = bool(np.any([*self._flags.values()], axis=0).all()) and (part.labels, part.labels_from) == (
+            None,
+            None,
+        )
         self.indices = used.samples
         if labelled_only and not self._complete:
             self.indices = [number for number in used.samples if self._has_label(number)]

@@ -141,6 +141,14 @@ class DrawnDataset(Dataset[Batch], ABC):
         """A text that identifies the samples: a digest of the data's ids and classes, or the seal of the store."""
 
     @property
+    def source_ids(self) -> Sequence[str]:
+        """The ids of its source, drawn or not."""
+        if self.cache is not None:
+            return self.cache.ids
+        assert self.split is not None
+        return self.split.ids
+
+    @property
     def ids_digest(self) -> str:
         """The digest of the ids and classes of its source, as a store's manifest has it."""
         if self.cache is not None:

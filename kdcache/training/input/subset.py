@@ -1,17 +1,20 @@
 """A part of a training set: fewer samples, fewer labels, or without a fold that others are judged on.
 
 Samples are ranked by a hash of their ids and the first ones are taken, so a larger part holds every smaller one, and
-the labelled ones are among those that are used.
+the labelled ones are among those that are used. Labels can also be listed by the ids of their samples.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from kdcache.bounded import read_text
 from kdcache.data import Fold, id_hash
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 
 
 class Selection(NamedTuple):
@@ -27,6 +30,7 @@ class Part:
 
     Attributes:
         samples, labels: a number, or below 1 a share; None is all. Labels may be 0, none.
+        labels_from: a file with the ids of the samples whose labels are used, one a line, instead of a number.
         without: the fold that is left out.
         held_out: share of the samples that judge the training and are left out of it; None is none.
         judging: takes the samples that are held out, instead of the others.
@@ -35,6 +39,7 @@ class Part:
 
     samples: float | None = None
     labels: float | None = None
+    labels_from: Path | None = None
     without: Fold | None = None
     held_out: float | None = None
     judging: bool = False
@@ -43,10 +48,14 @@ class Part:
     @property
     def whole(self) -> bool:
         """Whether all samples and labels are used, a choice that takes no ids."""
-        return (self.samples, self.labels, self.without, self.held_out) == (None, None, None, None)
+        parts = (self.samples, self.labels, self.labels_from, self.without, self.held_out)
+        return all(part is None for part in parts)
 
     def choose(self, ids: Sequence[str]) -> Selection:
-        """Select samples by their ids. Raises: RecipeError when nothing is left, or for folds that do not exist."""
+        """Select samples by their ids.
+
+        Raises: RecipeError when nothing is left, for folds that do not exist, and as `read_ids` does.
+        """
         numbers = range(len(ids))
         if self.whole:
             return Selection(numbers, numbers)
@@ -63,6 +72,9 @@ class Part:
         ranked = sorted(seen, key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
         labelled = used[: _count("--limit-labels", self.labels, len(used))] if self.labels != 0 else []
+        if self.labels_from is not None:
+            listed = read_ids(self.labels_from, ids)
+            labelled = [number for number in used if ids[number] in listed]
         return Selection(sorted(used), frozenset(labelled))
 
 
@@ -77,6 +89,37 @@ def held_out(ids: Sequence[str], share: float) -> list[bool]:
     hashes = [id_hash(sample) for sample in ids]
     least = min((1 - share) * 2**64, max(hashes, default=0))
     return [number >= least for number in hashes]
+
+
+def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
+    """Return the ids that a file lists, one a line.
+
+    Args:
+        ids: those that exist.
+    Raises: RecipeError for a file that cannot be read or lists nothing, and for ids that do not exist or come twice.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"Cannot read --labels-from {path}", received=str(error), remedy="Give a text file, one id a line."
+        ) from error
+    listed = Counter(line for line in lines if line)
+    if not listed:
+        raise RecipeError(
+            f"--labels-from {path} lists no id", received="an empty file", remedy="Write an id into each line."
+        )
+    if twice := [name for name, times in listed.items() if times > 1]:
+        raise RecipeError(
+            f"--labels-from {path} lists an id twice", received=repr(twice[0]), remedy="Write each id once."
+        )
+    if missing := sorted(listed.keys() - set(ids)):
+        raise RecipeError(
+            f"Unknown id {missing[0]!r} in --labels-from {path}",
+            received=f"{len(listed)} ids, and {len(missing)} of them are none of the {len(ids)} samples",
+            remedy=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
+        )
+    return frozenset(listed)
 
 
 def _count(flag: str, limit: float | None, available: int) -> int:

@@ -59,12 +59,17 @@ def identity_of(datasets: Sequence[DrawnDataset]) -> str:
 
 
 def check_folder(
-    config: TrainConfig, run: Path, resume: bool, identity: str, samples: RunSamples | None = None
+    config: TrainConfig,
+    run: Path,
+    resume: bool,
+    identity: str,
+    samples: RunSamples | None = None,
+    labels: str | None = None,
 ) -> None:
     """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to be resumed.
 
     Args:
-        identity: `identity_of` the training data. samples: theirs, which a resumed run compares.
+        identity: `identity_of` the training data. samples, labels: theirs, which a resumed run compares.
     Raises: RecipeError for any other folder; MismatchError for data that changed.
     """
     if resume and not run.exists() and not _torchrun_restarts():
@@ -109,8 +114,11 @@ def check_folder(
         changed.append(f"--val {config.data.val} (was {before.data.val})")
     if not changed and samples is not None:
         check_samples(run, samples)
-    if (run / MODEL).is_file() and Run.open(run).model.trained_on not in ("", identity):
+    model = Run.open(run).model if (run / MODEL).is_file() else None
+    if model is not None and model.trained_on not in ("", identity):
         changed.append("another store or data set than it was begun with")
+    elif model is not None and labels is not None and model.labels not in (None, labels):
+        changed.append("the labels of other samples than it was begun with")
     if changed:
         raise RecipeError(
             "a run resumes with the settings it was begun with",
@@ -217,7 +225,7 @@ def write_beginning(
             mean=model.mean,
             std=model.std,
             trained_on=identity_of(datasets),
-            labels=pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None,
+            labels=labels_of(datasets),
             heads=model.regressions,
             untrained=model.untrained,
             streams=_streams(config, datasets) if len(datasets) > 1 else (),
@@ -228,6 +236,11 @@ def write_beginning(
         if samples is not None:
             samples.write(run)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})
+
+
+def labels_of(datasets: Sequence[DrawnDataset]) -> str | None:
+    """Return which labels of its one source a training uses, as `pack_flags` has them; None with several sources."""
+    return pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None
 
 
 def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str, ...]:

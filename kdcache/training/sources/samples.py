@@ -58,6 +58,7 @@ def open_dataset(
         dataset: DrawnDataset = _of_folder(config, split or open_folder(config), labelled_only)
     else:
         dataset = _of_store(config, cache, labelled_only)
+    _check_listed(config, dataset)
     if paste is None:
         check_labels(config, dataset)
     if paste is not None or config.augmentation.mix is not None:
@@ -111,6 +112,7 @@ def _part(config: TrainConfig) -> Part:
     return Part(
         samples=config.data.limit_samples,
         labels=0 if config.data.labels == "none" else config.data.limit_labels,
+        labels_from=config.data.labels_from,
         without=config.left_out,
         held_out=config.data.val_share,
         views=config.data.limit_views,
@@ -244,6 +246,27 @@ def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
             "terms on labels take labelled samples",
             received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.data.labels})",
             remedy="leave them out, or give labels",
+        )
+
+
+def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
+    """Check that all ids of `--labels-from` have a label, and that others are left to distil. Raises: RecipeError."""
+    path = config.data.labels_from
+    if path is None:
+        return
+    ids = dataset.source_ids
+    selection = _part(config).choose(ids)
+    if bare := sorted(set(selection.labelled) - set(dataset.labelled)):
+        raise RecipeError(
+            f"--labels-from {path} lists more labels than there are",
+            received=f"{len(selection.labelled)} ids, and {len(bare)} of them have no label, such as {ids[bare[0]]!r}",
+            remedy="Take these ids out of the list, or bring their labels to where docs/data.md says.",
+        )
+    if config.reads_targets and len(selection.labelled) == len(selection.samples):
+        raise RecipeError(
+            f"No image is left to distil without its label: --labels-from {path} lists all",
+            received=f"{len(selection.samples)} samples",
+            remedy="Leave --labels-from out, list fewer ids, or build the cache of more images.",
         )
 
 
