@@ -10,13 +10,20 @@ from kdcache.metrics.figures import dress, new_figure, save_figure
 
 if TYPE_CHECKING:
     from kdcache.sweep.plan import Sweep
-    from kdcache.sweep.recipe import Arm
+    from kdcache.sweep.recipe import Arm, Recipe
 
 CURVE = "curve.png"
 _MARKERS = "osD^v"
 
 Points = list[tuple[float, float, float]]
 """(value of the key, mean mIoU in percent, half of its range over runs)."""
+
+
+def has_curve(recipe: "Recipe") -> bool:
+    """Return whether a curve will be drawn: two arms differ in nothing but the key that [show] names."""
+    rows = [{"name": arm.name, "runs": [{"miou": 0.0}]} for arm in recipe.arms]
+    lines = read_lines(recipe.arms, str(recipe.show.get("curve", "")), rows)
+    return any(len(points) > 1 for points in lines.values())
 
 
 def write_curve(sweep: "Sweep") -> None:

@@ -23,10 +23,13 @@ from kdcache.settings.streams import parse_stream, term_line, to_line
 from kdcache.settings.term import no_effect, untaken
 from kdcache.settings.terms import CrossEntropy, auto_method, parse_method, parse_term
 from kdcache.settings.training import Data
-from kdcache.sweep.recipe import AUDIT, STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
+from kdcache.sweep.curve import CURVE, has_curve
+from kdcache.sweep.recipe import AUDIT, STORE, TEACHER, Arm, Flags, Recipe, check_names, filled, named_flag, unknown
 
 TEACHERS, RUNS = "teachers", "runs"
 """Folders of a sweep."""
+COMPARISON = "comparison"
+"""The job that writes the table."""
 Known = Mapping[str, set[str]]
 """Verb -> names of its flags, without dashes."""
 _TRAINING = {"name", "data", "split", "val-split", "val-fold", "fold", "folds-by", "seed", "out", "resume", "recipe"}
@@ -180,10 +183,12 @@ class _Planner:
         self._runs: dict[str, tuple[Path, ...]] = {arm.name: () for arm in recipe.arms}
         self._under_way: list[str] = []
         self._audits: dict[Path, None] = {}
+        tables = (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values())
+        self._of_arm = sorted({key for table in tables for key in map(named_flag, table.values()) if key is not None})
         self._taken = {name for arm in recipe.arms for name in taken({**recipe.student, **arm.flags})}
 
     def plan(self) -> Sweep:
-        if not self._recipe.stream:  # streams name the stores that they read
+        if not self._recipe.stream and not self._of_arm:  # streams name the stores that they read, and arms theirs
             for fold in self._folds:
                 self._store(STORE, None, fold)
         for arm in self._recipe.arms:
@@ -199,10 +204,11 @@ class _Planner:
             self._jobs.append(job)
         return job.name
 
-    def _teacher(self, name: str, fold: int | None) -> str:
-        """Add the training of a teacher; returns the job's name."""
-        run = self._teacher_run(fold, name)
-        flags = {**self._recipe.teacher, **self._recipe.teachers.get(name, {}), **self._judged(fold), "out": run}
+    def _teacher(self, name: str, fold: int | None, own: Flags) -> str:
+        """Add the training of a teacher, for an arm with flags of its `own`; returns the job's name."""
+        run = self._teacher_run(fold, name, own)
+        flags = filled({**self._recipe.teacher, **self._recipe.teachers.get(name, {})}, own)
+        flags |= {**self._judged(fold), "out": run}
         streams = [self._table(stream) for stream in flags.pop("stream", ())]
         if streams:
             flags |= {"stream": [{key: table[key] for key in _OF_LABELS if key in table} for table in streams]}
@@ -210,22 +216,30 @@ class _Planner:
         else:
             flags |= {"data": self._data, "split": self._split}
         command = ("train-student" if streams else "train-teacher", *words(flags), "--resume")
-        title = TEACHER if name == TEACHER else f"teacher {name}"
+        title = " ".join(filter(None, (TEACHER, "" if name == TEACHER else name, self._variant(own))))
         return self._add(Job(f"{title}{_of(fold)}", command, run / RESULT))
 
-    def _store(self, name: str, stream: str | None, fold: int | None, seed: int = 0) -> tuple[Path, str]:
+    def _variant(self, own: Flags) -> str:
+        """The values of an arm that teachers and stores name in braces; "" without any."""
+        return " ".join(str(own[key]) for key in self._of_arm if own.get(key, "") != "")
+
+    def _store(
+        self, name: str, stream: str | None, fold: int | None, seed: int = 0, own: Flags | None = None
+    ) -> tuple[Path, str]:
         """Add the building of a store, of a stream's data or of all; returns its folder and the job's name."""
-        flags = {**self._recipe.store, **self._recipe.stores.get(name, {})}
+        own = own or {}
+        flags = filled({**self._recipe.store, **self._recipe.stores.get(name, {})}, own)
         named, audited = flags.pop(TEACHER, f"@{TEACHER}"), flags.pop(AUDIT, False)
-        taught = [self._taught(str(own), name, fold, seed) for own in (named if isinstance(named, list) else [named])]
+        listed = named if isinstance(named, list) else [named]
+        taught = [self._taught(str(one), name, fold, seed, own) for one in listed]
         teachers, needs = [text for text, _, _ in taught], [job for _, job, _ in taught if job]
         of_arm = any(of_seed for _, _, of_seed in taught)
         own_seed = seed if of_arm else 0
-        place = self._place(fold, name, stream, own_seed)
+        place = self._place(fold, name, stream, own_seed, self._variant(own))
         source = self._table(stream) if stream else {"data": self._data}
         flags |= {"teacher": teachers if len(teachers) > 1 else teachers[0], "data": source["data"]}
         flags |= {"split": source.get("split", self._split), "out": place}
-        title = " ".join(filter(None, (STORE, stream, "" if name == STORE else name)))
+        title = " ".join(filter(None, (STORE, stream, "" if name == STORE else name, self._variant(own))))
         command = ("build-teacher-cache", *words(flags))
         title += _of(fold) + (f", seed {own_seed}" if own_seed else "")
         job = self._add(Job(title, command, place / "complete.json", tuple(needs)))
@@ -235,7 +249,7 @@ class _Planner:
                 self._audits.setdefault(report)
         return place, job
 
-    def _taught(self, named: str, store: str, fold: int | None, seed: int) -> tuple[str, str, bool]:
+    def _taught(self, named: str, store: str, fold: int | None, seed: int, of_arm: Flags) -> tuple[str, str, bool]:
         """A teacher of a store, "@NAME": what the build is given, the job before it, and whether it has a seed."""
         own, at, which = named.removeprefix("@").rpartition("@")
         own, weights = (own, f"@{which}") if at and which in WEIGHTS else (named.removeprefix("@"), "")
@@ -247,7 +261,7 @@ class _Planner:
             raise unknown(f"teacher of [stores.{store}]", own, [TEACHER, *self._recipe.teachers, *arms])
         if "spec" in self._recipe.teacher:
             return str(self._recipe.teacher["spec"]), "", False
-        return f"{self._teacher_run(fold, own)}{weights}", self._teacher(own, fold), False
+        return f"{self._teacher_run(fold, own, of_arm)}{weights}", self._teacher(own, fold, of_arm), False
 
     def _audit(self, store: Path, job: str) -> Path:
         """Add the audit of a store's teacher by the labels of its data; returns its file."""
@@ -309,8 +323,8 @@ class _Planner:
         if streams:
             flags["stream"] = streams
         else:
-            needs.append(f"store{_of(fold)}")
-            flags["cache"] = self._place(fold)
+            flags["cache"], job = self._store(STORE, None, fold, own=flags)
+            needs.append(job)
         for key, value in flags.items():
             if isinstance(value, str) and value.startswith("@"):
                 other = self._recipe.arm(value[1:])
@@ -350,12 +364,13 @@ class _Planner:
         judged |= {"baseline": self._recipe.show.get("baseline", "")}
         runs = [str(run) for arm in self._recipe.arms for run in self._runs[arm.name]]
         compare = ("compare", *runs, *words({**judged, **files}))
-        compared = self._add(Job("comparison", compare, None, tuple(trained)))
+        compared = self._add(Job(COMPARISON, compare, None, tuple(trained)))
         page = {
             **judged,
             "audit": list(self._audits),
             "draw": out / "pictures",
             "num": self._recipe.show.get("num", ""),
+            "figure": out / CURVE if has_curve(self._recipe) else "",
             "title": self._recipe.title,
             "out": out / "report.html",
         }
@@ -369,11 +384,12 @@ class _Planner:
         by = self._recipe.data.get("folds-by", "")
         return {"fold": part, "val-split": self._split, "val-fold": part, "folds-by": by}
 
-    def _teacher_run(self, fold: int | None, name: str = TEACHER) -> Path:
-        return self._out / TEACHERS / f"{folder_name(name)}{_of(fold, '-')}"
+    def _teacher_run(self, fold: int | None, name: str, own: Flags) -> Path:
+        return self._out / TEACHERS / f"{folder_name(f'{name} {self._variant(own)}')}{_of(fold, '-')}"
 
-    def _place(self, fold: int | None, name: str = STORE, stream: str | None = None, seed: int = 0) -> Path:
+    def _place(self, fold: int | None, name: str, stream: str | None, seed: int, variant: str) -> Path:
         of_stream = [stream, *([name] if name != STORE else [])] if stream else [name]
+        of_stream += [variant] if variant else []
         text = folder_name("-".join(map(str, of_stream))) + _of(fold, "-") + (f"-seed{seed}" if seed else "")
         return self._out / "stores" / f"{text}.zarr"
 
@@ -409,6 +425,9 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         raise RecipeError(
             "Cannot use folds or held-out with [[stream]]", fix="Leave them out, or give a stream its own fold."
         )
+    for table in (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values()):
+        of_arm = [name for name in map(named_flag, table.values()) if name is not None]
+        check_names("names in braces are flags of train-student, and", of_arm, flags_of_verbs["train-student"])
     stores = {"[store]": recipe.store, **{f"[stores.{name}]": own for name, own in recipe.stores.items()}}
     for name, own in stores.items():
         if not isinstance(own.get(AUDIT, False), bool):

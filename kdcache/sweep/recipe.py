@@ -26,11 +26,15 @@
 In a name, {kl-weight} stands for the flag's value. The value "@NAME" of a flag is the run of that arm with the same
 fold and seed, which is trained before. "" leaves a flag out. An arm's model = "+aux" is that of [student], with a head.
 
+In [teacher] and [store] the value "{limit-labels}" is the arm's own: arms with other values have other teachers and
+stores.
+
 A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a store of that stream's data. A list of them is joined, as
 ["@store", "depth=@NAME"]. An arm changes a stream by
 its name, `stream.kitti.share = [0.25, 0.5]` ({kitti.share} in its own), and leaves it out by `stream.kitti = false`.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -179,6 +183,17 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> RecipeError:
     names = list(allowed)
     otherwise = f"Choose one of: {', '.join(names)}" if names else "Leave it out: the recipe has none."
     return RecipeError(f"Unknown {what}: {name!r}", fix=suggest(name, names, otherwise, cutoff=0.5))
+
+
+def named_flag(value: Any) -> str | None:
+    """Return the flag of an arm that a value of another table names, "{flag}"; None for other values."""
+    match = re.fullmatch(r"{([a-z-]+)}", value) if isinstance(value, str) else None
+    return None if match is None else match[1]
+
+
+def filled(table: Flags, own: Flags) -> dict[str, Any]:
+    """Return the table with an arm's values in place of the flags that it names; "" for those that the arm lacks."""
+    return {key: value if (name := named_flag(value)) is None else own.get(name, "") for key, value in table.items()}
 
 
 def _shipped() -> Any:

@@ -18,7 +18,7 @@ from kdcache.errors import KDCacheError, RecipeError
 from kdcache.files import is_partial, write_whole
 from kdcache.sweep.curve import write_curve
 from kdcache.sweep.inputs import INPUTS, Inputs, without_folders
-from kdcache.sweep.plan import Job, Sweep
+from kdcache.sweep.plan import COMPARISON, Job, Sweep
 from kdcache.sweep.summary import write_details
 
 RECORD = "sweep.toml"
@@ -66,7 +66,6 @@ def run_jobs(
     else:
         _SideBySide(sweep, runner, watching, inputs).run(parallel)
     write_details(sweep)
-    write_curve(sweep)
 
 
 def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher, inputs: Inputs) -> None:
@@ -78,6 +77,8 @@ def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher, i
     watcher.started(job, number, total)
     digest = inputs.digest(job)
     runner(job)
+    if job.name == COMPARISON:  # the page shows it
+        write_curve(sweep)
     if job.done is not None:
         inputs.record(job, digest)
     watcher.finished(job, number, total, time.monotonic() - began)

@@ -311,3 +311,42 @@ def test_names_of_folders() -> None:
     assert folder_name("KD(KL) w=0.5") == "KD-KL-w=0.5"
     assert folder_name("../ä/..") not in ("", ".", "..")
     assert "/" not in folder_name("a/b")
+
+
+def test_arms_with_other_values_have_their_own_teachers_and_stores() -> None:
+    few = {
+        "teacher": {"model": "kdcache:base", "limit-samples": "{limit-labels}"},
+        "store": {"views": "{limit-views}"},
+        "arms": tuple(
+            Arm(f"{name}, {count}", {"method": name, "limit-labels": count})
+            for name in ("none", "dist")
+            for count in (4, 16, "")
+        ),
+    }
+    jobs = {job.name: job for job in plan(**few).jobs}
+    for count in ("4", "16"):
+        assert value(jobs[f"teacher {count}"].words, "--limit-samples") == count
+        assert value(jobs[f"store {count}"].words, "--teacher") == f"out/teachers/teacher-{count}"
+        for arm in ("none", "dist"):
+            run = jobs[f"{arm}, {count}"]
+            assert value(run.words, "--cache") == f"out/stores/store-{count}.zarr"
+            assert value(run.words, "--limit-labels") == count
+            assert run.needs == (f"store {count}",)
+    assert "--limit-samples" not in jobs["teacher"].words, "an arm without the flag"
+    assert "--views" not in jobs["store"].words
+    assert value(jobs["dist, "].words, "--cache") == "out/stores/store.zarr"
+    assert sum(job.words[0] == "build-teacher-cache" for job in jobs.values()) == 3
+
+
+def test_a_flag_in_braces_is_one_of_a_student() -> None:
+    with pytest.raises(RecipeError, match="in braces") as caught:
+        plan(teacher={"limit-samples": "{limit-lables}"})
+    assert "limit-labels" in caught.value.remedy
+
+
+def test_the_page_shows_the_curve_of_arms_that_differ_in_a_number() -> None:
+    arms = tuple(Arm(f"kl, {count} labels", {"method": "kl", "limit-labels": count}) for count in (4, 16))
+    report = plan(arms=arms, show={"curve": "limit-labels"}).jobs[-1].words
+    assert value(report, "--figure") == "out/curve.png"
+    for changes in ({"arms": arms}, {"arms": arms[:1], "show": {"curve": "limit-labels"}}):
+        assert "--figure" not in plan(**changes).jobs[-1].words

@@ -32,6 +32,7 @@ _Option = typer.Option
         "layout",
         "formats",
         "audit",
+        "figure",
         *compare_flags.JUDGING,
     ),
 )
@@ -69,6 +70,9 @@ def report(
             help="report.json of inspect --teacher-report. Repeat it to compare teachers.",
         ),
     ] = None,
+    figure: Annotated[
+        Path | None, _Option("--figure", metavar="FILE", help="A PNG to show, such as the curve of a sweep.")
+    ] = None,
 ) -> None:
     """One HTML page of a comparison: did it help, scores, curves, pictures, recipes.
 
@@ -93,6 +97,7 @@ def report(
         SAMPLES if num is None else num,
         tuple(audit or ()),
         _drawing(draw, num, layout, formats),
+        figure,
         _command(),
     )
     with progress_of_steps("comparing") as shown:

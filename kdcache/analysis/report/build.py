@@ -8,7 +8,7 @@ from kdcache.analysis.compare import CompareOptions, Progress, compare, one_rang
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.gallery import Gallery, Shown
 from kdcache.analysis.report.audit import read_audit
-from kdcache.analysis.report.page import check_out, write_report
+from kdcache.analysis.report.page import check_out, read_figure, write_report
 from kdcache.analysis.report.samples import FirstRuns, Sample, choose_samples, score_first_runs
 from kdcache.analysis.runs import Entry, find_runs
 from kdcache.analysis.visualise import Drawing, draw
@@ -26,6 +26,7 @@ class ReportOptions:
         samples: best and worst images; 0 shows none.
         audits: `report.json` of the audits of teachers (inspect --teacher-report), one for each store.
         drawing: a folder of pictures of the first run of each row, which the page mentions; None draws none.
+        figure: a PNG with a section of its own, such as the curve of a sweep; None for a page without.
         command: what the user typed.
     """
 
@@ -34,6 +35,7 @@ class ReportOptions:
     samples: int = SAMPLES
     audits: tuple[Path, ...] = ()
     drawing: Drawing | None = None
+    figure: Path | None = None
     command: str | None = None
 
 
@@ -57,6 +59,7 @@ def make_report(
     check_out(out)
     if options.drawing is not None:
         options.drawing.check_folder()
+    figure = None if options.figure is None else read_figure(options.figure)
     audits = [read_audit(path) for path in options.audits]
     judging, teacher = options.compare.judging, options.compare.teacher
     comparison = compare(runs, data, split, options.compare, report)
@@ -81,6 +84,7 @@ def make_report(
         title=options.title,
         samples=samples,
         audits=audits,
+        figure=figure,
         pictures=None if options.drawing is None else options.drawing.folder,
         device=judging.device,
         command=options.command,

@@ -26,6 +26,7 @@ from kdcache.analysis.report.stores import stores
 from kdcache.analysis.report.summary import summary
 from kdcache.analysis.report.training import curves, gradients, read_trainings
 from kdcache.analysis.runs import Entry
+from kdcache.bounded import read_bytes
 from kdcache.display import private_places, public, public_names, without_places
 from kdcache.errors import RecipeError
 from kdcache.files import write_whole
@@ -58,6 +59,17 @@ def check_out(out: Path) -> Path:
     )
 
 
+def read_figure(path: Path) -> bytes:
+    """Return the bytes of a PNG. Raises: RecipeError for a file that is none."""
+    try:
+        content = read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"Cannot read --figure {path}", received=str(error), remedy="Give a PNG file.") from error
+    if not content.startswith(b"\x89PNG"):
+        raise RecipeError(f"--figure {path} is not a PNG", received="other bytes", remedy="Give a PNG file.")
+    return content
+
+
 def page(
     comparison: Comparison,
     runs: Sequence[Entry],
@@ -65,6 +77,7 @@ def page(
     title: str | None = None,
     samples: Sequence[Sample] | None = None,
     audits: Sequence[TeacherAudit] = (),
+    figure: bytes | None = None,
     pictures: Path | None = None,
     device: str | None = None,
     command: str | None = None,
@@ -75,6 +88,7 @@ def page(
         runs: those that were compared; curves, recipes and versions are read from their folders.
         title: default of the data's name.
         samples: images to show (see `choose_samples`); None for a page without.
+        figure: a PNG of scores, such as the curve of a sweep.
         pictures: a folder of further pictures, which is mentioned.
         device: where the runs were judged.
         command: what the user typed.
@@ -84,6 +98,7 @@ def page(
     trainings = read_trainings(comparison, by_text)
     parts = [
         ("summary", "Summary", summary(comparison, device)),
+        ("curve", "Curve", None if figure is None else curve(figure)),
         ("scores", "Scores", scores(comparison)),
         ("classes", "Classes", classes(comparison)),
         ("pictures", "Pictures", show_pictures(comparison, samples, pictures)),
@@ -109,6 +124,11 @@ def page(
         today=datetime.date.today().isoformat(),
         version=metadata.version("kdcache"),
     )
+
+
+def curve(png: bytes) -> Markup:
+    """Return the section of a picture."""
+    return render("curve.html", png=base64.b64encode(png).decode("ascii"))
 
 
 def _without_folders(part: Markup, places: Mapping[str, str]) -> Markup:

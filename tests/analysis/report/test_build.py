@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -51,6 +52,27 @@ def three(world: Path, derive: Callable[..., Path]) -> Path:
     derive("kl-1", of="none-1", method="kl", noise=0.05)
     shutil.move(derive("teacher", noise=0.02), world / "teacher")
     return world
+
+
+def test_a_page_shows_a_figure(three: Path) -> None:
+    path = three / "curve.png"
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(path)
+    options = ReportOptions(QUICK, samples=0, figure=path)
+    make_report([three / "runs"], None, None, three / "page.html", options)
+    text = (three / "page.html").read_text(encoding="utf-8")
+    (shown,) = re.findall(r'class="curve" src="data:image/png;base64,([^"]+)"', text)
+    assert base64.b64decode(shown) == path.read_bytes()
+    assert '<a href="#curve">' in text
+
+
+@pytest.mark.parametrize(("content", "problem"), [(None, "Cannot read"), (b"GIF89a", "not a PNG")])
+def test_a_figure_is_a_png(three: Path, content: bytes | None, problem: str) -> None:
+    path = three / "curve.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError, match=problem):
+        make_report([three / "runs"], None, None, three / "page.html", ReportOptions(QUICK, figure=path))
+    assert not (three / "page.html").exists()
 
 
 def test_a_page_of_runs(three: Path) -> None:
