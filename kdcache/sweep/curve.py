@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.files import MOST_CONTENTS, read_object
 from kdcache.metrics.figures import dress, new_figure, save_figure
 
 if TYPE_CHECKING:
-    from kdcache.sweep.plan import Sweep
     from kdcache.sweep.recipe import Arm, Recipe
 
 CURVE = "curve.png"
@@ -26,12 +26,12 @@ def has_curve(recipe: "Recipe") -> bool:
     return any(len(points) > 1 for points in lines.values())
 
 
-def write_curve(sweep: "Sweep") -> None:
+def write_curve(recipe: "Recipe", out: Path) -> None:
     """Draw mIoU over the key that the recipe's [show] names, a line for each name of arms; nothing without one."""
-    key, content = sweep.recipe.show.get("curve"), read_object(sweep.out / "comparison.json", MOST_CONTENTS)
+    key, content = recipe.show.get("curve"), read_object(out / "comparison.json", MOST_CONTENTS)
     if not key or not content:
         return
-    lines = read_lines(sweep.recipe.arms, str(key), content["rows"])
+    lines = read_lines(recipe.arms, str(key), content["rows"])
     if not any(len(points) > 1 for points in lines.values()):
         return
     figure = new_figure(9, 6, f"mIoU over {key}")
@@ -51,7 +51,7 @@ def write_curve(sweep: "Sweep") -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8)
-    save_figure(figure, sweep.out / CURVE, above=content.get("banner"))
+    save_figure(figure, out / CURVE, above=content.get("banner"))
 
 
 def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]]) -> dict[str, Points]:

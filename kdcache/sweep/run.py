@@ -78,7 +78,7 @@ def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher, i
     digest = inputs.digest(job)
     runner(job)
     if job.name == COMPARISON:  # the page shows it
-        write_curve(sweep)
+        write_curve(sweep.recipe, sweep.out)
     if job.done is not None:
         inputs.record(job, digest)
     watcher.finished(job, number, total, time.monotonic() - began)

@@ -11,7 +11,7 @@ from PIL import Image
 from test_plan import RECIPE
 
 from kdcache.errors import RecipeError
-from kdcache.sweep import Sweep, read_recipe
+from kdcache.sweep import read_recipe
 from kdcache.sweep.curve import CURVE, read_lines, write_curve
 from kdcache.sweep.recipe import Arm
 
@@ -41,7 +41,7 @@ def test_arms_that_differ_in_the_number_alone_are_a_line() -> None:
 def test_it_is_drawn_where_a_recipe_names_a_key(tmp_path: Path, banner: str | None) -> None:
     (tmp_path / "comparison.json").write_text(json.dumps({"rows": ROWS, "banner": banner}))
     for show, drawn in (({}, False), ({"curve": "near.limit-samples"}, False), ({"curve": "far.limit-samples"}, True)):
-        write_curve(Sweep(replace(RECIPE, arms=ARMS, show=show), tmp_path, (), {}))
+        write_curve(replace(RECIPE, arms=ARMS, show=show), tmp_path)
         assert (tmp_path / CURVE).exists() == drawn
     with Image.open(tmp_path / CURVE) as image:
         assert min(image.size) > 300

@@ -203,7 +203,7 @@ def test_a_damaged_comparison_is_read_in_bounded_time_and_memory(tmp_path: Path,
         comparison.write_text('{"rows": [')
     sweep = Sweep(replace(RECIPE, show={"curve": "limit-labels"}), tmp_path, (), {})
     write_details(sweep)
-    write_curve(sweep)
+    write_curve(sweep.recipe, sweep.out)
     assert sorted(tmp_path.iterdir()) == [comparison]
 
 
