@@ -427,7 +427,7 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         )
     for table in (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values()):
         of_arm = [name for name in map(named_flag, table.values()) if name is not None]
-        check_names("names in braces are flags of train-student, and", of_arm, flags_of_verbs["train-student"])
+        check_names("flag of train-student in braces", of_arm, flags_of_verbs["train-student"])
     stores = {"[store]": recipe.store, **{f"[stores.{name}]": own for name, own in recipe.stores.items()}}
     for name, own in stores.items():
         if not isinstance(own.get(AUDIT, False), bool):
