@@ -24,7 +24,10 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures
 def check_json(path: Path | None) -> None:
     """Refuse a result file that could not be written, before anything is measured. Raises: RecipeError."""
     if path is not None and not path.resolve().parent.is_dir():
-        raise RecipeError("--json is a file in a folder that exists", received=str(path), remedy="make the folder")
+        raise RecipeError(
+            f"Cannot write --json {path}: no such folder",
+            fix=f"Make the folder: {shlex.join(['mkdir', '-p', str(path.parent)])}",
+        )
 
 
 @contextmanager

@@ -36,9 +36,9 @@ class RayRunner:
         share = max(1, min(int(sum(cpus) // parallel), int(max(cpus))))
         if max(cpus) < 1 or max(gpus) < num_gpus:
             raise RecipeError(
-                "a node of a cluster has room for a job: a CPU, and --num-gpus GPUs",
-                received=f"--num-gpus {num_gpus:g}, and nodes of at most {max(cpus):g} CPU and {max(gpus):g} GPU",
-                remedy="lower --num-gpus, or add nodes to the cluster",
+                f"No node of the cluster has room for a job: a CPU and --num-gpus {num_gpus:g}, of at most "
+                f"{max(cpus):g} CPU and {max(gpus):g} GPU",
+                fix="Lower --num-gpus, or add nodes to the cluster.",
             )
         self._ray, self._logs = ray, sweep.out.absolute() / LOGS
         options = {"num_cpus": share, "num_gpus": num_gpus, "max_calls": 1, "max_retries": MOST_DEATHS}
@@ -69,9 +69,8 @@ def _do(job: Job, trust: list[str], folder: str, log: str) -> int:
         file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job
     except OSError as error:
         raise StoreError(
-            "every node of a cluster sees the data and the folder of the sweep by the same paths",
-            received=f"on node {socket.gethostname()}: {error}",
-            remedy="put them on a disk that all nodes share",
+            f"Cannot see the sweep's folder on node {socket.gethostname()}: {error}",
+            fix="Put the data and the folder of the sweep on a disk that all nodes share, under the same paths.",
         ) from error
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)

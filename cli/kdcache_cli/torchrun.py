@@ -27,9 +27,9 @@ def numbered() -> tuple[int, int]:
         rank, size = -1, 1
     if rank < 0 or size < 1 or rank >= size > 1:
         raise RecipeError(
-            "RANK and WORLD_SIZE in the environment number this process: RANK from 0, below WORLD_SIZE",
-            received=", ".join(f"{name}={text}" for name, text in texts.items() if text is not None),
-            remedy="unset RANK WORLD_SIZE, or start the processes with torchrun",
+            f"Invalid environment: {', '.join(f'{name}={text}' for name, text in texts.items() if text is not None)}",
+            fix="Start the processes with torchrun, which numbers them by RANK from 0, below WORLD_SIZE. Or unset "
+            "both: unset RANK WORLD_SIZE",
         )
     return rank, size
 

@@ -149,9 +149,8 @@ def plan_reuse(
     if fixed := [name for name in OF_REUSED if name in given]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
         raise RecipeError(
-            f"Cannot change {flags} with --from",
-            received=f"a cache of other {flags} shares no targets with {reuse}",
-            remedy="Leave these out, or leave --from out to compute all targets again.",
+            f"Cannot change {flags} with --from {reuse}: its targets do not fit",
+            fix="Leave these out, or leave --from out to compute all targets again.",
         )
     if given.get("threads"):
         torch.set_num_threads(given["threads"])
@@ -280,10 +279,8 @@ def _check_apart(earlier: Cache, out: str | Path, flag: str = "--from") -> None:
     same = "://" not in old + new and Path(old).resolve() == Path(new).resolve()
     if same or old.rstrip("/") == new.rstrip("/"):
         raise RecipeError(
-            f"Cannot build {new} from itself",
-            received=f"{flag} {old} --out {new}",
-            remedy="Give a new folder or address with --out."
-            + (" You can remove the old one when the new one is complete." if flag == "--from" else ""),
+            f"Cannot build {new} from itself: --from {old} --out {new}",
+            fix="Give a new folder or address with --out. You can remove the old one when the new one is complete.",
         )
 
 
@@ -298,9 +295,8 @@ def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEng
         return None
     if part.count > 1:
         raise RecipeError(
-            "--engine ray hands out shards itself",
-            received=f"worker {part.index} of {part.count}, by --worker or RANK and WORLD_SIZE",
-            remedy="leave them out; --actors says how many work",
+            f"Cannot use --engine ray in worker {part.index} of {part.count} (--worker, or RANK and WORLD_SIZE)",
+            fix="Leave them out: Ray hands out the shards, and --actors says how many work.",
         )
     from kdcache.teacher.build.ray_engine import RayEngine
 
@@ -335,9 +331,8 @@ def plan_build(
     size = settings["size"] or loaded.size
     if size is None:
         raise RecipeError(
-            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
-            received="no --size",
-            remedy="add --size HxW, for instance --size 288x384; in Python size=(288, 384)",
+            f"Missing --size: {loaded.origin} does not name the size of its images",
+            fix="Add --size HxW, for example --size 288x384 (in Python size=(288, 384)).",
         )
     fit, reason = _fit(settings["fit"], source, size, out, loaded.fit)
     for text in (*loaded.notes, *([reason] if reason else [])):
@@ -352,10 +347,9 @@ def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
     model, features = loaded.model, settings["features"]
     if features and loaded.folds is None and isinstance(model, EnsembleModel) and len(model.parts) > 1:
         raise RecipeError(
-            f"Cannot store features of {len(model.parts)} teachers in one cache",
-            received=f"--features {','.join(features)} with {loaded.origin}",
-            remedy="Build a cache for each: give --teacher once. To average the classes of several, leave --features "
-            "out.",
+            f"Cannot store --features {','.join(features)} of {len(model.parts)} teachers in one cache: "
+            f"{loaded.origin}",
+            fix="Build a cache for each: give --teacher once. To average the classes of several, leave --features out.",
         )
 
 
@@ -389,9 +383,9 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
         beside = of_several | (of_one if isinstance(teacher, Teacher) else {})
         if set_anyway := [name for name, value in beside.items() if value is not None]:
             raise RecipeError(
-                f"{held} is used as it is",
-                received=", ".join(f"{name}={beside[name]!r}" for name in set_anyway),
-                remedy="leave them out; load_teacher takes class_map, mean and std, and runs or SPEC@FILE the others",
+                f"Cannot use {', '.join(f'{name}={beside[name]!r}' for name in set_anyway)} with {held}",
+                fix="Leave them out. load_teacher takes class_map, mean and std, and runs or SPEC@FILE take the "
+                "others.",
             )
         if isinstance(teacher, Teacher):
             return teacher

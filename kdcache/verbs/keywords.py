@@ -67,13 +67,17 @@ def open_data(data: str | Path | Split, split: str | None, name: str = "data") -
     """
     if not isinstance(data, Split):
         return open_split(_place(data, name), split or "train")
-    if split not in (None, data.split):
-        raise RecipeError(
-            "a split that is given has its own name",
-            received=f"{name} is split {data.split!r} of {data.data}, and split {split!r} beside it",
-            remedy="leave the name out, or give the data set's spec or folder",
-        )
+    check_split(name, data.split, split)
     return data
+
+
+def check_split(name: str, own: str, given: str | None) -> None:
+    """Check the name that is given next to a split. Raises: RecipeError for another name than it has."""
+    if given not in (None, own):
+        raise RecipeError(
+            f"{name} is split {own!r}, not {given!r}",
+            fix="Leave the name of the split out, or give the data set's spec or folder.",
+        )
 
 
 def spec_of(data: str | Path | Split, name: str) -> tuple[str, str | None]:
@@ -85,9 +89,9 @@ def spec_of(data: str | Path | Split, name: str) -> tuple[str, str | None]:
         return _place(data, name), None
     if open_split(data.data, data.split).digest() != data.digest():
         raise RecipeError(
-            "a training opens its data by the name that its recipe keeps",
-            received=f"{name} is a part of {data.data}, split {data.split!r}, which that name does not have",
-            remedy="give the whole, with limit_samples or fold; or make it one: kdcache.from_dataset(items, classes)",
+            f"Cannot open {name} again by its name: it is only a part of {data.data}, split {data.split!r}",
+            fix="Give all of it, with limit_samples or fold. Or make it a data set: kdcache.from_dataset(items, "
+            "classes)",
         )
     return data.data, data.split
 
@@ -98,7 +102,7 @@ def _place(data: Any, name: str) -> str:
         return str(data)
     kind = type(data)
     raise RecipeError(
-        f"{name} is a folder or a spec, or a split: of kdcache.open_split, or kdcache.from_dataset",
-        received=f"{kind.__module__}.{kind.__qualname__}",
-        remedy="make a split of it: kdcache.from_dataset(dataset, classes=[...]); of a DataLoader, of its .dataset",
+        f"Cannot use a {kind.__module__}.{kind.__qualname__} as {name}",
+        fix="Give a folder, a spec, or a split: kdcache.from_dataset(dataset, classes=[...]). Of a DataLoader, give "
+        "its .dataset.",
     )

@@ -16,7 +16,7 @@ from kdcache.training import make_config, pick_device
 from kdcache.training import train as run_training
 from kdcache.training.distributed import default_workers
 from kdcache.training.run.training_progress import TrainingProgress
-from kdcache.verbs.keywords import keywords, spec_of
+from kdcache.verbs.keywords import check_split, keywords, spec_of
 
 Data = str | Path | Split
 
@@ -56,10 +56,9 @@ def train(
     if not isinstance(model, str):
         kind = "a module" if isinstance(model, nn.Module) else type(model).__name__
         raise RecipeError(
-            "a training names its model, so that its run can be opened again: a spec",
-            received=f"{kind} as model",
-            remedy="give model='path/to/file.py:function', a function of num_classes that returns the module; or train "
-            "the module in a loop of your own with DistillLoss (docs/loops.md)",
+            f"Cannot train {kind} as model: a run could not open it again",
+            fix="Give model='path/to/file.py:function', a function of num_classes that returns the module. Or train "
+            "the module in your own loop with DistillLoss (docs/loops.md).",
         )
     taught = settings.get("cache") is not None or any(map(_has_store, settings.get("stream") or ()))
     verb = "train-student" if taught else "train-teacher"
@@ -90,12 +89,7 @@ def _places(
         places[name], own = spec_of(value, name)
         if own is None:
             continue
-        if settings.get(split_name) not in (None, own):
-            raise RecipeError(
-                "a split that is given has its own name",
-                received=f"{name} is split {own!r}, and {split_name}={settings[split_name]!r} beside it",
-                remedy=f"leave {split_name} out",
-            )
+        check_split(name, own, settings.get(split_name))
         places[split_name] = own
     return places
 

@@ -172,7 +172,7 @@ CASES = {
     "plan --student foo": (PLAN + " --student kdcache:foo", "foo"),
     "plan of two teachers' features": (
         PLAN + " --teacher {w}/teacher --features stage4",
-        "Cannot store features of 2 teachers in one cache",
+        "--features stage4 of 2 teachers in one cache",
     ),
     "plan --measure-disk s3": (
         PLAN + " --measure-disk --out s3://bucket/x",

@@ -109,7 +109,7 @@ CASES = {
     "teacher that is nowhere": (nothing, BUILD.replace("{w}/teacher", "{w}/none"), "Run not found: {w}/none"),
     "teacher not trained yet": (no_weights, BUILD, "has no weights"),
     "teacher without size": (
-        nothing, BUILD.replace("{w}/teacher", "kdcache:tiny@{w}/teacher/best.safetensors"), "no --size"),
+        nothing, BUILD.replace("{w}/teacher", "kdcache:tiny@{w}/teacher/best.safetensors"), "Missing --size"),
     "occupied out, build": (occupied, BUILD, "new holds something else"),
     "occupied out, train-teacher": (occupied, TEACHER, "new holds something else"),
     "occupied out, train-student": (occupied, STUDENT, "new holds something else"),
@@ -169,13 +169,13 @@ CASES = {
     "weights behind --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tiny@w.pth"), "by --init FILE"),
     "--weights foo": (nothing, "evaluate {w}/teacher --data {w}/data --weights foo", "best"),
     "recipe with an unknown key": (
-        recipe("temprature = 2.0\n"), STUDENT + " --recipe {w}/recipe.toml", "did you mean 'temperature'"),
+        recipe("temprature = 2.0\n"), STUDENT + " --recipe {w}/recipe.toml", "Did you mean temperature?"),
     "recipe with one table where there may be several": (
-        recipe('[stream]\nname = "a"\n'), STUDENT + " --recipe {w}/recipe.toml", "write [[stream]] above each"),
+        recipe('[stream]\nname = "a"\n'), STUDENT + " --recipe {w}/recipe.toml", "Write [[stream]] above each"),
     "recipe with a stream without a name": (
         recipe('[[stream]]\nshare = 1\n'), STUDENT + " --recipe {w}/recipe.toml", "Missing name in --stream"),
     "recipe of another verb": (
-        nothing, STUDENT + " --recipe {w}/teacher/recipe.toml", "the command is train-student"),
+        nothing, STUDENT + " --recipe {w}/teacher/recipe.toml", "a recipe of train-teacher, with train-student"),
     "recipe of no training with a foreign key": (
         recipe("temperature = 2.0\n"), TEACHER + " --recipe {w}/recipe.toml", "'temperature' in"),
     "recipe of a run with an unknown key": (

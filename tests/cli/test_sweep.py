@@ -132,7 +132,7 @@ def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None
         (("voc-compare", "--smoke", "--out", "OUT", "--set", "student.itertions=1"), "Did you mean iterations"),
         (("voc-compare", "--smoke", "--out", "OUT", "--set", "nonsense"), "TABLE.KEY=VALUE"),
         (("voc-compare", "--smoke", "--out", "OUT", "--seeds", "a"), "--seeds"),
-        (("voc-compare", "--data", "a", "--data", "b", "--out", "OUT"), "leave one of them out"),
+        (("voc-compare", "--data", "a", "--data", "b", "--out", "OUT"), "Leave one of them out"),
         (("safetrip-hydranet", "--data", "surface=a", "--out", "OUT"), "--data polygon=DIR --data kitti=DIR"),
         (
             ("safetrip-hydranet", "--smoke", "--data", "kitti=scenes:48x64", "--out", "OUT"),

@@ -108,7 +108,10 @@ CASES = {
     "teacher size": (BUILD + " --teacher-size 64", "'64'"),
     "teacher grid": (BUILD + " --teacher-grid coarse", "'coarse'"),
     "crop beyond": (BUILD + " --crop 65x32", "crops of 65x32 from images of 32x48 times 2"),
-    "crop of the whole": (BUILD + " --crop 32x32 --views full", "--views full --crop 32x32"),
+    "crop of the whole": (
+        BUILD + " --crop 32x32 --views full",
+        "Cannot crop --views full, the whole image: --crop 32x32",
+    ),
     "no views": (BUILD + " --views 0", "'0'"),
     "views that are none": (BUILD + " --views all", "'all'"),
     "too many views": (BUILD + " --views 5000", "5000 views"),

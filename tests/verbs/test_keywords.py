@@ -103,5 +103,5 @@ def test_values_may_be_typed_or_written() -> None:
 def test_a_part_of_a_split_has_no_name_in_a_recipe() -> None:
     split = open_split("scenes:32x48,train=6,val=2", "train")
     assert spec_of(split, "data") == ("scenes:32x48,train=6,val=2", "train")
-    with pytest.raises(RecipeError, match="by the name that its recipe keeps"):
+    with pytest.raises(RecipeError, match="Cannot open data again by its name"):
         spec_of(fold_alone(split, 0, 3), "data")

@@ -65,7 +65,6 @@ def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split
 def _check_views(settings: Mapping[str, Any]) -> None:
     if settings["views"] == "full" and settings["crop"] is not None:
         raise RecipeError(
-            "--views full is the whole image, which is no crop",
-            received=f"--views full --crop {settings['crop']}",
-            remedy="for instance --views 4",
+            f"Cannot crop --views full, the whole image: --crop {settings['crop']}",
+            fix="Leave --crop out, or give a number of views, for example --views 4",
         )

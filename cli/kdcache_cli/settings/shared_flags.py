@@ -1,6 +1,5 @@
 """Flags that several verbs share, and recipe files as their defaults."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from kdcache.bounded import parse_toml, read_text
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.settings import entries, read, read_value
 from kdcache.settings.preset import preset_names, read_preset
 from kdcache.settings.recipe import settings_of
@@ -63,9 +62,7 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise RecipeError(
-            f"{flag} is whole numbers from 0, with commas between",
-            received=repr(text),
-            remedy=f"for instance {flag} 0,1",
+            f"Invalid value of {flag}: {text!r}", fix=f"Give whole numbers from 0, for example {flag} 0,1"
         )
     return tuple(dict.fromkeys(map(int, words)))
 
@@ -106,7 +103,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
             recipe = dict(Run(path.parent).recipe or recipe)
     except (OSError, ValueError) as error:
         raise RecipeError(
-            "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
+            f"Cannot read the recipe {path}: {error}", fix="Correct the file: TOML whose keys are the flags."
         ) from error
     if "verb" in recipe:
         recipe = settings_of(recipe)
@@ -115,9 +112,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     verb = recipe.pop("verb", context.info_name)
     if verb != context.info_name:
         raise RecipeError(
-            "a recipe is used with its own verb",
-            received=f"{path} is for {verb}, the command is {context.info_name}",
-            remedy=f"run kdcache {verb} --recipe {path}" if verb in VERBS else f"verb is one of {', '.join(VERBS)}",
+            f"Cannot use {path}, a recipe of {verb}, with {context.info_name}",
+            fix=f"Run kdcache {verb} --recipe {path}" if verb in VERBS else f"Set verb to one of {', '.join(VERBS)}.",
         )
     flags = {parameter.name: parameter for parameter in context.command.params if parameter.name}
     values = {}
@@ -128,17 +124,17 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
                 continue
             if (gone := removal(key, SETTINGS)) is not None:
                 raise gone
-            near = difflib.get_close_matches(name, flags, n=1)
+
             raise RecipeError(
-                "a recipe's keys are the verb's flags",
-                received=f"{key!r} in {path}",
-                remedy=f"did you mean {near[0].replace('_', '-')!r}?" if near else f"see kdcache {verb} --help",
+                f"Unknown key {key!r} in {path}",
+                fix=suggest(
+                    key, (flag.replace("_", "-") for flag in flags), f"Leave it out. See kdcache {verb} --help"
+                ),
             )
         if isinstance(value, dict):
             raise RecipeError(
-                "what may be given several times is a list of tables, in double brackets",
-                received=f"[{key}] in {path}",
-                remedy=f"write [[{key}]] above each of its tables",
+                f"[{key}] in {path} is a single table, but there may be several",
+                fix=f"Write [[{key}]] above each table.",
             )
         if getattr(flags[name], "multiple", False) and not isinstance(value, list):
             value = [value]

@@ -33,9 +33,7 @@ def models(
     """
     infos, missing = list_models(pattern), missing_models(pattern)
     if not infos and not missing:
-        raise ModelError(
-            "PATTERN is a part of a model's name", received=repr(pattern), remedy="kdcache models lists all names"
-        )
+        raise ModelError(f"No model matches {pattern!r}", fix="List all names: kdcache models")
     if json:
         rows = [
             {

@@ -80,7 +80,7 @@ def sweep(
             OUT.print(f"[bold]{escape(name):<{width}}[/]  {escape(title)}", highlight=False)
         return
     if out is None:
-        raise RecipeError("a sweep has a folder", received="no --out", remedy="add --out DIR")
+        raise RecipeError("Missing --out", fix="Add --out DIR, the folder of the sweep.")
     read = read_recipe(recipe, smoke=smoke, changes=changes or ())
     if seeds is not None:
         read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
@@ -136,10 +136,9 @@ def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None,
         of_stream = bool(equals) and name in streams
         if (name in named) if of_stream else (folder is not None):
             raise RecipeError(
-                "--data is given once, or once for every stream of the recipe",
-                received=" ".join(f"--data {text}" for text in values),
-                remedy="leave one of them out"
-                + (f"; the streams are {', '.join(streams)}: --data {streams[0]}=DIR" if streams else ""),
+                f"Cannot use several data sets: {' '.join(f'--data {text}' for text in values)}",
+                fix="Leave one of them out."
+                + (f" The streams are {', '.join(streams)}: --data {streams[0]}=DIR" if streams else ""),
             )
         if of_stream:
             named[name] = rest
@@ -167,10 +166,9 @@ def _check_alone() -> None:
     rank, size = numbered()
     if size > 1:
         raise RecipeError(
-            "one process leads a sweep and hands out its runs",
-            received=f"process {rank} of {size}",
-            remedy="start it once, with --parallel N, which takes all GPUs in turn. Where RANK and WORLD_SIZE are left "
-            "in the shell, unset them",
+            f"Cannot lead a sweep in process {rank} of {size}",
+            fix="Start it once, with --parallel N, which takes all GPUs in turn. If RANK and WORLD_SIZE are left in "
+            "the shell, unset them.",
         )
 
 
