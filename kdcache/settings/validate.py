@@ -101,10 +101,10 @@ def _invalid(entry: Entry, value: Any, wording: Wording) -> RecipeError:
         example = words[0]
     shown = None if example in (None, (), "", MISSING) else wording.given(entry.name, example)
     near = suggest(str(value), words)
-    how = f"for example {shown}" if shown else "or leave it out."
+    end = f"for example {shown}" if shown else "or leave it out."
     return RecipeError(
         f"Invalid value of {wording.setting(entry.name)}: {_quoted(value)}",
-        fix=f"{near} Give {rule}, {how}".strip(),
+        fix=f"{near} Give {rule}." if near else f"Give {rule}, {end}",
     )
 
 

@@ -26,7 +26,7 @@ HOW_TO_SPLIT = " Or keep a fifth of train for validation: train with --fold 0/5 
 def _numbers_of_lines(layout: str) -> LabelIds:
     return LabelIds(
         f"Label ids are 0 to {{last}} (the lines of {CLASSES_FILE}) or {IGNORE_INDEX} (void).",
-        f"Complete {CLASSES_FILE}, write {IGNORE_INDEX} where no class applies, or remove {CLASSES_FILE} if the labels "
+        f"Complete {CLASSES_FILE}, write {IGNORE_INDEX} for pixels of no class, or remove {CLASSES_FILE} if the labels "
         f"hold the numbers that {layout} is published with.",
     )
 

@@ -176,12 +176,12 @@ def _nearly_a_folder(folder: Path) -> str:
     others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
     if not others and not (folder / LABELS).is_dir() and not (folder / CLASSES_FILE).is_file():
         return ""
-    steps = [] if (folder / CLASSES_FILE).is_file() else [f"add {CLASSES_FILE}, a class name a line"]
+    steps = [] if (folder / CLASSES_FILE).is_file() else [f"add {CLASSES_FILE} with one class name per line"]
     if others and not (folder / LABELS).is_dir():
         steps.append(f"rename the folder with the labels ({', '.join(others[:3])}) to {LABELS}")
     if not folders_in(folder / IMAGES) and not holds_pictures(folder / IMAGES):
         steps.append(f"put pictures into {IMAGES}/<split>/")
-    return f"To make it one's own data set: {'; '.join(steps)}." if steps else ""
+    return f"To use it as a data set, {', '.join(steps)}." if steps else ""
 
 
 def _inside(folder: Path) -> str:

@@ -45,7 +45,7 @@ MASKS = ("masks", "mask")
 
 LABEL_IDS = LabelIds(
     f"Label ids are 0 to {{last}} (the lines of {CLASSES_FILE}) or {IGNORE_INDEX} (void).",
-    f"Complete {CLASSES_FILE}, or write {IGNORE_INDEX} where no class applies; kdcache data check counts all of them.",
+    f"Complete {CLASSES_FILE}, or write {IGNORE_INDEX} for pixels of no class. kdcache data check counts all of them.",
 )
 
 

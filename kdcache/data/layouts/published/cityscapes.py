@@ -91,7 +91,7 @@ LABEL_IDS = LabelIds(
 )
 TRAIN_IDS = LabelIds(
     "Cityscapes' train ids are 0 to {last}, and 255 for void.",
-    "Make the files again with cityscapesScripts, or keep the labelIds beside them.",
+    "Make the files again with cityscapesScripts, or keep the labelIds next to them.",
 )
 
 
