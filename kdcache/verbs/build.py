@@ -92,11 +92,14 @@ def build_cache(
     part = worker_of(worker, take_over)
     typed = {name: chosen[name] for name in settings}
     check_source(data, reuse, like)
-    parts: Callable[[Note], Any] = partial(_prepare, data, split, teacher, chosen, out)
+    parts: Callable[[Note], Any]
     if like is not None:
         parts = partial(plan_like, like, data, split, teacher, chosen, typed, out)
-    if reuse is not None:
-        parts = partial(plan_reuse, reuse, data, split, teacher, typed, out)
+    else:
+        assert data is not None
+        parts = partial(_prepare, data, split, teacher, chosen, out)
+        if reuse is not None:
+            parts = partial(plan_reuse, reuse, data, split, teacher, typed, out)
     engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
     with progress_bar(progress) as bar:
         source, loaded, options, *earlier = parts(
@@ -219,7 +222,7 @@ def plan_like(
                 f"{_shown(manifest.view.size)}",
                 fix=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
             )
-    typed = given | ({} if split is None else {"split": split})
+    typed = {**given, **({} if split is None else {"split": split})}
     if changed := [name for name, value in own.items() if name in typed and typed[name] != value]:
         texts = [f"--{n.replace('_', '-')} {_shown(typed[n])} (there {_shown(own[n])})" for n in changed]
         raise RecipeError(
