@@ -12,7 +12,7 @@ LIKE = "build-teacher-cache --like {w}/store.zarr --teacher {w}/teacher --featur
 TRAIN = (
     "train-student --cache {w}/store.zarr --model kdcache:tiny --method kl --iterations 2 --batch-size 2 --out {w}/run"
 )
-TERM = "--term cosine,teacher_tap=sam:stage2"
+TERM = "--term cosine,teacher_tap=sam:stage2 --augment replay"
 
 
 @pytest.fixture
