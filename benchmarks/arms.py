@@ -14,6 +14,10 @@ BLOCKS = {
     "46-a": ("0001TP", 8, 54), "46-b": ("0016E5", 20, 66), "46-c": ("0016E5", 120, 166),
     "92-a": ("0016E5", 0, 92), "92-b": ("0016E5", 46, 138), "92-c": ("0016E5", 90, 182),
 }  # fmt: skip
+MORE_BLOCKS = {
+    # Of the label curve in `few_labels.py`. Both lie in 0016E5, as 46-b does, and as far from the frames of val.
+    "23-b": ("0016E5", 31, 54), "184-a": ("0016E5", 0, 184),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ DATA = {
     "dev": Data(JUDGE, JUDGE),
     "all": Data(),
     "apart": Data(OF_VAL),
-    **{f"few-{block}": Data(JUDGE, JUDGE, block) for block in BLOCKS},
-    **{f"only-{block}": Data(JUDGE, JUDGE, block, labelled_only=True) for block in BLOCKS},
+    **{f"few-{block}": Data(JUDGE, JUDGE, block) for block in (*BLOCKS, *MORE_BLOCKS)},
+    **{f"only-{block}": Data(JUDGE, JUDGE, block, labelled_only=True) for block in (*BLOCKS, *MORE_BLOCKS)},
 }
 
 LITE = "--model {here}/pretrained.py:%s --size %s --lr %s --iterations %d"
@@ -53,6 +57,7 @@ TEACHERS = {
     # Half as long as lite0-large, whose score at half time was within 0.5 of its last.
     "final": LITE % ("lite0", "288x384", "1e-3", 1000) + " --val-every 500",
     "few": LITE % ("lite0", "288x384", "1e-3", 300) + " --val-every 300",
+    "few-random": LITE % ("lite0_random", "288x384", "1e-3", 300) + " --val-every 300",
     "brief-fold": LITE % ("lite0", "144x192", "1e-3", 250) + " --fold 0/5",
 }
 TAUGHT = (
@@ -93,6 +98,10 @@ STORES = {
     "lite-16-raw": Store(("lite0-large",), f"{LARGE} --raw-logits", views=16),
     "final-16-raw": Store(("final",), f"{LARGE} --raw-logits", views=16),
     "few": Store(("few",), LARGE, views=4),
+    "few-raw": Store(("few",), f"{LARGE} --raw-logits", views=4),
+    "few-random": Store(("few-random",), LARGE, views=4),
+    "few-large": Store(("few",), "--size 288x384", views=4),
+    "pixels-large": Store(("brief",), "--size 288x384", views=16, trained_on="dev"),
     "fold": Store(("brief-fold",)),
     "taps": Store(("lite0-large",), f"{LARGE} --raw-logits --features encoder.blocks.4,encoder.blocks.6", views=4),
 }

@@ -33,6 +33,7 @@ from arms import (
     BLOCKS,
     COMBINED,
     DATA,
+    MORE_BLOCKS,
     QUESTIONS,
     STORES,
     STUDENT,
@@ -55,10 +56,14 @@ HERE = Path(__file__).parent
 
 
 class Folders:
-    """Data sets, teachers and stores below one folder; each is made when it is first asked for."""
+    """Data sets, teachers and stores below one folder; each is made when it is first asked for.
+
+    Attributes:
+        ends: when whatever still runs is stopped, on the monotonic clock.
+    """
 
     def __init__(self, camvid: Path, out: Path) -> None:
-        self.camvid, self.out = camvid, out
+        self.camvid, self.out, self.ends = camvid, out, math.inf
         self._locks: dict[Path, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -84,7 +89,7 @@ class Folders:
                 flags = TEACHERS[name].format(here=HERE)
                 resume = "--resume" if out.exists() else ""
                 kdcache(f"train-teacher --data {self.data(data)} --out {out} --seed {seed} --threads 1 {TEACHER} "
-                        f"{flags} {resume}")  # fmt: skip
+                        f"{flags} {resume}", ends=self.ends)  # fmt: skip
         return out
 
     def store(self, name: str, data: str, teacher_data: str) -> Path:
@@ -96,14 +101,14 @@ class Folders:
             if not (out / "complete.json").is_file():
                 teachers = " ".join(f"--teacher {self.teacher(teacher, teacher_data)}" for teacher in store.teachers)
                 kdcache(f"build-teacher-cache --data {self.data(data)} --out {out} --threads 1 --views {store.views} "
-                        f"{VIEWS} {store.flags} {teachers}")  # fmt: skip
+                        f"{VIEWS} {store.flags} {teachers}", ends=self.ends)  # fmt: skip
         return out
 
 
 def link_frames(camvid: Path, data: Data, out: Path) -> None:
     """Write the images and labels of a data set as symbolic links: train, and the sequence that judges as val."""
     frames = sorted(path.stem for path in (camvid / "images" / "train").iterdir())
-    sequence, begin, end = BLOCKS[data.labels] if data.labels else ("", 0, None)
+    sequence, begin, end = {**BLOCKS, **MORE_BLOCKS}[data.labels] if data.labels else ("", 0, None)
     labelled = set([frame for frame in frames if frame.startswith(sequence)][begin:end])
     for kind in ("images", "labels"):
         for split in ("train", "val"):
@@ -139,7 +144,7 @@ def kdcache(words: str, live: str = "", ends: float = math.inf) -> None:
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     program = [str(HERE / "live_teacher.py"), live] if live else ["-m", "kdcache_cli"]
-    command = [sys.executable, *program, *words.split()]
+    command = [sys.executable, *program, *words.split(), "--trust"]  # the teachers' code is pretrained.py
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
@@ -178,7 +183,7 @@ class Study:
             length = f"--seed {seed} --iterations {arm.iterations} --val-every {max(1, arm.iterations // 5)}"
             live = str(self.folders.teacher(arm.live, arm.data)) if arm.live else ""
             flags = arm.flags.format(runs=self.folders.out / "runs")
-            kdcache(f"{source} --out {out} {length} {STUDENT} {flags} {resume}", live)
+            kdcache(f"{source} --out {out} {length} {STUDENT} {flags} {resume}", live, self.folders.ends)
         self.add({**key, "store": arm.store, "data": arm.data, "flags": arm.flags, **scores(Run.open(out))})
 
     def teach(self, stage: str, arm: str, teacher: str, data: str) -> None:

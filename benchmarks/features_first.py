@@ -24,6 +24,7 @@ all arms comes first, then seed 1.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +80,6 @@ class FeatureFolders(Folders):
     def __init__(self, camvid: Path, out: Path, steps: tuple[int, int]) -> None:
         super().__init__(camvid, out)
         self.feature_steps, self.label_steps = steps
-        self.ends = float("inf")
 
     def weights(self, name: str) -> Path:
         """Return a file of Lite0's weights: `lite0` has ImageNet's, `random` has those of seed 0."""
@@ -188,7 +188,9 @@ def table(done: list[dict[str, Any]]) -> str:
         "| --- | ---: | --- | ---: | ---: |",
     ]
     for name, of in compared.items():
-        lines.append(f"| {name} | {of.mean:+.2f} | {of.low:+.2f} to {of.high:+.2f} | {of.runs} | {of.adjusted:.3f} |")
+        span = "one pair" if math.isnan(of.half_width) else f"{of.low:+.2f} to {of.high:+.2f}"
+        p = "" if math.isnan(of.adjusted) else f"{of.adjusted:.3f}"
+        lines.append(f"| {name} | {of.mean:+.2f} | {span} | {of.runs} | {p} |")
     return "\n".join([*lines, "", f"{len(compared)} comparisons, and Holm's p counts them all."])
 
 

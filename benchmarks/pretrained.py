@@ -68,11 +68,13 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     return dict(zip(names, published, strict=True))
 
 
-def make(name: str, num_classes: int) -> FPN:
-    """The network with ImageNet weights in its encoder."""
+def make(name: str, num_classes: int, *, pretrained: bool = True) -> FPN:
+    """The network, with ImageNet weights in its encoder if it is `pretrained`."""
     encoder = timm.create_model(
         f"tf_efficientnet_{name}", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4)
     )
+    if not pretrained:
+        return FPN(encoder, num_classes)
     missing = encoder.load_state_dict(imagenet_weights(name), strict=False).missing_keys
     if any("num_batches" not in key for key in missing):
         raise ValueError(f"the published weights lack {missing}")
@@ -81,6 +83,10 @@ def make(name: str, num_classes: int) -> FPN:
 
 def lite0(num_classes: int) -> FPN:
     return make("lite0", num_classes)
+
+
+def lite0_random(num_classes: int) -> FPN:
+    return make("lite0", num_classes, pretrained=False)
 
 
 def lite2(num_classes: int) -> FPN:

@@ -45,13 +45,16 @@ def write_weights(runs: Path, out: Path) -> int:
               for data in ("all", "apart") for seed in FINAL_SEEDS]  # fmt: skip
     size = 0
     for name in names:
-        run = Run.open(runs / name)
-        tensors = load_file(run.folder / "last.safetensors")
-        halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-        path = out / f"{name.lower().replace('/', '-')}.safetensors"
-        save_file(halves, path, metadata={"format": "pt", **run.model.metadata()})
-        size += path.stat().st_size
+        size += write_halves(Run.open(runs / name), out / f"{name.lower().replace('/', '-')}.safetensors")
     return size
+
+
+def write_halves(run: Run, path: Path) -> int:
+    """Write the last weights of a run as float16 and return their bytes."""
+    tensors = load_file(run.folder / "last.safetensors")
+    halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    save_file(halves, path, metadata={"format": "pt", **run.model.metadata()})
+    return path.stat().st_size
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ Points = list[tuple[float, float, float]]
 
 def has_curve(recipe: "Recipe") -> bool:
     """Return whether a curve will be drawn: two arms differ in nothing but the key that [show] names."""
-    rows = [{"name": arm.name, "runs": [{"miou": 0.0}]} for arm in recipe.arms]
+    rows: list[Mapping[str, Any]] = [{"name": arm.name, "runs": [{"miou": 0.0}]} for arm in recipe.arms]
     lines = read_lines(recipe.arms, str(recipe.show.get("curve", "")), rows)
     return any(len(points) > 1 for points in lines.values())
 

@@ -1,0 +1,385 @@
+"""Few labels, many images: is it the teacher, the pool, or ImageNet? A queue that goes on where it stopped.
+
+    F0  choices, on 46-a and 92-a only: four settings each of labels only, distilled and semi-supervised
+    F1  label curve, 46 and 92 labels, three blocks and three seeds: labels only, distilled, control, and the teacher
+    F2  questions (a) to (g), on 46-b and 46-c, two seeds
+    F3  the ends of the curve: 23, 184 and all labels, one seed
+    F4  another student and another size, on 46-b, two seeds
+    F5  the last weights of F1 on val, once: the same drive as blocks b and c
+
+Blocks are those of `arms.py`. Teacher and student have the labels of one block. The pool is all 266 images of train
+without 0006R0, which judges F0 to F4. No training sees 0006R0. F0 runs only if it is named: `CHOSEN` holds what the
+study before this one chose. A row of other flags is another row.
+
+A finished run is a row of the JSON and is not repeated. An interrupted training resumes. The score is the mIoU of the
+last iteration. Blocks of 92 share frames: `differences` has intervals over seeds within a block, none over blocks.
+
+    python benchmarks/few_labels.py --data camvid --out few --minutes 115 --json benchmarks/results/few-labels-cpu.json
+    python benchmarks/few_labels.py --json benchmarks/results/few-labels-cpu.json --out few --table \
+        --plot docs/assets/few-labels.png --weights benchmarks/results/weights
+"""
+
+import argparse
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from arms import ALL, BLOCKS, FOUR, LENGTH, MORE_BLOCKS, PLAIN, STORES, STUDENT, Arm
+from common import header, write
+from effect import Study, kdcache, percent, run_name, scores, summary
+from features_first import FEATURE_STEPS, LABEL_STEPS, FeatureFolders, Row
+from kdcache.analysis.statistics import Difference, adjust, difference
+from kdcache.data import open_split
+from kdcache.metrics import evaluate_model
+from kdcache.run_folder import RESULT, Run
+from kdcache.teacher import load_teacher
+from study_results import write_halves
+
+SIZE = (144, 192)
+EVERY = 266  # labels of train without 0006R0
+MOST_BYTES = 12_000_000
+STAGES = ("F1", "F2", "F3", "F4", "F5")
+"""In their order, without F0."""
+SEEDS, TWO = (0, 1, 2), (0, 1)
+MIX = "--ema 0.99 --mix classmix:0.5 --jitter randaugment:2,9"
+JITTER = "--ema 0.99 --jitter randaugment:2,9"
+TRIALS = {
+    # Store and flags of what was tried, by family. The first of each is the one that stands until F0 has rows.
+    "labels only": [
+        ("pixels", f"{PLAIN} {ALL}"),
+        ("pixels", f"{PLAIN} {FOUR}"),
+        ("pixels", f"{PLAIN} {ALL} --class-weights none"),
+        ("pixels", f"{PLAIN} {ALL} --mix classmix:0.5"),
+    ],
+    "distilled": [
+        ("few", f"--method dist {FOUR}"),
+        ("few", f"--method none --term dist,weight=2 {FOUR}"),
+        ("few", f"--method dist --class-weights none {FOUR}"),
+        ("few", f"--method kl {FOUR}"),
+    ],
+    "consistency": [
+        ("few", f"{PLAIN} --term consistency,by=ema,threshold=0.968 {MIX} {FOUR}"),
+        ("few", f"{PLAIN} --term consistency,by=ema,threshold=0.9 {MIX} {FOUR}"),
+        ("few", f"{PLAIN} --term consistency,by=ema,threshold=0.7 {MIX} {FOUR}"),
+        ("few", f"{PLAIN} --term consistency,by=ema,quantile=0.5 {MIX} {FOUR}"),
+    ],
+}
+CHOSEN = {family: settings[0] for family, settings in TRIALS.items()}
+CONTROL = ("pixels", f"--method dist --teacher labels {FOUR}")
+FAMILIES = ("labels only", "control", "distilled")
+
+
+def arm(stage: str, family: str, block: str, seeds: tuple[int, ...], name: str = "", **changes: Any) -> Arm:
+    """Return a family's arm on a block: its images only, or all images if they are distilled or made consistent."""
+    store, flags = {**CHOSEN, "control": CONTROL}[family]
+    pooled = family not in ("labels only", "control")
+    data = f"{'few' if pooled else 'only'}-{block}"
+    own = Arm(stage, f"{name or family}, {block}", store, flags, LENGTH, seeds, data, f"only-{block}" if pooled else "")
+    return replace(own, **changes)
+
+
+def trials() -> Iterator[Arm]:
+    """Yield F0."""
+    for block in ("46-a", "92-a"):
+        for family, settings in TRIALS.items():
+            for store, flags in settings:
+                yield arm("F0", family, block, (0,), f"{family}: {flags}", store=store, flags=flags)
+
+
+def questions() -> Iterator[Arm]:
+    """Yield F2, by the letters of its questions."""
+    for block in ("46-b", "46-c"):
+        yield arm("F2", "consistency", block, TWO, "(a) semi-supervised without a teacher")
+        yield arm("F2", "distilled", block, TWO, "(b) distilled on the labelled images", data=f"only-{block}")
+        yield arm("F2", "distilled", block, TWO, "(c) a teacher from random weights", store="few-random")
+        yield arm(
+            "F2",
+            "labels only",
+            block,
+            TWO,
+            "(d) features of ImageNet first",
+            flags=f"{PLAIN} {ALL} --init {{features}}",
+        )
+        together = f"--method dist --term consistency,by=ema,threshold=0.968 {JITTER} {FOUR}"
+        yield arm("F2", "distilled", block, TWO, "(e) distilled and consistent", flags=together)
+        yield arm("F2", "distilled", block, TWO, "(f) hard pseudo labels", flags=f"--method pseudo {FOUR}")
+        yield arm("F2", "distilled", block, TWO, "(g) kl", flags=f"--method kl {FOUR}")
+        yield arm("F2", "distilled", block, TWO, "(g) cwd", store="few-raw", flags=f"--method cwd {FOUR}")
+
+
+def others() -> Iterator[Arm]:
+    """Yield F4."""
+    small = "--model torchvision:lraspp_mobilenet_v3_large --lr 1e-3"
+    for family in FAMILIES:
+        flags = {**CHOSEN, "control": CONTROL}[family][1]
+        yield arm("F4", family, "46-b", TWO, f"lraspp, {family}", flags=f"{flags} {small}")
+        large = "few-large" if family == "distilled" else "pixels-large"
+        yield arm("F4", family, "46-b", TWO, f"288x384, {family}", store=large)
+
+
+def everything() -> Iterator[Arm]:
+    """Yield F3's arms of all labels, where the pool has no image without one."""
+    yield Arm("F3", "labels only, all", *CHOSEN["labels only"], LENGTH, (0,), "dev")
+    yield Arm("F3", "control, all", *CONTROL, LENGTH, (0,), "dev")
+    yield Arm("F3", "distilled, all", *CHOSEN["distilled"], LENGTH, (0,), "dev", "dev")
+
+
+ARMS: dict[str, list[Arm]] = {
+    "F0": list(trials()),
+    "F1": [arm("F1", family, block, SEEDS) for block in BLOCKS for family in FAMILIES],
+    "F2": list(questions()),
+    "F3": [*(arm("F3", family, block, (0,)) for block in MORE_BLOCKS for family in FAMILIES), *everything()],
+    "F4": list(others()),
+    "F5": [],
+}
+
+
+class FewLabels(Study):
+    """The rows of the study, stage by stage, every arm once before any twice."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__(arguments)
+        camvid, out = Path(arguments.data).resolve(), Path(arguments.out).resolve()
+        self.features = FeatureFolders(camvid, out, (FEATURE_STEPS, LABEL_STEPS))
+        self.folders = self.features
+        self.folders.ends = self.ends
+        self.most = arguments.rows
+
+    def stage(self, name: str) -> None:
+        """Run what a stage lacks. Raises: TimeoutError when time is up, or the rows are enough."""
+        for seed in SEEDS:
+            for own in ARMS[name]:
+                if seed in own.seeds:
+                    self.run(own, seed)
+        if name == "F5":
+            for own in ARMS["F1"]:
+                for seed in own.seeds:
+                    self.judge(own, seed)
+
+    def run(self, arm: Arm, seed: int) -> None:
+        """Train an arm and add its row, with its teacher's score, unless a row of these flags is there."""
+        key = {"stage": arm.stage, "arm": arm.name, "seed": seed, "iterations": arm.iterations, "flags": arm.flags}
+        if self.has(key):
+            return
+        out = self.path(arm, seed)
+        if not (out / RESULT).is_file():
+            data, teacher_data = self.folders.data(arm.data), arm.teacher_data or arm.data
+            flags = arm.flags
+            if "{features}" in flags:
+                first = self.features.run(Row("fp16", "none", seed)).folder
+                flags = flags.format(features=f"{first}@last")
+            store = self.folders.store(arm.store, arm.data, teacher_data)
+            length = f"--seed {seed} --iterations {arm.iterations} --val-every {max(1, arm.iterations // 5)}"
+            resume = "--resume" if out.exists() else ""
+            words = f"train-student --cache {store} --val {data} --out {out} {length} {STUDENT} {flags} {resume}"
+            kdcache(words, ends=self.ends)
+        self.add({**key, "store": arm.store, "data": arm.data, **scores(Run.open(out)), **self.teacher(arm)})
+
+    def teacher(self, arm: Arm) -> dict[str, float]:
+        """Return the score of the teacher whose targets an arm's store has; {} for a store of pixels alone."""
+        store = STORES[arm.store]
+        if store.trained_on:
+            return {}
+        run = Run.open(self.folders.teacher(store.teachers[0], arm.teacher_data or arm.data))
+        return {"teacher_miou": scores(run)["miou"]}
+
+    def judge(self, arm: Arm, seed: int) -> None:
+        """Judge the last weights of a run on val and add the row, unless it is there or there is no such run."""
+        key = {"stage": "F5", "arm": arm.name, "seed": seed, "flags": arm.flags}
+        out = self.path(arm, seed)
+        if self.has(key) or not (out / RESULT).is_file():
+            return
+        split = open_split(str(self.folders.camvid), "val")
+        model = load_teacher(f"{out}@last", split.classes).model
+        self.add(
+            {
+                **key,
+                "data": "val: the drive of blocks b and c",
+                **percent(evaluate_model(model, split, SIZE, threads=1)),
+            }
+        )
+
+    def path(self, arm: Arm, seed: int) -> Path:
+        """Return the folder of an arm's run. Runs of other flags have other folders."""
+        digest = hashlib.sha256(arm.flags.encode()).hexdigest()[:6]
+        return self.folders.out / "runs" / arm.stage / f"{run_name(arm.name, seed)}-{digest}"
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Return whether a row is there. Raises: TimeoutError if it is not, and no further one is to begin."""
+        if any(key.items() <= row.items() for row in self.rows):
+            return True
+        if time.monotonic() > self.ends or len(self.rows) >= self.most:
+            raise TimeoutError(f"{key['arm']}, seed {key['seed']}")
+        return False
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write all rows with this one, and what they say together."""
+        self.rows.append(row)
+        compared = {name: gap.to_json() for name, gap in differences(self.rows).items()}
+        content = {"trials": trials_of(self.rows), "summary": summary(self.rows), "differences": compared}
+        write(self.json, {**header("few labels"), **content, "rows": self.rows})
+        print(f"{row['stage']} {row['arm']}, seed {row['seed']}: {row['miou']:.2f}", flush=True)
+
+
+def trials_of(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Return how many settings of each family have a row of F0, or stand without one."""
+    tried = {family: {row["flags"] for row in rows if row["stage"] == "F0" and row["arm"].startswith(family)}
+             for family in TRIALS}  # fmt: skip
+    return {family: max(1, len(flags)) for family, flags in tried.items()}
+
+
+def pairs() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Yield the comparisons of the final: stage and name of an arm, then of its baseline."""
+    for block in BLOCKS:
+        for baseline in ("labels only", "control"):
+            yield ("F1", f"distilled, {block}"), ("F1", f"{baseline}, {block}")
+    for own in ARMS["F2"]:
+        block = own.name.rpartition(", ")[2]
+        for baseline in ("distilled", "labels only"):
+            yield ("F2", own.name), ("F1", f"{baseline}, {block}")
+    for kind in ("lraspp", "288x384"):
+        for baseline in ("labels only", "control"):
+            yield ("F4", f"{kind}, distilled, 46-b"), ("F4", f"{kind}, {baseline}, 46-b")
+
+
+def differences(rows: list[dict[str, Any]]) -> dict[str, Difference]:
+    """Return the comparisons of the final, paired by block and seed, with Holm's p over all of them."""
+    scored: dict[tuple[str, str], dict[tuple[Any, ...], float]] = {}
+    for row in rows:
+        scored.setdefault((row["stage"], row["arm"]), {})[(row["seed"],)] = row["miou"]
+    found = {f"{ours[1]} - {theirs[1]}": difference(scored[ours], scored[theirs], theirs[1])
+             for ours, theirs in pairs() if ours in scored and theirs in scored}  # fmt: skip
+    return dict(zip(found, adjust(list(found.values())), strict=True))
+
+
+def curve(rows: list[dict[str, Any]], family: str) -> dict[int, tuple[float, float, float]]:
+    """Return, by number of labels, the mean over blocks and seeds of mIoU on 0006R0, the least and the largest."""
+    by_count: dict[int, list[float]] = {}
+    for row in rows:
+        name, _, block = row["arm"].rpartition(", ")
+        if row["stage"] in ("F1", "F3") and name == family:
+            by_count.setdefault(EVERY if block == "all" else int(block.partition("-")[0]), []).append(row["miou"])
+    return {count: (float(np.mean(of)), min(of), max(of)) for count, of in sorted(by_count.items())}
+
+
+def sentence(rows: list[dict[str, Any]]) -> str:
+    """Return how many labels alone reach what 46 labels reach with kdcache; between two counts by their logarithm."""
+    plain, distilled = curve(rows, "labels only"), curve(rows, "distilled")
+    if 46 not in distilled or len(plain) < 2:
+        return "The curve lacks rows: nothing can be said of 46 labels."
+    reached, counts, means = distilled[46][0], list(plain), [mean for mean, _, _ in plain.values()]
+    if reached > max(means):
+        return f"46 labels with kdcache reach more than {counts[-1]} labels reach without (judge: 0006R0)."
+    above = next(place for place, mean in enumerate(means) if mean >= reached)
+    if above == 0:
+        return f"46 labels with kdcache reach no more than {counts[0]} labels reach without (judge: 0006R0)."
+    share = (reached - means[above - 1]) / (means[above] - means[above - 1])
+    count = counts[above - 1] * (counts[above] / counts[above - 1]) ** share
+    return f"46 labels with kdcache reach what {count:.0f} labels reach without (judge: 0006R0)."
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return means and differences as Markdown."""
+    lines = ["| stage | arm | mIoU, mean and 95 % interval over seeds |", "| --- | --- | ---: |"]
+    for stage, arms in summary(rows).items():
+        for name, of in arms.items():
+            half = "" if of["half"] is None else f" ± {of['half']:.1f}"
+            lines.append(f"| {stage} | {name} | {of['mean']:.1f}{half} |")
+    found = differences(rows)
+    lines += [
+        "",
+        "| difference | points | 95 % interval over seeds, paired | pairs | Holm's p |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    for name, gap in found.items():
+        span = "one pair" if math.isnan(gap.half_width) else f"{gap.low:+.2f} to {gap.high:+.2f}"
+        p = "" if math.isnan(gap.adjusted) else f"{gap.adjusted:.3f}"
+        lines.append(f"| {name} | {gap.mean:+.2f} | {span} | {gap.runs} | {p} |")
+    words = ", ".join(f"{count} of {family}" for family, count in trials_of(rows).items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(found)} comparisons, and Holm's p counts them all. Settings tried: {words}.",
+            sentence(rows),
+        ]
+    )
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Draw mIoU against the number of labels, with a band from the least to the largest of blocks and seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for family, colour in (("distilled", "#0072B2"), ("labels only", "#666666"), ("control", "#E69F00")):
+        points = curve(rows, family)
+        if points:
+            mean, low, high = zip(*points.values(), strict=True)
+            axes.plot(list(points), mean, color=colour, marker="o", markersize=3, label=family)
+            axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)
+    counts = sorted({count for family in FAMILIES for count in curve(rows, family)})
+    axes.set_xscale("log")
+    axes.set_xticks(counts, labels=map(str, counts))
+    axes.minorticks_off()
+    axes.set(xlabel="labels (logarithmic)", ylabel="mIoU on 0006R0, % (band: blocks and seeds)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def write_weights(study: FewLabels, out: Path) -> None:
+    """Write the last weights of labels only and distilled, 46 and 92 labels, as float16.
+
+    Raises: SystemExit for more than MOST_BYTES.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    size = 0
+    for own in ARMS["F1"]:
+        for seed in own.seeds:
+            run = study.path(own, seed)
+            if not own.name.startswith("control") and (run / RESULT).is_file():
+                size += write_halves(Run.open(run), out / f"f1-{run_name(own.name, seed)}.safetensors")
+    print(f"{out}: {size / 1e6:.1f} MB")
+    if size > MOST_BYTES:
+        raise SystemExit(f"{size} bytes of weights are more than {MOST_BYTES}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="CamVid; without it nothing is trained")
+    parser.add_argument("--out", default="few-labels", help="folder of data sets, teachers, stores and runs")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
+    parser.add_argument("--rows", type=int, default=10**6, help="stop with so many rows in the JSON")
+    parser.add_argument("--table", action="store_true", help="print what the rows say")
+    parser.add_argument("--plot", type=Path, help="file for the label curve")
+    parser.add_argument("--weights", type=Path, help="folder for the final weights")
+    arguments = parser.parse_args()
+    stages = arguments.stages.split(",")
+    if unknown := [name for name in stages if name not in ARMS]:
+        parser.error(f"unknown stage {unknown[0]}: choose from {', '.join(ARMS)}")
+    trains, arguments.data = arguments.data is not None, arguments.data or "."
+    study = FewLabels(arguments)
+    try:
+        for name in stages if trains else ():
+            study.stage(name)
+    except TimeoutError as error:
+        print(f"stopped in {error}: the same command goes on", flush=True)
+    if arguments.table:
+        print(table(study.rows))
+    if arguments.plot is not None:
+        draw(study.rows, arguments.plot)
+    if arguments.weights is not None:
+        write_weights(study, arguments.weights)
+
+
+if __name__ == "__main__":
+    main()
