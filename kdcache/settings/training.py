@@ -171,9 +171,7 @@ class Data(SourceSettings, ImageSettings, CopySettings):
     def __post_init__(self) -> None:
         others = {"--limit-labels": self.limit_labels is not None, "--labels none": self.labels == "none"}
         if self.labels_from is not None and (flag := next((name for name, given in others.items() if given), None)):
-            raise RecipeError(
-                f"Use either --labels-from or {flag}, not both", received="both", remedy="Leave one of them out."
-            )
+            raise RecipeError(f"Use either --labels-from or {flag}, not both", fix="Leave one of them out.")
 
 
 @dataclass(frozen=True, kw_only=True)

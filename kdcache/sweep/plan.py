@@ -425,8 +425,8 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         raise RecipeError(
             "Cannot use folds or held-out with [[stream]]", fix="Leave them out, or give a stream its own fold."
         )
-    for table in (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values()):
-        of_arm = [name for name in map(named_flag, table.values()) if name is not None]
+    for own in (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values()):
+        of_arm = [name for name in map(named_flag, own.values()) if name is not None]
         check_names("flag of train-student in braces", of_arm, flags_of_verbs["train-student"])
     stores = {"[store]": recipe.store, **{f"[stores.{name}]": own for name, own in recipe.stores.items()}}
     for name, own in stores.items():

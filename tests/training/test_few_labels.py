@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+@pytest.fixture
+def few(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("few_labels")
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("few_labels")
-
-
-@pytest.fixture
-def first(few: ModuleType) -> ModuleType:
-    return importlib.import_module("features_first")
+def first(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("features_first")
 
 
 def row(stage: str, arm: str, miou: float, seed: int = 0, flags: str = "") -> dict[str, Any]:
     return {"stage": stage, "arm": arm, "seed": seed, "flags": flags, "miou": miou}
 
 
-def test_each_arm_has_a_folder_and_data_without_the_judge(few: ModuleType, tmp_path: Path) -> None:
+def test_each_arm_has_a_folder_and_data_without_the_judge(few: ModuleType) -> None:
     arms = [arm for stage in few.ARMS.values() for arm in stage]
     assert len({(arm.stage, arm.name) for arm in arms}) == len(arms)
     data = importlib.import_module("arms").DATA

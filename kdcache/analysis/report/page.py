@@ -64,9 +64,9 @@ def read_figure(path: Path) -> bytes:
     try:
         content = read_bytes(path)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"Cannot read --figure {path}", received=str(error), remedy="Give a PNG file.") from error
+        raise RecipeError(f"Cannot read --figure {path}", fix="Give a PNG file.", rule=str(error)) from error
     if not content.startswith(b"\x89PNG"):
-        raise RecipeError(f"--figure {path} is not a PNG", received="other bytes", remedy="Give a PNG file.")
+        raise RecipeError(f"--figure {path} is not a PNG", fix="Give a PNG file.")
     return content
 
 

@@ -102,22 +102,18 @@ def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"Cannot read --labels-from {path}", received=str(error), remedy="Give a text file, one id a line."
+            f"Cannot read --labels-from {path}", fix="Give a text file, one id a line.", rule=str(error)
         ) from error
     listed = Counter(line for line in lines if line)
     if not listed:
-        raise RecipeError(
-            f"--labels-from {path} lists no id", received="an empty file", remedy="Write an id into each line."
-        )
+        raise RecipeError(f"--labels-from {path} lists no id", fix="Write an id into each line.")
     if twice := [name for name, times in listed.items() if times > 1]:
-        raise RecipeError(
-            f"--labels-from {path} lists an id twice", received=repr(twice[0]), remedy="Write each id once."
-        )
+        raise RecipeError(f"--labels-from {path} lists {twice[0]!r} twice", fix="Write each id once.")
     if missing := sorted(listed.keys() - set(ids)):
+        more = f", and {len(missing) - 1} more" if missing[1:] else ""
         raise RecipeError(
-            f"Unknown id {missing[0]!r} in --labels-from {path}",
-            received=f"{len(listed)} ids, and {len(missing)} of them are none of the {len(ids)} samples",
-            remedy=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
+            f"Unknown id {missing[0]!r} in --labels-from {path}{more}",
+            fix=suggest(missing[0], ids, f"Correct the list. An id is {ids[0]!r}, for example."),
         )
     return frozenset(listed)
 

@@ -258,15 +258,14 @@ def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
     selection = _part(config).choose(ids)
     if bare := sorted(set(selection.labelled) - set(dataset.labelled)):
         raise RecipeError(
-            f"--labels-from {path} lists more labels than there are",
-            received=f"{len(selection.labelled)} ids, and {len(bare)} of them have no label, such as {ids[bare[0]]!r}",
-            remedy="Take these ids out of the list, or bring their labels to where docs/data.md says.",
+            f"--labels-from {path} lists more labels than there are: {len(bare)} of its {len(selection.labelled)} ids "
+            f"have none, such as {ids[bare[0]]!r}",
+            fix="Take these ids out of the list, or bring their labels to where docs/data.md says.",
         )
     if config.reads_targets and len(selection.labelled) == len(selection.samples):
         raise RecipeError(
-            f"No image is left to distil without its label: --labels-from {path} lists all",
-            received=f"{len(selection.samples)} samples",
-            remedy="Leave --labels-from out, list fewer ids, or build the cache of more images.",
+            f"No image is left to distil without its label: --labels-from {path} lists all {len(selection.samples)}",
+            fix="Leave --labels-from out, list fewer ids, or build the cache of more images.",
         )
 
 
