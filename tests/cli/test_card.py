@@ -76,9 +76,9 @@ def test_the_card_of_a_run_that_has_not_ended(made, cli, tmp_path) -> None:
 
 
 WRONG = {
-    "json": (["store.zarr", "--card", "--json"], "--json with it"),
-    "report": (["store.zarr", "--card", "--teacher-report"], "--teacher-report with it"),
-    "data": (["store.zarr", "--card", "--data", "data"], "--data without it"),
+    "json": (["store.zarr", "--card", "--json"], "Cannot use --json with --card"),
+    "report": (["store.zarr", "--card", "--teacher-report"], "Cannot use --teacher-report with --card"),
+    "data": (["store.zarr", "--card", "--data", "data"], "Cannot use --data without --teacher-report"),
     "no store": (["data", "--card"], "Cache not found: data"),
     "nothing": (["nowhere", "--card"], "nowhere"),
     "a run without --card": (["teacher"], "--card"),

@@ -102,15 +102,9 @@ def _print_card(store: str, cache_dir: str | None, cache_bytes: str | None) -> N
 
 def _refuse_beside_card(flags: dict[str, bool]) -> None:
     if beside := [name for name, value in flags.items() if value]:
-        raise RecipeError(
-            "--card prints a card alone", received=f"{', '.join(beside)} with it", remedy="leave one of them out"
-        )
+        raise RecipeError(f"Cannot use {', '.join(beside)} with --card", fix="Leave one of them out.")
 
 
 def _refuse_alone(flags: dict[str, object]) -> None:
     if flags_alone := [name for name, value in flags.items() if value is not None]:
-        raise RecipeError(
-            "some flags of inspect belong to --teacher-report",
-            received=f"{', '.join(flags_alone)} without it",
-            remedy="add --teacher-report",
-        )
+        raise RecipeError(f"Cannot use {', '.join(flags_alone)} without --teacher-report", fix="Add --teacher-report.")
