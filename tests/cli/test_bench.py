@@ -139,11 +139,11 @@ def test_a_check_that_fails(cli, small_grid, monkeypatch) -> None:
 WRONG = {
     "flag": ("--layout nchw", "--layout"),
     "shape": ("--shapes 16x21x512", "'16x21x512'"),
-    "preset": ("--shapes camvit", "did you mean 'camvid'"),
-    "rival": ("--against eagre", "did you mean 'eager'"),
+    "preset": ("--shapes camvit", "Did you mean camvid?"),
+    "rival": ("--against eagre", "Did you mean eager?"),
     "dtype": ("--dtype fp8", "'fp8'"),
     "dtype of a check": ("--check --dtype fp8", "'fp8'"),
-    "case": ("--case trainde", "did you mean 'trained'"),
+    "case": ("--case trainde", "Did you mean trained?"),
     "folder": ("--json {tmp}/nowhere/k.json", "nowhere"),
 }
 

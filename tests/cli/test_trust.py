@@ -157,7 +157,7 @@ def test_a_sweep_of_several_processes_trusts_in_each(here, cli) -> None:
 def remedy_of(ended) -> str:
     """What a message tells its reader to do."""
     assert ended.code == 2, ended.out
-    return ended.err.partition("│ remedy ")[2]
+    return ended.err.partition("│ fix: ")[2]
 
 
 def rename(run, spec: str) -> None:
@@ -204,7 +204,7 @@ def test_no_command_takes_its_verb_from_a_recipe(here, cli) -> None:
     shutil.copy(here / "r.toml", here / "theirs/recipe.toml")
     assert "kdcache x" not in cli("inspect", here / "theirs", "--card").out
     (here / "r.toml").write_text('verb = "train-student"\n')
-    assert "run kdcache train-student" in remedy_of(cli("train-teacher", "--recipe", here / "r.toml"))
+    assert "Run kdcache train-student" in remedy_of(cli("train-teacher", "--recipe", here / "r.toml"))
 
 
 def test_a_sweep_suggests_no_model_of_its_recipe(here, cli) -> None:

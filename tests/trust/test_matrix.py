@@ -111,7 +111,7 @@ def test_cell(
         assert ended.code == code, ended.text
         assert re.search(change.names, ended.text), ended.text
         if code:
-            assert re.search("remedy|to renew the cache", ended.text), ended.text
+            assert re.search("fix: |to renew the cache", ended.text), ended.text
             assert {path: after.get(path) for path in before} == before
     else:
         assert word == HARMLESS
