@@ -48,7 +48,7 @@ def test_a_head_of_a_cache_without_data_is_judged_on_stored_labels(typed: Any) -
     ("words", "problem", "fix"),
     [
         (f"{LIKE} --size 64x96 --out {{w}}/new", "--size 64x96 (there 32x48)", "Leave these flags out"),
-        (LIKE.replace("store.zarr", "nope.zarr") + " --out {w}/new", "nope.zarr does not exist", "check the path"),
+        (LIKE.replace("store.zarr", "nope.zarr") + " --out {w}/new", "Cache not found: ", "Check the path"),
         (LIKE.replace("store.zarr", "source.zarr") + " --out {w}/new", "source.zarr does not store pixels", "--data"),
         (f"{LIKE} --from {{w}}/store.zarr --out {{w}}/new", "Use either --from", "--like"),
         ("build-teacher-cache --teacher {w}/teacher --out {w}/new", "Missing --data", "--like CACHE"),

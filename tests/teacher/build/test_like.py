@@ -184,7 +184,7 @@ def test_what_the_cache_has_may_be_repeated(tmp_path: Path, make: Any) -> None:
 def test_caches_that_nothing_can_be_like(tmp_path: Path, make: Any) -> None:
     main = make(tmp_path / "main", **VIEWS["one"])
     bare = make(tmp_path / "bare", **VIEWS["one"], pixels="source")
-    with pytest.raises(StoreError, match="does not exist"):
+    with pytest.raises(StoreError, match="Cache not found"):
         make(tmp_path / "none", like=tmp_path / "nowhere")
     with pytest.raises(MismatchError, match="bare does not store pixels") as caught:
         make(tmp_path / "none", like=bare, data=None)
