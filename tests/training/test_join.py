@@ -140,7 +140,7 @@ def test_an_array_that_a_joined_cache_lacks_is_named(caches: dict[str, Path], sh
     }
     with pytest.raises(RecipeError) as caught:
         train(make_config(**settings), "never")
-    assert "cosine needs features/x (sam has pool, blocks)" in str(caught.value)
+    assert "cosine needs features/x, but sam has pool, blocks" in str(caught.value)
     with pytest.raises(RecipeError) as single:
         train(make_config(**short | {"cache": str(caches["both"]), "term": ("hint,teacher_tap=sam:x",)}), "never")
     assert "the training has one cache" in single.value.problem
