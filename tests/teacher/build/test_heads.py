@@ -265,7 +265,7 @@ def test_features_alone_train_a_student(tmp_path, split, options, teacher) -> No
     build_cache(split, teacher, tmp_path / "store", options(features=("stage2",), features_only=True))
     settings = {"verb": "train-student", "cache": str(tmp_path / "store"), "model": "kdcache:tiny"}
     settings |= {"iterations": 2, "batch_size": 2, "threads": 1, "augment": "replay"}
-    with pytest.raises(StoreError, match="targets of classes are those of a head segmentation"):
+    with pytest.raises(StoreError, match="has no segmentation head, only features"):
         train(TrainConfig.of({**settings, "method": "kl"}), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     config = TrainConfig.of({**settings, "method": "none", "term": ["hint"], "ce_weight": 0.0})
