@@ -36,8 +36,18 @@ if TYPE_CHECKING:
     from kdcache.training import LabelledDataset as LabelledDataset
     from kdcache.verbs.build import build_cache as build_cache
     from kdcache.verbs.compare import compare as compare
+    from kdcache.verbs.copy import copy as copy
     from kdcache.verbs.evaluate import evaluate as evaluate
+    from kdcache.verbs.export import export as export
+    from kdcache.verbs.inspect import audit as audit
+    from kdcache.verbs.inspect import card as card
+    from kdcache.verbs.inspect import inspect as inspect
+    from kdcache.verbs.plan import plan as plan
+    from kdcache.verbs.predict import predict as predict
+    from kdcache.verbs.pseudo_labels import export_pseudo_labels as export_pseudo_labels
+    from kdcache.verbs.report import report as report
     from kdcache.verbs.train import train as train
+    from kdcache.verbs.verify import verify as verify
 
 _HOMES = {
     "Batch": "kdcache.distill",
@@ -48,19 +58,29 @@ _HOMES = {
     "LabelledDataset": "kdcache.training",
     "Records": "kdcache.store",
     "Target": "kdcache.distill",
+    "audit": "kdcache.verbs.inspect",
     "build_cache": "kdcache.verbs.build",
     "build_model": "kdcache.models",
+    "card": "kdcache.verbs.inspect",
     "compare": "kdcache.verbs.compare",
+    "copy": "kdcache.verbs.copy",
     "evaluate": "kdcache.verbs.evaluate",
     "evaluate_model": "kdcache.metrics",
+    "export": "kdcache.verbs.export",
+    "export_pseudo_labels": "kdcache.verbs.pseudo_labels",
     "from_dataset": "kdcache.data",
+    "inspect": "kdcache.verbs.inspect",
     "load_run": "kdcache.models.run",
     "load_teacher": "kdcache.teacher",
     "open_cache": "kdcache.store",
     "open_caches": "kdcache.store",
     "open_split": "kdcache.data",
+    "plan": "kdcache.verbs.plan",
+    "predict": "kdcache.verbs.predict",
+    "report": "kdcache.verbs.report",
     "traced": "kdcache.data",
     "train": "kdcache.verbs.train",
+    "verify": "kdcache.verbs.verify",
 }
 
 __all__ = list(_HOMES)

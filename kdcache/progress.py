@@ -6,6 +6,8 @@ with progress_bar() as bar:
 """
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
 from typing import Any
@@ -125,15 +127,86 @@ def _line(task: Task) -> str:
     return f"{task.description}: {', '.join(parts)}"
 
 
+class _Voice:
+    """Where functions show progress and say what the user should know: stderr, or the command line's own console."""
+
+    console: Console | None = None
+    warn: Callable[[str], None] | None = None
+
+
+def use_console(console: Console, warn: Callable[[str], None]) -> None:
+    """Send the progress, notes and warnings of functions to a console from now on, as the command line does."""
+    _Voice.console, _Voice.warn = console, warn
+
+
 def progress_bar(shown: bool = True) -> Bar:
     """Progress of a function, on stderr; in a notebook below its cell.
 
     Args:
         shown: False shows nothing.
     """
+    return Bar(_console(shown))
+
+
+@contextmanager
+def progress_of_steps(first: str, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar whose text changes: a function that is called with (what, done, total)."""
+    with progress_bar(shown) as bar:
+        task = bar.add_task(first, total=None, note="")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        total = bar.tasks[0].total
+        if total is None:  # there was nothing to do
+            bar.remove_task(task)
+        else:
+            bar.update(task, completed=total)
+
+
+@contextmanager
+def progress_of_stages(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage, which stays when the next begins: a function that is called with (stage, done, total)."""
+    tasks: dict[str, TaskID] = {}
+    with progress_bar(shown) as bar:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, note="")
+            bar.update(tasks[stage], completed=done)
+
+        yield update
+
+
+def progress_of(bar: Progress, what: str, note: str = "") -> Callable[[int, int], None]:
+    """Add a task to a bar and return a function that is called with (done, total)."""
+    task = bar.add_task(what, total=None, note=note)
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def say(text: str, shown: bool = True) -> None:
+    """Print a note for the user; one that begins with `warning: ` is a warning.
+
+    Args:
+        shown: False prints warnings only.
+    """
+    if text.startswith("warning: "):
+        warn(text.removeprefix("warning: "))
+    elif shown:
+        _console(shown).print(note_line(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning about a result that is worth little."""
+    if _Voice.warn is not None:
+        _Voice.warn(text)
+    else:
+        _console(True).print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _console(shown: bool) -> Console:
+    if shown and _Voice.console is not None:
+        return _Voice.console
     console = Console(stderr=True, quiet=not shown, markup=False, emoji=False, highlight=False)
     console.soft_wrap = not (console.is_terminal or console.is_jupyter)  # a file has no width
-    return Bar(console)
+    return console
 
 
 def _shows_bars(console: Console) -> bool:

@@ -1,17 +1,16 @@
 """Where output goes: results to stdout, progress and errors to stderr."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions
-from rich.progress import Progress, TaskID
 from rich.segment import Segment
 from rich.table import Column, Table
 
 from kdcache.errors import one_line, plain_text
-from kdcache.progress import Bar
+from kdcache.progress import use_console
 
 _WIDEST = 1000
 """The most columns of a table in a file."""
@@ -91,38 +90,6 @@ OUT = _Terminal()
 ERRORS = _Terminal(stderr=True)
 
 
-def progress_bar() -> Progress:
-    """What, how far, and how long it still takes, on stderr: a bar, or lines where that is not a terminal."""
-    return Bar(ERRORS)
-
-
-@contextmanager
-def progress_of_steps(first: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar whose text changes: a function that is called with (what, done, total)."""
-    with progress_bar() as bar:
-        task = bar.add_task(first, total=None, note="")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-        total = bar.tasks[0].total
-        if total is None:  # there was nothing to do
-            bar.remove_task(task)
-        else:
-            bar.update(task, completed=total)
-
-
-@contextmanager
-def progress_of_stages() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage, which stays when the next begins: a function that is called with (stage, done, total)."""
-    tasks: dict[str, TaskID] = {}
-    with progress_bar() as bar:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, note="")
-            bar.update(tasks[stage], completed=done)
-
-        yield update
-
-
 def figure_table(*header: str, title: str | None = None) -> Table:
     """A table without borders: names on the left, figures on the right."""
     columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
@@ -148,6 +115,9 @@ def warn(text: str) -> None:
     """Print on stderr a warning about a result that is worth little."""
     with ERRORS.heard():
         ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+
+
+use_console(ERRORS, warn)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import typer
 from rich.table import Table
 
 from kdcache.errors import RecipeError
-from kdcache_cli.console import ERRORS, OUT, figure_table, progress_bar
+from kdcache.progress import progress_bar
+from kdcache_cli.console import ERRORS, OUT, figure_table
 
 MISSING = "-"
 """The cell of a figure that was not measured."""

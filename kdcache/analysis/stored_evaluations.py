@@ -137,7 +137,7 @@ def evaluate_run(
         depth=judged_range(description.judged_heads, split, judging.depth),
         framing=judging.framing(description.fit),
     )
-    metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
+    metrics = None if judging.fresh else kept_metrics(run.folder, record, split.classes.names)
     notes = judging_notes(run.folder, split, contents)
     if metrics is not None:
         return Evaluation(metrics, reused=True, notes=notes)
@@ -416,22 +416,23 @@ def _depth_of(content: Mapping[str, Any]) -> DepthMetrics:
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """A context that names the fix when a batch does not fit into memory. Raises: ModelError."""
+    """Name the fix when a batch does not fit into memory. Raises: ModelError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        words = str(error)
+        why = str(error).partition("\n")[0] or "no memory"
         less = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --size, or --device cpu"
         raise ModelError(
-            f"Out of memory: {batch_size} images at a time on {device} "
-            f"({words.splitlines()[0] if words else 'no memory'})",
+            f"Out of memory: {batch_size} images at a time on {device} ({why})",
             fix=f"Use {less}",
         ) from error
 
 
-def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...]) -> TaskMetrics | None:
+def kept_metrics(folder: Path, record: Record, class_names: tuple[str, ...]) -> TaskMetrics | None:
+    """Return the metrics of an earlier evaluation in a run's folder that is the same, and None without one."""
+    identity = record.identity
     for path in sorted(folder.glob("evaluation-*.json")):
         content = read_object(path)
         try:

@@ -50,6 +50,7 @@ class Exported:
         checked_by: who ran the file; None when nobody could, see `unchecked`.
         difference: largest difference from the model's own logits, absolute. relative: to the largest logit.
         free: names of the axes that may have any size.
+        size: (H, W) at which the graph was traced.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Exported:
     unchecked: str
     difference: float
     relative: float
+    size: tuple[int, int]
 
 
 class Deployed(nn.Module):
@@ -155,7 +157,7 @@ def export_model(
         size_bytes = partial.stat().st_size
     names = tuple(name for axis, name in _AXES.items() if axis in free)
     checked_by = None if unchecked else _CHECKERS[kind]
-    return Exported(out, kind, size_bytes, names, checked_by, unchecked, difference, relative)
+    return Exported(out, kind, size_bytes, names, checked_by, unchecked, difference, relative, description.size)
 
 
 def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":

@@ -1,6 +1,8 @@
 """The one validator of settings: flags, keys of recipes, keywords of Python, and options of terms."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -36,6 +38,24 @@ class Wording:
 
 
 FLAGS = Wording("{flag}", "{flag} {value}", "Leave it out. --help-all lists all flags.")
+_TYPED: ContextVar[bool] = ContextVar("typed", default=False)
+
+
+@contextmanager
+def flags_in_errors() -> Iterator[None]:
+    """A context in which the errors of functions write settings as flags: somebody typed them."""
+    token = _TYPED.set(True)
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
+def wording_of(function: str) -> Wording:
+    """Return how errors of a function of kdcache write its settings: as keywords, and on the command line as flags."""
+    if _TYPED.get():
+        return FLAGS
+    return Wording("{name}=", "{name}={value!r}", f"Leave it out. help(kdcache.{function}) lists all.")
 
 
 def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLAGS) -> Table:

@@ -6,6 +6,6 @@ hub.py          caches from and onto the Hub
 """
 
 from kdcache.sharing.card import run_card, store_card
-from kdcache.sharing.hub import HubAddress, hub_address, opened, push_store
+from kdcache.sharing.hub import HubAddress, PushResult, hub_address, opened, push_store
 
-__all__ = ["HubAddress", "hub_address", "opened", "push_store", "run_card", "store_card"]
+__all__ = ["HubAddress", "PushResult", "hub_address", "opened", "push_store", "run_card", "store_card"]

@@ -88,6 +88,7 @@ def build_cache(
             (H, W), or texts such as "288x384".
     Raises: KDCacheError of every kind.
     """
+    check_views(settings)
     chosen = checked(build_cache, settings, *TABLES)
     part = worker_of(worker, take_over)
     typed = {name: chosen[name] for name in settings}
@@ -115,6 +116,15 @@ def build_cache(
             part,
             reuse=earlier[0] if earlier else None,
             engine=engine,
+        )
+
+
+def check_views(settings: Mapping[str, Any]) -> None:
+    """Refuse crops of whole images. Raises: RecipeError."""
+    if settings.get("views") == "full" and settings.get("crop") is not None:
+        raise RecipeError(
+            f"Cannot use views full with crop {settings['crop']}: the whole image is no crop",
+            fix="Give a number of views, for example --views 4.",
         )
 
 

@@ -11,7 +11,7 @@ from kdcache.analysis.compare import compare as compare_runs
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.data import Split
-from kdcache.progress import progress_bar
+from kdcache.progress import progress_of_steps
 from kdcache.run_folder import Run
 from kdcache.settings import read
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
@@ -47,20 +47,20 @@ def compare(
     Raises: KDCacheError of every kind.
     """
     chosen = checked(compare, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
+    texts, place, split = places_of(runs, data, split)
+    with progress_of_steps("comparing", progress) as report:
+        return compare_runs(texts, place, split, options_of(chosen), report)
+
+
+def places_of(
+    runs: str | Path | Run | Sequence[str | Path | Run], data: str | Path | Split | None, split: str | None
+) -> tuple[list[str], str | None, str | None]:
+    """The names of runs, and the spec and the split of the data they are compared on, None where not given."""
     texts = [str(runs)] if isinstance(runs, str | Path | Run) else [str(run) for run in runs]
-    place = None
-    if data is not None:
-        place, own = spec_of(data, "data")
-        split = split or own
-    with progress_bar(progress) as bar:
-        task = bar.add_task("comparing", total=None, note="")
-        return compare_runs(
-            texts,
-            place,
-            split,
-            options_of(chosen),
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+    if data is None:
+        return texts, None, split
+    place, own = spec_of(data, "data")
+    return texts, place, split or own
 
 
 def judging_of(settings: Mapping[str, Any]) -> EvalSettings:

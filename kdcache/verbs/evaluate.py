@@ -1,18 +1,59 @@
 """`kdcache.evaluate`: metrics of a model on labelled data."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdcache.analysis.runs import find_runs
-from kdcache.analysis.stored_evaluations import data_digest, evaluate_run, memory_errors
-from kdcache.data import Split, check_folds_by, fold_alone, parse_fold
+from kdcache.analysis.runs import check_classes, unnamed_classes
+from kdcache.analysis.stored_evaluations import (
+    IMAGES,
+    EvalSettings,
+    Record,
+    data_digest,
+    file_name,
+    judged_range,
+    kept_metrics,
+    memory_errors,
+    name_of_several,
+    weights_of,
+    write_evaluation,
+    write_evaluations,
+)
+from kdcache.data import (
+    SEGMENTATION,
+    ClassList,
+    Fold,
+    Split,
+    check_folds_by,
+    classes_by_name,
+    fold_alone,
+    parse_fold,
+)
+from kdcache.display import public
 from kdcache.errors import RecipeError
-from kdcache.metrics import TaskMetrics, evaluate_tasks
-from kdcache.progress import progress_bar
-from kdcache.run_folder import Run
+from kdcache.metrics import (
+    DepthMetrics,
+    DepthRange,
+    Metrics,
+    OnDataSet,
+    TaskMetrics,
+    at_chance,
+    evaluate_tasks,
+    iou_listing,
+    metrics_markdown,
+)
+from kdcache.metrics.data_sets import data_sets_markdown
+from kdcache.metrics.data_sets import listing as listing_of
+from kdcache.models import SegmentationModel, not_logits
+from kdcache.models.run import open_model, split_spec
+from kdcache.progress import progress_bar, progress_of, warn
+from kdcache.run_folder import Run, RunModel
+from kdcache.run_samples import judging_notes
+from kdcache.settings.removed import VERBS, removal
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import Data
 from kdcache.teacher import Teacher, load_teacher
@@ -20,19 +61,76 @@ from kdcache.verbs.compare import judging_of
 from kdcache.verbs.keywords import checked, keywords, open_data
 
 TABLES = (ImageSettings, JudgeSettings, DepthSettings, MachineSettings)
+Place = str | Path | Split
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluated:
+    """The metrics of a model. Two are equal if their metrics are.
+
+    Attributes:
+        data_sets: the metrics on each data set, of the classes that it shares with the model.
+        class_names: the model's.
+        depth_range: the depths that were judged on the first data set. None without depth.
+        reused: True if an earlier evaluation had all of them.
+        files: the files that were written.
+    """
+
+    data_sets: tuple[OnDataSet, ...]
+    class_names: tuple[str, ...] = field(default=(), compare=False)
+    depth_range: DepthRange | None = field(default=None, compare=False)
+    reused: bool = field(default=False, compare=False)
+    files: tuple[Path, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{one.data} {one.metrics!r}" for one in self.data_sets)
+
+    def _repr_html_(self) -> str:
+        return "".join(one.metrics._repr_html_() for one in self.data_sets)
+
+    @property
+    def metrics(self) -> TaskMetrics:
+        """The metrics on the first data set."""
+        return self.data_sets[0].metrics
+
+    @property
+    def segmentation(self) -> Metrics | None:
+        """mIoU, IoU per class and the like on the first data set."""
+        return self.metrics.segmentation
+
+    @property
+    def depth(self) -> DepthMetrics | None:
+        """Metrics of depth on the first data set."""
+        return self.metrics.depth
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where an evaluation is written. None is in the run's folder, or in `folder` for a model that is no run."""
+
+    json: Path | None
+    markdown: Path | None
+    listing: Path | None
+    folder: Path | None
 
 
 @keywords(*TABLES, but=("repeats",))
 def evaluate(
     model: str | Path | Run | nn.Module | Teacher,
-    data: str | Path | Split,
+    data: Place | Sequence[Place],
     *,
-    split: str | None = None,
+    split: str | Sequence[str] | None = None,
     fold: str | None = None,
     folds_by: str | None = None,
+    class_map: str | Path | None = None,
+    at_size: bool = False,
+    json_file: str | Path | None = None,
+    markdown: str | Path | None = None,
+    listing: str | Path | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
-) -> TaskMetrics:
+) -> Evaluated:
     """mIoU, IoU per class and metrics of depth at the labels' own size, as `kdcache evaluate` has them.
 
         metrics = kdcache.evaluate("runs/student", "camvid")
@@ -43,61 +141,204 @@ def evaluate(
 
     Args:
         model: a run, SPEC@FILE and the like, a module, or what `load_teacher` made.
-        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
-        split: which split of the data, default val.
+        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`. Several are judged by the
+            classes that each shares with the model.
+        split: which split of the data, default val: one for all, or one for each.
         fold, folds_by: judge on one fold, as --fold 0/5 of a training left it out.
+        class_map: file with the data class that each class of the model becomes.
+        at_size: compare at the run's size instead of the labels' own.
+        json_file, markdown: default: files in the run's folder.
+        listing: a text file with a line per class.
+        folder: for the tables of a model that is no run. Without it they are not written.
         progress: shows a bar, or lines where there is no terminal.
         settings: as the flags of the verb, with their defaults: `help(kdcache.evaluate)` lists them.
     Raises: KDCacheError of every kind.
     """
     chosen = checked(evaluate, settings, *TABLES)
-    source = open_data(data, None if isinstance(data, Split) and split is None else split or Data.val_split)
     check_folds_by(folds_by, folds=fold is not None)
     part = None if fold is None else parse_fold(fold, folds_by)
-    if part is not None:
-        source = fold_alone(source, *part)
+    sources = _open(data, split)
     judging = judging_of(chosen)
-    with progress_bar(progress) as bar:
-        task = bar.add_task("evaluating", total=None, note="")
+    if isinstance(model, nn.Module | Teacher):
+        source = sources[0] if part is None else fold_alone(sources[0], *part)
+        return Evaluated((OnDataSet.of(source, _of_module(model, source, judging, progress)),))
+    files = _Files(*(None if path is None else Path(path) for path in (json_file, markdown, listing, folder)))
+    judged = _Judged.of(str(model), sources, judging, None if class_map is None else Path(class_map), part)
+    if files.listing is not None:
+        judged.check_listing()
+    return judged.evaluate(files, at_size, progress)
 
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
 
-        if not isinstance(model, nn.Module | Teacher):
-            (entry,) = _one(model, judging.which)
-            evaluation = evaluate_run(entry, source, data_digest(source), judging, report, part)
-            for note in evaluation.notes:
-                bar.console.print(f"warning: {note}", markup=False, soft_wrap=True)
-            return evaluation.metrics
-        teacher = model if isinstance(model, Teacher) else load_teacher(model, source)
-        size = judging.size or teacher.size or judging.window
-        if size is None:
-            raise RecipeError(
-                "a model that is no run needs the size of its images",
-                received=f"{teacher.origin} and no size",
-                remedy="add size=(288, 384)",
-            )
-        depth = None if judging.depth == DepthSettings() else judging.depth
-        with memory_errors(judging.device, judging.batch_size):
-            return evaluate_tasks(
-                teacher.model.to(torch.device(judging.device)),
+@dataclass(frozen=True)
+class _Judged:
+    """A run or SPEC@FILE, the data sets that it is judged on, and how."""
+
+    text: str
+    model: SegmentationModel
+    description: RunModel
+    sources: tuple[Split, ...]
+    judging: EvalSettings
+    class_map: Path | None
+    fold: Fold | None
+
+    @classmethod
+    def of(
+        cls, text: str, sources: Sequence[Split], judging: EvalSettings, class_map: Path | None, fold: Fold | None
+    ) -> "_Judged":
+        if (Path(text) / "pseudo-labels.json").is_file() and (gone := removal("evaluate of pseudo labels", VERBS)):
+            raise gone
+        classes = next((source.classes for source in sources if len(source.classes)), unnamed_classes)
+        size = judging.size or (judging.window if split_spec(text) else None)
+        model, description = open_model(text, classes, size, judging.which, class_map=class_map)
+        for note in () if model.load_report is None else model.load_report.notes:
+            warn(note)
+        if len(sources) == 1:
+            check_classes(description, sources[0].classes, sources[0].data)
+        parts = sources if fold is None else [fold_alone(source, *fold) for source in sources]
+        if len(parts) > 1:
+            named = ClassList(description.class_names, description.class_colours)
+            parts = [classes_by_name(source, named) for source in parts]
+        return cls(text, model, description, tuple(parts), judging, class_map, fold)
+
+    def check_listing(self) -> None:
+        """Refuse a listing of no class before the pass. Raises: RecipeError."""
+        if not self.description.class_names or not any(SEGMENTATION in source.tasks for source in self.sources):
+            what = "the model has no classes" if not self.description.class_names else "the data have no class labels"
+            raise RecipeError(f"Cannot list the IoU of classes: {what}", fix="Leave out --listing.")
+
+    def evaluate(self, files: _Files, at_size: bool, progress: bool) -> Evaluated:
+        """Judge on every data set, warn of what a reader must know, and write the tables."""
+        description, judging = self.description, self.judging
+        ranges = [judged_range(description.judged_heads, source, judging.depth) for source in self.sources]
+        which, weights = weights_of(self.text, judging.which)
+        framing = judging.framing(description.fit)
+        records = [
+            Record.of(
+                description,
+                weights,
                 source,
-                size,
+                data_digest(source),
+                description.size,
+                which=which,
+                fold=self.fold,
+                at_size=at_size,
+                class_map=self.class_map,
                 depth=depth,
-                device=judging.device,
-                batch_size=judging.batch_size,
-                framing=judging.framing(teacher.fit),
-                progress=report,
+                framing=framing,
             )
-
-
-def _one(model: str | Path | Run, which: str) -> list[Any]:
-    """The one run that is named. Raises: RecipeError for a folder of several."""
-    entries = find_runs([str(model)], which)
-    if len(entries) != 1:
-        raise RecipeError(
-            "one model is evaluated at a time",
-            received=f"{model}, which holds {len(entries)} runs",
-            remedy="name one of them; kdcache.compare sets several side by side",
+            for source, depth in zip(self.sources, ranges, strict=True)
+        ]
+        kept = [self._kept(record, source) for record, source in zip(records, self.sources, strict=True)]
+        results = []
+        with progress_bar(progress) as bar, memory_errors(judging.device, judging.batch_size):
+            for source, depth, earlier in zip(self.sources, ranges, kept, strict=True):
+                metrics = earlier or evaluate_tasks(
+                    self.model.to(judging.device),
+                    source,
+                    description.size,
+                    depth=None if depth is None and any(ranges) else judging.depth,
+                    device=judging.device,
+                    batch_size=judging.batch_size,
+                    at_size=at_size,
+                    framing=framing,
+                    progress=progress_of(bar, "evaluating", source.data if len(self.sources) > 1 else ""),
+                )
+                results.append(OnDataSet.of(source, metrics))
+        self._warn(results)
+        own_size = which is None or Run.open(self.text).model.size == description.size
+        place = Run.open(self.text).folder if which is not None else files.folder
+        return Evaluated(
+            tuple(results),
+            description.class_names,
+            ranges[0],
+            all(kept),
+            tuple(self._write(records, results, place, files, own_size=own_size)),
         )
-    return entries
+
+    def _kept(self, record: Record, source: Split) -> TaskMetrics | None:
+        """The metrics of an earlier evaluation of a run that is the same."""
+        if record.which is None or self.judging.fresh:
+            return None
+        return kept_metrics(Run.open(self.text).folder, record, source.classes.names)
+
+    def _warn(self, results: Sequence[OnDataSet]) -> None:
+        for result, source in zip(results, self.sources, strict=True):
+            where = f"{self.text} on {result.data}" if len(results) > 1 else self.text
+            if result.metrics.segmentation is not None and (nothing := at_chance(result.metrics.segmentation)):
+                warn(f"{where} {nothing}")
+            if split_spec(self.text) is None:
+                for note in judging_notes(Run.open(self.text).folder, source):
+                    warn(f"{self.text}: {note}")
+        if (finding := not_logits(self.model)) and any(one.metrics.segmentation is not None for one in results):
+            warn(f"{self.text} {finding.text}: {finding.fix}")
+
+    def _write(
+        self, records: Sequence[Record], results: list[OnDataSet], place: Path | None, files: _Files, *, own_size: bool
+    ) -> list[Path]:
+        """Write the tables of one data set, or one table over several. Return the files."""
+        several = len(records) > 1
+        name = ""
+        if place is not None:
+            name = (
+                name_of_several(records, self.text, own_size=own_size)
+                if several
+                else file_name(records[0], place, self.text, own_size=own_size)
+            )
+        json_path = files.json or (None if place is None else place / f"{name}.json")
+        markdown = files.markdown or (None if place is None else place / f"{name}.md")
+        results = [replace(one, data=public(one.data)) for one in results]
+        segmentation = results[0].metrics.segmentation
+        written = []
+        if json_path is not None and several:
+            write_evaluations(records, json_path, self.text, results)
+            written.append(json_path)
+        elif json_path is not None:
+            write_evaluation(records[0], json_path, self.text, results[0].metrics)
+            written += [json_path, json_path.with_suffix(IMAGES)]
+        if markdown is not None and several:
+            title = f"{public(self.text)} on {len(results)} data sets"
+            markdown.write_text(data_sets_markdown(title, results, self.description.class_names), encoding="utf-8")
+        elif markdown is not None:
+            kind = (name or records[0].name(own_size=own_size)).removeprefix("evaluation-")
+            title = f"{public(self.text)} on {records[0].data}, {kind}"
+            markdown.write_text(metrics_markdown(title, results[0].metrics), encoding="utf-8")
+        written += [] if markdown is None else [markdown]
+        if files.listing is not None and (several or segmentation is not None):
+            text = listing_of(results) if several or segmentation is None else iou_listing(segmentation)
+            files.listing.write_text(text, encoding="utf-8")
+            written.append(files.listing)
+        return written
+
+
+def _open(data: Place | Sequence[Place], split: str | Sequence[str] | None) -> list[Split]:
+    """The data sets, each with its split. Raises: RecipeError for another number of splits."""
+    places = [data] if isinstance(data, str | Path | Split) else list(data)
+    splits = [split] if split is None or isinstance(split, str) else list(split)
+    if len(splits) not in (1, len(places)):
+        raise RecipeError(
+            f"Cannot take {len(splits)} splits ({', '.join(map(str, splits))}) for {len(places)} data sets",
+            fix="Give --split once for all data, or once for each --data, in the same order.",
+        )
+    return [
+        open_data(place, name if name is not None or isinstance(place, Split) else Data.val_split)
+        for place, name in zip(places, splits * (len(places) // len(splits)), strict=True)
+    ]
+
+
+def _of_module(model: nn.Module | Teacher, source: Split, judging: EvalSettings, progress: bool) -> TaskMetrics:
+    """Metrics of a module or a loaded teacher. Raises: RecipeError without a size."""
+    teacher = model if isinstance(model, Teacher) else load_teacher(model, source)
+    size = judging.size or teacher.size or judging.window
+    if size is None:
+        raise RecipeError(f"Missing the size of images for {teacher.origin}", fix="Add size=(288, 384).")
+    with progress_bar(progress) as bar, memory_errors(judging.device, judging.batch_size):
+        return evaluate_tasks(
+            teacher.model.to(torch.device(judging.device)),
+            source,
+            size,
+            depth=None if judging.depth == DepthSettings() else judging.depth,
+            device=judging.device,
+            batch_size=judging.batch_size,
+            framing=judging.framing(teacher.fit),
+            progress=progress_of(bar, "evaluating"),
+        )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from kdcache.data import Split, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import Entry, entries, read_values
-from kdcache.settings.validate import Wording, check_names
+from kdcache.settings.validate import check_names, wording_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,7 +54,7 @@ def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: 
     """
     table = entries(*tables)
     names = [one.name for one in signature(function).parameters.values() if one.name in table]
-    wording = Wording("{name}=", "{name}={value!r}", f"Leave it out. help(kdcache.{function.__name__}) lists all.")
+    wording = wording_of(function.__name__)
     check_names(settings, [*signature(function).parameters], wording)
     defaults = {name: None if table[name].required else table[name].default for name in names}
     return defaults | read_values(settings, *tables, wording=wording)

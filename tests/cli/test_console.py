@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcache.errors import DataError
-from kdcache.progress import seconds_left
-from kdcache_cli import console
+from kdcache.progress import progress_bar, progress_of_steps, seconds_left
 from kdcache_cli.app import _show
-from kdcache_cli.console import _Terminal, figure_table, progress_bar
+from kdcache_cli.console import _Terminal, figure_table
 
 NAMES = ["a[/]b", "[red]x", "[/bold]", "[link=http://x]y[/link]", "$x$", ":smile:", "\\", "[", "]"]
 COMMANDS = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\x7f", "\u202egnp.exe", "\r", "\x08", "\x00", "\u2066x"]
@@ -73,7 +72,7 @@ def test_our_own_lines_keep_their_markup() -> None:
 def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
     screen = Screen()
     screen._force_terminal = True
-    monkeypatch.setattr(console, "ERRORS", screen)
+    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
     monkeypatch.setattr("kdcache_cli.app.ERRORS", screen)
     with progress_bar() as bar:
         bar.add_task(f"reading {name}", total=2, note=name)
@@ -91,7 +90,7 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
 
 def piped(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
-    monkeypatch.setattr(console, "ERRORS", screen)
+    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
     monkeypatch.setattr("kdcache.progress.LINE_EVERY_S", 0.01)
     return screen
 
@@ -115,7 +114,7 @@ def test_a_pipe_gets_lines_with_rate_and_time_left(monkeypatch) -> None:
 def test_a_narrow_terminal_keeps_counts_and_times(monkeypatch, width: int) -> None:
     screen = Screen()
     screen.width, screen._force_terminal = width, True
-    monkeypatch.setattr(console, "ERRORS", screen)
+    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
     with progress_bar() as bar:
         task = bar.add_task("train-student", total=60000, completed=10000, note="")
         bar.update(task, completed=30000, note="mIoU 45.10 loss 1.790 ce 1.462 dist 0.328 3.2 img/s, 42 % waiting")
@@ -184,10 +183,10 @@ def test_a_table_that_a_terminal_has_no_room_for_is_turned_over(width) -> None:
 def test_a_bar_is_whole_when_it_ends_and_gone_where_there_was_nothing_to_do(monkeypatch) -> None:
     screen = Screen()
     screen._force_terminal = True
-    monkeypatch.setattr(console, "ERRORS", screen)
+    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
     for total, left in ((None, ""), (1, "1/1")):
         screen.clear_text()
-        with console.progress_of_steps("comparing") as update:
+        with progress_of_steps("comparing") as update:
             if total:
                 update("comparing", 0, total)
         last = Text.from_ansi(screen.text).plain.rstrip().splitlines()[-1:]

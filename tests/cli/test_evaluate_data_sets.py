@@ -61,6 +61,6 @@ def test_data_that_share_no_class_are_refused(world, cli) -> None:
     other = other_data(world, "\n".join(f"x{name}" for name in names))
     refused = cli("evaluate", world / "teacher", "--data", world / "data", "--data", other)
     assert refused.code == 2
-    assert "joined by name" in " ".join(refused.err.split())
+    assert "No common class" in " ".join(refused.err.split())
     assert "--class-map" in refused.err
     assert not list((world / "teacher").glob("evaluations-*"))

@@ -40,23 +40,25 @@ def test_a_training_pads_by_default_and_squashes_on_demand(runs: Path) -> None:
 
 def test_an_evaluation_shows_images_as_they_were_learnt_and_otherwise_on_demand(runs: Path) -> None:
     for name in ("pad", "squash"):
-        scores = [kdcache.evaluate(runs / name, WIDE, fit=fit, **QUIET) for fit in ("auto", "pad", "crop", "squash")]
+        scores = [
+            kdcache.evaluate(runs / name, WIDE, fit=fit, **QUIET).metrics for fit in ("auto", "pad", "crop", "squash")
+        ]
         expected = [judged(runs / name, Framing(fit)) for fit in (name, "pad", "crop", "squash")]  # type: ignore[arg-type]
         assert scores == expected
         assert len({str(score) for score in scores}) == 3  # auto is one of the others
         # What is kept of one way is not used for another.
         assert scores == [
-            kdcache.evaluate(runs / name, WIDE, fit=fit, **QUIET) for fit in ("auto", "pad", "crop", "squash")
+            kdcache.evaluate(runs / name, WIDE, fit=fit, **QUIET).metrics for fit in ("auto", "pad", "crop", "squash")
         ]
 
 
 def test_windows_slide_over_images_of_their_own_size_or_resized(runs: Path) -> None:
     own = kdcache.evaluate(runs / "pad", WIDE, window=(24, 32), stride=(24, 16), **QUIET)
-    assert own == judged(runs / "pad", Framing("pad", (24, 32), (24, 16)))
+    assert own.metrics == judged(runs / "pad", Framing("pad", (24, 32), (24, 16)))
     assert own != kdcache.evaluate(runs / "pad", WIDE, window=(24, 32), stride=(24, 8), **QUIET)
     larger = kdcache.evaluate(runs / "pad", WIDE, window="32x32", size="48x128", **QUIET)
-    assert larger == judged(runs / "pad", Framing("pad", (32, 32), None, (48, 128)), (48, 128))
-    assert kdcache.evaluate(runs / "pad", WIDE, **QUIET) == judged(runs / "pad", Framing("pad"))
+    assert larger.metrics == judged(runs / "pad", Framing("pad", (32, 32), None, (48, 128)), (48, 128))
+    assert kdcache.evaluate(runs / "pad", WIDE, **QUIET).metrics == judged(runs / "pad", Framing("pad"))
 
 
 def test_a_module_and_a_loaded_teacher_are_judged_alike(runs: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_module_and_a_loaded_teacher_are_judged_alike(runs: Path) -> None:
     module = {"size": (32, 32), **QUIET}
     assert kdcache.evaluate(loaded.model, split, fit="pad", **module) != kdcache.evaluate(loaded.model, split, **module)
     windows = kdcache.evaluate(loaded.model, split, window=(24, 32), **QUIET)
-    assert windows == judged(runs / "pad", Framing("squash", (24, 32)), (24, 32))
+    assert windows.metrics == judged(runs / "pad", Framing("squash", (24, 32)), (24, 32))
 
 
 def test_a_comparison_has_the_fit_and_the_windows(runs: Path) -> None:

@@ -111,7 +111,7 @@ def test_evaluations_are_kept_and_modules_are_judged(world: dict[str, Any]) -> N
     own = kdcache.evaluate(world["module"], SCENES, size=(32, 48), device="cpu", progress=False)
     assert own.segmentation is not None
     assert own.segmentation.miou >= 0
-    with pytest.raises(RecipeError, match="needs the size"):
+    with pytest.raises(RecipeError, match="Missing the size"):
         kdcache.evaluate(world["module"], SCENES, progress=False)
 
 

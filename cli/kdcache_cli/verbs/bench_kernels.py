@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from kdcache.progress import progress_bar
 from kdcache.settings.removed import FLAGS, removal
 from kdcache.settings.shared import MachineSettings
-from kdcache_cli.console import OUT, figure_table, progress_bar
+from kdcache_cli.console import OUT, figure_table
 from kdcache_cli.measuring import MISSING, GrowingResult, JsonFile, check_json, contestants, line, stages
 from kdcache_cli.settings import shared_flags
 

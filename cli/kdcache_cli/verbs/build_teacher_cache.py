@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from kdcache.progress import note_line
+from kdcache.progress import note_line, progress_bar
 from kdcache.settings import entries, read, read_values
 from kdcache.settings.building import BUILD
 from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import DataSettings
-from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar, warn
+from kdcache_cli.console import ERRORS, OUT, bytes_text, warn
 from kdcache_cli.help import common
 from kdcache_cli.settings import build_flags, shared_flags
 from kdcache_cli.settings.signature import given, takes

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from kdcache_cli.console import ERRORS, OUT, figure_table, progress_of_steps
+from kdcache_cli.console import ERRORS, OUT, figure_table
 from kdcache_cli.help import common
 from kdcache_cli.settings import compare_flags
 from kdcache_cli.settings.signature import takes
@@ -46,11 +46,9 @@ def compare(
     [dim]kdcache compare runs/ --teacher teacher --markdown comparison.md[/]
     """
     from kdcache.analysis import tables
-    from kdcache.analysis.compare import compare as compare_runs
+    from kdcache.verbs import compare as compare_runs
 
-    options = compare_flags.compare_options(settings)
-    with progress_of_steps("comparing") as report:
-        comparison = compare_runs(runs, settings["data"], settings["split"], options, report)
+    comparison = compare_runs(runs, **settings)
     _show(comparison)
     contents = (
         (markdown, tables.to_markdown),

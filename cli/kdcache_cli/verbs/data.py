@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kdcache_cli.console import OUT, histogram_table, progress_of_stages, warn
+from kdcache.progress import progress_of_stages
+from kdcache_cli.console import OUT, histogram_table, warn
 
 if TYPE_CHECKING:
     from kdcache.data import DepthReport, SplitReport

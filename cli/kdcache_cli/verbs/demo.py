@@ -12,8 +12,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from kdcache.progress import progress_bar, progress_of_steps
 from kdcache.settings.shared import MachineSettings
-from kdcache_cli.console import ERRORS, OUT, bytes_text, figure_table, progress_bar, progress_of_steps
+from kdcache_cli.console import ERRORS, OUT, bytes_text, figure_table
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from kdcache.settings.shared import JudgeSettings
 from kdcache_cli.console import OUT, bytes_text
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
+from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights
 
 
 def export(
@@ -40,12 +40,13 @@ def export(
 
     [dim]kdcache export runs/student --out student.onnx[/]
     """
-    from kdcache.models.export import export_model
+    from kdcache.verbs import export as export_model
 
-    model, description = open_model(run, size, weights, classes)
-    done = export_model(model, description, out, format=format, raw=raw, tolerance=tolerance)
+    done = export_model(
+        run, out, format=format, raw=raw, weights=weights, size=size, classes=classes, tolerance=tolerance
+    )
     free = ", ".join(done.free)
-    fixed = "" if len(done.free) == 3 else f" (traced at {description.size[0]}x{description.size[1]})"
+    fixed = "" if len(done.free) == 3 else f" (traced at {done.size[0]}x{done.size[1]})"
     OUT.print(f"[bold]{escape(str(done.path))}[/]  {done.format}, {bytes_text(done.size_bytes)}", highlight=False)
     if done.format != "safetensors":
         OUT.print(f"free axes   {free or 'none'}{fixed}", highlight=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kdcache_cli.console import OUT, figure_table, progress_of_steps
+from kdcache_cli.console import OUT, figure_table
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
@@ -48,15 +48,20 @@ def export_pseudo_labels(
     [dim]kdcache export-pseudo-labels street.zarr --out street-pseudo --quantile 0.5 --images[/]
     """
     from kdcache.metrics import percent
-    from kdcache.store import Records
     from kdcache.teacher.audit.audit import coverage_json
-    from kdcache.teacher.audit.pseudo_labels import Rule
-    from kdcache.teacher.audit.pseudo_labels import export_pseudo_labels as export
+    from kdcache.verbs import export_pseudo_labels as export
 
-    rule = Rule(threshold, quantile)
-    records = Records.open(shared_flags.open_place(store, cache_dir, cache_bytes), data, split)
-    with progress_of_steps("") as progress:
-        exported = export(records, out, rule, images=images, progress=progress)
+    exported = export(
+        store,
+        out,
+        threshold=threshold,
+        quantile=quantile,
+        images=images,
+        data=data,
+        split=split,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+    )
     _print(exported)
     if threshold is not None and exported.coverage.total_share < _LITTLE:
         OUT.print(

@@ -48,28 +48,21 @@ def inspect(
     [dim]kdcache inspect runs/student --card > runs/student/README.md[/]
     [dim]kdcache inspect camvid.zarr --teacher-report --out camvid-report[/]
     """
+    from kdcache import verbs
+
     if not teacher_report:
         _refuse_alone({"--data": data, "--split": split, "--out": out})
     if card:
         _refuse_beside_card({"--json": json, "--teacher-report": teacher_report})
-        _print_card(store, cache_dir, cache_bytes)
+        typer.echo(verbs.card(store, cache_dir=cache_dir, cache_bytes=cache_bytes), nl=False)
         return
     if teacher_report:
-        from kdcache_cli.verbs.inspect_teacher import report_teacher
+        from kdcache_cli.verbs.inspect_teacher import print_audit
 
-        report_teacher(shared_flags.open_place(store, cache_dir, cache_bytes), data, split, out, json)
+        audited = verbs.audit(store, data=data, split=split, out=out, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        print_audit(audited, json)
         return
-    from kdcache.run_folder import is_run
-    from kdcache.store import inspect_store
-
-    if is_run(Path(store)):
-        raise RecipeError(
-            "inspect shows what a store is, and with --card what a run is",
-            received=f"{store}, a run, without --card",
-            remedy="add --card; kdcache compare and report have its scores",
-        )
-
-    report = inspect_store(shared_flags.open_place(store, cache_dir, cache_bytes))
+    report = verbs.inspect(store, cache_dir=cache_dir, cache_bytes=cache_bytes)
     if json:
         typer.echo(json_module.dumps(report.to_json(), indent=1))
         return
@@ -84,20 +77,6 @@ def inspect(
         shape = "x".join(map(str, array.shape)) or "1"
         table.add_row(array.path, shape, array.dtype, bytes_text(array.bytes_on_disk), per_record, f"{array.ratio:.2f}")
     OUT.print(table)
-
-
-def _print_card(store: str, cache_dir: str | None, cache_bytes: str | None) -> None:
-    from kdcache.run_folder import Run, is_run
-    from kdcache.sharing import run_card, store_card
-    from kdcache.store import inspect_store
-
-    run = Path(store)
-    typer.echo(
-        run_card(Run.open(run))
-        if is_run(run)
-        else store_card(inspect_store(shared_flags.open_place(store, cache_dir, cache_bytes))),
-        nl=False,
-    )
 
 
 def _refuse_beside_card(flags: dict[str, bool]) -> None:

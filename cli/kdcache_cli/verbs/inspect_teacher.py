@@ -2,33 +2,22 @@
 
 import json as json_module
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
-from kdcache_cli.console import OUT, figure_table, progress_of_steps
+from kdcache_cli.console import OUT, figure_table
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    from kdcache.store.backend.base import Place
     from kdcache.teacher.audit.audit import Audit
     from kdcache.teacher.audit.depth_audit import RegressionAudit
+    from kdcache.verbs.inspect import Audited
 
 
-def report_teacher(place: "Place", data: str | None, split: str | None, out: Path | None, json: bool) -> None:
-    """Audit a store, write the report, print it (`json`: report.json instead)."""
-    from kdcache.store import Records
-    from kdcache.teacher.audit.figures import check_report_folder, write_report
-    from kdcache.teacher.audit.store_audit import audit_store
-
-    records = Records.open(place, data, split)
-    folder = out or _beside(place)
-    check_report_folder(folder)
-    with progress_of_steps("auditing the teacher") as progress:
-        audit = audit_store(records, progress=progress)
-        progress("drawing", 0, 1)
-        pictures = write_report(audit, records, folder)
+def print_audit(audited: "Audited", json: bool) -> None:
+    """Print an audit (`json`: report.json instead)."""
+    audit = audited.audit
     if json:
         typer.echo(json_module.dumps(audit.to_json(), indent=1))
         return
@@ -41,12 +30,7 @@ def report_teacher(place: "Place", data: str | None, split: str | None, out: Pat
         _print_regression(regression)
     if audit.parents:
         OUT.print(f"The teacher is a student of the store {', '.join(audit.parents)}", highlight=False)
-    OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")
-
-
-def _beside(place: "Place") -> Path:
-    name = str(place).rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr") + "-report"
-    return Path(name) if place.remote else place.folder.absolute().with_name(name)
+    OUT.print(f"\n[bold]{escape(str(audited.folder))}[/]: report.json and {len(audited.pictures)} pictures")
 
 
 def _print_classes(audit: "Audit") -> None:

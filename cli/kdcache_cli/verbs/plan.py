@@ -1,14 +1,13 @@
 """`kdcache plan`: what a build will cost, before it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcache.settings.building import BUILD
-from kdcache_cli.console import ERRORS, OUT, bytes_text, figure_table, progress_of_stages
+from kdcache_cli.console import ERRORS, OUT, bytes_text, figure_table
 from kdcache_cli.help import common
 from kdcache_cli.settings import build_flags
 from kdcache_cli.settings.signature import takes
@@ -59,39 +58,29 @@ def plan(
     [dim]kdcache plan --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache plan --data ade20k --teacher runs/b5 --views 4 --student kdcache:tiny --epochs 50[/]
     """
-    from kdcache.teacher.build import disk as disks
-    from kdcache.teacher.build.cost_estimate import estimate, student_seconds
+    from kdcache.verbs import plan as plan_build
 
-    if measure_disk:
-        disks.check_local(out)
-    source, loaded, build_options = build_flags.prepare(settings)
-    learning = None if student is None else student_seconds(student, len(source.classes), build_options)
-    with progress_of_stages() as progress:
-        estimated = estimate(source, loaded, build_options, records=records, progress=progress)
-        disk = disks.measure_disk(out, progress=progress) if measure_disk else None
-    bound = None if disk is None else disks.bound_of(estimated, disk, build_options.render_threads)
-    free = _free_bytes(out)
-    _print_settings(estimated)
-    _print_time(estimated)
-    if disk is not None and bound is not None:
-        _print_disk(disk, bound)
-    if learning is not None:
-        _print_training(estimated, str(student), learning, epochs)
-    _print_room(estimated, free, out)
+    data, teacher = settings.pop("data"), settings.pop("teacher")
+    planned = plan_build(
+        data,
+        teacher,
+        out=out,
+        measure_disk=measure_disk,
+        records=records,
+        student=student,
+        epochs=epochs,
+        **settings,
+    )
+    _print_settings(planned.estimate)
+    _print_time(planned.estimate)
+    if planned.disk is not None and planned.bound is not None:
+        _print_disk(planned.disk, planned.bound)
+    if planned.student is not None:
+        _print_training(planned.estimate, planned.student, planned.student_seconds, epochs)
+    _print_room(planned.estimate, planned.free, out)
     OUT.print(ADVICE)
     if json_file is not None:
-        content = {"data": settings["data"], "teachers": settings["teacher"], **estimated.to_json(), "free_bytes": free}
-        if disk is not None and bound is not None:
-            content["disk"] = bound.to_json(disk)
-        if learning is not None:
-            live, cached = estimated.training_seconds(epochs, learning)
-            content["training"] = {
-                "student": student,
-                "epochs": epochs,
-                "student_seconds_per_image": learning,
-                "live_seconds": live,
-                "cached_seconds": cached,
-            }
+        content = {"data": data, "teachers": teacher, **planned.to_json()}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -180,14 +169,6 @@ def _print_room(estimate: "Estimate", free: int | None, out: str) -> None:
             f"[bold red]It will not fit[/]: {bytes_text(estimate.chosen.bytes)} are needed, {bytes_text(free)} are "
             f"free at {out}. Take a smaller setting of the table, or another disk with --out."
         )
-
-
-def _free_bytes(out: str) -> int | None:
-    """Free bytes of the disk that a path would be on; None for an address."""
-    if "://" in out:
-        return None
-    path = Path(out).absolute()
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 
 
 def _time(seconds: float) -> str:

@@ -6,11 +6,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kdcache.errors import RecipeError
 from kdcache.settings.shared import ImageSettings, JudgeSettings, MachineSettings
-from kdcache_cli.console import OUT, figure_table, progress_bar
+from kdcache_cli.console import OUT, figure_table
 from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
+from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights
 
 
 def predict(
@@ -44,52 +43,28 @@ def predict(
     [dim]kdcache predict runs/student photos --out predicted[/]
     [dim]kdcache predict runs/student photos --window 512x512 --stride 341x341 --out predicted[/]
     """
-    from kdcache.analysis.predict import (
-        DEPTH_COLOURS,
-        DEPTHS,
-        LABELS,
-        OVERLAYS,
-        PredictOptions,
-        find_images,
-        predict_images,
-    )
-    from kdcache.data import DEPTH, SEGMENTATION, ClassList
-    from kdcache.models.run import split_spec
+    from kdcache.verbs import predict as predict_images
 
-    seen = {"fit": fit, "window": window, "stride": stride, "size": size}
-    shared_flags.parse_framing(seen)  # what is wrong is refused before the model is read
-    where = shared_flags.use_machine(threads, device)
-    options = PredictOptions(depth_format or "png")
-    inputs = find_images(images)
-    model, description = open_model(run, size or (window if split_spec(run) else None), weights, classes)
-    framing = shared_flags.parse_framing(seen, description.fit)
-    has_depth, has_classes = DEPTH in model.learnt_heads, SEGMENTATION in model.learnt_heads
-    if depth_format is not None and not has_depth:
-        raise RecipeError(
-            "--depth-format is for a model with a depth head",
-            received=f"{run}, which has {', '.join(model.learnt_heads)}",
-            remedy="leave it out, or give a model that predicts depth, such as one trained as MODEL+depth",
-        )
-    named = ClassList(description.class_names, description.class_colours)
-    with progress_bar() as bar:
-        task = bar.add_task("predicting", total=len(inputs), note="")
-        pixels_C = predict_images(
-            model,
-            named,
-            inputs,
-            out,
-            description.size,
-            device=where,
-            batch_size=batch_size,
-            options=options,
-            framing=framing,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    if has_classes:
+    done = predict_images(
+        run,
+        images,
+        out,
+        depth_format=depth_format,
+        weights=weights,
+        size=size,
+        fit=fit,
+        window=window,
+        stride=stride,
+        classes=classes,
+        batch_size=batch_size,
+        threads=threads,
+        device=device,
+    )
+    if done.pixels:
         table = figure_table("class", "pixels %")
-        for number in sorted(range(len(named)), key=lambda number: -pixels_C[number]):
-            table.add_row(named.names[number], f"{100 * pixels_C[number] / pixels_C.sum():.2f}")
+        for name, pixels in done.pixels.items():
+            table.add_row(name, f"{100 * pixels / sum(done.pixels.values()):.2f}")
         OUT.print(table)
-    folders = [LABELS, OVERLAYS] * has_classes + [DEPTHS, DEPTH_COLOURS] * has_depth
-    written = ", ".join(escape(f"{out}/{folder}") for folder in folders)
-    OUT.print(f"[bold]{len(inputs)}[/] images: {written}", highlight=False)
+    OUT.print(
+        f"[bold]{done.images}[/] images: {', '.join(escape(str(path)) for path in done.folders)}", highlight=False
+    )

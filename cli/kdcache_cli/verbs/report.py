@@ -3,18 +3,14 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
 
-from kdcache.errors import RecipeError
-from kdcache_cli.console import OUT, bytes_text, progress_of_steps
+from kdcache_cli.console import OUT, bytes_text
 from kdcache_cli.help import common
 from kdcache_cli.settings import compare_flags
 from kdcache_cli.settings.signature import takes
-
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    from kdcache.analysis.visualise import Drawing
 
 _Option = typer.Option
 
@@ -87,21 +83,22 @@ def report(
     [dim]kdcache report runs/ --teacher teacher --out report.html[/]
     [dim]kdcache report runs/ --teacher teacher --baseline none --draw paper --layout row --format pdf[/]
     """
-    from kdcache.analysis.report import ReportOptions, make_report
-    from kdcache.analysis.report.build import SAMPLES
     from kdcache.analysis.report.summary import headline
+    from kdcache.verbs import report as make_report
 
-    options = ReportOptions(
-        compare_flags.compare_options(settings),
-        title,
-        SAMPLES if num is None else num,
-        tuple(audit or ()),
-        _drawing(draw, num, layout, formats),
-        figure,
-        _command(),
+    comparison = make_report(
+        runs,
+        out,
+        title=title,
+        num=num,
+        draw=draw,
+        layout=layout,
+        format=formats,
+        audit=audit or (),
+        figure=figure,
+        command=_command(),
+        **settings,
     )
-    with progress_of_steps("comparing") as shown:
-        comparison = make_report(runs, settings["data"], settings["split"], out, options, shown)
     answer, sentence, _ = headline(comparison)
     if comparison.banner is not None:
         OUT.print(comparison.banner, style="yellow", markup=False, highlight=False)
@@ -109,28 +106,6 @@ def report(
     OUT.print(f"{out}: {bytes_text(out.stat().st_size)}", markup=False, highlight=False)
     if draw is not None:
         OUT.print(f"{draw}: {sum(1 for _ in draw.rglob('*.png'))} pictures", markup=False, highlight=False)
-
-
-def _drawing(draw: Path | None, num: int | None, layout: str | None, formats: str | None) -> "Drawing | None":
-    """Return the folder of pictures. Raises: RecipeError for settings of pictures without one, and for wrong ones."""
-    from kdcache.analysis.visualise import Drawing
-    from kdcache.metrics.figures import Layout, check_formats
-
-    given = {"--layout": layout, "--format": formats}
-    if draw is None and (unused := [flag for flag, value in given.items() if value is not None]):
-        raise RecipeError(
-            f"Cannot use {' and '.join(unused)} without --draw",
-            received="no folder of pictures",
-            remedy="Add --draw DIR, or leave these out.",
-        )
-    if layout not in (None, *get_args(Layout)):
-        raise RecipeError(f"Unknown --layout {layout}", received="grid or row", remedy="Use row.")
-    if draw is None:
-        return None
-    names = [name.strip() for name in (formats or "png").split(",")]
-    return Drawing(
-        draw, Drawing.num if num is None else num, cast("Layout", layout or Drawing.layout), check_formats(names)
-    )
 
 
 def _command() -> str | None:

@@ -7,11 +7,11 @@ import typer
 from rich.markup import escape
 
 from kdcache.settings.shared import MachineSettings
-from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
+from kdcache_cli.console import OUT, bytes_text
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:
-    from kdcache.store.backend.base import Place
+    from kdcache.verbs.verify import Verified
 
 _Option = typer.Option
 
@@ -44,39 +44,60 @@ def verify(
     Exits with 1 when a file is damaged, the data have changed or the teacher is
     another, with 2 when the seal is not the one that was published.
     """
-    from kdcache.data import ClassList
-    from kdcache.store import Records, read_manifest, verify_files
     from kdcache.store.format.eight_bits import describe
-    from kdcache.teacher import compare_teacher, load_like
-    from kdcache.training import pick_device
+    from kdcache.verbs import verify as verify_cache
 
-    place = shared_flags.open_place(store, cache_dir, cache_bytes)
-    with progress_bar() as bar:
-        task = bar.add_task("checking files", total=None, note="")
-        report = verify_files(place, lambda done, total: bar.update(task, completed=done, total=total), seal=seal)
+    done = verify_cache(
+        store,
+        teacher=teacher,
+        records=records,
+        seal=seal,
+        data=data,
+        split=split,
+        class_map=class_map,
+        device=device,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+    )
+    report = done.files
     OUT.print(f"{report.files} files, {bytes_text(report.bytes)} of shards: ", end="")
     OUT.print("[green]as written[/]" if not report.damaged else f"[red]{len(report.damaged)} damaged[/]")
     for name in report.damaged:
-        OUT.print(f"  [red]damaged[/] {escape(place.describe(name))}")
-    if report.damaged:
+        OUT.print(f"  [red]damaged[/] {escape(done.place.describe(name))}")
+    if done.manifest is None:
         OUT.print(report.fix)
         raise typer.Exit(1)
     OUT.print(f"seal {report.seal}" + (", as published" if seal else ""), highlight=False, soft_wrap=True)
-    manifest = read_manifest(place)
-    for line in describe(manifest.features, manifest.feature_fidelity):
+    for line in describe(done.manifest.features, done.manifest.feature_fidelity):
         OUT.print(f"features at the build: {line}", markup=False)
-    same_data = data is None or _check_data(place, data, split)
-    if not teacher:
-        if not same_data:
-            raise typer.Exit(1)
+    _print_data(done)
+    _print_agreement(done)
+    if not done:
+        raise typer.Exit(1)
+
+
+def _print_data(done: "Verified") -> None:
+    from kdcache.store import renewal
+
+    if (changes := done.changes) is None:
         return
-    dataset = manifest.dataset
-    classes = ClassList(dataset.class_names, dataset.class_colours)
-    classified = manifest.segmentation is not None
-    loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map, classified=classified)
-    for note in loaded.notes:
-        warn(note)
-    agreement = compare_teacher(Records.open(place, data, split), loaded, pick_device(device), records)
+    for note in changes.notes():
+        OUT.print(f"note: {note}", markup=False)
+    if changes:
+        OUT.print(f"[red]the data set has changed since the build:[/] {escape(changes.describe())}")
+        OUT.print(f"to renew the cache: {renewal(done.place, done.data)}", markup=False, soft_wrap=True)
+    elif changes.recorded:
+        OUT.print(f"[green]the data set is what the cache was built from:[/] {done.samples} samples compared")
+    else:
+        OUT.print(f"the {done.samples} sample ids and the classes are the cache's")
+
+
+def _print_agreement(done: "Verified") -> None:
+    from kdcache.store.format.eight_bits import describe
+
+    agreement, manifest = done.agreement, done.manifest
+    if agreement is None or manifest is None:
+        return
     for line in agreement.fingerprint:
         OUT.print(f"  [red]another teacher[/] {escape(line)}")
     for name in agreement.drifted:
@@ -96,29 +117,3 @@ def verify(
         if agreement.ok
         else "[red]the store does not hold the targets of this teacher[/]"
     )
-    if not (agreement.ok and same_data):
-        raise typer.Exit(1)
-
-
-def _check_data(place: "Place", data: str, split: str | None) -> bool:
-    """Print whether a data set is what a cache was built from, and return it. Every file is read."""
-    from kdcache.data import open_split
-    from kdcache.store import data_changes, open_cache, renewal
-
-    cache = open_cache(place)
-    source = open_split(data, split or cache.manifest.dataset.split)
-    with progress_bar() as bar:
-        task = bar.add_task("comparing the data set", total=None, note="")
-        changes = data_changes(
-            cache, source, indexed=False, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    for note in changes.notes():
-        OUT.print(f"note: {note}", markup=False)
-    if changes:
-        OUT.print(f"[red]the data set has changed since the build:[/] {escape(changes.describe())}")
-        OUT.print(f"to renew the cache: {renewal(cache.place, source.data)}", markup=False, soft_wrap=True)
-    elif changes.recorded:
-        OUT.print(f"[green]the data set is what the cache was built from:[/] {len(source)} samples compared")
-    else:
-        OUT.print(f"the {len(source)} sample ids and the classes are the cache's")
-    return not changes

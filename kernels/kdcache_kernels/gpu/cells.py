@@ -1,11 +1,10 @@
 """The fast Triton kernel for strides 2, 4 and 8: one lane owns one bilinear cell, S x S pixels between four corners.
 
 A loop over the classes runs twice, for the sums of the softmaxes and for the gradient. Each turn reads a class's four
-corners, of the student and of the target, and does all pixels of the cell from them (`surface`); sums and
-factors of the pixels stay in registers, nothing of size C is held, and no class is padded. Normalised logits make a
-maximum per pixel unnecessary while their range stays below 80 nats, which the route guarantees. Compiled for sm_90,
-at T = 2, a class of a pixel costs 23 instructions at S = 4 and 8 and 52 at S = 2, a quarter more where the warp holds
-a label of that class; a pixel costs 96 to 155 more, once. At S = 4 and 21 classes these are 28 per class and pixel.
+corners, of the student and of the target, and does all pixels of the cell from them (`surface`). Sums and factors of
+the pixels stay in registers. Nothing of size C is held, and no class is padded. Normalised logits make a maximum per
+pixel unnecessary while their range stays below 80 nats, which the route guarantees. Compiled for sm_90 at T = 2, S = 4
+and 21 classes, a class of a pixel costs 28 instructions (`benchmarks/results/sass-sm90.md`).
 
 The image is cut into strips of `rows` rows of cells. A strip's w + 1 columns of cells are w + 1 neighbouring lanes,
 each of which walks down its strip; the strips of an image follow each other, so that a program's NC lanes are full
@@ -23,8 +22,8 @@ its bits depend on neither `rows` nor NC.
 
 Legend: B batch, C classes, h w student's size, ht wt target's size, S stride, NC lanes of a program, ROWS pixel rows
 done in a turn (S = 8 does 2 of its 8, so that the values per pixel fit the registers), GROUPS = S / ROWS turns for a
-row of cells. Row i of cells, -1 to h - 1, lies between rows i and i + 1 of logits, clamped; so do columns. (s_first,
-s_step) and (t_first, t_step): how the pixels of a row of a cell lie between its corners, see `interpolation`.
+row of cells. Row i of cells, -1 to h - 1, lies between rows i and i + 1 of logits, clamped; so do columns. `s_first`,
+`s_step` and `t_first`, `t_step`: where pixels lie between the corners of their cell, see `interpolation`.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,158 @@
+"""`kdcache.copy`: a cache into another place, codec or part."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import RecipeError
+from kdcache.progress import progress_bar, progress_of
+from kdcache.settings import entries
+from kdcache.settings.building import BuildSettings
+from kdcache.settings.validate import read_value, wording_of
+from kdcache.sharing import HubAddress, PushResult, hub_address, opened, push_store
+from kdcache.store import (
+    Cache,
+    CopyChanges,
+    CopyResult,
+    Fidelity,
+    Manifest,
+    Worker,
+    copy_store,
+    open_cache,
+    spread_samples,
+    store_exists,
+    summarise,
+    worker_of,
+)
+from kdcache.store.copy import rounds
+from kdcache.teacher import copied_fidelity
+from kdcache.verbs.places import copies_of, place_of
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What was copied.
+
+    Attributes:
+        destination: where to.
+        source: the manifest of the cache that was copied.
+        changes: what is different in the copy.
+        worker: this process's part of the copy.
+        result: what was copied to a folder or an object store, None onto the Hub.
+        pushed: what was copied onto the Hub.
+        bytes, source_bytes: of the copy and of the source on disk. 0 until the copy is complete, and onto the Hub.
+    """
+
+    destination: str
+    source: Manifest
+    changes: CopyChanges
+    worker: Worker
+    result: CopyResult | None = None
+    pushed: PushResult | None = None
+    bytes: int = 0
+    source_bytes: int = 0
+
+
+def copy(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    codec: str | None = None,
+    shard_records: int | None = None,
+    samples: int | None = None,
+    features: str | Iterable[str] | None = None,
+    feature_dtype: str | None = None,
+    pixels: str | None = None,
+    license: str | None = None,
+    private: bool = False,
+    worker: str | None = None,
+    take_over: bool = False,
+    cache_dir: str | Path | None = None,
+    cache_bytes: Any = None,
+    progress: bool = True,
+) -> Copied:
+    """Copy a cache to another disk, object store or the Hub, into another codec or in part, as `kdcache copy` does.
+
+        kdcache.copy("camvid.zarr", "s3://bucket/camvid.zarr")
+        kdcache.copy("ade20k.zarr", "tenth.zarr", samples=2000, features=())
+
+    Interrupted, the same call continues.
+
+    Args:
+        source: a complete cache: a folder, s3://BUCKET/PREFIX or hf://datasets/USER/NAME.
+        destination: new folder or address, or an unfinished copy.
+        codec, shard_records, feature_dtype: as at the build. Default: the source's.
+        samples: only so many, evenly spread over the source.
+        features: only these taps. Empty for none, default all.
+        pixels: "source" leaves out images and labels, which is the default onto the Hub.
+        license, private: of a copy on the Hub.
+        worker, take_over: as of `kdcache.build_cache`.
+        cache_dir, cache_bytes: the folder for copies of a remote cache's files, and its room.
+        progress: shows a bar, or lines where there is no terminal.
+    Raises: KDCacheError of every kind.
+    """
+    wording, choices = wording_of("copy"), entries(BuildSettings)
+    folder, room = copies_of(cache_dir, cache_bytes, "copy")
+    address = hub_address(str(destination))
+    _check(address, license, private, worker, take_over)
+    part = worker_of(worker, take_over)
+    chosen = {
+        name: None if value is None else read_value(choices[name], value, wording)
+        for name, value in {"codec": codec, "feature_dtype": feature_dtype, "pixels": pixels}.items()
+    }
+    names = features.split(",") if isinstance(features, str) else features
+    with opened(str(source), cache_dir=folder, cache_bytes=room, progress=progress) as cache:
+        changes = CopyChanges(
+            shard_records=shard_records,
+            samples=None if samples is None else spread_samples(cache, samples),
+            features=None if names is None else tuple(tap for tap in names if tap),
+            **chosen,
+        )
+        if address is not None:
+            pushed = push_store(
+                cache,
+                address,
+                changes,
+                licence=license,
+                private=private,
+                fidelity=_fidelity(cache, changes),
+                cache_dir=folder,
+                progress=progress,
+            )
+            return Copied(str(address), cache.manifest, changes, part, pushed=pushed)
+        begun = store_exists(destination)  # a copy that was begun has its figures
+        with progress_bar(progress) as bar:
+            result = copy_store(
+                cache,
+                destination,
+                changes,
+                fidelity=None if begun else _fidelity(cache, changes),
+                worker=part,
+                progress=progress_of(bar, part.describe("copying")),
+            )
+        if not result.complete:
+            return Copied(str(destination), cache.manifest, changes, part, result)
+        written = summarise(open_cache(place_of(destination, cache_dir, cache_bytes, "copy")))
+        sizes = written.bytes_on_disk, summarise(cache).bytes_on_disk
+        return Copied(str(destination), cache.manifest, changes, part, result, None, *sizes)
+
+
+def _check(address: HubAddress | None, license: str | None, private: bool, worker: str | None, take_over: bool) -> None:
+    """Refuse settings that belong to another kind of place. Raises: RecipeError."""
+    wording = wording_of("copy")
+    on_hub = {wording.setting("license"): license is not None, wording.setting("private"): private}
+    elsewhere = {wording.setting("worker"): worker is not None, wording.setting("take_over"): take_over}
+    wrong = [name for name, present in (on_hub if address is None else elsewhere).items() if present]
+    if wrong:
+        place = "to a folder or an object store" if address is None else "onto the Hub"
+        raise RecipeError(
+            f"Cannot use {' and '.join(wrong)} for a copy {place}", fix=f"Leave {' and '.join(wrong)} out."
+        )
+
+
+def _fidelity(cache: Cache, changes: CopyChanges) -> Fidelity | None:
+    """Return what a copy that rounds loses. None for any other."""
+    if not rounds(cache.manifest, changes.codec):
+        return None
+    return copied_fidelity(cache, changes.codec)

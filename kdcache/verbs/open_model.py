@@ -1,0 +1,49 @@
+"""The model that a verb uses: a run, or SPEC@FILE."""
+
+from pathlib import Path
+
+from kdcache.analysis.runs import unnamed_classes
+from kdcache.data.classes import read_classes
+from kdcache.errors import RecipeError
+from kdcache.models import SegmentationModel, not_logits
+from kdcache.models import run as runs
+from kdcache.progress import warn
+from kdcache.run_folder import Run, RunModel
+from kdcache.settings import entries
+from kdcache.settings.shared import ImageSettings, JudgeSettings
+from kdcache.settings.validate import read_value, wording_of
+
+
+def open_model(
+    model: str | Path | Run,
+    size: object,
+    weights: str,
+    classes: str | Path | None,
+    verb: str,
+    window: object = None,
+) -> tuple[SegmentationModel, RunModel]:
+    """Return a model and its description. Warn of what its file of weights lacks and of outputs that are no logits.
+
+    Args:
+        size, window: (H, W), or a text such as "288x384". A window is the size of SPEC@FILE without one.
+        classes: folder with classes.txt, the class names of SPEC@FILE.
+        verb: name of the function, for errors.
+    Raises: RecipeError for no model, no size, or classes of a run. ModelError, MismatchError.
+    """
+    wording, text = wording_of(verb), str(model)
+    which = read_value(entries(JudgeSettings)["weights"], weights, wording)
+    named = None if classes is None else read_classes(Path(classes))
+    alone = runs.split_spec(text) is not None
+    if named is not None and not alone:
+        raise RecipeError(
+            f"Cannot give classes to the run {text}: it has its own", fix=f"Leave out {wording.setting('classes')}."
+        )
+    asked = read_value(entries(ImageSettings)["size"], size or (window if alone else None), wording)
+    opened, description = runs.open_model(text, named or unnamed_classes, asked, which)
+    if named is not None:
+        description.check_classes(named.names, str(classes))
+    for note in () if opened.load_report is None else opened.load_report.notes:
+        warn(note)
+    if (finding := not_logits(opened, description.size)) is not None:
+        warn(f"{text} {finding.text}: {finding.fix}")
+    return opened, description

@@ -1,0 +1,108 @@
+"""`kdcache.plan`: what a build will cost, before it."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdcache.data import Split
+from kdcache.progress import progress_of_stages, say
+from kdcache.settings.building import BuildSettings, TeacherSettings
+from kdcache.settings.shared import ImageSettings, MachineSettings
+from kdcache.teacher import Teacher
+from kdcache.teacher.build import disk as disks
+from kdcache.teacher.build.cost_estimate import Estimate, estimate, student_seconds
+from kdcache.verbs.build import check_views, plan_build
+from kdcache.verbs.keywords import checked, keywords, open_data
+
+TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a build would cost.
+
+    Attributes:
+        estimate: bytes, files and seconds of the build, and of others that differ in one setting.
+        free: bytes that are free where it would go. None if that is not known.
+        disk, bound: the rate of that disk, and what bounds the build. None if the disk was not measured.
+        student: a student whose training was estimated. epochs: for so long.
+        student_seconds: its time per image, forward and backward.
+    """
+
+    estimate: Estimate
+    free: int | None
+    disk: disks.DiskRate | None = None
+    bound: disks.Bound | None = None
+    student: str | None = None
+    epochs: int = 0
+    student_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, as --json writes them."""
+        content = {**self.estimate.to_json(), "free_bytes": self.free}
+        if self.disk is not None and self.bound is not None:
+            content["disk"] = self.bound.to_json(self.disk)
+        if self.student is not None:
+            live, cached = self.estimate.training_seconds(self.epochs, self.student_seconds)
+            content["training"] = {
+                "student": self.student,
+                "epochs": self.epochs,
+                "student_seconds_per_image": self.student_seconds,
+                "live_seconds": live,
+                "cached_seconds": cached,
+            }
+        return content
+
+
+@keywords(*TABLES)
+def plan(
+    data: str | Path | Split,
+    teacher: str | Path | nn.Module | Teacher | Sequence[str],
+    *,
+    out: str | Path = ".",
+    split: str | None = None,
+    measure_disk: bool = False,
+    records: int = 16,
+    student: str | None = None,
+    epochs: int = 100,
+    progress: bool = True,
+    **settings: Any,
+) -> Planned:
+    """Estimate what `kdcache.build_cache` would cost: bytes, files, hours, as `kdcache plan` does.
+
+        print(kdcache.plan("camvid", "runs/teacher").estimate.chosen.bytes)
+
+    Args:
+        data, teacher, split, settings: as of `kdcache.build_cache`.
+        out: where the cache would go.
+        measure_disk: writes at most 2 GB to that disk and deletes them.
+        records: how many the estimate is measured on.
+        student, epochs: a model whose training is estimated too.
+        progress: shows bars, or lines where there is no terminal.
+    Raises: KDCacheError of every kind.
+    """
+    check_views(settings)
+    chosen = checked(plan, settings, *TABLES)
+    if measure_disk:
+        disks.check_local(str(out))
+    source, loaded, options = plan_build(
+        open_data(data, split), teacher, chosen, None, lambda text: say(text, shown=progress)
+    )
+    learning = 0.0 if student is None else student_seconds(student, len(source.classes), options)
+    with progress_of_stages(progress) as report:
+        estimated = estimate(source, loaded, options, records=records, progress=report)
+        disk = disks.measure_disk(str(out), progress=report) if measure_disk else None
+    bound = None if disk is None else disks.bound_of(estimated, disk, options.render_threads)
+    return Planned(estimated, _free_bytes(str(out)), disk, bound, student, epochs, learning)
+
+
+def _free_bytes(out: str) -> int | None:
+    """Free bytes of the disk that a path would be on; None for an address."""
+    if "://" in out:
+        return None
+    path = Path(out).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free

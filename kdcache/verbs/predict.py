@@ -1,0 +1,107 @@
+"""`kdcache.predict`: classes and depth of images of no data set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.analysis.predict import (
+    DEPTH_COLOURS,
+    DEPTHS,
+    LABELS,
+    OVERLAYS,
+    PredictOptions,
+    find_images,
+    predict_images,
+)
+from kdcache.data import DEPTH, SEGMENTATION, ClassList
+from kdcache.errors import RecipeError
+from kdcache.metrics import Framing
+from kdcache.progress import progress_bar, progress_of
+from kdcache.run_folder import Run
+from kdcache.settings.shared import ImageSettings, JudgeSettings, MachineSettings
+from kdcache.settings.validate import read, wording_of
+from kdcache.verbs.open_model import open_model
+from kdcache.verbs.places import use_machine
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a prediction wrote.
+
+    Attributes:
+        images: how many.
+        pixels: number of pixels by class name, the most frequent first. Empty without classes.
+        folders: what was written.
+    """
+
+    images: int
+    pixels: dict[str, int]
+    folders: tuple[Path, ...]
+
+
+def predict(
+    model: str | Path | Run,
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    depth_format: str | None = None,
+    weights: str = JudgeSettings.weights,
+    size: Any = None,
+    fit: str = ImageSettings.fit,
+    window: Any = None,
+    stride: Any = None,
+    classes: str | Path | None = None,
+    batch_size: int = 4,
+    threads: int = MachineSettings.threads,
+    device: str = MachineSettings.device,
+    progress: bool = True,
+) -> Predicted:
+    """Write what a model predicts for images that are in no data set, as `kdcache predict` does.
+
+        kdcache.predict("runs/student", "photos", "predicted")
+
+    Args:
+        model: a run, or SPEC@FILE.
+        images: files, folders (with all below) or patterns.
+        out: new or empty folder for labels/, overlays/ and depth/.
+        depth_format: png (16 bits, its unit in depth.toml, the default) or npy (float32).
+        weights: which of a run's weights.
+        size, fit, window, stride: how the model sees the image, as in `evaluate`.
+        classes: folder with classes.txt, the class names of SPEC@FILE.
+        progress: shows a bar, or lines where there is no terminal.
+    Raises: KDCacheError of every kind.
+    """
+    wording = wording_of("predict")
+    seen = {"fit": fit, "window": window, "stride": stride, "size": size}
+    framed = read(ImageSettings, seen, wording), read(JudgeSettings, seen, wording)
+    Framing.of(*framed)  # what is wrong is refused before the model is read
+    where = use_machine(threads, device)
+    options = PredictOptions(depth_format or "png")
+    inputs = find_images([str(images)] if isinstance(images, str | Path) else [str(one) for one in images])
+    opened, description = open_model(model, size, weights, classes, "predict", window)
+    heads = opened.learnt_heads
+    if depth_format is not None and DEPTH not in heads:
+        raise RecipeError(
+            f"Cannot use {wording.setting('depth_format')}: {model} has no depth head, only {', '.join(heads)}",
+            fix="Leave it out, or give a model that predicts depth, such as one trained as MODEL+depth.",
+        )
+    named = ClassList(description.class_names, description.class_colours)
+    with progress_bar(progress) as bar:
+        pixels_C = predict_images(
+            opened,
+            named,
+            inputs,
+            out,
+            description.size,
+            device=where,
+            batch_size=batch_size,
+            options=options,
+            framing=Framing.of(*framed, description.fit),
+            progress=progress_of(bar, "predicting"),
+        )
+    order = sorted(range(len(named)), key=lambda number: -pixels_C[number])
+    pixels = {named.names[number]: int(pixels_C[number]) for number in order} if SEGMENTATION in heads else {}
+    folders = [LABELS, OVERLAYS] if SEGMENTATION in heads else []
+    folders += [DEPTHS, DEPTH_COLOURS] if DEPTH in heads else []
+    return Predicted(len(inputs), pixels, tuple(Path(out) / folder for folder in folders))

@@ -1,0 +1,49 @@
+"""`kdcache.export_pseudo_labels`: the teacher's confident predictions as label files."""
+
+from pathlib import Path
+from typing import Any
+
+from kdcache.data import Split
+from kdcache.progress import progress_of_steps
+from kdcache.store import Cache, Records, open_cache
+from kdcache.teacher.audit.pseudo_labels import Exported, Rule
+from kdcache.teacher.audit.pseudo_labels import export_pseudo_labels as export
+from kdcache.verbs.places import place_of
+
+
+def export_pseudo_labels(
+    cache: str | Path | Cache,
+    out: str | Path,
+    *,
+    threshold: float | None = None,
+    quantile: float | None = None,
+    images: bool = False,
+    data: str | Path | Split | None = None,
+    split: str | None = None,
+    cache_dir: str | Path | None = None,
+    cache_bytes: Any = None,
+    progress: bool = True,
+) -> Exported:
+    """Write the teacher's classes as labels, 255 where it is not confident, as `kdcache export-pseudo-labels` does.
+
+        kdcache.export_pseudo_labels("camvid.zarr", "camvid-pseudo", threshold=0.7)
+
+    Args:
+        out: data folder. An interrupted export is continued.
+        threshold: keep pixels whose probability is at least this, in (0, 1).
+        quantile: keep this share of every class, its surest pixels, in (0, 1).
+        images: write the images at view size, too.
+        data, split: the data set, to compare with its labels. Default: the cache's labels and split.
+        cache_dir, cache_bytes: the folder for copies of a remote cache, and its room.
+        progress: shows a bar, or lines where there is no terminal.
+    Raises: KDCacheError of every kind.
+    """
+    rule = Rule(threshold, quantile)
+    place = place_of(cache, cache_dir, cache_bytes, "export_pseudo_labels")
+    records = (
+        Records(open_cache(place), data)
+        if isinstance(data, Split)
+        else Records.open(place, None if data is None else str(data), split)
+    )
+    with progress_of_steps("", progress) as report:
+        return export(records, Path(out), rule, images=images, progress=report)

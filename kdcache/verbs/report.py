@@ -1,0 +1,90 @@
+"""`kdcache.report`: runs side by side as a page to read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.report import ReportOptions, make_report
+from kdcache.analysis.report.build import SAMPLES
+from kdcache.analysis.visualise import Drawing
+from kdcache.data import Split
+from kdcache.errors import RecipeError, suggest
+from kdcache.metrics.figures import Layout, check_formats
+from kdcache.progress import progress_of_steps
+from kdcache.run_folder import Run
+from kdcache.settings.validate import wording_of
+from kdcache.verbs.compare import TABLES, options_of, places_of
+from kdcache.verbs.keywords import checked, keywords
+
+
+@keywords(*TABLES)
+def report(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    out: str | Path = "report.html",
+    *,
+    data: str | Path | Split | None = None,
+    split: str | None = None,
+    teacher: str | Path | Run | None = None,
+    title: str | None = None,
+    num: int | None = None,
+    draw: str | Path | None = None,
+    layout: str | None = None,
+    format: str | None = None,
+    audit: Sequence[str | Path] = (),
+    figure: str | Path | None = None,
+    command: str | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Write one HTML page of a comparison, as `kdcache report` does. Return the comparison.
+
+        kdcache.report(["runs/none", "runs/dist"], "report.html", teacher="runs/teacher")
+
+    Args:
+        runs, data, split, teacher: as of `kdcache.compare`.
+        out: the page, an .html file. One that is there is replaced.
+        title: default: of the data's name.
+        num: best and worst images. Default 3, with `draw` 10 of each run.
+        draw: a folder for pictures, curves and matrices as files.
+        layout: panels of `draw`: grid or row.
+        format: formats of `draw` beside PNG, such as "png,pdf".
+        audit: report.json files of inspect --teacher-report.
+        figure: a PNG to show, such as the curve of a sweep.
+        command: what the page says that it was made by.
+        progress: shows a bar, or lines where there is no terminal.
+        settings: as of `kdcache.compare`.
+    Raises: KDCacheError of every kind.
+    """
+    chosen = checked(report, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
+    texts, place, split = places_of(runs, data, split)
+    options = ReportOptions(
+        options_of(chosen),
+        title,
+        SAMPLES if num is None else num,
+        tuple(map(Path, audit)),
+        _drawing(draw, num, layout, format),
+        None if figure is None else Path(figure),
+        command,
+    )
+    with progress_of_steps("comparing", progress) as shown:
+        return make_report(texts, place, split, Path(out), options, shown)
+
+
+def _drawing(draw: str | Path | None, num: int | None, layout: str | None, formats: str | None) -> Drawing | None:
+    """Return the folder of pictures. Raises: RecipeError for settings of pictures without one, and for wrong ones."""
+    wording, given = wording_of("report"), {"layout": layout, "format": formats}
+    if draw is None and (unused := [wording.setting(name) for name, value in given.items() if value is not None]):
+        raise RecipeError(
+            f"Cannot use {' and '.join(unused)} without {wording.setting('draw')}",
+            fix=f"Add {wording.given('draw', 'DIR')}, or leave these out.",
+        )
+    if layout not in (None, *get_args(Layout)):
+        raise RecipeError(
+            f"Unknown {wording.given('layout', layout)}", fix=suggest(str(layout), get_args(Layout), "Use grid or row.")
+        )
+    if draw is None:
+        return None
+    names = [name.strip() for name in (formats or "png").split(",")]
+    samples = Drawing.num if num is None else num
+    return Drawing(Path(draw), samples, cast("Layout", layout or Drawing.layout), check_formats(names))
