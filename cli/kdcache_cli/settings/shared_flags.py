@@ -1,14 +1,13 @@
 """Flags that several verbs share, and recipe files as their defaults."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcache.bounded import parse_toml, read_text
 from kdcache.errors import RecipeError, suggest
-from kdcache.settings import entries, read, read_value
+from kdcache.settings import entries
 from kdcache.settings.preset import preset_names, read_preset
 from kdcache.settings.recipe import settings_of
 from kdcache.settings.removed import SETTINGS, removal
@@ -25,28 +24,7 @@ from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import COPIED, UNTYPED, flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch and zarr
-    import torch
-
     from kdcache import data
-    from kdcache.metrics import Framing
-    from kdcache.store.backend.base import Place
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """'288x384' as (288, 384): height, then width. Raises: RecipeError for other text."""
-    return cast("tuple[int, int] | None", read_value(entries(ImageSettings)["size"], text))
-
-
-def parse_framing(settings: Mapping[str, str | None], trained: "data.Fit" = "squash") -> "Framing":
-    """How a model sees images, from --fit, --window, --stride and --size.
-
-    Args:
-        trained: the fit that the model was trained with.
-    Raises: RecipeError for other text, and for strides that leave gaps.
-    """
-    from kdcache.metrics import Framing
-
-    return Framing.of(read(ImageSettings, settings), read(JudgeSettings, settings), trained)
 
 
 def parse_fold(fold: str | None, folds_by: str | None) -> "data.Fold | None":
@@ -65,30 +43,6 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
             f"Invalid value of {flag}: {text!r}", fix=f"Give whole numbers from 0, for example {flag} 0,1"
         )
     return tuple(dict.fromkeys(map(int, words)))
-
-
-def use_machine(threads: int, device: str) -> "torch.device":
-    """The device that `auto`, `cpu` or `cuda` names; sets torch's threads, unless they are 0. Raises: RecipeError."""
-    import torch
-
-    from kdcache.training import pick_device
-
-    if threads:
-        torch.set_num_threads(threads)
-    return pick_device(device)
-
-
-def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":
-    """The place of a store, with the folder for copies when that is remote."""
-    from kdcache.store.backend.open import open_place
-
-    return open_place(store, *copies(cache_dir, cache_bytes))
-
-
-def copies(cache_dir: str | None, cache_bytes: str | None) -> tuple[Path | None, int | None]:
-    """The folder for copies of remote files, and its room in bytes. Raises: RecipeError for a room that is none."""
-    room = read_value(entries(CopySettings)["cache_bytes"], cache_bytes)
-    return None if cache_dir is None else Path(cache_dir), room
 
 
 def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
