@@ -24,15 +24,7 @@ from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import COPIED, UNTYPED, flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch and zarr
-    from kdcache import data
-
-
-def parse_fold(fold: str | None, folds_by: str | None) -> "data.Fold | None":
-    """The fold that --fold and --folds-by name. Raises: RecipeError for other text, or a pattern without a fold."""
-    from kdcache import data
-
-    data.check_folds_by(folds_by, folds=fold is not None)
-    return None if fold is None else data.parse_fold(fold, folds_by)
+    pass
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
