@@ -38,6 +38,23 @@ def test_a_further_cache_is_built_and_joined(world: Path, typed: Any) -> None:
     assert typed("train-student --recipe {w}/mine.toml --out {w}/mine").code == 0
 
 
+def test_a_further_cache_may_be_in_an_object_store(world: Path, typed: Any, s3: Any, tmp_path: Path) -> None:
+    """Its shards are fetched once, by their own numbers, and the weights are those of local caches in that order."""
+    address = s3.address()
+    for out in (address, f"{world}/taps.zarr"):
+        built = typed(f"{LIKE} --out {out}")
+        assert built.code == 0, built.err
+    s3.reset()
+    far = f"--cache sam={address} --cache-dir {tmp_path}/copies --cache-bytes 1MB"
+    runs = {"near": "--cache sam={w}/taps.zarr --shuffle window", "far": far}
+    for name, flags in runs.items():
+        ended = typed(f"{TRAIN.removesuffix('run')}{name} {flags} {TERM}")
+        assert ended.code == 0, ended.err
+    assert (world / "near/last.safetensors").read_bytes() == (world / "far/last.safetensors").read_bytes()
+    shards = [request.key for request in s3.requests if "features/stage2/c/" in request.key]
+    assert len(shards) == len(set(shards)) > 0
+
+
 def test_a_head_of_a_cache_without_data_is_judged_on_stored_labels(typed: Any) -> None:
     ended = typed("build-teacher-cache --like {w}/store.zarr --teacher {w}/teacher --out {w}/again.zarr")
     assert ended.code == 0, ended.err
