@@ -123,8 +123,8 @@ def check_views(settings: Mapping[str, Any]) -> None:
     """Refuse crops of whole images. Raises: RecipeError."""
     if settings.get("views") == "full" and settings.get("crop") is not None:
         raise RecipeError(
-            f"Cannot use views full with crop {settings['crop']}: the whole image is no crop",
-            fix="Give a number of views, for example --views 4.",
+            f"Cannot use crop {settings['crop']} with views full, the whole image",
+            fix="Leave the crop out, or give a number of views, for example 4.",
         )
 
 

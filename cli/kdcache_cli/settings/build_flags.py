@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.errors import RecipeError
 from kdcache.progress import note_line
 from kdcache.settings import names, read, read_values
 from kdcache.settings.building import STORED, VIEWS, BuildSettings, TeacherSettings
@@ -46,9 +45,9 @@ def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split
     Raises: RecipeError without a size, where the teachers have none of their own.
     """
     from kdcache.data import open_split
-    from kdcache.verbs.build import plan_build
+    from kdcache.verbs.build import check_views, plan_build
 
-    _check_views(settings)
+    check_views(settings)
     images, teacher = read(ImageSettings, settings), read(TeacherSettings, settings)
     options = read_values(settings, BuildSettings)
     source = open_split(read(DataSettings, settings).data, images.split)
@@ -60,11 +59,3 @@ def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split
         "fit": images.fit,
     }
     return plan_build(source, teacher.teacher, values, out, lambda note: ERRORS.print(note_line(note), markup=False))
-
-
-def _check_views(settings: Mapping[str, Any]) -> None:
-    if settings["views"] == "full" and settings["crop"] is not None:
-        raise RecipeError(
-            f"Cannot crop --views full, the whole image: --crop {settings['crop']}",
-            fix="Leave --crop out, or give a number of views, for example --views 4",
-        )
