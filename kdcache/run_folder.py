@@ -209,13 +209,13 @@ class Run:
             hub = (
                 ""
                 if self.folder.exists() or str(self.folder).count("/") != 1
-                else f". For a model of the Hub: hf:{self.folder}"
+                else f" For a model of the Hub: hf:{self.folder}"
             )
             raise RecipeError(
                 f"Not a run: {self.folder} has no {MODEL}" if self.folder.exists() else f"Run not found: {self.folder}",
                 fix="Repeat the training with --resume, which writes it again."
                 if lost
-                else f"Give the --out of a training{hub}",
+                else f"Give the --out of a training.{hub}",
             ) from error
         except (OSError, ValueError) as error:
             raise RecipeError(

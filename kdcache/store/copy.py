@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from kdcache.errors import MismatchError, StoreError
+from kdcache.errors import MismatchError, StoreError, suggest
 from kdcache.store.backend.open import open_place
 from kdcache.store.format.codec import Array, round_targets
 from kdcache.store.format.damage import damaged, unreadable
@@ -205,7 +205,7 @@ def _check(source: Cache, changes: CopyChanges) -> None:
     if unknown:
         raise StoreError(
             f"Unknown tap {', '.join(unknown)}: {source.place} has {', '.join(manifest.features) or 'no taps'}",
-            fix="Name some of these. To add taps, use kdcache build-teacher-cache --from",
+            fix=suggest(unknown[0], manifest.features, "Add taps to a cache with: kdcache build-teacher-cache --from"),
         )
     if changes.pixels == "stored" and manifest.view.pixels != "stored":
         raise StoreError(

@@ -63,9 +63,7 @@ def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
     argmax_1HW, confidence_1HW = target_argmax_confidence(target, cache.view_size)
     if not bool((confidence_1HW <= 1).all()):
         raise CorruptError(
-            "a store's targets are finite",
-            received=f"NaN or infinity in the target of record {record} of {cache.place}",
-            remedy="build the store again",
+            f"NaN or infinity in the target of record {record} of {cache.place}", fix="Build the cache again."
         )
     label = records.label(record) if labelled and records.complete else None
     sample, inside = records.sample(record), inside_view(cache, record)

@@ -48,9 +48,9 @@ class Rule:
         values = [value for value in (self.threshold, self.quantile) if value is not None]
         if len(values) != 1 or not (math.isfinite(values[0]) and 0 < values[0] < 1):
             raise RecipeError(
-                "pseudo labels are kept by one rule: --threshold or --quantile, above 0 and below 1",
-                received=f"--threshold {self.threshold}, --quantile {self.quantile}",
-                remedy="for instance --threshold 0.7, or --quantile 0.5 for the surer half of every class",
+                f"Use either --threshold or --quantile, above 0 and below 1, not --threshold {self.threshold}, "
+                f"--quantile {self.quantile}",
+                fix="Give for example --threshold 0.7, or --quantile 0.5 for the surer half of every class.",
             )
 
 
@@ -102,11 +102,10 @@ def export_pseudo_labels(
     coverage, half = counts.coverage(least), counts.threshold_keeping(0.5)
     if not any(coverage.selected):
         raise RecipeError(
-            "a rule of pseudo labels keeps some pixels",
-            received=f"none from {rule.threshold or max(coverage.thresholds)} in all {len(files)} samples of "
+            f"No pixel is as sure as {rule.threshold or max(coverage.thresholds)} in all {len(files)} samples of "
             f"{cache.place} (split {dataset.split}): the surest pixel has {counts.highest:.2g}",
-            remedy=f"use --threshold {half:.2g}, which keeps half; but look at the teacher's mIoU first: below 0.5 it "
-            "needs more training",
+            fix=f"Use --threshold {half:.2g}, which keeps half of the pixels. Look at the teacher's mIoU first: below "
+            "0.5 it needs more training.",
         )
     written = 0
     with disk_space_errors(out):
@@ -153,9 +152,9 @@ def _check_views(cache: Cache) -> None:
     view = cache.manifest.view
     if view.kind != "full" or view.fit == "crop":
         raise MismatchError(
-            "pseudo labels are of whole images",
-            received=f"{cache.place}, which keeps crops alone" + (" (--fit crop)" if view.kind == "full" else ""),
-            remedy="build a store without --crop and --fit crop: its first view of every sample is the whole image",
+            f"Cannot write pseudo labels of whole images: {cache.place} has only crops"
+            + (" (--fit crop)" if view.kind == "full" else ""),
+            fix="Build a cache without --crop and --fit crop: its first view of every sample is the whole image.",
         )
 
 
@@ -167,17 +166,14 @@ def _check_out(out: Path, settings: dict[str, Any]) -> None:
         before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(
-            f"{SETTINGS} says how the labels in a folder were made",
-            received=f"{out / SETTINGS}: {error}",
-            remedy="remove the folder, or give another one with --out",
+            f"Cannot read {out / SETTINGS}: {error}", fix="Remove the folder, or give another one with --out"
         ) from error
     if before != settings:
         recorded = before if isinstance(before, dict) else {}
         changed = [name for name, value in settings.items() if recorded.get(name) != value]
         raise MismatchError(
-            "a folder holds the pseudo labels of one store by one rule",
-            received=f"those in {out} were made with another {' and '.join(changed) or 'version'}",
-            remedy="give another folder with --out, or remove that one",
+            f"Cannot write here: the pseudo labels in {out} have another {' and '.join(changed) or 'version'}",
+            fix="Give another folder with --out, or remove that one.",
         )
 
 
@@ -186,9 +182,8 @@ def _file(sample: str) -> PurePosixPath:
     path = PurePosixPath(sample + ".png")
     if path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(sample) or sample.endswith("/") or not sample:
         raise CorruptError(
-            "a sample's id is a path below its data folder",
-            received=repr(sample),
-            remedy="build the store again from a data set whose ids are plain paths",
+            f"Cannot write a label of the sample {sample!r}: its id is not a path below the data folder",
+            fix="Build the cache again from a data set whose ids are plain paths.",
         )
     return path
 

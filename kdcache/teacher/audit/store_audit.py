@@ -49,9 +49,9 @@ def audit_store(records: Records, *, worst: int = 10, progress: Progress | None 
     records.check_complete()
     if not cache.manifest.heads:
         raise MismatchError(
-            f"Cannot audit {cache.place}: it holds no head of its teacher",
-            received=f"features of {', '.join(cache.manifest.features)}, which no label judges",
-            remedy="Use kdcache verify CACHE --teacher TEACHER, which compares features with those of their teacher.",
+            f"Cannot audit {cache.place}: it has no head of its teacher, only features "
+            f"({', '.join(cache.manifest.features)})",
+            fix="Compare the features with those of their teacher: kdcache verify CACHE --teacher TEACHER",
         )
     classes = None
     if cache.manifest.segmentation is not None:

@@ -204,9 +204,8 @@ def _check_split(records: Records) -> None:
     cache, taught = records.cache, records.cache.manifest.view.teacher_size
     if records.split is None and taught is not None:
         raise MismatchError(
-            "a teacher is compared on the pixels that it saw, which no store keeps if they were larger than the views",
-            received=f"{cache.place} was taught at {taught[0]}x{taught[1]}, and no data set was given",
-            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
+            f"Missing --data: {cache.place} was built at {taught[0]}x{taught[1]}, and does not keep these pixels",
+            fix=f"Add --data (the folder of {cache.manifest.dataset.name!r}).",
         )
     records.check_complete()
 

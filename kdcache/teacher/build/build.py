@@ -329,9 +329,9 @@ class TeacherPass:
             if outside.any():
                 bad = items[int(outside.nonzero()[0])]
                 raise ModelError(
-                    f"values of a head lie in its range, {head.range[0]:g} to {head.range[1]:g} {head.unit}",
-                    received=f"others in {name} of record {bad.record}, {self._split.ids[bad.sample]}",
-                    remedy="declare the head's max_depth as large as its values get",
+                    f"Values beyond {head.range[0]:g} to {head.range[1]:g} {head.unit} in {name} of record "
+                    f"{bad.record}, {self._split.ids[bad.sample]}",
+                    fix="Declare the head's max_depth as large as its values get.",
                 )
 
     def _take_over(self, items: list[Rendered]) -> _Batch:

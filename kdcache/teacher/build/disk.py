@@ -90,8 +90,7 @@ def check_local(out: str) -> None:
     if "://" in out:
         raise RecipeError(
             f"Cannot measure the disk of {out}: it is an object store",
-            received="--measure-disk, which writes up to 2 GB and deletes it",
-            remedy="Leave --measure-disk out; or give a local folder with --out.",
+            fix="Leave --measure-disk out, or give a local folder with --out",
         )
 
 
@@ -132,12 +131,11 @@ def measure_disk(
                     progress("measuring the disk", written, most)
     except OSError as error:
         raise RecipeError(
-            f"Cannot write to {folder}: {error.strerror or error}",
-            received="--measure-disk",
-            remedy="Free some space, or name another place with --out.",
+            f"Cannot write to {folder} for --measure-disk: {error.strerror or error}",
+            fix="Free some space, or name another place with --out",
         ) from error
     if not pieces:
-        raise RecipeError(f"No space is free at {folder}", received="--measure-disk", remedy="Name another --out.")
+        raise RecipeError(f"Cannot measure the disk of {folder}: no space is free", fix="Name another --out.")
     return DiskRate.of(str(folder), pieces)
 
 

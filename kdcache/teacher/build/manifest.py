@@ -152,11 +152,7 @@ def _check_logits(teacher: Teacher, size: tuple[int, int]) -> None:
     """Refuse outputs that are no logits: the softmax of them is nearly flat, whatever the teacher sees."""
     finding = not_logits(teacher.model, size)
     if finding is not None and finding.certain:
-        raise ModelError(
-            f"The outputs of {teacher.origin} are not logits",
-            received=f"the teacher {finding.text}",
-            remedy=finding.fix,
-        )
+        raise ModelError(f"The outputs of {teacher.origin} are not logits: the teacher {finding.text}", fix=finding.fix)
 
 
 def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) -> tuple[int, Fidelity | None]:
@@ -164,9 +160,9 @@ def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) ->
     options = probe.options
     if options.top_k is not None and not 1 <= options.top_k <= classes:
         raise RecipeError(
-            f"--top-k is auto or from 1 to the number of classes, {classes}",
-            received=str(options.top_k),
-            remedy="use --top-k auto, which measures how many classes it takes",
+            f"Invalid value of --top-k: {options.top_k}, with {classes} classes",
+            fix="Use --top-k auto, which measures how many classes it takes, or a number from 1 to the number of "
+            "classes.",
         )
     samples = evenly_spread(len(probe.split), SAMPLE_RECORDS)
     align_corners, size = probe.teacher.model.align_corners, options.crop or options.size

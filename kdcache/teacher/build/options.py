@@ -54,18 +54,17 @@ def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
     """
     if options.depth_zoom != "none" and not metres:
         raise RecipeError(
-            "--depth-zoom says what a zoom does to depth in metres",
-            received=f"--depth-zoom {options.depth_zoom}, no labels of depth and no stored head in metres",
-            remedy="leave it out",
+            f"Cannot use --depth-zoom {options.depth_zoom}: there are no labels of depth and no stored head in metres",
+            fix="Leave it out.",
         )
     still = metres and options.depth_zoom == "none"
     scale = options.view_scale or ((1.0, 1.0) if still else ZOOM)
     drawn = options.views > 1 or options.crop is not None
     if still and drawn and tuple(scale) != (1.0, 1.0):
         raise RecipeError(
-            "a zoomed view looks nearer than it is: views of a store with depth in metres are drawn without zoom",
-            received=f"--view-scale {scale[0]:g}:{scale[1]:g} and labels of depth, or a head in metres",
-            remedy="leave --view-scale out; or say what becomes of the metres: --depth-zoom divide, or keep",
+            f"Cannot zoom with --view-scale {scale[0]:g}:{scale[1]:g}: the cache has depth in metres",
+            fix="Leave --view-scale out, or say what becomes of the metres: --depth-zoom divide, or keep",
+            rule="A zoomed view looks nearer than it is.",
         )
     return replace(options, view_scale=scale)
 
@@ -75,22 +74,22 @@ def view_of(options: BuildOptions) -> View:
     low, high = options.view_scale or ZOOM
     if not 1 <= options.views <= MOST_VIEWS or options.view_seed < 0 or not LEAST_ZOOM <= low <= high <= MOST_ZOOM:
         raise RecipeError(
-            f"a sample has 1 to {MOST_VIEWS} views; the zoom of those that are drawn is a range from {LEAST_ZOOM:g} to "
-            f"{MOST_ZOOM}",
-            received=f"{options.views} views, scale {low:g}:{high:g}, seed {options.view_seed}",
-            remedy="for instance --views 4 --view-scale 1:2",
+            f"Invalid views: {options.views} views, scale {low:g}:{high:g}, seed {options.view_seed}",
+            fix=f"Use 1 to {MOST_VIEWS} views and a range from {LEAST_ZOOM:g} to {MOST_ZOOM}, for example --views 4 "
+            "--view-scale 1:2",
         )
     crop = options.crop
     for size in (options.size, crop, options.teacher_size):
         if size is not None and not 1 <= min(size) <= max(size) <= MOST_SIDE:
             raise RecipeError(
-                f"a side has 1 to {MOST_SIDE} pixels", received=f"{size[0]}x{size[1]}", remedy="give a smaller size"
+                f"Cannot use images of {size[0]}x{size[1]}: a side has 1 to {MOST_SIDE} pixels",
+                fix="Give another size.",
             )
     if crop is not None and any(c > high * side for c, side in zip(crop, options.size, strict=True)):
         raise RecipeError(
-            "a crop fits into the image at its largest: --crop is at most HIGH of --view-scale times --size",
-            received=f"crops of {crop[0]}x{crop[1]} from images of {options.size[0]}x{options.size[1]} times {high:g}",
-            remedy="give a smaller --crop, or a larger --size or --view-scale",
+            f"Crops of {crop[0]}x{crop[1]} do not fit into images of {options.size[0]}x{options.size[1]} times "
+            f"{high:g}",
+            fix="Give a smaller --crop, or a larger --size or --view-scale",
         )
     drawn = Drawn(seed=options.view_seed, scale=(low, high), flip=options.view_flip)
     return View(

@@ -1,13 +1,12 @@
 """The teacher before anything is written: its outputs for a few first views."""
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from kdcache.data import Split
-from kdcache.errors import ModelError, RecipeError
+from kdcache.errors import ModelError, RecipeError, suggest
 from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store.format.manifest import well_formed_parts
@@ -28,20 +27,19 @@ def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
     own = teacher.model.learnt_heads
     wrong = next((name for name in options.heads if name not in own), None)
     if wrong is not None or (options.features_only and options.heads):
-        near = difflib.get_close_matches(wrong or "", own, n=1)
         raise RecipeError(
-            "--heads names heads of the teacher" + (", and --features-only none" if wrong is None else ""),
-            received=f"--heads {','.join(options.heads)}; {teacher.origin} has {', '.join(own) or 'none'}"
-            + (f", and learnt nothing of {wrong}" if wrong in teacher.model.untrained else ""),
-            remedy=f"did you mean {near[0]}?" if near else "leave out --heads, which stores all",
+            f"Unknown heads in --heads {','.join(options.heads)}: {teacher.origin} has {', '.join(own) or 'none'}"
+            + (f", and learnt nothing of {wrong}" if wrong in teacher.model.untrained else "")
+            if wrong is not None
+            else f"Use either --heads or --features-only, not both: --heads {','.join(options.heads)}",
+            fix=suggest(wrong or "", own, "Leave out --heads, which stores all."),
         )
     heads = () if options.features_only else tuple(name for name in own if name in (options.heads or own))
     if not heads and not (options.features_only and (options.features or options.statistics)):
         raise RecipeError(
-            "a store has heads of its teacher, or with --features-only the taps of --features or --statistics",
-            received=f"{teacher.origin} with {', '.join(own) or 'no head'}"
-            + (", --features-only and no --features or --statistics" if options.features_only else ""),
-            remedy="add --features-only --features TAP (kdcache models lists taps)",
+            f"Nothing to store of {teacher.origin}: it has {', '.join(own) or 'no head'}"
+            + (", and --features-only needs --features or --statistics" if options.features_only else ""),
+            fix="Add --features-only --features TAP (kdcache models lists taps).",
         )
     _check_logit_options(options, heads)
     return heads
@@ -57,9 +55,9 @@ def _check_logit_options(options: BuildOptions, heads: Sequence[str]) -> None:
         given.append("--teacher-grid view")
     if given:
         raise RecipeError(
-            f"{', '.join(given)} is of logits, those of a head {SEGMENTATION}",
-            received=f"a store of {', '.join(heads) or 'features alone'}",
-            remedy="leave it out, or store other heads (--heads)",
+            f"{', '.join(given)} needs a {SEGMENTATION} head, but this cache stores "
+            f"{', '.join(heads) or 'features only'}",
+            fix="Leave it out, or store other heads (--heads).",
         )
 
 
@@ -69,8 +67,7 @@ def _check_images(teacher: Teacher, options: BuildOptions) -> None:
     if teacher.model.processor.pads and options.fit != "pad":
         raise ModelError(
             f"{teacher.origin} was trained on padded images, and --fit {options.fit} gives it others",
-            received="its processor pads images to their size",
-            remedy="Add --fit pad.",
+            fix="Add --fit pad",
         )
 
 
@@ -108,9 +105,9 @@ class TeacherProbe:
         self.grid: tuple[int, int] | None = None
         if teacher.folds is not None and options.features:
             raise RecipeError(
-                "features of all records come from one network, or nothing could be learnt from them together",
-                received=f"{', '.join(options.features)}, and {teacher.folds} teachers of a fold each",
-                remedy="leave out --features, or --folds",
+                f"Cannot store features ({', '.join(options.features)}) of {teacher.folds} teachers with a fold each",
+                fix="Leave out --features, or --folds",
+                rule="A student cannot learn from the features of several networks together.",
             )
         teacher.model.check_taps(options.features)
         self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
@@ -131,16 +128,15 @@ class TeacherProbe:
         logits = heads[SEGMENTATION]
         if logits.shape[1] != classes:
             raise ModelError(
-                "a teacher gives one logit per class of the data set",
-                received=f"{teacher.origin} gives {logits.shape[1]}, the data set has {classes} classes",
-                remedy="give --class-map FILE, or another teacher",
+                f"{teacher.origin} gives {logits.shape[1]} logits, but the data set has {classes} classes",
+                fix="Give --class-map FILE, or another teacher.",
             )
         grids = {output.logits.shape[-2:] for output in outputs}
         if len(grids) > 1:
             raise ModelError(
-                "the teachers of all folds give logits on the same grid",
-                received=", ".join(f"{height}x{width}" for height, width in sorted(grids)),
-                remedy="train one kind of model without each fold",
+                "The teachers of the folds give logits on different grids: "
+                f"{', '.join(f'{height}x{width}' for height, width in sorted(grids))}",
+                fix="Train one kind of model without each fold.",
             )
         if self.options.teacher_grid == "view":
             height, width = self._grid_of_the_view()
@@ -185,9 +181,8 @@ class TeacherProbe:
     def _grid_of_the_view(self) -> tuple[int, int]:
         if self.teacher.model.align_corners:
             raise RecipeError(
-                "logits are averaged to another grid when the head's resize has align_corners=False",
-                received=f"--teacher-grid view and {self.teacher.origin}",
-                remedy="use --teacher-grid own, the default",
+                f"Cannot use --teacher-grid view with {self.teacher.origin}: its head resizes with align_corners",
+                fix="Use --teacher-grid own, the default.",
             )
         model = self.teacher.model_for(None if self.teacher.folds is None else 0)
         model = model.plain() if isinstance(model, EnsembleModel) else model

@@ -119,9 +119,8 @@ class RayEngine:
             wanted = ", ".join(f"{each:g} {kind}" for kind, each in needs.items())
             there = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes)
             raise RecipeError(
-                "a node of a cluster has room for an actor: as many CPUs as --threads, and --num-gpus GPUs",
-                received=f"{wanted} for each, and nodes with {there}",
-                remedy="lower --threads or --num-gpus, or add nodes to the cluster",
+                f"No node has room for an actor: it needs {wanted}, and the nodes have {there}",
+                fix="Decrease --threads or --num-gpus, or add nodes to the cluster.",
             )
         return self.actors or fits
 
@@ -132,10 +131,9 @@ def _check_pickled(parts: Parts) -> None:
         import_ray().cloudpickle.dumps(parts)  # classes and functions of `__main__` go along
     except (TypeError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise RecipeError(
-            "actors get the data and the teacher by their addresses, or as objects that can be pickled",
-            received=f"{type(error).__name__}: {error}",
-            remedy="give a folder or spec, and a run or file.py:function; or take what cannot be pickled, such as open "
-            "files and locks, out of the objects; or leave --engine ray out",
+            f"Cannot send the data and the teacher to actors: {type(error).__name__}: {error}",
+            fix="Give a folder or spec, and a run or file.py:function. Or take what cannot be pickled, such as open "
+            "files and locks, out of the objects. Or leave --engine ray out.",
         ) from error
 
 
@@ -147,15 +145,13 @@ def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
     if shard is None:
         node = re.search(r"\bip=([\w.:]+)", str(error))
         raise StoreError(
-            "actors start on every node, which has kdcache and the modules of the data and the teacher",
-            received=(f"on node {node[1]}: " if node else "") + lines[-1],
-            remedy="install them there, in the versions of this process; if the cluster has ended, start it again: the "
-            "same command goes on",
+            f"Cannot start actors{f' on node {node[1]}' if node else ''}: {lines[-1]}",
+            fix="Install kdcache and the modules of the data and the teacher there, in the versions of this process. "
+            "If the cluster has ended, start it again: the same command continues.",
         ) from error
     raise StoreError(
-        f"a shard is taught within {MOST_DEATHS} attempts",
-        received=f"shard {shard} ended {deaths} processes, the last with {lines[0]}",
-        remedy="look at the memory of the nodes (ray logs); lower --batch-size or --shard-records",
+        f"Shard {shard} ended {deaths} processes, the last with {lines[0]}",
+        fix="Look at the memory of the nodes (ray logs), or decrease --batch-size or --shard-records",
     ) from error
 
 
@@ -210,7 +206,7 @@ class _ShardTeacher:
             torch.set_num_threads(manifest.build.threads)
             split, teacher, options, *earlier = task.parts()
         except KDCacheError as error:
-            raise _lacks(node, (error.received or error.problem).splitlines()[0]) from error
+            raise _lacks(node, error.problem.splitlines()[0]) from error
         except (OSError, ImportError) as error:
             raise _lacks(node, str(error)) from error
         if not store_exists(task.store) or read_manifest(open_place(task.store)).created != manifest.created:
@@ -246,15 +242,13 @@ def _check_libraries(manifest: Manifest, node: str) -> None:
 
 def _differs(node: str, what: str) -> MismatchError:
     return MismatchError(
-        "all nodes of a build have the same libraries and devices: a shard's bytes do not depend on who wrote it",
-        received=f"node {node} has {what}",
-        remedy="install the same versions on every node, or build with the nodes that are alike",
+        f"Node {node} has {what}", fix="Install the same versions on every node, or build with nodes that are the same."
     )
 
 
 def _lacks(node: str, what: str) -> StoreError:
     return StoreError(
-        "every node of a cluster sees the data, the teacher and the store by the same paths",
-        received=f"on node {node}: {what}",
-        remedy="put them on a disk that all nodes share, or the store into an object store",
+        f"Cannot compute shards on node {node}: {what}",
+        fix="Put the data, the teacher and the cache on a disk that all nodes share, or the cache into an object "
+        "store.",
     )

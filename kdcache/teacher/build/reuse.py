@@ -118,9 +118,9 @@ def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
 def _refuse(old: Cache, differences: Sequence[str]) -> None:
     if differences:
         raise MismatchError(
-            "a store takes over targets of the same teacher, of the same classes at the same size",
-            received=f"{old.place} differs in " + "; ".join(differences),
-            remedy="give the teacher and the settings that it was built with, or leave --from out to build anew",
+            f"Cannot reuse the targets of {old.place}: it differs in {', '.join(differences)}",
+            fix="Give the teacher and the settings that it was built with, or leave --from out to compute all targets "
+            "again.",
         )
 
 

@@ -35,9 +35,8 @@ def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[
         size = _grid(features[tap])
         if kind == "similarity" and not pairs(size):
             raise RecipeError(
-                f"Cannot store similarities between the cells of {tap}",
-                received="it has 1x1 cells",
-                remedy=f"store {tap} itself, --features {tap}, for the term queue; or name a tap with a grid",
+                f"Cannot store similarities between the cells of {tap}: it has 1x1 cells",
+                fix=f"Store {tap} itself with --features {tap}, for the term queue, or name a tap with a grid.",
             )
         made[f"{kind}.{tap}"] = Statistic(kind="similarity" if kind == "similarity" else "at", tap=tap, size=size)
     return made
@@ -60,9 +59,7 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
             raise gone
         if kind not in KINDS or not tap:
             raise RecipeError(
-                f"Unknown statistic: {name}",
-                received=repr(name),
-                remedy="Write at:TAP or similarity:TAP, for instance --statistics at:head.",
+                f"Unknown statistic: {name!r}", fix="Write at:TAP or similarity:TAP, for example --statistics at:head"
             )
         teacher.model.check_taps([tap])
         taps.append(tap)

@@ -51,10 +51,9 @@ def load_teachers(
         return loaded[0]
     heads = [teacher.model.learnt_heads for teacher in loaded]
     if folds is not None and len(set(heads)) > 1:
+        each = [f"{origin} has {' and '.join(own)}" for origin, own in zip(origins, heads, strict=True)]
         raise RecipeError(
-            "the teachers of folds have the same heads, for each predicts samples of its own",
-            received="; ".join(f"{origin}: {', '.join(own)}" for origin, own in zip(origins, heads, strict=True)),
-            remedy="train them alike",
+            f"The teachers of folds have different heads: {', '.join(each)}", fix="Train them with the same heads."
         )
     return Teacher(
         EnsembleModel([teacher.model for teacher in loaded], weights, tta).eval(),
@@ -90,9 +89,8 @@ def load_like(
     count = max(1, len(fingerprint.members))
     if len(origins) != count:
         raise MismatchError(
-            "a store is compared with all of its teachers, in the order of its build",
-            received=f"{len(origins)} teachers; the store has {count}: {fingerprint.spec}",
-            remedy="give --teacher once for each",
+            f"{len(origins)} teachers were given, but the cache has {count}: {fingerprint.spec}",
+            fix="Give --teacher once for each, in the order of the build.",
         )
     if not fingerprint.members:
         return load_teacher(
@@ -142,27 +140,23 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
         run = Run.open(origin)
         if run.recipe is None:
             raise RecipeError(
-                "the teacher of a fold is a run, whose recipe names the fold that it left out",
-                received=f"{run.folder / RECIPE}, which is not there",
-                remedy="give the --out of train-teacher --fold I/K",
+                f"{origin} does not say which fold it left out: {run.folder / RECIPE} does not exist",
+                fix="Give the --out of train-teacher --fold I/K",
             )
         left_out = fold_left_out(run.recipe)
         if left_out != wanted:
             same = left_out is not None and left_out[:2] == wanted[:2]
             raise MismatchError(
-                "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
-                received=f"{origin}, number {number} of {folds}{_sequences(by)}, "
+                f"Teacher {origin}, number {number} of {folds}{_sequences(by)}, "
                 + (f"has fold {left_out}" if left_out else "has seen all folds"),
-                remedy="repeat the --folds-by of the trainings, or "
-                * same
-                + f"kdcache train-teacher --fold {number}/{folds}{_sequences(by)} --out ..., and give the runs in "
-                "this order",
+                fix=("Repeat the --folds-by of the trainings. Or train" if same else "Train")
+                + f" and give the runs in this order: kdcache train-teacher --fold {number}/{folds}{_sequences(by)} "
+                "--out RUN",
             )
         if run.model.trained_on != f"data {split.digest()}":
             raise MismatchError(
-                "the teacher of a fold was trained on the other folds of the very samples that are taught on",
-                received=f"{origin} was trained on other samples or classes than {split.data}, split {split.split!r}",
-                remedy="train it on this data set and split, or give those that it was trained on",
+                f"{origin} was trained on other samples or classes than {split.data}, split {split.split!r}",
+                fix="Train it on this data set and split, or give the data that it was trained on.",
             )
 
 
@@ -192,13 +186,14 @@ def _check_counts(
         return
     if folds < 2 or folds != len(origins):
         raise RecipeError(
-            "--folds K takes K teachers, at least 2: number I was trained without fold I",
-            received=f"--folds {folds} and {len(origins)} teachers",
-            remedy="give --teacher once for each fold, in their order",
+            f"--folds {folds} needs {folds} teachers, one for each fold, but {len(origins)} were given"
+            if folds > 1
+            else f"--folds {folds} is too small: it needs 2 or more",
+            fix="Give --teacher once for each fold, in their order: number I was trained without fold I.",
         )
     if weights is not None and len(set(weights)) > 1:
         raise RecipeError(
-            "the teachers of folds are not averaged, so that they have no weights",
-            received=f"--folds {folds} and --teacher-weights {','.join(f'{weight:g}' for weight in weights)}",
-            remedy="leave out --teacher-weights",
+            f"Cannot use --teacher-weights {','.join(f'{weight:g}' for weight in weights)} with --folds {folds}: these "
+            "teachers are not averaged",
+            fix="Leave out --teacher-weights",
         )

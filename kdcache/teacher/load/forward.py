@@ -74,16 +74,14 @@ def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 def out_of_memory(batch_size: int) -> ModelError:
     """The error for a full GPU, with the batch size to try."""
     return ModelError(
-        "a batch of the teacher must fit the device's memory",
-        received=f"out of memory at batch size {batch_size}",
-        remedy=f"use --batch-size {max(1, batch_size // 2)} or --device cpu",
+        f"Out of memory: the teacher's forward pass at batch size {batch_size}",
+        fix=f"Use --batch-size {max(1, batch_size // 2)} or --device cpu",
     )
 
 
 def not_finite(what: str, record: int, sample: str) -> ModelError:
     """The error for NaN or infinite outputs of a teacher; -inf for a single class is finite once packed."""
     return ModelError(
-        "a teacher's output must be finite",
-        received=f"NaN or infinity in {what} of record {record}, {sample}",
-        remedy="check the teacher's weights and normalisation; use --precision float32",
+        f"NaN or infinity in {what} of record {record}, {sample}",
+        fix="Check the teacher's weights and normalisation, or use --precision float32",
     )

@@ -130,9 +130,8 @@ def load_teacher(
         loaded = _of_module(origin, heads, align_corners)
     elif heads is not None or align_corners is not None:
         raise ModelError(
-            "heads and align_corners describe a module that the program holds",
-            received=f"them with {origin}",
-            remedy="leave them out: a run or a spec has its own",
+            f"Cannot use heads or align_corners with {origin}: only a module that the program holds takes them",
+            fix="Leave them out: a run or a spec has its own.",
         )
     elif (weighted := split_spec(str(origin))) is not None:
         with trusting(trust):
@@ -230,23 +229,22 @@ def _check_classes(loaded: _Loaded, count: int, classes: ClassList) -> None:
     report = loaded.model.load_report
     theirs = loaded.class_names or (() if report is None else report.class_names)
     if count != len(classes):
-        remedy = "write the teacher's class names into a classes.txt in the data folder, one a line, in their order"
+        fix = "Write the teacher's class names into a classes.txt in the data folder, one a line, in their order."
         if classes.names:
-            remedy = "give --class-map FILE, which has for each teacher class the class of the data that it becomes"
+            fix = "Give --class-map FILE, which has for each teacher class the class of the data that it becomes"
             if len(theirs) == count <= _SHOWN:
-                remedy += f", for instance {class_map_text(theirs, classes.names)}"
+                fix += f", for example {class_map_text(theirs, classes.names)}"
         raise ModelError(
-            "a teacher has as many classes as the data set",
-            received=f"{loaded.origin} has {count}, the data set has {len(classes)}"
+            f"{loaded.origin} has {count} classes, but the data set has {len(classes)}"
             + (f": {class_changes(theirs, classes.names)}" if theirs and classes.names else ""),
-            remedy=remedy,
+            fix=fix,
         )
     if (note := compare_names(loaded.origin, theirs, classes.names)) is not None:
         loaded.notes.append(note)
     if loaded.class_names is not None and loaded.class_names != classes.names:
         raise MismatchError(
-            "a teacher's classes are the data set's, in the same order",
-            received=f"{', '.join(loaded.class_names)} against {', '.join(classes.names)}",
-            remedy="correct classes.txt, or give --class-map FILE with what each class becomes, such as "
+            f"The teacher's classes, or their order, are not the data set's: {', '.join(loaded.class_names)} against "
+            f"{', '.join(classes.names)}",
+            fix="Correct classes.txt, or give --class-map FILE with what each class becomes, such as "
             + class_map_text(theirs, classes.names, classes.names),
         )

@@ -75,9 +75,9 @@ def test_errors_are_those_of_the_stored_depth_at_view_size(stores, name) -> None
 
 
 def test_features_alone_have_nothing_to_audit(stores) -> None:
-    with pytest.raises(MismatchError, match="holds no head") as caught:
+    with pytest.raises(MismatchError, match="has no head of its teacher, only features") as caught:
         audit_store(stores["features"])
-    assert "kdcache verify" in caught.value.remedy
+    assert "kdcache verify" in caught.value.fix
 
 
 def test_every_kind_of_store_has_pictures(stores, tmp_path) -> None:

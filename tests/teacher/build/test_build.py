@@ -269,8 +269,8 @@ def test_an_answer_that_is_no_number(tmp_path, teacher, split, options, monkeypa
         patch.setattr(type(teacher.model), "forward", poisoned)
         with pytest.raises(ModelError) as caught:
             build_cache(split, teacher, tmp_path / "s.zarr", options(features=("head",)))
-    assert re.search(r"\brecord 4\b", caught.value.received)
-    assert split.ids[4] in caught.value.received
+    assert re.search(r"\brecord 4\b", caught.value.problem)
+    assert split.ids[4] in caught.value.problem
     assert [p.name for p in (tmp_path / "s.zarr" / "ledger").iterdir()] in ([], ["00000000.json"])
     build_cache(split, teacher, tmp_path / "s.zarr", options(features=("head",)))
     assert len(open_cache(tmp_path / "s.zarr")) == 7
@@ -325,18 +325,18 @@ def test_a_build_is_resumed_as_it_was_begun(tmp_path, teacher, split, options, t
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "received"),
+    ("change", "kind", "named"),
     [
-        ({"top_k": 0}, RecipeError, "0"),
-        ({"top_k": 8}, RecipeError, "8"),
+        ({"top_k": 0}, RecipeError, "--top-k: 0"),
+        ({"top_k": 8}, RecipeError, "--top-k: 8"),
         ({"features": ("haed",)}, ModelError, "haed"),
     ],
 )
-def test_impossible_options_write_nothing(tmp_path, teacher, split, options, change, kind, received) -> None:
+def test_impossible_options_write_nothing(tmp_path, teacher, split, options, change, kind, named) -> None:
     with pytest.raises(KDCacheError) as caught:
         build_cache(split, teacher, tmp_path / "s.zarr", options(**change))
     assert type(caught.value) is kind
-    assert received in caught.value.received
+    assert named in str(caught.value)
     assert list(tmp_path.glob("*.zarr")) == []
 
 
@@ -346,7 +346,7 @@ def test_a_small_disk(teacher, split, options, small_disk, tree, tmp_path) -> No
     disk = small_disk(needed - 24)
     with pytest.raises(KDCacheError, match="No space left") as caught:
         build_cache(split, teacher, disk.path / "s.zarr", options())
-    assert "space" in caught.value.remedy
+    assert "space" in caught.value.fix
     disk.grow(needed * 10)
     assert build_cache(split, teacher, disk.path / "s.zarr", options()).kept > 0
     assert same_but_created(tree(disk.path / "s.zarr"), tree(tmp_path / "clean"))

@@ -53,10 +53,10 @@ def test_an_object_store_is_never_written_to() -> None:
         RecipeError, match="Cannot measure the disk of s3://bucket/cache: it is an object store"
     ) as caught:
         measure_disk("s3://bucket/cache")
-    assert "--out" in caught.value.remedy
+    assert "--out" in caught.value.fix
 
 
 def test_a_folder_without_room_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=1))
-    with pytest.raises(RecipeError, match="No space is free"):
+    with pytest.raises(RecipeError, match="no space is free"):
         measure_disk(str(tmp_path))

@@ -276,10 +276,10 @@ def test_an_answer_that_is_no_number_stops_the_build_before_it_begins(
         return Outputs({"segmentation": logits}, features)
 
     monkeypatch.setattr(type(teacher.model), "forward", poisoned)
-    with pytest.raises(ModelError, match="finite") as caught:
+    with pytest.raises(ModelError, match="NaN or infinity") as caught:
         build_cache(split, teacher, tmp_path / "s.zarr", options(fidelity=True))
-    assert "record 1" in caught.value.received
-    assert split.ids[1] in caught.value.received
+    assert "record 1" in caught.value.problem
+    assert split.ids[1] in caught.value.problem
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -294,4 +294,4 @@ def test_a_batch_that_does_not_fit(tmp_path, teacher, split, options, monkeypatc
     monkeypatch.setattr(type(teacher.model), "forward", large)
     with pytest.raises(ModelError) as caught:
         build_cache(split, teacher, tmp_path / "s.zarr", options(fidelity=True))
-    assert "--batch-size 1" in caught.value.remedy
+    assert "--batch-size 1" in caught.value.fix

@@ -378,7 +378,7 @@ def test_workers_share_it(tmp_path, old, teacher, folder_data) -> None:
 def test_another_store_is_not_taken_over(tmp_path, old, teacher, split, change, field) -> None:
     with pytest.raises(MismatchError, match=field) as caught:
         extended(old, split, teacher, tmp_path / "new", **change)
-    assert "leave --from out" in caught.value.remedy
+    assert "leave --from out" in caught.value.fix
     assert not (tmp_path / "new").exists()
 
 

@@ -156,7 +156,7 @@ def test_statistics_that_cannot_be(teacher, split, options) -> None:
     for word in ("entropi", "at", "at:", "norm"):
         with pytest.raises(RecipeError, match="Unknown statistic") as caught:
             plan_manifest(TeacherProbe(split, teacher, options(statistics=(word,))))
-        assert "--statistics at:head" in caught.value.remedy
+        assert "--statistics at:head" in caught.value.fix
     for word in ("confidence", "entropy", "agreement"):
         with pytest.raises(RecipeError, match=f"{word} was removed"):
             plan_manifest(TeacherProbe(split, teacher, options(statistics=("at:head", word))))

@@ -166,7 +166,7 @@ def test_normalisation_is_each_members_own(tmp_path, origins, split, classes) ->
         again = load_like(about.model_copy(update={"members": tuple(parts)}), origins[:2], classes)
         assert again.model.shares == shares
     for count in (1, 3):
-        with pytest.raises(MismatchError, match="all of its teachers"):
+        with pytest.raises(MismatchError, match="the cache has 2"):
             load_like(about, origins[:count], classes)
 
 
@@ -220,7 +220,7 @@ def _options(**changes):
 
 def test_teachers_that_cannot_speak_together(tmp_path, origins, classes, model_of) -> None:
     save_file(dict(model_of(len(classes) - 1).state_dict()), tmp_path / "fewer.safetensors")
-    with pytest.raises(ModelError, match="as many classes"):
+    with pytest.raises(ModelError, match="classes, but the data set has"):
         load_teachers([origins[0], f"kdcache:tiny@{tmp_path}/fewer.safetensors"], classes)
     for weights in ((1,), (1, -1), (1, float("nan"))):
         with pytest.raises(RecipeError, match="--teacher-weights"):
@@ -228,9 +228,9 @@ def test_teachers_that_cannot_speak_together(tmp_path, origins, classes, model_o
     with pytest.raises(RecipeError, match="--teacher-weights"):
         load_teachers(origins[:1], classes, weights=(1, 2))
     for folds in (0, 1, 2, 4):
-        with pytest.raises(RecipeError, match="--folds K takes K teachers"):
+        with pytest.raises(RecipeError, match=f"--folds {folds} "):
             load_teachers(origins, classes, folds=folds)
-    with pytest.raises(RecipeError, match="have no weights"):
+    with pytest.raises(RecipeError, match="Cannot use --teacher-weights 1,2,3 with --folds 3"):
         load_teachers(origins, classes, folds=3, weights=(1, 2, 3))
 
 
@@ -249,9 +249,9 @@ def test_a_teacher_may_look_at_more_pixels(tmp_path, teacher, split, options, pi
         values, _, _ = pack(logits(teacher.model, torch.from_numpy(larger)[None]), 7)
         assert np.array_equal(row[VALUES], values[0])
     assert compare_teacher(Records(cache, split), teacher, CPU).ok
-    with pytest.raises(MismatchError, match="larger than the views") as caught:
+    with pytest.raises(MismatchError, match=r"Missing --data: .* was built at 64x80") as caught:
         compare_teacher(Records(cache), teacher, CPU)
-    assert "--data" in caught.value.remedy
+    assert "--data" in caught.value.fix
     with pytest.raises(MismatchError, match=r"view\.teacher_size"):
         build_cache(split, teacher, tmp_path / "s.zarr", options(pixels=pixels, batch_size=1))
     data = CacheDataset(Records(cache, None if pixels == "stored" else split), augment="warp")
@@ -409,44 +409,44 @@ def test_extending_a_cross_fitted_store(tmp_path, runs, folder_data, options) ->
 
 def test_teachers_that_have_seen_their_fold(tmp_path, runs, folder_data, options) -> None:
     split = open_split(folder_data, "train")
-    with pytest.raises(MismatchError, match="--fold I/K") as caught:
+    with pytest.raises(MismatchError, match="number 0 of ") as caught:
         check_cross_fit([runs[1], runs[0], runs[2]], split)
-    assert "number 0 of 3, has fold 1/3" in caught.value.received
-    with pytest.raises(MismatchError, match="--fold I/K"):
+    assert "number 0 of 3, has fold 1/3" in caught.value.problem
+    with pytest.raises(MismatchError, match="number 0 of "):
         check_cross_fit(runs[:2], split)
     recipe = Path(runs[2], "recipe.toml")
     whole = recipe.read_text()
     recipe.write_text('model = "kdcache:tiny"\n')
-    with pytest.raises(MismatchError, match="trained without it") as caught:
+    with pytest.raises(MismatchError, match=r"Teacher .*, number ") as caught:
         check_cross_fit(runs, split)
-    assert "has seen all folds" in caught.value.received
+    assert "has seen all folds" in caught.value.problem
     for broken in ("fold = ", None):
         recipe.unlink() if broken is None else recipe.write_text(broken)
-        with pytest.raises(RecipeError, match=r"a run.*recipe") as caught:
+        with pytest.raises(RecipeError, match="recipe") as caught:
             check_cross_fit(runs, split)
-        assert str(recipe) in caught.value.received
+        assert str(recipe) in caught.value.problem
     recipe.write_text(whole)
-    with pytest.raises(RecipeError, match="a run is a folder"):
+    with pytest.raises(RecipeError, match="Run not found"):
         check_cross_fit([*runs[:2], "kdcache:tiny@w.pth"], split)
-    with pytest.raises(MismatchError, match="very samples"):
+    with pytest.raises(MismatchError, match="other samples or classes than"):
         check_cross_fit(runs, open_split("scenes:36x52,train=9", "train"))
     with pytest.raises(RecipeError, match="Cannot deal 7 samples into 8 folds"):
         check_cross_fit(runs + runs[:2] + runs, split)
     teacher = load_teachers(runs, split.classes, folds=3)
-    with pytest.raises(RecipeError, match="from one network"):
+    with pytest.raises(RecipeError, match="Cannot store features"):
         plan_manifest(TeacherProbe(split, teacher, options(features=("head",))))
 
 
 def test_folds_of_whole_sequences(tmp_path, runs, folder_data, options) -> None:
     split, by = open_split(folder_data, "train"), "(.)$"
-    with pytest.raises(MismatchError, match="trained without it") as caught:
+    with pytest.raises(MismatchError, match=r"Teacher .*, number ") as caught:
         check_cross_fit(runs, split, by)
-    assert "--folds-by '(.)$', has fold 0/3" in caught.value.received
+    assert "--folds-by '(.)$', has fold 0/3" in caught.value.problem
     for run in runs:
         recipe = Path(run, "recipe.toml")
         recipe.write_text(f"{recipe.read_text()}folds-by = '{by}'\n")
     check_cross_fit(runs, split, by)
-    with pytest.raises(MismatchError, match="trained without it"):
+    with pytest.raises(MismatchError, match=r"Teacher .*, number "):
         check_cross_fit(runs, split)
     with pytest.raises(RecipeError, match="--folds-by"):
         load_teachers(runs, split.classes, folds_by=by)

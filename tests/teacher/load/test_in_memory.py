@@ -101,10 +101,10 @@ def test_a_model_of_ours_and_class_names_alone() -> None:
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (Net(5), {}, "has 5, the data set has 7"),
+        (Net(5), {}, "has 5 classes, but the data set has 7"),
         (nn.Linear(3, 7), {}, "Cannot run memory:Linear on an image"),
         (nn.Flatten(), {}, "a model returns logits"),
-        ("runs/none", {"heads": {"segmentation": "categorical"}}, "describe a module"),
+        ("runs/none", {"heads": {"segmentation": "categorical"}}, "Cannot use heads or align_corners with runs/none"),
     ],
 )
 def test_what_cannot_teach_is_refused(module: Any, options: dict[str, Any], message: str) -> None:

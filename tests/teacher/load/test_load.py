@@ -82,16 +82,16 @@ def test_published_weights(monkeypatch, classes) -> None:
     assert asked[0].startswith("https://")
     assert teacher.model.num_classes == 21
     assert (
-        "21, the data set has 9"
-        in refusal(ModelError, "torchvision:lraspp_mobilenet_v3_large@default", ClassList(tuple("abcdefghi"))).received
+        "21 classes, but the data set has 9"
+        in refusal(ModelError, "torchvision:lraspp_mobilenet_v3_large@default", ClassList(tuple("abcdefghi"))).problem
     )
     assert "kdcache:tiny" in refusal(ModelError, "kdcache:tiny@default", classes).received
 
 
 def test_a_bare_spec_has_no_weights(classes) -> None:
     error = refusal(ModelError, "kdcache:tiny", classes)
-    assert "kdcache:tiny@FILE" in error.remedy
-    assert "as @default (downloaded)" in error.remedy
+    assert "kdcache:tiny@FILE" in error.fix
+    assert "as @default (downloaded)" in error.fix
 
 
 def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
@@ -99,7 +99,7 @@ def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
     assert "w.pth" in refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.pth", classes).received
     (tmp_path / "w.pth").touch()
     for spec in ("kdcache:tinny", "tiny"):
-        assert "kdcache:tiny" in refusal(ModelError, f"{spec}@{tmp_path}/w.pth", classes).remedy
+        assert "kdcache:tiny" in refusal(ModelError, f"{spec}@{tmp_path}/w.pth", classes).fix
     (run_folder / "best.safetensors").unlink()
     assert "no weights yet" in refusal(RecipeError, str(run_folder), classes).problem
     assert "has no model.json" in refusal(RecipeError, str(tmp_path), classes).problem
@@ -108,8 +108,8 @@ def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
 def test_another_number_of_classes(tmp_path, classes, model_of) -> None:
     save_file(dict(model_of(5).state_dict()), tmp_path / "w.safetensors")
     error = refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.safetensors", classes)
-    assert f"has 5, the data set has {len(classes)}" in error.received
-    assert "--class-map" in error.remedy
+    assert f"has 5 classes, but the data set has {len(classes)}" in error.problem
+    assert "--class-map" in error.fix
 
 
 def test_classes_in_another_order(run_folder, classes, tmp_path) -> None:
@@ -119,8 +119,8 @@ def test_classes_in_another_order(run_folder, classes, tmp_path) -> None:
     for origin in (str(run_folder), f"kdcache:tiny@{tmp_path}/exported.safetensors"):
         assert load_teacher(origin, classes).size == (32, 48)
         error = refusal(MismatchError, origin, ClassList(names))
-        assert ", ".join(names) in error.received
-        assert "--class-map" in error.remedy
+        assert ", ".join(names) in error.problem
+        assert "--class-map" in error.fix
     error = refusal(ModelError, f"kdcache:hydra@{tmp_path}/exported.safetensors", classes)
     assert error.rule == "weights are used with the model that they were exported from"
 
@@ -227,7 +227,7 @@ def test_the_names_of_weights_from_elsewhere(tmp_path, classes, model_of) -> Non
     config.write_text(json.dumps({"id2label": dict(enumerate([names[1], names[0], *names[2:]]))}))
     error = refusal(MismatchError, origin, classes)
     assert f"class 0 is {names[1]} in {origin} and {names[0]} in the data" in error.rule
-    proposed = error.remedy[error.remedy.index("{") : error.remedy.index("}") + 1]
+    proposed = error.fix[error.fix.index("{") : error.fix.index("}") + 1]
     (tmp_path / "map.json").write_text(proposed)
     assert load_teacher(origin, classes, class_map=tmp_path / "map.json").class_map == (1, 0, *range(2, len(names)))
     config.write_text(json.dumps({"id2label": dict(enumerate([*names[:-1], "Auto"]))}))
@@ -238,7 +238,7 @@ def test_the_names_of_weights_from_elsewhere(tmp_path, classes, model_of) -> Non
     config.write_text(json.dumps({"id2label": dict(enumerate(names))}))
     assert load_teacher(origin, classes).notes == ()
     fewer = refusal(ModelError, origin, ClassList(tuple(names[:-1])))
-    assert f'"{len(names) - 2}": "{names[-2]}", "{len(names) - 1}": "?"' in fewer.remedy
+    assert f'"{len(names) - 2}": "{names[-2]}", "{len(names) - 1}": "?"' in fewer.fix
 
 
 def test_which_of_two_kinds_of_weights_is_said_and_chosen(tmp_path, classes, model_of) -> None:
@@ -288,7 +288,7 @@ def test_one_logit_of_a_teacher_stands_for_the_second_class(tmp_path) -> None:
         assert teacher.model.num_classes == 2
         assert "it is that of lesion, and background has 0" in teacher.notes[-1]
         refused = refusal(ModelError, origin, ClassList(("a", "b", "c")))
-        assert "1" in refused.received
+        assert "1 class" in refused.problem
         (tmp_path / "map.txt").write_text("0 lesion\n1 background\n")
         mapped = load_teacher(origin, ClassList(("background", "lesion")), class_map=tmp_path / "map.txt")
         assert mapped.class_map == (1, 0)
