@@ -197,7 +197,7 @@ def test_formats_for_a_paper_lie_beside_the_png(tmp_path: Path) -> None:
     assert all(f">{name}<" in svg for name in ("image", "runs/kl", "road"))
     assert "a title" not in svg
     assert files["x_iou0.5.pdf"].startswith(b"%PDF")
-    with pytest.raises(RecipeError, match="--format is a list of png, svg, pdf"):
+    with pytest.raises(RecipeError, match="Choose from: png,svg,pdf"):
         check_formats(["png", "jpg"])
 
 
