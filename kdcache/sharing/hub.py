@@ -204,8 +204,7 @@ def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str
     if other or (only_a_card and present[CARD].blob_id != _git_digest(card.encode())):
         names = sorted(other) or [CARD]
         raise StoreError(
-            f"Cannot push into {address}: it holds {names[0]}, and {len(names)} files in all that are not of this "
-            "cache",
+            f"Cannot push into {address}: it holds {names[0]}, one of {len(names)} files that are not of this cache",
             fix="Give another NAME, or remove the files yourself if nothing of them is needed.",
         )
     return [key for key in files if key not in present], CARD in present

@@ -188,7 +188,7 @@ def test_a_repository_with_another_store(pushed, made, cli, tmp_path) -> None:
     before = pushed.files(NAME)
     ended = cli("copy", tmp_path / "other.zarr", PLACE, "--license", "mit")
     assert ended.code == 2
-    assert "not of this cache" in " ".join(ended.err.split())
+    assert "files that are not of this cache" in " ".join(ended.err.replace("│", " ").split())
     assert pushed.files(NAME) == before
 
 
