@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.analysis.groups import CONTROL
 from kdcache.files import MOST_CONTENTS, read_object
 from kdcache.metrics.figures import dress, new_figure, save_figure
 
@@ -57,7 +58,10 @@ def write_curve(recipe: "Recipe", out: Path) -> None:
 def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]]) -> dict[str, Points]:
     """The points of each line: arms whose names differ in the key's value alone; rows are those of comparison.json."""
     lines: dict[str, Points] = {}
-    by_name = {row["name"]: [100 * run["miou"] for run in row["runs"] if run["miou"] is not None] for row in rows}
+    by_name = {
+        row["name"].removesuffix(f", {CONTROL}"): [100 * run["miou"] for run in row["runs"] if run["miou"] is not None]
+        for row in rows
+    }
     for arm in arms:
         scores = by_name.get(arm.name, [])
         for value in _values(arm, key) if scores else ():

@@ -19,6 +19,7 @@ from PIL import Image
 
 from kdcache.models.weights import read_state_dict
 from kdcache.store import open_cache
+from kdcache.store.format.flags import unpack_flags
 from kdcache.sweep import Job
 from kdcache_cli import torchrun
 from kdcache_cli.verbs import sweep
@@ -83,6 +84,23 @@ def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: 
         assert len(list((out / "runs" / "response_distill" / "checkpoints").iterdir())) == 2
     if name == "voc-compare":
         _check_that_nothing_is_done_twice(name, out, cli)
+
+
+@pytest.mark.slow
+def test_few_labels_have_a_teacher_for_each_number_and_a_curve_on_the_page(cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = cli("sweep", "few-labels", "--smoke", "--out", out, *quick(), "--set", "student.limit-labels=[2,6]")
+    assert ended.code == 0, ended.err
+    assert {path.name for path in (out / "teachers").iterdir()} == {"teacher-2", "teacher-6"}
+    for count in (2, 6):
+        (training,) = open_cache(out / "stores" / f"store-{count}.zarr").manifest.teacher.trainings
+        assert training is not None
+        assert unpack_flags(training.labels or "", 16, out).sum() == count
+    rows = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["difference"]["baseline"] for row in rows if row["name"].startswith("distilled")] == [
+        f"labels only, limit-labels {count}" for count in (2, 6)
+    ]
+    assert 'class="curve" src="data:image/png;base64,' in (out / "report.html").read_text(encoding="utf-8")
 
 
 def _check_that_nothing_is_done_twice(name: str, out: Path, cli) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from test_plan import RECIPE
 
+from kdcache.analysis.groups import CONTROL
 from kdcache.errors import RecipeError
 from kdcache.sweep import read_recipe
 from kdcache.sweep.curve import CURVE, read_lines, write_curve
@@ -35,6 +36,12 @@ def test_arms_that_differ_in_the_number_alone_are_a_line() -> None:
     assert lines["CutMix, N labels"] == [pytest.approx((8, 26, 1)), pytest.approx((80, 27, 1))]
     assert list(read_lines(ARMS, "limit-labels", ROWS)) == ["of the arm"]
     assert read_lines(ARMS, "far.share", ROWS) == {}
+
+
+def test_a_control_has_its_line_under_the_name_of_its_arm() -> None:
+    arms = [Arm(f"control, {count}", {"limit-labels": count}) for count in (4, 16)]
+    rows = [{"name": f"{arm.name}, {CONTROL}", "runs": [{"miou": 0.5}]} for arm in arms]
+    assert read_lines(tuple(arms), "limit-labels", rows) == {"control, N": [(4, 50, 0), (16, 50, 0)]}
 
 
 @pytest.mark.parametrize("banner", [None, "Smoke run on procedural scenes"])
