@@ -220,7 +220,7 @@ def test_a_store_of_depth_alone_is_a_source(
     store = make_cache(HALVES, model=depth_teacher, heads=("depth",))
     result = train(make_config(**taught | {"cache": str(store), "augment": "auto"}), tmp_path / "run")
     assert result["iterations"] == 6
-    with pytest.raises(KDCacheError, match="targets of classes are those of a head segmentation"):
+    with pytest.raises(KDCacheError, match="has no segmentation head"):
         begun(taught | {"cache": str(store), "method": "pseudo"}, tmp_path / "refused")
 
 

@@ -74,7 +74,7 @@ def view_of(options: BuildOptions) -> View:
     low, high = options.view_scale or ZOOM
     if not 1 <= options.views <= MOST_VIEWS or options.view_seed < 0 or not LEAST_ZOOM <= low <= high <= MOST_ZOOM:
         raise RecipeError(
-            f"Invalid views: {options.views} views, scale {low:g}:{high:g}, seed {options.view_seed}",
+            f"Invalid views: --views {options.views} --view-scale {low:g}:{high:g} --view-seed {options.view_seed}",
             fix=f"Use 1 to {MOST_VIEWS} views and a range from {LEAST_ZOOM:g} to {MOST_ZOOM}, for example --views 4 "
             "--view-scale 1:2",
         )

@@ -146,7 +146,7 @@ def test_crops_that_cannot_be(teacher, split, options) -> None:
     largest = plan_manifest(TeacherProbe(split, teacher, options(**{**CROPS, "crop": (60, 80)}))).view
     assert (largest.size, largest.image_size) == ((60, 80), (48, 64))
     for scale in ((0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf"))):
-        with pytest.raises(RecipeError, match="zoom"):
+        with pytest.raises(RecipeError, match="--view-scale"):
             plan_manifest(TeacherProbe(split, teacher, options(**{**CROPS, "view_scale": scale})))
 
 

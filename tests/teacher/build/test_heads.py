@@ -254,7 +254,7 @@ def test_depth_that_is_no_number_or_outside_its_range_is_refused(tmp_path, split
     with torch.no_grad():
         teacher.model.depth_output.bias.fill_(0)
     teacher.model.head_kinds["depth"] = Unbounded(parameterisation="exp", max_depth=20)
-    with pytest.raises(ModelError, match="lie in its range, 0 to 20 m"):
+    with pytest.raises(ModelError, match="Values beyond 0 to 20 m in depth of record"):
         build_cache(split, teacher, tmp_path / "far", options())
 
 
