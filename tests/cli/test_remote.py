@@ -63,7 +63,7 @@ def test_the_whole_way_through_a_bucket(world, cli, tree, s3, tmp_path) -> None:
     damaged = cli("verify", address)
     assert damaged.code == 1
     assert f"{address}/{values}" in damaged.out
-    assert "Delete these files, then run" in damaged.out
+    assert "Delete these files. Run the command that wrote it" in damaged.out
 
 
 @pytest.mark.parametrize("text", ["", "much", "-5", "0", "5 XB", "GiB"])

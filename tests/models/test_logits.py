@@ -143,7 +143,9 @@ def test_a_spec_says_what_its_outputs_are(code: str, weights_of: Callable[[int],
         model, description = open_model(text, Classes("a", "b", "c"), (16, 24))
         assert model.spec == description.spec == f"{code}:softmax,outputs=probabilities"
         torch.testing.assert_close(model(X).logits.softmax(1), plain(X).logits.softmax(1))
-    with pytest.raises(ModelError, match=r"Unknown outputs 'softmax'[\s\S]*outputs=probabilities for a softmax"):
+    with pytest.raises(
+        ModelError, match=r"Unknown outputs 'softmax'[\s\S]*For a softmax write .*outputs=probabilities"
+    ):
         open_model(f"{code}:softmax@{weights},outputs=softmax", Classes("a", "b", "c"), (16, 24))
     depth = build_model(f"{code}:sigmoid+depth,max=9,outputs=sigmoid", 3)
     assert (depth.spec, set(depth.head_kinds)) == (

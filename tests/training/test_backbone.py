@@ -246,7 +246,7 @@ def test_labels_cannot_judge_it(run, scenes, tmp_path) -> None:
     for arguments in (([run],), ([run], scenes)):
         with pytest.raises(RecipeError, match="it learnt features only") as caught:
             compare(*arguments)
-        assert f"{run}: {Run.open(run).result['best_feature_loss']:.4g}" in caught.value.received
+        assert f"{run}: {Run.open(run).result['best_feature_loss']:.4g}" in caught.value.problem
     with trusting():
         model, description = load_run(run)
     with pytest.raises(ModelError, match="Cannot predict"):
@@ -287,7 +287,7 @@ def test_held_out_samples_depend_on_their_ids_alone_and_teach_nothing(features: 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "kl on features": (
         {"method": "kl", "val_share": None},
-        r"has no heads, features alone.*--method none with --term hint",
+        r"has no segmentation head, only features.*--method none with --term hint",
     ),
     "no tap of that name": ({"method": "none", "term": ("cosine,student_tap=s9",)}, "s4, s8, norm, s16"),
     "no term": ({"method": "none", "ce_weight": 1.0}, r"--val-share 0.25 has no feature loss.*--term cosine"),

@@ -152,7 +152,7 @@ def test_what_a_training_cannot_take_is_refused(world: dict[str, Any], tmp_path:
         kdcache.build_cache(Items("train"), world["module"], tmp_path / "s", size=(32, 48))
     with pytest.raises(RecipeError, match="something to train on"):
         kdcache.train(out, model=model)
-    with pytest.raises(ModelError, match="has 7, the data set has 2"):
+    with pytest.raises(ModelError, match="has 7 classes, but the data set has 2"):
         kdcache.build_cache(
             kdcache.from_dataset([(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8))], ["a", "b"]),
             world["module"], tmp_path / "s", size=(8, 8), progress=False,

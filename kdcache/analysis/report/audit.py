@@ -64,7 +64,7 @@ def read_audit(path: Path) -> TeacherAudit:
         return _parse(path, parse_json(read_bytes(path)))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise RecipeError(
-            f"Cannot read --audit {path}: {_failure(path, error)}",
+            f"Cannot read --audit: {path} {_failure(path, error)}",
             fix=f"Give {path / 'report.json'}"
             if path.is_dir()
             else "Leave --audit out, or give the report.json of: kdcache inspect CACHE --teacher-report",
