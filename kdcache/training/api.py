@@ -248,9 +248,9 @@ def _shuffle(config: TrainConfig) -> str:
         return config.data.shuffle
     if config.data.shuffle == "window":
         raise RecipeError(
-            "--sampling rare takes samples from any shard at any time",
-            received=f"--sampling {config.data.sampling} with --shuffle window",
-            remedy="leave one of them out",
+            f"Cannot use --sampling {config.data.sampling} with --shuffle window: it takes samples from any shard at "
+            "any time",
+            fix="Leave one of them out.",
         )
     return "full"
 

@@ -28,15 +28,16 @@ def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
         return
     if augmentation.flip is not False and processor is not None and processor.positions:
         raise RecipeError(
-            "Cannot mirror stored features: the teacher has position embeddings",
-            received=f"{', '.join(stored)} with --augment warp, which mirrors half of the images",
-            remedy="Add --no-flip, or replay stored views: they hold features of mirrored images.",
+            f"Cannot mirror stored features ({', '.join(stored)}): the teacher has position embeddings, and --augment "
+            "warp mirrors half of the images",
+            fix="Add --no-flip, or replay stored views: they hold features of mirrored images.",
         )
     if augmentation.flip is None:
         raise RecipeError(
-            "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
-            received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",
-            remedy="use --no-flip; or --flip, for a convolutional teacher that hardly minds; or replay stored --views",
+            f"Cannot mirror stored features ({', '.join(stored)}) without asking you: mirrored features are not those "
+            "of the mirrored image, and --augment warp mirrors half of the images",
+            fix="Add --no-flip. Or add --flip, for a convolutional teacher that hardly minds. Or replay stored "
+            "--views.",
         )
 
 
@@ -50,9 +51,9 @@ def check_whole_views(config: TrainConfig) -> None:
     whole = [term.kind for term in config.terms if term.active and term.whole_view]
     if config.augmentation.augment == "warp" and whole and config.data.cache is not None:
         raise RecipeError(
-            f"Cannot move what {' and '.join(whole)} compares with a drawn window",
-            received="--augment warp draws windows, and the cache has this of whole views",
-            remedy="use --augment replay, best with a cache of several --views",
+            f"Cannot move what {' and '.join(whole)} compares with a drawn window: the cache has it of whole views, "
+            "and --augment warp draws windows",
+            fix="Use --augment replay, best with a cache of several --views.",
         )
 
 
@@ -61,9 +62,8 @@ def check_replays(config: TrainConfig) -> None:
     augment = config.augmentation.augment
     if config.data.limit_views is not None and augment != "replay":
         raise RecipeError(
-            "--limit-views says how many of the stored views are replayed",
-            received=f"--limit-views {config.data.limit_views} with --augment {augment}: whole images alone",
-            remedy="leave it out, or use --augment replay with a store of several --views",
+            f"Cannot use --limit-views {config.data.limit_views} with --augment {augment}: it shows whole images alone",
+            fix="Leave it out, or use --augment replay with a cache of several --views.",
         )
 
 
@@ -72,11 +72,13 @@ def check_supervised(config: TrainConfig) -> None:
     if not config.supervised:
         loss = config.loss
         raise RecipeError(
-            "something is learnt from labels, or from a teacher",
-            received=f"--method {loss.method} with --labels {config.data.labels} and --ce-weight {loss.ce_weight:g}"
-            if not config.data.stream
-            else f"streams {', '.join(stream.name for stream in config.streams)}, of which none has either",
-            remedy="add a stream with labels, or a --method that has a teacher",
+            "Nothing to learn: "
+            + (
+                f"--method {loss.method} with --labels {config.data.labels} and --ce-weight {loss.ce_weight:g}"
+                if not config.data.stream
+                else f"no stream of {', '.join(stream.name for stream in config.streams)} has labels or a teacher"
+            ),
+            fix="Add a stream with labels, or a --method that has a teacher.",
         )
 
 
@@ -85,9 +87,9 @@ def check_processes(config: TrainConfig, processes: int) -> None:
     quantiles = [term.kind for term in config.terms if isinstance(term, PseudoLabels) and term.quantile is not None]
     if processes > 1 and quantiles:
         raise RecipeError(
-            "several processes train as one would, and a quantile is one of a whole batch",
-            received=f"{', '.join(quantiles)} by quantile with {processes} processes, each of which sees its own part",
-            remedy="give a threshold instead, or use one process",
+            f"Cannot take {', '.join(quantiles)} by quantile with {processes} processes: each sees its own part of a "
+            "batch",
+            fix="Give a threshold instead, or use one process.",
         )
 
 
@@ -99,12 +101,12 @@ def check_adversaries(config: TrainConfig) -> None:
         for term in stream.config.terms:
             if isinstance(term, Adversarial) and (term.against not in others if term.against else len(others) != 1):
                 raise RecipeError(
-                    "an adversarial term makes predictions on its stream pass for those on one other stream",
-                    received=(f"against {term.against}" if term.against else "no `against`")
-                    + f" in the stream {stream.name or '(none)'}, beside {', '.join(others) or 'no other'}",
-                    remedy=f"add against={others[0]} to the term"
+                    f"The adversarial term of the stream {stream.name or '(none)'} has "
+                    + (f"against={term.against}" if term.against else "no `against`")
+                    + f", beside {', '.join(others) or 'no other stream'}",
+                    fix=f"Add against={others[0]} to the term."
                     if others
-                    else "give the labelled images, and those without labels with this term, as a --stream each",
+                    else "Give the labelled images, and those without labels with this term, as a --stream each.",
                 )
 
 
@@ -114,9 +116,9 @@ def check_auxiliary(config: TrainConfig) -> None:
     learnt = any(isinstance(term, Auxiliary) and term.active for terms in weighed for term in terms)
     if split_auxiliary(config.run.model)[1] is not None and not learnt:
         raise RecipeError(
-            "an auxiliary head learns from labels, beside cross-entropy or by a term auxiliary",
-            received=f"--model {config.run.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
-            remedy=f"use --model {split_auxiliary(config.run.model)[0]}; or add --term auxiliary",
+            f"Cannot train the auxiliary head of --model {config.run.model}: --ce-weight is 0, or auxiliary,weight=0, "
+            "throughout",
+            fix=f"Use --model {split_auxiliary(config.run.model)[0]}, or add --term auxiliary",
         )
 
 

@@ -7,7 +7,6 @@ not. Both are scored on images that neither was trained on: the fold that a plai
 occur there has trust 1.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from kdcache.bounded import parse_json, parse_toml, read_text
 from kdcache.data import IGNORE_INDEX
 from kdcache.distill import Batch
-from kdcache.errors import MismatchError, RecipeError, plain_logger
+from kdcache.errors import MismatchError, RecipeError, plain_logger, suggest
 from kdcache.metrics import ConfusionMatrix
 from kdcache.models.run import load_run
 from kdcache.store import Cache, Records
@@ -46,8 +45,7 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
         raise _refused(path, "it is no table of classes")
     for name, weight in table.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            raise _refused(path, f"there is no class {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise _refused(path, f"there is no class {name!r}. {suggest(name, names)}".rstrip())
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise _refused(path, f"{name} is {weight!r}")
     absent = [name for name in names if name not in table]
@@ -70,25 +68,24 @@ def trust_from_run(
     cache = records.cache
     if cache.manifest.view.kind == "crop":
         raise RecipeError(
-            "trust is measured on whole images: what a crop shows is chance",
-            received=f"--class-trust auto for {cache.place}, a store of crops",
-            remedy="give --class-trust FILE, or a store that was built without --crop",
+            f"Cannot measure --class-trust auto on {cache.place}: it is a cache of crops, and what a crop shows is "
+            "chance",
+            fix="Give --class-trust FILE, or a cache that was built without --crop.",
         )
     config = read_config(Path(run))
     if config.teaches or config.left_out is None:
         raise RecipeError(
-            "--trust-against is a run without a teacher that left out a fold, on which both are compared",
-            received=f"{run}: method {config.loss.method}, "
+            f"Cannot compare the teacher with --trust-against {run}: it has method {config.loss.method} and "
             + (f"fold {config.data.fold}" if config.data.fold else "no --fold"),
-            remedy="train it with --method none --fold 0/5",
+            fix="Train it with --method none --fold 0/5",
         )
     model, run_model = load_run(run)
     names = cache.manifest.dataset.class_names
     if run_model.class_names != names:
         raise MismatchError(
-            "a run is compared with a teacher of the same classes",
-            received=f"{', '.join(run_model.class_names)} in {run} against {', '.join(names)}",
-            remedy="give a run of this store's classes",
+            f"The run has other classes than the teacher: {', '.join(run_model.class_names)} in {run} against "
+            f"{', '.join(names)}",
+            fix="Give a run of this cache's classes.",
         )
     for text in (check_same_samples(cache, run, run_model.trained_on, config), doubt(cache, config.left_out)):
         if text is not None:
@@ -104,9 +101,7 @@ def trust_from_run(
             student.update(_student_argmax(model, sample, device), sample.label)
     if not teacher.counts.sum():
         raise RecipeError(
-            "trust is measured on labels",
-            received=f"no sample of fold {config.data.fold} is labelled",
-            remedy="give --class-trust FILE",
+            f"Cannot measure trust: no sample of fold {config.data.fold} is labelled", fix="Give --class-trust FILE."
         )
     ious = [np.array(confusion.metrics().iou) for confusion in (teacher, student)]
     difference = np.where(np.isfinite(ious[0]) & np.isfinite(ious[1]), ious[0] - ious[1], FULL)
@@ -128,7 +123,7 @@ def _student_argmax(model: Any, sample: Batch, device: torch.device) -> torch.Te
 
 def _refused(path: str, what: str) -> RecipeError:
     return RecipeError(
-        "a trust file gives every class a number of 0 or more",
-        received=f"{path}: {what}",
-        remedy='for instance lines such as "Sky = 1.0", in TOML or JSON; --class-trust auto measures them',
+        f"Invalid trust file {path}: {what}",
+        fix='Give every class a number of 0 or more, in TOML or JSON, for example "Sky = 1.0". --class-trust auto '
+        "measures them.",
     )

@@ -90,7 +90,7 @@ class TrainConfig:
         check_names(settings, entries(*TRAINING))
         settings |= _choices(settings, cls.of)
         if missing := [name for name, entry in entries(*TRAINING).items() if entry.required and name not in settings]:
-            raise RecipeError(f"Missing --{missing[0]}", received="It has no default", remedy=f"Add --{missing[0]}.")
+            raise RecipeError(f"Missing --{missing[0]}", fix=f"Add --{missing[0]}.")
         return cls(**_by_owner(read_values(settings, *TRAINING)))
 
     @property
@@ -326,18 +326,14 @@ def read_config(run: Path) -> TrainConfig:
     path, recipe = run / RECIPE, RunFolder(run).recipe
     if recipe is None:
         raise RecipeError(
-            "a run has a resolved recipe",
-            received=f"{path}, which is not there",
-            remedy="give the --out of a training that was begun with this version",
+            f"Recipe not found: {path}", fix="Give the --out of a training that was begun with this version."
         )
     try:
         # The first runs have no fit. Loggers may change on a resume, and an earlier version had others.
         return TrainConfig.of({"fit": "squash", **recipe, "log": ()})
     except RecipeError as wrong:
         raise RecipeError(
-            "a run has a resolved recipe of this version",
-            received=f"{path}: {wrong.received or wrong.problem}" if recipe else f"{path} is empty",
-            remedy=train_again(run),
+            f"Cannot read {path}: {wrong.problem}" if recipe else f"The recipe {path} is empty", fix=train_again(run)
         ) from wrong
 
 
@@ -345,24 +341,20 @@ def _check_run(config: TrainConfig) -> None:
     """Check what concerns all streams."""
     if config.data.val_fold is not None and config.data.val is None:
         raise RecipeError(
-            "--val-fold is a part of the validation data",
-            received=f"--val-fold {config.data.val_fold} without --val",
-            remedy="add --val DATA, or leave it out",
+            f"Cannot use --val-fold {config.data.val_fold} without --val", fix="Add --val DATA, or leave it out."
         )
     if config.optimizer.schedule == "plateau" and config.data.val is None and config.data.val_share is None:
         raise RecipeError(
-            "--schedule plateau follows the validations",
-            received="--schedule plateau without --val",
-            remedy="add --val DATA, or use --schedule poly",
+            "Cannot use --schedule plateau without --val: it follows the validations",
+            fix="Add --val DATA, or use --schedule poly.",
         )
     reads_taps = config.reads_targets and any(term.reads_taps for term in config.active)
     data = config.data
     check_val_share(data.val_share, data.val, bool(data.stream), config.loss.method, reads_taps=reads_taps)
     if config.optimizer.iterations is not None and config.optimizer.epochs is not None:
         raise RecipeError(
-            "a training's length is given once",
-            received=f"--iterations {config.optimizer.iterations} and --epochs {config.optimizer.epochs}",
-            remedy="leave one of them out",
+            f"Use either --iterations {config.optimizer.iterations} or --epochs {config.optimizer.epochs}, not both",
+            fix="Leave one of them out.",
         )
 
 
@@ -372,16 +364,14 @@ def _check_depth(config: TrainConfig) -> None:
         return
     if config.reads_depth and config.data.labels != "all" and "depth" not in config.data.labels.split("+"):
         raise RecipeError(
-            "a term of depth on labels reads labels of depth",
-            received=f"{terms} with --labels {config.data.labels}",
-            remedy="use --labels all or segmentation+depth, or compare with a store: --term depth-silog,"
-            "reference=teacher",
+            f"Cannot learn {terms} with --labels {config.data.labels}: they read labels of depth",
+            fix="Use --labels all or segmentation+depth, or compare with a cache: --term depth-silog,reference=teacher",
         )
     if config.augmentation.depth_zoom == "none" and config.augmentation.scale not in (None, (1.0, 1.0)):
         raise RecipeError(
-            "a zoomed image looks nearer than it is: metric depth is drawn without zoom",
-            received=f"{terms} with --scale {config.augmentation.scale[0]:g}:{config.augmentation.scale[1]:g}",
-            remedy="leave --scale out; or divide the labels by the zoom, --depth-zoom divide",
+            f"Cannot learn {terms} with --scale {config.augmentation.scale[0]:g}:{config.augmentation.scale[1]:g}: a "
+            "zoomed image looks nearer than it is",
+            fix="Leave --scale out, or divide the labels by the zoom: --depth-zoom divide",
         )
 
 
@@ -389,33 +379,30 @@ def _check_data(config: TrainConfig) -> None:
     _check_depth(config)
     low, high = config.augmentation.scale or (1.0, 1.0)
     if low > high:
-        raise RecipeError(
-            "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"
-        )
+        raise RecipeError(f"Invalid --scale {low}:{high}: it runs from small to large", fix=f"Use --scale {high}:{low}")
     check_folds_by(config.data.folds_by, folds=any((config.left_out, config.validated_fold)))
     if config.data.cache is None and config.data.data is None:
         raise RecipeError(
-            "there must be something to train on",
-            received="no --cache and no --data" if config.run.verb == "train-student" else "no --data and no --stream",
-            remedy="give --cache STORE; or --data DATA, to learn from its labels alone"
+            "Nothing to train on: "
+            + ("no --cache and no --data" if config.run.verb == "train-student" else "no --data and no --stream"),
+            fix="Give --cache CACHE. Or give --data DATA, to learn from its labels only."
             if config.run.verb == "train-student"
-            else "give --data DATA, or --stream NAME,data=DATA for each of several data sets",
+            else "Give --data DATA, or --stream NAME,data=DATA for each of several data sets.",
         )
     if config.run.verb == "train-teacher" and config.reads_targets and config.data.cache is not None:
         raise RecipeError(
-            "train-teacher learns from labels alone",
-            received=f"--method {config.loss.method} with the store {', '.join(config.data.cache)}",
-            remedy="leave the method out, so that the labels of the store teach; or use train-student",
+            f"Cannot use --method {config.loss.method} with the cache {', '.join(config.data.cache)} in train-teacher: "
+            "it learns from labels only",
+            fix="Leave the method out, so that the labels of the cache teach, or use train-student.",
         )
     if config.data.cache is None and config.reads_targets:
         kinds = [term.kind for term in config.all_terms if term.reads_teacher]
         raise RecipeError(
-            "the terms of a teacher learn from a store",
-            received=f"{', '.join(kinds)}, and no --cache",
-            remedy="give --cache STORE; or learn from labels alone, by --method none or --teacher labels"
-            + ("; or from the student's own, by=student or by=ema" if "consistency" in kinds else "")
+            f"Cannot learn {', '.join(kinds)} without --cache",
+            fix="Give --cache CACHE. Or learn from labels only, by --method none or --teacher labels"
+            + (", or from the student's own predictions, by=student or by=ema." if "consistency" in kinds else ".")
             if config.run.verb == "train-student"
-            else "use terms on labels, dice or lovasz; or train-student, with --cache STORE",
+            else "Use terms on labels, dice or lovasz. Or use train-student with --cache CACHE.",
         )
 
 
@@ -423,16 +410,13 @@ def _check_loss(config: TrainConfig) -> None:
     parse_gate(config.loss.gate)
     if not config.active:
         raise RecipeError(
-            "something must weigh more than 0",
-            received="every loss weight is 0: nothing would be learnt",
-            remedy="raise --ce-weight, --kl-weight or the weight of a --term",
+            "Nothing to learn: every loss weight is 0", fix="Raise --ce-weight, --kl-weight or the weight of a --term."
         )
     if (config.loss.class_trust == "auto") != (config.loss.trust_against is not None):
         raise RecipeError(
-            "--class-trust auto compares the teacher with a plain run",
-            received=f"--class-trust {config.loss.class_trust or 'left out'} and --trust-against "
-            f"{config.loss.trust_against or 'left out'}",
-            remedy="give both: --class-trust auto --trust-against RUN, of a train-student --method none --fold 0/5",
+            "Use --class-trust auto and --trust-against together: --class-trust is "
+            f"{config.loss.class_trust or 'left out'}, and --trust-against {config.loss.trust_against or 'left out'}",
+            fix="Give both: --class-trust auto --trust-against RUN, of a train-student --method none --fold 0/5",
         )
 
 
@@ -441,8 +425,7 @@ def _check_label_teacher(config: TrainConfig) -> None:
         return
     if not config.teaches:
         raise RecipeError(
-            "--teacher labels puts labels in the place of a teacher's logits",
-            received=f"--method {config.loss.method}, which reads none",
-            remedy="leave --teacher out, or choose another --method",
+            f"Cannot use --teacher labels with --method {config.loss.method}: it reads no logits of a teacher",
+            fix="Leave --teacher out, or choose another --method.",
         )
     check_terms(config.all_terms, None)

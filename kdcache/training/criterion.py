@@ -139,12 +139,14 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
     without = len(dataset) - len(counts_NC)
     if without or not counts_NC.any():
         raise RecipeError(
-            "--sampling rare draws samples by the classes of their labels",
-            received=f"{without} of {len(dataset)} samples without a label of classes that is used"
-            if without
-            else "labels that are void everywhere",
-            remedy="leave it out; or draw labelled samples alone (--distill-on labelled), or as a --stream with "
-            "sampling=rare of their own",
+            "Cannot use --sampling rare: "
+            + (
+                f"{without} of {len(dataset)} samples have no label of classes that is used"
+                if without
+                else "the labels are void everywhere"
+            ),
+            fix="Leave it out. Or draw labelled samples only (--distill-on labelled), or as a --stream with "
+            "sampling=rare of their own.",
         )
     order = Rare(counts_NC, pixels_N, seed, temperature)
     most = np.argsort(-order.probabilities_C, kind="stable")[:_NAMED]
@@ -284,9 +286,8 @@ def _gate(
     spec = parse_gate(config.loss.gate)
     if spec.kind == "correct" and not dataset.labelled:
         raise RecipeError(
-            "--gate correct compares the teacher with labels",
-            received=f"{cache.place}, in which no sample that is used has a label",
-            remedy="use --gate confidence:0.7 or none",
+            f"Cannot use --gate correct: in {cache.place}, no sample that is used has a label",
+            fix="Use --gate confidence:0.7 or none.",
         )
     weight = torch.ones(len(dataset.classes))
     if config.loss.class_balance != "none":

@@ -34,10 +34,9 @@ def check_depth_labels(dataset: DrawnDataset, head: RegressionHead) -> None:
         low, high = min([low, *known.tolist()]), max([high, *known.tolist()])
     seen = f"they are {low:g} to {high:g} m" if low <= high else "no pixel of them is known"
     raise DataError(
-        f"labels of depth that are learnt have pixels in the head's range, {MIN_DEPTH:g} to {top:g} m",
-        received=f"none in {count} labels: {seen}",
-        remedy="see the range with kdcache data check, and correct the unit in depth.toml; or give the head another "
-        "maximum, for instance kdcache:hydra,max=200",
+        f"No label of depth lies in the head's range, {MIN_DEPTH:g} to {top:g} m: none in {count} labels ({seen})",
+        fix="See the range with kdcache data check, and correct the unit in depth.toml. Or give the head another "
+        "maximum, for example kdcache:hydra,max=200",
     )
 
 

@@ -124,14 +124,12 @@ class World:
         if batch_size % unit:
             less = batch_size - batch_size % unit
             sizes = f"{less} or {less + unit}" if less else f"{unit}"
-            whole = "--batch-size is that of all processes together, which share it evenly"
             raise RecipeError(
-                whole if parts == 1 else f"{whole}; --accumulate takes that in equal parts",
-                received=f"--batch-size {batch_size} for {self.size} processes"
+                f"Cannot share --batch-size {batch_size} evenly: {self.size} processes"
                 + (f", which hold {together} samples together" if together > 1 else "")
                 + (f", and --accumulate {parts}" if parts > 1 else ""),
-                remedy=f"use --batch-size {sizes}, or another number of processes"
-                + (" or of parts" if parts > 1 else ""),
+                fix=f"Use --batch-size {sizes}, or another number of processes" + (" or of parts" if parts > 1 else ""),
+                rule="--batch-size is that of all processes together.",
             )
 
     def seed(self, seed: int, step: int) -> int:
@@ -144,14 +142,13 @@ class World:
         """Return the error that the other processes raise."""
         if isinstance(error, KDCacheError):
             return error
-        parts = [getattr(error, name, None) for name in ("rule", "received", "remedy")]
+        parts = [getattr(error, name, None) for name in ("problem", "fix", "rule")]
         if all(isinstance(part, str) for part in parts):
-            rule, received, remedy = map(str, parts)
-            return ModelError(rule, received=received, remedy=remedy)
+            problem, fix, rule = map(str, parts)
+            return ModelError(problem, fix=fix, rule=rule)
         return ModelError(
-            "what every process of a training does must succeed on each",
-            received=f"process {self.rank}: {type(error).__name__}: {error}",
-            remedy="repair it there; with --debug that process shows its traceback",
+            f"Process {self.rank} failed: {type(error).__name__}: {error}",
+            fix="Repair it there. With --debug that process shows its traceback.",
         )
 
 
@@ -176,9 +173,8 @@ def processes() -> Iterator[World]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise ModelError(
-            "all processes of a training run to its end",
-            received="another process has gone",
-            remedy="see its output; --resume goes on from the last checkpoint, with any number of processes",
+            "Another process of the training has gone",
+            fix="See its output. --resume goes on from the last checkpoint, with any number of processes.",
         ) from error
     except (KDCacheError, Interrupted):
         _leave(ours)  # all raise the same
@@ -213,9 +209,8 @@ def _own_part(store: Store, rank: int, size: int) -> Store:
             return PrefixStore(name, store)
         if time.monotonic() > until:
             raise ModelError(
-                "all processes of a training start",
-                received=f"process {rank} has waited {START_S} s for process {', '.join(map(str, sorted(waiting)))}",
-                remedy="see its output; start as many as WORLD_SIZE says",
+                f"Process {rank} has waited {START_S} s for process {', '.join(map(str, sorted(waiting)))} to start",
+                fix="See its output, and start as many as WORLD_SIZE says.",
             )
         time.sleep(_POLL_S)
 
@@ -251,18 +246,16 @@ def pick_device(name: str, world: World | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
         raise RecipeError(
-            "--device is auto, cpu or cuda",
-            received=f"{name!r}" + ("" if torch.cuda.is_available() else "; this machine has no usable GPU"),
-            remedy="use --device auto",
+            f"Cannot use --device {name!r}" + ("" if torch.cuda.is_available() else ": this machine has no usable GPU"),
+            fix="Use --device auto, cpu or cuda.",
         )
     if name == "cpu" or world.size == 1:
         return torch.device(name)
     if name != "cuda" or world.local_rank >= torch.cuda.device_count():
         raise RecipeError(
-            "every process has a GPU of its own",
-            received=f"--device {name} for process {world.local_rank} of this machine, "
-            f"which has {torch.cuda.device_count()} GPUs",
-            remedy="use --device cuda, and as many processes as there are GPUs",
+            f"Cannot use --device {name} for process {world.local_rank} of this machine, which has "
+            f"{torch.cuda.device_count()} GPUs",
+            fix="Use --device cuda, and as many processes as there are GPUs.",
         )
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)

@@ -34,10 +34,10 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
         )
     if theirs not in (cache.manifest.dataset.ids_digest, ids_digest(names, cache.ids)):
         raise MismatchError(
-            "trust is measured on a fold of the very samples of the store: which those are depends on all ids",
-            received=f"{run} was trained on other samples than the {len(cache.ids)} of {cache.place}",
-            remedy=f"train it on this store: kdcache train-student --cache {cache.place} --method none "
-            f"--fold {config.data.fold}",
+            f"{run} was trained on other samples than the {len(cache.ids)} of {cache.place}, so its fold is another "
+            "one",
+            fix=f"Train it on this cache: kdcache train-student --cache {cache.place} --method none --fold "
+            f"{config.data.fold}",
         )
     return None
 
@@ -64,13 +64,13 @@ def doubt(cache: Cache, fold: Fold) -> str | None:
     """A note that the teacher may have seen the fold on which it is compared; None when it cannot have."""
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None
-    remedy = f"train the teacher with {_flags_of(fold)} too and build its store, or build with --folds K"
+    fix = f"train the teacher with {_flags_of(fold)} too and build its cache, or build with --folds K"
     if (text := _fold_seen(cache, fold)) is not None:
-        return f"{text}, on which it is compared with the plain run: trust in it is too generous. Remedy: {remedy}"
+        return f"{text}, on which it is compared with the plain run: trust in it is too generous. Fix: {fix}"
     if len(_on_these_samples(cache)) < len(_trainings(cache)):
         return (
             f"the store does not say whether its teacher was trained on fold {fold}, on which it is compared with the "
-            f"plain run. If it was, trust in it is too generous: {remedy}"
+            f"plain run. If it was, trust in it is too generous: {fix}"
         )
     return None
 
@@ -112,11 +112,11 @@ def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[st
         fold = "" if config.left_out is None else f" {_flags_of(config.left_out)}"
         teacher = f"the same labels, with train-teacher {same}{fold}"
     return MismatchError(
-        "a run that goes without labels has a teacher that went without them too: targets carry what it learnt",
-        received=("" if flag is None else f"{flag}: ")
+        "The teacher saw more labels than the student: "
+        + ("" if flag is None else f"{flag}: ")
         + f"{used} labels, and the teacher of {cache.place} was trained on those of {len(hidden)} more of its samples "
         f"({some})",
-        remedy=f"train the teacher on {teacher}, and build its store; or learn from labels alone, by --method none or "
+        fix=f"Train the teacher on {teacher}, and build its cache. Or learn from labels only, by --method none or "
         "--teacher labels",
     )
 

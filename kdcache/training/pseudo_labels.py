@@ -63,7 +63,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
         none = _none_found(cache, threshold, counts)
         if alone:
             raise none
-        yield f"no pseudo labels: {none.received}. Remedy: {none.remedy}"
+        yield f"{none.problem}. Fix: {none.fix}"
 
 
 def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
@@ -96,11 +96,10 @@ def _keeps_any(
 def _none_found(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
     dataset = cache.manifest.dataset
     return RecipeError(
-        "pseudo labels are pixels of which the teacher is sure, and something must be learnt",
-        received=f"none from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
+        f"No pseudo labels from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
         f"the surest pixel has {counts.highest:.2g}",
-        remedy=f"give a threshold of {counts.threshold_keeping(LITTLE):.2g}, which keeps half; but look at the "
-        "teacher's mIoU first: below 0.5 it needs more training",
+        fix=f"Give a threshold of {counts.threshold_keeping(LITTLE):.2g}, which keeps half. But look at the teacher's "
+        "mIoU first: below 0.5 it needs more training.",
     )
 
 

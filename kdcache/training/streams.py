@@ -122,9 +122,11 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
     for name, table in zip(names, tables, strict=True):
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or names.count(name) > 1:
             raise RecipeError(
-                "every stream has a name of its own, of letters, digits, dots and dashes",
-                received=f"{name!r} {names.count(name)} times" if isinstance(name, str) else f"{table!r}",
-                remedy="give each a name, for instance --stream kitti,cache=kitti.zarr,share=0.5",
+                f"The stream name {name!r} is used {names.count(name)} times"
+                if isinstance(name, str)
+                else f"Missing the name of the stream {table!r}",
+                fix="Give each a name of letters, digits, dots and dashes, for example --stream "
+                "kitti,cache=kitti.zarr,share=0.5",
             )
     return tables
 
@@ -149,24 +151,20 @@ def _check_paste(stream: Stream[Any], others: Sequence[str], mix: str | None) ->
     if paste is None or source not in others:
         own = ", which is itself" if source == stream.name else ""
         raise RecipeError(
-            "a stream is pasted into from one other stream: paste says how, paste-from names it",
-            received=f"paste {paste or 'left out'}, paste-from {source or 'left out'}{own}, beside the streams "
-            f"{', '.join(others) or '(none)'}",
-            remedy=f"give both, for instance paste=classmix,paste-from={others[0]}; or leave both out"
+            f"Use paste and paste-from together: paste is {paste or 'left out'}, and paste-from "
+            f"{source or 'left out'}{own}, beside the streams {', '.join(others) or '(none)'}",
+            fix=f"Give both, for example paste=classmix,paste-from={others[0]}, or leave both out."
             if others
-            else "give the samples that are pasted as a --stream of their own, with labels",
+            else "Give the samples that are pasted as a --stream of their own, with labels.",
         )
     Mix(paste, "paste=")
     if mix is not None:
         raise RecipeError(
-            "a pixel is pasted once: within streams, by --mix, or from one into another, by paste",
-            received=f"paste {paste} with --mix {mix}",
-            remedy="leave one of them out",
+            f"Use either paste {paste} or --mix {mix}, not both: a pixel is pasted once", fix="Leave one of them out."
         )
     lost = [term.kind for term in stream.config.active if term.reads_teacher and not term.follows_paste]
     if lost:
         raise RecipeError(
-            "paste moves pixels, labels, logits and depth; pseudo labels count where nothing was pasted",
-            received=f"paste {paste} with {', '.join(lost)}, which cannot follow",
-            remedy="leave one of them out; kl, pseudo and consistency can",
+            f"Cannot use paste {paste} with {', '.join(lost)}: they cannot follow pasted pixels",
+            fix="Leave one of them out. kl, pseudo and consistency can follow.",
         )

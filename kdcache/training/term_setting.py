@@ -37,15 +37,13 @@ def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: f
             continue
         if term.by == "ema" and ema is None:
             raise RecipeError(
-                "consistency,by=ema learns from the moving average of the weights",
-                received="consistency,by=ema without --ema",
-                remedy="add --ema 0.99; or use by=student, which keeps no average",
+                "Cannot use consistency,by=ema without --ema",
+                fix="Add --ema 0.99, or use by=student, which keeps no average.",
             )
         if jitter == 0 and (mix is None or not term.labels_itself):
             raise RecipeError(
-                "consistency compares a weak view with a strong one, which has jitter",
-                received="consistency without jitter (--jitter 0, or --augment none): both views are the same pixels",
-                remedy="add --jitter randaugment:2,9, or leave --jitter out; not with --augment none",
+                "Cannot use consistency without jitter (--jitter 0, or --augment none): both views are the same pixels",
+                fix="Add --jitter randaugment:2,9, or leave --jitter out. Do not use --augment none.",
             )
 
 
@@ -59,9 +57,8 @@ def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | Non
     whole = [term.kind for term in terms if term.whole_batch]
     if accumulate > 1 and whole:
         raise RecipeError(
-            "--accumulate sees a part of a batch at a time",
-            received=f"--accumulate {accumulate} with {', '.join(whole)}, which compares all of it",
-            remedy="leave one of them out; --method kl can",
+            f"Cannot use --accumulate {accumulate} with {', '.join(whole)}: it compares the whole batch",
+            fix="Leave one of them out. --method kl can accumulate.",
         )
     if mix is None:
         return
@@ -69,9 +66,8 @@ def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | Non
     taught = [term.kind for term in terms if term.reads_teacher and not term.follows_mix]
     if taught:
         raise RecipeError(
-            "--mix pastes pixels, labels, logits and depth",
-            received=f"--mix {mix} with {', '.join(taught)}, which cannot follow",
-            remedy="leave one of them out; --method kl can",
+            f"Cannot use --mix {mix} with {', '.join(taught)}: it cannot follow pasted pixels",
+            fix="Leave one of them out. --method kl can follow.",
         )
 
 
@@ -83,27 +79,22 @@ def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) ->
         tasks: those that are learnt.
     Raises: RecipeError for fewer than two tasks, for weights beside learnt ones, and where all weights are 0.
     """
-    received = [f"--task-weight {text}" for text in weights]
+    asked = [f"--task-weight {text}" for text in weights]
     if balance == "uncertainty":
-        received.insert(0, "--balance uncertainty")
+        asked.insert(0, "--balance uncertainty")
     if len(tasks) < 2:
         raise RecipeError(
-            "a balance is one of two tasks",
-            received=f"{', '.join(received)}, and {' '.join(tasks) or 'nothing'} alone is learnt",
-            remedy="leave it out; or learn both, for instance --model MODEL+depth with --term depth-silog",
+            f"Cannot use {', '.join(asked)}: {' '.join(tasks) or 'nothing'} alone is learnt, and a balance is one "
+            "of two tasks",
+            fix="Leave it out. Or learn both, for example --model MODEL+depth with --term depth-silog",
         )
     if weights and balance == "uncertainty":
         raise RecipeError(
-            "the balance `uncertainty` learns the weights of the tasks",
-            received=", ".join(received),
-            remedy="leave one of them out",
+            f"Cannot use {' and '.join(asked)} together: the balance `uncertainty` learns the weights of the tasks",
+            fix="Leave one of them out.",
         )
     if not any(_fixed(weights, tasks).values()):
-        raise RecipeError(
-            "a task weighs more than 0",
-            received=f"{', '.join(received)}: nothing would be learnt",
-            remedy="raise one of them",
-        )
+        raise RecipeError(f"Nothing to learn: {', '.join(asked)}", fix="Raise one of them.")
 
 
 def make_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> Balance | None:
@@ -133,13 +124,12 @@ def check_val_share(share: float | None, val: str | None, streams: bool, method:
         return
     if val is not None or streams:
         raise RecipeError(
-            f"Cannot use --val-share {share:g} with {'--stream' if val is None else f'--val {val}'}",
-            received="--val-share judges one cache by its features, --val judges classes and depth by labels",
-            remedy="Leave one of them out.",
+            f"Cannot use --val-share {share:g} with {'--stream' if val is None else f'--val {val}'}: it judges one "
+            "cache by its features",
+            fix="Leave one of them out.",
         )
     if not reads_taps:
         raise RecipeError(
-            f"--val-share {share:g} has no feature loss to validate on",
-            received=f"--method {method} without a term of features",
-            remedy="Add one, for instance --term cosine; or validate on labels with --val DATA.",
+            f"--val-share {share:g} has no feature loss to validate on: --method {method} has no term of features",
+            fix="Add one, for example --term cosine, or validate on labels with --val DATA.",
         )

@@ -210,7 +210,7 @@ CASES = {
         nothing, "evaluate {w}/teacher --data {w}/data --folds-by ^.", "'^.' without folds"),
     "mixed odd batches": (nothing, STUDENT + " --mix cutmix --batch-size 5", "--batch-size 5"),
     "mix of nothing known": (nothing, STUDENT + " --mix mixup", "'mixup'"),
-    "mix beside features": (nothing, STUDENT + " --mix cutmix --method dist", "with dist, which cannot"),
+    "mix beside features": (nothing, STUDENT + " --mix cutmix --method dist", "with dist: it cannot"),
     "recipe with a wrong value": (
         recipe("temperature = -1.0\n"), STUDENT + " --recipe {w}/recipe.toml", "--temperature"),
 }  # fmt: skip

@@ -155,11 +155,11 @@ def test_a_damaged_record_is_an_error_of_the_loader(store: Path, monkeypatch: py
     from kdcache.errors import DataError
 
     def fail(*_: object) -> None:
-        raise DataError("an image must be readable", received="x", remedy="y")
+        raise DataError("Cannot read x", fix="Restore it.")
 
     dataset = CacheDataset(open_cache(store))
     monkeypatch.setattr(dataset, "draw_into", fail)
-    with pytest.raises(DataError, match="an image must be readable"):
+    with pytest.raises(DataError, match="Cannot read x"):
         next(iter(sample_loader(dataset, batch_size=2, iterations=1)))
 
 

@@ -202,8 +202,8 @@ def test_a_stream_without_labels_of_classes_counts_nothing(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ce_weight": 0.0, "term": ["dice"]}, "use --model kdcache:tiny; or add --term auxiliary"),
-        ({"term": ["auxiliary,weight=0"]}, "auxiliary,weight=0 throughout"),
+        ({"ce_weight": 0.0, "term": ["dice"]}, "Use --model kdcache:tiny, or add --term auxiliary"),
+        ({"term": ["auxiliary,weight=0"]}, "auxiliary,weight=0, throughout"),
         ({"model": "kdcache:tiny", "term": ["auxiliary"]}, r"--model MODEL\+aux"),
         ({"term": ["adversarial,head=auxiliary"]}, "beside no other"),
     ],

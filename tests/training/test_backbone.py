@@ -171,7 +171,7 @@ def test_a_stopped_backbone_goes_on_to_the_same_weights(settings, tmp_path) -> N
     train(make_config(**settings), tmp_path / "stopped", resume=True)
     for name in ("best.safetensors", "last.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
-    with pytest.raises(RecipeError, match="resumes with the settings"):
+    with pytest.raises(RecipeError, match="Cannot resume with other settings"):
         train(make_config(**settings | {"val_share": 0.5}), tmp_path / "stopped", resume=True)
 
 
@@ -222,7 +222,7 @@ def test_a_partial_start_names_the_tensors(model, tensors, run, nets, scenes, tm
     task |= {"method": "none", "iterations": 1, "device": "cpu", "init": str(run)}
     with pytest.raises(ModelError, match="Cannot start") as caught:
         train(make_config(**task), tmp_path / "task")
-    assert tensors in caught.value.received
+    assert tensors in caught.value.problem
     assert not (tmp_path / "task").exists()
 
 

@@ -220,7 +220,7 @@ def test_the_weights_that_balance_take_the_present_ones_into_account() -> None:
         ({"method": "none", "task_weight": ["depth=0.3"]}, "a balance is one of two tasks"),
         ({"ce_weight": 0, "balance": "uncertainty"}, "depth alone"),
         ({"balance": "uncertainty", "task_weight": ["depth=0.3"]}, "learns the weights"),
-        ({"task_weight": ["depth=0", "segmentation=0"]}, "a task weighs more than 0"),
+        ({"task_weight": ["depth=0", "segmentation=0"]}, "Nothing to learn: --task-weight depth=0"),
         ({"task_weight": ["depth=-1"]}, r"--task-weight: 'depth=-1'.*TASK=X"),
         ({"task_weight": ["depht=1"]}, "segmentation, depth"),
         ({"task_weight": ["depth=1", "depth=2"]}, "each given once"),

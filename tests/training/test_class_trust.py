@@ -54,7 +54,7 @@ def test_a_file_that_is_wrong_is_refused(content: str, received: str, tmp_path: 
     path.write_text(content)
     with pytest.raises(KDCacheError, match="--class-trust auto") as caught:
         read_trust(str(path), NAMES)
-    assert received in caught.value.received
+    assert received in caught.value.problem
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +198,8 @@ def test_a_fold_of_other_samples_is_refused(
     for store, run in ((cache, others), (part, plain)):
         with pytest.raises(KDCacheError, match="on other samples") as caught:
             noted(store, run)
-        assert str(run) in caught.value.received
-        assert f"--cache {store.place} --method none --fold 0/3" in caught.value.remedy
+        assert str(run) in caught.value.problem
+        assert f"--cache {store.place} --method none --fold 0/3" in caught.value.fix
     own = tmp_path / "own"
     train(make_config(**(student | more | {"data": None, "method": "none", "cache": str(part.place)})), own)
     noted(part, own)
@@ -226,4 +226,4 @@ def test_crops_are_refused_in_words_of_their_own(plain: Path, make_cache: Callab
     with pytest.raises(KDCacheError, match="whole images") as caught:
         noted(crops, plain)
     assert "--augment" not in str(caught.value)
-    assert "--class-trust FILE" in caught.value.remedy
+    assert "--class-trust FILE" in caught.value.fix

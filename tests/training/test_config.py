@@ -178,7 +178,7 @@ def test_unknown_settings_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"iterations": 5, "epochs": 2}, "--iterations 5 and --epochs 2"),
+        ({"iterations": 5, "epochs": 2}, "--iterations 5 or --epochs 2, not both"),
         ({"ce_weight": 0, "method": "none"}, "every loss weight is 0"),
         ({"ce_weight": 0, "kl_weight": 0, "method": "kl"}, "every loss weight is 0"),
         ({"cache": None, "data": "x", "method": "kl"}, "cache"),

@@ -291,7 +291,7 @@ def test_an_unsure_stream_is_noted_once_and_not_where_it_became_sure() -> None:
 
 def test_consistency_alone_teaches_nothing(base: dict[str, Any], tmp_path: Path) -> None:
     rows = streams("by=student")[1:] + streams("by=student", name="v")[1:]
-    with pytest.raises(RecipeError, match="of which none has either"):
+    with pytest.raises(RecipeError, match="has labels or a teacher"):
         begun(base | {"stream": rows}, tmp_path / "run")
     with pytest.raises(RecipeError, match="stream u: consistency,by=ema without --ema"):
         make_config(**base | {"ema": None})

@@ -134,7 +134,7 @@ def test_a_stream_of_depth_beside_one_of_segmentation(both: dict[str, Any], tmp_
         ({"labels": "segmentation"}, "reads labels of depth"),
         ({"model": "kdcache:tiny"}, "head depth"),
         ({"method": "none", "labels": "depth", "data": "scenes:32x48,train=6,val=3"}, "labels of segmentation"),
-        ({"data": f"{EXACT},tasks=depth"}, "add --ce-weight 0"),
+        ({"data": f"{EXACT},tasks=depth"}, "Add --ce-weight 0"),
         ({"data": f"{EXACT},tasks=depth", "method": "dice+depth-l1"}, "dice for data with labels of depth"),
         ({"data": f"{EXACT},tasks=depth", "labels": "segmentation", "method": "none"}, "--labels segmentation"),
         ({"model": "kdcache:hydra,max=0.5"}, r"none in 6 labels: they are .* give the head another maximum"),
@@ -155,7 +155,7 @@ def test_a_stream_without_the_labels_of_its_terms_is_named(both: dict[str, Any],
     assert begun(settings | {"stream": streams}, tmp_path / "run").criterion.tasks == ("segmentation", "depth")
     with pytest.raises(RecipeError, match="stream far: dice for data with labels of depth"):
         begun(settings | {"stream": [streams[0], far | {"method": "dice+depth-l1"}]}, tmp_path / "refused")
-    with pytest.raises(RecipeError, match="add --ce-weight 0"):
+    with pytest.raises(RecipeError, match="Add --ce-weight 0"):
         begun(settings | {"stream": [far, {**far, "name": "other"}]}, tmp_path / "refused")
 
 

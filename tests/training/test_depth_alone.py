@@ -93,7 +93,7 @@ def test_data_without_classes_teach_depth(model: str, alone: dict[str, Any], tmp
 
 def test_data_without_classes_want_another_head(alone: dict[str, Any], tmp_path: Path) -> None:
     changes = {"model": "kdcache:tiny", "data": write_nyu(tmp_path / "nyu"), "val": None, "size": "32x48"}
-    with pytest.raises(ModelError, match=r"--model kdcache:tiny\+depth; or name classes in a classes.txt"):
+    with pytest.raises(ModelError, match=r"--model kdcache:tiny\+depth. Or name classes in a classes.txt"):
         train(make_config(**alone | changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_head_stream_and_remedies_in_order(
     settings = alone | {"data": None, "stream": streams, "lr": 1e30, "schedule": "constant", "val": None}
     with pytest.raises(ModelError) as error:
         train(make_config(**settings | {"optimizer": "sgd", "iterations": 30}), tmp_path / "run")
-    assert "term depth-silog of the head depth in the stream near" in error.value.received
-    assert "records near:" in error.value.received
+    assert "term depth-silog of the head depth in the stream near" in error.value.problem
+    assert "records near:" in error.value.problem
     words = ("--clip-grad", "--lr", "the depth of those records")
-    assert sorted(words, key=error.value.remedy.index) == list(words)
+    assert sorted(words, key=error.value.fix.index) == list(words)

@@ -739,8 +739,8 @@ def test_a_batch_is_shared_evenly(batch: int, size: int, remedy: str) -> None:
     World(0, size).check_batch_size(size * 3)
     with pytest.raises(RecipeError) as caught:
         World(0, size).check_batch_size(batch)
-    assert f"--batch-size {batch} for {size} processes" in caught.value.received
-    assert f"--batch-size {remedy}," in caught.value.remedy
+    assert f"--batch-size {batch} for {size} processes" in caught.value.problem
+    assert f"--batch-size {remedy}," in caught.value.fix
 
 
 def test_steps_are_eager_and_every_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,12 +162,12 @@ def test_a_store_decides(make_cache: Callable, tmp_path, wide: str) -> None:
     train(make_config(**settings, workers=0, val=wide), tmp_path / "run")
     assert Run(tmp_path / "run").model.fit == "pad"
     for wrong, rule in (
-        ({"fit": "squash"}, "as its store's views are"),
-        ({"size": "32x48"}, "the shape of its store's"),
+        ({"fit": "squash"}, "Cannot use --fit squash"),
+        ({"size": "32x48"}, "Cannot use --size 32x48"),
     ):
         with pytest.raises(RecipeError) as caught:
             train(make_config(**settings, workers=0, **wrong), tmp_path / "other")
-        assert rule in caught.value.rule
+        assert rule in caught.value.problem
     assert not (tmp_path / "other").exists()
 
 

@@ -130,6 +130,6 @@ def test_a_run_does_not_resume_with_another_list(
     settings = student | {"labels_from": write(*PICKED), "iterations": 1, "val_every": 1}
     train(make_config(**settings), tmp_path / "run")
     write(*PICKED, 2)
-    with pytest.raises(RecipeError, match="resumes with the settings") as caught:
+    with pytest.raises(RecipeError, match="Cannot resume with other settings") as caught:
         train(make_config(**settings), tmp_path / "run", resume=True)
     assert "the labels of other samples" in str(caught.value)

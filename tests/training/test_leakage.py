@@ -65,16 +65,16 @@ def test_a_teacher_of_more_labels_is_refused(
     with pytest.raises(MismatchError, match="without labels") as caught:
         notes(taught(SAMPLES), limit_labels=2, **changes)
     fold = "fold" in changes
-    assert f"--limit-labels 2: 2 labels, and the teacher of {taught(1).place} was trained" in caught.value.received
-    assert f"on those of {2 if fold else 4} more" in caught.value.received
-    assert "train-teacher --limit-samples 2" + " --fold 0/3" * fold + "," in caught.value.remedy
-    assert "--teacher labels" in caught.value.remedy
+    assert f"--limit-labels 2: 2 labels, and the teacher of {taught(1).place} was trained" in caught.value.problem
+    assert f"on those of {2 if fold else 4} more" in caught.value.problem
+    assert "train-teacher --limit-samples 2" + " --fold 0/3" * fold + "," in caught.value.fix
+    assert "--teacher labels" in caught.value.fix
 
 
 def test_a_share_is_met_by_a_number(taught: Callable[..., Cache], notes: Notes) -> None:
     with pytest.raises(MismatchError, match="without labels") as caught:
         notes(taught(SAMPLES), limit_labels=0.5)
-    assert "--limit-samples 3," in caught.value.remedy
+    assert "--limit-samples 3," in caught.value.fix
     assert notes(taught(3), limit_labels=0.5) == []
 
 
@@ -206,9 +206,9 @@ def test_labels_that_the_store_lacks(stored: Callable[..., Cache], data: Path, n
     cache = stored(data, without_labels(data, but=2))
     with pytest.raises(MismatchError, match="without labels") as caught:
         notes(cache)
-    assert caught.value.received.startswith("2 labels, and")
-    assert "4 more of its samples (train-000002" in caught.value.received
-    assert "the data set as it was when the store was built" in caught.value.remedy
+    assert caught.value.problem.startswith("2 labels, and")
+    assert "4 more of its samples (train-000002" in caught.value.problem
+    assert "the data set as it was when the store was built" in caught.value.fix
     assert notes(cache, method="none") == []
     (training,) = cache.manifest.teacher.trainings
     assert training is not None
@@ -256,7 +256,7 @@ def test_every_stream_of_a_teacher_counts(settings: dict[str, Any], data: Path, 
     assert notes(cache, limit_labels=2, fold="1/3") == []
     with pytest.raises(MismatchError, match="without labels") as caught:
         notes(cache, limit_labels=1, fold="1/3")
-    assert "those of 1 more" in caught.value.received
+    assert "those of 1 more" in caught.value.problem
 
 
 def test_the_teacher_of_a_stream_s_store_is_not_known(

@@ -82,7 +82,7 @@ def test_none_at_all_is_noted_and_refused_where_nothing_else_is_learnt(cache: Ca
     for alone in ({"ce_weight": 0.0}, {"labels": "none"}):
         with pytest.raises(RecipeError, match="none from") as caught:
             list(pseudo_notes(pseudo(0.9999, **alone), CacheDataset(cache)))
-        assert "which keeps half" in caught.value.remedy
+        assert "which keeps half" in caught.value.fix
     assert list(pseudo_notes(pseudo(0.9999, labels="none"), CacheDataset(cache), pasted=True)) == [note]
 
 
@@ -95,7 +95,7 @@ def test_a_target_without_a_confident_pixel_is_refused_beside_labels_of_another(
     settings = student | {"cache": None, "size": "32x48", "stream": streams, "batch_size": 4}
     with pytest.raises(RecipeError, match="stream t: none from") as caught:
         train(make_config(**settings), tmp_path / "run")
-    assert "which keeps half" in caught.value.remedy
+    assert "which keeps half" in caught.value.fix
     assert not (tmp_path / "run").exists()
 
 

@@ -186,8 +186,8 @@ def test_resume_of_a_run_that_is_not_there_is_refused(finished: tuple[dict[str, 
     for name, near in (("rnu", f"there is {run}"), ("elsewhere", "does not exist")):
         with pytest.raises(RecipeError) as caught:
             go(settings, run.parent / name, resume=True)
-        assert str(run.parent / name) in caught.value.received
-        assert near in caught.value.received
+        assert str(run.parent / name) in caught.value.problem
+        assert near in caught.value.problem
         assert not (run.parent / name).exists()
 
 
@@ -263,7 +263,7 @@ def test_one_command_trains_a_run_at_a_time(
         lock.take()
         with pytest.raises(RecipeError, match="by one command") as caught:
             go(settings, run, resume=resume)
-        assert f"process {os.getpid()} on" in caught.value.received
+        assert f"process {os.getpid()} on" in caught.value.problem
     assert content(run) == before
     go(settings, run, resume=resume)
     assert not list(run.glob(".*"))
@@ -295,7 +295,7 @@ def test_a_kill_ends_the_lock_and_the_next_run_clears_what_it_left(
     wait_until(lambda: lines_of(run) >= 3)
     with pytest.raises(RecipeError, match="by one command") as caught:
         go(long | {"iterations": 5000, "val_every": 5000, "val": None}, run, resume=True)
-    assert f"process {pid} on" in caught.value.received
+    assert f"process {pid} on" in caught.value.problem
     os.kill(pid, signal.SIGKILL)
     assert nursery.wait() == -signal.SIGKILL
     for name in (".checkpoint.pt.partial", ".result.json.partial", ".best.safetensors.partial"):
@@ -459,7 +459,7 @@ def test_changed_settings_are_refused_and_named(
     before = content(run)
     with pytest.raises(RecipeError) as caught:
         go(settings | changes, run, resume=True)
-    assert flag in caught.value.received
+    assert flag in caught.value.problem
     assert content(run) == before
 
 
@@ -471,7 +471,7 @@ def test_another_store_or_a_dropped_validation_is_refused(
     for changes, what in (({"cache": str(make_cache(top_k=3))}, "another store"), ({"val": None}, "--val None")):
         with pytest.raises(RecipeError) as caught:
             go(settings | changes, run, resume=True)
-        assert what in caught.value.received
+        assert what in caught.value.problem
     assert content(run) == before
 
 

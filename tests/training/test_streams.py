@@ -445,7 +445,7 @@ def test_a_stream_without_labels_teaches_by_its_entropy(
     entropies = [line["b/entropy"] for line in read_metrics(tmp_path / "run", "train")]
     assert 0 < entropies[-1] < 0.7 * entropies[0] < 0.7
     alone = settings | {"stream": [unlabelled]}
-    with pytest.raises(RecipeError, match="streams b, of which none has either"):
+    with pytest.raises(RecipeError, match="no stream of b has labels or a teacher"):
         begun(alone, tmp_path / "alone")
 
 
@@ -524,8 +524,8 @@ def test_a_teacher_of_streams_learns_from_labels_alone() -> None:
     base = {"verb": "train-teacher", "model": "kdcache:tiny", "size": "32x48", "batch_size": 4}
     config = make_config(**base, stream=[f'a,"data={SCENES}"', "b,cache=x"])
     assert [stream.config.loss.method for stream in config.streams] == ["none", "none"]
-    with pytest.raises(RecipeError, match="train-teacher learns from labels alone") as caught:
+    with pytest.raises(RecipeError, match="in train-teacher: it learns from labels only") as caught:
         make_config(**base, stream=[f'a,"data={SCENES}"', "b,cache=x,method=kl"])
-    assert caught.value.received.startswith("stream b: ")
+    assert caught.value.problem.startswith("stream b: ")
     with pytest.raises(RecipeError, match="no --data and no --stream"):
         make_config(**base)

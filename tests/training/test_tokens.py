@@ -93,7 +93,7 @@ def test_a_step_from_bytes_is_the_step_from_their_numbers(short: dict[str, Any],
 def test_a_window_cannot_move_what_is_of_a_whole_view(short: dict[str, Any], tmp_path: Path, term: str) -> None:
     with pytest.raises(RecipeError, match=f"Cannot move what {term} compares") as caught:
         train(make_config(**short | {"term": (term,), "augment": "warp"}), tmp_path / "run")
-    assert "--augment replay" in caught.value.remedy
+    assert "--augment replay" in caught.value.fix
     assert not (tmp_path / "run").exists()
 
 

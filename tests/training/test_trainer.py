@@ -231,11 +231,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_explained(
     changed = settings | {"model": model_file("nan"), "val_every": 2, "val": None, "gradients_every": 1}
     with pytest.raises(ModelError) as caught:
         go(changed, tmp_path)
-    assert "term ce of the head segmentation is nan at iteration 3" in caught.value.received
+    assert "term ce of the head segmentation is nan at iteration 3" in caught.value.problem
     ids = open_split(settings["data"], "train").ids
     order = np.random.default_rng((0, 0)).permutation(6)
-    assert all(ids[index] in caught.value.received for index in order[4:6])
-    assert all(ids[index] not in caught.value.received for index in order[:4])
+    assert all(ids[index] in caught.value.problem for index in order[4:6])
+    assert all(ids[index] not in caught.value.problem for index in order[:4])
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 2
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -256,8 +256,8 @@ def test_a_target_that_is_no_number_is_named_as_kl(
     monkeypatch.setattr(Cache, "read_into", spoilt)
     with pytest.raises(ModelError) as caught:
         go(student | {"augment": "none"}, tmp_path)
-    assert "term kl of the head segmentation is nan at iteration 2" in caught.value.received
-    assert cache.ids[bad] in caught.value.received
+    assert "term kl of the head segmentation is nan at iteration 2" in caught.value.problem
+    assert cache.ids[bad] in caught.value.problem
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="losses are looked at late on a GPU alone")

@@ -150,7 +150,7 @@ def test_what_a_training_cannot_take_is_refused(world: dict[str, Any], tmp_path:
         kdcache.train(out, model=model, data=SCENES, val=torch.utils.data.DataLoader(Items("val")))
     with pytest.raises(RecipeError, match=r"Items as data\n.*kdcache\.from_dataset"):
         kdcache.build_cache(Items("train"), world["module"], tmp_path / "s", size=(32, 48))
-    with pytest.raises(RecipeError, match="something to train on"):
+    with pytest.raises(RecipeError, match="Nothing to train on"):
         kdcache.train(out, model=model)
     with pytest.raises(ModelError, match="has 7 classes, but the data set has 2"):
         kdcache.build_cache(

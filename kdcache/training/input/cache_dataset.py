@@ -21,7 +21,7 @@ from kdcache.data import (
     zoom_of,
 )
 from kdcache.distill import SEGMENTATION
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.heads import DEPTH
 from kdcache.store import Cache, Records, seal_of
 from kdcache.training.input.batch import Array, Row
@@ -82,7 +82,8 @@ class CacheDataset(DrawnDataset):
     ) -> None:
         if augment not in AUGMENTS:
             raise RecipeError(
-                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use auto, the default"
+                f"Unknown augment {augment!r}",
+                fix=suggest(str(augment), AUGMENTS, f"Use one of {', '.join(AUGMENTS)}."),
             )
         self.source = Records.of(source)
         self.source.check_complete()
@@ -92,9 +93,9 @@ class CacheDataset(DrawnDataset):
         augmentation = Augmentation() if augmentation is None else augmentation
         if cache.manifest.view.kind == "crop" and augment != "replay":
             raise RecipeError(
-                "a store of crops is replayed: warp and none begin with the whole image",
-                received=f"--augment {augment} for {cache.place}",
-                remedy="use --augment replay",
+                f"Cannot use --augment {augment} for {cache.place}: it is a cache of crops, and {augment} begins with "
+                "the whole image",
+                fix="Use --augment replay.",
             )
         augmentation = augmentation if augment != "none" else Augmentation.off()
         super().__init__(cache.view_size if size is None else size, augmentation, tasks, depth_zoom)
@@ -260,9 +261,8 @@ def _views(cache: Cache, limit: int | None) -> int:
     views = cache.manifest.view.views_per_sample
     if limit is not None and limit > views:
         raise RecipeError(
-            "--limit-views is at most the views of the store",
-            received=f"{limit} of {views}",
-            remedy="leave it out, or build with more --views",
+            f"Cannot use --limit-views {limit}: the cache has {views} views",
+            fix="Leave it out, or build with more --views.",
         )
     return limit or views
 

@@ -49,9 +49,9 @@ class Mix:
             self._share = math.nan
         if self.kind not in NUMBERS or not 0 < self._share <= 1:
             raise RecipeError(
-                f"{flag.strip('= ')} is cutmix or classmix, with the share of samples that are mixed",
-                received=repr(text),
-                remedy=f"for instance {flag}cutmix or {flag}classmix:0.5",
+                f"Invalid {flag.strip('= ')} {text!r}",
+                fix=f"Give cutmix or classmix, with the share of samples that are mixed, for example {flag}cutmix or "
+                f"{flag}classmix:0.5",
             )
         self.dice = NUMBERS[self.kind]
 

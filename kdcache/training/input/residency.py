@@ -46,9 +46,7 @@ def keep_records(
     """
     if choice == "gpu" and device.type != "cuda":
         raise RecipeError(
-            "--resident gpu keeps the targets on a GPU",
-            received=f"--resident gpu on the device {device.type}",
-            remedy="use --resident ram or leave it out",
+            f"Cannot use --resident gpu on the device {device.type}", fix="Use --resident ram, or leave it out."
         )
     if choice == "off":
         return
@@ -56,9 +54,8 @@ def keep_records(
     if cache is None:
         if choice != "auto":
             raise RecipeError(
-                "--resident keeps the decoded records of a store",
-                received=f"--resident {choice} for a data folder",
-                remedy="leave --resident out, or train from a store",
+                f"Cannot use --resident {choice} for a data folder: it keeps the decoded records of a cache",
+                fix="Leave --resident out, or train from a cache.",
             )
         return
     on_gpu = choice == "gpu" or (choice == "auto" and device.type == "cuda" and not dataset.remote)
@@ -90,7 +87,7 @@ def _keep_on_device(
     half = torch.cuda.mem_get_info(device)[0] // 2 // among
     if needed > half and choice == "gpu":
         raise _too_large(
-            f"{_gib(needed)} of targets on the GPU", half, "use --resident ram or off, or a smaller --top-k"
+            f"{_gib(needed)} of targets on the GPU", half, "Use --resident ram or off, or a smaller --top-k."
         )
     if needed > half or not needed:
         return False
@@ -115,15 +112,11 @@ def _keep_in_memory(
     elif choice == "auto":
         note(f"resident: off, {what} are more than half of what is free ({_gib(half)})")
     else:
-        raise _too_large(f"{what} in memory", half, "leave --resident out: the store is read as fast as it decodes")
+        raise _too_large(f"{what} in memory", half, "Leave --resident out: the cache is read as fast as it decodes.")
 
 
-def _too_large(what: str, half: int, remedy: str) -> RecipeError:
-    return RecipeError(
-        "--resident takes at most half of what is free",
-        received=f"{what}, of which half is {_gib(half)}",
-        remedy=remedy,
-    )
+def _too_large(what: str, half: int, fix: str) -> RecipeError:
+    return RecipeError(f"Cannot keep {what}: half of what is free is {_gib(half)}", fix=fix)
 
 
 def _gib(count: int) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import RecipeError
+from kdcache.errors import RecipeError, suggest
 from kdcache.settings.parse import RARE_TEMPERATURE
 from kdcache.training.input.dataset import DrawnDataset
 
@@ -174,13 +174,12 @@ def choose_shuffle(shuffle: str, dataset: DrawnDataset) -> str:
         return "window" if dataset.remote else "full"
     if shuffle not in SHUFFLES:
         raise RecipeError(
-            f"--shuffle is one of {', '.join(SHUFFLES)}", received=repr(shuffle), remedy="leave it out: auto"
+            f"Unknown --shuffle {shuffle!r}", fix=suggest(str(shuffle), SHUFFLES, f"Use one of {', '.join(SHUFFLES)}.")
         )
     if shuffle == "window" and dataset.shard_records is None:
         raise RecipeError(
-            "--shuffle window reads a store shard after shard",
-            received="--shuffle window for a data folder, which has no shards",
-            remedy="leave --shuffle out, or train from a store",
+            "Cannot use --shuffle window for a data folder: it has no shards",
+            fix="Leave --shuffle out, or train from a cache.",
         )
     return shuffle
 

@@ -65,9 +65,8 @@ class Part:
             seen = [number for number, judge in zip(seen, judges, strict=True) if judge == self.judging]
             if not seen:
                 raise RecipeError(
-                    f"No sample is left to train on: --val-share {self.held_out:g} holds out all",
-                    received=f"{len(judges)} samples",
-                    remedy="Give a smaller share, or leave --val-share out.",
+                    f"No sample is left to train on: --val-share {self.held_out:g} holds out all {len(judges)} samples",
+                    fix="Give a smaller share, or leave --val-share out.",
                 )
         ranked = sorted(seen, key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
@@ -124,8 +123,7 @@ def _count(flag: str, limit: float | None, available: int) -> int:
     count = round(limit * available) if limit < 1 else int(limit)
     if not 1 <= count <= available:
         raise RecipeError(
-            f"{flag} leaves at least one sample, and no more than there are",
-            received=f"{limit:g} of {available} samples",
-            remedy="give a number of samples, or a share between 0 and 1",
+            f"Cannot use {flag} {limit:g} of {available} samples",
+            fix="Give a number of samples from 1 to that, or a share between 0 and 1.",
         )
     return count

@@ -66,9 +66,8 @@ def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None
         report = load_weights(model, state, strict_head=False)
     except ModelError as error:
         raise ModelError(
-            f"Cannot start {config.run.model} from {config.run.init}, a run of {run.model.spec}",
-            received=error.received,
-            remedy=f"Use --model {run.model.spec}, or a model that holds this network whole as one of its modules.",
+            f"Cannot start {config.run.model} from {config.run.init}, a run of {run.model.spec}: {error.problem}",
+            fix=f"Use --model {run.model.spec}, or a model that holds this network whole as one of its modules.",
         ) from error
     model.load_report = replace(report, class_names=run.model.class_names)
     model.mean, model.std = run.model.mean, run.model.std
@@ -79,14 +78,14 @@ def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
     features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
     if not model.head_kinds and not features:
         raise ModelError(
-            f"Nothing to learn: {config.run.model} has no head for these data, and no term compares features",
-            received=f"--method {config.loss.method}",
-            remedy="Add a term of features, --method cosine --ce-weight 0; or a head of depth, "
-            f"--model {config.run.model}+depth; or name classes in a classes.txt in the data folder.",
+            f"Nothing to learn: {config.run.model} has no head for these data, and no term of --method "
+            f"{config.loss.method} compares features",
+            fix=f"Add a term of features, --method cosine. Or add a head of depth, --model {config.run.model}+depth. "
+            "Or name classes in a classes.txt in the data folder.",
         )
     if not model.head_kinds and config.data.val is not None:
         raise ModelError(
-            f"Cannot judge {config.run.model} by the labels of --val {config.data.val}: it has no head",
-            received="a student that learns features only",
-            remedy="Validate on the feature loss instead: --val-share 0.02.",
+            f"Cannot judge {config.run.model} by the labels of --val {config.data.val}: it has no head and learns "
+            "features only",
+            fix="Validate on the feature loss instead: --val-share 0.02",
         )

@@ -69,8 +69,7 @@ def _check_sums(path: Path) -> None:
 
 def _unreadable(path: Path, what: str) -> RecipeError:
     return RecipeError(
-        "a checkpoint must be readable",
-        received=f"{path}: {what}",
-        remedy="restore it from a copy, or delete it and repeat the command, which begins the run again: "
+        f"Cannot read the checkpoint {path}: {what}",
+        fix="Restore it from a copy. Or delete it and repeat the command, which begins the run again: "
         + shlex.join(["rm", str(path)]),
     )

@@ -94,9 +94,8 @@ class RunState:
             self._criterion.load_state_dict(state["criterion"])
         except RuntimeError as error:
             raise ModelError(
-                "a run resumes with the model it was begun with",
-                received=f"{self._config.run.model} has other tensors than the checkpoint in {self._run}",
-                remedy="restore the model's code, or give another --out",
+                f"Cannot resume: {self._config.run.model} has other tensors than the checkpoint in {self._run}",
+                fix="Restore the model's code, or give another --out.",
             ) from error
         load_optimizer(self._optimizer, state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
@@ -111,9 +110,8 @@ class RunState:
         steps = self._world.gather(self.now.step)
         if len(set(steps)) > 1:
             raise RecipeError(
-                "all processes go on from the same checkpoint",
-                received=f"they begin at the steps {', '.join(map(str, steps))}",
-                remedy=f"let every machine see the folder {self._run}, under this path",
+                f"The processes begin at different checkpoints: at the steps {', '.join(map(str, steps))}",
+                fix=f"Let every machine see the folder {self._run}, under this path.",
             )
 
     def keep_best(self, score: float, *, ema: bool = False) -> bool:

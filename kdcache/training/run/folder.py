@@ -74,32 +74,25 @@ def check_folder(
     """
     if resume and not run.exists() and not _torchrun_restarts():
         raise RecipeError(
-            "--resume goes on with a run that is there",
-            received=f"{run}, which does not exist{_near(run)}",
-            remedy="correct --out, or leave --resume out to begin a run there (torchrun --max-restarts may begin it)",
+            f"Cannot resume {run}: it does not exist{_near(run)}",
+            fix="Correct --out, or leave --resume out to begin a run there (torchrun --max-restarts may begin it).",
         )
     if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
         return
     if not (run / RECIPE).is_file():
         if resume and (run / MODEL).is_file():
-            raise RecipeError(
-                "a run to resume has its recipe",
-                received=f"{run / RECIPE}, which is not there",
-                remedy=train_again(run),
-            )
+            raise RecipeError(f"Cannot resume {run}: {run / RECIPE} is missing", fix=train_again(run))
         raise RecipeError(
-            "--out is a new or empty folder, or a run to resume",
-            received=f"{run} holds something else",
-            remedy=f"give another --out. If this was a run, move it away: {moved_away(run)}",
+            f"Cannot train into {run}: it holds something else",
+            fix=f"Give another --out. If this was a run, move it away: {moved_away(run)}",
         )
     untrained = _is_untrained(run)
     if not resume and untrained:
         return
     if not resume:
         raise RecipeError(
-            "a run is not overwritten",
-            received=f"{run} holds a run already",
-            remedy="add --resume to go on with it, or give another --out",
+            f"Cannot train into {run}: it holds a run already",
+            fix="Add --resume to go on with it, or give another --out.",
         )
     before = read_config(run)
     now, then = config.settings, before.settings
@@ -121,10 +114,9 @@ def check_folder(
         changed.append("the labels of other samples than it was begun with")
     if changed:
         raise RecipeError(
-            "a run resumes with the settings it was begun with",
-            received=", ".join(changed),
-            remedy="repeat the first command and add --resume, or give another --out. Or move this run away and train "
-            f"it again: {moved_away(run)}" + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
+            f"Cannot resume with other settings: {', '.join(changed)}",
+            fix="Repeat the first command and add --resume, or give another --out. Or move this run away and train it "
+            f"again: {moved_away(run)}" + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
         )
 
 
@@ -132,11 +124,11 @@ def check_samples(run: Path, samples: RunSamples) -> None:
     """Refuse to resume a run on data that changed since it was begun. Raises: MismatchError naming the samples."""
     before = RunSamples.read(run)
     if before is not None and (changes := before.changes(samples)):
-        remedy = (
+        fix = (
             "restore the data set, or begin another run with a new --out. If you only saved its files in another "
             f"format, delete {run / SAMPLES}, which has digests of the files"
         )
-        raise changed_data(run, changes, None, remedy)
+        raise changed_data(run, changes, None, fix)
 
 
 def _torchrun_restarts() -> bool:

@@ -26,9 +26,8 @@ class RunLock:
         lock = Lock(self._run / LOCK)
         if not lock.acquire(wait=False) and not lock.outlive():
             raise RecipeError(
-                "a run is trained by one command at a time",
-                received=f"{self._run} is being trained by {lock.owner or 'another process'}",
-                remedy="let that end, or stop it and repeat this command with --resume; or give another --out",
+                f"Cannot train {self._run}: it is being trained by {lock.owner or 'another process'}",
+                fix="Let that end, or stop it and repeat this command with --resume. Or give another --out.",
             )
         self._lock = lock
 

@@ -56,10 +56,9 @@ def check_logits(cache: Cache, *, needed: bool = True) -> None:
     sharp = (values_Chw.min(0) < -_SURE).mean() > _SHARE_OF_SURE
     if sharp and (values_Chw + largest_hw >= -_ROUNDING).all():
         raise MismatchError(
-            "a store holds the logits of its teacher",
-            received=f"{cache.place} holds probabilities: of each pixel of its first record they sum to 1",
-            remedy="build it again from a teacher that returns what comes before its softmax; labels alone can be "
-            "learnt from this store with --method none",
+            f"{cache.place} holds probabilities, not logits: of each pixel of its first record they sum to 1",
+            fix="Build it again from a teacher that returns what comes before its softmax. Labels only can be learnt "
+            "from this cache with --method none.",
         )
 
 
@@ -122,12 +121,11 @@ class Watch:
         ids = [own for own in self._sample_ids(step) if not streams or own.startswith(tuple(streams))]
         depth = any(self._part_tasks[name] == DEPTH for name in terms)
         return ModelError(
-            "a loss must stay finite",
-            received=f"{' and '.join(map(self._term, terms)) or 'the loss'} is {values[(terms or wrong)[0]]} at "
-            f"iteration {step + 1}, records {', '.join(ids)}",
-            remedy="clip the gradient, --clip-grad 1; then lower --lr, or add --warmup; then look at "
+            f"The loss is not finite: {' and '.join(map(self._term, terms)) or 'the loss'} is "
+            f"{values[(terms or wrong)[0]]} at iteration {step + 1}, records {', '.join(ids)}",
+            fix="Clip the gradient, --clip-grad 1. Then lower --lr, or add --warmup. Then look at "
             + ("the depth of those records, its unit and range: kdcache data check" if depth else "those records")
-            + "; the last checkpoint is untouched",
+            + ". The last checkpoint is untouched.",
         )
 
     def _term(self, name: str) -> str:

@@ -46,9 +46,8 @@ def check_loggers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
-                f"--log {name} takes the package {name}",
-                received="it is not installed",
-                remedy=f"in a clone of kdcache: pip install '.[{name}]'. Or leave --log {name} out",
+                f"Missing the package {name} for --log {name}",
+                fix=f"In a clone of kdcache: pip install '.[{name}]'. Or leave --log {name} out.",
             )
 
 

@@ -27,9 +27,8 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
     classes = val if first is None else first.dataset.classes
     if classes is None:
         raise MismatchError(
-            "the classes of a training are those of a stream without a class map, or of its validation data",
-            received="a class map for every stream that has classes, and no --val",
-            remedy="add --val DATA, whose classes those maps name",
+            "Unknown classes of the training: every stream that has classes has a class map, and there is no --val",
+            fix="Add --val DATA, whose classes those maps name.",
         )
     for source in sources:
         names = _names_read(source)
@@ -40,10 +39,9 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
             source.dataset.mapped = classes, _void_but([])
         elif first is not None and names != classes.names:
             raise MismatchError(
-                "all streams have the same classes in the same order",
-                received=f"{', '.join(names)} in the stream {source.stream.name} against {', '.join(classes.names)} in "
-                f"{first.stream.name}",
-                remedy="give the one with other classes a class-map: a file with a line `<its id> <class>` for each",
+                f"The streams have different classes: {', '.join(names)} in {source.stream.name} against "
+                f"{', '.join(classes.names)} in {first.stream.name}",
+                fix="Give the one with other classes a class-map: a file with a line `<its id> <class>` for each.",
             )
     return classes
 
@@ -79,9 +77,8 @@ def _map_classes(source: Source, classes: ClassList) -> None:
     table = read_class_map(path, len(own), classes.names, all_hit=taught)
     if not taught and source.learns_classes_from_labels and (table == DROPPED).all():
         raise MismatchError(
-            "labels that are learnt have a class of the training",
-            received=f"class-map {path}, which makes void of all {len(own)} classes",
-            remedy="map one of them at least; or leave them out by labels=none, with a --method that reads no labels",
+            f"class-map {path} makes void of all {len(own)} classes",
+            fix="Map one of them at least. Or leave them out by labels=none, with a --method that reads no labels.",
         )
     lookup = _void_but([IGNORE_INDEX if target == DROPPED else target for target in table.tolist()])
     source.dataset.mapped = classes, lookup
@@ -97,8 +94,7 @@ def _check_mapped_targets(source: Source, path: Path) -> None:
     lacks += [f"--class-trust {config.loss.class_trust}, of the store's classes"] if config.loss.class_trust else []
     if lacks:
         raise MismatchError(
-            "a class map sums the probabilities of a store's classes: its targets have all of them",
-            received=f"class-map {path} with {', '.join(lacks)}",
-            remedy="build the store for the training's classes (build-teacher-cache --class-map), or "
+            f"Cannot use class-map {path} with {', '.join(lacks)}: it sums the probabilities of all classes",
+            fix="Build the cache for the training's classes (build-teacher-cache --class-map), or "
             + (f"with --top-k {head.classes}" if not head.dense else "leave that out"),
         )

@@ -34,10 +34,10 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
     if config.data.data is None:
         note(f"{split.data} has changed since {cache.place} was built: {changes.describe()}. To train on it: {renew}")
         return
-    remedy = f"restore the data set, or renew the cache: {renew}"
+    fix = f"restore the data set, or renew the cache: {renew}"
     if cache.pixels_stored:
-        remedy += ". To train on what the cache stores, leave --data out"
-    raise changed_data(cache.place, changes, split, remedy)
+        fix += ". To train on what the cache stores, leave --data out"
+    raise changed_data(cache.place, changes, split, fix)
 
 
 def _beside_validation(config: TrainConfig, cache: Cache) -> Split | None:

@@ -88,16 +88,14 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
     built = "none" if depth is None else depth.zoom
     if built == zoom == "none":
         raise RecipeError(
-            "a zoomed image looks nearer than it is: replayed views with a zoom want a rule for metric depth",
-            received=f"{cache.place}, whose views are zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times, and no "
-            "--depth-zoom",
-            remedy="add --depth-zoom divide, or keep; or use --augment warp; or build views without a zoom",
+            f"Missing --depth-zoom: the views of {cache.place} are zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} "
+            "times, and a zoomed image looks nearer than it is",
+            fix="Add --depth-zoom divide, or keep. Or use --augment warp, or build views without a zoom.",
         )
     if "none" not in (built, zoom) and built != zoom:
         raise RecipeError(
-            "replayed views have the depth that their store was built with",
-            received=f"--depth-zoom {zoom} for {cache.place}, built with --depth-zoom {built}",
-            remedy=f"use --depth-zoom {built}, or leave it out; or build another store",
+            f"Cannot use --depth-zoom {zoom} for {cache.place}: it was built with --depth-zoom {built}",
+            fix=f"Use --depth-zoom {built}, or leave it out. Or build another cache.",
         )
     return zoom if built == "none" else built
 
@@ -141,9 +139,8 @@ def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) ->
     assert split is not None
     if config.data.size is None:
         raise RecipeError(
-            "training from a data folder needs the size of its pixels",
-            received="no --size",
-            remedy="add --size HxW, for instance --size 288x384",
+            "Missing --size: training from a data folder needs the size of its pixels",
+            fix="Add --size HxW, for example --size 288x384",
         )
     if config.left_out is not None:
         check_folds(split, *config.left_out[1:])
@@ -160,9 +157,9 @@ def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) ->
     )
     if len(dataset) == 0:
         raise DataError(
-            "training needs labelled images",
-            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has a label{_used(config)}",
-            remedy=_LABELLED_SPLIT if config.data.labels == "all" else _OTHER_LABELS,
+            f"No labelled images in {split.data}, split {split.split!r}: none of {len(split)} images has a "
+            f"label{_used(config)}",
+            fix=_LABELLED_SPLIT if config.data.labels == "all" else _OTHER_LABELS,
         )
     return dataset
 
@@ -192,13 +189,13 @@ def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDa
     )
     if len(dataset) == 0:
         raise DataError(
-            "training on labels needs labelled samples",
-            received=f"{cache.place}: none of {cache.manifest.dataset.samples} samples has a label" + _used(config),
-            remedy=_OTHER_LABELS
+            f"No labelled samples in {cache.place}: none of {cache.manifest.dataset.samples} samples has a label"
+            + _used(config),
+            fix=_OTHER_LABELS
             if config.data.labels != "all" and config.loss.teacher == "store"
-            else "use --method kl with --distill-on all, which learns from targets alone"
+            else "Use --method kl with --distill-on all, which learns from targets only."
             if config.loss.teacher == "store"
-            else "leave --teacher labels out: the store's targets need no labels",
+            else "Leave --teacher labels out: the cache's targets need no labels.",
         )
     if config.left_out is not None:
         _, folds, by = config.left_out
@@ -243,9 +240,8 @@ def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
     terms = [term.kind for term in config.terms if term.needs_labels]
     if terms and not dataset.labelled:
         raise RecipeError(
-            "terms on labels take labelled samples",
-            received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.data.labels})",
-            remedy="leave them out, or give labels",
+            f"Cannot learn {', '.join(terms)}: no sample has a label that is used (--labels {config.data.labels})",
+            fix="Leave them out, or give labels.",
         )
 
 
@@ -280,7 +276,8 @@ def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
         asked = [f"--labels {config.data.labels}"] if task in named else []
         example = ", for instance --data scenes:96x128,depth=exact" if task == DEPTH else ""
         raise RecipeError(
-            f"terms of {task} on labels take a data set with labels of {task}, or a store that was built from one",
-            received=f"{', '.join([*asked, *kinds])} for data with labels of {', '.join(offered) or 'no task'}",
-            remedy=f"give such a data set as the source{example}; or leave {task} out",
+            f"Cannot learn {', '.join([*asked, *kinds])}: the data have labels of {', '.join(offered) or 'no task'}, "
+            f"and not of {task}",
+            fix=f"Give a data set with labels of {task}, or a cache that was built from one, as the source{example}. "
+            f"Or leave {task} out.",
         )

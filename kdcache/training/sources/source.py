@@ -106,9 +106,7 @@ def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[i
     if config.data.size is None and len(sizes) > 1:
         texts = [f"{height}x{width}" for height, width in sizes]
         raise RecipeError(
-            "all streams have pixels of one size",
-            received=f"stores with views of {' and '.join(texts)}, and no --size",
-            remedy=f"add --size {texts[0]}",
+            f"Missing --size: the caches have views of {' and '.join(texts)}", fix=f"Add --size {texts[0]}"
         )
     return config.data.size or next(iter(sizes), None)
 
@@ -127,9 +125,8 @@ def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
     """Refuse a balance of two tasks where segmentation has neither labels nor targets. Raises: RecipeError."""
     if len(config.tasks) > 1 and not any(map(_shows_classes, sources)):
         raise RecipeError(
-            "each of two tasks learns from labels, or from a teacher's targets",
-            received=f"--ce-weight {config.loss.ce_weight:g} and labels of depth alone",
-            remedy="add --ce-weight 0, so that depth alone is learnt; or give data with labels of segmentation",
+            f"Cannot use --ce-weight {config.loss.ce_weight:g} with labels of depth alone",
+            fix="Add --ce-weight 0, so that depth alone is learnt, or give data with labels of segmentation.",
         )
 
 
@@ -178,22 +175,20 @@ def shared_fit(
     (fit, cache), *others = stores.items()
     if others:
         raise RecipeError(
-            "the images of all stores of a training are fitted into their views in one way",
-            received=", ".join(f"{cache.place} ({fit})" for fit, cache in stores.items()),
-            remedy=f"build the others again with --fit {fit}",
+            "The caches fit images in different ways: "
+            f"{', '.join(f'{cache.place} ({fit})' for fit, cache in stores.items())}",
+            fix=f"Build the others again with --fit {fit}",
         )
     if config.data.fit not in ("auto", fit):
         raise RecipeError(
-            "a training fits images as its store's views are, of which the targets are",
-            received=f"--fit {config.data.fit} for {cache.place}, built with --fit {fit}",
-            remedy=f"leave --fit out, or build a store with --fit {config.data.fit}",
+            f"Cannot use --fit {config.data.fit} for {cache.place}: it was built with --fit {fit}",
+            fix=f"Leave --fit out, or build a cache with --fit {config.data.fit}",
         )
     if fit != "squash" and size is not None and squashed(cache.view_size, size) > MOST_SQUASHED:
         height, width = cache.view_size
         raise RecipeError(
-            "pixels of a training have the shape of its store's views where these are cropped or padded",
-            received=f"--size {size[0]}x{size[1]} for views of {height}x{width} with --fit {fit}",
-            remedy=f"use --size {height}x{width}, or build a store of that shape",
+            f"Cannot use --size {size[0]}x{size[1]} for views of {height}x{width} with --fit {fit}: the shapes differ",
+            fix=f"Use --size {height}x{width}, or build a cache of that shape.",
         )
     return fit
 
@@ -224,11 +219,10 @@ def _check_labels(source: Source, pasted: Source) -> None:
     classes = SEGMENTATION in dataset.tasks and bool(dataset.own_classes.names)
     if not dataset.labelled or not classes:
         raise RecipeError(
-            "what is pasted is taught by its labels of classes",
-            received=f"paste-from {pasted.stream.name}, "
-            + ("whose labels are of depth alone" if dataset.labelled else "of which no sample has a label that is used")
+            f"Cannot use paste-from {pasted.stream.name}: "
+            + ("its labels are of depth alone" if dataset.labelled else "no sample of it has a label that is used")
             + f" (labels={pasted.config.data.labels})",
-            remedy="paste from a stream with labels of classes; of two streams, labels go into the one without",
+            fix="Paste from a stream with labels of classes. Of two streams, labels go into the one without.",
         )
 
 
@@ -248,7 +242,6 @@ def _check_forms(source: Source, pasted: Source) -> None:
             differs.append(f"depth as {depth_head(other.manifest)} into {depth_head(cache.manifest)}")
     if differs:
         raise RecipeError(
-            "targets that are pasted into others mean the same as these",
-            received=f"paste-from {pasted.stream.name}: {'; '.join(differs)}",
-            remedy="leave the terms that read them out of one stream; or give stores of one teacher",
+            f"Cannot use paste-from {pasted.stream.name}: its targets mean something else ({'; '.join(differs)})",
+            fix="Leave the terms that read them out of one stream, or give caches of one teacher.",
         )

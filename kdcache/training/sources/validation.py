@@ -24,9 +24,9 @@ def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> N
     """Raises: MismatchError when training and validation have other classes; either may have none."""
     if classes.names and split.classes.names and split.classes.names != classes.names:
         raise MismatchError(
-            "training and validation have the same classes in the same order",
-            received=f"{', '.join(split.classes.names)} in {config.data.val} against {', '.join(classes.names)}",
-            remedy="give the validation data of the same class list",
+            f"Training and validation have different classes: {', '.join(split.classes.names)} in {config.data.val} "
+            f"against {', '.join(classes.names)}",
+            fix="Give the validation data of the same class list.",
         )
 
 

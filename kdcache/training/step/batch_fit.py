@@ -11,7 +11,6 @@ from kdcache.errors import ModelError
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.training.config import TrainConfig
 
-RULE = "a batch must fit into memory"
 UNTOUCHED = "the last checkpoint is untouched"
 _REQUEST = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|bytes)\b", re.IGNORECASE)
 
@@ -57,19 +56,19 @@ def memory_error(
         fits: measured number of samples of a process that go through the model at once; None when not even one does.
     """
     parted = f" --accumulate {config.optimizer.accumulate}" if config.optimizer.accumulate > 1 else ""
-    received = (
-        f"--batch-size {config.optimizer.batch_size}{parted} on the device {device}, which could not give {requested}"
-    )
     if fits is None:
-        remedy = "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"
+        fix = "No smaller batch was found to fit: use a smaller --size or --model, or --device cpu"
     else:
-        remedy = f"use --batch-size {fits * config.optimizer.accumulate * processes}{parted}"
+        fix = f"Use --batch-size {fits * config.optimizer.accumulate * processes}{parted}"
         parts = _parts(config, fits, processes)
         whole = ", ".join(term.kind for term in config.all_terms if term.whole_batch)
         otherwise = f" with --method kl instead of {whole}" if whole else ""
         keeping = "" if parts is None else f", or --accumulate {parts}{otherwise} to keep the batch"
-        remedy += f"{keeping}, with another --out"
-    return ModelError(RULE, received=received, remedy=f"{remedy}; {UNTOUCHED}")
+        fix += f"{keeping}, with another --out"
+    batch = f"--batch-size {config.optimizer.batch_size}{parted}"
+    return ModelError(
+        f"Out of memory: {batch} on the device {device}, which could not give {requested}", fix=f"{fix}; {UNTOUCHED}"
+    )
 
 
 def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
@@ -90,9 +89,8 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         where = "a GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
-        received = f"--batch-size {config.optimizer.batch_size}, for which {where} could not give"
+        batch = f"--batch-size {config.optimizer.batch_size}"
         raise ModelError(
-            RULE,
-            received=f"{received} {requested_memory(error)}",
-            remedy=f"use a smaller --batch-size, a higher --accumulate, a smaller --size or --model; {UNTOUCHED}",
+            f"Out of memory: {batch}, for which {where} could not give {requested_memory(error)}",
+            fix=f"Use a smaller --batch-size, a higher --accumulate, a smaller --size or --model; {UNTOUCHED}",
         ) from error

@@ -41,16 +41,14 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
     if processes > 1:
         if name in ("compiled", "graphed"):
             raise RecipeError(
-                "several processes train in eager steps, between whose operations they exchange tensors",
-                received=f"--step {name} with {processes} processes",
-                remedy="leave --step out, or use one process",
+                f"Cannot use --step {name} with {processes} processes: they exchange tensors between eager operations",
+                fix="Leave --step out, or use one process.",
             )
         return "eager"
     if name == "graphed" and device.type != "cuda":
         raise RecipeError(
-            "--step graphed records a CUDA graph, which takes a GPU",
-            received=f"--step graphed on the device {device.type}",
-            remedy="leave --step out, or use --step compiled",
+            f"Cannot use --step graphed on the device {device.type}: it records a CUDA graph",
+            fix="Leave --step out, or use --step compiled.",
         )
     if name == "auto":
         return "graphed" if device.type == "cuda" else "eager"

@@ -49,9 +49,8 @@ def make_optimizer(
     if adversaries := [] if criterion is None else discriminator_parameters(criterion):
         if settings.optimizer == "sgd":
             raise RecipeError(
-                "a discriminator is trained by Adam, in the optimizer of the student",
-                received="--optimizer sgd with a term adversarial",
-                remedy="use --optimizer adamw or adam",
+                "Cannot use --optimizer sgd with a term adversarial: its discriminator is trained by Adam",
+                fix="Use --optimizer adamw or adam.",
             )
         own = {"params": adversaries, "lr_scale": Discriminator.RATE / settings.lr, "betas": Discriminator.BETAS}
         groups.append({**groups[0], **own, "weight_decay": 0.0})
@@ -82,9 +81,8 @@ def _by_scale(
     if unused:
         heads = sorted({name.partition(".")[0] for name in names.values()})
         raise RecipeError(
-            "--lr-scale PREFIX=X names parameters of the model by the beginning of their names",
-            received=f"{sorted(unused)[0]!r}, which begins the name of none",
-            remedy=f"use one of {', '.join(heads)}, or a longer prefix",
+            f"No parameter begins with {sorted(unused)[0]!r}, as --lr-scale asks",
+            fix=f"Use one of {', '.join(heads)}, or a longer prefix.",
         )
     return groups
 

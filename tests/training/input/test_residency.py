@@ -162,9 +162,9 @@ def test_ram_that_does_not_fit_is_refused_with_both_figures(top_k: Cache, monkey
     monkeypatch.setattr(residency, "decoded_bytes", lambda *_: 5 * 2**30)
     with pytest.raises(RecipeError, match="half") as caught:
         keep_records(CacheDataset(top_k), "ram", CPU)
-    assert "5.0 GiB" in caught.value.received
-    assert "1.5 GiB" in caught.value.received
-    assert "--resident" in caught.value.remedy
+    assert "5.0 GiB" in caught.value.problem
+    assert "1.5 GiB" in caught.value.problem
+    assert "--resident" in caught.value.fix
 
 
 def test_processes_keep_records_of_their_own(
@@ -287,7 +287,7 @@ def test_a_run_resumes_with_other_records_kept_but_not_in_another_order(
     train(make_config(**settings | {"resident": "off", "shuffle": "full"}), tmp_path, resume=True)
     with pytest.raises(RecipeError, match="resumes") as caught:
         train(make_config(**settings | {"shuffle": "window"}), tmp_path, resume=True)
-    assert "--shuffle window (was full)" in caught.value.received
+    assert "--shuffle window (was full)" in caught.value.problem
 
 
 @gpu

@@ -56,6 +56,6 @@ def test_streams_have_seeds_of_their_own() -> None:
 
 def test_an_error_of_one_stream_comes_in_the_place_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = stream("a", 5, 2, 0), stream("b", 3, 2, 1)
-    error = DataError("a label is readable", received="nothing", remedy="repair it")
+    error = DataError("Cannot read nothing", fix="Repair it.")
     monkeypatch.setattr(bad.draws, "draw_into", lambda draw, out: error)
     assert list(feed_streams([good, bad], CPU, first=0, last=2, workers=0)) == [error, error]

@@ -255,7 +255,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
     )
     with pytest.raises(RecipeError) as caught:
         go(student | {"log": name}, tmp_path / "run")
-    assert f"pip install '.[{name}]'" in caught.value.remedy
+    assert f"pip install '.[{name}]'" in caught.value.fix
     assert not (tmp_path / "run").exists()
 
 

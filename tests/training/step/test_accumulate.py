@@ -232,13 +232,13 @@ def test_terms_of_the_whole_batch_are_refused(changes: dict[str, Any], student: 
 def test_parts_divide_the_batch(batch: int, size: int, together: int, parts: int, remedy: str) -> None:
     with pytest.raises(RecipeError) as caught:
         World(0, size).check_batch_size(batch, together, parts)
-    assert f"--batch-size {remedy}, or" in caught.value.remedy
-    assert caught.value.received.endswith(f"--accumulate {parts}")
+    assert f"--batch-size {remedy}, or" in caught.value.fix
+    assert caught.value.problem.endswith(f"--accumulate {parts}")
     World(0, size).check_batch_size(size * together * parts, together, parts)
 
 
 def test_an_uneven_batch_is_refused_before_anything_is_written(student: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--accumulate takes that in equal parts"):
+    with pytest.raises(RecipeError, match="Cannot share --batch-size"):
         go(student | {"batch_size": 4, "accumulate": 3}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -36,8 +36,8 @@ def hungry(
 def refused(settings: dict[str, Any], run: Path, **options: Any) -> ModelError:
     with pytest.raises(ModelError) as caught:
         train(make_config(**settings), run, **options)
-    assert caught.value.rule == "a batch must fit into memory"
-    assert "the last checkpoint is untouched" in caught.value.remedy
+    assert caught.value.problem == "a batch must fit into memory"
+    assert "the last checkpoint is untouched" in caught.value.fix
     return caught.value
 
 
@@ -66,14 +66,14 @@ def test_the_remedy_is_measured(
 ) -> None:
     settings = hungry(room, batch_size=batch, gradients_every=gradients_every, **changes)
     error = refused(settings, tmp_path / "run")
-    assert error.remedy.startswith(remedy)
+    assert error.fix.startswith(remedy)
     parted = " --accumulate 4" if "accumulate" in changes else ""
-    assert error.received == f"--batch-size {batch}{parted} on the device cpu, which could not give 20.50 GiB"
+    assert error.problem == f"--batch-size {batch}{parted} on the device cpu, which could not give 20.50 GiB"
 
 
 def test_what_the_remedy_says_does_fit(hungry: Any, tmp_path: Path) -> None:
     settings = hungry(3, batch_size=8, val=None, iterations=2)
-    assert "--batch-size 2, or --accumulate 4" in refused(settings, tmp_path / "run").remedy
+    assert "--batch-size 2, or --accumulate 4" in refused(settings, tmp_path / "run").fix
     train(make_config(**(settings | {"batch_size": 2})), tmp_path / "small")
     train(make_config(**(settings | {"accumulate": 4})), tmp_path / "parts")
 
@@ -81,8 +81,8 @@ def test_what_the_remedy_says_does_fit(hungry: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("function", "asked"), [("host", "more memory"), ("allocator", "8 GiB")])
 def test_the_machine_s_own_memory(function: str, asked: str, hungry: Any, tmp_path: Path) -> None:
     error = refused(hungry(4, function=function, batch_size=8), tmp_path / "run")
-    assert error.received.endswith(f"could not give {asked}")
-    assert error.remedy.startswith("use --batch-size 4, or --accumulate 2")
+    assert error.problem.endswith(f"could not give {asked}")
+    assert error.fix.startswith("use --batch-size 4, or --accumulate 2")
 
 
 def test_another_error_is_none_of_ours(hungry: Any, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_another_error_is_none_of_ours(hungry: Any, tmp_path: Path) -> None:
 
 def test_a_validation_that_does_not_fit(hungry: Any, tmp_path: Path) -> None:
     error = refused(hungry(99, 1, batch_size=4, val="scenes:32x48,train=4,val=8"), tmp_path / "run")
-    assert error.remedy.startswith("use --batch-size 1, or --accumulate 4 to keep the batch")
+    assert error.fix.startswith("use --batch-size 1, or --accumulate 4 to keep the batch")
     train(make_config(**hungry(99, 1, batch_size=4, accumulate=4)), tmp_path / "parts")
 
 
@@ -105,7 +105,7 @@ def test_the_last_state_is_untouched(hungry: Any, tmp_path: Path, monkeypatch: p
             if step == 4:
                 monkeypatch.setenv("LIMIT", "2")  # somebody else takes the rest
 
-    assert "--accumulate 2" in refused(settings, run, observer=Eating()).remedy
+    assert "--accumulate 2" in refused(settings, run, observer=Eating()).fix
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
     assert saved["progress"]["step"] == 3
     monkeypatch.setenv("LIMIT", "8")
