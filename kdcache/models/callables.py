@@ -43,17 +43,11 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
         function = getattr(_import(place, spec), name, None)
         if not callable(function):
             problem = "no such name" if function is None else f"of type {type(function).__name__}"
-            raise ModelError(
-                "a model must be module:function with a function that returns the network",
-                received=f"{spec}: {name} is {problem}",
-                remedy=f"define {name}(num_classes) there",
-            )
+            raise ModelError(f"Cannot build {spec}: {name} is {problem}", fix=f"Define {name}(num_classes) there.")
         network = _call(spec, function, num_classes)
     if not isinstance(network, nn.Module):
         raise ModelError(
-            "a model function must return a torch.nn.Module",
-            received=f"{type(network).__name__} from {spec}",
-            remedy="return the network itself",
+            f"{spec} returned {type(network).__name__}, which is no torch.nn.Module", fix="Return the network itself."
         )
     if not isinstance(network, SegmentationModel):
         return WrappedModel(spec, network, num_classes)
@@ -61,9 +55,8 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
     counted = SEGMENTATION in network.head_kinds
     if counted and num_classes is not None and not fits(network.num_classes, num_classes):
         raise ModelError(
-            "a model must have the number of classes that it is built for",
-            received=f"{network.num_classes} instead of {num_classes} from {spec}",
-            remedy="use the num_classes that the function is given",
+            f"{spec} built {network.num_classes} classes instead of {num_classes}",
+            fix="Use the num_classes that the function is given.",
         )
     return network
 
@@ -84,9 +77,8 @@ def _import(place: str, spec: str) -> ModuleType:
         module_spec.loader.exec_module(module)
     except Exception as error:
         raise ModelError(
-            "the module of a model spec must import",
-            received=f"{spec}: {type(error).__name__}: {error}",
-            remedy="fix the import, or install the module, or give path/to/file.py:function",
+            f"Cannot import {spec}: {type(error).__name__}: {error}",
+            fix="Correct the import, install the module, or give path/to/file.py:function.",
         ) from error
     return module
 
@@ -105,10 +97,9 @@ def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> o
         return function(**arguments)
     shown = f"num_classes={num_classes}" if named else "no argument, as no num_classes is known"
     raise ModelError(
-        "a model function must be callable with num_classes, or without when it knows its own",
-        received=f"{spec} with {shown}: {problem}",
-        remedy="write it as def build(num_classes=21), or give the number of classes (in Python num_classes, on "
-        "the command line --classes FOLDER or --data)",
+        f"Cannot call {spec} with {shown}: {problem}",
+        fix="Write it as def build(num_classes=21), or give the number of classes: num_classes in Python, --classes "
+        "FOLDER or --data on the command line.",
     ) from problem
 
 

@@ -58,9 +58,8 @@ def unwrap(content: object, path: Path, choice: str | None = None) -> tuple[dict
     kind = choice or usual
     if kind not in kinds:
         raise ModelError(
-            f"{path} has no {CHOICES[kind]} weights",
-            received=f"{kinds[usual][0] or 'one set of tensors'} alone",
-            remedy=f"leave out :{kind}; for the average of a run of kdcache give RUN@best-ema",
+            f"{path} has no {CHOICES[kind]} weights, only {kinds[usual][0] or 'one set of tensors'}",
+            fix=f"Leave out :{kind}. For the average of a run of kdcache give RUN@best-ema",
         )
     note = ""
     if len(kinds) > 1:
@@ -134,9 +133,10 @@ def _attribute(state: Mapping[str, Tensor], path: Path) -> str:
     attribute = next((name for name in _ATTRIBUTES if name in attributes), only)
     if attribute is None:
         raise ModelError(
-            "a Lightning checkpoint's network is its one attribute with tensors, or model, student, network or net",
-            received=f"{path} with {some([f'{name}.' for name in attributes]) or 'no attributes'}",
-            remedy="save the network alone: torch.save(module.NETWORK.state_dict(), NEW)",
+            f"Cannot find the network in the Lightning checkpoint {path}: it has "
+            f"{some([f'{name}.' for name in attributes]) or 'no attributes'}",
+            fix="Save the network alone: torch.save(module.NETWORK.state_dict(), NEW)",
+            rule="The network is its one attribute with tensors, or model, student, network or net.",
         )
     return attribute
 
@@ -176,9 +176,7 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _not_a_state_dict(path: Path, content: str) -> ModelError:
     return ModelError(
-        "weights must be a dictionary of names and tensors",
-        received=f"{path} with {content}",
-        remedy="save model.state_dict() alone",
+        f"No dictionary of names and tensors in {path}: it holds {content}", fix="Save model.state_dict() alone."
     )
 
 

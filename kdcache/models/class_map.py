@@ -1,6 +1,5 @@
 """Mapping a teacher's classes to the data's: several teacher classes may become one, some may be dropped."""
 
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, suggest
 from kdcache.heads import SEGMENTATION, CategoricalHead
 from kdcache.models.native import Outputs, SegmentationModel
 
@@ -37,21 +36,18 @@ def read_class_map(
     for where, teacher, target in _entries(path):
         index = int(teacher) if teacher.isdecimal() else -1
         if not 0 <= index < teacher_classes:
-            _refuse(f"teacher ids are 0 to {teacher_classes - 1}", f"{teacher!r} in {where}", "correct the id")
+            _refuse(f"Unknown teacher id {teacher!r} in {where}", f"Correct it: ids are 0 to {teacher_classes - 1}.")
         if index in table:
-            _refuse("every teacher class is listed once", f"{index} again in {where}", "delete one of the lines")
+            _refuse(f"Teacher class {index} is listed again in {where}", "Delete one of the lines.")
         table[index] = _target(target, where, class_names)
     absent = [str(i) for i in range(teacher_classes) if i not in table]
     if absent:
-        _refuse(
-            "every teacher class must be listed", f"{path} without {_some(absent)}", "add them, with void to drop one"
-        )
+        _refuse(f"Missing teacher classes in {path}: {_some(absent)}", "Add them, with void to drop one.")
     unhit = [name for i, name in enumerate(class_names) if i not in table.values()]
     if unhit and all_hit:
         _refuse(
-            "every data class needs a teacher class",
-            f"{path} gives none to {_some(unhit)}",
-            "map one to it: the teacher could never teach it",
+            f"No teacher class becomes {_some(unhit)} in {path}",
+            "Map one to it. Otherwise the teacher can never teach it.",
         )
     return torch.tensor([table[i] for i in range(teacher_classes)], dtype=torch.int64)
 
@@ -60,7 +56,7 @@ def count_sources(path: str | Path) -> int:
     """The number of classes of a class map's teacher: one more than the largest id. Raises: ModelError without one."""
     ids = [int(teacher) for _, teacher, _ in _entries(Path(path)) if teacher.isdecimal()]
     if not ids:
-        _refuse("every teacher class must be listed", f"{path} without an id", "write a line `<id> <name>` for each")
+        _refuse(f"No teacher class in {path}", "Write a line `<id> <name>` for each.")
     return max(ids) + 1
 
 
@@ -105,9 +101,8 @@ class ClassMapped(SegmentationModel):
         count = max(targets, default=-1) + 1
         if len(targets) != model.num_classes or count < 1 or set(targets) - {DROPPED} != set(range(count)):
             _refuse(
-                f"a class map must send {model.num_classes} teacher classes to 0..n-1, each hit, or to -1",
-                f"{targets} for {model.spec}",
-                "make it with read_class_map",
+                f"Invalid class map {targets} for {model.spec}",
+                f"Make it with read_class_map: {model.num_classes} teacher classes become 0..n-1, each hit, or -1.",
             )
         super().__init__(
             spec=model.spec,
@@ -163,7 +158,7 @@ def _entries(path: Path) -> list[tuple[str, str, str]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            "a class map must be a text file", received=f"{path}: {error}", remedy="check the path"
+            f"Cannot read the class map {path}: {error}", fix="Check the path. A class map is a text file."
         ) from error
     return _json_entries(path, text) if text.lstrip().startswith("{") else _text_entries(path, text)
 
@@ -183,13 +178,12 @@ def _json_entries(path: Path, text: str) -> list[tuple[str, str, str]]:
         pairs = json.loads(text, object_pairs_hook=list)  # a list keeps an id that is there twice
     except json.JSONDecodeError as error:
         raise ModelError(
-            'a class map in JSON must be {"<teacher id>": "<data class>", ...}',
-            received=f"{path}: {error}",
-            remedy="correct it there, or write one `<id> <name>` per line",
+            f"Cannot read the class map {path} as JSON: {error}",
+            fix='Write {"<teacher id>": "<data class>", ...}, or one `<id> <name>` per line.',
         ) from error
     for key, value in pairs:
         if isinstance(value, bool) or not isinstance(value, str | int):
-            _refuse("a data class is a name, an id or void", f"{value!r} for {key} in {path}", "correct it")
+            _refuse(f"Invalid data class {value!r} for {key} in {path}", "Write a name, an id or void.")
     return [(str(path), key, str(value)) for key, value in pairs]
 
 
@@ -204,16 +198,13 @@ def _target(target: str, where: str, class_names: Sequence[str]) -> int:
         return DROPPED
     if target.isdecimal() and int(target) < len(names):
         return int(target)
-    near = difflib.get_close_matches(target.lower(), lowered, n=1)
-    hint = f"did you mean {names[lowered.index(near[0])]}?" if near else f"classes: {', '.join(names)}; or void"
-    raise ModelError(
-        "a data class must be one of the data's names or ids, or void", received=f"{target!r} in {where}", remedy=hint
-    )
+    hint = suggest(target, names, f"Use one of {', '.join(names)}, or void.")
+    raise ModelError(f"Unknown data class {target!r} in {where}", fix=hint)
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _refuse(rule: str, received: str, remedy: str) -> NoReturn:
-    raise ModelError(rule, received=received, remedy=remedy)
+def _refuse(problem: str, fix: str) -> NoReturn:
+    raise ModelError(problem, fix=fix)

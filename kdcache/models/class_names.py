@@ -59,10 +59,9 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
         )
     raise MismatchError(
         f"Classes in another order: class {moved[0]} is {theirs[moved[0]]} in {origin} and {ours[moved[0]]} in the "
-        "data",
-        received=both,
-        remedy=f"write {class_map_text(theirs, ours)} into a file and give it as --class-map FILE (build, plan, "
-        "verify, evaluate), or list classes.txt in the order of the weights",
+        f"data. {both}",
+        fix=f"Write {class_map_text(theirs, ours)} into a file and give it as --class-map FILE (build, plan, verify, "
+        "evaluate), or list classes.txt in the order of the weights.",
     )
 
 

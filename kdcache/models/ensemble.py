@@ -15,7 +15,6 @@ out of it: an enlarged image shows a nearer scene.
 Shapes: B batch, C classes, H W image, h w the finest grid, M members.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.errors import ModelError, RecipeError
+from kdcache.errors import ModelError, RecipeError, suggest
 from kdcache.heads import SEGMENTATION, HeadKind, RegressionHead, raw_of
 from kdcache.models.native import Outputs, SegmentationModel
 
@@ -56,11 +55,14 @@ class Tta:
             elif word == "scales":
                 scales = _scales(value)
             else:
-                near = difflib.get_close_matches(word, _WORDS, n=1, cutoff=0.5)
                 raise RecipeError(
-                    "--tta is flip, scales=S:S:..., or both with a comma between",
-                    received=repr(part),
-                    remedy=f"did you mean {near[0]}?" if near else "for instance --tta flip,scales=0.75:1.0:1.25",
+                    f"Unknown part {part!r} of --tta",
+                    fix=suggest(
+                        part,
+                        _WORDS,
+                        "Write flip, scales=S:S:..., or both, for example --tta flip,scales=0.75:1.0:1.25",
+                        cutoff=0.5,
+                    ),
                 )
         return cls(flip, scales)
 
@@ -90,9 +92,9 @@ class EnsembleModel(SegmentationModel):
         ):
             if len({getattr(member, name) for member in alike}) > 1:
                 raise ModelError(
-                    f"teachers of one ensemble have the same {what}",
-                    received=", ".join(f"{member.spec} {getattr(member, name)}" for member in alike),
-                    remedy="leave out those that differ; --class-map FILE maps classes",
+                    f"The teachers of the ensemble have different {what}: "
+                    f"{', '.join(f'{member.spec} {getattr(member, name)}' for member in alike)}",
+                    fix="Leave out those that differ. --class-map FILE maps classes.",
                 )
         kinds = _common_heads(members, tta)
         super().__init__(
@@ -189,24 +191,22 @@ def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict
             kind = member.head_kinds[name]
             if (other := kinds.setdefault(name, kind)) != kind and name != SEGMENTATION:
                 raise ModelError(
-                    f"teachers of one ensemble have the same head {name}",
-                    received=f"{other} and {kind} of {member.spec}",
-                    remedy=f"take that head from one of them: --teacher {name}=TEACHER",
+                    f"The teachers of the ensemble have different heads {name}: {other}, and {kind} of {member.spec}",
+                    fix="Build a cache for each teacher and join them: kdcache train-student --cache A --cache NAME=B",
                 )
     for name, kind in kinds.items():
         if not isinstance(kind, RegressionHead):
             continue
         if kind.unit != "m" and sum(name in member.learnt_heads for member in members) > 1:
             raise ModelError(
-                "depth is averaged over teachers where it is in metres",
-                received=f"{name} in {kind.unit} of several teachers, each with a scale and shift of its own",
-                remedy=f"take that head from one of them: --teacher {name}=TEACHER",
+                f"Cannot average {name} of several teachers in {kind.unit}: each has a scale and shift of its own",
+                fix="Build a cache for each teacher and join them: kdcache train-student --cache A --cache NAME=B",
             )
         if tta is not None and 1.0 not in tta.scales:
             raise RecipeError(
-                f"{name} is averaged over renderings at scale 1: an enlarged image shows a nearer scene",
-                received=f"--tta with scales {':'.join(f'{scale:g}' for scale in tta.scales)}",
-                remedy="add 1 to the scales",
+                f"Cannot average {name} over scales {':'.join(f'{scale:g}' for scale in tta.scales)}: an enlarged "
+                "image shows a nearer scene",
+                fix="Add 1 to the scales.",
             )
     return kinds
 
@@ -239,9 +239,8 @@ def _shares(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:
         if min(shares) > 0:
             return shares
     raise RecipeError(
-        "--teacher-weights has one finite number above 0 per teacher",
-        received=f"{', '.join(f'{weight:g}' for weight in values) or 'none'} for {members} teachers",
-        remedy=f"for instance --teacher-weights {','.join(['1'] * members)}",
+        f"Invalid --teacher-weights {', '.join(f'{weight:g}' for weight in values) or 'none'} for {members} teachers",
+        fix=f"Give a number above 0 for each teacher, for example --teacher-weights {','.join(['1'] * members)}",
     )
 
 
@@ -252,8 +251,8 @@ def _scales(text: str) -> tuple[float, ...]:
         scales = ()
     if not scales or len(set(scales)) < len(scales) or not all(0 < scale <= _LARGEST_SCALE for scale in scales):
         raise RecipeError(
-            f"scales of --tta are different numbers above 0, at most {_LARGEST_SCALE}, with colons between",
-            received=repr(text),
-            remedy="for instance --tta scales=0.75:1.0:1.25",
+            f"Invalid scales of --tta: {text!r}",
+            fix=f"Give different numbers above 0, at most {_LARGEST_SCALE}, with colons between, for example --tta "
+            "scales=0.75:1.0:1.25",
         )
     return scales

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.errors import ModelError, RecipeError
+from kdcache.errors import ModelError, RecipeError, suggest
 from kdcache.files import replacing
 from kdcache.heads import SEGMENTATION, RegressionHead
 from kdcache.models.native import SegmentationModel
@@ -136,9 +136,9 @@ def export_model(
     _check_place(out)
     if raw and kind == "safetensors":
         raise RecipeError(
-            "raw logits are of a graph", received="--raw with safetensors, which holds weights alone",
-            remedy="leave out --raw: whoever builds the model from its weights gets native-stride logits anyway",
-        )  # fmt: skip
+            "Cannot use --raw with safetensors: the file holds weights alone",
+            fix="Leave out --raw. Whoever builds the model from its weights gets logits at native stride anyway.",
+        )
     deployed = Deployed(model.eval(), raw).eval()
     metadata = {**description.metadata(), **_interface(model, raw)} if kind != "safetensors" else description.metadata()
     with replacing(out) as partial:
@@ -150,9 +150,9 @@ def export_model(
                 difference, relative = _compare(deployed, run, description, free, raw or kind == "safetensors")
         if not relative <= tolerance:  # also when it is NaN
             raise ModelError(
-                f"an exported file answers as the model does, up to {tolerance:g} of its largest logit",
-                received=f"{out.name} differs by {difference:.3g}, {relative:.3g} of the largest",
-                remedy="export in another format, or raise --tolerance if you can accept that",
+                f"{out.name} answers otherwise than the model: {difference:.3g}, {relative:.3g} of the largest logit, "
+                f"of at most {tolerance:g}",
+                fix="Export in another format, or raise --tolerance if you can accept that.",
             )
         size_bytes = partial.stat().st_size
     names = tuple(name for axis, name in _AXES.items() if axis in free)
@@ -180,9 +180,7 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
     lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if lacking:
         raise ModelError(
-            "ONNX files are written by onnx and onnxscript",
-            received=f"no module {' and '.join(lacking)}",
-            remedy="in a clone of kdcache: pip install '.[onnx]'",
+            f"Missing {' and '.join(lacking)} for ONNX files", fix="In a clone of kdcache: pip install '.[onnx]'"
         )
     program, free = _trace(deployed, description)
     names = deployed.names
@@ -229,9 +227,9 @@ def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, .
         except Exception as error:  # of the model, of Dynamo, of the exporter
             failure = error
     raise ModelError(
-        "a model is exported by tracing it with torch.export",
-        received=f"{description.spec}: {type(failure).__name__}: {(str(failure).strip() or '-').splitlines()[0]}",
-        remedy="export --format safetensors, or rewrite what torch.export cannot trace",
+        f"Cannot trace {description.spec} with torch.export: {type(failure).__name__}: "
+        f"{(str(failure).strip() or '-').splitlines()[0]}",
+        fix="Export with --format safetensors, or rewrite what torch.export cannot trace.",
     ) from failure
 
 
@@ -251,16 +249,15 @@ def _compare(
             answers = _several(run(image))
         except Exception as error:
             raise ModelError(
-                "an exported file runs",
-                received=f"{type(error).__name__} at {batch}x3x{height}x{width}: {str(error).splitlines()[0]}",
-                remedy="export in another format",
+                f"The exported file fails at {batch}x3x{height}x{width}: {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}",
+                fix="Export in another format.",
             ) from error
         for answer, own_answer in zip(answers, _several(expected), strict=True):
             if answer.shape != own_answer.shape:
                 raise ModelError(
-                    "an exported file answers in the model's shape",
-                    received=f"{tuple(answer.shape)} instead of {tuple(own_answer.shape)}",
-                    remedy="export in another format",
+                    f"The exported file answers in shape {tuple(answer.shape)} instead of {tuple(own_answer.shape)}",
+                    fix="Export in another format.",
                 )
             difference = (answer - own_answer).abs().max()
             differences.append(torch.stack([difference, difference / own_answer.abs().max().clamp(min=_LEAST)]))
@@ -308,12 +305,13 @@ def _format(out: Path, format: str | None) -> str:
     named = {suffix: name for name, suffix in SUFFIXES.items()}.get(out.suffix)
     allowed = ", ".join(f"{name} ({suffix})" for name, suffix in SUFFIXES.items())
     if format is not None and format not in SUFFIXES:
-        raise RecipeError(f"--format is one of {allowed}", received=repr(format), remedy="pick one of them")
+        raise RecipeError(f"Unknown --format {format!r}", fix=suggest(str(format), SUFFIXES, f"Use one of {allowed}."))
     if named is None or named != (format or named):
         raise RecipeError(
-            f"a file's suffix names its format: {allowed}",
-            received=f"--out {out}" + (f" with --format {format}" if format else ""),
-            remedy=f"for instance --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "give a file",
+            f"Cannot tell the format of --out {out}"
+            + (f" with --format {format}" if format else "")
+            + f": suffixes are {allowed}",
+            fix=f"For example --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "Give a file.",
         )
     return named
 
@@ -321,7 +319,6 @@ def _format(out: Path, format: str | None) -> str:
 def _check_place(out: Path) -> None:
     if out.exists() or not out.parent.is_dir():
         raise RecipeError(
-            "a model is exported to a new file in a folder that is there",
-            received=f"{out} is there already" if out.exists() else f"no folder {out.parent}",
-            remedy="give another --out, or remove that file" if out.exists() else f"mkdir -p {out.parent}",
+            f"Cannot write {out}: " + ("it exists" if out.exists() else f"there is no folder {out.parent}"),
+            fix="Give another --out, or remove that file." if out.exists() else f"mkdir -p {out.parent}",
         )

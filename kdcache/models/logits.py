@@ -64,9 +64,9 @@ def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None
     """
     if outputs is not None and SEGMENTATION not in model.head_kinds:
         raise ModelError(
-            f"outputs={outputs} is said of classes, and {model.spec} has no head {SEGMENTATION}",
-            received=f"heads {', '.join(model.head_kinds) or 'none'}",
-            remedy=f"leave out ,outputs={outputs}",
+            f"Cannot use outputs={outputs}: {model.spec} has no head {SEGMENTATION}, only "
+            f"{', '.join(model.head_kinds) or 'none'}",
+            fix=f"Leave out ,outputs={outputs}",
         )
     two = classes == 2 and model.num_classes == 1
     if outputs is None and not two:

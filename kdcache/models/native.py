@@ -43,9 +43,8 @@ class Outputs(NamedTuple):
         """Logits (B, C, h, w) of segmentation. Raises: ModelError for a model without that head."""
         if SEGMENTATION not in self.heads:
             raise ModelError(
-                f"logits are those of a head {SEGMENTATION}",
-                received=f"a model with {', '.join(self.heads) or 'no head'}",
-                remedy=f"use a model that has a head {SEGMENTATION}",
+                f"No logits: the model has {', '.join(self.heads) or 'no head'}, and no head {SEGMENTATION}",
+                fix=f"Use a model that has a head {SEGMENTATION}.",
             )
         return self.heads[SEGMENTATION]
 
@@ -150,7 +149,7 @@ class SegmentationModel(nn.Module):
         """Set it. Raises: ModelError unless these are three finite numbers above 0."""
         std = _rgb("std", value)
         if min(std) <= 0:
-            raise ModelError("std must be above 0", received=str(std), remedy="give std of RGB in 0..1")
+            raise ModelError(f"Invalid std {std}: it must be above 0", fix="Give std of RGB in 0..1.")
         self._std = std
         self._moments = {}
 
@@ -179,9 +178,8 @@ class SegmentationModel(nn.Module):
         near = self.processor.nearest(size)
         if tuple(size) != near:
             raise ModelError(
-                f"{self.spec} cannot take images of {int(size[0])}x{int(size[1])}",
-                received=f"it takes {self.processor.takes}",
-                remedy=f"Use {flag} {near[0]}x{near[1]}.",
+                f"{self.spec} cannot take images of {int(size[0])}x{int(size[1])}: it takes {self.processor.takes}",
+                fix=f"Use {flag} {near[0]}x{near[1]}.",
             )
 
     def normalise(self, pixels_BHW3: Tensor) -> Tensor:
@@ -195,9 +193,8 @@ class SegmentationModel(nn.Module):
         """
         if pixels_BHW3.dtype != torch.uint8 or pixels_BHW3.ndim != 4 or pixels_BHW3.shape[-1] != 3:
             raise ModelError(
-                "pixels must be uint8 of shape (B, H, W, 3)",
-                received=f"{pixels_BHW3.dtype} {tuple(pixels_BHW3.shape)}",
-                remedy="pass RGB bytes with the channels last",
+                f"Cannot use pixels {pixels_BHW3.dtype} {tuple(pixels_BHW3.shape)}",
+                fix="Pass RGB bytes with the channels last: uint8 (B, H, W, 3).",
             )
         mean, std = self._moments_on(pixels_BHW3.device)
         x_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
@@ -240,9 +237,8 @@ class SegmentationModel(nn.Module):
             if tap not in self.taps:
                 near = difflib.get_close_matches(tap, self.taps, n=3)
                 raise ModelError(
-                    f"a tap must be one of the model's: {', '.join(self.taps)}",
-                    received=f"{tap!r} for {self.spec}",
-                    remedy=f"did you mean {' or '.join(near)}?" if near else "pick one of these names",
+                    f"Unknown tap {tap!r} of {self.spec}",
+                    fix=f"Did you mean {' or '.join(near)}?" if near else f"Use one of {', '.join(self.taps)}.",
                 )
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -275,8 +271,7 @@ def _rgb(name: str, value: Iterable[float]) -> tuple[float, float, float]:
     numbers = tuple(float(v) for v in value)
     if len(numbers) != 3 or not all(math.isfinite(v) for v in numbers):
         raise ModelError(
-            f"{name} must be three finite numbers",
-            received=str(numbers),
-            remedy="give red, green and blue in 0..1, for example 0.485 0.456 0.406",
+            f"Invalid {name} {numbers}: give three finite numbers",
+            fix="Give red, green and blue in 0..1, for example 0.485 0.456 0.406",
         )
     return numbers[0], numbers[1], numbers[2]

@@ -84,7 +84,7 @@ def build_model(
     hub = parse_hub(base) if is_hub(base) else None
     builder, name = (None, base) if hub else _home(base)
     if num_classes is not None and num_classes < 0:
-        raise ModelError("num_classes must be at least 0", received=str(num_classes), remedy="count the data's classes")
+        raise ModelError(f"Invalid num_classes {num_classes}: it must be at least 0", fix="Count the data's classes.")
     strict = num_classes is None if strict_head is None else strict_head
     pretrained = hub is not None and weights == "default"
     loaded = None if weights is None or pretrained else _read(base, weights, whole=strict)
@@ -100,9 +100,8 @@ def build_model(
         if count is None:
             if loaded is None:
                 raise ModelError(
-                    "the number of classes must be known",
-                    received=f"{spec} with neither num_classes nor weights",
-                    remedy="give the number of classes, or weights to read it from",
+                    f"Unknown number of classes of {spec}: there is neither num_classes nor weights",
+                    fix="Give the number of classes, or weights to read it from.",
                 )
             count = count_classes(loaded.state, builder.classifier_keys(name))
     model = make(count)
@@ -198,11 +197,7 @@ def _home(spec: str) -> tuple[_Family | None, str]:
         builder = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
         if builder is not None or family == "smp":
             if lacks(family):
-                raise ModelError(
-                    f"{family}:* needs {NEEDS[family]}, which an extra of kdcache brings",
-                    received=f"{spec}, and no such module",
-                    remedy=pip_command(family),
-                )
+                raise ModelError(f"Missing {NEEDS[family]} for {spec}", fix=pip_command(family))
             if builder is None:
                 smp.check_name(name)
             return builder or smp, name
@@ -230,9 +225,7 @@ def _read(spec: str, weights: str | Path | Mapping[str, Tensor], whole: bool) ->
     builder, name = _home(spec)
     if builder is None:
         raise ModelError(
-            "weights 'default' are a library's published ones",
-            received=f"{spec}, which is your own function",
-            remedy="load them in the function, or give a file",
+            f"No published weights of {spec}: it is your own function", fix="Load them in the function, or give a file."
         )
     names = getattr(builder, "default_names", None) if whole else None
     return Weights(builder.default_state(name, whole), () if names is None else names(name))
@@ -264,11 +257,7 @@ def _refuse_unknown(spec: str) -> NoReturn:
     near += [names[n] for n in difflib.get_close_matches(spec.rpartition(":")[2], names, n=3)]
     hint = " or ".join(dict.fromkeys(near)) or ", ".join(specs)
     model, at, _ = spec.partition("@")
-    remedy = f"did you mean {hint}?" if near else f"known names: {hint}"
+    fix = f"Did you mean {hint}?" if near else f"Use one of {hint}."
     if at and model in specs:
-        remedy = f"name the model alone, {model}, and the weights that a training begins with by --init FILE"
-    raise ModelError(
-        "a model is one that `kdcache models` lists, module:function, or path/to/file.py:function",
-        received=repr(spec),
-        remedy=remedy,
-    )
+        fix = f"Name the model alone, {model}, and the weights that a training begins with by --init FILE"
+    raise ModelError(f"Unknown model {spec!r}", fix=fix)

@@ -63,10 +63,9 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
     model = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
     if model.regressions != description.heads:
         raise ModelError(
-            "a run's model has the heads that its description names",
-            received=f"{run.folder / MODEL} has {description.heads or 'none'}, {description.spec} builds "
-            f"{model.regressions or 'none'}",
-            remedy="use the version of the model that was trained",
+            f"{description.spec} builds the heads {model.regressions or 'none'}, and {run.folder / MODEL} has "
+            f"{description.heads or 'none'}",
+            fix="Use the version of the model that was trained.",
         )
     load_weights(model, read_state_dict(path), strict_head=True)
     if run.outputs is not None:
@@ -91,16 +90,14 @@ def split_spec(text: str) -> tuple[str, str] | None:
         base, auxiliary = split_auxiliary(weighted[1])
         if auxiliary is not None:
             raise ModelError(
-                "an auxiliary head answers in training alone, and is no part of a trained model",
-                received=text,
-                remedy=f"write {base}@{weighted[2]}",
+                f"Cannot use the auxiliary head of {text}: it answers in training alone",
+                fix=f"Write {base}@{weighted[2]}",
             )
         return weighted[1] if outputs is None else f"{weighted[1]},outputs={outputs}", weighted[2]
     if ":" in text and not Path(text).exists():
         raise ModelError(
-            "a trained model comes with weights: a run folder, SPEC@FILE or SPEC@default",
-            received=f"{text!r}, a model without weights",
-            remedy=f"give {text}@FILE, or a model whose library publishes weights as @default (downloaded)",
+            f"Missing weights of {text!r}",
+            fix=f"Give {text}@FILE, a run folder, or a model whose library publishes weights as @default (downloaded).",
         )
     return None
 
@@ -140,9 +137,7 @@ def open_model(
     used_size = size if description is None else size or description.size
     if used_size is None:
         raise RecipeError(
-            "a model that is no run needs the size of its images",
-            received=f"{text} and no --size",
-            remedy="add --size HxW, for instance --size 288x384",
+            f"Missing the size of images for {text}, which is no run", fix="Add --size HxW, for example --size 288x384"
         )
     if run is not None:
         model, _ = load_run(run, which, trust=trust)
@@ -212,11 +207,10 @@ def described(spec: str, weights: str) -> RunModel | None:
     named = (spec, split_outputs(spec)[0])
     if description is not None and not any(same_spec(description.spec, name) for name in named):
         raise ModelError(
-            "weights are used with the model that they were exported from",
-            received=f"{spec} with {weights}, which is of {description.spec}",
-            remedy=f"give {description.spec}@{weights}"
+            f"Cannot use {spec} with {weights}: that file is of {description.spec}",
+            fix=f"Give {description.spec}@{weights}"
             if is_shipped(description.spec)
-            else "give the model that they belong to as SPEC@FILE. Code that a weights file names is not suggested: "
-            "read that code before you name it",
+            else "Give the model that they belong to as SPEC@FILE. Code that a weights file names is not suggested: "
+            "read that code before you name it.",
         )
     return description

@@ -16,7 +16,7 @@ from kdcache.models.added_heads import base_of
 from kdcache.models.architectures.hub_models import CODE_ALLOWED
 from kdcache.models.registry import is_function
 
-_REMEDY = "name a model that `kdcache models` lists; or restore the file from a copy that you trust"
+_FIX = "Name a model that `kdcache models` lists, or restore the file from a copy that you trust."
 
 
 @contextmanager
@@ -36,11 +36,11 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Let errors about a spec that the file `where` brings name that file, and nothing out of it as their remedy."""
+    """Let errors about a spec that the file `where` brings name that file, and nothing out of it as their fix."""
     try:
         yield
     except ModelError as error:
-        raise error.restated(received=f"{where}: {error.received}", remedy=_REMEDY) from error
+        raise error.within(where, fix=_FIX) from error
 
 
 def check_present(spec: str, where: str) -> None:
@@ -53,9 +53,8 @@ def check_present(spec: str, where: str) -> None:
         place = base_of(spec).rpartition(":")[0]
     if place.endswith(".py") and not Path(place).is_file():
         raise ModelError(
-            f"Cannot find {place}, the code of a model",
-            received=f"{where} names {spec}, and there is no {Path(place).resolve()}",
-            remedy="copy that file here from where the run was trained; then read it, and add --trust",
+            f"Cannot find {place}, the code of a model: {where} names {spec}, and there is no {Path(place).resolve()}",
+            fix="Copy that file here from where the run was trained. Then read it, and add --trust.",
         )
 
 
@@ -74,9 +73,9 @@ def check_trusted(spec: str, where: str) -> None:
         return
     place, _, function = base_of(spec).rpartition(":")
     raise ModelError(
-        f"Cannot import {spec}: a file names this code, and you have not allowed it",
-        received=f"{where} names the model {spec}: {_source_of(place)} would be imported, and {function} called",
-        remedy="read that code. If you trust it, add --trust. In Python, call inside `with kdcache.models.trusting():`",
+        f"Cannot import {spec}: a file names this code, and you have not allowed it. {where} names it: "
+        f"{_source_of(place)} would be imported, and {function} called",
+        fix="Read that code. If you trust it, add --trust. In Python, call inside `with kdcache.models.trusting():`",
     )
 
 

@@ -79,9 +79,8 @@ def read_weights(path: str | Path) -> Weights:
         content = _read_torch(path)
     else:
         raise ModelError(
-            f"weights must be .safetensors or one of {', '.join(_TORCH_SUFFIXES)}",
-            received=str(path),
-            remedy="save the state dict with safetensors.torch.save_file",
+            f"Unknown kind of weights: {path}. Kinds are .safetensors and {', '.join(_TORCH_SUFFIXES)}",
+            fix="Save the state dict with safetensors.torch.save_file.",
         )
     state, notes = unwrap(content, path, choice)
     names = names_in(read_metadata(path)) if path.suffix == ".safetensors" else names_in(content)
@@ -99,8 +98,7 @@ def split_choice(text: str | Path) -> tuple[Path, str | None]:
     if choice not in CHOICES:
         raise ModelError(
             f"Unknown weights {choice!r} of {file}",
-            received=str(text),
-            remedy="give FILE:ema for averaged weights, FILE:raw for raw ones, or FILE alone",
+            fix="Give FILE:ema for averaged weights, FILE:raw for raw ones, or FILE alone.",
         )
     return Path(file), choice
 
@@ -163,10 +161,9 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
         _refuse_misfit(model, missing, unexpected, shapes)
     if strict_head and recounted:
         raise ModelError(
-            "a trained model's weights must have the data's number of classes, or that of the class map",
-            received=f"{state[recounted[0]].shape[0]} classes in the weights, {model.num_classes} in the data or its "
-            f"class map, for {model.spec}",
-            remedy="map each of the model's classes to one of the data's with --class-map FILE",
+            f"The weights have {state[recounted[0]].shape[0]} classes, and the data or their class map "
+            f"{model.num_classes}, for {model.spec}",
+            fix="Map each of the model's classes to one of the data's with --class-map FILE.",
         )
     loaded = [k for k in own if k in state and k not in reinitialised]
     _check_numbers(own, {k: state[k] for k in loaded})
@@ -194,9 +191,8 @@ def _check_numbers(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> N
         else:
             continue
         raise ModelError(
-            "weights must be finite real numbers",
-            received=f"{kind} in {name}",
-            remedy="give a checkpoint from before the training diverged, or check how the file was made",
+            f"The weights are no finite real numbers: {kind} in {name}",
+            fix="Give a checkpoint from before the training diverged, or check how the file was made.",
         )
 
 
@@ -205,9 +201,8 @@ def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -
     name = f"{classifier_keys[0]}weight"
     if name not in state:
         raise ModelError(
-            "the number of classes must be given, or readable from the weights",
-            received=f"weights without {name} (found {some(list(state))})",
-            remedy="give the number of classes, or the weights of the whole model",
+            f"Unknown number of classes: the weights have no {name} (found {some(list(state))})",
+            fix="Give the number of classes, or the weights of the whole model.",
         )
     return int(state[name].shape[0])
 
@@ -223,9 +218,8 @@ def state_digest(module: nn.Module) -> str:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                "a state dict must hold tensors to have a digest",
-                received=f"{name} of type {type(value).__name__}",
-                remedy="drop get_extra_state from that module",
+                f"Cannot digest the state dict: {name} is of type {type(value).__name__}, no tensor",
+                fix="Drop get_extra_state from that module.",
             )
     return _digest(state)
 
@@ -244,13 +238,12 @@ def _file_of(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ModelError("weights must be a file", received=str(path), remedy="check the path")
+        raise ModelError(f"Weights not found: {path}", fix="Check the path.")
     file = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
     if file is None:
         raise ModelError(
-            f"weights must be a file, or a folder with {' or '.join(HUB_FILES)}",
-            received=f"{path}, which has neither",
-            remedy="check the path, or give the file itself",
+            f"No weights in the folder {path}: it has no {' or '.join(HUB_FILES)}",
+            fix="Check the path, or give the file itself.",
         )
     return file
 
@@ -264,9 +257,7 @@ def _read_safetensors(path: Path) -> object:
     written = read_metadata(path).get(_WRITTEN)
     if written is not None and _digest(state) != written:  # the format itself has no checksum
         raise ModelError(
-            "a weights file holds the tensors that were written into it",
-            received=f"{path}, whose tensors have another SHA-256 than its header names",
-            remedy=_anew(path),
+            f"The weights {path} are damaged: their tensors have another SHA-256 than the header names", fix=_anew(path)
         )
     return state
 
@@ -282,9 +273,8 @@ def _read_torch(path: Path) -> object:
         if pickled is None:
             raise _damaged(path, error) from error
         raise ModelError(
-            "weights must hold tensors only: unpickling other objects can run code",
-            received=f"{path} with a pickled {pickled[1]}",
-            remedy="if you trust it, load it yourself with weights_only=False and save its state dict alone",
+            f"Cannot read {path}: it has a pickled {pickled[1]}, and unpickling can run code",
+            fix="If you trust it, load it yourself with weights_only=False and save its state dict alone.",
         ) from error
     except Exception as error:  # torch meets a damaged file with anything from KeyError to OSError
         raise _damaged(path, error) from error
@@ -292,18 +282,14 @@ def _read_torch(path: Path) -> object:
 
 def _damaged(path: Path, error: Exception) -> ModelError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ModelError(
-        "a weights file must be whole and of the kind that its suffix names",
-        received=f"{path} of {path.stat().st_size} bytes ({reason})",
-        remedy=_anew(path),
-    )
+    return ModelError(f"Cannot read the weights {path} of {path.stat().st_size} bytes: {reason}", fix=_anew(path))
 
 
 def _anew(path: Path) -> str:
-    """Return the remedy for a damaged file: those of a run can be trained again."""
+    """Return the fix for a damaged file: those of a run can be trained again."""
     run = (path.parent / MODEL).is_file()
     return (
-        f"{train_again(path.parent)}; or use other weights of it, as RUN@last" if run else "copy or download it again"
+        f"{train_again(path.parent)}; or use other weights of it, as RUN@last" if run else "Copy or download it again."
     )
 
 
@@ -363,7 +349,6 @@ def _refuse_misfit(model: SegmentationModel, missing: list[str], unexpected: lis
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     misfits = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names)
     raise ModelError(
-        f"the weights must be those of {model.spec}",
-        received=misfits,
-        remedy="check the model's name (kdcache models lists them) and the file",
+        f"The weights are not those of {model.spec}: {misfits}",
+        fix="Check the model's name (kdcache models lists them) and the file.",
     )

@@ -155,7 +155,10 @@ CASES = {
     "another model": (f"evaluate kdcache:base@{{w}}/teacher/best.safetensors {FLAGS}", "missing"),
     "no file": (f"evaluate kdcache:tiny@{{w}}/none.pth {FLAGS}", "none.pth"),
     "unknown model": (f"evaluate kdcache:tyni@{{w}}/teacher/best.safetensors {FLAGS}", "'kdcache:tyni'"),
-    "class map that lacks classes": (f"evaluate {SPEC} {FLAGS} --class-map {{w}}/data/classes.txt", "teacher ids"),
+    "class map that lacks classes": (
+        f"evaluate {SPEC} {FLAGS} --class-map {{w}}/data/classes.txt",
+        "Unknown teacher id",
+    ),
     "unknown weights": ("evaluate {w}/teacher --data {w}/data --weights bset", "'bset'"),
     "no run": ("evaluate {w}/none --data {w}/data", "Run not found: {w}/none"),
 }
@@ -227,7 +230,7 @@ def test_models_without_the_extras_name_the_command() -> None:
 def test_a_file_that_is_missing_is_named_before_a_size_is_asked_for(world, cli, command: str) -> None:
     done = cli(*words(command.replace("{t}", "kdcache:tiny@{w}/nothing.safetensors"), world))
     assert done.code == 2
-    assert "weights must be a file" in done.err
+    assert "Weights not found" in done.err
     assert "nothing.safetensors" in done.err
 
 

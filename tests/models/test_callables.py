@@ -184,7 +184,7 @@ def test_state_dict_keeps_the_networks_names(here: Path) -> None:
         ("foreign_nets:absent", "absent is no such name"),
         ("foreign_nets:number", "number is of type int"),
         ("foreign_nets:no_arguments", "3 channels for 5 classes"),
-        ("foreign_nets:no_module", r"must return a torch\.nn\.Module"),
+        ("foreign_nets:no_module", r"no torch\.nn\.Module"),
         ("foreign_nets:fixed", "4 channels for 5 classes"),
         ("foreign_nets:native_fixed", "4 instead of 5"),
         ("foreign_nets:two_arguments", "num_classes=5"),

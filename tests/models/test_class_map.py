@@ -35,7 +35,7 @@ def test_reads_text_and_json(tmp_path: Path, text: str) -> None:
     [
         (TEXT.replace("4 road", "4 raod"), r"'raod' in line 6[\s\S]*did you mean Road"),
         (TEXT.replace("4 road", ""), "without 4"),
-        (TEXT.replace("1 Traffic light", "1 void"), "gives none to Traffic light"),
+        (TEXT.replace("1 Traffic light", "1 void"), "No teacher class becomes Traffic light"),
         (TEXT + "0 Sky", "0 again in line 7"),
         (TEXT + "5 Sky", "'5' in line 7"),
         (TEXT + "x Sky", "'x' in line 7"),

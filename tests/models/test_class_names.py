@@ -75,9 +75,9 @@ def test_names_are_found_and_compared(tmp_path: Path, write: Callable[[Path, tup
     text = f"kdcache:tiny@{weights}"
     with pytest.raises(MismatchError) as caught:
         open_model(text, data(OURS), (32, 48))
-    assert "class 1 is car in" in caught.value.rule
-    assert "road in the data" in caught.value.rule
-    assert '{"0": "sky", "1": "car", "2": "road"}' in caught.value.remedy
+    assert "class 1 is car in" in caught.value.problem
+    assert "road in the data" in caught.value.problem
+    assert '{"0": "sky", "1": "car", "2": "road"}' in caught.value.fix
     model, _ = open_model(text, data(THEIRS), (32, 48))
     assert model.load_report is not None
     assert model.load_report.notes == ()
@@ -132,7 +132,7 @@ def test_other_names_are_a_warning_with_both_lists_and_the_map_that_silences() -
 def test_one_name_at_another_place_is_enough() -> None:
     with pytest.raises(MismatchError) as caught:
         compare_names("m@w", ("Himmel", "car", "Strasse"), OURS)
-    assert '{"0": "?", "1": "car", "2": "?"}' in caught.value.remedy
+    assert '{"0": "?", "1": "car", "2": "?"}' in caught.value.fix
 
 
 def test_another_number_of_names_is_said() -> None:
@@ -145,7 +145,7 @@ def test_the_name_of_one_logit_is_that_of_the_second_class() -> None:
     assert compare_names("m@w", ("lesion",), ("background", "lesion")) is None
     with pytest.raises(MismatchError) as caught:
         compare_names("m@w", ("lesion",), ("lesion", "background"))
-    assert '{"0": "background", "1": "lesion"}' in caught.value.remedy
+    assert '{"0": "background", "1": "lesion"}' in caught.value.fix
     assert known_names(("lesion",), ("class 0", "class 1")) == ("class 0", "lesion")
 
 

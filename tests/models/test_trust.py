@@ -48,7 +48,7 @@ def test_a_function_is_refused_and_not_imported(here: Path, spec: str) -> None:
 def test_what_would_be_imported_is_named(here: Path, spec: str, source: str) -> None:
     with pytest.raises(ModelError) as caught:
         check_trusted(spec, WHERE)
-    assert f"{here}/{source} would be imported, and build called" in caught.value.received
+    assert f"{here}/{source} would be imported, and build called" in caught.value.problem
 
 
 def test_trust_is_for_the_block_alone(here: Path) -> None:

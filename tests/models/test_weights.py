@@ -62,7 +62,7 @@ def test_a_lightning_module_of_one_network_may_call_it_anything(tmp_path: Path) 
     path = _lightning({"left.weight": torch.ones(2), "right.weight": torch.ones(2)}, tmp_path / "w.ckpt")
     with pytest.raises(ModelError, match=r"left\., right\.") as caught:
         read_state_dict(path)
-    assert "state_dict()" in caught.value.remedy
+    assert "state_dict()" in caught.value.fix
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
@@ -266,5 +266,5 @@ def test_weights_are_finite_real_numbers(strict, spoil, message) -> None:
         state = {**before, name: spoil(value.clone())}
         with pytest.raises(ModelError, match=message) as caught:
             load_weights(model, state, strict_head=strict)
-        assert name in caught.value.received
+        assert name in caught.value.problem
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -56,9 +56,8 @@ def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
     key, _, tap = spelled["options"].partition("=")
     if key != "tap" or not re.fullmatch(r"[\w.-]+", tap):
         raise ModelError(
-            "an auxiliary head is MODEL+aux, with the option ,tap=NAME",
-            received=f"{spec!r}: {spelled['options']!r}",
-            remedy=f"for instance {model}+aux,tap=stage3",
+            f"Invalid auxiliary head {spec!r}: {spelled['options']!r}",
+            fix=f"Write MODEL+aux,tap=NAME, for example {model}+aux,tap=stage3",
         )
     return model, AuxiliarySpec(tap)
 
@@ -76,9 +75,9 @@ class WithAuxiliary(WithHead):
 
         if SEGMENTATION not in model.head_kinds:
             raise ModelError(
-                "an auxiliary head learns the classes of a model that has some",
-                received=f"{spec}, and {model.spec} has {', '.join(model.head_kinds) or 'no head'}",
-                remedy=f"write {model.spec}",
+                f"Cannot add an auxiliary head in {spec}: {model.spec} has no classes, only "
+                f"{', '.join(model.head_kinds) or 'no head'}",
+                fix=f"Write {model.spec}",
             )
         super().__init__(
             spec,
@@ -120,8 +119,8 @@ def _last_but_one(spec: str, model: SegmentationModel) -> str:
     stages = [tap for tap in model.taps if _STAGE.fullmatch(tap)]
     if len(stages) < 2:
         raise ModelError(
-            "an auxiliary head is put on a tap of the model, the last stage but one where its taps are stages",
-            received=f"{model.spec}, whose taps are {', '.join(model.taps) or 'not listed'}",
-            remedy=f"name one: {spec},tap=NAME (a module whose output is (B, c, h, w))",
+            f"Cannot choose a tap for the auxiliary head of {model.spec}: its taps "
+            f"({', '.join(model.taps) or 'none are listed'}) are not stages",
+            fix=f"Name one: {spec},tap=NAME, a module whose output is (B, c, h, w)",
         )
     return stages[-2]

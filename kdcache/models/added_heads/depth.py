@@ -125,9 +125,8 @@ class WithDepth(WithHead):
     def __init__(self, spec: str, model: SegmentationModel, depth: DepthSpec) -> None:
         if depth.tap is None and not model.taps:
             raise ModelError(
-                "a depth head is put on a tap of the model",
-                received=f"{model.spec}, which lists none",
-                remedy=f"name one: {spec},tap=NAME (a module whose output is (B, c, h, w))",
+                f"Cannot choose a tap for the depth head of {model.spec}: it lists none",
+                fix=f"Name one: {spec},tap=NAME, a module whose output is (B, c, h, w)",
             )
         super().__init__(
             spec,
@@ -156,16 +155,16 @@ def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> Segment
         model.set_depth(depth.head)
         return model
     raise ModelError(
-        f"+{DEPTH} adds a depth head to a model without one; its options are of that head, or of kdcache's own",
-        received=f"{spec}, and {model.spec} has " + ("one" if DEPTH in model.head_kinds else "none"),
-        remedy=f"write {model.spec}" if DEPTH in model.head_kinds else f"write {model.spec}+{DEPTH}",
+        f"Cannot add a depth head in {spec}: {model.spec} has one already"
+        if DEPTH in model.head_kinds
+        else f"Cannot use the options of a depth head in {spec}: {model.spec} has none",
+        fix=f"Write {model.spec}" if DEPTH in model.head_kinds else f"Write {model.spec}+{DEPTH}",
     )
 
 
-def _refused(spec: str, received: str, example: str) -> ModelError:
+def _refused(spec: str, problem: str, example: str) -> ModelError:
     return ModelError(
-        f"a depth head is MODEL+{DEPTH}, with options ,tap=NAME ,as=softplus or ,as=exp and ,max=METRES; an auxiliary "
-        "head of classes is +aux, at the end",
-        received=f"{spec!r}: {received}",
-        remedy=f"for instance {example}",
+        f"Invalid depth head {spec!r}: {problem}",
+        fix=f"Write MODEL+{DEPTH} with options ,tap=NAME ,as=softplus or ,as=exp and ,max=METRES. An auxiliary head of "
+        f"classes is +aux, at the end. For example {example}",
     )

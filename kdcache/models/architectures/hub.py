@@ -46,7 +46,6 @@ def not_downloaded(repository: str, error: Any) -> ModelError:
     """The error of a download that failed."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ModelError(
-        "weights 'default' must be downloaded once",
-        received=f"https://huggingface.co/{repository}: {reason}",
-        remedy="check the network, or fetch that repository yourself and give its folder as the weights",
+        f"Cannot download weights 'default' from https://huggingface.co/{repository}: {reason}",
+        fix="Check the network, or fetch that repository yourself and give its folder as the weights.",
     )

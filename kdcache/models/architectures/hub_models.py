@@ -58,9 +58,7 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
         kdcache cannot read.
     """
     if lacks(hub.library):
-        raise ModelError(
-            f"Missing {NEEDS[hub.library]}, which {hub.library}: needs", received=spec, remedy=pip_command(hub.library)
-        )
+        raise ModelError(f"Missing {NEEDS[hub.library]} for {spec}", fix=pip_command(hub.library))
     classes = None if strict else num_classes
     if hub.library == "timm":
         made = _timm(spec, hub.place, hub.weights, pretrained=pretrained)
@@ -69,9 +67,8 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
         config = read_object(folder / "config.json")
         if not {"model_type", "architecture", "auto_map"} & set(config):
             raise ModelError(
-                f"Cannot find a model in {hub.place}",
-                received=f"{folder / 'config.json'} does not name a model of transformers or timm",
-                remedy="Give a folder that save_pretrained wrote.",
+                f"Cannot find a model in {hub.place}: {folder / 'config.json'} names none of transformers or timm",
+                fix="Give a folder that save_pretrained wrote.",
             )
         if "model_type" not in config and "architecture" in config:
             made = _timm(spec, str(folder), None, pretrained=pretrained)
@@ -92,9 +89,10 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
         load_weights(model, read_weights(hub.weights).state, strict_head=True)
     if strict and num_classes and model.num_classes not in (0, num_classes):
         raise ModelError(
-            f"{spec} has {model.num_classes} classes, and the data have {num_classes}",
-            received=", ".join(made.names[:_SHOWN]) + ", ..." if made.names else "no names of classes",
-            remedy="Map each of its classes to one of the data's with --class-map FILE.",
+            f"{spec} has {model.num_classes} classes "
+            f"({', '.join(made.names[:_SHOWN]) + ', ...' if made.names else 'without names'}), and the data have "
+            f"{num_classes}",
+            fix="Map each of its classes to one of the data's with --class-map FILE.",
         )
     if pretrained:
         model.load_report = LoadReport(tuple(model.state_dict()), class_names=made.names, notes=tuple(made.notes))
@@ -128,16 +126,11 @@ def _files(spec: str, hub: HubSpec, *, pretrained: bool) -> tuple[Path, str | No
         if hub.revision is not None:
             raise ModelError(
                 f"Cannot use revision={hub.revision}: {hub.place} is a folder",
-                received=spec,
-                remedy="Leave ,revision=... out, or name the repository.",
+                fix="Leave ,revision=... out, or name the repository.",
             )
         return folder, None
     if hub.place.startswith((".", "/", "~")) or hub.place.count("/") != 1:
-        raise ModelError(
-            f"Folder not found: {hub.place}",
-            received=spec,
-            remedy="Check the path. A repository of the hub is OWNER/NAME.",
-        )
+        raise ModelError(f"Folder not found: {hub.place}", fix="Check the path. A repository of the hub is OWNER/NAME.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -148,9 +141,10 @@ def _files(spec: str, hub: HubSpec, *, pretrained: bool) -> tuple[Path, str | No
     except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"Cannot find {hub.place}" + (f" at revision {hub.revision}" if hub.revision else ""),
-            received=f"not in the local cache, and the hub did not give it: {reason}",
-            remedy="Check the name and the network. Offline, copy the model's files here and give hf:FOLDER.",
+            f"Cannot find {hub.place}"
+            + (f" at revision {hub.revision}" if hub.revision else "")
+            + f": it is not in the local cache, and the hub did not give it: {reason}",
+            fix="Check the name and the network. Offline, copy the model's files here and give hf:FOLDER.",
         ) from error
     return path, path.name
 
@@ -165,16 +159,16 @@ def _transformers(
     known = described.get("model_type") in tables.CONFIG_MAPPING_NAMES
     if not known and "auto_map" not in described:
         raise ModelError(
-            f"Unknown model type {described.get('model_type')!r} in {hub.place}",
-            received=f"transformers {transformers.__version__} does not have it",
-            remedy="Update transformers.",
+            f"Unknown model type {described.get('model_type')!r} in {hub.place}: transformers "
+            f"{transformers.__version__} does not have it",
+            fix="Update transformers.",
         )
     if not known and not CODE_ALLOWED.get():
         raise ModelError(
-            f"Cannot run the code of {hub.place}: you have not allowed it",
-            received=f"{folder / 'config.json'} names {', '.join(map(str, dict(described['auto_map']).values()))}",
-            remedy="Read that code. If you trust it, add --trust. In Python, call inside "
-            "`with kdcache.models.trusting():`",
+            f"Cannot run the code of {hub.place}: you have not allowed it. {folder / 'config.json'} names "
+            f"{', '.join(map(str, dict(described['auto_map']).values()))}",
+            fix="Read that code. If you trust it, add --trust. In Python, call inside `with "
+            "kdcache.models.trusting():`",
         )
     options: dict[str, Any] = {"trust_remote_code": not known, "local_files_only": True}
     with _quiet():
@@ -233,9 +227,9 @@ def _network(
         )
     except Exception as error:  # whatever the library or the model's own code raises
         raise ModelError(
-            f"Cannot load {spec}: {type(error).__name__}",
-            received=(str(error) or type(error).__name__).strip().splitlines()[0],
-            remedy="Check the folder's files: config.json, and model.safetensors or pytorch_model.bin.",
+            f"Cannot load {spec}: {type(error).__name__}: "
+            f"{(str(error) or type(error).__name__).strip().splitlines()[0]}",
+            fix="Check the folder's files: config.json, and model.safetensors or pytorch_model.bin.",
         ) from error
     missing, notes = sorted(found["missing_keys"]), list[str]()
     if any(name.startswith("pooler.") for name in missing):
@@ -246,9 +240,9 @@ def _network(
     if lost := [name for name in missing if not name.startswith("pooler.") and "hidden_states_norms" not in name]:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise ModelError(
-            f"{spec} lacks {len(lost)} of its tensors",
-            received=f"{', '.join(lost[:_SHOWN])}{more} are not in the weights of {folder}",
-            remedy="Give the weights of the whole network, or another ,task=...",
+            f"{spec} lacks {len(lost)} of its tensors: {', '.join(lost[:_SHOWN])}{more} are not in the weights of "
+            f"{folder}",
+            fix="Give the weights of the whole network, or another ,task=...",
         )
     return network.eval(), notes
 
@@ -284,20 +278,16 @@ def _timm(spec: str, place: str, weights: str | None, *, pretrained: bool) -> _M
         if name == place and not timm.is_model(place.partition(".")[0]):
             near = timm.list_models(f"*{place.partition('.')[0].partition('_')[0]}*")[:_SHOWN]
             raise ModelError(
-                f"Unknown model of timm: {place}",
-                received=reason,
-                remedy=f"Did you mean {' or '.join(near) or 'resnet18'}?",
+                f"Unknown model of timm: {place} ({reason})", fix=f"Did you mean {' or '.join(near) or 'resnet18'}?"
             ) from error
         raise ModelError(
-            f"Cannot load {spec}: {type(error).__name__}",
-            received=reason,
-            remedy=f"Check the network, or give a file: timm:{place},weights=FILE.",
+            f"Cannot load {spec}: {type(error).__name__}: {reason}",
+            fix=f"Check the network, or give a file: timm:{place},weights=FILE.",
         ) from error
     if not hasattr(network, "forward_intermediates"):
         raise ModelError(
-            f"Cannot take features of {spec}: it has no forward_intermediates",
-            received=f"timm {timm.__version__}",
-            remedy="Use another model of timm, or a function of your own, FILE.py:FUNCTION.",
+            f"Cannot take features of {spec}: it has no forward_intermediates in timm {timm.__version__}",
+            fix="Use another model of timm, or a function of your own, FILE.py:FUNCTION.",
         )
     published = network.pretrained_cfg
     side = published.get("input_size")

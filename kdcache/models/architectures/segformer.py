@@ -138,9 +138,8 @@ def build(name: str, num_classes: int) -> SegmentationModel:
         import transformers
 
         raise ModelError(
-            "segformer:* is built from the modules of transformers 5",
-            received=f"transformers {transformers.__version__}, which names them otherwise",
-            remedy="in a clone of kdcache: pip install -U '.[segformer]'",
+            f"Cannot build segformer:* with transformers {transformers.__version__}: its modules have other names",
+            fix="In a clone of kdcache: pip install -U '.[segformer]'",
         )
     return SegFormer(name, num_classes, network)
 

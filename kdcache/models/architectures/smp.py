@@ -90,9 +90,8 @@ def check_name(name: str) -> None:
     architecture, _, encoder = name.partition("-")
     if architecture == "dpt":
         raise ModelError(
-            "a model takes images of any size",
-            received=f"smp:{name}, whose transformer takes one",
-            remedy=f"pick another architecture: {', '.join(architectures)}",
+            f"Cannot use smp:{name}: its transformer takes images of one size",
+            fix=f"Use another architecture: {', '.join(architectures)}",
         )
     has_encoder = encoder in encoders or (encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-")))
     if architecture in architectures and has_encoder:
@@ -104,9 +103,8 @@ def check_name(name: str) -> None:
     else:
         hint = encoder if has_encoder else _nearest(encoder, encoders, "resnet18")
     raise ModelError(
-        f"smp:ARCH-ENCODER has one of {', '.join(architectures)}, and an encoder of segmentation_models_pytorch",
-        received=f"'smp:{name}'",
-        remedy=f"did you mean smp:{better}-{hint}?",
+        f"Unknown model 'smp:{name}': write smp:ARCH-ENCODER with one of {', '.join(architectures)}",
+        fix=f"Did you mean smp:{better}-{hint}?",
     )
 
 
@@ -151,9 +149,8 @@ def default_moments(name: str) -> tuple[list[float], list[float]]:
         raise not_downloaded(f"smp-hub/{encoder}.imagenet", error) from error
     if published["input_space"] != "RGB":
         raise ModelError(
-            "weights must be of networks that see red, green and blue in this order",
-            received=f"those of {encoder}, which sees {published['input_space']}",
-            remedy="pick another encoder",
+            f"Cannot use the weights of {encoder}: it sees {published['input_space']}, not RGB",
+            fix="Use another encoder.",
         )
     top = max(published["input_range"])
     return [v / top for v in published["mean"]], [v / top for v in published["std"]]
@@ -168,9 +165,8 @@ def _create(name: str, num_classes: int, encoder_weights: Any) -> Any:
     except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
         reason = str(error.args[0] if error.args else error).splitlines()[0]
         raise ModelError(
-            "smp:ARCH-ENCODER must be a pair that segmentation_models_pytorch can join, with these weights",
-            received=f"smp:{name}: {reason}",
-            remedy=f"pick another encoder or architecture, for instance smp:unet-{encoder} or smp:fpn-{encoder}",
+            f"Cannot build smp:{name}: {reason}",
+            fix=f"Use another encoder or architecture, for example smp:unet-{encoder} or smp:fpn-{encoder}",
         ) from error
 
 

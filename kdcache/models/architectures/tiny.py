@@ -164,7 +164,6 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """There are no published weights: these models are trained by the user. Raises: ModelError always."""
     raise ModelError(
-        "weights 'default' are the library's published ones",
-        received=f"kdcache:{name}, which has none",
-        remedy="leave the weights out, or give a file that `kdcache train-student` wrote",
+        f"No published weights of kdcache:{name}: it has no 'default'",
+        fix="Leave the weights out, or give a file that `kdcache train-student` wrote.",
     )

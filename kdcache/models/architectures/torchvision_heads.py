@@ -126,9 +126,8 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            "weights 'default' must be downloaded once",
-            received=f"{published.url}: {error}",
-            remedy="check the network, or fetch that file yourself and give its path as the weights",
+            f"Cannot download weights 'default' from {published.url}: {error}",
+            fix="Check the network, or fetch that file yourself and give its path as the weights.",
         ) from error
     return dict(state)
 

@@ -57,9 +57,8 @@ def _heads(spec: str, declared: Mapping[str, Any] | None, answer: object) -> dic
         if not isinstance(head, Tensor) or head.ndim != 4:
             shown = f"{name!r} of shape {tuple(head.shape)}" if isinstance(head, Tensor) else f"no tensor {name!r}"
             raise ModelError(
-                f"a network with {DECLARED} returns a mapping with a tensor (B, C, h, w) for each of its names",
-                received=f"{type(answer).__name__} with {shown} from {spec}",
-                remedy=f'return {{"{name}": ...}}, or leave that name out of {DECLARED}',
+                f"{spec} returned {type(answer).__name__} with {shown}, and {DECLARED} names other heads",
+                fix=f'Return {{"{name}": ...}} with a tensor (B, C, h, w), or leave that name out of {DECLARED}.',
             )
         heads[name] = head
     return heads
@@ -77,9 +76,9 @@ def _kinds(spec: str, declared: Mapping[str, Any] | None, heads: Mapping[str, Te
                 raise ValueError(f"{SEGMENTATION} is categorical, and all others are regressions")
         except ValueError as error:
             raise ModelError(
-                f"{DECLARED} has for each head categorical, regression, or a mapping of kind and its fields",
-                received=f"{name!r} of {spec}: {error}",
-                remedy='for instance {"depth": {"kind": "regression", "parameterisation": "exp", "max_depth": 80.0}}',
+                f"Invalid {name!r} in {DECLARED} of {spec}: {error}",
+                fix='Write categorical, regression, or a mapping such as {"depth": {"kind": "regression", '
+                '"parameterisation": "exp", "max_depth": 80.0}}',
             ) from error
     return kinds
 
@@ -94,8 +93,8 @@ def _logits(spec: str, answer: object) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 4:
         shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise ModelError(
-            "a model returns logits (B, C, h, w): a tensor, under 'out' or 'logits', as .logits, or first in a tuple",
-            received=f"{type(answer).__name__}{shape} from {spec}",
-            remedy="return the class scores of every cell, without softmax or argmax",
+            f"{spec} returned {type(answer).__name__}{shape}, which holds no logits (B, C, h, w)",
+            fix="Return the class scores of every cell, without softmax or argmax: a tensor, under 'out' or 'logits', "
+            "as .logits, or first in a tuple.",
         )
     return logits

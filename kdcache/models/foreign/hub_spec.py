@@ -56,14 +56,12 @@ def parse_hub(spec: str) -> HubSpec:
         if name not in _OPTIONS[library] or name in values or not value:
             options = " and ".join(f",{option}=..." for option in _OPTIONS[library])
             raise ModelError(
-                f"Unknown option {name}={value} of {library}:{place[: found.start()]}",
-                received=spec,
-                remedy=f"Use {options}, each once.",
+                f"Unknown option {name}={value} of {library}:{place[: found.start()]}", fix=f"Use {options}, each once."
             )
         values[name] = value
         place = place[: found.start()]
     if not place:
-        raise ModelError(f"Missing name after {library}:", received=spec, remedy=f"Write {library}:NAME.")
+        raise ModelError(f"Missing name after {library}: in {spec!r}", fix=f"Write {library}:NAME.")
     if (task := values.get("task")) is not None and task not in TASKS:
-        raise ModelError(f"Unknown task {task!r}", received=spec, remedy=f"Use one of {', '.join(TASKS)}.")
+        raise ModelError(f"Unknown task {task!r} in {spec}", fix=f"Use one of {', '.join(TASKS)}.")
     return HubSpec(library, place, task, values.get("revision"), values.get("weights"))

@@ -53,9 +53,8 @@ def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
     for step, what in _OTHERWISE.items():
         if settings.get(step):
             raise ModelError(
-                f"Cannot prepare images as {folder} asks: its processor {what}",
-                received=f"{step} in preprocessor_config.json",
-                remedy="Use another model, or a function of your own, FILE.py:FUNCTION, that does so itself.",
+                f"Cannot prepare images as {folder} asks: its processor {what} ({step} in preprocessor_config.json)",
+                fix="Use another model, or a function of your own, FILE.py:FUNCTION, that does so itself.",
             )
     scale = 255 * float(settings.get("rescale_factor") or 1 / 255) if settings.get("do_rescale", True) else 255.0
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
@@ -94,9 +93,9 @@ def _three(value: Any, folder: Path) -> RGB | None:
     numbers = tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),) * 3
     if len(numbers) != 3:
         raise ModelError(
-            f"Cannot use the images that {folder} asks for: they have {len(numbers)} channels",
-            received=f"image_mean or image_std {value} in preprocessor_config.json",
-            remedy="Use a model of RGB images.",
+            f"Cannot use the images that {folder} asks for: image_mean or image_std {value} has {len(numbers)} "
+            "channels",
+            fix="Use a model of RGB images.",
         )
     return numbers[0], numbers[1], numbers[2]
 

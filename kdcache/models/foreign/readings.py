@@ -38,9 +38,9 @@ class Universal(Reading):
         classes, masks = (getattr(answer, f"{name}_queries_logits", None) for name in ("class", "masks"))
         if classes is None or masks is None:
             raise ModelError(
-                f"Cannot read {type(answer).__name__} of {spec}: a mask transformer answers with classes of queries",
-                received="no class_queries_logits and masks_queries_logits",
-                remedy="Use another model, or ,task=features.",
+                f"Cannot read {type(answer).__name__} of {spec}: it has no class_queries_logits and "
+                "masks_queries_logits",
+                fix="Use another model, or ,task=features.",
             )
         p_BQC, mask_BQhw = classes.float().softmax(-1)[..., :-1], masks.float().sigmoid()
         return {SEGMENTATION: torch.einsum("bqc,bqhw->bchw", p_BQC, mask_BQhw).clamp_min(_LEAST).log()}
@@ -146,8 +146,7 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
         if sentence is None and network.config.model_type == "oneformer":
             raise ModelError(
                 f"Cannot run {type(network).__name__} without its tokenizer: it reads a sentence that names the task",
-                received="a network, and no tokens",
-                remedy="Save network and processor into one folder with save_pretrained, and give hf:FOLDER.",
+                fix="Save network and processor into one folder with save_pretrained, and give hf:FOLDER.",
             )
         return Universal(sentence)
     if hasattr(network, "out_features"):

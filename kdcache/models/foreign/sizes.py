@@ -62,9 +62,9 @@ def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tu
             return Probe(size, processor, patches[0] if patches else None), answer
     assert first is not None
     raise ModelError(
-        f"Cannot run {spec} on an image: {type(first).__name__}: {first}",
-        received=f"float images (1, 3, H, W), the first of {PROBE_SIZE[0]}x{PROBE_SIZE[1]} pixels",
-        remedy="Correct the network, or set its attribute img_size to the (H, W) that it takes.",
+        f"Cannot run {spec} on an image of {PROBE_SIZE[0]}x{PROBE_SIZE[1]} pixels: {type(first).__name__}: {first}",
+        fix="Correct the network for float images (1, 3, H, W), or set its attribute img_size to the (H, W) that it "
+        "takes.",
     ) from first
 
 

@@ -43,15 +43,15 @@ def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str
             return laid
         patches = "no patches of the image" if patch is None else f"{size[0] // patch}x{size[1] // patch} patches"
         raise ModelError(
-            f"Cannot lay {feature.shape[1]} tokens of {where} over an image: they are not a grid",
-            received=f"an image of {size[0]}x{size[1]} has {patches}, with up to {_MOST_PREFIX} tokens before them",
-            remedy="Tap a module whose output is (B, c, h, w), or wrap the network so that it returns such a map.",
+            f"Cannot lay {feature.shape[1]} tokens of {where} over an image of {size[0]}x{size[1]}: they are not a "
+            "grid",
+            fix="Tap a module whose output is (B, c, h, w), or wrap the network so that it returns such a map.",
+            rule=f"The image has {patches}, with up to {_MOST_PREFIX} tokens before them.",
         )
     kind = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
     raise ModelError(
-        f"Cannot tap {where}: a tapped module must run and return (B, c, h, w) or tokens (B, N, c)",
-        received=str(kind),
-        remedy="Tap another module, for example a convolution or a block.",
+        f"Cannot tap {where}: it gave {kind}, and no (B, c, h, w) or tokens (B, N, c)",
+        fix="Tap another module, for example a convolution or a block.",
     )
 
 

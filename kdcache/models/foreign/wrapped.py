@@ -73,9 +73,8 @@ class WrappedModel(SegmentationModel):
         classes = segmentation.classes if isinstance(segmentation, CategoricalHead) else 0
         if num_classes is not None and segmentation is not None and not fits(classes, num_classes):
             raise ModelError(
-                "a model must return one channel per class",
-                received=f"{classes} channels for {num_classes} classes from {spec}",
-                remedy="use the num_classes that the function is given",
+                f"{spec} returned {classes} channels for {num_classes} classes",
+                fix="Use the num_classes that the function is given.",
             )
         native = heads | {name: resize.native for name, resize in resizes.items()}
         rows = max((head.shape[-2] for head in native.values()), default=found.size[0])

@@ -150,7 +150,7 @@ def test_a_run_keeps_its_heads(tmp_path: Path, spec: str) -> None:
     assert content["heads"]["depth"]["max_depth"] == 10
     content["heads"]["depth"]["max_depth"] = 20
     (tmp_path / "model.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="heads that its description names"):
+    with pytest.raises(ModelError, match="builds the heads"):
         load_run(tmp_path)
 
 

@@ -122,8 +122,8 @@ def test_learns_in_channels_last() -> None:
 def test_wrong_names_name_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ModelError) as caught:
         build_model(f"smp:{name}", CLASSES)
-    assert near in caught.value.remedy
-    assert f"smp:{name}" in caught.value.received
+    assert near in caught.value.fix
+    assert f"smp:{name}" in caught.value.problem
 
 
 def test_default_is_the_encoder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_default_is_the_encoder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "segmentation_head.0.weight" in model.load_report.reinitialised
     assert model.mean == pytest.approx((0.2,) * 3)
     assert model.std == pytest.approx((0.4,) * 3)
-    with pytest.raises(ModelError, match="number of classes must be given"):
+    with pytest.raises(ModelError, match="Unknown number of classes"):
         build_model("smp:fpn-resnet18", None, weights="default")
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be(tmp_path, teacher, split, options) -> None:
             plan_manifest(TeacherProbe(split, own, options(features=tap, feature_dtype="uint8")))
     with pytest.raises(RecipeError, match="Cannot store similarities between the cells of pool"):
         plan_manifest(TeacherProbe(split, own, options(statistics=("similarity:pool",))))
-    with pytest.raises(ModelError, match="a tap must be"):
+    with pytest.raises(ModelError, match="Unknown tap"):
         plan_manifest(TeacherProbe(split, teacher, options(statistics=("similarity:haed",))))
     for value in (np.nan, np.inf):
         broken = load_teacher(Backbone(len(split.classes), largest=value), split)

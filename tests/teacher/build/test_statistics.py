@@ -160,5 +160,5 @@ def test_statistics_that_cannot_be(teacher, split, options) -> None:
     for word in ("confidence", "entropy", "agreement"):
         with pytest.raises(RecipeError, match=f"{word} was removed"):
             plan_manifest(TeacherProbe(split, teacher, options(statistics=("at:head", word))))
-    with pytest.raises(ModelError, match="a tap must be"):
+    with pytest.raises(ModelError, match="Unknown tap"):
         plan_manifest(TeacherProbe(split, teacher, options(statistics=("at:haed",))))

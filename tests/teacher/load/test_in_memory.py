@@ -103,7 +103,7 @@ def test_a_model_of_ours_and_class_names_alone() -> None:
     [
         (Net(5), {}, "has 5 classes, but the data set has 7"),
         (nn.Linear(3, 7), {}, "Cannot run memory:Linear on an image"),
-        (nn.Flatten(), {}, "a model returns logits"),
+        (nn.Flatten(), {}, "holds no logits"),
         ("runs/none", {"heads": {"segmentation": "categorical"}}, "Cannot use heads or align_corners with runs/none"),
     ],
 )

@@ -86,7 +86,7 @@ def test_published_weights(monkeypatch, classes) -> None:
         "21 classes, but the data set has 9"
         in refusal(ModelError, "torchvision:lraspp_mobilenet_v3_large@default", ClassList(tuple("abcdefghi"))).problem
     )
-    assert "kdcache:tiny" in refusal(ModelError, "kdcache:tiny@default", classes).received
+    assert "kdcache:tiny" in refusal(ModelError, "kdcache:tiny@default", classes).problem
 
 
 def test_a_bare_spec_has_no_weights(classes) -> None:
@@ -97,7 +97,7 @@ def test_a_bare_spec_has_no_weights(classes) -> None:
 
 def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
     assert "nowhere" in refusal(RecipeError, str(tmp_path / "nowhere"), classes).problem
-    assert "w.pth" in refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.pth", classes).received
+    assert "w.pth" in refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.pth", classes).problem
     (tmp_path / "w.pth").touch()
     for spec in ("kdcache:tinny", "tiny"):
         assert "kdcache:tiny" in refusal(ModelError, f"{spec}@{tmp_path}/w.pth", classes).fix
@@ -123,7 +123,7 @@ def test_classes_in_another_order(run_folder, classes, tmp_path) -> None:
         assert f"{names[0]} in the data" in str(error) or ", ".join(names) in error.problem
         assert "--class-map" in error.fix
     error = refusal(ModelError, f"kdcache:hydra@{tmp_path}/exported.safetensors", classes)
-    assert error.rule == "weights are used with the model that they were exported from"
+    assert "that file is of kdcache:tiny" in error.problem
 
 
 def test_a_class_map(tmp_path, classes, model_of) -> None:
@@ -227,7 +227,7 @@ def test_the_names_of_weights_from_elsewhere(tmp_path, classes, model_of) -> Non
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"id2label": dict(enumerate([names[1], names[0], *names[2:]]))}))
     error = refusal(MismatchError, origin, classes)
-    assert f"class 0 is {names[1]} in {origin} and {names[0]} in the data" in error.rule
+    assert f"class 0 is {names[1]} in {origin} and {names[0]} in the data" in error.problem
     proposed = error.fix[error.fix.index("{") : error.fix.index("}") + 1]
     (tmp_path / "map.json").write_text(proposed)
     assert load_teacher(origin, classes, class_map=tmp_path / "map.json").class_map == (1, 0, *range(2, len(names)))
