@@ -163,5 +163,5 @@ def test_outputs_of_a_path(tmp_path: Path) -> None:
 def test_outputs_need_classes() -> None:
     network = nn.Conv2d(3, 1, 1)
     model = WrappedModel("own:net", network, None, {})
-    with pytest.raises(ModelError, match=r"outputs=sigmoid is said of classes[\s\S]*leave out"):
+    with pytest.raises(ModelError, match=r"Cannot use outputs=sigmoid[\s\S]*Leave out"):
         as_logits(model, "sigmoid")

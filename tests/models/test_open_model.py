@@ -139,7 +139,7 @@ def test_an_exported_file_says_what_it_is(run: Path, tmp_path: Path) -> None:
     assert build_model("kdcache:tiny", 3, weights=tmp_path / "e.safetensors", std=(1, 1, 1)).std == (1, 1, 1)
     with pytest.raises(MismatchError, match="road, car, sky"):
         open_model(f"kdcache:tiny@{tmp_path}/e.safetensors", numbered(3))[1].check_classes(("x", "y", "z"), "data")
-    with pytest.raises(ModelError, match=r"which is of kdcache:tiny[\s\S]*give kdcache:tiny@"):
+    with pytest.raises(ModelError, match=r"that file is of kdcache:tiny[\s\S]*Give kdcache:tiny@"):
         open_model(f"kdcache:base@{tmp_path}/e.safetensors", DATA)
     broken = {**description.metadata(), "size": json.dumps([0.5])}
     save_file(model.state_dict(), tmp_path / "broken.safetensors", broken)

@@ -51,9 +51,9 @@ def test_a_spec_without_an_auxiliary_head_is_left_as_it_is(spec: str) -> None:
         ("kdcache:tiny+aux,tp=head", "'tp=head'\n.*kdcache:tiny.aux,tap=stage3"),
         ("kdcache:tiny+aux,tap=", "'tap='"),
         ("kdcache:tiny+aux,tap=stage2,tap=stage3", "'tap=stage2,tap=stage3'"),
-        ("kdcache:tiny+aux,tap=stge3", "did you mean stage3"),
-        ("kdcache:tiny+auxiliary", "for instance kdcache:tiny.aux"),
-        ("kdcache:tiny+aux+depth", "an auxiliary head of classes is .aux, at the end"),
+        ("kdcache:tiny+aux,tap=stge3", "Did you mean stage3"),
+        ("kdcache:tiny+auxiliary", "For example kdcache:tiny.aux"),
+        ("kdcache:tiny+aux+depth", "An auxiliary head of classes is .aux, at the end"),
     ],
 )
 def test_mistakes_are_named(spec: str, message: str) -> None:
@@ -64,7 +64,7 @@ def test_mistakes_are_named(spec: str, message: str) -> None:
 def test_a_model_without_stages_names_its_tap(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(_STAGES)
     spec = f"{tmp_path}/own.py:build"
-    with pytest.raises(ModelError, match=r"whose taps are 0, 1, 2(?s:.*)aux,tap=NAME"):
+    with pytest.raises(ModelError, match=r"its taps \(0, 1, 2(?s:.*)aux,tap=NAME"):
         build_model(f"{spec}+aux", 5)
     assert build_model(f"{spec}+aux,tap=1", 5)(torch.randn(2, 3, 8, 8)).heads[AUXILIARY].shape == (2, 5, 4, 4)
 
@@ -119,7 +119,7 @@ def test_its_weights_are_no_part_of_a_run_s(tmp_path: Path) -> None:
     state = load_file(tmp_path / "best.safetensors")
     assert set(state) == set(build_model("kdcache:tiny", 5).state_dict())
     assert split_spec(f"kdcache:tiny@{tmp_path}/best.safetensors") is not None
-    with pytest.raises(ModelError, match="write kdcache:tiny@"):
+    with pytest.raises(ModelError, match="Write kdcache:tiny@"):
         open_model(f"kdcache:tiny+aux@{tmp_path}/best.safetensors", lambda n: None, (32, 48))  # type: ignore[arg-type,return-value]
     report = load_weights(build_model("kdcache:tiny+aux", 5), state, strict_head=False)
     assert all(name.startswith("aux_classifier.") for name in report.reinitialised)

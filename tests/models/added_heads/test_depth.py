@@ -47,7 +47,7 @@ def test_a_spec_without_depth_is_left_as_it_is(spec) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("kdcache:tiny+dept", "for instance kdcache:tiny.depth"),
+        ("kdcache:tiny+dept", "For example kdcache:tiny.depth"),
         ("kdcache:tiny+depth,mx=3", "'mx=3'"),
         ("kdcache:tiny+depth,max=", "'max='"),
         ("kdcache:tiny+depth,max=3,max=4", "'max=4'"),
@@ -55,9 +55,9 @@ def test_a_spec_without_depth_is_left_as_it_is(spec) -> None:
         ("kdcache:tiny+depth,max=-1", "above 0"),
         ("kdcache:tiny+depth,as=relu", "softplus or exp, not relu"),
         ("kdcache:hydra,tap=head", "'tap=head'"),
-        ("kdcache:tiny+depth,tap=hed", "did you mean head"),
-        ("kdcache:tiny,max=10", "write kdcache:tiny.depth"),
-        ("kdcache:hydra+depth", "write kdcache:hydra"),
+        ("kdcache:tiny+depth,tap=hed", "Did you mean head"),
+        ("kdcache:tiny,max=10", "Write kdcache:tiny.depth"),
+        ("kdcache:hydra+depth", "Write kdcache:hydra"),
         ("timm:resnet18+depth,tp=stage4", "'tp=stage4'"),
     ],
 )
@@ -230,7 +230,7 @@ def test_a_network_may_have_no_classes() -> None:
         assert (model.num_classes, model.head_kinds) == (0, heads)
         outputs = model(torch.randn(1, 3, 32, 32), ["body"])
         assert set(outputs.heads) == set(heads)
-        with pytest.raises(ModelError, match="logits are those of a head segmentation"):
+        with pytest.raises(ModelError, match="No logits: the model has .*no head segmentation"):
             _ = outputs.logits
 
 
