@@ -55,41 +55,25 @@ class KDCacheError(Exception):
         problem: what is wrong, with its value, in one sentence.
         fix: what the user can do about it, in the imperative.
         rule: what must hold, where it adds something.
-        received, remedy: the old names of the value and of the fix. They go with the last error that has them.
     """
 
-    def __init__(
-        self, problem: str, *, fix: str = "", rule: str = "", received: str | None = None, remedy: str = ""
-    ) -> None:
-        self.problem, self.fix, self.rule = map(plain_text, (problem, fix or remedy, rule))
-        self.received, self.remedy = None if received is None else plain_text(received), self.fix
-        if received is not None:
-            self.rule = self.problem
-        super().__init__(self.problem, self.received, self.fix, self.rule)
+    def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
+        self.problem, self.fix, self.rule = map(plain_text, (problem, fix, rule))
+        super().__init__(self.problem, self.fix, self.rule)
 
     def __str__(self) -> str:
-        if self.received is not None:
-            return f"{self.problem}\n  received: {self.received}\n  remedy:   {self.fix}"
         return "\n  ".join(part for part in (self.problem, f"fix: {self.fix}", self.rule) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.problem, self.fix, self.rule, self.received)
+        return _rebuild, (type(self), self.problem, self.fix, self.rule)
 
     def within(self, place: str, *, fix: str | None = None) -> Self:
         """Return this error with the place where it was met before its problem. `fix` replaces its fix."""
-        if self.received is not None:
-            return self.restated(received=f"{place}: {self.received}", remedy=fix)
         return type(self)(f"{place}: {self.problem}", fix=self.fix if fix is None else fix, rule=self.rule)
 
-    def restated(self, *, received: str, remedy: str | None = None) -> Self:
-        """Return the same error about something received elsewhere, with another remedy if one is given."""
-        return type(self)(self.problem, received=received, remedy=self.fix if remedy is None else remedy)
 
-
-def _rebuild(kind: type[KDCacheError], problem: str, fix: str, rule: str, received: str | None) -> KDCacheError:
+def _rebuild(kind: type[KDCacheError], problem: str, fix: str, rule: str) -> KDCacheError:
     """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-    if received is not None:
-        return kind(problem, received=received, remedy=fix)
     return kind(problem, fix=fix, rule=rule)
 
 

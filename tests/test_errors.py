@@ -9,16 +9,6 @@ import pytest
 from kdcache.errors import DataError, one_line, plain_logger, suggest
 
 
-def test_an_error_crosses_a_process_boundary_with_its_parts() -> None:
-    error = DataError("The rule.", received="this", remedy="Do that.")
-    assert str(error) == "The rule.\n  received: this\n  remedy:   Do that."
-    copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy)) == (DataError, str(error))
-    again = error.restated(received="elsewhere")
-    assert (type(again), again.rule, again.received, again.remedy) == (DataError, "The rule.", "elsewhere", "Do that.")
-    assert error.restated(received="elsewhere", remedy="Go there.").remedy == "Go there."
-
-
 def test_an_error_says_its_problem_then_its_fix() -> None:
     error = DataError("Unknown class 'cra'.", fix=suggest("cra", ["car", "sky"]), rule="A class is one of the list.")
     assert str(error) == "Unknown class 'cra'.\n  fix: Did you mean car?\n  A class is one of the list."

@@ -216,8 +216,6 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
 
 def _show(error: Any) -> None:
     lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
-    if (received := getattr(error, "received", None)) is not None:  # an error that does not yet say its problem first
-        lines = [("received  ", received), ("fix: ", error.fix)]
     parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))
     body = Text.assemble((error.problem, "bold"), *parts)
     with ERRORS.heard():

@@ -24,8 +24,8 @@ class KernelError(ValueError):
     """
 
     def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
-        self.problem, self.fix, self.rule = problem, fix, rule
         super().__init__(problem, fix, rule)
+        self.problem, self.fix, self.rule = problem, fix, rule
 
     def __str__(self) -> str:
         return "\n  ".join(part for part in (self.problem, f"fix: {self.fix}", self.rule) if part)

@@ -80,7 +80,7 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
     if name in NAMES:
         assert f"reading {name}" in screen.text
     screen.clear_text()
-    error = DataError(f"rule {name}", received=name, remedy=name)
+    error = DataError(f"rule {name}", fix=name, rule=name)
     assert not {"\x1b", "\x9b", "\u202e"} & set(str(error))
     _show(error)
     assert "\x1b]0" not in screen.text

@@ -639,11 +639,11 @@ def fail(error, after=0):
 _CORRUPT = (
     _FAILS
     + "real = trainer.next_batch\n"
-    + "trainer.next_batch = fail(CorruptError('chunks are whole', received='record 3', remedy='build'), 2)\n"
+    + "trainer.next_batch = fail(CorruptError('Damaged record 3: chunks are whole', fix='build'), 2)\n"
 )
 _FOREIGN = _FAILS + "real = trainer.next_batch\ntrainer.next_batch = fail(OSError('the cable is loose'), 2)\n"
-_UNREADABLE = _FAILS + "run._load = fail(DataError('images can be read', received='three.png', remedy='look'))\n"
-_FULL = _FAILS + "state.save_checkpoint = fail(StoreError('the disk has room', received='none', remedy='free'))\n"
+_UNREADABLE = _FAILS + "run._load = fail(DataError('Cannot read three.png', fix='look'))\n"
+_FULL = _FAILS + "state.save_checkpoint = fail(StoreError('the disk has room', fix='free'))\n"
 
 
 @pytest.mark.parametrize(

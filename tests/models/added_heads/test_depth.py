@@ -230,7 +230,7 @@ def test_a_network_may_have_no_classes() -> None:
         assert (model.num_classes, model.head_kinds) == (0, heads)
         outputs = model(torch.randn(1, 3, 32, 32), ["body"])
         assert set(outputs.heads) == set(heads)
-        with pytest.raises(ModelError, match="No logits: the model has .*no head segmentation"):
+        with pytest.raises(ModelError, match=r"No logits: the model has .*no head segmentation"):
             _ = outputs.logits
 
 

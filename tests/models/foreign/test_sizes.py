@@ -82,7 +82,7 @@ def test_a_failure_is_the_networks_with_its_size_and_one_that_works() -> None:
 
 
 def test_a_network_that_takes_nothing_says_why() -> None:
-    with pytest.raises(ModelError, match="Cannot run own:net on an image of 128x128 pixels: RuntimeError: mat1 and mat2"):
+    with pytest.raises(ModelError, match="on an image of 128x128 pixels: RuntimeError: mat1 and mat2"):
         WrappedModel("own:net", Picky(lambda h, w: False), 4)
 
 

@@ -122,7 +122,7 @@ def test_two_slots_take_turns_and_the_loader_s_memory_is_left() -> None:
 
 @pytest.mark.parametrize("over_side_stream", [False, True])
 def test_errors_come_in_their_place(log: list[tuple[Any, ...]], over_side_stream: bool) -> None:
-    error = CorruptError("a record is whole", received="half of it", remedy="build it again")
+    error = CorruptError("Half of a record is missing", fix="Build it again.")
     batches: list[Batch | KDCacheError] = [error, batch_number(1), error, batch_number(3)]
     fed = _over_side_stream(iter(batches), CPU, None) if over_side_stream else feed(batches, CPU)
     for number, batch in enumerate(fed):

@@ -77,7 +77,7 @@ class Faulty:
         if draw == self.mistaken:
             raise ArithmeticError("ours")
         if draw == self.damaged:
-            return CorruptError("a record is whole", received="half of it", remedy="build it again")
+            return CorruptError("Half of a record is missing", fix="Build it again.")
         return self.draws.draw_into(draw, out)
 
 

@@ -39,7 +39,7 @@ class FarCache:
     def fetch(self, shard: int, path: str) -> None:
         self.fetched.append((shard, path))
         if shard in self.broken:
-            raise CorruptError("a rule", received="this", remedy="that")
+            raise CorruptError("this", fix="that")
 
 
 class FarDataset(CacheDataset):
