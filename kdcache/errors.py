@@ -78,13 +78,14 @@ def _rebuild(kind: type[KDCacheError], problem: str, fix: str, rule: str) -> KDC
 
 
 def suggest(word: str, names: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
-    """Return "Did you mean NAME?" for the closest name, or `otherwise` if none is close.
+    """Return "Did you mean NAME?" for the closest name, whatever its case, or `otherwise` if none is close.
 
     Args:
         cutoff: the least similarity of a close name, 0 to 1, as `difflib` counts it.
     """
-    near = difflib.get_close_matches(word, list(names), n=1, cutoff=cutoff)
-    return f"Did you mean {near[0]}?" if near else otherwise
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return f"Did you mean {by_lower[near[0]]}?" if near else otherwise
 
 
 class StoreError(KDCacheError):

@@ -33,18 +33,18 @@ def test_reads_text_and_json(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TEXT.replace("4 road", "4 raod"), r"'raod' in line 6[\s\S]*did you mean Road"),
-        (TEXT.replace("4 road", ""), "without 4"),
+        (TEXT.replace("4 road", "4 raod"), r"'raod' in line 6[\s\S]*Did you mean Road"),
+        (TEXT.replace("4 road", ""), "Missing teacher classes in .*: 4"),
         (TEXT.replace("1 Traffic light", "1 void"), "No teacher class becomes Traffic light"),
-        (TEXT + "0 Sky", "0 again in line 7"),
+        (TEXT + "0 Sky", "0 is listed again in line 7"),
         (TEXT + "5 Sky", "'5' in line 7"),
         (TEXT + "x Sky", "'x' in line 7"),
         (TEXT.replace("3 2", "3 9"), "'9' in line 5"),
         (TEXT.replace("3 2", "3"), "'' in line 5"),
         ('{"0": "Sky"', "JSON"),
-        ('{"0": "Sky", "0": "Road"}', "0 again"),
+        ('{"0": "Sky", "0": "Road"}', "0 is listed again"),
         ('{"0": null}', "None for 0"),
-        ("", "without 0, 1, 2, 3, 4"),
+        ("", "Missing teacher classes in .*: 0, 1, 2, 3, 4"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:

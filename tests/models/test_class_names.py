@@ -173,5 +173,5 @@ def test_names_that_repeat_name_no_model() -> None:
 
 def test_a_count_that_differs_is_refused_as_before(tmp_path: Path) -> None:
     weights = config(tmp_path, THEIRS)
-    with pytest.raises(ModelError, match="3 classes in the weights, 2 in the data"):
+    with pytest.raises(ModelError, match="weights have 3 classes, and the data or their class map 2"):
         open_model(f"kdcache:tiny@{weights}", data(("sky", "road")), (32, 48))

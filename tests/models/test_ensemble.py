@@ -181,7 +181,7 @@ def test_augmentations_that_cannot_be(text) -> None:
 
 
 def test_members_that_do_not_fit() -> None:
-    with pytest.raises(ModelError, match="same classes") as caught:
+    with pytest.raises(ModelError, match="different classes") as caught:
         EnsembleModel([Strided(4, 0), Strided(4, 1, classes=5)])
     assert "strided 4 5" in caught.value.problem
     with pytest.raises(ModelError, match="align_corners"):

@@ -95,9 +95,9 @@ def test_who_has_learnt_no_classes_has_no_part_in_them(pixels: Tensor) -> None:
 
 
 def test_what_cannot_be_averaged() -> None:
-    with pytest.raises(ModelError, match="the same head depth"):
+    with pytest.raises(ModelError, match="different heads depth"):
         EnsembleModel([teacher("kdcache:tiny+depth", 1), teacher("kdcache:tiny+depth,max=10", 2)])
-    with pytest.raises(RecipeError, match="add 1 to the scales"):
+    with pytest.raises(RecipeError, match="Add 1 to the scales"):
         EnsembleModel([teacher("kdcache:tiny+depth", 1)], tta=Tta.parse("scales=0.5:2"))
     relative = [teacher("kdcache:tiny+depth", seed) for seed in (1, 2)]
     for member in relative:

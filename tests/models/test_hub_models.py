@@ -121,7 +121,7 @@ def test_class_names_are_compared(tmp_path: Path) -> None:
     assert teacher.size == (512, 512)  # of its own processor
     with pytest.raises(MismatchError, match=r"class 1 is car[\s\S]*class-map"):
         load_teacher(segformer(tmp_path / "b", ("sky", "car", "road")), SPLIT)
-    with pytest.raises(ModelError, match="has 2, the data set has 3"):
+    with pytest.raises(ModelError, match="has 2 classes, but the data set has 3"):
         load_teacher(segformer(tmp_path / "c", ("sky", "road")), SPLIT)
 
 

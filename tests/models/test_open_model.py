@@ -66,7 +66,7 @@ def test_split_spec(text: str, parts: tuple[str, str] | None) -> None:
 
 
 def test_a_spec_alone_is_no_trained_model() -> None:
-    with pytest.raises(ModelError, match=r"without weights[\s\S]*kdcache:tiny@FILE"):
+    with pytest.raises(ModelError, match=r"Missing weights[\s\S]*kdcache:tiny@FILE"):
         split_spec("kdcache:tiny")
 
 
@@ -95,9 +95,9 @@ def test_a_file_with_the_classes_of_the_data(weights: Path) -> None:
 
 def test_what_does_not_fit_is_refused(weights: Path, tmp_path: Path) -> None:
     spec = f"kdcache:tiny@{weights}"
-    with pytest.raises(RecipeError, match=r"no --size[\s\S]*--size 288x384"):
+    with pytest.raises(RecipeError, match=r"Missing the size[\s\S]*--size 288x384"):
         open_model(spec, DATA)
-    with pytest.raises(ModelError, match=r"3 classes in the weights, 5 in the data[\s\S]*--class-map"):
+    with pytest.raises(ModelError, match=r"weights have 3 classes, and the data[\s\S]*--class-map"):
         open_model(spec, numbered(5), (32, 48))
     with pytest.raises(ModelError, match="must be a file"):
         open_model("kdcache:tiny@nowhere.safetensors", DATA, (32, 48))

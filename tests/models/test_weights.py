@@ -130,7 +130,7 @@ def test_no_state_dict(tmp_path: Path, content: object) -> None:
 
 @pytest.mark.parametrize("name", ["absent.pth", "."])
 def test_missing_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ModelError, match="must be a file"):
+    with pytest.raises(ModelError, match=r"Weights not found|No weights in the folder"):
         read_state_dict(tmp_path / name)
 
 
@@ -165,7 +165,9 @@ def test_many_misfits_are_shortened() -> None:
 
 def test_class_counts_differ() -> None:
     model = build_model("kdcache:tiny", 6)
-    with pytest.raises(ModelError, match=r"4 classes in the weights, 6 in the data[\s\S]*--class-map"):
+    with pytest.raises(
+        ModelError, match=r"weights have 4 classes, and the data or their class map 6[\s\S]*--class-map"
+    ):
         load_weights(model, _state(4), strict_head=True)
     initial = model.get_parameter("classifier.weight").clone()
     report = load_weights(model, _state(4), strict_head=False)
@@ -183,7 +185,7 @@ def test_backbone_alone() -> None:
     assert set(report.loaded) == set(state)
     assert set(report.loaded) | set(report.reinitialised) | set(report.missing) == set(model.state_dict())
     assert "classifier.weight" in report.reinitialised
-    with pytest.raises(ModelError, match=r"without classifier\.weight"):
+    with pytest.raises(ModelError, match=r"have no classifier\.weight"):
         count_classes(state, ("classifier.",))
 
 
@@ -242,7 +244,7 @@ def test_a_byte_that_was_flipped_in_written_weights_is_noticed(tmp_path: Path) -
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"w\.safetensors, whose tensors have another SHA-256"):
+        with pytest.raises(ModelError, match=r"w\.safetensors are damaged: their tensors have another SHA-256"):
             read_state_dict(path)
 
 

@@ -142,7 +142,7 @@ def test_count_of_classes_must_be_known() -> None:
     with pytest.raises(ModelError, match="at least 0"):
         build_model("kdcache:tiny", -1)
     assert not build_model("kdcache:tiny", 0).head_kinds, "a backbone that learns features only"
-    with pytest.raises(ModelError, match="kdcache:tiny, which has none"):
+    with pytest.raises(ModelError, match="No published weights of kdcache:tiny"):
         build_model("kdcache:tiny", 3, weights="default")
 
 
