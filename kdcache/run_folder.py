@@ -220,7 +220,7 @@ class Run:
         except (OSError, ValueError) as error:
             raise RecipeError(
                 f"Damaged {MODEL}: {path} {_fault(path, error)}",
-                fix="Restore it from a copy. Or delete it and repeat the training with --resume, which writes it "
+                fix=f"Restore it from a copy. Or delete {path} and repeat the training with --resume, which writes it "
                 "again.",
             ) from error
 

@@ -164,7 +164,8 @@ def sweep(data: Path) -> Ended:
     def run(job: Job) -> None:
         ended = kdcache(" ".join(job.next_words))
         if ended.code:
-            raise KDCacheError(f"{job.name} failed: {ended.text}", fix="see above")
+            problem, _, fix = ended.text.rpartition("fix: ")
+            raise KDCacheError(f"{job.name} failed: {problem}", fix=fix)
 
     planned = plan_sweep(read_recipe("sweep.toml"), str(data), Path("sw"), flags_of(typer.main.get_command(app)))
     planned = replace(planned, jobs=tuple(job for job in planned.jobs if job.done is not None))

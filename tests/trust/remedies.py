@@ -292,7 +292,7 @@ def flat(text: str) -> str:
 
 def follow(row: Row, text: str) -> str:
     """Execute the remedy in what a command printed. Returns: what was executed, in words. Raises: AssertionError."""
-    remedy = re.split(r"\bremedy |\b[Ff]ix: ", text)[-1]
+    accused, _, remedy = text.rpartition("fix: ")
     done = list[str]()
     for words in re.findall(r"\b(?:mv|rm) [^\s,;]+(?: [^\s,;]+)?(?=$|[,;]| or )", remedy):
         subprocess.run(shlex.split(words), check=True)
@@ -301,8 +301,7 @@ def follow(row: Row, text: str) -> str:
         shutil.rmtree(place)
         done.append(f"delete all of {place}")
     if not done and (deleted := re.search(r"[Dd]elete (it|these files|(?P<path>\S+/[^\s,;]+))", remedy)):
-        accused = text.rpartition("received")[2]
-        named = [deleted["path"]] if deleted["path"] else re.findall(rf"{re.escape(row.of)}/[^\s,;:]+", accused)
+        named = [deleted["path"]] if deleted["path"] else re.findall(rf"{re.escape(row.of)}/[^\s,;:]+", accused or text)
         for path in dict.fromkeys(named):
             Path(path).unlink()
             done.append(f"delete {path}")

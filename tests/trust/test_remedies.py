@@ -78,10 +78,10 @@ def test_a_dead_end_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     row = QUICK[0]
     with pytest.raises(AssertionError, match="a dead end"):
-        follow(row, "error a file is damaged received P.zarr/x remedy restore it from a copy")
+        follow(row, "error Damaged cache file P.zarr/x fix: Restore it from a copy.")
     (tmp_path / "r").mkdir()
     assert (
-        follow(row, flat("│ remedy restore it, or move it away: mv r .r-before; or use others │")) == "mv r .r-before"
+        follow(row, flat("│ Damaged run r │\n│ fix: Restore it, or move it away: mv r .r-before │")) == "mv r .r-before"
     )
     assert (tmp_path / ".r-before").is_dir()
 
