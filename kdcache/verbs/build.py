@@ -1,6 +1,7 @@
 """`kdcache.build_cache`: a teacher's pass over a data set, into a store."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,25 @@ from torch import nn
 from kdcache.data import Fit, Split, choose_fit
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
+from kdcache.metrics import at_chance
 from kdcache.models import EnsembleModel, Tta, not_logits
-from kdcache.progress import note_line, progress_bar
+from kdcache.progress import progress_bar, progress_of, say, warn
 from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
 from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
-from kdcache.store import Cache, Worker, begun_manifest, data_changes, open_cache, worker_of
+from kdcache.store import (
+    Cache,
+    JoinedCache,
+    Records,
+    StoreSummary,
+    Worker,
+    begun_manifest,
+    data_changes,
+    open_cache,
+    summarise,
+    worker_of,
+)
 from kdcache.teacher import (
     BuildOptions,
     BuildResult,
@@ -27,8 +40,10 @@ from kdcache.teacher import (
     load_teacher,
     load_teachers,
     options_of,
+    score_cache,
 )
 from kdcache.teacher import build_cache as build
+from kdcache.teacher.audit.verify import Score
 from kdcache.teacher.build.manifest import libraries
 from kdcache.teacher.build.render import LikeSplit, StoredViews
 from kdcache.teacher.load.ensemble import check_computable
@@ -50,6 +65,25 @@ OF_REUSED = (
 """Settings that a cache takes over from the one whose targets it reuses."""
 
 
+@dataclass(frozen=True, repr=False)
+class Built(BuildResult):
+    """The result of a build, and what it made.
+
+    Attributes:
+        worker: this process's part of the build.
+        feature_dtype: how features were asked to be stored.
+        summary: of the cache. None until it is complete.
+        score: the teacher's, read back from the cache. None without labels of classes.
+        of: what the score was measured on.
+    """
+
+    worker: Worker = Worker()
+    feature_dtype: str = BuildSettings.feature_dtype
+    summary: StoreSummary | None = None
+    score: Score | None = None
+    of: str = "labels"
+
+
 @keywords(*TABLES)
 def build_cache(
     data: str | Path | Split | None,
@@ -63,7 +97,7 @@ def build_cache(
     take_over: bool = False,
     progress: bool = True,
     **settings: Any,
-) -> BuildResult:
+) -> Built:
     """Run a teacher over a split once and keep its outputs, as `kdcache build-teacher-cache` does.
 
         result = kdcache.build_cache("camvid", "runs/teacher", "camvid.zarr")
@@ -102,21 +136,38 @@ def build_cache(
         if reuse is not None:
             parts = partial(plan_reuse, reuse, data, split, teacher, typed, out)
     engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
+    source, loaded, options, *earlier = parts(lambda text: say(text, shown=progress))
     with progress_bar(progress) as bar:
-        source, loaded, options, *earlier = parts(
-            lambda note: bar.console.print(note_line(note), markup=False, soft_wrap=True),
-        )
-        task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
-        return build(
+        result = build(
             source,
             loaded,
             out,
             options,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            progress_of(bar, part.describe("teacher's pass")),
             part,
             reuse=earlier[0] if earlier else None,
             engine=engine,
         )
+    built = Built(**vars(result), worker=part, feature_dtype=options.feature_dtype)
+    return _scored(built, source, out) if result.complete else built
+
+
+def _scored(built: Built, source: Split, out: str | Path) -> Built:
+    """Add what a complete cache is, and how well its teacher does on the labels. Warn if it has nothing to teach."""
+    cache = open_cache(out)
+    built = replace(built, summary=summarise(cache))
+    if cache.manifest.segmentation is None:
+        return built
+    like = JoinedCache({"": source.like, "out": cache}) if isinstance(source, StoredViews) else None
+    score = score_cache(Records(cache, source) if like is None else Records(like))  # which has pixels and labels
+    if score is not None and (nothing := at_chance(score.metrics)) is not None:
+        warn(
+            f"the teacher {nothing}. It has nothing to teach: check its weights, --class-map, --mean and --std, or "
+            "train it longer"
+        )
+    elif score is not None and score.doubt is not None:
+        warn(f"the teacher {score.doubt}")
+    return replace(built, score=score, of="first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 
 def check_views(settings: Mapping[str, Any]) -> None:
