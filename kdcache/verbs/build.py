@@ -31,6 +31,7 @@ from kdcache.store import (
     summarise,
     worker_of,
 )
+from kdcache.store.format.eight_bits import StoredAs
 from kdcache.teacher import (
     BuildOptions,
     BuildResult,
@@ -78,7 +79,7 @@ class Built(BuildResult):
     """
 
     worker: Worker = Worker()
-    feature_dtype: str = BuildSettings.feature_dtype
+    feature_dtype: StoredAs = BuildSettings.feature_dtype
     summary: StoreSummary | None = None
     score: Score | None = None
     of: str = "labels"
