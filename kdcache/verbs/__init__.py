@@ -3,6 +3,7 @@
 Each verb is one function in the file of its name. The command line calls it and prints what it returns.
 
 build.py          `build_cache`: a teacher's pass into a cache
+build_parts.py    what a build consists of: its data set, its teacher, its options
 train.py          `train`: a training into a run folder
 evaluate.py       `evaluate`: metrics of a model on labelled data
 compare.py        `compare`: runs side by side

@@ -1,69 +1,44 @@
-"""`kdcache.build_cache`: a teacher's pass over a data set, into a store."""
+"""`kdcache.build_cache`: a teacher's pass over a data set, into a cache."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from kdcache.data import Fit, Split, choose_fit
+from kdcache.data import Split
 from kdcache.errors import RecipeError
-from kdcache.heads import SEGMENTATION
 from kdcache.metrics import at_chance
-from kdcache.models import EnsembleModel, Tta, not_logits
 from kdcache.progress import progress_bar, progress_of, say, warn
-from kdcache.settings import entries, read
+from kdcache.settings import read
 from kdcache.settings.building import BuildSettings, TeacherSettings
 from kdcache.settings.engine import EngineSettings
-from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
+from kdcache.settings.shared import ImageSettings, MachineSettings
 from kdcache.store import (
     Cache,
     JoinedCache,
     Records,
     StoreSummary,
     Worker,
-    begun_manifest,
-    data_changes,
     open_cache,
     summarise,
     worker_of,
 )
 from kdcache.store.format.eight_bits import StoredAs
 from kdcache.teacher import (
-    BuildOptions,
     BuildResult,
-    Teacher,
-    check_cross_fit,
-    load_like,
-    load_teacher,
-    load_teachers,
-    options_of,
     score_cache,
 )
 from kdcache.teacher import build_cache as build
 from kdcache.teacher.audit.verify import Score
-from kdcache.teacher.build.manifest import libraries
-from kdcache.teacher.build.render import LikeSplit, StoredViews
-from kdcache.teacher.load.ensemble import check_computable
-from kdcache.training import pick_device
-from kdcache.verbs.keywords import checked, keywords, open_data
+from kdcache.teacher.build.render import StoredViews
+from kdcache.verbs.build_parts import Note, Origin, check_source, check_views, plan_like, plan_reuse, prepare
+from kdcache.verbs.keywords import checked, keywords
 
 if TYPE_CHECKING:
     from kdcache.teacher.build.ray_engine import Parts, RayEngine
 
 TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings, EngineSettings)
-Origin = str | Path | nn.Module | Teacher
-Note = Callable[[str], None]
-OF_LIKE = ("size", "fit", "crop", "views", "view_seed", "view_scale", "view_flip", "shard_records")
-"""Settings that a cache takes over from the one whose views it repeats."""
-OF_REUSED = (
-    *("size", "fit", "crop", "teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid"),
-    *("mean", "std", "precision", "top_k", "heads", "features_only", "raw_logits"),
-)
-"""Settings that a cache takes over from the one whose targets it reuses."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +108,7 @@ def build_cache(
         parts = partial(plan_like, like, data, split, teacher, chosen, typed, out)
     else:
         assert data is not None
-        parts = partial(_prepare, data, split, teacher, chosen, out)
+        parts = partial(prepare, data, split, teacher, chosen, out)
         if reuse is not None:
             parts = partial(plan_reuse, reuse, data, split, teacher, typed, out)
     engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
@@ -171,184 +146,6 @@ def _scored(built: Built, source: Split, out: str | Path) -> Built:
     return replace(built, score=score, of="first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 
-def check_views(settings: Mapping[str, Any]) -> None:
-    """Refuse crops of whole images. Raises: RecipeError."""
-    if settings.get("views") == "full" and settings.get("crop") is not None:
-        raise RecipeError(
-            f"Cannot use crop {settings['crop']} with views full, the whole image",
-            fix="Leave the crop out, or give a number of views, for example 4.",
-        )
-
-
-def _prepare(
-    data: str | Path | Split,
-    split: str | None,
-    teacher: Origin | Sequence[str],
-    settings: Mapping[str, Any],
-    out: str | Path,
-    note: Note,
-) -> tuple[Split, Teacher, BuildOptions]:
-    return plan_build(open_data(data, split), teacher, settings, out, note)
-
-
-def plan_reuse(
-    reuse: str | Path | Cache,
-    data: str | Path | Split,
-    split: str | None,
-    teacher: Origin | Sequence[str],
-    given: Mapping[str, Any],
-    out: str | Path,
-    note: Note,
-) -> tuple[Split, Teacher, BuildOptions, Cache]:
-    """Return the split, the teacher and the options of a build that copies targets of an earlier cache, and that cache.
-
-    Sets torch's threads.
-
-    Args:
-        reuse: the earlier cache.
-        split: default the earlier cache's.
-        given: the settings that were given, by name. Others are as in the earlier cache.
-        note: is called with what the user should know.
-    Raises: RecipeError for settings that the earlier cache decides, and if `out` is that cache; as `load_like`.
-    """
-    if fixed := [name for name in OF_REUSED if name in given]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
-        raise RecipeError(
-            f"Cannot change {flags} with --from {reuse}: its targets do not fit",
-            fix="Leave these out, or leave --from out to compute all targets again.",
-        )
-    if given.get("threads"):
-        torch.set_num_threads(given["threads"])
-    earlier = reuse if isinstance(reuse, Cache) else open_cache(reuse)
-    _check_apart(earlier, out)
-    manifest = earlier.manifest
-    source = open_data(data, split or (None if isinstance(data, Split) else manifest.dataset.split))
-    classified, class_map = manifest.segmentation is not None, given.get("class_map")
-    if isinstance(teacher, Teacher):
-        loaded = teacher
-    elif isinstance(teacher, nn.Module):
-        loaded = load_teacher(
-            teacher,
-            source,
-            classified=classified,
-            class_map=class_map,
-            mean=manifest.teacher.mean,
-            std=manifest.teacher.std,
-        )
-    else:
-        origins = _origins(teacher)
-        loaded = load_like(manifest.teacher, origins, source.classes, class_map=class_map, classified=classified)
-        if loaded.folds is not None:
-            check_cross_fit(origins, source, loaded.folds_by)
-    for text in (*loaded.notes, *reuse_notes(earlier, source)):
-        note(text)
-    changes = {name: given[name] for name in entries(BuildSettings) if given.get(name) is not None}
-    changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
-    changes["statistics"] = (*options_of(manifest).statistics, *changes.get("statistics", ()))
-    options = options_of(manifest, **changes, device=pick_device(given.get("device", "auto")))
-    return source, loaded, options, earlier
-
-
-def plan_like(
-    like: str | Path | Cache,
-    data: str | Path | Split | None,
-    split: str | None,
-    teacher: Origin | Sequence[str],
-    settings: Mapping[str, Any],
-    given: Mapping[str, Any],
-    out: str | Path,
-    note: Note,
-) -> tuple[Split, Teacher, BuildOptions]:
-    """Return what a build consists of that repeats the views of a cache.
-
-    Args:
-        like: that cache.
-        data: whose images are rendered. None takes the pixels that the cache stores.
-        split: default the cache's.
-        settings, out, note: as of `plan_build`.
-        given: the settings that were given, by name. Pixels are not stored unless they ask for it.
-    Raises: as `open_cache` and `plan_build`; RecipeError for settings of views that the cache does not have;
-        MismatchError for other samples.
-    """
-    cache = like if isinstance(like, Cache) else open_cache(like)
-    _check_apart(cache, out, "--like")
-    of_cache, manifest = cache.manifest.settings(), cache.manifest
-    own = {name: of_cache.get(name) for name in OF_LIKE}
-    if manifest.depth is not None:
-        own["depth_zoom"] = manifest.depth.zoom
-    if data is None:
-        own["split"] = manifest.dataset.split
-        if (seen := settings["teacher_size"]) not in (None, manifest.view.size):
-            raise RecipeError(
-                f"Cannot show the teacher pixels of {_shown(seen)}: {cache.place} stores them at "
-                f"{_shown(manifest.view.size)}",
-                fix=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
-            )
-    typed = {**given, **({} if split is None else {"split": split})}
-    if changed := [name for name, value in own.items() if name in typed and typed[name] != value]:
-        texts = [f"--{n.replace('_', '-')} {_shown(typed[n])} (there {_shown(own[n])})" for n in changed]
-        raise RecipeError(
-            f"Cannot change the views of {cache.place} with --like: {', '.join(texts)}",
-            fix="Leave these flags out: --like copies them.",
-        )
-    own = {name: value for name, value in own.items() if value is not None}
-    source: Split = (
-        StoredViews(cache) if data is None else LikeSplit(cache, open_data(data, split or manifest.dataset.split))
-    )
-    pixels = given.get("pixels", "source")
-    return plan_build(source, teacher, {**settings, **own, "pixels": pixels}, out, note)
-
-
-def check_source(data: Any, reuse: Any, like: Any) -> None:
-    """Check where the views of a build come from. Raises: RecipeError."""
-    if reuse is not None and like is not None:
-        raise RecipeError(
-            f"Use either --from {reuse} or --like {like}, not both",
-            fix="Use --from to keep the targets of the same teacher, or --like to repeat the views for another one.",
-        )
-    if data is None and like is None:
-        raise RecipeError(
-            "Missing --data",
-            fix="Add --data DIR, or --like CACHE to use the pixels that another cache stores.",
-        )
-
-
-def _shown(value: Any) -> str:
-    """A value of a setting of views as one types it."""
-    if not isinstance(value, tuple):
-        return str(value).lower()
-    return ("x" if isinstance(value[0], int) else ":").join(f"{side:g}" for side in value)
-
-
-def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
-    """Yield what has changed since the earlier cache was built: its data, and the library that decodes images."""
-    renewed = data_changes(earlier, source)
-    yield from renewed.notes()
-    if renewed:
-        yield (
-            f"since {earlier.place} was built: {renewed.describe()}. Labels are rendered again, and the teacher runs "
-            "on changed images"
-        )
-    if left := earlier.manifest.earlier_statistics:
-        yield f"{earlier.place} keeps its {left}: the new cache has maps of at:TAP only"
-    before, now = earlier.manifest.build.libraries.get("pillow"), libraries()["pillow"]
-    if before != now:
-        yield (
-            f"{earlier.place} was built with pillow {before}, and this is pillow {now}: the teacher runs again on "
-            "images that render otherwise"
-        )
-
-
-def _check_apart(earlier: Cache, out: str | Path, flag: str = "--from") -> None:
-    old, new = str(earlier.place), str(out)
-    same = "://" not in old + new and Path(old).resolve() == Path(new).resolve()
-    if same or old.rstrip("/") == new.rstrip("/"):
-        raise RecipeError(
-            f"Cannot build {new} from itself: --from {old} --out {new}",
-            fix="Give a new folder or address with --out. You can remove the old one when the new one is complete.",
-        )
-
-
 def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEngine | None":
     """The engine of a build, None for this process alone.
 
@@ -366,110 +163,3 @@ def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEng
     from kdcache.teacher.build.ray_engine import RayEngine
 
     return RayEngine(parts, settings.actors, settings.num_gpus, settings.address)
-
-
-def plan_build(
-    source: Split,
-    teacher: Origin | Sequence[str],
-    settings: Mapping[str, Any],
-    out: str | Path | None,
-    note: Note,
-) -> tuple[Split, Teacher, BuildOptions]:
-    """The split, the teacher and the options of a build; sets torch's threads.
-
-    Args:
-        settings: values by name, of the tables of teachers, images, builds and the machine.
-        out: the store, which keeps its fit where it was begun before; None for none.
-        note: is called with what the user should know.
-    Raises: RecipeError without a size, where the teachers have none of their own; as `load_teachers`.
-    """
-    if out is not None and (begun := begun_manifest(out)) is not None:
-        check_computable(begun.teacher)
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
-    device = pick_device(settings["device"])
-    options = {name: settings[name] for name in entries(BuildSettings) if settings.get(name) is not None}
-    options |= {name: settings[name] for name in ("top_k",) if name in settings}  # None measures how many it takes
-    classified = not settings["features_only"] and (not settings["heads"] or SEGMENTATION in settings["heads"])
-    loaded = _load(source, teacher, settings, classified)
-    _check_one_network(loaded, settings)
-    size = settings["size"] or loaded.size
-    if size is None:
-        raise RecipeError(
-            f"Missing --size: {loaded.origin} does not name the size of its images",
-            fix="Add --size HxW, for example --size 288x384 (in Python size=(288, 384)).",
-        )
-    fit, reason = _fit(settings["fit"], source, size, out, loaded.fit)
-    for text in (*loaded.notes, *([reason] if reason else [])):
-        note(text)
-    if classified and (finding := not_logits(loaded.model, settings["teacher_size"] or size)) and not finding.certain:
-        note(f"warning: {loaded.origin} {finding.text}: {finding.fix}")
-    return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
-
-
-def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
-    """Refuse features of several teachers, of which only the first one's would be stored. Raises: RecipeError."""
-    model, features = loaded.model, settings["features"]
-    if features and loaded.folds is None and isinstance(model, EnsembleModel) and len(model.parts) > 1:
-        raise RecipeError(
-            f"Cannot store --features {','.join(features)} of {len(model.parts)} teachers in one cache: "
-            f"{loaded.origin}",
-            fix="Build a cache for each: give --teacher once. To average the classes of several, leave --features out.",
-        )
-
-
-def _fit(
-    choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None, learnt: Fit
-) -> tuple[Fit, str | None]:
-    """The fit of the settings, else that of a store that was begun, else by the images' shapes, with a note.
-
-    Args:
-        learnt: the teacher's: of images of several shapes it sees crops if it learnt from crops.
-    """
-    if choice != "auto":
-        return choice, None
-    if out is not None and (begun := begun_manifest(out)) is not None:
-        return begun.view.fit, None
-    fit, reason = choose_fit(source, size)
-    if fit == "pad" and learnt == "crop":
-        return (
-            learnt,
-            "images are cropped, as the teacher learnt them (--fit crop); --fit pad or squash for the other ways",
-        )
-    return fit, reason
-
-
-def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:
-    """The teacher of a build: as it is when it was loaded, else one or several by where they come from."""
-    of_one = {name: settings[name] for name in ("class_map", "mean", "std")}
-    of_several = {name: settings[name] for name in ("teacher_weights", "tta", "folds", "folds_by")}
-    if isinstance(teacher, Teacher | nn.Module):
-        held = "a teacher that was loaded" if isinstance(teacher, Teacher) else "a module"
-        beside = of_several | (of_one if isinstance(teacher, Teacher) else {})
-        if set_anyway := [name for name, value in beside.items() if value is not None]:
-            raise RecipeError(
-                f"Cannot use {', '.join(f'{name}={beside[name]!r}' for name in set_anyway)} with {held}",
-                fix="Leave them out. load_teacher takes class_map, mean and std, and runs or SPEC@FILE take the "
-                "others.",
-            )
-        if isinstance(teacher, Teacher):
-            return teacher
-        return load_teacher(teacher, source, classified=classified, **of_one)
-    origins = _origins(teacher)
-    loaded = load_teachers(
-        origins,
-        source.classes,
-        weights=settings["teacher_weights"],
-        tta=None if settings["tta"] is None else Tta.parse(settings["tta"]),
-        folds=settings["folds"],
-        folds_by=settings["folds_by"],
-        classified=classified,
-        **of_one,
-    )
-    if settings["folds"] is not None:
-        check_cross_fit(origins, source, settings["folds_by"])
-    return loaded
-
-
-def _origins(teacher: str | Path | Sequence[str]) -> list[str]:
-    return [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]

@@ -15,7 +15,7 @@ from kdcache.settings.shared import ImageSettings, MachineSettings
 from kdcache.teacher import Teacher
 from kdcache.teacher.build import disk as disks
 from kdcache.teacher.build.cost_estimate import Estimate, estimate, student_seconds
-from kdcache.verbs.build import check_views, plan_build
+from kdcache.verbs.build_parts import check_views, plan_build
 from kdcache.verbs.keywords import checked, keywords, open_data
 
 TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)

@@ -24,7 +24,7 @@ from kdcache.teacher import (
 )
 from kdcache.teacher.build.statistics import attention
 from kdcache.training import CacheDataset
-from kdcache.verbs.build import reuse_notes
+from kdcache.verbs.build_parts import reuse_notes
 
 WORDS = ("at:head", "at:stage2")
 MAX = "targets/segmentation/max"
