@@ -150,7 +150,7 @@ def test_a_class_map(world, cli) -> None:
 
 
 CASES = {
-    "no size": (f"evaluate {SPEC} --data {{w}}/data", "no --size"),
+    "no size": (f"evaluate {SPEC} --data {{w}}/data", "Missing the size"),
     "spec alone": ("evaluate kdcache:tiny --data {w}/data", "a model without weights"),
     "another model": (f"evaluate kdcache:base@{{w}}/teacher/best.safetensors {FLAGS}", "missing"),
     "no file": (f"evaluate kdcache:tiny@{{w}}/none.pth {FLAGS}", "none.pth"),

@@ -72,7 +72,7 @@ def test_weights_that_say_nothing_get_numbers_or_the_names_of_a_folder(world, cl
 
 
 CASES = {
-    "no size": ("predict kdcache:tiny@{w}/teacher/best.safetensors {w}/data/images --out {w}/new", "no --size"),
+    "no size": ("predict kdcache:tiny@{w}/teacher/best.safetensors {w}/data/images --out {w}/new", "Missing the size"),
     "spec without weights": ("export kdcache:tiny --out {w}/new.onnx", "a model without weights"),
     "no run": ("export {w}/none --out {w}/new.onnx", "Run not found: {w}/none"),
     "classes of a run": ("predict {w}/teacher {w}/data/images --classes {w}/data --out {w}/new", "with the run"),

@@ -111,7 +111,7 @@ def test_out_of_memory_is_one_panel_with_the_batch_that_fits(world, cli) -> None
     base = STUDENT.format(w=world).replace("kdcache:tiny", f"{world}/hungry.py:build")
     ended = cli(*f"{base} --out {world}/new".split())
     assert ended.code == 2
-    for words in ("a batch must fit into memory", "could not give 2.00 GiB", "--batch-size 2, or --accumulate 2"):
+    for words in ("Out of memory", "could not give 2.00 GiB", "--batch-size 2, or --accumulate 2"):
         assert words in ended.err
     ended = cli(*f"{base} --accumulate 2 --out {world}/parts".split())
     assert ended.code == 0, ended.err

@@ -78,9 +78,9 @@ def test_merged_classes_are_as_sure_as_the_sum_of_their_probabilities(cache: Cac
 def test_none_at_all_is_noted_and_refused_where_nothing_else_is_learnt(cache: Cache, pseudo: Any) -> None:
     samples = cache.manifest.dataset.samples
     (note,) = pseudo_notes(pseudo(0.9999), CacheDataset(cache))
-    assert f"none from 0.9999 in all {samples} samples of {cache.place} (split train)" in note
+    assert f"No pseudo labels from 0.9999 in all {samples} samples of {cache.place} (split train)" in note
     for alone in ({"ce_weight": 0.0}, {"labels": "none"}):
-        with pytest.raises(RecipeError, match="none from") as caught:
+        with pytest.raises(RecipeError, match="No pseudo labels from") as caught:
             list(pseudo_notes(pseudo(0.9999, **alone), CacheDataset(cache)))
         assert "which keeps half" in caught.value.fix
     assert list(pseudo_notes(pseudo(0.9999, labels="none"), CacheDataset(cache), pasted=True)) == [note]
@@ -93,7 +93,7 @@ def test_a_target_without_a_confident_pixel_is_refused_beside_labels_of_another(
     target = f't,cache={cache_path},labels=none,method=none,"term=pseudo,threshold=0.9999"'
     streams = [f'l,"data={scenes}",method=none', target]
     settings = student | {"cache": None, "size": "32x48", "stream": streams, "batch_size": 4}
-    with pytest.raises(RecipeError, match="stream t: none from") as caught:
+    with pytest.raises(RecipeError, match="stream t: No pseudo labels from") as caught:
         train(make_config(**settings), tmp_path / "run")
     assert "which keeps half" in caught.value.fix
     assert not (tmp_path / "run").exists()
