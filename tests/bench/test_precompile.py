@@ -170,7 +170,7 @@ def test_what_is_no_archive_of_kernels_fails(content: str, tmp_path: Path) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    ("words", "problem"), [("", "Missing --arch"), ("--arch sm_90 --case gated", "did you mean 'gate'")]
+    ("words", "problem"), [("", "Missing --arch"), ("--arch sm_90 --case gated", "Did you mean gate?")]
 )
 def test_wrong_input(words: str, problem: str, tmp_path: Path) -> None:
     done = run(*words.split(), "--folder", tmp_path / "kernels")

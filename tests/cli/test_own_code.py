@@ -136,4 +136,4 @@ def test_a_defect_of_kdcache_is_not_passed_on(cli, monkeypatch) -> None:
     monkeypatch.setattr("kdcache.data.check", divmod)
     ended = cli("data", "check", "scenes:32x48,train=4,val=2")
     assert ended.code == 2
-    assert "it is a defect of kdcache" in ended.err
+    assert "defect of kdcache" in ended.err

@@ -165,7 +165,7 @@ CASES = {
     "--lr -1": (nothing, STUDENT + " --lr -1", "--lr"),
     "--iterations 0": (nothing, STUDENT + " --iterations 0", "--iterations"),
     "nothing to learn": (nothing, STUDENT + " --method kl --ce-weight 0 --kl-weight 0", "every loss weight is 0"),
-    "unknown --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tinny"), "did you mean kdcache:tiny"),
+    "unknown --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tinny"), "Did you mean kdcache:tiny"),
     "weights behind --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tiny@w.pth"), "by --init FILE"),
     "--weights foo": (nothing, "evaluate {w}/teacher --data {w}/data --weights foo", "best"),
     "recipe with an unknown key": (

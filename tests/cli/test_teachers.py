@@ -94,7 +94,7 @@ CASES = {
     "weights not finite": (TWO + " --teacher-weights inf,2", "inf, 2 for 2 teachers"),
     "weights that are none": (TWO + " --teacher-weights a,b", "'a,b'"),
     "unknown tta": (TWO + " --tta rotate", "'rotate'"),
-    "tta misspelt": (TWO + " --tta flips", "did you mean flip?"),
+    "tta misspelt": (TWO + " --tta flips", "Did you mean flip?"),
     "scales of 0": (TWO + " --tta scales=0:1", "'0:1'"),
     "removed statistic": (BUILD + " --statistics agreement", "agreement was removed"),
     "unknown statistic": (BUILD + " --statistics at", "--statistics at:head"),

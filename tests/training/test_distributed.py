@@ -571,7 +571,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_to_the_same_bytes(
     os.kill(pids[1], signal.SIGKILL)
     ended = crew.wait()
     assert ended.codes == [2, -signal.SIGKILL]
-    assert "another process has gone" in ended.err[0]
+    assert "Another process of the training has gone" in ended.err[0]
     assert (killed / "checkpoint.pt").exists()
     assert go(settings, killed, resume=True).codes == [0, 0]
     for name in ("last.safetensors", "best.safetensors"):
@@ -739,7 +739,7 @@ def test_a_batch_is_shared_evenly(batch: int, size: int, remedy: str) -> None:
     World(0, size).check_batch_size(size * 3)
     with pytest.raises(RecipeError) as caught:
         World(0, size).check_batch_size(batch)
-    assert f"--batch-size {batch} for {size} processes" in caught.value.problem
+    assert f"--batch-size {batch} evenly: {size} processes" in caught.value.problem
     assert f"--batch-size {remedy}," in caught.value.fix
 
 

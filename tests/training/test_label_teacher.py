@@ -144,5 +144,5 @@ def test_a_store_without_labels_is_refused(
     store = make_cache("scenes:32x48,train=6,val=3,unlabelled=4", "unlabelled")
     with pytest.raises(DataError, match="none of 4 samples has a label") as caught:
         train(make_config(**(student | CONTROL | {"cache": str(store)})), tmp_path / "run")
-    assert caught.value.fix.startswith("leave --teacher labels out")
+    assert caught.value.fix.startswith("Leave --teacher labels out")
     assert not (tmp_path / "run").exists()

@@ -44,20 +44,20 @@ def refused(settings: dict[str, Any], run: Path, **options: Any) -> ModelError:
 @pytest.mark.parametrize(
     ("batch", "room", "changes", "remedy"),
     [
-        (16, 8, {}, "use --batch-size 8, or --accumulate 2 to keep the batch"),
-        (16, 5, {}, "use --batch-size 4, or --accumulate 4 to keep the batch"),
-        (15, 7, {}, "use --batch-size 7, or --accumulate 3 to keep the batch"),
-        (8, 1, {}, "use --batch-size 1, or --accumulate 8 to keep the batch"),
-        (12, 3, {"mix": "cutmix"}, "use --batch-size 2, or --accumulate 6 to keep the batch"),
-        (16, 2, {"accumulate": 4}, "use --batch-size 8 --accumulate 4, or --accumulate 8 to keep the batch"),
+        (16, 8, {}, "Use --batch-size 8, or --accumulate 2 to keep the batch"),
+        (16, 5, {}, "Use --batch-size 4, or --accumulate 4 to keep the batch"),
+        (15, 7, {}, "Use --batch-size 7, or --accumulate 3 to keep the batch"),
+        (8, 1, {}, "Use --batch-size 1, or --accumulate 8 to keep the batch"),
+        (12, 3, {"mix": "cutmix"}, "Use --batch-size 2, or --accumulate 6 to keep the batch"),
+        (16, 2, {"accumulate": 4}, "Use --batch-size 8 --accumulate 4, or --accumulate 8 to keep the batch"),
         (
             8,
             4,
             {"method": "dist"},
-            "use --batch-size 4, or --accumulate 2 with --method kl instead of dist to keep the batch",
+            "Use --batch-size 4, or --accumulate 2 with --method kl instead of dist to keep the batch",
         ),
-        (8, 0, {}, "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"),
-        (1, 0, {}, "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"),
+        (8, 0, {}, "No smaller batch was found to fit: use a smaller --size or --model, or --device cpu"),
+        (1, 0, {}, "No smaller batch was found to fit: use a smaller --size or --model, or --device cpu"),
     ],
 )
 @pytest.mark.parametrize("gradients_every", [0, 500])
@@ -82,7 +82,7 @@ def test_what_the_remedy_says_does_fit(hungry: Any, tmp_path: Path) -> None:
 def test_the_machine_s_own_memory(function: str, asked: str, hungry: Any, tmp_path: Path) -> None:
     error = refused(hungry(4, function=function, batch_size=8), tmp_path / "run")
     assert error.problem.endswith(f"could not give {asked}")
-    assert error.fix.startswith("use --batch-size 4, or --accumulate 2")
+    assert error.fix.startswith("Use --batch-size 4, or --accumulate 2")
 
 
 def test_another_error_is_none_of_ours(hungry: Any, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_another_error_is_none_of_ours(hungry: Any, tmp_path: Path) -> None:
 
 def test_a_validation_that_does_not_fit(hungry: Any, tmp_path: Path) -> None:
     error = refused(hungry(99, 1, batch_size=4, val="scenes:32x48,train=4,val=8"), tmp_path / "run")
-    assert error.fix.startswith("use --batch-size 1, or --accumulate 4 to keep the batch")
+    assert error.fix.startswith("Use --batch-size 1, or --accumulate 4 to keep the batch")
     train(make_config(**hungry(99, 1, batch_size=4, accumulate=4)), tmp_path / "parts")
 
 
