@@ -258,7 +258,9 @@ def test_a_network_of_two_tasks_from_three_streams(cli, tmp_path: Path) -> None:
         *("two teachers", "balance learnt (uncertainty)", "teacher"),
     ]
     assert {path.name for path in (out / "stores").iterdir()} >= {"kitti.zarr", "kitti-tta.zarr", "kitti-ensemble.zarr"}
-    assert "No pseudo labels from 0.9 in all 16 samples" in " ".join(ended.err.split())  # a teacher of two steps is sure of nothing
+    assert "No pseudo labels from 0.9 in all 16 samples" in " ".join(
+        ended.err.split()
+    )  # a teacher of two steps is sure of nothing
     lines = (out / "runs" / "pseudo-labels-from-0.7" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     validated = [line for line in map(json.loads, lines) if line["kind"] == "validation"]
     assert all(line["miou"] > 0 and line["depth_rmse"] > 0 for line in validated)

@@ -68,7 +68,7 @@ def test_the_remedy_is_measured(
     error = refused(settings, tmp_path / "run")
     assert error.fix.startswith(remedy)
     parted = " --accumulate 4" if "accumulate" in changes else ""
-    assert error.problem == f"--batch-size {batch}{parted} on the device cpu, which could not give 20.50 GiB"
+    assert error.problem.endswith(f": --batch-size {batch}{parted} on the device cpu, which could not give 20.50 GiB")
 
 
 def test_what_the_remedy_says_does_fit(hungry: Any, tmp_path: Path) -> None:
