@@ -90,7 +90,7 @@ def test_loggers_may_be_repeated(world, cli) -> None:
     ("flags", "said"),
     [
         ("--accumulate 0", "--accumulate"),
-        ("--accumulate 3", "use --batch-size 3 or 6"),
+        ("--accumulate 3", "Use --batch-size 3 or 6"),
         ("--accumulate 2 --method dist", "--accumulate 2 with dist: it compares the whole batch"),
         ("--keep-every 0", "a number of iterations such as 500, or of epochs such as 5e"),
         ("--ema 1", "for example --ema 0.999"),

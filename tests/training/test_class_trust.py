@@ -40,7 +40,7 @@ def test_a_pipe_is_no_file_of_trust(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "received"),
     [
-        ("sky = 1\nroad = 1\npoles = 1", "'pole'"),
+        ("sky = 1\nroad = 1\npoles = 1", "Did you mean pole?"),
         ("sky = 1\nroad = 1", "pole"),
         ("sky = -1\nroad = 1\npole = 1", "sky"),
         ("sky = nan\nroad = 1\npole = 1", "sky"),
@@ -223,7 +223,7 @@ def test_a_run_from_the_data_or_another_store_of_it(
 
 def test_crops_are_refused_in_words_of_their_own(plain: Path, make_cache: Callable[..., Path]) -> None:
     crops = open_cache(make_cache(crop=(16, 24), views=2))
-    with pytest.raises(KDCacheError, match="whole images") as caught:
+    with pytest.raises(KDCacheError, match="a cache of crops") as caught:
         noted(crops, plain)
     assert "--augment" not in str(caught.value)
     assert "--class-trust FILE" in caught.value.fix
