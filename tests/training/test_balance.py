@@ -216,7 +216,10 @@ def test_the_weights_that_balance_take_the_present_ones_into_account() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "none", "balance": "uncertainty"}, "a balance is one of two tasks.*segmentation alone"),
+        (
+            {"method": "none", "balance": "uncertainty"},
+            "--balance uncertainty: segmentation alone is learnt, and a balance is one of two tasks",
+        ),
         ({"method": "none", "task_weight": ["depth=0.3"]}, "a balance is one of two tasks"),
         ({"ce_weight": 0, "balance": "uncertainty"}, "depth alone"),
         ({"balance": "uncertainty", "task_weight": ["depth=0.3"]}, "learns the weights"),

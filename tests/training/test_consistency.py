@@ -293,5 +293,5 @@ def test_consistency_alone_teaches_nothing(base: dict[str, Any], tmp_path: Path)
     rows = streams("by=student")[1:] + streams("by=student", name="v")[1:]
     with pytest.raises(RecipeError, match="has labels or a teacher"):
         begun(base | {"stream": rows}, tmp_path / "run")
-    with pytest.raises(RecipeError, match="stream u: consistency,by=ema without --ema"):
+    with pytest.raises(RecipeError, match="stream u: Cannot use consistency,by=ema without --ema"):
         make_config(**base | {"ema": None})

@@ -85,7 +85,7 @@ def test_metric_depth_is_drawn_without_zoom(both: dict[str, Any], tmp_path: Path
     trainer = begun(both, tmp_path / "none")
     assert trainer.config.augmentation.scale == (1.0, 1.0)
     for scale in ("0.5:1.5", "0.5:2", (0.5, 2.0)):  # also where it is what trainings of classes draw
-        with pytest.raises(KDCacheError, match="drawn without zoom"):
+        with pytest.raises(KDCacheError, match=r"(?s)Cannot learn .* with --scale 0\.5:.*--depth-zoom divide"):
             make_config(**both | {"scale": scale})
     assert begun(both | {"scale": "1:1"}, tmp_path / "one").config.augmentation.scale == (1.0, 1.0)
     for how in ("divide", "keep"):
@@ -130,14 +130,14 @@ def test_a_stream_of_depth_beside_one_of_segmentation(both: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": "scenes:32x48,train=6,val=3"}, "take a data set with labels of depth"),
-        ({"labels": "segmentation"}, "reads labels of depth"),
+        ({"data": "scenes:32x48,train=6,val=3"}, "of segmentation, and not of depth.*--data scenes:96x128,depth=exact"),
+        ({"labels": "segmentation"}, "with --labels segmentation: they read labels of depth.*--labels all"),
         ({"model": "kdcache:tiny"}, "head depth"),
         ({"method": "none", "labels": "depth", "data": "scenes:32x48,train=6,val=3"}, "labels of segmentation"),
         ({"data": f"{EXACT},tasks=depth"}, "Add --ce-weight 0"),
-        ({"data": f"{EXACT},tasks=depth", "method": "dice+depth-l1"}, "dice for data with labels of depth"),
+        ({"data": f"{EXACT},tasks=depth", "method": "dice+depth-l1"}, "dice: the data have labels of depth, and not"),
         ({"data": f"{EXACT},tasks=depth", "labels": "segmentation", "method": "none"}, "--labels segmentation"),
-        ({"model": "kdcache:hydra,max=0.5"}, r"none in 6 labels: they are .* give the head another maximum"),
+        ({"model": "kdcache:hydra,max=0.5"}, r"to 0\.5 m: none in 6 labels \(.*kdcache:hydra,max=200"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str, both: dict[str, Any], tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_stream_without_the_labels_of_its_terms_is_named(both: dict[str, Any],
     streams = [{"name": "near", "data": EXACT, "method": "none"}, far]
     settings = both | {"data": None, "val": None, "batch_size": 4}
     assert begun(settings | {"stream": streams}, tmp_path / "run").criterion.tasks == ("segmentation", "depth")
-    with pytest.raises(RecipeError, match="stream far: dice for data with labels of depth"):
+    with pytest.raises(RecipeError, match="stream far: Cannot learn dice: the data have labels of depth"):
         begun(settings | {"stream": [streams[0], far | {"method": "dice+depth-l1"}]}, tmp_path / "refused")
     with pytest.raises(RecipeError, match="Add --ce-weight 0"):
         begun(settings | {"stream": [far, {**far, "name": "other"}]}, tmp_path / "refused")
@@ -237,11 +237,15 @@ def test_a_training_reads_the_heads_that_it_learns_from(taught: dict[str, Any], 
 @pytest.mark.parametrize(
     ("store", "changes", "words"),
     [
-        ("zoomed", {"depth_zoom": "keep"}, "--depth-zoom keep for .*, built with --depth-zoom divide"),
+        ("zoomed", {"depth_zoom": "keep"}, "--depth-zoom keep for .*: it was built with --depth-zoom divide"),
         ("zoomed", {"term": ["depth-l1"], "depth_zoom": "keep"}, "built with --depth-zoom divide"),
-        ("stored", {"augment": "warp", "scale": "0.7:2"}, "metric depth is drawn without zoom"),
+        (
+            "stored",
+            {"augment": "warp", "scale": "0.7:2"},
+            "Cannot learn depth-l1 with --scale 0.7:2: a zoomed image looks nearer",
+        ),
         ("plain", {}, "targets of a regression head depth"),
-        ("plain", {"term": ["depth-l1"]}, "a store that was built from one"),
+        ("plain", {"term": ["depth-l1"]}, "a cache that was built from one"),
         ("stored", {"model": "kdcache:tiny"}, "depth"),
         ("stored", {"method": "at"}, "the attention map or features of"),
     ],
@@ -272,7 +276,9 @@ def test_replayed_zooms_follow_their_store(
     # A store that was built when its data had no depth says nothing of zooms.
     silent = make_cache("scenes:32x48,train=6,val=3", views=2, view_scale=(1.5, 2.0), pixels="source")
     labels = taught | {"cache": str(silent), "data": EXACT, "term": ["depth-l1"]}
-    with pytest.raises(KDCacheError, match="want a rule for metric depth"):
+    with pytest.raises(
+        KDCacheError, match=r"(?s)Missing --depth-zoom: .* zoomed 1\.5 to 2 times.*Add --depth-zoom divide"
+    ):
         begun(labels, tmp_path / "silent")
     dataset = begun(labels | {"depth_zoom": "divide"}, tmp_path / "silent").streams[0].draws.dataset
     assert dataset.depth_zoom == "divide"

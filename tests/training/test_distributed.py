@@ -280,7 +280,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 60) -> None:
 def panels(ended: Ended) -> str:
     """The message of the only process that wrote one."""
     assert all(not text for text in (*ended.out, *ended.err[1:])), ended
-    assert ended.err[0].count("received") == 1, ended.err[0]
+    assert ended.err[0].count("─ error ─") == 1, ended.err[0]
     return ended.err[0]
 
 
@@ -651,7 +651,7 @@ _FULL = _FAILS + "state.save_checkpoint = fail(StoreError('the disk has room', f
     [
         (1, _CORRUPT, "record 3"),
         (0, _CORRUPT, "record 3"),
-        (1, _FOREIGN, "process 1: OSError: the cable is loose"),
+        (1, _FOREIGN, "Process 1 failed: OSError: the cable is loose"),
         (0, _FOREIGN, "OSError: the cable is loose"),
         (1, _UNREADABLE, "three.png"),
         (0, _FULL, "the disk has room"),
@@ -707,7 +707,7 @@ def check_said_by_the_first(ended: Ended) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 3}, "--batch-size 3 for 2 processes"),
+        ({"batch_size": 3}, "--batch-size 3 evenly: 2 processes"),
         ({"step": "graphed"}, "--step graphed with 2 processes"),
         ({"step": "compiled"}, "--step compiled with 2 processes"),
         ({"lr": -1.0}, "--lr"),
@@ -751,7 +751,7 @@ def test_steps_are_eager_and_every_process_has_its_gpu(monkeypatch: pytest.Monke
     assert [str(pick_device(name, World(3, 4, 1))) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
     assert str(pick_device("cuda:1")) == "cuda:1"
     for name, local in (("cuda:0", 0), ("cuda", 2)):
-        with pytest.raises(RecipeError, match="GPU of its own"):
+        with pytest.raises(RecipeError, match=f"--device {name} for process {local} of .* 2 GPUs"):
             pick_device(name, World(local, 4, local))
 
 
@@ -807,7 +807,7 @@ def test_torchrun_trains_and_says_what_is_wrong_once(uneven: dict[str, Any], tmp
     started = Torchrun(tmp_path / "second", words_of(uneven | {"batch_size": 3}, tmp_path / "other"))
     assert started.wait() != 0
     err = started.err.read_text()
-    assert err.count("--batch-size 3 for 2 processes") == 1
+    assert err.count("--batch-size 3 evenly: 2 processes") == 1
     assert err.count("exitcode  : 2") == 2
     assert not started.out.read_text()
 

@@ -118,7 +118,9 @@ def test_a_teacher_of_other_labels_fails(write: Callable[..., Path], student: di
         return check_teacher(taught, config, open_dataset(config, taught).labels_used)
 
     assert notes(*PICKED, 5) == []
-    with pytest.raises(MismatchError, match="without labels") as caught:
+    with pytest.raises(
+        MismatchError, match=r"The teacher saw more labels than the student: --labels-from .*list.txt: 2 labels"
+    ) as caught:
         notes(*PICKED)
     assert "2 labels, and the teacher" in str(caught.value)
     assert "train-teacher --labels-from" in caught.value.fix

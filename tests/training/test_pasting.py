@@ -205,7 +205,7 @@ def test_sources_that_cannot_be_pasted_are_refused(
         begun(pasted | {"stream": unlabelled}, tmp_path / "run")
     metres = '"data=scenes:32x48,train=6,val=3,depth=exact",labels=depth,method=depth-l1,ce-weight=0'
     settings = pasted | {"stream": [f"game,{metres}", camera], "model": "kdcache:hydra"}
-    with pytest.raises(RecipeError, match="whose labels are of depth alone"):
+    with pytest.raises(RecipeError, match="Cannot use paste-from game: its labels are of depth alone"):
         begun(settings, tmp_path / "run")
     (tmp_path / "map.txt").write_text("0 void\n")
     with pytest.raises(KDCacheError, match="game"):

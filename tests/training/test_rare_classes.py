@@ -88,10 +88,13 @@ def test_a_run_by_rare_classes_resumes_to_the_bit(streams: bool, settings: dict[
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sampling": "rare", "labels": "none"}, "6 of 6 samples without a label of classes"),
-        ({"sampling": "rare", "limit_labels": 2}, "4 of 6 samples without a label of classes"),
+        ({"sampling": "rare", "labels": "none"}, "6 of 6 samples have no label of classes"),
+        ({"sampling": "rare", "limit_labels": 2}, "4 of 6 samples have no label of classes"),
         ({"sampling": "rare", "shuffle": "window"}, "--sampling rare with --shuffle window"),
-        ({"stream": ["a", "b,labels=none"], "sampling": "rare", "batch_size": 4}, "stream b: 6 of 6 samples"),
+        (
+            {"stream": ["a", "b,labels=none"], "sampling": "rare", "batch_size": 4},
+            "stream b: Cannot use --sampling rare: 6 of 6 samples",
+        ),
         (
             {"stream": ["a", "b,sampling=common"], "batch_size": 4},
             "(?s)stream b: .*--sampling: 'common'.*Give even, rare",

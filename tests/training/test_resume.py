@@ -261,7 +261,7 @@ def test_one_command_trains_a_run_at_a_time(
     before = content(run)
     with RunLock(run) as lock:
         lock.take()
-        with pytest.raises(RecipeError, match="by one command") as caught:
+        with pytest.raises(RecipeError, match="it is being trained by process") as caught:
             go(settings, run, resume=resume)
         assert f"process {os.getpid()} on" in caught.value.problem
     assert content(run) == before
@@ -293,7 +293,7 @@ def test_a_kill_ends_the_lock_and_the_next_run_clears_what_it_left(
     run = tmp_path / "run"
     pid = nursery.start(long | {"iterations": 5000, "val_every": 5000, "val": None}, run)
     wait_until(lambda: lines_of(run) >= 3)
-    with pytest.raises(RecipeError, match="by one command") as caught:
+    with pytest.raises(RecipeError, match="it is being trained by process") as caught:
         go(long | {"iterations": 5000, "val_every": 5000, "val": None}, run, resume=True)
     assert f"process {pid} on" in caught.value.problem
     os.kill(pid, signal.SIGKILL)

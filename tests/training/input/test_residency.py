@@ -194,8 +194,8 @@ def test_what_is_not_possible_is_refused(top_k: Cache, scenes: str) -> None:
     labelled = LabelledDataset(open_split(scenes, "train"), (32, 48))
     keep_records(labelled, "auto", CPU)
     for dataset, choice, rule in (
-        (labelled, "ram", "of a store"),
-        (CacheDataset(top_k), "gpu", "on a GPU"),
+        (labelled, "ram", "Cannot use --resident ram for a data folder"),
+        (CacheDataset(top_k), "gpu", "Cannot use --resident gpu on the device cpu"),
     ):
         with pytest.raises(RecipeError, match=rule):
             keep_records(dataset, choice, CPU)

@@ -210,18 +210,19 @@ def test_parts_are_eager_and_it_is_said(
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "kind"),
     [
-        {"method": "kl+sp"},
-        {"method": "dist"},
-        {"term": ["pseudo,quantile=0.5"]},
-        {"term": ["consistency,by=student,quantile=0.5"]},
+        ({"method": "kl+sp"}, "sp"),
+        ({"method": "dist"}, "dist"),
+        ({"term": ["pseudo,quantile=0.5"]}, "pseudo"),
+        ({"term": ["consistency,by=student,quantile=0.5"]}, "consistency"),
     ],
 )
-def test_terms_of_the_whole_batch_are_refused(changes: dict[str, Any], student: dict[str, Any]) -> None:
+def test_terms_of_the_whole_batch_are_refused(changes: dict[str, Any], kind: str, student: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         make_config(**(student | {"accumulate": 2} | changes))
-    assert "accumulate sees a part of a batch at a time" in str(caught.value)
+    assert caught.value.problem == f"Cannot use --accumulate 2 with {kind}: it compares the whole batch"
+    assert "--method kl can accumulate" in caught.value.fix
     make_config(**(student | changes))
 
 

@@ -131,5 +131,5 @@ def test_rates_scale_by_the_beginning_of_names(config: Callable[..., TrainConfig
 
 
 def test_a_prefix_of_no_parameter_is_refused(config: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(RecipeError, match="begins the name of none"):
+    with pytest.raises(RecipeError, match="No parameter begins with 'encoder', as --lr-scale asks"):
         make_optimizer(nn.Sequential(nn.Conv2d(3, 4, 1)), config(lr_scale="encoder=0.1").optimizer)
