@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_a_plan_that_does_not_fit_and_does_not_pay(world, cli, monkeypatch) -> N
     setting = Setting(7, "default", 1, (), "stored")
     cost = Cost(setting, {"targets/segmentation/values": 2.0**60}, 6, 82, 7200.0)
     dear = Estimate(cost, (), Seconds(1200.0, 0.1, 0.2, 0.1, 0.2), 6, 6, 7)
-    monkeypatch.setattr("kdcache.teacher.build.cost_estimate.estimate", lambda *_, **__: dear)
+    monkeypatch.setattr(import_module("kdcache.verbs.plan"), "estimate", lambda *_, **__: dear)
     told = cli(*PLAN.format(w=world).split())
     assert told.code == 0, told.err
     assert "2.0 h on this machine" in told.out

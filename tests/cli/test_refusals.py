@@ -103,23 +103,25 @@ CASES = {
         other_label(np.zeros((5, 5), np.uint8)), BUILD, "label 5 x 5, image 36 x 52"),
     "ids outside classes.txt": (other_label(np.full((36, 52), 77, np.uint8)), BUILD, "id 77 in 1872 pixels"),
     "truncated image": (truncated_image, BUILD, FIRST),
-    "teacher of other classes": (fewer_classes, BUILD, "has 7, the data set has 6"),
+    "teacher of other classes": (fewer_classes, BUILD, "has 7 classes, but the data set has 6"),
     "teacher of other names": (renamed_classes, BUILD, "pedestrian, vehicle"),
-    "teacher without weights": (nothing, BUILD.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
+    "teacher without weights": (
+        nothing, BUILD.replace("{w}/teacher", "kdcache:tiny"), "Missing weights of 'kdcache:tiny'"),
     "teacher that is nowhere": (nothing, BUILD.replace("{w}/teacher", "{w}/none"), "Run not found: {w}/none"),
     "teacher not trained yet": (no_weights, BUILD, "has no weights"),
     "teacher without size": (
         nothing, BUILD.replace("{w}/teacher", "kdcache:tiny@{w}/teacher/best.safetensors"), "Missing --size"),
     "occupied out, build": (occupied, BUILD, "new holds something else"),
-    "occupied out, train-teacher": (occupied, TEACHER, "new holds something else"),
-    "occupied out, train-student": (occupied, STUDENT, "new holds something else"),
+    "occupied out, train-teacher": (occupied, TEACHER, "Cannot train into {w}/new: it holds something else"),
+    "occupied out, train-student": (occupied, STUDENT, "Cannot train into {w}/new: it holds something else"),
     "out is a file": (lambda w: (w / "new").write_text("thesis"), BUILD, "new is a file"),
     "out is a file, training": (lambda w: (w / "new").write_text("thesis"), STUDENT, "new"),
     "out below a file": (nothing, BUILD.replace("{w}/new", "{w}/data/classes.txt/new"), "classes.txt is a file"),
     "finished store asked for more views": (
         nothing, BUILD.replace("/new", "/store.zarr") + " --views 4", "build-teacher-cache --from"),
     "out is another build": (nothing, BUILD.replace("/new", "/store.zarr") + " --batch-size 3", "build.batch_size"),
-    "run not overwritten": (nothing, TEACHER.replace("/new", "/teacher"), "holds a run already"),
+    "run not overwritten": (
+        nothing, TEACHER.replace("/new", "/teacher"), "Cannot train into {w}/teacher: it holds a run already"),
     "run resumed otherwise": (nothing, TEACHER.replace("/new", "/teacher") + " --resume --lr 0.5", "--lr 0.5"),
     "store that is nowhere": (nothing, STUDENT.replace("store.zarr", "none.zarr"), "Cache not found: {w}/none.zarr"),
     "store that is none": (nothing, STUDENT.replace("store.zarr", "data"), "Cache not found: {w}/data/zarr.json"),
@@ -200,7 +202,8 @@ CASES = {
     "labels of a list that is nowhere": (nothing, STUDENT + " --labels-from {w}/none.txt", "none.txt"),
     "labels of a list and a number": (
         nothing, STUDENT + " --labels-from {w}/none.txt --limit-labels 2", "--labels-from or --limit-labels"),
-    "more views than there are": (nothing, STUDENT + " --augment replay --limit-views 2", "2 of 1"),
+    "more views than there are": (
+        nothing, STUDENT + " --augment replay --limit-views 2", "--limit-views 2: the cache has 1 views"),
     "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
     "folds by no pattern": (nothing, STUDENT + " --fold 0/2 --folds-by (", "--folds-by: '(' (missing )"),
     "folds by what is in no id": (nothing, STUDENT + " --fold 0/2 --folds-by x(.)", "names no sequence in 6 of 6 ids"),
