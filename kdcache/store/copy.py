@@ -198,6 +198,12 @@ def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
     )
 
 
+_MORE_TAPS = (
+    "To add taps, build a cache from it: kdcache build-teacher-cache --from OLD --data DATA --teacher TEACHER "
+    "--features TAP --out NEW"
+)
+
+
 def _check(source: Cache, changes: CopyChanges) -> None:
     """Refuse changes that the source does not allow. Raises StoreError."""
     manifest = source.manifest
@@ -205,7 +211,7 @@ def _check(source: Cache, changes: CopyChanges) -> None:
     if unknown:
         raise StoreError(
             f"Unknown tap {', '.join(unknown)}: {source.place} has {', '.join(manifest.features) or 'no taps'}",
-            fix=suggest(unknown[0], manifest.features, "Add taps to a cache with: kdcache build-teacher-cache --from"),
+            fix=suggest(unknown[0], manifest.features, _MORE_TAPS),
         )
     if changes.pixels == "stored" and manifest.view.pixels != "stored":
         raise StoreError(

@@ -426,9 +426,11 @@ def _read_root(place: Place) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         if place.exists(*_REMAINS):
             raise damaged_metadata(file, "it is missing") from error
+        there = place.remote or place.folder.exists()
+        build = f"kdcache build-teacher-cache --data DATA --teacher TEACHER --out {place}"
         raise StoreError(
-            f"Cache not found: {file if place.remote or place.folder.exists() else place}",
-            fix=f"Check the path, or build it: kdcache build-teacher-cache --out {place}",
+            f"Cache not found: {file if there else place}",
+            fix="Check the path: it is the --out of a build." if there else f"Check the path, or build it: {build}",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable_metadata(file, error, "it is not the metadata of a Zarr group") from error

@@ -375,7 +375,7 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
     fix = (
         "Repeat the first command exactly, with the versions and on the device named here. Or give another --out "
         "(kdcache copy: another DESTINATION). To add views, taps or samples to a finished cache: "
-        f"kdcache build-teacher-cache --from {place}"
+        f"kdcache build-teacher-cache --from {place} --data DATA --teacher TEACHER --out NEW"
     )
     if not intact:
         spare = f". Its {recovery.ROOT} is not what {ledger.COMPLETE} seals, and has no spare copy"

@@ -535,7 +535,7 @@ def empty(world: Path, derive: Callable[..., Path]) -> list[object]:
         (empty, RecipeError, "nor has any folder below it"),
         (lambda world, derive: [world / "nowhere"], RecipeError, "Run not found: .*nowhere"),
         (lambda world, derive: [world / "data/classes.txt"], RecipeError, "classes.txt is a file"),
-        (lambda world, derive: ["kdcache:tiny"], ModelError, "without weights"),
+        (lambda world, derive: ["kdcache:tiny"], ModelError, "Missing weights"),
     ],
 )
 @pytest.mark.usefixtures("no_evaluation")

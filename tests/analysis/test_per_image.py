@@ -79,7 +79,7 @@ def test_an_image_of_void_has_no_score(model: SegmentationModel, split: Split, m
 
 
 def test_without_labels_there_is_nothing_to_score(model: SegmentationModel) -> None:
-    with pytest.raises(DataError, match="none of 3 images"):
+    with pytest.raises(DataError, match="none of the 3 images"):
         score_images(model, open_split("scenes:32x48,unlabelled=3", "unlabelled"), SIZE)
 
 

@@ -90,7 +90,7 @@ def test_progress_counts_labelled_images(model: SegmentationModel, split: Split)
 
 
 def test_without_labels_there_is_nothing_to_evaluate(model: SegmentationModel) -> None:
-    with pytest.raises(DataError, match="none of 3 images"):
+    with pytest.raises(DataError, match="none of the 3 images"):
         evaluate_model(model, open_split("scenes:32x48,unlabelled=3", "unlabelled"), SIZE)
 
 

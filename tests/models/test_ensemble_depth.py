@@ -102,6 +102,6 @@ def test_what_cannot_be_averaged() -> None:
     relative = [teacher("kdcache:tiny+depth", seed) for seed in (1, 2)]
     for member in relative:
         member.head_kinds["depth"] = RegressionHead(unit="relative")
-    with pytest.raises(ModelError, match="where it is in metres"):
+    with pytest.raises(ModelError, match="several teachers in relative"):
         EnsembleModel(relative)
     assert EnsembleModel(relative[:1], tta=Tta(flip=True)).regressions["depth"].unit == "relative"

@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused(weights: Path, tmp_path: Path) -> None:
         open_model(spec, DATA)
     with pytest.raises(ModelError, match=r"weights have 3 classes, and the data[\s\S]*--class-map"):
         open_model(spec, numbered(5), (32, 48))
-    with pytest.raises(ModelError, match="must be a file"):
+    with pytest.raises(ModelError, match="Weights not found"):
         open_model("kdcache:tiny@nowhere.safetensors", DATA, (32, 48))
     headless = {k: v for k, v in build_model("kdcache:tiny", 3).state_dict().items() if k.startswith("encoder.")}
     save_file(headless, tmp_path / "encoder.safetensors")

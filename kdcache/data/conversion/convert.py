@@ -37,7 +37,7 @@ from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.base import VALIDATION
 from kdcache.data.layouts.converted import SETTINGS, open_defective
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes
-from kdcache.data.layouts.registry import LayoutRoot, find_layout
+from kdcache.data.layouts.registry import LayoutRoot, find_layout, split_images, split_prefix
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import IGNORE_INDEX, Pixels, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
@@ -155,6 +155,8 @@ def _check_source(data: str, folder: Path) -> None:
             f"Cannot convert several data sets, or a part of one: {data!r}",
             fix="Convert each data set by itself, with all its labels.",
         )
+    if split_prefix(split_images(data)[0])[1].resolve() == folder.resolve():
+        raise DataError(f"Cannot convert {data} into itself", fix="Give another folder to write.")
     check_own_folder(folder, SETTINGS, "Give another folder, or remove what is in it")
 
 

@@ -75,7 +75,7 @@ def check_folder(
     if resume and not run.exists() and not _torchrun_restarts():
         raise RecipeError(
             f"Cannot resume {run}: it does not exist{_near(run)}",
-            fix="Correct --out, or leave --resume out to begin a run there (torchrun --max-restarts may begin it).",
+            fix="Correct --out, or leave --resume out to begin a run there.",
         )
     if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
         return

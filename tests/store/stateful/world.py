@@ -288,7 +288,8 @@ class World:
                 raise Violation(f"{name} is not there, and its command fails: {error}") from error
         if model.whole and "The data set has changed since" in error.problem:
             said = self.changes_since(model.may_hold[-1]).describe()
-            if not error.problem.endswith(f" was made: {said}"):
+            named = error.problem.partition(" was made: ")[2]
+            if said not in (named, named.rpartition(" (")[0]):  # the data set and its split come last
                 raise Violation(f"{name}: {said} in its data, and its command says: {error}") from error
             self.tally["changes named"] += 1
 
@@ -683,7 +684,7 @@ class World:
 
     def _follow(self, name: str, error: KDCacheError, renew: bool, *, again: bool) -> None:
         fix, place = error.fix, str(self.place(name))
-        if self.weather is not None and (again or "same command" in fix):
+        if self.weather is not None and (again or "same command" in fix or "epeat the command" in fix):
             return  # the next one may be answered
         if "has changed since" in error.problem or "do not render as they did" in error.problem:
             self._follow_change(name, error, renew)

@@ -85,7 +85,7 @@ def test_two_heads_by_their_kinds(tmp_path: Path) -> None:
     assert tuple(teacher.model.head_kinds) == ("segmentation", "depth")
     build(teacher, tmp_path / "s.zarr")
     assert set(open_cache(tmp_path / "s.zarr").manifest.heads) == {"segmentation", "depth"}
-    with pytest.raises(ModelError, match="returns logits"):
+    with pytest.raises(ModelError, match="holds no logits"):
         load_teacher(Net(two=True), SPLIT)
     with pytest.raises(ModelError, match="no tensor 'normals'"):
         load_teacher(Net(two=True), SPLIT, heads={**heads, "normals": "categorical"})
