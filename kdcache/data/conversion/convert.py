@@ -155,7 +155,7 @@ def _check_source(data: str, folder: Path) -> None:
             f"Cannot convert several data sets, or a part of one: {data!r}",
             fix="Convert each data set by itself, with all its labels.",
         )
-    if split_prefix(split_images(data)[0])[1].resolve() == folder.resolve():
+    if not is_scenes(data) and split_prefix(split_images(data)[0])[1].resolve() == folder.resolve():
         raise DataError(f"Cannot convert {data} into itself", fix="Give another folder to write.")
     check_own_folder(folder, SETTINGS, "Give another folder, or remove what is in it")
 
