@@ -151,7 +151,7 @@ def test_a_class_map(world, cli) -> None:
 
 CASES = {
     "no size": (f"evaluate {SPEC} --data {{w}}/data", "Missing the size"),
-    "spec alone": ("evaluate kdcache:tiny --data {w}/data", "a model without weights"),
+    "spec alone": ("evaluate kdcache:tiny --data {w}/data", "Missing weights of 'kdcache:tiny'"),
     "another model": (f"evaluate kdcache:base@{{w}}/teacher/best.safetensors {FLAGS}", "missing"),
     "no file": (f"evaluate kdcache:tiny@{{w}}/none.pth {FLAGS}", "none.pth"),
     "unknown model": (f"evaluate kdcache:tyni@{{w}}/teacher/best.safetensors {FLAGS}", "'kdcache:tyni'"),
@@ -180,7 +180,7 @@ def test_fewer_classes_in_the_data(world, cli) -> None:
     (world / "data/classes.txt").write_text("\n".join(lines[:-1]))
     ended = cli(*words(f"evaluate {SPEC} {FLAGS}", world))
     assert ended.code == 2
-    assert "7 classes in the weights, 6 in the data" in ended.err
+    assert "The weights have 7 classes, and the data or their class map 6" in ended.err
     assert "--class-map" in ended.err
 
 

@@ -73,9 +73,11 @@ def test_weights_that_say_nothing_get_numbers_or_the_names_of_a_folder(world, cl
 
 CASES = {
     "no size": ("predict kdcache:tiny@{w}/teacher/best.safetensors {w}/data/images --out {w}/new", "Missing the size"),
-    "spec without weights": ("export kdcache:tiny --out {w}/new.onnx", "a model without weights"),
+    "spec without weights": ("export kdcache:tiny --out {w}/new.onnx", "Missing weights of 'kdcache:tiny'"),
     "no run": ("export {w}/none --out {w}/new.onnx", "Run not found: {w}/none"),
-    "classes of a run": ("predict {w}/teacher {w}/data/images --classes {w}/data --out {w}/new", "with the run"),
+    "classes of a run": (
+        "predict {w}/teacher {w}/data/images --classes {w}/data --out {w}/new",
+        "Cannot give classes to the run {w}/teacher: it has its own"),
     "no classes there": (
         "predict kdcache:tiny@{w}/teacher/best.safetensors {w}/data/images --size 32x48 --classes {w} --out {w}/new",
         "classes.txt"),
@@ -88,9 +90,13 @@ CASES = {
     "another format": ("export {w}/teacher --out {w}/new.tflite", "new.tflite"),
     "format and suffix": ("export {w}/teacher --format onnx --out {w}/new.pt2", "new.pt2 with --format onnx"),
     "weights alone are not raw": ("export {w}/teacher --raw --out {w}/new.safetensors", "--raw with safetensors"),
-    "export over a file": ("export {w}/teacher --out {w}/teacher/best.safetensors", "is there already"),
+    "export over a file": (
+        "export {w}/teacher --out {w}/teacher/best.safetensors",
+        "Cannot write {w}/teacher/best.safetensors: it exists"),
     "export nowhere": ("export {w}/teacher --out {w}/none/new.onnx", "no folder"),
-    "tolerance of nothing": ("export {w}/teacher --tolerance 0 --out {w}/new.onnx --size 64x96", "differs by"),
+    "tolerance of nothing": (
+        "export {w}/teacher --tolerance 0 --out {w}/new.onnx --size 64x96",
+        "new.onnx answers otherwise than the model"),
 }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ CASES = {
     "copy --worker 2/2": (COPY + " --worker 2/2", "'2/2'"),
     "from nothing": (FROM.replace("store.zarr", "none.zarr"), "Cache not found: {w}/none.zarr"),
     "from itself": (FROM.replace("{w}/new", "{w}/./store.zarr"), "from itself"),
-    "from another teacher": (FROM.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
+    "from another teacher": (FROM.replace("{w}/teacher", "kdcache:tiny"), "Missing weights of 'kdcache:tiny'"),
     "from --features foo": (FROM + " --features foo", "foo"),
     "from --view-scale 2": (FROM + " --views 2 --view-scale 2", "'2'"),
     "from --view-scale 0:2": (FROM + " --views 2 --view-scale 0:2", "0:2"),

@@ -98,7 +98,7 @@ CASES = {
     "scales of 0": (TWO + " --tta scales=0:1", "'0:1'"),
     "removed statistic": (BUILD + " --statistics agreement", "agreement was removed"),
     "unknown statistic": (BUILD + " --statistics at", "--statistics at:head"),
-    "unknown tap": (BUILD + " --statistics at:haed", "'haed' for kdcache:tiny"),
+    "unknown tap": (BUILD + " --statistics at:haed", "Unknown tap 'haed' of kdcache:tiny"),
     "folds of one": (BUILD + " --folds 1", "--folds 1 is too small"),
     "folds of fewer teachers": (TWO + " --folds 3", "--folds 3 needs 3 teachers, one for each fold, but 2 were given"),
     "folds that were seen": (TWO + " --folds 2", "has seen all folds"),
