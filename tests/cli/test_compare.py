@@ -95,7 +95,7 @@ CASES = {
     "a file": ("compare {p}/data/classes.txt", "classes.txt is a file"),
     "no weights": ("compare {p}/runs --weights last", "kl-0 has no last.safetensors, only best"),
     "weights of no kind": ("compare {p}/runs --weights newest", "'newest'"),
-    "a spec alone": ("compare kdcache:tiny --data {p}/data", "a model without weights"),
+    "a spec alone": ("compare kdcache:tiny --data {p}/data", "Missing weights of 'kdcache:tiny'"),
     "a spec without a file": ("compare kdcache:tiny@{p}/none.safetensors --data {p}/data --size 32x48", "none.safeten"),
     "an unknown baseline": ("compare {p}/runs --baseline nonne", "Did you mean none"),
     "no such split": ("compare {p}/runs --split vall", "vall"),
