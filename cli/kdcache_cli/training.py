@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from kdcache.progress import progress_bar
 from kdcache_cli.console import ERRORS, OUT
 from kdcache_cli.settings.signature import copied, given
 from kdcache_cli.torchrun import shared_errors
@@ -21,14 +22,17 @@ def run_training(settings: dict[str, Any], context: typer.Context, out: Path, re
         context: of the parser, which knows what somebody typed, here or in a recipe.
     """
     from kdcache.metrics import percent
-    from kdcache.training import Interrupted
-    from kdcache.verbs.train import train_run
+    from kdcache.training import Interrupted, make_config, pick_device, train
+    from kdcache.training.distributed import default_workers
+    from kdcache.training.run.training_progress import TrainingProgress
 
     try:
-        with shared_errors():
-            result = train_run(
-                settings["verb"], settings, out, given=given(settings, context), copied=copied(context), resume=resume
-            )
+        # Not by kdcache.verbs, whose builds import teachers: a student's process never loads that room.
+        with shared_errors(), progress_bar() as bar:
+            if settings["workers"] is None:
+                settings["workers"] = default_workers(pick_device(settings["device"]))
+            config = make_config(given=given(settings, context), copied=copied(context), **settings)
+            result = train(config, out, resume=resume, observer=TrainingProgress(bar, settings["verb"]))
     except Interrupted as stop:
         ERRORS.print(f"Stopped after {stop.step} iterations; the state is saved. Add --resume to go on.")
         raise typer.Exit(130) from None

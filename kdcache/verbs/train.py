@@ -1,6 +1,5 @@
 """`kdcache.train`: a training into a run folder."""
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,33 +68,12 @@ def train(
     given = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     base = {} if preset is None else read_preset(preset)
     whole = {**base, "model": model, **given, **places}
-    train_run(verb, whole, out, given=given, resume=resume, progress=progress)
-    return Run.open(out)
-
-
-def train_run(
-    verb: str,
-    settings: Mapping[str, Any],
-    out: str | Path,
-    *,
-    given: Mapping[str, Any],
-    copied: Collection[str] = frozenset(),
-    resume: bool = False,
-    progress: bool = True,
-) -> Mapping[str, Any]:
-    """Train with settings by name, for `kdcache.train` and for the command line. Return the run's result.
-
-    Args:
-        verb: train-student or train-teacher.
-        given: the settings that somebody gave. One that nothing takes fails.
-        copied: names of the settings that come from a run's own recipe.
-    """
-    settings = dict(settings)
-    if settings.get("workers") is None:
-        settings["workers"] = default_workers(pick_device(str(settings.get("device") or "auto")))
+    if whole.get("workers") is None:
+        whole["workers"] = default_workers(pick_device(str(whole.get("device") or "auto")))
+    config = make_config(given=given, **{**whole, "verb": verb})
     with progress_bar(progress) as bar:
-        config = make_config(given=given, copied=copied, **{**settings, "verb": verb})
-        return run_training(config, out, resume=resume, observer=TrainingProgress(bar, verb))
+        run_training(config, out, resume=resume, observer=TrainingProgress(bar, verb))
+    return Run.open(out)
 
 
 def _places(
