@@ -128,7 +128,7 @@ def _line(task: Task) -> str:
 
 
 class _Voice:
-    """Where functions show progress and say what the user should know: stderr, or the command line's own console."""
+    """Hold the console for progress, notes and warnings: stderr, or the one that the command line sets."""
 
     console: Console | None = None
     warn: Callable[[str], None] | None = None

@@ -68,12 +68,12 @@ class JoinedCache(Cache):
         return [name for name, cache in [*self._caches.items()][1:] if cache not in read]
 
     def check_files(self) -> None:
-        """As of `Cache`, for the files of all."""
+        """Do what `Cache` does, for the files of all caches."""
         for cache in self.parts:
             cache.check_files()
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """As of `Cache`. Raises: as it does."""
+        """Do what `Cache` does, with the cache that has the array. Raises: the errors of `Cache`."""
         if path in self._further:
             cache, own = self._further[path]
             cache.read_into(record, own, out)
