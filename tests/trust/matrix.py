@@ -30,7 +30,7 @@ from kdcache.sweep import Job, Watcher, plan_sweep, read_recipe, run_jobs
 from kdcache.teacher.build import manifest
 from kdcache.training import Interrupted, make_config, train
 from kdcache.training.run.metrics_log import Observer
-from kdcache.verbs import build
+from kdcache.verbs import build_parts
 from kdcache_cli.app import app, main
 from kdcache_cli.console import ERRORS, OUT
 from kdcache_cli.verbs.sweep import flags_of
@@ -372,7 +372,7 @@ def library_upgraded(patch: pytest.MonkeyPatch) -> None:
         return read(split, index) ^ np.uint8(1)
 
     patch.setattr(FileSplit, "image", image)
-    for module in (manifest, build):
+    for module in (manifest, build_parts):
         patch.setattr(module, "libraries", lambda: named | {"pillow": "99.1"})
 
 
