@@ -16,7 +16,7 @@ import torch
 from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.per_image import RMSE
-from kdcache.analysis.report.build import ReportOptions, make_report
+from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.sections import streams
 from kdcache.analysis.report.summary import headline
 from kdcache.analysis.runs import find_runs

@@ -8,9 +8,8 @@ import pytest
 
 from kdcache.analysis.comparison import Row, RunScore, alike, collapse, is_collapsed
 from kdcache.analysis.statistics import Spread
-from kdcache.metrics.confusion import Metrics
+from kdcache.metrics import Metrics, TaskMetrics
 from kdcache.metrics.cost import Cost
-from kdcache.metrics.evaluate import TaskMetrics
 
 ALONE = Metrics(("road", "car"), (0.75, 0.0), (1.0, 0.0), (75, 25), 0.375, 0.5, 0.75)
 RANDOM = Metrics(("road", "car"), (0.6, 0.15), (0.75, 0.25), (75, 25), 0.375, 0.5, 0.625)

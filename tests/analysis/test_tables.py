@@ -23,9 +23,8 @@ from kdcache.analysis.tables import (
     to_markdown,
     to_text,
 )
-from kdcache.metrics import Metrics
+from kdcache.metrics import Metrics, TaskMetrics
 from kdcache.metrics.cost import Cost, Latency
-from kdcache.metrics.evaluate import TaskMetrics
 
 NAMES = ("road", "car|bus", "never")
 LATENCY = Latency(15.234, 1.2, 15.1, 50, 10, "a CPU", 2)

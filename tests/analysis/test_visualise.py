@@ -23,7 +23,7 @@ from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
-from kdcache.metrics.confusion import ConfusionMatrix
+from kdcache.metrics import ConfusionMatrix
 from kdcache.metrics.figures import (
     VOID_RGB,
     WRONG_RGB,

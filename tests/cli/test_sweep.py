@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kdcache.models.weights import read_state_dict
+from kdcache.models import read_state_dict
 from kdcache.store import open_cache
 from kdcache.store.format.flags import unpack_flags
 from kdcache.sweep import Job

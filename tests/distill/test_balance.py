@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kdcache.distill.balance import FixedBalance, UncertaintyBalance
+from kdcache.distill import FixedBalance, UncertaintyBalance
 from kdcache.errors import RecipeError
 
 FORMS = {"segmentation": "classes", "depth": "absolute", "height": "squared"}

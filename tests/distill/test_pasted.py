@@ -11,8 +11,7 @@ from target_oracle import LABEL, VIEW, Format, dense_target, inputs, kl_pixels, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
-from kdcache.distill.counts import Counts
+from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
 from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.terms import TermSetup
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 import kdcache
-from kdcache.data.folds import parse_fold
+from kdcache.data import parse_fold
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from kdcache.data import ClassList, Split, open_split
 from kdcache.errors import DataError
-from kdcache.metrics import DepthMetrics, DepthRange, TaskMetrics, evaluate_model, evaluate_tasks
-from kdcache.metrics.tables import depth_figure, metrics_markdown
+from kdcache.metrics import DepthMetrics, DepthRange, TaskMetrics, evaluate_model, evaluate_tasks, metrics_markdown
+from kdcache.metrics.tables import depth_figure
 from kdcache.models import SegmentationModel, build_model
 from kdcache.settings.shared import DepthSettings
 

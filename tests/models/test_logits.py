@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.models import AsLogits, build_model, state_digest
+from kdcache.models import AsLogits, WrappedModel, build_model, state_digest
 from kdcache.models.export import export_model
-from kdcache.models.foreign.wrapped import WrappedModel
 from kdcache.models.logits import as_logits
 from kdcache.models.run import open_model
 from kdcache.run_folder import Run, split_outputs

@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcache.models import AsLogits, ClassMapped, EnsembleModel, NotLogits, build_model, not_logits
-from kdcache.models.foreign.wrapped import WrappedModel
-from kdcache.models.native import SegmentationModel
+from kdcache.models import (
+    AsLogits,
+    ClassMapped,
+    EnsembleModel,
+    NotLogits,
+    SegmentationModel,
+    WrappedModel,
+    build_model,
+    not_logits,
+)
 
 C = 5
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import ModelError
-from kdcache.models.trust import check_trusted, trusting
+from kdcache.models import trusting
+from kdcache.models.trust import check_trusted
 
 WHERE = "runs/x/model.json"
 

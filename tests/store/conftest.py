@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.store import Manifest, open_writer
+from kdcache.store import Fidelity, Fingerprint, Manifest, open_writer
 from kdcache.store.backend.durable import file_digest
 from kdcache.store.format.eight_bits import FeatureFidelity
-from kdcache.store.format.manifest_models import Build, Dataset, Drawn, Feature, Fidelity, Head, Statistic, View
+from kdcache.store.format.manifest_models import Build, Dataset, Drawn, Feature, Head, Statistic, View
 from kdcache.store.format.schema import record_arrays
-from kdcache.store.format.teacher_models import Augmented, Fingerprint, Member, Training
+from kdcache.store.format.teacher_models import Augmented, Member, Training
 
 MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 Arrays = dict[str, np.ndarray[Any, Any]]

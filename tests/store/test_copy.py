@@ -17,6 +17,7 @@ from kdcache.data import ClassList, Split
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, StoreError
 from kdcache.store import (
     CopyChanges,
+    Manifest,
     Worker,
     copy_store,
     inspect_store,
@@ -25,7 +26,6 @@ from kdcache.store import (
     spread_samples,
     verify_files,
 )
-from kdcache.store.format.manifest import Manifest
 from kdcache.store.subset import ids_digest
 
 CODECS = ("default", "small", "none")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numcodecs import zstd
 
+from kdcache.store import Manifest
 from kdcache.store.backend.local import Folder
-from kdcache.store.format.manifest import Manifest
 from kdcache.store.sample_ids import SampleIds, read_ids
 
 COUNT = 2**18

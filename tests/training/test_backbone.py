@@ -16,11 +16,10 @@ from kdcache.analysis.compare import compare
 from kdcache.analysis.predict import predict_images
 from kdcache.data import ClassList, open_split
 from kdcache.errors import DataError, KDCacheError, ModelError, RecipeError
-from kdcache.metrics.evaluate import evaluate_tasks
-from kdcache.models import build_model
+from kdcache.metrics import evaluate_tasks
+from kdcache.models import build_model, trusting
 from kdcache.models.export import export_model
 from kdcache.models.run import load_run
-from kdcache.models.trust import trusting
 from kdcache.run_folder import Run
 from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache

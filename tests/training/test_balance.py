@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdcache.distill import StreamLoss
-from kdcache.distill.batch import SEGMENTATION
+from kdcache.distill import SEGMENTATION, StreamLoss
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.heads import DEPTH
 from kdcache.training import Observer, make_config, train

@@ -12,7 +12,7 @@ import torch
 
 from kdcache.data import write_scenes
 from kdcache.errors import DataError
-from kdcache.models.weights import read_state_dict
+from kdcache.models import read_state_dict
 from kdcache.training import Observer, make_config, train
 from kdcache.training.api import make_trainer
 from kdcache.training.distributed import World

@@ -30,8 +30,8 @@ from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.teacher import load_teacher
-from kdcache.training import read_config
-from kdcache.training.distributed import World, pick_device
+from kdcache.training import pick_device, read_config
+from kdcache.training.distributed import World
 from kdcache.training.step.compiled import choose_step
 from tests.training.test_tokens import Backbone
 

@@ -18,9 +18,7 @@ from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.run_folder import Run
 from kdcache.store import Records, open_cache
-from kdcache.training import CacheDataset, make_config, read_config, train
-from kdcache.training.input.dataset import LabelledDataset
-from kdcache.training.run.metrics_log import Observer
+from kdcache.training import CacheDataset, LabelledDataset, Observer, make_config, read_config, train
 from kdcache.training.run.sample_panels import sample_panels
 
 SQUARE = (32, 32)

@@ -16,13 +16,12 @@ from kdcache.data import open_split
 from kdcache.distill import DistillLoss, StreamBatch, StreamLoss
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.models import build_model
-from kdcache.training import Observer, make_config, train
+from kdcache.training import Interrupted, Observer, make_config, train
 from kdcache.training.api import make_trainer
 from kdcache.training.criterion import label_counts
 from kdcache.training.distributed import World
 from kdcache.training.input.loader import next_batch
 from kdcache.training.input.streams import feed_streams
-from kdcache.training.interrupt import Interrupted
 from kdcache.training.trainer import Trainer
 
 GAME = "scenes:32x48,train=6,val=3"

@@ -15,10 +15,8 @@ from torch.nn import functional as F
 from kdcache.data import ClassList, open_split
 from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
-from kdcache.training import CacheDataset, make_config, pseudo_labels, train
-from kdcache.training.config import TrainConfig
+from kdcache.training import CacheDataset, LabelledDataset, TrainConfig, make_config, pseudo_labels, train
 from kdcache.training.criterion import label_counts
-from kdcache.training.input.dataset import LabelledDataset
 from kdcache.training.pseudo_labels import collapse_note, effective_classes, pseudo_notes
 
 

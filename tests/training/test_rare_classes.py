@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
-from kdcache.training import Observer, make_config, train
+from kdcache.training import Interrupted, Observer, make_config, train
 from kdcache.training.api import make_trainer
 from kdcache.training.distributed import World
-from kdcache.training.interrupt import Interrupted
 from kdcache.training.trainer import Trainer
 
 SCENES = "scenes:32x48,train=6,val=3"

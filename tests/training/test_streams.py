@@ -25,13 +25,11 @@ from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.models import build_model
 from kdcache.settings.recipe import settings_of
 from kdcache.store import open_cache
-from kdcache.training import CacheDataset, LabelledDataset, Observer, make_config, train
+from kdcache.training import CacheDataset, Interrupted, LabelledDataset, Observer, TrainConfig, make_config, train
 from kdcache.training.api import make_trainer
-from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
 from kdcache.training.input.loader import Draws
 from kdcache.training.input.streams import stream_seed
-from kdcache.training.interrupt import Interrupted
 from kdcache.training.sources import open_sources
 from kdcache.training.trainer import Trainer
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.training import Observer, make_config, train
-from kdcache.training.config import read_config
+from kdcache.training import Observer, make_config, read_config, train
 from kdcache.training.distributed import World
 from kdcache.training.run.monitor import Watch, measures_norms
 

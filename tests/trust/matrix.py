@@ -28,8 +28,7 @@ from kdcache.data.sample import Pixels
 from kdcache.errors import KDCacheError
 from kdcache.sweep import Job, Watcher, plan_sweep, read_recipe, run_jobs
 from kdcache.teacher.build import manifest
-from kdcache.training import Interrupted, make_config, train
-from kdcache.training.run.metrics_log import Observer
+from kdcache.training import Interrupted, Observer, make_config, train
 from kdcache.verbs import build_parts
 from kdcache_cli.app import app, main
 from kdcache_cli.console import ERRORS, OUT

@@ -17,8 +17,8 @@ from PIL import Image
 
 from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.per_image import MIOU
-from kdcache.analysis.report import ReportOptions, make_report
-from kdcache.analysis.report.page import page, write_report
+from kdcache.analysis.report import ReportOptions, make_report, write_report
+from kdcache.analysis.report.page import page
 from kdcache.analysis.report.samples import (
     RowPrediction,
     Sample,

@@ -24,9 +24,8 @@ from kdcache.analysis.report.summary import headline, ticks
 from kdcache.analysis.report.training import LITTLE, MUCH, judge, read_norms
 from kdcache.analysis.runs import Entry
 from kdcache.analysis.statistics import Difference, Interval, Resampled, Spread, adjust
-from kdcache.metrics.confusion import Metrics
+from kdcache.metrics import Metrics, TaskMetrics
 from kdcache.metrics.cost import Cost, Latency
-from kdcache.metrics.evaluate import TaskMetrics
 from kdcache.run_folder import Run
 
 CLASSES = ("road", "car", "sky")

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.data import check, open_split, write_scenes
-from kdcache.data.checks.check import CheckReport
+from kdcache.data import CheckReport, ClassList, SplitReport, check, open_split, write_scenes
 from kdcache.data.checks.next_step import next_step, suggested_size
 from kdcache.data.checks.sheet import TILE, overlay, write_sheet
-from kdcache.data.checks.split_report import SplitReport
-from kdcache.data.sample import ClassList
 from kdcache.errors import RecipeError
 
 

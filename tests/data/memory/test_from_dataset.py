@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from kdcache.data import list_splits, open_split
-from kdcache.data.memory import from_dataset
+from kdcache.data import from_dataset, list_splits, open_split
 from kdcache.errors import DataError, MismatchError
 from kdcache.models import build_model
 from kdcache.store import Records, open_cache

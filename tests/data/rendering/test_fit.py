@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdcache.data import Window, choose_fit, fitted_share, open_split, whole_window
-from kdcache.data.rendering.augment import draw_view
+from kdcache.data import Window, choose_fit, draw_view, fitted_share, open_split, whole_window
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))

@@ -13,7 +13,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
-from kdcache.data.tracing import Footprint, traced
+from kdcache.data import traced
+from kdcache.data.tracing import Footprint
 from kdcache.errors import DataError
 
 HEIGHT, WIDTH = 48, 72

@@ -14,7 +14,7 @@ from kdcache.errors import ModelError
 from kdcache.heads import CategoricalHead, RegressionHead
 from kdcache.metrics.cost import count_flops
 from kdcache.models import ClassMapped, build_model, list_models, load_weights
-from kdcache.models.added_heads.depth import split_depth
+from kdcache.models.added_heads import split_depth
 from kdcache.models.run import load_run, write_run_model, write_weights
 from kdcache.models.trust import check_trusted
 from kdcache.run_folder import RunModel

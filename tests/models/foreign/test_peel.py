@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import kdcache
 from kdcache.data import from_dataset
+from kdcache.models import WrappedModel
 from kdcache.models.foreign.peel import whole_answers
-from kdcache.models.foreign.wrapped import WrappedModel
 from kdcache.teacher import load_teacher
 
 

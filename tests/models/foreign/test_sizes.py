@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.models.foreign.wrapped import WrappedModel
+from kdcache.models import WrappedModel
 from kdcache.teacher import Teacher
 from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.forward import teach

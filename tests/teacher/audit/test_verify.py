@@ -14,8 +14,7 @@ from kdcache.errors import KDCacheError, MismatchError, ModelError
 from kdcache.metrics import evaluate_model
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Records, open_cache
-from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teacher, score_cache
-from kdcache.teacher.audit.verify import Agreement
+from kdcache.teacher import Agreement, Teacher, build_cache, compare_teacher, load_teacher, score_cache
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,7 @@ import torch
 from kdcache.data import open_split
 from kdcache.errors import KDCacheError
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
-from kdcache.store import Cache, open_cache, summarise
-from kdcache.store.writer import StoreWriter
+from kdcache.store import Cache, StoreWriter, open_cache, summarise
 from kdcache.teacher import Teacher, TeacherProbe, build_cache
 from kdcache.teacher.build import trial_store
 from kdcache.teacher.build.cost_estimate import Cost, Estimate, Setting, estimate, student_seconds

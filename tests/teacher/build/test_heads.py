@@ -26,11 +26,17 @@ from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
 from kdcache.sharing.rebuild import build_command
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
-from kdcache.teacher import build_cache, compare_teacher, load_like, load_teachers, score_cache
+from kdcache.teacher import (
+    TeacherProbe,
+    build_cache,
+    compare_teacher,
+    load_like,
+    load_teachers,
+    options_of,
+    plan_manifest,
+    score_cache,
+)
 from kdcache.teacher.build.cost_estimate import estimate
-from kdcache.teacher.build.manifest import plan_manifest
-from kdcache.teacher.build.probe import TeacherProbe
-from kdcache.teacher.build.reuse import options_of
 from kdcache.teacher.load.fingerprint import fingerprint
 
 SIZE = (32, 48)

@@ -9,9 +9,8 @@ from torch import Tensor
 from kdcache.data import folds_of
 from kdcache.errors import ModelError
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel, Tta
-from kdcache.teacher import Teacher, TeacherProbe
+from kdcache.teacher import Teacher, TeacherProbe, plan_manifest
 from kdcache.teacher.build.fidelity import measure_fidelity
-from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.render import render_batches, render_records
 
 

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from kdcache.data import Window, open_split, render
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Records, open_cache
-from kdcache.teacher import Teacher, TeacherProbe, build_cache, copied_fidelity
+from kdcache.teacher import Teacher, TeacherProbe, build_cache, copied_fidelity, plan_manifest
 from kdcache.teacher.audit.audit import audit_cache
 from kdcache.teacher.audit.pseudo_labels import Rule, export_pseudo_labels
 from kdcache.teacher.audit.topk_error import gradient_errors
 from kdcache.teacher.build.fidelity import measure_fidelity
-from kdcache.teacher.build.manifest import plan_manifest
 
 CLASSES = 40
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from kdcache.errors import CorruptError
+from kdcache.training import CacheDataset
 from kdcache.training.input import shard_prefetch
-from kdcache.training.input.cache_dataset import CacheDataset
 from kdcache.training.input.sampler import Steps, epoch_order
 from kdcache.training.input.shard_prefetch import Ahead, check_room, reads_ahead
 
