@@ -41,6 +41,7 @@ def probe(x):
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Import a module of a copy of the CPU kernels, anew at every call, as a new process would."""
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     monkeypatch.syspath_prepend(tmp_path)
     package = tmp_path / COPY
     shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))

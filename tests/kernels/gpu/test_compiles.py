@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
+from compile_cache import compile_cache
 from triton_cases import make_problem
 
 from kdcache_kernels.gpu import cells, tiles
@@ -55,10 +56,13 @@ print(json.dumps({name: len(keys) for name, keys in kernels.items()}))
 """
 
 
-def compile_in_a_process(*words: str, folder: Path) -> str:
-    """What a program prints; TRITON_INTERPRET is set in this process. A warning is an error there too."""
+def compile_in_a_process(*words: str) -> str:
+    """What a program prints; TRITON_INTERPRET is set in this process. A warning is an error there too.
+
+    Compiled kernels stay on the disk, and Triton compiles those anew whose source changed.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(folder), "PYTHONWARNINGS": "error"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(compile_cache() / "triton"), "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -67,12 +71,12 @@ def compile_in_a_process(*words: str, folder: Path) -> str:
 @pytest.mark.slow  # a minute or two each: what tiles becomes is long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("target", "calls"), [("90", "--compile-only"), ("gfx942", "--brief")])
-def test_every_kernel_compiles(target, calls, tmp_path):
+def test_every_kernel_compiles(target, calls):
     """For one GPU of NVIDIA, in all variants, and for one of AMD.
 
     On sm_90 a kernel of the loss may start before the one before has ended. Its machine code waits first.
     """
-    output = compile_in_a_process(str(BENCHMARKS / "sass.py"), calls, "--capability", target, folder=tmp_path)
+    output = compile_in_a_process(str(BENCHMARKS / "sass.py"), calls, "--capability", target)
     assert f"{target}: compiled" in output
     if target == "90":
         assert int(re.search(r"sm_90: (\d+) wait first", output)[1]) > 10
@@ -80,20 +84,20 @@ def test_every_kernel_compiles(target, calls, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_largest_kernel_compiles_for_every_generation(tmp_path):
+def test_the_largest_kernel_compiles_for_every_generation():
     """NVIDIA's generations around the one whose kernels are all compiled, and another of AMD's with 64 lanes.
 
     Without shared memory: its lanes are threads in every block, so no value waits for another thread.
     """
     targets = ["75", "80", "89", "100", "120", "gfx90a"]
-    lines = compile_in_a_process("-c", LARGEST, str(BENCHMARKS), *targets, folder=tmp_path).splitlines()
+    lines = compile_in_a_process("-c", LARGEST, str(BENCHMARKS), *targets).splitlines()
     assert [line.split()[0] for line in lines] == targets
     assert all("tiles_kernel:0" in line.split() for line in lines)
 
 
-def test_a_step_of_another_size_compiles_nothing_anew(tmp_path):
+def test_a_step_of_another_size_compiles_nothing_anew():
     """By Triton's own cache keys. Of pixels and prepare there is one for sizes that 16 divides and one for others."""
-    counts = json.loads(compile_in_a_process("-c", COUNT, str(BENCHMARKS), folder=tmp_path))
+    counts = json.loads(compile_in_a_process("-c", COUNT, str(BENCHMARKS)))
     assert counts.pop("prepare_kernel") <= 8
     assert counts.pop("pixels_kernel") <= 2
     assert counts.pop("geometry_kernel") == 2  # with stride 1, no range is guarded
