@@ -93,8 +93,8 @@ def test_the_table_of_few_labels_is_of_the_test_split(labels: str) -> None:
 
 
 def test_the_table_of_methods_is_of_the_test_split() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    table = page.partition("| labels | plain, Seq05VD |")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    table = page.partition("| labels | labels only, Seq05VD |")[2].partition("\n\n")[0]
     rows = [line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:]]
     arms = [(drive, arm) for drive in ("Seq05VD", "0001TP") for arm in ("plain", "distilled")]
     expected = [[_shown(score(arm, drive, kept)) for drive, arm in arms] for kept in ("46", "92", "all", "apart")]

@@ -29,7 +29,7 @@ USER_PAGES = [page for page in TEXTS if not page.startswith("docs/dev/")]
 
 FRONT = ("README.md", "docs/index.md")
 BENCHMARKS = "docs/benchmarks.md"
-METHODS = ("docs/methods.md",)
+STUDIES = ("docs/studies.md",)
 
 
 def rival(row: int, name: str, what: str) -> Callable[[Any], float]:
@@ -66,7 +66,7 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         (*FRONT, BENCHMARKS),
     ),
     *(
-        ("study-cpu.json", lambda d, stage=stage, arm=arm: d["summary"][stage][arm]["mean"], text, METHODS)
+        ("study-cpu.json", lambda d, stage=stage, arm=arm: d["summary"][stage][arm]["mean"], text, STUDIES)
         for stage, arm, text in (
             ("E2", "lite0-large", "49.3"),
             ("E4", "plain, all labels", "36.8"),
@@ -83,7 +83,7 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         )
     ),
     *(
-        ("study-cpu.json", apart(arm, over, end), text, METHODS)
+        ("study-cpu.json", apart(arm, over, end), text, STUDIES)
         for arm, over, texts in (
             ("E4 distilled, 46-a", "E4 plain, 46-a", {"mean": "12.9", "low": "8.0", "high": "17.9"}),
             ("E4 distilled, 46-b", "E4 plain, 46-b", {"mean": "2.3", "low": "0.7", "high": "3.9"}),
@@ -94,7 +94,7 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         for end, text in texts.items()
     ),
     *(
-        ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, (*FRONT, *METHODS))
+        ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, (*FRONT, *STUDIES))
         for end, text in (("mean", "0.03"), ("low", "1.13"), ("high", "1.19"))
     ),
     ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", (*FRONT, BENCHMARKS, "docs/kernels.md")),

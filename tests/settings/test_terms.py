@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ def test_a_term_has_a_module_a_test_and_a_heading(kind: str) -> None:
     assert term_modules()[kind].kind == kind
     tests = (path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "distill").glob("test_*.py"))
     assert any(f'"{kind}"' in text for text in tests)
-    assert f"\n| `{kind}` |" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"\n| `{kind}` |" in page
+    section = page.partition(f"\n### `{kind}`\n")[2]
+    assert 0 < len(re.split(r"\n##+ ", section)[0].split()) <= 250
 
 
 def test_every_module_has_settings() -> None:

@@ -22,7 +22,7 @@ ADVICE = (
     "[dim]Before you pay: with few labels a store of all images helped most on CamVid (46 labels, a teacher that began "
     "from ImageNet: 2 to 13 points of mIoU over these labels alone). With a label on every image it gained less than "
     "seeds differ, while --lr of the student alone was worth 7 points: tune that first, then compare one store with "
-    "its control (docs/methods.md).[/]"
+    "its control (docs/compare.md).[/]"
 )
 
 
