@@ -14,6 +14,7 @@ Names are imported when they are first used, so that `import kdcache` is quick a
 """
 
 from importlib import import_module
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,7 +91,13 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(_HOMES[name]), name)
+    if isfunction(found):
+        from kdcache.calls import called_from_python
+
+        found = called_from_python(found, name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -31,6 +31,7 @@ PICKLE_ERRORS = {"UnpicklingError", "PickleError"}  # which torch raises: to nam
 
 KERNELS, CLI = "kdcache_kernels", "kdcache_cli"
 ALLOWED = {
+    "calls": {"errors", "settings"},
     "bounded": set[str](),
     "errors": set[str](),
     "model_table": set[str](),
@@ -77,6 +78,7 @@ ALLOWED = {
     },
     "bench": {"data", "models", "store", "distill", "metrics", "training", "errors", "files", KERNELS},
     "verbs": {
+        "calls",
         *("heads", "data", "models", "store", "metrics", "teacher", "training", "analysis"),
         *("errors", "run_folder", "run_samples", "settings", "sharing", "progress", "display"),
     },

@@ -13,7 +13,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
-from kdcache.settings.validate import flags_in_errors
 from kdcache_cli.console import ERRORS, data_warnings
 from kdcache_cli.help import Verb, text
 from kdcache_cli.parse_errors import parse_errors
@@ -162,7 +161,7 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     ERRORS.quiet = "--quiet" in arguments
     try:
-        with one_voice(), _trusting("--trust" in arguments), data_warnings(), flags_in_errors():
+        with one_voice(), _trusting("--trust" in arguments), data_warnings():
             app(args=words, prog_name="kdcache")
     except Exception as error:
         if debug:

@@ -6,15 +6,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from annotated_types import Ge, Le
 
 from kdcache.errors import RecipeError, suggest
 from kdcache.settings.removed import FLAGS, SETTINGS, VERBS, removal
+from kdcache.settings.setting import describe_values
 
 _UsageError: Any = typer.BadParameter.__base__
 """The base of all that the parser refuses; Typer exports this one of its kinds."""
 
 
 _NO_COMMAND = re.compile("No such command '([^']*)'")
+_EXTRA = re.compile(r"Got unexpected extra argument(?:s|\(s\))? \((.*)\)")
 _ANYWHERE = ("--quiet", "--debug", "--trust")
 
 
@@ -48,14 +51,28 @@ def _explained(error: Any, verb: str) -> RecipeError:
     if kind == "MissingParameter":
         return RecipeError(f"Missing {_name(error.param)}", fix=f"Add it. {shown}")
     if kind == "BadParameter" and error.param is not None:
-        values = [str(each["input"]) for each in getattr(error.__cause__, "errors", list)()]
-        given = " ".join([_name(error.param), *values])
-        return RecipeError(f"Invalid value of {given}: {error.message}", fix=f"Correct it. {shown}")
+        values = [repr(each["input"]) for each in getattr(error.__cause__, "errors", list)()]
+        problem = ", ".join(values) or error.message.rstrip(".")
+        fix = f"Give {_values_of(error.param)}." if values else "Correct it."
+        return RecipeError(f"Invalid value of {_name(error.param)}: {problem}", fix=f"{fix} {shown}")
+    if kind == "BadOptionUsage":
+        flag = error.option_name
+        if "requires" not in error.message:
+            return RecipeError(f"{flag} takes no value", fix=f"Write {flag} alone. {shown}")
+        return RecipeError(f"Missing value of {flag}", fix=f"Add it after {flag}. {shown}")
     if word := _NO_COMMAND.match(error.message):
         gone = removal(f"{verb} {word[1]}".removeprefix("kdcache "), VERBS)
         verbs = error.ctx.command.list_commands(error.ctx)
         return gone or RecipeError(f"Unknown command {word[1]}", fix=suggest(word[1], verbs, f"Correct it. {shown}"))
+    if extra := _EXTRA.match(error.message):
+        return RecipeError(f"Unexpected argument {extra[1]}", fix=f"Leave it out, or quote it. {shown}")
     return RecipeError(f"Cannot run {verb}: {error.format_message().rstrip('.')}", fix=f"Correct it. {shown}")
+
+
+def _values_of(parameter: Any) -> str:
+    """The values that a flag or an argument takes, in words."""
+    ends = ((Ge, parameter.min), (Le, parameter.max))
+    return describe_values(parameter.type_descriptor.annotation, [mark(end) for mark, end in ends if end is not None])
 
 
 def _name(parameter: Any) -> str:

@@ -62,6 +62,8 @@ def find_images(paths: Sequence[str]) -> list[Input]:
         images whose results would have one name.
     """
     images: dict[str, Input] = {}
+    if not paths:
+        raise DataError("Nothing to predict: no image was given", fix="Give files, folders or patterns.")
     for text in paths:
         for image in _matches(text):
             other = images.setdefault(image.name, image)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX, Split
 from kdcache.display import html_table
-from kdcache.errors import DataError
+from kdcache.errors import DataError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
+from kdcache.settings.parse import Count
 from kdcache.settings.shared import DepthSettings, JudgeSettings
 
 Progress = Callable[[int, int], None]
@@ -55,12 +56,12 @@ class TaskMetrics:
 def evaluate_model(
     model: SegmentationModel,
     split: Split,
-    size: tuple[int, int],
+    size: tuple[Count, Count],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = JudgeSettings.batch_size,
+    batch_size: Count = JudgeSettings.batch_size,
     at_size: bool = False,
-    threads: int = 2,
+    threads: Count = 2,
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
@@ -73,8 +74,12 @@ def evaluate_model(
         size: (H, W) the model sees.
         framing: how it sees an image of another shape, or in windows; default squashed to `size`.
         progress: called with (images done, images).
-    Raises: DataError when nothing is labelled or an image cannot be read.
+    Raises: DataError when nothing is labelled or an image cannot be read. RecipeError for an unknown device.
     """
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"Unknown --device {device!r}", fix="Use cpu or cuda.") from error
     ids, counts = list[str](), list[Tensor]()
 
     def count_image(prediction: Predicted, own: Tensor) -> None:

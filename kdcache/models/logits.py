@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, suggest
 from kdcache.heads import SEGMENTATION, CategoricalHead
 from kdcache.models.added_heads.wrapper import Wrapper
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.run_folder import OUTPUTS
 
 _LEAST, _MOST = 1e-12, 1 - 2**-24  # the largest float32 below 1
 
@@ -60,8 +61,13 @@ def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) 
 def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None = None) -> SegmentationModel:
     """A model whose outputs are of a kind, and whose one logit stands for two classes if `classes` is 2.
 
-    Raises: ModelError for a kind of outputs of a model without a head of classes.
+    Raises: ModelError for an unknown kind of outputs, and for a model without a head of classes.
     """
+    if outputs not in (None, *OUTPUTS):
+        raise ModelError(
+            f"Unknown outputs {outputs!r} of {model.spec}",
+            fix=suggest(str(outputs), OUTPUTS, f"Use one of {', '.join(OUTPUTS)}."),
+        )
     if outputs is not None and SEGMENTATION not in model.head_kinds:
         raise ModelError(
             f"Cannot use outputs={outputs}: {model.spec} has no head {SEGMENTATION}, only "

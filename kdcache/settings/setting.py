@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from os import PathLike
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -162,7 +164,10 @@ def choices(kind: Any) -> tuple[str, ...] | None:
     return get_args(kind) if get_origin(kind) is Literal else None
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_KINDS: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
+    **{Path: "a path", PathLike: "a path"},
+}
 
 
 def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
@@ -177,12 +182,18 @@ def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join(describe_values(part, bounds) for part in get_args(kind) if part is not NoneType)
+        *others, last = [describe_values(part, bounds) for part in get_args(kind) if part is not NoneType]
+        return f"{', '.join(others)} or {last}" if others else last
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         inner = describe_values(parts[0], ())
         return f"a list, each {inner}" if parts[-1] is ... else f"{len(parts)} values, each {inner}"
-    return f"{_KINDS.get(kind, 'a value')}{_range(bounds)}"
+    if get_origin(kind) is Callable:
+        return "a function"
+    if get_args(kind) and issubclass(get_origin(kind), Iterable):
+        return f"a list, each {describe_values(get_args(kind)[0], ())}"
+    home = get_origin(kind) or kind
+    return f"{_KINDS.get(home) or (f'a {home.__name__}' if isinstance(home, type) else 'a value')}{_range(bounds)}"
 
 
 def _range(bounds: Sequence[Any]) -> str:

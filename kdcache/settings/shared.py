@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from kdcache.settings.parse import Bytes, Count, Size
+from kdcache.settings.parse import Bytes, Count, Positive, Size
 from kdcache.settings.setting import REQUIRED, setting
 
 DATA = "Data"
@@ -93,8 +93,8 @@ class JudgeSettings:
 class DepthSettings:
     """Which pixels of a label of depth are judged."""
 
-    min_depth: float = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
-    max_depth: float | None = setting(
+    min_depth: Positive = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
+    max_depth: Positive | None = setting(
         None,
         "Ignore deeper labels and clip predictions (default: the model's maximum, or 80).",
         metavar="METRES",

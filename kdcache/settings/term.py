@@ -88,7 +88,7 @@ class LossTerm:
         for option, entry in entries_of(type(self)).items():
             value = getattr(self, option)
             if value is not getattr(type(self), option):  # True is equal to 1.0
-                read_value(entry, value, Wording(f"{{name}} of {self.kind}", "{name}={value}", ""), strict=True)
+                read_value(entry, value, Wording(f"{{name}} of {self.kind}", "{name}={value}"), strict=True)
 
     @classmethod
     def options(cls) -> tuple[str, ...]:

@@ -1,8 +1,6 @@
 """The one validator of settings: flags, keys of recipes, keywords of Python, and options of terms."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -14,19 +12,16 @@ from kdcache.settings.setting import Entry, choices, describe_values, entries
 Table = TypeVar("Table")
 
 
+ALL_FLAGS = "--help-all lists all flags."
+"""Where all settings are listed."""
+
+
 @dataclass(frozen=True)
 class Wording:
-    """How errors write a setting.
-
-    Attributes:
-        name: pattern of the setting alone, with {flag} or {name}.
-        typed: pattern of the setting with its value.
-        others: where all settings are listed.
-    """
+    """How errors write a setting: patterns of its name alone, with {flag} or {name}, and with its value."""
 
     name: str
     typed: str
-    others: str
 
     def setting(self, name: str) -> str:
         """Return the setting without a value, for example --size."""
@@ -37,25 +32,7 @@ class Wording:
         return self.typed.format(name=name, flag=_flag(name), value=value)
 
 
-FLAGS = Wording("{flag}", "{flag} {value}", "Leave it out. --help-all lists all flags.")
-_TYPED: ContextVar[bool] = ContextVar("typed", default=False)
-
-
-@contextmanager
-def flags_in_errors() -> Iterator[None]:
-    """A context in which the errors of functions write settings as flags: somebody typed them."""
-    token = _TYPED.set(True)
-    try:
-        yield
-    finally:
-        _TYPED.reset(token)
-
-
-def wording_of(function: str) -> Wording:
-    """Return how errors of a function of kdcache write its settings: as keywords, and on the command line as flags."""
-    if _TYPED.get():
-        return FLAGS
-    return Wording("{name}=", "{name}={value!r}", f"Leave it out. help(kdcache.{function}) lists all.")
+FLAGS = Wording("{flag}", "{flag} {value}")
 
 
 def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLAGS) -> Table:
@@ -88,7 +65,7 @@ def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bo
     try:
         read = value if spelling is None or value is None else spelling.read(value)
         return None if read is None and entry.optional else _adapter(entry.hint).validate_python(read, strict=strict)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise _invalid(entry, value, wording) from error
 
 
@@ -98,16 +75,16 @@ def dump_values(values: Mapping[str, Any], *tables: type) -> dict[str, Any]:
     return {name: _adapter(table[name].hint).dump_python(value, mode="json") for name, value in values.items()}
 
 
-def check_names(given: Collection[str], names: Collection[str], wording: Wording = FLAGS) -> None:
+def check_names(given: Collection[str], names: Collection[str]) -> None:
     """Check that settings have known names. Raises: RecipeError with the replacement, or the nearest name."""
     for name in given:
         if name in names:
             continue
-        if (gone := removal(wording.setting(name), SETTINGS)) is not None:
+        if (gone := removal(_flag(name), SETTINGS)) is not None:
             raise gone
         raise RecipeError(
-            f"Unknown setting {wording.setting(name)}",
-            fix=suggest(wording.setting(name), map(wording.setting, names), wording.others),
+            f"Unknown setting {_flag(name)}",
+            fix=suggest(_flag(name), map(_flag, names), f"Leave it out. {ALL_FLAGS}"),
         )
 
 

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.heads import SEGMENTATION
@@ -102,7 +104,7 @@ def open_caches(
     locations: str | Path | Sequence[str | Path],
     *,
     cache_dir: str | Path | None = None,
-    cache_bytes: int | None = None,
+    cache_bytes: Annotated[int, Ge(1)] | None = None,
 ) -> Cache:
     """Open a cache, or join several.
 
@@ -115,6 +117,8 @@ def open_caches(
         together, with the first sample and view that differ.
     """
     texts = [str(locations)] if isinstance(locations, str | Path) else [str(location) for location in locations]
+    if not texts:
+        raise RecipeError("Nothing to open: no cache was given", fix="Give a cache, or several to join.")
     places = [_named(text) for text in texts]
     names = [name for name, _ in places]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
 
 from kdcache.data import inside_rectangle
 from kdcache.display import facts_table, line
@@ -326,7 +327,10 @@ class Cache:
 
 
 def open_cache(
-    location: str | Path | Place, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None
+    location: str | Path | Place,
+    *,
+    cache_dir: str | Path | None = None,
+    cache_bytes: Annotated[int, Ge(1)] | None = None,
 ) -> Cache:
     """Open a complete store.
 

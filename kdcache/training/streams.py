@@ -117,6 +117,8 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
 
     Raises: RecipeError for what is no table of a stream, and for names that are no names or occur twice.
     """
+    if not isinstance(values, list | tuple):
+        raise RecipeError(f"Invalid value of --stream: {values!r}", fix="Give a list of NAME,cache=CACHE,share=0.5")
     tables = list(map(parse_stream, values))
     names = [table.get("name") if isinstance(table, Mapping) else None for table in tables]
     for name, table in zip(names, tables, strict=True):

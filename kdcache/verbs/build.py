@@ -33,7 +33,7 @@ from kdcache.teacher import build_cache as build
 from kdcache.teacher.audit.verify import Score
 from kdcache.teacher.build.render import StoredViews
 from kdcache.verbs.build_parts import Note, Origin, check_source, check_views, plan_like, plan_reuse, prepare
-from kdcache.verbs.keywords import checked, keywords
+from kdcache.verbs.keywords import Data, checked, keywords
 
 if TYPE_CHECKING:
     from kdcache.teacher.build.ray_engine import Parts, RayEngine
@@ -62,7 +62,7 @@ class Built(BuildResult):
 
 @keywords(*TABLES)
 def build_cache(
-    data: str | Path | Split | None,
+    data: Data | None,
     teacher: Origin | Sequence[str],
     out: str | Path,
     *,

@@ -33,7 +33,7 @@ from kdcache.teacher.build.manifest import libraries
 from kdcache.teacher.build.render import LikeSplit, StoredViews
 from kdcache.teacher.load.ensemble import check_computable
 from kdcache.training import pick_device
-from kdcache.verbs.keywords import open_data
+from kdcache.verbs.keywords import Data, open_data
 
 if TYPE_CHECKING:
     pass
@@ -53,13 +53,13 @@ def check_views(settings: Mapping[str, Any]) -> None:
     """Refuse crops of whole images. Raises: RecipeError."""
     if settings.get("views") == "full" and settings.get("crop") is not None:
         raise RecipeError(
-            f"Cannot use crop {settings['crop']} with views full, the whole image",
-            fix="Leave the crop out, or give a number of views, for example 4.",
+            f"Cannot use --crop {_shown(settings['crop'])} with --views full: they are the whole images",
+            fix="Leave --crop out, or give a number of views, for example --views 4",
         )
 
 
 def prepare(
-    data: str | Path | Split,
+    data: Data,
     split: str | None,
     teacher: Origin | Sequence[str],
     settings: Mapping[str, Any],
@@ -71,7 +71,7 @@ def prepare(
 
 def plan_reuse(
     reuse: str | Path | Cache,
-    data: str | Path | Split,
+    data: Data,
     split: str | None,
     teacher: Origin | Sequence[str],
     given: Mapping[str, Any],
@@ -92,7 +92,7 @@ def plan_reuse(
     if fixed := [name for name in OF_REUSED if name in given]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
         raise RecipeError(
-            f"Cannot change {flags} with --from {reuse}: its targets do not fit",
+            f"Cannot change {flags} with --from {_place(reuse)}: its targets do not fit",
             fix="Leave these out, or leave --from out to compute all targets again.",
         )
     if given.get("threads"):
@@ -129,7 +129,7 @@ def plan_reuse(
 
 def plan_like(
     like: str | Path | Cache,
-    data: str | Path | Split | None,
+    data: Data | None,
     split: str | None,
     teacher: Origin | Sequence[str],
     settings: Mapping[str, Any],
@@ -181,14 +181,19 @@ def check_source(data: Any, reuse: Any, like: Any) -> None:
     """Check where the views of a build come from. Raises: RecipeError."""
     if reuse is not None and like is not None:
         raise RecipeError(
-            f"Use either --from {reuse} or --like {like}, not both",
+            f"Use either --from {_place(reuse)} or --like {_place(like)}, not both",
             fix="Use --from to keep the targets of the same teacher, or --like to repeat the views for another one.",
         )
     if data is None and like is None:
         raise RecipeError(
             "Missing --data",
-            fix="Add --data DIR, or --like CACHE to use the pixels that another cache stores.",
+            fix="Add --data DIR, or --like CACHE to use the pixels that another cache stores. In Python, "
+            "kdcache.from_dataset makes a split of your own data.",
         )
+
+
+def _place(cache: str | Path | Cache) -> str:
+    return str(cache.place if isinstance(cache, Cache) else cache)
 
 
 def _shown(value: Any) -> str:
@@ -256,7 +261,7 @@ def plan_build(
     if size is None:
         raise RecipeError(
             f"Missing --size: {loaded.origin} does not name the size of its images",
-            fix="Add --size HxW, for example --size 288x384 (in Python size=(288, 384)).",
+            fix="Add --size HxW, for example --size 288x384",
         )
     fit, reason = _fit(settings["fit"], source, size, out, loaded.fit)
     for text in (*loaded.notes, *([reason] if reason else [])):
@@ -331,4 +336,7 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
 
 
 def _origins(teacher: str | Path | Sequence[str]) -> list[str]:
-    return [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]
+    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]
+    if not origins:
+        raise RecipeError("Missing --teacher", fix="Give a run, SPEC@FILE or SPEC@default.")
+    return origins

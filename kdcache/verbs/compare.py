@@ -10,13 +10,12 @@ from kdcache.analysis.compare import CompareOptions
 from kdcache.analysis.compare import compare as compare_runs
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.stored_evaluations import EvalSettings
-from kdcache.data import Split
 from kdcache.progress import progress_of_steps
 from kdcache.run_folder import Run
 from kdcache.settings import read
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.training import pick_device
-from kdcache.verbs.keywords import checked, keywords, spec_of
+from kdcache.verbs.keywords import Data, checked, keywords, spec_of
 
 TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
 
@@ -25,7 +24,7 @@ TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineS
 def compare(
     runs: str | Path | Run | Sequence[str | Path | Run],
     *,
-    data: str | Path | Split | None = None,
+    data: Data | None = None,
     split: str | None = None,
     teacher: str | Path | Run | None = None,
     progress: bool = True,
@@ -53,7 +52,7 @@ def compare(
 
 
 def places_of(
-    runs: str | Path | Run | Sequence[str | Path | Run], data: str | Path | Split | None, split: str | None
+    runs: str | Path | Run | Sequence[str | Path | Run], data: Data | None, split: str | None
 ) -> tuple[list[str], str | None, str | None]:
     """The names of runs, and the spec and the split of the data they are compared on, None where not given."""
     texts = [str(runs)] if isinstance(runs, str | Path | Run) else [str(run) for run in runs]

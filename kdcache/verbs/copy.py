@@ -9,7 +9,8 @@ from kdcache.errors import RecipeError
 from kdcache.progress import progress_bar, progress_of
 from kdcache.settings import entries
 from kdcache.settings.building import BuildSettings
-from kdcache.settings.validate import read_value, wording_of
+from kdcache.settings.parse import Count
+from kdcache.settings.validate import read_value
 from kdcache.sharing import HubAddress, PushResult, hub_address, opened, push_store
 from kdcache.store import (
     Cache,
@@ -59,8 +60,8 @@ def copy(
     destination: str | Path,
     *,
     codec: str | None = None,
-    shard_records: int | None = None,
-    samples: int | None = None,
+    shard_records: Count | None = None,
+    samples: Count | None = None,
     features: str | Iterable[str] | None = None,
     feature_dtype: str | None = None,
     pixels: str | None = None,
@@ -92,13 +93,13 @@ def copy(
         progress: shows a bar, or lines where there is no terminal.
     Raises: KDCacheError of every kind.
     """
-    wording, choices = wording_of("copy"), entries(BuildSettings)
-    folder, room = copies_of(cache_dir, cache_bytes, "copy")
+    choices = entries(BuildSettings)
+    folder, room = copies_of(cache_dir, cache_bytes)
     address = hub_address(str(destination))
     _check(address, license, private, worker, take_over)
     part = worker_of(worker, take_over)
     chosen = {
-        name: None if value is None else read_value(choices[name], value, wording)
+        name: None if value is None else read_value(choices[name], value)
         for name, value in {"codec": codec, "feature_dtype": feature_dtype, "pixels": pixels}.items()
     }
     names = features.split(",") if isinstance(features, str) else features
@@ -133,16 +134,15 @@ def copy(
             )
         if not result.complete:
             return Copied(str(destination), cache.manifest, changes, part, result)
-        written = summarise(open_cache(place_of(destination, cache_dir, cache_bytes, "copy")))
+        written = summarise(open_cache(place_of(destination, cache_dir, cache_bytes)))
         sizes = written.bytes_on_disk, summarise(cache).bytes_on_disk
         return Copied(str(destination), cache.manifest, changes, part, result, None, *sizes)
 
 
 def _check(address: HubAddress | None, license: str | None, private: bool, worker: str | None, take_over: bool) -> None:
     """Refuse settings that belong to another kind of place. Raises: RecipeError."""
-    wording = wording_of("copy")
-    on_hub = {wording.setting("license"): license is not None, wording.setting("private"): private}
-    elsewhere = {wording.setting("worker"): worker is not None, wording.setting("take_over"): take_over}
+    on_hub = {"--license": license is not None, "--private": private}
+    elsewhere = {"--worker": worker is not None, "--take-over": take_over}
     wrong = [name for name, present in (on_hub if address is None else elsewhere).items() if present]
     if wrong:
         place = "to a folder or an object store" if address is None else "onto the Hub"

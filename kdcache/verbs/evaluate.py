@@ -53,15 +53,14 @@ from kdcache.models.run import open_model, split_spec
 from kdcache.progress import progress_bar, progress_of, warn
 from kdcache.run_folder import Run, RunModel
 from kdcache.run_samples import judging_notes
+from kdcache.settings import training
 from kdcache.settings.removed import VERBS, removal
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
-from kdcache.settings.training import Data
 from kdcache.teacher import Teacher, load_teacher
 from kdcache.verbs.compare import judging_of
-from kdcache.verbs.keywords import checked, keywords, open_data
+from kdcache.verbs.keywords import Data, checked, keywords, open_data
 
 TABLES = (ImageSettings, JudgeSettings, DepthSettings, MachineSettings)
-Place = str | Path | Split
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,7 +116,7 @@ class _Files:
 @keywords(*TABLES, but=("repeats",))
 def evaluate(
     model: str | Path | Run | nn.Module | Teacher,
-    data: Place | Sequence[Place],
+    data: Data | Sequence[Data],
     *,
     split: str | Sequence[str] | None = None,
     fold: str | None = None,
@@ -310,9 +309,11 @@ class _Judged:
         return written
 
 
-def _open(data: Place | Sequence[Place], split: str | Sequence[str] | None) -> list[Split]:
+def _open(data: Data | Sequence[Data], split: str | Sequence[str] | None) -> list[Split]:
     """The data sets, each with its split. Raises: RecipeError for another number of splits."""
     places = [data] if isinstance(data, str | Path | Split) else list(data)
+    if not places:
+        raise RecipeError("Missing --data", fix="Give a data set, or several.")
     splits = [split] if split is None or isinstance(split, str) else list(split)
     if len(splits) not in (1, len(places)):
         raise RecipeError(
@@ -320,7 +321,7 @@ def _open(data: Place | Sequence[Place], split: str | Sequence[str] | None) -> l
             fix="Give --split once for all data, or once for each --data, in the same order.",
         )
     return [
-        open_data(place, name if name is not None or isinstance(place, Split) else Data.val_split)
+        open_data(place, name if name is not None or isinstance(place, Split) else training.Data.val_split)
         for place, name in zip(places, splits * (len(places) // len(splits)), strict=True)
     ]
 

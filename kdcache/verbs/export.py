@@ -1,7 +1,9 @@
 """`kdcache.export`: a trained model as a file to deploy."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from kdcache.models.export import TOLERANCE, Exported, export_model
 from kdcache.run_folder import Run
@@ -18,7 +20,7 @@ def export(
     weights: str = JudgeSettings.weights,
     size: Any = None,
     classes: str | Path | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: Annotated[float, Ge(0)] = TOLERANCE,
 ) -> Exported:
     """Write a model for deployment and check it, as `kdcache export` does.
 
@@ -35,5 +37,5 @@ def export(
         tolerance: largest difference from the model, relative to its largest logit.
     Raises: KDCacheError of every kind.
     """
-    opened, description = open_model(model, size, weights, classes, "export")
+    opened, description = open_model(model, size, weights, classes)
     return export_model(opened, description, out, format=format, raw=raw, tolerance=tolerance)

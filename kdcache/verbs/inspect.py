@@ -13,6 +13,7 @@ from kdcache.store import Cache, Records, StoreSummary, inspect_store, open_cach
 from kdcache.store.backend.base import Place
 from kdcache.teacher.audit.figures import check_report_folder, write_report
 from kdcache.teacher.audit.store_audit import StoreAudit, audit_store
+from kdcache.verbs.keywords import Data
 from kdcache.verbs.places import place_of
 
 
@@ -28,7 +29,7 @@ def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, c
             f"Cannot inspect {cache}: it is a run, not a cache",
             fix="Add --card for its card. kdcache compare and report have its scores.",
         )
-    return inspect_store(place_of(cache, cache_dir, cache_bytes, "inspect"))
+    return inspect_store(place_of(cache, cache_dir, cache_bytes))
 
 
 def card(subject: str | Path | Cache | Run, *, cache_dir: str | Path | None = None, cache_bytes: Any = None) -> str:
@@ -40,7 +41,7 @@ def card(subject: str | Path | Cache | Run, *, cache_dir: str | Path | None = No
         return run_card(subject)
     if isinstance(subject, str | Path) and is_run(Path(subject)):
         return run_card(Run.open(subject))
-    return store_card(inspect_store(place_of(subject, cache_dir, cache_bytes, "card")))
+    return store_card(inspect_store(place_of(subject, cache_dir, cache_bytes)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Audited:
 def audit(
     cache: str | Path | Cache,
     *,
-    data: str | Path | Split | None = None,
+    data: Data | None = None,
     split: str | None = None,
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -70,7 +71,7 @@ def audit(
         cache_dir, cache_bytes: the folder for copies of a remote cache, and its room.
         progress: shows a bar, or lines where there is no terminal.
     """
-    place = place_of(cache, cache_dir, cache_bytes, "audit")
+    place = place_of(cache, cache_dir, cache_bytes)
     records = (
         Records(open_cache(place), data)
         if isinstance(data, Split)

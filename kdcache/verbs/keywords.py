@@ -3,14 +3,22 @@
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from kdcache.calls import Fix
 from kdcache.data import Split, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import Entry, entries, read_values
-from kdcache.settings.validate import check_names, wording_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Data = Annotated[
+    str | Path | Split,
+    Fix(
+        "Give a folder, a spec, or a split: kdcache.from_dataset(dataset, classes=[...]). Of a DataLoader, give its "
+        ".dataset."
+    ),
+]
+"""A data set, as a verb takes it."""
 
 
 def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], Function]:
@@ -50,24 +58,22 @@ def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: 
 
     Args:
         settings: values, typed or as one writes them on the command line.
-    Raises: RecipeError for the first that is no setting, or has a value that it does not take.
+    Raises: RecipeError for the first that has a value that it does not take.
     """
     table = entries(*tables)
     names = [one.name for one in signature(function).parameters.values() if one.name in table]
-    wording = wording_of(function.__name__)
-    check_names(settings, [*signature(function).parameters], wording)
     defaults = {name: None if table[name].required else table[name].default for name in names}
-    return defaults | read_values(settings, *tables, wording=wording)
+    return defaults | read_values(settings, *tables)
 
 
-def open_data(data: str | Path | Split, split: str | None, name: str = "data") -> Split:
+def open_data(data: Data, split: str | None) -> Split:
     """The split of a data set by its spec or folder; a split is taken as it is.
 
-    Raises: RecipeError for what is no data, and for another name than the split has; as `open_split`.
+    Raises: RecipeError for another name than the split has; as `open_split`.
     """
     if not isinstance(data, Split):
-        return open_split(_place(data, name), split or "train")
-    check_split(name, data.split, split)
+        return open_split(data, split or "train")
+    check_split("data", data.split, split)
     return data
 
 
@@ -80,13 +86,13 @@ def check_split(name: str, own: str, given: str | None) -> None:
         )
 
 
-def spec_of(data: str | Path | Split, name: str) -> tuple[str, str | None]:
+def spec_of(data: Data, name: str) -> tuple[str, str | None]:
     """(Spec, name of the split) by which a training opens data again; the name is None where data is a spec.
 
-    Raises: RecipeError for what is no data, and for a split that its spec does not name, such as a part of another one.
+    Raises: RecipeError for a split that its spec does not name, such as a part of another one.
     """
     if not isinstance(data, Split):
-        return _place(data, name), None
+        return str(data), None
     if open_split(data.data, data.split).digest() != data.digest():
         raise RecipeError(
             f"Cannot open {name} again by its name: it is only a part of {data.data}, split {data.split!r}",
@@ -94,15 +100,3 @@ def spec_of(data: str | Path | Split, name: str) -> tuple[str, str | None]:
             "classes)",
         )
     return data.data, data.split
-
-
-def _place(data: Any, name: str) -> str:
-    """The folder or spec of data. Raises: RecipeError for anything else, such as somebody's data set."""
-    if isinstance(data, str | Path):
-        return str(data)
-    kind = type(data)
-    raise RecipeError(
-        f"Cannot use a {kind.__module__}.{kind.__qualname__} as {name}",
-        fix="Give a folder, a spec, or a split: kdcache.from_dataset(dataset, classes=[...]). Of a DataLoader, give "
-        "its .dataset.",
-    )

@@ -11,7 +11,7 @@ from kdcache.progress import warn
 from kdcache.run_folder import Run, RunModel
 from kdcache.settings import entries
 from kdcache.settings.shared import ImageSettings, JudgeSettings
-from kdcache.settings.validate import read_value, wording_of
+from kdcache.settings.validate import read_value
 
 
 def open_model(
@@ -19,7 +19,6 @@ def open_model(
     size: object,
     weights: str,
     classes: str | Path | None,
-    verb: str,
     window: object = None,
 ) -> tuple[SegmentationModel, RunModel]:
     """Return a model and its description. Warn of what its file of weights lacks and of outputs that are no logits.
@@ -27,18 +26,15 @@ def open_model(
     Args:
         size, window: (H, W), or a text such as "288x384". A window is the size of SPEC@FILE without one.
         classes: folder with classes.txt, the class names of SPEC@FILE.
-        verb: name of the function, for errors.
     Raises: RecipeError for no model, no size, or classes of a run. ModelError, MismatchError.
     """
-    wording, text = wording_of(verb), str(model)
-    which = read_value(entries(JudgeSettings)["weights"], weights, wording)
+    text = str(model)
+    which = read_value(entries(JudgeSettings)["weights"], weights)
     named = None if classes is None else read_classes(Path(classes))
     alone = runs.split_spec(text) is not None
     if named is not None and not alone:
-        raise RecipeError(
-            f"Cannot give classes to the run {text}: it has its own", fix=f"Leave out {wording.setting('classes')}."
-        )
-    asked = read_value(entries(ImageSettings)["size"], size or (window if alone else None), wording)
+        raise RecipeError(f"Cannot give classes to the run {text}: it has its own", fix="Leave --classes out.")
+    asked = read_value(entries(ImageSettings)["size"], (window if alone else None) if size is None else size)
     opened, description = runs.open_model(text, named or unnamed_classes, asked, which)
     if named is not None:
         description.check_classes(named.names, str(classes))

@@ -7,27 +7,23 @@ import torch
 
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings
-from kdcache.settings.validate import read_value, wording_of
+from kdcache.settings.validate import read_value
 from kdcache.store import Cache
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
 from kdcache.training import pick_device
 
 
-def place_of(cache: str | Path | Cache, cache_dir: str | Path | None, cache_bytes: Any, verb: str) -> Place:
-    """Return the place of a cache, with the folder for copies of its files if it is remote.
-
-    Args:
-        verb: name of the function, for errors.
-    """
+def place_of(cache: str | Path | Cache, cache_dir: str | Path | None, cache_bytes: Any) -> Place:
+    """Return the place of a cache, with the folder for copies of its files if it is remote."""
     if isinstance(cache, Cache):
         return cache.place
-    return open_place(cache, *copies_of(cache_dir, cache_bytes, verb))
+    return open_place(cache, *copies_of(cache_dir, cache_bytes))
 
 
-def copies_of(cache_dir: str | Path | None, cache_bytes: Any, verb: str) -> tuple[Path | None, int | None]:
+def copies_of(cache_dir: str | Path | None, cache_bytes: Any) -> tuple[Path | None, int | None]:
     """Return the folder for copies of remote files, and its room in bytes. Raises: RecipeError for a wrong room."""
-    room = read_value(entries(CopySettings)["cache_bytes"], cache_bytes, wording_of(verb))
+    room = read_value(entries(CopySettings)["cache_bytes"], cache_bytes)
     return None if cache_dir is None else Path(cache_dir), room
 
 

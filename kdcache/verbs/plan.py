@@ -4,19 +4,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from torch import nn
 
-from kdcache.data import Split
 from kdcache.progress import progress_of_stages, say
 from kdcache.settings.building import BuildSettings, TeacherSettings
+from kdcache.settings.parse import Count
 from kdcache.settings.shared import ImageSettings, MachineSettings
 from kdcache.teacher import Teacher
 from kdcache.teacher.build import disk as disks
 from kdcache.teacher.build.cost_estimate import Estimate, estimate, student_seconds
 from kdcache.verbs.build_parts import check_views, plan_build
-from kdcache.verbs.keywords import checked, keywords, open_data
+from kdcache.verbs.keywords import Data, checked, keywords, open_data
 
 TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)
 
@@ -60,15 +61,15 @@ class Planned:
 
 @keywords(*TABLES)
 def plan(
-    data: str | Path | Split,
+    data: Data,
     teacher: str | Path | nn.Module | Teacher | Sequence[str],
     *,
     out: str | Path = ".",
     split: str | None = None,
     measure_disk: bool = False,
-    records: int = 16,
+    records: Annotated[int, Ge(8)] = 16,
     student: str | None = None,
-    epochs: int = 100,
+    epochs: Count = 100,
     progress: bool = True,
     **settings: Any,
 ) -> Planned:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from kdcache.analysis.predict import (
     DEPTH_COLOURS,
@@ -19,8 +21,9 @@ from kdcache.errors import RecipeError
 from kdcache.metrics import Framing
 from kdcache.progress import progress_bar, progress_of
 from kdcache.run_folder import Run
+from kdcache.settings.parse import Count
 from kdcache.settings.shared import ImageSettings, JudgeSettings, MachineSettings
-from kdcache.settings.validate import read, wording_of
+from kdcache.settings.validate import read
 from kdcache.verbs.open_model import open_model
 from kdcache.verbs.places import use_machine
 
@@ -52,8 +55,8 @@ def predict(
     window: Any = None,
     stride: Any = None,
     classes: str | Path | None = None,
-    batch_size: int = 4,
-    threads: int = MachineSettings.threads,
+    batch_size: Count = 4,
+    threads: Annotated[int, Ge(0)] = MachineSettings.threads,
     device: str = MachineSettings.device,
     progress: bool = True,
 ) -> Predicted:
@@ -72,18 +75,17 @@ def predict(
         progress: shows a bar, or lines where there is no terminal.
     Raises: KDCacheError of every kind.
     """
-    wording = wording_of("predict")
     seen = {"fit": fit, "window": window, "stride": stride, "size": size}
-    framed = read(ImageSettings, seen, wording), read(JudgeSettings, seen, wording)
+    framed = read(ImageSettings, seen), read(JudgeSettings, seen)
     Framing.of(*framed)  # what is wrong is refused before the model is read
     where = use_machine(threads, device)
     options = PredictOptions(depth_format or "png")
     inputs = find_images([str(images)] if isinstance(images, str | Path) else [str(one) for one in images])
-    opened, description = open_model(model, size, weights, classes, "predict", window)
+    opened, description = open_model(model, size, weights, classes, window)
     heads = opened.learnt_heads
     if depth_format is not None and DEPTH not in heads:
         raise RecipeError(
-            f"Cannot use {wording.setting('depth_format')}: {model} has no depth head, only {', '.join(heads)}",
+            f"Cannot use --depth-format: {model} has no depth head, only {', '.join(heads)}",
             fix="Leave it out, or give a model that predicts depth, such as one trained as MODEL+depth.",
         )
     named = ClassList(description.class_names, description.class_colours)

@@ -8,6 +8,7 @@ from kdcache.progress import progress_of_steps
 from kdcache.store import Cache, Records, open_cache
 from kdcache.teacher.audit.pseudo_labels import Exported, Rule
 from kdcache.teacher.audit.pseudo_labels import export_pseudo_labels as export
+from kdcache.verbs.keywords import Data
 from kdcache.verbs.places import place_of
 
 
@@ -18,7 +19,7 @@ def export_pseudo_labels(
     threshold: float | None = None,
     quantile: float | None = None,
     images: bool = False,
-    data: str | Path | Split | None = None,
+    data: Data | None = None,
     split: str | None = None,
     cache_dir: str | Path | None = None,
     cache_bytes: Any = None,
@@ -39,7 +40,7 @@ def export_pseudo_labels(
     Raises: KDCacheError of every kind.
     """
     rule = Rule(threshold, quantile)
-    place = place_of(cache, cache_dir, cache_bytes, "export_pseudo_labels")
+    place = place_of(cache, cache_dir, cache_bytes)
     records = (
         Records(open_cache(place), data)
         if isinstance(data, Split)

@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
+
+from annotated_types import Ge
 
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.build import SAMPLES
 from kdcache.analysis.visualise import Drawing
-from kdcache.data import Split
 from kdcache.errors import RecipeError, suggest
 from kdcache.metrics.figures import Layout, check_formats
 from kdcache.progress import progress_of_steps
 from kdcache.run_folder import Run
-from kdcache.settings.validate import wording_of
 from kdcache.verbs.compare import TABLES, options_of, places_of
-from kdcache.verbs.keywords import checked, keywords
+from kdcache.verbs.keywords import Data, checked, keywords
 
 
 @keywords(*TABLES)
@@ -23,11 +23,11 @@ def report(
     runs: str | Path | Run | Sequence[str | Path | Run],
     out: str | Path = "report.html",
     *,
-    data: str | Path | Split | None = None,
+    data: Data | None = None,
     split: str | None = None,
     teacher: str | Path | Run | None = None,
     title: str | None = None,
-    num: int | None = None,
+    num: Annotated[int, Ge(0)] | None = None,
     draw: str | Path | None = None,
     layout: str | None = None,
     format: str | None = None,
@@ -73,16 +73,14 @@ def report(
 
 def _drawing(draw: str | Path | None, num: int | None, layout: str | None, formats: str | None) -> Drawing | None:
     """Return the folder of pictures. Raises: RecipeError for settings of pictures without one, and for wrong ones."""
-    wording, given = wording_of("report"), {"layout": layout, "format": formats}
-    if draw is None and (unused := [wording.setting(name) for name, value in given.items() if value is not None]):
+    given = {"--layout": layout, "--format": formats}
+    if draw is None and (unused := [name for name, value in given.items() if value is not None]):
         raise RecipeError(
-            f"Cannot use {' and '.join(unused)} without {wording.setting('draw')}",
-            fix=f"Add {wording.given('draw', 'DIR')}, or leave these out.",
+            f"Cannot use {' and '.join(unused)} without --draw",
+            fix=f"Add --draw DIR, or leave {' and '.join(unused)} out.",
         )
     if layout not in (None, *get_args(Layout)):
-        raise RecipeError(
-            f"Unknown {wording.given('layout', layout)}", fix=suggest(str(layout), get_args(Layout), "Use grid or row.")
-        )
+        raise RecipeError(f"Unknown --layout {layout}", fix=suggest(str(layout), get_args(Layout), "Use grid or row."))
     if draw is None:
         return None
     names = [name.strip() for name in (formats or "png").split(",")]

@@ -1,13 +1,10 @@
 """`kdcache.train`: a training into a run folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import nn
-
-from kdcache.data import Split
+from kdcache.calls import Fix
 from kdcache.data.memory.opened import is_memory
-from kdcache.errors import RecipeError
 from kdcache.progress import progress_bar
 from kdcache.run_folder import Run
 from kdcache.settings.preset import read_preset
@@ -16,16 +13,22 @@ from kdcache.training import make_config, pick_device
 from kdcache.training import train as run_training
 from kdcache.training.distributed import default_workers
 from kdcache.training.run.training_progress import TrainingProgress
-from kdcache.verbs.keywords import check_split, keywords, spec_of
+from kdcache.verbs.keywords import Data, check_split, keywords, spec_of
 
-Data = str | Path | Split
+Model = Annotated[
+    str,
+    Fix(
+        "Give model='path/to/file.py:function', a function of num_classes that returns the module. Or train the module "
+        "in your own loop with DistillLoss (docs/loops.md)."
+    ),
+]
 
 
 @keywords(*TRAINING, but=("verb",))
 def train(
     out: str | Path,
     *,
-    model: str,
+    model: Model,
     data: Data | None = None,
     val: Data | None = None,
     preset: str | None = None,
@@ -48,19 +51,13 @@ def train(
         preset: settings of a training by a name, such as few-labels. `settings` win.
         resume: goes on from the last checkpoint.
         progress: shows a bar, or lines where there is no terminal.
-        settings: as the flags of the verbs, with their defaults: `help(kdcache.verbs.train)` lists them. Sizes are
+        settings: as the flags of the verbs, with their defaults: `help(kdcache.train)` lists them. Sizes are
             (H, W), or texts such as "288x384".
     Returns: the run: its folder, recipe, model and result.
     Raises: KDCacheError of every kind; Interrupted when the user stops it, and then `resume=True` goes on.
     """
-    if not isinstance(model, str):
-        kind = "a module" if isinstance(model, nn.Module) else type(model).__name__
-        raise RecipeError(
-            f"Cannot train {kind} as model: a run could not open it again",
-            fix="Give model='path/to/file.py:function', a function of num_classes that returns the module. Or train "
-            "the module in your own loop with DistillLoss (docs/loops.md).",
-        )
-    taught = settings.get("cache") is not None or any(map(_has_store, settings.get("stream") or ()))
+    streams = settings.get("stream")
+    taught = settings.get("cache") is not None or (isinstance(streams, list | tuple) and any(map(_has_store, streams)))
     verb = "train-student" if taught else "train-teacher"
     places = _places(data, val, settings)
     if not taught and val is None and data is not None and not is_memory(places["data"]):
@@ -76,9 +73,7 @@ def train(
     return Run.open(out)
 
 
-def _places(
-    data: str | Path | Split | None, val: str | Path | Split | None, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _places(data: Data | None, val: Data | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The specs of data and validation data, and the names of their splits where these come with them.
 
     Raises: RecipeError as `spec_of`, and for a split beside which another name is given.

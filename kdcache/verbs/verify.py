@@ -7,12 +7,13 @@ from typing import Any
 
 from kdcache.data import Changes, ClassList, Split
 from kdcache.progress import progress_bar, progress_of, warn
+from kdcache.settings.parse import Count
 from kdcache.settings.shared import MachineSettings
 from kdcache.store import Cache, Manifest, Records, VerifyReport, data_changes, open_cache, read_manifest, verify_files
 from kdcache.store.backend.base import Place
 from kdcache.teacher import Agreement, compare_teacher, load_like
 from kdcache.training import pick_device
-from kdcache.verbs.keywords import open_data
+from kdcache.verbs.keywords import Data, open_data
 from kdcache.verbs.places import place_of
 
 
@@ -44,9 +45,9 @@ def verify(
     cache: str | Path | Cache,
     *,
     teacher: str | Path | Sequence[str] | None = None,
-    records: int = 16,
+    records: Count = 16,
     seal: str | None = None,
-    data: str | Path | Split | None = None,
+    data: Data | None = None,
     split: str | None = None,
     class_map: str | Path | None = None,
     device: str = MachineSettings.device,
@@ -68,7 +69,7 @@ def verify(
         progress: shows a bar, or lines where there is no terminal.
     Raises: MismatchError for another seal, and KDCacheError of every kind.
     """
-    place = place_of(cache, cache_dir, cache_bytes, "verify")
+    place = place_of(cache, cache_dir, cache_bytes)
     with progress_bar(progress) as bar:
         files = verify_files(place, progress_of(bar, "checking files"), seal=seal)
     if files.damaged:
@@ -83,9 +84,7 @@ def verify(
     return Verified(place, files, manifest, changes, samples, name, agreement)
 
 
-def _compare_data(
-    place: Place, data: str | Path | Split, split: str | None, progress: bool
-) -> tuple[Changes, int, str]:
+def _compare_data(place: Place, data: Data, split: str | None, progress: bool) -> tuple[Changes, int, str]:
     """Return how a data set differs from the cache's, how many samples it has, and its name. Every file is read."""
     cache = open_cache(place)
     source = open_data(data, split or (None if isinstance(data, Split) else cache.manifest.dataset.split))
@@ -99,7 +98,7 @@ def _compare_teacher(
     manifest: Manifest,
     teacher: str | Path | Sequence[str],
     records: int,
-    data: str | Path | Split | None,
+    data: Data | None,
     split: str | None,
     class_map: str | Path | None,
     device: str,

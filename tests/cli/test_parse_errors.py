@@ -18,13 +18,19 @@ from kdcache_cli.app import main
         ("plan", "Missing --data", "Add it. See kdcache plan --help"),
         ("models --qiet", "Unknown flag --qiet", "Did you mean --quiet?"),
         ("report", "Missing RUN", "Add it. See kdcache report --help"),
-        ("plan --batch-size x", "Invalid value of --batch-size x: ", "Correct it. See kdcache plan --help"),
-        ("plan --batch-size", "Cannot run kdcache plan: Option '--batch-size' requires an argument", "Correct it."),
+        (
+            "plan --batch-size x",
+            "Invalid value of --batch-size: 'x'",
+            "Give a whole number from 1 on. See kdcache plan",
+        ),
+        ("plan --batch-size", "Missing value of --batch-size", "Add it after --batch-size. See kdcache"),
+        ("plan --records 3", "Invalid value of --records: '3'", "Give a whole number from 8 to 256. See kdcache"),
+        ("train-student --resume=3", "--resume takes no value", "Write --resume alone. See kdcache train-student"),
         ("reprot runs", "Unknown command reprot", "Did you mean report?"),
         ("data chek x", "Unknown command chek", "Did you mean check?"),
         ("data zzz", "Unknown command zzz", "Correct it. See kdcache data --help"),
         ("--zzz", "Unknown flag --zzz", "Leave it out. See kdcache --help"),
-        ("models a b", "Cannot run kdcache models: Got unexpected extra argument", "Correct it."),
+        ("models a b", "Unexpected argument b", "Leave it out, or quote it. See kdcache models"),
     ],
 )
 def test_what_the_parser_refuses_names_the_words_and_the_fix(

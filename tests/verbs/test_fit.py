@@ -109,9 +109,9 @@ def test_a_store_of_a_teacher_of_crops_is_cropped_where_others_are_padded(tmp_pa
         ({"fit": "stretch"}, "Give one of auto, squash, crop, pad, for example fit="),
         ({"window": 0}, "Invalid value of window=: 0"),
         ({"window": (0, 8)}, "Give HEIGHTxWIDTH in pixels"),
-        ({"window": (16, 16), "stride": (32, 8)}, "--stride 32x8 is larger than --window 16x16"),
-        ({"stride": (8, 8)}, "--stride 8x8 needs --window"),
-        ({"window": (32, 32)}, "--window 32x32 is larger than"),
+        ({"window": (16, 16), "stride": (32, 8)}, "stride='32x8' is larger than window='16x16'"),
+        ({"stride": (8, 8)}, "stride='8x8' needs window="),
+        ({"window": (32, 32)}, "window='32x32' is larger than"),
     ],
 )
 def test_what_makes_no_sense_is_refused(runs: Path, settings: dict[str, Any], rule: str) -> None:

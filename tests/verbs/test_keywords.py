@@ -58,7 +58,7 @@ def test_a_function_has_the_settings_of_its_verb_with_their_defaults(verb: str) 
 def test_no_default_is_written_twice() -> None:
     """Defaults of settings are in the tables alone: the functions' own parameters have none but None."""
     for function, tables in VERBS.values():
-        for name, default in (function.__kwdefaults__ or {}).items():
+        for name, default in (inspect.unwrap(function).__kwdefaults__ or {}).items():
             assert default is None or name not in entries(*tables), name
 
 

@@ -87,7 +87,7 @@ def test_a_cache_is_built_from_an_earlier_one(world: dict[str, Any], tmp_path: P
     reuse = kdcache.open_cache(place) if opened else place
     more = kdcache.build_cache(data, module, tmp_path / "more.zarr", reuse=reuse, views=3, progress=False)
     assert (more.records, more.reused, more.manifest.view.size) == (6, 12, (32, 48))
-    with pytest.raises(RecipeError, match="Cannot change --size, --top-k with --from"):
+    with pytest.raises(RecipeError, match=r"Cannot change size=, top_k= with reuse='.*s.zarr':"):
         kdcache.build_cache(data, module, tmp_path / "other.zarr", reuse=reuse, size=(32, 32), top_k=3)
     with pytest.raises(RecipeError, match="from itself"):
         kdcache.build_cache(data, module, place, reuse=reuse)
@@ -140,15 +140,15 @@ def test_a_teacher_by_itself_is_trained_on_labels(world: dict[str, Any], tmp_pat
 
 def test_what_a_training_cannot_take_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
     out, model = tmp_path / "run", "kdcache:tiny"
-    with pytest.raises(RecipeError, match="Cannot train a module as model"):
+    with pytest.raises(RecipeError, match=r"value of model=: a torch\.nn\..*Sequential\n.*DistillLoss"):
         kdcache.train(out, model=world["module"], data=SCENES)
     with pytest.raises(RecipeError, match="data is split 'train', not 'val'"):
         kdcache.train(out, model=model, data=world["data"], split="val", size=(32, 48))
-    with pytest.raises(RecipeError, match="--itrations"):
+    with pytest.raises(RecipeError, match=r"itrations=\n.*iterations="):
         kdcache.train(out, model=model, data=SCENES, itrations=3)
-    with pytest.raises(RecipeError, match=r"DataLoader as val\n.*kdcache\.from_dataset"):
+    with pytest.raises(RecipeError, match=r"value of val=: .*DataLoader.*\n.*kdcache\.from_dataset"):
         kdcache.train(out, model=model, data=SCENES, val=torch.utils.data.DataLoader(Items("val")))
-    with pytest.raises(RecipeError, match=r"Items as data\n.*kdcache\.from_dataset"):
+    with pytest.raises(RecipeError, match=r"value of data=: .*Items.*\n.*kdcache\.from_dataset"):
         kdcache.build_cache(Items("train"), world["module"], tmp_path / "s", size=(32, 48))
     with pytest.raises(RecipeError, match="Nothing to train on"):
         kdcache.train(out, model=model)
@@ -193,7 +193,7 @@ def test_the_function_stays_one_whatever_is_imported() -> None:
     import kdcache.training
     from kdcache import verbs
 
-    assert kdcache.train is verbs.train
+    assert inspect.unwrap(kdcache.train) is verbs.train
     assert inspect.isfunction(kdcache.train)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("kdcache.train")

@@ -7,9 +7,10 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, naming_item, part_of
 from kdcache.data.memory.opened import PREFIX, register
@@ -125,7 +126,7 @@ def from_dataset(
     image: Key | None = None,
     label: Key | None = None,
     depth: Key | None = None,
-    void: int = IGNORE_INDEX,
+    void: Annotated[int, Ge(0), Le(255)] = IGNORE_INDEX,
     progress: Progress | None = None,
 ) -> DatasetSplit:
     """A data set in memory as a split: it goes wherever a data set does, into builds, trainings and evaluations.
