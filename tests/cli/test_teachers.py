@@ -110,7 +110,7 @@ CASES = {
     "crop beyond": (BUILD + " --crop 65x32", "Crops of 65x32 do not fit into images of 32x48 times 2"),
     "crop of the whole": (
         BUILD + " --crop 32x32 --views full",
-        "Cannot use crop 32x32 with views full",
+        "Cannot use --crop 32x32 with --views full",
     ),
     "no views": (BUILD + " --views 0", "'0'"),
     "views that are none": (BUILD + " --views all", "'all'"),
