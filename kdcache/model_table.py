@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-NEEDS = {"segformer": "transformers", "smp": "segmentation_models_pytorch", "hf": "transformers", "timm": "timm"}
+NEEDS = {
+    "segformer": "transformers",
+    "smp": "segmentation_models_pytorch",
+    "hf": "transformers",
+    "timm": "timm",
+    "ultralytics": "ultralytics",
+}
 """Family, which is also the name of the extra that brings it -> the module that it is made of."""
 
 TABLE = Path(__file__).parent / "models" / "listed.json"

@@ -30,6 +30,7 @@ EXTRAS = {
     "kdcache.models.architectures.hub_models": "hf,timm",
     "kdcache.models.architectures.segformer": "segformer",
     "kdcache.models.architectures.smp": "smp",
+    "kdcache.models.architectures.yolo": "ultralytics",
     "kdcache.models.export": "onnx",
     "kdcache.models.foreign.image_settings": "hf",
     "kdcache.models.foreign.readings": "hf",

@@ -1,4 +1,4 @@
-"""A trained model as a file for deployment: its weights alone, an ONNX graph, or a torch.export program.
+"""A trained model as a file for deployment: weights alone, an ONNX graph, a torch.export program, YOLO's checkpoint.
 
 Graphs take what a camera gives, RGB in 0..1 as float32 (B, 3, H, W), and answer with logits (B, C, H, W), and depth in
 metres (B, 1, H, W) where the model has that head: normalisation, resize and the nonlinearity after it, which are easily
@@ -25,12 +25,13 @@ from torch.nn import functional as F
 from kdcache.errors import ModelError, RecipeError, suggest
 from kdcache.files import replacing
 from kdcache.heads import SEGMENTATION, RegressionHead
+from kdcache.models.architectures import yolo
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
 from kdcache.models.weights import save_weights
 from kdcache.run_folder import RunModel
 
-SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2", "ultralytics": ".pt"}
 """The suffix of each format's files."""
 PROGRAM_METADATA = "kdcache.json"
 """Name of the metadata among the extra files of a torch.export program."""
@@ -39,6 +40,7 @@ TOLERANCE = 1e-4
 _LEAST = torch.finfo(torch.float32).tiny
 _TRACED = (2, 160, 224)  # batch, height and width all differ, or the exporter takes them for one number
 _AXES = {0: "batch", 2: "height", 3: "width"}
+_NATIVE = ("safetensors", "ultralytics")  # which hold a network, and no graph
 _FREE = (tuple(_AXES), (0,), ())  # axes that may vary, the most first
 
 
@@ -51,6 +53,7 @@ class Exported:
         difference: largest difference from the model's own logits, absolute. relative: to the largest logit.
         free: names of the axes that may have any size.
         size: (H, W) at which the graph was traced.
+        notes: what a user should know of the file.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Exported:
     difference: float
     relative: float
     size: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
 
 class Deployed(nn.Module):
@@ -126,7 +130,7 @@ def export_model(
         model: on the CPU; it is left in eval mode.
         description: the metadata of the file; its size is where the file is checked.
         format: one of SUFFIXES; default by the suffix of `out`.
-        raw: logits at the native stride; not for `safetensors`, which holds no graph.
+        raw: logits at the native stride; not for files that hold no graph.
         tolerance: largest difference allowed, as a part of the largest logit.
     Raises: RecipeError for a format, suffix or place that cannot be; ModelError when the model cannot be exported, the
         library is missing, or the file answers otherwise. Nothing is left behind then.
@@ -134,20 +138,20 @@ def export_model(
     out = Path(out)
     kind = _format(out, format)
     _check_place(out)
-    if raw and kind == "safetensors":
+    if raw and kind in _NATIVE:
         raise RecipeError(
-            "Cannot use --raw with safetensors: the file holds weights alone",
+            f"Cannot use --raw with {kind}: the file holds no graph",
             fix="Leave out --raw. Whoever builds the model from its weights gets logits at native stride anyway.",
         )
     deployed = Deployed(model.eval(), raw).eval()
-    metadata = {**description.metadata(), **_interface(model, raw)} if kind != "safetensors" else description.metadata()
+    metadata = description.metadata() | ({} if kind in _NATIVE else _interface(model, raw))
     with replacing(out) as partial:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters deprecate their own insides
-            free, run, unchecked = _WRITERS[kind](deployed, description, metadata, partial)
+            free, run, unchecked, notes = _WRITERS[kind](deployed, description, metadata, partial)
             difference, relative = 0.0, 0.0
             if run is not None:
-                difference, relative = _compare(deployed, run, description, free, raw or kind == "safetensors")
+                difference, relative = _compare(deployed, run, description, free, raw or kind in _NATIVE)
         if not relative <= tolerance:  # also when it is NaN
             raise ModelError(
                 f"{out.name} answers otherwise than the model: {difference:.3g}, {relative:.3g} of the largest logit, "
@@ -157,7 +161,7 @@ def export_model(
         size_bytes = partial.stat().st_size
     names = tuple(name for axis, name in _AXES.items() if axis in free)
     checked_by = None if unchecked else _CHECKERS[kind]
-    return Exported(out, kind, size_bytes, names, checked_by, unchecked, difference, relative, description.size)
+    return Exported(out, kind, size_bytes, names, checked_by, unchecked, difference, relative, description.size, notes)
 
 
 def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
@@ -165,7 +169,12 @@ def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str
     count, moments = len(description.class_names), {"mean": description.mean, "std": description.std}
     again = build_model(description.spec, count, weights=load_file(path), strict_head=True, **moments)
     again.untrained = deployed.model.untrained
-    return tuple(_AXES), Deployed(again.eval(), raw=True), ""
+    return tuple(_AXES), Deployed(again.eval(), raw=True), "", ()
+
+
+def _write_checkpoint(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+    notes = yolo.write_checkpoint(deployed.model, description, path)
+    return tuple(_AXES), yolo.reader(path, deployed.model.mean), "", notes
 
 
 def _write_program(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
@@ -173,7 +182,7 @@ def _write_program(deployed: Deployed, description: RunModel, metadata: dict[str
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={PROGRAM_METADATA: json.dumps(metadata)})
     with path.open("rb") as file:
-        return free, torch.export.load(file).module(), ""
+        return free, torch.export.load(file).module(), "", ()
 
 
 def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
@@ -190,24 +199,30 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
     _name_axes(made.model, deployed.raw or not deployed.model.learnt_heads, free)
     made.save(path, external_data=False)
     if importlib.util.find_spec("onnxruntime") is None:
-        return free, None, "onnxruntime is not installed (pip install '.[onnx]')"
+        return free, None, "onnxruntime is not installed (pip install '.[onnx]')", ()
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     session = onnxruntime.InferenceSession(path.read_bytes(), settings, providers=["CPUExecutionProvider"])
-    return free, lambda image: tuple(map(torch.from_numpy, session.run(names, {"image": image.numpy()}))), ""
+    return free, lambda image: tuple(map(torch.from_numpy, session.run(names, {"image": image.numpy()}))), "", ()
 
 
 _Run = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
-_Written = tuple[tuple[int, ...], _Run | None, str]
-"""Free axes, the file as a function (None when nothing can run it), and why not."""
+_Written = tuple[tuple[int, ...], _Run | None, str, tuple[str, ...]]
+"""Free axes, the file as a function (None when nothing can run it), why not, and notes."""
 _WRITERS: dict[str, Callable[[Deployed, RunModel, dict[str, str], Path], _Written]] = {
     "safetensors": _write_weights,
     "onnx": _write_onnx,
     "torch.export": _write_program,
+    "ultralytics": _write_checkpoint,
 }
-_CHECKERS = {"safetensors": "a model built from it", "onnx": "onnxruntime", "torch.export": "torch.export.load"}
+_CHECKERS = {
+    "safetensors": "a model built from it",
+    "onnx": "onnxruntime",
+    "torch.export": "torch.export.load",
+    "ultralytics": "ultralytics",
+}
 
 
 def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, ...]]:

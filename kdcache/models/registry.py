@@ -1,4 +1,4 @@
-"""Models by name: those that come with kdcache, `hf:`, `timm:`, `module:function`, `path/to/file.py:function`."""
+"""Models by name: listed ones, `hf:`, `timm:`, `ultralytics:`, `module:function`, `path/to/file.py:function`."""
 
 import difflib
 import importlib.util
@@ -22,8 +22,8 @@ from kdcache.models.added_heads import base_of
 from kdcache.models.added_heads.auxiliary import WithAuxiliary, split_auxiliary
 from kdcache.models.added_heads.depth import split_depth, with_depth
 from kdcache.models.added_heads.wrapper import WithoutClasses
-from kdcache.models.architectures import deeplab, hub_models, hydra, segformer, smp, tiny, torchvision_heads
-from kdcache.models.foreign.hub_spec import HubSpec, is_hub, parse_hub
+from kdcache.models.architectures import deeplab, hub_models, hydra, segformer, smp, tiny, torchvision_heads, yolo
+from kdcache.models.foreign.hub_spec import HubSpec, is_checkpoint, is_hub, parse_hub
 from kdcache.models.logits import as_logits
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import Weights, count_classes, load_weights, read_metadata, read_weights
@@ -43,12 +43,20 @@ class _Family(Protocol):
     def default_state(self, name: str, whole: bool) -> dict[str, Tensor]: ...
 
 
+class _OpenFamily(_Family, Protocol):
+    """A module that has more names than it lists."""
+
+    def check_name(self, name: str) -> None: ...
+
+
 _FAMILIES: dict[str, tuple[_Family, ...]] = {
     "torchvision": (torchvision_heads,),
     "kdcache": (tiny, hydra, deeplab),
     "segformer": (segformer,),
     "smp": (smp,),
+    "ultralytics": (yolo,),
 }
+_OPEN: dict[str, _OpenFamily] = {"smp": smp, "ultralytics": yolo}
 
 
 def build_model(
@@ -69,8 +77,8 @@ def build_model(
         num_classes: None takes the number that the weights have, or a `module:function`'s own; 0, of data without
             classes, leaves the head of classes out.
         weights: None initialises at random and downloads nothing; `default` downloads the library's own
-            weights once; a mapping has the tensors; anything else is a file or folder (see `read_weights`). What was
-            loaded is `model.load_report`.
+            weights once; a mapping has the tensors; anything else is a file or folder (see `read_weights`), or
+            `ultralytics:FILE.pt`. What was loaded is `model.load_report`.
         mean, std: of RGB in 0..1; None takes those that a file of `kdcache export` carries, else the model's
             own (ImageNet's but for some encoders' `default` weights).
         strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a
@@ -103,7 +111,8 @@ def build_model(
                     f"Unknown number of classes of {spec}: there is neither num_classes nor weights",
                     fix="Give the number of classes, or weights to read it from.",
                 )
-            count = count_classes(loaded.state, builder.classifier_keys(name))
+            keys = builder.classifier_keys(name)
+            count = count_classes(loaded.state, keys) if keys else 1
     model = make(count)
     if count == 2 and strict and loaded is not None and _are_of_one_logit(loaded.state, model):
         model = make(1)
@@ -194,13 +203,13 @@ def _home(spec: str) -> tuple[_Family | None, str]:
     """The module that builds a spec, None for a function of the user's, and the name in it."""
     family, _, name = spec.rpartition(":")
     if family in _FAMILIES:
-        builder = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
-        if builder is not None or family == "smp":
+        builder = next((module for module in _FAMILIES[family] if name in module.NAMES), _OPEN.get(family))
+        if builder is not None:
             if lacks(family):
                 raise ModelError(f"Missing {NEEDS[family]} for {spec}", fix=pip_command(family))
-            if builder is None:
-                smp.check_name(name)
-            return builder or smp, name
+            if family in _OPEN:
+                _OPEN[family].check_name(name)
+            return builder, name
     if not family or family in _FAMILIES or _misspelt(family):
         _refuse_unknown(spec)
     return None, name
@@ -220,6 +229,8 @@ def _specs(family: str) -> Iterator[str]:
 def _read(spec: str, weights: str | Path | Mapping[str, Tensor], whole: bool) -> Weights:
     if isinstance(weights, Mapping):
         return Weights(dict(weights))
+    if is_checkpoint(str(weights)):
+        spec, whole, weights = str(weights), True, "default"
     if weights != "default":
         return read_weights(weights)
     builder, name = _home(spec)

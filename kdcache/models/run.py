@@ -11,7 +11,7 @@ from kdcache.files import replacing, write_whole
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.class_names import compare_names, known_names
-from kdcache.models.foreign.hub_spec import is_hub
+from kdcache.models.foreign.hub_spec import is_checkpoint, is_hub
 from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function, is_shipped
@@ -83,7 +83,7 @@ def split_spec(text: str) -> tuple[str, str] | None:
     text, outputs = split_outputs(text)
     if named_weights(text) is not None:
         return None
-    if is_hub(text) and "@" not in text:
+    if is_checkpoint(text) or (is_hub(text) and "@" not in text):
         return text if outputs is None else f"{text},outputs={outputs}", "default"
     weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
     if weighted and not (Path(text) / MODEL).is_file():

@@ -23,6 +23,7 @@ from kdcache.bounded import check_unpacked
 from kdcache.errors import ModelError
 from kdcache.models.checkpoint import CHOICES, HARMLESS, some, unwrap
 from kdcache.models.class_names import names_beside, names_in
+from kdcache.models.foreign.hub_spec import is_checkpoint
 from kdcache.models.native import LoadReport, SegmentationModel
 from kdcache.run_folder import MODEL, train_again
 
@@ -35,6 +36,7 @@ DEPTH_HEAD = "depth_head."
 AUXILIARY_HEAD = "aux_classifier."
 """The prefix of the tensors of an auxiliary head that was added to a model, and of torchvision's."""
 _AUXILIARY = (AUXILIARY_HEAD, "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
+_NESTED_AUXILIARY = ".aux_head."  # of YOLO26, within its last layer
 _WRITTEN = "state_sha256"  # in the header of a file that `save_weights` wrote
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
 
@@ -108,6 +110,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises: ModelError for a file that is missing or damaged.
     """
+    if is_checkpoint(str(path)):
+        return {}
     path = _file_of(split_choice(path)[0])
     if path.suffix != ".safetensors":
         return {}
@@ -144,7 +148,7 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     holder = ""
     if not strict_head:
         state, dropped, holder = _as_backbone(model, state)
-    auxiliary = [k for k in state if k not in own and k.startswith(_AUXILIARY)]
+    auxiliary = [k for k in state if k not in own and (k.startswith(_AUXILIARY) or _NESTED_AUXILIARY in k)]
     unexpected = [k for k in state if k not in own and k not in auxiliary]
     counters = [k for k in own if k not in state and k.endswith(_COUNTER)]
     missing = [k for k in own if k not in state and k not in counters]

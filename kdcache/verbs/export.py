@@ -28,8 +28,8 @@ def export(
 
     Args:
         model: a run, or SPEC@FILE.
-        out: new file: .safetensors, .onnx or .pt2.
-        format: safetensors, onnx or torch.export. Default: by the suffix of `out`.
+        out: new file: .safetensors, .onnx, .pt2, or .pt for Ultralytics.
+        format: safetensors, onnx, torch.export or ultralytics. Default: by the suffix of `out`.
         raw: logits at the native stride, without the resize to the image's size.
         weights: which of a run's weights: best, last, best-ema or last-ema.
         size: (H, W) where the file is checked, or a text such as "288x384". Default: the run's.

@@ -14,10 +14,10 @@ from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights
 
 def export(
     run: Model,
-    out: Annotated[Path, typer.Option("--out", help="New file: .safetensors, .onnx or .pt2.")],
+    out: Annotated[Path, typer.Option("--out", help="New file: .safetensors, .onnx, .pt2, or .pt for Ultralytics.")],
     format: Annotated[
         str | None,
-        typer.Option("--format", help="safetensors, onnx or torch.export (default: by the suffix of --out)."),
+        typer.Option("--format", help="safetensors, onnx, torch.export or ultralytics (default: by --out's suffix)."),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Logits at the native stride, without the resize to the image's size.")
@@ -35,8 +35,9 @@ def export(
     (B, 3, H, W) in, logits (B, C, H, W) out, the normalisation and the resize
     inside, any batch and size where the model allows it.
     [bold].safetensors[/] holds the weights alone, for SPEC@FILE. Class names and
-    colours, mean, std, size and spec travel in all of them. What was written is
-    run beside the model before it gets its name.
+    colours, mean, std, size and spec travel in all of them. [bold].pt[/] is YOLO26's,
+    for YOLO("best.pt"). What was written is run beside the model before it gets
+    its name.
 
     [dim]kdcache export runs/student --out student.onnx[/]
     """
@@ -48,7 +49,9 @@ def export(
     free = ", ".join(done.free)
     fixed = "" if len(done.free) == 3 else f" (traced at {done.size[0]}x{done.size[1]})"
     OUT.print(f"[bold]{escape(str(done.path))}[/]  {done.format}, {bytes_text(done.size_bytes)}", highlight=False)
-    if done.format != "safetensors":
+    for note in done.notes:
+        OUT.print(f"note        {escape(note)}", highlight=False)
+    if done.format not in ("safetensors", "ultralytics"):
         OUT.print(f"free axes   {free or 'none'}{fixed}", highlight=False)
     if done.checked_by is None:
         OUT.print(f"[yellow]not checked[/]: {escape(done.unchecked)}", highlight=False)

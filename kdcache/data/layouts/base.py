@@ -59,6 +59,7 @@ class Layout(ABC):
         pairing: which label belongs to which image, for messages.
         listed: splits are lists that may name an image twice on purpose.
         live: verbs open it as it lies; others only `data convert` and `data check` read.
+        of_file: a file names its data sets, and not a folder.
         has_labels: its data sets may have labels. A layout without them is found if no other fits.
         restore: the fix for files that a split calls for, without the full stop.
     """
@@ -70,6 +71,7 @@ class Layout(ABC):
     pairing: ClassVar[str] = "Every label is a PNG or TIFF with the path of its image (another suffix)."
     listed: ClassVar[bool] = False
     live: ClassVar[bool] = True
+    of_file: ClassVar[bool] = False
     has_labels: ClassVar[bool] = True
     restore: ClassVar[str] = "Restore the files from their source"
 

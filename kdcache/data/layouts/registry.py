@@ -85,17 +85,8 @@ def split_images(data: str) -> tuple[str, Path | None]:
 def _layout_of(data: str) -> LayoutRoot:
     """The layout and the root of a folder or LAYOUT:FOLDER. Raises: DataError as `find_layout`."""
     name, folder = split_prefix(data)
-    if not folder.is_dir():
-        archive = folder.name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"))
-        raise DataError(
-            f"Not a folder: {folder}" if folder.exists() else f"Data folder not found: {folder}",
-            fix=(
-                f"{'Unpack it, and name the' if archive else 'Name its'} folder. "
-                if folder.exists()
-                else "Check the path. "
-            )
-            + f"kdcache reads {', '.join(LAYOUTS)}, and the built-in scenes.",
-        )
+    if not folder.is_dir() and not (name and LAYOUTS[name].of_file and folder.is_file()):
+        raise _no_folder(folder)
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
     candidates = _fitting(folder)
@@ -124,6 +115,21 @@ def _layout_of(data: str) -> LayoutRoot:
         fix=(hint or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.")
         + "".join(f" Or name {place.layout.name}:{folder} for its pictures without labels." for place in pictures),
         rule="\n  ".join(("Layouts:", *(f"{layout.name}: {layout.requirement}" for layout in LAYOUTS.values()))),
+    )
+
+
+def _no_folder(folder: Path) -> DataError:
+    archive = folder.name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"))
+    files = [name for name, layout in LAYOUTS.items() if layout.of_file and layout.find(folder) is not None]
+    if not folder.exists():
+        fix = "Check the path. "
+    elif files:
+        fix = f"Name its layout, {files[0]}:{folder}. "
+    else:
+        fix = f"{'Unpack it, and name the' if archive else 'Name its'} folder. "
+    return DataError(
+        f"Not a folder: {folder}" if folder.exists() else f"Data folder not found: {folder}",
+        fix=f"{fix}kdcache reads {', '.join(LAYOUTS)}, and the built-in scenes.",
     )
 
 

@@ -6,6 +6,7 @@ torchvision_heads.py   torchvision's FCN, DeepLab and LR-ASPP
 deeplab.py             DeepLab as the documents train it
 segformer.py           SegFormer
 smp.py                 segmentation_models_pytorch
+yolo.py                YOLO26 of ultralytics
 hub.py                 weights of published models
 hub_models.py          hf: and timm:, with their own processors
 """

@@ -1,10 +1,11 @@
-"""The spelling of models of transformers and timm.
+"""The spelling of models of transformers and timm, and of checkpoints of ultralytics.
 
 hf:FOLDER                          a folder that transformers or timm wrote
 hf:OWNER/NAME,revision=SHA         a repository of the hub, or its copy in the local cache
 hf:FOLDER,task=features            semantic, universal, depth or features; default by the model's own architecture
 timm:NAME                          a network of timm
 timm:NAME,weights=FILE             with weights of a file
+ultralytics:FILE.pt                a checkpoint of ultralytics, which has its own architecture
 """
 
 import re
@@ -18,6 +19,10 @@ TASKS = get_args(Task)
 LIBRARIES = ("hf", "timm")
 _OPTIONS = {"hf": ("task", "revision"), "timm": ("weights",)}
 _OPTION = re.compile(r",([A-Za-z_]+)=([^,]*)$")
+
+
+ULTRALYTICS = "ultralytics"
+CHECKPOINT_SUFFIX = ".pt"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class HubSpec:
 def is_hub(spec: str) -> bool:
     """Return True for a spec of transformers or timm."""
     return spec.partition(":")[0] in LIBRARIES and ":" in spec
+
+
+def is_checkpoint(spec: str) -> bool:
+    """Return True for a checkpoint of ultralytics, `ultralytics:FILE.pt`."""
+    return spec.startswith(f"{ULTRALYTICS}:") and spec.endswith(CHECKPOINT_SUFFIX) and "@" not in spec
 
 
 def parse_hub(spec: str) -> HubSpec:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,25 +91,30 @@ def _names(root: Path) -> dict[int, str]:
     for path in _tables(root):
         if path.name == CLASSES_FILE:
             return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
-        content = _read_yaml(path)
-        if isinstance(content, dict) and (names := content.get("names")) is not None:
-            try:
-                listed = {
-                    int(n): str(name)
-                    for n, name in (names if isinstance(names, dict) else dict(enumerate(names))).items()
-                }
-                if len(listed) != int(content.get("nc", len(listed))):
-                    raise ValueError(f"nc is {content['nc']}, names lists {len(listed)}")
-            except (TypeError, ValueError) as error:
-                raise unreadable(path, error) from error
-            return dict(sorted(listed.items()))
+        content = read_yaml(path)
+        if isinstance(content, dict) and content.get("names") is not None:
+            return class_names(path, content)
     raise DataError(
         f"Missing data.yaml in {root}: the polygons in {LABELS}/ have no class names",
         fix=f"Write data.yaml with `names: [first, second]`, or {CLASSES_FILE} with one name per line.",
     )
 
 
-def _read_yaml(path: Path) -> Any:
+def class_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
+    """Return the names in a data yaml by number, sorted. Raises: DataError for names that are none."""
+    names = content.get("names")
+    try:
+        numbered = names if isinstance(names, dict) else dict(enumerate(names or ()))
+        listed = {int(number): str(name) for number, name in numbered.items()}
+        if not listed or len(listed) != int(content.get("nc", len(listed))):
+            raise ValueError(f"nc is {content.get('nc')}, names lists {len(listed)}")
+    except (TypeError, ValueError) as error:
+        raise unreadable(path, error) from error
+    return dict(sorted(listed.items()))
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a yaml holds. Raises: DataError for one that cannot be read."""
     import yaml
 
     if path.stat().st_size > 1 << 20:

@@ -3,5 +3,6 @@
 folder.py   images/SPLIT and labels/SPLIT
 mmseg.py    img_dir/SPLIT and ann_dir/SPLIT
 images.py   pictures without labels
+data_yaml.py   Ultralytics' data.yaml
 pairs.py    which label belongs to which image, by what their names end with
 """

@@ -1,0 +1,325 @@
+"""`ultralytics:`: YOLO26's networks for semantic segmentation and depth, built by the installed package.
+
+ultralytics:yolo26n-sem         one of NAMES; @default takes the weights that Ultralytics publishes
+ultralytics:FILE.pt             a checkpoint of the package, as a teacher or for --init
+
+The package is AGPL-3.0. Nothing of it is part of kdcache, and it is imported only if a spec names it. A checkpoint is a
+pickle, which the package itself reads, only with `--trust`. Images are RGB in 0..1.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcache.errors import ModelError, suggest
+from kdcache.heads import DEPTH, SEGMENTATION, HeadKind, RegressionHead
+from kdcache.models.architectures.hub_models import CODE_ALLOWED
+from kdcache.models.foreign.answers import Reading
+from kdcache.models.foreign.hub_spec import CHECKPOINT_SUFFIX
+from kdcache.models.foreign.wrapped import WrappedModel
+from kdcache.models.native import SegmentationModel
+from kdcache.run_folder import RunModel
+
+TESTED = ("8.4.120", "8.5")
+"""The first version that is tested, and the first that is not."""
+NAMES = tuple(f"yolo26{scale}-{task}" for task in ("sem", "sem-ade20k", "depth") for scale in "nsmlx")
+MULTIPLE = 32
+OUTSIDE_RGB = (124, 116, 104)
+"""The colour outside an image, as `kdcache.data.rendering.view` has it."""
+GREY = 114
+"""The same in Ultralytics' letterbox."""
+_HEADS = {"semantic": SEGMENTATION, "depth": DEPTH}
+_OTHER = {"": "detect", "-seg": "segment", "-cls": "classify", "-pose": "pose", "-obb": "obb"}
+_OTHER_NAME = re.compile(rf"(yolo\w*?[nsmlx])({'|'.join(_OTHER)})")
+_ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class _About:
+    """A network of the package.
+
+    Attributes:
+        task: as the package calls it. plan: its yaml. names: of the classes, by id. side: of its own images.
+    """
+
+    task: str
+    plan: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+    side: int | None = None
+
+    @property
+    def classifier_keys(self) -> tuple[str, ...]:
+        last = len(self.plan["backbone"]) + len(self.plan["head"]) - 1
+        return (f"model.{last}.classifier.1.",) if self.task == "semantic" else ()
+
+
+class YoloModel(WrappedModel):
+    """A network of the package behind the interface, without its auxiliary head.
+
+    Its head answers in training as in use: its logits, or depth in metres with its calibration. Taps are the layers
+    that others read, those of the head last.
+    """
+
+    def __init__(self, spec: str, network: Any, about: _About) -> None:
+        head = network.model[-1]
+        if about.task == "semantic":
+            head.aux_head = None
+        super().__init__(spec, network, None, reading=_YoloReading(about.task))
+        self.align_corners = about.task == "depth"
+        self.mean, self.std = _ZERO, _ONE
+        layers = [*(layer for layer in network.save if layer not in head.f), *reversed(head.f)]
+        self.taps = tuple(f"model.{layer}" for layer in layers)
+        self.classifier_keys = about.classifier_keys
+        size = None if about.side is None else (about.side, about.side)
+        self.processor = replace(self.processor, multiple=MULTIPLE, native_size=size)
+        self.train()
+
+    def train(self, mode: bool = True) -> "YoloModel":
+        super().train(mode)
+        self.network.model[-1].training = False  # of the layer itself: those below it normalise by the batch
+        return self
+
+    def normalise(self, pixels_BHW3: Tensor) -> Tensor:
+        """Turn uint8 RGB into the network's input, with Ultralytics' grey outside the image. Raises: ModelError."""
+        x_B3HW = super().normalise(pixels_BHW3)
+        outside_BHW = (pixels_BHW3 == pixels_BHW3.new_tensor(OUTSIDE_RGB)).all(-1)
+        margin_BHW = _from_edges(outside_BHW.all(2))[:, :, None] | _from_edges(outside_BHW.all(1))[:, None]
+        grey_13HW = super().normalise(pixels_BHW3.new_full((1, 1, 1, 3), GREY))
+        return torch.where(margin_BHW[:, None], grey_13HW, x_B3HW)
+
+
+def _from_edges(outside_BN: Tensor) -> Tensor:
+    """Return True where everything from an edge on is outside, bool (B, N)."""
+    flags_BN = outside_BN.int()
+    return (flags_BN.cumprod(1) + flags_BN.flip(1).cumprod(1).flip(1)).bool()
+
+
+class _YoloReading(Reading):
+    """The answer of a network: logits, or depth in metres."""
+
+    lists_modules = False
+
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.task = task
+
+    def heads(self, spec: str, answer: object) -> dict[str, Tensor]:
+        (logits,) = super().heads(spec, answer).values()
+        return {_HEADS[self.task]: logits}
+
+    def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+        if self.task == "depth":
+            return {DEPTH: RegressionHead(parameterisation="identity", max_depth=None)}
+        return super().kinds(spec, heads)
+
+
+def check_name(name: str) -> None:
+    """Check that a name is a checkpoint's or one of NAMES. Raises: ModelError, for another task with what works."""
+    if name in NAMES or name.endswith(CHECKPOINT_SUFFIX):
+        return
+    if other := _OTHER_NAME.fullmatch(name):
+        raise _of_other_task(f"ultralytics:{name}", _OTHER[other[2]])
+    raise ModelError(
+        f"Unknown model ultralytics:{name}",
+        fix=suggest(name, NAMES, f"Use one of {', '.join(NAMES)}, or FILE{CHECKPOINT_SUFFIX}."),
+    )
+
+
+def classifier_keys(name: str) -> tuple[str, ...]:
+    """Return the prefix of the classifier's tensors; () for depth. Raises: ModelError as `build`."""
+    return _about(name).classifier_keys
+
+
+def build(name: str, num_classes: int) -> YoloModel:
+    """Build a network at random.
+
+    Args:
+        name: one of NAMES, or a checkpoint whose architecture it gets.
+    Raises: ModelError without the package in a tested version, and for a checkpoint as `default_state`.
+    """
+    about = _about(name)
+    with _quiet():
+        tasks = _tasks()
+        kind = tasks.SemanticSegmentationModel if about.task == "semantic" else tasks.DepthModel
+        classes = num_classes if about.task == "semantic" else 1
+        network = kind(deepcopy(dict(about.plan)) | {"nc": classes}, verbose=False)
+    return YoloModel(f"ultralytics:{name}", network, about)
+
+
+def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, or those that Ultralytics publishes for one of NAMES (downloaded once).
+
+    Raises: ModelError without `--trust`, for a file that the package cannot read, and for a network of another task.
+    """
+    state: dict[str, Tensor] = _load(_file(name))[0].state_dict()
+    return state
+
+
+def default_names(name: str) -> tuple[str, ...]:
+    """Return the class names that come with the same. Raises: ModelError as `default_state`."""
+    return _about(str(_file(name))).names
+
+
+def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path) -> tuple[str, ...]:
+    """Write a model as `yolo` reads it, with its normalisation in the first convolution.
+
+    Returns: notes for the user.
+    Raises: ModelError for a network of another library.
+    """
+    if not isinstance(model, YoloModel):
+        raise ModelError(
+            f"Cannot write {model.spec} as {CHECKPOINT_SUFFIX}: it is no network of ultralytics",
+            fix=f"Export .onnx, .pt2 or .safetensors. Or train --model ultralytics:{NAMES[0]}.",
+        )
+    network = deepcopy(model.network).float().eval()
+    notes = _fold(network.model[0], model.mean, model.std)
+    if SEGMENTATION in model.head_kinds:
+        network.names = dict(enumerate(description.class_names))
+    network.task = next(task for task, head in _HEADS.items() if head in model.head_kinds)
+    network.args = {"task": network.task, "imgsz": max(description.size), "model": model.spec.partition(":")[2]}
+    content = {"model": network, "train_args": network.args, "ema": None, "optimizer": None, "epoch": -1}
+    about = {"version": _package().__version__, "license": "AGPL-3.0 (https://ultralytics.com/license)"}
+    torch.save(content | about | {"kdcache": description.metadata()}, path)
+    return notes
+
+
+def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], Tensor]:
+    """Return the network in a file that kdcache wrote as a function of RGB in 0..1 (B, 3, H, W).
+
+    Around the image it sees the mean, as in training, and not black, as in Ultralytics' own use.
+    """
+    with TemporaryDirectory() as folder, _quiet():
+        named = Path(folder, f"model{CHECKPOINT_SUFFIX}")  # the package goes by the suffix
+        named.symlink_to(path.resolve())
+        network, _ = _tasks().load_checkpoint(named)
+    first = network.model[0].conv
+    (rows, columns), first.padding = first.padding, (0, 0)
+    mean_311 = torch.tensor(mean).view(3, 1, 1)
+    return lambda image: network(F.pad(image - mean_311, (columns, columns, rows, rows)) + mean_311)
+
+
+def _fold(first: Any, mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[str, ...]:
+    """Have a convolution with BatchNorm take RGB in 0..1, and return notes on that."""
+    if (mean, std) == (_ZERO, _ONE):
+        return ()
+    scaled_OIhw = first.conv.weight.data / torch.tensor(std).view(3, 1, 1)
+    first.bn.running_mean += (scaled_OIhw * torch.tensor(mean).view(3, 1, 1)).sum((1, 2, 3))
+    first.conv.weight.data = scaled_OIhw
+    return (
+        f"mean {mean} and std {std} are folded into the first convolution. Ultralytics surrounds images with black, "
+        "and this training with the mean: pixels near the edge may differ",
+    )
+
+
+def _about(name: str) -> _About:
+    """Return what is known of one of NAMES, or of a checkpoint. Raises: ModelError as `build`."""
+    if name not in NAMES:
+        path = _file(name)
+        _check_allowed(path)
+        return _read_about(path, path.stat().st_mtime_ns)
+    plan = name.removesuffix("-ade20k")
+    with _quiet():
+        return _About("depth" if plan.endswith("depth") else "semantic", _tasks().yaml_model_load(f"{plan}.yaml"))
+
+
+@lru_cache(maxsize=4)
+def _read_about(path: Path, changed: int) -> _About:
+    return _load(path)[1]
+
+
+def _file(name: str) -> Path:
+    """Return the file of a checkpoint, or where the package keeps that of one of NAMES.
+
+    Raises: ModelError for a checkpoint that is not there.
+    """
+    if name in NAMES:
+        _check_allowed(Path(f"{name}{CHECKPOINT_SUFFIX}"))
+        return Path(_package().settings["weights_dir"], f"{name}{CHECKPOINT_SUFFIX}")
+    path = Path(name).expanduser()
+    if not path.is_file() and path.stem not in NAMES:
+        raise ModelError(f"Weights not found: {name}", fix="Check the path.")
+    return path
+
+
+def _check_allowed(path: Path) -> None:
+    if not CODE_ALLOWED.get():
+        raise ModelError(
+            f"Cannot read {path}: ultralytics pickles its checkpoints, and unpickling can run code",
+            fix="If you trust the file, add --trust. In Python, call inside `with kdcache.models.trusting():`",
+        )
+
+
+def _load(path: Path) -> tuple[Any, _About]:
+    """Return the network in a checkpoint and what is known of it. Raises: ModelError."""
+    _check_allowed(path)
+    try:
+        with _quiet():
+            network, checkpoint = _tasks().load_checkpoint(str(path))
+    except Exception as error:  # whatever the package, its downloads or unpickling raises
+        raise ModelError(
+            f"Cannot read {path} with ultralytics: {(str(error) or type(error).__name__).splitlines()[0]}",
+            fix="Give a checkpoint that `yolo train` or `kdcache export` wrote, or download it again.",
+        ) from error
+    if network.task not in _HEADS:
+        raise _of_other_task(str(path), network.task)
+    side = dict(checkpoint.get("train_args") or {}).get("imgsz")
+    names = network.names.values() if network.task == "semantic" else ()
+    about = _About(network.task, network.yaml, tuple(map(str, names)), side if isinstance(side, int) else None)
+    return network, about
+
+
+def _of_other_task(place: str, task: str) -> ModelError:
+    scale = _OTHER_NAME.match(Path(place.rpartition(":")[2]).stem)
+    size = scale[1][-1] if scale else "n"
+    return ModelError(
+        f"Cannot use {place}: its task is {task}, and kdcache distils semantic segmentation and depth",
+        fix=f"Use ultralytics:yolo26{size}-sem or ultralytics:yolo26{size}-depth, or a checkpoint of these tasks.",
+    )
+
+
+def _tasks() -> Any:
+    """Return the package's module of networks. Raises: ModelError as `_package`."""
+    _package()
+    from ultralytics.nn import tasks
+
+    return tasks
+
+
+def _package() -> Any:
+    """Return the package. Raises: ModelError for a version that is not tested."""
+    with _quiet():
+        import ultralytics
+
+    low, high = TESTED
+    if not _numbers(low) <= _numbers(ultralytics.__version__) < _numbers(high):
+        raise ModelError(
+            f"Cannot use ultralytics {ultralytics.__version__}: kdcache is tested with {low} up to {high}",
+            fix=f"pip install 'ultralytics>={low},<{high}'",
+        )
+    return ultralytics
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the package's own lines to itself: what a user should know is said here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
