@@ -1,11 +1,11 @@
-"""Copying a store: into another codec, into other shards, in part, without some arrays; to and from object stores.
+"""Copy a store: into another codec or other shards, in part, without some arrays, to and from object stores.
 
-An array whose shards stay what they are is copied file by file, each compared with the ledger's digest: exact, and as
-fast as disk and network are. Any other is read row by row, rounded when the codec says so, and encoded again.
+An array with unchanged shards is copied file by file, and each file is compared with the ledger's digest. Any other
+array is read row by row, rounded if the codec asks for it, and encoded again.
 
-A copy is written like any store, so it goes on where it was interrupted, and several workers may share it. It keeps the
-source's `created`: that is when its teacher ran, and it distinguishes a copy of this store from one of another. A copy
-names the teacher's code without the folder that caches of earlier versions have.
+A copy is written like any store: it continues after an interruption, and several workers may share it. It keeps the
+source's `created`, the time when its teacher ran, which distinguishes it from a copy of another store. A copy names
+the teacher's code without the folder that caches of earlier versions have.
 """
 
 import hashlib
@@ -41,12 +41,12 @@ from kdcache.store.writer import StoreWriter, open_writer
 
 @dataclass(frozen=True)
 class CopyChanges:
-    """The differences of a copy from its source; None keeps what the source has.
+    """The differences between a copy and its source. None keeps the source's value.
 
     Attributes:
         samples: numbers of the samples to keep, in ascending order, with all their views.
         features: the taps to keep.
-        feature_dtype: how they are stored. Summaries and maps under 16 cells stay float16.
+        feature_dtype: how features are stored. Summaries and maps under 16 cells stay float16.
         pixels: `source` leaves images and labels out.
     """
 
@@ -60,9 +60,9 @@ class CopyChanges:
 
 @dataclass(frozen=True)
 class CopyResult:
-    """The result of a copy; `records` were copied now, `skipped` were finished before.
+    """The result of a copy: `records` copied now, and `skipped` records that were finished before.
 
-    `complete` is False when other workers have still to finish their shards.
+    `complete` is False if other workers have still to finish their shards.
     """
 
     manifest: Manifest
@@ -81,16 +81,17 @@ def copy_store(
     worker: Worker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CopyResult:
-    """Copy an open store. Interrupted, the same call continues; a finished copy is checked and left.
+    """Copy an open store. After an interruption the same call continues. A finished copy is only checked.
 
-    Args:
-        destination: a folder or an address, new or empty, or of a copy to go on with.
-        fidelity: figures of a copy that rounds what its source did not (`rounds`); others keep the source's.
-        worker: which part of a copy that several processes share; default all of it.
-        progress: called with (records done, records), those that were there already included.
+    `changes` names what differs from `source`. A codec that rounds needs `fidelity`, the figures of what rounding loses
+    (see `rounds`). `worker` is this process's part of a shared copy (default: all of it). `progress` is called with
+    (records done, records), including the records of earlier calls. `destination` is a new or empty folder or address,
+    or
+    an unfinished copy.
+
     Raises:
-        CorruptError naming the file of the source that is damaged; its shard does not count as copied.
-        StoreError, MismatchError: changes that cannot be, or another store in the destination.
+        CorruptError: a file of the source is damaged. Its shard does not count as copied.
+        StoreError, MismatchError: for impossible changes, or another store in the destination.
     """
     changes = changes or CopyChanges()
     _check_elsewhere(source, destination)
@@ -118,7 +119,7 @@ def copy_store(
 
 
 def _check_elsewhere(source: Cache, destination: str | Path) -> None:
-    """A damaged store that is copied onto itself would lose its seal."""
+    """Check that source and destination differ: a damaged store copied onto itself would lose its seal."""
     place = open_place(destination)
     same = str(place).rstrip("/") == str(source.place).rstrip("/")
     if same or (not place.remote and not source.remote and place.folder.resolve() == source.path.resolve()):
@@ -126,7 +127,7 @@ def _check_elsewhere(source: Cache, destination: str | Path) -> None:
 
 
 def rounds(source: Manifest, codec: Codec | None) -> bool:
-    """Whether a copy into `codec` rounds targets that the source's codec did not."""
+    """Return whether a copy into `codec` rounds targets that the source's codec did not."""
     return codec == "small" and source.codec != "small"
 
 
@@ -135,7 +136,7 @@ def _numbers(source: Cache, changes: CopyChanges) -> list[int]:
 
 
 def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | None = None) -> Manifest:
-    """The manifest of the copy that `copy_store` would write. Args, Raises: as `copy_store`."""
+    """Return the manifest of the copy that `copy_store` would write. Args, Raises: as `copy_store`."""
     manifest, numbers = source.manifest, _numbers(source, changes)
     _check(source, changes)
     features = _features(manifest, changes)
@@ -161,7 +162,7 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
 
 
 def _features(manifest: Manifest, changes: CopyChanges) -> dict[str, Feature]:
-    """Return the manifest's entries for the taps of a copy. Raises: RecipeError for 8 bits that no tap can have."""
+    """Return the manifest's entries for the taps of a copy. Raises: RecipeError if no tap can be stored in 8 bits."""
     kept = {
         tap: feature
         for tap, feature in manifest.features.items()
@@ -177,7 +178,7 @@ def _features(manifest: Manifest, changes: CopyChanges) -> dict[str, Feature]:
 
 
 def _feature_fidelity(source: Cache, features: Mapping[str, Feature]) -> dict[str, FeatureFidelity]:
-    """Return what the taps of a copy have lost: what the source's have, or what 8 bits lose of them in float16."""
+    """Return what the taps of a copy lose: the source's figures, or the loss of 8 bits against float16."""
     known, lost = source.manifest.feature_fidelity, dict[str, FeatureFidelity]()
     for tap, feature in features.items():
         if feature.dtype == "uint8" and source.manifest.features[tap].dtype == "float16" and tap not in known:
@@ -205,7 +206,7 @@ _MORE_TAPS = (
 
 
 def _check(source: Cache, changes: CopyChanges) -> None:
-    """Refuse changes that the source does not allow. Raises StoreError."""
+    """Raise StoreError for changes that the source does not allow."""
     manifest = source.manifest
     unknown = sorted(set(changes.features or ()) - set(manifest.features))
     if unknown:
@@ -226,10 +227,10 @@ def _check(source: Cache, changes: CopyChanges) -> None:
 
 
 class _Copying:
-    """Where the shards of a copy come from.
+    """The source of a copy's shards.
 
     Args:
-        numbers: of the samples that are copied.
+        numbers: numbers of the copied samples.
     """
 
     def __init__(self, source: Cache, writer: StoreWriter, numbers: Sequence[int]) -> None:
@@ -249,12 +250,12 @@ class _Copying:
             }
 
     def content(self, path: str, shard: int) -> Array | bytes:
-        """A shard of an array: the source's own file, or its rows."""
+        """Return a shard of an array: the file of the source, or its rows."""
         spec = self.specs[path]
         return self._file(spec, shard) if path in self.whole else self._rows(spec, shard)
 
     def _file(self, spec: ArraySpec, shard: int) -> bytes:
-        """The bytes of a shard's file of the source. Raises CorruptError when they are not what the ledger says."""
+        """Return the bytes of a shard's file of the source. Raises CorruptError if the ledger has another digest."""
         assert self.source.ledger is not None
         place, key = self.source.place, shard_key(spec, shard)
         expected = self.source.ledger.file(shard, key)
@@ -291,7 +292,7 @@ class _Copying:
 
 
 class _Shard(dict[str, Array | bytes]):
-    """The arrays of one shard, each made when it is used and not kept: memory holds one of them."""
+    """The arrays of one shard. Each is made when it is used and then dropped, so memory holds one of them."""
 
     def __init__(self, copying: _Copying, shard: int) -> None:
         self._copying, self._number = copying, shard

@@ -1,6 +1,7 @@
-"""Whether a data set still is what a store was built from: the one comparison that every command makes.
+"""The one comparison that every command makes between a data set and the store that was built from it.
 
-A file with another digest is not yet a change: it is rendered again, and changed only if its pixels or its label are.
+A file with another digest is not yet a change: it is rendered again, and counts as changed only if its pixels or its
+label differ.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,13 @@ COLUMNS = ("image_digest", "label_digest", "label_checksum", "pixel_checksum", "
 
 @dataclass(frozen=True)
 class Recorded:
-    """What records say of the data set that they were made from.
+    """What a store's records say about the data set that they were made from.
 
     Attributes:
         ids: of the samples. class_names: of their labels.
         views: records of each sample.
-        columns: COLUMNS, and `depth_digest` if there is one, each (R, ...).
-        known: (R,) bool, which records have these rows.
+        columns: COLUMNS, and `depth_digest` if it exists, each (R, ...).
+        known: (R,) bool, the records that have these rows.
         size: (H, W) of the views.
     """
 
@@ -40,7 +41,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class BuiltFrom:
-    """The data set behind a build.
+    """The data set of a build.
 
     Attributes:
         split: the data set. With None only checksums are compared.
@@ -52,7 +53,7 @@ class BuiltFrom:
 
 
 def recorded_in(cache: Cache) -> Recorded:
-    """Return what a complete store says of its data set."""
+    """Return what a complete store records about its data set."""
     manifest = cache.manifest
     names = columns_of(manifest)
     return Recorded(
@@ -66,14 +67,14 @@ def recorded_in(cache: Cache) -> Recorded:
 
 
 def columns_of(manifest: Manifest) -> tuple[str, ...]:
-    """Return the columns that a comparison needs; none of a store that does not record contents."""
+    """Return the columns that a comparison needs, or none if the store does not record contents."""
     if not manifest.records_contents:
         return ()
     return (*COLUMNS, "depth_digest") if manifest.depth is not None and manifest.depth.labelled else COLUMNS
 
 
 def renewal(place: object, data: str) -> str:
-    """Return the command that builds a cache again from the data as they are now."""
+    """Return the command that builds a cache again from the current data."""
     return f"kdcache build-teacher-cache --from {place} --data {data} --teacher TEACHER --out NEW"
 
 
@@ -86,9 +87,10 @@ def data_changes(
 ) -> Changes:
     """Compare a data set with what a store was built from.
 
-    Args:
-        indexed: as in `read_contents`; False reads every file.
-        progress: called with (samples read, samples).
+    `indexed` allows digests from the index of unchanged files (see `read_contents`). False reads every file. `progress`
+    is
+    called with (samples read, samples).
+
     Raises: DataError for a file that cannot be read; CorruptError for a damaged store.
     """
     recorded = recorded_in(source) if isinstance(source, Cache) else source
@@ -113,8 +115,7 @@ class _Found:
 def _content_changes(recorded: Recorded, split: Split, shared: Sequence[int], contents: Contents) -> dict[str, Any]:
     """Return the fields of `Changes` that contents show.
 
-    Args:
-        shared: numbers of the recorded samples that the split has. contents: theirs, in that order.
+    `shared` has the numbers of the recorded samples that the split has, and `contents` theirs in that order.
     """
     columns, views = recorded.columns, recorded.views
     records = (np.array(shared, np.int64)[:, None] * views + np.arange(views)).reshape(-1)
@@ -146,7 +147,7 @@ def _content_changes(recorded: Recorded, split: Split, shared: Sequence[int], co
 
 
 def _rendered_changes(recorded: Recorded, split: Split, number: int, records: Sequence[int]) -> tuple[bool, bool]:
-    """Return whether the pixels, and whether the labels of a sample's records render otherwise now."""
+    """Return whether the pixels, and whether the labels, of a sample's records render differently now."""
     image, label = split.image(number), split.label(number)
     columns, images, labels = recorded.columns, False, False
     for record in records:

@@ -1,4 +1,4 @@
-"""Joined caches: the targets, features and statistics of several caches of the same views, read as those of one.
+"""Joined caches: read the targets, features and statistics of several caches of the same views as one cache.
 
 The first cache is the main one. It gives pixels, labels, classes, order and shards. Heads of a further cache keep their
 names. Its taps are NAME:TAP, as in `features/sam:last` and `statistics/similarity.sam:last`.
@@ -29,7 +29,7 @@ FREE_IN_VIEWS = ("teacher_size", "pixels")
 
 
 class JoinedManifest(Manifest):
-    """The manifest of the main cache, with heads, features and statistics of all.
+    """The manifest of the main cache, with the heads, features and statistics of all caches.
 
     Attributes:
         joined: names of the caches, the main one first.
@@ -39,7 +39,7 @@ class JoinedManifest(Manifest):
 
 
 class JoinedCache(Cache):
-    """Several caches as one, which are not compared here: `open_caches` does that.
+    """Several caches read as one. `open_caches` checks that they belong together.
 
     Args:
         caches: by name. The first is the main one.
@@ -58,24 +58,26 @@ class JoinedCache(Cache):
 
     @property
     def parts(self) -> tuple[Cache, ...]:
+        """The caches of the join, the main one first."""
         return tuple(self._caches.values())
 
     @property
     def remote(self) -> bool:
+        """Whether any of the caches is remote."""
         return any(cache.remote for cache in self.parts)
 
     def unread(self, paths: Sequence[str]) -> list[str]:
-        """Return the names of the further caches of which none of these arrays is."""
+        """Return the names of the further caches that hold none of these arrays."""
         read = [self._further[path][0] for path in paths if path in self._further]
         return [name for name, cache in [*self._caches.items()][1:] if cache not in read]
 
     def check_files(self) -> None:
-        """Do what `Cache` does, for the files of all caches."""
+        """Check that every file of all caches exists with its size."""
         for cache in self.parts:
             cache.check_files()
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Do what `Cache` does, with the cache that has the array. Raises: the errors of `Cache`."""
+        """Decode a record from the cache that has the array. Raises: as `Cache.read_into`."""
         if path in self._further:
             cache, own = self._further[path]
             cache.read_into(record, own, out)
@@ -83,7 +85,7 @@ class JoinedCache(Cache):
             super().read_into(record, path, out)
 
     def fetch(self, shard: int, path: str) -> None:
-        """Have the records of a shard of the main cache on this machine. Raises: as `read_into`."""
+        """Download the records of a shard of the main cache, from the array's cache. Raises: as `read_into`."""
         if path not in self._further:
             super().fetch(shard, path)
             return
@@ -112,7 +114,8 @@ def open_caches(
 
     Args:
         locations: as of `open_cache`, each alone or as NAME=LOCATION. The default name is the folder's stem.
-        cache_dir, cache_bytes: as of `open_cache`, for each.
+        cache_dir: as of `open_cache`, for each cache.
+        cache_bytes: as of `open_cache`, for each cache.
     Raises: as `open_cache`; RecipeError for two caches of one name; MismatchError for caches that do not belong
         together, with the first sample and view that differ.
     """
@@ -138,12 +141,12 @@ def open_caches(
 
 
 def seal_of(cache: Cache) -> str:
-    """Return the digest of a cache's ledger, of a join those of all in their order; '' if it is not sealed."""
+    """Return the digest of a cache's ledger, or of all ledgers of a join in order. '' if it is not sealed."""
     return "+".join(part.ledger.completion.ledger_sha256 for part in cache.parts if part.ledger is not None)
 
 
 def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
-    """Check that samples are those of a cache, in its order. Raises: MismatchError with the first that differs."""
+    """Check that ids are the main cache's ids, in its order. Raises: MismatchError with the first that differs."""
     pairs = enumerate(zip_longest(main.ids, ids))
     number, (its, own) = next(((n, pair) for n, pair in pairs if pair[0] != pair[1]), (0, (None, None)))
     if its is not own:
@@ -157,14 +160,15 @@ def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
 def other_view(
     main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = (), fix: str = ""
 ) -> MismatchError:
-    """Return the error for a view that is not the one of a cache.
+    """Return the error for a view that differs from the main cache's view.
 
     Args:
-        record: the first of the main cache that differs. None if only settings differ.
-        whose: a cache or a data set.
+        main: the main cache.
+        record: the first record of the main cache that differs. None if only settings differ.
+        whose: the other cache or data set.
         pillow: its version of Pillow.
         more: further differences.
-        fix: default for a cache to join.
+        fix: default: the fix for a cache to join.
     """
     manifest, shown = main.manifest, []
     if record is not None:
@@ -178,12 +182,12 @@ def other_view(
 
 
 def pillow_of(manifest: Manifest) -> str:
-    """The version of Pillow that a cache was built with."""
+    """Return the Pillow version of a cache's build."""
     return manifest.build.libraries.get("pillow", "(unknown)")
 
 
 def _named(text: str) -> tuple[str, str]:
-    """(Name, location) of `NAME=LOCATION`, or of a location alone."""
+    """Return (name, location) of `NAME=LOCATION`, or of a bare location."""
     match = None if Path(text).exists() else _NAMED.fullmatch(text)
     return (match[1], match[2]) if match else (PurePosixPath(text).stem, text)
 
@@ -245,7 +249,7 @@ def _manifest_of(caches: Mapping[str, Cache]) -> JoinedManifest:
 
 
 def _renamed(name: str, cache: Cache) -> Iterator[tuple[str, str]]:
-    """Yield the paths of the arrays of a further cache that are joined: its own, and that in the join."""
+    """Yield the paths of the arrays of a further cache that are joined: in the cache, and in the join."""
     for path in cache.specs:
         room, _, array = path.partition("/")
         if room == "targets":

@@ -1,9 +1,9 @@
 """The ledger: one small JSON file per finished shard, and `complete.json` when all are there.
 
-A shard counts when its ledger record exists, and a record is published only after the shard's files are
-synced. When all are there, `ledger.jsonl` has them one per line, so that a reader needs one file and parses what it
-uses; `complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file. What is sealed of a
-record is its JSON as `canonical` writes it, whatever white space its own file has.
+A shard counts if its ledger record exists. A record is published only after the shard's files are synced. When all
+shards are there, `ledger.jsonl` has their records one per line, so a reader needs one file and parses what it uses.
+`complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file. The seal covers a record as
+JSON written by `canonical`, whatever white space its file has.
 """
 
 import hashlib
@@ -31,8 +31,11 @@ Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_]
 
 
 class FileRecord(Part):
-    """A file of a shard. `crc32c` has the 4 bytes that end each of its chunks, in their order: they show a reader that
-    a chunk, whole in itself, is the one that was written there, without reading the file for its sha256.
+    """A file of a shard.
+
+    `crc32c` has the 4 bytes that end each of its chunks, in order. They show a reader that a valid chunk is the one
+    that was
+    written there, without reading the whole file for its sha256.
     """
 
     bytes: Annotated[int, Field(ge=0)]
@@ -41,7 +44,7 @@ class FileRecord(Part):
 
 
 class ShardRecord(Part):
-    """The files of a finished shard; `files` are keyed by path below the store."""
+    """The files of a finished shard, keyed by path below the store."""
 
     noun: ClassVar = "the ledger record"
     shard: Annotated[int, Field(ge=0)]
@@ -50,7 +53,7 @@ class ShardRecord(Part):
 
 
 class Completion(Part):
-    """The seal of a finished store. `ledger_sha256` also distinguishes the content of one store from another's."""
+    """The seal of a finished store. `ledger_sha256` also identifies the content of a store."""
 
     noun: ClassVar = "the seal"
     shards: Annotated[int, Field(ge=0)]
@@ -59,12 +62,12 @@ class Completion(Part):
 
     @property
     def content(self) -> bytes:
-        """The seal as it is written."""
+        """The seal as the bytes of its file."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the seal, and so of every byte of the store: published elsewhere, it shows any change."""
+        """SHA-256 of the seal, and so of every byte of the store. Publish it to reveal any change."""
         return hashlib.sha256(self.content).hexdigest()
 
 
@@ -86,7 +89,7 @@ class Ledger:
         return Ledger, (self.place, self.completion)
 
     def record(self, shard: int) -> ShardRecord:
-        """The record of a shard. Raises CorruptError."""
+        """Return the record of a shard. Raises CorruptError."""
         record = self._records.get(shard)
         if record is None:
             record = _parse(self.place, WHOLE, self._lines[shard], ShardRecord)
@@ -108,18 +111,18 @@ class Ledger:
         return content.split(b"\n")[:-1]
 
     def check_lines(self) -> None:
-        """The ledger is what was sealed. Raises CorruptError."""
+        """Check that the ledger is the one that was sealed. Raises CorruptError."""
         len(self._lines)
 
     def file(self, shard: int, key: str) -> FileRecord:
-        """Size and digests that a shard's file must have. Raises CorruptError."""
+        """Return the size and digests that a shard's file must have. Raises CorruptError."""
         record = self.record(shard).files.get(key)
         if record is None:
             raise damaged_metadata(self.place.describe(WHOLE), f"it lists no {key}")
         return record
 
     def check_files(self) -> None:
-        """Every file of every shard is there with its size. Raises CorruptError naming the first that is not."""
+        """Check that every file exists with its size. Raises CorruptError naming the first that does not."""
         files = {key: file.bytes for shard in range(len(self)) for key, file in self.record(shard).files.items()}
         for (key, expected), size in zip(files.items(), self.place.sizes(files), strict=True):
             if _has_size(self.place, key, size, expected):
@@ -130,18 +133,19 @@ class Ledger:
 
 
 def _has_size(place: Place, key: str, size: int | None, expected: int) -> bool:
-    """Whether a file has a size, as its place said; a remote one is asked again before a file is called damaged."""
+    """Return whether a file has the expected size. A remote file is asked for again before it is called damaged."""
     return size == expected or (place.remote and next(place.sizes([key])) == expected)
 
 
 def record_key(shard: int) -> str:
+    """Return the path of a shard's ledger record below the store."""
     return f"ledger/{shard:08d}.json"
 
 
 def publish_shard(place: Place, record: ShardRecord) -> None:
-    """Write the ledger record of a shard whose files are published already.
+    """Write the ledger record of a shard after its files are published.
 
-    Raises: StoreError when another worker has published the shard with other bytes.
+    Raises: StoreError if another worker has published the shard with other bytes.
     """
     shard = record.shard
     if not place.publish_exclusive(record_key(shard), canonical(record)) and read_shard_record(place, shard) != record:
@@ -155,13 +159,13 @@ def publish_shard(place: Place, record: ShardRecord) -> None:
 
 
 def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
-    """Whether a record is that of a shard of this store."""
+    """Return whether a record belongs to a shard of this store."""
     keys = {shard_key(spec, shard) for spec in record_arrays(manifest)}
     return (record.shard, record.records, set(record.files)) == (shard, manifest.shard_range(shard), keys)
 
 
 def is_published(place: Place, record: ShardRecord) -> bool:
-    """Whether the shard's own ledger record is there and equal."""
+    """Return whether the shard's ledger record exists and is equal."""
     try:
         return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):
@@ -169,7 +173,7 @@ def is_published(place: Place, record: ShardRecord) -> bool:
 
 
 def read_shard_record(place: Place, shard: int) -> ShardRecord | None:
-    """The record of a shard, None when it is not finished. Raises CorruptError when it cannot be read."""
+    """Return the record of a shard, or None if it is not finished. Raises CorruptError for a damaged record."""
     return _read(place, record_key(shard), ShardRecord)
 
 
@@ -190,7 +194,7 @@ def _parse(place: Place, key: str, content: bytes, kind: type[R]) -> R:
 
 
 def sealed_records(place: Place, completion: Completion | None) -> dict[int, ShardRecord]:
-    """The records of `ledger.jsonl` by shard, when it is what the seal says; else none. Raises StoreError."""
+    """Return the records of `ledger.jsonl` by shard, or none if it does not match the seal. Raises StoreError."""
     if completion is None:
         return {}
     content = read_or_none(place, WHOLE, MAX_SEALED_BYTES)
@@ -202,11 +206,11 @@ def sealed_records(place: Place, completion: Completion | None) -> dict[int, Sha
 
 @dataclass(frozen=True)
 class Examined:
-    """A shard beside its record.
+    """A shard and its record, compared.
 
     Attributes:
-        damaged: files whose bytes are not those that were written.
-        record: what the ledger should say of the shard, where no file is damaged: its files' own checksums.
+        damaged: files with other bytes than were written.
+        record: what the ledger should say of the shard if no file is damaged: the files' actual checksums.
     """
 
     damaged: list[str]
@@ -216,11 +220,10 @@ class Examined:
 def examine(
     place: Place, records: Sequence[ShardRecord], chunks: Mapping[ArraySpec, int], *, digests: bool = True
 ) -> Iterator[Examined]:
-    """Look at the files of each shard; reads them all.
+    """Read all files of each shard and compare them with its record.
 
-    Args:
-        chunks: of a whole shard, for the arrays whose checksums in the record are compared with the file's own.
-        digests: False compares sizes alone.
+    `chunks` has the chunks of a full shard, for the arrays with checksums to compare. Without `digests` only sizes are
+    compared.
     """
     sizes = place.sizes([key for record in records for key in record.files])
     for record in records:
@@ -247,7 +250,7 @@ def _checksums(content: bytes, chunks: int) -> str:
 
 
 def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -> bytes | None:
-    """A file whole; None when it is not there, is no file or is longer than `most`. Raises StoreError."""
+    """Return the content of a file, or None if it is missing, not a file or longer than `most`. Raises StoreError."""
     try:
         return place.read(key, most, sha256)
     except FileNotFoundError:
@@ -260,9 +263,9 @@ def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -
 
 
 def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
-    """Write complete.json: from here on the store is whole. False when a shard is not finished.
+    """Write complete.json, which makes the store complete. Return False if a shard is not finished.
 
-    What fits already is left untouched: a finished store may be on a disk that cannot be written.
+    An equal file is left untouched, because a finished store may be on a read-only disk.
     Raises: CorruptError for a metadata file that is missing.
     """
     records = [read_shard_record(place, shard) for shard in range(shards)]
@@ -287,10 +290,10 @@ def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
 
 
 def read_completion(place: Place) -> Completion | None:
-    """The seal, None while the build is not finished. Raises CorruptError when it cannot be read."""
+    """Return the seal, or None if the build is not finished. Raises CorruptError for a damaged seal."""
     return _read(place, COMPLETE, Completion)
 
 
 def canonical(record: ShardRecord) -> bytes:
-    """One line; sorted keys, so that equal content gives equal bytes."""
+    """Return a record as one line of JSON with sorted keys, so equal content gives equal bytes."""
     return (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()

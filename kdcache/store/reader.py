@@ -1,9 +1,9 @@
-"""Opening and reading a store.
+"""Open and read a store.
 
-Opening checks the manifest, the seal, all metadata and the layout of every array; a shard's first use checks its ledger
-record and its files' sizes, every read the crc32c of what it reads; `check_files` looks for every file beforehand, and
+Opening checks the manifest, the seal, all metadata and the layout of every array. The first use of a shard checks its
+ledger record and its files' sizes, and every read checks a crc32c. `check_files` looks for every file beforehand, and
 `verify` checks every byte.
-Reads go straight to the shards (shard.py). An array that was made in another way than our writer's is refused.
+Reads go straight to the shards (shard.py). An array with another layout than our writer's is an error.
 """
 
 import json
@@ -42,12 +42,12 @@ _REMAINS = (SPARE, ledger.COMPLETE, ledger.WHOLE, ledger.record_key(0))  # of wh
 class Cache:
     """A complete store, open for reading.
 
-    Many threads may read at once. Safe to fork, and to pickle: a worker process opens it again.
+    Many threads may read at once. It is safe to fork and to pickle: a worker process opens it again.
 
     Attributes:
         place: where its files are.
         manifest: who made it, from what and how.
-        ledger: size and digests of its files; None for a store that is not sealed.
+        ledger: size and digests of its files, or None for a store that is not sealed.
     """
 
     def __init__(self, place: Place | Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
@@ -59,7 +59,7 @@ class Cache:
         self._columns: dict[str, Array] = {}
 
     def __len__(self) -> int:
-        """Number of records."""
+        """Return the number of records."""
         return self.manifest.records
 
     def __repr__(self) -> str:
@@ -73,17 +73,17 @@ class Cache:
 
     @property
     def parts(self) -> tuple["Cache", ...]:
-        """The caches that it is joined of, the main one first: here itself."""
+        """The joined caches, the main one first. A single cache returns itself."""
         return (self,)
 
     @property
     def path(self) -> Path:
-        """The store's folder; of a remote one, the folder of its copies on this machine."""
+        """The store's folder. For a remote store it is the folder of its local copies."""
         return self.place.folder
 
     @property
     def head(self) -> Head:
-        """The segmentation head. Raises: StoreError for a store without."""
+        """The segmentation head. Raises: StoreError if the store does not have one."""
         if self.manifest.segmentation is None:
             raise StoreError(
                 f"{self.place} has no {SEGMENTATION} head, only {', '.join(self.manifest.heads) or 'features'}",
@@ -94,6 +94,7 @@ class Cache:
 
     @property
     def num_classes(self) -> int:
+        """The number of classes of the data set."""
         return len(self.manifest.dataset.class_names)
 
     @property
@@ -103,16 +104,17 @@ class Cache:
 
     @property
     def align_corners(self) -> bool:
-        """Whether the teacher's resize of segmentation from native stride to the view aligns corners."""
+        """Whether the teacher resizes segmentation from native stride to the view with aligned corners."""
         return self.manifest.segmentation is not None and self.manifest.segmentation.align_corners
 
     @property
     def pixels_stored(self) -> bool:
+        """Whether the store holds images and labels."""
         return self.manifest.view.pixels == "stored"
 
     @property
     def remote(self) -> bool:
-        """Whether a read may have to fetch a shard from elsewhere: then order matters."""
+        """Whether a read may have to download a shard, so the order of reads matters."""
         return self.place.remote
 
     @cached_property
@@ -126,16 +128,16 @@ class Cache:
             raise
 
     def check_files(self) -> None:
-        """Check that every file is there with its size: better before a training than in it.
+        """Check that every file exists with its size, to fail before a training instead of during it.
 
-        Raises: CorruptError naming the first that is not.
+        Raises: CorruptError naming the first that does not.
         """
         self._check_place()
         if self.ledger is not None:
             self.ledger.check_files()
 
     def check_arrays(self) -> None:
-        """Check that every array is what the manifest says, in a layout that is read here.
+        """Check that every array matches the manifest and has a supported layout.
 
         Raises: VersionError naming what is not supported; CorruptError naming the zarr.json that does not fit.
         """
@@ -143,7 +145,7 @@ class Cache:
             self._array(path)
 
     def _check_place(self) -> None:
-        """A store that is gone is not damaged. Raises StoreError."""
+        """Raise StoreError if the store is gone, which is not damage."""
         if not self.remote and not self.path.is_dir():
             raise StoreError(
                 f"Cache not found: {self.place} was moved or deleted since it was opened",
@@ -151,7 +153,7 @@ class Cache:
             )
 
     def column(self, name: str) -> Array:
-        """`records/<name>` of all records, (R, ...)."""
+        """Return `records/<name>` of all records, (R, ...)."""
         path = f"records/{name}"
         try:
             return self._array(path).read_all()
@@ -162,13 +164,13 @@ class Cache:
 
     @cached_property
     def has_label(self) -> Array:
-        """Whether each sample has a label of segmentation, (N,) bool. All views of a sample do, or none. Read once."""
+        """Whether each sample has a segmentation label, (N,) bool. It holds for all views of a sample. Read once."""
         flags: Array = np.not_equal(self._labelled & LABELLED, 0)
         return flags
 
     @cached_property
     def has_depth(self) -> Array:
-        """Whether each sample has a label of depth, (N,) bool."""
+        """Whether each sample has a depth label, (N,) bool."""
         flags: Array = np.not_equal(self._labelled & LABELLED_DEPTH, 0)
         return flags
 
@@ -177,9 +179,9 @@ class Cache:
         return self.column("labelled")[:: self.manifest.view.views_per_sample]
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
-        """Rows of one record, path -> array of the schema's shape and type, each with memory of its own.
+        """Return the rows of one record as new arrays of the schema's shape and type, by path.
 
-        Raises: CorruptError naming the file when its bytes fail their checksum.
+        Raises: CorruptError naming the file if its bytes fail their checksum.
         """
         rows = {}
         for path in paths:
@@ -191,7 +193,7 @@ class Cache:
     def read_into(self, record: int, path: str, out: Array) -> None:
         """Decode the row of one record into `out`: the schema's shape and type, C-contiguous.
 
-        Raises: CorruptError as `read` (`out` is undefined then), IndexError, StoreError for a wrong `out`.
+        Raises: CorruptError as `read` (with `out` undefined), IndexError, StoreError for a wrong `out`.
         """
         try:
             self._array(path).read_into(record, out)
@@ -201,7 +203,7 @@ class Cache:
             self._array(path).read_into(record, out)
 
     def feature(self, record: int, tap: str) -> Array:
-        """Return the features of one record as numbers: (c, h, w) float16, or float32 of a tap that is stored in bytes.
+        """Return the features of one record as numbers: (c, h, w) float16, or float32 if the tap is stored in bytes.
 
         Raises: as `read`.
         """
@@ -210,7 +212,7 @@ class Cache:
         return restore(rows[path], rows[scales]) if scales in rows else rows[path]
 
     def fetch(self, shard: int, path: str) -> None:
-        """Have a shard of an array on this machine, for reads to come. Raises: as `read`."""
+        """Download a shard of an array for later reads. Raises: as `read`."""
         key = shard_key(self.specs[path], shard)
         try:
             os.close(self._open_shard(path, shard, key.removeprefix(f"{path}/"))[0])
@@ -218,7 +220,7 @@ class Cache:
             raise unreadable(self.place.describe(key), "the shard cannot be opened", error) from error
 
     def target_paths(self, head: str = SEGMENTATION) -> list[str]:
-        """Arrays that make up the target of a head: values, and for top-k indices and tail; [] without that head."""
+        """List the arrays of a head's target: values, and for top-k indices and tail. Empty without that head."""
         return [path for path in self.specs if path.startswith(f"targets/{head}/")]
 
     def targets_for(
@@ -230,21 +232,23 @@ class Cache:
         heads: Sequence[str] | None = None,
         depth_zoom: str | None = None,
     ) -> SampleTargets:
-        """The targets of samples whose pixels an augmentation of one's own has cropped, resized and then flipped.
+        """Return the targets of samples whose pixels your augmentation has cropped, resized and then flipped.
 
             losses = DistillLoss(cache, ce_weight=0)(logits, cache.targets_for(ids, windows, flips), labels=masks)
 
-        They are those of the whole image, moved with the window as `CacheDataset(augment="warp")` moves them.
+        These are the whole image's targets, moved with the window as `CacheDataset(augment="warp")` moves them.
 
         Args:
-            ids: of B samples, such as a list of a batch's.
-            windows: (B, 4) edges (y0, x0, y1, x1) of what the pixels show, in pixels of the sample's image (upright by
-                its EXIF); an array, a tensor or lists. They may reach beyond the image. None is the whole view.
-            flips: (B,), whether the pixels are mirrored left and right; None mirrors nothing.
-            heads: the store's whose targets are read; default all.
-            depth_zoom: what a window that zooms does to targets in metres: divide, or keep.
-        Raises: DataError for ids that the store does not have, and windows that are none; RecipeError for a store of
-            crops, for an unknown head, and for zoomed windows without a rule for metres; CorruptError as `read`.
+            ids: of B samples, such as a list from a batch.
+            windows: (B, 4) edges (y0, x0, y1, x1) of what the pixels show, in pixels of the EXIF-upright image: an
+                array, a
+                tensor or lists. They may reach beyond the image. None is the whole view.
+            flips: (B,), whether the pixels are mirrored left to right. None mirrors nothing.
+            heads: the heads to read. Default: all.
+            depth_zoom: what a zooming window does to targets in metres: divide, or keep.
+        Raises: DataError for unknown ids and invalid windows; RecipeError for a store of crops, for an unknown head,
+        and
+            for zoomed windows without a rule for metres; CorruptError as `read`.
         """
         if self.manifest.view.kind == "crop":
             raise RecipeError(
@@ -276,7 +280,7 @@ class Cache:
         return {sample: number for number, sample in enumerate(self.ids)}
 
     def _column(self, name: str) -> Array:
-        """`column`, read once."""
+        """Return `column`, read once."""
         if name not in self._columns:
             self._columns[name] = self.column(name)
         return self._columns[name]
@@ -289,9 +293,9 @@ class Cache:
         return rows
 
     def _forget(self, path: str, shards: Sequence[int]) -> bool:
-        """Drop the copies of remote shards when one is damaged; False when there are none: the files themselves are.
+        """Drop the local copies of damaged remote shards, or return False if the store's own files are damaged.
 
-        Raises: StoreError when the store itself is gone.
+        Raises: StoreError if the store itself is gone.
         """
         self._check_place()
         dropped = [self.place.forget(shard_key(self.specs[path], shard)) for shard in shards]
@@ -318,7 +322,7 @@ class Cache:
         return array
 
     def _open_shard(self, path: str, shard: int, below: str) -> tuple[int, bytes]:
-        """Descriptor of a shard of an array, as long as the ledger says, and the checksums that its chunks end with."""
+        """Open a shard with the ledger's size, and return its descriptor and the checksums that its chunks end with."""
         key = f"{path}/{below}"
         if self.ledger is None:
             return self.place.open(key), b""
@@ -336,13 +340,14 @@ def open_cache(
 
     Args:
         location: its folder, or an address such as s3://bucket/prefix.
-        cache_dir: where copies of a remote store's shards are kept; default kdcache in the user's cache folder.
-        cache_bytes: how much of them; default half of what is free there.
+        cache_dir: folder for local copies of a remote store's shards. Default: kdcache in the user's cache folder.
+        cache_bytes: bound on the bytes of these copies. Default: half of the free space there.
+
     Raises:
-        IncompleteError: it is half built (the message says how far).
+        IncompleteError: the build is not finished (the message says how far it came).
         CorruptError: the seal or metadata were changed.
         VersionError: its format, or the layout of an array, is not supported.
-        StoreError: it is no store.
+        StoreError: it is not a store.
     """
     place = open_place(location, None if cache_dir is None else Path(cache_dir), cache_bytes)
     manifest = read_manifest(place)
@@ -355,7 +360,7 @@ def open_cache(
 
 
 def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
-    """The seal of a finished store. Raises IncompleteError saying how far the build came."""
+    """Return the seal of a finished store. Raises IncompleteError with the number of finished shards."""
     completion = ledger.read_completion(place)
     if completion is None:
         sizes = place.sizes(ledger.record_key(shard) for shard in range(manifest.shards))
@@ -373,7 +378,7 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
 
 
 def store_opens(place: Place) -> bool:
-    """Return True if a store opens, with its ledger. A seal with a wrong digest shows in nothing else."""
+    """Return whether a store opens with its ledger. Only this reveals a seal with a wrong digest."""
     try:
         sealed = open_cache(place).ledger
         assert sealed is not None
@@ -384,7 +389,7 @@ def store_opens(place: Place) -> bool:
 
 
 def not_continued(place: Place, statistics: str) -> MismatchError:
-    """The error for a store with statistics that this version does not compute: no command can continue its build."""
+    """Return the error for a store with statistics of an earlier version, whose build cannot continue."""
     kept = f" Add --from {place} to keep its targets." if store_opens(place) else ""
     fix = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out folder."
     return MismatchError(
@@ -394,12 +399,12 @@ def not_continued(place: Place, statistics: str) -> MismatchError:
 
 
 def store_exists(location: str | Path | Place) -> bool:
-    """Whether a store was begun there."""
+    """Return whether a store was begun there."""
     return open_place(location).exists(ROOT, SPARE, ledger.COMPLETE)
 
 
 def read_manifest(location: str | Path | Place) -> Manifest:
-    """The manifest of a store, complete or not. Raises StoreError."""
+    """Return the manifest of a store, complete or not. Raises StoreError."""
     place = open_place(location)
     with suppress(CorruptError, VersionError):
         return _read_root(place)
@@ -412,7 +417,7 @@ def read_manifest(location: str | Path | Place) -> Manifest:
 
 
 def begun_manifest(location: str | Path | Place) -> Manifest | None:
-    """Return the manifest of a store that was begun, from its spare if zarr.json is damaged. None if both are lost."""
+    """Return the manifest of a begun store, from its spare if zarr.json is damaged, or None if both are lost."""
     place = open_place(location)
     if not store_exists(place):
         return None

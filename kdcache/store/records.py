@@ -1,7 +1,7 @@
-"""The records of a store: with it, where it keeps no pixels, the data set that it was built from.
+"""The records of a store, and the data set behind it if the store keeps no pixels.
 
-Record n of a store is a view of one sample of that data set only, so another one is refused, and so is an image that
-no longer renders to the pixels that the teacher saw.
+Record n of a store is a view of one sample of its data set. Another data set is an error, and so is an image that no
+longer renders to the pixels that the teacher saw.
 """
 
 from pathlib import Path
@@ -36,10 +36,10 @@ class Records:
 
     @classmethod
     def open(cls, store: str | Path | Place, data: str | None = None, split: str | None = None) -> "Records":
-        """The records of the store at a path or address.
+        """Open the records of the store at a path or address.
 
-        Args:
-            data, split: its data set; the split is by default the one that the store was built from.
+        `data` and `split` name its data set. The default split is the one that the store was built from.
+
         Raises: as `open_cache` and `open_split`; MismatchError.
         """
         cache = open_cache(store)
@@ -47,7 +47,7 @@ class Records:
 
     @classmethod
     def of(cls, records: "Cache | Records") -> "Records":
-        """Records as they are, or those of a store alone."""
+        """Return records unchanged, or the records of a cache without a data set."""
         return records if isinstance(records, Records) else cls(records)
 
     def __len__(self) -> int:
@@ -55,11 +55,11 @@ class Records:
 
     @property
     def complete(self) -> bool:
-        """Whether pixels and labels are there."""
+        """Whether pixels and labels are available."""
         return self.cache.pixels_stored or self.split is not None
 
     def check_complete(self) -> None:
-        """Refuse a store without pixels that has no data set beside it. Raises MismatchError."""
+        """Raise MismatchError for a store without pixels and without its data set."""
         if not self.complete:
             raise MismatchError(
                 f"Missing --data: {self.cache.place} was built with --pixels source, so it has no pixels",
@@ -67,11 +67,11 @@ class Records:
             )
 
     def sample(self, record: int) -> str:
-        """The id of a record's sample."""
+        """Return the id of a record's sample."""
         return self.cache.ids[record // self.cache.manifest.view.views_per_sample]
 
     def pixels(self, record: int) -> Array:
-        """The view: uint8 (H, W, 3).
+        """Return the view: uint8 (H, W, 3).
 
         Raises: CorruptError as `Cache.read`; from the data set, DataError, and MismatchError for an image that renders
             to other pixels than the teacher saw.
@@ -81,9 +81,9 @@ class Records:
         return self._checked_view(record)[0]
 
     def label(self, record: int, task: str = SEGMENTATION) -> Array:
-        """The view's label of a task: uint8 (H, W), 255 is void; of depth float32 metres, NaN is unknown.
+        """Return the view's label of a task: uint8 (H, W) with void 255, or float32 metres with NaN for unknown depth.
 
-        Raises: as `pixels`; StoreError for a store that keeps pixels and no label of the task.
+        Raises: as `pixels`; StoreError for a store with pixels but no label of the task.
         """
         if self.cache.pixels_stored:
             return self.cache.read(record, [f"labels/{task}"])[f"labels/{task}"]
@@ -92,9 +92,9 @@ class Records:
         return self._checked_view(record)[1]
 
     def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
-        """The stored target: `values` (k, h, w) float16; of the top k also `indices` (k, h, w) and `tail` (h, w).
+        """Return the stored target: `values` (k, h, w) float16, for top-k also `indices` (k, h, w) and `tail` (h, w).
 
-        Of a regression `values` (c, h, w) in the head's unit, float16 or float32.
+        A regression has `values` (c, h, w) in the head's unit, float16 or float32.
         Raises: CorruptError as `Cache.read`; StoreError for a head that the store does not have.
         """
         if head not in self.cache.manifest.heads:
@@ -107,11 +107,11 @@ class Records:
         return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
 
     def window(self, record: int) -> tuple[Window, bool]:
-        """Where a record lies in its image, and whether it is mirrored. Only of records with a data set."""
+        """Return a record's window in its image, and whether it is mirrored. It needs a data set."""
         return Window(*self._windows[record].tolist()), bool(self._flips[record])
 
     def render(self, record: int, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
-        """Pixels and label as the data set renders them now, unchecked, at `size` (H, W), by default the view's.
+        """Render pixels and label from the data set, without a check, at `size` (H, W), by default the view's.
 
         Raises: DataError.
         """
@@ -123,7 +123,7 @@ class Records:
         return render(image, label, window, flip=flip, size=size or self.cache.view_size)
 
     def _rendered_depth(self, record: int) -> Array:
-        """The label of depth as the data set renders it now, and as a store with its pixels has it."""
+        """Render the depth label from the data set, in the form of a store with pixels."""
         self.check_complete()
         assert self.split is not None
         manifest = self.cache.manifest
@@ -136,15 +136,13 @@ class Records:
         return render_depth(metres, window, flip=flip, size=self.cache.view_size, zoom=zoom)
 
     def is_same(self, record: int, pixels: Array) -> bool:
-        """Whether pixels are those of the view that the teacher saw, to the bit."""
+        """Return whether pixels equal the view that the teacher saw, bit for bit."""
         return pixel_checksum(pixels) == int(self._checksums[record])
 
     def check_image(self, record: int, image: Array, label: Array | None = None) -> None:
-        """Fail if an image, or its label, renders otherwise than at the build. Each record is rendered once.
+        """Raise MismatchError if an image, or its label, renders differently than at the build.
 
-        Args:
-            image, label: as the data set has them. A label of None is not compared.
-        Raises: MismatchError.
+        `image` and `label` are the data set's. A label of None is not compared. Each record is rendered once.
         """
         if record in self._checked:
             return

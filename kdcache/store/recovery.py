@@ -1,9 +1,9 @@
-"""Repair of a damaged store by a build: after an accident, a copy that broke off, a failing disk.
+"""Repair of a damaged store by a build, after an accident, an interrupted copy or a failing disk.
 
-Everything but the shards can be written again without the teacher: array metadata and ids follow from the manifest and
-the command; the manifest has a spare (`manifest.json`, with its own digest); a record of the ledger is once more in
-`ledger.jsonl`; ledger and seal follow from the records. Where a digest does not fit, it is suspected itself too.
-A shard whose files are damaged is redone. Nothing is written where nothing is wrong.
+Everything except the shards can be written again without the teacher. Array metadata and ids follow from the manifest
+and the command. The manifest has a spare (`manifest.json`, with its digest). A ledger record is also in `ledger.jsonl`.
+Ledger and seal follow from the records. If a digest does not fit, the digest itself may be damaged.
+A shard with damaged files is computed again. Nothing is written if nothing is damaged.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ SPARE = "manifest.json"
 
 
 def spare_of(root: bytes) -> bytes:
-    """The spare of a root's zarr.json."""
+    """Return the spare of a root's zarr.json."""
     content = {"sha256": hashlib.sha256(root).hexdigest(), ROOT: root.decode()}
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_spare(place: Place) -> bytes | None:
-    """The root's zarr.json as its spare has it; None when there is none that is whole. Raises StoreError."""
+    """Return the root's zarr.json from its spare, or None if no intact spare exists. Raises StoreError."""
     try:
         spare = json.loads(read_or_none(place, SPARE, 2 * MAX_JSON_BYTES) or b"")
         root = str(spare[ROOT]).encode()
@@ -41,7 +41,7 @@ def read_spare(place: Place) -> bytes | None:
 
 
 def read_seal(place: Place) -> Completion | None:
-    """The seal, None when there is none that is well formed. Raises StoreError."""
+    """Return the seal, or None if no well-formed seal exists. Raises StoreError."""
     try:
         return ledger.read_completion(place)
     except CorruptError:
@@ -49,7 +49,7 @@ def read_seal(place: Place) -> Completion | None:
 
 
 def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:
-    """Check that manifest, array metadata and ids are those that were sealed.
+    """Check that manifest, array metadata and ids are the sealed ones.
 
     Raises: CorruptError naming the file and the seal: a digest does not show which of the two was changed.
     """
@@ -68,17 +68,16 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Whether the root's zarr.json is what was written, as far as spare and seal show."""
+    """Return whether the root's zarr.json is unchanged, as far as spare and seal show."""
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)
     return read_spare(place) is not None or sealed in (None, hashlib.sha256(root).hexdigest())
 
 
 def restore_root(place: Place, wanted: Manifest) -> None:
-    """Write the root's zarr.json again from its spare, where it is gone or is not what the store was begun with.
+    """Write the root's zarr.json again from its spare if it is lost or differs from the store's first one.
 
-    Args:
-        wanted: what the command would begin, for the case that neither is what the seal says.
+    `wanted` is the manifest that the command would begin, used if neither file matches the seal.
     """
     root, spare = read_or_none(place, ROOT, MAX_JSON_BYTES), read_spare(place)
     if spare is None or root == spare:
@@ -94,7 +93,7 @@ def restore_root(place: Place, wanted: Manifest) -> None:
 
 
 def _continues(root: bytes | None, wanted: Manifest) -> bool:
-    """Whether a root's zarr.json is of the build that a command would begin."""
+    """Return whether a root's zarr.json is of the build that a command would begin."""
     try:
         manifest = parse_manifest(json.loads(root or b"")["attributes"], ROOT)
     except (KDCacheError, ValueError, RecursionError, TypeError, KeyError):
@@ -105,12 +104,12 @@ def _continues(root: bytes | None, wanted: Manifest) -> bool:
 def restore_metadata(
     place: Place, files: Mapping[str, bytes], completion: Completion | None, *, same_libraries: bool
 ) -> None:
-    """Write again what is neither what the seal says nor what the build would write.
+    """Write metadata files again if they match neither the seal nor what the build would write.
 
-    Args:
-        files: what the build would write.
-        completion: the seal.
-        same_libraries: whether the store was begun with this Zarr; another may write the same in other words.
+    `files` has what the build would write, and `completion` is the seal. `same_libraries` says whether this Zarr began
+    the
+    store: another version may write the same content differently.
+
     Raises: MismatchError for a file that only the library which wrote it can make again.
     """
     for key, wanted in files.items():
@@ -131,7 +130,7 @@ def restore_metadata(
 
 
 def restore_spare(place: Place, completion: Completion | None) -> None:
-    """Write the spare again where it is not the root's. A seal that knows of none is of a store without one."""
+    """Write the spare again if it differs from the root. A seal without a spare belongs to a store without one."""
     if completion is not None and SPARE not in completion.metadata:
         return
     root = place.read(ROOT)
@@ -141,11 +140,11 @@ def restore_spare(place: Place, completion: Completion | None) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """How the shards of a worker stand.
+    """The state of a worker's shards.
 
     Attributes:
-        whole: those whose files are what was written. doubtful: others that were finished once, with their records
-            where these can be read. Those in neither were not finished yet.
+        whole: shards with intact files. doubtful: shards that were finished once, with their records if these can be
+            read. Shards in neither were not finished yet.
     """
 
     whole: set[int]
@@ -153,9 +152,9 @@ class State:
 
 
 def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], completion: Completion | None) -> State:
-    """Look at every file of some shards; a record in the ledger that is not what it should be is written again.
+    """Check every file of some shards, and write damaged ledger records again.
 
-    An object store keeps what it took: there sizes are compared, bytes are not fetched again for a check.
+    On an object store only sizes are compared, because it keeps what it accepted.
     """
     sealed = ledger.sealed_records(place, completion)
     listed: list[ShardRecord] = []
@@ -185,5 +184,5 @@ def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], comp
 
 
 def chunk_counts(manifest: Manifest) -> dict[ArraySpec, int]:
-    """Chunks of a whole shard of each array, as our writer makes them."""
+    """Return the number of chunks of a full shard of each array."""
     return {spec: manifest.build.shard_records // chunk_records(spec, manifest) for spec in record_arrays(manifest)}

@@ -1,4 +1,4 @@
-"""The ids of a store's samples, UTF-8 end to end in two flat arrays of one chunk each."""
+"""The ids of a store's samples: UTF-8, end to end, in two flat arrays of one chunk each."""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +22,14 @@ _MOST_ID_BYTES = 4096
 
 
 class SampleIds(Sequence[str]):
-    """The ids of a store, kept as they are stored: a tuple of short strings would take ten times as much memory.
+    """The ids of a store in their stored form, because a tuple of short strings would take ten times the memory.
 
-    Equal to any tuple of the same strings.
+    It equals any tuple of the same strings.
 
     Args:
         text: all ids, one after the other, in UTF-8.
-        ends: (N,) int64, where each of them ends in `text`.
-    Raises: UnicodeDecodeError when an id is not UTF-8.
+        ends: (N,) int64, the end of each id in `text`.
+    Raises: UnicodeDecodeError if an id is not UTF-8.
     """
 
     __slots__ = ("_ends", "_text")
@@ -71,10 +71,10 @@ class SampleIds(Sequence[str]):
 
 
 def read_ids(place: Place, manifest: Manifest, sealed: Mapping[str, str] = MappingProxyType({})) -> SampleIds:
-    """Read the sample ids of a store, in sample order. It may still be half built.
+    """Read the sample ids of a store, in sample order, also from an unfinished one.
 
-    Args:
-        sealed: SHA-256 of files by key. By now another build may lie in the place.
+    `sealed` has the SHA-256 of files by key, because another build may have replaced the store.
+
     Raises: CorruptError.
     Memory: at most three times the index, whatever it claims.
     """

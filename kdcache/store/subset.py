@@ -1,4 +1,4 @@
-"""A part of a store's samples: which they are, and the digest of their ids."""
+"""The samples of a part of a store, and the digest of their ids."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ SAMPLE_RECORDS = 16
 
 
 def evenly_spread(total: int, most: int) -> list[int]:
-    """At most `most` different numbers below `total`, ascending, the first and the last among them."""
+    """Return at most `most` different numbers below `total`, ascending, including the first and the last."""
     return sorted({int(number) for number in np.linspace(0, total - 1, min(most, total)).round()})
 
 
 def spread_samples(source: Cache, count: int) -> list[int]:
-    """`count` sample numbers, evenly spread over a store. Raises StoreError unless it has as many."""
+    """Return `count` sample numbers, evenly spread over a store. Raises StoreError if it has fewer."""
     samples = source.manifest.dataset.samples
     if not 1 <= count <= samples:
         raise StoreError(
@@ -29,6 +29,6 @@ def spread_samples(source: Cache, count: int) -> list[int]:
 
 
 def ids_digest(class_names: Sequence[str], ids: Sequence[str]) -> str:
-    """SHA-256 of class names and ids, as the manifest has it; the `digest` of the split that has just these samples."""
+    """Return the SHA-256 of class names and ids, which is the manifest's digest and `Split.digest`."""
     text = json.dumps([list(class_names), list(ids)], ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -33,7 +33,7 @@ class ArraySummary:
 
     @property
     def ratio(self) -> float:
-        """Plain bytes over bytes on disk."""
+        """Uncompressed bytes over bytes on disk."""
         return self.bytes_plain / self.bytes_on_disk if self.bytes_on_disk else 0.0
 
 
@@ -42,8 +42,8 @@ class StoreSummary:
     """Sizes of a store. Bytes per record count what is on disk.
 
     Attributes:
-        topk_mass: mean probability inside the top k; None for dense targets.
-        seal: digest of the seal; None of a store that is half built.
+        topk_mass: mean probability inside the top k, or None for dense targets.
+        seal: digest of the seal, or None for an unfinished store.
         missing: shards that are not written, in order.
     """
 
@@ -59,20 +59,23 @@ class StoreSummary:
 
     @property
     def bytes_on_disk(self) -> int:
+        """Bytes of all arrays on disk."""
         return sum(array.bytes_on_disk for array in self.arrays)
 
     @property
     def bytes_per_record(self) -> float:
+        """Bytes on disk per written record."""
         return self.bytes_on_disk / max(self.records_written, 1)
 
     @property
     def target_bytes_per_record(self) -> float:
+        """Bytes of the targets on disk per written record."""
         targets = sum(array.bytes_on_disk for array in self.arrays if array.path.startswith("targets/"))
         return targets / max(self.records_written, 1)
 
     @property
     def full_resolution_bytes(self) -> int:
-        """fp16 logits and values of every head at view size, per record: what storing them naively would take."""
+        """Bytes per record of fp16 logits and values of every head at view size, the naive way to store them."""
         height, width = self.manifest.view.size
         channels = sum(head.classes for head in self.manifest.categorical.values())
         channels += sum(head.channels for head in self.manifest.regressions.values())
@@ -84,7 +87,7 @@ class StoreSummary:
         return self.full_resolution_bytes / self.target_bytes_per_record if self.target_bytes_per_record else 0.0
 
     def facts(self) -> list[tuple[str, str]]:
-        """(name, value) rows for a person."""
+        """Return (name, value) rows to print."""
         m = self.manifest
         state = "complete" if self.complete else "half built: run the same command again to go on"
         rows = [
@@ -130,6 +133,7 @@ class StoreSummary:
         return rows
 
     def to_json(self) -> dict[str, Any]:
+        """Return the summary with its arrays and manifest as JSON values."""
         names = ["path", "complete", "seal", "shards_written", "records_written", "bytes_on_disk", "bytes_per_record"]
         names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass", "missing"]
         arrays = [{**asdict(array), "ratio": array.ratio} for array in self.arrays]
@@ -142,7 +146,7 @@ class StoreSummary:
 
 
 def inspect_store(location: str | Path | Place) -> StoreSummary:
-    """Summary of a store that may still be half built.
+    """Summarise a store that may be unfinished.
 
     Raises: StoreError, VersionError, CorruptError.
     """
@@ -157,7 +161,7 @@ def inspect_store(location: str | Path | Place) -> StoreSummary:
 
 
 def summarise(cache: Cache) -> StoreSummary:
-    """Summary of an open store, whose files must all be there."""
+    """Summarise an open store with all its files."""
     cache.check_files()
     records = [] if cache.ledger is None else [cache.ledger.record(shard) for shard in range(len(cache.ledger))]
     return _summary(str(cache.place), cache.manifest, records, cache)
@@ -181,7 +185,7 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """'0, 3-5' of 0, 3, 4, 5."""
+    """Return the numbers 0, 3, 4, 5 as '0, 3-5'."""
     ends = [[number, number] for number in numbers[:1]]
     for number in numbers[1:]:
         if number == ends[-1][1] + 1:
@@ -196,7 +200,7 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def _targets(manifest: Manifest) -> Iterator[str]:
-    """What is stored of each head."""
+    """Yield a line on what is stored of each head."""
     for head in manifest.categorical.values():
         classes = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
         grid = "averaged" if head.resampled else "native stride"
@@ -210,7 +214,7 @@ def _targets(manifest: Manifest) -> Iterator[str]:
 
 
 def _several(manifest: Manifest) -> str:
-    """The members of an ensemble, and how they are combined."""
+    """Return the members of an ensemble, and how they are combined."""
     teacher = manifest.teacher
     members = ", ".join(f"{member.share:.0%} {bare(member.spec)}" for member in teacher.members)
     parts = [members] if members else []
@@ -237,7 +241,7 @@ def _drawn(manifest: Manifest) -> str:
 
 
 def _topk_mass(cache: Cache) -> float:
-    """Mean probability inside the top k, over a few records: sigmoid of minus the tail's log-odds."""
+    """Return the mean probability inside the top k over a few records: sigmoid of minus the tail's log-odds."""
     path = "targets/segmentation/tail"
     records = evenly_spread(len(cache), _MASS_RECORDS)
     tails = np.stack([cache.read(record, [path])[path] for record in records]).astype(np.float64)

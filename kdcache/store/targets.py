@@ -1,6 +1,6 @@
-"""Stored targets of samples, seen through the windows of an augmentation that is not kdcache's.
+"""Stored targets of samples, seen through the windows of your augmentation.
 
-The target of a sample's whole image is moved with a window, as `--augment warp` moves it.
+The target of a sample's whole image moves with a window, as `--augment warp` moves it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from kdcache.store.format.codec import Array
 
 @dataclass(frozen=True)
 class SampleTargets:
-    """Stored targets of B samples and the part of their views that pixels show; `DistillLoss` takes it with labels.
+    """Stored targets of B samples and the part of their views that pixels show. `DistillLoss` takes them with labels.
 
     Attributes:
         arrays: path (`targets/<head>/<part>`) -> rows (B, ...).
         window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the stored view.
         flip: (B,) bool, whether the window is shown mirrored.
-        inside: (B, 4) float64 edges, in pixels of the view, of what shows the image where the rest is grey; None is
+        inside: (B, 4) float64 edges, in pixels of the view, of the part that shows the image. The rest is grey. None is
             the whole view.
-        zoom: (B,) float64, what targets in metres are divided by; None divides nothing.
+        zoom: (B,) float64, the divisor of targets in metres, or None for no division.
     """
 
     arrays: dict[str, Array]
@@ -38,7 +38,7 @@ class SampleTargets:
 
 
 def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object) -> list[int]:
-    """The number of each id among a store's samples. Raises: DataError for ids that it does not have."""
+    """Return the number of each id among a store's samples. Raises: DataError for unknown ids."""
     if isinstance(ids, str):
         raise DataError(
             f"targets_for takes a list of ids, not the text {ids!r}", fix=f"Give a list: targets_for([{ids!r}], ...)"
@@ -58,14 +58,15 @@ def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object
 
 
 def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int, int]) -> tuple[Array, Array]:
-    """Windows in pixels of the images as windows in pixels of the views of these, with the flips.
+    """Convert windows in pixels of images to windows in pixels of their views, and return them with the flips.
 
     Args:
-        windows: (B, 4) edges (y0, x0, y1, x1) in pixels of the images; None is the whole view.
-        flips: (B,) bool; None flips nothing.
-        shown_B4: (B, 4) float64, what the views show of their images.
+        windows: (B, 4) edges (y0, x0, y1, x1) in pixels of the images. None is the whole view.
+        flips: (B,) bool. None flips nothing.
+        shown_B4: (B, 4) float64, the part of the image that each view shows.
+        view_size: (H, W) of the views.
     Returns: (B, 4) float64 and (B,) bool.
-    Raises: DataError for other shapes, windows without an area, and those that show nothing of their view.
+    Raises: DataError for other shapes, windows without an area, and windows outside their view.
     """
     count = len(shown_B4)
     edges = shown_B4 if windows is None else np.asarray(windows, np.float64)
@@ -84,10 +85,10 @@ def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int
 
 
 def view_zooms(window_B4: Array, view_size: tuple[int, int], depth_zoom: str | None) -> Array | None:
-    """What targets in metres are divided by, (B,); None divides nothing.
+    """Return the divisors (B,) of targets in metres, or None to divide nothing.
 
-    Args:
-        depth_zoom: divide, or keep; None has no rule for zoomed windows.
+    `depth_zoom` is divide or keep. None has no rule for zoomed windows.
+
     Raises: RecipeError for windows that zoom metres without a rule, and for another rule.
     """
     if depth_zoom not in (None, "divide", "keep"):
@@ -106,7 +107,7 @@ def view_zooms(window_B4: Array, view_size: tuple[int, int], depth_zoom: str | N
 
 
 def _check_areas(edges_B4: Array, shown_B4: Array) -> None:
-    """Refuse windows that are none. Raises: DataError."""
+    """Raise DataError for windows without an area, or outside their view."""
     y0, x0, y1, x1 = edges_B4.T
     empty = ~(np.isfinite(edges_B4).all(1) & (y0 < y1) & (x0 < x1))
     apart = (y0 >= shown_B4[:, 2]) | (x0 >= shown_B4[:, 3]) | (y1 <= shown_B4[:, 0]) | (x1 <= shown_B4[:, 1])

@@ -1,4 +1,4 @@
-"""Checking every byte of a store against its ledger."""
+"""Check every byte of a store against its ledger."""
 
 import re
 from collections.abc import Callable
@@ -21,8 +21,8 @@ class VerifyReport:
     """The result of `verify_files`.
 
     Attributes:
-        damaged: files below the store whose bytes are not those written. fix: what repairs them.
-        seal: the digest of its seal, which stands for all of them.
+        damaged: files below the store with other bytes than were written. fix: how to repair them.
+        seal: the digest of its seal, which covers all files.
     """
 
     files: int = 0
@@ -40,8 +40,8 @@ def verify_files(
     Args:
         location: of a complete store.
         progress: called with (shards done, shards).
-        seal: what the digest of its seal must be, as it was published elsewhere: a change of a store can
-            include its ledger and its seal.
+        seal: the expected digest of its seal, as published elsewhere. Someone who changes a store can also change its
+            ledger and its seal.
     Raises: IncompleteError, CorruptError (ledger or metadata), VersionError, StoreError, MismatchError (the seal).
     """
     place = open_place(location)

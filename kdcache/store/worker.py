@@ -1,4 +1,4 @@
-"""Workers: which shards of a store each of several processes writes; numbered by hand, torchrun or a scheduler."""
+"""Workers: the shards that each of several processes writes. Numbers come from the user, torchrun or a scheduler."""
 
 import os
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Worker:
-    """Number `index` of `count` processes that write a store together: shard k is that of worker k mod count.
+    """Number `index` of `count` processes that write a store together. Worker k mod count owns shard k.
 
     Attributes:
-        take_over: whether it writes the missing shards of the others, too, after its own.
+        take_over: whether it also writes the missing shards of the others, after its own.
     """
 
     index: int = 0
@@ -22,23 +22,23 @@ class Worker:
     take_over: bool = False
 
     def shards(self, shards: int) -> list[int]:
-        """The shards, of `shards`, that this worker writes where they are missing, its own first."""
+        """Return the shards that this worker writes if they are missing, its own first. `shards` is their total."""
         own = list(range(self.index, shards, self.count))
         return own + [shard for shard in range(shards) if shard % self.count != self.index] * self.take_over
 
     def describe(self, what: str) -> str:
-        """What this worker does, for messages."""
+        """Describe what this worker does, for messages."""
         if self.count == 1:
             return what
         return f"{what}, worker {self.index} of {self.count}" + ", with the shards of all others" * self.take_over
 
 
 def worker_of(text: str | None, take_over: bool = False) -> Worker:
-    """A worker by `--worker`.
+    """Return the worker that `--worker` names.
 
     Args:
-        text: '2/8' is the third of eight; 'auto' as a scheduler or torchrun numbers this process; 'auto/8' where the
-            scheduler says the number alone; None as torchrun numbers it, or the only one.
+        text: '2/8' is the third of eight. 'auto' takes number and count from a scheduler or torchrun. 'auto/8' takes
+            only the number. None takes torchrun's number, or is the only worker.
         take_over: whether it takes over the missing shards of the others.
     Raises: StoreError.
     """
@@ -59,7 +59,7 @@ def worker_of(text: str | None, take_over: bool = False) -> Worker:
 
 @dataclass(frozen=True)
 class _Numbered:
-    """A number and a count as some variables of the environment say, and what these are called and say."""
+    """A number and a count from environment variables, with the names and values of these."""
 
     index: str
     count: str
@@ -74,7 +74,7 @@ def _torchrun(environment: Mapping[str, str]) -> _Numbered | None:
 
 
 def _slurm(environment: Mapping[str, str]) -> _Numbered | None:
-    """A task of a Slurm array, whose ids may begin at any number and have a step."""
+    """Return a task of a Slurm array. Its ids may begin at any number and have a step."""
     names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")]
     task, count, first, step = (environment.get(name) for name in names)
     if task is None:
@@ -87,7 +87,7 @@ def _slurm(environment: Mapping[str, str]) -> _Numbered | None:
 
 
 def _kubernetes(environment: Mapping[str, str]) -> _Numbered | None:
-    """A pod of an indexed Job, which is not told how many there are."""
+    """Return a pod of an indexed Job, which does not know the number of pods."""
     index = environment.get("JOB_COMPLETION_INDEX")
     return None if index is None else _Numbered(index, "", f"JOB_COMPLETION_INDEX={index}")
 
@@ -113,7 +113,7 @@ def _automatic(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _checked(numbered: _Numbered) -> tuple[int, int]:
-    """The two numbers. Raises: StoreError; a worker that owns nothing would end as if all were done."""
+    """Return the two numbers. Raises: StoreError, because a worker without shards would end as if all were done."""
     index, count = numbered.index, numbered.count
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)

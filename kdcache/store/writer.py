@@ -1,11 +1,11 @@
-"""Writing a store: whole shards by one owner, synced before the ledger says that they exist.
+"""Write a store: whole shards by one owner, synced before the ledger lists them.
 
-The order is what makes a crash harmless: array files, fsync, ledger record; `complete.json` last. A process
-that dies leaves finished shards, which a later one keeps, and at most one unfinished shard, which it redoes.
+The order makes a crash harmless: array files, fsync, ledger record, and `complete.json` last. A killed process leaves
+finished shards, which a later one keeps, and at most one unfinished shard, which is written again.
 
 Any number of processes may build one store. On a disk each takes the next shard that no process has claimed, and a
-claim ends with its process; workers with numbers (`Worker`) keep to their own shards, which needs no claims: on an
-object store there are none. The process that finishes the last shard seals the store.
+claim ends with its process. Numbered workers (`Worker`) keep to their own shards and need no claims, which object
+stores do not have. The process that finishes the last shard seals the store.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ _POLL_SECONDS = 0.5  # between checks of the shards of others
 
 
 class StoreWriter:
-    """Builds one store; created or continued by `open_writer`.
+    """Writes one store, which `open_writer` created or continues.
 
     Attributes:
-        manifest: of the store on disk (its `created` is that of the first start).
-        finished: shards whose files were found whole, or are published since.
-        repaired: what the manifest says of shards that are written again in another environment; None without any.
+        manifest: of the store on disk (its `created` is the time of the first start).
+        finished: shards that are complete on disk.
+        repaired: what the manifest says of shards that are written again in another environment, or None.
     """
 
     def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
@@ -69,18 +69,18 @@ class StoreWriter:
 
     @property
     def missing(self) -> list[int]:
-        """Shards of this worker still to be written, in order; those that it takes over come after its own."""
+        """This worker's shards that are not yet written, in order, then those that it takes over."""
         return [shard for shard in self.worker.shards(self.manifest.shards) if shard not in self.finished]
 
     def passes(self) -> Iterator[Iterator[int]]:
-        """Passes over the missing shards until none is: others are at work, and one that dies leaves its shards."""
+        """Yield passes over the missing shards until all are written: another worker may die and leave some."""
         while self.missing:
             yield self.claimed()
             if self.missing:
                 time.sleep(_POLL_SECONDS)
 
     def claimed(self) -> Iterator[int]:
-        """The missing shards, one by one, each as this process gets it, without those that others have claimed."""
+        """Yield the missing shards that this process could claim, one by one."""
         for shard in self.missing:
             release = self.place.claim(shard, [shard_key(spec, shard) for spec in self._specs])
             if release is None:
@@ -97,13 +97,13 @@ class StoreWriter:
         self.finish(self.write_files(shard, arrays))
 
     def write_files(self, shard: int, arrays: Mapping[str, Array | bytes]) -> ShardRecord:
-        """Write the files of one whole shard of every array, of which the ledger knows nothing yet.
+        """Write the files of one whole shard of every array. The ledger does not list them yet.
 
         Args:
             shard: its number.
             arrays: path -> (records of the shard, ...) in the schema's type, or the file as it was encoded before.
         Returns: its ledger record, for `finish`.
-        Raises: StoreError when the disk is full; nothing half written counts as written.
+        Raises: StoreError for a full disk. A partly written shard does not count.
         """
         files = {}
         for spec in self._specs:
@@ -120,7 +120,7 @@ class StoreWriter:
         return ShardRecord(shard=shard, records=self.manifest.shard_range(shard), files=files)
 
     def finish(self, record: ShardRecord) -> None:
-        """Publish the ledger record of a shard whose files are written: from now on it counts."""
+        """Publish the ledger record of a shard after its files are written. From then on the shard counts."""
         ledger.publish_shard(self.place, record)
         self.finished.add(record.shard)
         release = self._claims.pop(record.shard, None)
@@ -128,17 +128,17 @@ class StoreWriter:
             release()
 
     def seal(self) -> bool:
-        """Declare the store whole, if every worker has finished its shards; this one must have."""
+        """Seal the store if every worker has finished its shards. This worker must have finished its own."""
         assert not self.missing, self.missing
         keys = [*metadata_keys(self.manifest), *([recovery.SPARE] if self.place.exists(recovery.SPARE) else [])]
         return ledger.seal(self.place, self.manifest.shards, keys)
 
     def repair(self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], data: BuiltFrom | None) -> None:
-        """Prepare to write damaged shards again. All that could refuse it is checked before anything is given up.
+        """Prepare to write damaged shards again. All checks run before anything is given up.
 
         Args:
-            now: what the command would begin: its libraries and device are those of today.
-            doubtful: shards that were finished once, with their records where these could be read.
+            now: the manifest that the command would begin, with the current libraries and device.
+            doubtful: shards that were finished once, with their records if these could be read.
             data: as in `open_writer`.
         Raises: MismatchError.
         """
@@ -167,8 +167,8 @@ class StoreWriter:
     ) -> dict[str, bytes]:
         """Compare the checksums of a shard's pixels or labels with the stored ones, if the store has them.
 
-        Args:
-            other: how this environment differs from the first one.
+        `other` lists how this environment differs from the first one.
+
         Returns: the file that proves it, if it is damaged and the environment is another one.
         Raises: MismatchError if they differ, and in another environment also if they are not known.
         """
@@ -200,10 +200,10 @@ class StoreWriter:
         return proof
 
     def recorded(self, state: recovery.State) -> Recorded:
-        """Return what finished shards, and damaged ones as far as they are whole, say of the data set.
+        """Return what finished shards, and intact files of damaged ones, record about the data set.
 
-        Args:
-            state: of this worker's shards. Those that other workers have finished are read too.
+        `state` is of this worker's shards. Shards that other workers have finished are read as well.
+
         Raises: as `read_ids`.
         """
         manifest, names = self.manifest, columns_of(self.manifest)
@@ -237,7 +237,7 @@ class StoreWriter:
         return records
 
     def _column(self, spec: ArraySpec, shard: int, record: ShardRecord | None) -> Array | None:
-        """Return a shard's rows of an array; None if the file is damaged or is not the one of its record."""
+        """Return a shard's rows of an array, or None if the file is damaged or does not match its record."""
         key = shard_key(spec, shard)
         sha256 = None if record is None else record.files[key].sha256
         content = ledger.read_or_none(self.place, key, MAX_JSON_BYTES, sha256)
@@ -245,7 +245,7 @@ class StoreWriter:
         return self._encoder.decode(spec, shard, content) if content and whole else None  # Zarr reads no bytes as zeros
 
     def _note(self, now: Manifest, shards: list[int]) -> None:
-        """Have the manifest say that shards are written again in another environment."""
+        """Record in the manifest that shards are written again in another environment."""
         if self.worker.count > 1:
             raise MismatchError(
                 f"Cannot repair shards {shards} of {self.place} with other versions as one of {self.worker.count} "
@@ -279,7 +279,7 @@ class StoreWriter:
             self.place.publish(recovery.SPARE, recovery.spare_of(root))
 
     def close(self) -> None:
-        """Release what is claimed. Nothing is lost: what counts is on disk already."""
+        """Release all claims. Nothing is lost, because finished shards are on disk."""
         for release in self._claims.values():
             release()
         self._claims.clear()
@@ -300,17 +300,16 @@ def open_writer(
 ) -> StoreWriter:
     """Create the store, or continue one that an equal command began.
 
-    What was damaged is made good: metadata and ledger at once, and shards of this worker whose files are not what was
-    written are missing once more (recovery.py). Libraries and device may be others than those of the first start where
-    nothing is left but to repair shards that were finished once; the manifest then says so.
+    Damage is repaired: metadata and ledger at once, and this worker's shards with damaged files count as missing
+    (recovery.py). Libraries and device may differ from the first start if only finished shards are written again. The
+    manifest then records it. A shard is written again only if `data`, the data set of the build, renders the same
+    pixels
+    and labels as before. None compares neither.
 
-    Args:
-        data: the data set behind the build, which must hold what it held before. A shard is written again only if its
-            pixels and labels render as they did. None compares neither.
     Raises:
         StoreError: the place holds something else.
-        MismatchError: a store is there that was begun with other inputs, or pixels are others now; it is left as it is.
-        VersionError: the installed zarr-python writes arrays that `open_cache` would refuse.
+        MismatchError: the store there was begun with other inputs, or pixels differ now. It is left unchanged.
+        VersionError: the installed zarr-python writes arrays that `open_cache` cannot read.
     """
     place = open_place(location)
     worker = worker or Worker()
@@ -366,11 +365,7 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
-    """The error for a store that another command began.
-
-    Args:
-        intact: whether its manifest is what was written, as far as one can tell.
-    """
+    """Return the error for a store that another command began. `intact` says whether its manifest looks unchanged."""
     spare = ""
     fix = (
         "Repeat the first command exactly, with the versions and on the device named here. Or give another --out "
@@ -403,7 +398,7 @@ class _Encoder:
         return content
 
     def decode(self, spec: ArraySpec, shard: int, content: bytes) -> Array | None:
-        """The records in a shard's file; None when its own checksums do not fit."""
+        """Return the records in a shard's file, or None if its own checksums do not fit."""
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
         key = shard_key(spec, shard)

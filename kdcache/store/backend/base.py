@@ -20,8 +20,8 @@ class Place(ABC):
     """The files of one store.
 
     Attributes:
-        folder: where `open` finds files on this machine; a copy in part when the store is elsewhere.
-        remote: whether it is elsewhere, so that reads in any order are slow.
+        folder: where `open` finds files on this machine. For a remote store it holds a partial copy.
+        remote: whether the store is elsewhere, so reads in random order are slow.
     """
 
     folder: Path
@@ -29,87 +29,87 @@ class Place(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The place as the user named it, for messages."""
+        """Return the place as the user named it, for messages."""
 
     def describe(self, key: str) -> str:
-        """A file as messages name it."""
+        """Return a file as messages name it."""
         return f"{str(self).rstrip('/')}/{key}"
 
     def at(self, version: str) -> "Place":
-        """This place, known to hold the store that `version` identifies: copies of another one do not count."""
+        """Return this place, bound to the store that `version` identifies, so copies of another store do not count."""
         return self
 
     @abstractmethod
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
-        """The whole file.
+        """Return the content of a file of at most `most` bytes.
 
-        Args:
-            sha256: what it should have. What comes from elsewhere and differs is fetched again.
-        Raises: OSError; FileNotFoundError when it is not there; ValueError beyond `most` bytes.
+        If `sha256` is given, a remote file with another digest is fetched again.
+
+        Raises: OSError; FileNotFoundError for a missing file; ValueError beyond `most` bytes.
         """
 
     @abstractmethod
     def read_verified(self, key: str, sha256: str) -> bytes:
-        """The whole of a file that never changes; afterwards it lies in `folder`.
+        """Return the content of a file that never changes, and leave a copy in `folder`.
 
-        Raises: OSError; ValueError when it is another file.
+        Raises: OSError; ValueError if the digest differs.
         """
 
     @abstractmethod
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
-        """Bytes of each file, None for one that is not there."""
+        """Yield the size of each file in bytes, or None if it is missing."""
 
     def exists(self, *keys: str) -> bool:
-        """Whether any of these files is there."""
+        """Return whether any of these files is there."""
         return any(size is not None for size in self.sizes(keys))
 
     @abstractmethod
     def digest(self, key: str) -> str | None:
-        """sha256 of a file, None when it is not there; reads all of it."""
+        """Return the SHA-256 of a file as hex, or None if it is missing. This reads the whole file."""
 
     @abstractmethod
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
-        """Descriptor of a file, for reading. Size and digest are what the ledger says, where that is known.
+        """Return a file descriptor for reading. `size` and `sha256` come from the ledger, if they are known.
 
         Raises: OSError; ValueError for a file of another size.
         """
 
     @property
     def room(self) -> int | None:
-        """Bytes of copies that are kept of files that are elsewhere; None where there are none."""
+        """Return the bytes reserved for local copies of remote files, or None for a local store."""
         return None
 
     def forget(self, key: str) -> bool:
-        """Drop the copy of a file that proved damaged; False when there is none: the file itself is."""
+        """Drop the damaged local copy of a file. Return False if there is no copy, so the file itself is damaged."""
         return False
 
     @abstractmethod
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Make the store of its metadata, unless it is there already: of many that try at once, one does.
+        """Create the store from its metadata files unless it exists. If several processes try, one succeeds.
 
-        Raises: StoreError when something else is in the place.
+        Raises: StoreError if the place holds something else.
         """
 
     @abstractmethod
     def publish(self, key: str, content: bytes) -> None:
-        """Write a file, whole or not at all, and to the disk."""
+        """Write a file completely or not at all, and flush it to the disk."""
 
     @abstractmethod
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """`publish` a file, unless another process has published it already: then False."""
+        """Publish a file, or return False if another process has already published it."""
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Remove a file that may not be there, from the disk too."""
+        """Remove a file from the disk. A missing file is fine."""
 
     @abstractmethod
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        """Take a shard for writing its files `keys`; None when another process has it. Ends with the process."""
+        """Claim a shard to write its files `keys`, or return None if another process has it. Ends with the process."""
 
     @abstractmethod
     def tidy(self) -> None:
-        """Remove what interrupted writes left; when nobody writes."""
+        """Remove the remains of interrupted writes. Call it only while nobody writes."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait until no other process is in here too. What is created in one request needs no waiting."""
+        """Wait until no other process holds this lock. Places that create a store in one request need no waiting."""
         return nullcontext()

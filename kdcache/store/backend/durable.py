@@ -47,7 +47,7 @@ def sync_with_parents(path: Path, top: Path) -> None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Where something lies until it becomes `path`: its name, as much of it as fits, and an ending."""
+    """Return a temporary path next to `path`: as much of its name as fits, plus `ending`."""
     return path.with_name(os.fsdecode(os.fsencode(path.name)[: _MOST_NAME_BYTES - len(ending)] + ending.encode()))
 
 
@@ -66,16 +66,16 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def file_digest(file: Path | int) -> str:
-    """sha256 of a file's bytes, as hex; of a descriptor, which is closed then."""
+    """Return the SHA-256 of a file's bytes as hex. If `file` is a descriptor, close it."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager
 def disk_space_errors(path: Path | str) -> Iterator[None]:
-    """Turn a refusal of the operating system to write into an error that names what is safe and what to do.
+    """Turn a failed write into an error that says which data is safe and what to do.
 
-    Raises: StoreError for no space, a file system or a folder that cannot be written, a name that is too long.
+    Raises: StoreError for a full disk, a read-only file system or folder, or a name that is too long.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def disk_space_errors(path: Path | str) -> Iterator[None]:
 
 
 def _where(error: OSError, path: Path | str) -> str:
-    """The file that was refused, and why."""
+    """Return the path of the failed write, and the reason."""
     file = str(error.filename2 or error.filename or path)
     return f"{file if len(file) <= 400 else file[:200] + '...' + file[-100:]}: {str(error.strerror).lower()}"
 

@@ -42,15 +42,18 @@ class Folder(Place):
         return self._name
 
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
+        """Return the content of a file on the disk."""
         return read_handle(self.open(key), most)
 
     def read_verified(self, key: str, sha256: str) -> bytes:
+        """Return the content of a sealed file on the disk after checking its digest."""
         content = self.read(key, most=MAX_SEALED_BYTES)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("it was changed after the store was sealed")
         return content
 
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
+        """Yield the size of each file on the disk, or None if it is missing."""
         for key in keys:
             yield self._size(key)
 
@@ -66,6 +69,7 @@ class Folder(Place):
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def digest(self, key: str) -> str | None:
+        """Return the SHA-256 of a file on the disk, or None if it is missing or behind a link."""
         if self._size(key) is None:
             return None
         try:
@@ -77,6 +81,7 @@ class Folder(Place):
         return file_digest(handle)
 
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
+        """Open a file below the folder without following links, and check its size."""
         handle = _open_below(self.folder, key)
         actual = os.fstat(handle).st_size
         if size is not None and actual != size:
@@ -85,6 +90,7 @@ class Folder(Place):
         return handle
 
     def begin(self, files: Mapping[str, bytes]) -> None:
+        """Create the folder with its metadata under a lock, unless the store exists."""
         with disk_space_errors(self.folder):
             self._check_place()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +99,7 @@ class Folder(Place):
                     self._make(files)
 
     def _check_place(self) -> None:
-        """A store is made in a new or empty folder; what else is there is the user's."""
+        """Check that the folder is new or empty, because other files in it belong to the user."""
         path = self.folder
         existing = next(part for part in (path, *path.absolute().parents) if part.exists())
         if not existing.is_dir() or (existing == path and not (path / "zarr.json").exists() and any(path.iterdir())):
@@ -105,7 +111,7 @@ class Folder(Place):
             )
 
     def _make(self, files: Mapping[str, bytes]) -> None:
-        """Make it beside its place and move it there whole: a crash leaves no half-made folder."""
+        """Create the store next to its place and move it there, so a crash leaves no half-made folder."""
         begun = beside(self.folder.with_name(f".{self.folder.name}"), ".begun")
         shutil.rmtree(begun, ignore_errors=True)
         try:
@@ -119,6 +125,7 @@ class Folder(Place):
         sync_path(self.folder.parent)
 
     def publish(self, key: str, content: bytes) -> None:
+        """Write a file durably and create the folders above it."""
         path = self._room_for(key)
         with disk_space_errors(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +133,7 @@ class Folder(Place):
             self._sync_above(path.parent)
 
     def _room_for(self, key: str) -> Path:
-        """Where a file goes, which nothing but a file may hold. Raises StoreError naming what is in the way."""
+        """Return the path for a file. Raises StoreError if something other than a file is in the way."""
         path = self.folder / key
         folders = [folder for folder in reversed(path.parents) if self.folder in folder.parents]
         wrong = [folder for folder in folders if folder.is_symlink() or (folder.exists() and not folder.is_dir())]
@@ -142,22 +149,25 @@ class Folder(Place):
         return path
 
     def _sync_above(self, folder: Path) -> None:
-        """Sync the entries of the folders between a file's own and the store's, once per process."""
+        """Sync the folders between a file and the store's top, once per process."""
         while folder != self.folder and folder not in self._synced:
             sync_path(folder.parent)
             self._synced.add(folder)
             folder = folder.parent
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
+        """Publish a file. Its shard is claimed, so no other process writes it."""
         self.publish(key, content)  # its shard is claimed: there is nobody else
         return True
 
     def remove(self, key: str) -> None:
+        """Delete a file and sync its folder. A missing file is fine."""
         with suppress(FileNotFoundError, NotADirectoryError), disk_space_errors(self.folder):
             self._room_for(key).unlink()
             sync_path((self.folder / key).parent)
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
+        """Lock a shard with a file in the ledger folder, and remove the partial files of earlier writers."""
         lock = self._claims.pop(shard, None) or Lock(self.folder / "ledger" / f"{shard:08d}{LOCK}")
         with disk_space_errors(self.folder):
             (self.folder / "ledger").mkdir(exist_ok=True)
@@ -170,16 +180,18 @@ class Folder(Place):
         return lock.release
 
     def alone(self) -> AbstractContextManager[None]:
+        """Return the lock of the whole folder."""
         return Lock(self.folder)
 
     def tidy(self) -> None:
+        """Delete the partial files and lock files of interrupted writers."""
         for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}*")):
             with suppress(FileNotFoundError):  # another process's tidying
                 left.unlink()
 
 
 def _open_below(folder: Path, key: str) -> int:
-    """Descriptor of a file below a folder, through no link. A pipe opens at once, and cannot be read at an offset."""
+    """Open a file below a folder without following links. A pipe opens at once but cannot be read at an offset."""
     *folders, name = key.split("/")
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

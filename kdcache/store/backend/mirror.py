@@ -1,9 +1,9 @@
-"""Copies of remote files on this machine, in a folder of bounded size: files that were not used for longest make room.
+"""Bounded local copies of remote files. The least recently used copies make room for new ones.
 
-Any number of processes may share it. A file is fetched once, by the first that needs it, under a name that means
-nothing, and moved to its place when it is whole; others wait for it. It takes its room before it is fetched, so that
-the bound holds at any time; what a killed process left half fetched goes when room is made. Only files below `mirrors/`
-are removed.
+Any number of processes may share the folder. The first process that needs a file fetches it under a temporary name and
+moves it into place when it is complete. Other processes wait for it. A file reserves its room before it is fetched, so
+the bound holds at any time. Partial files of killed processes are removed when room is made. Only files below
+`mirrors/` are removed.
 """
 
 import os
@@ -46,13 +46,14 @@ class Mirror:
 
     @property
     def folder(self) -> Path:
+        """The folder below `base` that holds the copies."""
         return self.base / _FOLDER
 
     def open(self, store: Path, key: str, size: int | None, download: Download) -> int:
-        """Descriptor of the copy of a file of the store whose copies lie in `store`, fetched if need be.
+        """Return a file descriptor for the local copy of a file, downloading it first if needed.
 
-        Args:
-            size: of the file, where it is known: a copy of another size is none.
+        `store` is the folder of the store's copies. A copy whose size differs from a known `size` is downloaded again.
+
         Raises: OSError; ValueError as `download`; StoreError for a full disk, or a file beyond the bound.
         """
         path = store / key
@@ -68,7 +69,7 @@ class Mirror:
         return handle
 
     def forget(self, store: Path, key: str) -> bool:
-        """Remove a copy; False when there is none."""
+        """Remove the copy of a file, or return False if there is no copy."""
         try:
             (store / key).unlink()
         except FileNotFoundError:
@@ -76,7 +77,7 @@ class Mirror:
         return True
 
     def most(self) -> int:
-        """The bound, in bytes."""
+        """Return the bound, in bytes."""
         self._begin()
         return self._most(self._held())
 
@@ -112,7 +113,7 @@ class Mirror:
 
     @contextmanager
     def _reserved(self, path: Path, size: int) -> Iterator[BinaryIO]:
-        """A new file beside `path`, as long as it will be; locked, so that others see that it is being written."""
+        """Create a locked file of the final size next to `path`, so other processes see that it is being written."""
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         written = Lock(self._lock(partial.stem))
         while True:
@@ -132,7 +133,7 @@ class Mirror:
             written.release()
 
     def _make_room(self, needed: int) -> bool:
-        """Whether `needed` more bytes fit now; then they are counted. Raises StoreError when they never will."""
+        """Reserve `needed` bytes, or return False if they do not fit now. Raises StoreError if they can never fit."""
         held = self._held()
         most = self._most(held)
         if needed > most:
@@ -148,7 +149,7 @@ class Mirror:
         return True
 
     def _clear(self, needed: int, most: int) -> int:
-        """Remove what a killed process left, and the files that were not used for longest. Returns bytes that stay."""
+        """Remove partial files of killed processes and the least recently used copies. Returns the remaining bytes."""
         held, copies = 0, []
         for path in self._files():
             with suppress(FileNotFoundError):
@@ -169,7 +170,7 @@ class Mirror:
         return held
 
     def _abandoned(self, partial: Path) -> bool:
-        """Whether no process writes a file any more: its lock ended with its process."""
+        """Return whether no process writes a partial file any more. Its lock ends with its process."""
         lock = Lock(self._lock(partial.stem))
         free = lock.acquire(wait=False)
         if free:
@@ -183,7 +184,7 @@ class Mirror:
             yield from (Path(folder, name) for name in names)
 
     def _held(self) -> int:
-        """Bytes of all copies as they were last counted, new ones added since: looking at each takes too long."""
+        """Return the bytes of all copies: the last count plus the files added since, because counting takes long."""
         try:
             return int(self._lock("held").read_text(encoding="ascii"))
         except (OSError, ValueError):
@@ -194,7 +195,7 @@ class Mirror:
 
 
 def _opened(path: Path, size: int | None) -> int | None:
-    """Descriptor of a copy that is there, marked as used; None when there is none of that size."""
+    """Return a descriptor of an existing copy and mark it as used, or None if no copy has this size."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):

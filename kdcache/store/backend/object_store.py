@@ -1,12 +1,12 @@
 """A store in an object store (S3, Google Cloud, Azure), through obstore: the extra `remote`.
 
-Objects appear whole or not at all, and stay; there are no locks, so workers must be numbered (see writer.py). Reads
-fetch whole files into a bounded folder of copies (mirror.py): a shard costs one request, not two per record.
-Credentials, region and endpoint come from the environment alone (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_..., ...).
+Objects appear completely or not at all. There are no locks, so workers must be numbered (see writer.py). Reads fetch
+whole files into a bounded folder of copies (mirror.py): a shard costs one request instead of two per record.
+Credentials, region and endpoint come from the environment only (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_..., ...).
 
-obstore itself repeats a request after a 5xx answer or a lost connection, and continues a body that broke off. Here a
-busy server is asked until `retry_timeout` is over, and no body is believed, or called damaged, at first sight. It
-counts if it has the digest of the ledger, or the MD5 that the server names as its ETag, or if it arrives twice.
+obstore repeats a request after a 5xx answer or a lost connection, and continues an interrupted body. This module also
+retries a busy server until `retry_timeout` is over, and never trusts or rejects a body at first sight. A body counts
+if it has the ledger's digest, or the MD5 that the server gives as its ETag, or if it arrives twice.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Bucket(Place):
 
     Args:
         mirror: where copies for reading are kept.
-        version: what distinguishes the content from that of another store that was there before; see `at`.
+        version: identifies the store, so that copies of an earlier store at this address do not count. See `at`.
     Raises: StoreError for an address that is not understood.
     """
 
@@ -88,15 +88,17 @@ class Bucket(Place):
         return Bucket, (self._address, self._mirror, self._version)
 
     def at(self, version: str) -> "Bucket":
+        """Return the same address, with its own folder of local copies for this version."""
         return Bucket(self._address, self._mirror, version)
 
     @property
     def room(self) -> int:
+        """Return the bound of the folder of local copies, in bytes."""
         return self._mirror.most()
 
     @property
     def _client(self) -> Any:
-        """obstore's client. Its threads survive no fork: without them a request would wait for ever."""
+        """The obstore client of this process. Its threads do not survive a fork: a request would then wait for ever."""
         if _users and os.getpid() not in _users:
             raise StoreError(
                 f"Cannot read {self} in a process forked from one that has read from an object store",
@@ -115,9 +117,9 @@ class Bucket(Place):
 
     @contextmanager
     def _answers(self, key: str = "") -> Iterator[None]:
-        """Turn what the object store refuses into an error with a fix.
+        """Turn an error of the object store into one of kdcache's errors with a fix.
 
-        The original is not kept as its cause: an answer may repeat the request, credentials too.
+        The original error is not its cause, because it may contain the request with its credentials.
         """
         try:
             yield
@@ -128,7 +130,7 @@ class Bucket(Place):
             raise StoreError(f"Cannot reach {self}: {_summary(text)}", fix=_fix(text)) from None
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
-        """The answer to a request; it is repeated while the server is busy, until `retry_timeout` is over."""
+        """Return the answer to a request, repeating it until `retry_timeout` is over while the server is busy."""
         until = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
         while True:
             with self._answers(key):
@@ -140,12 +142,13 @@ class Bucket(Place):
             time.sleep(PAUSE_SECONDS)
 
     def _fetch(self, key: str, file: IO[bytes], sha256: str | None = None, most: int | None = None) -> str:
-        """Fetch an object into a file, again until its bytes are proven. Returns their sha256.
+        """Fetch an object into a file, repeatedly until its bytes are proven. Returns their SHA-256.
 
-        Args:
-            sha256: what they must have. Without it they are proven by the server's ETag, or if they arrive twice.
+        With `sha256` the bytes must have this digest. Without it the server's ETag proves them, or a second equal
+        fetch.
+
         Raises: FileNotFoundError; ValueError for more than `most` bytes in every fetch, and for wrong bytes that arrive
-            twice; StoreError for bytes that are others in every fetch.
+            twice; StoreError for bytes that differ in every fetch.
         """
         arrived, too_large = Counter[str](), Counter[str]()
         for left in reversed(range(ATTEMPTS)):
@@ -180,7 +183,7 @@ class Bucket(Place):
         )
 
     def _receive(self, key: str, file: IO[bytes], most: int | None) -> tuple[str, re.Match[str] | None]:
-        """Let an object replace the content of a file. Returns its sha256, and its ETag if that may be its MD5."""
+        """Download an object into a file. Returns its SHA-256, and its ETag if that may be its MD5."""
         result = self._ask(key, lambda: obstore.get(self._client, key))
         size = int(result.meta["size"])
         if most is not None and size > most:
@@ -194,11 +197,13 @@ class Bucket(Place):
         return sink.hexdigest(), _MD5.fullmatch(result.meta["e_tag"] or "")
 
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
+        """Return the content of an object after proving its bytes."""
         file = BytesIO()
         self._fetch(key, file, sha256, most)
         return file.getvalue()
 
     def read_verified(self, key: str, sha256: str) -> bytes:
+        """Return the content of a sealed object through its local copy. A damaged copy is fetched once more."""
         for _ in range(2):  # a copy that was damaged here is fetched again, and then checked on its way
             with os.fdopen(self.open(key, None, sha256), "rb") as file:
                 content = file.read(MAX_SEALED_BYTES)
@@ -208,6 +213,7 @@ class Bucket(Place):
         raise ValueError("its copy on this machine is not what was fetched")
 
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
+        """Yield the size of each object: one request each for a few keys, one listing for many."""
         wanted = list(keys)
         if len(wanted) <= _FEW:
             yield from map(self._size, wanted)
@@ -222,11 +228,12 @@ class Bucket(Place):
             return None
 
     def _listed(self) -> Iterator[tuple[str, int]]:
-        """Key and bytes of every object of the store."""
+        """Yield the key and the size in bytes of every object of the store."""
         for page in self._ask("", lambda: list(obstore.list(self._client, chunk_size=1000))):
             yield from ((meta["path"], meta["size"]) for meta in page)
 
     def digest(self, key: str) -> str | None:
+        """Download an object to compute its SHA-256, or return None if it is missing."""
         with tempfile.SpooledTemporaryFile(_CHUNK_BYTES) as file:
             try:
                 return self._fetch(key, file)
@@ -234,18 +241,20 @@ class Bucket(Place):
                 return None
 
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
+        """Open the local copy of an object, downloading it first if needed."""
         return self._mirror.open(self.folder, key, size, lambda file: self._download(key, sha256, file))
 
     def forget(self, key: str) -> bool:
+        """Remove the local copy of an object."""
         return self._mirror.forget(self.folder, key)
 
     def _download(self, key: str, sha256: str | None, file: IO[bytes]) -> int:
-        """Fetch an object into a file. Returns its bytes. Raises: as `_fetch`."""
+        """Fetch an object into a file. Returns its size in bytes. Raises: as `_fetch`."""
         self._fetch(key, file, sha256)
         return file.seek(0, os.SEEK_END)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Write the metadata, zarr.json last, unless it is there. Raises StoreError for an object of something else."""
+        """Write the metadata, zarr.json last, unless it exists. Raises StoreError if something else is there."""
         if self._size("zarr.json") is not None:
             return
         present = set[str]()
@@ -263,9 +272,12 @@ class Bucket(Place):
                 self.publish_exclusive(key, content)
 
     def publish(self, key: str, content: bytes) -> None:
+        """Upload a file in one request."""
         self._ask(key, lambda: obstore.put(self._client, key, content))
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
+        """Upload a file only if the key is free, and return whether this call created it."""
+
         def create() -> bool:
             try:
                 obstore.put(self._client, key, content, mode="create", use_multipart=False)
@@ -276,13 +288,16 @@ class Bucket(Place):
         return self._ask(key, create)
 
     def remove(self, key: str) -> None:
+        """Delete an object. A missing object is fine."""
         with suppress(FileNotFoundError):
             self._ask(key, lambda: obstore.delete(self._client, key))
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
+        """Return a release that does nothing: object stores have no locks, so workers are numbered."""
         return lambda: None
 
     def tidy(self) -> None:
+        """Do nothing: uploads leave no partial objects."""
         return
 
 
@@ -292,7 +307,7 @@ def _md5(file: IO[bytes]) -> str:
 
 
 def _summary(text: str) -> str:
-    """The first line of an answer, without its body and what follows a `?`: they may repeat credentials."""
+    """Return the first line of an answer without its query string, which may contain credentials."""
     first = re.sub(r"\?\S*", "", text.partition("\n")[0].partition("<")[0]).strip(" :")
     code = re.search(r"<Code>(\w{1,60})</Code>", text)
     return f"{first[:300]} ({code[1]})" if code else first[:300]

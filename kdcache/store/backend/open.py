@@ -1,4 +1,4 @@
-"""From an address to the place that it names."""
+"""Open the place that an address names."""
 
 from pathlib import Path
 
@@ -9,12 +9,13 @@ from kdcache.store.backend.local import Folder
 
 
 def open_place(location: "str | Path | Place", cache_dir: Path | None = None, cache_bytes: int | None = None) -> Place:
-    """A folder, or the address of a prefix in an object store: s3://bucket/prefix, gs:// and az:// likewise.
+    """Open a folder, or a prefix in an object store (s3://bucket/prefix, gs://, az://).
 
-    Args:
-        cache_dir, cache_bytes: where copies of a remote store are kept, and how much of them; default kdcache in the
-            user's cache folder, and half of what is free there.
-    Raises: StoreError for an address that is not understood, one on the Hub, or without the extra `remote`.
+    `cache_dir` and `cache_bytes` say where copies of a remote store are kept, and how many bytes of them. The defaults
+    are
+    kdcache in the user's cache folder, and half of its free space.
+
+    Raises: StoreError for an address that is not understood, an address on the Hub, or a missing extra `remote`.
     """
     if isinstance(location, Place):
         return location

@@ -31,21 +31,18 @@ _LARGEST = np.float16(59392)  # of 5 mantissa bits, within the bound of packed t
 
 
 def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
-    """Standard Zarr v3 codecs of an array, which any Zarr library reads. The checksum makes a flipped bit an error."""
+    """Return the standard Zarr v3 codecs of an array. Their checksum turns a flipped bit into an error."""
     if codec == "none":
         return (Crc32cCodec(),)
     return ((_FEATURES if path.startswith(_OF_FEATURES) else _OTHERS)[codec], Crc32cCodec())
 
 
 def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]:
-    """The rows that a store of this codec keeps: small rounds float16 logits, nothing else is touched.
+    """Return the rows that a store keeps: the codec `small` rounds float16 logits, other codecs change nothing.
 
-    Rounding is to the nearest, ties to even, and keeps order: the largest class stays at 0, top-k values stay sorted,
-    though unequal ones may become equal.
-
-    Args:
-        arrays: path -> rows, finite.
-    Returns: as many arrays of the same types; those that change are new.
+    `arrays` maps paths to finite rows. Rounding is to the nearest, ties to even, and keeps order: the largest class
+    stays
+    at 0 and top-k values stay sorted, but unequal values may become equal. Changed arrays are new.
     """
     return {
         path: _round(rows) if codec == "small" and path.startswith(_LOGITS) and rows.dtype == np.float16 else rows

@@ -1,4 +1,4 @@
-"""Errors for files that are not what was written, or cannot be read. `file` is a path or an address."""
+"""Errors for files that are damaged or cannot be read. `file` is a path or an address."""
 
 import errno
 from collections.abc import Callable
@@ -12,18 +12,18 @@ AGAIN = f"Run {_COMMAND} again"
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
-    """The error of a root's zarr.json that no spare is left of: what it held cannot be written again."""
+    """Return the error for a store whose zarr.json is lost and has no spare copy to restore it from."""
     before = error.fix.partition(AGAIN)[0]
     return type(error)(f"{error.problem}, and zarr.json has no spare copy", fix=before + restored(store))
 
 
 def restored(store: object) -> str:
-    """Return the fix for a manifest that cannot be written again."""
+    """Return the fix for a manifest that is lost together with its spare copy."""
     return f"Restore zarr.json from a copy, or delete all of {store} and repeat {_COMMAND}."
 
 
 def damaged(file: object, what: str) -> CorruptError:
-    """The error for a file of a shard: a build redoes it, in an object store when it is gone."""
+    """Return the error for a damaged file of a shard. A build writes it again, in an object store if it is missing."""
     return CorruptError(
         f"Damaged cache file {file}: {what}",
         fix=f"Delete it. {AGAIN}: it rebuilds what is missing."
@@ -38,14 +38,14 @@ def fix_of_files(*, remote: bool) -> str:
 
 
 def damaged_metadata(file: object, what: str = "it was changed or removed") -> CorruptError:
-    """The error for what a build writes again wherever the store is: manifest, array metadata, ids, ledger, seal."""
+    """Return the error for damaged metadata that every build writes again: manifest, ids, ledger, seal."""
     return CorruptError(f"Damaged cache file {file}: {what}", fix=f"{AGAIN}: it writes this file again.")
 
 
 def unreadable(
     file: object, what: str, error: Exception, damage: Callable[[object, str], CorruptError] = damaged
 ) -> KDCacheError:
-    """The error for a file that is damaged, by default one of a shard, or that this process may not or cannot open."""
+    """Return the error for a file, by default of a shard, that is damaged or that this process cannot open."""
     number = getattr(error, "errno", None)
     if number in _OURS:
         return StoreError(
@@ -55,5 +55,5 @@ def unreadable(
 
 
 def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:
-    """The error for metadata, ledger or seal that are damaged, or that this process may not or cannot open."""
+    """Return the error for metadata, a ledger or a seal that is damaged or that this process cannot open."""
     return unreadable(file, what, error, damaged_metadata)

@@ -29,12 +29,12 @@ StoredAs = Literal["fp16", "uint8"]
 
 
 class FeatureFidelity(Part):
-    """The loss by storing a tap in 8 bits, on a few records.
+    """What storing a tap in 8 bits loses, measured on a few records.
 
     Attributes:
-        cosine, cosine_least: between the stored and the teacher's channels of a cell: mean, and of the worst cell.
-        gradient_error: norm of the error over the norm of the features without their channels' means. It is the
-            relative error of the gradient of a squared difference, for a student that predicts these means.
+        cosine, cosine_least: cosine between a cell's stored and original channels: the mean, and the worst cell.
+        gradient_error: norm of the error over the norm of the features minus their channel means. It is the relative
+            error of the gradient of a squared difference, for a student that predicts these means.
     """
 
     records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
@@ -43,7 +43,7 @@ class FeatureFidelity(Part):
     gradient_error: Nats
 
     def describe(self) -> str:
-        """In one line, for a person."""
+        """Describe the loss in one line."""
         return (
             f"cosine {self.cosine:.6f} (worst cell {self.cosine_least:.6f}), gradient error "
             f"{100 * self.gradient_error:.2f} %; on {self.records} records"
@@ -51,12 +51,7 @@ class FeatureFidelity(Part):
 
 
 def check_cells(wanted: StoredAs, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Check that 8 bits, if they are wanted, are possible for any tap.
-
-    Args:
-        sizes: tap -> (h, w).
-    Raises: RecipeError.
-    """
+    """Raise RecipeError if 8 bits are requested and no tap is large enough. `sizes` maps taps to (h, w)."""
     if wanted == "uint8" and not any(feature_dtype(wanted, size) == "uint8" for size in sizes.values()):
         maps = ", ".join(f"{tap} of {size[0]}x{size[1]} cells" for tap, size in sizes.items())
         raise RecipeError(
@@ -68,11 +63,7 @@ def check_cells(wanted: StoredAs, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def feature_dtype(wanted: StoredAs, size: tuple[int, int]) -> Literal["float16", "uint8"]:
-    """Return how a tap is stored: summaries and small maps stay float16.
-
-    Args:
-        size: (h, w) of the tap.
-    """
+    """Return how a tap of `size` (h, w) is stored. Summaries and small maps stay float16."""
     return "uint8" if wanted == "uint8" and size[0] * size[1] >= LEAST_CELLS else "float16"
 
 
@@ -86,7 +77,7 @@ def quantise(maps_Rchw: Array) -> tuple[Array, Array]:
     """Return the bytes (R, c, h, w) uint8 and the scales (R, 2, c) float16 of features.
 
     Args:
-        maps_Rchw: float16 or float32, finite. What lies beyond the ends of float16 is cut to them.
+        maps_Rchw: float16 or float32, finite. Values outside float16's range are clipped.
     """
     x_Rchw = maps_Rchw.astype(np.float32).clip(-_LARGEST, _LARGEST)
     lowest_Rc, highest_Rc = x_Rchw.min((2, 3)).astype(np.float64), x_Rchw.max((2, 3)).astype(np.float64)
@@ -101,19 +92,14 @@ def quantise(maps_Rchw: Array) -> tuple[Array, Array]:
 
 
 def restore(bytes_Rchw: Array, scales_R2c: Array) -> Array:
-    """Return the features (R, c, h, w) float32 of bytes and scales; or of one record, without R."""
+    """Return the features (R, c, h, w) float32 from bytes and scales. R may be missing from both."""
     low, step = np.moveaxis(scales_R2c.astype(np.float32), -2, 0)[..., None, None]
     restored: Array = low + bytes_Rchw.astype(np.float32) * step
     return restored
 
 
 def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) -> dict[str, Array]:
-    """Return rows with features as a store keeps them: in bytes with scales, or in float16.
-
-    Args:
-        rows: path -> rows. Features are float16, float32, or bytes with their scales.
-        features: the manifest's.
-    """
+    """Return rows with their features as a store keeps them: in bytes with scales, or in float16."""
     stored = dict(rows)
     for tap, feature in features.items():
         path = f"{_FEATURES}{tap}"
@@ -127,11 +113,11 @@ def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) 
 
 
 class Loss:
-    """What 8 bits lose of a tap, added up record by record.
+    """Accumulates what 8 bits lose of a tap, record by record.
 
     Attributes:
-        records: how many were added.
-        beyond: whether a number lay beyond the ends of float16, whose scales then cannot hold the range.
+        records: number of records added.
+        beyond: whether a value was outside float16's range, which the scales then cannot hold.
     """
 
     def __init__(self) -> None:
@@ -142,12 +128,7 @@ class Loss:
         self._sums: tuple[Array, Array] | None = None
 
     def add(self, map_chw: Array, kept_chw: Array | None = None) -> None:
-        """Add a record.
-
-        Args:
-            map_chw: the teacher's features, finite.
-            kept_chw: what is stored of them; default what 8 bits would keep.
-        """
+        """Add a record: the teacher's finite features (c, h, w), and the stored ones (default: computed in 8 bits)."""
         self.beyond = self.beyond or bool(np.abs(map_chw).max() > _LARGEST)
         exact_cn = map_chw.reshape(len(map_chw), -1).astype(np.float64)
         kept_chw = restore(*quantise(map_chw[None])) if kept_chw is None else kept_chw
@@ -162,7 +143,7 @@ class Loss:
         self.records, self._cells = self.records + 1, self._cells + len(cosine_n)
 
     def figures(self) -> FeatureFidelity:
-        """Return the figures of all records; there is at least one."""
+        """Return the figures over all records. At least one must have been added."""
         assert self._sums is not None
         sum_c, square_c = self._sums
         spread = float(np.maximum(square_c - np.square(sum_c) / self._cells, 0).sum())
@@ -175,11 +156,7 @@ class Loss:
 
 
 def measure(maps: Iterable[Array]) -> FeatureFidelity:
-    """Return what 8 bits lose of a tap.
-
-    Args:
-        maps: the teacher's features of some records, (c, h, w), finite.
-    """
+    """Return what 8 bits lose of a tap, given the teacher's finite features (c, h, w) of some records."""
     loss = Loss()
     for map_chw in maps:
         loss.add(map_chw)
@@ -189,11 +166,7 @@ def measure(maps: Iterable[Array]) -> FeatureFidelity:
 def describe(
     features: Mapping[str, Feature], lost: Mapping[str, FeatureFidelity], *, wanted: StoredAs = "fp16"
 ) -> Iterator[str]:
-    """Yield a line on each tap in 8 bits, and on each that stays float16 although 8 bits were wanted.
-
-    Args:
-        lost: the manifest's `feature_fidelity`.
-    """
+    """Yield a line for each tap in 8 bits, and for each tap that stays float16 although 8 bits were requested."""
     for tap, feature in features.items():
         if feature.dtype == "uint8":
             yield f"{tap} in 8 bits: " + (lost[tap].describe() if tap in lost else "what is lost was not measured")

@@ -12,14 +12,14 @@ Flags = npt.NDArray[np.bool_]
 
 
 def pack_flags(flags_N: Flags) -> str:
-    """The text of flags (N,) bool: a few where they are alike, about N / 6 characters at most."""
+    """Return flags (N,) bool as text: a few characters if they are equal, at most about N / 6."""
     return base64.b64encode(zlib.compress(np.packbits(flags_N, bitorder="little").tobytes(), 9)).decode("ascii")
 
 
 def unpack_flags(text: str, count: int, where: object) -> Flags:
-    """The flags (count,) bool of a text. Raises: CorruptError, which names `where`, for a text that is not of so many.
+    """Return the flags (count,) bool of a text. Nothing beyond `count` flags is inflated.
 
-    A text that would inflate to more is not inflated further.
+    Raises: CorruptError, which names `where`, for a text with another number of flags.
     """
     size = -(-count // 8)
     inflater = zlib.decompressobj()

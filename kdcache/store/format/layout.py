@@ -1,10 +1,10 @@
-"""How the bytes of an array lie in its shards: what zarr.json says.
+"""How the bytes of an array lie in its shards: the content of zarr.json.
 
     layout    shape (R, ...) in shards of S records; a chunk is one record, or several in small arrays
     chain     bytes (little endian) [+ blosc | zstd] [+ crc32c]
     index     bytes + crc32c, at the end or the start of a shard
 
-Whatever else zarr.json holds, an unknown setting included, is refused: it could change what the bytes mean.
+Any other or unknown setting in zarr.json is an error, because it could change the meaning of the bytes.
 """
 
 import json
@@ -49,10 +49,10 @@ class Layout:
     """The part of zarr.json that reading needs.
 
     Attributes:
-        shape, dtype: of the array; little endian.
+        shape, dtype: of the array, little endian.
         shard_chunks: chunks of a shard. chunk_rows: records of a chunk.
-        compressor: `blosc`, `zstd`, or empty. crc_bytes: 4 when a chunk ends with its crc32c, else 0.
-        index_at_end: of a shard, else at its start.
+        compressor: `blosc`, `zstd`, or empty. crc_bytes: 4 if a chunk ends with its crc32c, else 0.
+        index_at_end: whether the index is at the end of a shard, else at its start.
         separator: of the parts of a shard's path.
     """
 
@@ -71,25 +71,25 @@ class Layout:
         return self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def used_chunks(self, shard: int) -> int:
-        """Chunks of a shard that hold records: the last shard may be shorter."""
+        """Return the number of chunks of a shard that hold records. The last shard may be shorter."""
         return min(self.shard_chunks, -(-self.shape[0] // self.chunk_rows) - shard * self.shard_chunks)
 
     def key(self, shard: int) -> str:
-        """Path of a shard below the array's folder."""
+        """Return the path of a shard below the array's folder."""
         return self.separator.join(["c", str(shard), *("0" for _ in self.shape[1:])])
 
 
 def open_file(path: Path) -> int:
-    """Descriptor of a file. Raises OSError, for a link too; a pipe opens at once, and cannot be read at an offset."""
+    """Open a file and return its descriptor. A pipe opens but cannot be read. Raises OSError, also for a link."""
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def read_layout(array: Path) -> Layout:
-    """The layout of the array in a folder.
+    """Read the layout of the array in a folder.
 
     Raises:
-        VersionError: another writer made it, or a later zarr-python, in a way that is not supported.
-        CorruptError: its zarr.json is missing, no file or no JSON. StoreError: it may not be opened.
+        VersionError: another program or a later zarr-python wrote it, in a way that is not supported.
+        CorruptError: its zarr.json is missing, not a file or not JSON. StoreError: it may not be opened.
     """
     path = array / "zarr.json"
     try:
@@ -104,10 +104,8 @@ def read_layout(array: Path) -> Layout:
 
 
 def parse_layout(metadata: Any, file: object) -> Layout:
-    """The layout that the content of an array's zarr.json describes.
+    """Return the layout that an array's zarr.json describes. `metadata` is its JSON, `file` its name for messages.
 
-    Args:
-        metadata: as JSON has it. file: its path or address, for messages.
     Raises: VersionError naming what is not supported.
     """
     try:
@@ -168,7 +166,7 @@ def _sizes(value: Any, what: str, least: int = 1) -> tuple[int, ...]:
 
 
 def _named(value: Any, *supported: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a codec, a grid or a key encoding; an unknown setting is refused."""
+    """Return the name and settings of a codec, a grid or a key encoding. Unknown settings fail."""
     fine = isinstance(value, dict) and value.keys() <= {"name", "configuration"} and value.get("name") in supported
     _require(fine, f"{' or '.join(supported)} expected", value)
     settings = value.get("configuration", {})
@@ -177,7 +175,7 @@ def _named(value: Any, *supported: str) -> tuple[str, dict[str, Any]]:
 
 
 def _chain(value: Any, *supported: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Names and settings of a chain of codecs."""
+    """Return the names and settings of a chain of codecs."""
     _require(isinstance(value, list) and 1 <= len(value) <= len(supported), "codecs", value)
     codecs = [_named(codec, *supported) for codec in value]
     return tuple(name for name, _ in codecs), [settings for _, settings in codecs]

@@ -1,4 +1,4 @@
-"""The manifest: who made a store, from what and how. JSON in the attributes of the store's Zarr group."""
+"""The manifest: who made a store, from what and how. It is JSON in the attributes of the store's Zarr group."""
 
 import json
 import math
@@ -29,12 +29,12 @@ _NAMES = ("name",)
 
 
 class Manifest(parts.Part):
-    """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured.
+    """Everything about a store except its ids and arrays. `fidelity` is None if nothing was measured.
 
     Attributes:
-        depth: of a store with labels of depth or a head of metres; None of any other, and of the first stores.
-        feature_fidelity: of taps in 8 bits; empty if nothing was measured.
-        repairs: shards that were taught again with other versions than `build` says.
+        depth: of a store with depth labels or a head in metres, else None. Also None in the first stores.
+        feature_fidelity: of taps in 8 bits. Empty if nothing was measured.
+        repairs: shards that were computed again with other versions than `build` names.
     """
 
     format: Literal["kdcache"] = "kdcache"
@@ -91,12 +91,12 @@ class Manifest(parts.Part):
 
     @property
     def records_contents(self) -> bool:
-        """Whether each record has digests of its image and labels: only then a changed label can be noticed."""
+        """Whether each record has digests of its image and labels, without which changed labels go unnoticed."""
         return self.version >= 3
 
     @property
     def segmentation(self) -> parts.Head | None:
-        """The head of classes; None without."""
+        """The head of classes, or None."""
         return self.categorical.get(SEGMENTATION)
 
     @property
@@ -111,7 +111,7 @@ class Manifest(parts.Part):
 
     @property
     def facts(self) -> dict[str, str]:
-        """The store in a few words, by what they are of."""
+        """The store in a few words, by topic."""
         heads = []
         for name, head in self.heads.items():
             kept = f", {head.k} of {head.classes} classes" if isinstance(head, parts.Head) else f" in {head.unit}"
@@ -127,24 +127,25 @@ class Manifest(parts.Part):
 
     @property
     def shards(self) -> int:
+        """The number of shards."""
         return -(-self.records // self.build.shard_records)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """Records [first, last) of a shard; the last shard may be shorter."""
+        """Return the records [first, last) of a shard. The last shard may be shorter."""
         first = shard * self.build.shard_records
         return first, min(first + self.build.shard_records, self.records)
 
     def record(self, sample: int, view: int = 0) -> int:
-        """The record of a view: all views of a sample follow each other."""
+        """Return the number of the record of a view. All views of a sample follow each other."""
         return sample * self.view.views_per_sample + view
 
     def shard_records(self, shard: int) -> int:
-        """How many records a shard holds."""
+        """Return the number of records in a shard."""
         first, last = self.shard_range(shard)
         return last - first
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Descriptions of what keeps `other` from continuing this build, but for time stamps, figures and repairs."""
+        """Describe what keeps `other` from continuing this build. Times, figures and repairs do not count."""
         differences = [f"teacher.{text}" for text in self.teacher.differences(other.teacher)]
         if self.depth != other.depth:
             differences.append(f"depth: {self.depth} against {other.depth}")
@@ -158,13 +159,13 @@ class Manifest(parts.Part):
 
     @property
     def earlier_statistics(self) -> str:
-        """The statistics that earlier versions computed and this one does not, comma-separated; empty without any."""
+        """The statistics, comma-separated, that only earlier versions computed. Empty if there are none."""
         return ", ".join(name for name, statistic in self.statistics.items() if not statistic.tap)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the build was told of images, views and storing, by the names of its settings.
+        """Return the build's settings of images, views and storage, by name.
 
-        Settings of views that are drawn are there only if some are.
+        Settings of drawn views are there only if some views are drawn.
         """
         drawn, head = self.view.drawn, self.segmentation
         return {
@@ -191,7 +192,7 @@ class Manifest(parts.Part):
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The value of the attribute `kdcache`. What older readers do not know is left out where it is empty."""
+        """Return the value of the attribute `kdcache`. Empty fields that older readers do not know are left out."""
         unused: dict[str, Any] = {
             name: True for name in ("repairs", "depth", "feature_fidelity") if not getattr(self, name)
         }
@@ -203,22 +204,18 @@ class Manifest(parts.Part):
         return self.model_dump(mode="json", exclude=unused)
 
     def with_environment(self, of: "Manifest") -> "Manifest":
-        """This one, as if it were of a build in the environment of another: its libraries and device."""
+        """Return this manifest with the libraries and device of another one."""
         same = {"libraries": of.build.libraries, "device": of.build.device}
         return self.model_copy(update={"build": self.build.model_copy(update=same)})
 
 
 def _bytes_of(statistic: parts.Statistic) -> tuple[int, ...]:
-    """Return numbers whose product is the bytes of a record."""
+    """Return factors whose product is the bytes of a record."""
     return (pairs(statistic.size),) if statistic.kind == "similarity" else (2, *statistic.size)
 
 
 def _first_version(heads: Mapping[str, parts.Head | parts.Regression], *, depth: bool) -> int:
-    """Return the version, 1 or 2, that a store with these heads had before records had digests.
-
-    Args:
-        depth: whether its manifest has `depth`.
-    """
+    """Return the version, 1 or 2, that a store with these heads had before records had digests."""
     return 1 if set(heads) == {SEGMENTATION} and not depth else 2
 
 
@@ -249,7 +246,7 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
 
 @contextmanager
 def well_formed_parts() -> Iterator[None]:
-    """Turn a value that a manifest may not hold into an error.
+    """Turn an invalid value of a manifest into an error, in a with block.
 
     Raises: StoreError naming the field.
     """

@@ -1,7 +1,7 @@
 """The parts of a manifest: data set, view, heads, features, teacher, build, and what storing lost.
 
-Every model here is strict and refuses unknown keys: a manifest is data from elsewhere, and a field that
-is misread teaches the wrong thing without a sound.
+Every model here is strict and fails on unknown keys, because a manifest comes from elsewhere and a misread field would
+silently train on wrong targets.
 """
 
 from collections import Counter
@@ -35,11 +35,13 @@ Size = tuple[Side, Side]
 
 
 class Part(BaseModel):
+    """Base of all parts of a manifest: frozen, strict, without unknown keys, NaN or infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Dataset(Part):
-    """The split that was taught on. `ids_digest` stands for the ids; they are in samples/."""
+    """The split that the teacher predicted. `ids_digest` identifies the ids, which are in samples/."""
 
     name: str
     split: FolderName
@@ -60,11 +62,11 @@ class Dataset(Part):
 
 
 class DepthLabels(Part):
-    """The depth that a store has to do with, of labels or of a head in metres.
+    """The depth of a store, from its labels or from a head in metres.
 
     Attributes:
-        labelled: samples with a label of depth.
-        zoom: what the zoom of drawn views did to the labels: nothing is zoomed, they are divided by it, or kept.
+        labelled: number of samples with a depth label.
+        zoom: how the zoom of drawn views changed the labels: no view is zoomed, labels are divided by it, or kept.
     """
 
     labelled: Count
@@ -75,11 +77,11 @@ Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
 
 
 class Drawn(Part):
-    """How views are drawn: each from `seed`, the sample's id and its own number alone.
+    """How views are drawn. Each depends only on `seed`, the sample's id and the view's number.
 
     Attributes:
-        scale: a view shows 1/s of the image's height and width, below 1 all of it amid grey. s is uniform in this
-            range.
+        scale: range of the uniform scale s. A view shows 1/s of the image's height and width. Below 1 it shows the
+            whole image amid grey.
         flip: whether half of them are mirrored.
     """
 
@@ -100,9 +102,9 @@ class View(Part):
     Attributes:
         kind: `full`: view 0 is the whole image resized, the others are drawn. `crop`: all are drawn, each a crop of
             `size` pixels out of the image at s times `image_size`.
-        fit: how an image of another shape is fitted into `size`, or into `image_size`: squashed (the only way of the
-            first stores), cropped, or padded with grey.
-        teacher_size: (H, W) of what the teacher saw of the same windows, when that was another size.
+        fit: how an image of another shape is fitted into `size` or `image_size`: squashed (the only way in the first
+            stores), cropped, or padded with grey.
+        teacher_size: (H, W) of the same windows as the teacher saw them, if it was another size.
     """
 
     kind: Literal["full", "crop"] = "full"
@@ -131,7 +133,7 @@ class View(Part):
 
     @property
     def reaches_beyond(self) -> bool:
-        """Whether a view may show what lies beyond its image, which is grey and must not teach."""
+        """Whether a view may show grey beyond its image, where the teacher's terms do not count."""
         drawn = self.drawn is not None and max(self.share or (1.0, 1.0)) > self.drawn.scale[0]
         return drawn or self.fit == "pad"
 
@@ -140,8 +142,8 @@ class Head(Part):
     """One output of the teacher: `k` of `classes` logits kept on an (h, w) grid.
 
     Attributes:
-        raw: the largest logit of every pixel is kept too, which the others are stored without.
-        resampled: the grid is coarser than the teacher's own: its probabilities were averaged.
+        raw: the largest logit of every pixel is also kept. The stored logits are relative to it.
+        resampled: the grid is coarser than the teacher's native one, and its probabilities were averaged.
     """
 
     kind: Literal["categorical"] = "categorical"
@@ -160,15 +162,16 @@ class Head(Part):
 
     @property
     def dense(self) -> bool:
+        """Whether the logits of all classes are kept."""
         return self.k == self.classes
 
 
 class Regression(Part):
-    """One output of the teacher that is numbers: `channels` values in `unit` on an (h, w) grid.
+    """One numeric output of the teacher: `channels` values in `unit` on an (h, w) grid.
 
     Attributes:
-        range: the least and the largest value; None where there are no bounds.
-        parameterisation: of the values by the raw output, in which a map is resized (`kdcache.heads`).
+        range: the least and the largest value, or None if there are no bounds.
+        parameterisation: how the raw output gives the values (`kdcache.heads`). Maps are resized as raw output.
     """
 
     kind: Literal["regression"]
@@ -187,7 +190,7 @@ class Regression(Part):
 
     @property
     def dtype(self) -> str:
-        """`float16` where the range allows it: its largest magnitude is far from float16's ends, 6e-5 and 65504."""
+        """`float16` if the range is far from float16's limits, 6e-5 and 65504, else `float32`."""
         largest = 0.0 if self.range is None else max(map(abs, self.range))
         return "float16" if LEAST_HALF <= largest <= MOST_HALF else "float32"
 
@@ -211,12 +214,11 @@ class Feature(Part):
 
 
 class Statistic(Part):
-    """What is made of a tap's features, on its grid (h, w) `size`.
+    """A statistic of a tap's features, on its grid (h, w) `size`.
 
     Attributes:
-        kind: `at`: sum of squares over the channels of `tap`, divided by its largest, (h, w) float16. `similarity`: the
-            cosines between its cells, uint8. The others are in caches of earlier versions, at the target's grid, and
-            nothing reads them.
+        kind: `at`: sum of squares over the channels of `tap`, divided by the largest sum, (h, w) float16. `similarity`:
+            cosines between its cells, uint8. Other kinds are in caches of earlier versions and are never read.
     """
 
     kind: Literal["at", "similarity", "confidence", "entropy", "agreement"]
@@ -225,7 +227,7 @@ class Statistic(Part):
 
 
 class Build(Part):
-    """Choices that shape the bytes. They may not change when an interrupted build goes on."""
+    """Choices that shape the bytes. They must not change when an interrupted build continues."""
 
     batch_size: Annotated[int, Field(ge=1)]
     shard_records: Annotated[int, Field(ge=1, le=65536)]
@@ -235,10 +237,10 @@ class Build(Part):
 
 
 class Repair(Part):
-    """Shards that were taught again with other versions than the rest, on pixels of the stored checksums.
+    """Shards that were computed again with other versions than the rest, on pixels with the stored checksums.
 
     Attributes:
-        created: when the repair began, and `created_by` which program did it, as in the manifest.
+        created: when the repair began. created_by: the program, as in the manifest.
         device, libraries: as in `Build`.
     """
 
@@ -249,7 +251,7 @@ class Repair(Part):
     shards: Annotated[tuple[Count, ...], Field(min_length=1)]
 
     def describe(self) -> str:
-        """The versions, for a person."""
+        """Describe the versions of the repair in one line."""
         return ", ".join([*(f"{name} {version}" for name, version in self.libraries.items()), f"on {self.device}"])
 
 
@@ -257,7 +259,7 @@ Nats = Annotated[float, Field(ge=0)]
 
 
 class Fidelity(Part):
-    """The loss by storing, on a few records: the stored target beside the teacher's raw logits, at the view's size.
+    """What storing loses on a few records: the stored target against the teacher's raw logits, at the view's size.
 
     Attributes:
         kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel.
@@ -271,7 +273,7 @@ class Fidelity(Part):
     argmax_agreement: Annotated[float, Field(ge=0, le=1)]
 
     def describe(self) -> str:
-        """In one line, for a person."""
+        """Describe the loss in one line."""
         return (
             f"KL {self.kl_t1:.1e} nats at T = 1 (worst pixel {self.kl_t1_max:.1e}), {self.kl_t4:.1e} at T = 4; "
             f"argmax agreement {100 * self.argmax_agreement:.3f} %; on {self.records} records, at the view's size"
@@ -279,7 +281,7 @@ class Fidelity(Part):
 
 
 def part_differences(title: str, one: Part, other: Part, but: Collection[str] = ()) -> list[str]:
-    """Return the fields of two equal-typed parts that differ, as 'title.field: a against b', leaving some out."""
+    """Describe the fields that differ between two parts of one type, as 'title.field: a against b', except `but`."""
     return [
         f"{title}.{field}: {unlike(getattr(one, field), getattr(other, field))}"
         for field in type(one).model_fields
@@ -288,7 +290,7 @@ def part_differences(title: str, one: Part, other: Part, but: Collection[str] = 
 
 
 def unlike(one: Any, other: Any) -> str:
-    """Two unequal values as messages have them: whole, or for nested ones the items that differ."""
+    """Return two unequal values as text for messages: whole, or only the items of nested values that differ."""
     if isinstance(one, Part) and isinstance(other, Part):
         one, other = one.model_dump(), other.model_dump()
     if isinstance(one, dict) and isinstance(other, dict):
@@ -306,6 +308,6 @@ def _items(items: Iterable[tuple[str, Any, Any]]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as messages have it: at most 60 characters."""
+    """Return a value as text for messages, in at most 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -44,7 +44,7 @@ SMALL_BYTES = 1024  # per record: below, a chunk holds a whole shard
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: `shape` is that of one record."""
+    """The path, type and `shape` of one record of an array."""
 
     path: str
     shape: tuple[int, ...]
@@ -52,6 +52,7 @@ class ArraySpec:
 
     @property
     def record_bytes(self) -> int:
+        """The size of one record in memory, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
@@ -73,7 +74,7 @@ _CONTENTS = (
 
 
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
-    """values, for a top-k head indices and tail, for raw logits their maximum; of a regression values alone."""
+    """Return the arrays of a head: values, indices and tail of top-k, and the maximum of raw logits."""
     entry = manifest.heads[head]
     if isinstance(entry, Regression):
         return [ArraySpec(f"targets/{head}/values", (entry.channels, *entry.size), entry.dtype)]
@@ -88,7 +89,7 @@ def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
 
 
 def record_arrays(manifest: Manifest) -> list[ArraySpec]:
-    """Every array with one row per record, in the order in which they are written."""
+    """Return the arrays with one row per record, in the order in which they are written."""
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
         arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), feature.dtype))
@@ -116,14 +117,14 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
 
 
 def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
-    """Records in a chunk."""
+    """Return the number of records in a chunk."""
     return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
 
 
 def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
-    """Create every array of an empty store, of which the sample ids alone get content.
+    """Create every array of an empty store, and write the sample ids.
 
-    Returns: those with a row per record, by path. They write chunks of zeros too; opened again they would not.
+    Returns: the arrays with a row per record, by path. They also write chunks of zeros, unlike arrays opened again.
     """
     shard, created = manifest.build.shard_records, {}
     for spec in record_arrays(manifest):
@@ -146,7 +147,7 @@ def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> 
 
 
 def metadata_keys(manifest: Manifest) -> list[str]:
-    """Every file that is neither shard nor ledger: zarr.json of groups and arrays, and the sample ids."""
+    """List every file that is neither shard nor ledger: zarr.json of groups and arrays, and the sample ids."""
     arrays = [*(spec.path for spec in record_arrays(manifest)), *SAMPLE_ARRAYS]
     nodes = {str(node) for path in arrays for node in (PurePosixPath(path), *PurePosixPath(path).parents)}
     keys = [(PurePosixPath(node) / "zarr.json").as_posix() for node in nodes]
@@ -154,7 +155,7 @@ def metadata_keys(manifest: Manifest) -> list[str]:
 
 
 def shard_key(spec: ArraySpec, shard: int) -> str:
-    """Path of a shard's file below the store."""
+    """Return the path of a shard's file below the store."""
     return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
 
 

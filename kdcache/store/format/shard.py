@@ -1,14 +1,14 @@
-"""Reading records straight from the shards of a Zarr v3 array, at the speed of the decoder.
+"""Read records straight from the shards of a Zarr v3 array, at the speed of the decoder.
 
-zarr-python takes 0.6 to 0.8 ms of CPU per record: tasks, thread hops, the index of the shard decoded again each time.
-Here an index is read and checked once, a chunk comes with one pread, and numcodecs decodes it into the caller's buffer
-without the GIL. One layout and a few codec chains are supported, those of our writer (see layout.py); any other array
-is refused with a VersionError that says why.
+zarr-python takes 0.6 to 0.8 ms of CPU per record: tasks, thread hops, and decoding the shard's index each time. Here an
+index is read and checked once, a chunk is read with one pread, and numcodecs decodes it into the caller's buffer
+without the GIL. Only the layout and codec chains of our writer are supported (see layout.py). Any other array fails
+with a VersionError that gives the reason.
 
-A missing shard and an empty chunk are damage, never fill values. A chunk's crc32c is checked at every read, for a disk
-may spoil at any time what was whole before. There are no locks: what threads share is replaced by single assignments,
-and every read names its offset, so threads share descriptors and a forked child inherits them. No mapping either:
-a file that is shortened under one kills the process.
+A missing shard and an empty chunk are damage, never fill values. Every read checks the chunk's crc32c, because a disk
+may fail at any time. There are no locks: threads share only single assignments, and every read names its offset, so
+threads share descriptors and a forked child inherits them. There is no memory mapping, because shortening a mapped file
+kills the process.
 """
 
 import os
@@ -45,18 +45,20 @@ _ZSTD_MAGIC = 0xFD2FB528
 
 
 class ShardArray:
-    """One array of a store, open for direct reads. Thread-safe and fork-safe; pickles as its path, and opens it again.
+    """One array of a store, open for direct reads. It is thread-safe and fork-safe. It pickles as its path and reopens.
 
     Args:
         path: the array's folder.
-        open_shard: a store's own way to open a shard, by its number and its path below the folder. Returns a descriptor
-            and what its chunks must end with (4 bytes each, empty when that is not known).
-        name: how messages name the folder; default its path.
+        open_shard: a store's function that opens a shard by its number and its path below the folder. It returns a
+            descriptor and the 4 bytes that each chunk must end with (empty if they are not known).
+        name: how messages name the folder. Default: its path.
+
     Attributes:
         shape: (R, ...). dtype: little endian.
+
     Raises:
-        VersionError: the array was made in a way that is not supported (layout.py).
-        CorruptError: zarr.json is missing, no file or no JSON. StoreError: it may not be opened.
+        VersionError: the array has a layout that is not supported (layout.py).
+        CorruptError: zarr.json is missing, not a file or not JSON. StoreError: it may not be opened.
     Memory: 3 KB per shard of 128 chunks that was read, and the last chunk of an array with several records in one.
     """
 
@@ -80,8 +82,8 @@ class ShardArray:
         """Decode one record into `out`: shape[1:], dtype, C-contiguous.
 
         Raises:
-            CorruptError naming the file; `out` is undefined then. IndexError.
-            StoreError for a wrong `out`. VersionError for a zstd frame that does not say how much it holds.
+            CorruptError naming the file, with `out` undefined. IndexError.
+            StoreError for a wrong `out`. VersionError for a zstd frame without its size.
         """
         if not 0 <= record < self.shape[0]:
             raise IndexError(f"record {record} of {len(self)} in {self._name}")
@@ -93,7 +95,7 @@ class ShardArray:
             out[...] = self._rows(chunk)[row]
 
     def read_all(self) -> Array:
-        """Every record, (R, ...). Raises: as `read_into`."""
+        """Read every record, (R, ...). Raises: as `read_into`."""
         step = self._layout.chunk_rows
         parts = [np.empty((0, *self.shape[1:]), self.dtype)]
         for first in range(0, len(self), step):  # what is not there takes no memory, whatever zarr.json claims
@@ -103,14 +105,14 @@ class ShardArray:
         return np.concatenate(parts)
 
     def bytes_of(self, record: int) -> float:
-        """Return the bytes that a record takes on disk: its share of a chunk of several. Raises: as `read_into`."""
+        """Return the bytes of a record on disk, its share of the chunk. Raises: as `read_into`."""
         number, chunk = divmod(record // self._layout.chunk_rows, self._layout.shard_chunks)
         shard = self._shards.get(number) or self._open(number)[0]
         size: int = _ENTRY.unpack_from(shard.index, 16 * chunk)[1]
         return size / self._layout.chunk_rows
 
     def _rows(self, chunk: int) -> Array:
-        """The records (chunk_rows, ...) of a chunk that holds several. Shared: not to be written to."""
+        """Return the records (chunk_rows, ...) of a chunk of several. The array is shared: do not write to it."""
         last = self._last
         if last is None or last[0] != chunk:
             rows = np.empty((self._layout.chunk_rows, *self.shape[1:]), self.dtype)
@@ -149,7 +151,7 @@ class ShardArray:
             raise unreadable(shard.name, f"chunk {chunk} cannot be read", error) from error
 
     def _open(self, number: int) -> "tuple[_Shard, _File]":
-        """Open a shard, or open it again: if it is the same file still, its index is known."""
+        """Open a shard, or open it again. The index is reused if the file is the same."""
         key = self._layout.key(number)
         name = f"{self._name}/{key}"
         try:
@@ -172,7 +174,7 @@ class ShardArray:
 
 
 def check_buffer(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """A record can be decoded into `out`. Raises StoreError."""
+    """Check that a record can be decoded into `out`. Raises StoreError."""
     if out.shape != shape or out.dtype != dtype or not out.flags.carray:
         raise StoreError(
             f"Cannot read a record into {out.dtype} {out.shape}, strides {out.strides}, writable: "
@@ -183,7 +185,7 @@ def check_buffer(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> No
 
 @dataclass(slots=True)
 class _File:
-    """A descriptor, closed when the last thread lets go of it."""
+    """A descriptor that closes when the last thread drops it."""
 
     handle: int
 
@@ -193,8 +195,9 @@ class _File:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Shard:
-    """A shard that was opened: `identity` distinguishes its file from another, `ends` has the 4 bytes that each of its
-    chunks must end with, and is empty when these are not known.
+    """A shard that was opened.
+
+    `identity` distinguishes its file from another. `ends` has the 4 bytes that each chunk must end with, or is empty.
     """
 
     name: str
@@ -210,9 +213,9 @@ _opened: deque[weakref.ref[_Shard]] = deque()
 
 
 def _keep_open(shard: _Shard) -> None:
-    """Keep at most `_MOST_OPEN` shards open in this process: the one that was opened first makes room.
+    """Keep at most `_MOST_OPEN` shards open in this process by closing the one opened first.
 
-    In random order that hits as often as keeping the least recently used, and a read need not leave a note.
+    In random order this hits as often as least-recently-used, and reads need no bookkeeping.
     """
     _opened.append(weakref.ref(shard))
     while len(_opened) > _MOST_OPEN:
@@ -223,7 +226,7 @@ def _keep_open(shard: _Shard) -> None:
 
 
 def let_go_of_removed() -> None:
-    """Close shards whose files are gone: an open file would go on taking its room on the disk."""
+    """Close shards with deleted files, because an open file keeps its room on the disk."""
     for shard in [opened for reference in list(_opened) if (opened := reference()) is not None]:
         file = shard.file
         if file is not None and os.fstat(file.handle).st_nlink == 0:
@@ -231,7 +234,7 @@ def let_go_of_removed() -> None:
 
 
 def _read_index(handle: int, size: int, layout: Layout, number: int) -> bytes:
-    """The index of a shard whose chunks begin in the file and have possible sizes. Raises ValueError, OSError."""
+    """Read the index of a shard and check its offsets and sizes. Raises ValueError, OSError."""
     index_bytes = 16 * layout.shard_chunks
     if size < index_bytes + CRC_BYTES:
         raise ValueError(f"{size} bytes are too few for its index")
@@ -251,11 +254,11 @@ def _read_index(handle: int, size: int, layout: Layout, number: int) -> bytes:
 
 
 def chunk_checksums(content: bytes, chunks: int) -> bytes:
-    """The 4 bytes that end each chunk of a shard as our writer makes them, in the order of the chunks.
+    """Return the 4 bytes that end each chunk of a shard of our writer, in the order of the chunks.
 
-    Args:
-        content: the whole file, whose index is at its end.
-        chunks: of a whole shard; those that were never written are left out.
+    `content` is the whole file with its index at the end. `chunks` is their number in a full shard. Chunks that were
+    never
+    written are left out.
     """
     index = memoryview(content)[-16 * chunks - CRC_BYTES : -CRC_BYTES]
     ends = (offset + size for offset, size in _ENTRY.iter_unpack(index) if offset != _EMPTY)
@@ -263,7 +266,7 @@ def chunk_checksums(content: bytes, chunks: int) -> bytes:
 
 
 def _check_chunk(shard: _Shard, chunk: int, parts: list[Any]) -> None:
-    """Check that the bytes of a chunk, in parts and with its crc32c, are those that were written. Raises ValueError."""
+    """Check the ledger's checksum and the crc32c of a chunk's bytes, given in parts. Raises ValueError."""
     crc = 0
     for part in parts:
         crc = google_crc32c.extend(crc, part)
@@ -282,6 +285,7 @@ def _decode_blosc(payload: Any, out: Array) -> None:
 
 
 def decode_zstd(payload: Any, out: Array) -> None:
+    """Decode a zstd frame into `out`. Raises ValueError for another size, NotImplementedError if it has none."""
     # A frame that holds less than was requested is no error to zstd: the rest of `out` would stay what it was.
     # One that does not say what it holds would be decoded to its end, whatever that takes.
     magic, descriptor = _ZSTD_HEADER.unpack_from(payload)

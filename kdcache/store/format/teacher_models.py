@@ -18,7 +18,7 @@ _OF_A_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
 
 
 class Member(Part):
-    """One of several teachers; `share` is its weight, of 1."""
+    """One of several teachers, with the weight `share`. Shares sum to 1."""
 
     spec: str
     weights: str
@@ -31,11 +31,11 @@ class Training(Part):
     """The training of a teacher that is a run on a data set.
 
     Attributes:
-        ids_digest: of its samples and classes, as `Dataset` has that of the store's own.
-        fold: (i, K) left out fold i of K; None left out none.
-        folds_by: the pattern of the sequences that its folds keep whole; None for folds by id.
-        labels: the samples whose labels it learnt from, as `pack_flags` has them, in the order of the digest's ids;
-            None in stores and runs that were begun before it was recorded.
+        ids_digest: of its samples and classes, as `Dataset` has for the store.
+        fold: (i, K) if it left out fold i of K, else None.
+        folds_by: pattern of the sequences that its folds keep together, or None for folds by id.
+        labels: the samples with labels in its training, as `pack_flags` text in the order of the digest's ids. None in
+            stores and runs from before it was recorded.
     """
 
     ids_digest: str
@@ -52,7 +52,7 @@ class Training(Part):
         return self
 
     def left_out(self, fold: int, folds: int, by: str | None = None) -> bool:
-        """Whether all of fold `fold` of `folds` of its samples was left out: by id, a K-th is made of whole 2K-ths."""
+        """Return whether it left out all samples of fold `fold` of `folds`. By id, a K-th consists of whole 2K-ths."""
         if self.fold is None or self.folds_by != by:
             return False
         if by is not None:
@@ -68,15 +68,15 @@ class Augmented(Part):
 
 
 class Processor(Part):
-    """What a teacher expects of its images, beyond mean and std.
+    """What a teacher expects of its images, in addition to mean and std.
 
     Attributes:
-        multiple: both sides are multiples of it. fixed_size: (H, W), if it takes no other.
-        native_size: (H, W) that the network was trained at, if known.
-        pads: whether its own images were padded to that size.
+        multiple: both sides are multiples of it. fixed_size: (H, W), if it accepts no other size.
+        native_size: (H, W) of its training, if known.
+        pads: whether its training images were padded to that size.
         channels: the order of colours that its first layer reads.
-        positions: whether it has position embeddings, so that mirrored features are not those of a mirrored image.
-        revision: the commit of the hub that its files are of; None for a folder.
+        positions: whether it has position embeddings, so features of a mirrored image are not mirrored features.
+        revision: the hub commit of its files, or None for a folder.
     """
 
     multiple: Annotated[int, Field(ge=1, le=MOST_SIDE)] = 1
@@ -92,16 +92,15 @@ class Fingerprint(Part):
     """The identity of a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
 
     Attributes:
-        members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
-        folds: probabilities are not averaged: each member predicted the samples of one fold, which it had not seen.
-        folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
-        trainings: of each member, or of the one teacher; several of one that learnt from several data sets. None stands
-            for one that is not known. Empty in stores that were begun before it was recorded. It is no part of the
-            teacher's identity.
-        parents: digests of the seals of the stores that its students learnt from, where it is one: in rounds of
-            self-training, of the round before. Neither they are part of its identity.
-        probe_size: (H, W) of the two fixed images; None is 96x128.
-        processor: what it expects of its images. It is compared where both have it: older caches do not.
+        members: of an ensemble with averaged probabilities. `weights` is then the digest of all together.
+        folds: members predict instead of averaging: each predicted the samples of the fold that it had not seen.
+        folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
+        trainings: of each member or of the one teacher, several if it learnt from several data sets. None stands for an
+            unknown one. Empty in stores from before it was recorded. Not part of the teacher's identity.
+        parents: digests of the seals of the caches that its students learnt from, such as the previous round of
+            self-training. Not part of the identity.
+        probe_size: (H, W) of the two fixed images. None is 96x128.
+        processor: what it expects of its images. Compared only if both have it, because older caches do not.
     """
 
     spec: str
@@ -122,7 +121,7 @@ class Fingerprint(Part):
 
     @property
     def per_head(self) -> tuple[str, ...]:
-        """The heads that had a teacher of their own, in caches of earlier versions."""
+        """The heads with their separate teacher, in caches of earlier versions."""
         return tuple(_OF_A_HEAD.findall(self.spec))
 
     @model_validator(mode="after")
@@ -140,9 +139,9 @@ class Fingerprint(Part):
         return self
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Descriptions of what differs. The probe may differ by 1 % of its largest value: hardware rounds.
+        """Describe what differs. The probe may differ by 1 % of its largest value, because hardware rounds.
 
-        A model's file is known by its name: older caches have its folder too.
+        A model's file is compared by its name, because older caches include its folder.
         """
         one, another = self.without_folders(), other.without_folders()
         differences = [
@@ -175,6 +174,6 @@ class Fingerprint(Part):
         return differences
 
     def without_folders(self) -> "Fingerprint":
-        """Return the teacher as it may travel: caches of earlier versions have the folder of a model's file too."""
+        """Return the teacher without local folders, which caches of earlier versions include."""
         members = tuple(member.model_copy(update={"spec": bare(member.spec)}) for member in self.members)
         return self.model_copy(update={"spec": bare(self.spec), "members": members})
