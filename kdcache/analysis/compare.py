@@ -1,8 +1,8 @@
-"""Runs side by side: what each scored, how far it is from its baseline, what it costs to run.
+"""Compare runs: what each scored, how far it is from its baseline, and what it costs to run.
 
     comparison = compare(["runs/none-0", "runs/kl-0", "runs/none-1", "runs/kl-1"], "camvid", "val")
 
-A row is a recipe; its runs differ in seed and fold. Metrics come from the evaluations that are kept beside the weights,
+A row is a recipe. Its runs differ in seed and fold. Metrics come from the evaluations that are stored with the weights,
 or from a new one on the same data.
 """
 
@@ -43,12 +43,12 @@ class CompareOptions:
     """How runs are compared.
 
     Attributes:
-        teacher: a run or SPEC@FILE that is shown apart.
-        baseline: name of a row, or of a run in it; None takes each model's row that learnt from labels alone.
-        blocks_by: pattern of the sequences whose resampling gives the interval over images; None resamples images.
-        own_fold: judge each run on the fold of the split that its training left out (cross-validation).
-        repeats: timed calls per model; 0 measures no latency.
-        smoke: the runs are those of a recipe made small: what is made of them is marked.
+        teacher: a run or SPEC@FILE that gets a separate row.
+        baseline: name of a row, or of a run in it. None takes each model's row that learnt from labels only.
+        blocks_by: pattern of the sequences to resample for the interval over images. None resamples images.
+        own_fold: judge each run on the fold that its training left out (cross-validation).
+        repeats: timed calls per model. 0 measures no latency.
+        smoke: the runs come from a shortened recipe (`sweep --smoke`), so all output is marked.
     """
 
     judging: EvalSettings = field(default_factory=EvalSettings)
@@ -67,13 +67,13 @@ def compare(
     options: CompareOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Evaluate runs (or take what is kept of the same weights and data) and set them side by side.
+    """Evaluate runs, or reuse stored evaluations of the same weights and data, and compare them.
 
-    Args:
-        runs: run folders, folders that hold runs, SPEC@FILE.
-        data, split: default: those that the runs' recipes validate on, which must be the same.
-    Raises: RecipeError for runs that are none, for names that are unknown, and for a pattern of sequences that does not
-        name several; MismatchError for runs of other classes or other data.
+    `runs` are run folders, folders of runs, or SPEC@FILE. The default `data` and `split` are the recipes' validation
+    split.
+
+    Raises: RecipeError for invalid runs, unknown names, and a pattern that gives fewer than two sequences;
+        MismatchError for runs of other classes or other data.
     """
     options = options or CompareOptions()
     which = options.judging.which
@@ -126,9 +126,9 @@ def compare(
 
 
 def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> tuple[EvalSettings, DepthRange | None]:
-    """How all depth is judged by one range, up to the largest depth of any model, and that range.
+    """Return settings that judge all depth by one range, up to the largest depth of any model, and that range.
 
-    Raises: DataError for a range where no depth is judged.
+    Raises: DataError if no depth is judged in the range.
     """
     heads = [regressions_of(entry, split.classes, judging.which) for entry in members if DEPTH in split.tasks]
     ranges = [own for each in heads if (own := judged_range(each, split, judging.depth)) is not None]
@@ -145,16 +145,15 @@ def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> 
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
-    """Warnings about runs that have learnt nothing, and about those that seeds did not change."""
+    """Return warnings about runs that have learnt nothing, and about those that seeds did not change."""
     return [note for row in rows for note in (collapse(row, row.name), alike(row)) if note is not None]
 
 
 def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None) -> Split:
-    """The one split that all runs are judged on: the one that is named, or the one that their recipes validate on.
+    """Return the one split that all runs are judged on: the named one, or the one that their recipes validate on.
 
-    Args:
-        data: where it is. Without `split`, it is the data set that the runs were validated on, wherever that is now.
-    Raises: RecipeError when no recipe names one; MismatchError when these are other data, by their digest.
+    `data` is its current folder. Raises: RecipeError if no recipe names one; MismatchError if the data has another
+    digest.
     """
     if data is not None:
         own = {str(run.settings.get("val-split", "val")) for run in runs if "val" in run.settings}
@@ -185,11 +184,7 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
-    """The baseline of a row: the row of its model that learnt from labels alone, or the one that is named.
-
-    Of several such rows it is the one whose other settings are most like this row's. The teacher is measured against
-    the only baseline there is.
-    """
+    """Return a row's baseline: the named row, or its model on labels only. Of several, the most similar."""
     if named is not None:
         baseline = _named(named, groups)
         return None if baseline is group else baseline
@@ -203,7 +198,7 @@ def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = N
 
 
 def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The control of a row: its model and terms with labels in the teacher's place, of several the one most like it."""
+    """Return a row's control: same model and terms, labels in the teacher's place. Of several, the most similar."""
     if group.control or group.teacher or not group.taught:
         return None
     rivals = [other for other in groups if other.control and not other.teacher and other.terms == group.terms]
@@ -211,10 +206,11 @@ def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Rows whose verdicts are adjusted: those on mIoU together, those on the classes of all rows together.
+    """Adjust the verdicts of rows for multiple comparisons: all on mIoU together, all on single classes together.
 
-    Distances to controls are adjusted with those to baselines; those in depth are a question of their own, adjusted
-    together. The teacher is no contestant, so its verdicts are its own and make no other harder to reach.
+    Differences to controls are adjusted together with differences to baselines. Verdicts on depth are adjusted
+    separately.
+    The teacher's verdicts count separately, so they make no other verdict harder to reach.
     """
     places = [place for place, row in enumerate(rows) if row.difference is not None and not row.teacher]
     controlled = [place for place, row in enumerate(rows) if row.control is not None]
@@ -231,7 +227,7 @@ def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _adjust_depth(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Rows whose verdicts on depth are adjusted together."""
+    """Adjust the verdicts on depth together."""
     slots = [
         (place, name)
         for place, row in enumerate(rows)
@@ -246,7 +242,7 @@ def _adjust_depth(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _named(name: str, groups: Sequence[Group]) -> Group | None:
-    """A row by its name, or by the name or path of one of its runs."""
+    """Return a row by its name, or by the name or path of one of its runs."""
     by_name = {}
     for group in groups:
         if not group.teacher:
@@ -267,7 +263,7 @@ def _check_baseline(name: str | None, groups: Sequence[Group]) -> None:
 
 
 def _apart(teachers: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
-    """The teacher's row, named `teacher`."""
+    """Return the teacher's row, named `teacher`."""
     teacher_groups, _ = group_runs(teachers) if teachers else ([], [])
     taken = {group.name for group in groups}
     names = [
@@ -296,7 +292,7 @@ class _Judge:
         ]
 
     def score(self, run: Entry, teacher: bool) -> RunScore:
-        """The score of a run; with `own_fold`, a teacher that left out no fold is judged on all of the split."""
+        """Return the score of a run. With `own_fold`, a teacher that left out no fold is judged on the whole split."""
         own = run.own_fold() if self._options.own_fold and not (teacher and run.fold is None) else None
         part = self._split if own is None else fold_alone(self._split, *own)
         evaluation: Evaluation = evaluate_run(
@@ -314,7 +310,7 @@ class _Judge:
         return RunScore(run.text, *run.key, evaluation.metrics, evaluation.reused, self._split.classes.names)
 
     def cost(self, entry: Entry) -> Cost:
-        """The cost of a network; runs of one spec at one size share a measurement, for they are the same program."""
+        """Return the cost of a network. Runs of one spec at one size are the same program and share a measurement."""
         judging = self._options.judging
         key: tuple[object, ...] = (entry.text,)
         if entry.run is not None:
@@ -324,14 +320,14 @@ class _Judge:
         return self._costs[key]
 
     def _key(self, run: Run) -> CostKey | None:
-        """The key that a run's cost is kept by; None for code of somebody's own, which may change under its name."""
+        """Return the key of a run's stored cost, or None for the user's own code, which may change under one name."""
         model, judging = run.model, self._options.judging
         if not is_listed(model.spec):
             return None
         return CostKey.of(model.spec, len(model.class_names), judging.size or model.size, judging.device)
 
     def _kept_cost(self, entry: Entry) -> Cost | None:
-        """The cost that was measured before beside a run, unless all is judged anew."""
+        """Return the cost that was measured before next to a run, unless all is judged anew."""
         key = None if entry.run is None or self._options.judging.fresh else self._key(entry.run)
         if key is None or entry.run is None or not self._options.repeats:
             return None
@@ -374,7 +370,7 @@ def _once(read: Callable[[Split], _Read]) -> Callable[[Split], _Read]:
 def _difference(
     scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None, blocks: Mapping[str, Blocks], task: str
 ) -> Difference | None:
-    """The distance in mIoU or rmse of depth, with what its interval spans and its interval over images or sequences.
+    """Return the difference in mIoU or depth rmse, with its intervals over seeds and over images or sequences.
 
     None without a rival, and for a task that neither is judged in.
     """

@@ -1,7 +1,7 @@
-"""A comparison of runs as data: every table and report is made from this.
+"""A comparison of runs as data, the source of every table and report.
 
-Fractions are in 0..1, NaN where nothing is known. A class is known by its name, which comes with the runs' own models
-and is checked against the data's.
+Fractions are in 0..1, NaN if unknown. Classes are identified by name. Names come with the runs' models and are checked
+against the data.
 """
 
 import math
@@ -22,11 +22,11 @@ from kdcache.metrics.evaluate import TaskMetrics
 
 @dataclass(frozen=True)
 class RunScore:
-    """One run of a row; `reused` when the metrics are those of a kept evaluation.
+    """One run of a row. `reused` tells whether its metrics come from a stored evaluation.
 
     Attributes:
-        tasks: metrics of the tasks that are judged.
-        class_names: those of the comparison.
+        tasks: metrics of the judged tasks.
+        class_names: the comparison's class names.
     """
 
     run: str
@@ -38,26 +38,28 @@ class RunScore:
 
     @property
     def metrics(self) -> Metrics:
-        """Metrics of segmentation; NaN throughout where it is not judged."""
+        """Metrics of segmentation, all NaN if it is not judged."""
         if self.tasks.segmentation is not None:
             return self.tasks.segmentation
         names, nothing = self.class_names, (math.nan,) * len(self.class_names)
         return Metrics(names, nothing, nothing, (0,) * len(names), math.nan, math.nan, math.nan)
 
     def images(self, task: str) -> Images | None:
-        """The numbers of single images of a task; None where they were not kept."""
+        """Return the per-image numbers of a task, or None if they were not stored."""
         metrics = self.tasks.segmentation if task == SEGMENTATION else self.tasks.depth
         return None if metrics is None else metrics.images
 
     def depth(self, name: str) -> float:
-        """A metric of depth by its name; NaN where depth is not judged."""
+        """Return a depth metric by name, or NaN if depth is not judged."""
         return math.nan if self.tasks.depth is None else float(getattr(self.tasks.depth, name))
 
     @property
     def key(self) -> Key:
+        """Seed and fold, by which runs of two rows pair."""
         return self.seed, self.fold
 
     def to_json(self) -> dict[str, Any]:
+        """Return the run's seed, fold and metrics as JSON values."""
         origin = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
         depth = {} if self.tasks.depth is None else {"depth": self.tasks.depth.to_json()}
         return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json(), **depth}
@@ -68,15 +70,16 @@ class Row:
     """Runs of one recipe.
 
     Attributes:
-        model: the recipe's spec. differs: the settings in which it is not like other rows.
+        model: the recipe's spec. differs: the settings that distinguish it from other rows.
         iou: per class, in the order of `Comparison.class_names`.
-        difference: in mIoU; None for a baseline and for a row without one. class_differences: in each class's IoU.
+        difference: in mIoU, or None for a baseline and for a row without one. class_differences: in each class's IoU.
         cost: the cost of one image with the first run's model.
-        teacher: a row apart: no contestant. baseline: others are measured against it.
-        distilled: it learnt from a teacher's targets, or has no recipe that would tell.
-        control: in mIoU, to the row that learnt by the same terms from labels in the teacher's place; None without one.
-        depth: metrics of depth by name, means over images; {} where depth is not judged.
-        depth_difference, depth_control: in rmse of depth, metres, to the same rows.
+        teacher: it is the teacher's row, outside the ranking. baseline: others are measured against it.
+        distilled: it learnt from a teacher's targets, or has no recipe to tell.
+        control: difference in mIoU to the row with the same terms but labels in the teacher's place, or None without
+            one.
+        depth: depth metrics by name, means over images, or {} if depth is not judged.
+        depth_difference, depth_control: differences in depth rmse, in metres, to the same rows.
     """
 
     name: str
@@ -99,21 +102,22 @@ class Row:
     depth_control: Difference | None = None
 
     def depth_spread(self, name: str) -> Spread:
-        """A metric of depth by its name; NaN where depth is not judged."""
+        """Return a depth metric by name, or NaN if depth is not judged."""
         return self.depth.get(name, Spread.of(()))
 
     def differences(self, task: str) -> tuple[Difference | None, Difference | None]:
-        """The distances to baseline and control in a task: in mIoU, or in metres of rmse."""
+        """Return the differences to baseline and control in a task, in mIoU or in metres of rmse."""
         if task == DEPTH:
             return self.depth_difference, self.depth_control
         return self.difference, self.control
 
     @property
     def collapsed(self) -> tuple[tuple[str, str], ...]:
-        """(Run, why) of the runs that have learnt nothing."""
+        """(Run, reason) of the runs that have learnt nothing."""
         return tuple((score.run, why) for score in self.runs if (why := at_chance(score.metrics)) is not None)
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Return all scores and differences of the row as JSON values."""
         gaps = self.class_differences or (None,) * len(class_names)
         return {
             "name": self.name,
@@ -144,7 +148,7 @@ class Row:
 
 
 def collapse(row: Row, name: str) -> str | None:
-    """The warning about a row whose runs, all or some, have learnt nothing; `name` is how the row is called."""
+    """Return a warning if runs of a row, called `name`, have learnt nothing, else None."""
     collapsed = row.collapsed
     if not collapsed:
         return None
@@ -159,12 +163,12 @@ def collapse(row: Row, name: str) -> str | None:
 
 
 def is_collapsed(row: Row) -> bool:
-    """Whether no run of a row has learnt anything."""
+    """Return whether no run of a row has learnt anything."""
     return bool(row.runs) and len(row.collapsed) == len(row.runs)
 
 
 def alike(row: Row) -> str | None:
-    """The warning about runs that all have the same score, unless they collapsed: there is no noise to measure."""
+    """Return a warning if all runs have the same score without a collapse, which leaves no noise to measure."""
     scores = {(score.tasks.segmentation, score.tasks.depth) for score in row.runs}
     if len(row.runs) < 2 or len(scores) > 1 or is_collapsed(row):
         return None
@@ -175,7 +179,7 @@ def alike(row: Row) -> str | None:
 
 
 def _figure(spread: Spread, times: float, digits: int) -> str:
-    """A mean and its deviation in the unit of a table, with as many digits after the point."""
+    """Return a mean and its deviation in the unit of a table, with as many digits after the point."""
     if math.isnan(spread.mean):
         return "-"
     deviation = "" if math.isnan(spread.std) else f" ± {times * spread.std:.{digits}f}"
@@ -184,14 +188,14 @@ def _figure(spread: Spread, times: float, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results of some runs on one split; fractions in 0..1.
+    """The results of some runs on one split, as fractions in 0..1.
 
     Attributes:
         data_sha256: digest of classes, ids, images and labels of the split.
-        images: labelled ones, on which every run was judged (with `own_fold`: each on those of its fold).
+        images: number of labelled images that every run was judged on (with `own_fold`: each on its own fold's).
         notes: what a reader could misread.
-        smoke: the runs are those of a recipe made small, and no result.
-        depth_range: the labels of depth that count, in words; None where depth is not judged.
+        smoke: the runs come from a shortened recipe and are no result.
+        depth_range: the depth labels that count, in words, or None if depth is not judged.
     """
 
     data: str
@@ -220,7 +224,7 @@ class Comparison:
 
     @property
     def _score_rows(self) -> list[list[str]]:
-        """Row by row: name, score of each task, baseline, verdict, cost; the tables in full are those of `tables`."""
+        """Return rows of name, score per task, baseline, verdict and cost. The full tables are in `tables`."""
         rows = []
         for row in self.rows:
             scores = [_figure(row.miou, 100, 1)] if SEGMENTATION in self.tasks else []
@@ -240,25 +244,27 @@ class Comparison:
         return named | public_names(runs)
 
     def without_folders(self, text: str) -> str:
-        """Return a text about the comparison as it may travel, without the folders of this machine."""
+        """Return a text about the comparison without folders of this machine, so it can be published."""
         return str(without_places(text, self._places))
 
     @property
     def banner(self) -> str | None:
-        """The note above the tables and the page; None where there is none."""
+        """The note above the tables and the page, or None if there is none."""
         return banner(self.data, self.smoke)
 
     @property
     def contestants(self) -> list[Row]:
+        """The rows without the teacher's."""
         return [row for row in self.rows if not row.teacher]
 
     @property
     def teachers(self) -> list[Row]:
+        """The teacher's rows."""
         return [row for row in self.rows if row.teacher]
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of which a run is judged."""
+        """The tasks that runs are judged on."""
         scores = [score.tasks for row in self.rows for score in row.runs]
         judged = {
             SEGMENTATION: any(one.segmentation is not None for one in scores),
@@ -268,16 +274,16 @@ class Comparison:
 
     @property
     def latency(self) -> Latency | None:
-        """The first measured time of an image; device and threads are those of all."""
+        """The first latency measured. Device and threads are the same for all rows."""
         return next((row.cost.latency for row in self.rows if row.cost.latency is not None), None)
 
     def best(self, value: Callable[[Row], float], *, least: bool = False) -> float:
-        """The largest value of a column, or the least, the teacher apart; NaN when there is none."""
+        """Return the largest (or least) value of a column without the teacher, or NaN if there is none."""
         values = [value(row) for row in self.contestants if not math.isnan(value(row))]
         return min(values, default=math.nan) if least else max(values, default=math.nan)
 
     def is_best(self, row: Row, value: Callable[[Row], float], *, least: bool = False) -> bool:
-        """Whether a row has the best value of a column; where several rows are all equal, none is best."""
+        """Return whether a row has the best value of a column. If all rows are equal, none is best."""
         values = [value(other) for other in self.contestants]
         all_equal = len(values) > 1 and len(set(values)) == 1
         return not row.teacher and not all_equal and value(row) == self.best(value, least=least)
@@ -289,7 +295,7 @@ class Comparison:
         return {"best_depth_rmse": plain(rmse), "depth_range": self.depth_range}
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain numbers, NaN as null, and no name of a folder of this machine."""
+        """Return the comparison as JSON values with NaN as null, without folders of this machine."""
         content = {
             "data": self.data,
             "split": self.split,
@@ -312,12 +318,7 @@ class Comparison:
 
 
 def banner(data: str, smoke: bool = False) -> str | None:
-    """The note on figures of the procedural scenes, and of runs of `sweep --smoke`; None for all others.
-
-    Args:
-        data: the data set as a user names it.
-        smoke: the runs are those of a recipe made small.
-    """
+    """Return the note for scores on procedural scenes (`data`) or of `sweep --smoke`, or None for all others."""
     drawn = any(is_scenes(task_of(part)[1]) for part in parts_of(data))
     if not drawn and not smoke:
         return None

@@ -1,4 +1,4 @@
-"""How a training went, from its `metrics.jsonl`: loss, validation, speed, waiting for data."""
+"""The course of a training from its `metrics.jsonl`: loss, validation, speed, waiting for data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """Points (step, value) by name; a value that was not finite is left out.
+    """Points (step, value) by name, without values that were not finite.
 
     Attributes:
-        losses: the total (`loss`) and its parts, but those that are always 0.
-        scores: scores of validations, fractions.
-        depth: rmse of depth in validations, metres.
+        losses: the total (`loss`) and its terms, except terms that are always 0.
+        scores: validation scores, as fractions.
+        depth: depth rmse of validations, in metres.
         speed: images per second between two lines of the log.
         waiting: share of that time spent waiting for data.
     """
@@ -40,7 +40,7 @@ class Curves:
 
 
 def read_curves(run: Run) -> Curves | None:
-    """The log of a run as curves; None when it keeps none. Raises: RecipeError for a file that is no such log."""
+    """Return the log of a run as curves, or None without a log. Raises: RecipeError for an invalid log."""
     if (rows := run.metrics) is None:
         return None
     training = [row for row in rows if row["kind"] == "train"]
@@ -59,7 +59,7 @@ def read_curves(run: Run) -> Curves | None:
 
 
 def draw_curves(curves: Curves, title: str, batch_size: int | None = None) -> "Figure":
-    """Four panels over the optimizer's steps."""
+    """Draw four panels over the optimizer's steps."""
     figure = new_figure(12, 8, title)
     losses, scores, speed, waiting = figure.subplots(2, 2).flat
     many = len(curves.losses) > 2  # the total of one part is that part
@@ -101,7 +101,7 @@ def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
 
 
 def _draw_beside(axes: "Axes", lines: dict[str, Points]) -> None:
-    """Metres over the same steps, on an axis of their own at the right; one legend has all lines."""
+    """Draw lines in metres over the same steps on a second axis at the right, with one legend for all lines."""
     right = axes.twinx()
     for number, (name, points) in enumerate(lines.items()):
         steps, values = zip(*points, strict=True)
@@ -122,7 +122,7 @@ def _speed_title(speed: Points, batch_size: int | None) -> str:
 
 
 def _between(training: Sequence[dict[str, Any]]) -> tuple[Points, Points]:
-    """The log has means since the start; these are those between its lines."""
+    """Convert the log's means since the start to means between two lines."""
     speed, waiting = [], []
     before = (0, 0.0, 0.0)
     for row in training:

@@ -1,16 +1,16 @@
-"""Pictures of predictions: the best and the worst images, one model or several side by side.
+"""Pictures of predictions: the best and the worst images, of one model or of several side by side.
 
     OUT/<run>/successful_cases/success_rank1_<sample>_iou0.9234.png
     OUT/<run>/failure_cases/failure_rank1_<sample>_iou0.1234.png
     OUT/<run>/contact_sheet.png                                all of them, small: image, ground truth, prediction
     OUT/<run>/iou_distribution.png, confusion.png, rmse_distribution.png, curves.png, evaluation_metrics.txt
     OUT/side_by_side/                                          the same images through all models
-    OUT/visualise.json                                         every score; marks the folder as one of these
+    OUT/visualise.json                                         every score; marks the folder as a gallery
 
-Of a run that predicts depth alone images are ranked by their rmse, `success_rank1_<sample>_rmse1.2345.png`.
-Beside each PNG lies the same picture in the other formats of `--format`.
-Predictions are made at the label's own size, scored image by image and dropped; those that are shown are made again.
-Memory does not grow with the number of images.
+If a run predicts only depth, images are ranked by their rmse, `success_rank1_<sample>_rmse1.2345.png`.
+Next to each PNG lies the same picture in the other formats of `--format`.
+Predictions have the label's size. Each image is scored and its prediction dropped, then images to show are predicted
+again, so memory does not grow with their number.
 """
 
 import re
@@ -72,12 +72,12 @@ class Shown:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The tasks that are drawn: classes that are judged, and depth in metres, with a label or without."""
+        """The tasks to draw: judged classes, and depth in metres with or without a label."""
         own = predicted_tasks(self.model)
         return tuple(task for task in own if task == DEPTH or task in self.scores.tasks)
 
     def predict(self, split: Split, number: int) -> Predicted:
-        """The prediction for one image, of the labels' own size, and its labels."""
+        """Return the prediction for one image, at its labels' size, and its labels."""
         batches = predictions(
             self.model,
             split,
@@ -95,10 +95,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Case:
-    """An image to draw: its position among the scored ones, the folder and the first part of the file's name.
+    """An image to draw: its position among the scored images, its folder and the first part of the file's name.
 
     Attributes:
-        score: the one that it was ranked by.
+        score: the score that ranked it.
     """
 
     position: int
@@ -108,7 +108,7 @@ class Case:
 
 
 def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, score: Score = MIOU) -> list[Case]:
-    """The best and the worst of a ranking, in the order of their ranks."""
+    """Return the best and the worst cases of a ranking, in the order of their ranks."""
     upper, lower = best_and_worst(ranking, best, worst)
     groups = ((upper, SUCCESSES, "success_rank"), (lower, FAILURES, "failure_rank"))
     return [
@@ -120,12 +120,12 @@ def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, scor
 
 @dataclass(frozen=True)
 class Gallery:
-    """How images of a split are drawn.
+    """How to draw images of a split.
 
     Attributes:
-        teacher, baseline: models whose predictions are panels of every picture of one model, but of their own.
-        above: a note that stands over every picture.
-        layout: of a picture's panels; row has no overlay and no errors.
+        teacher, baseline: models with a panel in every picture of another model.
+        above: a note above every picture.
+        layout: of a picture's panels. `row` has no overlay and no errors.
         formats: of every picture.
     """
 
@@ -143,7 +143,7 @@ class Gallery:
         folder: Path,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors; depth below.
+        """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors, and depth below.
 
         A contact sheet has all of them, small.
         """
@@ -162,7 +162,7 @@ class Gallery:
             save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> None:
-        """Draw the same images through several models: predictions, and where they are wrong; scores are means."""
+        """Draw the same images through several models: predictions, errors, and mean scores."""
         for case in cases:
             images = [shown.scores.images[case.position] for shown in models]
             values = [case.score.of(image) for image in images]
@@ -186,7 +186,7 @@ class Gallery:
         return pictures, self._legend([own, *others.values()], own.answers)
 
     def _classes(self, pixels: Array, own: Predicted, others: Mapping[str, Predicted], name: str) -> list[Panel]:
-        """Classes of one image: ground truth, others, prediction; in a grid overlay and errors, too."""
+        """Return the class panels of one image: ground truth, others, prediction, in a grid overlay and errors."""
         label, pictures = own.labels.get(SEGMENTATION), list[Panel]()
         if label is not None:
             pictures.append(("ground truth", self._coloured(label)))
@@ -200,7 +200,7 @@ class Gallery:
         return pictures if label is None else [*pictures, *self._wrong(pixels, own)]
 
     def _depth(self, own: Predicted, others: Mapping[str, Predicted], name: str) -> list[Panel]:
-        """Depth of one image: ground truth, others, prediction, in a grid the error; with one bar."""
+        """Return the depth panels of one image with one bar: ground truth, others, prediction, in a grid the error."""
         maps = {"depth, ground truth": own.labels.get(DEPTH)}
         maps |= {f"depth, {other}": taught.answers.get(DEPTH) for other, taught in others.items()}
         maps[f"depth, {name}"] = own.answers[DEPTH]
@@ -215,9 +215,10 @@ class Gallery:
         return pictures
 
     def _several(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
-        """The image, its labels, then panels for each model and task: in a grid its errors, too, in a row the teacher.
+        """Draw the image, its labels, then panels for each model and task.
 
-        One bar is for all depths, another for all errors.
+        A grid also has each model's errors, a row also has the teacher. One bar is for all depths, another for all
+        errors.
         """
         pixels, in_row = self.split.image(number), self.layout == "row"
         predicted = [shown.predict(self.split, number) for shown in models]
@@ -267,7 +268,7 @@ class Gallery:
         return colour_ids(ids.numpy(), self.split.classes.colours)
 
     def _legend(self, shown: Sequence[Predicted], tasks: Collection[str]) -> Legend:
-        """The classes that are to be seen, void and wrong; of depth the colour of what is unknown."""
+        """Return the visible classes, void and wrong, and the colour of unknown depth."""
         entries: Legend = []
         if SEGMENTATION in tasks:
             maps = [own[SEGMENTATION] for one in shown for own in (one.answers, one.labels) if SEGMENTATION in own]
@@ -284,7 +285,7 @@ class Gallery:
 
 
 def _strip(pictures: Sequence[Panel]) -> Array:
-    """Image, ground truth and the last prediction, of classes or else of depth, small; uint8 (H, W, 3)."""
+    """Return image, ground truth and last prediction (classes, else depth) side by side, small, uint8 (H, W, 3)."""
     named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
     of_depth = [name for name in named if name.startswith("depth, ")]
     answers = [name for name in named if name != "image" and name not in of_depth] or of_depth
@@ -304,7 +305,7 @@ def _is_error(name: str) -> bool:
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
-    """One folder per run: the last part of its path, with as many before it as make them unique."""
+    """Return a unique folder name per run: the last part of its path, with parents if needed."""
     parts = [[file_part(part) for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] for path in paths]
     longest = max(map(len, parts), default=0)
     for count in range(1, longest + 1):
@@ -315,18 +316,18 @@ def folder_names(paths: Sequence[str]) -> list[str]:
 
 
 def shorten(text: str, most: int = 60) -> str:
-    """The end of a long id or path: its beginning is what all have in common."""
+    """Return the end of a long id or path, because the beginning is often common to all."""
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
 def _mean_error(error: Array) -> str:
-    """The mean of the known errors in words."""
+    """Return the mean of the known errors in words."""
     known = error[np.isfinite(error)]
     return f"mean {known.mean():.3g} m" if known.size else "no label"
 
 
 def _rank(case: Case) -> str:
-    """`success_rank1` in words: best 1."""
+    """Return `success_rank1` in words: best 1."""
     for prefix, word in (("success_rank", "best "), ("failure_rank", "worst ")):
         if case.prefix.startswith(prefix):
             return word + case.prefix.removeprefix(prefix)
@@ -334,7 +335,7 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the pictures of images that an earlier call drew: of these runs, and side by side."""
+    """Yield the image pictures that an earlier call drew, of these runs and side by side."""
     for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES))):
         yield from _pictures(out / folder)
 
@@ -346,7 +347,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:
-    """Every score of every run, by the name of its folder, and the heads that are shown."""
+    """Return every score of every run by the name of its folder, and the heads shown."""
     return {
         name: {"run": model.name, "heads": list(model.heads), **model.scores.to_json()} for name, model in shown.items()
     }

@@ -1,7 +1,7 @@
-"""Rows of a comparison: runs that differ only in seed and fold are one, named by how its settings differ.
+"""Rows of a comparison: runs that differ only in seed and fold form one row, named by its distinguishing settings.
 
-Runs that were given a `--name` carry it into every table. Those of one name differ in what a fold brings with it, too:
-a teacher of its own, and so a store.
+The `--name` of a run appears in every table. Runs with the same name may also differ in what depends on the fold: the
+teacher, and so the cache.
 """
 
 import json
@@ -48,10 +48,10 @@ _BARE = ("model", "method", "verb")
 
 @dataclass(frozen=True)
 class Group:
-    """A row: its runs, and the settings in which it differs from other rows (None where it has none).
+    """A row: its runs, and the settings that distinguish it from other rows (None if it does not have one of them).
 
     Attributes:
-        teacher: it stands apart, and is no contestant.
+        teacher: it is the teacher's row, outside the ranking.
     """
 
     name: str
@@ -66,24 +66,25 @@ class Group:
 
     @property
     def model(self) -> str:
+        """The spec of its model, or its name without a recipe."""
         return str(self.settings.get("model", self.name))
 
     @property
     def taught(self) -> bool:
         """Whether it learnt by more than cross-entropy and depth from labels, in any of its streams.
 
-        A model without a recipe is no baseline, so it counts, too.
+        A model without a recipe cannot be a baseline, so it counts as taught.
         """
         return not self.settings or any(map(_is_taught, stream_settings(self.settings)))
 
     @property
     def distilled(self) -> bool:
-        """Whether it learnt from a teacher's targets, in any of its streams; a model without a recipe may have."""
+        """Whether any of its streams learnt from a teacher's targets. A model without a recipe may have."""
         return not self.settings or any(map(_is_distilled, stream_settings(self.settings)))
 
     @property
     def terms(self) -> list[tuple[Any, ...]]:
-        """The model, and what each stream learns by, whether from a teacher or from labels in its place."""
+        """The model and the loss terms of each stream, with the teacher or labels as their source."""
         return [
             (self.settings.get("model"),),
             *((own.get("method"), own.get("term")) for own in stream_settings(self.settings)),
@@ -95,10 +96,11 @@ class Group:
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:
-        """The number of settings, of those that separate rows, in which another row is not like this one.
+        """Return the number of settings that differ between two rows, of those that separate rows. 0 is equal.
 
-        Streams of the same names count by the share of their settings that differ; a setting of the whole training
-        that every stream has of its own does not count.
+        Streams of the same names count by the share of settings that differ. A setting of the whole training does not
+        count
+        if every stream sets it.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))
@@ -111,13 +113,13 @@ class Group:
 
 
 def stream_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The settings of each stream of a recipe, those of the whole training where it has none of its own."""
+    """Return the settings of each stream of a recipe, completed by the whole training's settings."""
     streams: Sequence[Mapping[str, Any]] = settings.get("stream") or ({},)
     return [{**settings, **own} for own in streams]
 
 
 def is_control(settings: Mapping[str, Any]) -> bool:
-    """Whether labels stood in the teacher's place (in all streams of a teacher's terms) in a run of these settings."""
+    """Return whether labels replaced the teacher in a run of these settings, in all streams with teacher terms."""
     if not settings.get("stream"):
         return settings.get("teacher") == "labels"
     taught = [own for own in stream_settings(settings) if _is_taught(own)]
@@ -125,22 +127,22 @@ def is_control(settings: Mapping[str, Any]) -> bool:
 
 
 def _is_taught(settings: Mapping[str, Any]) -> bool:
-    """Whether there is a term besides cross-entropy and those that compare depth with labels."""
+    """Return whether there is a term besides cross-entropy and those that compare depth with labels."""
     return any(term.reads_teacher or not term.of_depth for term in _terms(settings))
 
 
 def _is_distilled(settings: Mapping[str, Any]) -> bool:
-    """Whether there is a term that reads the targets of a teacher, with no labels in its place."""
+    """Return whether there is a term that reads the targets of a teacher, with no labels in its place."""
     return settings.get("teacher") != "labels" and any(term.reads_teacher for term in _terms(settings))
 
 
 def _terms(settings: Mapping[str, Any]) -> list[LossTerm]:
-    """All terms beside cross-entropy."""
+    """Return all terms except cross-entropy."""
     return [*parse_method(str(settings.get("method", "none"))), *map(parse_term, settings.get("term") or ())]
 
 
 def _unlike_streams(one: Any, other: Any) -> float:
-    """The share of settings in which the streams of two rows differ; 1 for other streams."""
+    """Return the share of settings that differ between the streams of two rows, or 1 for other streams."""
     ours, theirs = ({table.get("name"): table for table in streams or ()} for streams in (one, other))
     if ours.keys() != theirs.keys() or not ours:
         return float(one != other)
@@ -174,7 +176,7 @@ def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
 
 
 def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:
-    """A row of runs that differ in seed and fold; else each run is a row, for nothing was repeated."""
+    """Return the runs as one row if they differ in seed and fold, else one row per run, as nothing was repeated."""
     twins = [key for key, count in Counter(run.key for run in members).items() if count > 1]
     if not twins:
         return [members]
@@ -197,7 +199,7 @@ def _order(key: str) -> tuple[int, int, str]:
 
 
 def _naming_keys(recipes: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> list[str]:
-    """The first of these settings that separate all rows: each is taken that separates two more of them."""
+    """Return the first of these settings that separate all rows: each is taken that separates two more of them."""
     naming: list[str] = []
     apart = 1
     for key in differing:
@@ -209,7 +211,7 @@ def _naming_keys(recipes: Sequence[Mapping[str, Any]], differing: Sequence[str])
 
 
 def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
-    """Names of rows by their settings; by the folder (all of its path, if need be) where these are not unique."""
+    """Return names of rows by their settings, or by their folders (with the path, if needed) if these repeat."""
     names = []
     for members in parts:
         settings = members[0].settings

@@ -1,9 +1,8 @@
-"""The score of each image, and which images are shown: the best and the worst.
+"""The score of each image, and the choice of the best and the worst images to show.
 
-Depth is scored by the rmse of each image, in metres, of which less is better.
-IoU of one image is that of its own confusion matrix; its mIoU is the mean over the classes that are in its label or in
-its prediction, void left out. The mean of these over images is not the mIoU of the set, which has one matrix over
-all images, and is never called so.
+Depth is scored by each image's rmse in metres. Less is better.
+The IoU of one image comes from its own confusion matrix. Its mIoU is the mean over the classes in its label or in its
+prediction, without void. The mean over images differs from the mIoU of the set, which has one matrix over all images.
 """
 
 import math
@@ -30,7 +29,7 @@ from kdcache.settings.shared import DepthSettings, JudgeSettings
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One image: `number` in its split, mIoU, IoU per class, rmse in metres; NaN where there is nothing to score."""
+    """One image: `number` in its split, mIoU, IoU per class, rmse in metres, or NaN if there is nothing to score."""
 
     number: int
     sample: str
@@ -41,21 +40,21 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Score:
-    """A score that images are ranked by: mIoU, or the rmse of depth, of which less is better."""
+    """A score that ranks images: mIoU, or the rmse of depth (less is better)."""
 
     name: str = "mIoU"
     task: str = SEGMENTATION
 
     def of(self, image: ImageScore) -> float:
-        """The score of an image."""
+        """Return the score of an image."""
         return image.rmse if self.task == DEPTH else image.miou
 
     def text(self, value: float) -> str:
-        """The score with its name and its unit."""
+        """Return the score with its name and its unit."""
         return f"{self.name} " + (f"{depth_figure('rmse', value)} m" if self.task == DEPTH else f"{percent(value)} %")
 
     def stem(self, value: float) -> str:
-        """The score as a part of a file's name."""
+        """Return the score as a part of a file name."""
         return f"{'rmse' if self.task == DEPTH else 'iou'}{value:.4f}"
 
 
@@ -67,8 +66,8 @@ class ImageScores:
     """All labelled images of a split, and the metrics over them. Memory: 8 bytes per image and class.
 
     Attributes:
-        confusion: the matrix over all images. depth: metrics of depth; None where it is not judged.
-        tasks: those that are judged.
+        confusion: the matrix over all images. depth: depth metrics, or None if depth is not judged.
+        tasks: the judged tasks.
     """
 
     images: tuple[ImageScore, ...]
@@ -78,13 +77,15 @@ class ImageScores:
 
     @property
     def metrics(self) -> Metrics:
+        """Segmentation metrics over all images."""
         return self.confusion.metrics()
 
     def known(self, score: Score = MIOU) -> list[float]:
-        """Scores without NaN, in the order of the split."""
+        """Return the scores other than NaN, in the order of the split."""
         return [value for image in self.images if not math.isnan(value := score.of(image))]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the metrics over the split and of every image as JSON values."""
         classes = self.metrics.to_json() if SEGMENTATION in self.tasks else {}
         depth = {} if self.depth is None else {"depth": self.depth.to_json()}
         return {**classes, **depth, "images": [self._image_json(image) for image in self.images]}
@@ -105,12 +106,12 @@ def score_images(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> ImageScores:
-    """One pass over the images with a label of any task: scores of every task that the model predicts.
+    """Score every image that has a label of a task that the model predicts, in one pass.
 
-    Args:
-        depth: pixels of labels of depth that count.
-        framing: how the model sees an image; default squashed to `size`.
-    Raises: DataError when nothing is labelled, the model predicts nothing of it, or an image cannot be read.
+    `depth` selects the depth labels that count. `framing` sets how the model sees an image (default: squashed to
+    `size`).
+
+    Raises: DataError if nothing is labelled, the model predicts none of the labels, or an image cannot be read.
     """
     labelled = labelled_images(split, split.tasks)
     tasks = check_tasks(model, split)
@@ -129,13 +130,13 @@ def score_images(
 
 
 def shared_score(scores: Sequence[ImageScores]) -> Score | None:
-    """The score by which images are ranked for several models: mIoU where all have it, else rmse; None without both."""
+    """Return the score that ranks images for several models: mIoU if all have it, else rmse, else None."""
     shared = [score for score in (MIOU, RMSE) if all(score.task in one.tasks for one in scores)]
     return shared[0] if shared else None
 
 
 def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int, float]]:
-    """(position in `images`, score), the best first; of several models the mean, where all have a score.
+    """Return (position in `images`, score), the best first. Several models rank by their mean, if all have a score.
 
     Equal scores keep the order of the split.
     """
@@ -146,7 +147,7 @@ def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int
 
 
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
-    """Positions of the best (best first) and the worst (worst first); no image is both."""
+    """Return positions of the best (best first) and the worst (worst first). No image is in both."""
     upper = min(best, max(len(ranking) - worst, -(-len(ranking) // 2)))
     lower = min(worst, len(ranking) - upper)
     positions = [position for position, _ in ranking]
@@ -154,7 +155,7 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
 
 
 def _score(prediction: Predicted, split: Split, total: ConfusionMatrix, errors: DepthErrors | None) -> ImageScore:
-    """The scores of an image, which is added to the matrix and to the errors of depth."""
+    """Return the scores of an image, which is added to the matrix and to the errors of depth."""
     sample, rmse = split.ids[prediction.number], math.nan
     if errors is not None and DEPTH in prediction.labels:
         one = DepthErrors(errors.range)

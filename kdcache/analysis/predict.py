@@ -1,4 +1,4 @@
-"""Predictions for images that are in no data set: labels, overlays and depth as files."""
+"""Predictions for images outside any data set: labels, overlays and depth as files."""
 
 import glob
 import io
@@ -39,7 +39,7 @@ _WILD = frozenset("*?[")
 
 @dataclass(frozen=True)
 class Input:
-    """An image, and the name of what is written for it: a path without suffix, below --out."""
+    """An image, and the name of its results: a path without suffix, below --out."""
 
     path: Path
     name: str
@@ -54,12 +54,12 @@ class _Picture:
 
 
 def find_images(paths: Sequence[str]) -> list[Input]:
-    """Images out of paths of files, folders and patterns such as `photos/*.jpg`.
+    """Find images from paths of files, folders and patterns such as `photos/*.jpg`.
 
-    A folder stands for all images below it, which keep their places in it.
+    A folder stands for all images below it. Results keep their subfolders.
 
-    Raises: DataError for a path that is nowhere, a folder or pattern without images, another kind of file, or two
-        images whose results would have one name.
+    Raises: DataError for a missing path, a folder or pattern without images, another kind of file, or two images with
+        the same name of results.
     """
     images: dict[str, Input] = {}
     if not paths:
@@ -77,11 +77,11 @@ def find_images(paths: Sequence[str]) -> list[Input]:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What is written of a prediction.
+    """Which files to write for a prediction.
 
     Attributes:
         depth_format: `png`, 16 bits in the unit that `depth.toml` names, or `npy`, float32.
-    Raises: RecipeError for values that are none.
+    Raises: RecipeError for invalid values.
     """
 
     depth_format: str = "png"
@@ -109,19 +109,20 @@ def predict_images(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Array:
-    """Write what a model predicts for images, of every image's own size.
+    """Write a model's predictions for images, each at the image's own size.
 
-    Of segmentation `labels/NAME.png`, `overlays/NAME.png` and `classes.txt`; of depth `depth/NAME.png` (or `.npy`),
-    `depth_colours/NAME.png` with a bar in metres and, for whole numbers, `depth.toml`. Beside a folder `images` with
-    the same images these are a data folder. Images are resized to `size` and the heads' outputs upsampled, as in an
-    evaluation. A label's pixels are the class ids; its palette shows their colours.
+    Segmentation gives `labels/NAME.png`, `overlays/NAME.png` and `classes.txt`. Depth gives `depth/NAME.png` (or
+    `.npy`),
+    `depth_colours/NAME.png` with a bar in metres and, for whole numbers, `depth.toml`. With the same images in a folder
+    `images` next to them, these form a data folder. Images are resized to `size` and the heads' outputs upsampled, as
+    in an
+    evaluation. A label's pixels are class ids, and its palette shows their colours.
 
-    Args:
-        out: a folder that is not there yet, or empty.
-        framing: how the model sees an image of another shape, or in windows; default squashed to `size`.
-        progress: called with (images done, images).
+    `out` is a new or empty folder. `framing` sets how the model sees an image of another shape, or in windows (default:
+    squashed to `size`). `progress` is called with (images done, images).
+
     Returns: pixels per class, int64 (C,).
-    Raises: RecipeError for such a folder, or a depth that no PNG holds; DataError for an image that cannot be read.
+    Raises: RecipeError for a folder with content, or depth that a PNG cannot hold; DataError for an unreadable image.
     """
     out, options, framing = Path(out), options or PredictOptions(), framing or Framing()
     if not model.learnt_heads:
@@ -159,9 +160,9 @@ def predict_images(
 
 
 def units_per_metre(head: RegressionHead) -> int:
-    """The unit of depth in PNGs of 16 bits: millimetres where these suffice, else KITTI's 1/256 m.
+    """Return the units per metre of 16-bit depth PNGs: 1000 if millimetres suffice, else KITTI's 256.
 
-    Raises: RecipeError for a depth that is not in metres, or that may be beyond what 16 bits hold.
+    Raises: RecipeError for depth that is not in metres, or that may exceed 16 bits.
     """
     fitting = [units for units in (1000, 256) if head.max_depth is not None and head.max_depth * units <= _LARGEST]
     if head.unit != METRES or not fitting:
@@ -180,7 +181,7 @@ def _outputs(
     device: torch.device | str,
     batch_size: int,
 ) -> list[dict[str, Tensor]]:
-    """The outputs of the heads that have learnt, (C, h, w) float32 by name, of each image."""
+    """Return the outputs of the heads that have learnt, (C, h, w) float32 by name, of each image."""
     names = tuple(model.learnt_heads)
     if framing.slides:
         whole = [torch.from_numpy(picture.small).to(device) for picture in batch]
@@ -196,7 +197,7 @@ def _outputs(
 def _answers(
     model: SegmentationModel, heads: dict[str, Tensor], picture: _Picture, seen: tuple[int, int]
 ) -> dict[str, Array]:
-    """Class ids and depth (H, W) of one image, by task."""
+    """Return class ids and depth (H, W) of one image, by task."""
     answers, size = dict[str, Array](), picture.whole.shape[:2]
     if SEGMENTATION in heads:
         answers[SEGMENTATION] = argmax_at(model, heads[SEGMENTATION], size, picture.view, seen).cpu().numpy()
@@ -212,12 +213,11 @@ def argmax_at(
     view: Window | None = None,
     seen: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The class of every pixel, uint8 (H, W), of logits upsampled to `size`.
+    """Return the class of every pixel, uint8 (H, W), of logits upsampled to `size`.
 
-    Class by class: a photograph of 12 megapixels takes 0.1 GB, not 1 GB for 20 classes.
-
-    Args:
-        view, seen: the part of the image that the model saw, and the size of its input, as of `at_image`.
+    It works class by class: a photograph of 12 megapixels takes 0.1 GB, not 1 GB for 20 classes. `view` and `seen` are
+    the
+    part of the image that the model saw, and the size of its input, as of `at_image`.
     """
     best_HW = at_image(model, logits_Chw[:1], size, view, seen)[0]
     argmax_HW = torch.zeros(best_HW.shape, dtype=torch.uint8, device=best_HW.device)
@@ -229,7 +229,7 @@ def argmax_at(
 
 
 def overlay(pixels_HW3: Array, ids_HW: Array, classes: ClassList, opacity: float) -> Array:
-    """The image under the colours of its classes, uint8 (H, W, 3)."""
+    """Blend the colours of the classes over the image, uint8 (H, W, 3)."""
     colours_HW3 = colour_ids(ids_HW, classes.colours).astype(np.float32)
     mixed = (1 - opacity) * pixels_HW3.astype(np.float32) + opacity * colours_HW3
     return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
@@ -291,7 +291,7 @@ def _load(image: Input, size: tuple[int, int], framing: Framing) -> _Picture:
 
 @dataclass(frozen=True)
 class _Writer:
-    """The files of predictions below a folder; `unit` of depth, and `units` of PNGs per metre."""
+    """Writes the files of predictions below a folder. `unit` is the depth's unit, `units` the PNG units per metre."""
 
     out: Path
     classes: ClassList
@@ -319,7 +319,7 @@ class _Writer:
 
 
 def _png(depth_HW: Array, units: int) -> bytes:
-    """A PNG of 16 bits; 0 would mean unknown, so the least number is 1."""
+    """Return a 16-bit PNG. 0 would mean unknown, so the least value is 1."""
     return png_bytes(Image.fromarray(np.clip(np.rint(depth_HW * units), 1, _LARGEST).astype(np.uint16)))
 
 

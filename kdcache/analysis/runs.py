@@ -1,4 +1,4 @@
-"""The members of a comparison: runs, and models by `SPEC@FILE` that no run has trained."""
+"""The members of a comparison: runs, and models as `SPEC@FILE` without a run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ from kdcache.settings.recipe import with_defaults
 
 @dataclass(frozen=True)
 class Entry:
-    """A member of a comparison: a run, or a model by `SPEC@FILE`, which has no run.
+    """A member of a comparison: a run, or a model as `SPEC@FILE` without a run.
 
     Attributes:
         text: its name as the user wrote it, or its path below the folder that the user named.
-        settings: the run's recipe, keyed as the flags without their dashes; {} where there is none.
+        settings: the run's recipe, keyed by flags without dashes, or {} if there is none.
     """
 
     text: str
@@ -42,19 +42,19 @@ class Entry:
 
     @property
     def fold(self) -> str | None:
-        """The fold of the data that this run was not trained on: I/K, or of whole sequences I/K by PATTERN."""
+        """The fold that this run was not trained on: I/K, or for whole sequences I/K by PATTERN."""
         fold, by = self.settings.get("fold", self.settings.get("val-fold")), self.settings.get("folds-by")
         return None if fold is None else f"{fold}" + ("" if by is None else f" by {by}")
 
     @property
     def note(self) -> str | None:
-        """A note on a training that did not end: a score of the weights so far is not one of the whole."""
+        """A note on a training that did not finish, whose score is not final."""
         if self.run is None or not self.settings or self.run.result:
             return None
         return f"the training of {self.text} has not ended (no whole result.json): it is judged by the weights so far"
 
     def own_fold(self) -> Fold:
-        """The fold that this run was not trained on. Raises: RecipeError for a run that left out none."""
+        """Return the fold that this run was not trained on. Raises: RecipeError if the run left out none."""
         if self.fold is None:
             raise RecipeError(
                 f"Cannot use --own-fold: {self.text} was trained on all samples",
@@ -65,9 +65,9 @@ class Entry:
     def load(
         self, classes: ClassList, which: str = "best", size: tuple[int, int] | None = None
     ) -> tuple[SegmentationModel, RunModel]:
-        """The model in eval mode on the CPU, and its description.
+        """Return the model in eval mode on the CPU, and its description.
 
-        Raises: MismatchError for other classes; RecipeError without weights; ModelError when they do not fit.
+        Raises: MismatchError for other classes; RecipeError without weights; ModelError if they do not fit.
         """
         if self.run is None:
             return open_model(self.text, classes if len(classes) else unnamed_classes, size, which)
@@ -77,7 +77,7 @@ class Entry:
 
 
 def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str, RegressionHead]:
-    """The regressions that a member predicts; SPEC@FILE is loaded for it.
+    """Return the numeric heads that a member predicts. SPEC@FILE is loaded to find out.
 
     Raises: as `Entry.load`.
     """
@@ -85,7 +85,7 @@ def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str,
 
 
 def check_judged(entries: Sequence[Entry]) -> None:
-    """Refuse runs that learnt features only, which no label can judge. Raises: RecipeError with their losses."""
+    """Raise RecipeError for runs that learnt only features, which labels cannot judge."""
     backbones = [entry for entry in entries if entry.run is not None and not _predicts(entry.run.model)]
     if backbones:
         losses = {entry.text: entry.run.result.get("best_feature_loss") for entry in backbones if entry.run is not None}
@@ -104,7 +104,7 @@ def _predicts(model: RunModel) -> bool:
 
 
 def check_same_data(runs: Sequence[Entry], split: Split) -> None:
-    """Refuse other data than runs recorded that they were validated on. Raises: MismatchError."""
+    """Raise MismatchError if a run was validated on other data than `split`."""
     digest = split.digest()
     for run in runs:
         recorded = "" if run.run is None else run.run.model.validated_on
@@ -120,7 +120,7 @@ def check_same_data(runs: Sequence[Entry], split: Split) -> None:
 
 
 def _named(run: Entry, split: Split) -> str:
-    """Return which samples a split has more, and which less, than a run was validated on; empty if that is unknown."""
+    """Describe the samples that a split has more or fewer than a run's validation. Empty if unknown."""
     samples = None if run.run is None or run.fold is not None else RunSamples.read(run.run.folder)
     if samples is None or samples.validation is None:
         return ""
@@ -128,9 +128,9 @@ def _named(run: Entry, split: Split) -> str:
 
 
 def validated_split(run: Entry, data: str, split: str) -> Split:
-    """The split that a run was validated on.
+    """Return the split that a run was validated on.
 
-    Raises: DataError that names its recipe, whose paths begin where it was trained.
+    Raises: DataError that names its recipe, because its paths are relative to where it was trained.
     """
     try:
         return open_split(data, split)
@@ -142,23 +142,23 @@ def validated_split(run: Entry, data: str, split: str) -> Split:
 
 
 def unnamed_classes(count: int) -> ClassList:
-    """Numbered classes, for a model without class names."""
+    """Return numbered classes, for a model without class names."""
     return ClassList(tuple(f"class {number}" for number in range(count)))
 
 
 def check_classes(description: RunModel, classes: ClassList, where: str) -> None:
-    """Compare a model's classes with those of data, where both have some: of depth alone there are none.
+    """Compare a model's classes with the data's classes, if both have classes.
 
-    Raises: MismatchError when they differ.
+    Raises: MismatchError if they differ.
     """
     if len(classes) and description.class_names:
         description.check_classes(classes.names, where)
 
 
 def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
-    """Runs, RUN@WEIGHTS, SPEC@FILE, and all the runs below folders that are none themselves; each once, in this order.
+    """Find runs, RUN@WEIGHTS, SPEC@FILE, and all runs below other folders, each once and in this order.
 
-    Raises: RecipeError for a folder that is and holds no run, and for a run without the weights `which`.
+    Raises: RecipeError for a folder that neither is nor holds a run, and for a run without the weights `which`.
     """
     entries: dict[tuple[Path, str | None] | str, Entry] = {}
     for text in map(str, texts):
@@ -173,7 +173,7 @@ def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
 
 
 def _apart(entry: Entry, which: str) -> Entry:
-    """The entry with its weights among its settings: runs of one recipe with other weights are rows of their own."""
+    """Return the entry with its weights as a setting, so that other weights of a recipe form their own row."""
     if entry.run is None:
         return entry
     own = entry.run.which

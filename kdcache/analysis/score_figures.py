@@ -1,4 +1,4 @@
-"""One model's scores as pictures and text: the spread over images, the confusion matrix, the figures."""
+"""One model's scores as pictures and text: the distribution over images, the confusion matrix, the metrics."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ _LISTED = 10
 
 
 def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Figure":
-    """Draw how mIoU is spread over images, and the quartiles of every class."""
+    """Draw the distribution of mIoU over images, and the quartiles of every class."""
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)
     left, right = figure.subplots(1, 2)
@@ -52,7 +52,7 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Fig
 
 
 def draw_rmse(scores: ImageScores, title: str) -> "Figure":
-    """How the rmse of depth is spread over images."""
+    """Draw the distribution of depth rmse over images."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8, 4.8, title)
@@ -68,11 +68,9 @@ def draw_rmse(scores: ImageScores, title: str) -> "Figure":
 
 
 def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], score: Score = MIOU) -> str:
-    """The figures of one model as plain text.
+    """Return the metrics of one model as plain text.
 
-    Args:
-        about: what was evaluated, as (name, value).
-        score: score that the best and the worst images are listed by.
+    `about` says what was evaluated, as (name, value). The best and the worst images are listed by `score`.
     """
     lines = [f"{name + ':':<12} {value}" for name, value in about]
     if SEGMENTATION in scores.tasks:
@@ -89,7 +87,7 @@ def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], score: S
 
 
 def _class_lines(scores: ImageScores) -> list[str]:
-    """The figures of segmentation: over all pixels, and image by image."""
+    """Return the figures of segmentation: over all pixels, and image by image."""
     metrics, mious = scores.metrics, scores.known()
     width = max(len(name) for name in (*metrics.class_names, "class"))
     lines = ["", "Over all pixels (one confusion matrix, void left out)"]
@@ -110,5 +108,5 @@ def _class_lines(scores: ImageScores) -> list[str]:
 
 
 def _having(scores: ImageScores, place: int) -> int:
-    """Images in whose label or prediction a class is."""
+    """Count the images with a class in their label or prediction."""
     return sum(not math.isnan(image.iou[place]) for image in scores.images)

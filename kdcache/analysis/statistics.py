@@ -1,20 +1,20 @@
 """Means over runs, and whether two rows differ by more than their noise.
 
-Two runs of one recipe that differ in their seed differ by a point of mIoU or more on small data sets. A difference of
-means is therefore given with its 95 % interval by Student's t, and a word. Runs with the same seed (and fold) start
-from the same weights and see the same pixels in the same order: rows whose runs pair are compared pair by pair, which
-is valid whatever the pairs have in common. It pays only where they have something in common, so the correlation of the
-pairs is given beside it, and Welch's interval of all runs, which takes them for independent.
+Two runs of one recipe with different seeds differ by a point of mIoU or more on small data sets. A difference of means
+therefore comes with its 95 % interval by Student's t, and a verdict. Runs with the same seed (and fold) start from the
+same weights and see the same pixels in the same order. Rows with matching runs are compared pair by pair, which is
+always valid but helps only if the pairs correlate. So the correlation of the pairs is given as well, and Welch's
+interval, which takes all runs for independent.
 
-Several rows are several chances to be lucky: their verdicts are Holm's (1979), by which one false "above noise" among
-all of them is as rare as it is for one alone. An interval is that of its own row.
+Several rows are several chances to be lucky. Verdicts therefore follow Holm (1979): one false "above noise" among all
+rows is as rare as for a single row. Intervals are not adjusted.
 
-Folds share most of their training samples, so an interval over folds is narrower than it should be (Nadeau and Bengio
-2003); over seeds it covers training alone, not other images.
+Folds share most of their training samples, so an interval over folds is too narrow (Nadeau and Bengio 2003). An
+interval over seeds covers training only, not other images.
 
-What other images would change is the other half: the trained runs stay as they are, and images, or sequences of them,
-are drawn with replacement as often as there are, the same for both rows (a block bootstrap; Kuensch 1989). Frames of a
-video are alike, so that an interval over them as single images is too narrow.
+The effect of other images is measured by a block bootstrap (Kuensch 1989): the trained runs stay, and images, or
+sequences of them, are drawn with replacement, the same for both rows. Frames of a video are similar, so an interval
+over single frames is too narrow.
 """
 
 import math
@@ -47,7 +47,7 @@ LEAST_PAIRS = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) over runs; the deviation is NaN for one run, all is NaN for none."""
+    """Mean and standard deviation (n - 1) over runs. One run has a NaN deviation. Without runs both are NaN."""
 
     mean: float
     std: float
@@ -55,18 +55,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """The spread of values; NaN (a class that does not occur in a fold) is left out."""
+        """Return the spread of values without NaN (a class may be missing from a fold)."""
         finite = [value for value in values if not math.isnan(value)]
         mean = statistics.fmean(finite) if finite else math.nan
         return cls(mean, statistics.stdev(finite) if len(finite) > 1 else math.nan, len(finite))
 
     def to_json(self) -> dict[str, Any]:
+        """Return mean, deviation and number of runs as JSON values."""
         return {"mean": plain(self.mean), "std": plain(self.std), "runs": self.runs}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of means, half the width of its 95 % interval, the two-sided p-value that it is 0; NaN: unknown."""
+    """A difference of means, half its 95 % interval, and the two-sided p-value of no difference. NaN if unknown."""
 
     mean: float
     half_width: float
@@ -74,23 +75,26 @@ class Interval:
 
     @property
     def low(self) -> float:
+        """The lower end."""
         return self.mean - self.half_width
 
     @property
     def high(self) -> float:
+        """The upper end."""
         return self.mean + self.half_width
 
     def to_json(self) -> dict[str, Any]:
+        """Return mean, ends and p-value as JSON values."""
         return {"mean": plain(self.mean), "low": plain(self.low), "high": plain(self.high), "p": plain(self.p)}
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """What is resampled.
+    """The units to resample.
 
     Attributes:
         over: images, or sequences.
-        number_of: block of each image, by its id; numbers are those from 0 on.
+        number_of: block of each image by its id, numbered from 0.
     """
 
     over: str
@@ -98,16 +102,17 @@ class Blocks:
 
     @classmethod
     def of(cls, names: Mapping[str, str], over: str) -> "Blocks":
-        """The blocks of images, from the name of each image's block by its id."""
+        """Return the blocks of images, given the name of each image's block by its id."""
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
         return cls(over, {sample: numbers[name] for sample, name in names.items()})
 
     @property
     def count(self) -> int:
+        """The number of blocks."""
         return len(set(self.number_of.values()))
 
     def totals(self, images: Images) -> npt.NDArray[np.float64]:
-        """Hits and unions of every block, (2, blocks, C); of depth the sum of the images' rmse and their number."""
+        """Return hits and unions of every block, (2, blocks, C). For depth: the sum of rmse and the image count."""
         if isinstance(images, DepthImages):
             rmse = images.values[:, :1]
             parts: list[npt.NDArray[Any]] = [rmse, np.ones_like(rmse)]
@@ -122,7 +127,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Resampled:
-    """The 95 % interval of a difference over resampled blocks: percentiles of the bootstrap; NaN for fewer than two.
+    """The 95 % interval of a difference over resampled blocks: percentiles of the bootstrap, or NaN for fewer than two.
 
     Attributes:
         over: images, or sequences. count: how many there are.
@@ -134,6 +139,7 @@ class Resampled:
     high: float
 
     def to_json(self) -> dict[str, Any]:
+        """Return the unit, count and ends as JSON values."""
         return {"over": self.over, "count": self.count, "low": plain(self.low), "high": plain(self.high)}
 
 
@@ -142,17 +148,17 @@ UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """How far a row is from its baseline: row minus baseline, and its interval, NaN where there are too few runs.
+    """The difference of a row to its baseline (row minus baseline) with its interval, NaN with too few runs.
 
     Attributes:
-        baseline: the name of that row.
-        runs: pairs, or runs of the row and the baseline together when they do not pair.
+        baseline: the name of the baseline row.
+        runs: number of pairs, or of runs of both rows if they do not pair.
         paired: whether runs of equal seed and fold were compared one by one.
-        correlation: correlation of the pairs; NaN for fewer than three, and where a side does not vary.
+        correlation: correlation of the pairs, or NaN for fewer than three, and if one side does not vary.
         unpaired: the same difference by Welch, over all runs of both rows.
-        comparisons: verdicts that are adjusted together, this one included. adjusted: p by Holm over them.
+        comparisons: verdicts that are adjusted together, including this one. adjusted: p by Holm over them.
         over: what the intervals above span: seeds, or seeds and folds.
-        resampled: the interval over images or sequences; None where their counts are not known.
+        resampled: the interval over images or sequences, or None if their counts are not known.
     """
 
     baseline: str
@@ -167,7 +173,7 @@ class Difference(Interval):
 
     @property
     def verdict(self) -> str:
-        """A word on the interval, does it leave out zero; of several comparisons, on the adjusted p-value."""
+        """Whether the interval excludes zero, in words. Several comparisons use the adjusted p-value."""
         if math.isnan(self.mean):
             return "unknown"
         if math.isnan(self.half_width):
@@ -176,6 +182,7 @@ class Difference(Interval):
         return "above noise" if above else "within noise"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the difference with its intervals, p-values and verdict as JSON values."""
         return {
             "baseline": self.baseline,
             **super().to_json(),
@@ -192,9 +199,9 @@ class Difference(Interval):
 
 
 def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline: str) -> Difference:
-    """The difference of two rows of runs with its intervals, paired and not.
+    """Return the difference of two rows of runs, with paired and unpaired intervals.
 
-    Paired when every run of the smaller row has its partner in the other; by Welch's test of all runs otherwise.
+    Runs pair if every run of the smaller row has its partner in the other. Otherwise Welch's test compares all runs.
     """
     ours, theirs = ({key: value for key, value in row.items() if not math.isnan(value)} for row in (ours, theirs))
     if not ours or not theirs:
@@ -223,12 +230,10 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
 
 
 def resample(ours: Sequence[Images], theirs: Sequence[Images], blocks: Blocks) -> Resampled:
-    """The interval of the difference of two rows, in mIoU or in rmse of depth, over resampled blocks.
+    """Return the interval of the difference of two rows, in mIoU or in depth rmse, over resampled blocks.
 
-    Each row's score is the mean over its runs.
-
-    Blocks are drawn RESAMPLES times, always from the same random numbers. A class that a draw leaves out is left out of
-    its mIoU, as everywhere.
+    Each row's score is the mean over its runs. Blocks are drawn RESAMPLES times, always from the same random numbers. A
+    class that is missing from a draw is left out of its mIoU.
     """
     if blocks.count < 2 or not ours or not theirs:
         return Resampled(blocks.over, blocks.count, math.nan, math.nan)
@@ -245,17 +250,16 @@ def resample(ours: Sequence[Images], theirs: Sequence[Images], blocks: Blocks) -
 
 
 def _mean_score(runs: npt.NDArray[np.float64], times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The mean over runs of the mIoU, or of the rmse, of each draw, (draws,).
+    """Return the mean over runs of the mIoU, or of the rmse, of each draw, (draws,).
 
-    Args:
-        runs: totals of blocks, (runs, 2, blocks, C). times: how often each block was drawn, (draws, blocks).
+    `runs` are totals of blocks, (runs, 2, blocks, C). `times` counts the draws of each block, (draws, blocks).
     """
     hits, unions = np.moveaxis(np.tensordot(times, runs, (1, 2)), 2, 0)  # (draws, runs, C) each
     return _nan_mean(_nan_mean(np.divide(hits, unions, out=np.full_like(hits, np.nan), where=unions > 0)))
 
 
 def _nan_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The mean over the last axis without NaN; NaN where there is nothing else."""
+    """Return the mean over the last axis without NaN, or NaN if there is nothing else."""
     known = ~np.isnan(values)
     sums, counts = np.where(known, values, 0.0).sum(-1), known.sum(-1)
     means: npt.NDArray[np.float64] = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
@@ -263,7 +267,7 @@ def _nan_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def adjust(differences: Sequence[Difference]) -> list[Difference]:
-    """Differences whose verdicts are adjusted by Holm for as many comparisons as have a p-value.
+    """Adjust the verdicts of differences by Holm, for all comparisons that have a p-value.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
@@ -276,7 +280,7 @@ def adjust(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Half-width of Student's two-sided interval in standard errors: 12.706 for 1 degree of freedom, 1.96 for many."""
+    """Return half of Student's two-sided interval in standard errors: 12.706 for 1 degree of freedom."""
     t = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     # Student's is larger, and the tails are convex: Newton's steps climb to it and never beyond.
     for _ in range(100):
@@ -288,23 +292,23 @@ def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
 
 
 def two_sided_p(t: float, freedom: float) -> float:
-    """P(|T| > |t|) of Student's distribution; the degrees of freedom need not be whole."""
+    """Return P(|T| > |t|) of Student's distribution. The degrees of freedom may be fractional."""
     return _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
 def _density(t: float, freedom: float) -> float:
-    """The density of Student's distribution at t."""
+    """Return the density of Student's distribution at t."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     return scale * math.exp(-(freedom + 1) / 2 * math.log1p(t * t / freedom))
 
 
 def plain(value: float) -> float | None:
-    """A value for JSON, which has neither NaN nor infinity: None for these."""
+    """Return a value for JSON, with None for NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
 def _interval(mean: float, error: float, freedom: float) -> Interval:
-    """The interval of a mean with a standard error; NaN without degrees of freedom. What does not vary is certain."""
+    """Return the interval of a mean with a standard error, NaN without degrees of freedom, exact at error 0."""
     if math.isnan(error) or freedom <= 0:
         return Interval(mean, math.nan, math.nan)
     if error == 0:
@@ -313,7 +317,7 @@ def _interval(mean: float, error: float, freedom: float) -> Interval:
 
 
 def _welch(ours: Spread, theirs: Spread) -> Interval:
-    """Difference of the means of independent rows of other variances. Source: Welch 1947."""
+    """Return difference of the means of independent rows of other variances. Source: Welch 1947."""
     mean, least = ours.mean - theirs.mean, min(ours.runs, theirs.runs)
     if least < 2:
         return Interval(mean, math.nan, math.nan)
@@ -336,7 +340,7 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b), by its continued fraction. Source: Press et al., Numerical Recipes, 6.4 (Lentz's method)."""
+    """Return i_x(a, b), by its continued fraction. Source: Press et al., Numerical Recipes, 6.4 (Lentz's method)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):  # there the fraction of the other side converges
@@ -357,9 +361,9 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
 
 
 def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blocks:
-    """What is resampled for intervals over images: the labelled images, or the sequences that a pattern names.
+    """Return the blocks for intervals over images: the labelled images, or the sequences that a pattern names.
 
-    Raises: RecipeError for a pattern that is none, that does not fit every id, or that names one sequence alone.
+    Raises: RecipeError for an invalid pattern, one that does not fit every id, or one that gives a single sequence.
     """
     ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number, task)]
     if by is None:

@@ -1,11 +1,11 @@
-"""Evaluations that are kept beside the weights, and used again while weights and data are the same.
+"""Evaluations stored with the weights, and reused while weights and data are unchanged.
 
-Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), with everything that its
-numbers depend on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
-model, the size that it sees, the size at which it is judged and the class map are those of today; then it is as good as
-a new pass. Beside it lies an `.npz` of the same name with the numbers of every image, whose SHA-256 it has: counts of
-segmentation (`ids`, `hits` and `unions`, a row per image and a column per class), metrics of depth (`depth_ids` and
-`depth`, a column per metric). Without that file the evaluation is made anew.
+Every kind of evaluation has its own file (`evaluation-*.json` in the run's folder) with everything that its numbers
+depend on: the SHA-256 of the weights and of the data (every image and label of the split), the model, the size that it
+sees, the size at which it is judged, and the class map. If all of them are unchanged, it is as good as a new pass. Next
+to it lies an `.npz` of the same name, with the numbers of every image. The JSON has its SHA-256. It holds counts of
+segmentation (`ids`, `hits` and `unions`, a row per image, a column per class) and depth metrics (`depth_ids` and
+`depth`, a column per metric). Without that file the run is evaluated again.
 """
 
 import hashlib
@@ -48,10 +48,10 @@ class EvalSettings:
 
     Attributes:
         which: weights of a run, such as `best`.
-        size: (H, W) that the models see; None is that of each run.
-        fresh: evaluate also what is kept.
-        depth: the pixels of labels of depth that count.
-        fit, window, stride: how models see images of another shape, or in windows; auto is as each was trained.
+        size: (H, W) that the models see. None takes each run's size.
+        fresh: evaluate again instead of reusing stored evaluations.
+        depth: the depth labels that count.
+        fit, window, stride: how models see images of another shape, or in windows. auto takes each run's training.
     """
 
     which: str = JudgeSettings.weights
@@ -65,16 +65,15 @@ class EvalSettings:
     stride: tuple[int, int] | None = None
 
     def framing(self, trained: Fit = "squash") -> Framing:
-        """How a model sees an image. Raises: RecipeError for strides that leave gaps, or without windows.
+        """Return how a model sees an image. `trained` is the fit of its training.
 
-        Args:
-            trained: the fit that it was trained with.
+        Raises: RecipeError for a stride that leaves gaps, or without windows.
         """
         images = ImageSettings(size=self.size, fit=self.fit)
         return Framing.of(images, JudgeSettings(window=self.window, stride=self.stride), trained)
 
     def load(self, entry: Entry, classes: ClassList) -> tuple[SegmentationModel, RunModel]:
-        """A model and its description, at the size that it sees; of SPEC@FILE that of its windows."""
+        """Return a model at the size that it sees (for SPEC@FILE its window's size), and its description."""
         return entry.load(classes, self.which, self.size or (self.window if entry.run is None else None))
 
 
@@ -83,7 +82,7 @@ class Evaluation:
     """Metrics of one run.
 
     Attributes:
-        reused: an earlier pass had them.
+        reused: they come from a stored evaluation.
         notes: what a reader of the score must know, such as images that were trained on.
     """
 
@@ -93,7 +92,7 @@ class Evaluation:
 
 
 def data_digest(split: Split, threads: int = 2) -> str:
-    """SHA-256 over class names, ids, and the contents of every labelled image and its labels; reads them all."""
+    """Return the SHA-256 of class names, ids, and all labelled images and labels. This reads every file."""
     labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in split.tasks)]
     digest = hashlib.sha256(split.digest().encode())
     with remembered_digests(split.data) as of_file:
@@ -112,13 +111,13 @@ def evaluate_run(
     fold: Fold | None = None,
     contents: Callable[[Split], Contents] = read_contents,
 ) -> Evaluation:
-    """Metrics of a run, or of SPEC@FILE, on a split, from an earlier evaluation where that is the same.
+    """Return metrics of a run, or of SPEC@FILE, on a split, from a stored evaluation if nothing changed.
 
-    Args:
-        digest: `data_digest` of the split.
-        fold: the fold that the split is of another one.
-        contents: as in `judging_notes`.
-    Raises: MismatchError for other classes; DataError without labels; ModelError when memory does not suffice.
+    `digest` is the split's `data_digest`. `fold` names the fold if the split is a part of another one. `contents` is as
+    in
+    `judging_notes`.
+
+    Raises: MismatchError for other classes; DataError without labels; ModelError if memory is too small.
     """
     run = entry.run
     if run is None:
@@ -159,13 +158,13 @@ class Record:
     """Everything that the numbers of an evaluation depend on.
 
     Attributes:
-        which: weights of a run, such as `best`; None for other weights.
+        which: weights of a run, such as `best`, or None for other weights.
         place: `place_key` of the data set. Two folders may have the same name in `data`.
-        fold: the fold of the split that was judged; None for all of it.
-        weights_sha256: None for weights that no file holds.
-        size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
-        class_map_sha256: digest of the map from its classes to those of the data.
-        depth: pixels of depth that count; None where depth is not judged.
+        fold: the fold of the split that was judged, or None for all of it.
+        weights_sha256: None for weights without a file.
+        size: (H, W) that the model sees. at_size: whether labels were resized to it, which gives no publishable mIoU.
+        class_map_sha256: digest of the map from its classes to the data's classes.
+        depth: depth pixels that count, or None if depth is not judged.
         framing: how the model sees an image of another shape, or in windows.
     """
 
@@ -201,7 +200,7 @@ class Record:
         depth: DepthRange | None = None,
         framing: Framing | None = None,
     ) -> "Record":
-        """The record of an evaluation; files are read for their digests."""
+        """Return the record of an evaluation. This reads files for their digests."""
         return cls(
             which,
             public(split.data),
@@ -222,10 +221,11 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that must be equal for numbers to count as those of a new pass; names may differ."""
+        """The fields that must be equal to reuse the numbers. Names may differ."""
         return {key: value for key, value in self.to_json().items() if key not in _NAMES}
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields in the form of an evaluation file."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # its tuples are lists, as in a file
         if self.depth is None:
             del fields["depth"]
@@ -235,11 +235,7 @@ class Record:
         return {"weights": fields.pop("which"), **fields, "fold": fold}
 
     def name(self, *, own_size: bool) -> str:
-        """The name of its file, without an ending; each kind has its own.
-
-        Args:
-            own_size: whether the model sees images at the size that it was trained at.
-        """
+        """Return its file name without an ending. `own_size`: the model sees images at its training's size."""
         parts = [f"evaluation-{self.split}"]
         if self.fold is not None:
             parts += [f"fold-{self.fold.number}-of-{self.fold.folds}"]
@@ -259,10 +255,9 @@ class Record:
 
 
 def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_size: bool = True) -> str | None:
-    """Write an evaluation into a folder, whole or not at all, over the last of its kind; a note if that cannot be.
+    """Write an evaluation into a folder over the last of its kind. Return a note if it cannot be written.
 
-    Args:
-        run: its name as the user wrote it.
+    `run` is its name as the user wrote it.
     """
     path = folder / f"{file_name(record, folder, run, own_size=own_size)}.json"
     try:
@@ -273,10 +268,9 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 
 
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
-    """Return the file of an evaluation, without an ending: its kind's name, with a suffix if that is of other data.
+    """Return the file of an evaluation without an ending: its kind's name, with a suffix if another data set has it.
 
-    An evaluation replaces an earlier one of the same data set, whose labels may have changed, by the same run, whose
-    weights may have.
+    An evaluation replaces an earlier one of the same data set and run. The labels and the weights may have changed.
     """
     name = record.name(own_size=own_size)
     earlier = read_object(folder / f"{name}.json")
@@ -291,9 +285,9 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
 
 
 def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
-    """The weights of a run, `which` unless others were named with it: their name and their file.
+    """Return the name and the file of a run's weights: `which`, unless the user named others.
 
-    Of SPEC@FILE the name is None; of the library's own, so is the file.
+    For SPEC@FILE the name is None. For a library's weights the file is also None.
     """
     parts = split_spec(run) if isinstance(run, str) else None
     if parts is not None:
@@ -304,7 +298,7 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
 
 
 def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics) -> None:
-    """Write an evaluation, each file whole or not at all. Raises: OSError."""
+    """Write an evaluation, each file completely or not at all. Raises: OSError."""
     images = None
     if arrays := _arrays_of_images(metrics):
         with replacing(path.with_suffix(IMAGES)) as partial, partial.open("wb") as file:
@@ -315,18 +309,16 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 
 
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
-    """The file of an evaluation on several data sets, without an ending: never that of one alone, which is used again.
+    """Return the file of an evaluation on several data sets, without an ending. It is never a reusable file of one.
 
-    Args:
-        run: its name as the user wrote it.
-        own_size: as in `Record.name`.
+    `run` is its name as the user wrote it, and `own_size` is as in `Record.name`.
     """
     kinds = [[record.place, record.name(own_size=own_size), record.which or run] for record in records]
     return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
 
 
 def write_evaluations(records: Sequence[Record], path: Path, run: str, results: Sequence[OnDataSet]) -> None:
-    """Write the evaluations of a run on several data sets, whole or not at all. Raises: OSError."""
+    """Write a run's evaluations on several data sets, completely or not at all. Raises: OSError."""
     content = {
         "run": public(run),
         "common_classes": list(common_classes(results)),
@@ -337,7 +329,7 @@ def write_evaluations(records: Sequence[Record], path: Path, run: str, results: 
 
 
 def _arrays_of_images(metrics: TaskMetrics) -> dict[str, Any]:
-    """The numbers of single images, as the file beside an evaluation has them; {} where they were not kept."""
+    """Return the numbers of single images, as the file next to an evaluation has them, or {} if they were not kept."""
     arrays: dict[str, Any] = {}
     if metrics.segmentation is not None and (counts := metrics.segmentation.images) is not None:
         arrays |= {"ids": np.array(counts.ids), "hits": counts.hits.astype(np.uint32)}
@@ -348,7 +340,7 @@ def _arrays_of_images(metrics: TaskMetrics) -> dict[str, Any]:
 
 
 def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
-    """Metrics with the numbers of images beside an evaluation. Raises: OSError, ValueError, KeyError without them."""
+    """Return metrics with the per-image numbers of the .npz file. Raises: OSError, ValueError, KeyError."""
     if not path.is_file() or file_digest(path) != sha256:
         raise ValueError(f"{path} is of another evaluation")
     segmentation, depth = metrics.segmentation, metrics.depth
@@ -363,9 +355,9 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
-    """The pixels of labels of depth that count for a model; None where its depth is not judged on this split.
+    """Return the depth labels that count for a model, or None if its depth is not judged on this split.
 
-    Raises: DataError for a range that is none.
+    Raises: DataError for an invalid range.
     """
     head = metric_depth(heads)
     return None if head is None or DEPTH not in split.tasks else DepthRange.of(head, settings)
@@ -388,7 +380,7 @@ def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progr
 
 
 def metrics_of(content: Mapping[str, Any]) -> TaskMetrics:
-    """The metrics that `TaskMetrics.to_json` described. Raises: KeyError, TypeError for other content."""
+    """Return the metrics from the JSON of `TaskMetrics.to_json`. Raises: KeyError, TypeError for other content."""
     if "tasks" not in content:
         return TaskMetrics(_segmentation_of(content))
     segmentation, depth = (content["tasks"].get(task) for task in (SEGMENTATION, DEPTH))
@@ -416,7 +408,7 @@ def _depth_of(content: Mapping[str, Any]) -> DepthMetrics:
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """Name the fix when a batch does not fit into memory. Raises: ModelError."""
+    """Turn an out-of-memory error of a batch into a ModelError with a fix, in a with block."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -431,7 +423,7 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
 
 
 def kept_metrics(folder: Path, record: Record, class_names: tuple[str, ...]) -> TaskMetrics | None:
-    """Return the metrics of an earlier evaluation in a run's folder that is the same, and None without one."""
+    """Return the metrics of an equal evaluation stored in a run's folder, or None."""
     identity = record.identity
     for path in sorted(folder.glob("evaluation-*.json")):
         content = read_object(path)

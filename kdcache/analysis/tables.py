@@ -1,7 +1,7 @@
 """A comparison for readers and programs: tables, Markdown, CSV, and the plain table of a report.
 
-Fractions are shown in percent with two digits. What is best in a column is marked, the teacher apart: it is no
-contestant. One run has no deviation, and none is shown.
+Fractions are shown in percent with two digits. The best value of a column is marked, without the teacher. A single run
+has no deviation.
 """
 
 import csv
@@ -29,10 +29,10 @@ _SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("
 
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Scores per row: runs, then of each task its metrics and the distance to the baseline with its verdict.
+    """Return the scores per row: runs, then each task's metrics and the difference to the baseline with its verdict.
 
-    Segmentation has mIoU, mAcc and aAcc in percent, and points of mIoU; depth rmse in metres, of which less is better,
-    abs rel, delta 1, and metres of rmse.
+    Segmentation has mIoU, mAcc and aAcc in percent, and points of mIoU. Depth has rmse in metres (less is better), abs
+    rel, delta 1, and metres of rmse.
     """
     header, cells = ["row", "runs"], [[row_name(row), str(len(row.runs))] for row in comparison.rows]
     for task in comparison.tasks or (SEGMENTATION,):
@@ -72,7 +72,7 @@ def _marked_depth(comparison: Comparison, row: Row, name: str, mark: Mark) -> st
 
 
 def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
-    """Known distances of rows to their baseline and control: intervals, correlation of pairs, p and p by Holm."""
+    """Return differences of rows to baseline and control, with intervals, pair correlation and p-values."""
     seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
     header = ["row", "to", DISTANCES[task], *intervals, "correlation", "p", "p by Holm", "verdict"]
@@ -107,31 +107,31 @@ DISTANCE_TITLES = {
 
 
 def distance(gap: float, task: str = SEGMENTATION) -> str:
-    """A difference in a task, signed: points with two digits, metres with three."""
+    """Return a signed difference: points with two digits, metres with three."""
     return f"{gap:+.3f}" if task == DEPTH else f"{100 * gap:+.2f}"
 
 
 def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[str, str]:
-    """What the intervals of a comparison span: seeds (and folds), and images or sequences."""
+    """Return what the intervals span, as text: seeds (and folds), and images or sequences."""
     gaps = [gap for row in comparison.rows if (gap := row.differences(task)[0]) is not None]
     seeds = max((gap.over for gap in gaps), key=len, default="seeds")
     return seeds, next((gap.resampled.over for gap in gaps if gap.resampled is not None), "images")
 
 
 def interval(low: float, high: float, task: str = SEGMENTATION) -> str:
-    """Ends in points, or in metres; '-' where they are unknown."""
+    """Return the ends of an interval in points or metres, or '-' if unknown."""
     return "-" if math.isnan(low) else f"{distance(low, task)} to {distance(high, task)}"
 
 
 def p_value(value: float) -> str:
-    """Three digits, and no p-value that is zero."""
+    """Return a p-value with three digits, never as zero."""
     if math.isnan(value):
         return "-"
     return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Costs per row: parameters, GFLOPs, and the time of one image where it was measured."""
+    """Return the costs per row: parameters, GFLOPs, and the time of one image if it was measured."""
     header = ["row", "size", "parameters", "GFLOPs", "GMACs", "ms per image", "median ms", "FPS"]
     rows = []
     for row in comparison.rows:
@@ -145,7 +145,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Class scores per row: IoU of every class, then mIoU, mAcc, aAcc; the names travel with the numbers."""
+    """Return the IoU of every class per row, then mIoU, mAcc and aAcc."""
     columns = (*map(_iou, range(len(comparison.class_names))), *_SCORES)
     header = ["row", *comparison.class_names, "mIoU", "mAcc", "aAcc"]
     rows = [
@@ -156,7 +156,7 @@ def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """Explanations of the tables, one sentence each; the comparison's notes last."""
+    """Return explanations of the tables, one sentence each, then the comparison's notes."""
     where = f"{comparison.data}, split {comparison.split}: {comparison.images} labelled images"
     if comparison.own_fold:
         where += ", each run on the fold that its training left out"
@@ -188,7 +188,7 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The tables and what they mean."""
+    """Return the tables and their explanations as Markdown."""
     scores, classes, cost = score_table(comparison), class_table(comparison), cost_table(comparison)
     distances = ""
     for task, title in DISTANCE_TITLES.items():
@@ -212,7 +212,7 @@ _CSV_DIFFERENCE = (
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A line per row, plain numbers: fractions in 0..1, milliseconds; an empty cell for what is not known."""
+    """Return one CSV line per row: fractions in 0..1, milliseconds, empty cells for unknown values."""
     names = comparison.class_names
     header = ["row", "model", "teacher", "baseline", "runs", "runs_at_chance"]
     header += [f"{column}_{part}" for column in ("miou", "macc", "aacc") for part in ("mean", "std")]
@@ -241,7 +241,7 @@ def _csv_depth_header() -> list[str]:
 
 
 def to_text(comparison: Comparison) -> str:
-    """The small table of a report: method, mIoU as a fraction, parameters, milliseconds per image."""
+    """Return the small table of a report: method, mIoU as a fraction, parameters, milliseconds per image."""
     depth = f"{'Depth RMSE (m)':<20}" if DEPTH in comparison.tasks else ""
     header = f"{'Knowledge Distillation':<36}{'mIoU':<20}{depth}{'# Parameters':<19}{'Inference Speed (ms)':<25}"
     lines = [header.rstrip()]
@@ -262,7 +262,7 @@ def to_text(comparison: Comparison) -> str:
 
 
 def row_name(row: Row) -> str:
-    """The name of a row, marked as the baseline unless the name contains that, or says that it is a control."""
+    """Return the name of a row, marked as the baseline unless its name already says so, or that it is a control."""
     name = one_line(row.name)
     marked = "baseline" in name.lower() or name.endswith(CONTROL)
     return f"{name} (baseline)" if row.baseline and not marked else name
@@ -284,7 +284,7 @@ def _marked(
 
 
 def _about_differences(comparison: Comparison) -> list[str]:
-    """How distances to baselines were judged, and how many at once."""
+    """Describe how differences to baselines were judged, and how many at once."""
     by_task = {task: [gap for row in comparison.rows if (gap := row.differences(task)[0])] for task in DISTANCES}
     gaps = [gap for own in by_task.values() for gap in own]
     if not gaps:
@@ -318,7 +318,7 @@ def _about_differences(comparison: Comparison) -> list[str]:
 
 
 def _about_images(gaps: Sequence[Difference]) -> list[str]:
-    """What the intervals over images or sequences say; nothing where there are none."""
+    """Explain the intervals over images or sequences, if there are any."""
     drawn = next((gap.resampled for gap in gaps if gap.resampled is not None), None)
     if drawn is None:
         return []

@@ -1,4 +1,4 @@
-"""From scored runs to a folder of pictures and figures: what `kdcache report --draw` writes."""
+"""Draw scored runs into a folder of pictures and figures, for `kdcache report --draw`."""
 
 import itertools
 import json
@@ -41,11 +41,11 @@ _FIGURES = ("iou_distribution.png", "confusion.png", "rmse_distribution.png", "c
 
 @dataclass(frozen=True)
 class Drawing:
-    """The folder of pictures, and what is drawn into it.
+    """The folder of pictures, and what to draw into it.
 
     Attributes:
-        folder: new, empty, or what an earlier call made. Its pictures of the same runs are replaced.
-        num: best and worst images of each run, by mIoU, or by rmse of a run of depth alone.
+        folder: new, empty, or from an earlier call. Its pictures of the same runs are replaced.
+        num: number of best and worst images of each run, by mIoU, or by rmse for depth only.
         layout: of the panels of every picture. formats: of every picture.
     """
 
@@ -55,12 +55,12 @@ class Drawing:
     formats: tuple[Format, ...] = ("png",)
 
     def check_folder(self) -> None:
-        """Refuse a folder that holds something else. Raises: RecipeError."""
+        """Raise RecipeError for a folder that holds something else."""
         check_own_folder(self.folder, SUMMARY, "Give another folder with --draw")
 
 
 def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Gallery, progress: Progress) -> list[str]:
-    """Draw runs that have scored every image of the gallery's split, each and side by side.
+    """Draw runs that have scored every image of the gallery's split, each alone and side by side.
 
     Returns: notes.
     """
@@ -106,11 +106,9 @@ def _earlier(out: Path, runs: Iterable[str]) -> Iterator[Path]:
 
 
 def score_run(run: Entry, name: str, split: Split, judging: EvalSettings, progress: Progress) -> Shown:
-    """Open a run, and score every labelled image with it.
+    """Open a run, and score every labelled image with it. `name` is its name in pictures.
 
-    Args:
-        name: of the run in pictures.
-    Raises: as `Entry.load`; ModelError when memory does not suffice.
+    Raises: as `Entry.load`; ModelError if memory is too small.
     """
     model, description = judging.load(run, split.classes)
     framing = judging.framing(description.fit)
@@ -160,7 +158,7 @@ def _draw_run(
 
 
 def _score_figures(shown: Shown, split: Split) -> dict[str, "Figure"]:
-    """How scores are spread over images, a picture for each task, and the confusion matrix; by their files."""
+    """Return the distribution of scores per task and the confusion matrix, as figures by file name."""
     scores, name = shown.scores, shorten(shown.name)
     title, figures = f"{name} on {shorten(public(split.data), 40)}, {split.split}", dict[str, "Figure"]()
     if SEGMENTATION in scores.tasks:

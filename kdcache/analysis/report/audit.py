@@ -24,16 +24,16 @@ Table = tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 @dataclass(frozen=True)
 class TeacherAudit:
-    """The result of `inspect --teacher-report`; without classes, of depth alone, all about them is empty.
+    """The result of `inspect --teacher-report`. For a teacher of depth only, all fields about classes are empty.
 
     Attributes:
-        tables: of heads of numbers, such as depth.
-        ece: expected calibration error; NaN without labels.
+        tables: of numeric heads, such as depth.
+        ece: expected calibration error, or NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
-        sure, right: mean confidence of the pixels predicted as each class, and the share of them that is right.
+        sure, right: per class, mean confidence of the pixels predicted as it, and the share of them that is right.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
         kept: (threshold, share of pixels, share of these that is right, their mIoU) of pseudo labels.
-        miou: of the teacher; NaN without labels.
+        miou: of the teacher, or NaN without labels.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class TeacherAudit:
     tables: tuple[Table, ...] = ()
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Check the classes of the audit, where it and the data have some. Raises: MismatchError for other classes."""
+        """Check the audit's classes, if both it and the data have classes. Raises: MismatchError."""
         if names and self.class_names and names != self.class_names:
             raise MismatchError(
                 f"{self.path} has other classes ({', '.join(self.class_names)}) than the data ({', '.join(names)})",
@@ -59,7 +59,7 @@ class TeacherAudit:
 
 
 def read_audit(path: Path) -> TeacherAudit:
-    """Read an audit from its `report.json`. Raises: RecipeError for a file that is no audit."""
+    """Read an audit from its `report.json`. Raises: RecipeError for another kind of file."""
     try:
         return _parse(path, parse_json(read_bytes(path)))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -80,7 +80,7 @@ def _failure(path: Path, error: Exception) -> str:
 
 
 def show_audit(audit: TeacherAudit) -> Markup:
-    """How sure the teacher is and how often it is right, what it confuses, what thresholds keep."""
+    """Render how sure the teacher is, how often it is right, what it confuses, and what thresholds keep."""
     if not audit.bins:
         return render("audit.html", audit=audit)
     gap = sum(share * (sure - right) for _, _, share, sure, right in audit.bins if share)
@@ -134,12 +134,12 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
 
 
 def _of_labels(pseudo: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a threshold keeps of the labelled pixels; empty without labels."""
+    """Return what a threshold keeps of the labelled pixels, or {} without labels."""
     return pseudo.get("beside_labels") or {}
 
 
 def _depth_tables(content: Mapping[str, Any]) -> Iterator[Table]:
-    """Tables of the heads of numbers: their metrics, and errors by the label's distance, where they were judged."""
+    """Yield tables of the numeric heads: metrics, and errors by the label's distance if they were judged."""
     for name, head in content["regressions"].items():
         judged, images = head["teacher"], int(head["images"])
         if judged is None:
@@ -174,7 +174,7 @@ def _up(value: float) -> float:
 
 
 def _bars(audit: TeacherAudit) -> list[dict[str, Any]]:
-    """Bars of accuracy over confidence; what is seldom is faint."""
+    """Return bars of accuracy over confidence. Bars with few pixels are faint."""
     most = max((share for _, _, share, _, _ in audit.bins if not math.isnan(share)), default=1.0) or 1.0
     return [
         {

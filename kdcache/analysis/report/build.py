@@ -1,4 +1,4 @@
-"""From runs to the page, for `kdcache report`."""
+"""Build the page from runs, for `kdcache report`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +22,12 @@ class ReportOptions:
     """The comparison and the other contents of a page.
 
     Attributes:
-        title: title of the page; None makes one of the data's name.
-        samples: best and worst images; 0 shows none.
-        audits: `report.json` of the audits of teachers (inspect --teacher-report), one for each store.
-        drawing: a folder of pictures of the first run of each row, which the page mentions; None draws none.
-        figure: a PNG with a section of its own, such as the curve of a sweep; None for a page without.
-        command: what the user typed.
+        title: title of the page. None makes one from the data's name.
+        samples: number of best and worst images. 0 shows none.
+        audits: `report.json` of the teachers' audits (inspect --teacher-report), one for each cache.
+        drawing: a folder for pictures of each row's first run, which the page mentions. None draws none.
+        figure: a PNG with its own section, such as the curve of a sweep, or None.
+        command: the command that the user typed.
     """
 
     compare: CompareOptions = field(default_factory=CompareOptions)
@@ -47,12 +47,11 @@ def make_report(
     options: ReportOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare runs, draw their best and worst images, write the page. Return the comparison.
+    """Compare runs, draw their best and worst images, and write the page. Return the comparison.
 
-    Args:
-        data, split: default: those that the runs' recipes validate on.
-        out: an .html file; one that is there is replaced.
-    Raises: RecipeError for files and runs that are none; MismatchError for other classes or data.
+    The default `data` and `split` are the ones that the recipes validate on. `out` is an .html file, which is replaced.
+
+    Raises: RecipeError for invalid files and runs; MismatchError for other classes or data.
     """
     options = options or ReportOptions()
     report = progress or (lambda what, done, total: None)

@@ -1,6 +1,6 @@
-"""Line charts as inline SVG: small, sharp, readable without a script; with it, the pointer reads values off them.
+"""Line charts as inline SVG: small, sharp, and readable without a script. With the script, the pointer shows values.
 
-Coordinates are of the drawing, 420 x 250; a phone shows it at 0.8 of that, so no text is smaller than 12.
+Coordinates are of the drawing, 420 x 250. A phone shows it at 0.8 of that, so no text is smaller than 12.
 """
 
 import json
@@ -21,7 +21,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One line: `name` of what it is, the CSS class that gives it a colour."""
+    """One line: its `name`, and the CSS class that gives its colour."""
 
     name: str
     style: str
@@ -45,11 +45,9 @@ class _Frame:
 
 
 def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", digits: int = 2) -> Markup:
-    """A chart of some lines, with their values in its attributes for whoever points at them.
+    """Return a chart of some lines. Its attributes hold the values that the pointer shows.
 
-    Args:
-        unit: unit of the values, written at the axis and behind read values.
-        digits: digits of read values.
+    `unit` is written at the axis and after values. `digits` applies to values that the pointer shows.
     """
     drawn = [Line(line.name, line.style, thin(line.points)) for line in lines if line.points]
     if not drawn:
@@ -76,7 +74,7 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", d
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
-    """At most 240 points: means over equal parts of a longer line, each at its last step."""
+    """Return at most 240 points: a longer line as means over equal parts, each at its last step."""
     if len(points) <= _MOST_POINTS:
         return list(points)
     size = math.ceil(len(points) / _MOST_POINTS)
@@ -96,7 +94,7 @@ def _frame(lines: Sequence[Line]) -> _Frame:
 
 
 def tick_text(value: float) -> str:
-    """40000 as 40k, and a real minus."""
+    """Return 40000 as 40k, with a real minus sign."""
     text = f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
@@ -106,19 +104,19 @@ def _places(line: Line, frame: _Frame) -> list[tuple[str, str]]:
 
 
 def _values(line: Line) -> str:
-    """What the pointer reads, with six digits."""
+    """Return the values for the pointer, with six digits."""
     rounded = [[float(f"{part:.6g}") for part in point] for point in line.points]
     return json.dumps(rounded, separators=(",", ":"))
 
 
 def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> str:
-    """A text alternative: the last value of each line."""
+    """Return a text alternative: the last value of each line."""
     ends = [f"{line.name} {line.points[-1][1]:.{digits}f}{f' {unit}' if unit else ''}" for line in lines]
     return f"{title}: at the end {', '.join(ends[:12])}{', ...' if len(ends) > 12 else ''}"
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two ends, at most so many."""
+    """Return at most `most` round numbers between two ends."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         return [low]

@@ -1,7 +1,7 @@
-"""One HTML file: style and script in it, pictures in it, nothing fetched from anywhere.
+"""One HTML file with its style, script and pictures, which fetches nothing.
 
-The page's own policy forbids all else: a browser runs this script alone and opens no connection, whatever the names of
-classes and runs contain.
+The page's content security policy enforces this. A browser runs only this script and opens no connection, whatever the
+names of classes and runs contain.
 """
 
 import base64
@@ -35,12 +35,11 @@ SUFFIXES = (".html", ".htm")
 
 
 def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path, **contents: Any) -> Path:
-    """Write the page, whole or not at all; returns its path.
+    """Write the page, completely or not at all, and return its path.
 
-    Args:
-        out: an .html file; one that is there is replaced.
-        contents: as of `page`.
-    Raises: RecipeError for another kind of file, and for a run's log that is none.
+    `out` is an .html file, which is replaced. `contents` are arguments of `page`.
+
+    Raises: RecipeError for another kind of file, and for an invalid log of a run.
     """
     path = check_out(Path(out))
     content = page(comparison, runs, **contents)
@@ -50,7 +49,7 @@ def write_report(comparison: Comparison, runs: Sequence[Entry], out: str | Path,
 
 
 def check_out(out: Path) -> Path:
-    """Check the path of a page. Raises: RecipeError for a path that is no name of a page."""
+    """Check the path of a page. Raises: RecipeError for a path that does not name a page."""
     if out.suffix.lower() in SUFFIXES and not out.is_dir():
         return out
     raise RecipeError(
@@ -60,7 +59,7 @@ def check_out(out: Path) -> Path:
 
 
 def read_figure(path: Path) -> bytes:
-    """Return the bytes of a PNG. Raises: RecipeError for a file that is none."""
+    """Return the bytes of a PNG. Raises: RecipeError for another kind of file."""
     try:
         content = read_bytes(path)
     except (OSError, ValueError) as error:
@@ -82,17 +81,19 @@ def page(
     device: str | None = None,
     command: str | None = None,
 ) -> str:
-    """The whole document.
+    """Return the whole document.
 
     Args:
-        runs: those that were compared; curves, recipes and versions are read from their folders.
-        title: default of the data's name.
-        samples: images to show (see `choose_samples`); None for a page without.
+        comparison: what to show.
+        runs: the compared runs. Curves, recipes and versions are read from their folders.
+        title: default: from the data's name.
+        samples: images to show (see `choose_samples`), or None for a page without images.
+        audits: audits of the teachers.
         figure: a PNG of scores, such as the curve of a sweep.
-        pictures: a folder of further pictures, which is mentioned.
+        pictures: a folder of further pictures to mention.
         device: where the runs were judged.
-        command: what the user typed.
-    Raises: RecipeError for a run's log that is none.
+        command: the command that the user typed.
+    Raises: RecipeError for an invalid log of a run.
     """
     by_text = {run.text: run for run in runs}
     trainings = read_trainings(comparison, by_text)
@@ -132,7 +133,7 @@ def curve(png: bytes) -> Markup:
 
 
 def _without_folders(part: Markup, places: Mapping[str, str]) -> Markup:
-    """A part of the page whose paths show no folder of this machine."""
+    """Return a part of the page with paths that show no folder of this machine."""
     return Markup(without_places(str(part), {str(escape(place)): str(escape(name)) for place, name in places.items()}))
 
 

@@ -1,4 +1,4 @@
-"""The templates of the page, filled in by jinja2: names of classes, runs and samples are text wherever they stand."""
+"""The templates of the page, filled in by jinja2. Names of classes, runs and samples are always escaped."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ _JSON: dict[str, Any] = {"allow_nan": False, "separators": (",", ":")}
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template with these values in it; what is no Markup is escaped."""
+    """Return a template filled with these values. All values except Markup are escaped."""
     return Markup(_environment().get_template(template).render(values))
 
 
@@ -39,40 +39,40 @@ def _environment() -> Environment:
 
 
 def as_json(value: Any) -> Markup:
-    """A value as JSON within the page."""
+    """Return a value as JSON for use within the page."""
     return htmlsafe_json_dumps(value, **_JSON)
 
 
 def css_colour(colour: tuple[int, int, int]) -> str:
-    """The colour of a class in labels and predictions."""
+    """Return a class colour (r, g, b) as CSS."""
     return "rgb({} {} {})".format(*colour)
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A file within the page. Args: kind: its media type, such as image/png."""
+    """Return a file as a data URI for the page. `kind` is its media type, such as image/png."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def firm(text: str) -> str:
-    """A number and its percent sign stay on one line."""
+    """Join a number and its percent sign so they stay on one line."""
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number as text for attributes of drawings: few digits, and no exponent."""
+    """Return a number as text for attributes of drawings: few digits, and no exponent."""
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if math.isfinite(value) else "0"
 
 
 def points(value: float, digits: int = 2) -> str:
-    """A difference of fractions in points, signed, with a real minus."""
+    """Return a difference of fractions in points, signed, with a real minus sign."""
     return "-" if math.isnan(value) else f"{100 * value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def quoted(name: str) -> str:
-    """A row's name within a sentence: it may have commas of its own."""
+    """Return a row's name in quotes for use in a sentence, because it may contain commas."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def row_class(row: Row, place: int) -> str:
-    """CSS class that gives a row its colour in all drawings."""
+    """Return the CSS class that colours a row in all drawings."""
     return "row-teacher" if row.teacher else f"row-{place % 8}"

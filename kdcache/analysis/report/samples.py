@@ -1,7 +1,7 @@
-"""The images that the page shows, the same through all rows: chosen by score, encoded small.
+"""The images that the page shows, the same for all rows: chosen by score, encoded small.
 
-An image is a JPEG of at most 640 pixels; each prediction is a PNG with a palette, a few KiB each: five rows and six
-images take about a megabyte. Memory: the models of all rows, and one image at a time.
+An image is a JPEG of at most 640 pixels. Each prediction is a PNG with a palette, a few KiB. Five rows and six images
+take about a megabyte. Memory: the models of all rows, and one image at a time.
 """
 
 import io
@@ -32,11 +32,11 @@ _LABELS_READ = 50
 
 @dataclass(frozen=True)
 class RowPrediction:
-    """The prediction of a row's first run for an image; PNGs of its classes, and of where it is wrong.
+    """The prediction of a row's first run for an image: PNGs of its classes and of its errors.
 
     Attributes:
         place: place of the row in the comparison.
-        miou: mIoU of this image; iou: per class, NaN where there is nothing to score.
+        miou: mIoU of this image. iou: per class, NaN if the class is not in the image.
         classes, wrong: None for a row that is not judged in segmentation, and for an image without a label of it.
     """
 
@@ -52,13 +52,13 @@ class Sample:
     """An image of the page.
 
     Attributes:
-        why: `best 1`, `worst 2`, or the class that it is shown for.
-        score: mIoU or rmse, by which the images are ranked.
-        mean: that of this image, the mean over the rows without the teacher.
-        size: (H, W) as it is shown.
+        why: `best 1`, `worst 2`, or the class that it illustrates.
+        score: mIoU or rmse, which ranks the images.
+        mean: the score of this image, as the mean over the rows without the teacher.
+        size: (H, W) on the page.
         present: classes in its label, the largest first.
-        image: JPEG. label: PNG; None for an image without a label of segmentation.
-        depth: (title, JPEG) of the label of depth, and of each row's depth and error, with bars in metres.
+        image: JPEG. label: PNG, or None for an image without a segmentation label.
+        depth: (title, JPEG) of the depth label, and of each row's depth and error, with bars in metres.
     """
 
     sample: str
@@ -78,7 +78,7 @@ class FirstRuns:
     """The first runs of the rows of a comparison, which have scored every image.
 
     Attributes:
-        split: the images. With own folds they are of the fold that the first run left out.
+        split: the images. With `own_fold` they are the fold that the first run left out.
         models: (place of the row in the comparison, run, model).
     """
 
@@ -89,11 +89,11 @@ class FirstRuns:
 def score_first_runs(
     comparison: Comparison, runs: Sequence[Entry], split: Split, judging: EvalSettings, progress: Progress
 ) -> FirstRuns:
-    """Score every image with the first run of each row.
+    """Score every image of the comparison's `split` with the first run of each row.
 
-    Args:
-        runs: all runs of the comparison. split: the comparison's.
-        judging: how the comparison was judged, its depth by one range.
+    `runs` are all runs of the comparison. `judging` is how the comparison was judged, with one range for depth.
+
+    Returns: the first runs and their scores.
     """
     first_runs = _first_runs(comparison, runs)
     fold = next((run.fold for row, run in first_runs if not row.teacher), None) if comparison.own_fold else None
@@ -114,13 +114,13 @@ def score_first_runs(
 
 
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
-    """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
+    """Return the best and the worst images by the mean of all rows, then one for each class that these do not show.
 
-    Where these have no labels of depth, which all rows predict, the best and the worst in depth follow.
+    If these lack depth labels and all rows predict depth, the best and the worst in depth follow. `count` is the number
+    of
+    images among the best, among the worst, and at most among the others.
 
-    Args:
-        count: images among the best, among the worst, and at most among the others; in depth likewise.
-    Returns: none where rows of classes alone and rows of depth alone share no score.
+    Returns: none if some rows have only classes and others only depth, so they share no score.
     """
     split, models = first.split, [(place, shown) for place, _, shown in first.models]
     contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
@@ -147,7 +147,7 @@ def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progres
 def _extremes(
     contestants: Sequence[Shown], score: Score, count: int, of: str = ""
 ) -> list[tuple[int, tuple[str, Score, float]]]:
-    """(position, why it is shown) of the best and the worst images by the mean of a score."""
+    """Return (position, why it is shown) of the best and the worst images by the mean of a score."""
     ranking = ranked([shown.scores for shown in contestants], score)
     best, worst = best_and_worst(ranking, count, count)
     means = dict(ranking)
@@ -159,14 +159,14 @@ def _extremes(
 
 
 def encode_image(pixels_HW3: Array, size: tuple[int, int]) -> bytes:
-    """A JPEG of this size (H, W)."""
+    """Return pixels as a JPEG of this size (H, W)."""
     height, width = size
     small = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.LANCZOS)
     return _bytes(small, "JPEG", quality=_QUALITY, optimize=True)
 
 
 def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size: tuple[int, int]) -> bytes:
-    """A PNG whose palette is the colours of the classes; no class is mixed with its neighbour."""
+    """Return class ids as a PNG whose palette has the class colours. Resizing never mixes classes."""
     palette = np.full((256, 3), VOID_RGB, np.uint8)
     palette[: len(colours)] = colours
     picture = _nearest(ids_HW, size)
@@ -177,7 +177,7 @@ def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size:
 def encode_wrong(
     label_HW: Array, predicted_HW: Array, colours: Sequence[tuple[int, int, int]], size: tuple[int, int]
 ) -> bytes:
-    """A PNG that is clear but for labelled pixels with a wrong prediction, in a red that no class has."""
+    """Return a PNG, transparent except for wrong predictions on labelled pixels, in a red that no class has."""
     wrong = ((label_HW != predicted_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
     picture = _nearest(wrong, size)
     picture.putpalette(bytes([0, 0, 0, *error_colour(colours)]))
@@ -185,7 +185,7 @@ def encode_wrong(
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
-    """The size (H, W) of a picture: at most 640 pixels at the longer side, never enlarged."""
+    """Return the size (H, W) of a picture: at most 640 pixels at the longer side, never enlarged."""
     factor = min(1.0, MOST_PIXELS / max(height, width))
     return max(1, round(factor * height)), max(1, round(factor * width))
 
@@ -203,7 +203,7 @@ def _of_fold(row: Row, runs: Sequence[Entry], fold: str) -> Entry | None:
 def _for_classes(
     shown: Shown, split: Split, means: dict[int, float], taken: Sequence[int], most: int
 ) -> list[tuple[int, str]]:
-    """Images for classes that no image so far has in its label: the one with the best IoU for each."""
+    """Return images for classes that no image so far has in its label: the one with the best IoU for each."""
     images = shown.scores.images
     seen = {place for position in taken for place in _present(split, images[position].number)}
     positions: list[tuple[int, str]] = []
@@ -222,7 +222,7 @@ def _for_classes(
 
 
 def _present(split: Split, number: int) -> tuple[int, ...]:
-    """Classes in a label, the largest first."""
+    """Return classes in a label, the largest first."""
     label = split.label(number)
     counts = np.bincount([] if label is None else label.reshape(-1), minlength=256)[:IGNORE_INDEX]
     return tuple(sorted(np.flatnonzero(counts).tolist(), key=lambda place: -int(counts[place])))
@@ -261,7 +261,7 @@ def _sample(
 
 
 def _depth(answers: Sequence[tuple[str, Predicted]], size: tuple[int, int]) -> Iterator[tuple[str, bytes]]:
-    """The label of depth, and each row's depth and error, as JPEGs: one bar for all depths, one for all errors."""
+    """Yield the depth label and each row's depth and error as JPEGs, with one bar for depths and one for errors."""
     metres = {name: own.answers[DEPTH].numpy() for name, own in answers if DEPTH in own.answers}
     label = next((own.labels[DEPTH].numpy() for _, own in answers if DEPTH in own.labels), None)
     high = bar_end(metres.values() if label is None else [*metres.values(), label])
@@ -276,7 +276,7 @@ def _depth(answers: Sequence[tuple[str, Predicted]], size: tuple[int, int]) -> I
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
-    """A JPEG of depth or its error with a bar below, at least as wide as it; no depth is mixed with its neighbour."""
+    """Return depth, or its error, as a JPEG with a bar below. Resizing never mixes neighbouring depths."""
     factor = math.ceil(depth.bar(size[1]).width / size[1])
     shown = factor * size[1], factor * size[0]
     small = Image.fromarray(depth.values.astype(np.float32)).resize(shown, Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""The tables: what each row scored, how far it is from its baseline, what it costs; sorted by a click on a column."""
+"""The tables: score, difference to the baseline and cost of each row. A click on a column sorts by it."""
 
 import math
 import re
@@ -21,10 +21,10 @@ class Cell:
     """A number of a row.
 
     Attributes:
-        value: what the column is sorted by; NaN is unknown, and stays last.
-        small: its spread, in small print behind the text.
-        gap: the difference whose verdict stands behind it.
-        less: whether less is better, of the value and of the gap.
+        value: the sort key of the column. NaN is unknown, and stays last.
+        small: its spread, in small print after the text.
+        gap: the difference whose verdict follows it.
+        less: whether less is better, for the value and the gap.
         best: whether it is the best of its column.
     """
 
@@ -37,12 +37,13 @@ class Cell:
 
     @property
     def sort(self) -> str | None:
+        """The sort key as text for the page, or None if it is unknown."""
         return None if math.isnan(self.value) else number(self.value, 9)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its header, the explanation that this shows when it is pointed at, and whether the best is marked."""
+    """A column: its header, the explanation on hover, and whether to mark the best value."""
 
     name: str
     explanation: str
@@ -51,7 +52,7 @@ class Column:
 
 
 def scores(comparison: Comparison) -> Markup:
-    """Section of the two tables and of what they mean."""
+    """Return the section of the two tables and their explanations."""
     tables = [(title, *difference_table(comparison, task)) for task, title in DISTANCE_TITLES.items()]
     return render(
         "scores.html",
@@ -69,7 +70,7 @@ def _with_minus(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def class_scores(comparison: Comparison) -> dict[str, Any]:
-    """IoU of every class, a column each."""
+    """Return the table with one column for each class's IoU."""
     columns = [
         Column(name, f"IoU of {name}, %", _iou(place), ranked=True) for place, name in enumerate(comparison.class_names)
     ]
@@ -78,7 +79,7 @@ def class_scores(comparison: Comparison) -> dict[str, Any]:
 
 
 def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
-    """The header and the bodies, contestants and teachers, of a table whose columns sort."""
+    """Return the header and the bodies (contestants, teachers) of a table with sortable columns."""
     lines = [(place, row, [column.cell(row) for column in columns]) for place, row in enumerate(comparison.rows)]
     for number_of_column, column in enumerate(columns):
         own = [cells[number_of_column] for _, row, cells in lines if not row.teacher]
@@ -139,7 +140,7 @@ def _iou(place: int) -> Callable[[Row], Cell]:
 
 
 def _depth_columns(comparison: Comparison) -> list[Column]:
-    """Metrics of depth, and the distance to the baseline in metres of rmse."""
+    """Return metrics of depth, and the distance to the baseline in metres of rmse."""
     seeds, images = interval_spans(comparison, DEPTH)
     columns = [
         Column("rmse m", "of depth, root mean square error in metres; less is better", _depth("rmse"), ranked=True),
@@ -165,7 +166,7 @@ def _depth(name: str) -> Callable[[Row], Cell]:
 
 
 def signed(gap: float, task: str) -> str:
-    """A difference in a task with a real minus: points, or metres."""
+    """Return a difference in points or metres, with a real minus sign."""
     return "-" if math.isnan(gap) else distance(gap, task).replace("-", "\N{MINUS SIGN}")
 
 

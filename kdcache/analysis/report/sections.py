@@ -1,4 +1,4 @@
-"""IoU of every class as bars in the class's colour, the teacher as a mark across them."""
+"""Sections of the page: classes, pictures, teacher and recipes."""
 
 import json
 import math
@@ -27,7 +27,7 @@ _SHOWN = 24
 
 
 def classes(comparison: Comparison) -> Markup:
-    """Section of the bars, the list's order chosen by the reader, and the same as a table."""
+    """Return the section of IoU bars per class, whose order the reader chooses, and the same as a table."""
     gaps = [gap for row in comparison.contestants for gap in row.class_differences]
     return render(
         "classes.html",
@@ -41,7 +41,7 @@ def classes(comparison: Comparison) -> Markup:
 
 
 def _card(comparison: Comparison, place: int) -> dict[str, Any]:
-    """One class: how much of the labels it has, its best IoU, and what the list is ordered by."""
+    """Return one class: how much of the labels it has, its best IoU, and what the list is ordered by."""
     rows = comparison.contestants
     ious = [row.iou[place].mean for row in rows if not math.isnan(row.iou[place].mean)]
     differences = [row.class_differences[place].mean for row in rows if row.class_differences]
@@ -58,7 +58,7 @@ def _card(comparison: Comparison, place: int) -> dict[str, Any]:
 
 
 def _share(comparison: Comparison, place: int) -> str:
-    """How much of the labelled pixels a class has: what is rare is noisy."""
+    """Return a class's share of the labelled pixels, because rare classes are noisy."""
     pixels = [score.metrics.label_pixels for row in comparison.rows for score in row.runs]
     total = sum(map(sum, pixels))
     if not total:
@@ -76,7 +76,7 @@ NO_SHARED_IMAGE = (
 
 
 def pictures(comparison: Comparison, samples: Sequence[Sample] | None, folder: Path | None) -> Markup | None:
-    """Section of the images; None when there is nothing to show and none were wanted (`samples` is None)."""
+    """Return the section of the images, or None if none were requested (`samples` is None) and none exist."""
     if folder is None and samples is None:
         return None
     why_none = NO_SHARED_IMAGE if samples is not None else ""
@@ -109,7 +109,7 @@ def pictures(comparison: Comparison, samples: Sequence[Sample] | None, folder: P
 
 
 def teacher(comparison: Comparison, audit: TeacherAudit | None) -> Markup | None:
-    """Section on the teacher; None when there is neither a teacher's row nor an audit."""
+    """Return the section on the teacher, or None if there is neither a teacher's row nor an audit."""
     rows = comparison.teachers
     if not rows and audit is None:
         return None
@@ -128,13 +128,13 @@ def teacher(comparison: Comparison, audit: TeacherAudit | None) -> Markup | None
 
 
 def strongest_baseline(comparison: Comparison) -> Row | None:
-    """The row without a teacher that has the highest mIoU."""
+    """Return the row with the highest mIoU of those trained without a teacher."""
     baselines = [row for row in comparison.contestants if row.baseline and not math.isnan(row.miou.mean)]
     return max(baselines, key=lambda row: row.miou.mean, default=None)
 
 
 def lost_classes(teacher_row: Row, rival: Row) -> list[int]:
-    """Classes in which the teacher has the lower IoU, the largest loss first; rounding is no loss."""
+    """Return the classes in which the teacher has the lower IoU, largest loss first. Rounding is no loss."""
     gaps = [theirs.mean - own.mean for own, theirs in zip(teacher_row.iou, rival.iou, strict=True)]
     lost = [place for place, gap in enumerate(gaps) if gap > 5e-5]
     return sorted(lost, key=lambda place: -gaps[place])
@@ -153,7 +153,7 @@ def _sentences(row: Row, rival: Row, lost: Sequence[int], students: Sequence[Row
 
 
 def _copied(lost: Sequence[int], students: Sequence[Row]) -> str:
-    """Did students fall where the teacher is weak?"""
+    """Describe whether students are worse in the classes where the teacher is weak."""
     gaps = [student.class_differences[place].mean for student in students for place in lost]
     finite_gaps = [gap for gap in gaps if not math.isnan(gap)]
     if not finite_gaps:
@@ -172,7 +172,7 @@ _MACHINE = {"platform": "system", "python": "Python", "cpus": "CPUs", "threads":
 
 
 def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | None) -> Markup:
-    """Section with a part for each row."""
+    """Return the section with each row's recipe."""
     return render(
         "recipes.html",
         command=command,
@@ -183,7 +183,7 @@ def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | No
 
 
 def again(entry: Entry) -> str | None:
-    """The command that trains a run again; None for what no recipe describes."""
+    """Return the command that repeats a training, or None without a recipe."""
     verb = entry.settings.get("verb")
     if entry.run is None or verb not in VERBS:
         return None
@@ -206,7 +206,7 @@ def _row(row: Row, runs: Mapping[str, Entry], tasks: Sequence[str]) -> dict[str,
 
 
 def streams(settings: Mapping[str, Any]) -> list[list[str]]:
-    """The streams of a recipe: name, source, share of the batch in percent, rows of it, weight; [] without streams."""
+    """Return name, source, batch share in percent, rows and weight of each stream of a recipe."""
     tables, batch = settings.get("stream") or [], settings.get("batch-size")
     if not tables or not isinstance(batch, int):
         return []
@@ -227,7 +227,7 @@ def _run(score: RunScore, entry: Entry | None, tasks: Sequence[str]) -> list[str
 
 
 def setting(value: Any) -> str:
-    """A setting as a person writes it."""
+    """Return a setting as a user would type it."""
     if value is None or value == []:
         return "none"
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value)

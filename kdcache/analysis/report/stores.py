@@ -1,4 +1,4 @@
-"""The scores of the teachers of several stores, one below the other."""
+"""A table of the scores of several caches' teachers."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ HEADER = (
 
 
 def stores(audits: Sequence[TeacherAudit]) -> Markup | None:
-    """Return the section on the pseudo labels of every store, in the order of the audits; None for fewer than two."""
+    """Return the section on the pseudo labels of every cache, in the audits' order, or None for fewer than two."""
     if len(audits) < 2:
         return None
     rows = [

@@ -1,4 +1,4 @@
-"""The first screen of the page: did distillation help, in one sentence, and what was compared."""
+"""The first screen of the page: whether distillation helped, in one sentence, and what was compared."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Measured = tuple[Row, Difference]
 
 
 def summary(comparison: Comparison, device: str | None) -> Markup:
-    """The headline, the differences as a drawing, the facts."""
+    """Return the headline, the drawing of differences, and the facts."""
     answer, sentence, more = headline(comparison)
     return render(
         "summary.html",
@@ -36,9 +36,9 @@ def summary(comparison: Comparison, device: str | None) -> Markup:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """A word, a sentence, and the reservations beside it, on all rows that a teacher taught and that have a baseline.
+    """Return a word, a sentence and its reservations on all rows that a teacher taught and that have a baseline.
 
-    Controls and rows of other losses on labels answer only where there are no others.
+    Controls, and rows of other losses on labels, count only if there are no such rows.
     """
     every = measured(comparison)
     rows = [pair for pair in every if pair[0].distilled] or every
@@ -68,9 +68,9 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
 
 
 def _depth_sentence(comparison: Comparison) -> tuple[str, str] | None:
-    """The answer and a sentence on depth: the row of the least rmse among those measured against a baseline.
+    """Return the answer and a sentence on depth: the row with the least rmse of those measured against a baseline.
 
-    None where there is none.
+    None if there is no such row.
     """
     every = [row for row in comparison.contestants if (gap := row.depth_difference) and not math.isnan(gap.mean)]
     if not every:
@@ -94,7 +94,7 @@ def _depth_sentence(comparison: Comparison) -> tuple[str, str] | None:
 
 
 def measured(comparison: Comparison) -> list[Measured]:
-    """The contestants whose distance to a baseline is known."""
+    """Return the contestants with a known difference to a baseline."""
     return [
         (row, row.difference)
         for row in comparison.contestants
@@ -103,10 +103,9 @@ def measured(comparison: Comparison) -> list[Measured]:
 
 
 def _answer(every: Sequence[Difference], of_the_loss: int = 0) -> str:
-    """The answer of all rows: that the best of several did well by luck is none.
+    """Return the answer of all rows. The best of several rows may be lucky, so a single gain is not enough.
 
-    Args:
-        of_the_loss: the number of gains above noise that may be the loss's own.
+    `of_the_loss` is the number of gains above noise that the loss itself may explain.
     """
     gaps = [gap for gap in every if not is_nothing(gap.mean)]
     if not gaps:
@@ -129,7 +128,7 @@ def _answer(every: Sequence[Difference], of_the_loss: int = 0) -> str:
 
 
 def _both_collapsed(comparison: Comparison, row: Row, difference: Difference) -> bool:
-    """Whether neither a row nor its baseline has learnt anything: then their distance means nothing."""
+    """Return whether neither a row nor its baseline has learnt anything: then their distance means nothing."""
     baselines = [other for other in comparison.rows if other.name == difference.baseline]
     return is_collapsed(row) and all(map(is_collapsed, baselines))
 
@@ -139,7 +138,7 @@ def _is_above(gap: Difference) -> bool:
 
 
 def _of_the_loss(rows: Sequence[Measured]) -> int:
-    """The number of rows above their baseline, but not above their control: their gain may be the loss's own."""
+    """Return the number of rows above their baseline, but not above their control: their gain may be the loss's own."""
     return sum(
         _is_above(gap) and row.control is not None and not math.isnan(row.control.mean) and not _is_above(row.control)
         for row, gap in rows
@@ -147,7 +146,7 @@ def _of_the_loss(rows: Sequence[Measured]) -> int:
 
 
 def _tally(rows: Sequence[Measured]) -> str:
-    """How many rows are better, worse, neither, and by how many comparisons at once."""
+    """Count the rows that are better, worse or neither, and the comparisons behind them."""
     every = [gap for _, gap in rows]
     gaps = [gap for gap in every if not is_nothing(gap.mean)]
     sure = [gap for gap in gaps if gap.verdict == "above noise"]
@@ -169,14 +168,14 @@ def _tally(rows: Sequence[Measured]) -> str:
 
 
 def gap_words(gap: float) -> str:
-    """A difference of fractions, as in `1.20 points more than`."""
+    """Return a difference of fractions, as in `1.20 points more than`."""
     if is_nothing(gap):
         return "as much as"
     return f"{percent(abs(gap))} points {'more' if gap > 0 else 'less'} than"
 
 
 def is_nothing(gap: float) -> bool:
-    """Whether a difference of fractions is 0 in points of two digits, which is all that is shown."""
+    """Return whether a difference of fractions rounds to 0.00 points."""
     return round(100 * gap, 2) == 0
 
 
@@ -189,7 +188,7 @@ def _interval(difference: Difference) -> str:
 
 
 def _meaning(gaps: Sequence[Difference]) -> list[str]:
-    """The meaning of the intervals, and what would show more."""
+    """Return the meaning of the intervals, and what would show more."""
     tested = [gap for gap in gaps if not math.isnan(gap.half_width)]
     sentences = []
     if len(gaps) == len(tested) == 1:
@@ -222,7 +221,7 @@ def _runs(difference: Difference) -> str:
 
 
 def _control(best: Row) -> list[str]:
-    """How much of the best row's score its loss reaches without a teacher."""
+    """Return how much of the best row's gain its loss reaches without a teacher."""
     gap = best.control
     if gap is None or math.isnan(gap.mean):
         return []
@@ -239,7 +238,7 @@ def _control(best: Row) -> list[str]:
 
 
 def _caution(gaps: Sequence[Difference], best: Difference) -> list[str]:
-    """A best of several is chosen for its luck too."""
+    """Return the caution that the best of several rows was partly lucky."""
     if len(gaps) < 2 or best.mean <= 0:
         return []
     return ["The best of several is chosen for its luck too: its difference is rather too large than too small."]
@@ -257,7 +256,7 @@ def _teacher(comparison: Comparison, best: Row) -> list[str]:
 
 
 def differences(comparison: Comparison) -> dict[str, Any] | None:
-    """Each row's distance to its baseline as a dot with its interval, zero marked; places are percent of the width."""
+    """Return each row's difference to its baseline as a dot with its interval, in percent of the width."""
     rows = measured(comparison)
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""How the trainings went: curves of all runs in their rows' colours, and how much each term of the loss did."""
+"""The course of the trainings: curves of all runs in their rows' colours, and the size of each term's gradient."""
 
 import math
 import statistics
@@ -32,7 +32,7 @@ Norms = list[tuple[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Training:
-    """The log of one run of a row; `norms` of its terms' gradients by step, and what it has of `tasks`."""
+    """The log of one run of a row: `norms` of its terms' gradients by step, and its curves by task."""
 
     row: Row
     place: int
@@ -43,7 +43,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """The row's, with the seed and fold where the row has several runs."""
+        """The row's name, with seed and fold if the row has several runs."""
         if len(self.row.runs) < 2:
             return self.row.name
         seed, fold = self.run.key
@@ -51,7 +51,7 @@ class Training:
 
 
 def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Training]:
-    """The trainings of all runs that keep a log. Raises: RecipeError for a log that is none."""
+    """Return the trainings of all runs with a log. Raises: RecipeError for an invalid log."""
     trainings = []
     for place, row in enumerate(comparison.rows):
         for score in row.runs:
@@ -63,7 +63,7 @@ def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Tr
 
 
 def read_norms(run: Run) -> Norms:
-    """(step, norm by term) of a run's log."""
+    """Return (step, norm by term) from a run's log."""
     norms = []
     for row in run.metrics or ():
         if row["kind"] == "gradients":
@@ -73,7 +73,7 @@ def read_norms(run: Run) -> Norms:
 
 
 def read_tasks(run: Run) -> dict[str, dict[str, Points]]:
-    """Points of a run's log by what they measure, a key of _OF_TASKS, and by task."""
+    """Return the points of a run's log by their metric, a key of _OF_TASKS, and by task."""
     measured: dict[str, dict[str, Points]] = {key: {} for key in _OF_TASKS}
     for row in run.metrics or ():
         for task, own in row.get("tasks", {}).items() if row["kind"] in ("train", "gradients") else ():
@@ -85,7 +85,7 @@ def read_tasks(run: Run) -> dict[str, dict[str, Points]]:
 
 
 def curves(trainings: Sequence[Training]) -> Markup | None:
-    """Section of the curves; None when no run keeps a log."""
+    """Return the section of the curves, or None if no run has a log."""
     if not trainings:
         return None
     parts = dict.fromkeys(name for run in trainings for name in run.curves.losses if name != "loss")
@@ -130,9 +130,9 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
 
 
 def gradients(trainings: Sequence[Training]) -> Markup | None:
-    """Section on the terms' gradients beside that of cross-entropy; None when there is no term besides.
+    """Return the section on the terms' gradients relative to cross-entropy's, or None without another term.
 
-    A stream's terms stand beside its own cross-entropy.
+    A stream's terms are compared with its own cross-entropy.
     """
     terms = [
         _term(training, name)
@@ -155,7 +155,7 @@ def gradients(trainings: Sequence[Training]) -> Markup | None:
 
 
 def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:
-    """The warning about a term of a row, by the median over its runs; None for none."""
+    """Return the warning about a term of a row, by the median over its runs, or None for none."""
     middle = statistics.median(middles)
     word = judge(middle)
     if word is None:
@@ -166,14 +166,14 @@ def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:
 
 
 def judge(share: float) -> str | None:
-    """Words on a ratio of norms; None where it is in proportion."""
+    """Return a comment on a ratio of norms, or None if it is in proportion."""
     if share < LITTLE:
         return "hardly does anything"
     return "dominates the loss" if share > MUCH else None
 
 
 def times(share: float) -> str:
-    """0.0123 as `0.012 times`."""
+    """Return 0.0123 as `0.012 times`."""
     return f"{share:.2g} times" if share < 100 else f"{share:.0f} times"
 
 
@@ -184,7 +184,7 @@ def _shares(norms: Norms, name: str) -> list[float]:
 
 
 def _term(training: Training, name: str) -> dict[str, Any]:
-    """A term of a run: the ratios of its gradient to that of cross-entropy, and where they stand on the scale."""
+    """Return a term's gradient ratios to cross-entropy, and their places on the scale."""
     shares = _shares(training.norms, name)
     middle = statistics.median(shares) if shares else math.nan
     return {
@@ -199,7 +199,7 @@ def _term(training: Training, name: str) -> dict[str, Any]:
 
 
 def _log_place(share: float) -> str:
-    """Percent of the way from 0.001 to 1000, by logarithm."""
+    """Return percent of the way from 0.001 to 1000, by logarithm."""
     clipped = min(max(share, _LOWEST), _HIGHEST)
     return number(100 * math.log(clipped / _LOWEST) / math.log(_HIGHEST / _LOWEST))
 
