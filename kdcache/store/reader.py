@@ -128,10 +128,7 @@ class Cache:
             raise
 
     def check_files(self) -> None:
-        """Check that every file exists with its size, to fail before a training instead of during it.
-
-        Raises: CorruptError naming the first that does not.
-        """
+        """Check that every file exists with its size. Raises: CorruptError naming the first that does not."""
         self._check_place()
         if self.ledger is not None:
             self.ledger.check_files()
@@ -203,10 +200,7 @@ class Cache:
             self._array(path).read_into(record, out)
 
     def feature(self, record: int, tap: str) -> Array:
-        """Return the features of one record as numbers: (c, h, w) float16, or float32 if the tap is stored in bytes.
-
-        Raises: as `read`.
-        """
+        """Return one record's features (c, h, w): float16, or float32 if stored in bytes. Raises: as `read`."""
         path, scales = f"features/{tap}", f"scales/{tap}"
         rows = self.read(record, [path, scales] if scales in self.specs else [path])
         return restore(rows[path], rows[scales]) if scales in rows else rows[path]

@@ -1,4 +1,4 @@
-"""The run of a training from its settings, for `train-teacher` and `train-student`."""
+"""Run a training from its settings, for `train-teacher` and `train-student`."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,16 +82,14 @@ from kdcache.training.trainer import Trainer
 def train(
     config: TrainConfig, out: str | Path, *, resume: bool = False, observer: Observer | None = None
 ) -> dict[str, Any]:
-    """Train by `config` into the folder `out`; returns the content of its result.json.
+    """Train by `config` into the folder `out`. Return the content of its result.json.
 
-    A student is trained from the cache alone. No teacher is imported, loaded or run. Every process that torchrun
-    starts calls this with the same arguments. All return or raise the same.
+    A student is trained from the cache only. No teacher is imported, loaded or run. Every process that torchrun starts
+    calls this with the same arguments. All return or raise the same. `resume` continues from the last checkpoint of the
+    same settings in `out`, or from the beginning if the folder holds no checkpoint. `observer` watches the training.
 
-    Args:
-        resume: go on from the last checkpoint of the same settings in `out`, which exists; from the beginning when it
-            holds no checkpoint.
-    Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
-        Interrupted when the user stops it.
+    Raises: KDCacheError of every kind, before anything is written if a setting is wrong;
+        Interrupted if the user stops it.
     """
     with memory_errors(config), disk_space_errors(out), processes() as world, RunLock(Path(out)) as lock:
         watching = observer if observer is not None and world.first else Observer()
@@ -109,8 +107,7 @@ def make_trainer(
 ) -> Trainer:
     """Check all settings and data, then begin the run folder.
 
-    Args:
-        lock: lock of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
+    `lock` is the folder's lock, which the first process takes before it writes. None trusts the caller to be alone.
     """
     with world.together():
         if not config.data.stream:  # whose rows are checked each
@@ -224,7 +221,7 @@ def _note_collapse(source: Source, sources: Sequence[Source], observer: Observer
 
 
 def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer) -> TrainConfig:
-    """Fill in what depends on the data: of each stream, and of the training, whose epoch shows every stream once."""
+    """Fill in what depends on the data: for each stream, and for the training, whose epoch shows every stream once."""
     for source in sources:
         own, dataset = source.config, source.dataset
         with source.named():
@@ -243,7 +240,7 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
 
 
 def _shuffle(config: TrainConfig) -> str:
-    """The order of an epoch, of which there is none where samples are drawn by class. Raises: RecipeError."""
+    """Return the order of an epoch. Sampling by class has no epochs. Raises: RecipeError."""
     if config.data.sampling == "even":
         return config.data.shuffle
     if config.data.shuffle == "window":
@@ -256,7 +253,7 @@ def _shuffle(config: TrainConfig) -> str:
 
 
 def _criterion(source: Source, model: SegmentationModel, device: torch.device, observer: Observer) -> DistillLoss:
-    """The loss of a stream, whose samples bring from now on what it reads."""
+    """Return the loss of a stream, and let its samples bring what the loss reads."""
     with source.named():
         source.dataset.extras = needed_arrays(source.config, source.cache, model)
         for part in () if source.cache is None else source.cache.parts:
@@ -270,7 +267,7 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
 
 
 def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
-    """The loss of all streams, of one source its own; with the balance of two tasks."""
+    """Return the loss of all streams (of a single source its own loss), with the balance of two tasks."""
     balance = make_balance(config.loss.balance, config.loss.task_weight, config.tasks)
     if len(criteria) == 1 and not sources[0].stream.name:
         criteria[0].balance = balance
@@ -288,13 +285,13 @@ def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
 
 
 def _check_seen(source: Source) -> list[str]:
-    """Notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
+    """Return notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
     parts = () if source.cache is None else source.cache.parts
     return [note for part in parts for note in check_teacher(part, source.config, source.dataset.labels_used)]
 
 
 def _notes(source: Source, val: Split | None) -> Iterator[str]:
-    """Notes on the rows of a stream, how labels are shared out, what warp works on, and what is judged."""
+    """Yield notes on a stream's rows, the share of labels, what warp works on, and what is judged."""
     config, dataset, cache = source.config, source.dataset, source.cache
     if source.stream.name:
         yield f"{source.rows} of {config.optimizer.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
@@ -330,7 +327,7 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Use deterministic algorithms on a CPU, where a run then repeats to the bit; the process's setting is restored."""
+    """Use deterministic algorithms on a CPU in a with block, so a run repeats bit for bit."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or device.type == "cpu")
     try:
@@ -340,23 +337,23 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[str, ...]:
-    """The tasks that are validated: of those that the model predicts and the data label, what is learnt if any is.
+    """Return the tasks to validate: learnt tasks if the data label any, else all that model and data share.
 
-    Raises: DataError where there is none.
+    Raises: DataError if there are none.
     """
     judged = check_tasks(model, val)
     return tuple(task for task in judged if task in config.tasks) or judged
 
 
 def _fit(config: TrainConfig) -> Fit:
-    """The fit of a training whose data are known."""
+    """Return the fit of a training with opened data."""
     return "squash" if config.data.fit == "auto" else config.data.fit
 
 
 def _depth_validator(
     val: Split, config: TrainConfig, device: torch.device, world: World
 ) -> Callable[[SegmentationModel], DepthMetrics]:
-    """Each process validates depth on its part of the samples."""
+    """Return a function that validates depth on this process's part of the samples."""
 
     def validate(model: SegmentationModel) -> DepthMetrics:
         assert config.data.size is not None
@@ -371,7 +368,7 @@ def _depth_validator(
 def _feature_judge(
     config: TrainConfig, source: Source, criterion: Criterion, device: torch.device, world: World
 ) -> FeatureJudge | None:
-    """The judge of `--val-share`; None without it."""
+    """Return the judge of `--val-share`, or None without it."""
     if config.data.val_share is None:
         return None
     assert isinstance(criterion, DistillLoss)
@@ -380,9 +377,9 @@ def _feature_judge(
 
 
 def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
-    """Each process validates its part of the samples; pixels are counted, so that all know the very same score.
+    """Return a function that validates this process's part of the samples. Pixel counts are summed over processes.
 
-    As many go through the model at once as in training.
+    As many images go through the model at once as in training.
     """
     at_once = config.optimizer.batch_size // (world.size * config.optimizer.accumulate)
     together = 1 if config.augmentation.mix is None else 2

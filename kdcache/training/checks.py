@@ -1,4 +1,4 @@
-"""Whether settings go together once the data, their augmentation and the number of processes are known."""
+"""Check settings against each other once the data, their augmentation and the number of processes are known."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,12 +14,11 @@ from kdcache.training.streams import flag_of
 
 
 def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
-    """Check that stored features are mirrored only with `--flip`, while pixels are by default.
+    """Check that stored features are mirrored only with `--flip`, although pixels are mirrored by default.
 
-    Features of a mirrored image are not the mirrored features: with position embeddings they are never mirrored.
+    Features of a mirrored image are not mirrored features. With position embeddings they must never be mirrored.
+    `config` has a resolved augment. `processor` is the cache's teacher's, if known.
 
-    Args:
-        config: settings whose augment is not auto. processor: of the cache's teacher, if it is known.
     Raises: RecipeError for stored features that would be mirrored without `--flip`, or with position embeddings.
     """
     stored = [term.kind for term in config.terms if term.reads_taps]
@@ -42,12 +41,7 @@ def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
 
 
 def check_whole_views(config: TrainConfig) -> None:
-    """Check that views are replayed if a term reads what is of a whole view.
-
-    Args:
-        config: settings whose augment is not auto.
-    Raises: RecipeError.
-    """
+    """Raise RecipeError if a term needs whole views but views are not replayed. `augment` must be resolved."""
     whole = [term.kind for term in config.terms if term.active and term.whole_view]
     if config.augmentation.augment == "warp" and whole and config.data.cache is not None:
         raise RecipeError(
@@ -58,7 +52,7 @@ def check_whole_views(config: TrainConfig) -> None:
 
 
 def check_replays(config: TrainConfig) -> None:
-    """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
+    """Raise RecipeError for a number of views without replay. `augment` must be resolved."""
     augment = config.augmentation.augment
     if config.data.limit_views is not None and augment != "replay":
         raise RecipeError(
@@ -68,7 +62,7 @@ def check_replays(config: TrainConfig) -> None:
 
 
 def check_supervised(config: TrainConfig) -> None:
-    """Raises: RecipeError for terms on predictions alone, to which any one class everywhere is as good as the truth."""
+    """Raise RecipeError if all terms read only predictions, which any constant class would satisfy."""
     if not config.supervised:
         loss = config.loss
         raise RecipeError(
@@ -83,7 +77,7 @@ def check_supervised(config: TrainConfig) -> None:
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raises: RecipeError for what several processes cannot compute as one would."""
+    """Raise RecipeError for settings that several processes cannot compute as one process would."""
     quantiles = [term.kind for term in config.terms if isinstance(term, PseudoLabels) and term.quantile is not None]
     if processes > 1 and quantiles:
         raise RecipeError(
@@ -94,7 +88,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def check_adversaries(config: TrainConfig) -> None:
-    """Raises: RecipeError for adversarial terms without another stream whose predictions they are to pass for."""
+    """Raise RecipeError for adversarial terms without another stream's predictions to imitate."""
     names = [stream.name for stream in config.streams]
     for stream in config.streams:
         others = [name for name in names if name != stream.name]
@@ -111,7 +105,7 @@ def check_adversaries(config: TrainConfig) -> None:
 
 
 def check_auxiliary(config: TrainConfig) -> None:
-    """Raises: RecipeError for an auxiliary head that nothing is learnt of."""
+    """Raise RecipeError for an auxiliary head that nothing trains."""
     weighed = [stream.config.terms for stream in config.streams if stream.weight > 0]
     learnt = any(isinstance(term, Auxiliary) and term.active for terms in weighed for term in terms)
     if split_auxiliary(config.run.model)[1] is not None and not learnt:
@@ -123,13 +117,13 @@ def check_auxiliary(config: TrainConfig) -> None:
 
 
 def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
-    """Return the settings of a stream that change nothing, by name, with the reason.
+    """Return the settings of a stream that have no effect, by name, with the reason.
 
-    Settings of terms are not among them: `make_config` refuses those.
+    Settings of terms are not among them, because `make_config` checks those.
 
     Args:
         config: of the stream, with `augment` resolved.
-        cache: its open cache; None for a data folder.
+        cache: its open cache, or None for a data folder.
     """
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     reads_data = cache is None or config.data.data is not None or not cache.pixels_stored
@@ -157,21 +151,13 @@ def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
 
 
 def idle_everywhere(config: TrainConfig, idle: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Return the settings that no stream and no term takes, by name, with the reason.
-
-    Args:
-        idle: `idle_settings` of each stream.
-    """
+    """Return the settings that no stream and no term takes, with reasons. `idle` has each stream's `idle_settings`."""
     shared = {name: reason for name, reason in idle[0].items() if all(name in settings for settings in idle)}
     return shared | dict.fromkeys(untaken(config.settings, config.taken), "no term of the loss takes it")
 
 
 def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
-    """Notes on settings that change nothing: each one that somebody typed, and one line for those of a run's recipe.
-
-    Args:
-        idle: `idle_everywhere`.
-    """
+    """Yield notes on settings without effect: each typed one, and one line for a recipe's. `idle` is of all streams."""
     for name, reason in idle.items():
         if name in config.given:
             yield f"--{flag_of(name)} has no effect: {reason}"
@@ -180,11 +166,7 @@ def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
 
 
 def warmup_notes(config: TrainConfig) -> Iterator[str]:
-    """Notes on warm-ups that the training ends before.
-
-    Args:
-        config: with its iterations.
-    """
+    """Yield notes on warm-ups that are longer than the training. `config` must have its iterations."""
     assert config.optimizer.iterations is not None, "resolve the settings first"
     for flag, steps, what in (
         (

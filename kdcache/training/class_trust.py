@@ -1,10 +1,10 @@
-"""Class trust: a weight per class of the teacher, by how far it beats a plain run.
+"""Class trust: a weight per class of the teacher, by how far it beats a run on labels only.
 
     trust_c = clip((IoU_teacher,c - IoU_student,c) / 0.05, 0, 1)
 
-A student learns from the teacher where that is better than training on labels alone, and from the labels where it is
-not. Both are scored on images that neither was trained on: the fold that a plain run left out. A class that does not
-occur there has trust 1.
+A student learns from the teacher if the teacher is better than training on labels only, and otherwise from the labels.
+Both are scored on images that neither was trained on: the fold that the run left out. A class that does not occur there
+has trust 1.
 """
 
 import math
@@ -32,7 +32,7 @@ FULL = 0.05
 
 
 def read_trust(path: str, names: Sequence[str]) -> list[float]:
-    """Weights of all classes from a file that names them: TOML or JSON, class -> a number of 0 or more.
+    """Return weights of all classes from a TOML or JSON file: class -> a number of 0 or more.
 
     Raises: RecipeError naming the file and the class.
     """
@@ -57,12 +57,12 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
 def trust_from_run(
     records: Records, run: str, device: torch.device, note: Callable[[str], None] = _log.warning
 ) -> list[float]:
-    """Weights of all classes, from the store's teacher beside a plain run on the fold that the run left out.
+    """Return weights of all classes by comparing the cache's teacher with a run on the fold that the run left out.
 
-    Args:
-        run: a folder of train-student --method none or of train-teacher, with --fold.
-        note: receives what makes the weights doubtful: a teacher that may have seen the fold that the run left out.
-    Raises: RecipeError for a store of crops, a run with a teacher or without a fold, or a fold without labels;
+    `run` is a folder of train-student --method none or of train-teacher, with --fold. `note` receives doubts about the
+    weights, such as a teacher that may have seen that fold.
+
+    Raises: RecipeError for a cache of crops, a run with a teacher or without a fold, or a fold without labels;
         MismatchError for a run of other classes or samples.
     """
     cache = records.cache

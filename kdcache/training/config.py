@@ -1,4 +1,4 @@
-"""The settings of a training, by owner, and the rules over several owners."""
+"""The settings of a training by owner, and the rules that involve several owners."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,7 +55,7 @@ class TrainConfig:
     Attributes:
         given: names of the settings that somebody typed.
         copied: names of the settings that come from the recipe.toml of another run.
-        untaken: names of the settings that change nothing, once the data are known.
+        untaken: names of the settings that turn out to have no effect once the data are known.
     """
 
     run: Run
@@ -100,12 +100,12 @@ class TrainConfig:
         return {name: value for owner in owners for name, value in vars(owner).items()}
 
     def changed(self, **settings: Any) -> "TrainConfig":
-        """Return a copy with other values of some settings, which are not checked again one by one."""
+        """Return a copy with other values of some settings, without checking each again."""
         return replace(self, **_by_owner(self.settings | settings))
 
     @property
     def streams(self) -> tuple[Stream["TrainConfig"], ...]:
-        """The streams, each with settings as of a training of its own; without `stream` the training is the only one.
+        """The streams, each with complete settings. Without `stream` the training is the only one.
 
         Raises: RecipeError for shares that do not sum up to 1, or leave a stream without a row of a batch.
         """
@@ -116,7 +116,7 @@ class TrainConfig:
         return tuple(replace(stream, share=share) for stream, share in zip(made, shares, strict=True))
 
     def rows(self, parts: int = 1) -> list[int]:
-        """Rows of every batch that each stream has, which `parts` processes and parts share. Raises: RecipeError."""
+        """Return each stream's rows of a batch, which `parts` processes and parts share. Raises: RecipeError."""
         named = {stream.name: cast("float", stream.share) for stream in self.streams}
         return check_rows(named, self.optimizer.batch_size, 1 if self.augmentation.mix is None else 2, parts)
 
@@ -127,7 +127,7 @@ class TrainConfig:
 
     @property
     def all_terms(self) -> tuple[LossTerm, ...]:
-        """All terms: `ce`, those of the method, those listed one by one, and of an auxiliary head."""
+        """All terms: `ce`, the method's, those listed singly, and an auxiliary head's."""
         loss = self.loss
         ce = CrossEntropy(
             weight=loss.ce_weight,
@@ -141,12 +141,12 @@ class TrainConfig:
 
     @property
     def active(self) -> list[LossTerm]:
-        """The terms that have a weight."""
+        """The terms with a weight above 0."""
         return [term for term in self.all_terms if term.active]
 
     @property
     def taken(self) -> set[str]:
-        """The settings of terms that set one of the loss, of any stream."""
+        """The settings of terms that set a term of the loss, of any stream."""
         if self.data.stream:
             return {name for stream in self.streams for name in stream.config.taken}
         taken = {name for term in self.active for name in term.takes}
@@ -154,7 +154,7 @@ class TrainConfig:
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
-        """The terms beside CE and KL, which are fused."""
+        """The terms other than CE and KL, which are fused."""
         return tuple(term for term in self.all_terms if not term.fused)
 
     @property
@@ -164,7 +164,7 @@ class TrainConfig:
 
     @property
     def learns_unlabelled(self) -> bool:
-        """Whether samples without a label teach: by a store's targets, or by a term on predictions alone."""
+        """Whether samples without a label count: through targets, or a term on predictions only."""
         return self.reads_targets or any(not term.reads_teacher and not term.reads_labels for term in self.active)
 
     @property
@@ -175,7 +175,7 @@ class TrainConfig:
 
     @property
     def supervised(self) -> bool:
-        """Whether classes or depth are learnt from labels or from a teacher, by any stream."""
+        """Whether any stream learns classes or depth from labels or from a teacher."""
         if self.data.stream:
             weighed = [stream for stream in self.streams if stream.weight > 0]
             return any(stream.paste is not None or stream.config.supervised for stream in weighed)
@@ -183,22 +183,22 @@ class TrainConfig:
 
     @property
     def reads_targets(self) -> bool:
-        """Whether a store's targets are read."""
+        """Whether it reads a cache's targets."""
         return self.teaches and self.loss.teacher == "store"
 
     @property
     def reads_logits(self) -> bool:
-        """Whether a store's targets of classes are read, and not its features alone."""
+        """Whether it reads a cache's targets of classes, and not only its features."""
         return self.reads_targets and any(term.reads_logits for term in self.active)
 
     @property
     def reads_depth(self) -> bool:
-        """Whether labels of depth are read."""
+        """Whether it reads depth labels."""
         return any(term.of_depth and term.reads_labels for term in self.active)
 
     @property
     def target_heads(self) -> tuple[str, ...]:
-        """The heads of a store whose targets are read, where it has them."""
+        """The heads whose targets it reads from a cache that has them."""
         if not self.reads_targets:
             return ()
         read = {term.task for term in self.active if term.reads_teacher} | ({SEGMENTATION} if self.wants_kl else set())
@@ -206,18 +206,18 @@ class TrainConfig:
 
     @property
     def compares_metres(self) -> bool:
-        """Whether metres are compared, of labels or of a teacher; `depth-ssi` of a teacher sees neither its scale."""
+        """Whether it compares metres, of labels or a teacher. `depth-ssi` ignores a teacher's scale and shift."""
         return any(term.in_metres and (term.reads_labels or self.reads_targets) for term in self.active)
 
     @property
     def label_tasks(self) -> tuple[str, ...]:
-        """The tasks whose labels are used."""
+        """The tasks of the labels that it uses."""
         used = (SEGMENTATION, DEPTH) if self.data.labels in ("all", "none") else self.data.labels.split("+")
         return tuple(task for task in (SEGMENTATION, DEPTH) if task in used and (task != DEPTH or self.reads_depth))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that are learnt, by any stream of weight above 0: those with a part of weight above 0."""
+        """The tasks that any stream of weight above 0 learns with a term of weight above 0."""
         learnt = {term.task for term in self.active}
         if self.data.stream:
             learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
@@ -230,19 +230,19 @@ class TrainConfig:
 
     @property
     def validated_fold(self) -> Fold | None:
-        """The fold of the validation data that the training is validated on; None for all of it."""
+        """The fold of the validation data to validate on, or None for all of it."""
         return None if self.data.val_fold is None else parse_fold(self.data.val_fold, self.data.folds_by)
 
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
     ) -> "TrainConfig":
-        """Return the settings with size, iterations, val_every, shuffle and labelled_share filled in, in iterations.
+        """Fill in size, iterations, val_every, shuffle and labelled_share, with all lengths in iterations.
 
         Args:
             samples: number of samples of the training data, for epochs.
-            size: (H, W) to use when none was given.
-            shuffle: full or window, in place of auto; a run keeps it, also where its store moves.
-            labelled_share: share of every batch that has labels; None draws all samples alike.
+            size: (H, W) to use if none was given.
+            shuffle: full or window, instead of auto. A run keeps it even if its cache moves.
+            labelled_share: share of every batch that has labels. None draws all samples with equal probability.
         """
         optimizer, run = self.optimizer, self.run
         iterations = optimizer.iterations or DEFAULT_ITERATIONS
@@ -257,7 +257,7 @@ class TrainConfig:
         return self.changed(**settings)
 
     def with_streams(self, resolved: "Sequence[TrainConfig]") -> "TrainConfig":
-        """Return the settings whose streams have what `resolved` filled in; without streams they are resolved alone."""
+        """Return the settings with resolved streams, or the single resolved settings without streams."""
         tables = []
         for table, own in zip(self.data.stream, resolved, strict=False):
             chosen = {name: own.settings[name] for name in _RESOLVED}
@@ -266,7 +266,7 @@ class TrainConfig:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings that were taken, as recipe.toml writes them."""
+        """The settings that took effect, in the form of recipe.toml."""
         return to_recipe({name: value for name, value in self.settings.items() if name not in self.untaken})
 
     def to_toml(self) -> str:
@@ -300,11 +300,9 @@ def _choices(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Tr
 
 
 def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **settings: Any) -> TrainConfig:
-    """Make a config from settings by name. Raises: RecipeError that names the flag at fault.
+    """Make a config from settings by name. Raises: RecipeError that names the wrong flag.
 
-    Args:
-        given: names of the settings that somebody typed, which must have an effect.
-        copied: names of the settings that a run's own recipe holds.
+    `given` names the settings that somebody typed, which must have an effect. `copied` names those of a run's recipe.
     """
     config = TrainConfig.of(settings)
     _check_given(config, {name: settings[name] for name in given})
@@ -322,7 +320,7 @@ def _check_given(config: TrainConfig, given: Mapping[str, Any]) -> None:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """Read the resolved recipe of a run. Raises: RecipeError when it is missing or malformed."""
+    """Read the resolved recipe of a run. Raises: RecipeError if it is missing or malformed."""
     path, recipe = run / RECIPE, RunFolder(run).recipe
     if recipe is None:
         raise RecipeError(

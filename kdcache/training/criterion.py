@@ -1,4 +1,4 @@
-"""The loss of a training, made from its settings: terms, gate, class weights."""
+"""Make the loss of a training from its settings: terms, gate, class weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -40,7 +40,7 @@ _COUNTED: "WeakKeyDictionary[DrawnDataset, tuple[npt.NDArray[np.int64], npt.NDAr
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
-    """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
+    """Return the paths of the arrays that terms read besides targets. Raises: RecipeError if some are missing."""
     if cache is None or config.loss.teacher == "labels":
         return ()
     check_terms(config.all_terms, cache.manifest)
@@ -56,14 +56,15 @@ def make_criterion(
     note: Callable[[str], None],
     pasted: DrawnDataset | None = None,
 ) -> DistillLoss:
-    """The loss that `config` describes, on the CPU.
+    """Return the loss that `config` describes, on the CPU.
 
-    Args:
-        device: where a plain run is evaluated for `--class-trust auto`.
-        note: receives the trust in each class of the teacher, or the cells on which labels stand in its place; and
-            that a student without heads leaves labels out.
-        pasted: the stream whose samples, and labels, are pasted into the dataset's.
-    Raises: RecipeError for a model whose heads are not those that the loss compares.
+    A run on labels only is evaluated on `device` for `--class-trust auto`. `note` receives the trust in each class of
+    the
+    teacher, or the cells on which labels replace the teacher, and whether a student without heads ignores labels.
+    `pasted`
+    is the stream whose samples, and labels, are pasted into the dataset's.
+
+    Raises: RecipeError for a model whose heads are not the ones that the loss compares.
     """
     if not model.head_kinds and config.given.isdisjoint(CrossEntropy().takes):
         if dataset.labels_used.any():
@@ -99,7 +100,7 @@ def make_criterion(
 
 
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
-    """A store's targets, as those of the classes of its labels where these are mapped."""
+    """Return a store's targets, as those of the classes of its labels where these are mapped."""
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache
     lookup = dataset.mapped[1][: cache.num_classes].astype(int)
@@ -107,15 +108,15 @@ def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets
 
 
 def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice."""
+    """Count pixels per class (C,) over the labels of the training. Only first views count, so none counts twice."""
     counts: npt.NDArray[np.int64] = sample_counts(dataset)[0].sum(0)
     return counts
 
 
 def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pixels per class (N, C), and all of them (N,), of each of the N labels that `label_counts` counts.
+    """Return pixels per class (N, C), and all pixels (N,), of the N labels that `label_counts` counts.
 
-    They are counted once: reading all labels takes as long as an epoch of plain training reads.
+    They are counted once, because this takes as long as reading all labels for an epoch.
     """
     if dataset not in _COUNTED:
         classes = len(dataset.classes)
@@ -126,10 +127,10 @@ def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 
 def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Callable[[str], None]) -> Rare | None:
-    """The order that `--sampling rare` draws samples in; None for even sampling.
+    """Return the order in which `--sampling rare` draws samples, or None for even sampling.
 
-    Args:
-        note: receives the classes that are drawn most.
+    `note` receives the classes that are drawn most.
+
     Raises: RecipeError for samples without labels of classes.
     """
     temperature = rare_temperature(config.data.sampling)
@@ -156,9 +157,9 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
 
 
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread.
+    """Count the target pixels (C,) that a teacher gives to each class, on at most COUNTED_TARGETS spread samples.
 
-    Of a stream with a class map it is the class that the best of the store's becomes.
+    With a class map, the cache's best class is mapped first.
     """
     samples, mapped = dataset.indices, dataset.mapped
     counts = np.zeros(256, np.int64)
@@ -169,15 +170,11 @@ def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
 
 
 def channel_moments(cache: Cache, tap: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (c,) of a stored feature's channels, over all positions.
+    """Return mean and standard deviation (c,) float32 of a stored feature's channels, over all positions.
 
-    They are of the first views of at most COUNTED_TARGETS samples, evenly spread. A channel that does not vary has the
-    standard deviation 1.
-
-    Args:
-        tap: of the store's features.
-        samples: numbers of samples.
-    Returns: float32; sums are float64.
+    They are of the first views of at most COUNTED_TARGETS of the given samples, evenly spread, summed in float64. A
+    channel
+    without variation has the standard deviation 1.
     """
     numbers = evenly_spread(len(samples), COUNTED_TARGETS)
     means = []
@@ -199,7 +196,7 @@ def _best_class(cache: Cache, record: int) -> Array:
 
 
 def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset) -> LabelTargets:
-    """Labels as targets, on the store's cells; without a store, on those of the student's logits."""
+    """Return labels as targets on the cache's cells, or on the cells of the student's logits without a cache."""
     assert config.data.size is not None
     cache = dataset.cache
     stored = None if cache is None else cache.specs.get(TARGET_VALUES)
@@ -214,7 +211,7 @@ def _terms(
     dataset: DrawnDataset,
     label_weight: Tensor | None,
 ) -> list[Term]:
-    """The terms beside CE and KL; `label_weight` (C,) is the class weight of cross-entropy."""
+    """Return the terms other than CE and KL. `label_weight` (C,) is the class weight of cross-entropy."""
     if targets is None or not config.terms:
         return []
     shapes = tap_shapes(model, config)
@@ -247,7 +244,7 @@ def _terms(
 def _target_weight(
     config: TrainConfig, kind: Literal["none", "median", "sqrt"], dataset: DrawnDataset
 ) -> Tensor | None:
-    """Weights (C,) of the classes by how rare they are among the targets: the store's, or labels in their place."""
+    """Return class weights (C,) by rarity among the targets: the cache's, or labels in their place."""
     if kind == "none":
         return None
     stored = dataset.cache if config.loss.teacher == "store" else None
@@ -256,19 +253,19 @@ def _target_weight(
 
 
 def tap_shapes(model: SegmentationModel, config: TrainConfig) -> dict[str, tuple[int, int, int]]:
-    """(c, h, w) of every tap of a model for an image of the training: tap -> shape."""
+    """Return (c, h, w) of every tap of a model for an image of the training: tap -> shape."""
     assert config.data.size is not None
     features = _probe(model, config.data.size).features
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in model.taps}
 
 
 def _of_classes(outputs: Outputs) -> Tensor:
-    """The logits of a model; of one without, the output of another head."""
+    """Return the logits of a model, or the output of another head if there are none."""
     return outputs.logits if SEGMENTATION in outputs.heads else next(iter(outputs.heads.values()))
 
 
 def _probe(model: SegmentationModel, size: Size) -> Outputs:
-    """Outputs of a model for a black image of (H, W), by a forward that changes nothing."""
+    """Return outputs of a model for a black image of (H, W), by a forward that changes nothing."""
     was_training = model.training
     device = next(model.parameters()).device
     try:

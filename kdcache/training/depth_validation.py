@@ -1,4 +1,4 @@
-"""Labels of depth in a training: those that it learns from are in its head's range; metrics on those that judge it."""
+"""Depth labels in a training: whether they fit the head's range, and metrics against them."""
 
 import math
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from kdcache.training.input.dataset import DrawnDataset
 
 
 def check_depth_labels(dataset: DrawnDataset, head: RegressionHead) -> None:
-    """Refuse samples whose labels of depth have no pixel within a head's range, of which nothing would be learnt.
+    """Check that depth labels have pixels within a head's range, without which nothing would be learnt.
 
-    Labels are read until one has such a pixel, which the first one has where all is well.
-    Raises: DataError; that of a label that cannot be read.
+    Labels are read until one has such a pixel, which is normally the first.
+    Raises: DataError, also for a label that cannot be read.
     """
     top, low, high, count = head.max_depth or math.inf, math.inf, -math.inf, 0
     for metres_HW in _depth_labels(dataset):
@@ -41,7 +41,7 @@ def check_depth_labels(dataset: DrawnDataset, head: RegressionHead) -> None:
 
 
 def _depth_labels(dataset: DrawnDataset) -> Iterator[Array]:
-    """The labels of depth of the samples, as their data set or the first view in their store has them."""
+    """Yield the labels of depth of the samples, as their data set or the first view in their store has them."""
     split, cache = dataset.split, dataset.cache
     for number in dataset.indices:
         if split is not None and (label := split.label(number, DEPTH)) is not None:
@@ -51,7 +51,7 @@ def _depth_labels(dataset: DrawnDataset) -> Iterator[Array]:
 
 
 def check_first_depth(split: Split) -> None:
-    """Read the first label of depth: a wrong unit is wrong in all of them. Raises: DataError."""
+    """Read the first depth label, because a wrong unit is wrong in all of them. Raises: DataError."""
     first = next((index for index in range(len(split)) if split.has_label(index, DEPTH)), None)
     if first is not None:
         split.label(first, DEPTH)
@@ -66,12 +66,12 @@ def depth_errors(
     part: tuple[int, int] = (0, 1),
     framing: Framing | None = None,
 ) -> DepthErrors:
-    """Errors of a model's depth at the labels' own size; the raw output is resized, then becomes metres.
+    """Return errors of a model's depth at the labels' size. Raw outputs are resized first, then converted to metres.
 
-    Args:
-        size: (H, W) the model sees.
-        part: (i, n) takes every n-th labelled sample from the i-th on.
-        framing: how the model sees an image; default squashed to `size`.
+    The model sees images of `size` (H, W). `part` (i, n) takes every n-th labelled sample from the i-th on. `framing`
+    sets
+    how it sees an image (default: squashed to `size`).
+
     Raises: DataError for an image or label that cannot be read.
     """
     errors = DepthErrors(DepthRange.of(model.regressions[DEPTH]))

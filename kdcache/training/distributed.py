@@ -1,9 +1,9 @@
-"""The processes of a training, as `torchrun` starts them: their ranks, and how they come to the same end.
+"""The processes of a training as `torchrun` starts them: their ranks, and how they end together.
 
-Every process runs the same program on its part of each batch. Process 0 alone writes the run and its output; an error
-of one is raised on all, so that none waits for another that has ended. A training of one process has no process group
-and pays nothing. Small objects (errors, requests to stop) travel between the hosts through gloo, also beside a GPU: a
-flag on the device could only be read by waiting for the device.
+Every process runs the same program on its part of each batch. Only process 0 writes the run and its output. An error in
+one process is raised in all, so none waits for a process that has ended. A training of one process has no process group
+and no overhead. Small objects (errors, requests to stop) travel between hosts through gloo, also with GPUs, because
+reading a flag from the device would have to wait for the device.
 """
 
 import os
@@ -39,10 +39,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the `size` of a training.
+    """This process, one of the `size` processes of a training.
 
     Attributes:
-        local_rank: among the processes of this machine: the number of its GPU.
+        local_rank: its rank on this machine, which is the number of its GPU.
     """
 
     rank: int = 0
@@ -51,28 +51,28 @@ class World:
 
     @classmethod
     def of_environment(cls) -> "World":
-        """Read the numbers that torchrun gave this process; without torchrun it is the only one."""
+        """Read torchrun's numbers of this process. Without torchrun it is the only one."""
         rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes the run and its output."""
+        """Whether this process writes the run and its output."""
         return self.rank == 0
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the processes, on the tensor's own device."""
+        """Return the mean over the processes, on the tensor's device."""
         return tensor if self.size == 1 else self.total(tensor) / self.size
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes; the tensor stays as it is."""
+        """Return the sum over the processes. The tensor stays unchanged."""
         total = tensor.detach().clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, equally many each, in the order of ranks; only this one's carry a gradient."""
+        """Return the rows of all processes in rank order, equally many each. Only this one's carry a gradient."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -81,7 +81,7 @@ class World:
         return torch.cat(parts)
 
     def gather(self, thing: T) -> list[T]:
-        """Small objects, one of every process, in the order of their ranks."""
+        """Return one small object from every process, in rank order."""
         if self.size == 1:
             return [thing]
         things: list[T | None] = [None] * self.size
@@ -90,11 +90,11 @@ class World:
 
     @contextmanager
     def together(self, *, stop: bool = False) -> Iterator[Agreement]:
-        """Raise an error that one process alone meets inside on all processes.
+        """Raise an error of any process on all processes, in a with block.
 
-        Args:
-            stop: whether this process received a request to stop; the agreement has whether any did.
-        Raises: the first failed process's error, as a KDCacheError; process 0 raises its own error as it is.
+        `stop` says whether this process received a request to stop. The agreement says whether any process did.
+
+        Raises: the first failed process's error, as a KDCacheError. Process 0 raises its own error unchanged.
         """
         agreement, own = Agreement(stop), None
         if self.size == 1:
@@ -114,12 +114,7 @@ class World:
             raise next(one for one in errors if one is not None) from own
 
     def check_batch_size(self, batch_size: int, together: int = 1, parts: int = 1) -> None:
-        """Check that processes and parts share a batch evenly, in groups of `together` samples.
-
-        Args:
-            parts: number of parts of each process's share (`--accumulate`).
-        Raises: RecipeError.
-        """
+        """Raise RecipeError unless processes and `parts` share a batch evenly, in groups of `together` samples."""
         unit = self.size * together * parts
         if batch_size % unit:
             less = batch_size - batch_size % unit
@@ -133,7 +128,7 @@ class World:
             )
 
     def seed(self, seed: int, step: int) -> int:
-        """The seed of this process's random numbers from a step on; process 0 has the run's, as one alone has."""
+        """Return the seed of this process from a step on. Process 0 has the run's seed, like a single process."""
         if self.first:
             return seed
         return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -154,9 +149,9 @@ class World:
 
 @contextmanager
 def processes() -> Iterator[World]:
-    """The processes that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) set up; else this one alone.
+    """Set up the processes of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or only this one, in a with block.
 
-    Raises: ModelError when another process has gone.
+    Raises: ModelError if another process has gone.
     """
     ours = not dist.is_initialized()
     if ours:
@@ -184,7 +179,7 @@ def processes() -> Iterator[World]:
 
 
 def _own_part(store: Store, rank: int, size: int) -> Store:
-    """A part of the store that these processes alone know, and none that ran before them.
+    """Return a part of the store that these processes alone know, and none that ran before them.
 
     torchrun restarts processes on the store of those that died. Their addresses are still there, and who reads one
     before the new process has written its own waits for the dead (pytorch issue 135712); TORCHELASTIC_RESTART_COUNT
@@ -216,7 +211,7 @@ def _own_part(store: Store, rank: int, size: int) -> Store:
 
 
 def _welcomed(store: Store, other: int, name: str) -> bool:
-    """Whether another process knows the part's name; tells it."""
+    """Tell another process the part's name, and return whether it knew it."""
     if _read(store, f"here/{other}") == name:
         return True
     store.set(f"welcome/{other}", f"{_read(store, f'hello/{other}')} {name}")
@@ -224,7 +219,7 @@ def _welcomed(store: Store, other: int, name: str) -> bool:
 
 
 def _read(store: Store, key: str) -> str:
-    """A value of the store; nothing where there is none."""
+    """Return a value of the store, or an empty string."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -235,10 +230,10 @@ def _leave(ours: bool) -> None:
 
 
 def pick_device(name: str, world: World | None = None) -> torch.device:
-    """Return the device of a name; `auto` is a GPU when there is one. Each of several processes has its own GPU.
+    """Return the device of a name. `auto` is a GPU if there is one. Each of several processes has its own GPU.
 
-    Args:
-        world: default from torchrun's numbers of this process, which may be in no process group (a build needs none).
+    `world` defaults to torchrun's numbers, without needing a process group (a build has none).
+
     Raises: RecipeError for a device that this machine lacks.
     """
     world = world or World.of_environment()
@@ -262,6 +257,6 @@ def pick_device(name: str, world: World | None = None) -> torch.device:
 
 
 def default_workers(device: torch.device) -> int:
-    """The workers of a process: beside a GPU its share of the cores, up to 8; on a CPU 0, for the model uses all."""
+    """Return a process's number of workers: with a GPU its share of the cores (up to 8), on a CPU 0."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, cores - 1)) if device.type == "cuda" else 0

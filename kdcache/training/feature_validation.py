@@ -1,4 +1,4 @@
-"""The judge of a training without labels: the feature loss of records that it does not learn from."""
+"""Validation without labels: the feature loss of held-out records."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,9 @@ class FeatureScore(NamedTuple):
     """The feature loss of held-out records.
 
     Attributes:
-        loss: the sum of the feature terms, each by its weight.
+        loss: the weighted sum of the feature terms.
         terms: the weighted terms by name.
-        samples: how many were held out.
+        samples: number of held-out samples.
     """
 
     loss: float
@@ -34,19 +34,19 @@ class FeatureScore(NamedTuple):
     samples: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return a dict of plain JSON types."""
+        """Return the score as JSON values."""
         return self._asdict()
 
 
 class FeatureJudge:
-    """Judges models by the feature terms of a loss, on the samples that `dataset` holds out.
+    """Scores models by the feature terms of a loss, on the samples that `dataset` holds out.
 
-    Every process reads all of them in one order, in batches of one size, so that the loss does not depend on how many
-    there are.
+    Every process reads all of them in one order, in batches of one size, so the loss does not depend on the number of
+    processes.
 
     Args:
         dataset: what the training draws from.
-        criterion: its loss, whose projectors are used as they stand.
+        criterion: its loss. Its projectors are used in their current state.
         batch_size: samples that go through a model at once.
     """
 
@@ -96,7 +96,7 @@ class FeatureJudge:
 
 
 def _feature_terms(criterion: DistillLoss) -> Iterator[tuple[str, Term]]:
-    """The terms of features that have a weight, by name. No schedule and no balance changes their weights."""
+    """Yield the terms of features that have a weight, by name. No schedule and no balance changes their weights."""
     for name, term in zip(criterion.names[2:], criterion.further, strict=True):
         assert isinstance(term, Term)
         if term.spec.reads_taps and term.weight > 0 and not term.measured:

@@ -1,4 +1,4 @@
-"""Stopping a training on request: between two steps, with its state saved."""
+"""Stop a training on request: between two steps, with its state saved."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user requests it)
-    """The training stopped on request; the state at `step` is saved."""
+    """The training stopped on request. The state at `step` is saved."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after {step} iterations")
@@ -16,7 +16,7 @@ class Interrupted(Exception):  # noqa: N818 (no error: the user requests it)
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM request a stop between two steps; a second SIGINT stops at once."""
+    """Turn SIGINT and SIGTERM into a stop between two steps, in a with block. A second SIGINT stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,7 +1,7 @@
-"""Whether a store's teacher has seen what a run goes without: its fold, or labels.
+"""Whether a cache's teacher has seen what a run leaves out: its fold, or labels.
 
-Folds are dealt out over a whole list of ids: fold 0 of 5 of another list, or of a part of it, is other samples. A
-teacher that was trained on other samples, elsewhere or of another list, has seen none of these as far as it is known.
+Folds divide a whole list of ids, so fold 0 of 5 of another list, or of a part of it, has other samples. A teacher that
+was trained on other samples, elsewhere or from another list, is assumed to have seen none of these.
 """
 
 import numpy as np
@@ -16,12 +16,11 @@ from kdcache.training.config import TrainConfig
 
 
 def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainConfig) -> str | None:
-    """Refuse a run of other samples than the store's, of which its fold is another.
+    """Check that a run has the cache's samples, because a fold of other samples is another fold.
 
-    Args:
-        trained_on: identity of the run's data, from its folder.
-        config: the run's settings.
-    Returns: a note for the user when the run's samples cannot be identified any more.
+    `trained_on` is the identity of the run's data, from its folder. `config` has the run's settings.
+
+    Returns: a note for the user if the run's samples can no longer be identified.
     Raises: MismatchError.
     """
     theirs = _samples_of(cache, trained_on, config)
@@ -43,11 +42,11 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
 
 
 def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list[str]:
-    """Notes on what the teacher of a run may have seen that the run goes without; [] where it has none.
+    """Return notes on what a run's teacher may have seen that the run leaves out, or [] without a teacher.
 
-    Args:
-        labels_used: whether the run uses each sample's label, (N,) of the store's samples.
-    Raises: MismatchError for a teacher that was trained on labels which the run goes without.
+    `labels_used` tells whether the run uses each sample's label, (N,) of the cache's samples.
+
+    Raises: MismatchError for a teacher that was trained on labels which the run leaves out.
     """
     if not config.reads_targets:
         return []
@@ -61,7 +60,7 @@ def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list
 
 
 def doubt(cache: Cache, fold: Fold) -> str | None:
-    """A note that the teacher may have seen the fold on which it is compared; None when it cannot have."""
+    """Return a note that the teacher may have seen the fold that it is compared on, or None if it cannot have."""
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None
     fix = f"train the teacher with {_flags_of(fold)} too and build its cache, or build with --folds K"
@@ -102,7 +101,7 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
 
 
 def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[str]) -> MismatchError:
-    """The error for a teacher that was trained on the labels of the samples `hidden`, too."""
+    """Return the error for a teacher that was also trained on the labels of the samples `hidden`."""
     limit = config.data.limit_labels
     flag = _limit(config)
     some = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
@@ -122,7 +121,7 @@ def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[st
 
 
 def _limit(config: TrainConfig) -> str | None:
-    """The flag by which a run goes without some labels; None if it takes all."""
+    """Return the flag that limits a run's labels, or None if it uses all."""
     if config.data.labels_from is not None:
         return f"--labels-from {config.data.labels_from}"
     limit = config.data.limit_labels
@@ -130,7 +129,7 @@ def _limit(config: TrainConfig) -> str | None:
 
 
 def _labels_of(cache: Cache, training: Training | None) -> Flags | None:
-    """The samples of a store whose labels a teacher learnt from, (N,) bool; None when that is not known."""
+    """Return the cache's samples whose labels a teacher learnt from, (N,) bool, or None if unknown."""
     dataset = cache.manifest.dataset
     if training is None:
         return None
@@ -140,7 +139,7 @@ def _labels_of(cache: Cache, training: Training | None) -> Flags | None:
 
 
 def _fold_seen(cache: Cache, fold: Fold) -> str | None:
-    """A sentence on a training that is known to have seen some of a fold; None when there is none."""
+    """Return a sentence on a training known to have seen some of a fold, or None."""
     for training in _on_these_samples(cache):
         labels = _labels_of(cache, training)
         if training.left_out(*fold) or (labels is not None and not (labels & fold.holds(cache.ids)).any()):
@@ -157,7 +156,7 @@ def _trainings(cache: Cache) -> tuple[Training | None, ...]:
 
 
 def _on_these_samples(cache: Cache) -> list[Training]:
-    """The trainings on the very samples of a store."""
+    """Return the trainings on the very samples of a store."""
     digest = cache.manifest.dataset.ids_digest
     return [training for training in _trainings(cache) if training is not None and training.ids_digest == digest]
 
@@ -167,7 +166,7 @@ def _flags_of(fold: Fold) -> str:
 
 
 def _samples_of(cache: Cache, trained_on: str, config: TrainConfig) -> str | None:
-    """The digest of classes and ids that a run was trained on, or left out; None when that is lost."""
+    """Return the digest of classes and ids that a run was trained on, or left out, or None if that is lost."""
     kind, _, digest = trained_on.partition(" ")
     if kind == "data":
         return digest

@@ -1,6 +1,6 @@
-"""What a teacher gives images without labels, looked at before a training's first step.
+"""Checks of a teacher's pseudo labels before a training's first step.
 
-How much of its pseudo labels a threshold keeps, and whether it still knows most classes.
+They report how many pixels a threshold keeps, and whether the teacher still predicts most classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,14 +29,13 @@ LITTLE = 0.5
 
 
 def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = False) -> Iterator[str]:
-    """Notes on thresholds that keep less than half of the pixels, of the first views of some samples.
+    """Yield notes on thresholds that keep less than half of the pixels, over the first views of some samples.
 
     Args:
         config: of a training of one source, or of a stream.
-        dataset: its classes are the training's: where a class map merges a store's, a pseudo label is as sure as the
-            sum of their probabilities.
-        pasted: whether samples of another stream are pasted into it, whose labels it learns.
-    Raises: RecipeError for a threshold that keeps none of any sample, where nothing else is learnt of these.
+        dataset: has the training's classes. If a class map merges a cache's classes, their probabilities are summed.
+        pasted: whether samples of another stream, with labels, are pasted into it.
+    Raises: RecipeError for a threshold that keeps no pixel of any sample, if nothing else is learnt from these.
     """
     cache = dataset.cache
     if cache is None or not config.reads_targets:
@@ -67,7 +66,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
 
 
 def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
-    """The confidences of the first views of samples, in the classes of `targets`."""
+    """Return the confidences of the first views of samples, in the classes of `targets`."""
     records, counts = Records.of(cache), ConfidenceCounts(targets.num_classes)
     for sample in samples:
         arrays = records.target(cache.manifest.record(sample))
@@ -82,7 +81,7 @@ def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> Con
 def _keeps_any(
     cache: Cache, targets: Cache | MergedTargets, threshold: float, counts: ConfidenceCounts, counted: range
 ) -> bool:
-    """Whether a threshold keeps a pixel of a sample that is not yet counted; adds what it looks at to `counts`."""
+    """Return whether a threshold keeps a pixel of any further sample. Adds these samples to `counts`."""
     for sample in range(cache.manifest.dataset.samples):
         if sample in counted:
             continue
@@ -109,14 +108,15 @@ def _by_class(dataset: DrawnDataset, coverage: Coverage) -> str:
 
 
 def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
-    """Return a note on a teacher that gives few classes to samples without labels, or None.
+    """Return a note on a teacher that predicts few classes on samples without labels, or None.
 
-    Classes are counted by the exponential of their entropy: a class of few pixels hardly counts. If a student of such
+    Classes are counted by the exponential of their entropy, so a class of few pixels hardly counts. If a student of
+    such
     a teacher becomes the next teacher, the classes become fewer in every round.
 
-    Args:
-        config: of a stream that learns from targets without labels. dataset: its samples.
-        labelled: the samples of all streams that learn from labels of classes.
+    `config` is of a stream that learns from targets without labels, with the samples `dataset`. `labelled` are the
+    samples
+    of all streams that learn from class labels.
     """
     if dataset.cache is None or not config.reads_logits or config.loss.teacher == "labels" or not labelled:
         return None
@@ -139,6 +139,6 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
 
 
 def effective_classes(counts: npt.NDArray[np.int64]) -> float:
-    """The number of equally frequent classes with the entropy of these counts; 0 of none."""
+    """Return the number of equally frequent classes with the entropy of these counts, or 0 without counts."""
     p = counts[counts > 0] / max(1, counts.sum())
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0

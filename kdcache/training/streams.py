@@ -1,4 +1,4 @@
-"""The streams of a training: each one's settings, as of a training of its own."""
+"""The streams of a training, each with complete settings."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ _WITHOUT_BALANCE = {"balance": "fixed", "task_weight": ()}
 
 
 def flag_of(name: str) -> str:
-    """The name of a setting as its flag and its key in a recipe have it."""
+    """Return the name of a setting as a flag and as a key of a recipe."""
     return name.replace("_", "-")
 
 
@@ -46,12 +46,11 @@ class Stream(Generic[Config]):
 
     Attributes:
         name: "" for the only source of a training without streams.
-        share: its share of every batch; None where it gets what others leave.
+        share: its share of every batch, or None for the rest of the batch.
         weight: weight of its loss.
-        class_map: file with the class of the training that each class of its labels becomes.
-        paste, paste_from: how samples of another stream are pasted into its own, and that stream's name; None for
-            none.
-        config: the training's settings with the stream's own in their places.
+        class_map: file that maps each class of its labels to a class of the training.
+        paste, paste_from: how samples of another stream are pasted into it, and that stream's name, or None.
+        config: the training's settings, replaced by the stream's.
         table: its table in a recipe.
     """
 
@@ -68,12 +67,11 @@ class Stream(Generic[Config]):
 def make_stream(
     training: Mapping[str, Any], table: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Config]
 ) -> Stream[Config]:
-    """The stream of a table, whose settings stand in the place of the training's.
+    """Return the stream of a table, whose settings replace the training's.
 
-    A stream that names its source has nothing of the training's; one without a teacher nothing that weighs targets.
+    A stream that names its source takes nothing of the training's source. A stream without a teacher takes nothing that
+    weighs targets. `make` makes checked settings.
 
-    Args:
-        make: makes the settings of a training, checked.
     Raises: KDCacheError that names the stream.
     """
     own = {key: value for key, value in table.items() if key in OVERRIDDEN}
@@ -92,7 +90,7 @@ def make_stream(
 
 
 def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a stream without those of the training that concern a teacher, where the stream has none."""
+    """Return the settings of a stream, without the training's teacher settings if the stream has no teacher."""
     settings = dict(merged)
     if settings.get("method", "auto") == "auto":
         if settings.get("cache"):
@@ -106,16 +104,16 @@ def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 
 
 def in_stream(name: str, error: KDCacheError) -> KDCacheError:
-    """The error with the stream that it concerns; as it is where there is but one source."""
+    """Return the error with the name of its stream, or unchanged for a single source."""
     if not name:
         return error
     return error.within(f"stream {name}")
 
 
 def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
-    """The tables of streams, keyed with underscores, from lines or tables.
+    """Return the tables of streams, keyed with underscores, from lines or tables.
 
-    Raises: RecipeError for what is no table of a stream, and for names that are no names or occur twice.
+    Raises: RecipeError for an invalid table, and for invalid or repeated names.
     """
     if not isinstance(values, list | tuple):
         raise RecipeError(f"Invalid value of --stream: {values!r}", fix="Give a list of NAME,cache=CACHE,share=0.5")
@@ -134,11 +132,7 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
-    """Check what streams have pasted into their samples, as far as the settings say. Raises: RecipeError.
-
-    Args:
-        mix: `--mix` of the training.
-    """
+    """Check the pastes between streams, as far as the settings say (`mix` is `--mix`). Raises: RecipeError."""
     names = [stream.name for stream in streams]
     for stream in streams:
         try:

@@ -18,7 +18,7 @@ _FORMS: dict[str, Form] = {SEGMENTATION: "classes", DEPTH: "absolute"}
 
 
 def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) -> tuple[LossTerm, ...]:
-    """The terms, and `auxiliary` beside cross-entropy where the spec of the model adds that head and none is listed."""
+    """Return the terms, with `auxiliary` added if the model has that head and trains on labels without it."""
     listed = any(isinstance(term, Auxiliary) for term in terms)
     if listed or ce_weight == 0 or split_auxiliary(model)[1] is None:
         return terms
@@ -26,12 +26,7 @@ def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) ->
 
 
 def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: float | str, mix: str | None) -> None:
-    """Check that the strong view of consistency is one, and that what labels the weak one is there.
-
-    Args:
-        jitter: that is drawn; 0 is none.
-    Raises: RecipeError.
-    """
+    """Raise RecipeError unless consistency has a strong view (jitter or mix) and what labels the weak view."""
     for term in terms:
         if not isinstance(term, Consistency) or not term.active:
             continue
@@ -48,12 +43,7 @@ def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: f
 
 
 def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | None) -> None:
-    """Check that every term sees what it compares: a whole batch, and pixels that are its own.
-
-    Args:
-        accumulate: parts of a batch.
-    Raises: RecipeError.
-    """
+    """Raise RecipeError if a term needs a whole batch (`accumulate`), or unmixed pixels (`mix`)."""
     whole = [term.kind for term in terms if term.whole_batch]
     if accumulate > 1 and whole:
         raise RecipeError(
@@ -72,12 +62,9 @@ def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | Non
 
 
 def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> None:
-    """Check a balance that is not the default.
+    """Check a balance other than the default. `weights` are TASK=X, and `tasks` are those that are learnt.
 
-    Args:
-        weights: TASK=X.
-        tasks: those that are learnt.
-    Raises: RecipeError for fewer than two tasks, for weights beside learnt ones, and where all weights are 0.
+    Raises: RecipeError for fewer than two tasks, for weights next to learnt ones, and if all weights are 0.
     """
     asked = [f"--task-weight {text}" for text in weights]
     if balance == "uncertainty":
@@ -98,11 +85,7 @@ def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) ->
 
 
 def make_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> Balance | None:
-    """The balance of the tasks of a training; None for one task, whose loss is the whole.
-
-    Args:
-        weights: TASK=X, of `fixed`.
-    """
+    """Return the balance of the tasks, or None for one task. `weights` are TASK=X, for `fixed`."""
     if len(tasks) < 2:
         return None
     if balance == "fixed":
@@ -115,10 +98,9 @@ def _fixed(weights: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
 
 
 def check_val_share(share: float | None, val: str | None, streams: bool, method: str, *, reads_taps: bool) -> None:
-    """Check that `--val-share` is the only judge, of a cache whose features are learnt. Raises: RecipeError.
+    """Check that `--val-share` is the only validation, of a cache whose features are learnt (`reads_taps`).
 
-    Args:
-        reads_taps: whether a term compares stored features.
+    Raises: RecipeError.
     """
     if share is None:
         return

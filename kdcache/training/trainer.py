@@ -45,12 +45,13 @@ class Trainer:
 
     Args:
         streams: the sources of every batch, in the order of the criterion's.
-        criterion: gives the loss and its parts from native-stride logits and features.
-        validate: metrics of the model as it stands, or None to train without validation.
-        validate_depth: the same of its depth, or None.
-        validate_features: the feature loss of held-out records, or None; used where the others are None.
-        run: an existing folder; receives checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
-        world: the processes that train together, each with its part of every batch; the first writes the run.
+        criterion: gives the loss and its terms from native-stride logits and features.
+        validate: metrics of the current model, or None to train without validation.
+        validate_depth: the same for depth, or None.
+        validate_features: the feature loss of held-out records, or None. Used if the others are None.
+        run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
+        world: the processes that train together, each with its part of every batch. The first writes the run.
+
     Attributes:
         eager: the step that the others are made from.
     """
@@ -126,13 +127,13 @@ class Trainer:
         return [sample for stream in self.streams for sample in stream.sample_ids(step)]
 
     def use(self, step: EagerStep) -> None:
-        """Train with another eager step, made of `eager`'s own parts."""
+        """Train with another eager step, made of `eager`'s parts."""
         self.eager = step
 
     def train(self, *, resume: bool) -> dict[str, Any]:
         """Run to the end and return the content of result.json.
 
-        Raises: ModelError when a loss is not finite or a batch does not fit into memory; Interrupted after SIGINT or
+        Raises: ModelError if a loss is not finite or a batch does not fit into memory; Interrupted after SIGINT or
             SIGTERM, with the state saved.
         """
         world = self._world
@@ -191,13 +192,13 @@ class Trainer:
 
     @property
     def _judged(self) -> str:
-        """The task whose score chooses the best weights, or the features."""
+        """The task, or the features, whose score chooses the best weights."""
         if self._validate is not None:
             return SEGMENTATION
         return DEPTH if self._validate_depth is not None else FEATURES if self._validate_features else SEGMENTATION
 
     def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
-        """Take a step; returns whether any process received a request to stop before it."""
+        """Take a step, and return whether any process received a request to stop before it."""
         config = self.config
         began, cpu_began = time.perf_counter(), time.process_time()
         try:
@@ -274,7 +275,7 @@ class Trainer:
             _note_all(self._watch.starving(tasks), self.observer.note)
 
     def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, Norms | None]:
-        """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
+        """Learn from a batch. Return the seconds of preparation, the losses and, at times, gradient norms."""
         measured = measures_norms(step, self.config.run.gradients_every)
         try:
             labelled = self._weak(batch)
@@ -309,7 +310,7 @@ class Trainer:
                 self.observer.note(text)
 
     def _prepare(self, batch: AnyBatch) -> float:
-        """Make the step from the first batch; returns the seconds that it took, which are no training."""
+        """Make the step from the first batch. Return the seconds, which do not count as training."""
         if self._step is not None:
             return 0.0
         began = time.perf_counter()
@@ -319,7 +320,7 @@ class Trainer:
         return time.perf_counter() - began
 
     def _end_of_interval(self) -> None:
-        """Validate, and save; also where a sample cannot be read: a resumed run begins with this validation then."""
+        """Validate and save. If a sample cannot be read, save first, and the resumed run validates."""
         now = self._state.now
         now.unjudged = True
         try:
@@ -333,7 +334,7 @@ class Trainer:
     def _judge(self) -> None:
         """Validate the weights and their moving average, and keep the best of each.
 
-        The rate of `plateau` follows the weights, so that a training is the same with and without an average.
+        The rate of `plateau` follows the weights, so a training is the same with and without an average.
         Everything is measured before anything changes.
         """
         watcher = self.observer
@@ -371,12 +372,10 @@ class Trainer:
         show: Callable[[int, Score], None],
         show_ema: Callable[[int, Score], None],
     ) -> None:
-        """Validate where no segmentation is: the best weights are those of the least error.
+        """Validate without segmentation: the best weights have the least error.
 
-        Args:
-            least: from a score to the error.
-            prefix: of the score's values in the log.
-            show, show_ema: of the observer.
+        `least` turns a score into the error. `prefix` names its values in the log. `show` and `show_ema` are the
+        observer's.
         """
         step, score = self._state.now.step, validate(self.model)
         averaged = None
@@ -395,7 +394,7 @@ class Trainer:
             show_ema(step, averaged)
 
     def _validate_ema(self) -> tuple[Metrics | None, DepthMetrics | None]:
-        """Metrics of the weights' moving average, and of its depth; None in a training without."""
+        """Return metrics of the weights' moving average, and of its depth, or None without one."""
         if self._ema is None or self._validate is None:
             return None, None
         with self._ema.in_place():
@@ -413,7 +412,7 @@ def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
 
 
 def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[AnyBatch], AnyBatch] | None:
-    """What is pasted in every batch: within each stream, or from one into another; None for nothing."""
+    """Return what to paste in every batch, within each stream or between streams, or None for nothing."""
     if config.augmentation.mix is not None:
         return Mix(config.augmentation.mix)
     names = [stream.name for stream in config.streams]

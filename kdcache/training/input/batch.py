@@ -1,7 +1,7 @@
-"""A sample that is drawn: the arrays of one row of a batch, and how samples become a batch.
+"""One drawn sample: the arrays of one row of a batch, and how samples become a batch.
 
-A sample is drawn into memory that the caller gives, mostly a row of a batch (`Row`): torch tensors of single samples,
-and stacking them, would cost as much as reading does.
+A sample is drawn into memory that the caller gives, usually a row of a batch (`Row`), because allocating and stacking
+tensors of single samples would cost as much as reading.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ _STORED = ("targets/", "arrays/")
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as arrays that are drawn into: the memory of a `Batch` without its first axis.
+    """Arrays to draw one sample into: the memory of a `Batch` without its first axis.
 
     Attributes:
-        label: labels of segmentation.
-        depth: labels of depth; None where none are drawn.
-        stored: (path, memory for a row of that array of the store): targets and further arrays.
-        others: as in `Batch`, where None is absent, too.
+        label: segmentation labels.
+        depth: depth labels, or None if none are drawn.
+        stored: (path, memory for a row of that array of the cache): targets and further arrays.
+        others: as in `Batch`. Absent fields are None.
     """
 
     pixels: Array
@@ -46,7 +46,6 @@ class Row:
     @classmethod
     def of(cls, batch: Batch, *at: int) -> "Row":
         """Return the memory of a single sample, or of the sample at index `at` of a batch."""
-
         place: Any = (*at, ...)
         arrays = {name: tensor.numpy()[place] for name, tensor in batch.to_dict().items()}
         return cls(
@@ -65,7 +64,7 @@ class Row:
 
 
 def collate(samples: Sequence[Batch], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Batch:
-    """Stack samples into a batch; `DataLoader` does so by itself."""
+    """Stack samples into a batch. `DataLoader` does this by itself."""
     leaves, specs = zip(*map(pytree.tree_flatten, samples), strict=True)
     kinds = default_collate_fn_map if collate_fn_map is None else collate_fn_map
     stacked = [collate_parts(parts, collate_fn_map=kinds) for parts in zip(*leaves, strict=True)]

@@ -1,4 +1,4 @@
-"""The samples of a store, as a dataset: warped, replayed or as they are."""
+"""The samples of a cache as a dataset: warped, replayed or unchanged."""
 
 from collections.abc import Iterator, Sequence
 
@@ -33,7 +33,7 @@ AUGMENTS = ("auto", "warp", "replay", "none")
 
 
 def choose_augment(augment: str, cache: Cache | None) -> str:
-    """Resolve `auto`: replay for a store of several views or of crops, which was built for that; else warp."""
+    """Resolve `auto`: replay for a cache of several views or of crops, else warp."""
     if augment != "auto":
         return augment
     view = None if cache is None else cache.manifest.view
@@ -41,25 +41,25 @@ def choose_augment(augment: str, cache: Cache | None) -> str:
 
 
 class CacheDataset(DrawnDataset):
-    """The samples of a store: pixels, labels and targets.
+    """The samples of a cache: pixels, labels and targets.
 
     Args:
-        source: an open store; or its records, of a store that keeps no pixels and has its data set beside it. An image
-            is then compared with the store's checksum at a record's first visit by this process, also of a run that
-            resumes.
-        augment: `warp` draws a window of the stored whole image and moves the target with it; `replay` gives the views
-            as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
-            `auto` replays a store of several views or of crops, and warps another.
-        size: (H, W) of the pixels; default the view's.
-        targets: the store's heads whose targets are read; True is all, False none (same draws).
+        source: an open cache, or the `Records` of a cache without pixels and its data set. Each image is then compared
+            with the cache's checksum when this process first reads it, also in a resumed run.
+        augment: `warp` draws a window of the stored whole image and moves the target with it. `replay` gives the views
+            as the teacher saw them, another one in every epoch, with colour jitter. `none` gives the whole image
+            without
+            jitter. `auto` replays a cache of several views or of crops, and warps others.
+        size: (H, W) of the pixels. Default: the view's.
+        targets: the heads whose targets are read. True is all, False none (with the same draws).
         extras: paths of further arrays that a sample brings (features, statistics).
-        part: which samples, labels and views are used; default all.
+        part: which samples, labels and views are used. Default: all.
         labelled_only: whether samples without a label of any of the tasks are left out.
-        tasks: whose labels are used. Labels of depth are those of the store, or with `--pixels source` of the data set.
-        depth_zoom: what the zoom of a warp does to metres, of labels and of targets: `divide` divides them by it,
-            `keep` (and `none`, without a zoom) leaves them. Labels that a replay renders anew are divided by the
-            view's zoom.
-    Raises: RecipeError for an augmentation that does not exist or that a store of crops cannot have.
+        tasks: tasks whose labels are used. Depth labels come from the cache, or with `--pixels source` from the data
+            set.
+        depth_zoom: effect of a warp's zoom on metres of labels and targets: `divide` divides them by it, `keep` (and
+            `none`, without a zoom) leaves them. Replayed labels that are rendered again are divided by the view's zoom.
+    Raises: RecipeError for an unknown augmentation, or one that a cache of crops cannot have.
     """
 
     cache: Cache
@@ -131,31 +131,37 @@ class CacheDataset(DrawnDataset):
 
     @property
     def fit(self) -> Fit:
-        """How the store's images were fitted into its views."""
+        """How the cache's images were fitted into its views."""
         return self.cache.manifest.view.fit
 
     @property
     def own_classes(self) -> ClassList:
+        """The classes of the cache's data set."""
         dataset = self.cache.manifest.dataset
         return ClassList(dataset.class_names, dataset.class_colours)
 
     @property
     def identity(self) -> str:
+        """The seals of the cache, as text."""
         return f"store {seal_of(self.cache)}"
 
     @property
     def threads_suffice(self) -> bool:
+        """Whether the cache stores pixels, so a draw renders no image files."""
         return self.split is None
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The arrays of the cache that a sample is read from: targets, extras and stored pixels."""
         pixels = PIXEL_PATHS if DEPTH not in self.tasks else (*PIXEL_PATHS, DEPTH_PATH)
         return (*self.target_paths, *self.extras, *(() if self.split else pixels))
 
     def sample_id(self, index: int) -> str:
+        """Return the id of a sample of the cache."""
         return self.cache.ids[self.indices[index]]
 
     def record(self, index: int, epoch: int) -> int:
+        """Return the record that a visit reads. A replay takes another view in every epoch."""
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)
 
@@ -166,6 +172,7 @@ class CacheDataset(DrawnDataset):
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
     def fields(self) -> dict[str, Field]:
+        """Return the fields of a sample: the pixels' and those of its targets, window and extras."""
         fields = super().fields()
         if self.augment == "warp":  # the others show whole views, for which None stands
             fields |= {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
@@ -183,6 +190,7 @@ class CacheDataset(DrawnDataset):
         return spec.shape, getattr(torch, spec.dtype)
 
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        """Draw a sample of the cache into `out`: pixels, labels and targets. Raises: KDCacheError."""
         record = self.record(index, epoch)
         height, width = self.cache.view_size
         warped = self.augment == "warp"
@@ -219,7 +227,7 @@ class CacheDataset(DrawnDataset):
         return number in self._labels_used and any(task in self._flags and self._flags[task][number] for task in tasks)
 
     def _of_task(self, task: str) -> npt.NDArray[np.bool_]:
-        """Whether each sample of the store has a label of a task, (N,)."""
+        """Return whether each sample of the store has a label of a task, (N,)."""
         if self.split is not None and task == DEPTH:
             return np.array([self.split.has_label(number, DEPTH) for number in range(len(self.split))], np.bool_)
         return self.cache.has_depth if task == DEPTH else self.cache.has_label
@@ -234,7 +242,7 @@ class CacheDataset(DrawnDataset):
         return row
 
     def _from_source(self, index: int, record: int, window: Window, flip: bool, out: Row) -> None:
-        """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
+        """Crop the source image, which is sharper than enlarging the view. `window` is in pixels of the view."""
         assert self.split is not None
         number = self.indices[index]
         image = self.split.image(number)
@@ -268,6 +276,6 @@ def _views(cache: Cache, limit: int | None) -> int:
 
 
 def _inside(cache: Cache) -> Array:
-    """Edges of the part of every view that shows its image, the only part that teaches, (R, 4) float64."""
+    """Return edges of the part of every view that shows its image, the only part that teaches, (R, 4) float64."""
     window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
     return inside_rectangle(window, flip, source_size, cache.view_size)

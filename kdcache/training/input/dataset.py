@@ -1,8 +1,8 @@
 """Samples of a training: pixels, label and target, rendered through a drawn window.
 
-`LabelledDataset` draws from a data set, `CacheDataset` (cache_dataset.py) from a store. Both are torch map-style
-datasets whose items `DataLoader` collates as they are; both draw their augmentation in the same way, and `CacheDataset`
-draws the same whether it reads targets or not, so that runs with and without distillation see identical pixels.
+`LabelledDataset` draws from a data set, `CacheDataset` (cache_dataset.py) from a cache. Both are torch map-style
+datasets whose items `DataLoader` can collate. Both draw their augmentation in the same way, and `CacheDataset` draws
+the same whether it reads targets or not, so runs with and without distillation see identical pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -42,29 +42,28 @@ Field = tuple[tuple[int, ...], torch.dtype]
 
 
 class DrawnDataset(Dataset[Batch], ABC):
-    """A dataset whose every visit of a sample is drawn from a random generator.
+    """A dataset that draws every visit of a sample from a random generator.
 
     Args:
         size: (H, W) of the pixels that come out.
-        augmentation: scale, flip and colour jitter; `Augmentation.off()` for none.
-        tasks: whose labels are used. Samples have labels of segmentation in any case, void where these are not.
-        depth_zoom: what a zoom does to metres, of labels and of targets: `divide` divides them by it, `keep` (and
-            `none`, without a zoom) leaves them.
+        augmentation: scale, flip and colour jitter. `Augmentation.off()` for none.
+        tasks: tasks whose labels are used. Samples always have segmentation labels, void if they are not used.
+        depth_zoom: effect of a zoom on metres of labels and targets: `divide` divides them by it, `keep` (and `none`,
+            without a zoom) leaves them.
+
     Attributes:
-        cache: the store that targets come from; None for a data set alone.
-        split: the data set that pixels and labels come from; None for a store that keeps them.
+        cache: the cache that targets come from, or None for a data set only.
+        split: the data set that pixels and labels come from, or None for a cache with pixels.
         indices: the samples of either that are drawn.
-        extras: paths of further arrays that a sample brings; may be changed before the first draw.
-        records: source of the store's rows: the store, or memory that keeps them; None for a data set.
-        shard_records: records that are stored side by side, for orders that read one shard after another; None of a
-            data set.
+        extras: paths of further arrays that a sample brings. They may change before the first draw.
+        records: source of the cache's rows: the cache, or memory that keeps them, or None for a data set.
+        shard_records: records per shard, for orders that read one shard after another, or None for a data set.
         remote: whether shards are downloaded.
-        heads: of the store, those whose targets a sample brings; `target_paths` are their arrays.
-        target_paths: paths of the arrays of its targets; empty when it reads none.
-        on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
-        dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
-        weak: whether a sample brings its pixels before the colour jitter, too.
-        mapped: the classes that its labels become, and the class of each number in them (256,) uint8; None leaves them.
+        heads: the cache's heads whose targets a sample brings. `target_paths` are their arrays, or empty.
+        on_device: the targets, if a GPU keeps them. Samples then bring the number of their record instead.
+        dice: number of random numbers in 0..1 that a sample brings, for draws on the batch's device (mix.py).
+        weak: whether a sample also brings its pixels before the colour jitter.
+        mapped: the classes that its labels become, and the class of each number in them (256,) uint8, or None.
     """
 
     cache: Cache | None = None
@@ -97,24 +96,24 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def threads_suffice(self) -> bool:
-        """Whether a draw leaves the GIL to others for most of its time, so that processes would gain nothing."""
+        """Whether draws mostly release the GIL, so processes would gain nothing over threads."""
         return False
 
     @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
-        """Whether each sample has a label, (len(self),) bool; None when all have."""
+        """Whether each sample has a label, (len(self),) bool, or None if all have."""
         if self._complete:
             return None
         return np.array([self._has_label(number) for number in self.indices], np.bool_)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of all arrays of the store that a sample is read from."""
+        """Paths of all arrays of the cache that a sample is read from."""
         return ()
 
     @property
     def labelled(self) -> Sequence[int]:
-        """The samples of `indices` with a label of a task that is used."""
+        """The samples of `indices` with a label of a used task."""
         return [number for number in self.indices if self._has_label(number)]
 
     @property
@@ -127,7 +126,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def classes(self) -> ClassList:
-        """The classes of its labels, as it draws them."""
+        """The classes of its labels, after any class map."""
         return self.own_classes if self.mapped is None else self.mapped[0]
 
     @property
@@ -138,11 +137,11 @@ class DrawnDataset(Dataset[Batch], ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """A text that identifies the samples: a digest of the data's ids and classes, or the seal of the store."""
+        """Text that identifies the samples: a digest of the data's ids and classes, or the cache's seal."""
 
     @property
     def source_ids(self) -> Sequence[str]:
-        """The ids of its source, drawn or not."""
+        """The ids of all samples of its source, drawn or not."""
         if self.cache is not None:
             return self.cache.ids
         assert self.split is not None
@@ -150,7 +149,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def ids_digest(self) -> str:
-        """The digest of the ids and classes of its source, as a store's manifest has it."""
+        """The digest of the ids and classes of its source, as in a cache's manifest."""
         if self.cache is not None:
             return self.cache.manifest.dataset.ids_digest
         assert self.split is not None
@@ -160,14 +159,13 @@ class DrawnDataset(Dataset[Batch], ABC):
         return len(self.indices)
 
     def record(self, index: int, epoch: int) -> int:
-        """The number of the row, of the store or of the data set, that a visit of a sample reads."""
+        """Return the number of the row, of the cache or of the data set, that a visit of a sample reads."""
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """The labels of segmentation of `labelled`, each once, at the data set's size; of a store that keeps them, its
-        first views'.
+        """Yield the segmentation labels of `labelled`, each once, at the data set's size (or as stored first views).
 
-        Raises: KDCacheError of a label that cannot be read.
+        Raises: KDCacheError for a label that cannot be read.
         """
         return self._own_labels() if self.mapped is None else map(self.mapped[1].take, self._own_labels())
 
@@ -179,26 +177,26 @@ class DrawnDataset(Dataset[Batch], ABC):
         return (label for label in labels if label is not None)
 
     def _with_classes(self) -> Sequence[int]:
-        """The samples of `indices` with a label of segmentation that is used."""
+        """Return the samples of `indices` with a label of segmentation that is used."""
         return [number for number in self.indices if self._has_label(number, SEGMENTATION)]
 
     @abstractmethod
     def _has_label(self, number: int, task: str | None = None) -> bool:
-        """Whether a sample of the source has a label that is used, of a task or of any."""
+        """Return whether a sample of the source has a label that is used, of a task or of any."""
 
     @abstractmethod
     def sample_id(self, index: int) -> str:
-        """Stable id, for messages."""
+        """Return a stable id, for messages."""
 
     @abstractmethod
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
-        """Sample `index` as `rng` augments it, into `out`, all of it; the same generator state gives the same.
+        """Draw sample `index`, augmented by `rng`, into all of `out`. Equal generator states give equal samples.
 
-        Raises: KDCacheError of a sample that cannot be read; `out` is undefined then.
+        Raises: KDCacheError for a sample that cannot be read, with `out` undefined.
         """
 
     def fields(self) -> dict[str, Field]:
-        """Fields of a sample, named as in `Batch.to_dict`."""
+        """Return the fields of a sample, named as in `Batch.to_dict`."""
         fields: dict[str, Field] = {
             "pixels": ((*self.size, 3), torch.uint8),
             f"labels/{SEGMENTATION}": (self.size, torch.uint8),
@@ -210,7 +208,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Memory for samples: of shape (*leading, ...), so empty() is for one and empty(B) for a batch."""
+        """Allocate memory for samples with the axes `leading`: none for one sample, B for a batch."""
         return Batch.from_dict(
             {
                 name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
@@ -219,7 +217,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         )
 
     def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
-        """Return a new sample, drawn as `draw_into` does. Raises: as `draw_into`."""
+        """Draw a new sample, as `draw_into` does. Raises: as `draw_into`."""
         sample = self.empty()
         self.draw_into(index, epoch, rng, Row.of(sample))
         return sample
@@ -237,7 +235,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
 
     def _finish(self, rng: np.random.Generator, out: Row) -> None:
-        """Map the label's classes and fill the dice, last of all: what else is drawn does not depend on them."""
+        """Map the label's classes and draw the dice last, so no other draw depends on them."""
         if self.mapped is not None:
             self.mapped[1].take(out.label, out=out.label)
         if out.dice is not None:
@@ -253,10 +251,10 @@ class LabelledDataset(DrawnDataset):
     """The samples of a split, for training without a teacher.
 
     Args:
-        part: which samples of the split; default all.
+        part: which samples of the split. Default: all.
         tasks, depth_zoom: as of `DrawnDataset`.
         labelled_only: whether samples without a label of any of the tasks are left out.
-        fit: how images of another shape are fitted into `size`; a margin of grey has no labels.
+        fit: how images of another shape are fitted into `size`. A grey margin has no labels.
     """
 
     def __init__(
@@ -282,13 +280,16 @@ class LabelledDataset(DrawnDataset):
 
     @property
     def own_classes(self) -> ClassList:
+        """The classes of the split."""
         return self.split.classes
 
     @property
     def identity(self) -> str:
+        """The digest of the split's ids and classes, as text."""
         return f"data {self.split.digest()}"
 
     def sample_id(self, index: int) -> str:
+        """Return the id of a sample of the split."""
         return self.split.ids[self.indices[index]]
 
     def _has_label(self, number: int, task: str | None = None) -> bool:
@@ -298,10 +299,11 @@ class LabelledDataset(DrawnDataset):
         )
 
     def _label(self, number: int, task: str) -> npt.NDArray[Any] | None:
-        """A label that is used; None where there is none."""
+        """Return a label if it is used, else None."""
         return self.split.label(number, task) if self._has_label(number, task) else None
 
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        """Draw a sample of the split into `out`: image and labels through its window. Raises: KDCacheError."""
         source = self.indices[index]
         image = self.split.image(source)
         label = self._label(source, SEGMENTATION)

@@ -1,16 +1,16 @@
-"""The way of a loader's batches to the device.
+"""Copy a loader's batches to the device while the step before still computes.
 
-On a GPU a batch crosses the bus on a stream of its own, into one of two slots, while the step before still computes:
+On a GPU a batch crosses the bus on a side stream, into one of two slots:
 
     loader's buffer --side stream--> slot --compute stream--> step
 
 - The compute stream waits for the copy before the step that is queued next.
-- A slot is copied into again when the compute stream is through with the step that read it, two batches ago.
+- A slot is copied into again when the compute stream has finished the step that read it, two batches ago.
 - The loader's batches are taken while the side stream is current. A ring then waits for the copy out of a pinned
   buffer, not for the step, before it draws into that buffer again.
 
 The host queues the copy of batch n+1 right after the launches of step n, so copy and step overlap without reading
-ahead of the trainer: its wait here is the loader's own.
+ahead of the trainer. The host waits only for the loader.
 
 Targets that stay on the device (`--resident gpu`) are gathered there by the record numbers that the batch brings.
 """
@@ -33,10 +33,9 @@ Drawn = Batch | KDCacheError
 def feed(
     loader: Iterable[Drawn], device: torch.device, targets: DeviceTargets | None = None
 ) -> Generator[Drawn, None, None]:
-    """The batches of a loader on `device`, each valid until the next is taken; on a CPU as they come.
+    """Yield the batches of a loader on `device`, each valid until the next is taken. On a CPU they are passed on.
 
-    Args:
-        targets: the targets that the device keeps, when batches bring record numbers in their place.
+    `targets` are kept on the device if batches bring record numbers instead.
     """
     batches = iter(loader)  # here, not at the first batch: a DataLoader takes a number from torch's generator
     if device.type == "cuda":
@@ -91,7 +90,7 @@ class _Slot:
 
     Attributes:
         batch: the batch that the step gets.
-        free: event after which the step has read it; None before the first.
+        free: event after which the step has read it, or None before the first.
     """
 
     def __init__(self, like: Batch, device: torch.device, targets: DeviceTargets | None) -> None:

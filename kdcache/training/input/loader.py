@@ -1,8 +1,8 @@
 """The loader of a training: the batches of its steps, drawn by threads or processes.
 
 Draw n is the record that the order gives (sampler.py), augmented by a generator seeded with (seed, n). Step s takes
-draws s*B to (s+1)*B: batches straddle epochs, none is short, a run that resumes at step s needs no history, and
-processes that share a batch draw together what one would draw alone.
+draws s*B to (s+1)*B. So batches straddle epochs, none is short, a resumed run needs no history, and processes that
+share a batch draw together what one process would draw.
 """
 
 import multiprocessing
@@ -33,9 +33,9 @@ class Draws(Dataset[Batch | KDCacheError]):
 
     Args:
         seed: seed of order and augmentation.
-        shuffle: auto, full or window (sampler.py); auto reads a remote store by windows.
-        labelled_share: share of every batch that has labels, where only some samples have one; None draws all alike.
-        rare: an order by rare classes, in the place of epochs.
+        shuffle: auto, full or window (sampler.py). auto reads a remote cache by windows.
+        labelled_share: share of every batch that has labels, if only some samples have one. None ignores labels.
+        rare: an order by rare classes, instead of epochs.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Draws(Dataset[Batch | KDCacheError]):
             self._order = Interleaved(labelled, labelled_share, seed, shard_records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """The sample that a draw takes, and how often it was taken before."""
+        """Return the sample that a draw takes, and how often it was taken before."""
         return self._order.visit(draw)
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:
-        """Ids of the samples of one step, for messages."""
+        """Return the ids of the samples of one step, for messages."""
         draws = range(step * batch_size, (step + 1) * batch_size)
         return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
@@ -68,7 +68,7 @@ class Draws(Dataset[Batch | KDCacheError]):
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
-        """Draw into memory; a sample's error is returned, not raised, for threads that work ahead."""
+        """Draw into memory. Return a sample's error instead of raising it, for threads that work ahead."""
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
         try:
@@ -78,7 +78,7 @@ class Draws(Dataset[Batch | KDCacheError]):
         return None
 
     def __getitem__(self, draw: int) -> Batch | KDCacheError:
-        """The draw, or its error: DataLoader can raise a worker's error again only as a RuntimeError."""
+        """Return the draw, or its error: DataLoader can raise a worker's error again only as a RuntimeError."""
         sample = self.empty()
         return self.draw_into(draw, Row.of(sample)) or sample
 
@@ -94,13 +94,14 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
 ) -> Ring | DataLoader[Batch | KDCacheError] | Ahead[Batch | KDCacheError]:
-    """Batches of the steps [first, last), in order; `next_batch` takes them. A batch is valid until the next.
+    """Return the batches of the steps [first, last) in order, for `next_batch`. A batch is valid until the next.
 
-    Args:
-        batch_size: samples of a batch, of all processes together; a multiple of `world`.
-        workers: number of threads that draw ahead samples of a store, or of processes for files that must be decoded
-            and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
-        rank, world: this process's part of each batch is its rank-th of `world` equal ones.
+    `batch_size` counts the samples of all processes together, a multiple of `world`. `workers` are threads that draw
+    ahead
+    samples of a cache, or processes for files that must be decoded and rendered (forkserver, because CUDA and thread
+    pools
+    do not survive a fork). 0 draws between steps. This process takes the `rank`-th of `world` equal parts of each
+    batch.
     """
     steps = Steps(first, last, batch_size, rank, world)
     loader: Ring | DataLoader[Batch | KDCacheError]
@@ -123,15 +124,14 @@ def sample_loader(
     labelled_share: float | None = None,
     workers: int = 0,
 ) -> DataLoader[Batch]:
-    """The batches that a training with these settings sees, in its order, for a loop of one's own.
+    """Return a loader with the batches that a training with these settings sees, in its order, for your own loop.
 
-    Args:
-        iterations: number of batches; they straddle epochs, and none is short.
-        seed: seed of order and augmentation.
-        shuffle: auto, full or window (sampler.py).
-        labelled_share: share of labelled samples in every batch; None is a training's default.
-        workers: processes that draw ahead; 0 draws between steps.
-    Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
+    `iterations` is the number of batches. They straddle epochs, and none is short. `seed` decides order and
+    augmentation,
+    and `shuffle` is auto, full or window (sampler.py). `labelled_share` is the share of labelled samples in every batch
+    (None: a training's default). `workers` are processes that draw ahead. 0 draws between steps.
+
+    Raises: KDCacheError for a sample that could not be drawn, wrapped into a RuntimeError by a worker.
     """
     draws = Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.label_flags))
     return _data_loader(draws, Steps(0, iterations, batch_size), _collate_or_raise, workers)
@@ -152,7 +152,7 @@ def _data_loader(
 
 
 def next_batch(batches: Iterator[T | KDCacheError]) -> T:
-    """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
+    """Return the next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
     return _raised(next(batches))
 
 
@@ -173,10 +173,9 @@ def _raised(batch: T | KDCacheError) -> T:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the trainer answers it, and ends its workers afterwards.
+    """Ignore Ctrl-C, which reaches every process of a terminal. The trainer handles it and ends its workers.
 
-    A trainer that is killed ends nothing: its workers see that it is gone. The process that forks them lives as long
-    as one of them does.
+    Workers also end if the trainer is killed. The process that forks them lives as long as one of them does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,15 +1,15 @@
-"""CutMix and ClassMix: parts of one sample of a batch pasted into another, pixels and labels of all tasks alike.
+"""CutMix and ClassMix: paste parts of one sample of a batch into another, pixels and labels of all tasks.
 
-Rows 2n and 2n + 1 of a batch are neighbours, so that processes which share a batch paste as one would; from one stream
-into another, row n of N takes from row n M // N of the other's M, which equal parts of both share, too. Where a pixel
-was pasted, the other's target teaches (`Batch.own`): targets move as pixels do.
+Rows 2n and 2n + 1 of a batch are partners, so processes that share a batch paste as one process would. From one stream
+into another, row n of N takes from row n M // N of the other's M, which also agrees for equal parts of both. A pasted
+pixel learns from the other sample's target (`Batch.own`): targets move as pixels do.
 
 | kind | pasted | source |
 | --- | --- | --- |
 | cutmix | a box whose share of the image is uniform in 0..1 | Yun 2019, arXiv 1905.04899 |
 | classmix | half of the classes that the other's label shows | Olsson 2021, 2007.07936; DACS 2020, 2007.08702 |
 
-What is random comes with the batch, so a step repeats to the bit whoever computes it.
+The random numbers come with the batch, so a step repeats bit for bit in any process.
 """
 
 import math
@@ -34,10 +34,12 @@ class Mix:
     """Pastes within a batch.
 
     Args:
-        text: cutmix or classmix, and the share of samples that are mixed: 'cutmix:0.5'; 1 when left out.
-        flag: what the text is given by, for messages.
+        text: cutmix or classmix, and the share of samples that are mixed: 'cutmix:0.5'. The default share is 1.
+        flag: name of the setting, for messages.
+
     Attributes:
-        dice: how many random numbers a sample needs.
+        dice: number of random numbers that a sample needs.
+
     Raises: RecipeError.
     """
 
@@ -56,12 +58,12 @@ class Mix:
         self.dice = NUMBERS[self.kind]
 
     def __call__(self, batch: AnyBatch) -> AnyBatch:
-        """The batch with mixed pixels and labels, and `own`, which of them are a sample's own; within each stream."""
+        """Return the batch with mixed pixels and labels within each stream, and `own`, a sample's own pixels."""
         return batch.each(lambda own: self.paste(own, Batch(own.pixels, own.labels, pseudo=own.pseudo).map(neighbours)))
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
-        """The batch with pixels and labels of the rows of another pasted into its own, and `own`, which still are.
+        """Return the batch with pixels and labels of another batch's rows pasted in, and `own`, its remaining pixels.
 
         Never waits for the device.
         """
@@ -85,7 +87,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Paste:
-    """Pastes rows of one stream into those of another, with their targets where both have some.
+    """Pastes rows of one stream into another stream, with their targets if both have targets.
 
     Attributes:
         into, source: the streams' numbers.
@@ -99,6 +101,7 @@ class Paste:
     source_form: TargetFormat | None = None
 
     def __call__(self, batch: Batch, source: Batch) -> Batch:
+        """Return the batch with the source stream's rows pasted in, and their targets."""
         count, of = len(batch), len(source)
         if count != of:
             assert source.pixels is not None
@@ -107,7 +110,7 @@ class Paste:
         return replace(self.mix.paste(batch, replace(source, pseudo={})), pasted=self._targets(source))
 
     def _targets(self, source: Batch) -> Batch:
-        """The source's targets, in the classes of the training and with windows as the stream's own targets have."""
+        """Return the source's targets, in the training's classes and with windows in the stream's form."""
         form, other = self.form, self.source_form
         if form is None or other is None or isinstance(form, LabelTargets) or isinstance(other, LabelTargets):
             return Batch()
@@ -118,12 +121,13 @@ class Paste:
 
 
 class Pastes:
-    """Pastes between the streams of a batch; each takes from samples that nothing was pasted into."""
+    """Pastes between the streams of a batch. Each takes from samples that nothing was pasted into."""
 
     def __init__(self, pastes: Sequence[Paste]) -> None:
         self._pastes = tuple(pastes)
 
     def __call__(self, batch: AnyBatch) -> AnyBatch:
+        """Return the batch after every paste between its streams."""
         assert isinstance(batch, StreamBatch)
         streams = list(batch.streams)
         for paste in self._pastes:
@@ -132,7 +136,7 @@ class Pastes:
 
 
 def _pasted(own: PseudoLabels, other: PseudoLabels | None, own_BHW: Tensor) -> PseudoLabels:
-    """Pseudo labels of mixed pixels: of a confidence of 0, so that they do not count, where there is no other."""
+    """Return pseudo labels of mixed pixels, with confidence 0 (not counted) if the other has none."""
     if other is None:
         return replace(own, confidence=torch.where(own_BHW, own.confidence, 0))
     label, confidence = (
@@ -142,12 +146,12 @@ def _pasted(own: PseudoLabels, other: PseudoLabels | None, own_BHW: Tensor) -> P
 
 
 def _unlabelled(task: str) -> float:
-    """The label of a pixel without one."""
+    """Return the label of a pixel without one."""
     return IGNORE_INDEX if task == SEGMENTATION else math.nan
 
 
 def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H, W): a box of the image's shape whose area, before it is cut at the border, is uniform."""
+    """Return a mask (B, H, W) of boxes in the image's shape, with uniform area before clipping at the border."""
     side_B = dice_B3[:, 0].sqrt() / 2
     inside = []
     for centre_B, length in zip(dice_B3[:, 1:].unbind(1), size, strict=True):
@@ -157,7 +161,7 @@ def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _classes(dice_BC: Tensor, label_BHW: Tensor) -> Tensor:
-    """(B, H, W): the pixels of half of the classes of a label, rounded up, never the void."""
+    """Return (B, H, W): the pixels of half of the classes of a label, rounded up, never the void."""
     flat_BN = label_BHW.flatten(1).long()
     shown_BC = torch.zeros_like(dice_BC, dtype=torch.bool).scatter_(1, flat_BN, True)
     shown_BC[:, IGNORE_INDEX] = False

@@ -1,13 +1,13 @@
-"""`--resident`: whether the decoded records of a store stay in memory, and where.
+"""`--resident`: whether the decoded records of a cache stay in memory, and where.
 
 | choice | what stays | when |
 | --- | --- | --- |
 | ram | every array that a sample is read from | a record is kept when it is first read |
-| gpu | the targets, on the device; pixels come from the store | all are read before the first step |
+| gpu | the targets, on the device; pixels come from the cache | all are read before the first step |
 | off | nothing | |
-| auto | gpu, else ram, else nothing | what takes at most half of what is free; gpu not from a remote store |
+| auto | gpu, else ram, else nothing | what takes at most half of the free memory; gpu not from a remote cache |
 
-Never more than half of the free memory is taken: the page cache, the model and other programs need the rest.
+At most half of the free memory is used: the page cache, the model and other programs need the rest.
 """
 
 import os
@@ -35,14 +35,13 @@ def keep_records(
     among: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Let a dataset keep its records in the place that `choice` names.
+    """Let a dataset keep its records in the place that `choice` names: auto, ram, gpu or off.
 
-    Args:
-        choice: auto, ram, gpu or off.
-        workers: workers of the loader; processes share no memory, so each of them would keep records of its own.
-        among: datasets that share what may be taken.
-        note: receives what is kept, or why nothing is.
-    Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the store.
+    `workers` counts the loader's workers. Processes share no memory, so each would keep its own records. `among`
+    datasets
+    share the memory budget. `note` receives what is kept, or why nothing is.
+
+    Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the cache.
     """
     if choice == "gpu" and device.type != "cuda":
         raise RecipeError(
@@ -69,7 +68,7 @@ def keep_records(
 
 
 def free_bytes() -> int:
-    """Bytes that the system, or this process's control group, could still give, in place of cached files too."""
+    """Return the free bytes of the system, or of this process's control group, including reclaimable file cache."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
         limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
@@ -82,7 +81,7 @@ def free_bytes() -> int:
 def _keep_on_device(
     dataset: DrawnDataset, cache: Cache, choice: str, device: torch.device, note: Callable[[str], None], among: int
 ) -> bool:
-    """Whether the targets are on the device now. Raises: RecipeError when they must be and do not fit."""
+    """Return whether the targets are on the device now. Raises: RecipeError when they must be and do not fit."""
     needed = decoded_bytes(cache, dataset.target_paths)
     half = torch.cuda.mem_get_info(device)[0] // 2 // among
     if needed > half and choice == "gpu":

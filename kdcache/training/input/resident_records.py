@@ -1,6 +1,6 @@
-"""Decoded records that stay: in memory, filled as they are first read, or on a GPU, filled before the first step.
+"""Decoded records that stay in memory (filled on first read) or on a GPU (filled before the first step).
 
-Legend: R records of a store, B samples of a batch.
+Legend: R records of a cache, B samples of a batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,18 @@ DEPTH_PATH = "labels/depth"
 
 
 class RecordSource(Protocol):
-    """Reads rows of records into a caller's memory: a cache, or a layer before it. Many threads may read at once."""
+    """Reads rows of records into a caller's memory: a cache, or a layer above it. Safe for many threads at once."""
 
-    def read_into(self, record: int, path: str, out: Array) -> None: ...
+    def read_into(self, record: int, path: str, out: Array) -> None:
+        """Read a row of the array `path` into `out`."""
 
 
 class RamRecords:
-    """Decoded rows of a store's arrays in memory: a row is read from the store once, and copied from then on.
+    """Keeps decoded rows of a cache's arrays in memory. Each row is read from the cache once, and then copied.
 
-    Threads need no lock: a row is marked after it is whole, and two that fill it at once write the same bytes. Memory
-    is taken up as it is filled. Pickles empty: every worker process fills its own.
+    Threads need no lock: a row is marked after it is complete, and two threads that fill it write the same bytes.
+    Memory
+    is used as rows are filled. It pickles empty: every worker process fills its own.
 
     Args:
         paths: paths of the arrays that are kept.
@@ -50,11 +52,11 @@ class RamRecords:
         return RamRecords, (self._cache, tuple(self._kept))
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """A row of one of `paths`. Raises: as `Cache.read_into` when it is read from the store."""
+        """Copy a row of one of `paths` into `out`. Raises: as `Cache.read_into` if it is read from the cache."""
         out[...] = self.row(record, path)
 
     def row(self, record: int, path: str) -> Array:
-        """The kept row itself, which is not to be written to. Raises: as `read_into`."""
+        """Return the kept row without a copy. Do not write to it. Raises: as `read_into`."""
         rows, whole = self._kept[path]
         row: Array = rows[record]
         if not whole[record]:
@@ -64,9 +66,9 @@ class RamRecords:
 
 
 class DeviceTargets:
-    """The targets of all records on a device, where those of a batch are gathered by record number.
+    """The targets of all records on a device, gathered there by record number for each batch.
 
-    Pickles empty: worker processes draw the numbers alone.
+    It pickles empty, because worker processes draw only numbers.
 
     Args:
         targets: head -> the target of all records (R, ...).
@@ -82,11 +84,9 @@ class DeviceTargets:
     def load(
         cls, cache: Cache, device: torch.device, heads: Sequence[str] | None = None, *, threads: int = 2
     ) -> "DeviceTargets":
-        """Read the targets of all records of a store.
+        """Read the targets of all records of a cache. `heads` of None is all heads.
 
-        Args:
-            heads: of the store; None is all.
-        Raises: KDCacheError of a record that cannot be read.
+        Raises: KDCacheError for a record that cannot be read.
         """
         paths = target_paths(cache, heads)
         arrays = {
@@ -107,24 +107,20 @@ class DeviceTargets:
         return targets
 
     def gather_into(self, records_B: Tensor, out: Mapping[str, Target]) -> None:
-        """Gather the targets of a batch into memory that `empty` gave.
-
-        Args:
-            records_B: int64, on the device.
-        """
+        """Gather the targets of a batch into `out` from `empty`. `records_B` is int64, on the device."""
         for part, memory in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
             torch.index_select(_selectable(part), 0, records_B, out=_selectable(memory))
 
 
 def target_paths(cache: Cache, heads: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Paths of the arrays that the targets of some heads of a store consist of; None is all heads."""
+    """Return the paths of the arrays of some heads' targets. None is all heads."""
     names = cache.manifest.heads if heads is None else heads
     paths = (f"targets/{head}/{part}" for head in names for part in TARGET_PARTS)
     return tuple(path for path in paths if path in cache.specs)
 
 
 def decoded_bytes(cache: Cache, paths: Sequence[str]) -> int:
-    """Bytes that all records of some arrays take in memory."""
+    """Return the bytes that all records of some arrays take in memory."""
     return len(cache) * sum(cache.specs[path].record_bytes for path in paths)
 
 

@@ -1,11 +1,11 @@
-"""Batches drawn into buffers that are used again and again, ahead of the trainer by threads of this process.
+"""Batches drawn by threads ahead of the trainer, into buffers that are used again and again.
 
-Reading, decoding and rendering release the GIL for nearly all of their time, so threads draw as fast as processes, and
-no batch has to cross from one process to another, which is what bounds `DataLoader`. A ring has `depth` buffers, pinned
-when a GPU copies from them: one is the trainer's, the others are being filled for the steps to come. Without threads
-the caller draws each batch when it takes it.
+Reading, decoding and rendering release the GIL for nearly all of their time. So threads draw as fast as processes, and
+no batch has to cross between processes, which is the bottleneck of `DataLoader`. A ring has `depth` buffers, pinned if
+a GPU copies from them. The trainer holds one, and the others are filled for later steps. Without threads the caller
+draws each batch when it takes it.
 
-The content of a batch follows from its step alone, whatever thread draws it and whenever.
+The content of a batch depends only on its step, not on the thread or the time.
 
 Legend: B samples of a batch.
 """
@@ -30,23 +30,27 @@ Drawn = Future[KDCacheError | None]
 
 
 class Items(Protocol):
-    """Draws by number, safe to call from several threads; an error of a sample is returned, not raised."""
+    """Draws by number, safe to call from several threads. A sample's error is returned, not raised."""
 
-    def empty(self, *leading: int, pin_memory: bool) -> Batch: ...
-    def draw_into(self, draw: int, out: Row) -> KDCacheError | None: ...
+    def empty(self, *leading: int, pin_memory: bool) -> Batch:
+        """Allocate memory for draws with the axes `leading`."""
+
+    def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
+        """Draw into memory, and return the error of a sample that cannot be drawn."""
 
 
 class Ring:
     """Iterates over the batches of some steps, in order.
 
-    A batch is the caller's until it takes the next one; then its memory is drawn into again, on a GPU after the work
-    that the current stream has until then. The error of a sample comes in place of its batch.
+    A batch belongs to the caller until it takes the next one. Then its memory is drawn into again, on a GPU after the
+    work
+    that the current stream has until then. The error of a sample comes instead of its batch.
 
     Args:
         steps: draw numbers of each batch.
         threads: 0 draws in the caller.
         pin_memory: for batches that a GPU copies.
-    Memory: `depth` batches; without threads one, or two that are pinned.
+    Memory: `depth` batches. Without threads one, or two that are pinned.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Ring:
                 under_way.append((buffer, self._start(pool, buffer, draws)))
 
     def _start(self, pool: ThreadPoolExecutor, buffer: "_Buffer", draws: range) -> list[Drawn]:
-        """One task per thread, not per sample: handing over takes the trainer's own time."""
+        """Return one task per thread, not per sample: handing over takes the trainer's own time."""
         parts = min(self._threads, len(draws))
         return [pool.submit(buffer.draw, draws, part, parts) for part in range(parts)]
 
@@ -118,6 +122,6 @@ class _Buffer:
         return None
 
     def release(self) -> None:
-        """The caller is done with the batch, its GPU after all that the current stream was given."""
+        """Give the buffer back after the caller, and on a GPU the current stream's work, is done with it."""
         if self._pinned:
             self._copied = torch.cuda.current_stream().record_event()

@@ -7,14 +7,14 @@ Draw n is at position n % R of epoch n // R, so draws straddle epochs and every 
 | full | one permutation of all records | any shard at any time |
 | window | shards in random order, their records permuted a few shards at a time | shard after shard |
 
-A remote store is downloaded by shards into a bounded cache, where a full permutation would fetch a shard for every
-record. A window mixes what several shards hold: records that were neighbours when the store was built, frames of one
-drive for instance, still spread over hundreds of batches.
+A remote cache is downloaded by shards into a bounded folder, where a full permutation would fetch a shard for every
+record. A window mixes several shards: neighbouring records of the build, such as frames of one drive, still spread over
+hundreds of batches.
 
-Where some samples have no label, labelled and other ones may be two streams, each in such an order, woven together so
-that every batch has its share of labels.
+If some samples have no label, labelled and other samples can be two interleaved sequences, each in such an order, so
+every batch has its share of labels.
 
-Where rare classes are to be met more often, there are no epochs: a draw takes a class, then a record that shows it.
+To draw rare classes more often, there are no epochs: a draw takes a class, then a record that shows it.
 
 Legend: R records, C classes.
 """
@@ -51,8 +51,8 @@ class Order:
 
     Args:
         seed: seed of the permutations.
-        shard_records: records of a shard, to shuffle in windows; None shuffles all records at once.
-    Memory: two epochs, 16 bytes per record: threads that draw ahead may be in the next one.
+        shard_records: records of a shard, to shuffle in windows. None shuffles all records at once.
+    Memory: two epochs, 16 bytes per record, because threads that draw ahead may be in the next one.
     """
 
     def __init__(self, records: int, seed: int, shard_records: int | None = None) -> None:
@@ -62,7 +62,7 @@ class Order:
         self._orders: tuple[tuple[int, Records], ...] = ()
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """The record of a draw, and the epoch of that visit. Many threads may call it at once."""
+        """Return the record of a draw, and the epoch of that visit. Many threads may call it at once."""
         epoch, position = divmod(draw, self._records)
         for stored_epoch, order in self._orders:  # replaced as one, never changed
             if stored_epoch == epoch:
@@ -73,10 +73,10 @@ class Order:
 
 
 class Interleaved:
-    """Two streams of records as one: any draws in a row have the same share of labelled records.
+    """Labelled and other records interleaved: any run of draws has the same share of labelled records.
 
     Args:
-        labelled: whether each record has a label (R,) bool; some have and some have not.
+        labelled: whether each record has a label (R,) bool, with both kinds present.
         share: share of the draws that take a labelled record, in 0..1, rounded to a fraction of at most 1000 parts.
         seed, shard_records: as in `Order`.
     """
@@ -87,7 +87,7 @@ class Interleaved:
         self._orders = tuple(Order(len(records), seed, shard_records) for records in self._records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """The record of a draw, and the epoch of that visit in its own stream."""
+        """Return the record of a draw, and the epoch of that visit in its own sequence."""
         parts, of = self._share.numerator, self._share.denominator
         before = draw * parts // of  # draws of labelled records so far
         stream, own = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)
@@ -96,21 +96,24 @@ class Interleaved:
 
 
 class Rare:
-    """Records by rare classes: a class with P(c) = softmax((1 - f_c) / T), then evenly one of those that show it.
+    """Draws a class with P(c) = softmax((1 - f_c) / T), then uniformly one of the records that show it.
 
-    f_c is the share of c among all labelled pixels. A record shows a class in more than RARE_SHARE of its pixels; where
-    none does, in any. Classes that no label has are never drawn.
+    f_c is the share of c among all labelled pixels. A record shows a class if it has more than RARE_SHARE of its
+    pixels, or
+    any if no record does. Classes without any label are never drawn.
 
     Args:
         counts_RC: pixels of each class.
-        pixels_R: all pixels, void ones too.
-        seed: draw n depends on it and n alone.
-        temperature: T, above 0; a higher one is closer to even.
+        pixels_R: all pixels, including void.
+        seed: draw n depends only on it and n.
+        temperature: T, above 0. Higher temperatures draw more evenly.
+
     Attributes:
         probabilities_C: P.
-    Source: Hoyer et al. 2022, DAFormer, arXiv 2111.14887, equations 6 and 7, and the code that its authors published.
-    Theirs also draws up to ten crops of the sample, until half of those pixels are inside: crops here do not depend on
-    labels.
+
+    Source: Hoyer et al. 2022, DAFormer, arXiv 2111.14887, equations 6 and 7, and the authors' code. Their code also
+    draws
+    up to ten crops of the sample until half of those pixels are inside. Here crops do not depend on labels.
     """
 
     def __init__(self, counts_RC: Records, pixels_R: Records, seed: int, temperature: float = RARE_TEMPERATURE) -> None:
@@ -127,7 +130,7 @@ class Rare:
         ]
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """The record of a draw, and a random number in the place of an epoch, so that any of its views may come."""
+        """Return the record of a draw, and a random number instead of an epoch, so any of its views may come."""
         # The third word keeps these generators apart from those of the augmentation.
         rng = np.random.default_rng((self._seed, draw, 2))
         place = np.searchsorted(self._upto_C, rng.random() * self._upto_C[-1], side="right")
@@ -136,14 +139,15 @@ class Rare:
 
 
 def choose_labelled_share(share: float | None, labelled: Flags | None) -> float | None:
-    """The share of a batch that has labels; None where all samples are drawn alike.
+    """Return the share of a batch that has labels, or None if labels do not affect the draws.
 
-    A few labels among many images would be met too rarely, and by some batches not at all: a step's cross-entropy is
-    the mean over what labels it has. (Mean teachers draw from two streams as well: 1703.01780.)
+    A few labels among many images would be drawn too rarely, and some batches would have none: a step's cross-entropy
+    is
+    the mean over its labels. (Mean teachers draw from two streams as well: 1703.01780.)
 
     Args:
-        share: the user's choice; None is the samples' own share, at least half.
-        labelled: whether each sample has a label (N,) bool; None when all have.
+        share: the user's choice. None is the samples' share, at least half.
+        labelled: whether each sample has a label (N,) bool, or None if all have.
     """
     if labelled is None or not labelled.any() or labelled.all():
         return None
@@ -152,7 +156,7 @@ def choose_labelled_share(share: float | None, labelled: Flags | None) -> float 
 
 
 def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None = None) -> Records:
-    """A permutation of all records (R,) int64; by windows of shards unless `shard_records` is None."""
+    """Return a permutation of all records (R,) int64, by windows of shards unless `shard_records` is None."""
     rng = np.random.default_rng((seed, epoch))
     if shard_records is None:
         return rng.permutation(records)
@@ -169,7 +173,7 @@ def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None =
 
 
 def choose_shuffle(shuffle: str, dataset: DrawnDataset) -> str:
-    """Resolve to `full` or `window`. Raises: RecipeError for an unknown order, or windows of data without shards."""
+    """Resolve to `full` or `window`. Raises: RecipeError for an unknown order, or windows without shards."""
     if shuffle == "auto":
         return "window" if dataset.remote else "full"
     if shuffle not in SHUFFLES:
@@ -186,10 +190,10 @@ def choose_shuffle(shuffle: str, dataset: DrawnDataset) -> str:
 
 @dataclass(frozen=True)
 class Steps:
-    """Draw numbers of the steps [first, last), of one process of several: step s takes draws s*B to (s+1)*B.
+    """Draw numbers of the steps [first, last) for one of several processes: step s takes draws s*B to (s+1)*B.
 
     Args:
-        batch_size: B, the samples of a batch, of all processes together; a multiple of `world`.
+        batch_size: B, the samples of a batch over all processes, a multiple of `world`.
         rank, world: this process takes draws [rank*B/world, (rank+1)*B/world) of each step.
     """
 
@@ -205,7 +209,7 @@ class Steps:
 
     @property
     def rows(self) -> int:
-        """The number of draws of a step that are this process's."""
+        """The number of this process's draws in a step."""
         return self.batch_size // self.world
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Shards of a remote store, fetched while the steps before them still train.
+"""Download shards of a remote cache while earlier steps still train.
 
-A window of an epoch (sampler.py) begins with all of its shards at once: without reading ahead the step that draws first
-waits for a download. The loader's order is known, so a thread walks over it, a window's length before the trainer, and
-has the shards it meets copied to this machine. An error there is dropped: it occurs again, and is raised, at the read.
+A window of an epoch (sampler.py) begins with all of its shards at once. Without reading ahead, its first step waits for
+a download. The loader's order is known, so a thread walks over it, one window ahead of the trainer, and downloads the
+shards. Errors there are dropped, because the read meets and raises them again.
 """
 
 import threading
@@ -22,7 +22,7 @@ THREADS = 4
 
 
 class Ahead(Iterable[T]):
-    """A loader's batches, while shards of those to come are fetched.
+    """A loader's batches, with the shards of later batches downloaded meanwhile.
 
     Args:
         loader: gives the batches of `steps`.
@@ -76,7 +76,7 @@ class Ahead(Iterable[T]):
                 met[shard] = step
 
     def _is_due(self, last: int | None, step: int) -> bool:
-        """Whether a shard may have made room since the step that last met it; records in memory need none again."""
+        """Return whether a shard may have been evicted since its last use. Records in memory need no shard."""
         resident = self._dataset.records is not self._cache
         return last is None or (step - last > self._ahead and not resident)
 
@@ -90,7 +90,7 @@ class Ahead(Iterable[T]):
 
 
 def reads_ahead(dataset: DrawnDataset) -> bool:
-    """Whether a window and what is read ahead of it fit into the copies: else each would make room for the other."""
+    """Return whether a window and its read-ahead fit into the local copies, so neither evicts the other."""
     cache = dataset.cache
     if cache is None or not dataset.remote:
         return False
@@ -99,7 +99,7 @@ def reads_ahead(dataset: DrawnDataset) -> bool:
 
 
 def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
-    """Note when the copies of a remote store must make room for one another all the time."""
+    """Send a note if the local copies of a remote cache would evict each other all the time."""
     cache = dataset.cache
     if cache is None or not dataset.remote:
         return
@@ -113,18 +113,18 @@ def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None])
 
 
 def window_samples(dataset: DrawnDataset) -> int:
-    """The least number of samples that a window of an epoch has; it may have up to twice as many."""
+    """Return the least number of samples of a window of an epoch. It may have up to twice as many."""
     return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * (dataset.shard_records or 1)))
 
 
 def read_paths(dataset: DrawnDataset) -> tuple[str, ...]:
-    """Paths of the arrays that draws read from the store."""
+    """Return the paths of the arrays that draws read from the cache."""
     resident = () if dataset.on_device is None else dataset.target_paths
     return tuple(path for path in dataset.paths if path not in resident)
 
 
 def _bytes(dataset: DrawnDataset, cache: Cache, samples: int) -> int:
-    """Bytes that the shards of `samples` samples take, as they are stored."""
+    """Return bytes that the shards of `samples` samples take, as they are stored."""
     ledger = cache.ledger
     if ledger is None:
         return 0

@@ -1,8 +1,8 @@
-"""The rows of every batch that each of several streams has, on the way to the device.
+"""The rows of each stream in every batch, on the way to the device.
 
-A stream has a loader and an order of its own: draw n of stream i is a pure function of the seed, i and n, the same for
-any number of processes. Step s takes draws s*R to (s+1)*R of a stream with R rows, so a run that resumes needs no
-history, and a stream's order does not depend on the others. Where there is but one, its batches are those of the steps.
+A stream has its own loader and order: draw n of stream i is a pure function of the seed, i and n, the same for any
+number of processes. Step s takes draws s*R to (s+1)*R of a stream with R rows, so a resumed run needs no history, and a
+stream's order does not depend on the others. A single stream's batches are the steps' batches.
 """
 
 from collections.abc import Generator, Sequence
@@ -21,7 +21,7 @@ Drawn = AnyBatch | KDCacheError
 
 @dataclass(frozen=True)
 class StreamDraws:
-    """A stream: its draws, and its rows of every batch, of all processes together.
+    """A stream: its draws, and its rows of every batch over all processes.
 
     Attributes:
         name: "" for the only one.
@@ -32,13 +32,13 @@ class StreamDraws:
     rows: int
 
     def sample_ids(self, step: int) -> list[str]:
-        """Ids of the samples of one step, for messages, after the stream's name."""
+        """Return the ids of one step's samples, each after the stream's name, for messages."""
         ids = self.draws.sample_ids(step, self.rows)
         return [f"{self.name}:{sample}" for sample in ids] if self.name else ids
 
 
 def stream_seed(seed: int, number: int) -> int:
-    """The seed of order and augmentation of a stream; the first one has the run's, as the only one has."""
+    """Return the seed of a stream's order and augmentation. The first stream has the run's seed."""
     if number == 0:
         return seed
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -54,11 +54,11 @@ def feed_streams(
     rank: int = 0,
     world: int = 1,
 ) -> Generator[Drawn, None, None]:
-    """The batches of the steps [first, last) on `device`, each valid until the next is taken.
+    """Yield the batches of the steps [first, last) on `device`, each valid until the next is taken.
 
-    Args:
-        workers: as of `make_loader`, of all streams together; each has at least one where there are any.
-        rank, world: this process's part of each stream's rows is its rank-th of `world` equal ones.
+    `workers` is as in `make_loader`, for all streams together. If it is not 0, each stream has at least one. This
+    process
+    takes the `rank`-th of `world` equal parts of each stream's rows.
     """
     whole = sum(stream.rows for stream in streams)
     feeds = [
@@ -82,7 +82,7 @@ def feed_streams(
 
 
 def _joined(feeds: Sequence[Generator[Batch | KDCacheError, None, None]]) -> Generator[Drawn, None, None]:
-    """The batches of all streams as one, or the first error among them."""
+    """Yield the batches of all streams as one, or the first error among them."""
     try:
         for parts in zip(*feeds, strict=True):
             error = next((part for part in parts if isinstance(part, KDCacheError)), None)

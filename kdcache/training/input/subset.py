@@ -1,7 +1,7 @@
-"""A part of a training set: fewer samples, fewer labels, or without a fold that others are judged on.
+"""A part of a training set: fewer samples, fewer labels, or without a fold that other runs are judged on.
 
-Samples are ranked by a hash of their ids and the first ones are taken, so a larger part holds every smaller one, and
-the labelled ones are among those that are used. Labels can also be listed by the ids of their samples.
+Samples are ranked by a hash of their ids and the first ones are taken. So a larger part holds every smaller one, and
+labelled samples are among the used ones. Labels can also be listed by the ids of their samples.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from kdcache.errors import RecipeError, suggest
 
 
 class Selection(NamedTuple):
-    """Numbers of samples, in their order, and the numbers of the samples whose labels are used."""
+    """Numbers of the selected samples, in order, and numbers of the samples with used labels."""
 
     samples: Sequence[int]
     labelled: Collection[int]
@@ -29,12 +29,12 @@ class Part:
     """The part of a training set that is used.
 
     Attributes:
-        samples, labels: a number, or below 1 a share; None is all. Labels may be 0, none.
-        labels_from: a file with the ids of the samples whose labels are used, one a line, instead of a number.
+        samples, labels: a number, or below 1 a share. None is all. Labels may be 0.
+        labels_from: a file with the ids of the samples with used labels, one a line, instead of a number.
         without: the fold that is left out.
-        held_out: share of the samples that judge the training and are left out of it; None is none.
-        judging: takes the samples that are held out, instead of the others.
-        views: replays the first `views` views of a store; None is all.
+        held_out: share of the samples that judge the training and are left out of it. None is none.
+        judging: takes the held-out samples instead of the others.
+        views: replays the first `views` views of a cache. None is all.
     """
 
     samples: float | None = None
@@ -47,14 +47,14 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """Whether all samples and labels are used, a choice that takes no ids."""
+        """Whether all samples and labels are used, so ids do not matter."""
         parts = (self.samples, self.labels, self.labels_from, self.without, self.held_out)
         return all(part is None for part in parts)
 
     def choose(self, ids: Sequence[str]) -> Selection:
         """Select samples by their ids.
 
-        Raises: RecipeError when nothing is left, for folds that do not exist, and as `read_ids` does.
+        Raises: RecipeError if nothing is left, for folds that do not exist, and as `read_ids`.
         """
         numbers = range(len(ids))
         if self.whole:
@@ -78,12 +78,9 @@ class Part:
 
 
 def held_out(ids: Sequence[str], share: float) -> list[bool]:
-    """Return whether each sample judges a training, by the hash of its id alone; of few samples at least one does.
+    """Return whether each sample judges a training, by its id's hash. At least one does. `share` is in 0..1.
 
-    The samples of the largest hashes judge: `--limit-samples` takes those of the smallest.
-
-    Args:
-        share: in 0..1.
+    The samples with the largest hashes judge. `--limit-samples` takes those with the smallest.
     """
     hashes = [id_hash(sample) for sample in ids]
     least = min((1 - share) * 2**64, max(hashes, default=0))
@@ -91,11 +88,9 @@ def held_out(ids: Sequence[str], share: float) -> list[bool]:
 
 
 def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
-    """Return the ids that a file lists, one a line.
+    """Read the ids that a file lists, one a line. `ids` are the existing ones.
 
-    Args:
-        ids: those that exist.
-    Raises: RecipeError for a file that cannot be read or lists nothing, and for ids that do not exist or come twice.
+    Raises: RecipeError for a file that cannot be read or lists nothing, and for unknown or repeated ids.
     """
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]

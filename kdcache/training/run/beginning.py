@@ -1,4 +1,4 @@
-"""The model that a training begins with: at random, with weights of a file, or with what another run has learnt."""
+"""The model that a training begins with: random, with weights of a file, or with the weights of another run."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,15 +14,13 @@ from kdcache.training.run.folder import untrained_heads
 
 
 def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> SegmentationModel:
-    """Build the model of a training, with the weights that it begins with.
+    """Build the model of a training with its initial weights.
 
-    Weights are drawn from torch's global generator.
+    Random weights are drawn from torch's global generator. `classes` is the data's number, `tasks` those that heads
+    learn.
 
-    Args:
-        classes: of the data.
-        tasks: those that heads learn.
-    Raises: ModelError for weights that do not fit, for a model that these data teach nothing, and for labels that
-        would judge one without heads; RecipeError for a run without weights.
+    Raises: ModelError for weights that do not fit, for a model that these data cannot train, and for validation labels
+        for a model without heads; RecipeError for a run without weights.
     """
     run = None if config.run.init is None else _run_of(config.run.init)
     init = config.run.init if run is None else str(run.weights())
@@ -35,7 +33,7 @@ def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> Segm
 
 
 def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[str]) -> Iterator[str]:
-    """Notes on what initialisation left out or has for other classes, and on a model that gives no logits."""
+    """Yield notes on weights that initialisation skipped or that have other classes, and on a model without logits."""
     report = model.load_report
     if report is not None:
         yield from report.notes
@@ -55,7 +53,7 @@ def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[s
 
 
 def _run_of(init: str) -> Run | None:
-    """The run that `--init` names; None for a file of weights."""
+    """Return the run that `--init` names, or None for a file of weights."""
     return Run.open(init) if named_weights(init) is not None or is_run(Path(init)) else None
 
 

@@ -1,4 +1,4 @@
-"""The full state of a training in one file, replaced whole or not at all."""
+"""The full state of a training in one file, replaced completely or not at all."""
 
 import os
 import shlex
@@ -27,9 +27,9 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
 
 
 def keep_checkpoint(run: Path, step: int) -> None:
-    """Keep the state that was just saved under a name of its own, whole or not at all.
+    """Keep the state that was just saved under a permanent name.
 
-    It is a hard link, or a copy on a file system without links. The next save replaces the other name alone.
+    It is a hard link, or a copy on a file system without links. The next save replaces only the other name.
     """
     path = run / KEPT / f"step-{step:06}.pt"
     with disk_space_errors(run):
@@ -42,9 +42,9 @@ def keep_checkpoint(run: Path, step: int) -> None:
 
 
 def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
-    """Read the last saved state; None when nothing was saved yet. Tensors and plain values only: no pickled code.
+    """Read the last saved state, or None if nothing was saved yet. It holds tensors and plain values, no pickled code.
 
-    Raises: RecipeError when the file cannot be read.
+    Raises: RecipeError if the file cannot be read.
     """
     path = run / FILE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The files that a run writes while it trains, and goes on from: weights, checkpoints, the result."""
+"""The files that a run writes while it trains, and resumes from: weights, checkpoints, the result."""
 
 import math
 from contextlib import nullcontext
@@ -29,15 +29,15 @@ FEATURES = "features"
 
 @dataclass
 class Progress:
-    """The plain values of a checkpoint, beside the states of model, loss, optimizer and schedule.
+    """The plain values of a checkpoint, stored with the states of model, loss, optimizer and schedule.
 
     Attributes:
         seconds: seconds of training.
-        cpu_seconds: processor time of the steps, of all threads of this process.
-        best_score: mIoU; of depth alone the rmse, and of features alone the loss, below 0.
-        waited: seconds of these that were spent waiting for data.
-        prepared: seconds of preparing a step, which are no training.
-        unjudged: whether the validation of the last step is to be made, which a damaged sample had stopped.
+        cpu_seconds: CPU time of the steps, of all threads of this process.
+        best_score: mIoU, or for depth only the negative rmse, or for features only the negative loss.
+        waited: part of `seconds` spent waiting for data.
+        prepared: seconds of preparing a step, which do not count as training.
+        unjudged: whether the validation of the last step is still due because a damaged sample stopped it.
     """
 
     step: int = 0
@@ -53,12 +53,12 @@ class Progress:
 
 
 class RunState:
-    """The owners of everything that a checkpoint holds, and the folder that it goes to.
+    """The owners of everything that a checkpoint holds, and its folder.
 
     Args:
         step: owner of the model, loss and optimizer.
-        ema: moving average of the model; None in a training without.
-        world: all processes call every method; the first one writes.
+        ema: moving average of the model, or None.
+        world: all processes call every method. The first one writes.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class RunState:
         self.now = Progress()
 
     def restore(self) -> dict[str, Tensor] | None:
-        """Go on from the checkpoint; returns this process's random state, None when it has none of this rank.
+        """Continue from the checkpoint. Return this process's random state, or None if it has none of this rank.
 
-        Raises: ModelError when the checkpoint is of another model; RecipeError when it cannot be read.
+        Raises: ModelError if the checkpoint is of another model; RecipeError if it cannot be read.
         """
         state = load_checkpoint(self._run, self._device)
         if state is None:
@@ -106,7 +106,7 @@ class RunState:
         return states[self._world.rank] if self._world.rank < len(states) else None
 
     def check_same(self) -> None:
-        """Raises: RecipeError when the processes would go on from different steps."""
+        """Raise RecipeError if the processes would continue from different steps."""
         steps = self._world.gather(self.now.step)
         if len(set(steps)) > 1:
             raise RecipeError(
@@ -115,11 +115,7 @@ class RunState:
             )
 
     def keep_best(self, score: float, *, ema: bool = False) -> bool:
-        """Write the weights as the best where no validation of theirs scored higher; returns whether that is so.
-
-        Args:
-            ema: the score is that of the moving average, which has a best of its own.
-        """
+        """Save the weights as the best, and return True, if no earlier score is higher. `ema` has its own best."""
         now = self.now
         if not score > (now.ema_best_score if ema else now.best_score):
             return False
@@ -131,7 +127,7 @@ class RunState:
         return True
 
     def _write_weights(self, which: str, *, ema: bool = False) -> None:
-        """Write the weights of `which`: best or last; with `ema` their moving average."""
+        """Write the weights of `which` (best or last), or with `ema` their moving average."""
         averages = self._ema.in_place() if ema and self._ema is not None else nullcontext()
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:
@@ -156,17 +152,13 @@ class RunState:
                 save_checkpoint(self._run, state)
 
     def keep(self) -> None:
-        """Keep the checkpoint that was just saved under a name of its own."""
+        """Keep the checkpoint that was just saved under a permanent name."""
         with self._world.together():
             if self._world.first:
                 keep_checkpoint(self._run, self.now.step)
 
     def finish(self, judged: str = SEGMENTATION) -> dict[str, Any]:
-        """Write the last weights and result.json; returns its content.
-
-        Args:
-            judged: the task whose scores chose the best weights, or `FEATURES`.
-        """
+        """Write the last weights and result.json, and return its content. `judged`: the task (or FEATURES) of best."""
         now = self.now
         self._write_weights("last")
         if not now.best_step:  # nothing validated, or nothing that could be scored

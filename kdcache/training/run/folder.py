@@ -1,4 +1,4 @@
-"""The folder of a run: new, empty, or the very run that goes on; and its files from before the first step."""
+"""The folder of a run (new, empty, or the run to resume), and its files from before the first step."""
 
 import difflib
 import hashlib
@@ -51,7 +51,7 @@ FREE_ON_RESUME = PLACES | EXECUTION
 
 
 def identity_of(datasets: Sequence[DrawnDataset]) -> str:
-    """A text that identifies the samples of a training: of its data set or store, or of all its streams in order."""
+    """Return text that identifies a training's samples: of its data set or cache, or of all streams in order."""
     identities = [dataset.identity for dataset in datasets]
     if len(identities) == 1:
         return identities[0]
@@ -66,10 +66,10 @@ def check_folder(
     samples: RunSamples | None = None,
     labels: str | None = None,
 ) -> None:
-    """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to be resumed.
+    """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to resume.
 
-    Args:
-        identity: `identity_of` the training data. samples, labels: theirs, which a resumed run compares.
+    `identity` is the training data's `identity_of`. A resumed run also compares `samples` and `labels`.
+
     Raises: RecipeError for any other folder; MismatchError for data that changed.
     """
     if resume and not run.exists() and not _torchrun_restarts():
@@ -121,7 +121,7 @@ def check_folder(
 
 
 def check_samples(run: Path, samples: RunSamples) -> None:
-    """Refuse to resume a run on data that changed since it was begun. Raises: MismatchError naming the samples."""
+    """Raise MismatchError, which names the samples, if a resumed run's data changed since it began."""
     before = RunSamples.read(run)
     if before is not None and (changes := before.changes(samples)):
         fix = (
@@ -132,12 +132,12 @@ def check_samples(run: Path, samples: RunSamples) -> None:
 
 
 def _torchrun_restarts() -> bool:
-    """Whether torchrun starts this command again when a process dies: one command then begins and resumes a run."""
+    """Return whether torchrun restarts this command after a crash, so one command begins and resumes a run."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _fixed(settings: Mapping[str, Any], name: str) -> Any:
-    """The value of a setting as far as it may not change: of streams without their places, of files without folders."""
+    """Return the part of a setting that must not change: streams without places, files without folders."""
     value = settings[name]
     if name in ("model", "init") and value is not None:
         return bare(str(value))
@@ -145,26 +145,26 @@ def _fixed(settings: Mapping[str, Any], name: str) -> Any:
 
 
 def _means_nothing(path: Path) -> bool:
-    """Whether a path is left over from a run that was killed before it began."""
+    """Return whether a path is left over from a run that was killed before it began."""
     return is_lock(path, LOCK) or is_partial(path)
 
 
 def _is_untrained(run: Path) -> bool:
-    """Whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
+    """Return whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
     return (run / MODEL).is_file() and all(
         path.name in BEGINNING or path.name.startswith(EVENTS) or _means_nothing(path) for path in run.iterdir()
     )
 
 
 def _near(run: Path) -> str:
-    """A text that names existing runs beside `run` whose names are like its own, or nothing."""
+    """Return text that names existing runs with similar names next to `run`, or ''."""
     beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
     near = difflib.get_close_matches(run.name, beside, n=3)
     return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
 
 
 def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
-    """Make the folder, lock it and check it again, for another command may have begun there. Raises: RecipeError."""
+    """Create and lock the folder, then check it again in case another command began there. Raises: RecipeError."""
     with disk_space_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     if lock is not None:
@@ -173,11 +173,10 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
 
 
 def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | Path | None = None) -> tuple[str, ...]:
-    """The heads of classes and of depth that stay at random: they begin so, and nothing is learnt of them.
+    """Return the heads of classes and depth that start at random and stay untrained.
 
-    Args:
-        tasks: those that heads learn; of features alone there are none.
-        init: the weights that the model begins with, whose run may have learnt nothing of a head itself.
+    `tasks` are those that heads learn (none for features only). `init` are the initial weights, whose run may have left
+    heads untrained itself.
     """
     report = model.load_report
     begun = None if init is None else describe_weights(init)
@@ -231,12 +230,12 @@ def write_beginning(
 
 
 def labels_of(datasets: Sequence[DrawnDataset]) -> str | None:
-    """Return which labels of its one source a training uses, as `pack_flags` has them; None with several sources."""
+    """Return the labels that a training of one source uses, as `pack_flags` text, or None for several sources."""
     return pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None
 
 
 def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str, ...]:
-    """The seals of the stores whose targets the run learns from, each once."""
+    """Return the seals of the caches whose targets the run learns from, each once."""
     seals = dict[str, None]()
     for stream, dataset in zip(config.streams, datasets, strict=True):
         if stream.weight > 0 and stream.config.reads_targets and dataset.cache is not None:
@@ -246,7 +245,7 @@ def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str,
 
 
 def _streams(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[RunStream, ...]:
-    """What the run learns from each of its streams."""
+    """Return what the run learns from each of its streams."""
     recorded = []
     for stream, dataset in zip(config.streams, datasets, strict=True):
         own, learns = stream.config, stream.weight > 0

@@ -1,4 +1,4 @@
-"""One training at a time per run folder: a second one would write the same checkpoint."""
+"""One training at a time per run folder, because two would write the same checkpoint."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """Held by the process that writes a run, from `take` to the end of the block. It ends with the process.
+    """The lock of the process that writes a run, from `take` to the end of the block. It ends with the process.
 
     Args:
         run: the folder, which may not exist yet.
@@ -20,7 +20,7 @@ class RunLock:
         self._lock: Lock | None = None
 
     def take(self) -> None:
-        """Hold the folder, which exists, from now on. Raises: RecipeError that names the process that holds it."""
+        """Lock the folder, which must exist. Raises: RecipeError that names the process that holds it."""
         if self._lock is not None:
             return
         lock = Lock(self._run / LOCK)

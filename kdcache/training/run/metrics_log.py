@@ -1,4 +1,4 @@
-"""The logs of a run: `metrics.jsonl`, `environment.json`, `result.json`; and its observers."""
+"""The logs of a run (`metrics.jsonl`, `environment.json`, `result.json`) and its observers."""
 
 import json
 import math
@@ -20,59 +20,59 @@ from kdcache.training.feature_validation import FeatureScore
 
 
 class Observer:
-    """Watches a training; every method may be overridden. The command line's progress is one."""
+    """Watches a training. Every method may be overridden. The command line's progress is an observer."""
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        """Training begins, or goes on at `step`."""
+        """Take notice that training begins or resumes at `step`."""
 
     def note(self, text: str) -> None:
-        """A note about this run for its user."""
+        """Receive a note about this run for its user."""
 
     def advanced(self, step: int) -> None:
-        """A step is done: its number from 1. Called at every one, so that a bar can move."""
+        """Receive the number of a finished step, from 1. Called at every step, for a progress bar."""
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Values of a step, every `log_every` steps: loss, its terms, lr, images_per_second, wait_share.
+        """Receive a step's values every `log_every` steps: loss, its terms, lr, images_per_second, wait_share.
 
-        Where pseudo labels are made of weak views, weak_view_seconds of a step, too.
+        If pseudo labels come from weak views, the values include weak_view_seconds.
         """
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """L2 norms of each weighted term's gradient over the student's parameters, every `gradients_every` steps."""
+        """Receive L2 norms of each weighted term's gradient over the student, every `gradients_every` steps."""
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Loss and weight of each of two tasks, after `stepped`; and after `gradients` with its norm and ratio.
+        """Receive loss and weight of each of two tasks after `stepped`, and after `gradients` also norm and ratio.
 
-        The norm is of its gradient over the parameters that both tasks reach, its ratio to the other's.
+        The norm is of the task's gradient over the parameters that both tasks reach. The ratio is to the other task's.
         """
 
     def validating(self, done: int, total: int) -> None:
-        """A number of images is validated so far."""
+        """Receive the number of images validated so far."""
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-        """A validation ended."""
+        """Receive the metrics of a validation."""
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
-        """A validation of the weights' moving average ended; of trainings with `ema`, after `validated`."""
+        """Receive the metrics of the weights' moving average, after `validated`, in trainings with `ema`."""
 
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """A validation of depth ended, after `validated`; of models with a depth head on data with such labels."""
+        """Receive the depth metrics of a validation, after `validated`, if the data have depth labels."""
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """A validation of the moving average's depth ended, after `validated_ema`."""
+        """Receive the depth metrics of the moving average, after `validated_ema`."""
 
     def validated_features(self, step: int, score: FeatureScore) -> None:
-        """A validation by features ended; of trainings with `val_share`."""
+        """Receive the feature score of a validation, in trainings with `val_share`."""
 
     def validated_ema_features(self, step: int, score: FeatureScore) -> None:
-        """A validation of the moving average's features ended, after `validated_features`."""
+        """Receive the feature score of the moving average, after `validated_features`."""
 
     def ended(self, *, completed: bool) -> None:
-        """The training ended: at its last step, or before it by an error or by the user's wish."""
+        """Take notice that the training ended: completed, or stopped by an error or by the user."""
 
 
 def _of_all(name: str) -> Any:
-    """A method that calls the method `name` of each of several observers."""
+    """Return a method that calls the method `name` of each of several observers."""
 
     def call(self: "Observers", *values: Any, **named: Any) -> None:
         for observer in self.several:
@@ -104,7 +104,7 @@ class Observers(Observer):
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint. NaN and infinity become null.
+    """Appends to metrics.jsonl. On resume, it drops lines after the checkpoint. NaN and infinity become null.
 
     Raises: RecipeError for a log that cannot be read.
     """
@@ -124,23 +124,25 @@ class MetricsLog:
             self._file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append a line of this kind with the step and its values. Raises: StoreError for a full disk."""
         line = json.dumps({"kind": kind, "step": step, **_finite(values)}).encode() + b"\n"
         with disk_space_errors(self._run):
             while line:  # a disk that is nearly full takes a part of it, and nothing the next time
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with None for those that are not finite, at any depth of mappings."""
+    """Return the values with None for those that are not finite, at any depth of mappings."""
     nested = {name: _finite(value) for name, value in values.items() if isinstance(value, dict)}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()} | nested
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions of libraries, for repeating a run."""
+    """Return the machine and library versions, for repeating a run."""
     packages = ("kdcache", "torch", "torchvision", "triton", "zarr", "numcodecs", "numba", "numpy", "pillow")
     versions = {}
     for name in packages:
@@ -159,11 +161,12 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write content as indented JSON, completely or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _step(line: str) -> int:
-    """Step of a line; a line cut short by a kill counts as later than everything."""
+    """Return the step of a line. A line cut short by a kill counts as later than everything."""
     try:
         return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):

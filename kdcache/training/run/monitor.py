@@ -1,4 +1,4 @@
-"""Checks of the numbers of a training: losses that must stay finite, terms whose weight is worth a note."""
+"""Checks of a training's numbers: losses must stay finite, and extreme gradients are worth a note."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,18 +34,19 @@ _ROUNDING = 0.04
 
 
 def measures_norms(step: int, every: int) -> bool:
-    """Whether gradient norms are measured at a step: the first, every so many, and soon after the first."""
+    """Return whether to measure gradient norms at a step: the first, every `every` steps, and soon after the first."""
     return every > 0 and (step % every == 0 or step == SOON < every)
 
 
 def check_logits(cache: Cache, *, needed: bool = True) -> None:
-    """Refuse a store of a teacher that returned probabilities, as far as its first target shows it.
+    """Check that a cache's teacher returned logits and not probabilities, as far as the first target shows it.
 
-    Targets are stored less their largest, so probabilities p as p - max p. These give max p, for all sum to 1, and then
-    show that none is below 0: with logits as far apart, and more than a few classes, that does not happen.
-    Args:
-        needed: whether targets of classes are read; False lets a store without them pass.
-    Raises: MismatchError; StoreError for a store without targets of classes that are needed.
+    Targets are stored minus their largest value, so probabilities p are stored as p - max p. Since they sum to 1, max p
+    can
+    be recovered, and then none is below 0. With logits as far apart, and more than a few classes, that does not happen.
+    With `needed` false, a cache without targets of classes passes.
+
+    Raises: MismatchError; StoreError for a cache without the targets of classes that are needed.
     """
     if cache.manifest.segmentation is None and not needed:
         return
@@ -63,7 +64,7 @@ def check_logits(cache: Cache, *, needed: bool = True) -> None:
 
 
 def outcome(metrics: Metrics) -> str | None:
-    """A note on a training whose last validation is no better than chance; None for any other."""
+    """Return a note if the last validation is no better than chance, else None."""
     nothing = at_chance(metrics)
     if nothing is None:
         return None
@@ -71,12 +72,12 @@ def outcome(metrics: Metrics) -> str | None:
 
 
 class Watch:
-    """Checks losses on demand, several steps at once: on a GPU, reading every one would stall the queue.
+    """Checks losses on demand, several steps at once, because reading each step's loss would stall a GPU's queue.
 
     Args:
-        names: names of the loss, its parts and tasks.
-        sample_ids: gives the ids of the batch of a step, each after its stream's name and a colon.
-        part_tasks: the task of each part, by its name.
+        names: names of the loss, its terms and tasks.
+        sample_ids: gives the ids of a step's batch, each after its stream's name and a colon.
+        part_tasks: the task of each term, by its name.
     """
 
     def __init__(
@@ -100,9 +101,9 @@ class Watch:
         self._unchecked.append((step, losses))
 
     def check_finite(self) -> list[float]:
-        """Check the losses since the last check; returns the newest, in the order of the names.
+        """Check the losses since the last check, and return the newest in the order of the names.
 
-        Raises: ModelError when one is not finite, with its term, iteration and records.
+        Raises: ModelError with the term, iteration and records of a loss that is not finite.
         """
         if not self._unchecked:
             return []
@@ -114,7 +115,7 @@ class Watch:
         return list(rows[-1])
 
     def _not_finite(self, step: int, values: Mapping[str, float]) -> ModelError:
-        """The error of a step whose loss is not finite: its terms with their heads and streams, and its records."""
+        """Return the error of a step whose loss is not finite, with its terms' heads and streams, and its records."""
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         terms = [name for name in wrong if name in self._part_tasks]
         streams = {f"{stream}:" for stream, slash, _ in (name.rpartition("/") for name in terms) if slash}
@@ -129,16 +130,12 @@ class Watch:
         )
 
     def _term(self, name: str) -> str:
-        """Words for a part of the loss."""
+        """Return words for a part of the loss."""
         stream, slash, term = name.rpartition("/")
         return f"term {term} of the head {self._part_tasks[name]}" + (f" in the stream {stream}" if slash else "")
 
     def starving(self, tasks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-        """Notes, once each, on a task whose gradient is small beside the other's at two looks running.
-
-        Args:
-            tasks: weight, norm and ratio of each, by name (`task_lines`).
-        """
+        """Yield notes, once each, on a task whose gradient was small next to the other's at two checks in a row."""
         for task, own in tasks.items():
             if own["weight"] == 0 or not own["ratio"] < STARVING:
                 self._starving.discard(task)
@@ -153,11 +150,7 @@ class Watch:
                 )
 
     def won(self, values: Mapping[str, float]) -> Iterator[str]:
-        """Notes, once each, on discriminators whose loss was near 0 at all of the last looks.
-
-        Args:
-            values: losses of a step, by name.
-        """
+        """Yield notes, once each, on discriminators whose loss was near 0 at all recent checks."""
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")
             kind, _, head = part.partition("_")[0].partition("-")
@@ -174,11 +167,7 @@ class Watch:
                 )
 
     def unsure(self, values: Mapping[str, float], *, last: bool) -> Iterator[str]:
-        """Notes, once each, on streams without a single confident pixel at some looks running, or at the last.
-
-        Args:
-            values: losses of a step, by name.
-        """
+        """Yield notes, once each, on streams without a confident pixel at several checks in a row, or at the last."""
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")
             if part.partition("_")[0] != "confident":
@@ -194,10 +183,10 @@ class Watch:
                 )
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
-        """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's.
+        """Yield notes, once each, on terms whose gradients are negligible or overwhelming next to cross-entropy's.
 
-        A stream's terms stand beside its own cross-entropy. In the first step a term without any gradient may have
-        nothing to compare with yet, as the ring of `queue`.
+        A stream's terms are compared with its own cross-entropy. In the first step a term without any gradient may have
+        nothing to compare with yet, such as the ring of `queue`.
         """
         for name, norm in norms.items():
             if step == 0 and norm == 0:
@@ -213,7 +202,7 @@ class Watch:
 
 
 def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
-    """Words on the fixed weights, of sum 1, with which the gradients of all tasks have one norm."""
+    """Return the fixed weights, of sum 1, that give the gradients of all tasks one norm, in words."""
     plain = {task: own["norm"] / own["weight"] for task, own in tasks.items() if own["weight"] > 0}
     silent = [task for task, norm in plain.items() if norm == 0]
     if silent:

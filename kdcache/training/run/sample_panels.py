@@ -1,4 +1,4 @@
-"""Pictures of the same few validation samples, for loggers: image, ground truth, prediction and errors side by side."""
+"""Pictures of a few fixed validation samples for loggers: image, ground truth, prediction and errors."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -23,14 +23,14 @@ _GAP = 4
 def sample_panels(
     model: SegmentationModel, split: Split, size: tuple[int, int], device: torch.device, fit: Fit = "squash"
 ) -> Callable[[], dict[str, Array]]:
-    """A function that predicts four samples, evenly spread over a split, with the weights as they are then.
+    """Return a function that predicts four samples, evenly spread over a split, with the current weights.
 
-    Args:
-        size: (H, W) of the pixels that the model sees, and of each picture, which is smaller where an image of another
-            shape is not squashed.
-        fit: how images of another shape are fitted into `size`.
-    Returns: of it, by sample and task uint8 (H, W', 3): image, ground truth, prediction and, of classes, errors. It
-        draws no random number and leaves the model as it was.
+    The model sees pixels of `size` (H, W), fitted by `fit`. Pictures have this size too, or are smaller if an image of
+    another shape is not squashed.
+
+    Returns: a function that gives, by sample and task, uint8 (H, W', 3): image, ground truth, prediction and, for
+    classes,
+        errors. It draws no random number and leaves the model unchanged.
     """
     numbers = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).round().astype(int)).tolist()
     tasks = judged_tasks(model, split)
@@ -79,7 +79,7 @@ def _panel(split: Split, own: Predicted, task: str, size: tuple[int, int], fit: 
 
 
 def _at(values_HW: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """Class ids or metres at another size, the nearest ones."""
+    """Return class ids or metres at another size, the nearest ones."""
     rows, columns = (
         ((np.arange(to) + 0.5) * side / to).astype(int) for side, to in zip(values_HW.shape, size, strict=True)
     )

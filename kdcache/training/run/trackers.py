@@ -1,21 +1,23 @@
-"""The metrics of a training, sent to TensorBoard or Weights & Biases as it goes, in addition to metrics.jsonl.
+"""Send a training's metrics to TensorBoard or Weights & Biases, in addition to metrics.jsonl.
 
 | `--log` | where it goes | a resumed run |
 | --- | --- | --- |
-| tensorboard | event files in the run folder: `tensorboard --logdir runs` | goes on from its checkpoint |
-| wandb | by its environment; into RUN/wandb without a login | goes on under the id in RUN/wandb-id.txt |
+| tensorboard | event files in the run folder: `tensorboard --logdir runs` | continues from its checkpoint |
+| wandb | by its environment; into RUN/wandb without a login | continues under the id in RUN/wandb-id.txt |
 
-A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
-`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/seg_miou` (the same number, named as beside another
-task), `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`, of depth `val/depth_rmse` and the other metrics, and
-with `--ema` the same below `val_ema/`; with `--val-share` `val/feature_loss`. Where two tasks are learnt,
-`train/balance/<task>` is the weight of each, `train/tasks/<task>` its loss, `train/gradients/<task>` the norm of its
-gradient, `train/ratio/<task>` that norm beside the other task's.
+A run has the name of its folder. Its configuration is the recipe. Scalars are:
 
-With every validation come pictures of the same few validation samples, `samples/<sample>/<task>`: image, ground truth,
+- `train/loss`, `train/<term>`, `train/lr`, `train/images_per_second`, `gradients/<term>`
+- `val/miou`, `val/seg_miou` (the same number, for charts with another task), `val/acc` (of all pixels), `val/macc`,
+  `val/iou/<class>`, `val/depth_rmse` and the other depth metrics, with `--val-share` `val/feature_loss`, and with
+  `--ema` the same below `val_ema/`
+- with two tasks, of each: `train/balance/<task>` (weight), `train/tasks/<task>` (loss), `train/gradients/<task>` (norm
+  of its gradient), `train/ratio/<task>` (that norm relative to the other task's)
+
+Every validation adds pictures of a few fixed validation samples, `samples/<sample>/<task>`: image, ground truth,
 prediction, errors (`sample_panels.py`).
 
-A logger is no part of a training: one that fails is left out from then on, after a note.
+A failing logger does not stop the training: it is dropped after a note.
 """
 
 import importlib.util
@@ -42,7 +44,7 @@ SHOWN = 160
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raises: RecipeError for a logger whose package is missing."""
+    """Raise RecipeError for a logger whose package is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
@@ -53,11 +55,11 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """The facts that a logger gets when a training begins.
+    """What a logger gets when a training begins.
 
     Attributes:
         recipe: the settings, as plain values.
-        step: step of the checkpoint that the training goes on from; 0 at its beginning.
+        step: step of the checkpoint that the training resumes from, or 0.
         note: receives notes for the user.
     """
 
@@ -68,25 +70,31 @@ class Beginning:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder."""
         return self.run.resolve().name
 
 
 class Sink(Protocol):
     """A destination of scalars, and of pictures, uint8 (H, W, 3)."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def draw(self, step: int, pictures: Mapping[str, Array]) -> None: ...
-    def close(self, completed: bool) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Send scalars by name."""
+
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        """Send pictures by name."""
+
+    def close(self, completed: bool) -> None:
+        """End the log, marked as completed or not."""
 
 
 class Loggers(Observer):
-    """Sends a training's metrics to one or more loggers; none of them can end the training.
+    """Sends a training's metrics to one or more loggers. A failing logger never ends the training.
 
     Args:
         names: keys of SINKS, whose packages are installed.
-        recipe: the settings, as plain values. The folders of this machine are left out of what is sent.
-        note: receives what fails.
-        panels: draws pictures by name at every validation; None draws none.
+        recipe: the settings, as plain values. Folders of this machine are not sent.
+        note: receives errors.
+        panels: draws pictures by name at every validation, or None.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class Loggers(Observer):
         self._sinks: dict[str, Sink] = {}
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        """Open every logger with the recipe and the number of parameters."""
         recipe = {**public_values(self._recipe), "parameters": parameters}
         beginning = Beginning(self._run, recipe, step, self._note)
         for name in self._names:
@@ -115,12 +124,15 @@ class Loggers(Observer):
                 self._failed(name, error)
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
+        """Send a step's values as `train/<name>`."""
         self._write(step, {f"train/{name}": value for name, value in values.items()})
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Send gradient norms as `gradients/<term>`."""
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
+        """Send each task's weight and loss, or after `gradients` its norm and ratio."""
         measured = all("norm" in own for own in tasks.values())
         rooms = {"gradients": "norm", "ratio": "ratio"} if measured else {"balance": "weight", "tasks": "loss"}
         self._write(
@@ -128,26 +140,33 @@ class Loggers(Observer):
         )
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        """Send segmentation scores as `val/<name>`, and pictures."""
         self._write_scores("val", step, metrics)
         self._draw(step)
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
+        """Send the moving average's segmentation scores as `val_ema/<name>`."""
         self._write_scores("val_ema", step, metrics)
 
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
+        """Send depth metrics as `val/depth_<name>`, and pictures."""
         self._write(step, {f"val/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
         self._draw(step)
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
+        """Send the moving average's depth metrics as `val_ema/depth_<name>`."""
         self._write(step, {f"val_ema/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
 
     def validated_features(self, step: int, score: FeatureScore) -> None:
+        """Send the feature loss as `val/feature_loss`."""
         self._write(step, {"val/feature_loss": score.loss})
 
     def validated_ema_features(self, step: int, score: FeatureScore) -> None:
+        """Send the moving average's feature loss as `val_ema/feature_loss`."""
         self._write(step, {"val_ema/feature_loss": score.loss})
 
     def ended(self, *, completed: bool) -> None:
+        """Close every logger."""
         self._each(lambda sink: sink.close(completed))
         self._sinks.clear()
 
@@ -187,12 +206,12 @@ class Loggers(Observer):
 
 
 def _reason(error: Exception) -> str:
-    """A foreign error in one short line."""
+    """Return a foreign error in one short line."""
     return f"{type(error).__name__}: {(str(error) or 'without a message').splitlines()[0]}"[:SHOWN]
 
 
 class TensorBoard:
-    """Event files in the run folder, so that the run has its name."""
+    """Writes event files into the run folder, so the run has the folder's name."""
 
     def __init__(self, beginning: Beginning) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -203,22 +222,25 @@ class TensorBoard:
         self._writer.add_text("recipe", "\n".join(lines), beginning.step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add scalars to the event file."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        """Add pictures to the event file."""
         for name, picture in pictures.items():
             self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def close(self, completed: bool) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
 class WandB:
     """A run of Weights & Biases: project `kdcache`, unless WANDB_PROJECT names another.
 
-    It is sent where the user has configured that (`wandb login`, WANDB_API_KEY, WANDB_MODE); else it stays in the run
-    folder. Its plots are over `step`, not over wandb's own count, which refuses to go back to a checkpoint.
+    It is uploaded if the user has configured that (`wandb login`, WANDB_API_KEY, WANDB_MODE), and else stays in the run
+    folder. Its plots use `step` instead of wandb's own count, which cannot go back to a checkpoint.
     """
 
     def __init__(self, beginning: Beginning) -> None:
@@ -246,19 +268,22 @@ class WandB:
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log scalars together with the step."""
         self._run.log({**values, "step": step})
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        """Log pictures together with the step."""
         import wandb
 
         self._run.log({**{name: wandb.Image(picture) for name, picture in pictures.items()}, "step": step})
 
     def close(self, completed: bool) -> None:
+        """Finish the run with an exit code."""
         self._run.finish(exit_code=0 if completed else 1)
 
 
 def _wandb_id(run: Path) -> str:
-    """The id of the W&B run, made once: a resumed training goes on in the same run."""
+    """Return the id of the W&B run, made once: a resumed training goes on in the same run."""
     path = run / WANDB_ID
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")

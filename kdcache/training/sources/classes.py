@@ -15,12 +15,12 @@ from kdcache.training.sources.source import Source
 
 
 def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
-    """Let every stream draw labels of the same classes, by its class map where it has one; returns the classes.
+    """Let every stream draw labels of the same classes, mapped by its class map if it has one. Return the classes.
 
-    They are those of the streams without a class map; where all that have classes have one, those of the validation
-    data. A stream that reads no classes takes them as they are: data without any, such as KITTI's depth, or those of
-    which only other labels are used.
-    Raises: MismatchError for streams of other classes, or a class map where targets are of its own classes;
+    They are the classes of the streams without a class map. If every stream has a class map, they are the validation
+    data's
+    classes. A stream that reads no class labels takes the shared classes.
+    Raises: MismatchError for streams of other classes, or a class map with targets of its own classes;
         ModelError for a class map that is malformed.
     """
     first = _class_source(sources)
@@ -47,20 +47,20 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
 
 
 def _class_source(sources: Sequence[Source]) -> Source | None:
-    """The stream whose classes are those of all; None where they are the validation data's."""
+    """Return the stream whose classes all share, or None if they are the validation data's."""
     own = [source for source in sources if source.stream.class_map is None]
     named = [source for source in own if _names_read(source)]
     return named[0] if named else own[0] if len(own) == len(sources) else None
 
 
 def _names_read(source: Source) -> tuple[str, ...]:
-    """The classes of the labels that a stream uses, or of its targets."""
+    """Return the classes of the labels that a stream uses, or of its targets."""
     used = SEGMENTATION in source.config.label_tasks and source.config.data.labels != "none"
     return source.dataset.own_classes.names if used or SEGMENTATION in source.dataset.heads else ()
 
 
 def _void_but(classes: Sequence[int]) -> Array:
-    """The ids (256,) uint8 that the first ids of a label become; all others are void."""
+    """Return the map (256,) uint8 from `classes` to 0, 1, 2 and so on, with void for all other ids."""
     lookup = np.full(256, IGNORE_INDEX, np.uint8)
     lookup[: len(classes)] = classes
     return lookup

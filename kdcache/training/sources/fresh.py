@@ -1,4 +1,4 @@
-"""Whether the data set that a training names still is what its cache was built from."""
+"""Check that the data set of a training is still what its cache was built from."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,9 @@ from kdcache.training.config import TrainConfig
 def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], None]) -> None:
     """Compare `--data` with what a cache was built from, whether or not the cache stores pixels.
 
-    Without `--data`, the split of `--val` that the cache was built from is compared, and a change is a note only: the
-    training does not read it.
+    Without `--data`, the split of `--val` that the cache was built from is compared. A change is then only a note,
+    because
+    the training does not read it.
 
     Raises: DataError for a data set that cannot be read; MismatchError naming the samples that changed.
     """
@@ -41,7 +42,7 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
 
 
 def _beside_validation(config: TrainConfig, cache: Cache) -> Split | None:
-    """Return the split in the data set of `--val` whose samples are the cache's; None without one."""
+    """Return the split in the data set of `--val` with the cache's samples, or None."""
     if config.data.val is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The samples of one stream, from a store or a data folder."""
+"""Open the samples of one stream, from a cache or a data folder."""
 
 from collections.abc import Iterator, Sequence
 
@@ -27,7 +27,7 @@ from kdcache.training.input.subset import Part
 
 
 def open_store(config: TrainConfig) -> Cache | None:
-    """Open the store of a training and check its files; None when it draws from a data folder."""
+    """Open the cache of a training and check its files, or return None for a data folder."""
     if config.data.cache is None:
         return None
     cache = open_caches(config.data.cache, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
@@ -36,7 +36,7 @@ def open_store(config: TrainConfig) -> Cache | None:
 
 
 def open_folder(config: TrainConfig) -> Split | None:
-    """Open the data set of a training; None when it draws from a store."""
+    """Open the data set of a training, or return None for a cache."""
     return (
         open_split(config.data.data, config.data.split)
         if config.data.cache is None and config.data.data is not None
@@ -49,9 +49,9 @@ def open_dataset(
 ) -> DrawnDataset:
     """Open the samples of a training.
 
-    Args:
-        paste: how another stream's samples are pasted into these, which need no labels of their own then.
-        split: the data set where there is no store; None opens it.
+    `paste` tells how another stream's samples are pasted into these, which then need no labels. `split` is the data set
+    if
+    there is no cache. None opens it.
     """
     labelled_only = not (config.learns_unlabelled or paste is not None)
     if cache is None:
@@ -67,14 +67,14 @@ def open_dataset(
 
 
 def source_split(config: TrainConfig, cache: Cache) -> Split | None:
-    """The data set of a store that keeps no pixels."""
+    """Return the data set of a cache without pixels."""
     return open_split(config.data.data, config.data.split) if config.data.data and not cache.pixels_stored else None
 
 
 def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
-    """What a zoom does to metres: as the training says, or where it replays zoomed views, as the store was built.
+    """Return the effect of a zoom on metres: the training's choice, or for replayed zoomed views the build's.
 
-    Raises: RecipeError where both say something else, or neither says anything.
+    Raises: RecipeError if the two differ, or neither is set.
     """
     zoom = config.augmentation.depth_zoom
     drawn, depth = cache.manifest.view.drawn, cache.manifest.depth
@@ -101,7 +101,7 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
-    """The zoom that is drawn; where no other is chosen, none for metric depth that is to keep its meaning."""
+    """Return the zoom range to draw. The default is no zoom for metric depth that must keep its meaning."""
     still = config.compares_metres and config.augmentation.depth_zoom == "none"
     return config.augmentation.scale or ((1.0, 1.0) if still else Augmentation.scale)
 
@@ -169,7 +169,7 @@ _OTHER_LABELS = "leave --labels out, or use a --method that learns without label
 
 
 def _used(config: TrainConfig) -> str:
-    """What follows "a label" where only some labels are used."""
+    """Return the words after "a label" if only some labels are used."""
     return "" if config.data.labels == "all" else f" that --labels {config.data.labels} leaves to it"
 
 
@@ -207,16 +207,17 @@ def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDa
 
 
 def _stored_tasks(cache: Cache) -> tuple[str, ...]:
-    """The tasks of which a store with pixels keeps labels."""
+    """Return the tasks with labels in a cache with pixels."""
     classes = (SEGMENTATION,) if cache.manifest.dataset.class_names else ()
     return (*classes, DEPTH) if "labels/depth" in cache.specs else classes
 
 
 def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Iterator[tuple[int, Array]]]:
-    """The labels that a store keeps, with the fold of each.
+    """Yield the labels that a cache keeps, with the fold of each.
 
-    A first view that is whole has all of its sample's labels but for pixels that its size loses: drawn views, which may
-    show them, come in a second round. A store of crops gives all views at once: what the first ones miss is chance.
+    A whole first view has all of its sample's labels except pixels lost in resizing. Drawn views may show these and
+    come in
+    a second round. A cache of crops gives all views at once, because each crop shows a random part.
     """
     fold_of = folds_of(cache.ids, folds, by).tolist()
     labelled, view = cache.has_label, cache.manifest.view
@@ -236,7 +237,7 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
 
 
 def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
-    """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
+    """Raise RecipeError for terms on labels if no sample has such a label."""
     terms = [term.kind for term in config.terms if term.needs_labels]
     if terms and not dataset.labelled:
         raise RecipeError(
@@ -266,7 +267,7 @@ def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
 
 
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
-    """Refuse terms on labels of a task that is none of `offered`, which the source labels. Raises: RecipeError."""
+    """Raise RecipeError for terms on labels of a task that is not among `offered`, the source's tasks."""
     named = () if config.data.labels in ("all", "none") else config.data.labels.split("+")
     terms = [term for term in config.terms if term.needs_labels]
     for task in (SEGMENTATION, DEPTH):

@@ -1,4 +1,4 @@
-"""The data of every stream of a training: a store or a data folder to draw from."""
+"""The data of every stream of a training: a cache or a data folder to draw from."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +26,10 @@ class Source:
 
     Attributes:
         stream: name, weight and class map.
-        given: the stream's settings, with `augment` resolved; `flip` is as the user gave it.
-        config: the same with `flip` resolved, and whatever else depends on the data.
+        given: the stream's settings, with `augment` resolved and `flip` as the user gave it.
+        config: the same with `flip`, and everything else that depends on the data, resolved.
         rows: its rows of every batch.
-        pasted: the stream whose samples are pasted into its own; None without one.
+        pasted: the stream whose samples are pasted into it, or None.
     """
 
     stream: Stream[TrainConfig]
@@ -42,20 +42,20 @@ class Source:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors inside name the stream."""
+        """Add the stream's name to errors, in a with block."""
         with _named(self.stream.name):
             yield
 
     @property
     def learns_classes_from_labels(self) -> bool:
-        """Whether any of its samples has a label of classes that is learnt from."""
+        """Whether any of its samples has a class label that is learnt from."""
         config = self.config
         on_labels = config.loss.ce_weight > 0 or any(term.reads_labels and not term.of_depth for term in config.terms)
         used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.data.labels != "none"
         return on_labels and used and bool(self.dataset.labelled)
 
     def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
-        """A receiver of notes that names the stream."""
+        """Return a receiver of notes that adds the stream's name."""
         name = self.stream.name
         return (lambda text: note(f"stream {name}: {text}")) if name else note
 
@@ -63,9 +63,8 @@ class Source:
 def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -> list[Source]:
     """Open and check the data of every stream.
 
-    Args:
-        parts: number of processes times parts that share every batch.
-        note: is called with what the user should know.
+    `parts` is the number of processes times parts that share every batch. `note` receives what the user should know.
+
     Raises: KDCacheError of every kind, with the name of the stream.
     """
     rows = config.rows(parts) if config.data.stream else [config.optimizer.batch_size]
@@ -98,7 +97,7 @@ def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -
 
 
 def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[int, int] | None:
-    """(H, W) of the pixels of all streams: as it is given, or that of the stores' views.
+    """Return (H, W) of the pixels of all streams: the given size, or the caches' view size.
 
     Raises: RecipeError for views of several sizes.
     """
@@ -131,7 +130,7 @@ def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
 
 
 def _shows_classes(source: Source) -> bool:
-    """Whether a stream has labels of segmentation that are used, or targets of it or of features."""
+    """Return whether a stream has labels of segmentation that are used, or targets of it or of features."""
     config, cache, split = source.config, source.cache, source.dataset.split
     if source.stream.weight == 0 or config.reads_logits or any(term.reads_taps for term in config.terms):
         return source.stream.weight > 0
@@ -141,7 +140,7 @@ def _shows_classes(source: Source) -> bool:
 
 
 def taught_tasks(sources: Sequence[Source]) -> tuple[str, ...]:
-    """The tasks whose heads learn: from a teacher's head, from predictions, or from labels that are there."""
+    """Return the tasks whose heads learn: from a teacher's head, from predictions, or from existing labels."""
     learnt = {
         term.task
         for source in sources
@@ -158,14 +157,13 @@ def shared_fit(
     size: tuple[int, int] | None,
     note: Callable[[str], None],
 ) -> Fit:
-    """The fit of a training: that of its stores, else that of the settings, else by the shapes of its images.
+    """Return the fit of a training: of its caches, else of the settings, else by the shapes of its images.
 
-    Args:
-        opened: every stream with its store, or its data set.
-        size: (H, W) of the pixels; None for the stores' views'.
-        note: is called with the reason where images are padded by default.
-    Raises: RecipeError where stores differ, where the settings differ, and for a size of another shape than padded
-        or cropped views have.
+    `opened` has every stream with its cache or data set. `size` is (H, W) of the pixels, or None for the caches'
+    views'.
+    `note` receives the reason if images are padded by default.
+
+    Raises: RecipeError if caches or settings differ, and for a size of another shape than padded or cropped views have.
     """
     stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}
     if not stores and config.data.fit != "auto":
@@ -194,7 +192,7 @@ def shared_fit(
 
 
 def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Callable[[str], None]) -> Fit:
-    """The fit of data sets for which none is named: padded where any of them has images of another shape."""
+    """Return the default fit of data sets: padded if any of them has images of another shape."""
     for split in splits:
         if size is None:  # which is refused later, by the rule of its own
             break

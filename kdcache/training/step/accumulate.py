@@ -1,15 +1,14 @@
-"""One optimizer step from several parts of a batch, for a batch that does not fit into memory as a whole.
+"""One optimizer step from several parts of a batch that is too large for memory.
 
-The parts go through the model one after the other, and their gradients add up to those of the whole batch. A mean of
-the parts' own means would not do: a part with few labelled pixels would count as much as one with many. So the
-denominators of the loss are the whole batch's, as where several processes share one (ddp.py), and they are
-counted first:
+The parts go through the model one after the other, and their gradients add up to the whole batch's. Averaging the
+parts' means would be wrong: a part with few labelled pixels would count as much as one with many. So the denominators
+of the loss are the whole batch's, as when several processes share one (ddp.py), and they are counted first:
 
     labels and targets of every part --criterion.counts--> counted pixels, their mean over the parts
     each part --model, criterion with those counts--> loss / parts --backward--> gradients, which add up
 
-Terms whose value is no mean over samples (`sp`, `dist`) are refused by the settings. Samples are pasted into each other
-(input/mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
+The settings exclude terms that are not means over samples (`sp`, `dist`). Samples are pasted into each other
+(input/mix.py) within pairs, so within a part. Only BatchNorm differs: its statistics are a part's.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +28,7 @@ class AccumulatedStep(EagerStep):
     """An eager step that learns from its batches in equal parts.
 
     Args:
-        parts: number of parts; it divides every batch, into pairs where samples are mixed.
+        parts: number of parts. It divides every batch, into pairs if samples are mixed.
         others, named: arguments of `EagerStep`.
     """
 
@@ -38,19 +37,22 @@ class AccumulatedStep(EagerStep):
         self._parts = parts
 
     def __call__(self, batch: AnyBatch) -> Tensor:
+        """Learn from a batch in parts, and return the losses."""
         return self._learn_parts(batch, None)
 
     def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
+        """Learn from a batch in parts, and return the losses and the norms of the summed gradients."""
         total: dict[str, list[Tensor | None]] = {}
         weights = {} if self.criterion.balance is None else self.criterion.balance.weights()
         losses = self._learn_parts(batch, total)
         return losses, self._norms(total.items())._replace(weights=weights)
 
     def held(self, batch: AnyBatch) -> AnyBatch:
+        """Return the first part of a batch, the most that goes through the model at once."""
         return self._part(batch, 0)
 
     def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor | None]] | None) -> Tensor:
-        """Take the step; adds each term's gradient to `total` unless that is None."""
+        """Take the step, and add each term's gradient to `total` unless that is None."""
         whole, criterion, rows = self.to_device(batch), self.criterion, []
         counts = self._shared_counts(whole)
         for number in range(self._parts):
@@ -69,7 +71,7 @@ class AccumulatedStep(EagerStep):
         return batch.rows(size, number * size)
 
     def _shared_counts(self, whole: AnyBatch) -> Any:
-        """The denominators of every part's loss: the mean over the parts, and over the processes."""
+        """Return the denominators of every part's loss: the mean over the parts, and over the processes."""
         parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
         counts = Denominators.mean([self._count(part) for part in parts])
         return counts if self.average is None else counts.averaged(self.average)

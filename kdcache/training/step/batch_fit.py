@@ -1,4 +1,4 @@
-"""Running out of memory: the request that failed and the batch sizes that fit, in one error."""
+"""Out-of-memory errors: the failed request and the batch sizes that fit, in one error."""
 
 import gc
 import re
@@ -16,7 +16,7 @@ _REQUEST = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|by
 
 
 def requested_memory(error: BaseException) -> str:
-    """The size in the message of an error, such as '7.1 GiB'; 'more memory' where it has none."""
+    """Return the size in an error's message, such as '7.1 GiB', or 'more memory'."""
     match = _REQUEST.search(str(error))
     if match is None:
         return "more memory"
@@ -25,11 +25,9 @@ def requested_memory(error: BaseException) -> str:
 
 
 def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.device, together: int = 1) -> int | None:
-    """The largest half, quarter, eighth ... of a batch for which `attempt` fits into memory; None when none does.
+    """Return the largest half, quarter, eighth ... of `size` samples that `attempt` can hold in memory, or None.
 
-    Args:
-        size: samples of the batch that does not fit.
-        together: samples that stay together.
+    Groups of `together` samples stay together.
     """
     while size > together:
         size = max(together, size // 2 // together * together)
@@ -51,9 +49,9 @@ def memory_error(
 ) -> ModelError:
     """Return the error of a batch that does not fit, with the batch sizes that do.
 
-    Args:
-        requested: result of `requested_memory`.
-        fits: measured number of samples of a process that go through the model at once; None when not even one does.
+    `requested` is from `requested_memory`. `fits` is the measured number of samples of a process that go through the
+    model
+    at once, or None if not even one does.
     """
     parted = f" --accumulate {config.optimizer.accumulate}" if config.optimizer.accumulate > 1 else ""
     if fits is None:
@@ -72,16 +70,16 @@ def memory_error(
 
 
 def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
-    """The fewest parts of the batch that are no larger than what fits; None where there are none."""
+    """Return the fewest parts of the batch that fit into memory, or None."""
     together, share = 1 if config.augmentation.mix is None else 2, config.optimizer.batch_size // processes
     return next((share // n for n in range(fits, 0, -1) if share % n == 0 and n % together == 0), None)
 
 
 @contextmanager
 def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turn running out of memory inside into a ModelError without a measurement: one of several processes cannot try.
+    """Turn an out-of-memory error in a with block into a ModelError.
 
-    Raises: ModelError.
+    It measures nothing, because one of several processes cannot try smaller sizes. Raises: ModelError.
     """
     try:
         yield

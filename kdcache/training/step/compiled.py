@@ -7,12 +7,12 @@
 | graphed | all of that, recorded as one CUDA graph and replayed (cuda_graph.py) | compiling and recording |
 
 They compute the same up to the rounding of fused operations. Compiling takes 20 s to a minute and saves passes over
-memory; a graph saves the launches, of which the step of kdcache:tiny has a few hundred and which a GPU waits for.
-Preparing tries the step on the first batch and puts back everything that it changed, so that a run resumes bitwise
-in each way. What cannot be compiled or recorded runs in the next simpler way, after a line that says why.
+memory. A graph saves the launches: the step of kdcache:tiny has a few hundred, and a GPU waits for them.
+Preparing tries the step on the first batch and restores everything that it changed, so a run resumes bitwise in each
+way. A step that cannot be compiled or recorded runs in the next simpler way, after a line with the reason.
 
-A compiled step follows a model that behaves differently from step to step by running that step eagerly; a graph
-replays what it saw. Such a model needs `--step eager`.
+A compiled step follows a model that behaves differently from step to step by running that step eagerly. A graph
+always replays what it recorded. Such a model needs `--step eager`.
 """
 
 import re
@@ -34,9 +34,9 @@ SHOWN = 160
 
 
 def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
-    """The way to run steps that `--step` names on a device: eager, compiled or graphed.
+    """Return the way to run steps that `--step` names on a device: eager, compiled or graphed.
 
-    Raises: RecipeError for a graph without CUDA, and for anything but eager steps in several processes.
+    Raises: RecipeError for a graph without CUDA, and for compiled or graphed steps in several processes.
     """
     if processes > 1:
         if name in ("compiled", "graphed"):
@@ -56,7 +56,7 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
 
 
 class CompiledStep:
-    """A step whose forward and backward are compiled for the shapes of `batch`; other shapes run eagerly.
+    """A step with forward and backward compiled for the shapes of `batch`. Other shapes run eagerly.
 
     Raises: any error of the compiler for a model that it cannot trace as a whole, or would compile at every step.
     """
@@ -78,20 +78,21 @@ class CompiledStep:
                 torch.autograd.backward(self._compiled(on_device).loss)
 
     def __call__(self, batch: AnyBatch) -> Tensor:
+        """Learn from a batch with the compiled forward and backward, and return the losses."""
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
     def forward(self, batch: AnyBatch) -> Any:
+        """Return the losses of a batch, compiled, or eagerly for other shapes."""
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 
 
 def make_step(kind: str, eager: EagerStep, batch: AnyBatch, note: Callable[[str], None]) -> Step:
-    """The step of a kind, tried on the first batch; or the next simpler one that runs.
+    """Return the step of a kind (eager, compiled, graphed) after trying it, or the next simpler one that runs.
 
-    Args:
-        kind: eager, compiled or graphed.
-        batch: the first batch, whose shapes all others have.
-        note: receives what was made, how long it took, and what did not work.
+    It is tried on `batch`, the first batch, which has the shapes of all others. `note` receives what was made, how long
+    it
+    took, and what did not work.
     """
     if kind == "eager":
         return eager
@@ -119,7 +120,7 @@ def make_step(kind: str, eager: EagerStep, batch: AnyBatch, note: Callable[[str]
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a foreign error, and the place in the model's code that the compiler names."""
+    """Return the first line of a foreign error, and the place in the model's code that the compiler names."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     text = f"{type(error).__name__}: {lines[0].strip() if lines else 'without a message'}"
     text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

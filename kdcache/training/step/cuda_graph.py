@@ -1,10 +1,11 @@
 """The step as a CUDA graph: recorded once, then replayed by a single launch.
 
-After the PyTorch notes on CUDA graphs, "whole-network capture": warm up on a side stream, record on another, and
-replay with new content in the same tensors. What changes from step to step therefore lives in tensors on the device:
-the batch, the learning rate and step count of a capturable optimizer, the offset of the random generator (which torch
-advances at each replay). Gradients and activations live in the graph's own memory; parameters, buffers and moments are
-those of the model and the optimizer, so that validations, checkpoints and eager steps in between see the truth.
+This follows the PyTorch notes on CUDA graphs, "whole-network capture": warm up on a side stream, record on another, and
+replay with new content in the same tensors. Everything that changes from step to step therefore lives in device
+tensors: the batch, the learning rate and step count of a capturable optimizer, the offset of the random generator
+(which torch advances at each replay). Gradients and activations live in the graph's memory. Parameters, buffers and
+moments belong to the model and the optimizer, so validations, checkpoints and eager steps in between see their current
+values.
 """
 
 import gc
@@ -24,12 +25,12 @@ WARM_UP = 3
 
 
 class GraphedStep:
-    """A step recorded for the shapes of `batch`; batches of other shapes run eagerly.
+    """A step recorded for the shapes of `batch`. Batches of other shapes run eagerly.
 
     Args:
-        eager: the step; its optimizer is capturable.
+        eager: the step, with a capturable optimizer.
         forward: its forward, eager or compiled.
-    Raises: RuntimeError when the step waits for the device, or does anything else that a graph cannot hold.
+    Raises: RuntimeError if the step waits for the device, or does anything else that a graph cannot hold.
     """
 
     def __init__(self, eager: EagerStep, forward: Callable[[AnyBatch], Any], batch: AnyBatch) -> None:
@@ -47,6 +48,7 @@ class GraphedStep:
             self._replay, self._losses = record(run, eager.device)
 
     def __call__(self, batch: AnyBatch) -> Tensor:
+        """Copy a batch into the graph's inputs, replay it and return the losses."""
         if not _fits(batch, self._inputs):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):
@@ -56,9 +58,9 @@ class GraphedStep:
 
 
 def warm_up(run: Callable[[], Tensor]) -> None:
-    """Run a few times on a side stream, at last without leave to wait for the device.
+    """Run a few times on a side stream, the last time with waiting for the device forbidden.
 
-    What waits is better found here than while recording: a recording that breaks off is hard to recover from.
+    It is better to find a wait here than while recording, because an interrupted recording is hard to recover from.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -73,7 +75,7 @@ def warm_up(run: Callable[[], Tensor]) -> None:
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record without running; returns what replays, and the result that every replay overwrites."""
+    """Record a step without running it. Return the replay function, and the result that every replay overwrites."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     gc.collect()
     try:
@@ -87,14 +89,14 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
 
 
 def _fits(batch: AnyBatch, static: AnyBatch) -> bool:
-    """Whether a batch has the shapes and types that the graph reads."""
+    """Return whether a batch has the shapes and types that the graph reads."""
     pairs = zip(tensors_of(batch), tensors_of(static), strict=True)
     return all(part.shape == own.shape and part.dtype == own.dtype for part, own in pairs)
 
 
 @contextmanager
 def _refused_synchronisation() -> Iterator[None]:
-    """Operations that wait for the device raise a RuntimeError."""
+    """Make operations that wait for the device raise a RuntimeError, in a with block."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -104,9 +106,9 @@ def _refused_synchronisation() -> Iterator[None]:
 
 
 def _renew_generator(device: torch.device) -> None:
-    """Give the device's generator a state of its own again.
+    """Give the device's generator a new state.
 
-    One whose recording broke off still believes to be recorded, and would refuse to draw ever after.
+    After an interrupted recording the generator still counts as recorded, and would never draw again.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     fresh = torch.Generator(device=device)

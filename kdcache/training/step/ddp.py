@@ -6,8 +6,8 @@
 | denominators of the loss | the whole batch's, divided by the number of processes: the average is then the sum |
 | BatchNorm | statistics of the whole batch: torch's SyncBatchNorm on GPUs, `HostBatchNorm` on CPUs |
 
-The model keeps the names and tensors of its state: what one process saved, several go on with, and the reverse.
-Random numbers that a model draws (dropout) differ from process to process, and so from those of one process alone:
+The model keeps the names and tensors of its state, so several processes can resume what one saved, and the reverse.
+Random numbers that a model draws (dropout) differ between processes, and so from a single process's:
 kdcache:tiny draws none, kdcache:base has dropout before its classifier.
 """
 
@@ -27,9 +27,8 @@ from kdcache.training.step.eager import EagerStep
 def distribute(eager: EagerStep, batch: AnyBatch, world: World) -> None:
     """Turn a step into this process's part of one.
 
-    Args:
-        batch: this process's part of a batch; tried, to find parameters that get no gradient, which
-            DistributedDataParallel must expect, for finding them costs time at every step.
+    `batch` is this process's part of a batch. It is tried to find parameters without a gradient, because letting
+    DistributedDataParallel look for them costs time at every step.
     """
     eager.average = world.mean
     eager.criterion.share(world.rows)
@@ -45,7 +44,7 @@ def distribute(eager: EagerStep, batch: AnyBatch, world: World) -> None:
 
 
 def share_statistics(model: nn.Module, device: torch.device) -> None:
-    """Let the BatchNorms of a model train with the statistics of the whole batch, from now on."""
+    """Make the model's BatchNorms train with the statistics of the whole batch."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
@@ -55,12 +54,13 @@ def share_statistics(model: nn.Module, device: torch.device) -> None:
 
 
 class HostBatchNorm(_BatchNorm):
-    """BatchNorm over the processes for CPU tensors, which nn.SyncBatchNorm refuses."""
+    """BatchNorm over the processes for CPU tensors, which nn.SyncBatchNorm does not support."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Accept any number of dimensions: the class it was converted from has its own check."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (N, C, ...) with the statistics of all processes in training, else with running ones."""
         if not self.training:
             return super().forward(x)
         channels, shape = x.shape[1], [1, -1, *[1] * (x.ndim - 2)]
@@ -86,7 +86,7 @@ class HostBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the processes; the gradient of every process's part is the sum of all processes' gradients."""
+    """Sum over the processes. Each process's gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One optimizer step (forward, loss, backward, clipping, optimizer) as PyTorch runs it; see also compiled.py."""
+"""One optimizer step (forward, loss, backward, clipping, optimizer) as PyTorch runs it. See also compiled.py."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,14 +30,15 @@ class EagerStep:
     """The step as PyTorch runs it, operation by operation.
 
     Args:
-        model, criterion: on `device`; both may have parameters.
+        model, criterion: on `device`. Both may have parameters.
         optimizer: the optimizer of their parameters.
         bf16: whether the model runs under autocast.
-        clip_grad: largest norm of the gradient; 0 does not clip.
-        mix: pastes between the samples of a batch, within streams or between them; None does not.
+        clip_grad: largest norm of the gradient. 0 does not clip.
+        mix: pastes between the samples of a batch, within streams or between them, or None.
+
     Attributes:
         network: the module that runs forward: the model, or a wrapper that shares its gradients between processes.
-        average: mean of a tensor over the processes; None when there is one.
+        average: mean of a tensor over the processes, or None for a single process.
     """
 
     def __init__(
@@ -66,22 +67,23 @@ class EagerStep:
         self._student_parameters = [parameter for parameter in parameters if id(parameter) not in apart]
 
     def __call__(self, batch: AnyBatch) -> Tensor:
+        """Learn from a batch, and return the losses."""
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
-        """Take the same step; returns also the norms of each weighted term's and task's gradient."""
+        """Take the same step, and also return the norms of each weighted term's and task's gradient."""
         inputs = self._loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))
         return self.learn(self.criterion(*inputs)), norms
 
     def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, Gradient]]:
-        """Gradients of each weighted term by the model's parameters; the graph stays."""
+        """Yield each weighted term's gradients over the model's parameters, and keep the graph."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in self.criterion.parts(*inputs).items():  # type: ignore[arg-type]
             yield name, torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
 
     def _norms(self, gradients: Iterable[tuple[str, Gradient]]) -> Norms:
-        """The norms of the terms' gradients, and of their sum over each task."""
+        """Return the norms of the terms' gradients, and of their sum over each task."""
         tasks, terms = TaskGradients(self.criterion), dict[str, float]()
         for name, gradient in gradients:
             terms[name] = l2_norm(gradient, self.average)
@@ -89,17 +91,17 @@ class EagerStep:
         return tasks.norms(terms, lambda gradient: l2_norm(gradient, self.average))
 
     def to_device(self, batch: AnyBatch) -> AnyBatch:
+        """Copy a batch to the step's device."""
         return batch.to(self.device, non_blocking=True)
 
     def forward(self, batch: AnyBatch) -> Any:
-        """The losses of a batch on the device, `Losses` or `StreamLosses`; the first is differentiable."""
+        """Return the losses of a batch on the device, `Losses` or `StreamLosses`. The first is differentiable."""
         return self.criterion(*self._loss_inputs(batch))
 
     def _loss_inputs(self, batch: AnyBatch, counts: Any = None) -> LossInputs:
-        """The inputs of the loss: the model's outputs, and the batch that they are compared with.
+        """Return the inputs of the loss: the model's outputs, and the batch that they are compared with.
 
-        Args:
-            counts: denominators of the batch that this one is a part of; None for a whole one.
+        `counts` are the denominators of the larger batch that this is a part of, or None for a whole batch.
         """
         batch = self._mixed(batch)
         assert batch.pixels is not None
@@ -109,22 +111,22 @@ class EagerStep:
         return LossInputs(outputs, batch, self._counts(batch) if counts is None else counts)
 
     def _counts(self, batch: AnyBatch) -> Any:
-        """The denominators of the loss where several processes share a batch; None where the loss counts itself."""
+        """Return the loss's denominators if several processes share a batch, or None if the loss counts itself."""
         return None if self.average is None else self._count(batch).averaged(self.average)
 
     def _count(self, batch: AnyBatch) -> Any:
         return self.criterion.counts(batch)  # type: ignore[arg-type] # both are of one stream, or of several
 
     def _mixed(self, batch: AnyBatch) -> AnyBatch:
-        """The batch after pasting."""
+        """Return the batch after pasting."""
         return batch if self._mix is None else self._mix(batch)
 
     def held(self, batch: AnyBatch) -> AnyBatch:
-        """The part of a batch that goes through the model at once: all of it."""
+        """Return the part of a batch that goes through the model at once, here all of it."""
         return batch
 
     def learn(self, losses: Any) -> Tensor:
-        """Take backward and the optimizer's step, which clears the gradients; returns `row(losses)`."""
+        """Run backward and the optimizer's step, clear the gradients and return `row(losses)`."""
         torch.autograd.backward(losses.loss)
         self._update()
         return row(losses)
@@ -150,10 +152,11 @@ class EagerStep:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Steps inside leave no trace: parameters, buffers, optimizer and random numbers are put back.
+        """Restore parameters, buffers, optimizer and random numbers after steps in a with block.
 
-        State that the optimizer did not have yet stays, as zeros at the address that a graph records: a first update
-        from zeros is that from nothing (Adam, and SGD without dampening).
+        Optimizer state that did not exist before stays as zeros, at the address that a graph records. A first update
+        from zeros
+        equals one from nothing (Adam, and SGD without dampening).
         """
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.criterion.parameters()]
         values_before = [tensor.detach().clone() for tensor in tensors]
@@ -188,13 +191,13 @@ def row(losses: Any) -> Tensor:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that a model draws from; dropout draws from the device's own."""
+    """Return the states of the generators that a model draws from. Dropout draws from the device's."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Put the generators back to a `random_state`, also one of another device."""
+    """Restore the generators from a `random_state`, also one of another device."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -2,11 +2,11 @@
 
 After optimizer step n, counted from 1: average = d(n) * average + (1 - d(n)) * weights, with the decay
 d(n) = min(decay, (1 + n) / (10 + n)). This is the warm-up of TensorFlow's `ExponentialMovingAverage`: the average
-reaches over the last 9th of the steps until it is as long as `decay` says (0.999 from step 8,991 on), so that short
-trainings are not ruled by the weights that they began with.
+covers the last 9th of the steps until it is as long as `decay` says (0.999 from step 8,991 on), so the initial weights
+do not dominate short trainings.
 
-Averaged are parameters and floating-point buffers, BatchNorm's running statistics among them, as timm's `ModelEmaV3`
-and EMAN (Cai et al. 2021, arXiv 2101.08482) have it: statistics of the newest weights would not fit averaged ones.
+Parameters and floating-point buffers are averaged, including BatchNorm's running statistics, as in timm's `ModelEmaV3`
+and EMAN (Cai et al. 2021, arXiv 2101.08482): statistics of the newest weights would not fit averaged ones.
 Integer buffers, such as BatchNorm's count of batches, are copied.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 
 class ModelEma:
-    """The moving average of a model's state dict, on the model's device; begins as a copy of it.
+    """The moving average of a model's state dict, on the model's device. It begins as a copy.
 
     The model is neither copied nor wrapped: hooks and taps of any model work, and the tensors that a CUDA graph or DDP
-    holds stay where they are.
+    holds stay in place.
 
     Args:
-        model: on its device; its parameters and buffers are changed in place from here on, never replaced.
+        model: on its device. Its parameters and buffers must be changed in place from now on, never replaced.
         decay: above 0 and below 1.
     """
 
@@ -36,29 +36,29 @@ class ModelEma:
         self._copied = [name for name in self._weights if name not in self._averaged]
 
     def decay_at(self, step: int) -> float:
-        """The decay of the update after optimizer step `step`, counted from 1."""
+        """Return the decay of the update after optimizer step `step`, counted from 1."""
         return min(self._decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 1."""
+        """Average in the weights after optimizer step `step`, counted from 1."""
         torch._foreach_lerp_(*self._pairs(self._averaged), 1 - self.decay_at(step))
         if self._copied:
             torch._foreach_copy_(*self._pairs(self._copied))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the model's names of them; they change with the next update."""
+        """Return the averages by the model's names. The next update changes them."""
         return self._averages
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the averages of a model with the same tensors."""
+        """Continue from the averages of a model with the same tensors."""
         for name, average in self._averages.items():
             average.copy_(state[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the averages; then its own weights again, to the bit."""
+        """Give the model the averages in a with block, then restore its own weights exactly."""
         own = {name: weights.clone() for name, weights in self._weights.items()}
         self._fill(self._averages)
         try:

@@ -1,4 +1,4 @@
-"""Norms of the gradients that the parts of a loss, and its tasks, have over the model's parameters."""
+"""Gradient norms of a loss's terms, and of its tasks, over the model's parameters."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,11 +13,11 @@ Gradient = Sequence[Tensor | None]
 
 
 class Norms(NamedTuple):
-    """L2 norms of a step's gradients, with the weights that they are applied with.
+    """L2 norms of a step's gradients, and the weights of the tasks.
 
     Attributes:
-        terms: of each part of the loss, over all parameters.
-        tasks: of each of two tasks, over the parameters that both reach; {} where one is learnt.
+        terms: of each term of the loss, over all parameters.
+        tasks: of each of two tasks, over the parameters that both reach, or {} for a single task.
         weights: of each task, in its balance.
     """
 
@@ -27,10 +27,10 @@ class Norms(NamedTuple):
 
 
 class TaskGradients:
-    """The sum of the gradients of each task's parts.
+    """The sum of the gradients of each task's terms.
 
     Args:
-        criterion: whose parts are added; without a balance nothing is.
+        criterion: the loss whose terms are added. Without a balance nothing is added.
     """
 
     def __init__(self, criterion: Criterion) -> None:
@@ -39,14 +39,14 @@ class TaskGradients:
         self._sums: dict[str, list[Tensor | None]] = {}
 
     def add(self, part: str, gradient: Gradient) -> None:
-        """Add the gradient of a part; one that is of no task (a stream's whole loss) is left out."""
+        """Add the gradient of a term. A term without a task (a stream's whole loss) is ignored."""
         task = self._tasks.get(part)
         if task is not None:
             before = self._sums.get(task)
             self._sums[task] = list(gradient) if before is None else _sum(before, gradient)
 
     def norms(self, terms: dict[str, float], norm: Callable[[Gradient], float]) -> Norms:
-        """The norms of a step, with those of its terms."""
+        """Return the norms of a step, given the norms of its `terms`."""
         if self._balance is None:
             return Norms(terms, {}, {})
         shared = [all(own is not None for own in of_tasks) for of_tasks in zip(*self._sums.values(), strict=True)]
@@ -58,14 +58,14 @@ class TaskGradients:
 
 
 def add_gradients(total: dict[str, list[Tensor | None]], more: Iterable[tuple[str, Gradient]], parts: int) -> None:
-    """Add gradients by name, each divided by the number of parts, to those in `total`."""
+    """Add gradients by name, each divided by the number of parts, to the sums in `total`."""
     for name, gradient in more:
         own = [None if part is None else part / parts for part in gradient]
         total[name] = _sum(total[name], own) if name in total else own
 
 
 def task_lines(losses: Mapping[str, float], norms: Norms) -> dict[str, dict[str, float]]:
-    """Loss, weight, gradient norm and its ratio to the other task's, by task."""
+    """Return loss, weight, gradient norm and its ratio to the other task's, by task."""
     lines = {}
     for task, norm in norms.tasks.items():
         other = max((own for name, own in norms.tasks.items() if name != task), default=0.0)
@@ -75,7 +75,7 @@ def task_lines(losses: Mapping[str, float], norms: Norms) -> dict[str, dict[str,
 
 
 def l2_norm(gradient: Gradient, average: Callable[[Tensor], Tensor] | None) -> float:
-    """The L2 norm of a gradient over all parameters, averaged over the processes first."""
+    """Return the L2 norm of a gradient over all parameters, averaged over the processes first."""
     whole = [part if average is None else average(part) for part in gradient if part is not None]
     squares = [part.float().square().sum() for part in whole]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules.
 
-The schedules know their rate as a number of the host and write it into the optimizer. Those of torch read it back from
-there, which for a rate on the device (as a CUDA graph needs it) would wait for the device at every step.
+The schedules keep their rate as a host number and write it into the optimizer. Torch's schedules read it back, which
+for a rate on the device (as a CUDA graph needs it) would wait for the device at every step.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,14 @@ MOMENTUM, POWER = 0.9, 0.9
 def make_optimizer(
     model: nn.Module, settings: Optimizer, criterion: nn.Module | None = None, *, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """Make AdamW, Adam or SGD; biases and normalisation weights are not decayed.
+    """Make AdamW, Adam or SGD, without weight decay on biases and normalisation weights.
 
-    Args:
-        criterion: a loss whose own parameters are trained too: projections at the full rate, discriminators by Adam at
-            theirs, which falls with the schedule.
-        capturable: for a CUDA graph: rate and step count are tensors beside the parameters, which a replay reads, and
-            the update is torch's fused kernel (its other SGD reads the rate back to the host).
+    `criterion` is a loss with parameters to train: projections at the full rate, discriminators by Adam at their own
+    rate,
+    which falls with the schedule. `capturable` is for a CUDA graph: rate and step count are tensors next to the
+    parameters,
+    which a replay reads, and the update is torch's fused kernel (its other SGD reads the rate back to the host).
+
     Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name, and for SGD with a discriminator.
     """
     device = next(model.parameters()).device
@@ -64,9 +65,9 @@ def make_optimizer(
 def _by_scale(
     model: nn.Module, criterion: nn.Module | None, scales: Mapping[str, float]
 ) -> dict[tuple[float, bool], list[nn.Parameter]]:
-    """Group trained parameters by their factor on the learning rate and by whether they are decayed.
+    """Group trained parameters by their learning-rate factor and by whether they decay.
 
-    Names are those of the model's state dict, as they stand in a file of weights.
+    Names are the model's state dict names, as in a file of weights.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     unused = set(scales)
@@ -88,7 +89,7 @@ def _by_scale(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load moments and step counts, saved on any device by any kind of step; the optimizer's options stay."""
+    """Load moments and step counts, saved on any device by any kind of step. The options stay."""
     groups = [
         {**own, "params": saved["params"]}
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
@@ -103,11 +104,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def distill_weight_scale(schedule: str, step: int, iterations: int) -> float:
-    """The factor, 0 to 1, on the weights of the teacher's terms at a step.
+    """Return the factor, 0 to 1, on the weights of the teacher's terms at a step.
 
-    `constant` is 1 throughout; `fade` falls on a line from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3:
-    teacher annealing); `warmup:N` rises on a line to 1, which it reaches in the Nth step (as in the authors' code of
-    `dkd`, there over 20 of 240 epochs).
+    `constant` is always 1. `fade` falls linearly from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3: teacher
+    annealing). `warmup:N` rises linearly and reaches 1 in the Nth step (as in the authors' code of `dkd`, there over 20
+    of 240 epochs).
     """
     if schedule == "constant":
         return 1.0
@@ -119,7 +120,7 @@ def distill_weight_scale(schedule: str, step: int, iterations: int) -> float:
 class Schedule:
     """The learning rate: per step (`poly`, `constant`, both with warm-up), or after a validation (`plateau`).
 
-    poly: lr * (1 - step/iterations)^0.9. plateau: halved when validation mIoU has not risen for 5 validations.
+    poly: lr * (1 - step/iterations)^0.9. plateau: halved after 5 validations without a higher mIoU.
 
     Attributes:
         lr: learning rate of the next step.
@@ -136,12 +137,13 @@ class Schedule:
         self._set(settings.lr * self._factor(0))
 
     def after_step(self) -> None:
+        """Set the rate of the next step, except for `plateau`."""
         if self._kind != "plateau":
             self._step += 1
             self._set(self._highest * self._factor(self._step))
 
     def after_validation(self, score: float) -> None:
-        """Count a validation: its mIoU; of depth alone, the rmse below 0."""
+        """Count a validation by its mIoU, or for depth only by its negative rmse."""
         if self._kind != "plateau":
             return
         if score > self._best * (1 + BETTER if self._best > 0 else 1 - BETTER):
@@ -153,13 +155,13 @@ class Schedule:
             self._set(self.lr / 2)
 
     def state_dict(self) -> dict[str, float]:
-        """The state as plain values only, so that a checkpoint loads without pickle."""
+        """Return the state as plain values, so a checkpoint loads without pickle."""
         if self._kind == "plateau":
             return {"best": self._best, "num_bad_epochs": self._stalled, "lr": self.lr}
         return {"last_epoch": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict` of the same kind of schedule."""
+        """Continue from a `state_dict` of the same kind of schedule."""
         if self._kind == "plateau":
             self._best, self._stalled = state["best"], state["num_bad_epochs"]
             self._set(state["lr"])

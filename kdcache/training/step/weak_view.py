@@ -2,10 +2,10 @@
 
     batch.weak (pixels before the jitter) --network in eval mode--> logits --best class, probability--> batch.pseudo
 
-They are made before a step, from the weights that it begins with: the step itself, eager, compiled or a CUDA graph,
-reads them as it reads labels. In eval mode (running statistics, no dropout) an image's pseudo labels do not depend on
-the rest of the batch, so processes and `--accumulate` change nothing. Every network makes one forward a step over the
-rows of all streams that learn from it, or one for each part of a batch.
+They are made before a step, from its initial weights. The step itself (eager, compiled or a CUDA graph) reads them like
+labels. In eval mode (running statistics, no dropout) an image's pseudo labels do not depend on the rest of the batch,
+so processes and `--accumulate` change nothing. Every network runs one forward per step over the rows of all streams
+that learn from it, or one for each part of a batch.
 """
 
 import time
@@ -25,12 +25,13 @@ from kdcache.training.step.ema import ModelEma
 
 
 class WeakView:
-    """Puts pseudo labels of the weak view in its place in a batch.
+    """Replaces the weak view in a batch by its pseudo labels.
 
     Args:
-        ema: moving average of the model; None where no term learns from it.
-        parts: in how many parts the rows go through the model.
-        impl: which implementation finds the best classes.
+        ema: moving average of the model, or None if no term learns from it.
+        parts: number of parts in which the rows go through the model.
+        impl: the implementation that finds the best classes.
+
     Attributes:
         forwards: of the model, since this was made.
     """
@@ -61,7 +62,7 @@ class WeakView:
 
     @property
     def seconds(self) -> float:
-        """How long all forwards took; on a GPU this waits for the last."""
+        """Duration of all forwards. On a GPU this waits for the last one."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
@@ -69,7 +70,7 @@ class WeakView:
         return self._seconds
 
     def __call__(self, batch: AnyBatch) -> AnyBatch:
-        """The batch on the device with pseudo labels in the place of its weak views."""
+        """Return the batch on the device with pseudo labels instead of its weak views."""
         if not self.needed:
             return batch
         batch = batch.to(self._device, non_blocking=True)
@@ -82,7 +83,7 @@ class WeakView:
         return StreamBatch(labelled) if isinstance(batch, StreamBatch) else labelled[0]
 
     def _made(self, streams: tuple[Batch, ...]) -> list[dict[str, PseudoLabels]]:
-        """The pseudo labels of each stream, by who made them."""
+        """Return the pseudo labels of each stream, by who made them."""
         made: list[dict[str, PseudoLabels]] = [{} for _ in streams]
         for by in dict.fromkeys(by for wanted in self._wanted for by in wanted):
             mine = [number for number, wanted in enumerate(self._wanted) if by in wanted]
