@@ -1,22 +1,22 @@
 """Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
 
-    open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
-    from_dataset(dataset, classes)            the same of a data set that the program holds: torch's, Hugging Face's
+    open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); for a folder, VOC, ...
+    from_dataset(dataset, classes)            the same for a data set in memory: PyTorch's, Hugging Face's
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     choose_fit, fitted_share, whole_window    squashed, cropped or padded into a size
-    render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
-    draw_window, colour_jitter, RandAugment   what is random for the student
-    draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
-    convert                                   any data set as a folder of one's own
-    traced                                    what an augmentation of one's own shows of an image, for a store's targets
-    folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
-    shared_sequences                          videos of which some frames are judged and others trained on
+    render_depth, zoom_of                     the same for depth labels, and the zoom of a view
+    draw_window, colour_jitter, RandAugment   random changes for the student
+    draw_view, id_hash, inside_rectangle      random views of a cache, drawn once
+    convert                                   any data set as a folder
+    traced                                    the window that your augmentation shows, for a cache's targets
+    folds_of, fold_alone, check_folds         parts that a teacher has not seen, by id or by sequence
+    shared_sequences                          videos with frames in both training and validation
     prefetch                                  ordered results from a bounded pool of threads
     check, class_weights                      a report on a whole data set, and weights from its counts
-    read_contents, short_digests              digests of what the samples hold: data sets are the same if these are
+    read_contents, short_digests              digests of the samples' contents, equal for equal data sets
 
-Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
+Everything wrong with a user's data is a `DataError`. Wrong arguments of a caller are `ValueError`.
 """
 
 from kdcache.data.changes import UNRECORDED, Changes, changed_data

@@ -1,4 +1,4 @@
-"""How a data set differs from what something was made from, in words that name the samples."""
+"""How a data set differs from what something was made from, with the names of the samples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Changes:
-    """Hold the differences between a data set and a cache or run that was made from it. True if there are any.
+    """The differences between a data set and a cache or run that was made from it. True if there are any.
 
     Attributes:
-        classes: how the class list differs, in words. Empty if it does not.
+        classes: how the class list differs, in words, or ''.
         added, removed: ids of samples that only the data set has, and that it no longer has.
-        images, labels, depths: ids of samples whose image or label is another one now.
-        same: ids of samples whose files differ and whose pixels and labels do not.
-        recorded: False if what was made does not say what its labels held.
+        images, labels, depths: ids of samples with another image or label now.
+        same: ids of samples with other files but equal pixels and labels.
+        recorded: False if the cache or run did not record its labels.
     """
 
     classes: str = ""
@@ -41,7 +41,7 @@ class Changes:
         return bool(self.classes or self.added or self.removed or self.images or self.labels or self.depths)
 
     def describe(self) -> str:
-        """Return the changes in one line, with the samples that they are of."""
+        """Return the changes in one line, with the affected samples."""
         counted = [
             (self.labels, "label differs", "labels differ"),
             (self.images, "image differs", "images differ"),
@@ -54,7 +54,7 @@ class Changes:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Return what the user should know although nothing changed."""
+        """Return what the user should know if nothing changed."""
         if not self.recorded:
             return [UNRECORDED]
         if self.same:
@@ -63,7 +63,7 @@ class Changes:
 
 
 def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -> dict[str, Any]:
-    """Return the fields of `Changes` that names show: classes, added, removed."""
+    """Return the fields of `Changes` that names alone show: classes, added, removed."""
     before, now = set(ids), set(split.ids)
     return {
         "classes": class_changes(tuple(class_names), split.classes.names),
@@ -73,7 +73,7 @@ def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -
 
 
 def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
-    """Return how a class list differs, in words; empty if it does not."""
+    """Return how a class list differs, in words, or ''."""
     if before == now:
         return ""
     if sorted(before) == sorted(now):
@@ -87,11 +87,7 @@ def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def changed_data(what: object, changes: Changes, split: Split | None, fix: str) -> MismatchError:
-    """Return the error for a data set that is not what `what` was made from.
-
-    Args:
-        split: the data set now. None if there are several.
-    """
+    """Return the error for data that differ from what `what` was made from. `split` is the data set now, if one."""
     where = "" if split is None else f" ({split.data}, split {split.split!r})"
     if split is not None and len(changes.added) == len(split.ids):
         return MismatchError(f"Not the data set that {what} was made from: no sample is the same{where}", fix=fix)
@@ -105,11 +101,7 @@ def named(ids: Sequence[str]) -> str:
 
 
 def digest_changes(before: Contents, now: Contents, classes: str = "") -> Changes:
-    """Compare the digests of two times.
-
-    Args:
-        classes: as `class_changes` returned it.
-    """
+    """Compare the digests of two times. `classes` is the result of `class_changes`."""
     at_now = {sample: number for number, sample in enumerate(now.ids)}
     at_before = {sample: number for number, sample in enumerate(before.ids)}
     shared = [sample for sample in before.ids if sample in at_now]

@@ -42,7 +42,7 @@ _VOID_COLON = re.compile(rf"(?:{'|'.join(VOID_NAMES)})\s*[:=].*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line: `number` is the one that it gives to the name, if any; `marked` that a colon or the like says so."""
+    """A line. `number` is its number, if any. `marked` tells whether a colon or the like marks the number."""
 
     line: int
     text: str
@@ -64,11 +64,11 @@ class _Listed:
 
 
 def read_classes(folder: Path) -> ClassList:
-    """Read `classes.txt` of a data folder (names in the order of the ids, or of the numbers where lines have some).
+    """Read `classes.txt` of a data folder: names in the order of the ids, or of the numbers if lines have numbers.
 
-    A class without a colour gets one that no other has.
+    A class without a colour gets a unique one.
 
-    Raises: DataError when it is missing, empty, not text, lists a name or number twice, or numbers some classes only.
+    Raises: DataError if the file is missing, empty or not text, repeats a name or number, or numbers only some classes.
     """
     listed = _read(folder).classes
     try:
@@ -78,9 +78,9 @@ def read_classes(folder: Path) -> ClassList:
 
 
 def read_numbers(folder: Path) -> dict[int, int] | None:
-    """Read what the numbers in labels mean by `classes.txt`: class ids, or 255 for void.
+    """Read the meaning of the numbers in labels from `classes.txt`: class ids, or 255 for void.
 
-    Returns: None without the file, and where the numbers of the classes are their ids and no other is void.
+    Returns: None without the file, and if the numbers of the classes are their ids and no other number is void.
     Raises: DataError as `read_classes`.
     """
     if not (folder / CLASSES_FILE).is_file():
@@ -92,16 +92,16 @@ def read_numbers(folder: Path) -> dict[int, int] | None:
 
 
 def says_numbers(folder: Path) -> bool:
-    """Whether a line of `classes.txt` gives a number. Raises: DataError as `read_classes`."""
+    """Return whether a line of `classes.txt` gives a number. Raises: DataError as `read_classes`."""
     return (folder / CLASSES_FILE).is_file() and _read(folder).numbered
 
 
 def read_colour_codes(folder: Path) -> ColourCodes | None:
-    """The colours that labels in RGB may have; None where not every class has one of its own in `classes.txt`.
+    """Read the colours of RGB labels from `classes.txt`, or return None if a class has no unique colour.
 
-    They stand for the numbers of the classes.
+    They map to the numbers of the classes.
 
-    Raises: DataError for a `classes.txt` that is none.
+    Raises: DataError for an invalid `classes.txt`.
     """
     if not (folder / CLASSES_FILE).is_file():
         return None
@@ -117,12 +117,11 @@ def read_colour_codes(folder: Path) -> ColourCodes | None:
 def colour_codes(
     classes: Sequence[Colour | None], void: Sequence[Colour | None], where: str, numbers: Sequence[int] | None = None
 ) -> ColourCodes | None:
-    """The class ids of the colours of classes, in the order of their ids, and of void; None where a class has none.
+    """Return the map from colours to class ids and void, or None if a class has no unique colour.
 
-    Args:
-        where: the file that lists them, for messages.
-        numbers: what the colours stand for, instead of the class ids.
-    Returns: None as well where two classes share a colour: nothing tells them apart.
+    `classes` has a colour for each class id, `void` the colours of void. `where` names their file for messages.
+    `numbers`
+    replace the class ids.
     """
     colours = [colour for colour in classes if colour is not None]
     voids = [colour for colour in void if colour is not None]
@@ -133,7 +132,7 @@ def colour_codes(
 
 
 def write_classes(folder: Path, classes: ClassList) -> None:
-    """Write `classes.txt`, which `read_classes` reads back."""
+    """Write `classes.txt`, for `read_classes`."""
     lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in zip(classes.names, classes.colours, strict=True)]
     if _names(lines) != classes.names:  # some begin or end with a number
         lines = [f"{number}: {line}" for number, line in enumerate(lines)]
@@ -141,7 +140,7 @@ def write_classes(folder: Path, classes: ClassList) -> None:
 
 
 def _names(lines: Sequence[str]) -> tuple[str, ...] | None:
-    """The names that lines are read as; None for lines that are refused."""
+    """Return the names that lines are read as, or None for lines that are refused."""
     try:
         return tuple(entry.name for entry in _listed(_parsed(lines, Path()), Path()).classes)
     except DataError:
@@ -149,7 +148,7 @@ def _names(lines: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _read(folder: Path) -> _Listed:
-    """The lines of the file. Raises: DataError as `read_classes`."""
+    """Return the lines of the file. Raises: DataError as `read_classes`."""
     path = folder / CLASSES_FILE
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -169,7 +168,7 @@ def _read(folder: Path) -> _Listed:
 
 
 def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
-    """The lines as classes with numbers. Raises: DataError for numbers that are not 0 to 254, each once."""
+    """Return the lines as classes with numbers. Raises: DataError for numbers that are not 0 to 254, each once."""
     void = tuple(entry for entry in entries if entry.void)
     classes = [entry for entry in entries if not entry.void]
     counted = any(entry.number is None for entry in classes)
@@ -212,7 +211,7 @@ def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path
 
 
 def _plain(entry: _Entry) -> str:
-    """The name of a class in a file that numbers none: a number in front of it is a part of it."""
+    """Return the name of a class in a file that numbers none: a number in front of it is a part of it."""
     return entry.name if entry.number is None else entry.text
 
 

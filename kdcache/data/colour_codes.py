@@ -1,4 +1,4 @@
-"""Labels whose pixels are colours: from RGB to class ids."""
+"""Labels with colours as pixels: from RGB to class ids."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MOST_SHOWN = 4
 
 
 class ColourCodes:
-    """The class id of every colour that RGB labels may have; other colours are refused, never matched to the nearest.
+    """The class id of every colour in RGB labels. Other colours are errors, never matched to the nearest.
 
     Args:
-        id_of_colour: class ids; 255 is void. Black is void too, unless a class has it.
+        id_of_colour: class ids, and 255 for void. Black is also void, unless a class has it.
         where: the file that lists the colours, for messages.
     """
 
@@ -35,11 +35,9 @@ class ColourCodes:
         self._where = where
 
     def ids(self, rgb_HW3: Pixels, path: Path) -> Pixels:
-        """Class ids (H, W) of a label in RGB, uint8 (H, W, 3).
+        """Return class ids (H, W) of an RGB label, uint8 (H, W, 3). `path` names it for messages.
 
-        Args:
-            path: the label's, for messages.
-        Raises: DataError for colours of no class, with their pixel counts.
+        Raises: DataError for colours without a class, with their pixel counts.
         """
         wide = rgb_HW3.astype(np.uint32)
         codes_HW = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
@@ -57,7 +55,7 @@ class ColourCodes:
 
 
 def shared_colours(colours: Iterable[Colour]) -> list[Colour]:
-    """Colours that occur more than once, each once, sorted."""
+    """Return the colours that occur more than once, sorted."""
     listed = list(colours)
     return sorted({colour for colour in listed if listed.count(colour) > 1})
 

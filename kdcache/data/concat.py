@@ -1,8 +1,8 @@
-"""Several data sets as one, and the labels of one task alone: what a model of several tasks is judged on.
+"""Several data sets as one, and one task's labels only, to judge a model of several tasks.
 
     city + depth:kitti-depth:/data/kitti     segmentation and whatever else `city` has, and the depth of KITTI
 
-Parts stand around ` + `, spaces included. The classes are those of the first part that has any.
+Parts are separated by ` + ` with spaces. The classes are those of the first part that has any.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ JOINT = " + "
 
 
 def parts_of(data: str) -> list[str]:
-    """The specs of the data sets that `data` joins; itself where it is one, or a folder of that name."""
+    """Return the specs of the data sets that `data` joins, or `data` itself if it is one, or a folder of that name."""
     return [data] if Path(data).exists() else [part.strip() for part in data.split(JOINT)]
 
 
 def task_of(data: str) -> tuple[str | None, str]:
-    """The task whose labels alone are used, of a spec `depth:DATA` or `segmentation:DATA`, and the data set."""
+    """Split `depth:DATA` or `segmentation:DATA` into the only task to use and the data set. None: all tasks."""
     task, colon, rest = data.partition(":")
     return (task, rest) if colon and task in TASKS else (None, data)
 
 
 class OneTask(DerivedSplit):
-    """The samples of a split with their labels of one task alone."""
+    """The samples of a split with the labels of one task only."""
 
     def __init__(self, whole: Split, task: str) -> None:
         self.data, self.split, self.ids = f"{task}:{whole.data}", whole.split, whole.ids
@@ -52,15 +52,19 @@ class OneTask(DerivedSplit):
         return self._whole, index
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the sample has a label of the kept task."""
         return task == self._task and self._whole.has_label(index, task)
 
     def raw_label(self, index: int) -> Pixels | None:
+        """Return the unchecked segmentation label, if that is the kept task."""
         return self._whole.raw_label(index) if self._task == SEGMENTATION else None
 
     def raw_depth(self, index: int) -> Depth | None:
+        """Return the unchecked depth label, if that is the kept task."""
         return self._whole.raw_depth(index) if self._task == DEPTH else None
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        """Return the digests of the image and of the kept task's label."""
         image, label, *depth = self._whole.content_digests(index, of_file)
         return (image, label) if self._task == SEGMENTATION else (image, None, *depth)
 
@@ -74,7 +78,7 @@ class OneTask(DerivedSplit):
 class Joined(DerivedSplit):
     """The samples of several splits, in the order of their ids.
 
-    An id that two of them have makes each sample's id begin with the number of its part, from 1: `2/000001`.
+    If two parts share an id, every id is preceded by the number of its part, from 1: `2/000001`.
 
     Args:
         data: the spec as the user gave it.
@@ -94,7 +98,7 @@ class Joined(DerivedSplit):
         self._places = [place for _, *place in places]
 
     def digest(self) -> str:
-        """SHA-256 over the digests of the parts."""
+        """Return the SHA-256 over the digests of the parts."""
         return hashlib.sha256(" ".join(part.digest() for part in self._parts).encode("ascii")).hexdigest()
 
     def _at(self, index: int) -> tuple[Split, int]:
@@ -103,7 +107,7 @@ class Joined(DerivedSplit):
 
 
 def _shared_classes(parts: Sequence[Split]) -> ClassList:
-    """The classes of the first part that has any. Raises: DataError for a part that has others."""
+    """Return the classes of the first part that has any. Raises: DataError for a part that has others."""
     with_classes = [part for part in parts if len(part.classes)]
     if not with_classes:
         return ClassList(())

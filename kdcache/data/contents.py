@@ -1,4 +1,4 @@
-"""What the samples of a split hold, as digests: two data sets are the same if these are, whatever their folders' names.
+"""Digests of the samples of a split. Data sets with equal digests are the same, whatever their folders' names.
 
 Reading every file again takes time, so a private index in the user's cache folder remembers the digest of each file
 with its size, times and inode. Losing the index costs time only.
@@ -38,7 +38,7 @@ class Contents:
 
     Attributes:
         ids: the sample ids.
-        image, label, depth: uint8 (N, 16), the first bytes of `Split.content_digests`; zeros without a label.
+        image, label, depth: uint8 (N, 16), the first bytes of `Split.content_digests`. Zeros without a label.
     """
 
     ids: tuple[str, ...]
@@ -48,14 +48,14 @@ class Contents:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of ids and digests."""
+        """SHA-256 over ids and digests."""
         whole = hashlib.sha256("\n".join(self.ids).encode())
         for array in (self.image, self.label, self.depth):
             whole.update(array.tobytes())
         return whole.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types, the digests in base64. `from_json` reverses it."""
+        """Return JSON values, with the digests in base64. `from_json` reverses it."""
         parts = {"image": self.image, "label": self.label, "depth": self.depth}
         return {"ids": list(self.ids)} | {
             name: base64.b64encode(rows.tobytes()).decode() for name, rows in parts.items() if rows.any()
@@ -63,7 +63,7 @@ class Contents:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Contents:
-        """Return the contents that `to_json` described. Raises: ValueError, TypeError, KeyError for other values."""
+        """Return the contents from the JSON of `to_json`. Raises: ValueError, TypeError, KeyError for other values."""
         ids = tuple(map(str, value["ids"]))
         size = len(ids) * DIGEST_BYTES
         parts = (
@@ -90,12 +90,12 @@ def read_contents(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Contents:
-    """Return the digests of samples of a split.
+    """Return the digests of samples of a split, by default of all. `threads` read files in parallel.
 
-    Args:
-        numbers: which samples. None reads all of them.
-        indexed: trust the private index for files whose size, times and inode are the recorded ones.
-        progress: called with (samples done, samples).
+    With `indexed`, the private index is trusted for files with unchanged size, times and inode. `progress` is called
+    with
+    (samples done, samples).
+
     Raises: DataError naming a file that cannot be read.
     """
     numbers = range(len(split)) if numbers is None else numbers
@@ -111,13 +111,13 @@ def read_contents(
 
 
 def place_key(data: str) -> str:
-    """Return 16 hex digits that tell the place of a data set from others, and do not name it."""
+    """Return 16 hex digits that identify the place of a data set without revealing it."""
     return hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def remembered_digests(data: str) -> Iterator[FileDigest]:
-    """Yield a function that returns the digest of a file, and remembers it in the private index of a data set."""
+    """Provide a function that digests a file and remembers it in a data set's private index, in a with block."""
     index = _Index(user_cache() / "digests" / f"{place_key(data)}.sqlite")
     try:
         yield index.digest
@@ -168,7 +168,7 @@ class _Index:
 
 
 def _state_of(path: Path, now_ns: int) -> str | None:
-    """Return what a change of the file would change; None for a file that was changed shortly before now, or later."""
+    """Return text that changes with the file, or None for a file changed just now or in the future."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,8 +1,8 @@
-"""Decoding one image, label or depth file, and refusing what would decode to something else than meant.
+"""Decode one image, label or depth file, and fail on files that would decode to something unintended.
 
-Pillow is forgiving where training must not be: it clips 16-bit grey to white, keeps the high byte of 16-bit RGB (12-bit
-pictures turn black), stretches the ids of 4-bit grey labels (5 becomes 85) and ignores the camera's rotation. All of
-that is settled here.
+Pillow is too forgiving for training: it clips 16-bit grey to white, keeps the high byte of 16-bit RGB (12-bit pictures
+turn black), stretches the ids of 4-bit grey labels (5 becomes 85) and ignores the camera's rotation. This module
+handles all of these.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ _QUARTER_TURNS = (5, 6, 7, 8)
 def read_image(path: Path, bits: int | None = None) -> Pixels:
     """Decode an image file to uint8 (H, W, 3) RGB, turned upright by its EXIF orientation.
 
-    Alpha is dropped, grey and palette images become RGB.
+    Alpha is dropped, and grey and palette images become RGB. `bits` are the significant bits, 9 to 16, of images of 16
+    bits
+    per channel, whose levels are then shifted right to 8 bits. None fails on such images.
 
-    Args:
-        bits: the significant bits of images of 16 bits per channel, 9 to 16: their levels are shifted right to 8 bits.
-            None refuses such images.
     Raises: DataError for an unreadable file, or one with more than 8 bits per channel; RecipeError for levels beyond
         `bits`.
     """
@@ -70,15 +69,15 @@ def read_image(path: Path, bits: int | None = None) -> Pixels:
 
 
 def channel_bits(path: Path) -> int:
-    """Return the bits per channel that the header of a PNG or TIFF names; 8 for other and for damaged files.
+    """Return the bits per channel in the header of a PNG or TIFF, or 8 for other and for damaged files.
 
-    Pillow's mode does not tell: RGB of 16 bits has the same one as RGB of 8.
+    Pillow's mode does not tell: it is the same for 16-bit and 8-bit RGB.
     """
     return _header_bits(path)[0]
 
 
 def _header_bits(path: Path) -> tuple[int, bool]:
-    """The bits per channel, and whether these are whole numbers without a sign."""
+    """Return the bits per channel, and whether these are whole numbers without a sign."""
     try:
         with path.open("rb") as file:
             header = file.read(26)
@@ -121,12 +120,12 @@ def _levels(path: Path) -> npt.NDArray[np.uint16]:
 
 
 def _raw_mode(args: Any) -> re.Match[str] | None:
-    """The raw mode in the arguments of Pillow's decoder, such as `RGB;16B`; None for one of other channels or bits."""
+    """Return the raw mode in the arguments of Pillow's decoder, such as `RGB;16B`, or None."""
     return re.fullmatch(r"(RGB[AX]?;16)([BLN])", args if isinstance(args, str) else args[0])
 
 
 def _other_order(args: Any) -> Any:
-    """The arguments of Pillow's decoder with the other order of bytes in its raw mode."""
+    """Return the arguments of Pillow's decoder with the other order of bytes in its raw mode."""
     raw = _raw_mode(args)
     assert raw is not None, args
     little = raw[2] == "L" or (raw[2] == "N" and sys.byteorder == "little")
@@ -135,7 +134,7 @@ def _other_order(args: Any) -> Any:
 
 
 def _scaled(levels_HW3: npt.NDArray[np.uint16], bits: int, path: Path) -> Pixels:
-    """The 8 high bits of levels of `bits` bits. Raises: RecipeError for a level beyond them."""
+    """Return the 8 high bits of levels of `bits` bits. Raises: RecipeError for a level beyond them."""
     if (most := int(levels_HW3.max())) >= 1 << bits:
         raise RecipeError(
             f"Cannot scale {path} from {bits} bits: it has a level of {most}, above {(1 << bits) - 1}",
@@ -155,10 +154,10 @@ def _too_deep(path: Path, bits: int, *, scaled: bool) -> DataError:
 
 
 def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
-    """(height, width) of `read_image(path)`, from the file's header where the format allows it.
+    """Return (height, width) of `read_image(path)`, from the file's header if possible.
 
-    Args:
-        header_only: never decodes pixels, and so misses a rotation that a PNG names behind them.
+    With `header_only` it never decodes pixels, and so misses a rotation stored behind a PNG's pixels.
+
     Raises: DataError for an unreadable file.
     """
     with _opened(path, "image") as image:
@@ -171,11 +170,10 @@ def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
 def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
     """Decode a label, PNG or TIFF, to uint8 (H, W) ids.
 
-    One channel of 1 to 16 bits holds ids up to 255, a palette's indices count; three channels of 8 bits hold colours.
+    One channel of 1 to 16 bits holds ids up to 255, and a palette image holds indices. Three channels of 8 bits hold
+    colours, which `colours` maps to class ids. None fails on these.
 
-    Args:
-        colours: class ids by colour, for labels in RGB; None refuses these.
-    Raises: DataError for an unreadable file, another kind of picture, numbers above 255 or colours of no class.
+    Raises: DataError for an unreadable file, another kind of picture, numbers above 255 or colours without a class.
     """
     with _opened(path, "label") as image:
         kind, bits = _label_kind(path, image)
@@ -195,19 +193,19 @@ def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
 
 
 def label_kind(path: Path) -> str:
-    """What a label's pixels are, in words, such as `8-bit palette`; of PNG and TIFF. Raises: DataError."""
+    """Return the kind of a label's pixels, such as `8-bit palette`, for PNG and TIFF. Raises: DataError."""
     with _opened(path, "label") as image:
         return _label_kind(path, image)[0]
 
 
 def is_plain_label(path: Path) -> bool:
-    """Whether a label is a PNG whose 8-bit levels or palette indices are its numbers. Raises: DataError."""
+    """Return whether a label is a PNG whose 8-bit levels or palette indices are its numbers. Raises: DataError."""
     kind = label_kind(path)
     return kind == "8-bit grey" or kind.endswith("-bit palette")
 
 
 def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path: Path) -> Pixels:
-    """Class ids (H, W) of uint8 (H, W, 3), or (H, W, 4) without transparency. Raises: DataError."""
+    """Return class ids (H, W) of uint8 (H, W, 3), or (H, W, 4) without transparency. Raises: DataError."""
     if colours is None:
         raise DataError(
             f"Cannot read label {path}: it is {kind}, and classes.txt does not give every class its own colour",
@@ -223,7 +221,7 @@ def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path
 
 
 def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
-    """Numbers of 16 bits and more as uint8, (H, W). Raises: DataError for those that are no number from 0 to 255."""
+    """Convert numbers of 16 bits or more to uint8, (H, W). Raises: DataError for numbers outside 0 to 255."""
     wrong = numbers[(numbers < 0) | (numbers > 255)]
     if wrong.size:
         raise DataError(
@@ -236,7 +234,7 @@ def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
 
 
 def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
-    """What a label's pixels are, in words, and the bits of a channel.
+    """Return the kind of a label's pixels in words, and the bits of a channel.
 
     Raises: DataError for another format, and for a TIFF of several pages of one size (smaller ones are overviews).
     """
@@ -262,7 +260,7 @@ def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:
-    """Decode a file of a number per pixel, (H, W): 16-bit grey PNG, TIFF, `.npy`, or `.npz` (one array, or `depth`).
+    """Decode a file of one number per pixel, (H, W): 16-bit grey PNG, TIFF, `.npy`, or `.npz` (one array, or `depth`).
 
     Raises: DataError for an unreadable file, another kind of PNG, or an array of another shape or kind.
     """
@@ -307,7 +305,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
 
 
 def label_palette(path: Path) -> list[tuple[int, int, int]] | None:
-    """The colours of a palette PNG by index, from the header; None for another kind of PNG.
+    """Return the colours of a palette PNG by index, from the header, or None for another kind of PNG.
 
     Raises: DataError for an unreadable file.
     """
@@ -317,7 +315,7 @@ def label_palette(path: Path) -> list[tuple[int, int, int]] | None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex. Raises: DataError when it cannot be read."""
+    """Return the SHA-256 of a file's bytes as hex. Raises: DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -344,7 +342,7 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
 
 
 def _most_pixels() -> int | None:
-    """The limit that the environment sets, in pixels; None leaves it to Pillow. Raises: DataError for no number."""
+    """Return the pixel limit from the environment, or None for Pillow's. Raises: DataError for an invalid number."""
     text = os.environ.get(MEGAPIXELS, "").strip()
     if not text:
         return None
@@ -377,7 +375,7 @@ def _unreadable(path: Path, what: str, error: Exception) -> DataError:
 
 
 def _png_kind(path: Path) -> str:
-    """Bit depth and colour type from the IHDR chunk: Pillow's mode is the same for 4-bit grey and 8-bit."""
+    """Return bit depth and colour type from the IHDR chunk: Pillow's mode is the same for 4-bit grey and 8-bit."""
     with path.open("rb") as file:
         header = file.read(26)
     if not header.startswith(_PNG_SIGNATURE):

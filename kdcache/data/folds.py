@@ -1,9 +1,9 @@
-"""Folds of a split: parts of equal size, each of which another teacher has not seen (cross-fitting).
+"""Folds of a split: equal parts, each predicted by a teacher that has not seen it (cross-fitting).
 
 A teacher is almost always right on the labels that it was trained on, with a confidence that it has nowhere else. Its
-targets are more honest where it has not seen the labels: K teachers, each trained without one of K folds, teach that
-fold. Folds by id scatter the frames of a video, so that the teacher of one has seen its neighbours; folds by sequence
-keep them together.
+targets are more honest on labels that it has not seen: K teachers, each trained without one of K folds, predict that
+fold. Folds by id scatter the frames of a video, so each frame's teacher has seen its neighbours. Folds by sequence keep
+them together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdcache.errors import RecipeError
 
 
 class Fold(NamedTuple):
-    """Fold `number`, from 0, of `folds`; `by` is the pattern of the sequences that are dealt out whole, if any."""
+    """Fold `number`, from 0, of `folds`. `by` is the pattern of the sequences that stay together, or None."""
 
     number: int
     folds: int
@@ -31,7 +31,7 @@ class Fold(NamedTuple):
         return f"{self.number}/{self.folds}" + ("" if self.by is None else f" by {self.by}")
 
     def holds(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Whether each sample is in the fold, (N,), of all ids of a split. Raises: RecipeError as `folds_of` does."""
+        """Return whether each sample is in the fold, (N,), by all ids of a split. Raises: RecipeError as `folds_of`."""
         held: npt.NDArray[np.bool_] = folds_of(ids, self.folds, self.by) == self.number
         return held
 
@@ -48,7 +48,7 @@ def parse_fold(text: str, by: str | None = None) -> Fold:
 
 
 def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> Split:
-    """The samples of one fold, on which a model that was trained without it can be judged.
+    """Return the samples of one fold, to judge a model that was trained without it.
 
     Raises: RecipeError for folds that the split cannot have.
     """
@@ -56,7 +56,7 @@ def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> 
 
 
 def check_folds(split: Split, folds: int, by: str | None = None) -> None:
-    """Refuse folds whose absence leaves a class without a labelled pixel: its teacher could never teach that class.
+    """Check that leaving out any fold keeps labelled pixels of every class, so each teacher knows every class.
 
     Reads every label. Raises: RecipeError for such folds; DataError for a label that cannot be read.
     """
@@ -69,12 +69,13 @@ def check_folds(split: Split, folds: int, by: str | None = None) -> None:
 def check_fold_labels(
     rounds: Iterable[Iterable[tuple[int, Pixels | None]]], folds: int, class_names: Sequence[str]
 ) -> None:
-    """Refuse folds as `check_folds` does, for labels that the caller reads.
+    """Check folds as `check_folds` does, for labels that the caller reads.
 
-    Args:
-        rounds: iterables of (fold, label), labels uint8 (H, W) or None; a further one is read only where those
-            before it would be refused.
-    Raises: RecipeError when a class has pixels in one fold alone.
+    `rounds` are iterables of (fold, label), with labels uint8 (H, W) or None. A further round is read only if the
+    rounds
+    before it would fail.
+
+    Raises: RecipeError if a class has pixels in one fold only.
     """
     counts, alone = np.zeros((folds, 256), np.int64), list[str]()
     for labels in rounds:
@@ -95,7 +96,7 @@ def check_fold_labels(
 
 
 class SplitPart(DerivedSplit):
-    """Some of the samples of a split, which stay in its order."""
+    """Some samples of a split, in its order."""
 
     def __init__(self, whole: Split, numbers: Sequence[int]) -> None:
         self.data, self.split, self.classes = whole.data, whole.split, whole.classes
@@ -108,8 +109,8 @@ class SplitPart(DerivedSplit):
 
 
 class Excerpt(SplitPart):
-    """Some of the samples, to estimate the cost of all of them: each stays in its fold of the whole split."""
+    """Some samples of a split, to estimate the cost of all. Each stays in its fold of the whole split."""
 
     def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-        """The fold of every sample (N,), as the whole split deals them out. Raises RecipeError as it does."""
+        """Return the fold of every sample (N,) in the whole split. Raises RecipeError as `Split.folds`."""
         return self._whole.folds(folds, by)[self._numbers]

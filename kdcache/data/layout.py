@@ -18,18 +18,16 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
     """Open one split of a data set.
 
     Args:
-        data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, mmseg, camvid,
-            voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu, images; or `scenes`,
-            `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
-            `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth`, `style=game` or `style=camera` (a
-            folder of that name is `./scenes`).
-            `,images=FOLDER` behind a folder takes the images of the same samples from another one, which has
-            FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
-            `depth:DATA` or `segmentation:DATA` has the labels of that task alone; `DATA + DATA` the samples of both.
-            `memory:NAME@DIGEST` is what `from_dataset` made.
-        split: its name, such as `train`; of all where several are joined. `val` means `valid` or `validation` where
-            that is what there is, and the other way round.
-        exports: also open the layouts that are converted first, as `data convert` and `data check` do: kaggle, coco and
+        data: a folder (its contents tell the layout), or LAYOUT:FOLDER with one of folder, mmseg, camvid, voc,
+            cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu, images. Or `scenes`,
+            `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`, with `depth=exact` or `depth=sparse` and `tasks=both`,
+            `halves` or `depth`, `style=game` or `style=camera` (a folder of that name is `./scenes`).
+            `,images=FOLDER` after a folder takes the images of the same samples from FOLDER/SPLIT/ID.png or
+            FOLDER/ID.png. `depth:DATA` or `segmentation:DATA` has the labels of that task only.
+            `DATA + DATA` has the samples of both. `memory:NAME@DIGEST` is what `from_dataset` made.
+        split: its name, such as `train`, in all data sets if several are joined. `val` also finds `valid` or
+            `validation`, and the reverse.
+        exports: also open layouts that must be converted first, as `data convert` and `data check` do: kaggle, coco and
             exports of labelling tools.
     Raises: DataError with what is missing or malformed. Warns (DataWarning) if the folder was converted, and its
         source has changed since.
@@ -52,11 +50,11 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
 
 
 def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[str]:
-    """Names of the splits that `open_split` would find, sorted; of joined data sets those that all of them have.
+    """Return the sorted names of the splits that `open_split` would find, for joined data sets those that all have.
 
-    Some hold the same images on purpose, as `trainval` of VOC does.
+    Some splits share images on purpose, such as VOC's `trainval`.
 
-    Raises: DataError for a malformed spec or a folder of no known layout.
+    Raises: DataError for a malformed spec or a folder without a known layout.
     """
     data = os.fspath(data)
     if len(parts := parts_of(data)) > 1:
@@ -71,7 +69,7 @@ def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[
 
 
 def _find(data: str, exports: bool) -> LayoutRoot:
-    """The layout of a folder. Raises: DataError for an export of a labelling tool, unless these are asked for."""
+    """Return the layout of a folder. Raises: DataError for an export of a labelling tool, unless `exports` is set."""
     place = find_layout(data)
     if place.layout.live or exports:
         return place

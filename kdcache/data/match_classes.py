@@ -1,4 +1,4 @@
-"""The labels of a data set in the classes of a model that learnt from another one: joined by name."""
+"""The labels of a data set in the classes of a model trained on another one, matched by name."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from kdcache.errors import MismatchError
 
 
 class ClassesByName(DerivedSplit):
-    """The samples of a split with labels in other classes of the same names; classes that have no such name are void.
+    """The samples of a split with labels mapped by name to other classes. Classes without an equal name are void.
 
-    Names are the same whatever their case, unless a list has two that differ in it alone.
+    Names are compared without case, unless a list has two that differ only in case.
 
     Args:
-        classes: those of the labels here, such as a model's.
+        classes: the target classes, such as a model's.
 
     Attributes:
         shared: names that both lists have, in the order of `classes`.
         missing: names of `classes` that the split does not have.
-        void: names of the split's own classes that `classes` do not have.
+        void: names of the split's classes that `classes` do not have.
 
-    Raises: MismatchError where no name is shared.
+    Raises: MismatchError if no name is shared.
     """
 
     def __init__(self, whole: Split, classes: ClassList) -> None:
@@ -49,6 +49,7 @@ class ClassesByName(DerivedSplit):
         return self._whole, index
 
     def raw_label(self, index: int) -> Pixels | None:
+        """Return the unchecked label, mapped to the target classes."""
         label = self._whole.raw_label(index)
         return None if label is None else self._table.take(label)
 
@@ -58,9 +59,9 @@ class ClassesByName(DerivedSplit):
 
 
 def classes_by_name(split: Split, classes: ClassList) -> Split:
-    """A split in the classes of a model: itself where the names are equal, or where one of the two has no classes.
+    """Return a split in the classes of a model, unchanged if names are equal or one of the two has no classes.
 
-    Raises: MismatchError where no name is shared.
+    Raises: MismatchError if no name is shared.
     """
     if not len(classes) or split.classes.names in (classes.names, ()):
         return split
@@ -68,7 +69,7 @@ def classes_by_name(split: Split, classes: ClassList) -> Split:
 
 
 def _number_of(name: str, own: tuple[str, ...], others: tuple[str, ...]) -> int | None:
-    """The place of a name of `own` among others, in any case where both lists have it once; None without."""
+    """Return the place of a name of `own` among others, in any case where both lists have it once, or None without."""
     if name in others:
         return others.index(name)
     lowered = [other.lower() for other in others]

@@ -1,7 +1,7 @@
-"""Ordered results, computed a bounded number of items ahead by threads.
+"""Compute results in order, a bounded number of items ahead, with threads.
 
-Threads, not processes: decoding and resizing (Pillow) release the GIL, and results need no copy
-between address spaces. `ahead` bounds the memory: at most that many results wait at any time.
+Threads suffice: decoding and resizing (Pillow) release the GIL, and results need no copy between address spaces.
+`ahead` bounds the memory: at most that many results wait at any time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ R = TypeVar("R")
 def prefetch(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
     """Yield `function(item)` for each item, in order, computed up to `ahead` items in advance.
 
-    `items` is consumed in the calling thread, lazily. An exception of `function` (or of `items`) is raised
-    in its place in the order; no further item is started then. However the iteration ends (exhaustion, an
-    exception, `close()`, a `break` that drops the iterator, Ctrl-C), waiting items are cancelled and the
-    threads have ended when control returns.
+    `items` is consumed in the calling thread, lazily. An exception of `function` (or of `items`) is raised at its place
+    in
+    the order, and no further item is started then. However the iteration ends (exhaustion, an exception, `close()`, a
+    `break` that drops the iterator, Ctrl-C), waiting items are cancelled and the threads have ended when control
+    returns.
+    0 `threads` compute in the calling thread, on demand. `ahead`, at least 1, bounds items in flight or not yet taken.
 
-    Args:
-        threads: number of worker threads; 0 computes in the calling thread, on demand.
-        ahead: most items in flight or finished but not yet taken, >= 1; unused with 0 threads.
     Raises: ValueError for a negative `threads` or an `ahead` below 1.
     """
     if threads < 0 or ahead < 1:

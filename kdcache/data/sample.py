@@ -1,12 +1,12 @@
-"""Data sets as the rest of kdcache sees them: class names and, per split, samples with stable ids.
+"""The data set interface of kdcache: class names and, per split, samples with stable ids.
 
-A `Split` is the one interface that the teacher pass, the trainer and the checks read from. It holds
-paths or seeds, never pixels, so it is small, picklable (DataLoader workers use forkserver) and cheap to
-open. `image` and `label` return arrays of their own: a caller may write into them.
+The teacher pass, the trainer and the checks all read from a `Split`. It holds paths or seeds, never pixels, so it is
+small, picklable (DataLoader workers use forkserver) and quick to open. `image` and `label` return new arrays, which a
+caller may modify.
 
-A sample may have a label of every task, of some or of none. Labels of segmentation are uint8 with 255 for void, which
-bounds a class list at 255 classes: every published benchmark in use fits, and the label of a 1024 x 2048 image stays at
-2 MiB. Labels of depth are float32 metres with NaN where the depth is unknown.
+A sample may have a label of every task, of some or of none. Segmentation labels are uint8 with 255 for void, which
+limits a class list to 255 classes: every published benchmark in use fits, and the label of a 1024 x 2048 image takes
+2 MiB. Depth labels are float32 metres with NaN for unknown depth.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ClassList:
     """Class names in the order of their ids, and a colour for each.
 
     Args:
-        names: 2 to 255 unique, non-empty names; the position is the id. None at all for data without segmentation.
-        colours: RGB, 0 to 255, one per name; left out, distinct ones are made.
+        names: 2 to 255 unique, non-empty names. The position is the id. Empty for data without segmentation.
+        colours: RGB, 0 to 255, one per name. Default: distinct colours.
 
     Raises: DataError for a list or colours that break these rules.
     """
@@ -67,12 +67,12 @@ class ClassList:
         return len(self.names)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain JSON types; `from_json` reverses it."""
+        """Return JSON values. `from_json` reverses it."""
         return {"names": list(self.names), "colours": [list(colour) for colour in self.colours]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ClassList:
-        """The class list that `to_json` described. Raises: DataError as the constructor does."""
+        """Return the class list from the JSON of `to_json`. Raises: DataError as the constructor does."""
         colours = tuple((r, g, b) for r, g, b in value.get("colours", ()))
         return cls(tuple(value["names"]), colours)
 
@@ -105,10 +105,11 @@ class Split(ABC):
         data: the spec or folder as the user gave it.
         split: the split's name.
         classes: names and colours of the label ids.
-        ids: stable unique sample ids, sorted; `index` below counts in this order.
-        label_map: uint8 (256,), the class id of every number in the label files; None where they are class ids already.
+        ids: stable unique sample ids, sorted. `index` below counts in this order.
+        label_map: uint8 (256,), the class id of every number in the label files, or None if they are class ids already.
 
-    Subclasses set these and write `image`, `has_label` and `_segmentation`; those with depth write `_depth` too.
+    Subclasses set these and define `image`, `has_label` and `_segmentation`. Subclasses with depth also define
+    `_depth`.
     """
 
     data: str
@@ -122,18 +123,18 @@ class Split(ABC):
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of which a sample has a label, in the order of `TASKS`; reads no file."""
+        """The tasks with a label of any sample, in the order of `TASKS`. Reads no file."""
         return tuple(task for task in TASKS if any(self.has_label(index, task) for index in range(len(self))))
 
     @abstractmethod
     def image(self, index: int) -> Pixels:
-        """The image: uint8 (H, W, 3), RGB, EXIF-upright, contiguous, the caller's own.
+        """Return the image as a new contiguous array: uint8 (H, W, 3), RGB, EXIF-upright.
 
         Raises: DataError naming the file.
         """
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """(H, W) of an image; where a file's header has it, the pixels are not read. Raises: as `image`."""
+        """Return (H, W) of an image, from the file's header if possible. Raises: as `image`."""
         height, width, _ = self.image(index).shape
         return height, width
 
@@ -144,11 +145,11 @@ class Split(ABC):
     @overload
     def label(self, index: int, task: str) -> Pixels | Depth | None: ...
     def label(self, index: int, task: str = SEGMENTATION) -> Pixels | Depth | None:
-        """The label of a task, of the image's size; None without one.
+        """Return the label of a task, of the image's size, or None without one.
 
-        Segmentation is uint8 (H, W) class ids, 255 for void; depth is float32 (H, W) metres above 0, NaN where unknown.
+        Segmentation is uint8 (H, W) class ids, 255 for void. Depth is float32 (H, W) metres above 0, NaN for unknown.
 
-        Raises: DataError for a file that is no label of this image, ids beyond the classes, or depths that cannot be;
+        Raises: DataError for a file that does not fit this image, ids beyond the classes, or impossible depths;
             ValueError for another task.
         """
         check_task(task)
@@ -156,30 +157,28 @@ class Split(ABC):
 
     @abstractmethod
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Whether the sample has a label of a task; reads no file."""
+        """Return whether the sample has a label of a task. Reads no file."""
 
     def raw_label(self, index: int) -> Pixels | None:
-        """The label of segmentation, compared with neither image nor classes, for reports on broken data.
+        """Return the segmentation label, not checked against image and classes, for reports on broken data.
 
-        Numbers that no class has stay as they are in the file.
+        Numbers without a class stay unchanged.
         """
         return self._segmentation(index)
 
     def raw_depth(self, index: int) -> Depth | None:
-        """The label of depth, not compared with the image, for reports: its numbers may be negative or of no unit."""
+        """Return the unchecked depth label for reports. Its numbers may be negative or without a unit."""
         return self._depth(index)
 
     def origin(self, index: int) -> str:
-        """A name of the sample's image that an image of another split has only if it is the same one; reads no file."""
+        """Return a name of the image that another split's image has only if it is the same. Reads no file."""
         return f"{self.data} {self.split} {self.ids[index]}"
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the SHA-256 of the image, of the label (None without one) and, if any, of the depth.
+        """Return the SHA-256 of the image, of the label (or None) and, if any, of the depth.
 
-        Here they are digests of the arrays. A split of files returns digests of the files' bytes.
-
-        Args:
-            of_file: how a split of files takes a file's digest. None reads the file.
+        Here they are digests of the arrays. A split of files returns digests of the files' bytes, by `of_file` if
+        given.
         """
         segmentation, depth = self._segmentation(index), self._depth(index)
         return (
@@ -190,18 +189,18 @@ class Split(ABC):
 
     @abstractmethod
     def _segmentation(self, index: int) -> Pixels | None:
-        """The label of segmentation, as `label` describes it. Raises: as it does."""
+        """Return the label of segmentation, as `label` describes it. Raises: as it does."""
 
     def _depth(self, index: int) -> Depth | None:
-        """The label of depth, as `label` describes it. Raises: as it does."""
+        """Return the label of depth, as `label` describes it. Raises: as it does."""
         return None
 
     def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-        """The fold of every sample (N,), as `folds_of` deals them out. Raises RecipeError as it does."""
+        """Return the fold of every sample (N,) by `folds_of`. Raises RecipeError as it does."""
         return folds_of(self.ids, folds, by)
 
     def digest(self) -> str:
-        """SHA-256 over class names, sample ids and `label_map`. Cheap: it reads no file, so it cannot see contents."""
+        """Return the SHA-256 over class names, sample ids and `label_map`. It reads no file, so ignores contents."""
         content: list[list[str] | list[int]] = [list(self.classes.names), list(self.ids)]
         if self.label_map is not None:
             content.append(self.label_map.tolist())
@@ -209,37 +208,44 @@ class Split(ABC):
 
 
 class DerivedSplit(Split):
-    """A split whose samples are those of other splits. Subclasses say where each comes from, and what differs."""
+    """A split with samples of other splits. Subclasses say where each comes from, and what differs."""
 
     @abstractmethod
     def _at(self, index: int) -> tuple[Split, int]:
-        """The split that a sample comes from, and its number there."""
+        """Return the split that a sample comes from, and its number there."""
 
     def image(self, index: int) -> Pixels:
+        """Return the image of the source's sample."""
         source, number = self._at(index)
         return source.image(number)
 
     def image_size(self, index: int) -> tuple[int, int]:
+        """Return (H, W) of the source's image."""
         source, number = self._at(index)
         return source.image_size(number)
 
     def origin(self, index: int) -> str:
+        """Return the origin of the source's sample."""
         source, number = self._at(index)
         return source.origin(number)
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the source's sample has a label of the task."""
         source, number = self._at(index)
         return source.has_label(number, task)
 
     def raw_label(self, index: int) -> Pixels | None:
+        """Return the source's unchecked segmentation label."""
         source, number = self._at(index)
         return source.raw_label(number)
 
     def raw_depth(self, index: int) -> Depth | None:
+        """Return the source's unchecked depth label."""
         source, number = self._at(index)
         return source.raw_depth(number)
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        """Return the digests of the source's sample."""
         source, number = self._at(index)
         return source.content_digests(number, of_file)
 
@@ -253,26 +259,26 @@ class DerivedSplit(Split):
 
 
 def check_task(task: str) -> None:
-    """Refuse a name that is no task of this room. Raises: ValueError."""
+    """Raise ValueError for an unknown task."""
     if task not in TASKS:
         raise ValueError(f"a task is one of {', '.join(TASKS)}, got {task!r}")
 
 
 def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
-    """Ids of a uint8 label that are neither a class nor void, with their pixel counts."""
+    """Return ids of a uint8 label that are neither a class nor void, with their pixel counts."""
     counts = np.bincount(label.reshape(-1), minlength=256)
     return {int(i): int(counts[i]) for i in np.flatnonzero(counts[:IGNORE_INDEX]) if i >= classes}
 
 
 def default_colours(count: int, taken: Iterable[tuple[int, int, int]] = ()) -> tuple[tuple[int, int, int], ...]:
-    """`count` distinct RGB colours: the PASCAL VOC colour map from 1 on (0 is black), less `taken`."""
+    """Return `count` distinct RGB colours: the PASCAL VOC colour map from 1 on (0 is black), without `taken`."""
     used = set(taken)
     free = [colour for colour in (voc_colour(i) for i in range(1, 256 + len(used))) if colour not in used]
     return tuple(free[:count])
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:
-    """An id's colour in the PASCAL VOC colour map, RGB: its bits 0, 3, 6 are the high bits of red, 1, 4, 7 of green."""
+    """Return an id's RGB in the PASCAL VOC colour map. Bits 0, 3, 6 are red's high bits; 1, 4, 7 are green's."""
     r, g, b = (sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
     return r, g, b
 

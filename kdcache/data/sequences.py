@@ -1,6 +1,6 @@
-"""Sequences of samples, such as the frames of a video: folds of whole ones, and those that judge and training share.
+"""Sequences of samples, such as the frames of a video: folds of whole sequences, and sequences in both train and val.
 
-Frames of one video are alike: a model that has learnt from the neighbours of a frame is judged too well on it.
+Frames of one video are similar, so a model that has learnt from a frame's neighbours scores too well on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LAST_NUMBER = re.compile(r"(.*[^0-9]|)([0-9]{1,18})([^0-9]*)", re.DOTALL)
 
 
 class SharedSequence(NamedTuple):
-    """A sequence of which some samples are judged and others trained on, with the numbers of both."""
+    """A sequence with samples in both training and validation, and the numbers of both."""
 
     name: str
     judged: int
@@ -32,7 +32,7 @@ class SharedSequence(NamedTuple):
 
 
 def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
-    """Compile the pattern of a flag. Raises: RecipeError for a text that is no regular expression."""
+    """Compile the pattern of a flag. Raises: RecipeError for an invalid regular expression."""
     try:
         return re.compile(text)
     except re.error as error:
@@ -43,7 +43,7 @@ def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
 
 
 def check_folds_by(by: str | None, *, folds: bool) -> None:
-    """Check `--folds-by`. Raises: RecipeError for a text that is no regular expression, or where there are no folds."""
+    """Check `--folds-by`. Raises: RecipeError for an invalid regular expression, or without folds."""
     if by is not None:
         sequence_pattern(by)
         if not folds:
@@ -54,11 +54,11 @@ def check_folds_by(by: str | None, *, folds: bool) -> None:
 
 
 def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[str]:
-    """The sequence of every sample: the first group of the pattern in its id, or the whole match.
+    """Return the sequence of every sample: the first group of the pattern in its id, or the whole match.
 
-    Args:
-        flag: names the pattern in errors.
-    Raises: RecipeError for a text that is no regular expression, or that does not name the sequence of every id.
+    `flag` names the pattern in errors.
+
+    Raises: RecipeError for an invalid regular expression, or one that does not match every id.
     """
     pattern = sequence_pattern(by, flag)
     names = [_matched(pattern, sample) for sample in ids]
@@ -72,13 +72,15 @@ def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[
 
 
 def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-    """The fold of every sample, (N,).
+    """Return the fold of every sample, (N,).
 
-    Without a pattern ids are ranked by a hash and dealt out in turn, so sizes differ by at most one. With a pattern
-    whole sequences are dealt out, the largest first, each to the fold with the fewest samples; then the largest fold
-    exchanges sequences with others as long as that brings their sizes closer. The hash, which also orders sequences of
+    Without a pattern, ids are ranked by a hash and assigned to folds in turn, so sizes differ by at most one. With a
+    pattern, whole sequences are assigned, the largest first, each to the fold with the fewest samples. Then the largest
+    fold exchanges sequences with others as long as that brings their sizes closer. The hash, which also orders
+    sequences of
     one size, is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id or name in UTF-8: neither the order of the
-    ids nor what they are called matters. A further sample may move others into another fold.
+    ids
+    nor their form matters. A further sample may move others into another fold.
 
     Raises: RecipeError unless there are 2 to 255 folds, and a sample or sequence for each; as `sequences_of` does.
     """
@@ -108,20 +110,19 @@ def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArr
 def shared_sequences(
     data: Sequence[str], used: Sequence[int], judged: Sequence[str], by: str | None = None
 ) -> list[SharedSequence]:
-    """The sequences of which some samples are trained on and others judged.
+    """Return the sequences with samples in both training and validation.
 
-    A pattern names the sequences; ids without a match have none. Without a pattern, ids that differ in their last
-    number alone are a sequence where these numbers seem to be those of frames:
+    A pattern names the sequences. Ids without a match have none. Without a pattern, ids that differ only in their last
+    number are a sequence if these numbers look like frame numbers:
 
-    - the training data, or what is judged, has four or more of them, and at least half of the steps from one to the
+    - the training data or the validation data have four or more of them, and at least half of the steps from one to the
       next are equal (photographs out of a larger collection have irregular numbers);
-    - they are more than a count of the training data, which rises by 1 through all of it;
-    - no id is trained on and judged alike (a count that begins anew in every split).
+    - they are more than a running count of the training data, which rises by 1 through all of it;
+    - no id is in both training and validation (a count that begins anew in every split).
 
-    Args:
-        data: ids of the training data, of which those with the numbers `used` are trained on.
-        judged: ids of the samples that the training is judged on.
-    Raises: RecipeError for a text that is no regular expression.
+    `data` are ids of the training data, and `used` the numbers of those to train on. `judged` are ids to validate on.
+
+    Raises: RecipeError for an invalid regular expression.
     """
     trained = {data[number] for number in used}
     sequence_of = _numbered(data, trained, judged) if by is None else _named({*trained, *judged}, by)
@@ -157,7 +158,7 @@ def _numbered(data: Sequence[str], trained: set[str], judged: Sequence[str]) -> 
 
 
 def _by_last_number(ids: Sequence[str]) -> dict[tuple[str, str], dict[str, int]]:
-    """(What is before the last number, what is after it) -> sample -> that number."""
+    """Return (text before the last number, text after it) -> sample -> that number."""
     numbers: dict[tuple[str, str], dict[str, int]] = {}
     for sample in ids:
         if (match := _LAST_NUMBER.fullmatch(sample)) is not None:
@@ -166,7 +167,7 @@ def _by_last_number(ids: Sequence[str]) -> dict[tuple[str, str], dict[str, int]]
 
 
 def _usual_step(numbers: Collection[int]) -> int | None:
-    """The step that at least half of the numbers make to the next one; None for irregular ones, or fewer than four."""
+    """Return the step between at least half of the numbers, or None if irregular or fewer than four."""
     if len(numbers) < 4:
         return None
     step, times = Counter(second - first for first, second in pairwise(sorted(numbers))).most_common(1)[0]
@@ -174,7 +175,7 @@ def _usual_step(numbers: Collection[int]) -> int | None:
 
 
 def _deal(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
-    """The sequences of each fold, from the samples of each sequence."""
+    """Return the sequences of each fold, from the samples of each sequence."""
     parts: list[list[str]] = [[] for _ in range(folds)]
     fullness = [(0, fold) for fold in range(folds)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], *_rank(name))):
@@ -188,7 +189,7 @@ def _deal(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
 
 
 def _exchange(sizes: Mapping[str, int], large: list[str], small: list[str]) -> bool:
-    """Exchange a sequence of the large part for a smaller one, or none, of the small part; False if none helps."""
+    """Exchange a sequence of the large part for a smaller one, or none, of the small part, or False if none helps."""
     gap = sum(sizes[name] for name in large) - sum(sizes[name] for name in small)
     outgoing, incoming = ({sizes[name]: name for name in reversed(part)} for part in (large, small))
     exchanges = [

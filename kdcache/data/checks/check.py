@@ -1,7 +1,6 @@
-"""`check`: read a whole data set once and report everything that would go wrong, or go unnoticed, later.
+"""`check`: read a whole data set once and report everything that would fail, or go unnoticed, later.
 
-Opening a split refuses at the first defect; this collects all of them. The pixel counts it makes also
-give the class weights.
+Opening a split fails at the first defect. A check collects all of them. Its pixel counts also give the class weights.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ class CheckReport:
 
     Attributes:
         layout: its name, `scenes` for the built-in set.
-        folder: where the data set begins, which may be below the folder that was named; empty for scenes.
-        why: what made it this layout, and where its classes come from.
-        problems: sentences, empty for a data set that can be trained on as it is.
-        warnings: sentences on what may be meant so, and seldom is.
-        numbers: the class, or void, of every number in the labels by `classes.txt`; empty where numbers are class ids.
+        folder: the data set's root, which may be below the named folder. Empty for scenes.
+        why: why it has this layout, and where its classes come from.
+        problems: sentences, empty for a data set that can be trained on.
+        warnings: sentences on what is possible, but rarely intended.
+        numbers: the class, or void, of every number in the labels by `classes.txt`. Empty if numbers are class ids.
     """
 
     data: str
@@ -62,7 +61,7 @@ class CheckReport:
     numbers: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain JSON types, with pixel shares beside the counts."""
+        """Return the report as JSON values, with pixel shares next to the counts."""
         splits = {}
         for name, report in self.splits.items():
             class_shares, void_share = report.shares()
@@ -108,12 +107,12 @@ def check(
 
     Args:
         data: as for `open_split`.
-        splits: which; all by default.
-        max_depth: metres, above 0, beyond which no depth is possible; None allows any.
+        splits: their names. Default: all.
+        max_depth: largest possible depth in metres, above 0. None allows any.
         progress: called with (split, samples done, samples) after every sample.
-        threads: decoding threads; by default one per core, at most 8.
-    Raises: DataError where nothing can be examined: no folder, no such split, no images, no class list; RecipeError for
-        a `max_depth` that is none.
+        threads: decoding threads. Default: one per core, at most 8.
+    Raises: DataError if nothing can be examined: no folder, no such split, no images, no class list; RecipeError for
+        an invalid `max_depth`.
     """
     if max_depth is not None and not max_depth > 0:
         raise RecipeError(
@@ -154,15 +153,14 @@ def check(
 
 
 def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:
-    """Weights of the classes for cross-entropy, from their pixel counts.
+    """Return weights of the classes for cross-entropy, from their pixel counts.
 
     Args:
-        counts: pixels per class (void not among them), for instance `SplitReport.class_pixels`.
-        kind: `none` (all 1), `median` (median frequency / frequency, over the classes that occur; Eigen and
-            Fergus 2015 with frequencies over the whole split), `sqrt` (its square root, far milder for
-            rare classes).
-    Returns: float64 (C,), scaled so that the mean over pixels is 1, which keeps the loss's scale. A
-        class that does not occur gets 1: neutral, should it turn up in other data.
+        counts: pixels per class without void, for instance `SplitReport.class_pixels`.
+        kind: `none` (all 1), `median` (median frequency / frequency, over the classes that occur; Eigen and Fergus 2015
+            with frequencies over the whole split), `sqrt` (its square root, far milder for rare classes).
+    Returns: float64 (C,), scaled to a mean of 1 over pixels, which keeps the loss's scale. A class that does not occur
+        gets 1, in case it appears in other data.
     Raises: ValueError for another kind, or negative counts.
     """
     pixels = np.asarray(counts, np.float64)
@@ -180,7 +178,7 @@ def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: We
 
 
 def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, SplitReport]:
-    """The split, opened in spite of defects in its file names, which go into the report."""
+    """Return the split, opened in spite of defects in its file names, which go into the report."""
     report = SplitReport(name)
     split: Split
     if layout_root is None:
@@ -202,7 +200,7 @@ def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, 
 
 
 def _read_split(split: Split, report: SplitReport, progress: Progress | None, threads: int) -> list[tuple[str, int]]:
-    """Fill the report from the contents; returns (sample, checksum of its pixels)."""
+    """Read all contents into the report. Return (sample, checksum of its pixels)."""
     counts = np.zeros(256, np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     kinds: Counter[str] = Counter()
@@ -268,7 +266,7 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
 
 
 def _twins(where: dict[int, list[str]]) -> list[str]:
-    """Images that are in one split under two ids: they count twice, and two folds may share them."""
+    """Return images that are in one split under two ids: they count twice, and two folds may share them."""
     pairs = [
         " = ".join(twins)
         for places in where.values()
@@ -281,7 +279,7 @@ def _twins(where: dict[int, list[str]]) -> list[str]:
 
 
 def _repeats(where: dict[int, list[str]], place: LayoutRoot | None) -> list[str]:
-    """Images that are, pixel for pixel, in two splits that should share none: they falsify every score."""
+    """Return images that are, pixel for pixel, in two splits that should share none: they falsify every score."""
     across = [places for places in where.values() if _falsify({name.partition("/")[0] for name in places}, place)]
     shown = describe_some([" = ".join(places) for places in across])
     return [f"{len(across)} images are in more than one split: {shown}; take them out of one"] if across else []

@@ -1,4 +1,4 @@
-"""The depth labels of a split, counted: their range, how many pixels have one, a histogram, and what cannot be."""
+"""Statistics of a split's depth labels: their range, known pixels, a histogram, and defects."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class DepthReport:
 
     Attributes:
         labelled: samples with a depth label.
-        pixels, known: pixels of all labels that were read, and those with a depth above 0.
-        least, most: metres; None where none is known.
-        edges, histogram: where bins begin, in metres (the last is open), and the known pixels in each.
+        pixels, known: pixels of all readable labels, and those with a depth above 0.
+        least, most: metres, or None if none is known.
+        edges, histogram: lower edges of the bins in metres (the last is open), and the known pixels in each.
         impossible: sample -> why its depths cannot be metres: negative, all unknown, numbers of a file.
-        beyond: sample -> pixels beyond `max_depth`, where one was named.
-        mismatched: sample -> both sizes, where a label has not its image's size.
-        without_image: files that are of no image, or of one that has another depth file already.
+        beyond: sample -> pixels beyond `max_depth`, if one was given.
+        mismatched: sample -> both sizes, if label and image differ in size.
+        without_image: files without an image, or of an image that has another depth file already.
     """
 
     labelled: int = 0
@@ -51,7 +51,7 @@ class DepthReport:
 
     @property
     def share(self) -> float:
-        """The share of the pixels whose depth is known; 0 without any."""
+        """The share of pixels with a known depth, or 0 without pixels."""
         return self.known / max(self.pixels, 1)
 
     def add(self, sample: str, depth: DepthCounts) -> None:
@@ -68,7 +68,7 @@ class DepthReport:
             self.beyond[sample] = depth.beyond
 
     def problems(self, split: str) -> list[str]:
-        """One sentence per kind of defect, with how many, the first few, and a remedy."""
+        """Return one sentence per kind of defect, with the number, the first few, and a remedy."""
         why = next(iter(self.impossible.values()), "")
         kinds = (
             (
@@ -95,7 +95,7 @@ class DepthReport:
         ]
 
     def warnings(self, split: str) -> list[str]:
-        """Sentences on what may be meant so, and seldom is."""
+        """Return sentences on what is possible, but rarely intended."""
         doubts = []
         if self.known and self.share < LEAST_SHARE:
             doubts.append(
@@ -112,7 +112,7 @@ class DepthReport:
 
 @dataclass(frozen=True)
 class DepthCounts:
-    """What a check counts of one depth label; see `DepthReport`."""
+    """The counts of one depth label. See `DepthReport`."""
 
     pixels: int
     histogram: list[int]

@@ -1,4 +1,4 @@
-"""The command that a check of a data set ends with."""
+"""The command to run after a check of a data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_SIDE, MULTIPLE = 384, 32
 
 
 def next_step(report: CheckReport) -> str:
-    """The command to run next, in one line: to mend what is wrong, convert, train a teacher, or use one."""
+    """Return the command to run next, in one line: fix a problem, convert, train a teacher, or use one."""
     data = shlex.quote(report.data)
     if report.problems:
         return f"mend the problem{'s' * (len(report.problems) > 1)} above, then: kdcache data check {data}"
@@ -36,7 +36,7 @@ def next_step(report: CheckReport) -> str:
 
 
 def suggested_size(report: CheckReport) -> str:
-    """HxW of the most frequent size in train's most frequent shape, at most 384 on the shorter side, rounded to 32."""
+    """Return train's most frequent size in its most frequent shape, as HxW, shorter side at most 384, rounded to 32."""
     shapes: dict[float, Counter[tuple[int, int]]] = {}
     for size, images in report.splits["train"].sizes.items():
         height, width = map(int, size.split("x"))

@@ -1,4 +1,4 @@
-"""Samples of a data set on one sheet, labels drawn over the images: what a wrong layout or class list looks like."""
+"""A sheet of samples with labels drawn over the images, which reveals a wrong layout or class list."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
 def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> list[str]:
-    """Write a PNG of samples with their labels, evenly spread over those that have labels, else over all.
+    """Write a PNG of samples with their labels, evenly spread over the labelled ones (or all, without labels).
 
-    Void is darkened, and the classes that occur are named below. Depth is shown where a sample has that alone: near is
-    bright.
+    Void is darkened, and the classes present are named below. Samples with only depth show the depth, near is bright.
+    Each
+    split gets its share of the samples.
 
-    Args:
-        splits: each gets its share of the samples.
-    Returns: SPLIT/ID of the samples that are on it.
-    Raises: RecipeError for a path that is no PNG or in no folder.
+    Returns: SPLIT/ID of the samples on the sheet.
+    Raises: RecipeError for a path that does not end in .png, or in a missing folder.
     """
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
         raise RecipeError(
@@ -63,7 +62,7 @@ def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> 
 
 
 def overlay(image_HW3: Pixels, label_HW: Pixels, classes: ClassList, opacity: float = OPACITY) -> Pixels:
-    """An image with its label's colours over it; void is darkened, and ids of no class are white."""
+    """Return an image with its label's colours over it. Void is darkened, and unknown ids are white."""
     table = np.full((256, 3), 255.0)
     table[: len(classes)] = classes.colours
     mixed = (1 - opacity) * image_HW3 + opacity * table[label_HW]
@@ -74,7 +73,7 @@ def overlay(image_HW3: Pixels, label_HW: Pixels, classes: ClassList, opacity: fl
 
 
 def _spread(splits: Sequence[Split], samples: int) -> list[tuple[Split, int]]:
-    """(split, number) of samples, evenly spread over those with labels, as many of each split as far as it has them."""
+    """Return (split, number) of samples, evenly spread over the labelled ones, equally many per split if possible."""
     labelled = [[i for i in range(len(split)) if split.has_label(i) or split.has_label(i, DEPTH)] for split in splits]
     numbers = labelled if any(labelled) else [list(range(len(split))) for split in splits]
     counts = [0] * len(splits)
@@ -88,7 +87,7 @@ def _spread(splits: Sequence[Split], samples: int) -> list[tuple[Split, int]]:
 
 
 def _tile(split: Split, index: int, seen: np.ndarray) -> Image.Image:
-    """A sample that fits into a tile; what cannot be read is a grey tile that says so. Counts its classes in `seen`."""
+    """Return a sample scaled to a tile, or a grey tile with the error. Counts its classes in `seen`."""
     try:
         image = split.image(index)
         scale = min(TILE[0] / image.shape[0], TILE[1] / image.shape[1])
@@ -120,7 +119,7 @@ def _near_is_bright(metres: np.ndarray) -> Pixels:
 
 
 def _legend(classes: ClassList, seen: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
-    """Names and colours of the classes on the sheet, void and ids of no class."""
+    """Return names and colours of the classes on the sheet, void and ids of no class."""
     shown = [(f"{i} {name}", classes.colours[i]) for i, name in enumerate(classes.names) if seen[i]]
     strays = [str(i) for i in range(len(classes), IGNORE_INDEX) if seen[i]]
     shown += [(f"no class: {', '.join(strays)}", (255, 255, 255))] if strays else []
@@ -128,7 +127,7 @@ def _legend(classes: ClassList, seen: np.ndarray) -> list[tuple[str, tuple[int, 
 
 
 def _legend_lines(legend: Sequence[object], width: int) -> tuple[int, int]:
-    """(Lines, entries of a line) of the legend."""
+    """Return (Lines, entries of a line) of the legend."""
     per_line = max(1, width // 190)
     return -(-len(legend) // per_line), per_line
 

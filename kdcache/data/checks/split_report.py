@@ -15,23 +15,22 @@ class SplitReport:
     """The contents and defects of one split. Lists name samples by id, files by their path in the split's folder.
 
     Attributes:
-        images, labelled: samples, and those with a label of segmentation.
-        depth: the labels of depth.
-        class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
+        images, labelled: number of samples, and of samples with a segmentation label.
+        depth: the depth labels.
+        class_pixels: pixels per class id. void_pixels: pixels of 255. Both over all readable labels.
         sizes: "HxW" -> number of images of that upright size.
-        label_kinds: what the files of labels hold, such as `8-bit palette` -> number of those that could be read.
-        ids: sample -> the ids in its label, void among them; of data of two classes.
-        out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
-        without_label: samples without one of segmentation; no problem by itself.
-        without_image: label files that no image has (a wrong suffix included).
+        label_kinds: kind of label file, such as `8-bit palette` -> number of readable ones.
+        ids: sample -> the ids in its label, including void, for data of two classes.
+        out_of_range: sample -> id (as text, for JSON) -> pixels, for ids without a class.
+        without_label: samples without a segmentation label, which is not a problem by itself.
+        without_image: label files without an image (including wrong suffixes).
         clashes: image files (or lines of a list) whose id another image already has.
-        missing: files that a list names, or their siblings call for, and that are not there.
-        unreadable: sample -> why its image or a label could not be read, or its numbers not be taken for ids or metres,
-            and the remedy.
-        mismatched: sample -> both sizes, where a label has not its image's size.
+        missing: missing files that a list names, or that belong to existing ones.
+        unreadable: sample -> why its image or label could not be read, or its numbers are neither ids nor metres, and
+            the remedy.
+        mismatched: sample -> both sizes, if label and image differ in size.
         palettes: sample -> how the colours of its palette contradict its indices.
-        digest: SHA-256 over class names, ids and contents; None when contents were not read or a
-            file could not be.
+        digest: SHA-256 over class names, ids and contents, or None if a file could not be read or was not.
     """
 
     split: str
@@ -54,12 +53,12 @@ class SplitReport:
     depth: DepthReport = field(default_factory=DepthReport)
 
     def shares(self) -> tuple[list[float], float]:
-        """Share of the labelled pixels per class, and of void; zeros without any."""
+        """Return the share of the labelled pixels per class, and of void, or zeros without pixels."""
         total = max(sum(self.class_pixels) + self.void_pixels, 1)
         return [count / total for count in self.class_pixels], self.void_pixels / total
 
     def problems(self) -> list[str]:
-        """One sentence per kind of defect, with how many, the first few, and a remedy."""
+        """Return one sentence per kind of defect, with the number, the first few, and a remedy."""
         naming = "call each after its image, as the others are, with .png, or remove it: an image has one label"
         kinds = (
             (self.clashes, "images share their id with another image", "rename or remove one of each"),
@@ -100,7 +99,7 @@ class SplitReport:
         return f"complete the class list, or write {IGNORE_INDEX} (or the line `void: NUMBER` of classes.txt) for void"
 
     def _stray_ids(self, most: int = 6) -> str:
-        """Which ids are no class, in how many files and pixels: `12 in 5 files, 250 pixels`."""
+        """Return ids without a class, with their files and pixels: `12 in 5 files, 250 pixels`."""
         files: Counter[int] = Counter()
         pixels: Counter[int] = Counter()
         for ids in self.out_of_range.values():

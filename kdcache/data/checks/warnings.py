@@ -1,6 +1,6 @@
-"""Doubts about data that can be read: labels that teach nothing, or another thing than their author meant.
+"""Warnings about readable data: labels that train nothing, or something other than intended.
 
-A problem makes a training worthless, a warning may be on purpose. Each has a number and a remedy.
+A problem makes a training worthless. A warning may be intended. Each has a number and a remedy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FROM_ONE = f"if 0 means unlabelled and the classes count from 1, add the line `v
 
 @dataclass
 class Doubts:
-    """Sentences, each with what is wrong, a number and a remedy."""
+    """Sentences, each with a doubt, a number and a remedy."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -54,12 +54,7 @@ class Doubts:
 def doubts_of(
     reports: Mapping[str, SplitReport], classes: ClassList, place: LayoutRoot | None, *, whole: bool
 ) -> Doubts:
-    """Everything doubtful about splits that were read.
-
-    Args:
-        place: their layout and folder; None for the procedural scenes.
-        whole: these are all splits of the data set.
-    """
+    """Return all warnings about splits that were read. `place` is None for scenes, `whole` means all splits."""
     doubts = Doubts()
     own = place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root))
     if own and classes.names:
@@ -79,7 +74,7 @@ def doubts_of(
 
 
 def _note_zero(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
-    """Labels with every class and no void look the same where 0 means unlabelled and the last class is in no label."""
+    """Note that 0 may mean unlabelled, if labels have no void and never the last class."""
     if classes.names[0].lower() in BACKGROUND or any(report.void_pixels for report in reports.values()):
         return
     if all(sum(pixels) for pixels in zip(*(report.class_pixels for report in reports.values()), strict=True)):
@@ -87,7 +82,7 @@ def _note_zero(reports: Mapping[str, SplitReport], classes: ClassList, doubts: D
 
 
 def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
-    """Masks of two classes, 0 and 255 in some files, 0 and 1 in others."""
+    """Warn about masks of two classes that use 0 and 255 in some files, 0 and 1 in others."""
     if len(classes) != 2:
         return
     kinds = [(f"{report.split}/{sample}", ids) for report in reports.values() for sample, ids in report.ids.items()]
@@ -102,7 +97,7 @@ def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, d
 
 
 def wrong_palette(split: FileSplit, index: int) -> str:
-    """Why the colours of a palette label contradict its indices, mapped or not; empty where they do not."""
+    """Return how the colours of a palette label contradict its indices, mapped or not, or ''."""
     path = split.label_path(index)
     palette = None if path is None else label_palette(path)
     if path is None or palette is None:
@@ -127,7 +122,7 @@ def wrong_palette(split: FileSplit, index: int) -> str:
 
 
 def _doubt_names(names: Sequence[str], doubts: Doubts) -> None:
-    """A header, numbers and commas in names, and void as a class: `classes.txt` is one name a line."""
+    """Warn about headers, numbers and commas in class names, and about void as a class."""
     header = re.findall(r"[^\s,;|]+", names[0].lower())
     if _HEADS & set(header) and set(header) <= _HEADS | _HEADS_BESIDE:
         doubts.problems.append(
@@ -161,7 +156,7 @@ def _doubt_names(names: Sequence[str], doubts: Doubts) -> None:
 
 
 def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, doubts: Doubts, *, whole: bool) -> None:
-    """Splits that have no label although a training reads them, and labels that lie elsewhere."""
+    """Warn about splits to train on without labels, and about labels in other folders."""
     total = sum(report.images for report in reports.values())
     for name, report in reports.items():
         doubts.warnings += report.depth.warnings(name)
@@ -196,7 +191,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
 
 
 def _labels_elsewhere(layout_root: LayoutRoot, split: str) -> str:
-    """A warning of labels in a folder beside `images/` that the folder layout does not read; "" without one."""
+    """Return a warning about labels in a folder next to `images/` that the folder layout does not read, or ''."""
     layout, root, _ = layout_root
     if not isinstance(layout, Folder):
         return ""
@@ -227,7 +222,7 @@ def _doubt_palettes(report: SplitReport, doubts: Doubts) -> None:
 def _doubt_shares(
     reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts, remedy_for_unseen: str
 ) -> None:
-    """Labels without a class, with one, nearly without any; classes that no label has."""
+    """Warn about empty labels, labels of one class or of few pixels, and classes in no label."""
     read = {name: report for name, report in reports.items() if sum(report.class_pixels) + report.void_pixels}
     seen = {name: {i for i, count in enumerate(report.class_pixels) if count} for name, report in read.items()}
     for name, report in read.items():
@@ -250,7 +245,7 @@ def _doubt_shares(
 
 
 def _doubt_mapped_twice(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
-    """Streets of which a second map from labelIds to train ids has left the first classes, and void for the rest."""
+    """Warn about street labels mapped twice from labelIds to train ids, which leaves the first classes only."""
     if classes.names != CITYSCAPES.names or not reports:
         return
     once = to_classes(MOST_LABEL_ID)

@@ -1,4 +1,4 @@
-"""A data set written as another one: a folder of one's own, from any layout.
+"""Convert a data set of any layout to a folder.
 
 folder_writer.py  the files of such a folder, linked where they can be
 convert.py        any data set as a folder

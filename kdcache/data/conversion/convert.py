@@ -1,15 +1,15 @@
-"""Any data set, exports of labelling tools included, as a folder: `images/SPLIT`, `labels/SPLIT`, `classes.txt`.
+"""Convert any data set, also exports of labelling tools, to a folder: `images/SPLIT`, `labels/SPLIT`, `classes.txt`.
 
     OUT/images/<split>/<id>.jpg     links to the source's images
-    OUT/labels/<split>/<id>.png     links too where the numbers are class ids already; else drawn, mapped or decoded
-    OUT/depth/<split>/...           likewise
+    OUT/labels/<split>/<id>.png     links if the numbers are class ids already, else drawn, mapped or decoded
+    OUT/depth/<split>/...           in the same way
     OUT/classes.txt                 the source's names and colours
     OUT/converted/<split>.csv       what was left out, and why
-    OUT/converted.json              the command, and a digest of every image and label it read: what is there is kept
-                                    only if these are equal. Paths in it begin in OUT
+    OUT/converted.json              the command, and a digest of every image and label that it read. Existing files are
+                                    kept only if these are equal. Paths are relative to OUT
 
-A sample that no training could use is left out and named: an image or a label that cannot be read, a label of another
-size or with ids of no class.
+A sample that no training could use is left out and listed: an image or a label that cannot be read, a label of another
+size or with ids without a class.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class ConvertedSplit:
     """The result for one split.
 
     Attributes:
-        written, kept: images written now, and there from before.
-        links: how many of those written are hard links, links, copies.
-        labels: the same of the labels written now; "file" counts those that are drawn, mapped or decoded.
+        written, kept: images written now, and existing from before.
+        links: number of written images that are hard links, links, copies.
+        labels: the same for the labels written now. "file" counts labels that were drawn, mapped or decoded.
         dropped: sample or file -> why it was left out.
-        one_class: the name of the class that is all that the labels written now hold beside void; None without.
+        one_class: the name of the only class in the labels written now, or None.
     """
 
     written: int
@@ -72,7 +72,7 @@ class ConvertedSplit:
 
 @dataclass(frozen=True)
 class _Written:
-    """What a sample's image and label became, and which numbers its label has."""
+    """How a sample's image and label were written, and the numbers in its label."""
 
     image: Link
     label: str | None
@@ -81,7 +81,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion, by split; `unused` names the splits that were left out."""
+    """The result of a conversion, by split. `unused` names the splits that were left out."""
 
     layout: str
     why: str
@@ -99,19 +99,19 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Write a data set as a folder of one's own. Interrupted, the same call goes on.
+    """Write a data set as a `folder` layout. After an interruption, the same call continues.
 
     Args:
         source: as for `open_split`, of one data set.
         out: a new folder, or one that the same data were converted into.
-        splits: which; by default train, val and test, and where there is none of these all.
-        binary: masks in which 0 is the first of two classes and every other number the second, 255 too.
-        bits: the significant bits, 9 to 16, of images of 16 bits per channel, which become PNGs of 8 bits; None leaves
+        splits: their names. Default: train, val and test, or all if these do not exist.
+        binary: masks of two classes in which 0 is the first, and every other number (even 255) the second.
+        bits: the significant bits, 9 to 16, of images of 16 bits per channel, which become PNGs of 8 bits. None leaves
             such images out.
-        threads: working threads; by default one per core, at most 8.
+        threads: working threads. Default: one per core, at most 8.
         progress: called with (split, samples done, samples).
-    Raises: DataError for data that cannot be opened, or of which no sample is left; RecipeError for a folder that holds
-        something else, for `binary` with other than two classes, and for `bits` that do not fit.
+    Raises: DataError for data that cannot be opened, or without any usable sample; RecipeError for a folder that holds
+        something else, for `binary` with more or fewer than two classes, and for `bits` that do not fit.
     """
     data, folder = os.fspath(source), Path(out)
     if bits is not None and not 8 < bits <= 16:
@@ -165,11 +165,10 @@ def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[s
 
 
 def _prepare(folder: Path, settings: dict[str, Any], origin: dict[str, str], splits: list[Split], threads: int) -> None:
-    """Begin the folder, or fail for one of another conversion.
+    """Begin the folder, or check that this conversion began it.
 
-    Args:
-        settings: what must be equal to go on with a conversion.
-        origin: where the data lie and how they are read, seen from the folder.
+    `settings` must be equal to continue. `origin` says where the data are and how they are read, seen from the folder.
+
     Raises: RecipeError for other settings; MismatchError for data that changed since.
     """
     before = read_object(folder / SETTINGS)
@@ -237,7 +236,7 @@ def _write_split(
 
 
 def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> _Written | str:
-    """Write a sample, its image last: what it became, `kept`, or why it is left out."""
+    """Write a sample, its image last. Return how it was written, `kept`, or why it is left out."""
     split = writer.source
     own = split.image_path(index) if isinstance(split, FileSplit) else None
     scaled = own is not None and bits is not None and channel_bits(own) > 8
@@ -265,7 +264,7 @@ def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> 
 
 
 def _unusable(label: Pixels, image: Pixels, classes: int) -> str:
-    """Why a label cannot be used; empty where it can."""
+    """Return why a label cannot be used, or ''."""
     if label.shape != image.shape[:2]:
         return f"the label has another size: {describe_sizes(label.shape, image.shape[:2])}"
     strays = ids_out_of_range(label, classes)
@@ -273,7 +272,7 @@ def _unusable(label: Pixels, image: Pixels, classes: int) -> str:
 
 
 def _relative(place: LayoutRoot, folder: Path) -> str:
-    """The spec of a data set, its folders seen from another one: no path of the user's is written down."""
+    """Return the spec of a data set, its folders seen from another one: no path of the user's is written down."""
 
     def seen(path: Path) -> str:
         try:

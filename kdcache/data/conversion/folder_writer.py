@@ -1,8 +1,8 @@
-"""The files of a data set of layout `folder` that is made from another one.
+"""Write the files of a data set of layout `folder` that is made from another one.
 
-Labels and depth are links to the source's files where their numbers are class ids and metres already, else files of
-their own. Every file is written whole or not at all, and images lie in a hidden folder until the split has all of them:
-an interrupted writing is never taken for a small data set, and goes on at the file where it ended.
+Labels and depth are links to the source's files if their numbers are class ids and metres already, else new files.
+Every file is written completely or not at all, and images are in a hidden folder until the split has all of them. So
+an interrupted conversion is never taken for a small data set, and continues at the next file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Link = Literal["hard link", "link", "copy"]
 
 @dataclass(frozen=True)
 class FolderWriter:
-    """The samples of a split, to be written below a folder."""
+    """Writes the samples of a split below a folder."""
 
     source: Split
     out: Path
 
     def write_beginning(self) -> None:
-        """Write `classes.txt` and `depth.toml`, as far as the source has classes and depth."""
+        """Write `classes.txt` and `depth.toml`, if the source has classes and depth."""
         self.out.mkdir(parents=True, exist_ok=True)
         if len(self.source.classes):
             write_classes(self.out, self.source.classes)
@@ -44,24 +44,22 @@ class FolderWriter:
             write_whole(self.out / DEPTH_FILE, unit)
 
     def image_file(self, index: int, suffix: str = ".png") -> Path:
-        """The path of a sample's image: in the hidden folder until `publish`."""
+        """Return the path of a sample's image, in the hidden folder until `publish`."""
         folder = self.out / IMAGES / self.source.split
         if not folder.exists():
             folder = folder.with_name(f".{folder.name}.unfinished")
         return folder / f"{self.source.ids[index]}{suffix}"
 
     def label_file(self, index: int) -> Path | None:
-        """The path of a sample's label; None without one."""
+        """Return the path of a sample's label, or None without one."""
         if not self.source.has_label(index):
             return None
         return self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
 
     def write_label(self, index: int, label: Pixels | None = None) -> Link | Literal["file"] | None:
-        """Write or link a sample's label, unless it is there.
+        """Write or link a sample's label unless it exists. Return whether it is a link, a copy or a new file, or None.
 
-        Args:
-            label: class ids (H, W), which are not the file's numbers; None takes the source's own.
-        Returns: what it became, a link or copy of the source's, or a file of its own; None where nothing was written.
+        `label` has class ids (H, W) if they differ from the file's numbers. None takes the source's label.
         """
         path = self.label_file(index)
         if path is None or path.exists():
@@ -74,7 +72,7 @@ class FolderWriter:
         return "file"
 
     def write_depth(self, index: int) -> None:
-        """Write or link a sample's depth, unless it is there or the sample has none."""
+        """Write or link a sample's depth unless it exists or the sample has none."""
         if not self.source.has_label(index, DEPTH):
             return
         folder, sample = self.out / DEPTHS / self.source.split, self.source.ids[index]
@@ -91,13 +89,13 @@ class FolderWriter:
             np.save(file, np.asarray(self.source.raw_depth(index)))
 
     def publish(self) -> None:
-        """Give the split its name, when it has all its images."""
+        """Rename the hidden folder to the split's name once it has all images."""
         folder = self.out / IMAGES / self.source.split
         if not folder.exists():
             folder.with_name(f".{folder.name}.unfinished").replace(folder)
 
     def _unit_text(self) -> str | None:
-        """`depth.toml` of depth files that can be linked; None where depth is not in files, or a camera's disparity."""
+        """Return `depth.toml` for linkable depth files, or None for disparity and depth without files."""
         unit = self.source.depth_unit if isinstance(self.source, FileSplit) else None
         if unit is None:
             return None
@@ -106,14 +104,14 @@ class FolderWriter:
 
 
 def save_png(pixels: Pixels, path: Path) -> None:
-    """Write an array as a PNG, whole or not at all; makes its folder."""
+    """Write an array as a PNG, completely or not at all, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def link_file(file: Path, path: Path) -> Link:
-    """Link to a file: hard, so that it outlives the source, else by name, else as a copy. Makes the folder."""
+    """Link to a file and create its folder: a hard link to outlive the source, else a symbolic link, else a copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # a link to what is no longer there
     try:

@@ -1,4 +1,4 @@
-"""The interface of a layout: whether a folder is one, which splits it has, what is in them."""
+"""The interface of a layout: whether a folder has it, and its splits and their contents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _numbers_of_lines(layout: str) -> LabelIds:
 
 
 def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
-    """The meaning of labels that hold the numbers of `classes.txt`: a class id or void for each."""
+    """Return the meaning of labels that hold the numbers of `classes.txt`: a class id or void for each."""
     classes = {index for index in numbers.values() if index != IGNORE_INDEX}
     # Numbers that are not listed stay as they are, so they are no class; those that would pass for one are refused.
     unlisted = sorted(classes - numbers.keys())
@@ -53,15 +53,15 @@ class Layout(ABC):
 
     Attributes:
         name: the prefix of `--data`.
-        looks_for: what makes a folder one of this layout, for messages.
-        homes: where it may begin below the folder that the user names; first come, first served.
+        looks_for: what identifies a folder of this layout, for messages.
+        homes: where the root may be below the folder that the user names. The first match counts.
         split_is: what a split is, for messages.
         pairing: which label belongs to which image, for messages.
         listed: splits are lists that may name an image twice on purpose.
-        live: verbs open it as it lies; others only `data convert` and `data check` read.
-        of_file: a file names its data sets, and not a folder.
+        live: verbs open it directly. Other layouts are read only by `data convert` and `data check`.
+        of_file: a data set is named by a file instead of a folder.
         has_labels: its data sets may have labels. A layout without them is found if no other fits.
-        restore: the fix for files that a split calls for, without the full stop.
+        restore: the fix for missing files of a split, without the full stop.
     """
 
     name: ClassVar[str]
@@ -77,35 +77,35 @@ class Layout(ABC):
 
     @abstractmethod
     def matches(self, root: Path) -> bool:
-        """Whether a data set of this layout begins in `root`; reads folders, no files."""
+        """Return whether a data set of this layout begins in `root`. This lists folders but reads no files."""
 
     @abstractmethod
     def splits(self, root: Path) -> list[str]:
-        """Names of the splits, sorted."""
+        """Return the names of the splits, sorted."""
 
     @abstractmethod
     def _classes(self, root: Path) -> ClassList:
-        """The layout's own names and colours. Raises: DataError where the file that has them is not as it should be."""
+        """Return the layout's names and colours. Raises: DataError if their file is malformed."""
 
     @abstractmethod
     def _scan(self, root: Path, split: str) -> Scan:
-        """The files of a split that `splits` names. Raises: DataError for a list that cannot be read."""
+        """Return the files of a split that `splits` names. Raises: DataError for a list that cannot be read."""
 
     def find(self, folder: Path) -> Path | None:
-        """The folder in which the data set begins, `folder` or one of its `homes`; None for another layout."""
+        """Return the root of the data set (`folder` or one of its `homes`), or None for another layout."""
         return next((folder / home for home in self.homes if self.matches(folder / home)), None)
 
     def classes(self, root: Path) -> ClassList:
-        """Names and colours: those of a `classes.txt` whose names differ from the layout's own, else these.
+        """Return names and colours: from a `classes.txt` whose names differ from the layout's, else the layout's.
 
-        Raises: DataError for a file that is not as it should be.
+        Raises: DataError for a malformed file.
         """
         return read_classes(root) if self.lists_classes(root) else self._classes(root)
 
     def lists_classes(self, root: Path) -> bool:
-        """Whether a `classes.txt` in the root has other names than the layout: labels then hold its lines' numbers.
+        """Return whether a `classes.txt` in the root has other names than the layout. Labels then hold its numbers.
 
-        Raises: DataError for a `classes.txt` that is none.
+        Raises: DataError for an invalid `classes.txt`.
         """
         if not (root / CLASSES_FILE).is_file():
             return False
@@ -116,7 +116,7 @@ class Layout(ABC):
             return True
 
     def why(self, root: Path) -> str:
-        """The reason why a folder is of this layout, and where its classes come from, for messages.
+        """Return why a folder has this layout, and where its classes come from, for messages.
 
         Raises: DataError as `classes`.
         """
@@ -128,19 +128,19 @@ class Layout(ABC):
 
     @property
     def requirement(self) -> str:
-        """What a folder of this layout has, and where, for messages."""
+        """Describe what a folder of this layout has, and where, for messages."""
         below = " or ".join(f"{home}/" for home in self.homes if home)
         return f"{self.looks_for}, here or in {below}" if below else self.looks_for
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """The colours that labels in RGB may have: those of `classes.txt`; None where a class has none there.
+        """Return the colours of RGB labels from `classes.txt`, or None if a class has none there.
 
-        Raises: DataError for a `classes.txt` that is none.
+        Raises: DataError for an invalid `classes.txt`.
         """
         return read_colour_codes(root)
 
     def split_named(self, root: Path, split: str) -> str:
-        """The split that a name means: itself where there is one, else for `val` also `valid` and `validation`."""
+        """Return the split that a name means: itself if it exists, else for `val` also `valid` and `validation`."""
         names = self.splits(root)
         if split in names:
             return split
@@ -149,10 +149,10 @@ class Layout(ABC):
         return next((name for name in VALIDATION if name in names), split)
 
     def scan(self, root: Path, split: str, images: Path | None = None) -> Scan:
-        """Find the images and labels of a split; refuses only a split that is missing or without images.
+        """Find the images and labels of a split. Only a missing split or one without images fails.
 
-        Args:
-            images: a folder with other images of the same samples, such as translated ones.
+        `images` is a folder with other images of the same samples, such as translated ones.
+
         Raises: DataError for such a split, or a list that cannot be read.
         """
         split = self.split_named(root, split)
@@ -183,12 +183,10 @@ class Layout(ABC):
         return scan
 
     def open(self, data: str, root: Path, split: str, images: Path | None = None) -> FileSplit:
-        """Open a split for use.
+        """Open a split for use. `images` is as in `scan`.
 
-        Args:
-            images: as in `scan`.
-        Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels that belong to no
-            image, or files that a list names and that are not there.
+        Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels without an image, or
+            missing files that a list names.
         """
         split = self.split_named(root, split)
         scan = self.scan(root, split, images)
@@ -220,7 +218,7 @@ class Layout(ABC):
         return FileSplit(data, split, self.classes(root), root, scan)
 
     def may_share(self, one: str, other: str) -> bool:
-        """Whether two splits may hold the same images: `trainval` is train and val, `trainaug` holds train."""
+        """Return whether two splits may hold the same images: `trainval` is train and val, `trainaug` holds train."""
         if not self.listed:
             return False
         names = {one, other}

@@ -1,4 +1,4 @@
-"""A folder that `data convert` wrote, and the data set that it came from."""
+"""A folder that `data convert` wrote, and its source."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SETTINGS = "converted.json"
 
 
 class DataWarning(UserWarning):
-    """A data set can be used, and may not be what the user takes it for."""
+    """A data set can be used, but may not be what the user expects."""
 
 
 def open_defective(place: LayoutRoot, name: str) -> tuple[FileSplit, dict[str, str]]:
-    """Open a split in spite of defects in its file names.
+    """Open a split despite defects in its file names.
 
     Returns: the split, and what was left out: file -> why.
     """
@@ -39,7 +39,7 @@ def open_defective(place: LayoutRoot, name: str) -> tuple[FileSplit, dict[str, s
 def source_changes(folder: Path, split: str) -> str:
     """Return in a sentence how the source of a converted split has changed since.
 
-    Returns: an empty text for a folder that was not converted, a source that has not changed, or one that is gone.
+    Returns: '' for a folder that was not converted, or a source that is unchanged or gone.
     """
     record = read_object(folder / SETTINGS)
     name, _, rest = str(record.get("source", "")).partition(":")

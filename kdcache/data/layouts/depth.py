@@ -1,8 +1,8 @@
-"""Files of depth: from the numbers in them to metres, and what cannot be depth in metres.
+"""Read depth files: convert their numbers to metres, and detect what cannot be depth in metres.
 
 A file holds float metres, or whole numbers of a unit that only its layout or a `depth.toml` knows: KITTI's PNGs count
-1/256 of a metre, NYU's millimetres, Cityscapes' disparity is turned into depth by the camera. A unit is never guessed.
-Unknown is 0 (as in all of these), NaN or infinite, and becomes NaN.
+1/256 of a metre, NYU's millimetres, and Cityscapes' disparity becomes depth by the camera. A unit is never guessed.
+Unknown is 0 (in all of these), NaN or infinite, and becomes NaN.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DepthScan:
         files: id -> path below the data set's folder, of ids that have an image.
         place: the folder that was searched, below the data set's folder.
         read: from such a file to metres.
-        orphans: files that no image has, below `place`.
+        orphans: files without an image, below `place`.
     """
 
     files: dict[str, str]
@@ -54,15 +54,15 @@ class DepthUnit:
     """The unit of the numbers in depth files.
 
     Args:
-        per_metre: what numbers are divided by; None where nothing says, and files of whole numbers are refused.
-        invalid: numbers that mean "unknown", beside NaN and infinite ones.
+        per_metre: divisor of the numbers, or None if it is unknown, so files of whole numbers fail.
+        invalid: numbers that mean "unknown", in addition to NaN and infinite ones.
     """
 
     per_metre: float | None = None
     invalid: tuple[float, ...] = (0.0,)
 
     def __call__(self, path: Path) -> Depth:
-        """The depth in a file. Raises: DataError for one that cannot be read, or whole numbers of no known unit."""
+        """Read the depth in a file. Raises: DataError for an unreadable file, or whole numbers without a unit."""
         numbers = read_numbers(path)
         if self.per_metre is None and numbers.dtype.kind in "ui":
             raise DataError(
@@ -83,9 +83,9 @@ KITTI_UNIT, NYU_UNIT = DepthUnit(256.0), DepthUnit(1000.0)
 
 
 def read_unit(root: Path) -> DepthUnit:
-    """The unit that a data folder's `depth.toml` names; without that file, float metres alone are read.
+    """Read the unit from a data folder's `depth.toml`. Without that file, only float metres are read.
 
-    Raises: DataError for a file that is not as it should be.
+    Raises: DataError for a malformed file.
     """
     path = root / DEPTH_FILE
     if not path.is_file():
@@ -105,9 +105,9 @@ def read_unit(root: Path) -> DepthUnit:
 
 
 def read_disparity(path: Path) -> Depth:
-    """Depth of a Cityscapes disparity: baseline * fx / ((number - 1) / 256), by the sample's camera file.
+    """Return the depth of a Cityscapes disparity: baseline * fx / ((number - 1) / 256), by the sample's camera file.
 
-    0 is unknown; so is 1, a disparity of 0. Source: the README of cityscapesScripts.
+    0 is unknown, and so is 1, a disparity of 0. Source: the README of cityscapesScripts.
 
     Raises: DataError for a file that cannot be read, or a camera without baseline and fx.
     """
@@ -128,14 +128,14 @@ def read_disparity(path: Path) -> Depth:
 
 
 def camera_of(disparity: Path) -> Path:
-    """The camera file of DIR/disparity/SPLIT/CITY/NAME_disparity.png: DIR/camera/SPLIT/CITY/NAME_camera.json."""
+    """Return the camera file of DIR/disparity/SPLIT/CITY/NAME_disparity.png: DIR/camera/SPLIT/CITY/NAME_camera.json."""
     folders = list(disparity.parent.parts)
     folders[len(folders) - 1 - folders[::-1].index("disparity")] = "camera"
     return Path(*folders, disparity.stem.removesuffix("_disparity") + "_camera.json")
 
 
 def impossible_depth(depth: Depth) -> str:
-    """Why depths cannot be metres along a camera's axis; empty where they can be, unknown ones included."""
+    """Return why depths cannot be metres along a camera's axis, or ''. Unknown depths are fine."""
     known, wrong = (int(np.count_nonzero(mask)) for mask in (~np.isnan(depth), depth <= 0))
     if not known:
         return "no pixel has a known depth"
@@ -151,7 +151,7 @@ def impossible_depth(depth: Depth) -> str:
 
 
 def check_depth(depth: Depth, path: Path) -> None:
-    """Refuse depths that cannot be metres, and a label without a known one. Raises: DataError."""
+    """Raise DataError for depths that cannot be metres, and for a label without a known depth."""
     if reason := impossible_depth(depth):
         raise DataError(
             f"Cannot use depth file {path}: {reason}",

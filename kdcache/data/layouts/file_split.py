@@ -14,11 +14,11 @@ from kdcache.errors import DataError
 
 
 class FileSplit(Split):
-    """One split of a data set on disk; reads a file only when its sample is read.
+    """One split of a data set on disk. Each file is read only when its sample is read.
 
     Args:
         data: as the user gave it.
-        root: the data set's folder, which the paths of `scan` begin in.
+        root: the data set's folder, which the paths of `scan` are relative to.
     """
 
     def __init__(self, data: str, split: str, classes: ClassList, root: Path, scan: Scan) -> None:
@@ -38,26 +38,30 @@ class FileSplit(Split):
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def image_path(self, index: int) -> Path:
-        """The absolute path of the image's file."""
+        """Return the absolute path of the image's file."""
         return self._root / self._image_files[index]
 
     def origin(self, index: int) -> str:
+        """Return the path of the image file."""
         return str(self.image_path(index))
 
     def label_path(self, index: int) -> Path | None:
-        """The absolute path of the label's own file; None without one, and of labels that are drawn."""
+        """Return the absolute path of the label's file, or None without one, and for drawn labels."""
         name = None if self._drawn is not None else self._label_files[index]
         return None if name is None else self._root / name
 
     def image(self, index: int) -> Pixels:
+        """Decode the image file and remember its size."""
         pixels = read_image(self.image_path(index))
         self._sizes[index] = (pixels.shape[0], pixels.shape[1])
         return pixels
 
     def image_size(self, index: int) -> tuple[int, int]:
+        """Return the remembered (H, W), or read it from the file's header."""
         return self._sizes.get(index) or image_size(self.image_path(index), header_only=True)
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the sample has a label file of the task."""
         files = {SEGMENTATION: self._label_files, DEPTH: self._depth_files}.get(task)
         return files is not None and files[index] is not None
 
@@ -77,6 +81,7 @@ class FileSplit(Split):
         return label
 
     def raw_label(self, index: int) -> Pixels | None:
+        """Draw the label, or decode its file and map its numbers."""
         if self._drawn is not None and self._label_files[index] is not None:
             return self._drawn.label(self.ids[index])
         path = self.label_path(index)
@@ -88,16 +93,17 @@ class FileSplit(Split):
         return label if self.label_map is None else self.label_map.take(label)
 
     def depth_path(self, index: int) -> Path | None:
-        """The absolute path of the depth's file; None without one."""
+        """Return the absolute path of the depth's file, or None without one."""
         name = self._depth_files[index]
         return None if name is None else self._root / name
 
     @property
     def depth_unit(self) -> DepthUnit | None:
-        """The unit of the numbers in the files of depth; None without such files, or where each has its own camera."""
+        """The unit of the numbers in depth files, or None without such files or with a camera for each."""
         return self._read_depth if isinstance(self._read_depth, DepthUnit) else None
 
     def raw_depth(self, index: int) -> Depth | None:
+        """Read the depth file in metres."""
         path = self.depth_path(index)
         return None if path is None or self._read_depth is None else self._read_depth(path)
 
@@ -111,7 +117,7 @@ class FileSplit(Split):
         return depth
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the SHA-256 of the image file, of the label file (None without one) and, if any, of the depth file."""
+        """Return the SHA-256 of the image file, of the label file (or None) and, if any, of the depth file."""
         digest_of = of_file or file_digest
         path, depth = self.label_path(index), self.depth_path(index)
         label = None if path is None else digest_of(path)
@@ -129,24 +135,24 @@ class FileSplit(Split):
             )
 
     def _size(self, index: int) -> tuple[int, int]:
-        """(height, width), remembered from `image`: the rotation is not in a PNG's header, only behind its pixels."""
+        """Return (height, width), remembered from `image`, because a PNG's rotation is stored behind its pixels."""
         if index not in self._sizes:
             self._sizes[index] = image_size(self.image_path(index))
         return self._sizes[index]
 
 
 def describe_ids(bad: dict[int, int]) -> str:
-    """Ids with their counts in words: `id 11 in 250 pixels, id 12 in 3 pixels`."""
+    """Return ids with their counts in words: `id 11 in 250 pixels, id 12 in 3 pixels`."""
     return ", ".join(f"id {i} in {count} pixel{'s' * (count != 1)}" for i, count in bad.items())
 
 
 def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
-    """The sizes, (H, W), of a label that does not fit and its image, in words."""
+    """Return the sizes (H, W) of a label and its image that do not match, in words."""
     return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
 
 
 def saved_as_png(labels: Iterable[str]) -> str:
-    """A fix for labels that are by their names no PNGs or TIFFs; empty where all are."""
+    """Return a fix for labels whose names are not PNGs or TIFFs, or ''."""
     others = [name.lower() for name in labels if not name.lower().endswith(LABEL_SUFFIXES)]
     if any(name.endswith((".jpg", ".jpeg")) for name in others):
         return "A JPEG changes numbers and colours: save the original labels as .png."
@@ -154,6 +160,6 @@ def saved_as_png(labels: Iterable[str]) -> str:
 
 
 def describe_some(names: list[str], most: int = 3) -> str:
-    """The first few names and how many more there are."""
+    """Return the first few names and the number of further ones."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + rest

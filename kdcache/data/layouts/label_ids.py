@@ -1,4 +1,4 @@
-"""From the numbers in a layout's label files to class ids."""
+"""Convert the numbers in a layout's label files to class ids."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class LabelIds:
     """The meaning of the numbers in label files.
 
     Args:
-        rule: which numbers there may be, for messages; `{last}` is the last class id.
-        fix: what to do about others.
-        table: uint8 (256,), the class id of every number; None when they are class ids already.
-        colours: class ids of the colours of labels in RGB; None refuses such labels.
-        check: raises DataError when the numbers seen in a file, bool (256,), show that it cannot be what it is called;
-            it gets the file's path too.
+        rule: the possible numbers, for messages. `{last}` is the last class id.
+        fix: what to do about other numbers.
+        table: uint8 (256,), the class id of every number, or None if they are class ids already.
+        colours: class ids of the colours in RGB labels. None fails on such labels.
+        check: raises DataError if the numbers in a file, bool (256,), contradict the file's name. It also gets the
+            path.
     """
 
     rule: str
@@ -39,9 +39,9 @@ NO_LABELS = LabelIds("The layout has no labels of segmentation.", "Use the folde
 
 
 def id_table(class_of_number: Mapping[int, int]) -> Pixels:
-    """A table of 256 entries, uint8, not writable: `class_of_number` maps numbers to class ids or void.
+    """Return a read-only table of 256 uint8 entries. `class_of_number` maps numbers to class ids or void.
 
-    Other numbers stay as they are, so that they are refused as the numbers that the file has; 255 is void in any file.
+    Other numbers stay unchanged, so errors show the file's numbers. 255 is void in any file.
     """
     table = np.arange(256, dtype=np.uint8)
     table[list(class_of_number)] = list(class_of_number.values())
@@ -53,7 +53,7 @@ def id_table(class_of_number: Mapping[int, int]) -> Pixels:
 
 
 def numbers_in(label: Pixels) -> Seen:
-    """Whether each of the 256 numbers occurs in a label (uint8, any shape), bool (256,)."""
+    """Return whether each of the 256 numbers occurs in a label (uint8, any shape), bool (256,)."""
     seen = np.zeros(256, np.bool_)
     seen[label.reshape(-1)] = True
     return seen

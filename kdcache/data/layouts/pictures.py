@@ -1,4 +1,4 @@
-"""The image that an annotation file means: tools write other folders, other separators and whole URLs."""
+"""Find the image that an annotation file means: tools write other folders, separators and whole URLs."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ MASKS = {"labels", "label", "masks", "mask", "annotations", "ann_dir", "segmenta
 
 
 class Pictures:
-    """The images below a folder of a data set, found by the names that annotation files have for them.
+    """The images below a folder of a data set, found by their names in annotation files.
 
     Args:
         root: the data set's folder. No name leads out of it.
-        place: the folder below it that is searched for a file name alone; empty for all of it.
+        place: the folder below it that is searched for bare file names. Empty for all of it.
     """
 
     def __init__(self, root: Path, place: str = "") -> None:
         self._root, self._place = root, place
 
     def find(self, name: str, *folders: str) -> str | None:
-        """Return the path of an image below the root; None if no file, or more than one, can be meant.
+        """Return the path of an image below the root, or None if no file, or more than one, matches.
 
-        A backslash is a separator, unless a file has it in its name. The name is looked up below each folder, then
-        as the end of the path of a picture.
+        A backslash is a separator, unless a file has it in its name. The name is looked up below each folder, then as
+        the end
+        of the path of a picture.
 
         Args:
-            name: as the annotation file has it.
+            name: the annotation file's name of the image.
             folders: where it may begin, below the root.
         """
         plain = name if "\\" not in name else name.replace("\\", "/")
@@ -68,7 +69,7 @@ def is_mask(path: str) -> bool:
 
 
 def holds_masks(root: Path) -> bool:
-    """Return True if label pictures lie below a folder: what annotates them besides is not their labels."""
+    """Return True if label pictures lie below a folder, so other annotations there are not its labels."""
     for folder, folders, names in walk_once(root):
         folders.sort(key=lambda name: (name.lower() not in MASKS, name))  # where the first one lies, if any does
         parts = Path(folder).relative_to(root).parts
@@ -78,5 +79,5 @@ def holds_masks(root: Path) -> bool:
 
 
 def _common(one: list[str], other: list[str]) -> int:
-    """The number of equal items that two lists begin with."""
+    """Return the number of equal items that two lists begin with."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

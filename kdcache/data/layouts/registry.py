@@ -1,4 +1,4 @@
-"""The layout of a data set: named by a prefix (`voc:/data/VOC2012`), or found by what lies in the folder."""
+"""The layout of a data set: named by a prefix (`voc:/data/VOC2012`), or found by the folder's contents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
 
 
 def convert_command(data: str) -> str:
-    """The command that converts a data set into a folder beside it."""
+    """Return the command that converts a data set into a folder next to it."""
     out = f"{split_prefix(split_images(data)[0])[1].resolve().name or 'data'}-folder"
     return f"kdcache data convert {shlex.quote(data)} {shlex.quote(out)}"
 
@@ -55,20 +55,20 @@ class LayoutRoot(NamedTuple):
 
 
 def find_layout(data: str) -> LayoutRoot:
-    """The layout of a data set on disk, and where it begins.
+    """Find the layout of a data set on disk, and its root.
 
     Args:
-        data: a folder, or LAYOUT:FOLDER; `,images=FOLDER` behind it names a folder with other images.
-    Raises: DataError when a folder or the layout does not exist, or when none or several of them fit.
+        data: a folder, or LAYOUT:FOLDER. `,images=FOLDER` after it names a folder with other images.
+    Raises: DataError if a folder or the layout does not exist, or if none or several of them fit.
     """
     data, images = split_images(data)
     return _layout_of(data)._replace(images=images)
 
 
 def split_images(data: str) -> tuple[str, Path | None]:
-    """What stands before `,images=FOLDER`, and the folder; None without one, or where the whole is a path that exists.
+    """Split `DATA,images=FOLDER` into the data set and the folder, or None without one. An existing path stays whole.
 
-    Raises: DataError where there is no such folder.
+    Raises: DataError if the folder does not exist.
     """
     match = None if Path(data).expanduser().exists() else _OTHER_IMAGES.fullmatch(data)
     if match is None:
@@ -83,7 +83,7 @@ def split_images(data: str) -> tuple[str, Path | None]:
 
 
 def _layout_of(data: str) -> LayoutRoot:
-    """The layout and the root of a folder or LAYOUT:FOLDER. Raises: DataError as `find_layout`."""
+    """Return the layout and the root of a folder or LAYOUT:FOLDER. Raises: DataError as `find_layout`."""
     name, folder = split_prefix(data)
     if not folder.is_dir() and not (name and LAYOUTS[name].of_file and folder.is_file()):
         raise _no_folder(folder)
@@ -134,15 +134,15 @@ def _no_folder(folder: Path) -> DataError:
 
 
 def _fitting(folder: Path, *, drawn: bool = False) -> list[LayoutRoot]:
-    """The layouts that a folder has, of those with label files, or of those whose labels are drawn."""
+    """Return the layouts that fit a folder: those with label files, or with `drawn` those with drawn labels."""
     layouts = (layout for layout in LAYOUTS.values() if layout.has_labels and isinstance(layout, Export) == drawn)
     return [LayoutRoot(layout, root) for layout in layouts if (root := layout.find(folder)) is not None]
 
 
 def split_prefix(data: str) -> tuple[str | None, Path]:
-    """The layout that `data` names (None without one) and the folder. A path that exists as a whole is a folder.
+    """Split `LAYOUT:FOLDER` into the layout, or None, and the folder. An existing path stays whole.
 
-    Raises: DataError for a prefix that is no layout, or one without a folder.
+    Raises: DataError for a prefix that is not a layout, or one without a folder.
     """
     whole = Path(data).expanduser()
     match = _PREFIXED.fullmatch(data)
@@ -176,7 +176,7 @@ def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
 
 
 def _nearly_a_folder(folder: Path) -> str:
-    """A fix for a folder with `images/` that is not quite of the folder layout; "" without other folders."""
+    """Return a fix for a folder with `images/` that almost has the folder layout, or ''."""
     if not (folder / IMAGES).is_dir():
         return ""
     others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
@@ -191,7 +191,7 @@ def _nearly_a_folder(folder: Path) -> str:
 
 
 def _inside(folder: Path) -> str:
-    """A fix that names folders, up to two levels in, where data sets begin; empty without any."""
+    """Return a fix that names data sets up to two levels below the folder, or ''."""
     children = [folder / name for name in folders_in(folder)[:_MOST_FOLDERS]]
     grandchildren = [child / name for child in children for name in folders_in(child)[:_MOST_FOLDERS]]
     for level in (children, grandchildren):
@@ -206,7 +206,7 @@ def _inside(folder: Path) -> str:
 
 
 def _around(folder: Path) -> str:
-    """A fix that names the folder, up to three levels above, of whose data set this one is a part; empty without."""
+    """Return a fix that names the data set, up to three levels above, that contains this folder, or ''."""
     folder = folder.absolute()
     for above in folder.parents[:3]:
         fits = [one.layout.name for one in _fitting(above) if folder.is_relative_to(one.root)]

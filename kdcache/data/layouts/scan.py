@@ -1,4 +1,4 @@
-"""Finding the images and labels of a split, by folder or by list, before anything is refused."""
+"""Find the images and labels of a split, by folder or by list, before any check."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Line = tuple[int, list[str]]
 
 
 class DrawnLabels(Protocol):
-    """Labels of segmentation that are drawn from annotations, by the samples' ids."""
+    """Segmentation labels that are drawn from annotations, by the samples' ids."""
 
     def label(self, sample: str) -> Pixels:
-        """The label, uint8 (H, W). Raises: DataError for annotations that cannot be drawn."""
+        """Return the label, uint8 (H, W). Raises: DataError for annotations that cannot be drawn."""
 
     def digest(self, sample: str) -> str:
-        """SHA-256 of everything that the label is drawn from."""
+        """Return the SHA-256 of everything that the label is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Scan:
         labels: id -> path, of ids that have an image.
         label_ids: what the numbers in the labels mean.
         image_place, label_place: the folders that were searched, below the data set's folder.
-        orphans: labels that no image has, below `label_place`.
-        foreign: pictures below `label_place` that are neither PNG nor TIFF; where there is no label, also other files.
-        clashes: (id, first, second) of images with one id; the first is in `images`.
-        missing: files that a list or their siblings call for and that are not there.
-        depth: the files of depth; None where the layout or the split has none.
-        drawn: labels that are drawn from the annotations in the files of `labels`; None where each file is a label.
-        label_end: what the names of labels end with beside those of their images.
+        orphans: labels without an image, below `label_place`.
+        foreign: pictures below `label_place` that are neither PNG nor TIFF. Without any label, also other files.
+        clashes: (id, first, second) of images with one id. The first is in `images`.
+        missing: missing files that a list names, or that belong to existing ones.
+        depth: the depth files, or None if the layout or the split has none.
+        drawn: labels that are drawn from the annotation files of `labels`, or None if each file is a label.
+        label_end: what the names of labels end with in addition to their images' names.
     """
 
     images: dict[str, str]
@@ -77,11 +77,9 @@ def scan_folders(
 ) -> Scan:
     """Pair the images below one folder with the labels below another, by their paths without suffix.
 
-    Args:
-        image_begin: what the names of images begin with.
-        image_end, label_end: what the names of images and labels end with before the suffix; files whose names do
-            not are no part of it. A label's path with `image_end` for `label_end` is the id of its image.
-        together: both lie in one folder, in which files that end with `label_end` are labels.
+    `image_begin`, `image_end` and `label_end` are the beginning and the endings of names before the suffix. Other files
+    are ignored. A label's path with `image_end` for `label_end` is the id of its image. With `together` both lie in one
+    folder, in which files that end with `label_end` are labels.
     """
     scan = Scan({}, {}, label_ids, image_place, label_place, label_end=label_end)
     for sample, path in sorted(_files(root / image_place)):
@@ -118,13 +116,10 @@ def scan_depth(
     depth_end: str = "",
     image_of: Callable[[str], str] | None = None,
 ) -> Scan:
-    """The scan with the depth files below a folder, whose paths are those of their images, or made so by `image_of`.
+    """Add the depth files below the folder `place` to a scan, paired by path, or by `image_of`.
 
-    Args:
-        place: the folder, below the data set's.
-        read: from a file to metres.
-        depth_begin, depth_end: what the names of depth files begin and end with before the suffix; others are none.
-        image_of: the id of a depth file's image, from its own path without suffix.
+    `read` converts a file to metres. `depth_begin` and `depth_end` are the beginning and ending of names before the
+    suffix. Other files are ignored. `image_of` returns the id of the image for a depth file's path without suffix.
     """
     files: dict[str, str] = {}
     orphans = []
@@ -140,9 +135,9 @@ def scan_depth(
 
 
 def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
-    """The samples of a scan that a list names, one a line: by id, by file name, or by a path (its label beside it).
+    """Keep the samples of a scan that a list names, one a line: by id, file name, or path (and its label's path).
 
-    Where one listed sample has a label all must: the labels of the others are missing. A test list has none at all.
+    If one listed sample has a label, the other samples' labels count as missing. A test list has no labels at all.
 
     Raises: DataError for a list that cannot be read.
     """
@@ -163,18 +158,16 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
 
 
 def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
-    """Pictures right in one folder: those that a split's list names, or all of them where `root` has no list."""
+    """Return pictures directly in one folder: those that a split's list names, or all if `root` has no list."""
     everything = scan_folders(root, images, labels, label_ids)
     return keep_listed(everything, root, f"{split}.txt") if lists_in(root, lists) else everything
 
 
 def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
-    """The scan with its images from another folder, by the ids of the samples: FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
+    """Take the images of a scan from another folder, by sample id: FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
 
-    A sample without an image there is missing; other pictures are no part of it.
-
-    Args:
-        folder: where FOLDER/SPLIT is a folder, images are looked for in that alone.
+    A sample without an image there is missing. Other pictures are ignored. If FOLDER/SPLIT is a folder, only it is
+    searched.
     """
     top = folder.absolute()
     top = top / split if (top / split).is_dir() else top
@@ -193,7 +186,7 @@ def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
 
 
 def read_list(path: Path) -> list[Line]:
-    """Lines of a list that are not blank, as words. Raises: DataError for a file that is no text in UTF-8."""
+    """Return the non-blank lines of a list, as words. Raises: DataError for a file that is not UTF-8 text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -204,7 +197,7 @@ def read_list(path: Path) -> list[Line]:
 
 
 def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
-    """Names of the lists (`<name>.txt`) in a folder, sorted; only those in `names` unless it is None."""
+    """Return the sorted names of the lists (`<name>.txt`) in a folder, or only those in `names`."""
     if not folder.is_dir():
         return []
     lists = (path.stem for path in folder.iterdir() if path.suffix == ".txt" and not path.name.startswith("."))
@@ -212,7 +205,7 @@ def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; none where there is no such folder."""
+    """Return the sorted names of the folders in a folder, or [] if it does not exist."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:  # one call for 25,000 pictures, without a stat of each
@@ -220,7 +213,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def holds_pictures(folder: Path) -> bool:
-    """Whether a picture lies in the folder itself; reads no further than the first."""
+    """Return whether a picture lies directly in the folder. Stops at the first one."""
     if not folder.is_dir():
         return False
     with os.scandir(folder) as entries:
@@ -228,7 +221,7 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def pictures_in(folder: Path) -> dict[str, str]:
-    """Names of the pictures right in a folder, by their names without suffix, sorted; none without such a folder."""
+    """Return the pictures directly in a folder by name without suffix, sorted, or {} if it does not exist."""
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
@@ -237,12 +230,12 @@ def pictures_in(folder: Path) -> dict[str, str]:
 
 
 def names_below(folder: Path) -> dict[str, str]:
-    """Paths of the pictures below a folder, through links, by these without suffix; none without such a folder."""
+    """Return the pictures below a folder, through links, by path without suffix, or {} if it does not exist."""
     return dict(_files(folder))
 
 
 def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield what `os.walk` yields, through links, each folder once. The caller may sort or shorten the folders."""
+    """Yield as `os.walk` through links, but each folder once. The caller may sort or shorten the folders."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(top, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -253,23 +246,23 @@ def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a suffix is a picture's. Hidden files are never data: macOS leaves `._a.jpg` beside `a.jpg`."""
+    """Return whether a suffix is a picture's. Hidden files never count: macOS leaves `._a.jpg` next to `a.jpg`."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _listed_id(word: str) -> str:
-    """`a`, `a.png` and `/images/a.png` are all `a`; a name of another kind keeps its dots."""
+    """Return the id of `a`, `a.png` or `/images/a.png`, which is `a`. Other kinds of names keep their dots."""
     name = word.replace("\\", "/").rpartition("/")[2]
     return composed(name[: name.rindex(".")] if is_picture(name) else name)
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's normal form C: macOS writes é as two characters where others write one."""
+    """Return a name in Unicode's normal form C, because macOS writes é as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
 def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tuple[str, str]]:
-    """(composed id, posix path) below `top`, through links (data sets are often linked together), each folder once."""
+    """Yield (composed id, posix path) below `top`, through links but each folder once."""
     for folder, folders, names in walk_once(top):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:

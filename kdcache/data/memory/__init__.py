@@ -1,4 +1,4 @@
-"""Data sets that a program holds: torch's map-style ones, and those of Hugging Face.
+"""Data sets in memory: PyTorch's map-style data sets, and Hugging Face's.
 
 from_dataset.py   `from_dataset`: such a data set as a split
 items.py          an item as image and labels

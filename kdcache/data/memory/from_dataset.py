@@ -1,4 +1,4 @@
-"""A map-style data set in memory, of torch or of Hugging Face, as a split."""
+"""A map-style data set in memory (PyTorch or Hugging Face) as a split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DatasetSplit(Split):
     """The samples of a data set that the program holds. `from_dataset` makes it.
 
     Attributes:
-        id_rule: in words, what the ids are made of, and so what the digest of the split can see.
+        id_rule: what the ids are made of, in words, and so what changes the digest of the split can notice.
     """
 
     def __init__(
@@ -66,10 +66,12 @@ class DatasetSplit(Split):
         return f"<{self.data}, split {self.split}: {len(self)} samples, {tasks}; ids are {self.id_rule}>"
 
     def image(self, index: int) -> Pixels:
+        """Return the image of an item as RGB pixels."""
         with naming_item(self._where(index)):
             return image_of(part_of(self._item(index), self._keys.image), self._where(index))
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the item has a label of the task."""
         return task in self._labelled and self._labelled[task][index]
 
     def _segmentation(self, index: int) -> Pixels | None:
@@ -96,7 +98,7 @@ class DatasetSplit(Split):
             return part_of(self._item(index), self._keys.label if task == SEGMENTATION else self._keys.depth)
 
     def _item(self, index: int) -> Any:
-        """An item, which is kept until this thread reads another one: an image and its label are one item.
+        """Return an item, which is kept until this thread reads another one: an image and its label are one item.
 
         One at a time: a data set of torch is read by one thread of a process.
         """
@@ -129,28 +131,29 @@ def from_dataset(
     void: Annotated[int, Ge(0), Le(255)] = IGNORE_INDEX,
     progress: Progress | None = None,
 ) -> DatasetSplit:
-    """A data set in memory as a split: it goes wherever a data set does, into builds, trainings and evaluations.
+    """Turn a data set in memory into a split, for builds, trainings and evaluations.
 
         train = kdcache.from_dataset(my_torch_dataset, classes=["road", "car"])
         val = kdcache.from_dataset(load_dataset("...", split="validation"), classes=names, split="val", ids="image_id")
 
-    Ids stand for samples in stores and digests. With `ids` they are a column's, and their digest sees names and classes
-    alone, as that of a folder does. Without, every sample is read once, and its id is its number and a digest of its
-    contents. Either way, a store refuses an image that renders to other pixels than its teacher saw.
+    Ids identify samples in caches and digests. With `ids` they come from a column, and their digest covers only names
+    and
+    classes, as for a folder. Without, every sample is read once, and its id is its number and a digest of its contents.
+    Either way, a cache fails on an image that renders to other pixels than its teacher saw.
 
     Args:
-        dataset: map-style, with a length and numbers as keys; an item is a mapping or tuple of an image (Pillow, uint8)
+        dataset: map-style, with a length and numbers as keys. An item is a mapping or tuple of an image (Pillow, uint8)
             and a label (class ids), before any augmentation or normalisation.
         classes: names in the order of the ids.
-        split: its name; default the data set's own, else `train`.
-        name: what it is called in recipes and messages; default the data set's own.
-        ids: the column that has them, or one for each sample; default number and digest of contents.
-        image, label, depth: keys of an item's parts, or places in a tuple; default the usual names, `image` and `label`
-            or `mask` among them. Depth, in metres, has no default.
-        void: the number in labels that means no class; 255 does in any case.
-        progress: called with (samples read, samples), where all are read.
-    Raises: DataError for items that are not as said, that differ from one reading to the next, or whose ids are not
-        unique.
+        split: its name. Default: the data set's own, else `train`.
+        name: its name in recipes and messages. Default: the data set's own.
+        ids: the column that has them, or one for each sample. Default: number and digest of contents.
+        image: key of an item's image, or its place in a tuple. Default: a usual name, such as `image`.
+        label: key or place of the label. Default: a usual name, such as `label` or `mask`.
+        depth: key or place of depth in metres. No default.
+        void: the number in labels that means no class. 255 always does.
+        progress: called with (samples read, samples), if all are read.
+    Raises: DataError for items of another form, that differ from one reading to the next, or whose ids are not unique.
     """
     count = _length(dataset)
     classes = classes if isinstance(classes, ClassList) else ClassList(_names(classes))
@@ -181,7 +184,7 @@ def from_dataset(
 
 
 def read_item(dataset: Any, number: int, where: str) -> Any:
-    """An item of a data set. Raises: DataError when the data set fails on it."""
+    """Return an item of a data set. Raises: DataError if the data set fails on it."""
     with naming_item(where):
         return dataset[number]
 
@@ -207,7 +210,7 @@ def _length(dataset: Any) -> int:
 
 
 def _names(classes: Any) -> tuple[str, ...]:
-    """Class names. Raises: DataError for what is no list of them."""
+    """Return class names. Raises: DataError for an invalid list."""
     if isinstance(classes, str) or not isinstance(classes, Iterable) or not all(isinstance(c, str) for c in classes):
         raise DataError(
             f"Invalid value of classes: {repr(classes)[:80]}",
@@ -227,7 +230,7 @@ def _plain(name: str) -> str:
 
 
 def _given_ids(dataset: Any, ids: str | Sequence[str], count: int) -> list[str]:
-    """Ids of a column, or as they are given. Raises: DataError unless there is one for each sample, each once."""
+    """Return the ids of a column, or the given ids. Raises: DataError unless each sample has a unique one."""
     if isinstance(ids, str):
         columns = getattr(dataset, "column_names", None)
         if columns is not None and ids in columns:
@@ -259,7 +262,7 @@ def _column(item: Any, column: str, number: int) -> Any:
 
 
 def _contents(item: Any, keys: Keys, classes: ClassList, void: int, where: str) -> tuple[str, bool, bool]:
-    """(Digest of an item's image and labels, whether it has a label of classes, and of depth)."""
+    """Return (Digest of an item's image and labels, whether it has a label of classes, and of depth)."""
     with naming_item(where):
         pixels = image_of(part_of(item, keys.image), where)
         size = (pixels.shape[0], pixels.shape[1])
@@ -274,7 +277,7 @@ def _contents(item: Any, keys: Keys, classes: ClassList, void: int, where: str) 
 def _ids_of_contents(
     dataset: Any, keys: Keys, count: int, classes: ClassList, void: int, progress: Progress | None
 ) -> tuple[list[str], dict[str, list[bool]]]:
-    """Ids of number and digest, and which samples have labels of each task; reads every item."""
+    """Return ids of number and digest, and which samples have labels of each task. Reads every item."""
     texts, labelled = list[str](), {SEGMENTATION: list[bool](), DEPTH: list[bool]()}
     for number in range(count):
         item = read_item(dataset, number, f"item {number}")
@@ -288,7 +291,7 @@ def _ids_of_contents(
 
 
 def _check_still(dataset: Any, keys: Keys, count: int, classes: ClassList, void: int) -> None:
-    """Refuse a data set whose items change from one reading to the next. Raises: DataError."""
+    """Raise DataError if items change from one reading to the next."""
     for number in sorted({0, count // 2, count - 1}):
         where = f"item {number}"
         digests = {_contents(read_item(dataset, number, where), keys, classes, void, where) for _ in range(_READINGS)}

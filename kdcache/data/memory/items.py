@@ -1,4 +1,4 @@
-"""An item of somebody's data set as an image, a label of classes and one of depth."""
+"""Convert an item of a user's data set to an image, a class label and a depth label."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Key = str | int
 
 @dataclass(frozen=True)
 class Keys:
-    """Where an item has its parts: keys of a mapping, or places in a tuple; None for what it does not have."""
+    """Where an item has its parts: keys of a mapping, or places in a tuple, or None for missing parts."""
 
     image: Key
     label: Key | None
@@ -31,9 +31,9 @@ class Keys:
 
 @contextmanager
 def naming_item(where: str) -> Iterator[None]:
-    """A context out of which an error of somebody's data set comes as a DataError that names the item.
+    """Turn an error of the user's data set into a DataError that names the item, in a with block.
 
-    Raises: DataError. Running out of memory is no fault of a data set.
+    Running out of memory is not turned into one. Raises: DataError.
     """
     try:
         yield
@@ -47,9 +47,9 @@ def naming_item(where: str) -> Iterator[None]:
 
 
 def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None, where: str) -> Keys:
-    """The keys of an item: those that are given, else those that usual names find.
+    """Return the keys of an item: the given ones, else usual names.
 
-    Raises: DataError for an item in which a key is not, or none is found for the image.
+    Raises: DataError if an item lacks a key, or no key is found for the image.
     """
     if isinstance(item, Mapping):
         offered: list[Key] = list(item)
@@ -73,14 +73,14 @@ def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None
 
 
 def part_of(item: Any, key: Key | None) -> Any:
-    """A part of an item; the item itself for the key ''."""
+    """Return a part of an item, or the item itself for the key ''."""
     return None if key is None else item if key == "" else item[key]
 
 
 def image_of(value: Any, where: str) -> Pixels:
-    """An image as uint8 (H, W, 3), memory of its own: of Pillow, or whole numbers (H, W, 3), (3, H, W) or (H, W).
+    """Return a copy of an image as uint8 (H, W, 3), from Pillow, or integers (H, W, 3), (3, H, W) or (H, W).
 
-    Raises: DataError for anything else; floats have been normalised, and nobody knows how.
+    Raises: DataError for anything else. Floats have been normalised in an unknown way.
     """
     if isinstance(value, Image.Image):
         raw = " ".join(str(tile.args) for tile in getattr(value, "tile", ()))  # of a file not yet decoded
@@ -102,11 +102,10 @@ def image_of(value: Any, where: str) -> Pixels:
 
 
 def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: int, where: str) -> Pixels | None:
-    """A label as uint8 (H, W) class ids with 255 for void; None for None.
+    """Return a label as uint8 (H, W) class ids with 255 for void, or None for None.
 
-    Args:
-        size: (H, W) of its image.
-        void: the number in it that means no class, as 255 does.
+    `size` is (H, W) of its image. `void` also means no class, in addition to 255.
+
     Raises: DataError for a label of another size or kind, and for numbers that are neither class nor void.
     """
     if value is None:
@@ -139,7 +138,7 @@ def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: 
 
 
 def depth_of(value: Any, size: tuple[int, int], where: str) -> Depth | None:
-    """A label of depth as float32 (H, W) metres, NaN where it is not above 0; None for None.
+    """Return a depth label as float32 (H, W) metres, NaN if it is not above 0, or None for None.
 
     Raises: DataError for one of another size or kind.
     """
@@ -160,7 +159,7 @@ def depth_of(value: Any, size: tuple[int, int], where: str) -> Depth | None:
 
 
 def _array(value: Any) -> npt.NDArray[Any] | None:
-    """Numbers of an array, a tensor or nested lists; None for anything else."""
+    """Return numbers of an array, a tensor or nested lists, or None for anything else."""
     if hasattr(value, "detach"):  # a tensor: this room imports no torch
         value = value.detach().cpu()
     if not hasattr(value, "__array__") and not isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""The splits that this process has made of data sets in memory, by the name that stands for them in settings.
+"""The splits that this process has made of data sets in memory, by their names in settings.
 
-A recipe is text, so a data set in memory has a name there: `memory:NAME@DIGEST`. The name is good as long as the split
-is in use; another process, or a later one, makes the split again from the same data set and gets the same name.
+A recipe is text, so a data set in memory has a name there: `memory:NAME@DIGEST`. The name is valid as long as the split
+is in use. Another process, or a later one, makes the split again from the same data set and gets the same name.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _OPENED: WeakValueDictionary[tuple[str, str], Split] = WeakValueDictionary()
 
 
 def is_memory(data: str) -> bool:
-    """Whether `data` names a data set in memory."""
+    """Return whether `data` names a data set in memory."""
     return data.startswith(PREFIX)
 
 
 def register(split: Split) -> None:
-    """Let `find` know a split by its `data` and its name, as long as somebody else holds it."""
+    """Register a split under its `data` and name for `find`, as long as somebody else holds it."""
     _OPENED[split.data, split.split] = split
 
 
 def find(data: str, split: str) -> Split:
-    """The split of that name. Raises: DataError for one that is not there."""
+    """Return the split of that name. Raises: DataError for an unknown one."""
     if (known := _OPENED.get((data, split))) is not None:
         return known
     splits = names(data)
@@ -47,5 +47,5 @@ def find(data: str, split: str) -> Split:
 
 
 def names(data: str) -> list[str]:
-    """Names of the splits that are held under a name, sorted."""
+    """Return the names of the splits that are registered under `data`, sorted."""
     return sorted(split for own, split in list(_OPENED) if own == data)

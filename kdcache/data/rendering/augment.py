@@ -1,12 +1,11 @@
-"""Random windows and colours: views that are stored, warp of a view and jitter of its pixels for the student.
+"""Random windows and colours: drawn views for caches, and warp and jitter for the student.
 
-Every draw takes the same number of random values whatever it decides, so that streams of a seeded
-generator stay aligned when a setting changes.
+Every draw takes the same number of random values whatever it decides, so streams of a seeded generator stay aligned
+when a setting changes.
 
-Colour jitter is one affine map of RGB, composed in float64 and applied in a single pass with one rounding.
-Brightness, contrast and saturation are affine by definition, as in torchvision; hue is a rotation about
-the grey axis. At 144 x 192 that takes 0.07 ms, Pillow's matrix conversion 0.3 ms; torchvision's four steps (hue
-through HSV) take 3.4 ms.
+Colour jitter is one affine map of RGB, composed in float64 and applied in a single pass with one rounding. Brightness,
+contrast and saturation are affine by definition, as in torchvision. Hue is a rotation about the grey axis. At 144 x 192
+that takes 0.07 ms, Pillow's matrix conversion 0.3 ms, and torchvision's four steps (hue through HSV) 3.4 ms.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Augmentation:
     """Random changes of a view for the student.
 
     Args:
-        scale: zoom is uniform in this range, 1 = the whole view, 2 = a window of half its size,
-            0.5 = the view at half size amid grey.
+        scale: zoom is uniform in this range. 1 is the whole view, 2 a window of half its size, and 0.5 the view at half
+            size amid grey.
         flip: mirror left and right half of the time.
-        jitter: strength of colour jitter, 0 (off) to 1; or colour operations of RandAugment.
+        jitter: strength of colour jitter, 0 (off) to 1, or colour operations of RandAugment.
 
     Raises: ValueError for values outside these ranges.
     """
@@ -54,7 +53,7 @@ class Augmentation:
 
     @classmethod
     def off(cls) -> Augmentation:
-        """No change: the view as it is."""
+        """Return an augmentation that changes nothing."""
         return cls(scale=(1.0, 1.0), flip=False, jitter=0.0)
 
 
@@ -65,17 +64,19 @@ def draw_window(
     flip: bool,
     share: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Window, bool]:
-    """Draw a window of the aspect ratio of a view, and whether to flip.
+    """Draw a window with a view's aspect ratio, and whether to flip.
 
-    The scale s is uniform in `scale` (as in mmsegmentation); the window measures (H/s, W/s). Along an axis where it is
-    the smaller one it lies uniformly inside the view, along another the view lies uniformly inside it.
+    The scale s is uniform in `scale` (as in mmsegmentation). The window measures (H/s, W/s). Along an axis where it is
+    smaller than the view it lies uniformly inside the view, along another the view lies uniformly inside it.
 
     Args:
-        view_size: (H, W) of whatever the window counts in: source pixels or stored view pixels.
+        rng: the only source of randomness.
+        view_size: (H, W) in the window's unit: source pixels or stored view pixels.
+        scale: range of s.
         flip: whether flips are drawn at all.
-        share: what the window measures at s = 1, as a part of the view's height and width.
+        share: size of the window at s = 1, as a part of the view's height and width.
     Returns: the window in the units of `view_size`, and the flip.
-    Raises: ValueError for a `scale` that is no range above 0.
+    Raises: ValueError for a `scale` that is not a range above 0.
     """
     _check_scale(scale)
     u_scale, u_y, u_x, u_flip = rng.random(4)
@@ -97,14 +98,17 @@ def draw_view(
     *,
     fitted: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Window, bool]:
-    """Window and flip of a view that a store keeps: a function of its arguments alone, so that any may be added later.
+    """Draw the window and flip of a stored view. They depend only on the arguments, so views can be added later.
 
     Args:
+        seed: of the build.
         sample: its id.
-        view: drawn as `draw_window` does, each from a generator of its own; without `share`, 0 is the whole image.
+        view: drawn as in `draw_window`, each from its own generator. Without `share`, 0 is the whole image.
         image_size: (H, W) of the source, in whose pixels the window counts.
-        share: of crops, what one shows at scale 1, as a part of the image's height and width.
-        fitted: what the whole image measures as it is fitted into the view, as a part of itself (`fitted_share`).
+        scale: range of the zoom.
+        flip: whether flips are drawn at all.
+        share: for crops, the part of the image's height and width that one shows at scale 1.
+        fitted: for whole images, their size in the view as a part of themselves (`fitted_share`).
     Returns: the window, and whether the view is flipped after the resize.
     """
     if view == 0 and share is None:
@@ -120,13 +124,13 @@ def inside_rectangle(
     source_size_R2: npt.NDArray[np.generic],
     view_size: tuple[int, int],
 ) -> npt.NDArray[np.float64]:
-    """The rectangles in which views show their image: edge coordinates in pixels of the view, half-open.
+    """Return the rectangles in which views show their image: edge coordinates in pixels of the view, half-open.
 
-    What lies outside is grey and has no label, so it must not teach: pixel (i, j) shows the image when (i + 0.5, j +
-    0.5) is inside. The arrays are a store's `records/window`, `flip` and `source_size`; one record does too, without R.
+    Pixels outside are grey, without a label, and never counted. Pixel (i, j) shows the image if (i + 0.5, j + 0.5) is
+    inside. The arrays are a cache's `records/window`, `flip` and `source_size`, or a single record's without R.
+    `view_size`
+    is (H, W).
 
-    Args:
-        view_size: (H, W).
     Returns: float64 (R, 4): y0, x0, y1, x1.
     """
     window, source = np.asarray(window_R4, np.float64), np.asarray(source_size_R2, np.float64)
@@ -142,22 +146,24 @@ def inside_rectangle(
 
 
 def id_hash(sample: str) -> int:
-    """64-bit unsigned BLAKE2b of a sample's id: a number for it that no order of samples changes."""
+    """Return the 64-bit unsigned BLAKE2b of a sample's id, a number independent of the order of samples."""
     return int.from_bytes(hashlib.blake2b(sample.encode(), digest_size=8).digest(), "little")
 
 
 def colour_jitter(
     rng: np.random.Generator, pixels_HW3: Pixels, strength: float | RandAugment, *, out: Pixels | None = None
 ) -> Pixels:
-    """Change brightness, contrast, saturation and hue at random, or do RandAugment's colour operations.
+    """Change brightness, contrast, saturation and hue at random, or apply RandAugment's colour operations.
 
-    Factors are uniform in [1 - strength, 1 + strength], the hue in +- strength / 6 turns. The contrast pivots
-    on the mean grey (of every second pixel and row: a mean needs no more).
+    Factors are uniform in [1 - strength, 1 + strength], the hue in +- strength / 6 turns. The contrast pivots on the
+    mean
+    grey (of every second pixel and row, which is enough for a mean).
 
     Args:
-        pixels_HW3: uint8 RGB; not written to, unless it is `out` as well.
-        strength: 0 to 1; 0 returns `pixels_HW3` itself, unchanged.
-        out: where the result goes, contiguous; default memory of its own.
+        rng: the only source of randomness.
+        pixels_HW3: uint8 RGB. It is not written to, unless it is also `out`.
+        strength: 0 to 1. 0 returns `pixels_HW3` itself, unchanged.
+        out: memory for the result, contiguous. Default: new memory.
     Returns: uint8 (H, W, 3).
     Raises: ValueError for a strength outside 0..1.
     """

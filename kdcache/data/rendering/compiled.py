@@ -1,13 +1,13 @@
-"""Compiling the CPU kernels of this room: once per machine, for one signature, when first imported.
+"""Compile the CPU kernels of this room: once per machine, for one signature, at the first import.
 
-Whoever needs a kernel imports its module inside the function that calls it, so that `import kdcache.data` brings no
-numba. Compiling is part of that import: Python's import lock makes it safe for threads that come first at once, and
-later processes load the machine code from disk. One signature spares the seconds that numba would take for every other
-kind of array (read-only, strided); writable arrays pass as read-only ones.
+Import a kernel's module inside the function that calls it, so that `import kdcache.data` does not import numba.
+Compiling is part of that import: Python's import lock makes it safe for threads that come first at once, and later
+processes load the machine code from disk. One signature saves the seconds that numba would take for every other kind of
+array (read-only, strided). Writable arrays pass as read-only ones.
 
-numba's cache watches the file of the kernel alone, so everything that a kernel calls or freezes as a constant stands in
-its own file. No `fastmath`, and so nothing is fused or reordered: float results are those of the formulas as written,
-on every machine, and whether a process compiled a helper, inlined it or loaded it.
+numba's cache watches only the file of the kernel, so everything that a kernel calls or freezes as a constant is in its
+own file. There is no `fastmath`, so nothing is fused or reordered: float results follow the formulas as written, on
+every machine, whether a process compiled a helper, inlined it or loaded it.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ READ_ONLY_BYTES = {ndim: types.Array(types.uint8, ndim, "C", readonly=True) for 
 
 
 def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba's `njit`, which compiles under NUMBA_DISABLE_JIT too: Python has no intrinsics to run the function with."""
+    """Apply numba's `njit`, also under NUMBA_DISABLE_JIT, because Python has no intrinsics to run the function."""
 
     def compile_anyway(function: Callable[..., Any]) -> Any:
         disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0
@@ -37,7 +37,7 @@ def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that compiles a function for arguments of these types, and keeps the machine code on disk."""
+    """Return a decorator that compiles a function for these argument types, and keeps the machine code on disk."""
 
     def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
         try:

@@ -1,13 +1,13 @@
-"""Rendering of depth: as labels are rendered, but sparse, and smaller where a view is zoomed.
+"""Render depth in the same way as labels, but for sparse maps, and divided by a view's zoom.
 
-A mean of two depths is the depth of nothing: across the edge of a thing it lies in the air between it and what is
-behind, and one of a point and an unknown pixel means nothing at all. So an output takes one source pixel: the one that
-contains its centre, as labels do, or where that is unknown the nearest valid one whose centre lies in the output's
-cell. Dense depth moves exactly as labels do. A LiDAR's points survive shrinking, where picking alone would lose all but
-one of 16 at a quarter of the size. A cell without a point stays unknown.
+A mean of two depths is meaningless: at an object's edge it lies in the air between object and background, and a known
+with an unknown pixel has no mean. So an output takes one source pixel: the one that contains its centre, as for labels,
+or if that is unknown the nearest valid one whose centre lies in the output's cell. Dense depth moves exactly as labels
+do. A LiDAR's points survive shrinking, where picking the centre would lose all but one of 16 at a quarter of the size.
+A cell without a point stays unknown.
 
 A view that is zoomed by s shows a scene that looks s times nearer: things are s times larger, as they would be at 1/s
-of their distance. No network can tell the one from the other, so metric depth is drawn without zoom, or divided by it.
+of their distance. No network can tell the difference, so metric depth is drawn without zoom, or divided by it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def render_depth(
     """Cut `window` out of a depth label, resize to `size`, then flip, as `render` does with the image.
 
     Args:
-        depth_HW: float32 metres, NaN where unknown; None renders as all unknown.
-        window: in source pixels; may reach beyond the source, where depth is unknown.
+        depth_HW: float32 metres, NaN for unknown. None renders as all unknown.
+        window: in source pixels. It may reach beyond the source, where depth is unknown.
         flip: mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
-        zoom: what the depth is divided by: `zoom_of` the window for `--depth-zoom divide`, 1 to keep the metres.
-        out: float32 memory of that size to write to, contiguous; default memory of its own.
-    Returns: float32 (height, width), NaN where unknown.
+        zoom: divisor of the depth: `zoom_of` the window for `--depth-zoom divide`, 1 to keep the metres.
+        out: float32 memory of that size to write to, contiguous. Default: new memory.
+    Returns: float32 (height, width), NaN for unknown.
     Raises: ValueError for shapes or types that do not fit, a zoom that is not above 0, and for a window longer than
         2**24 pixels.
     """
@@ -61,16 +61,16 @@ def render_depth(
 
 
 def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, float] = (1.0, 1.0)) -> float:
-    """How many times nearer the scene looks in a view of a window than in one of the whole image.
+    """Return how many times nearer the scene looks in a view of a window than in a view of the whole image.
 
-    It is the scale s that `draw_window` drew: things are s times larger. Where a window has another aspect ratio than
-    the image, it is the geometric mean of both axes. The zooms of a view of the image and of a window in that view
-    multiply.
+    It is the scale s of `draw_window`: things are s times larger. If a window has another aspect ratio than the image,
+    it
+    is the geometric mean of both axes. The zooms of a view of the image and of a window in that view multiply.
 
     Args:
         window: in pixels of the image, or of the view that the window is cut from.
         image_size: (H, W) of that image or view.
-        share: of crops, what one shows at scale 1, as a part of the image's height and width.
+        share: for crops, the part of the image's height and width that one shows at scale 1.
     """
     height, width = window.y1 - window.y0, window.x1 - window.x0
     return math.sqrt(image_size[0] * share[0] / height * image_size[1] * share[1] / width)

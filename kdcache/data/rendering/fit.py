@@ -1,11 +1,11 @@
 """How an image of one shape becomes pixels of another: squashed, cropped or padded.
 
-    squash  the whole image, each axis by a factor of its own: what is square no longer is
-    crop    the largest part with the shape of the pixels: what lies outside is not seen
-    pad     the whole image amid grey, void and without a target: nothing is learnt of the margin
+    squash  the whole image, each axis scaled separately: a square becomes a rectangle
+    crop    the largest part with the shape of the pixels: the rest is not seen
+    pad     the whole image amid grey, void and without a target: nothing is learnt from the margin
 
-A fit decides what a view at zoom 1 measures, as a part of the image's height and width. Where image and pixels have the
-same shape, to the last digit, all three are one.
+A fit decides the size of a view at zoom 1, as a part of the image's height and width. If image and pixels have exactly
+the same shape, all three are equal.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LOOKED_AT = 500
 
 
 def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """What a view at zoom 1 measures, as a part of the image's height and width.
+    """Return the size of a view at zoom 1, as a part of the image's height and width.
 
-    Args:
-        image_size, size: (H, W) of the image and of the pixels that it becomes.
+    `image_size` and `size` are (H, W) of the image and of its pixels.
+
     Returns: (1, 1) for squash and for equal shapes; at most 1 for crop, at least 1 for pad.
     """
     tall, wide = image_size[0] * size[1], image_size[1] * size[0]
@@ -40,11 +40,11 @@ def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -
 
 
 def choose_fit(split: Split, size: tuple[int, int]) -> tuple[Fit, str | None]:
-    """The fit of a build or a training that names none: pad where an image has another shape than its pixels.
+    """Return the default fit of a build or a training: pad if an image has another shape than its pixels.
 
-    Args:
-        size: (H, W) of the pixels.
-    Returns: the fit, and for `pad` a note that says why.
+    `size` is (H, W) of the pixels.
+
+    Returns: the fit, and for `pad` a note with the reason.
     """
     for index in range(0, len(split), max(1, len(split) // _LOOKED_AT)):
         height, width = split.image_size(index)
@@ -58,12 +58,12 @@ def choose_fit(split: Split, size: tuple[int, int]) -> tuple[Fit, str | None]:
 
 
 def whole_window(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> Window:
-    """The view at zoom 1 that lies in the image's middle, in its pixels; padding lies outside it."""
+    """Return the centred view at zoom 1 in pixels of the image. Padding lies outside the image."""
     return middle_window(image_size, fitted_share(fit, image_size, size))
 
 
 def middle_window(image_size: tuple[int, int], share: tuple[float, float]) -> Window:
-    """The window in an image's middle that measures `share` of its height and width, in pixels of the image."""
+    """Return the centred window that measures `share` of an image's height and width, in its pixels."""
     if share == (1.0, 1.0):
         return Window.full(*image_size)
     (y0, y1), (x0, x1) = (_middle(length, part) for length, part in zip(image_size, share, strict=True))
@@ -71,7 +71,7 @@ def middle_window(image_size: tuple[int, int], share: tuple[float, float]) -> Wi
 
 
 def squashed(image_size: tuple[int, int], size: tuple[int, int]) -> float:
-    """By how much the shapes of an image and of pixels differ: 0 for equal ones, 0.05 for 5 % in either direction."""
+    """Return how much two shapes differ: 0 for equal ones, 0.05 for 5 % in either direction."""
     ratio = image_size[0] * size[1] / (image_size[1] * size[0])
     return round(max(ratio, 1 / ratio) - 1, 9)  # so that 105 to 100 is 0.05
 

@@ -1,4 +1,4 @@
-"""The kernel of `render_depth`: an output takes the valid source pixel of its cell that is nearest to its centre."""
+"""The kernel of `render_depth`: an output takes the valid source pixel of its cell nearest to its centre."""
 
 import math
 
@@ -13,7 +13,7 @@ READ_ONLY_FLOATS = types.Array(types.float32, 2, "C", readonly=True)
 
 @njit(**OPTIONS)
 def _nearest(depth_HW, y, x, y_range, x_range):
-    """The valid pixel of a rectangle nearest to (y, x), the first row and column of equals; NaN where none is valid."""
+    """Return the valid pixel of a rectangle nearest to (y, x), the first row and column of equals, or NaN."""
     least, nearest = math.inf, np.float32(math.nan)
     for row in range(y_range[0], y_range[1]):
         for column in range(x_range[0], x_range[1]):
@@ -27,17 +27,13 @@ def _nearest(depth_HW, y, x, y_range, x_range):
 
 @njit(**OPTIONS)
 def _cell(centre, step, length):
-    """The range of the source pixels whose centre lies in an output's cell, half-open, of those that there are."""
+    """Return the half-open range of source pixels with their centre in an output's cell, within the source."""
     return max(math.ceil(centre - step / 2 - 0.5), 0), min(math.ceil(centre + step / 2 - 0.5), length)
 
 
 @kernel(READ_ONLY_FLOATS, types.UniTuple(types.float64, 4), types.boolean, FLOATS)
 def render_nearest(depth_HW, window, flip, out_HW):
-    """Fill `out_HW`; the rules are those of `kdcache.data.render_depth`.
-
-    Args:
-        window: (y0, x0, y1, x1) in source pixels.
-    """
+    """Fill `out_HW` by the rules of `kdcache.data.render_depth`. `window` is (y0, x0, y1, x1) in source pixels."""
     height, width = depth_HW.shape
     rows, columns = out_HW.shape
     y0, x0, y1, x1 = window

@@ -1,6 +1,6 @@
-"""RandAugment's colour operations: torchvision's for pictures of Pillow, at its magnitudes, without its geometry.
+"""RandAugment's colour operations: torchvision's for Pillow pictures, at its magnitudes, without its geometry.
 
-Pillow does them in whole numbers, so that the bytes depend on no number of threads, and needs no torch.
+Pillow computes them in integers, so the bytes do not depend on the number of threads, and needs no torch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _Operation = Callable[[Image.Image, float], Image.Image]
 
 @dataclass(frozen=True)
 class RandAugment:
-    """So many colour operations in turn, each drawn from nine, all of one magnitude.
+    """A number of colour operations in turn, each drawn from nine, all of one magnitude.
 
     Args:
-        operations: how many, at least 1.
+        operations: their number, at least 1.
         magnitude: 0 to 30.
 
     Raises: ValueError for other numbers.
@@ -39,7 +39,7 @@ class RandAugment:
             raise ValueError(f"RandAugment has 1 or more operations and a magnitude of 0 to {BINS - 1}, got {self}")
 
     def __call__(self, rng: np.random.Generator, pixels_HW3: Pixels) -> Pixels:
-        """The pixels, uint8 (H, W, 3), after the operations; reads one word of `rng` for each."""
+        """Apply the operations to uint8 (H, W, 3), reading one word of `rng` for each."""
         picture = Image.fromarray(pixels_HW3)
         for number in rng.integers(2 * len(_OPERATIONS), size=self.operations).tolist():
             change, strength, signed = _OPERATIONS[number // 2]

@@ -1,26 +1,26 @@
 """The kernel of `render`: crop, resize and flip an image and its label, byte for byte as Pillow resizes.
 
-Pillow's 8-bit filter is two integer passes, columns first, each rounded to whole levels; its coefficients are doubles
-rounded to 22 bits. All of that is repeated here, its float32 box included. Pillow 13 takes rows first where
-`h - H > 2 * (w - W)` and more than 0, for a picture of h x w resized to H x W: a level apart here and there. Here the
-order is always that of Pillow 3 to 12, so that a store's bytes depend on no version of it.
+Pillow's 8-bit filter is two integer passes, columns first, each rounded to whole levels. Its coefficients are doubles
+rounded to 22 bits. All of that is repeated here, including its float32 box. Pillow 13 takes rows first if
+`h - H > 2 * (w - W)` and more than 0, for a picture of h x w resized to H x W, which changes some pixels by one level.
+Here the order is always that of Pillow 3 to 12, so a cache's bytes do not depend on its version.
 
-Pillow spends most of a small view on the way there (four copies, RGB to RGBX and back). At 144 x 192 a draw takes
-0.08 ms where Pillow's way took 0.7, and 720 x 960 to 288 x 384 takes 1.0 ms where it took 5.2 (one core of a Zen 3).
+Pillow spends most of a small view on preparation (four copies, RGB to RGBX and back). At 144 x 192 a draw takes 0.08 ms
+where Pillow's way took 0.7, and 720 x 960 to 288 x 384 takes 1.0 ms where it took 5.2 (one core of a Zen 3).
 
 - Columns: a pixel is four lanes of int32 (the fourth is the next pixel's red, overwritten by it), two taps at a time.
-  As plain loops LLVM vectorises nothing of it and takes twice to four times as long.
-- Rows: lanes run along the row. A ring holds the last rows of the first pass, as many as the filter is high, so that
-  they stay in the cache whatever the image's size.
+  LLVM does not vectorise plain loops for this, which take twice to four times as long.
+- Rows: lanes run along the row. A ring holds the last rows of the first pass, as many as the filter is high, so they
+  stay in the cache whatever the image's size.
 
 The outermost output's centre is inside the image, but its cell may stick out by up to half a step, and Pillow wants
-its box within the picture. So the picture is extended. Each margin repeats the mean that this output shall have: adding
-that to a weighted mean leaves it as it is. No other output's triangle reaches the margin when shrinking; when
+its box within the picture. So the picture is extended. Each margin repeats the mean that this output must have: adding
+that to a weighted mean does not change it. When shrinking, no other output's triangle reaches the margin. When
 enlarging, the mean is the edge pixel, which is right for all. Pixels of a margin are equal, so one of them takes all
 their weight.
 
-Legend: "inside" outputs have their centre inside the source; the part is the source pixels that their filter can touch;
-the picture is the part with at most one pixel of margin on either side. X counts bytes of a row, three to a pixel.
+Legend: "inside" outputs have their centre inside the source. The part is the source pixels that their filter can touch.
+The picture is the part with at most one pixel of margin on either side. X counts bytes of a row, three to a pixel.
 """
 
 import math
@@ -43,7 +43,7 @@ _LANES, _PIXEL = ir.VectorType(_INT, 4), ir.VectorType(ir.IntType(8), 4)
 
 @intrinsic
 def _weigh(typing_context, line, begin, weights, first, taps, out, to):
-    """out[to : to + 4] = the four bytes at line[begin + 3 * t], times weights[first + t], summed over the taps.
+    """Return out[to : to + 4] = the four bytes at line[begin + 3 * t], times weights[first + t], summed over the taps.
 
     `taps` is even and at least 2. Reads and writes one byte beyond the last pixel.
     """
@@ -86,13 +86,13 @@ def _centre(start, step, output):
 
 @njit(**OPTIONS)
 def _overhang(distance):
-    """Whole pixels that cover an overhang; none below a millionth of a pixel, which is rounding."""
+    """Return the whole pixels that cover an overhang, or 0 below a millionth of a pixel, which is rounding."""
     return math.ceil(distance) if distance > 1e-6 else 0
 
 
 @njit(**OPTIONS)
 def _inside(start, stop, outputs, length):
-    """The range of outputs whose centre is inside the source."""
+    """Return the range of outputs with their centre inside the source."""
     step = (stop - start) / outputs
     first = 0
     while first < outputs and _centre(start, step, first) < 0.0:
@@ -105,7 +105,7 @@ def _inside(start, stop, outputs, length):
 
 @njit(**OPTIONS)
 def _filter(start, stop, outputs, length, first, last):
-    """The coefficients of one axis.
+    """Return the coefficients of one axis.
 
     Returns: the part's first pixel and its length; the margins' lengths; per inside output where its taps begin in
         the picture, and their weights (inside, taps), an even number of them.
@@ -152,7 +152,7 @@ def _filter(start, stop, outputs, length, first, last):
 
 @njit(**OPTIONS)
 def _triangle(centre, support, part):
-    """The first tap of a margin's mean, and the weights of all; `centre` counts in the part."""
+    """Return the first tap of a margin's mean, and the weights of all taps. `centre` counts in the part."""
     low, high = max(math.floor(centre - support), 0), min(math.ceil(centre + support) + 1, part)
     weights = np.empty(high - low)
     total = 0.0
@@ -166,7 +166,7 @@ def _triangle(centre, support, part):
 
 @njit(**OPTIONS)
 def _mean_row(image_HX, top, left, first, weights, total, line, at):
-    """Write the mean of rows of the part, from `first` on, into `line` from `at` on; `total` is scratch."""
+    """Write the mean of rows of the part, from `first` on, into `line` from `at` on. `total` is scratch."""
     length = len(total)
     total[:] = 0.0
     for tap in range(len(weights)):
@@ -190,7 +190,7 @@ def _mean_pixel(line, begin, weights, to):
 
 @njit(**OPTIONS)
 def _add_rows(ring, begin, last, weights, total, out):
-    """out = rows of the picture from `begin` on, times the weights; row r is ring[r % len(ring)], none after `last`."""
+    """Sum weighted rows of the picture from `begin` on into `out`. Row r is ring[r % len(ring)], up to `last`."""
     length, taps = len(out), len(weights)
     total[:] = _HALF
     for tap in range(0, taps, 2):
@@ -270,12 +270,10 @@ def _pick(label_HW, window, flip, size, y_range, x_range, out_HW):
     types.UniTuple(types.int64, 3), BYTES[2], BYTES[2],
 )  # fmt: skip
 def render_window(image_HX, label_HW, window, flip, outside, pixels_HX, out_HW):
-    """Fill `pixels_HX` and `out_HW`; the rules are those of `kdcache.data.render`.
+    """Fill `pixels_HX` and `out_HW` by the rules of `kdcache.data.render`.
 
-    Args:
-        label_HW: empty for no label: `out_HW` becomes void.
-        window: (y0, x0, y1, x1) in source pixels.
-        outside: RGB of what lies beyond the image.
+    `label_HW` is empty for no label, and `out_HW` then becomes void. `window` is (y0, x0, y1, x1) in source pixels.
+    `outside` is the RGB beyond the image.
     """
     size = out_HW.shape
     y0, x0, y1, x1 = window

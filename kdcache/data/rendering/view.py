@@ -1,18 +1,18 @@
 """Rendering: the one way from a source image and a window to the pixels that a network sees.
 
-The teacher pass and the trainer both call `render`, so a stored record can be rendered again and
-compared by `pixel_checksum`. Output pixel j of W_out samples the source at
-`p = x0 + (j + 0.5) * (x1 - x0) / W_out` (edge coordinates: pixel i covers [i, i + 1)); rows likewise.
+The teacher pass and the trainer both call `render`, so a stored record can be rendered again and compared by
+`pixel_checksum`. Output pixel j of W_out samples the source at `p = x0 + (j + 0.5) * (x1 - x0) / W_out` (edge
+coordinates: pixel i covers [i, i + 1)), and rows in the same way.
 
 - Image: Pillow's antialiased bilinear filter (a triangle, widened when shrinking), by `resample`: its bytes in an
   eighth of its time. It releases the GIL and accumulates in fixed point (no float order to drift).
 - Label: the pixel that contains p, by index arithmetic in float64.
-- A window may reach beyond the image. Pixels whose p lies outside are grey with label 255; the others
-  keep exactly the p above, and their filter counts pixels of the image only, as at any border.
+- A window may reach beyond the image. Pixels whose p lies outside are grey with label 255. The others keep exactly the
+  p above, and their filter counts only pixels of the image, as at any border.
 
-Two other ways past the border were tried. Replicating the edge moves border pixels by ten levels between a
-window that ends at the border and one that passes it by a hair; transparent margins (RGBA) cost twice the
-time and two levels of rounding.
+Two other treatments of the border were tried. Replicating the edge moves border pixels by ten levels between a window
+that ends at the border and one slightly beyond it. Transparent margins (RGBA) cost twice the time and two levels of
+rounding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NO_LABEL = np.empty((0, 0), np.uint8)
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle in edge coordinates (the image is [0, H) x [0, W)), half-open, in pixels.
+    """A half-open rectangle in pixels, in edge coordinates (the image is [0, H) x [0, W)).
 
     It may reach beyond the image. Raises: ValueError unless it is finite and has an area.
     """
@@ -53,19 +53,19 @@ class Window:
 
     @classmethod
     def full(cls, height: float, width: float) -> Window:
-        """The window that is the whole image."""
+        """Return the window of the whole image."""
         return cls(0.0, 0.0, float(height), float(width))
 
     def scaled(self, fy: float, fx: float) -> Window:
-        """This window in an image whose height is `fy` and whose width is `fx` times as large."""
+        """Return this window in an image of `fy` times the height and `fx` times the width."""
         return Window(self.y0 * fy, self.x0 * fx, self.y1 * fy, self.x1 * fx)
 
     def moved(self, y: float, x: float) -> Window:
-        """This window, `y` further down and `x` further right."""
+        """Return this window, `y` further down and `x` further right."""
         return Window(self.y0 + y, self.x0 + x, self.y1 + y, self.x1 + x)
 
     def as_tuple(self) -> tuple[float, float, float, float]:
-        """(y0, x0, y1, x1), as the store keeps it."""
+        """Return (y0, x0, y1, x1), as a cache stores it."""
         return self.y0, self.x0, self.y1, self.x1
 
 
@@ -82,11 +82,11 @@ def render(
 
     Args:
         image_HW3: uint8 RGB source.
-        label_HW: uint8 class ids of the same height and width; None renders as all void.
-        window: in source pixels; may reach beyond the source.
+        label_HW: uint8 class ids of the same height and width. None renders as all void.
+        window: in source pixels. It may reach beyond the source.
         flip: mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
-        out: pixels and label of that size to write to, contiguous; default memory of their own.
+        out: pixels and label of that size to write to, contiguous. Default: new memory.
     Returns: uint8 (height, width, 3) and uint8 (height, width).
     Raises: ValueError for shapes or types that do not fit, and for a window longer than 2**24 pixels.
     """
@@ -113,9 +113,9 @@ def render(
 
 
 def pixel_checksum(pixels: npt.NDArray[np.generic]) -> int:
-    """64-bit unsigned BLAKE2b over the shape and the bytes of a rendered image.
+    """Return the 64-bit unsigned BLAKE2b over the shape and the bytes of a rendered image.
 
-    Equal for equal content whatever the strides; the dtype is not part of it (pixels are uint8).
+    It is equal for equal content whatever the strides. The dtype does not count (pixels are uint8).
     """
     digest = hashlib.blake2b(repr(tuple(map(int, pixels.shape))).encode("ascii"), digest_size=8)
     digest.update(np.ascontiguousarray(pixels).data)

@@ -1,11 +1,10 @@
 """`scenes`: a procedural data set without files, for tests, tutorials and a first run.
 
 Its depth is exact, or a LiDAR's: `LINES` scan lines of `POINTS` points over the whole image, of which `LOST` are
-missing, as where a surface returns nothing. The pixels and the ids are the same with depth and without.
+missing, as if a surface returned nothing. Pixels and ids are the same with depth and without.
 
-A sample is a pure function of (seed, split, index): workers, machines and reruns see the same pixels, and
-a larger `train` extends a smaller one. Drawing takes a few milliseconds, so each process keeps the
-samples it drew, up to `CACHE_BYTES`.
+A sample is a pure function of (seed, split, index): workers, machines and reruns see the same pixels, and a larger
+`train` extends a smaller one. Drawing takes a few milliseconds, so each process keeps its samples, up to `CACHE_BYTES`.
 """
 
 from __future__ import annotations
@@ -47,22 +46,23 @@ _LEAST_SIDE, _MOST_SIDE = 16, 8192
 
 
 def is_scenes(data: str) -> bool:
-    """Whether `data` names the procedural data set rather than a folder."""
+    """Return whether `data` names the procedural data set rather than a folder."""
     return data == "scenes" or data.startswith("scenes:")
 
 
 @dataclass(frozen=True)
 class ScenesSpec:
-    """The options after `scenes:`; every part may be left out.
+    """The options after `scenes:`, all optional.
 
     Args:
         height, width: pixels, `HxW`.
-        train, val: samples with labels.
+        train, val: number of samples with labels.
         seed: another seed is another data set.
-        unlabelled: samples of a split of that name that has no labels; 0 means there is no such split.
-        depth: `none`; `exact`; `sparse`, where the depth of train is a LiDAR's and that of val is exact.
-        tasks: the labels of train where there is depth: `both` of every sample; in `halves`, of segmentation for the
-            samples of even number and of depth for the others; `depth` alone. The samples of val have both.
+        unlabelled: number of samples of a split of that name without labels. 0 means there is no such split.
+        depth: `none`, `exact`, or `sparse` (a LiDAR's in train, exact in val).
+        tasks: the labels of train with depth: `both` for every sample, `halves` (segmentation for even numbers, depth
+            for
+            odd ones), or `depth` only. The samples of val have both.
         style: `game` and `camera` are two domains, with other pictures of other streets and the same classes.
     """
 
@@ -78,7 +78,7 @@ class ScenesSpec:
 
     @classmethod
     def parse(cls, data: str) -> ScenesSpec:
-        """Read `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0,depth=none,tasks=both,style=game`.
+        """Parse `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0,depth=none,tasks=both,style=game`.
 
         Raises: DataError naming the part that is not understood.
         """
@@ -103,11 +103,11 @@ class ScenesSpec:
         return spec
 
     def splits(self) -> list[str]:
-        """Names of the splits with at least one sample, sorted."""
+        """Return the names of the splits with at least one sample, sorted."""
         return sorted(name for name in ("train", "val", _UNLABELLED) if self.samples(name))
 
     def samples(self, split: str) -> int:
-        """The number of samples of a split; 0 for a name that is none."""
+        """Return the number of samples of a split, or 0 for an unknown name."""
         return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
 
 
@@ -136,13 +136,16 @@ class ScenesSplit(Split):
         self.ids = tuple(f"{prefix}-{index:06d}" for index in range(self.spec.samples(split)))
 
     def image(self, index: int) -> Pixels:
+        """Return a copy of the drawn image."""
         pixels: Pixels = self._sample(index)[0].copy()
         return pixels
 
     def image_size(self, index: int) -> tuple[int, int]:
+        """Return (H, W) of the spec."""
         return self.spec.height, self.spec.width
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the spec gives the sample a label of the task."""
         if self.split == _UNLABELLED or (task == DEPTH and self.spec.depth == "none"):
             return False
         if self.split != "train" or self.spec.tasks == "both":
@@ -172,12 +175,7 @@ class ScenesSplit(Split):
 
 
 def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """The pixels that a LiDAR's points fall on: scan lines at equal distances, each begun at a random place.
-
-    Args:
-        size: (H, W) of the image.
-    Returns: bool (H, W).
-    """
+    """Return the pixels that a LiDAR's points hit, bool (H, W): even scan lines, each with a random start."""
     pitch_y, pitch_x = max(size[0] // LINES, 1), max(size[1] // POINTS, 1)
     points = np.zeros(size, np.bool_)
     for row in range(pitch_y // 2, size[0], pitch_y):
@@ -187,11 +185,10 @@ def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray
 
 
 def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
-    """Write the scenes that `data` describes as a data set of layout `folder`.
+    """Write the scenes of `data` as a data set of layout `folder`, for `open_split`. Return the folder.
 
-    Args:
-        folder: made if missing; files of the same names are overwritten.
-    Returns: the folder, ready for `open_split`.
+    The folder is created if missing, and files of the same names are overwritten.
+
     Raises: DataError for a malformed spec.
     """
     root = Path(folder)
@@ -215,7 +212,7 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
 
 
 class _Cache:
-    """Drawn samples of this process, least recently used out first; safe to share between threads."""
+    """Drawn samples of this process, with least recently used eviction. Safe to share between threads."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -234,7 +231,7 @@ class _Cache:
         depth: bool = False,
         style: str = "default",
     ) -> tuple[Any, ...]:
-        """Pixels and label of a sample, and with `depth` its depth, which takes twice the memory."""
+        """Return pixels and label of a sample, and with `depth` its depth, which takes twice the memory."""
         key = (height, width, seed, split, index, depth, style)
         with self._lock:
             if key in self._samples:

@@ -1,17 +1,16 @@
-"""Drawing one procedural street: sky, facades, road, verges, then things standing on the ground by depth.
+"""Draw one procedural street: sky, facades, road, verges, then objects standing on the ground, by depth.
 
-Made to be small and hard in the ways real streets are. Road and verge are a quarter of the pixels each, poles
-one percent and a pixel wide; colours overlap (overcast sky and pale facades, asphalt and concrete, cars
-of any colour) and shift from scene to scene with the light, so texture and place must be learned; near
-things hide far ones.
+It is made to be small and hard in the ways real streets are. Road and verge are a quarter of the pixels each, poles one
+percent and a pixel wide. Colours overlap (overcast sky and pale facades, asphalt and concrete, cars of any colour) and
+shift from scene to scene with the light, so texture and place must be learned. Near objects hide far ones.
 
-Depth is exact, along the axis of a pinhole camera of `FOCAL` image heights' focal length, `CAMERA_HEIGHT` metres above
-level ground (of a style: its own height): row r below the horizon shows ground at `FOCAL * CAMERA_HEIGHT * height /
-(r + 0.5 - horizon)`. Things
-stand upright on it, all of a thing at the depth of its foot, by which its size was drawn. The ground ends in a bank at
-`GROUND_ENDS` metres, behind which the facades stand, nearer to the sides. The sky has no depth (NaN).
+Depth is exact, along the axis of a pinhole camera with a focal length of `FOCAL` image heights, `CAMERA_HEIGHT` metres
+(or the style's height) above level ground. Row r below the horizon shows ground at
+`FOCAL * CAMERA_HEIGHT * height / (r + 0.5 - horizon)`. Objects stand upright on it, with all pixels at the depth of
+the foot, which also decides the size. The ground ends in a bank at `GROUND_ENDS` metres, behind which the facades
+stand, nearer to the sides. The sky has no depth (NaN).
 
-Only numpy, elementwise arithmetic and one generator, so that a seed means one picture.
+It uses only numpy, elementwise arithmetic and one generator, so a seed always gives the same picture.
 """
 
 from __future__ import annotations
@@ -55,12 +54,8 @@ Mask = npt.NDArray[np.bool_]
 def draw_street(
     rng: np.random.Generator, height: int, width: int, style: Style = STYLES["default"]
 ) -> tuple[Pixels, Pixels, Depth]:
-    """Draw a street.
+    """Draw a street of at least 16 x 16 pixels in a style. `rng` is the only source of randomness.
 
-    Args:
-        rng: the only source of randomness.
-        height, width: pixels, at least 16.
-        style: what it is made of and seen by.
     Returns: uint8 (height, width, 3) RGB; uint8 (height, width) ids of `CLASSES`, 255 for void; float32 (height, width)
         depth in metres, NaN in the sky.
     """
@@ -114,7 +109,7 @@ class _Scene:
         self.rgb[:rows] = top + fade * (np.float32(215) - top) * np.float32(0.7) + clouds - np.float32(25)
 
     def skyline(self) -> None:
-        """A row of facades from left to right, with gaps, higher towards the sides as streets are."""
+        """Draw a row of facades from left to right, with gaps, higher towards the sides."""
         x = -int(self.rng.integers(0, self.width // 8 + 1))
         while x < self.width:
             wide = int(self.width * self.rng.uniform(0.07, 0.24)) + 2
@@ -141,7 +136,7 @@ class _Scene:
         self.metres[y0:y1, x0:x1] = metres
 
     def ground(self) -> None:
-        """Verges to both sides, the road as a trapezoid to the vanishing point, broken lane marks."""
+        """Draw verges on both sides, the road as a trapezoid to the vanishing point, and broken lane marks."""
         rng, rows = self.rng, self.height - self.horizon
         size, below = (rows, self.width), slice(self.horizon, None)
         depth = (np.arange(rows, dtype=np.float32) + np.float32(0.5))[:, None] / np.float32(rows)
@@ -162,7 +157,7 @@ class _Scene:
         self.ids[below][road] = ROAD
 
     def metres_at(self, depth: Floats | float) -> Floats:
-        """Metres from the camera to ground at `depth`, from 0 at the horizon to 1 at the lower edge of the image."""
+        """Return the metres from the camera to ground at `depth`, from 0 (horizon) to 1 (lower edge)."""
         scale = FOCAL * self.style.camera_height * self.height / (self.height - self.horizon)
         return np.asarray(scale / np.asarray(depth, np.float64), np.float32)
 
@@ -173,7 +168,7 @@ class _Scene:
         return np.asarray(0.015 * self.width + self.road_half * depth, np.float32)
 
     def things(self) -> None:
-        """Everything that stands on the ground, far to near; most of it is far, as in perspective."""
+        """Draw everything that stands on the ground, far to near. Most objects are far, as in perspective."""
         rng, style = self.rng, self.style
         makers = (
             [self.tree] * rng.integers(*style.trees)
@@ -234,15 +229,15 @@ class _Scene:
         self.put(box, mast | sign, colour * (np.float32(1.15) - np.float32(0.3) * (x > 0))[..., None], POLE, depth)
 
     def scale(self, depth: float) -> float:
-        """The size of things at `depth`, which a higher camera sees farther away."""
+        """Return the size of things at `depth`, which a higher camera sees farther away."""
         return depth * (CAMERA_HEIGHT / self.style.camera_height)
 
     def one_of(self, colours: tuple[Colour, ...], size: int | None = None) -> Floats:
-        """One of some colours, or `size` of them, float32."""
+        """Return one of some colours, or `size` of them, float32."""
         return np.asarray(np.array(colours, np.float32)[self.rng.integers(len(colours), size=size)])
 
     def grain(self, size: tuple[int, int], strength: float) -> Floats:
-        """Pixel noise, which repeats where the style has a tile."""
+        """Return pixel noise, which repeats where the style has a tile."""
         side = self.style.tile
         if not side:
             return _grain(self.rng, size, strength)
@@ -250,14 +245,14 @@ class _Scene:
         return np.tile(tile, (size[0] // side + 1, size[1] // side + 1))[: size[0], : size[1]]
 
     def beside(self, depth: float, low: float, high: float) -> float:
-        """A place left or right of the road's edge, in road half-widths beyond it."""
+        """Return a place left or right of the road's edge, in road half-widths beyond it."""
         edge = self.road_reach(depth) * (1 + self.rng.uniform(low, high))
         return float(self.road_centre(depth) + (edge if self.rng.random() < 0.5 else -edge))
 
     def stand(
         self, depth: float, tall: float, wide: float, centre: float
     ) -> tuple[Floats, Floats, tuple[slice, slice]]:
-        """The box of a thing whose foot is at `depth`, cut to the image, and coordinates in it.
+        """Return the box of an object with its foot at `depth`, cut to the image, and coordinates in it.
 
         Returns: y from 0 (top) to 1 (foot) as (h, 1), x from -0.5 to 0.5 as (1, w), and the box.
         """
@@ -275,7 +270,7 @@ class _Scene:
         self.metres[box] = np.where(mask, self.metres_at(depth), self.metres[box])
 
     def photograph(self) -> Pixels:
-        """Light of the day, haze towards the horizon, a soft lens, sensor noise."""
+        """Return light of the day, haze towards the horizon, a soft lens, sensor noise."""
         rng, rgb, style = self.rng, self.rgb, self.style
         light = np.float32(rng.uniform(*style.light)) * rng.uniform(*style.tint, 3).astype(np.float32)
         light = light * (np.float32(0.75) + np.float32(0.5) * _noise(rng, self.height, self.width, 2, 3)[..., None])
@@ -288,7 +283,7 @@ class _Scene:
         return np.clip(rgb + noise + np.float32(0.5), 0, 255).astype(np.uint8)
 
     def annotate(self) -> Pixels:
-        """The ids, with void along some of the borders, where an annotator would not decide."""
+        """Return the ids, with void along some borders, where an annotator would be unsure."""
         border = np.zeros(self.ids.shape, bool)
         border[:, 1:] |= self.ids[:, 1:] != self.ids[:, :-1]
         border[1:] |= self.ids[1:] != self.ids[:-1]
@@ -308,12 +303,12 @@ def _noise(rng: np.random.Generator, height: int, width: int, ny: int, nx: int) 
 
 
 def _grain(rng: np.random.Generator, size: tuple[int, int], strength: float) -> Floats:
-    """Pixel noise: uniform in 1 +- strength."""
+    """Return pixel noise: uniform in 1 +- strength."""
     return np.float32(1 - strength) + rng.random(size, np.float32) * np.float32(2 * strength)
 
 
 def _saturated(rgb: Floats, saturation: float) -> Floats:
-    """Colours moved away from their grey, or towards it; 1 leaves them, to the bit."""
+    """Return colours moved away from their grey, or towards it. 1 leaves them exactly unchanged."""
     if saturation == 1:
         return rgb
     grey = rgb.mean(2, keepdims=True)
@@ -321,13 +316,13 @@ def _saturated(rgb: Floats, saturation: float) -> Floats:
 
 
 def _vignette(height: int, width: int, shade: float) -> Floats:
-    """The light that a lens lets through, (height, width, 1): 1 in the middle, less by `shade` in the corners."""
+    """Return the light through a lens, (height, width, 1): 1 in the middle, less by `shade` in the corners."""
     y, x = (((np.arange(n, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / n) - 1) ** 2 for n in (height, width))
     return np.asarray(1 - np.float32(shade / 2) * (y[:, None] + x[None, :]))[..., None]
 
 
 def _softened(rgb: Floats) -> Floats:
-    """Each channel smoothed by [1, 2, 1] / 4 along both axes; the border stays."""
+    """Smooth each channel by [1, 2, 1] / 4 along both axes, except the border."""
     soft = rgb.copy()
     soft[:, 1:-1] = (rgb[:, :-2] + 2 * rgb[:, 1:-1] + rgb[:, 2:]) / 4
     soft[1:-1] = (soft[:-2] + 2 * soft[1:-1] + soft[2:]) / 4

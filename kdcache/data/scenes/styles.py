@@ -1,9 +1,9 @@
-"""The styles of procedural scenes: what a street is made of, who is in it, and by what it is seen.
+"""The styles of procedural scenes: materials, objects and camera.
 
-`default` is the scenes' own. `game` and `camera` are two domains for adaptation from one to the other, as from rendered
-frames to photographs: other textures, light, noise, camera heights and class frequencies, but the same classes. The
-tiles of `game` repeat, its colours are saturated, its pictures sharp and clean, and many cars are seen from low down;
-`camera` is dim, dull, soft, noisy and darker to the edges, with people and poles seen from higher up.
+`default` is the scenes' own style. `game` and `camera` are two domains for adaptation, as from rendered frames to
+photographs: other textures, light, noise, camera heights and class frequencies, but the same classes. `game` has
+repeated tiles, saturated colours, sharp and clean pictures, and many cars seen from low down. `camera` is dim, dull,
+soft, noisy and darker at the edges, with people and poles seen from higher up.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Style:
-    """The numbers of a street's drawing; ranges are uniform.
+    """The numbers of a street's drawing. Ranges are uniform.
 
     Attributes:
         facades, greens, clothes: base colours.
         sky: how blue it is, from overcast (0) to clear (1).
         windows: their pitch in pixels, half-open.
-        grass, road: brightness, and that of asphalt, 0 to 255.
-        tile: side in pixels of the ground's and the leaves' repeated texture; 0 repeats none.
-        trees, vehicles, people, poles: how many of them, half-open.
+        grass, road: brightness of grass and asphalt, 0 to 255.
+        tile: side in pixels of the repeated texture of ground and leaves. 0 does not repeat.
+        trees, vehicles, people, poles: their numbers, half-open.
         built: the part of the skyline that is built up.
         horizon: its place, as a part of the height. road_half: the road's half-width at the lower edge, of the width.
         camera_height: metres above the ground.
-        light, tint: brightness of the day, and that of each channel. saturation: 1 leaves it.
-        shade: the part of the light that is lost in the corners. blurs: how often the lens softens. noise: the
-            sensor's standard deviation, of 255.
+        light, tint: brightness of the day, and of each channel. saturation: 1 leaves it.
+        shade: the part of the light that is lost in the corners. blurs: how often the lens softens. noise: the sensor's
+            standard deviation, of 255.
     """
 
     facades: tuple[Colour, ...] = (

@@ -1,4 +1,4 @@
-"""What an augmentation that is not kdcache's shows of an image: its window, and whether that is mirrored.
+"""The window of an image that a foreign augmentation shows, and whether it is mirrored.
 
 traced.py         `traced`: a transform of torchvision v2 or albumentations that also returns window and flip
 footprint.py      a window and a flip, moved by crops, resizes and flips

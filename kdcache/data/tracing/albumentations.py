@@ -1,4 +1,4 @@
-"""Footprints from the parameters that `albumentations.Compose(save_applied_params=True)` keeps of what it applied."""
+"""Footprints from the applied parameters that `albumentations.Compose(save_applied_params=True)` records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _IN_PLACE = (
 
 
 class TracedCompose:
-    """A composition whose result has `window` and `flip`, too. Picklable where the composition is.
+    """A composition whose result also has `window` and `flip`. Picklable if the composition is.
 
-    Raises: DataError for a transform that is no composition, or holds one after which pixels show no window.
+    Raises: DataError for another kind of transform, or a part after which pixels do not show a window.
     """
 
     def __init__(self, transform: Any) -> None:
@@ -38,6 +38,7 @@ class TracedCompose:
         self.transform.save_applied_params = True
 
     def __call__(self, *unnamed: Any, **named: Any) -> dict[str, Any]:
+        """Apply the composition to image=..., and add `window` and `flip` to its result. Raises: DataError."""
         image = named.get("image")
         if unnamed or image is None or getattr(image, "ndim", 0) not in (2, 3):
             raise DataError(
@@ -59,14 +60,14 @@ class TracedCompose:
 
 
 def _may_show_window(part: Any) -> bool:
-    """Whether `_moved` knows a transform, or is to see what it does: crops name their windows as they are applied."""
+    """Return whether `_moved` knows a transform, or can follow it: crops report their windows when applied."""
     known = type(part).__name__ in ("HorizontalFlip", "PadIfNeeded", "Pad", *_RESIZES, *_IN_PLACE)
     crops = any(kind.__module__ == A.RandomCrop.__module__ for kind in type(part).__mro__)
     return known or crops or isinstance(part, (A.BaseCompose, A.ImageOnlyTransform))
 
 
 def _moved(shown: Footprint, name: str, kind: Any, params: Mapping[str, Any], size: tuple[int, int]) -> Footprint:
-    """The footprint after a transform that made (H, W) pixels. Raises: DataError for one that moves otherwise."""
+    """Return the footprint after a transform that made (H, W) pixels. Raises: DataError for other movements."""
     if name == "HorizontalFlip":
         return shown.mirror()
     if "crop_coords" in params:
@@ -92,7 +93,7 @@ def _padded(shown: Footprint, params: Mapping[str, Any]) -> Footprint:
 
 
 def _parts(compose: Any) -> Iterator[Any]:
-    """The transforms of a composition, at any depth."""
+    """Yield the transforms of a composition, at any depth."""
     for part in compose.transforms:
         yield part
         if isinstance(part, A.BaseCompose):
@@ -100,6 +101,6 @@ def _parts(compose: Any) -> Iterator[Any]:
 
 
 def _size(image: Any) -> tuple[int, int]:
-    """(H, W) of an array (H, W, C), or of the tensor (C, H, W) that ToTensorV2 makes."""
+    """Return (H, W) of an array (H, W, C), or of the tensor (C, H, W) that ToTensorV2 makes."""
     shape = image.shape if not hasattr(image, "is_floating_point") else image.shape[-2:]
     return int(shape[0]), int(shape[1])

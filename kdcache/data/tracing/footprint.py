@@ -1,4 +1,4 @@
-"""The part of an image that pixels show, as crops, resizes and flips change it."""
+"""The part of an image that pixels show, updated by crops, resizes and flips."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Edges = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the pixels of a transformed image show of the image that it was.
+    """The part of the original image that a transformed image shows.
 
     Attributes:
-        window: edges (y0, x0, y1, x1) in pixels of the first image; beyond them lies padding.
-        flip: whether the window is shown mirrored, left and right.
-        size: (H, W) of the pixels now.
+        window: edges (y0, x0, y1, x1) in pixels of the original image. Padding lies beyond them.
+        flip: whether the window is mirrored left to right.
+        size: (H, W) of the current pixels.
     """
 
     window: Edges
@@ -28,16 +28,16 @@ class Footprint:
 
     @classmethod
     def whole(cls, size: tuple[int, int]) -> Footprint:
-        """The footprint of an untransformed image of (H, W)."""
+        """Return the footprint of an untransformed image of (H, W)."""
         return cls((0.0, 0.0, float(size[0]), float(size[1])), False, size)
 
     @property
     def array(self) -> npt.NDArray[np.float64]:
-        """The window as an array (4,), of which a loader makes (B, 4)."""
+        """The window as an array (4,), which a loader collates to (B, 4)."""
         return np.array(self.window)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Footprint:
-        """The footprint of a crop, in pixels as they are now; one that reaches beyond them pads."""
+        """Return the footprint of a crop, in current pixels. A crop beyond them pads."""
         y0, x0, y1, x1 = self.window
         rows, columns = self.size
         if self.flip:
@@ -47,20 +47,20 @@ class Footprint:
         return Footprint(window, self.flip, (height, width))
 
     def pad(self, left: int, top: int, right: int, bottom: int) -> Footprint:
-        """The footprint with a margin around the pixels."""
+        """Return the footprint with a margin around the pixels."""
         return self.crop(-top, -left, self.size[0] + top + bottom, self.size[1] + left + right)
 
     def resize(self, size: tuple[int, int]) -> Footprint:
-        """The footprint of the pixels at another size (H, W)."""
+        """Return the footprint of the pixels at another size (H, W)."""
         return replace(self, size=size)
 
     def mirror(self) -> Footprint:
-        """The footprint of the mirrored pixels."""
+        """Return the footprint of the mirrored pixels."""
         return replace(self, flip=not self.flip)
 
 
 def no_window(transform: str) -> DataError:
-    """The error for a transform after which pixels show no window of their image."""
+    """Return the error for a transform after which pixels do not show a window of their image."""
     return DataError(
         f"Cannot trace {transform}: it moves pixels in other ways than crops, resizes, padding and horizontal flips",
         fix="Leave it out of what is traced. Changes of colour may stay.",

@@ -1,4 +1,4 @@
-"""Footprints that torchvision's v2 transforms move with the image: a kind of tensor with kernels of its own.
+"""Footprints that torchvision's v2 transforms move with the image: a kind of tensor with its own kernels.
 
 https://docs.pytorch.org/vision/stable/auto_examples/transforms/plot_custom_tv_tensors.html
 """
@@ -24,20 +24,21 @@ class FootprintTensor(tv_tensors.TVTensor):  # type: ignore[misc]
 
     @classmethod
     def of(cls, footprint: Footprint) -> FootprintTensor:
+        """Return a footprint as a tensor."""
         numbers = [*footprint.window, float(footprint.flip), *map(float, footprint.size)]
         return torch.tensor(numbers, dtype=torch.float64).as_subclass(cls)
 
 
 def footprint_of(tensor: torch.Tensor) -> Footprint:
-    """The footprint that a tensor stands for."""
+    """Return a tensor as a footprint."""
     y0, x0, y1, x1, flip, height, width = tensor.as_subclass(torch.Tensor).tolist()
     return Footprint((y0, x0, y1, x1), bool(flip), (int(height), int(width)))
 
 
 class TracedTransform:
-    """A v2 transform whose results are followed by the window and the flip. Picklable where the transform is.
+    """A v2 transform whose results are followed by the window and the flip. Picklable if the transform is.
 
-    Raises: DataError for one that makes plain tensors before its last step.
+    Raises: DataError for a transform that makes plain tensors before its last step.
     """
 
     def __init__(self, transform: v2.Transform) -> None:
@@ -47,6 +48,7 @@ class TracedTransform:
             raise DataError("Cannot trace ToPureTensor before other transforms", fix="Put it last.")
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Apply the transform, and append window and flip to its results. Raises: DataError."""
         height, width = _size_of(inputs)
         *results, footprint = self.transform(*inputs, FootprintTensor.of(Footprint.whole((height, width))))
         shown = footprint_of(footprint)
@@ -59,7 +61,7 @@ class TracedTransform:
 
 
 def _size_of(inputs: Any) -> tuple[int, int]:
-    """(H, W) of the first image of a transform's inputs. Raises: DataError without one."""
+    """Return (H, W) of the first image of a transform's inputs. Raises: DataError without one."""
     leaves = torch.utils._pytree.tree_leaves(list(inputs))
     for leaf in leaves:
         if not isinstance(leaf, FootprintTensor) and (isinstance(leaf, torch.Tensor) or hasattr(leaf, "getbands")):
@@ -72,7 +74,7 @@ def _size_of(inputs: Any) -> tuple[int, int]:
 
 
 def _composes(transform: Any) -> Iterator[Any]:
-    """A transform and those inside it that have others in a list."""
+    """Yield a transform and those inside it that have others in a list."""
     if hasattr(transform, "transforms"):
         yield transform
         for part in transform.transforms:
@@ -93,7 +95,7 @@ def _moves(functional: Any) -> Callable[[Callable[..., Footprint]], Callable[...
 
 
 def _resized(footprint: Footprint, size: Any, **named: Any) -> Footprint:
-    """The footprint after a resize, whose size torchvision itself finds."""
+    """Return the footprint after a resize. Torchvision computes the size."""
     image = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *footprint.size)
     _, height, width = F.resize(image, size, F.InterpolationMode.NEAREST, named.get("max_size")).shape
     return footprint.resize((height, width))

@@ -1,4 +1,4 @@
-"""A transform of somebody's own, and beside its results the window and the flip that targets are moved by."""
+"""Wrap a user's transform to return also the window and the flip, which move targets."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from kdcache.errors import DataError
 
 
 def traced(transform: Any) -> Callable[..., Any]:
-    """A transform that also returns what its pixels show, for `Cache.targets_for`.
+    """Wrap a transform to also return what its pixels show, for `Cache.targets_for`.
 
         augment = kdcache.traced(v2.Compose([v2.RandomResizedCrop((288, 384)), v2.RandomHorizontalFlip()]))
         image, mask, window, flip = augment(image, mask)
 
         augment = kdcache.traced(A.Compose([A.RandomResizedCrop((288, 384)), A.HorizontalFlip()]))
-        result = augment(image=image, mask=mask)                   # has "window" and "flip", too
+        result = augment(image=image, mask=mask)                   # also has "window" and "flip"
 
-    The random numbers are those of the transform itself. Changes of colour pass; a rotation is refused.
+    The random numbers are the transform's own. Changes of colour are allowed, but a rotation is an error.
 
     Args:
         transform: a `torchvision.transforms.v2` transform, or `albumentations.Compose`.
     Returns: a function that takes what the transform takes. The window is an array (y0, x0, y1, x1) in pixels of the
-        image that it was given, the flip a bool; torchvision's come behind the other results, albumentations' by name.
+        given image, the flip a bool. Torchvision's follow the other results, albumentations' are in the result by name.
     Raises: DataError for another transform. The function raises it for one that moves pixels otherwise.
     """
     homes = [kind.__module__ for kind in type(transform).__mro__]

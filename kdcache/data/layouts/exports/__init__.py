@@ -1,6 +1,6 @@
 """Exports of labelling tools and shared masks, which `data convert` reads. Other verbs name that command.
 
-base.py           what the exports share: splits, classes, images, refusing
+base.py           what the exports share: splits, classes, images, errors
 shapes.py         labels that are drawn from shapes
 coco.py           COCO's annotations of objects
 kaggle.py         images with masks, as on Kaggle and of Roboflow

@@ -1,7 +1,7 @@
-"""What the exports of labelling tools share: from a tool's images and shapes to the samples of a split.
+"""The common part of labelling tools' exports: from a tool's images and shapes to the samples of a split.
 
-Splits are folders or subsets called train, val, valid, validation or test; what is in none of them is `train`. Classes
-are the background and the tool's, in the tool's order, else by name. A `classes.txt` in the export picks and orders
+Splits are folders or subsets called train, val, valid, validation or test. Everything else is `train`. Classes are the
+background and the tool's classes, in the tool's order, else by name. A `classes.txt` in the export selects and orders
 them: names that it does not list are void, and so are unlabelled pixels if it lists no background.
 """
 
@@ -50,24 +50,27 @@ class Export(Layout):
 
     @abstractmethod
     def found(self, root: Path) -> str:
-        """The file below the root that makes a folder this export; empty for another folder."""
+        """Return the file below the root that identifies this export, or ''."""
 
     @abstractmethod
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """The images of every split. Raises: DataError for a file that cannot be read."""
+        """Return the images of every split. Raises: DataError for a file that cannot be read."""
 
     def names(self, root: Path) -> list[str]:
-        """Names of the classes in the tool's order; by default those of the shapes, sorted."""
+        """Return the names of the classes in the tool's order. Default: the shapes' classes, sorted."""
         items = (item for split in self.items(root).values() for item in split)
         return sorted({shape.label for item in items for shape in item.shapes or ()})
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has a file of this export."""
         return bool(self.found(root))
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits of the export's images, sorted."""
         return sorted(self.items(root))
 
     def why(self, root: Path) -> str:
+        """Return the file that identifies the export, the source of its classes, and the rule for overlaps."""
         classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else f"{BACKGROUND} and its classes"
         return f"{self.found(root)}; {classes}; {self.overlap}"
 
@@ -79,10 +82,11 @@ class Export(Layout):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
-        """Return what draws the labels of a split; see `ShapeLabels`."""
+        """Return the object that draws the labels of a split. See `ShapeLabels`."""
         return ShapeLabels(items, images, class_of, background)
 
     def lists_classes(self, root: Path) -> bool:
+        """Return whether the root has a `classes.txt`."""
         return (root / CLASSES_FILE).is_file()
 
     def _classes(self, root: Path) -> ClassList:
@@ -122,7 +126,7 @@ class Export(Layout):
 
 
 def sample_id(path: str, split: str) -> str:
-    """The id of an image: its path without the folders of images and of the split, and without its suffix."""
+    """Return the id of an image: its path without the folders of images and of the split, and without its suffix."""
     parts = PurePosixPath(path).parts
     while len(parts) > 1 and parts[0].lower() in (*IMAGES, *SPLITS, split.lower()):
         parts = parts[1:]
@@ -135,7 +139,7 @@ def stem_of(path: str) -> str:
 
 
 def split_of(path: str) -> str:
-    """The split of a file by its first folders: images/train/a.json and train/a.json are of `train`."""
+    """Return the split of a file by its first folders: images/train/a.json and train/a.json are in `train`."""
     return next((part.lower() for part in PurePosixPath(path).parts[:-1] if part.lower() in SPLITS), WHOLE)
 
 
@@ -147,14 +151,14 @@ def files_of(root: Path, suffix: str, depth: int = 2) -> Iterator[Path]:
 
 
 def is_part(path: Path, root: Path) -> bool:
-    """Return True if a file belongs to an export that begins in a folder, not to one that begins deeper."""
+    """Return True if a file belongs to an export with this root, not to one with a deeper root."""
     strange = [name for name in path.relative_to(root).parts[:-1] if name.lower() not in PARTS]
     images_above = holds_pictures(root) or any(name.lower() in IMAGES for name in folders_in(root))
     return not strange or (len(strange) == 1 and images_above)
 
 
 def head_of(path: Path) -> str:
-    """The first 64 KiB of a text file, without what precedes its text; empty if it cannot be read."""
+    """Return the first 64 KiB of a text file, without a byte-order mark, or '' if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(1 << 16).decode("utf-8-sig", "replace").lstrip()
@@ -163,7 +167,7 @@ def head_of(path: Path) -> str:
 
 
 def head_has(path: Path, begin: str, *keys: str) -> bool:
-    """Return True if a JSON file begins with a bracket, and its head has all the keys."""
+    """Return True if a JSON file begins with this bracket, and its head has all the keys."""
     head = head_of(path)
     return head.startswith(begin) and all(re.search(rf'"{key}"\s*:', head) for key in keys)
 
@@ -179,7 +183,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises: DataError for a file that is none."""
+    """Read a JSON file. Raises: DataError for another kind of file."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -187,7 +191,7 @@ def read_json(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: Exception | str) -> DataError:
-    """The error for a file of annotations that is not what its tool writes."""
+    """Return the error for an annotation file that its tool would not write."""
     kind = "" if isinstance(error, str) else f"{type(error).__name__} "
     return DataError(
         f"Cannot read the annotations in {path}: {kind}{str(error)[:160]}", fix="Export again, or remove the file."

@@ -3,13 +3,13 @@
     annotations/instances_train2017.json    images in train2017/ or images/train2017/; the split is `train`
     annotations/SPLIT.json                  images in SPLIT/, images/SPLIT/ or images/
     annotations/instances_default.json      images in images/ or images/default/; the split is `train` (CVAT)
-    SPLIT/_annotations.coco.json            images beside it (Roboflow)
+    SPLIT/_annotations.coco.json            images next to it (Roboflow)
     result.json, SPLIT/result.json          or any other name, with images in images/ (Label Studio); else `train`
 
-Classes are the background and the file's categories in the order of their ids; a category called background takes its
-place. Every pixel has one class, so objects that overlap need a rule: **the smaller one lies on top**, by its area in
-pixels; of equal ones the later in the file. Crowds (`iscrowd`) lie below all others, whatever their size. pycocotools
-(extra `coco`) draws polygons.
+Classes are the background and the file's categories in the order of their ids. A category called background replaces
+the background. Every pixel has one class, so overlapping objects need a rule: **the smaller one lies on top**, by its
+area in pixels. Of equal ones, the later in the file is on top. Crowds (`iscrowd`) lie below all others, whatever their
+size. pycocotools (extra `coco`) draws polygons.
 
 Source: https://cocodataset.org/#format-data
 """
@@ -52,16 +52,19 @@ class Coco(Export):
     overlap: ClassVar[str] = "of objects that overlap the smaller one counts"
 
     def found(self, root: Path) -> str:
+        """Return the names of up to four annotation files."""
         return ", ".join(file.relative_to(root).as_posix() for file in list(_files(root).values())[:4])
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits with an annotation file, sorted."""
         return sorted(_files(root))
 
     def names(self, root: Path) -> list[str]:
+        """Return the categories in the order of their ids."""
         return list(_categories_of(root).values())
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """See `Export.items`. Raises: DataError for a file that is none, or splits of other categories."""
+        """Return the images of every split. Raises: DataError for an invalid file, or splits of other categories."""
         categories, items = _categories_of(root), {}
         for split, file in _files(root).items():
             content = _read(file)
@@ -98,12 +101,13 @@ class Coco(Export):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
+        """Return labels that are drawn from the objects' categories."""
         return ObjectLabels(items, images, class_of, background, _categories_of(root))
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectLabels(ShapeLabels):
-    """Labels in which the smaller object lies on top, and crowds below all.
+    """Labels drawn from objects: a smaller object lies on top, and crowds lie below all others.
 
     Attributes:
         categories: names by id.
@@ -112,7 +116,7 @@ class ObjectLabels(ShapeLabels):
     categories: Mapping[int, str]
 
     def shapes(self, sample: str) -> Sequence[Shape]:
-        """Return the objects of a sample in the order in which they are drawn, as run lengths down the columns."""
+        """Return the objects of a sample in drawing order, as run lengths down the columns."""
         item, runs = self.items[sample], []
         assert item.size is not None
         for order, shape in enumerate(item.shapes or ()):
@@ -122,7 +126,7 @@ class ObjectLabels(ShapeLabels):
         return [shape for *_, shape in sorted(runs, key=lambda entry: entry[:3])]
 
     def digest(self, sample: str) -> str:
-        """SHA-256 of a sample's size, annotations and classes, as hex."""
+        """Return the SHA-256 of a sample's size, annotations and classes, as hex."""
         item = self.items[sample]
         class_of = {number: self.class_of.get(name, IGNORE_INDEX) for number, name in self.categories.items()}
         content = [item.size, [shape.data for shape in item.shapes or ()], sorted(class_of.items()), self.background]
@@ -130,7 +134,7 @@ class ObjectLabels(ShapeLabels):
 
 
 def _files(root: Path) -> dict[str, Path]:
-    """The file of annotations of every split; of COCO's own those of objects."""
+    """Return the annotation file of every split. COCO's files of objects have priority."""
     files: dict[str, Path] = {}
     folder = root / ANNOTATIONS
     listed = sorted(path for path in folder.glob("*.json") if not path.name.startswith((*_OTHERS, ".")))
@@ -150,7 +154,7 @@ def _files(root: Path) -> dict[str, Path]:
 
 
 def _anywhere(root: Path) -> dict[str, Path]:
-    """Files of annotations of any name: in folders of splits, else in the root, where one alone is `train`."""
+    """Return annotation files of any name: in split folders, or a single one in the root as `train`."""
     folders = [name for name in folders_in(root) if name in SPLITS]
     listed = [(name, path) for name in folders for path in files_of(root / name, ".json", 0) if _is_coco(path)]
     if not listed:
@@ -167,13 +171,13 @@ def _is_coco(path: Path) -> bool:
 
 
 def _first(root: Path) -> Path:
-    """The file whose categories count: that of train, else the first."""
+    """Return the file whose categories count: train's, else the first."""
     files = _files(root)
     return files.get("train", next(iter(files.values())))
 
 
 def _image_place(root: Path, split: str, file: Path) -> str:
-    """The folder of a split's images below the root."""
+    """Return the folder of a split's images below the root."""
     if file.name == ROBOFLOW or (file.parent != root and file.parent.name != ANNOTATIONS):
         return file.parent.name
     name = file.stem.removeprefix(_OF_OBJECTS)
@@ -189,7 +193,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _read_version(file: Path, changed: int) -> dict[str, Any]:
-    """The content of a file of annotations, read once. Raises: DataError for another kind of file."""
+    """Return the content of a file of annotations, read once. Raises: DataError for another kind of file."""
     content = read_json(file)
     try:
         images = {i["id"]: (str(i["file_name"]), int(i["height"]), int(i["width"])) for i in content["images"]}
@@ -211,7 +215,7 @@ def _categories_of(root: Path) -> dict[int, str]:
 
 
 def _categories(content: dict[str, Any]) -> dict[int, str]:
-    """Names by category id, in the order of the ids; without one that stands for the whole (Roboflow's number 0)."""
+    """Return names by category id in order, without Roboflow's category 0 for the whole."""
     used = {one.get("category_id") for one in content.get(ANNOTATIONS, [])}
     listed = sorted(((int(c["id"]), c) for c in content["categories"]), key=lambda pair: pair[0])
     parents = {str(category.get("supercategory")) for _, category in listed}
@@ -228,7 +232,7 @@ def _shown(categories: dict[int, str]) -> str:
 
 
 def load_pycocotools() -> Any:
-    """The module `pycocotools.mask`. Raises: DataError where it is not installed."""
+    """Return the module `pycocotools.mask`. Raises: DataError if it is not installed."""
     try:
         from pycocotools import mask
     except ImportError as error:
@@ -240,7 +244,7 @@ def load_pycocotools() -> Any:
 
 
 def _runs(shape: Shape, size: tuple[int, int], where: str) -> list[int]:
-    """The run lengths of an object, pixels outside and inside in turn, down the columns. Raises: DataError."""
+    """Return the run lengths of an object, pixels outside and inside in turn, down the columns. Raises: DataError."""
     height, width = size
     outline = shape.data.get("segmentation")
     if not shape.label:
@@ -272,10 +276,10 @@ def _is_polygon(polygon: Any) -> bool:
 
 
 def decompressed(counts: str) -> list[int]:
-    """The run lengths of COCO's compressed text; [-1] for text that is none.
+    """Return the run lengths of COCO's compressed text, or [-1] for invalid text.
 
-    Five bits a character, from 48 on, the sixth says that more follow; from the fourth on, a number is the difference
-    to the one two before. Source: rleFrString of the COCO API.
+    Each character, from 48 on, has five bits and a sixth for continuation. From the fourth number on, a number is the
+    difference to the one two before. Source: rleFrString of the COCO API.
     """
     runs, value, shift = list[int](), 0, 0
     for character in counts:

@@ -50,13 +50,16 @@ class Cvat(Export):
     looks_for: ClassVar[str] = "annotations.xml of CVAT for images 1.1"
 
     def found(self, root: Path) -> str:
+        """Return the XML file with annotations, or ''."""
         files = [path for path in files_of(root, ".xml", 0) if "<annotations>" in head_of(path)]
         return files[0].name if files else ""
 
     def names(self, root: Path) -> list[str]:
+        """Return the labels of the XML in its order, else the shapes' classes."""
         return self._read(root)[0] or super().names(root)
 
     def items(self, root: Path) -> dict[str, list[Item]]:
+        """Return the images of every subset."""
         return self._read(root)[1]
 
     def _read(self, root: Path) -> tuple[list[str], dict[str, list[Item]]]:
@@ -74,15 +77,19 @@ class CvatMasks(Layout):
     restore: ClassVar[str] = "Export with images, or put them into JPEGImages/"
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has labelmap.txt and masks, and no `classes.txt`."""
         return (root / LABELMAP).is_file() and (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
 
     def splits(self, root: Path) -> list[str]:
+        """Return the lists' names, or `train` without lists."""
         return sorted(_split(name) for name in lists_in(root / LISTS)) or [WHOLE]
 
     def why(self, root: Path) -> str:
+        """Return that labelmap.txt identifies the folder and has its classes."""
         return f"{LABELMAP} next to {LABELS}/; its classes"
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
+        """Return the colours of labelmap.txt."""
         colours = [colour for _, colour in _labelmap(root)]
         return colour_codes(colours, [], str(root / LABELMAP))
 
@@ -130,7 +137,7 @@ def _split(subset: str) -> str:
 
 
 def _labelmap(root: Path) -> list[tuple[str, Colour | None]]:
-    """Names and colours of labelmap.txt, in the order of its lines. Raises: DataError for a line of another kind."""
+    """Read names and colours of labelmap.txt in order. Raises: DataError for another kind of line."""
     rows: list[tuple[str, Colour | None]] = []
     path = root / LABELMAP
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -148,7 +155,7 @@ def _labelmap(root: Path) -> list[tuple[str, Colour | None]]:
 
 
 def _shape(one: Element) -> Shape:
-    """A shape of the XML; what cannot be read, or has no area, fails when the label is drawn."""
+    """Return a shape of the XML. An unreadable or empty shape fails later, when the label is drawn."""
     get = one.attrib
     label = get.get("label", "")
     try:
@@ -176,7 +183,7 @@ def _shape(one: Element) -> Shape:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, changed: int) -> tuple[list[str], dict[str, list[Item]]]:
-    """The classes and the images of CVAT's XML, read once. Raises: DataError for another kind of file."""
+    """Return the classes and the images of CVAT's XML, read once. Raises: DataError for another kind of file."""
     tree = _parse(path)
     items: dict[str, list[Item]] = defaultdict(list)
     try:
@@ -195,7 +202,7 @@ def _read(path: Path, changed: int) -> tuple[list[str], dict[str, list[Item]]]:
 
 
 def _parse(path: Path) -> Element:
-    """The tree of an XML file. Raises: DataError, also for a document type, whose entities can grow."""
+    """Parse an XML file. Raises: DataError, also for a document type, whose entities can grow."""
 
     def refuse(*_: Any) -> None:
         raise ValueError("a document type (DTD), which CVAT does not write")

@@ -1,4 +1,4 @@
-"""The folders that data sets are shared in on Kaggle and the like.
+"""The common folder structures of data sets on Kaggle and similar sites.
 
     SPLIT/images/**.jpg     SPLIT/masks/**.png          SPLIT is train, val or valid, test
     images/SPLIT/**.jpg     masks/SPLIT/**.png
@@ -6,9 +6,9 @@
     SPLIT/**.png            SPLIT_labels/**.png         or SPLIT_masks/
     SPLIT/a_sat.jpg         SPLIT/a_mask.png            pairs in one folder; of Roboflow with SPLIT/_classes.csv
 
-Masks may end with `_mask`, `_L` and the like (pairs.py). Classes are those of `classes.txt`, else of `class_dict.csv`,
-whose columns are name, r, g, b, else of Roboflow's `_classes.csv`, whose columns are Pixel Value and Class. In these
-tables a name such as void or unlabeled is no class.
+Masks may end with `_mask`, `_L` and the like (pairs.py). Classes come from `classes.txt`, else from `class_dict.csv`
+(columns name, r, g, b), else from Roboflow's `_classes.csv` (columns Pixel Value and Class). In these tables a name
+such as void or unlabeled is not a class.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ class Kaggle(Layout):
     pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has images with masks in one of these structures."""
         return bool(self._places(root))
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits by folder, else by list, else `train`."""
         places = self._places(root)
         return (lists_in(root, SPLITS) or [WHOLE]) if list(places) == [""] else sorted(places)
 
     def why(self, root: Path) -> str:
+        """Return the folders of images and masks, the lists that divide them, and the file of classes."""
         places, splits = self._places(root), self.splits(root)
         seen = [f"{image}/ with {mask}/" if image != mask else f"pairs in {image}/" for image, mask in places.values()]
         lists = ", divided by " + ", ".join(f"{name}.txt" for name in lists_in(root, SPLITS)) if "" in places else ""
@@ -67,6 +70,7 @@ class Kaggle(Layout):
         )
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
+        """Return the colours of class_dict.csv or `classes.txt`."""
         if self._file(root) != CLASS_TABLE:
             return super().colour_codes(root)
         rows = _read_table(root / CLASS_TABLE)
@@ -91,7 +95,7 @@ class Kaggle(Layout):
         return keep_listed(scan, root, f"{split}.txt") if lists_in(root, SPLITS) else scan
 
     def _file(self, root: Path) -> str:
-        """The file that has the classes, below the root."""
+        """Return the file that has the classes, below the root."""
         if (root / CLASSES_FILE).is_file() or (root / CLASS_TABLE).is_file():
             return CLASSES_FILE if (root / CLASSES_FILE).is_file() else CLASS_TABLE
         return next(iter(self._roboflow_tables(root)), CLASSES_FILE)
@@ -101,7 +105,7 @@ class Kaggle(Layout):
         return [file for file in files if (root / file).is_file()]
 
     def _roboflow(self, root: Path) -> dict[int, str]:
-        """Names by the numbers in the masks. Raises: DataError for tables of other columns, or that differ."""
+        """Return names by the numbers in the masks. Raises: DataError for tables of other columns, or that differ."""
         tables = {file: _read_roboflow(root / file) for file in self._roboflow_tables(root)}
         first, *others = tables
         if odd := next((file for file in others if tables[file] != tables[first]), None):
@@ -124,7 +128,7 @@ class Kaggle(Layout):
         )
 
     def _places(self, root: Path) -> Places:
-        """The folders of every split; of images that folders do not divide, those of the split ""."""
+        """Return the folders of every split, or of the split "" if folders do not divide the images."""
         splits = [name for name in folders_in(root) if name in SPLITS]
         for make in (_split_first, _split_last, _beside, _together):
             if places := make(root, splits):
@@ -133,7 +137,7 @@ class Kaggle(Layout):
 
 
 def _split_first(root: Path, splits: list[str]) -> Places:
-    """SPLIT/images and SPLIT/masks."""
+    """Return SPLIT/images and SPLIT/masks."""
     places = {}
     for split in splits:
         names = folders_in(root / split)
@@ -144,7 +148,7 @@ def _split_first(root: Path, splits: list[str]) -> Places:
 
 
 def _split_last(root: Path, splits: list[str]) -> Places:
-    """images/SPLIT and masks/SPLIT, or images and masks; `labels` is the folder layout's, or another one's."""
+    """Return images/SPLIT and masks/SPLIT, or images and masks. `labels` belongs to other layouts."""
     names = folders_in(root)
     images, masks = _first(IMAGES, names), _first(MASKS[:2], names)
     if not images or not masks or "labels" in names:
@@ -156,7 +160,7 @@ def _split_last(root: Path, splits: list[str]) -> Places:
 
 
 def _beside(root: Path, splits: list[str]) -> Places:
-    """SPLIT and SPLIT_labels."""
+    """Return SPLIT and SPLIT_labels."""
     names = folders_in(root)
     ends = ("_labels", "_masks", "_annotations")
     places = {split: next((f"{split}{end}" for end in ends if f"{split}{end}" in names), "") for split in splits}
@@ -166,7 +170,7 @@ def _beside(root: Path, splits: list[str]) -> Places:
 
 
 def _together(root: Path, splits: list[str]) -> Places:
-    """Pairs of images and masks in one folder, distinguished by how their names end."""
+    """Return pairs of images and masks in one folder, distinguished by how their names end."""
     flat = [split for split in splits if holds_pictures(root / split)]
     pairs = [split for split in flat if ends_of(names := names_below(root / split), names, together=True)[1]]
     return {split: (split, split) for split in flat} if pairs else {}
@@ -177,7 +181,7 @@ def _first(wanted: tuple[str, ...], names: list[str]) -> str:
 
 
 def _read_table(path: Path) -> list[tuple[str, Colour]]:
-    """Names and colours of a table of classes, those of void too. Raises: DataError for a table of other columns."""
+    """Read names and colours of a class table, including void. Raises: DataError for other columns."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [{(key or "").strip().lower(): value for key, value in row.items()} for row in csv.DictReader(file)]
@@ -192,7 +196,7 @@ def _read_table(path: Path) -> list[tuple[str, Colour]]:
 
 
 def _read_roboflow(path: Path) -> dict[int, str]:
-    """Names by pixel value, sorted. Raises: DataError for a table of other columns."""
+    """Return names by pixel value, sorted. Raises: DataError for a table of other columns."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             _, *rows = [row for row in csv.reader(file, skipinitialspace=True) if any(map(str.strip, row))]

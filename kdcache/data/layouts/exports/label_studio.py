@@ -4,9 +4,9 @@
     task-1-annotation-2-by-1-tag-car-0.png      a mask of one class; the JSON (or JSON-MIN) export says which image a
                                                 task has, or the images are called 1.jpg, 2.jpg ... after their tasks
 
-Images lie in any folder below. Their names are found behind /data/upload/, /data/local-files/?d= and the prefix of
-eight digits that an upload gets. Of several annotations of a task the first counts that was not cancelled. COCO
-exports are read by coco.py.
+Images lie in any folder below. Their names follow /data/upload/, /data/local-files/?d= and the prefix of eight digits
+of an upload. If a task has several annotations, the first that was not cancelled counts. COCO exports are read by
+coco.py.
 Source: https://labelstud.io/guide/export
 """
 
@@ -36,10 +36,11 @@ class LabelStudio(Export):
     looks_for: ClassVar[str] = "the JSON export of Label Studio, a list of tasks with annotations"
 
     def found(self, root: Path) -> str:
+        """Return the first JSON export, or ''."""
         return next((path.relative_to(root).as_posix() for path in _exported(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """See `Export.items`. Raises: DataError for a file that cannot be read, or JSON-MIN."""
+        """Return the images of every split. Raises: DataError for a file that cannot be read, or JSON-MIN."""
         items: dict[str, list[Item]] = defaultdict(list)
         pictures = Pictures(root)
         for path in _exported(root):
@@ -53,14 +54,14 @@ class LabelStudio(Export):
 
 
 def _exported(root: Path) -> list[Path]:
-    """The files of JSON, and of JSON-MIN."""
+    """Return the files of JSON, and of JSON-MIN."""
     found = (path for path in files_of(root, ".json", 1) if is_part(path, root))
     return [path for path in found if head_has(path, "[", "annotations", "result") or head_has(path, "[", "annotator")]
 
 
 @lru_cache(maxsize=16)
 def _tasks(path: Path, changed: int) -> list[Task]:
-    """The tasks of a JSON file, read once. Raises: DataError."""
+    """Return the tasks of a JSON file, read once. Raises: DataError."""
     tasks = read_json(path)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise unreadable(path, "it is no list of tasks")
@@ -68,7 +69,7 @@ def _tasks(path: Path, changed: int) -> list[Task]:
 
 
 def _image(task: Task, pictures: Pictures) -> str:
-    """The name of a task's image: a value of its data (of JSON-MIN: of itself) with the suffix of a picture."""
+    """Return the name of a task's image: a value of its data (of JSON-MIN: of itself) with the suffix of a picture."""
     data = task.get("data", task)
     values = [data.get("image"), *data.values()] if isinstance(data, dict) else []
     for value in values:
@@ -93,14 +94,14 @@ def _item(task: Task, name: str, file: str, folders: tuple[str, ...]) -> Item:
 
 
 def _label(region: Task) -> str:
-    """The class of a region; empty for what has none, such as a choice for the whole image."""
+    """Return the class of a region, or '' for a choice for the whole image."""
     value = region.get("value")
     names = [value[key] for key in value if key.endswith("labels") and value[key]] if isinstance(value, dict) else []
     return str(names[0][0]) if names else ""
 
 
 def _shape(region: Task) -> Shape:
-    """A region; what has no area fails when the label is drawn."""
+    """Return a region as a shape. An empty one fails later, when the label is drawn."""
     label, value, kind = _label(region), region["value"], str(region.get("type", "")).removesuffix("labels")
     if region.get("image_rotation"):
         return Shape(label, f"image turned by {region['image_rotation']} degrees, and {kind}")

@@ -51,10 +51,12 @@ class LabelMe(Export):
     looks_for: ClassVar[str] = "JSON files of LabelMe (shapes, imagePath), next to the images or in folders"
 
     def found(self, root: Path) -> str:
+        """Return the first JSON file with shapes, or ''."""
         shaped = (path for path in files_of(root, ".json") if head_has(path, "{", "shapes") and is_part(path, root))
         return next((path.relative_to(root).as_posix() for path in shaped), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
+        """Return the images of every split. An image without JSON has no label."""
         items: dict[str, list[Item]] = defaultdict(list)
         labelled: set[str] = set()
         for path in files_of(root, ".json", depth=8):
@@ -68,6 +70,7 @@ class LabelMe(Export):
         return items
 
     def names(self, root: Path) -> list[str]:
+        """Return the classes of labels.txt, else the shapes' classes, sorted."""
         if (root / LISTED).is_file():
             return [line.strip() for line in read_text(root / LISTED).splitlines() if line.strip()]
         return super().names(root)
@@ -82,15 +85,19 @@ class LabelMeVoc(Layout):
     split_is: ClassVar[str] = f"{WHOLE!r}, which is all of it"
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has class_names.txt and JPEGImages."""
         return (root / NAMES).is_file() and (root / IMAGES).is_dir()
 
     def splits(self, root: Path) -> list[str]:
+        """Return the only split, `train`."""
         return [WHOLE]
 
     def lists_classes(self, root: Path) -> bool:
+        """Return False: classes come from class_names.txt."""
         return False
 
     def why(self, root: Path) -> str:
+        """Return that class_names.txt identifies the folder and has its classes."""
         return f"{NAMES} next to {IMAGES}/; its classes"
 
     def _classes(self, root: Path) -> ClassList:
@@ -106,7 +113,7 @@ class LabelMeVoc(Layout):
 
 @lru_cache(maxsize=1 << 17)
 def _read(path: Path, changed: int, file: str) -> Item:
-    """The image and the shapes of a JSON file, read once. Raises: DataError."""
+    """Return the image and the shapes of a JSON file, read once. Raises: DataError."""
     content = read_json(path)
     try:
         size = content.get("imageHeight"), content.get("imageWidth")

@@ -1,4 +1,4 @@
-"""Labels that are drawn from shapes by Pillow: a later shape covers an earlier one, the rest is the background.
+"""Draw labels from shapes with Pillow: a later shape covers an earlier one, and the rest is the background.
 
 Pillow draws as LabelMe does: the pixels of an outline belong to the shape.
 """
@@ -33,13 +33,12 @@ class Shape:
 
     Attributes:
         label: the name of its class.
-        kind: polygon, rectangle or ellipse (`points`, those of the last two are two corners); runs, png, brush or
-            columns (`data`); anything else cannot be drawn.
-        points: (x, y) in pixels; in parts of the image's width and height if `scale` is 1, in percent if it is 100.
-        data: of runs: lengths of pixels outside and inside in turn, by rows of the box of `points`; of png: base64 of a
-            mask, at the box of `points`; of brush: Label Studio's bytes; of columns: as runs,
-            down the columns of the image.
-        scale: what the width and the height of the image are in `points`; 0 for pixels.
+        kind: polygon, rectangle or ellipse (by `points`, two corners for the latter two), or runs, png, brush or
+            columns (by `data`). Anything else cannot be drawn.
+        points: (x, y) in pixels, in parts of the image's width and height if `scale` is 1, in percent if it is 100.
+        data: for runs, lengths of pixels outside and inside in turn, by rows of the box of `points`. For png, base64 of
+            a mask at the box of `points`. For brush, Label Studio's bytes. For columns, runs down the image's columns.
+        scale: value of `points` at the image's full width and height, or 0 for pixels.
     """
 
     label: str
@@ -54,12 +53,12 @@ class Item:
     """An image of an export and its shapes.
 
     Attributes:
-        image: its name, as the export has it.
-        file: the file with its annotations, below the data set's folder.
-        shapes: in the order in which they are drawn; None for an image that nobody labelled.
-        size: (H, W) as the export has it; None if it has none.
+        image: its name in the export.
+        file: its annotation file, below the data set's folder.
+        shapes: in drawing order, or None for an image that nobody labelled.
+        size: (H, W) in the export, or None.
         folders: where the name may begin, below the data set's folder.
-        place: the folder of the images, which is no part of ids, and out of which none is taken; None for any folder.
+        place: the only folder of images, which is not part of ids, or None for any folder.
     """
 
     image: str
@@ -75,9 +74,9 @@ class ShapeLabels:
     """Labels of a split, drawn when they are read.
 
     Attributes:
-        items, images: by sample; images are paths.
-        class_of: class ids by name; other names are void.
-        background: the class id of pixels of no shape, or 255.
+        items, images: by sample. Images are paths.
+        class_of: class ids by name. Other names are void.
+        background: the class id of pixels outside all shapes, or 255.
     """
 
     items: Mapping[str, Item]
@@ -97,11 +96,11 @@ class ShapeLabels:
         return draw(self.shapes(sample), size, self.class_of, self.background, f"{item.file}, image {item.image!r}")
 
     def shapes(self, sample: str) -> Sequence[Shape]:
-        """Return the shapes of a sample in the order in which they are drawn. Raises: DataError."""
+        """Return the shapes of a sample in drawing order. Raises: DataError."""
         return self.items[sample].shapes or ()
 
     def digest(self, sample: str) -> str:
-        """SHA-256 of a sample's shapes and classes, as hex."""
+        """Return the SHA-256 of a sample's shapes and classes, as hex."""
         shapes = self.items[sample].shapes or ()
         # The empty list had files of masks: the digests of earlier conversions stay what they are.
         content = [[asdict(shape) for shape in shapes], [], sorted(self.class_of.items()), self.background]
@@ -111,10 +110,8 @@ class ShapeLabels:
 def draw(
     shapes: Sequence[Shape], size: tuple[int, int], class_of: Mapping[str, int], background: int, where: str
 ) -> Pixels:
-    """Draw class ids (H, W), uint8.
+    """Draw class ids (H, W), uint8. `where` names the file and the image for messages.
 
-    Args:
-        where: the file and the image, for messages.
     Raises: DataError for a shape that cannot be drawn.
     """
     canvas = Image.new("L", size[::-1], background)
@@ -150,7 +147,7 @@ def draw(
 
 
 def turned(points: Sequence[Point], degrees: float, centre: Point) -> tuple[Point, ...]:
-    """Turn points around a centre, clockwise in an image."""
+    """Rotate points around a centre, clockwise in an image."""
     angle = np.deg2rad(degrees)
     sine, cosine = float(np.sin(angle)), float(np.cos(angle))
     cx, cy = centre
@@ -160,7 +157,7 @@ def turned(points: Sequence[Point], degrees: float, centre: Point) -> tuple[Poin
 
 
 def turned_ellipse(label: str, centre: Point, radii: Point, degrees: float, scale: float = 0) -> Shape:
-    """An ellipse as a shape; a polygon of 90 points if it is turned."""
+    """Return an ellipse as a shape, or as a polygon of 90 points if it is rotated."""
     (cx, cy), (rx, ry) = centre, radii
     if not degrees:
         return Shape(label, "ellipse", ((cx - rx, cy - ry), (cx + rx, cy + ry)), scale=scale)
@@ -170,7 +167,7 @@ def turned_ellipse(label: str, centre: Point, radii: Point, degrees: float, scal
 
 
 def _points(shape: Shape, size: tuple[int, int]) -> list[Point]:
-    """The points in pixels. Raises: ValueError for too few, or for what lies far outside of the image."""
+    """Return the points in pixels. Raises: ValueError for too few, or for what lies far outside of the image."""
     factor = (size[1] / shape.scale, size[0] / shape.scale) if shape.scale else (1.0, 1.0)
     points = [(float(x) * factor[0], float(y) * factor[1]) for x, y in shape.points]
     if shape.scale:  # in files these have six digits: a hundredth of a pixel at most

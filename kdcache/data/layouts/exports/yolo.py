@@ -3,8 +3,8 @@
     data.yaml                           names, as a list or by number; or classes.txt, a name a line
     images/train/a.jpg  labels/train/a.txt      or train/images/ and train/labels/, or images/ and labels/
 
-Classes are the background and the names. An image without a text file shows the background alone, as Ultralytics takes
-it, if its split has any.
+Classes are the background and the names. If its split has any text files, an image without one shows only background,
+as in Ultralytics.
 Source: https://docs.ultralytics.com/datasets/segment
 """
 
@@ -33,18 +33,22 @@ class Yolo(Export):
     looks_for: ClassVar[str] = f"{IMAGES}/ and {LABELS}/ with text files, data.yaml or {CLASSES_FILE}"
 
     def found(self, root: Path) -> str:
+        """Return the file of names, or the folder of labels, or '' if labels are not text files."""
         places = _places(root)
         if not places or not all(_holds_texts(root / labels) for labels in places.values() if (root / labels).is_dir()):
             return ""
         return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
 
     def lists_classes(self, root: Path) -> bool:
+        """Return False: a `classes.txt` has YOLO's names."""
         return False
 
     def names(self, root: Path) -> list[str]:
+        """Return the names in the order of their numbers."""
         return list(_names(root).values())
 
     def items(self, root: Path) -> dict[str, list[Item]]:
+        """Return the images of every split with their polygons."""
         items: dict[str, list[Item]] = defaultdict(list)
         names = _names(root)
         for images, labels in _places(root).items():
@@ -64,14 +68,14 @@ class Yolo(Export):
 
 
 def _places(root: Path) -> dict[str, str]:
-    """The folders of labels by those of images."""
+    """Return the folders of labels by the folders of images."""
     splits = [name for name in folders_in(root) if (root / name / IMAGES).is_dir() and (root / name / LABELS).is_dir()]
     whole = {IMAGES: LABELS} if (root / IMAGES).is_dir() and (root / LABELS).is_dir() else {}
     return whole | {f"{name}/{IMAGES}": f"{name}/{LABELS}" for name in splits}
 
 
 def _holds_texts(folder: Path) -> bool:
-    """Return True if the first label below a folder is a text file. Lists of names and classes are none."""
+    """Return True if the first label below a folder is a text file, ignoring lists of names and classes."""
     for _, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         for name in names:
@@ -87,7 +91,7 @@ def _tables(root: Path) -> list[Path]:
 
 
 def _names(root: Path) -> dict[int, str]:
-    """Names of the classes by number. Raises: DataError without a file that lists them."""
+    """Return names of the classes by number. Raises: DataError without a file that lists them."""
     for path in _tables(root):
         if path.name == CLASSES_FILE:
             return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
@@ -101,7 +105,7 @@ def _names(root: Path) -> dict[int, str]:
 
 
 def class_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
-    """Return the names in a data yaml by number, sorted. Raises: DataError for names that are none."""
+    """Return the names in a data yaml by number, sorted. Raises: DataError for invalid names."""
     names = content.get("names")
     try:
         numbered = names if isinstance(names, dict) else dict(enumerate(names or ()))
@@ -114,7 +118,7 @@ def class_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a yaml holds. Raises: DataError for one that cannot be read."""
+    """Return the content of a yaml. Raises: DataError for one that cannot be read."""
     import yaml
 
     if path.stat().st_size > 1 << 20:
@@ -127,7 +131,7 @@ def read_yaml(path: Path) -> Any:
 
 @lru_cache(maxsize=1 << 17)
 def _read(path: Path, changed: int, names: tuple[tuple[int, str], ...]) -> tuple[Shape, ...]:
-    """The polygons of a text file, read once; what cannot be drawn fails when the label is."""
+    """Return the polygons of a text file, read once. An invalid one fails later, when the label is drawn."""
     return tuple(
         _shape(line.split(), dict(names), number)
         for number, line in enumerate(read_text(path).splitlines(), 1)

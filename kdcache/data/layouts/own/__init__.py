@@ -1,4 +1,4 @@
-"""Layouts of data of one's own, whose classes, if any, are in a `classes.txt`.
+"""Layouts of your own data, with classes, if any, in a `classes.txt`.
 
 folder.py   images/SPLIT and labels/SPLIT
 mmseg.py    img_dir/SPLIT and ann_dir/SPLIT

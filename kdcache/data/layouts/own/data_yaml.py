@@ -4,7 +4,7 @@
     train: images/train             a folder, a list of paths in a .txt, or several of these
     val: images/val
     masks_dir: masks                images/train/a.jpg has masks/train/a.png: class ids, 255 = void
-    names: {0: road, 1: car}        one name alone: 0 is the background, and 1 that class
+    names: {0: road, 1: car}        a single name: 0 is the background, and 1 that class
     label_mapping: {7: 0, 255: ignore_label}
 
 Without `masks_dir`, images/train/a.jpg may have a depth/train/a.npy in metres, or a.png in 1/depth_scale metres.
@@ -54,18 +54,23 @@ class DataYaml(Layout):
     of_file: ClassVar[bool] = True
 
     def find(self, folder: Path) -> Path | None:
+        """Return the file itself if it is a yaml."""
         return folder if self.matches(folder) else None
 
     def matches(self, root: Path) -> bool:
+        """Return whether the path is a yaml file."""
         return root.suffix in SUFFIXES and root.is_file()
 
     def splits(self, root: Path) -> list[str]:
+        """Return the yaml's splits, sorted."""
         return sorted(name for name in SPLITS if _read(root).get(name))
 
     def lists_classes(self, root: Path) -> bool:
+        """Return False: classes come from the yaml's names."""
         return False
 
     def why(self, root: Path) -> str:
+        """Return the yaml's file name and splits."""
         return f"{root.name} with {', '.join(self.splits(root))}; its names"
 
     def _classes(self, root: Path) -> ClassList:
@@ -110,7 +115,7 @@ def _read(root: Path) -> dict[str, Any]:
 
 
 def _base(root: Path, content: Mapping[str, Any]) -> Path:
-    """The folder in which a yaml's paths begin. Raises: DataError if there is none."""
+    """Return the folder that a yaml's paths are relative to. Raises: DataError if it does not exist."""
     named = Path(str(content.get("path") or root.parent)).expanduser()
     places = [named] if named.is_absolute() else [root.parent / named, named]
     found = next((place for place in places if place.is_dir()), None)
@@ -161,7 +166,7 @@ def _beside(images: Mapping[str, str], folder: str, suffixes: tuple[str, ...]) -
 
 
 def _label_ids(root: Path, content: Mapping[str, Any]) -> LabelIds:
-    """Return what the numbers in masks mean. Raises: DataError for a label_mapping that is none."""
+    """Return the meaning of the numbers in masks. Raises: DataError for an invalid label_mapping."""
     mapping = content.get("label_mapping") or {}
     try:
         given = {int(k): IGNORE_INDEX if v in (None, "ignore_label") else int(v) for k, v in dict(mapping).items()}

@@ -7,13 +7,13 @@
     DIR/depth/<split>/**.npy        depth; or npz, tiff, png; the same path below <split> as the image
     DIR/depth.toml                  the unit of depth in whole numbers, and what means unknown
 
-Pictures right in `images/` are divided by lists of their names, `train.txt`, `val.txt` and `test.txt`; without lists
-all of it is `train`.
+Pictures directly in `images/` are divided by lists of their names, `train.txt`, `val.txt` and `test.txt`. Without lists
+all of them are `train`.
 
-A sample's id is the image's path below `images/<split>` without its last suffix (`a.b.jpg` is `a.b`), with
-forward slashes. Labels may be missing, for a split or for single samples; a label without an image is an
-error, for it means that names do not match and that training would silently see no labels. The same holds for depth;
-data with depth and without labels need no classes.
+A sample's id is the image's path below `images/<split>` without its last suffix (`a.b.jpg` is `a.b`), with forward
+slashes. Labels may be missing, for a split or for single samples. A label without an image is an error, because names
+that do not match would make training silently ignore labels. The same holds for depth. Data with depth and without
+labels need no classes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LABEL_IDS = LabelIds(
 
 
 class Folder(Layout):
-    """The layout of a data set of one's own; also what `write_scenes` and pseudo labels are written as."""
+    """The layout of your own data set. `write_scenes` and pseudo labels are also written in this layout."""
 
     name: ClassVar[str] = "folder"
     looks_for: ClassVar[str] = (
@@ -59,6 +59,7 @@ class Folder(Layout):
     split_is: ClassVar[str] = f"a folder below {IMAGES}, or a list of pictures right in it"
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has `images/` and classes, depth or labels."""
         listed, deep = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
         if not (root / LABELS).is_dir() and any((root / name).is_dir() for name in MASKS):
             return False
@@ -67,9 +68,11 @@ class Folder(Layout):
         return (listed or deep) and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits by folder, else by list, else `train`."""
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
     def why(self, root: Path) -> str:
+        """Return the folders or lists of images, and the file or folder next to them."""
         folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
         what = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
         divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""

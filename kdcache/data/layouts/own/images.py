@@ -1,6 +1,6 @@
 """The `images` layout: pictures without labels, for a teacher's features.
 
-DIR/**.jpg              pictures at any depth are all of `train`
+DIR/**.jpg              pictures at any depth are all in `train`
 DIR/SPLIT/**.jpg        folders that are all called train, val, test and the like are splits
 """
 
@@ -28,9 +28,11 @@ class Images(Layout):
     has_labels: ClassVar[bool] = False
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has pictures, but neither `classes.txt` nor masks."""
         return not (root / CLASSES_FILE).exists() and bool(names_below(root)) and not holds_masks(root)
 
     def splits(self, root: Path) -> list[str]:
+        """Return the split folders, or `train`."""
         return _folders(root) or [WHOLE]
 
     def _classes(self, root: Path) -> ClassList:
@@ -42,6 +44,6 @@ class Images(Layout):
 
 
 def _folders(root: Path) -> list[str]:
-    """Return the folders that are splits, sorted; none if pictures or folders of other names lie next to them."""
+    """Return the split folders, sorted, or none if other pictures or folders lie next to them."""
     folders = folders_in(root)
     return folders if {*folders} <= _SPLITS and not holds_pictures(root) else []

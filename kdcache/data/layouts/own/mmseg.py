@@ -23,19 +23,22 @@ IMAGES, LABELS = "img_dir", "ann_dir"
 
 
 class Mmseg(Layout):
-    """The layout of mmsegmentation's own folders."""
+    """The layout of mmsegmentation's custom data sets."""
 
     name: ClassVar[str] = "mmseg"
     looks_for: ClassVar[str] = f"{IMAGES}/SPLIT/ and {LABELS}/ (and {CLASSES_FILE})"
     split_is: ClassVar[str] = f"a folder below {IMAGES}"
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has img_dir/SPLIT and ann_dir."""
         return bool(folders_in(root / IMAGES)) and (root / LABELS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
+        """Return the folders below img_dir."""
         return folders_in(root / IMAGES)
 
     def why(self, root: Path) -> str:
+        """Return the folders of images and labels, and the file of classes."""
         splits = self.splits(root)
         seen = ", ".join(f"{IMAGES}/{split}/ with {LABELS}/{split}/" for split in splits[:4])
         return f"{seen}{described(self._scan(root, splits[0]))}; the classes of {CLASSES_FILE}"

@@ -1,7 +1,7 @@
-"""Which label belongs to which image, where names differ in what they end with: `a.jpg` and `a_mask.png`.
+"""Pair labels with images whose names end differently: `a.jpg` and `a_mask.png`.
 
-One rule holds for a whole split: of the ends below those that pair most labels, the first of equals. Nothing is paired
-by likeness, so a label that the rule leaves without an image is refused like any other.
+One rule holds for a whole split: of the endings below, the one that pairs most labels, the first of equals. Names are
+never paired by similarity, so a label that the rule leaves without an image is an error like any other.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ Ends = tuple[str, str]
 def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelIds, classes: ClassList | None) -> Scan:
     """Pair the images below one folder with the labels below another, or in the same one.
 
-    Args:
-        classes: those of the labels. Where they are Cityscapes' 19, files called labelIds hold labelIds, not class ids.
+    If `classes`, the labels' classes, are Cityscapes' 19, files called labelIds hold labelIds instead of class ids.
     """
     together = image_place == label_place
     images, labels = names_below(root / image_place), names_below(root / label_place)
@@ -54,10 +53,9 @@ def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelI
 
 
 def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = False) -> Ends:
-    """The ends of the names, without suffix, of images and labels that pair most of them; ("", "") where none do.
+    """Return the endings (without suffix) of images and labels that pair most of them, or ("", "").
 
-    Args:
-        together: both lie in one folder, so that the names of labels end with something.
+    With `together`, both lie in one folder, so the labels' names must have an ending.
     """
     images, labels = list(images), set(labels)
     best, most = ("", ""), 0
@@ -75,5 +73,5 @@ def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = Fa
 
 
 def described(scan: Scan) -> str:
-    """How a split's labels are called, for reports: nothing where they have the names of their images."""
+    """Describe how a split's labels are named, for reports, or return '' if they have their images' names."""
     return f", labels end with {scan.label_end}" if scan.label_end else ""

@@ -4,8 +4,9 @@
     annotations/training/NAME.png       8-bit ids 1 to 150, 0 = void
     objectInfo150.txt                   the names, one a line, in its last column
 
-Ids lose one and 0 becomes void ("reduce zero label"). A class is called by the first of its names. The colours are made
-here: those in use come from a file that the data set does not hold. Source: Zhou et al. 2017.
+Class ids are the file's ids minus one, and 0 becomes void ("reduce zero label"). A class is called by the first of its
+names. The colours are generated: the usual ones come from a file that the data set does not hold. Source: Zhou et al.
+2017.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class Ade20k(Layout):
     split_is: ClassVar[str] = f"train ({IMAGES}/training) or val ({IMAGES}/validation)"
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has images and annotations of a split."""
         return bool(self.splits(root)) and any((root / LABELS / folder).is_dir() for folder in FOLDERS.values())
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits with a folder of images."""
         return [split for split, folder in FOLDERS.items() if (root / IMAGES / folder).is_dir()]
 
     def _classes(self, root: Path) -> ClassList:
@@ -64,7 +67,7 @@ class Ade20k(Layout):
 
 
 def _short_names(names: list[str]) -> tuple[str, ...]:
-    """`building, edifice` is `building`, unless two classes would then be called the same."""
+    """Return `building, edifice` is `building`, unless two classes would then be called the same."""
     short = [re.split(r"[,;]", name)[0].strip() for name in names]
     return tuple(first if short.count(first) == 1 else name for first, name in zip(short, names, strict=True))
 

@@ -1,12 +1,12 @@
-"""CamVid as the SegNet tutorial hands it out: 11 classes, one list per split.
+"""CamVid as the SegNet tutorial distributes it: 11 classes, one list per split.
 
     train.txt                       lines such as /SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png
     train/a.png                     images
     trainannot/a.png                8-bit ids 0 to 10, 11 = void
 
-The lists carry the paths of their authors' machine, so the last two parts count, below the folder of the lists. A line
-without an annotation is a sample without a label.
-Source: Badrinarayanan et al. 2017; Brostow et al. 2009. Colours are those of SegNet's own scripts.
+The lists have the paths of their authors' machine, so only the last two parts count, below the folder of the lists. A
+line without an annotation is a sample without a label.
+Source: Badrinarayanan et al. 2017; Brostow et al. 2009. Colours are from SegNet's scripts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SPLITS = ("train", "val", "test", "trainval")
 
 
 class CamVid(Layout):
-    """The layout of CamVid as SegNet has it."""
+    """The layout of CamVid from the SegNet tutorial."""
 
     name: ClassVar[str] = "camvid"
     looks_for: ClassVar[str] = "train.txt, val.txt or test.txt beside a folder such as trainannot/"
@@ -55,9 +55,11 @@ class CamVid(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has a list and a folder of annotations."""
         return bool(self.splits(root)) and any((root / f"{split}annot").is_dir() for split in SPLITS)
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits with a list."""
         return lists_in(root, SPLITS)
 
     def _classes(self, root: Path) -> ClassList:
@@ -82,7 +84,7 @@ class CamVid(Layout):
 
 
 def _paths(root: Path, listing: str, number: int, words: list[str]) -> list[str]:
-    """Paths of the image and, where the line has one, its annotation."""
+    """Return the paths of the image and, if the line has one, its annotation."""
     if len(words) > 2:
         raise DataError(
             f"Cannot read line {number} of {root / listing}: it has {len(words)} words",
@@ -92,7 +94,7 @@ def _paths(root: Path, listing: str, number: int, words: list[str]) -> list[str]
 
 
 def _resolve(root: Path, word: str) -> str:
-    """A path of a list as it is where that exists, else its last two parts; below `root` unless absolute."""
+    """Return a path of a list, or its last two parts if it does not exist, relative to `root`."""
     path = PurePosixPath(word.replace("\\", "/"))
     if (root / path).is_file():  # an absolute path takes the place of root
         return str(path)

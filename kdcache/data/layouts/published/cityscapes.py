@@ -1,13 +1,13 @@
-"""Cityscapes: 19 classes of the ids 0 to 33 that its labels hold.
+"""Cityscapes: 19 classes out of the ids 0 to 33 in its labels.
 
     leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png
     gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png          ids of all 34 kinds
-    gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png     class ids already: used where there are no labelIds
-    disparity/SPLIT/CITY/NAME_disparity.png             16-bit disparity, which becomes depth by
+    gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png     class ids already: used if there are no labelIds
+    disparity/SPLIT/CITY/NAME_disparity.png             16-bit disparity, converted to depth with
     camera/SPLIT/CITY/NAME_camera.json                  its camera's baseline and focal length
 
 labelIds are mapped to the 19 classes when they are read, once. Mapped twice, road (0) would be void, a traffic sign (7)
-road and a person (11) building, and training would go on with what is left; so files that show it are refused.
+road and a person (11) building, and training would continue with the rest. So files with signs of this are errors.
 Source: Cordts et al. 2016; ids and colours as in cityscapesScripts.
 """
 
@@ -59,19 +59,17 @@ _IMAGE_END, _IDS_END, _TRAIN_IDS_END = "_leftImg8bit", "_gtFine_labelIds", "_gtF
 
 
 def to_classes(most_label_id: int) -> dict[int, int]:
-    """labelId -> class id, for all labelIds up to the last one; what is no class is void."""
+    """Return labelId -> class id, for all labelIds up to the last one. labelIds without a class are void."""
     classes = {label_id: index for index, (label_id, _, _) in enumerate(_KINDS)}
     return {label_id: classes.get(label_id, IGNORE_INDEX) for label_id in range(most_label_id + 1)}
 
 
 def refuse_train_ids(seen: Seen, path: Path) -> None:
-    """Refuse numbers that are train ids, not labelIds.
+    """Raise DataError for numbers that are train ids instead of labelIds.
 
-    Nearly every street shows an id from 19 up: vegetation, sky, a car, a sign. Where there is none, train ids show by
-    255, which labelIds never have and train ids have wherever something is void; or two of the ids that are seldom
-    seen, and never without plants, sky and cars, but are poles, terrain, sky, trucks and bicycles as train ids.
-
-    Raises: DataError for such numbers.
+    Nearly every street has a labelId from 19 up: vegetation, sky, a car, a sign. Without any, two signs tell train ids.
+    They have 255 for void, which labelIds never have. Or they have two of the ids that are rare as labelIds without
+    plants, sky and cars, but are poles, terrain, sky, trucks and bicycles as train ids.
     """
     if seen[len(CLASSES) : IGNORE_INDEX].any() or not (seen[IGNORE_INDEX] or seen[list(_SELDOM)].sum() >= 2):
         return
@@ -104,9 +102,11 @@ class Cityscapes(Layout):
     pairing: ClassVar[str] = f"The label of CITY/NAME{_IMAGE_END}.png is CITY/NAME{_IDS_END}.png."
 
     def matches(self, root: Path) -> bool:
+        """Return whether leftImg8bit has folders."""
         return bool(folders_in(root / IMAGES))
 
     def splits(self, root: Path) -> list[str]:
+        """Return the folders below leftImg8bit."""
         return folders_in(root / IMAGES)
 
     def _classes(self, root: Path) -> ClassList:

@@ -4,8 +4,8 @@
     labels/00001.png                    palette PNG of labelIds, 34 = license plate
     train.txt, val.txt, test.txt        names, one a line; without lists all of it is `train`
 
-Some labels of the public release have another size than their image; they are refused when read, and `data check` names
-all of them. Source: Richter et al. 2016.
+Some labels of the public release have another size than their image. They fail when read, and `data check` lists all
+of them. Source: Richter et al. 2016.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class Gta5(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
+        """Return whether pictures lie directly in images and labels."""
         return holds_pictures(root / IMAGES) and holds_pictures(root / LABELS)
 
     def splits(self, root: Path) -> list[str]:
+        """Return the lists' names, or `train` without lists."""
         return lists_in(root, SPLITS) or [WHOLE]
 
     def _classes(self, root: Path) -> ClassList:

@@ -35,9 +35,11 @@ class KittiDepth(Layout):
     pairing: ClassVar[str] = "A depth map has a raw image of its drive, camera and number."
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has annotated depth of any split."""
         return bool(self.splits(root))
 
     def splits(self, root: Path) -> list[str]:
+        """Return the annotated splits and the validation selection, if they exist."""
         names = [split for split in ("train", "val") if _annotated(root, split)]
         return sorted(names + [SELECTION] * (_selection(root) is not None))
 
@@ -72,7 +74,7 @@ class KittiDepth(Layout):
 
 
 def _annotated(root: Path, split: str) -> str:
-    """The folder of a split's drives below the root; empty where there is none."""
+    """Return the folder of a split's drives below the root, or ''."""
     for place in _PLACES:
         folder = f"{place}/{split}".lstrip("/")
         if any((root / folder / drive / "proj_depth/groundtruth").is_dir() for drive in folders_in(root / folder)):
@@ -86,7 +88,7 @@ def _selection(root: Path) -> str | None:
 
 
 def _image_folder(root: Path, place: str, drive: str, camera: str) -> str | None:
-    """The folder of a drive's raw images below the root; where the root is the annotations' own, beside it too."""
+    """Return the folder of a drive's raw images below the root, or next to it if the root holds annotations."""
     above = ["", ".."] if root.absolute().name == ANNOTATED else [""]
     bases = [f"{up}/{base}".strip("/") for up in above for base in ("", *folders_in(root / up))]
     raw = [f"{base}/{drive[:10]}/{drive}/{camera}/data".lstrip("/") for base in bases]
@@ -94,5 +96,5 @@ def _image_folder(root: Path, place: str, drive: str, camera: str) -> str | None
 
 
 def _selected_image(name: str) -> str:
-    """..._sync_groundtruth_depth_0000000005_image_02 is the depth of ..._sync_image_0000000005_image_02."""
+    """Return ..._sync_groundtruth_depth_0000000005_image_02 is the depth of ..._sync_image_0000000005_image_02."""
     return name.replace("_groundtruth_depth_", "_image_")

@@ -30,9 +30,11 @@ class KittiSemantic(Layout):
     split_is: ClassVar[str] = f"train (training/{IMAGES}) or test (testing/{IMAGES})"
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has training images and labels."""
         return all((root / FOLDERS["train"] / name).is_dir() for name in (IMAGES, LABELS))
 
     def splits(self, root: Path) -> list[str]:
+        """Return the splits with a folder of images."""
         return sorted(split for split, folder in FOLDERS.items() if (root / folder / IMAGES).is_dir())
 
     def _classes(self, root: Path) -> ClassList:

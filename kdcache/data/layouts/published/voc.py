@@ -63,12 +63,14 @@ class Voc(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
+        """Return whether the folder has VOC's images and lists, without the files of CVAT or LabelMe."""
         own = any((root / name).is_file() for name in ("labelmap.txt", "class_names.txt"))
         if own and not (root / CLASSES_FILE).is_file():
             return False  # of CVAT or LabelMe, with other classes
         return (root / IMAGES).is_dir() and (root / LISTS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
+        """Return the lists' names, with `trainaug` only if its labels exist."""
         augmented = (root / AUGMENTED_LABELS).is_dir()
         return [name for name in lists_in(root / LISTS) if name != AUGMENTED or augmented]
 
