@@ -208,7 +208,7 @@ class Run:
             lost = (self.folder / RECIPE).is_file()
             hub = (
                 ""
-                if self.folder.exists() or str(self.folder).count("/") != 1
+                if self.folder.parent.is_dir() or str(self.folder).count("/") != 1
                 else f" For a model of the Hub: hf:{self.folder}"
             )
             raise RecipeError(

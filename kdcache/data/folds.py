@@ -36,13 +36,15 @@ class Fold(NamedTuple):
         return held
 
 
-def parse_fold(text: str, by: str | None = None) -> Fold:
-    """Read '1/4' as the second of four folds. Raises: RecipeError for another form."""
+def parse_fold(text: str, by: str | None = None, flag: str = "--fold") -> Fold:
+    """Read '1/4' as the second of four folds. Raises: RecipeError for another form, which names the flag."""
     first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
+    numbers = first.isdecimal() and second.isdecimal()
+    if not numbers or not int(first) < int(second) or int(second) < 2:
+        last = f", beyond the last one, {int(second) - 1}/{second}" if numbers and int(second) > 1 else ""
         raise RecipeError(
-            f"Invalid value of --fold: {text!r}",
-            fix="Give the fold, counted from 0, and the number of folds: --fold 0/4",
+            f"Invalid value of {flag}: {text!r}{last}",
+            fix=f"Give the fold, counted from 0, and the number of folds, from 2: {flag} 0/4",
         )
     return Fold(int(first), int(second), by)
 

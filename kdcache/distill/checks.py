@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kdcache.distill.batch import SEGMENTATION, Batch, StoredTargets
 from kdcache.distill.target import TargetFormat
-from kdcache.errors import DataError, RecipeError
+from kdcache.errors import DataError, RecipeError, suggest
+from kdcache_kernels import IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     from kdcache.distill.terms import Term
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 
 
-def check_weights(temperature: float, **weights: float) -> None:
-    """Check the numbers of a loss where it is made: a weight that is none would leave its term out in silence.
+def check_weights(temperature: float, impl: str, **weights: float) -> None:
+    """Check the settings of a loss where it is made: a weight that is none would leave its term out in silence.
 
     Raises: RecipeError.
     """
+    if impl not in IMPLEMENTATIONS:
+        fix = suggest(str(impl), IMPLEMENTATIONS, f"Use one of {', '.join(IMPLEMENTATIONS)}.")
+        raise RecipeError(f"Unknown impl {impl!r}", fix=fix)
     for name, number in weights.items():
         if not (isinstance(number, Real) and math.isfinite(number) and number >= 0):
             raise RecipeError(

@@ -97,7 +97,7 @@ class DistillLoss(nn.Module):
         balance: Balance | None = None,
     ) -> None:
         super().__init__()
-        check_weights(temperature, ce_weight=ce_weight, kl_weight=kl_weight)
+        check_weights(temperature, impl, ce_weight=ce_weight, kl_weight=kl_weight)
         self.targets, self.balance = targets, balance
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.temperature = temperature

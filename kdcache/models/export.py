@@ -323,10 +323,8 @@ def _format(out: Path, format: str | None) -> str:
         raise RecipeError(f"Unknown --format {format!r}", fix=suggest(str(format), SUFFIXES, f"Use one of {allowed}."))
     if named is None or named != (format or named):
         raise RecipeError(
-            f"Cannot tell the format of --out {out}"
-            + (f" with --format {format}" if format else "")
-            + f": suffixes are {allowed}",
-            fix=f"For example --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "Give a file.",
+            f"Cannot write {format or 'a model'} to --out {out}: suffixes are {allowed}",
+            fix=f"Use --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "Give a file.",
         )
     return named
 

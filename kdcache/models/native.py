@@ -7,7 +7,6 @@ resize.
 Shapes: B batch, C classes, H W image, h w native stride, c channels of a feature.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, suggest
 from kdcache.heads import SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 from kdcache.models.foreign.processor import PROBE_SIZE, Processor
 
@@ -235,10 +234,9 @@ class SegmentationModel(nn.Module):
         """Refuse names that are no taps of this model. Raises: ModelError for the first, with the nearest."""
         for tap in taps:
             if tap not in self.taps:
-                near = difflib.get_close_matches(tap, self.taps, n=3)
                 raise ModelError(
                     f"Unknown tap {tap!r} of {self.spec}",
-                    fix=f"Did you mean {' or '.join(near)}?" if near else f"Use one of {', '.join(self.taps)}.",
+                    fix=suggest(tap, self.taps, f"Use one of {', '.join(self.taps)}."),
                 )
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

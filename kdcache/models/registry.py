@@ -1,6 +1,5 @@
 """Models by name: listed ones, `hf:`, `timm:`, `ultralytics:`, `module:function`, `path/to/file.py:function`."""
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, suggest
 from kdcache.heads import SEGMENTATION
 from kdcache.model_table import NEEDS, ModelInfo, TapInfo, lacks, pip_command
 from kdcache.models import callables
@@ -217,7 +216,7 @@ def _home(spec: str) -> tuple[_Family | None, str]:
 
 def _misspelt(family: str) -> bool:
     """Whether a name is no module, but nearly a family."""
-    if "." in family or "/" in family or not difflib.get_close_matches(family, _FAMILIES, n=1, cutoff=0.75):
+    if "." in family or "/" in family or not suggest(family, _FAMILIES, cutoff=0.75):
         return False
     return importlib.util.find_spec(family) is None and not any(Path(family + end).exists() for end in ("", ".py"))
 
@@ -263,12 +262,9 @@ def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | 
 
 def _refuse_unknown(spec: str) -> NoReturn:
     specs = [spec for family in _FAMILIES for spec in _specs(family)]
-    names = {s.partition(":")[2]: s for s in specs}
-    near = difflib.get_close_matches(spec, specs, n=3, cutoff=0.5)
-    near += [names[n] for n in difflib.get_close_matches(spec.rpartition(":")[2], names, n=3)]
-    hint = " or ".join(dict.fromkeys(near)) or ", ".join(specs)
     model, at, _ = spec.partition("@")
-    fix = f"Did you mean {hint}?" if near else f"Use one of {hint}."
+    named = next((one for one in specs if one.partition(":")[2] == spec.rpartition(":")[2]), spec)
+    fix = suggest(named, specs, f"Use one of {', '.join(specs)}.", cutoff=0.5)
     if at and model in specs:
         fix = f"Name the model alone, {model}, and the weights that a training begins with by --init FILE"
     raise ModelError(f"Unknown model {spec!r}", fix=fix)

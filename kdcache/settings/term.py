@@ -12,6 +12,7 @@ from annotated_types import Gt, Lt, MinLen
 
 from kdcache.errors import RecipeError, suggest
 from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION
+from kdcache.model_table import list_models
 from kdcache.settings.parse import Weight
 from kdcache.settings.setting import Entry, entries, setting
 from kdcache.settings.validate import Wording, read_value
@@ -261,7 +262,14 @@ class FeatureTerm(LossTerm):
         if offered and self.teacher_tap in (None, *offered):
             return []
         name, tap = _split_tap(self.teacher_tap or "TAP", getattr(manifest, "joined", ()))
+        of_model = () if name or not self.teacher_tap else _taps_of(manifest)
+        if of_model and tap not in of_model:
+            raise RecipeError(
+                f"Unknown teacher_tap {tap!r} of {self.kind}",
+                fix=suggest(tap, of_model, f"Use one of {', '.join(of_model)}."),
+            )
         what, flag = (text.format(tap) for text in self.stored)
+        what = what if self.teacher_tap else "features of the teacher"
         prefix = f"{name}:" if name else ""
         own = [each.removeprefix(prefix) for each in dict.fromkeys(offered) if each.startswith(prefix)]
         return [Missing(f"{what}, but {name or 'the cache'} has {', '.join(own) or 'none'}", flag)]
@@ -290,6 +298,12 @@ class FeatureTerm(LossTerm):
                 ),
             )
         return replace(self, student_tap=student_tap, teacher_tap=teacher_tap)
+
+
+def _taps_of(manifest: Any) -> tuple[str, ...]:
+    """Return the taps of a cache's teacher, or () if it is not one of the listed models."""
+    spec = getattr(getattr(manifest, "teacher", None), "spec", "")
+    return next((tuple(info.taps) for info in list_models(spec) if info.spec == spec), ()) if spec else ()
 
 
 def _split_tap(tap: str, joined: Sequence[str]) -> tuple[str, str]:
@@ -390,7 +404,8 @@ def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
         flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
         raise RecipeError(
             " and ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
-            fix=f"Build the cache with {flags} as well, or leave the term out.",
+            fix=f"Build the cache with {flags} as well, or leave the term out."
+            + (f" TAP is one of {', '.join(taps)}." if "TAP" in flags and (taps := _taps_of(manifest)) else ""),
         )
     for term in terms:
         if term.of_depth and term.reads_teacher:

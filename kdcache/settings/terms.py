@@ -340,6 +340,8 @@ class DepthGradient(Depth):
 
 KINDS = tuple(kind for kind, term in TERMS.items() if not term.fused)
 """The kinds that `--term` takes."""
+ON_LABELS = tuple(kind for kind in KINDS if TERMS[kind]().reads_labels)
+"""The kinds that need no teacher."""
 METHODS = ("kl", *KINDS)
 """The kinds that `--method` takes."""
 
@@ -415,10 +417,10 @@ def _class_of(kind: Any, value: Any) -> type[LossTerm]:
         raise RecipeError(f"Missing kind of a loss term: {value}", fix=f"Add kind, one of {', '.join(KINDS)}.")
     if kind in KINDS:
         return TERMS[kind]
-    fused = f"Set its weight with --{kind}-weight" if kind in TERMS else ""
+    fused = kind in TERMS
     raise RecipeError(
-        f"Unknown loss term {kind!r}",
-        fix=fused or suggest(kind, KINDS, f"Choose one of {', '.join(KINDS)}."),
+        f"Cannot use {kind} as a --term: it has its own flags" if fused else f"Unknown loss term {kind!r}",
+        fix=f"Use --{kind}-weight" if fused else suggest(kind, KINDS, f"Choose one of {', '.join(KINDS)}."),
     )
 
 

@@ -368,7 +368,7 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
     """Return the error for a store that another command began. `intact` says whether its manifest looks unchanged."""
     spare = ""
     fix = (
-        "Repeat the first command exactly, with the versions and on the device named here. Or give another --out "
+        "Repeat the first command exactly, with the same teacher, data, libraries and device. Or give another --out "
         "(kdcache copy: another DESTINATION). To add views, taps or samples to a finished cache: "
         f"kdcache build-teacher-cache --from {place} --data DATA --teacher TEACHER --out NEW"
     )

@@ -39,8 +39,12 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
     try:
         text = read_text(Path(path))
         table: Any = parse_json(text) if path.endswith(".json") else parse_toml(text)
+    except FileNotFoundError as error:
+        raise RecipeError(f"Trust file not found: {path}", fix="Check the path, or use --class-trust auto") from error
+    except UnicodeDecodeError as error:
+        raise _refused(path, "it is not UTF-8 text") from error
     except (OSError, ValueError) as error:
-        raise _refused(path, str(error).splitlines()[0]) from error
+        raise _refused(path, getattr(error, "strerror", None) or str(error).splitlines()[0]) from error
     if not isinstance(table, dict):
         raise _refused(path, "it is no table of classes")
     for name, weight in table.items():

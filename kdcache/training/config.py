@@ -19,7 +19,7 @@ from kdcache.settings import entries, read_values
 from kdcache.settings.recipe import FORMAT, to_recipe
 from kdcache.settings.streams import check_rows, shares_of
 from kdcache.settings.term import MASK, LossTerm, check_terms, no_effect, untaken
-from kdcache.settings.terms import KL, CrossEntropy, auto_method, parse_method
+from kdcache.settings.terms import KL, ON_LABELS, CrossEntropy, auto_method, parse_method
 from kdcache.settings.training import (
     DEFAULT_ITERATIONS,
     LEARNING_RATE,
@@ -231,7 +231,7 @@ class TrainConfig:
     @property
     def validated_fold(self) -> Fold | None:
         """The fold of the validation data to validate on, or None for all of it."""
-        return None if self.data.val_fold is None else parse_fold(self.data.val_fold, self.data.folds_by)
+        return None if self.data.val_fold is None else parse_fold(self.data.val_fold, self.data.folds_by, "--val-fold")
 
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
@@ -400,7 +400,7 @@ def _check_data(config: TrainConfig) -> None:
             fix="Give --cache CACHE. Or learn from labels only, by --method none or --teacher labels"
             + (", or from the student's own predictions, by=student or by=ema." if "consistency" in kinds else ".")
             if config.run.verb == "train-student"
-            else "Use terms on labels, dice or lovasz. Or use train-student with --cache CACHE.",
+            else f"Use terms on labels, {' or '.join(ON_LABELS)}. Or use train-student with --cache CACHE.",
         )
 
 

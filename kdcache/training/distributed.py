@@ -120,7 +120,7 @@ class World:
             less = batch_size - batch_size % unit
             sizes = f"{less} or {less + unit}" if less else f"{unit}"
             raise RecipeError(
-                f"Cannot share --batch-size {batch_size} evenly: {self.size} processes"
+                f"Cannot share --batch-size {batch_size} evenly: {self.size} process{'es' * (self.size > 1)}"
                 + (f", which hold {together} samples together" if together > 1 else "")
                 + (f", and --accumulate {parts}" if parts > 1 else ""),
                 fix=f"Use --batch-size {sizes}, or another number of processes" + (" or of parts" if parts > 1 else ""),

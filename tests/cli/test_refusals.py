@@ -203,7 +203,7 @@ CASES = {
     "labels of a list and a number": (
         nothing, STUDENT + " --labels-from {w}/none.txt --limit-labels 2", "--labels-from or --limit-labels"),
     "more views than there are": (
-        nothing, STUDENT + " --augment replay --limit-views 2", "--limit-views 2: the cache has 1 views"),
+        nothing, STUDENT + " --augment replay --limit-views 2", "--limit-views 2: the cache has 1 view"),
     "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
     "folds by no pattern": (nothing, STUDENT + " --fold 0/2 --folds-by (", "--folds-by: '(' (missing )"),
     "folds by what is in no id": (nothing, STUDENT + " --fold 0/2 --folds-by x(.)", "names no sequence in 6 of 6 ids"),

@@ -555,7 +555,7 @@ class TestWithOtherVersions:
             open_writer(files.location, new.manifest, new.ids, None, self.pixels(new))
         assert f"numcodecs {libraries['numcodecs']} against 2, more nothing against 1" in caught.value.problem
         assert files.read() == before
-        assert "with the versions and on the device named here" in caught.value.fix
+        assert "with the same teacher, data, libraries and device" in caught.value.fix
         assert "give another --out" in caught.value.fix
         again, other = OnDisk(old.write(tmp_path / "half")), OnDisk(new.write(tmp_path / "other"))
         for store, libraries_now in ((again, libraries), (other, new.manifest.build.libraries)):

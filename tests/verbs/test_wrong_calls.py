@@ -161,3 +161,24 @@ def test_absurd_values(name: str) -> None:
     for values in ABSURD[name]:
         error = wrong_call(name, **{**right(name), **values})
         assert any(names_it(error, key) for key in values), error
+
+
+def test_settings_of_a_training_are_keywords() -> None:
+    short = {"model": "kdcache:tiny", "data": "data", "size": (32, 48), "device": "cpu"}
+    assert wrong_call("train", "new", **short, method="kl").problem == "Cannot learn kl without cache="
+    error = wrong_call("train", "new", **short, iterations=3, epochs=2)
+    assert error.problem == "Use either iterations=3 or epochs=2, not both"
+    error = wrong_call("train", "new", **short, val_fold="5/3")
+    assert error.problem.startswith("Invalid value of val_fold=: '5/3'")
+    assert error.fix.endswith("val_fold='0/4'")
+    fix = wrong_call("train", "new", **short, fold="0/2", schedule="plateau", val="data", resume=True).fix
+    assert "--" not in fix
+
+
+def test_commands_in_a_fix_stay_commands() -> None:
+    assert "kdcache build-teacher-cache --data DATA" in wrong_call("verify", "none.zarr").fix
+
+
+def test_an_unknown_implementation_of_the_loss() -> None:
+    with pytest.raises(KDCacheError, match="Unknown impl 'cuda'"):
+        kdcache.DistillLoss(impl="cuda")

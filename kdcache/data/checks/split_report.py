@@ -81,7 +81,7 @@ class SplitReport:
             ),
         )
         return [
-            f"{self.split}: {len(names)} {what}: {describe_some(names)}; {remedy}"
+            f"{self.split}: {len(names)} {what}: {describe_some(names)}. {remedy[:1].upper()}{remedy[1:]}"
             for names, what, remedy in kinds
             if names
         ] + self.depth.problems(self.split)

@@ -15,7 +15,7 @@ from kdcache.data.layouts.file_split import FileSplit, describe_some, saved_as_p
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
 from kdcache.data.layouts.scan import WHOLE, Scan, composed, replace_images
 from kdcache.data.sample import IGNORE_INDEX, ClassList
-from kdcache.errors import DataError
+from kdcache.errors import DataError, suggest
 
 VALIDATION = ("val", "valid", "validation")
 """Names of one split: where a data set has one of them, the others mean it too."""
@@ -159,7 +159,7 @@ class Layout(ABC):
         if split not in (names := self.splits(root)):
             raise DataError(
                 f"Unknown split {split!r} in {root}, which has {', '.join(names) or 'none'}",
-                fix="Name one of the splits that exist."
+                fix=suggest(split, names, "Name one of the splits that exist.")
                 + (HOW_TO_SPLIT if split in VALIDATION and not {*VALIDATION} & {*names} and WHOLE in names else ""),
                 rule=f"A split is {self.split_is}.",
             )

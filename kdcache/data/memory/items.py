@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from kdcache.data.sample import IGNORE_INDEX, Depth, Pixels, ids_out_of_range
-from kdcache.errors import DataError, KDCacheError
+from kdcache.errors import DataError, KDCacheError, suggest
 
 IMAGE_KEYS = ("image", "img", "pixel_values", "pixels")
 LABEL_KEYS = ("label", "mask", "annotation", "labels", "masks", "segmentation", "semantic", "target", "seg_map")
@@ -67,7 +67,11 @@ def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None
         asked = ", ".join(map(repr, wrong)) if wrong else "image, by the usual names"
         raise DataError(
             f"{where} has no {asked}: it has {', '.join(map(repr, offered)) or type(item).__name__}",
-            fix="Name the keys: kdcache.from_dataset(..., image='photo', label='mask'), or places in a tuple.",
+            fix=suggest(
+                str(wrong[0]) if wrong else "image",
+                map(str, offered),
+                "Name the keys: kdcache.from_dataset(..., image='photo', label='mask'), or places in a tuple.",
+            ),
         )
     return Keys(chosen, mask, depth)
 

@@ -104,6 +104,7 @@ class Folder(Place):
         existing = next(part for part in (path, *path.absolute().parents) if part.exists())
         if not existing.is_dir() or (existing == path and not (path / "zarr.json").exists() and any(path.iterdir())):
             content = "holds something else, and no zarr.json" if existing.is_dir() else "is a file"
+            existing = Path(self._name) if existing == path else existing
             raise StoreError(
                 f"Cannot write a cache here: {existing} {content}",
                 fix="Give another folder, or empty it yourself if nothing in it is needed. If it was a cache, move it "

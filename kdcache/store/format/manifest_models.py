@@ -4,6 +4,7 @@ Every model here is strict and fails on unknown keys, because a manifest comes f
 silently train on wrong targets.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal
@@ -280,6 +281,9 @@ class Fidelity(Part):
         )
 
 
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
+
+
 def part_differences(title: str, one: Part, other: Part, but: Collection[str] = ()) -> list[str]:
     """Describe the fields that differ between two parts of one type, as 'title.field: a against b', except `but`."""
     return [
@@ -298,7 +302,7 @@ def unlike(one: Any, other: Any) -> str:
         return _items((key, one.get(key, "nothing"), other.get(key, "nothing")) for key in keys)
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) > MOST_SHOWN:
         return _items((f"number {at}", *pair) for at, pair in enumerate(zip(one, other, strict=True)))
-    return f"{one} against {other}"
+    return _DIGEST.sub(r"\1...", f"{one} against {other}")
 
 
 def _items(items: Iterable[tuple[str, Any, Any]]) -> str:

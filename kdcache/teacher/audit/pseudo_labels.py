@@ -10,7 +10,6 @@ kept; the second writes the files that are not there yet, each whole or not at a
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -45,13 +44,15 @@ class Rule:
     quantile: float | None = None
 
     def __post_init__(self) -> None:
-        values = [value for value in (self.threshold, self.quantile) if value is not None]
-        if len(values) != 1 or not (math.isfinite(values[0]) and 0 < values[0] < 1):
-            raise RecipeError(
-                f"Use either --threshold or --quantile, above 0 and below 1, not --threshold {self.threshold}, "
-                f"--quantile {self.quantile}",
-                fix="Give for example --threshold 0.7, or --quantile 0.5 for the surer half of every class.",
-            )
+        given = {f"--{name}": value for name, value in vars(self).items() if value is not None}
+        fix = "Give for example --threshold 0.7, or --quantile 0.5 for the surer half of every class."
+        if not given:
+            raise RecipeError("Missing --threshold or --quantile", fix=fix)
+        if len(given) > 1:
+            raise RecipeError(f"Use either {' or '.join(f'{k} {v}' for k, v in given.items())}, not both", fix=fix)
+        flag, value = next(iter(given.items()))
+        if not 0 < value < 1:
+            raise RecipeError(f"Invalid value of {flag}: {value}, which is not between 0 and 1", fix=fix)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
             "If the cluster has ended, start it again: the same command continues.",
         ) from error
     raise StoreError(
-        f"Shard {shard} ended {deaths} processes, the last with {lines[0]}",
+        f"Shard {shard} ended {deaths} process{'es' * (deaths > 1)}, the last with {lines[0]}",
         fix="Look at the memory of the nodes (ray logs), or decrease --batch-size or --shard-records",
     ) from error
 

@@ -269,7 +269,7 @@ def _views(cache: Cache, limit: int | None) -> int:
     views = cache.manifest.view.views_per_sample
     if limit is not None and limit > views:
         raise RecipeError(
-            f"Cannot use --limit-views {limit}: the cache has {views} views",
+            f"Cannot use --limit-views {limit}: the cache has {views} view{'s' * (views > 1)}",
             fix="Leave it out, or build with more --views.",
         )
     return limit or views

@@ -83,7 +83,7 @@ def _by_scale(
         heads = sorted({name.partition(".")[0] for name in names.values()})
         raise RecipeError(
             f"No parameter begins with {sorted(unused)[0]!r}, as --lr-scale asks",
-            fix=f"Use one of {', '.join(heads)}, or a longer prefix.",
+            fix=f"Use a prefix of a name, such as {next(iter(names.values()))}. Names begin with {', '.join(heads)}.",
         )
     return groups
 
