@@ -262,7 +262,7 @@ def test_wrong_places_and_formats(tmp_path: Path) -> None:
     (tmp_path / "thesis.onnx").write_text("thesis")
     for out, options, received in [
         ("m.tflite", {}, r"m\.tflite"),
-        ("m.onnx", {"format": "torch.export"}, r"m\.onnx with --format torch\.export[\s\S]*m\.pt2"),
+        ("m.onnx", {"format": "torch.export"}, r"torch\.export to --out .*m\.onnx[\s\S]*m\.pt2"),
         ("m.onnx", {"format": "onix"}, "'onix'"),
         ("thesis.onnx", {}, "it exists"),
         ("none/m.onnx", {}, "no folder"),
