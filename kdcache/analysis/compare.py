@@ -286,7 +286,7 @@ class _Judge:
 
     @property
     def judged_notes(self) -> list[str]:
-        """Return the notes on evaluations, each once with the runs that it applies to."""
+        """The notes on evaluations, each once with the runs that it applies to."""
         return [
             f"{', '.join(runs[:3])}{' and others' * (len(runs) > 3)}: {text}" for text, runs in self._judged.items()
         ]

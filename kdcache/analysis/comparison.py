@@ -224,7 +224,7 @@ class Comparison:
 
     @property
     def _score_rows(self) -> list[list[str]]:
-        """Return rows of name, score per task, baseline, verdict and cost. The full tables are in `tables`."""
+        """Rows of name, score per task, baseline, verdict and cost. The full tables are in `tables`."""
         rows = []
         for row in self.rows:
             scores = [_figure(row.miou, 100, 1)] if SEGMENTATION in self.tasks else []

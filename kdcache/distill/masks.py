@@ -25,7 +25,7 @@ class CountedByKL(NamedTuple):
 
     @property
     def all(self) -> Tensor | None:
-        """Return the pixels of both targets. The two share none."""
+        """The pixels of both targets. The two share none."""
         return self.own if self.own is None or self.pasted is None else self.own | self.pasted
 
 

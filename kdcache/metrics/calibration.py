@@ -1,7 +1,7 @@
 """Calibration of a model's confidence, and the share of pixels that a confidence threshold keeps.
 
-Confidences are float16, which has 15,361 values from 0 to 1: pixels are counted value by value and class by class, so
-that every bin, threshold and quantile is exact and can be chosen after the pass. Memory: 360 KiB per class.
+Confidences are float16, which has 15,361 values from 0 to 1. Pixels are counted by value and by class, so every bin,
+threshold and quantile is exact and can be chosen after the pass. Memory: 360 KiB per class.
 
 Legend: C classes, V values of float16 from 0 to 1.
 """
@@ -23,7 +23,7 @@ VALUES_V = np.arange(int(np.float16(1).view(np.uint16)) + 1, dtype=np.uint16).vi
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pixels with a confidence in (low, high]: their share, mean confidence, share that is right (NaN for none)."""
+    """Pixels with a confidence in (low, high]: their share, mean confidence, share of right ones (NaN for none)."""
 
     low: float
     high: float
@@ -37,8 +37,8 @@ class Calibration:
     """Expected calibration error: mean over labelled pixels of |confidence - accuracy| of their bin.
 
     Attributes:
-        confidence, precision: mean confidence of the pixels predicted as each class, and the share of them that is
-            right; NaN for a class that is never predicted.
+        confidence, precision: per class, mean confidence of the pixels predicted as it, and the share of them that is
+            right, or NaN for a class that is never predicted.
     """
 
     ece: float
@@ -49,12 +49,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The pixels that thresholds select, per predicted class; shares are of all pixels predicted as that class.
+    """The pixels that thresholds select, per predicted class, as shares of all pixels predicted as that class.
 
     Attributes:
-        thresholds: the least confidence that is selected, of each class.
-        predicted, selected: numbers of pixels predicted as each class, and those of them that are selected.
-        precision: share of the selected, labelled pixels that are right; NaN without any.
+        thresholds: the least selected confidence of each class.
+        predicted, selected: numbers of pixels predicted as each class, and of those selected.
+        precision: share of the selected, labelled pixels that are right, or NaN without any.
     """
 
     thresholds: tuple[float, ...]
@@ -65,10 +65,12 @@ class Coverage:
 
     @property
     def shares(self) -> tuple[float, ...]:
+        """The selected share of the pixels predicted as each class."""
         return _ratios(self.selected, self.predicted)
 
     @property
     def total_share(self) -> float:
+        """The selected share of all pixels."""
         return _ratio(sum(self.selected), sum(self.predicted))
 
 
@@ -76,7 +78,7 @@ class ConfidenceCounts:
     """Pixels by predicted class and confidence, accumulated in int64.
 
     Attributes:
-        predicted_CV: all pixels. labelled_CV: pixels with a label. right_CV: pixels whose label is the prediction.
+        predicted_CV: all pixels. labelled_CV: pixels with a label. right_CV: pixels with a correct prediction.
     """
 
     def __init__(self, classes: int) -> None:
@@ -93,9 +95,8 @@ class ConfidenceCounts:
     ) -> None:
         """Add pixels: class ids and float16 confidences in 0..1.
 
-        Args:
-            label_HW: 255 is void; None for no label at all.
-            counted_HW: bool, pixels to be added; default all.
+        `label_HW` has 255 for void, or is None without a label. `counted_HW`, bool, are the pixels to add (default:
+        all).
         """
         counted = np.ones(argmax_HW.shape, bool) if counted_HW is None else counted_HW
         class_HW = argmax_HW.numpy().astype(np.int64)
@@ -106,7 +107,7 @@ class ConfidenceCounts:
             np.add.at(self.right_CV.reshape(-1), cell_HW[counted & (label_HW == class_HW)], 1)
 
     def calibration(self, bins: int = BINS) -> Calibration:
-        """The calibration of the labelled pixels over `bins` equal bins, closed on the right.
+        """Return the calibration of the labelled pixels over `bins` equal bins, closed on the right.
 
         Source: Guo et al. 2017, arXiv 1706.04599, equation 3.
         """
@@ -128,7 +129,7 @@ class ConfidenceCounts:
         )
 
     def coverage(self, threshold: float | Sequence[float]) -> Coverage:
-        """The pixels whose confidence is at or above a threshold, one for all classes or one for each."""
+        """Return the pixels with a confidence at or above a threshold, one for all classes or one for each."""
         thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.predicted_CV))
         first_C = np.searchsorted(VALUES_V, thresholds_C, side="left")
         selected_C, labelled_C, right_C = (
@@ -144,21 +145,21 @@ class ConfidenceCounts:
         )
 
     def threshold_keeping(self, share: float) -> float:
-        """The largest threshold, one for all classes, that keeps at least `share` of all pixels; 1 without pixels."""
+        """Return the largest common threshold that keeps at least `share` of all pixels, or 1 without pixels."""
         kept_V = self.predicted_CV.sum(0)[::-1].cumsum()[::-1]
         enough_V = (kept_V >= share * kept_V[0]) & (kept_V > 0)
         return float(VALUES_V[np.flatnonzero(enough_V)[-1]]) if enough_V.any() else 1.0
 
     @property
     def highest(self) -> float:
-        """The largest confidence of any pixel; 0 without pixels."""
+        """The largest confidence of any pixel, or 0 without pixels."""
         values = VALUES_V[self.predicted_CV.any(0)]
         return float(values[-1]) if len(values) else 0.0
 
     def quantile_thresholds(self, share: float) -> tuple[float, ...]:
-        """The largest threshold per class that keeps at least `share` of its pixels; equal confidences go together.
+        """Return the largest threshold per class that keeps at least `share` of its pixels.
 
-        A class that is never predicted has 1.
+        Equal confidences are kept or dropped together. A class that is never predicted has 1.
         """
         kept_CV = self.predicted_CV[:, ::-1].cumsum(1)[:, ::-1]
         enough_CV = (kept_CV >= share * kept_CV[:, :1]) & (kept_CV > 0)

@@ -1,8 +1,9 @@
-"""Whether a model has learnt anything: its scores beside those of predictions that ignore the image.
+"""Whether a model has learnt anything: its scores compared with predictions that ignore the image.
 
-Two predictions need no image: one class everywhere, and every class as often as the model itself predicts it, but at
-random places. The best of the first has the share of the largest class, divided by the number of classes, as its mIoU;
-how far a model is from the second is Cohen's kappa, which is 0 there and 1 when all pixels are right.
+Two predictions need no image: one class everywhere, or every class as often as the model predicts it, but at random
+places. The best of the first kind has the share of the largest class, divided by the number of classes, as its mIoU.
+The
+distance to the second is Cohen's kappa, which is 0 at chance and 1 if all pixels are right.
 """
 
 import math
@@ -17,10 +18,11 @@ _LEAST_KAPPA = 0.05
 
 
 def at_chance(metrics: Metrics) -> str | None:
-    """Why these are the scores of a model that has learnt nothing, such as "predicts Road alone (mIoU 2.79 %)".
+    """Return why these scores are chance level, such as "predicts Road alone (mIoU 2.79 %)", or None if they are not.
 
-    None when they are better than those of any constant or random prediction, and where fewer than two classes are
-    labelled: there, one class everywhere is right.
+    None if they beat any constant or random prediction, or fewer than two classes are labelled. With one class,
+    predicting
+    it everywhere is right.
     """
     pixels = sum(metrics.label_pixels)
     labelled = sum(count > 0 for count in metrics.label_pixels)
@@ -44,7 +46,7 @@ def at_chance(metrics: Metrics) -> str | None:
 
 
 def _predicted_shares(metrics: Metrics) -> list[float]:
-    """Share of each class in the prediction, from IoU = hits / (labelled + predicted - hits); 0 without a hit."""
+    """Return each class's share in the prediction, from IoU = hits / (labelled + predicted - hits), or 0."""
     pixels = sum(metrics.label_pixels)
     shares = []
     for iou, acc, count in zip(metrics.iou, metrics.acc, metrics.label_pixels, strict=True):
@@ -54,7 +56,7 @@ def _predicted_shares(metrics: Metrics) -> list[float]:
 
 
 def _kappa(metrics: Metrics, predicted: list[float]) -> float:
-    """Cohen's kappa; the largest that it can be where classes are predicted without a hit."""
+    """Return Cohen's kappa, or its largest possible value if classes are predicted without a hit."""
     pixels = sum(metrics.label_pixels)
     by_chance = sum(share * count / pixels for share, count in zip(predicted, metrics.label_pixels, strict=True))
     return (metrics.aacc - by_chance) / max(1 - by_chance, 1e-12)

@@ -1,8 +1,8 @@
 """Segmentation metrics by mmsegmentation's convention.
 
-One confusion matrix over the whole set, void left out. IoU = I/U, Acc = I/label, mIoU and mAcc are means over
-the classes that occur (a class absent from labels and predictions is NaN, not 0), aAcc = sum I / sum label.
-mIoU is never a mean over images.
+There is one confusion matrix over the whole set, without void. IoU = I/U, Acc = I/label, mIoU and mAcc are means over
+the classes that occur (a class absent from labels and predictions is NaN, not 0), aAcc = sum I / sum label. mIoU is
+never a mean over images.
 """
 
 import json
@@ -19,11 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class ImageCounts:
-    """Pixels per image and class, int64 (N, C), from which the IoU of any selection of images follows.
+    """Pixels per image and class, int64 (N, C), which give the IoU of any selection of images.
 
     Attributes:
         ids: of the images.
-        hits: pixels of a class in label and prediction alike. unions: in either of them. Void is left out.
+        hits: pixels of a class in both label and prediction. unions: in either of them. Void is left out.
     """
 
     ids: tuple[str, ...]
@@ -32,7 +32,7 @@ class ImageCounts:
 
     @classmethod
     def of(cls, ids: Sequence[str], counts: Sequence[Tensor]) -> "ImageCounts":
-        """The counts of images from their confusion matrices, (C, C) each."""
+        """Return the counts of images from their confusion matrices, (C, C) each."""
         matrices = torch.stack(list(counts)).numpy()
         hits = np.diagonal(matrices, axis1=1, axis2=2).copy()
         return cls(tuple(ids), hits, matrices.sum(1) + matrices.sum(2) - hits)
@@ -40,10 +40,10 @@ class ImageCounts:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Fractions in 0..1; NaN where a class does not occur.
+    """Segmentation metrics as fractions in 0..1, or NaN if a class does not occur.
 
     Attributes:
-        images: counts of every image; None where they were not kept. No part of what is equal, or of JSON.
+        images: counts of every image, or None if they were not kept. Ignored by comparison and JSON.
     """
 
     class_names: tuple[str, ...]
@@ -56,15 +56,15 @@ class Metrics:
     images: ImageCounts | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; NaN becomes null, for JSON has none. Classes travel with their names."""
+        """Return JSON values with null for NaN, and classes by name."""
         rows = zip(self.class_names, self.iou, self.acc, self.label_pixels, strict=True)
         classes = [dict(zip(("name", "iou", "acc", "label_pixels"), row, strict=True)) for row in rows]
         return without_nan({"miou": self.miou, "macc": self.macc, "aacc": self.aacc, "classes": classes})
 
     def over(self, names: Sequence[str]) -> "Metrics":
-        """The metrics of some classes alone, outside which no pixel is labelled; their means are means of these.
+        """Return the metrics of some classes only, if no other class is labelled. Means are over these classes.
 
-        A labelled pixel that is predicted as one of the other classes is a miss of its own, as it was.
+        A labelled pixel that is predicted as one of the other classes stays a miss of its class.
         """
         kept = [self.class_names.index(name) for name in names]
         assert sum(self.label_pixels) == sum(self.label_pixels[i] for i in kept), "labels of a class that is left out"
@@ -92,9 +92,9 @@ class ConfusionMatrix:
         self.counts = torch.zeros(size, size, dtype=torch.int64)
 
     def update(self, predicted: Tensor, label: Tensor) -> Tensor:
-        """Add pixels; any integer types, equal shapes. Ids at or above the number of classes are a bug upstream.
+        """Add pixels of any integer types, in equal shapes. Ids at or above the class count are a bug in the caller.
 
-        Returns: the counts of these pixels alone, (C, C).
+        Returns: the counts of these pixels only, (C, C).
         """
         classes = len(self.class_names)
         counted = label != self.ignore_index
@@ -104,7 +104,7 @@ class ConfusionMatrix:
         return added
 
     def metrics(self) -> Metrics:
-        """IoU and accuracy of everything added so far."""
+        """Return IoU and accuracy of everything added so far."""
         counts = self.counts.to(torch.float64)
         hits, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         iou = hits / (labelled + predicted - hits)  # 0/0 is NaN: the class does not occur
@@ -121,12 +121,12 @@ class ConfusionMatrix:
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """The mean of the values that are not NaN; NaN without any."""
+    """Return the mean of the values that are not NaN, or NaN without any."""
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def without_nan(content: dict[str, Any]) -> dict[str, Any]:
-    """An object of JSON with None for NaN, which JSON does not have."""
+    """Return a JSON object with None for NaN, which JSON does not have."""
     plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return plain

@@ -1,13 +1,13 @@
-"""What a model costs to run: parameters, arithmetic, time per image.
+"""The cost to run a model: parameters, arithmetic, time per image.
 
-FLOPs are those of convolutions, matrix products and attention, two for each multiply-add (MACs are half of them), as
-`torch.utils.flop_counter` counts; normalisations, activations and resizes are left out, as in most published tables.
+FLOPs count convolutions, matrix products and attention, two for each multiply-add (MACs are half of them), as
+`torch.utils.flop_counter` does. Normalisations, activations and resizes do not count, as in most published tables.
 
-A cost is kept beside its run, in `cost-HxW-DIGEST.json`, for each network, size, device, number of threads and version
-of torch, and used again on the same machine.
+A cost is stored with its run, in `cost-HxW-DIGEST.json`, for each network, size, device, number of threads and torch
+version, and reused on the same machine.
 
-Latency is that of one image, normalised and on the device, to logits at the image's size. Neither decoding nor the
-copy to the device is in it. It is a property of the network: what it was trained on changes nothing.
+Latency is the time from one normalised image on the device to logits at the image's size, without decoding and without
+the copy to the device. It is a property of the network, whatever it was trained on.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ MOST_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per image at batch size 1, over `repeats` calls after `warm_up` others; threads are of the CPU."""
+    """Milliseconds per image at batch size 1, over `repeats` calls after `warm_up` others, with CPU threads."""
 
     mean_ms: float
     std_ms: float
@@ -56,10 +56,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image of `size` (H, W) costs.
+    """The cost of one image of `size` (H, W).
 
     Attributes:
-        latency: None when time was not measured. reused: it was measured earlier, on the same machine.
+        latency: None if time was not measured. reused: it was measured earlier, on the same machine.
     """
 
     size: tuple[int, int]
@@ -74,6 +74,7 @@ class Cost:
         return self.flops // 2
 
     def to_json(self) -> dict[str, Any]:
+        """Return the cost as JSON values, with MACs and images per second."""
         latency = None if self.latency is None else {**asdict(self.latency), "fps": self.latency.fps}
         return {**asdict(self), "size": list(self.size), "macs": self.macs, "latency": latency}
 
@@ -81,11 +82,7 @@ class Cost:
 def measure_cost(
     model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu", repeats: int = REPEATS
 ) -> Cost:
-    """Count and time a model, which is moved to `device` and put back into its mode.
-
-    Args:
-        repeats: timed calls; 0 measures no time.
-    """
+    """Count and time a model, which is moved to `device` and then put back into its mode. `repeats` 0 skips timing."""
     with in_eval_mode(model.to(device)):
         latency = measure_latency(model, size, repeats=repeats) if repeats else None
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -93,7 +90,7 @@ def measure_cost(
 
 
 def count_flops(model: SegmentationModel, size: tuple[int, int]) -> int:
-    """FLOPs of one image, two per multiply-add; the model should be in eval mode."""
+    """Return the FLOPs of one image, two per multiply-add. The model should be in eval mode."""
     # Attention as plain products: the counter knows not every fused kernel, that of the CPU for one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, *size, device=_device(model)))
@@ -119,14 +116,14 @@ def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The name of a GPU's model, or of the processor's."""
+    """Return the model name of a GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _calls(
     model: SegmentationModel, x_13HW: Tensor, size: tuple[int, int], *, least: int, most: int, seconds: float
 ) -> list[float]:
-    """Milliseconds of `most` calls, or of fewer when the time is over; at least `least`."""
+    """Return the milliseconds of at most `most` calls, and at least `least`, within `seconds`."""
     samples_ms: list[float] = []
     first = time.perf_counter()
     while len(samples_ms) < most and (len(samples_ms) < least or time.perf_counter() - first < seconds):
@@ -160,17 +157,17 @@ class CostKey:
 
     @classmethod
     def of(cls, spec: str, classes: int, size: tuple[int, int], device: str) -> "CostKey":
-        """The key of a network on a device of this machine."""
+        """Return the key of a network on a device of this machine."""
         return cls(spec, classes, size, hardware_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
 
     def path(self, folder: Path) -> Path:
-        """The file of the timing in a run's folder."""
+        """Return the file of the timing in a run's folder."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
         return folder / f"cost-{self.size[0]}x{self.size[1]}-{digest[:8]}.json"
 
 
 def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
-    """The cost that an earlier comparison measured in as many calls; None without one, and for a damaged file."""
+    """Return the cost that an earlier comparison measured with as many calls, or None if missing or damaged."""
     content = read_object(key.path(folder))
     try:
         if content["key"] != json.loads(json.dumps(asdict(key))) or content["asked"] < repeats:
@@ -182,7 +179,7 @@ def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
 
 
 def keep_cost(folder: Path, key: CostKey, cost: Cost, repeats: int) -> str | None:
-    """Write a cost beside a run, whole or not at all; a note if that cannot be. One without a timing is not kept."""
+    """Write a cost with a timing into a run, completely or not at all. Return a note if it cannot be written."""
     if cost.latency is None:
         return None
     content: dict[str, Any] = {

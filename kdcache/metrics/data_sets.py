@@ -1,4 +1,4 @@
-"""One model on several data sets, side by side: each judged by the classes that it shares with the model."""
+"""One model on several data sets, each judged by the classes that it shares with the model."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ NOT_SHARED = "not shared"
 
 @dataclass(frozen=True)
 class OnDataSet:
-    """The metrics of a model on one data set, of the classes that both have.
+    """The metrics of a model on one data set, for the classes that both have.
 
     Attributes:
-        missing: classes of the model that the data do not have: no rows of its metrics.
-        void: classes of the data that the model does not have: their pixels are void.
+        missing: classes of the model that the data lack, so its metrics have no rows for them.
+        void: classes of the data that the model lacks. Their pixels are void.
     """
 
     data: str
@@ -32,7 +32,7 @@ class OnDataSet:
 
     @classmethod
     def of(cls, split: Split, metrics: TaskMetrics) -> "OnDataSet":
-        """The metrics of a pass over a split, which `classes_by_name` gave: without the classes that it lacks."""
+        """Return the metrics of a pass over a split from `classes_by_name`, without the classes that it lacks."""
         if not isinstance(split, ClassesByName):
             return cls(split.data, split.split, metrics)
         if metrics.segmentation is not None:
@@ -40,11 +40,11 @@ class OnDataSet:
         return cls(split.data, split.split, metrics, split.missing, split.void)
 
     def to_json(self) -> dict[str, Any]:
-        """The metrics, and the classes that are not shared."""
+        """Return the metrics, and the classes that are not shared, as JSON values."""
         return {"missing_classes": list(self.missing), "void_classes": list(self.void), **self.metrics.to_json()}
 
     def notes(self) -> Iterator[str]:
-        """Sentences on classes that are not shared."""
+        """Yield sentences on classes that are not shared."""
         if self.missing:
             yield f"{self.data} has no {', '.join(self.missing)}: a prediction of these is a miss, and none has a row"
         if self.void:
@@ -52,24 +52,20 @@ class OnDataSet:
 
 
 def common_classes(results: Sequence[OnDataSet]) -> tuple[str, ...]:
-    """The classes that have an IoU on every data set with labels of segmentation, in the order of the first."""
+    """Return the classes with an IoU on every data set with segmentation labels, in the order of the first."""
     ious = [_ious(one) for _, one in _segmented(results)]
     first = ious[0] if ious else {}
     return tuple(name for name in first if not any(math.isnan(iou.get(name, math.nan)) for iou in ious))
 
 
 def common_mious(results: Sequence[OnDataSet]) -> dict[int, float]:
-    """The mIoU over `common_classes` by a data set's number: what may be compared where lists of classes differ."""
+    """Return the mIoU over `common_classes` by data set number, to compare sets with different classes."""
     names = common_classes(results)
     return {number: mean_of([_ious(one)[name] for name in names]) for number, one in _segmented(results)}
 
 
 def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Table:
-    """IoU in percent, a column per data set: the classes, their mean, the mean of the common ones where it differs.
-
-    Args:
-        class_names: of the model.
-    """
+    """Return IoU in percent, a column per data set: the model's classes, their mean, the mean of common ones."""
     columns = {number: _ious(one) for number, one in _segmented(results)}
     rows = [[name, *(_cell(ious, name) for ious in columns.values())] for name in class_names]
     rows.append(["mIoU", *(percent(one.miou) for _, one in _segmented(results))])
@@ -84,7 +80,7 @@ def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Tab
 
 
 def depth_table(results: Sequence[OnDataSet]) -> Table:
-    """Metrics of depth, a column per data set that has labels of depth."""
+    """Return depth metrics, a column per data set with depth labels."""
     depths = {number: one.metrics.depth for number, one in enumerate(results) if one.metrics.depth is not None}
     rows = [
         [head, *(depth_figure(name, getattr(depth, name)) for depth in depths.values())]
@@ -95,13 +91,13 @@ def depth_table(results: Sequence[OnDataSet]) -> Table:
 
 
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
-    """The table of classes, then that of depth; each only where a data set has labels of it."""
+    """Return the table of classes and the table of depth, each if a data set has such labels."""
     both = (class_table(results, class_names), depth_table(results))
     return [table for table in both if len(table[0]) > 1]
 
 
 def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:
-    """The tables, then what is not shared."""
+    """Return the tables and the classes that are not shared, as Markdown."""
     notes = [f"- {note}\n" for one in results for note in one.notes()]
     return "\n".join(
         [f"# {title}\n", *(markdown_table(*table) for table in tables(results, class_names)), "".join(notes)]
@@ -109,7 +105,7 @@ def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Se
 
 
 def listing(results: Sequence[OnDataSet]) -> str:
-    """`iou_listing` of each data set below its name."""
+    """Return `iou_listing` of each data set below its name."""
     titles = _titles(results)
     parts = [f"# {titles[number]}\n{iou_listing(one)}" for number, one in _segmented(results)]
     return "\n".join(parts)
@@ -130,5 +126,5 @@ def _cell(ious: dict[str, float], name: str) -> str:
 
 
 def _titles(results: Sequence[OnDataSet]) -> list[str]:
-    """The data sets' names, with their splits."""
+    """Return the data sets' names, with their splits."""
     return [f"{one.data}, {one.split}" for one in results]

@@ -1,16 +1,16 @@
-"""Depth metrics by the convention of KITTI and Eigen: per image over its valid pixels, then the mean over images.
+r"""Depth metrics by the convention of KITTI and Eigen: per image over its valid pixels, then the mean over images.
 
 A valid pixel has a label strictly between the minimum and the maximum depth, inside the crop. Predictions are clipped
-to that range, labels outside it do not count. Each metric is that of one image; the result is the mean over the images
-with a valid pixel, so an image of few LiDAR points weighs as much as a dense one, and the root of rmse is taken before
-the mean. So do the KITTI benchmark and the evaluations of Monodepth, BTS and ZoeDepth; Eigen's paper itself states
-means over all pixels of a set, which are other numbers where images have unequal numbers of points.
+to that range, and labels outside it do not count. Each metric is computed per image, and the result is the mean over
+the images with a valid pixel. So an image of few LiDAR points weighs as much as a dense one, and the root of rmse is
+taken before the mean. The KITTI benchmark and the evaluations of Monodepth, BTS and ZoeDepth do the same. Eigen's paper
+states means over all pixels of a set, which differ if images have unequal numbers of points.
 
 | metric | of an image, d the label, p the prediction, both in metres, g = log p - log d | unit |
 | --- | --- | --- |
 | `rmse` | sqrt(mean (p - d)^2) | metres |
 | `rmse_log` | sqrt(mean g^2) | |
-| `abs_rel` | mean \\|p - d\\| / d | |
+| `abs_rel` | mean \|p - d\| / d | |
 | `sq_rel` | mean (p - d)^2 / d | metres |
 | `silog` | 100 sqrt(mean g^2 - (mean g)^2) | |
 | `delta1`, `delta2`, `delta3` | share of pixels with max(p / d, d / p) < 1.25, 1.25^2, 1.25^3 | fraction |
@@ -51,11 +51,11 @@ class DepthImages:
 
 @dataclass(frozen=True)
 class DepthMetrics:
-    """Means over images of the metrics of this module; NaN without an image that has a valid pixel.
+    """Means over images of the metrics of this module, or NaN without an image that has a valid pixel.
 
     Attributes:
         counted_images, pixels: images with a valid pixel, and all their valid pixels.
-        images: metrics of every counted image. No part of what is equal, or of JSON.
+        images: metrics of every counted image. Ignored by comparison and JSON.
     """
 
     rmse: float
@@ -71,18 +71,18 @@ class DepthMetrics:
     images: DepthImages | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; NaN becomes null, for JSON has none."""
+        """Return JSON values with null for NaN."""
         return without_nan({name: value for name, value in asdict(self).items() if name != "images"})
 
 
 @dataclass(frozen=True)
 class DepthRange:
-    """The pixels of a label of depth that count.
+    """The depth labels that count.
 
     Attributes:
-        min_depth, max_depth: range of valid labels in metres, exclusive; predictions are clipped to it.
-        crop: `garg` counts the pixels inside Garg's crop of the label's size alone, as on KITTI.
-    Raises: DataError for a range that is none.
+        min_depth, max_depth: range of valid labels in metres, exclusive. Predictions are clipped to it.
+        crop: `garg` counts only pixels inside Garg's crop of the label's size, as on KITTI.
+    Raises: DataError for an invalid range.
     """
 
     min_depth: float = DepthSettings.min_depth
@@ -98,7 +98,7 @@ class DepthRange:
 
     @classmethod
     def of(cls, head: RegressionHead | None, settings: DepthSettings | None = None) -> "DepthRange":
-        """The range of some settings; without their maximum it ends where the head clips, or at 80 metres."""
+        """Return the range of some settings. The default maximum is where the head clips, or 80 metres."""
         chosen = settings or DepthSettings()
         own = MAX_DEPTH if head is None or head.max_depth is None else head.max_depth
         return cls(chosen.min_depth, own if chosen.max_depth is None else chosen.max_depth, chosen.depth_crop)
@@ -107,7 +107,7 @@ class DepthRange:
         return f"{self.min_depth:g} to {self.max_depth:g} m" + ("" if self.crop == "none" else f", {self.crop} crop")
 
     def valid(self, label_HW: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Which pixels (H, W) of a label count."""
+        """Return the mask (H, W) of a label's pixels that count."""
         valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
         if self.crop == "none":
             return valid
@@ -121,7 +121,7 @@ class DepthRange:
 
 
 class DepthErrors:
-    """Metrics of images, accumulated one image at a time; several processes share out the images and merge.
+    """Accumulates metrics one image at a time. Several processes share the images and merge.
 
     Args:
         depth_range: the pixels that count.
@@ -132,12 +132,9 @@ class DepthErrors:
         self._rows: list[tuple[str, int, npt.NDArray[np.float64]]] = []
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
-        """Add an image; one without a valid pixel does not count.
+        """Add an image's maps (H, W) in metres. Labels that are not finite are not valid.
 
-        Args:
-            predicted, label: (H, W) in metres; a label that is not finite is not valid.
-            sample_id: of the image.
-        Raises: DataError for maps of unequal sizes.
+        An image without a valid pixel does not count. Raises: DataError for maps of unequal sizes.
         """
         if predicted.shape != label.shape or label.ndim != 2:
             raise DataError(
@@ -152,7 +149,7 @@ class DepthErrors:
 
     @classmethod
     def merged(cls, parts: Iterable["DepthErrors"]) -> "DepthErrors":
-        """The errors of all parts, of which each measured other images with the same settings.
+        """Return the errors of all parts, which measured different images with the same settings.
 
         Raises: DataError for parts of other settings.
         """
@@ -168,11 +165,11 @@ class DepthErrors:
         return whole
 
     def add(self, other: "DepthErrors") -> None:
-        """Add the images of other errors, which were measured with the same settings."""
+        """Add the images of other errors with the same settings."""
         self._rows += other._rows
 
     def metrics(self) -> DepthMetrics:
-        """The means over the images added so far: to the bit the same for any order of them and any sharing out."""
+        """Return the means over all images, bit-identical for any order and any division among processes."""
         values = np.stack([row for _, _, row in self._rows]) if self._rows else np.empty((0, len(DEPTH_METRICS)))
         means = [math.fsum(column) / len(column) if len(column) else math.nan for column in values.T]
         return DepthMetrics(
@@ -184,7 +181,7 @@ class DepthErrors:
 
 
 def _metrics_of(p: npt.NDArray[np.float64], d: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The metrics (8,) of one image's valid pixels (P,)."""
+    """Return the metrics (8,) of one image's valid pixels (P,)."""
     error, g = p - d, np.log(p) - np.log(d)
     ratio = np.maximum(p / d, d / p)
     return np.array(

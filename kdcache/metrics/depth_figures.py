@@ -1,4 +1,4 @@
-"""Depth and its errors in colours: a perceptual map, grey where nothing is known, and a bar that says the metres."""
+"""Depth and its errors in colours: a perceptual map, grey for unknown values, and a bar in metres."""
 
 import math
 from collections.abc import Iterable
@@ -26,10 +26,10 @@ _TICKS = 4
 
 @dataclass(frozen=True)
 class DepthMap:
-    """Depths, or errors of depth, (H, W), to be drawn; what is not finite is unknown.
+    """Depths, or depth errors, (H, W), to draw. Values that are not finite are unknown.
 
     Attributes:
-        high: the value at the upper end of the colours, which begin at 0; larger ones have its colour.
+        high: the value at the upper end of the colours, which begin at 0. Larger ones have its colour.
     """
 
     values: npt.NDArray[np.floating]
@@ -38,11 +38,11 @@ class DepthMap:
     unit: str = "m"
 
     def rgb(self) -> Array:
-        """The colours, uint8 (H, W, 3)."""
+        """Return the colours, uint8 (H, W, 3)."""
         return colours_of(self.values / self.high, self.kind)
 
     def draw(self, axes: "Axes") -> None:
-        """Put the picture into axes, and its bar beside it."""
+        """Draw the picture into axes, with its bar next to it."""
         from matplotlib import colormaps
 
         colours = colormaps[MAPS[self.kind]].with_extremes(bad=hex_colours([UNKNOWN_RGB])[0])
@@ -56,7 +56,7 @@ class DepthMap:
         bar.ax.tick_params(labelsize=8)
 
     def picture(self) -> "Image":
-        """The colours with a bar below them."""
+        """Return the colours with a bar below them."""
         from PIL import Image
 
         height, width = self.values.shape
@@ -67,7 +67,7 @@ class DepthMap:
         return whole
 
     def bar(self, width: int) -> "Image":
-        """A bar of the colours from 0 to `high`, with ticks and the unit; at least as wide as its text needs."""
+        """Return a bar of the colours from 0 to `high`, with ticks and unit, at least as wide as its text."""
         from PIL import Image, ImageDraw, ImageFont
 
         text = max(10, min(36, width // 40))
@@ -86,7 +86,7 @@ class DepthMap:
 
 
 def colours_of(shares: npt.NDArray[np.floating], kind: Kind) -> Array:
-    """Colours uint8 (..., 3) of values as shares of the bar; grey where they are not finite."""
+    """Return colours uint8 (..., 3) of values as shares of the bar, grey if not finite."""
     from matplotlib import colormaps
 
     known = np.isfinite(shares)
@@ -96,7 +96,7 @@ def colours_of(shares: npt.NDArray[np.floating], kind: Kind) -> Array:
 
 
 def bar_end(maps: Iterable[npt.NDArray[np.floating]]) -> float:
-    """A round number at which one bar for several maps ends: at least 99 % of their known values are below it."""
+    """Return a round end for a bar of several maps, above at least 99 % of their known values."""
     known = [values[np.isfinite(values)] for values in maps]
     largest = max((float(np.percentile(values, _SHOWN)) for values in known if values.size), default=1.0)
     if largest <= 0:
@@ -106,6 +106,6 @@ def bar_end(maps: Iterable[npt.NDArray[np.floating]]) -> float:
 
 
 def absolute_error(predicted: npt.NDArray[np.floating], label: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """|prediction - label| in metres (H, W), NaN where the label is unknown."""
+    """Return |prediction - label| in metres (H, W), NaN where the label is unknown."""
     error: npt.NDArray[np.floating] = np.abs(predicted - np.where(np.isfinite(label), label, np.nan))
     return error

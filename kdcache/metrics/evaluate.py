@@ -1,4 +1,4 @@
-"""Evaluating a model on a labelled split, at the labels' own size."""
+"""Evaluate a model on a labelled split, at the labels' own size."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """Metrics of a model on a split, by task; None for what the model does not predict or no sample has a label of."""
+    """Metrics of a model on a split by task, or None for tasks that model or labels lack."""
 
     segmentation: Metrics | None = None
     depth: DepthMetrics | None = None
@@ -46,7 +46,7 @@ class TaskMetrics:
         return html_table("Metrics; IoU by class", ("", ""), rows)
 
     def to_json(self) -> dict[str, Any]:
-        """Segmentation alone as `Metrics` has it; else each task's numbers by its name, in `tasks`."""
+        """Return segmentation alone as in `Metrics`, else each task's numbers by name in `tasks`."""
         if self.depth is None:
             return {} if self.segmentation is None else self.segmentation.to_json()
         own = {SEGMENTATION: self.segmentation, DEPTH: self.depth}
@@ -65,16 +65,21 @@ def evaluate_model(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Metrics of `model` over the labelled samples of `split`, from one confusion matrix; with counts of every image.
+    """Evaluate `model` on the labelled samples of `split` with one confusion matrix, and counts of every image.
 
-    Images are resized to `size`, logits are upsampled to each label's own size (`at_size`: the label is
-    resized instead, which is cheaper and not comparable with published figures).
+    Images are resized to `size`, and logits are upsampled to each label's own size.
 
     Args:
-        size: (H, W) the model sees.
-        framing: how it sees an image of another shape, or in windows; default squashed to `size`.
+        model: moved to `device`, and put back into its mode afterwards.
+        split: the samples.
+        size: (H, W) that the model sees.
+        device: such as `cpu` or `cuda`.
+        batch_size: images per forward pass.
+        at_size: resize labels to `size` instead, which is faster and not comparable with published figures.
+        threads: threads that decode images.
+        framing: how it sees an image of another shape, or in windows. Default: squashed to `size`.
         progress: called with (images done, images).
-    Raises: DataError when nothing is labelled or an image cannot be read. RecipeError for an unknown device.
+    Raises: DataError if nothing is labelled or an image cannot be read. RecipeError for an unknown device.
     """
     try:
         torch.device(device)
@@ -115,11 +120,11 @@ def count_pixels(
     part: tuple[int, int] = (0, 1),
     each: Callable[[Predicted, Tensor], None] | None = None,
 ) -> ConfusionMatrix:
-    """The counts of `evaluate_model`, which several processes may share out: they add up to the whole.
+    """Return the confusion matrix of `evaluate_model`, which several processes can share and add up.
 
-    Args:
-        part: (i, n) takes every n-th labelled sample from the i-th on.
-        each: called with every prediction and its own counts, (C, C).
+    `part` (i, n) takes every n-th labelled sample from the i-th on. `each` is called with every prediction and its own
+    counts, (C, C).
+
     Raises: DataError for a split without labels.
     """
     labelled = labelled_images(split, (SEGMENTATION,))
@@ -162,12 +167,13 @@ def evaluate_tasks(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> TaskMetrics:
-    """Metrics of every task that `model` predicts and that `split` has labels of, in one pass; with those of images.
+    """Evaluate every task that `model` predicts and `split` has labels of in one pass, with numbers of every image.
 
-    Args:
-        size, at_size, progress: as in `evaluate_model`.
-        depth: pixels of labels of depth that count. What is no default needs depth to be judged.
-    Raises: DataError where no task is judged, for depths without a depth, and for an image that cannot be read.
+    Arguments are as in `evaluate_model`. `depth` selects the depth labels that count. Settings other than the default
+    need
+    a task of depth.
+
+    Raises: DataError without a task to judge, for depth settings without depth, and for an image that cannot be read.
     """
     tasks = check_tasks(model, split, depth)
     confusion, ids, counts = ConfusionMatrix(split.classes.names, IGNORE_INDEX), list[str](), list[Tensor]()
@@ -203,9 +209,9 @@ def evaluate_tasks(
 
 
 def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | None = None) -> tuple[str, ...]:
-    """The tasks of which a model is judged on a split.
+    """Return the tasks that a model is judged on in a split.
 
-    Raises: DataError where there is none, and for a range of depths without depth.
+    Raises: DataError without such a task, and for a depth range without depth.
     """
     tasks, where = judged_tasks(model, split), f"{split.data}, split {split.split!r}"
     labels = f"labels of {', '.join(split.tasks)}" if split.tasks else "no labels"
@@ -230,7 +236,7 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
 
 
 def labelled_images(split: Split, tasks: Sequence[str]) -> list[int]:
-    """Numbers of the samples with a label of a task. Raises: DataError where there is none."""
+    """Return the numbers of samples with a label of any task. Raises: DataError if there are none."""
     labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in tasks)]
     if not labelled:
         raise DataError(
@@ -241,7 +247,7 @@ def labelled_images(split: Split, tasks: Sequence[str]) -> list[int]:
 
 
 def _judged(errors: DepthErrors, split: Split) -> DepthMetrics:
-    """The metrics of depth. Raises: DataError where no pixel counts."""
+    """Return the metrics of depth. Raises: DataError where no pixel counts."""
     metrics = errors.metrics()
     if not metrics.counted_images:
         raise DataError(

@@ -1,6 +1,6 @@
 """Pictures of results: figures without a display, and labels in the colours of their classes.
 
-matplotlib is imported when a picture is made. Figures are made without pyplot: no global state, no window.
+matplotlib is imported when a picture is made. Figures do not use pyplot: no global state, no window.
 """
 
 import io
@@ -42,7 +42,7 @@ _LETTERS_PER_INCH = 11
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure in inches; what is put on it is laid out without overlaps."""
+    """Return an empty figure, sized in inches, whose contents are laid out without overlaps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
@@ -53,11 +53,11 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 def save_figure(
     figure: "Figure", path: Path, above: str | None = None, formats: Sequence[Format] = ("png",)
 ) -> list[Path]:
-    """Write a picture in each format, whole or not at all, and return the files.
+    """Write a picture in each format, completely or not at all, and return the files.
 
-    Args:
-        path: of the PNG; other formats have its name with their own suffix. Text in SVG and PDF stays text.
-        above: a note that stands over all else.
+    `path` is the PNG. Other formats have its name with their own suffix. Text in SVG and PDF stays text. `above` is a
+    note
+    at the top.
     """
     from matplotlib import rc_context
 
@@ -75,7 +75,7 @@ def save_figure(
 
 
 def check_formats(formats: Sequence[str]) -> tuple[Format, ...]:
-    """The formats of pictures, PNG among them always. Raises: RecipeError for another."""
+    """Return the formats of pictures, always including PNG. Raises: RecipeError for an unknown one."""
     known: tuple[Format, ...] = get_args(Format)
     if strange := [name for name in formats if name not in known]:
         raise RecipeError(f"Unknown format in --format: {','.join(strange)!r}", fix=f"Choose from: {','.join(known)}")
@@ -83,7 +83,7 @@ def check_formats(formats: Sequence[str]) -> tuple[Format, ...]:
 
 
 def _put_above(figure: "Figure", text: str) -> None:
-    """The title moves down by as many lines as the text has, and the figure grows by them."""
+    """Put text above the title, and enlarge the figure by its lines."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(text, int(_LETTERS_PER_INCH * width))
     figure.set_size_inches(width, height + 0.23 * len(lines))
@@ -94,7 +94,7 @@ def _put_above(figure: "Figure", text: str) -> None:
 
 
 def _make_plain(figure: "Figure") -> None:
-    """Names of classes, samples and runs are text: no formula, no control characters."""
+    """Show names of classes, samples and runs as plain text, without formulas or control characters."""
     from matplotlib.text import Text
 
     axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
@@ -106,7 +106,7 @@ def _make_plain(figure: "Figure") -> None:
 
 
 def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
-    """Titles, a light grid behind what is drawn, and no box around it."""
+    """Set titles, a light grid in the background, and no box."""
     axes.set_title(title, fontsize=11, color=INK)
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
@@ -119,14 +119,14 @@ def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
 
 
 def hex_colours(colours: Colours) -> list[str]:
-    """Colours as `#rrggbb`, which matplotlib takes."""
+    """Return colours as `#rrggbb`, which matplotlib takes."""
     return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
 
 
 def class_bars(
     axes: "Axes", names: Sequence[str], colours: Colours, solid: Sequence[float], outlined: Sequence[float]
 ) -> None:
-    """Two bars per class, the first class on top: one filled in its colour, one outlined below it."""
+    """Draw two bars per class, the first class on top: one filled in its colour, one outlined below it."""
     places = np.arange(len(names))
     fills = hex_colours(colours)
     above, below = 100 * np.array(solid), 100 * np.array(outlined)
@@ -143,14 +143,14 @@ def class_bars(
 
 
 def colour_ids(ids_HW: Array, colours: Colours) -> Array:
-    """Class ids as uint8 (H, W, 3) in the colours of the classes."""
+    """Return class ids as uint8 (H, W, 3) in the colours of the classes."""
     table = np.full((256, 3), VOID_RGB, np.uint8)
     table[: len(colours)] = colours
     return table[ids_HW]
 
 
 def palette_png(ids_HW: Array, colours: Colours) -> bytes:
-    """A PNG whose pixels are the class ids; a viewer shows the classes' colours."""
+    """Return a PNG with the class ids as pixels. A viewer shows the classes' colours."""
     from PIL import Image
 
     image = Image.fromarray(ids_HW)
@@ -161,14 +161,14 @@ def palette_png(ids_HW: Array, colours: Colours) -> bytes:
 
 
 def png_bytes(image: "Image") -> bytes:
-    """The content of a PNG file."""
+    """Return the content of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def error_colour(colours: Colours) -> tuple[int, int, int]:
-    """A red for wrong pixels that no class has: the first that is apart from all classes, else the most distant one."""
+    """Return a red for wrong pixels, the first that differs from all classes, else the most distant one."""
     classes = np.array(colours, float).reshape(-1, 3)
     distances = [np.linalg.norm(classes - red, axis=1).min(initial=np.inf) for red in _REDS]
     apart = [place for place, distance in enumerate(distances) if distance >= _APART]
@@ -178,7 +178,7 @@ def error_colour(colours: Colours) -> tuple[int, int, int]:
 def mark_wrong(
     pixels_HW3: Array, label_HW: Array, predicted_HW: Array, wrong: tuple[int, int, int] = WRONG_RGB
 ) -> Array:
-    """The image in dark grey, wrong predictions in the colour `wrong`, void as in labels; uint8 (H, W, 3)."""
+    """Return the image in dark grey, with wrong predictions in `wrong` and void as in labels, uint8 (H, W, 3)."""
     grey_HW1 = pixels_HW3.mean(2, keepdims=True)
     marked_HW3 = np.broadcast_to(30 + 0.5 * grey_HW1, pixels_HW3.shape).astype(np.uint8)
     marked_HW3[label_HW != predicted_HW] = wrong
@@ -187,10 +187,10 @@ def mark_wrong(
 
 
 class Drawn(Protocol):
-    """A picture that draws itself, with its own bar."""
+    """A picture that draws itself with its bar."""
 
     def draw(self, axes: "Axes") -> None:
-        """Put it into axes."""
+        """Draw it into axes."""
 
 
 def panels(
@@ -199,11 +199,14 @@ def panels(
     legend: Sequence[tuple[str, tuple[int, int, int]]],
     layout: Layout = "grid",
 ) -> "Figure":
-    """Pictures of one size, and what their colours mean; the first picture is an array.
+    """Draw pictures of one size and a legend of their colours. The first picture must be an array.
 
     Args:
-        layout: grid: in pairs, the pairs one below the other, of more than twelve in several columns, the legend beside
-            them. row: side by side without the title, the legend below them, as in a paper.
+        title: above the pictures, only in a grid.
+        pictures: (title, picture).
+        legend: (name, colour).
+        layout: grid: in pairs one below the other, more than twelve in several columns, with the legend at the side.
+            row: side by side without the title and with the legend below, as in a paper.
     """
     from matplotlib.patches import Patch
 
@@ -240,10 +243,9 @@ def panels(
 
 
 def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
-    """The confusion matrix in % of each label's pixels; of very many classes those with the lowest recall.
+    """Draw the confusion matrix in % of each label's pixels. With very many classes, only those with the lowest recall.
 
-    Args:
-        counts: pixels (C, C), labels along the rows. names: the classes' names.
+    `counts` are pixels (C, C), with labels along the rows.
     """
     labelled = counts.sum(1)
     shares = counts / np.maximum(labelled, 1)[:, None]
@@ -275,5 +277,5 @@ def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
 
 
 def file_part(sample: str) -> str:
-    """A sample's id as a part of a file's name, whatever it is made of."""
+    """Return a sample's id, whatever its characters, as a part of a file name."""
     return re.sub(r"[^\w.-]+", "-", sample, flags=re.ASCII).strip("-.")[-_LONGEST_NAME:] or "sample"

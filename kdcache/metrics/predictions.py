@@ -1,4 +1,4 @@
-"""Predictions of a model for samples of a split, of every task that both have, at the size of the labels."""
+"""Predictions of a model for samples of a split, for every task that both have, at the size of the labels."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ METRES = "m"
 
 @dataclass(frozen=True)
 class Predicted:
-    """The predictions for a sample, by its number in the split, and its labels, all of one size (H, W).
+    """The predictions for a sample (by its number in the split) and its labels, all of one size (H, W).
 
     Attributes:
         answers: by task: argmax uint8 of `segmentation`, float32 metres of `depth`.
-        labels: by task, those that the sample has: uint8 with 255 for void, float32 metres with NaN where unknown.
+        labels: by task, if the sample has them: uint8 with 255 for void, float32 metres with NaN for unknown.
     """
 
     number: int
@@ -35,11 +35,12 @@ class Predicted:
 
     @property
     def argmax(self) -> Tensor:
+        """The predicted classes, uint8 (H, W)."""
         return self.answers[SEGMENTATION]
 
     @property
     def label(self) -> Tensor:
-        """The label of segmentation."""
+        """The segmentation label."""
         return self.labels[SEGMENTATION]
 
 
@@ -53,19 +54,19 @@ class _Sample:
 
 
 def metric_depth(heads: Mapping[str, RegressionHead]) -> RegressionHead | None:
-    """The head of depth among a model's regressions, where it is in metres."""
+    """Return the model's depth head, if it is in metres, or None."""
     head = heads.get(DEPTH)
     return head if head is not None and head.unit == METRES else None
 
 
 def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
-    """The tasks that a model predicts, of heads that have learnt: classes, and depth where it is in metres."""
+    """Return the tasks of a model's learnt heads: classes, and depth if it is in metres."""
     own = {SEGMENTATION: SEGMENTATION in model.head_kinds, DEPTH: metric_depth(model.regressions) is not None}
     return tuple(task for task in TASKS if own[task] and task not in model.untrained)
 
 
 def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:
-    """The tasks that a model predicts and that a sample of the split has a label of."""
+    """Return the tasks that a model predicts and that a sample of the split has a label of."""
     return tuple(task for task in predicted_tasks(model) if task in split.tasks)
 
 
@@ -82,15 +83,21 @@ def predictions(
     threads: int = 2,
     framing: Framing | None = None,
 ) -> Generator[list[Predicted], None, None]:
-    """Predictions for samples, a batch at a time; close it, and the model is back in its mode.
+    """Yield predictions for samples, a batch at a time. Closing it puts the model back into its mode.
 
-    A head's output is resized as it is; the raw output of depth becomes metres behind the resize.
+    Raw outputs are resized first. Then raw depth is converted to metres.
 
     Args:
+        model: to run.
+        split: the samples.
         numbers: samples of `split`, in the order of the predictions.
-        size: (H, W) the model sees. at_size: whether labels are resized to it, instead of predictions to the labels'.
-        tasks: those to predict, out of the model's; labels are read of these alone.
-        framing: how the model sees an image; default squashed to `size`.
+        size: (H, W) that the model sees.
+        tasks: to predict, out of the model's. Only their labels are read.
+        device: to run on.
+        batch_size: images per forward pass.
+        at_size: whether labels are resized to `size`, instead of predictions to the labels'.
+        threads: threads that decode images.
+        framing: how the model sees an image. Default: squashed to `size`.
     Raises: RecipeError for windows larger than an image.
     """
     framing = framing or Framing()
@@ -153,10 +160,9 @@ def answer_of(
     view: Window | None = None,
     seen: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The answer (H, W) to a task at `size` by a head's output: argmax uint8, or values in the head's unit.
+    """Return the answer (H, W) to a task at `size` from a head's output: argmax uint8, or values in the head's unit.
 
-    Args:
-        view, seen: the part of the image that the model saw, and the size of its input, as of `at_image`.
+    `view` and `seen` are the part of the image that the model saw, and the size of its input, as of `at_image`.
     """
     full_CHW = at_image(model, output_Chw, size, view, seen)
     return full_CHW.argmax(0).to(torch.uint8) if task == SEGMENTATION else model.regressions[task].values(full_CHW)[0]

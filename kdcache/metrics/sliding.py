@@ -1,9 +1,9 @@
-"""How a model sees whole images: at its own size, squashed, padded or in windows; and its outputs put together again.
+"""How a model sees whole images (at its own size, squashed, padded or in windows), and how its outputs are merged.
 
-A padded image is seen whole, amid grey, and its outputs are read where it lies. In windows, an image is cut into parts
-that overlap and cover it; their outputs are summed and divided by how often a pixel was seen (mmsegmentation's `slide`
-inference: the last window of a row ends at the border). A model that learnt from crops sees as many of them as cover
-the image.
+A padded image is seen as a whole, amid grey, and its outputs are read at its place. In windows, an image is cut into
+parts that overlap and cover it. Their outputs are summed and divided by the number of windows per pixel
+(mmsegmentation's `slide` inference: the last window of a row ends at the border). A model that learnt from crops sees
+as many of them as cover the image.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Framing:
     """How a model sees an image.
 
     Args:
-        fit: how the image is fitted into the model's size; `crop` cuts it into windows of that size.
+        fit: how the image is fitted into the model's size. `crop` cuts it into windows of that size.
         window: (H, W) of sliding windows, in pixels of the image, or of the image at `whole`.
-        stride: (H, W) from a window to the next, at most the window; default two thirds of it.
-        whole: (H, W) that the image is resized to before windows are cut, by `fit`; default its own size.
+        stride: (H, W) from a window to the next, at most the window. Default: two thirds of it.
+        whole: (H, W) that the image is resized to before windows are cut, by `fit`. Default: its own size.
 
     Raises: RecipeError for a stride without windows, or beyond them.
     """
@@ -44,12 +44,7 @@ class Framing:
 
     @classmethod
     def of(cls, settings: ImageSettings, judge: JudgeSettings, trained: Fit = "squash") -> Framing:
-        """The framing that settings ask for.
-
-        Args:
-            trained: the fit that the model was trained with, which `auto` is.
-        Raises: as the constructor.
-        """
+        """Return the framing of settings. `auto` is `trained`, the fit of the training. Raises: as the constructor."""
         fit = trained if settings.fit == "auto" else settings.fit
         return cls(fit, judge.window, judge.stride, None if judge.window is None else settings.size)
 
@@ -76,19 +71,11 @@ class Framing:
         return self.stride or _two_thirds(self.window)
 
     def view(self, image_size: Size, size: Size) -> Window:
-        """The part of an image that the model sees, in the image's pixels, where it sees it at once.
-
-        Args:
-            size: (H, W) of the model's input.
-        """
+        """Return the part of an image, in its pixels, that the model of input `size` (H, W) sees at once."""
         return whole_window(self.fit, image_size, size)
 
     def scaled(self, image_size: Size, size: Size) -> Size:
-        """(H, W) that an image is resized to before it is cut into parts.
-
-        Args:
-            size: (H, W) of the model's input, of which parts have the size where there is no window.
-        """
+        """Return (H, W) of an image before it is cut. Without a window, parts have the model's `size` (H, W)."""
         wanted = size if self.window is None else self.whole
         if wanted is None:
             return image_size
@@ -101,11 +88,9 @@ class Framing:
         return height, width
 
     def parts(self, scaled: Size, size: Size, name: str) -> list[tuple[int, int]]:
-        """The first rows and columns of the windows that cover an image of (H, W) `scaled`.
+        """Return the first rows and columns of the windows that cover an image of (H, W) `scaled`.
 
-        Args:
-            name: of the image, for messages.
-        Raises: RecipeError for windows larger than the image.
+        Raises: RecipeError, which names the image, for windows larger than the image.
         """
         window, step = (size, size) if self.window is None else (self.window, self.steps)
         if any(w > side for w, side in zip(window, scaled, strict=True)):
@@ -117,7 +102,7 @@ class Framing:
         return [(row, column) for row in rows for column in columns]
 
     def part_size(self, size: Size) -> Size:
-        """(H, W) of a window."""
+        """Return (H, W) of a window."""
         return self.window or size
 
 
@@ -131,12 +116,15 @@ def slide(
     batch_size: int,
     name: str = "an image",
 ) -> dict[str, Tensor]:
-    """Outputs of a model for an image in windows, by head, (C, H, W) float32 at the pixels' size: means over windows.
+    """Run a model on an image in windows. Return the mean outputs by head, (C, H, W) float32 at the pixels' size.
 
     Args:
-        pixels_HW3: uint8, on the model's device, of the size that `Framing.scaled` says.
-        size: (H, W) of the model's input where there is no window.
-        batch_size: windows of a forward pass.
+        model: to run.
+        pixels_HW3: uint8, on the model's device, of the size of `Framing.scaled`.
+        framing: the windows.
+        size: (H, W) of the model's input, if there is no window.
+        heads: names of the outputs.
+        batch_size: windows per forward pass.
         name: of the image, for messages.
     Raises: RecipeError for windows larger than the image.
     """
@@ -162,11 +150,10 @@ def slide(
 def at_image(
     model: SegmentationModel, output_Chw: Tensor, image_size: Size, view: Window | None = None, size: Size | None = None
 ) -> Tensor:
-    """A head's output at an image's own size, (C, H, W), bilinear.
+    """Resize a head's output bilinearly to an image's own size, (C, H, W).
 
-    Args:
-        view: the part of the image that the model saw, in the image's pixels; None is the whole image.
-        size: (H, W) of the model's input, with `view`.
+    `view` is the part of the image that the model saw, in the image's pixels (None: all), and `size` (H, W) of its
+    input.
     """
     if view is None or view == Window.full(*image_size) or size is None:
         return model.upsample(output_Chw[None], image_size)[0]
@@ -184,10 +171,9 @@ def at_image(
 def _taps(
     edge: tuple[float, float], length: int, seen: int, stored: int, align_corners: bool
 ) -> tuple[list[int], list[int], np.ndarray]:
-    """Of each of `length` pixels the two elements of an output that it lies between, and its way from one to the other.
+    """Return the two output elements next to each of `length` pixels, and the pixel's position between them.
 
-    Args:
-        edge: of the view, in the image's pixels. seen: pixels of the view. stored: elements of the output.
+    `edge` is the view's, in the image's pixels. `seen` counts pixels of the view, and `stored` elements of the output.
     """
     at = (np.arange(length) + 0.5 - edge[0]) / (edge[1] - edge[0])  # of the view, 0 to 1
     place = (at * seen - 0.5) * ((stored - 1) / max(seen - 1, 1)) if align_corners else at * stored - 0.5
@@ -197,7 +183,7 @@ def _taps(
 
 
 def _starts(side: int, window: int, step: int) -> Iterator[int]:
-    """Where windows begin along an axis: every step, the last one moved back to the border."""
+    """Yield the starts of windows along an axis: every step, the last one moved back to the border."""
     for number in range(math.ceil(max(side - window, 0) / step) + 1):
         yield min(number * step, side - window)
 

@@ -1,4 +1,4 @@
-"""Metrics as rows for a terminal and as Markdown. Percent with two digits; a class that does not occur is '-'."""
+"""Metrics as rows for a terminal and as Markdown: percent with two digits, '-' for a class that does not occur."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from kdcache.metrics.evaluate import TaskMetrics
 
 
 def percent(value: float) -> str:
-    """A fraction in percent with two digits; NaN as '-'."""
+    """Return a fraction in percent with two digits, or '-' for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
-    """(class, IoU %, Acc %, share of labelled pixels %) per class."""
+    """Return (class, IoU %, Acc %, share of labelled pixels %) per class."""
     total = sum(metrics.label_pixels) or 1
     return [
         (name, percent(iou), percent(acc), percent(pixels / total))
@@ -26,7 +26,7 @@ def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
 
 
 def iou_listing(metrics: Metrics) -> str:
-    """A line per class, `===>road:       65.35`, and the mean: percent, two digits at most; `nan` where none occurs.
+    """Return a line per class, `===>road:       65.35`, and the mean, in percent with two digits, `nan` if absent.
 
     Source: the listing of AdaptSegNet's compute_iou.py (arXiv 1802.10349).
     """
@@ -39,7 +39,7 @@ def iou_listing(metrics: Metrics) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table; the first column is left-aligned, the rest to the right."""
+    """Return a GitHub table with the first column left-aligned and the others right-aligned."""
     first, *rest = [
         "| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)
     ]
@@ -60,19 +60,19 @@ DEPTH_HEADS = {
 
 
 def depth_figure(name: str, value: float) -> str:
-    """A metric of depth by its name: shares of pixels in percent, all else with four significant digits; NaN as '-'."""
+    """Return a depth metric as text: shares of pixels in percent, others with four digits, '-' for NaN."""
     if math.isnan(value):
         return "-"
     return percent(value) if name.startswith("delta") else f"{value:#.4g}".rstrip(".")
 
 
 def depth_rows(metrics: DepthMetrics) -> list[tuple[str, str]]:
-    """(metric with its unit, value) of one evaluation of depth."""
+    """Return (metric with its unit, value) of one depth evaluation."""
     return [(head, depth_figure(name, getattr(metrics, name))) for name, head in DEPTH_HEADS.items()]
 
 
 def metrics_markdown(title: str, metrics: TaskMetrics) -> str:
-    """One evaluation: a table of each task; of segmentation the summary, then a row per class."""
+    """Return one evaluation as Markdown: per task a table, for segmentation a summary and rows per class."""
     parts = [f"# {title}\n"]
     if (segmentation := metrics.segmentation) is not None:
         parts.append(
@@ -88,7 +88,7 @@ def metrics_markdown(title: str, metrics: TaskMetrics) -> str:
 def comparison_rows(
     results: Mapping[str, Metrics], best: tuple[str, str] = ("**", "**")
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of runs side by side: mIoU, mAcc, aAcc and the IoU of every class, best of each marked.
+    """Return header and rows of runs: mIoU, mAcc, aAcc and the IoU of every class, the best of each marked.
 
     The class names come from the metrics themselves, so a column cannot be mislabelled.
 

@@ -1,4 +1,4 @@
-"""Time that is measured without the garbage collector's, and the processor that it is measured on."""
+"""Time without the garbage collector's, and the name of the processor."""
 
 import gc
 import platform
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep collections out of the samples."""
+    """Disable garbage collection in a with block, to keep it out of timings."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -23,7 +23,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def cpu_name() -> str:
-    """The processor's model as the system names it, "unknown" where it does not."""
+    """Return the processor's model as the system names it, or "unknown"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,7 +35,7 @@ _WORDS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no more: CUDA's error, Python's, or that of torch's CPU allocator."""
+    """Return whether an error means out of memory: CUDA's, Python's, or torch's CPU allocator's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)

@@ -1,14 +1,14 @@
 """Any network as `module:function` or `path/to/file.py:function`.
 
-The function is called with `num_classes=`, unless it takes none, and returns a module. A `SegmentationModel` is used as
-it is; anything else is wrapped: it may answer with a tensor, a mapping with `out` (or `logits`), an object with
+The function is called with `num_classes=` if it has that parameter, and returns a module. A `SegmentationModel` is used
+directly. Any other module is wrapped. It may return a tensor, a mapping with `out` (or `logits`), an object with
 `.logits`, or a tuple or list whose first element is one of these.
 
-A network of several heads says so in its attribute `kdcache_heads`, and answers with a mapping of these names:
+A network of several heads declares them in its attribute `kdcache_heads`, and returns a mapping of these names:
 
     network.kdcache_heads = {"segmentation": "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}
 
-The fields of a regression are those of `kdcache.heads.RegressionHead`; `{}` declares a network of features alone.
+The fields of a regression are those of `kdcache.heads.RegressionHead`. `{}` declares a network with features only.
 """
 
 import importlib
@@ -33,10 +33,10 @@ from kdcache.models.native import SegmentationModel
 def build(spec: str, num_classes: int | None) -> SegmentationModel:
     """Import the function that `spec` names and build its model.
 
-    Args:
-        num_classes: None calls the function without it; it must then have a default of its own.
-    Raises: ModelError when the import fails, when the name is missing, cannot be called or returns no module, when
-        the model fails on an image, or when it has another number of classes.
+    With `num_classes` of None it is called without it, and must have a default.
+
+    Raises: ModelError if the import fails, if the name is missing, cannot be called or returns no module, if the model
+        fails on an image, or if it has another number of classes.
     """
     place, _, name = spec.rpartition(":")
     with _working_folder_on_path():
@@ -105,9 +105,9 @@ def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> o
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """Let `my_models:build` find ./my_models.py: a console script does not search there by itself.
+    """Let `my_models:build` find ./my_models.py in a with block, because a console script does not search there.
 
-    At the end of the path, so that a local file never hides an installed module.
+    The folder is added at the end of the path, so a local file never hides an installed module.
     """
     folder = os.getcwd()
     if folder in sys.path or "" in sys.path:

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint: under `state_dict` and the like, raw or averaged, of a module or of what wraps it."""
+"""The weights in a checkpoint: under `state_dict` and similar keys, raw or averaged, of a module or a wrapper."""
 
 import argparse
 import re
@@ -25,7 +25,7 @@ CHOICES = {"raw": "raw", "ema": "averaged"}
 
 
 class _HistoryBuffer:
-    """Stand for mmengine's class of that name, so that a checkpoint is read without mmengine."""
+    """A stand-in for mmengine's class, to read a checkpoint without mmengine."""
 
 
 HARMLESS: list[Any] = [
@@ -47,11 +47,11 @@ _Kinds = dict[str, tuple[str, object]]
 
 
 def unwrap(content: object, path: Path, choice: str | None = None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a checkpoint by name, and notes.
+    """Return the tensors of a checkpoint by name, and notes.
 
-    Args:
-        choice: one of CHOICES; None takes those of `state_dict` and the like, and a note says which they are.
-    Raises: ModelError for a checkpoint without tensors or without the weights of the choice.
+    `choice` is one of CHOICES. None takes `state_dict` and the like, and a note says whether these are averaged.
+
+    Raises: ModelError for a checkpoint without tensors or without the chosen weights.
     """
     kinds = _kinds(content, path)
     usual = next((kind for kind, (name, _) in kinds.items() if not _AVERAGED.search(name)), "ema")
@@ -105,7 +105,7 @@ def _by_key(content: object) -> _Kinds:
 
 
 def _swapped(content: Mapping[Any, Any]) -> str | None:
-    """Where the raw weights are if `state_dict` is the average, as mmengine and Lightning write it; else None."""
+    """Return the key of the raw weights if `state_dict` is the average (mmengine, Lightning), else None."""
     meta = content.get("meta")
     mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
     key = "ema_state_dict" if mmengine else "current_model_state"
@@ -113,7 +113,7 @@ def _swapped(content: Mapping[Any, Any]) -> str | None:
 
 
 def _by_attribute(state: dict[str, Tensor], path: Path) -> _Kinds:
-    """The networks of a LightningModule, by its attributes."""
+    """Return the networks of a LightningModule, by its attributes."""
     names = [name.partition(".")[0] for name in state if "." in name]
     averaged = next((name for name in names if _AVERAGED.search(name)), None)
     if averaged is None or len(set(names)) == 1:
@@ -123,7 +123,7 @@ def _by_attribute(state: dict[str, Tensor], path: Path) -> _Kinds:
 
 
 def _network(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of the network of a LightningModule, under its own names."""
+    """Return the tensors of the network of a LightningModule, under its own names."""
     return _below(_attribute(state, path), state)
 
 
@@ -147,7 +147,7 @@ def _below(attribute: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
-    """The tensors by name in a part of a checkpoint; {} where there is something else."""
+    """Return the tensors by name in a part of a checkpoint, or {} if there is something else."""
     while isinstance(content, Mapping):
         if content and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
             return dict(content)
@@ -165,7 +165,7 @@ def _checked(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without the prefixes of wrappers, and without the counter of an average."""
+    """Return tensors without the prefixes of wrappers, and without the counter of an average."""
     while True:
         named = [name for name in state if name not in _COUNTS]
         prefix = next((p for p in _WRAPPERS if named and all(name.startswith(p) for name in named)), None)
@@ -181,5 +181,5 @@ def _not_a_state_dict(path: Path, content: str) -> ModelError:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of some names, for a message."""
+    """Return the first names as text, for a message."""
     return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])

@@ -1,4 +1,4 @@
-"""Mapping a teacher's classes to the data's: several teacher classes may become one, some may be dropped."""
+"""Map a teacher's classes to the data's: several teacher classes may become one, some may be dropped."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -21,13 +21,16 @@ def read_class_map(
 ) -> Tensor:
     """Read a class map: the data class that each teacher class becomes.
 
-    A text file has one line per teacher class, `<teacher id> <data class name or id or void>`; `#` starts a
-    comment. A JSON file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces; a name
-    that is spelt like a number or like `void` wins over the number or the word.
+    A text file has one line per teacher class, `<teacher id> <data class name or id or void>`. `#` starts a comment. A
+    JSON
+    file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces. A name that looks like a number or
+    `void` has priority over the number or the word.
 
     Args:
-        teacher_classes: how many the teacher has; every one must be listed once.
-        class_names: the data's; every one must be hit at least once, unless `all_hit` is False.
+        path: of the file.
+        teacher_classes: their number. Every one must be listed once.
+        class_names: the data's.
+        all_hit: whether every data class must be the target of at least one teacher class.
     Returns: int64 (teacher_classes,), data class id or -1 for a dropped class.
     Raises: ModelError naming the file and the line, the class or the name.
     """
@@ -53,7 +56,7 @@ def read_class_map(
 
 
 def count_sources(path: str | Path) -> int:
-    """The number of classes of a class map's teacher: one more than the largest id. Raises: ModelError without one."""
+    """Return the number of teacher classes in a class map, its largest id plus one. Raises: ModelError if empty."""
     ids = [int(teacher) for _, teacher, _ in _entries(Path(path)) if teacher.isdecimal()]
     if not ids:
         _refuse(f"No teacher class in {path}", "Write a line `<id> <name>` for each.")
@@ -61,10 +64,10 @@ def count_sources(path: str | Path) -> int:
 
 
 class ClassMerge(nn.Module):
-    """Logits of merged classes: the logsumexp of their sources', so that probabilities are summed.
+    """Merges logits of classes by logsumexp, so their probabilities are summed.
 
     Args:
-        class_map: the class that each class becomes, each hit; -1 is dropped.
+        class_map: the class that each class becomes, or -1 to drop it. Every target class must have a source.
     """
 
     sources: Tensor
@@ -77,20 +80,23 @@ class ClassMerge(nn.Module):
         self.register_buffer("absent", absent, persistent=False)
 
     def forward(self, logits_BChw: Tensor) -> Tensor:
+        """Return the logits (B, merged classes, h, w)."""
         return _merge(logits_BChw, self.sources, self.absent)
 
 
 class ClassMapped(SegmentationModel):
     """A model with the data's classes: probabilities of merged classes are summed.
 
-    The logit of a data class is the logsumexp of its source classes' logits, so the softmax over the data's
-    classes is the sum of the sources' probabilities, renormalised when classes are dropped. This is exact at
-    the native stride; a bilinear resize of the result differs slightly from mapping after the resize.
+    The logit of a data class is the logsumexp of its source classes' logits. So the softmax over the data's classes is
+    the
+    sum of the sources' probabilities, renormalised if classes are dropped. This is exact at the native stride. A
+    bilinear
+    resize of the result differs slightly from mapping after the resize.
 
     Args:
-        model: the teacher; its taps, stride, mean and std are kept.
+        model: the teacher. Its taps, stride, mean and std are kept.
         class_map: int64 (model.num_classes,), see `read_class_map`.
-    Raises: ModelError when the map does not fit the model or leaves a class without a source.
+    Raises: ModelError if the map does not fit the model or leaves a class without a source.
     """
 
     sources: Tensor
@@ -122,21 +128,23 @@ class ClassMapped(SegmentationModel):
         self.register_buffer("absent", absent)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Run the teacher and map its logits to the data's classes."""
         outputs = self.model(x_B3HW, taps)
         return Outputs({**outputs.heads, SEGMENTATION: self.map_logits(outputs.logits)}, outputs.features)
 
     def map_logits(self, logits_BChw: Tensor) -> Tensor:
-        """Teacher logits (B, teacher classes, h, w) to (B, num_classes, h, w) of the same dtype."""
+        """Map teacher logits (B, teacher classes, h, w) to (B, num_classes, h, w) of the same dtype."""
         return _merge(logits_BChw, self.sources, self.absent)
 
     def check_taps(self, taps: Iterable[str]) -> None:
+        """Check names against the teacher's taps. Raises: ModelError."""
         self.model.check_taps(taps)
 
 
 def _merge_tables(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The sources of every class, and which of them are none: (classes, most) each.
+    """Return the sources of every class, and a mask of the empty places: (classes, most) each.
 
-    They are tables of fixed size, so that merging is one gather whatever the map.
+    They are tables of fixed size, so merging is one gather for any map.
     """
     groups = [[i for i, c in enumerate(targets) if c == target] for target in range(max(targets) + 1)]
     most = max(len(g) for g in groups)
@@ -145,7 +153,7 @@ def _merge_tables(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _merge(logits_BChw: Tensor, sources: Tensor, absent: Tensor) -> Tensor:
-    """Logits (B, classes, h, w) of the same dtype."""
+    """Return logits (B, classes, h, w) of the same dtype."""
     wide = logits_BChw if logits_BChw.dtype == torch.float64 else logits_BChw.float()
     gathered = wide[:, sources]  # (B, classes, most, h, w)
     gathered = gathered.masked_fill(absent[:, :, None, None], -torch.inf)
@@ -153,7 +161,7 @@ def _merge(logits_BChw: Tensor, sources: Tensor, absent: Tensor) -> Tensor:
 
 
 def _entries(path: Path) -> list[tuple[str, str, str]]:
-    """(where it stands, teacher id, data class) of every entry of a class map."""
+    """Return (where it stands, teacher id, data class) of every entry of a class map."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

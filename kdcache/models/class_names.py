@@ -1,8 +1,8 @@
-"""The class names that come with weights, and how they agree with the data's.
+"""The class names stored with weights, and how they agree with the data's.
 
 They are in the header of a safetensors file, in `meta.dataset_meta.classes` of a checkpoint of mmengine, in the
 `id2label` of a config.json next to the weights, or in a run's model.json. Names that only number the classes (LABEL_0)
-say nothing.
+do not count.
 """
 
 import ast
@@ -24,21 +24,21 @@ _SHOWN = 20
 
 
 def names_in(content: object) -> tuple[str, ...]:
-    """The class names in a checkpoint, a header or a configuration, by class id; () without any."""
+    """Return the class names in a checkpoint, a header or a configuration by class id, or ()."""
     return next(_names_in(content), ())
 
 
 def names_beside(weights: Path) -> tuple[str, ...]:
-    """The class names in a file next to weights; () without any."""
+    """Return the class names in a file next to weights, or ()."""
     return next((names for name in _BESIDE for names in _names_in(read_object(weights.parent / name))), ())
 
 
 def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """Compare the names that came with weights with the data's, whatever their case, spaces, "_" and "-".
+    """Compare the names stored with weights with the data's, ignoring case, spaces, "_" and "-".
 
-    Args:
-        theirs: () where they are not known; the one of a network of one logit is that of the second class.
-    Returns: a warning for other names in the same places, or another number of them; None if nothing differs.
+    `theirs` is () if unknown. A single name of a network with one logit is the second class's.
+
+    Returns: a warning for other names in the same places, or another number of them, or None if nothing differs.
     Raises: MismatchError, with the class map to write, if a name of the data stands for another class.
     """
     theirs = _of_two(theirs, ours)
@@ -66,14 +66,14 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
 
 
 def known_names(theirs: Sequence[str], unnamed: Sequence[str]) -> tuple[str, ...]:
-    """The names that came with weights where they name every class, else others."""
+    """Return the names stored with weights if they name every class, else `unnamed`."""
     theirs = _of_two(theirs, unnamed)
     named = [ours if _PLACEHOLDER.fullmatch(name) else name for name, ours in zip(theirs, unnamed, strict=False)]
     return tuple(named) if len(set(filter(None, named))) == len(theirs) == len(unnamed) else tuple(unnamed)
 
 
 def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence[str] = ()) -> str:
-    """A class map by name, in JSON: classes without a counterpart become `default`'s, or what is left, or "?"."""
+    """Return a class map by name as JSON. Unmatched classes become `default`'s, the remaining one or "?"."""
     by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
     keys = _keys(theirs)
     left = [name for key, name in by_key.items() if key not in keys]
@@ -86,7 +86,7 @@ def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence
 
 
 def _of_two(theirs: Sequence[str], ours: Sequence[str]) -> Sequence[str]:
-    """The names of both classes where there is one logit."""
+    """Return the names of both classes where there is one logit."""
     return ("0", *theirs) if len(theirs) == 1 and len(ours) == 2 else theirs
 
 
@@ -102,7 +102,7 @@ def _names_in(content: object) -> Iterator[tuple[str, ...]]:
 
 
 def _sequence(value: Any) -> tuple[str, ...]:
-    """Names by id out of a list, a table with ids, or the text of one; () for anything else."""
+    """Return names by id out of a list, a table with ids, or the text of one, or () for anything else."""
     if isinstance(value, str):
         value = _parsed(value)
     if isinstance(value, Mapping):
@@ -128,7 +128,7 @@ def _parsed(text: str) -> object:
 
 
 def _keys(names: Sequence[str]) -> list[str | None]:
-    """What is compared of names: None of placeholders; names as they are if two would be equal otherwise."""
+    """Return names in comparable form, None for placeholders. Names that would become equal stay unchanged."""
     known = [None if _PLACEHOLDER.fullmatch(name) else name for name in names]
     keys = [None if name is None else re.sub(r"[\s_-]+", "", name).casefold() for name in known]
     found = [key for key in keys if key is not None]

@@ -4,13 +4,13 @@ The distribution is the weighted mean of probabilities over the members that hav
 renderings: mirrored and back, and at other scales. Published on Cityscapes with flips and scales: PSPNet-R101 79.8 to
 81.0 mIoU.
 
-Means are of probabilities, not of logits: a member whose logits are large would outvote the others. They are taken on
-the finest grid of all, to which each is resized bilinearly as its own head would.
+Probabilities are averaged instead of logits, because a member with large logits would outvote the others. They are
+averaged on the finest grid of all, to which each is resized bilinearly as its own head would.
 
 Depth is the weighted mean of metres over the members that have such a head. That has the least squared error, and does
-not hang on a parameterisation: the mean of raw outputs of `exp` is the geometric mean, which is never more. Each raw
-output is resized before it becomes metres, and the mean becomes a raw output again. Renderings at other scales are left
-out of it: an enlarged image shows a nearer scene.
+not depend on a parameterisation: the mean of raw outputs of `exp` is the geometric mean, which is never more. Each raw
+output is resized before it becomes metres, and the mean becomes a raw output again. Renderings at other scales do not
+count for depth, because an enlarged image shows a nearer scene.
 
 Shapes: B batch, C classes, H W image, h w the finest grid, M members.
 """
@@ -35,10 +35,10 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Tta:
-    """Test-time augmentation: the renderings of an image whose mean is a teacher's prediction.
+    """Test-time augmentation: a teacher's prediction is the mean over these renderings of an image.
 
     Attributes:
-        flip: mirrored too. scales: factors of height and width, one rendering each.
+        flip: whether to add mirrored renderings. scales: factors of height and width, one rendering each.
     """
 
     flip: bool = False
@@ -46,7 +46,7 @@ class Tta:
 
     @classmethod
     def parse(cls, text: str) -> "Tta":
-        """Read `flip,scales=0.75:1.0:1.25`, or either part alone. Raises: RecipeError for anything else."""
+        """Parse `flip,scales=0.75:1.0:1.25`, or one part of it. Raises: RecipeError for anything else."""
         flip, scales = cls.flip, cls.scales
         for part in text.split(","):
             word, _, value = (piece.strip() for piece in part.partition("="))
@@ -68,16 +68,17 @@ class Tta:
 
 
 class EnsembleModel(SegmentationModel):
-    """Several models as one: logits are the log of the mean of their probabilities. They may serve inference alone.
+    """Several models as one, for inference only: logits are the log of the mean of their probabilities.
 
     Pixels are normalised to 0..1 here, and by each member as it was trained. Features are the first member's, of the
-    image as it is: they are no mean, for members have other channels.
+    plain
+    image. They are not averaged, because members have different channels.
 
     Args:
         members: of the same classes, with the same `align_corners`.
-        weights: one per member, finite and above 0; default equal ones. Only their ratios count.
-        tta: renderings of every image; default as it is.
-    Raises: ModelError when the members do not fit each other; RecipeError for such weights, and for scales without 1 of
+        weights: one per member, finite and above 0. Default: equal ones. Only their ratios count.
+        tta: renderings of every image. Default: the plain image.
+    Raises: ModelError if the members do not fit each other; RecipeError for such weights, and for scales without 1 of
         members with depth.
     """
 
@@ -117,21 +118,21 @@ class EnsembleModel(SegmentationModel):
         return list(self.members)  # type: ignore[arg-type]
 
     def member(self, index: int) -> SegmentationModel:
-        """One of the members, under the same augmentation."""
+        """Return one of the members, under the same augmentation."""
         return self.parts[index] if self.tta is None else EnsembleModel([self.parts[index]], tta=self.tta).eval()
 
     def plain(self) -> SegmentationModel:
-        """This ensemble without augmentation."""
+        """Return this ensemble without augmentation."""
         return EnsembleModel(self.parts, self.shares).eval()
 
     def check_taps(self, taps: Iterable[str]) -> None:
+        """Check names against the first member's taps. Raises: ModelError."""
         self.parts[0].check_taps(taps)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """The log of mean probabilities (B, C, h, w), the raw output of mean depth (B, 1, h', w'), and features.
+        """Return the log of mean probabilities (B, C, h, w), the raw output of mean depth (B, 1, h', w'), and features.
 
-        Args:
-            x_B3HW: RGB in 0..1 (see `normalise`).
+        `x_B3HW` is RGB in 0..1 (see `normalise`). `taps` are the first member's.
         """
         self.check_taps(taps)
         answers: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.parts] for name in self.head_kinds}
@@ -155,19 +156,19 @@ class EnsembleModel(SegmentationModel):
         return Outputs(heads, {tap: features[tap] for tap in taps})
 
     def _owners(self, passes_of_members: Sequence[Sequence[Tensor]]) -> tuple[list[float], list[Sequence[Tensor]]]:
-        """The shares and the passes of the members that have a head; their shares sum to 1."""
+        """Return the shares, which sum to 1, and the passes of the members that have a head."""
         owners = [place for place, own in enumerate(passes_of_members) if own]
         total = sum(self.shares[place] for place in owners)
         return [self.shares[place] / total for place in owners], [passes_of_members[place] for place in owners]
 
     def _means(self, passes_of_owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Each owner's mean over its renderings, on the finest grid of all."""
+        """Return each owner's mean over its renderings, on the finest grid of all."""
         passes = [one for of_owner in passes_of_owners for one in of_owner]
         grid = max(one.shape[-2] for one in passes), max(one.shape[-1] for one in passes)
         return [torch.stack([self.upsample(one, grid) for one in own]).mean(0) for own in passes_of_owners]
 
     def _mean_regression(self, name: str, raw_of_members: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The raw output of the mean value over the members that have a head, on the finest grid of theirs."""
+        """Return the raw output of the mean value over the members that have a head, on the finest grid of theirs."""
         kind = self.regressions[name]
         shares, raw_of_owners = self._owners(raw_of_members)
         grid = tuple(max(raw.shape[axis] for raws in raw_of_owners for raw in raws) for axis in (-2, -1))
@@ -180,9 +181,9 @@ class EnsembleModel(SegmentationModel):
 
 
 def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict[str, HeadKind]:
-    """The heads of an ensemble: all that a member has learnt.
+    """Return the heads of an ensemble: all that any member has learnt.
 
-    Raises: ModelError for regressions of one name that are not alike, or of several members in no metres; RecipeError
+    Raises: ModelError for regressions of one name that differ, or of several members without metres; RecipeError
         for scales without 1.
     """
     kinds: dict[str, HeadKind] = {}
@@ -212,7 +213,7 @@ def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict
 
 
 def _renderings(x_B3HW: Tensor, tta: Tta) -> Iterator[tuple[Tensor, bool, bool]]:
-    """(image, whether it is mirrored, whether it has the image's own size)."""
+    """Yield (image, whether it is mirrored, whether it has the image's own size)."""
     for scale in tta.scales:
         size = [max(1, round(side * scale)) for side in x_B3HW.shape[-2:]]
         same = size == list(x_B3HW.shape[-2:])
@@ -223,7 +224,7 @@ def _renderings(x_B3HW: Tensor, tta: Tta) -> Iterator[tuple[Tensor, bool, bool]]
 
 
 def _weighted(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """Weighted sum in float32, one after the other: it repeats."""
+    """Return weighted sum in float32, one after the other: it repeats."""
     total = shares[0] * values[0].float()
     for share, value in zip(shares[1:], values[1:], strict=True):
         total += share * value.float()
@@ -231,7 +232,7 @@ def _weighted(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 
 
 def _shares(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:
-    """Weights that sum to 1."""
+    """Return weights that sum to 1."""
     values = [1.0] * members if weights is None else list(weights)
     if len(values) == members and all(math.isfinite(weight) and weight > 0 for weight in values):
         shares = tuple(weight / max(values) for weight in values)

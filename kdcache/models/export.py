@@ -1,12 +1,12 @@
-"""A trained model as a file for deployment: weights alone, an ONNX graph, a torch.export program, YOLO's checkpoint.
+"""Export a trained model for deployment: weights only, an ONNX graph, a torch.export program, or YOLO's checkpoint.
 
-Graphs take what a camera gives, RGB in 0..1 as float32 (B, 3, H, W), and answer with logits (B, C, H, W), and depth in
-metres (B, 1, H, W) where the model has that head: normalisation, resize and the nonlinearity after it, which are easily
-done wrong elsewhere, are inside. A backbone, of which no head has learnt, answers with its features (B, c, h, w).
-Batch, height and width are free where the exporter can keep them so. Every file carries class names, colours, mean,
-std, size and spec, and is compared with the model itself before it gets its name.
+Graphs take RGB in 0..1 as float32 (B, 3, H, W), and return logits (B, C, H, W), and depth in metres (B, 1, H, W) if the
+model has that head. Normalisation, resize and the nonlinearity after it, which are easily done wrong elsewhere, are
+inside. A backbone without learnt heads returns its features (B, c, h, w). Batch, height and width are dynamic if the
+exporter supports it. Every file carries class names, colours, mean, std, size and spec, and is compared with the model
+itself before it gets its name.
 
-Only what answers is exported: what served training (projections of features, auxiliary heads) is no part of a model.
+Only the trained model is exported, without what served training (projections of features, auxiliary heads).
 """
 
 import importlib.util
@@ -49,9 +49,9 @@ class Exported:
     """A file that was written and checked.
 
     Attributes:
-        checked_by: who ran the file; None when nobody could, see `unchecked`.
-        difference: largest difference from the model's own logits, absolute. relative: to the largest logit.
-        free: names of the axes that may have any size.
+        checked_by: the runtime that ran the file, or None if none could, see `unchecked`.
+        difference: largest absolute difference from the model's logits. relative: to the largest logit.
+        free: names of the dynamic axes.
         size: (H, W) at which the graph was traced.
         notes: what a user should know of the file.
     """
@@ -69,10 +69,10 @@ class Exported:
 
 
 class Deployed(nn.Module):
-    """The model between the image and its answer.
+    """The model with normalisation and resize.
 
     Args:
-        raw: logits at the native stride, for those who resize elsewhere.
+        raw: return logits at the native stride, for users who resize elsewhere.
     """
 
     mean: Tensor
@@ -86,10 +86,11 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(model.std).view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """float32 RGB in 0..1 (B, 3, H, W) to each head's map in the order of `names`, a tuple of several.
+        """Map float32 RGB in 0..1 (B, 3, H, W) to each head's map in the order of `names`, a tuple of several.
 
-        Those are logits (B, C, H, W), and values of a regression in its unit, resized before its nonlinearity; with
-        `raw` the heads' own outputs (B, C, h, w). Of a backbone they are features (B, c, h, w) of each tap.
+        They are logits (B, C, H, W), and values of a regression in its unit, resized before its nonlinearity. With
+        `raw` they
+        are the heads' outputs (B, C, h, w). For a backbone they are features (B, c, h, w) of each tap.
         """
         answers = self._answers(image)
         return answers if len(answers) > 1 else answers[0]
@@ -127,13 +128,14 @@ def export_model(
     """Write a model to `out`, checked against itself.
 
     Args:
-        model: on the CPU; it is left in eval mode.
-        description: the metadata of the file; its size is where the file is checked.
-        format: one of SUFFIXES; default by the suffix of `out`.
-        raw: logits at the native stride; not for files that hold no graph.
+        model: on the CPU. It is left in eval mode.
+        description: the metadata of the file, with the size for the check.
+        out: the file.
+        format: one of SUFFIXES. Default: by the suffix of `out`.
+        raw: logits at the native stride, only for graphs.
         tolerance: largest difference allowed, as a part of the largest logit.
-    Raises: RecipeError for a format, suffix or place that cannot be; ModelError when the model cannot be exported, the
-        library is missing, or the file answers otherwise. Nothing is left behind then.
+    Raises: RecipeError for an invalid format, suffix or place; ModelError if the model cannot be exported, the library
+        is missing, or the file's output differs. Nothing is left behind then.
     """
     out = Path(out)
     kind = _format(out, format)
@@ -226,7 +228,7 @@ _CHECKERS = {
 
 
 def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, ...]]:
-    """The program with as many free axes as the model allows, and which."""
+    """Return the program with as many free axes as the model allows, and which."""
     failure: Exception | None = None
     for free in _FREE:
         batch, height, width = _TRACED if 2 in free else (_TRACED[0] if free else 1, *description.size)
@@ -251,7 +253,7 @@ def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, .
 def _compare(
     deployed: Deployed, run: _Run, description: RunModel, free: tuple[int, ...], raw: bool
 ) -> tuple[float, float]:
-    """Largest difference at the size of use and, where it may be another, at another one; also relative to a logit."""
+    """Return the largest differences (absolute, relative to a logit) at the size of use and at another one, if free."""
     sizes = [(1, *description.size)]
     if 2 in free:
         sizes.append((2, _other(description.size[0]), _other(description.size[1])))
@@ -285,13 +287,13 @@ def _several(answers: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _other(side: int) -> int:
-    """Another side: about two thirds, a multiple of 32 for those models that need one, and at least 64."""
+    """Return another side: about two thirds, a multiple of 32 for those models that need one, and at least 64."""
     other = 32 * max(2, side // 48)
     return other + 32 if other == side else other
 
 
 def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
-    """Metadata that a user of the graph needs: input, output, stride."""
+    """Return metadata that a user of the graph needs: input, output, stride."""
     answers = [] if model.learnt_heads else [f"{tap} (B, c, h, w), a feature" for tap in model.taps]
     for name in model.learnt_heads:
         kind = model.head_kinds[name]

@@ -1,8 +1,8 @@
-"""Outputs that are no logits of every class, as logits: probabilities, sigmoids, one logit for two classes.
+"""Convert other outputs to logits: probabilities, sigmoids, one logit for two classes.
 
     net.py:build@w.pth,outputs=sigmoid          log p - log(1 - p) of every class
     net.py:build@w.pth,outputs=probabilities    log p
-    net.py:build@w.pth,outputs=logits           they are logits, although they look otherwise: taken as they are
+    net.py:build@w.pth,outputs=logits           already logits, although they look otherwise
 
 One logit z of a network for two classes is (0, z). A bilinear resize of the result differs slightly from the logarithm
 of resized probabilities.
@@ -23,10 +23,10 @@ _LEAST, _MOST = 1e-12, 1 - 2**-24  # the largest float32 below 1
 
 
 class AsLogits(Wrapper):
-    """A model whose segmentation is turned into logits; the state dict keeps the model's names.
+    """A model whose segmentation is converted to logits. The state dict keeps the model's names.
 
     Args:
-        outputs: one of `kdcache.run_folder.OUTPUTS`, what the model's are; None for logits.
+        outputs: the kind of its outputs, one of `kdcache.run_folder.OUTPUTS`, or None for logits.
     """
 
     def __init__(self, spec: str, model: SegmentationModel, outputs: str | None = None, *, two: bool = False) -> None:
@@ -38,11 +38,12 @@ class AsLogits(Wrapper):
         self.two = two
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Run the model and convert its segmentation to logits."""
         outputs = self.model(x_B3HW, taps)
         return Outputs({**outputs.heads, SEGMENTATION: self._logits(outputs.logits)}, outputs.features)
 
     def _logits(self, raw_BChw: Tensor) -> Tensor:
-        """The logits (B, num_classes, h, w); float32 and finite if they were probabilities."""
+        """Return the logits (B, num_classes, h, w). From probabilities they are float32 and finite."""
         if self.outputs in ("probabilities", "sigmoid"):
             p_BChw = raw_BChw.float()
             raw_BChw = p_BChw.clamp(min=_LEAST).log()
@@ -52,14 +53,14 @@ class AsLogits(Wrapper):
 
 
 def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) -> str | None:
-    """A note on which class one logit stands for; None of a model of more."""
+    """Return a note on the class that a single logit stands for, or None for a model of several."""
     if not isinstance(model, AsLogits) or model.num_classes == model.model.num_classes:
         return None
     return f"{origin} has one logit for two classes: it is that of {names[1]}, and {names[0]} has 0"
 
 
 def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None = None) -> SegmentationModel:
-    """A model whose outputs are of a kind, and whose one logit stands for two classes if `classes` is 2.
+    """Return a model with outputs of this kind as logits. A single logit becomes two classes if `classes` is 2.
 
     Raises: ModelError for an unknown kind of outputs, and for a model without a head of classes.
     """

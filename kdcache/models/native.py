@@ -1,8 +1,7 @@
 """The one interface of every model: the outputs of its heads at their native stride, features by name.
 
-Most heads end in a bilinear resize to the image's size. That resize is deterministic, so it is left out here:
-storing and distilling what comes before it costs 16 to 64 times less. `SegmentationModel.upsample` is the
-resize.
+Most heads end in a bilinear resize to the image's size. That resize is deterministic, so it is left out here: storing
+and distilling its input costs 16 to 64 times less. `SegmentationModel.upsample` is the resize.
 
 Shapes: B batch, C classes, H W image, h w native stride, c channels of a feature.
 """
@@ -31,7 +30,7 @@ class Outputs(NamedTuple):
     Attributes:
         heads: name -> (B, C, h, w) at the head's native stride, not upsampled: `segmentation` has logits, `depth` the
             raw output of a regression (`kdcache.heads`).
-        features: tap -> (B, c, h', w'); exactly the taps that were given.
+        features: tap -> (B, c, h', w') for the requested taps.
     """
 
     heads: dict[str, Tensor]
@@ -50,7 +49,7 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The result of loading weights into a model; names of tensors in the state dict."""
+    """The result of loading weights into a model, as names of tensors in the state dict."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...] = ()  # only counters that do not matter (num_batches_tracked)
@@ -64,22 +63,21 @@ class LoadReport:
 class SegmentationModel(nn.Module):
     """A network from normalised pixels to logits at its native stride.
 
-    Subclasses implement `forward`. Nothing set here enters the state dict, so a subclass decides the names in
-    it.
+    Subclasses implement `forward`. Nothing set here enters the state dict, so a subclass decides the names in it.
 
     Attributes:
         spec: the name that `build_model` was given.
-        num_classes: C; 0 without a head `segmentation`.
-        head_kinds: what each head's output means, by the head's name.
-        untrained: names of the heads that are at random, for its run learnt nothing of them: they are not judged.
-        stride: nominal native stride in pixels; sizes, never the stride, set the exact ratio.
+        num_classes: C, or 0 without a head `segmentation`.
+        head_kinds: the kind of each head's output, by the head's name.
+        untrained: names of the heads with random weights, which are not judged because the run learnt nothing for them.
+        stride: nominal native stride in pixels. The exact ratio follows from the sizes.
         align_corners: of the heads' final bilinear resize.
-        taps: names of the features on offer, most useful last.
-        backbone_prefix: of the backbone's names in the state dict; "" when it is not known.
-        classifier_keys: prefixes of the tensors whose first axis is the classes; () when they are not known.
-        load_report: what `build_model` loaded; None when the weights are random.
+        taps: names of the available features, most useful last.
+        backbone_prefix: of the backbone's names in the state dict, or "" if it is not known.
+        classifier_keys: prefixes of the tensors with the classes as first axis, or () if they are not known.
+        load_report: what `build_model` loaded, or None if the weights are random.
         probe_size: (H, W) of an image that it takes.
-        processor: what it expects of its images, beyond mean and std.
+        processor: what it expects of its images, in addition to mean and std.
     """
 
     def __init__(
@@ -114,7 +112,8 @@ class SegmentationModel(nn.Module):
 
     if TYPE_CHECKING:  # nn.Module types its call as Any
 
-        def __call__(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs: ...
+        def __call__(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+            """Run the network. See `forward`."""
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Run the network.
@@ -134,7 +133,7 @@ class SegmentationModel(nn.Module):
 
     @mean.setter
     def mean(self, value: Iterable[float]) -> None:
-        """Set it. Raises: ModelError unless these are three finite numbers."""
+        """Set the mean. Raises: ModelError unless these are three finite numbers."""
         self._mean = _rgb("mean", value)
         self._moments = {}
 
@@ -145,7 +144,7 @@ class SegmentationModel(nn.Module):
 
     @std.setter
     def std(self, value: Iterable[float]) -> None:
-        """Set it. Raises: ModelError unless these are three finite numbers above 0."""
+        """Set the deviation. Raises: ModelError unless these are three finite numbers above 0."""
         std = _rgb("std", value)
         if min(std) <= 0:
             raise ModelError(f"Invalid std {std}: it must be above 0", fix="Give std of RGB in 0..1.")
@@ -154,21 +153,21 @@ class SegmentationModel(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """Both sides of its images are multiples of it."""
+        """The number that both sides of its images must be multiples of."""
         return self.processor.multiple
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """(H, W) of its images if it takes no other; None for any."""
+        """(H, W) of its images if it takes no other, or None for any."""
         return self.processor.fixed_size
 
     @property
     def probed_taps(self) -> tuple[str, ...]:
-        """The features by which a teacher is known, of a network without a head."""
+        """The features that identify a teacher without heads."""
         return () if self.head_kinds else self.taps[-1:]
 
     def see_as(self, *models: "SegmentationModel") -> None:
-        """Expect the images that all of some models take."""
+        """Restrict the images to those that all given models take."""
         self.processor = Processor.of_all([model.processor for model in models])
         self.probe_size = next((m.probe_size for m in models if m.fixed_size is not None), models[0].probe_size)
 
@@ -186,8 +185,9 @@ class SegmentationModel(nn.Module):
 
         Args:
             pixels_BHW3: uint8, on any device.
-        Returns: float32 (B, 3, H, W) on the same device, in channels_last memory format (the pixels' own
-            order, so nothing is transposed).
+        Returns: float32 (B, 3, H, W) on the same device, in channels_last memory format (the pixels' own order, so
+        nothing
+            is transposed).
         Raises: ModelError for another dtype or shape.
         """
         if pixels_BHW3.dtype != torch.uint8 or pixels_BHW3.ndim != 4 or pixels_BHW3.shape[-1] != 3:
@@ -200,38 +200,38 @@ class SegmentationModel(nn.Module):
         return x_B3HW.div_(255).sub_(mean).div_(std)
 
     def standardise(self, x_B3HW: Tensor) -> Tensor:
-        """The second half of `normalise`, on RGB in 0..1: (x - mean) / std, in new memory."""
+        """Return (x - mean) / std for RGB in 0..1, in new memory: the second half of `normalise`."""
         mean, std = self._moments_on(x_B3HW.device)
         return x_B3HW.sub(mean).div_(std)
 
     def upsample(self, logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize a head's output to (H, W) = `size` as it would itself: bilinear, with its `align_corners`."""
+        """Resize a head's output to (H, W) = `size` as the model would: bilinear, with its `align_corners`."""
         if tuple(logits_BChw.shape[-2:]) == tuple(size):
             return logits_BChw
         return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
 
     @property
     def training_heads(self) -> dict[str, HeadKind]:
-        """The kinds of the heads beside `head_kinds` that answer in training mode alone, by name."""
+        """The kinds of further heads, by name, that answer only in training mode."""
         return {}
 
     @property
     def deployed(self) -> "SegmentationModel":
-        """The model as its trained weights have it: without heads that answer in training mode alone."""
+        """The model of the trained weights, without heads that answer only in training mode."""
         return self
 
     @property
     def learnt_heads(self) -> tuple[str, ...]:
-        """The names of the heads of which something was learnt, as far as that is known."""
+        """The names of the heads that have learnt something, as far as known."""
         return tuple(name for name in self.head_kinds if name not in self.untrained)
 
     @property
     def regressions(self) -> dict[str, RegressionHead]:
-        """The heads of numbers, by name."""
+        """The numeric heads, by name."""
         return {name: kind for name, kind in self.head_kinds.items() if isinstance(kind, RegressionHead)}
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Refuse names that are no taps of this model. Raises: ModelError for the first, with the nearest."""
+        """Raise ModelError for the first unknown tap, with the nearest name."""
         for tap in taps:
             if tap not in self.taps:
                 raise ModelError(
@@ -240,11 +240,11 @@ class SegmentationModel(nn.Module):
                 )
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors of a weights file under this model's names, where other versions of a library name them otherwise."""
+        """Return tensors of a weights file under this model's names, if other library versions use others."""
         return state
 
     def _moments_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and std as (3, 1, 1) on `device`, kept: a copy to the GPU per batch would synchronise."""
+        """Return mean and std as (3, 1, 1) on `device`, kept: a copy to the GPU per batch would synchronise."""
         moments = self._moments.get(device)
         if moments is None:
             mean = torch.tensor(self._mean, dtype=torch.float32, device=device).view(3, 1, 1)
@@ -255,7 +255,7 @@ class SegmentationModel(nn.Module):
 
 @contextmanager
 def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Inside, a network is in eval mode: BatchNorm learns nothing. Afterwards every module has its own mode again."""
+    """Put a network in eval mode in a with block, so BatchNorm learns nothing. Then restore every module's mode."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

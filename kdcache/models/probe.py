@@ -1,4 +1,4 @@
-"""A probe of the numbers that a network returns, with artificial images: logits, or something else."""
+"""Probe a network's numbers with artificial images: logits, or something else."""
 
 from contextlib import suppress
 from typing import NamedTuple
@@ -17,12 +17,12 @@ _TOLERANCE = 1e-2
 
 
 class NotLogits(NamedTuple):
-    """Why a network's numbers are no logits.
+    """Why a network's numbers are not logits.
 
     Attributes:
-        text: what they are, as a sentence goes on after the network's name.
+        text: what they are, to follow the network's name in a sentence.
         fix: what to do.
-        certain: False for what may be logits after all.
+        certain: False if they may be logits after all.
     """
 
     text: str
@@ -31,14 +31,13 @@ class NotLogits(NamedTuple):
 
 
 def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) -> NotLogits | None:
-    """What speaks against a network's numbers being logits, in eval mode; None if nothing does.
+    """Return why a network's numbers in eval mode are not logits, or None.
 
-    A black image, a smooth one and noise are shown to it. If all numbers lie within 0 to 1 they are no logits; if none
-    is negative they may not be. If a model's outputs are said to be something else, that is compared. Of an ensemble
-    the first member counts of which something is said; of a model whose classes are mapped, the classes before.
-
-    Args:
-        size: (H, W) of the images for a network that does not take its `probe_size`.
+    It is shown a black image, a smooth one and noise. If all numbers lie within 0 to 1 they are not logits. If none is
+    negative they may not be. If the user declared the outputs as something else, that is compared. For an ensemble the
+    first member with a finding counts, for a class-mapped model the unmapped classes. `size` is (H, W) of the images
+    for a
+    network that does not take its `probe_size`.
     """
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]
@@ -86,7 +85,7 @@ def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, o
 
 
 def _seen(model: SegmentationModel, size: tuple[int, int] | None) -> tuple[float, float, bool] | None:
-    """The least and the largest number, and whether those of every pixel sum to 1; None if the network fails."""
+    """Return the smallest and largest number, and whether each pixel sums to 1, or None if the network fails."""
     like = next(model.parameters(), torch.empty(0))
     for tried in dict.fromkeys((model.probe_size, size or model.probe_size)):
         with suppress(Exception), torch.no_grad(), in_eval_mode(model):  # one by one, as much as any use takes
@@ -102,7 +101,7 @@ def _seen(model: SegmentationModel, size: tuple[int, int] | None) -> tuple[float
 
 
 def _images(size: tuple[int, int]) -> torch.Tensor:
-    """Black, a ramp of light, and noise; uint8 (3, H, W, 3), always the same."""
+    """Return black, a ramp of light, and noise, uint8 (3, H, W, 3), always the same."""
     ramp_W = torch.linspace(0, 255, size[1]).to(torch.uint8)
     noise = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(7))
     ramp = ramp_W[None, :, None].expand(*size, 3)

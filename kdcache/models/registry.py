@@ -70,20 +70,22 @@ def build_model(
     """Build a model in training mode on the CPU.
 
     Args:
-        spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`; with `+depth` after it
-            a depth head is added, with `+aux` an auxiliary head for training (see `kdcache.models.added_heads`), and
-            `,outputs=sigmoid` at the end says what its outputs are (see `kdcache.models.logits`).
-        num_classes: None takes the number that the weights have, or a `module:function`'s own; 0, of data without
-            classes, leaves the head of classes out.
-        weights: None initialises at random and downloads nothing; `default` downloads the library's own
-            weights once; a mapping has the tensors; anything else is a file or folder (see `read_weights`), or
-            `ultralytics:FILE.pt`. What was loaded is `model.load_report`.
-        mean, std: of RGB in 0..1; None takes those that a file of `kdcache export` carries, else the model's
-            own (ImageNet's but for some encoders' `default` weights).
-        strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a
-            teacher as it was published) and False with it (an initialisation; see `load_weights`).
+        spec: a name from `list_models`, `module:function` or `path/to/file.py:function`. `+depth` after it adds a depth
+            head, `+aux` an auxiliary head for training (see `kdcache.models.added_heads`), and `,outputs=sigmoid` at
+            the
+            end declares the kind of its outputs (see `kdcache.models.logits`).
+        num_classes: None takes the weights' number, or the default of a `module:function`. 0, for data without classes,
+            leaves out the head of classes.
+        weights: None initialises at random and downloads nothing. `default` downloads the library's weights once. A
+            mapping has the tensors. Anything else is a file or folder (see `read_weights`), or `ultralytics:FILE.pt`.
+            The result is `model.load_report`.
+        mean: of RGB in 0..1. None takes the mean in a file of `kdcache export`, else the model's own (ImageNet's except
+            for some encoders' `default` weights).
+        std: of RGB in 0..1, in the same way.
+        strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a published
+            teacher) and False with it (an initialisation; see `load_weights`).
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, a foreign function that
-        fails, or a model that no class leaves without a head.
+        fails, or a model that has no head without classes.
     """
     stated, outputs = split_outputs(spec)
     without, auxiliary = split_auxiliary(stated)
@@ -145,12 +147,12 @@ def _build_hub(
 
 
 def is_listed(spec: str) -> bool:
-    """Whether a spec is of one of the families that come with kdcache, whatever its name there."""
+    """Return whether a spec belongs to a family that comes with kdcache, whatever its name there."""
     return base_of(spec).rpartition(":")[0] in _FAMILIES
 
 
 def is_function(spec: str) -> bool:
-    """Whether a spec names a function of the user's, `module:function` or `path/to/file.py:function`.
+    """Return whether a spec names a user's function, `module:function` or `path/to/file.py:function`.
 
     Nothing is imported. Raises: ModelError for a spec that is neither that nor a listed one.
     """
@@ -159,7 +161,7 @@ def is_function(spec: str) -> bool:
 
 
 def is_shipped(spec: str) -> bool:
-    """Return True for a spec that kdcache itself offers, with well-formed heads behind it: safe to suggest."""
+    """Return True for one of kdcache's own specs with well-formed added heads, which is safe to suggest."""
     try:
         return not is_function(spec)
     except ModelError:
@@ -167,15 +169,15 @@ def is_shipped(spec: str) -> bool:
 
 
 def describe_models() -> list[ModelInfo]:
-    """What `kdcache.model_table` has in its table, computed: models built without memory or arithmetic (meta device).
+    """Compute the content of `kdcache.model_table` from models without memory or arithmetic (meta device).
 
-    Imports the libraries that they are made of; leaves out those whose library is not installed.
+    Imports the models' libraries, and leaves out models whose library is not installed.
     """
     return [_describe(spec) for family in _FAMILIES if not lacks(family) for spec in _specs(family)]
 
 
 class _CountsOnCpu(TorchFunctionMode):
-    """torch.linspace on the CPU: some networks read numbers from it, and on the meta device there are none."""
+    """Runs torch.linspace on the CPU, because some networks read its numbers and the meta device has none."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         device = {"device": "cpu"} if function is torch.linspace else {}
@@ -199,7 +201,7 @@ def _describe(spec: str) -> ModelInfo:
 
 
 def _home(spec: str) -> tuple[_Family | None, str]:
-    """The module that builds a spec, None for a function of the user's, and the name in it."""
+    """Return the module that builds a spec, None for a function of the user's, and the name in it."""
     family, _, name = spec.rpartition(":")
     if family in _FAMILIES:
         builder = next((module for module in _FAMILIES[family] if name in module.NAMES), _OPEN.get(family))
@@ -215,7 +217,7 @@ def _home(spec: str) -> tuple[_Family | None, str]:
 
 
 def _misspelt(family: str) -> bool:
-    """Whether a name is no module, but nearly a family."""
+    """Return whether a name is not a module, but almost a family."""
     if "." in family or "/" in family or not suggest(family, _FAMILIES, cutoff=0.75):
         return False
     return importlib.util.find_spec(family) is None and not any(Path(family + end).exists() for end in ("", ".py"))
@@ -242,7 +244,7 @@ def _read(spec: str, weights: str | Path | Mapping[str, Tensor], whole: bool) ->
 
 
 def _are_of_one_logit(state: Mapping[str, Tensor], model: SegmentationModel) -> bool:
-    """Whether weights differ from a model's in nothing but one channel in place of its two."""
+    """Return whether weights differ from a model's in nothing but one channel in place of its two."""
     own = model.state_dict()
     state = model.adopt_names(state)
     differing = [(own[name].shape, state[name].shape) for name in own if name in state]
@@ -251,7 +253,7 @@ def _are_of_one_logit(state: Mapping[str, Tensor], model: SegmentationModel) -> 
 
 
 def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:
-    """Mean and std that a file of `kdcache export` carries: weights mean nothing under another normalisation."""
+    """Return mean and std that a file of `kdcache export` carries: weights mean nothing under another normalisation."""
     metadata = read_metadata(weights)
     if not {"mean", "std", "spec"} <= set(metadata):
         return None

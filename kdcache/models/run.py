@@ -27,32 +27,35 @@ class Classes(Protocol):
     """Names and colours in the order of the ids, such as a data set's class list."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """The class names, by id."""
+
     @property
-    def colours(self) -> tuple[tuple[int, int, int], ...]: ...
+    def colours(self) -> tuple[tuple[int, int, int], ...]:
+        """An RGB colour for each class."""
 
 
 def write_run_model(run: Path, description: RunModel) -> None:
-    """Write a run's `model.json`, whole or not at all."""
+    """Write a run's `model.json`, completely or not at all."""
     write_whole(run / MODEL, description.model_dump_json(indent=1) + "\n")
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
-    """Write the weights `which` of a run, as it is deployed; the file is replaced whole or not at all."""
+    """Write the deployed model's weights `which` of a run, completely or not at all."""
     with replacing(weights_path(run, which)) as partial:
         save_weights(model.deployed, partial)
 
 
 def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
-    """The trained model of a run, in eval mode, on the CPU.
+    """Load the trained model of a run, in eval mode, on the CPU.
 
     Args:
-        run: its folder, `RUN@WEIGHTS`, or the run when it is open.
-        which: `best` (by validation mIoU; the last weights when nothing was validated) or `last`; of a training with
-            `ema` also `best-ema` and `last-ema`, the moving average's own best and last. Weights named with the run
-            come first.
+        run: its folder, `RUN@WEIGHTS`, or an open run.
+        which: `best` (by validation mIoU, or the last weights without validation) or `last`. With `ema` also `best-ema`
+            and `last-ema`, of the moving average. Weights named with the run have priority.
         trust: import and call a function that the run names as its model (see `kdcache.models.trust`).
-    Raises: RecipeError when the run has no such checkpoint; ModelError when the weights do not fit, or for a function
+    Returns: the model, and its description.
+    Raises: RecipeError if the run has no such checkpoint; ModelError if the weights do not fit, or for a function
         that is not trusted.
     """
     run = run if isinstance(run, Run) else Run.open(run)
@@ -76,9 +79,9 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
 
 
 def split_spec(text: str) -> tuple[str, str] | None:
-    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Of `SPEC@FILE,outputs=KIND` that is of the SPEC.
+    """Split `SPEC@FILE` into (SPEC, FILE or default), or return None for a run folder. `,outputs=` moves to SPEC.
 
-    Raises: ModelError for a spec alone, or one with an auxiliary head.
+    Raises: ModelError for a spec only, or one with an auxiliary head.
     """
     text, outputs = split_outputs(text)
     if named_weights(text) is not None:
@@ -111,20 +114,21 @@ def open_model(
     class_map: str | Path | None = None,
     trust: bool = False,
 ) -> tuple[SegmentationModel, RunModel]:
-    """A trained model from wherever it is, in eval mode, on the CPU.
+    """Load a trained model from a run or a file, in eval mode, on the CPU.
+
+    What a user should know of the file is in the model's `load_report.notes`.
 
     Args:
         text: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere, or written by
             `kdcache export`) or `SPEC@default` (the library's own, downloaded now). Every tensor must be there.
-        classes: of the data, or a function from their number to them where there is no data. A run and an exported
-            file keep their own unless they are mapped (see `RunModel.check_classes`).
-        size: (H, W) of the pixels it is used at; default a run's or an exported file's own.
-        which: of a run's weights, as `load_run`.
+        classes: of the data, or without data a function from their number to them. A run and an exported file keep
+            their
+            own unless they are mapped (see `RunModel.check_classes`).
+        size: (H, W) of the pixels in use. Default: the size of a run or an exported file.
+        which: of a run's weights, as in `load_run`.
         class_map: file with the data class that each of its classes becomes (see `read_class_map`).
-        trust: as `load_run`.
-    What a user should know of the file is in the model's `load_report.notes`.
-
-    Raises: RecipeError for no run, no checkpoint or no size; ModelError for weights or a class map that do not fit;
+        trust: as in `load_run`.
+    Raises: RecipeError without a run, checkpoint or size; ModelError for weights or a class map that do not fit;
         MismatchError for classes in another order than the data's.
     """
     parts = split_spec(text)
@@ -186,7 +190,7 @@ def open_model(
 
 
 def describe_weights(weights: str | Path) -> RunModel | None:
-    """The model that a file of weights is of, by the run that it lies in or by its own header; None without.
+    """Return the description of a file's model, from its run or its header, or None.
 
     Raises: ModelError for a file that is missing or damaged; RecipeError for a run whose model.json is damaged.
     """
@@ -197,7 +201,7 @@ def describe_weights(weights: str | Path) -> RunModel | None:
 
 
 def described(spec: str, weights: str) -> RunModel | None:
-    """The metadata of the file of `SPEC@FILE` where kdcache exported it; None without.
+    """Return the metadata of the file of `SPEC@FILE` if kdcache exported it, or None.
 
     Raises: ModelError for a file that is missing or damaged, and for weights of another model.
     """

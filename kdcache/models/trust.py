@@ -1,7 +1,7 @@
-"""Trust in code that files name: a run folder names its model, and for `module:function` that is code to import.
+"""Trust in code that files name. A run folder names its model, and `module:function` is code to import.
 
-A name that the user gives is imported. A name that a file brings (a run's `model.json`, a recipe) is imported only if
-the user trusts it: `--trust`, `trust=True`, or a `with trusting():` around the call.
+A name from the user is imported. A name from a file (a run's `model.json`, a recipe) is imported only if the user
+trusts it: `--trust`, `trust=True`, or a `with trusting():` around the call.
 """
 
 import importlib.machinery
@@ -21,7 +21,7 @@ _FIX = "Name a model that `kdcache models` lists, or restore the file from a cop
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Within the block, names that files bring are imported; `trust=False` changes nothing."""
+    """Import names that files bring, in a with block. `trust=False` changes nothing."""
     token = CODE_ALLOWED.set(trust or CODE_ALLOWED.get())
     try:
         yield
@@ -36,7 +36,7 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Let errors about a spec that the file `where` brings name that file, and nothing out of it as their fix."""
+    """Let errors about a spec from the file `where` name that file, and suggest nothing from it, in a with block."""
     try:
         yield
     except ModelError as error:
@@ -44,11 +44,7 @@ def named_by(where: str) -> Iterator[None]:
 
 
 def check_present(spec: str, where: str) -> None:
-    """Check that the .py file of a model is there, which a run leaves behind where it was trained. Raises ModelError.
-
-    Args:
-        where: the file that names it.
-    """
+    """Check that a model's .py file exists, as runs do not contain it. `where` names it. Raises ModelError."""
     with named_by(where):
         place = base_of(spec).rpartition(":")[0]
     if place.endswith(".py") and not Path(place).is_file():
@@ -59,10 +55,8 @@ def check_present(spec: str, where: str) -> None:
 
 
 def check_trusted(spec: str, where: str) -> None:
-    """Refuse to import a function that a file names, unless it is trusted.
+    """Check that a function to import, which the file or folder `where` names, is trusted.
 
-    Args:
-        where: the file or folder that names it.
     Raises: ModelError saying what would have been imported, and how to allow it.
     """
     if is_trusting():

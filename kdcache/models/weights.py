@@ -1,8 +1,7 @@
-"""Weights: read from a file without running code from it, fit to a model by name, digest.
+"""Weights: read them from a file without running its code, load them into a model by name, and digest them.
 
-Nothing is ever left out in silence: what a file has too much or too little is refused and named, except for
-what the report lists. A teacher is loaded strictly; a student may start from weights whose head is another
-one.
+Nothing is ever ignored silently: missing and unexpected tensors are errors that name them, except for what the report
+lists. A teacher is loaded strictly. A student may start from weights with another head.
 """
 
 import hashlib
@@ -42,10 +41,10 @@ _COUNTER = "num_batches_tracked"  # absent from old files, and unused while Batc
 
 
 class Weights(NamedTuple):
-    """What a file of weights holds.
+    """The content of a weights file.
 
     Attributes:
-        class_names: by class id, as the file or one next to it has them; () where they are not known.
+        class_names: by class id, from the file or one next to it, or () if they are not known.
         notes: what a user should know, such as which of two kinds of weights these are.
     """
 
@@ -55,23 +54,24 @@ class Weights(NamedTuple):
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file onto the CPU; arguments and errors as of `read_weights`."""
+    """Read the tensors of a weights file onto the CPU. Arguments and errors are as of `read_weights`."""
     return read_weights(path).state
 
 
 def read_weights(path: str | Path) -> Weights:
     """Read a weights file onto the CPU.
 
-    Takes `.safetensors`, or torch files read with `weights_only=True`, or a folder with one of HUB_FILES. A
-    dictionary under `state_dict`, `model` and the like is unwrapped, and so are the prefixes that
-    DistributedDataParallel and torch.compile put before names. Of a checkpoint of Lightning, the network is taken: the
-    module's one attribute with tensors, or the first of several that is called model, student, network or net.
+    The file is `.safetensors`, a torch file (read with `weights_only=True`), or a folder with one of HUB_FILES. A
+    dictionary
+    under `state_dict`, `model` and the like is unwrapped, and so are the prefixes of DistributedDataParallel and
+    torch.compile. A checkpoint of Lightning gives the network: the module's only attribute with tensors, or the first
+    of
+    several that is called model, student, network or net.
 
-    Of raw and averaged weights (EMA) in one checkpoint those of its `state_dict` are taken; FILE:ema and FILE:raw
-    choose.
+    If a checkpoint has raw and averaged weights (EMA), its `state_dict` is taken. FILE:ema and FILE:raw choose.
 
-    Raises: ModelError naming the file: missing, of another kind, truncated, holding pickled objects, or without the
-        weights that are chosen.
+    Raises: ModelError naming the file: missing, of another kind, truncated, with pickled objects, or without the chosen
+        weights.
     """
     path, choice = split_choice(path)
     path = _file_of(path)
@@ -90,9 +90,9 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def split_choice(text: str | Path) -> tuple[Path, str | None]:
-    """(FILE, ema or raw) of FILE:ema or FILE:raw; (the path, None) of any other path, also one that ends so.
+    """Split FILE:ema or FILE:raw into (FILE, ema or raw). Any other path, also a file of that name, gives (path, None).
 
-    Raises: ModelError for another word after the colon of a file that is there.
+    Raises: ModelError for another word after the colon of an existing file.
     """
     path, (file, colon, choice) = Path(text), str(text).rpartition(":")
     if not colon or path.exists() or not Path(file).exists():
@@ -106,7 +106,7 @@ def split_choice(text: str | Path) -> tuple[Path, str | None]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts in the header of a `.safetensors` file or a folder with one; empty for other files.
+    """Return the texts in the header of a `.safetensors` file or a folder with one, or {} for other files.
 
     Raises: ModelError for a file that is missing or damaged.
     """
@@ -124,22 +124,24 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors, with texts and the digest of its tensors in its header."""
+    """Write a state dict as safetensors, with metadata and the digest of its tensors in its header."""
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, path, {**(metadata or {}), _WRITTEN: _digest(state)})
 
 
 def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, strict_head: bool) -> LoadReport:
-    """Copy `state` into `model` by name. The model is untouched when an error is raised.
+    """Copy `state` into `model` by name. After an error the model is unchanged.
 
-    Auxiliary heads (`aux_classifier.*` and the like) that the model does not have are listed, never refused.
+    Auxiliary heads (`aux_classifier.*` and the like) that the model does not have are listed and never an error.
 
     Args:
-        strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier
-            of another number of classes keeps its random values, a backbone alone fits too (also an image
-            classifier's, as torchvision publishes them, and the whole of any module's), and the report's
-            `reinitialised` names what was left out.
+        model: to load into.
+        state: tensors by name.
+        strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier of
+            another
+            number of classes keeps its random values, a backbone only also fits (an image classifier's, or any module
+            with this backbone), and the report's `reinitialised` names what was left out.
     Raises: ModelError naming missing and unexpected tensors, other shapes, or both numbers of classes.
     """
     own: dict[str, Tensor] = model.state_dict()
@@ -182,7 +184,7 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
 
 
 def _check_numbers(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Every weight is a finite real number; a buffer may be infinite where the model's own is. Raises ModelError."""
+    """Raise ModelError for weights that are not finite. A buffer may be infinite if the model's own is."""
     for name, value in loaded.items():
         if value.is_complex() and not own[name].is_complex():
             kind = "complex numbers"
@@ -201,7 +203,7 @@ def _check_numbers(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> N
 
 
 def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -> int:
-    """The number of classes of the classifier in `state`. Raises: ModelError when it has none."""
+    """Return the number of classes of the classifier in `state`. Raises: ModelError if it has none."""
     name = f"{classifier_keys[0]}weight"
     if name not in state:
         raise ModelError(
@@ -212,9 +214,9 @@ def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -
 
 
 def state_digest(module: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over names, dtypes, shapes and bytes of the state dict, buffers included.
+    """Return the SHA-256 (hexadecimal) over names, dtypes, shapes and bytes of the state dict, including buffers.
 
-    Independent of the device, of the memory format and of the order of the names.
+    It does not depend on the device, the memory format or the order of the names.
 
     Raises: ModelError for a state dict that holds more than tensors.
     """
@@ -238,7 +240,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _file_of(path: Path) -> Path:
-    """The file of weights that a path is, or that lies in its folder. Raises: ModelError where there is none."""
+    """Return a file of weights, or the one in a folder. Raises: ModelError if it does not exist."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -290,7 +292,7 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 
 
 def _anew(path: Path) -> str:
-    """Return the fix for a damaged file: those of a run can be trained again."""
+    """Return the fix for a damaged file. A run's weights can be trained again."""
     run = (path.parent / MODEL).is_file()
     return (
         f"{train_again(path.parent)}; or use other weights of it, as RUN@last" if run else "Copy or download it again."
@@ -300,7 +302,7 @@ def _anew(path: Path) -> str:
 def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str], str]:
     """Return a backbone's state under this model's names, the names of the model's head, and the backbone's prefix.
 
-    The prefix is that of any module which has more of its tensors than the model itself; "" without one.
+    The prefix is the module's that has more of its tensors than the model itself, or "".
     """
     own = model.state_dict()
     adopted, dropped = _as_classifier(model, state)
@@ -313,7 +315,7 @@ def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple
 
 
 def _as_classifier(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
-    """An image classifier's state under this model's backbone, and the names of its own head."""
+    """Return an image classifier's state under this model's backbone, and the names of its own head."""
     prefix = model.backbone_prefix
     own = model.state_dict()
     if not prefix:
@@ -344,7 +346,7 @@ def _is_classifier(model: SegmentationModel, name: str, value: Tensor) -> bool:
 
 
 def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, value: Tensor) -> bool:
-    """Whether two shapes differ in nothing but the number of classes."""
+    """Return whether two shapes differ in nothing but the number of classes."""
     same_rest = own.ndim == value.ndim > 0 and own.shape[1:] == value.shape[1:]
     return same_rest and _is_classifier(model, name, own)
 

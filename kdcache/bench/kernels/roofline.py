@@ -49,7 +49,7 @@ class Ceilings:
 
     @property
     def instructions(self) -> float:
-        """Return how many lanes could issue an instruction, per second."""
+        """How many lanes could issue an instruction, per second."""
         return LANES_PER_SFU_LANE * self.exps
 
     def to_json(self) -> dict[str, float]:

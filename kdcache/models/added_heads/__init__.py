@@ -1,4 +1,4 @@
-"""Heads that the end of a model's spec adds to it: `MODEL+depth`, `MODEL+aux`, `MODEL+depth+aux`."""
+"""Heads that a model's spec adds: `MODEL+depth`, `MODEL+aux`, `MODEL+depth+aux`."""
 
 from kdcache.models.added_heads.auxiliary import split_auxiliary
 from kdcache.models.added_heads.depth import split_depth
@@ -6,7 +6,7 @@ from kdcache.run_folder import split_outputs
 
 
 def base_of(spec: str) -> str:
-    """The spec of a model without heads that are added and what its outputs are. Raises: ModelError if malformed."""
+    """Return the spec without added heads and without the kind of its outputs. Raises: ModelError if malformed."""
     return split_depth(split_auxiliary(split_outputs(spec)[0])[0])[0]
 
 

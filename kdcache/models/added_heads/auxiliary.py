@@ -1,12 +1,12 @@
-"""An auxiliary segmentation head on any model: `MODEL+aux`, and the spelling of its option.
+"""An auxiliary segmentation head on any model: `MODEL+aux`, and its option.
 
     kdcache:tiny+aux               on the last stage but one of the network
-    kdcache:tiny+aux,tap=stage2    on a tap that is named
-    kdcache:tiny+depth+aux         beside a depth head
+    kdcache:tiny+aux,tap=stage2    on a named tap
+    kdcache:tiny+depth+aux         with a depth head
 
-It answers in training mode alone, and is no part of the trained model: weights, exports and stores have what the model
-has without it. It is torchvision's `FCNHead` (3x3 convolution to a quarter of the channels, BatchNorm, ReLU, 1x1
-convolution) under torchvision's names, so that its published weights fit where the tap is theirs (`layer3`).
+It answers only in training mode, and is not part of the trained model: weights, exports and caches are those of the
+model without it. It is torchvision's `FCNHead` (3x3 convolution to a quarter of the channels, BatchNorm, ReLU, 1x1
+convolution) under torchvision's names, so its published weights fit on torchvision's tap (`layer3`).
 
 Sources: Zhao et al. 2017 (PSPNet), arXiv 1612.01105, section 3.3; Tsai et al. 2018, arXiv 1802.10349, section 4.1.
 """
@@ -32,19 +32,19 @@ _CLASSIFIER = f"{AUXILIARY_HEAD}4."
 
 @dataclass(frozen=True)
 class AuxiliarySpec:
-    """What a spec says of an auxiliary head.
+    """The auxiliary head of a spec.
 
     Attributes:
-        tap: where it is; None is the last stage of the network but one.
+        tap: its tap, or None for the last stage of the network but one.
     """
 
     tap: str | None = None
 
 
 def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
-    """The spec of a model without its auxiliary head, and what follows about that; None where nothing does.
+    """Split a spec into the model without its auxiliary head, and the head's spec or None.
 
-    Raises: ModelError for an option that is none.
+    Raises: ModelError for an unknown option.
     """
     folder, slash, name = spec.rpartition("/")  # a folder may be called anything
     spelled = _SPELLED.fullmatch(name)
@@ -63,9 +63,9 @@ def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
 
 
 class WithAuxiliary(WithHead):
-    """A model and, in training mode, a second head of its classes on one of its taps.
+    """A model with a second segmentation head on one of its taps in training mode.
 
-    Raises: ModelError for a model without classes, for a tap that it does not have, and where none is a stage.
+    Raises: ModelError for a model without classes, for an unknown tap, and if no tap is a stage.
     """
 
     prefix = AUXILIARY_HEAD
@@ -91,14 +91,17 @@ class WithAuxiliary(WithHead):
 
     @property
     def training_heads(self) -> dict[str, HeadKind]:
+        """The auxiliary head, of the model's classes."""
         return {AUXILIARY: CategoricalHead(self.num_classes)}
 
     @property
     def deployed(self) -> SegmentationModel:
+        """The model without the auxiliary head."""
         self.model.mean, self.model.std = self.mean, self.std
         return self.model
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Run the model, with the auxiliary logits in training mode."""
         if not self.training:
             return self.model(x_B3HW, taps)
         outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.tap])))
@@ -106,7 +109,7 @@ class WithAuxiliary(WithHead):
         return Outputs({**outputs.heads, AUXILIARY: logits_BChw}, {tap: outputs.features[tap] for tap in taps})
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A file's auxiliary head is left out where it is on a tap of other channels."""
+        """Return a file's tensors without its auxiliary head if that has other channels."""
         state = super().adopt_names(state)
         first = f"{AUXILIARY_HEAD}0.weight"
         if first not in state or state[first].shape == self.state_dict()[first].shape:
@@ -115,7 +118,7 @@ class WithAuxiliary(WithHead):
 
 
 def _last_but_one(spec: str, model: SegmentationModel) -> str:
-    """The tap of the last stage but one. Raises: ModelError for a model that names no two stages."""
+    """Return the tap of the last stage but one. Raises: ModelError for a model that names no two stages."""
     stages = [tap for tap in model.taps if _STAGE.fullmatch(tap)]
     if len(stages) < 2:
         raise ModelError(

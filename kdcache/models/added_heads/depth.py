@@ -1,11 +1,11 @@
-"""A depth head on any model: `MODEL+depth`, and the spelling of its options.
+"""A depth head on any model: `MODEL+depth`, and its options.
 
     kdcache:tiny+depth                            on the model's last tap, softplus, at most 80 m
-    kdcache:tiny+depth,tap=stage2,as=exp,max=10   on a tap that is named, exp, at most 10 m
+    kdcache:tiny+depth,tap=stage2,as=exp,max=10   on a named tap, exp, at most 10 m
     timm:resnet18,weights=FILE+depth,tap=stage4   on a model of timm or transformers
-    kdcache:hydra,max=10                          of a model that has a depth head, its parameterisation alone
+    kdcache:hydra,max=10                          only the parameterisation, of a model with a depth head
 
-Two 3x3 convolutions, at the tap's stride; the second has one channel. Shapes: c channels of the tap.
+Two 3x3 convolutions at the tap's stride, the second with one channel. Shapes: c channels of the tap.
 """
 
 import re
@@ -33,10 +33,10 @@ _VALUE = re.compile(r"[\w.+-]+")
 
 @dataclass(frozen=True)
 class DepthSpec:
-    """What a spec says of depth.
+    """The depth head of a spec.
 
     Attributes:
-        added: whether a head is added; else the model has one. tap: where; None is the last.
+        added: whether the head is added, or the model has one. tap: its tap, or None for the last.
         head: its parameterisation.
     """
 
@@ -46,9 +46,9 @@ class DepthSpec:
 
 
 def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
-    """The spec of a model, and what follows it about depth; None where nothing does.
+    """Split a spec into the model, and the spec of its depth or None.
 
-    Raises: ModelError for an option that is none.
+    Raises: ModelError for an unknown option.
     """
     text, options = _spelled(spec)
     model = text.removesuffix(f"+{DEPTH}")
@@ -96,7 +96,7 @@ class DepthDecoder(nn.Sequential):
 
 
 def start_at_one_depth(last: nn.Conv2d, head: RegressionHead) -> None:
-    """Have a head begin with nearly the same depth everywhere: `max_depth` / 8, 10 m of 80."""
+    """Initialise a head to nearly the same depth everywhere: `max_depth` / 8, 10 m of 80."""
     nn.init.normal_(last.weight, std=0.01)
     assert last.bias is not None
     depth = torch.tensor((head.max_depth or 1.0) / _START, device="cpu")
@@ -104,20 +104,20 @@ def start_at_one_depth(last: nn.Conv2d, head: RegressionHead) -> None:
 
 
 class OwnDepth(SegmentationModel):
-    """A model of kdcache's that has a depth head, whose last convolution is `depth_output`."""
+    """A kdcache model with its own depth head, whose last convolution is `depth_output`."""
 
     depth_output: nn.Conv2d
 
     def set_depth(self, head: RegressionHead) -> None:
-        """Choose the parameterisation of a model with random weights: the head begins at one depth of it."""
+        """Set the parameterisation of a model with random weights, and start the head at one depth."""
         self.head_kinds[DEPTH] = head
         start_at_one_depth(self.depth_output, head)
 
 
 class WithDepth(WithHead):
-    """A model and a depth head on one of its taps.
+    """A model with a depth head on one of its taps.
 
-    Raises: ModelError for a tap that the model does not have, or that is no (B, c, h, w) feature.
+    Raises: ModelError for an unknown tap, or one that is not a (B, c, h, w) feature.
     """
 
     prefix = DEPTH_HEAD
@@ -138,15 +138,16 @@ class WithDepth(WithHead):
         self.depth_head = DepthDecoder(tap_channels(model, self.tap), depth.head)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Run the model and the depth head on its tap."""
         outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.tap])))
         raw_B1hw = self.depth_head(outputs.features[self.tap])
         return Outputs({**outputs.heads, DEPTH: raw_B1hw}, {tap: outputs.features[tap] for tap in taps})
 
 
 def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> SegmentationModel:
-    """The model with the depth head that its spec asks for.
+    """Return the model with the depth head that its spec asks for.
 
-    Raises: ModelError where the model has one already and another is to be added, or has none that options name.
+    Raises: ModelError if the model already has the head to be added, or lacks the head that options name.
     """
     if depth.added and DEPTH not in model.head_kinds:
         return WithDepth(spec, model, depth)

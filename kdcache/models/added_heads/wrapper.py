@@ -1,4 +1,4 @@
-"""Wrappers of a model that add a head on one of its taps, or leave its classes out."""
+"""Wrappers of a model that add a head on one of its taps, or remove its classes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,13 +13,14 @@ _PREFIX = "model."
 
 
 class Wrapper(SegmentationModel):
-    """A model with other heads; the state dict keeps the model's names.
+    """A model with other heads. The state dict keeps the model's names.
 
     Attributes:
-        model: as it is alone.
-        prefix: of the names in the state dict that the model does not have; "" without any.
+        model: the wrapped model.
+        prefix: of the additional names in the state dict, or "".
+
     Args:
-        num_classes, head_kinds, classifier_keys: of the whole.
+        num_classes, head_kinds, classifier_keys: of the model with its wrapper.
     """
 
     prefix = ""
@@ -50,30 +51,33 @@ class Wrapper(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def check_taps(self, taps: Iterable[str]) -> None:
+        """Check names against the wrapped model's taps. Raises: ModelError."""
         self.model.check_taps(taps)
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return tensors of a file under the wrapped model's names."""
         return self.model.adopt_names(state)
 
 
 class WithoutClasses(Wrapper):
-    """A model of data without classes: it answers with its other heads, of which there may be none."""
+    """A model for data without classes, with its other heads, if any."""
 
     def __init__(self, model: SegmentationModel) -> None:
         kinds = {name: kind for name, kind in model.head_kinds.items() if name != SEGMENTATION}
         super().__init__(model.spec, model, num_classes=0, head_kinds=kinds, classifier_keys=model.classifier_keys)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Run the model, and drop its segmentation."""
         outputs = self.model(x_B3HW, taps)
         return Outputs({name: outputs.heads[name] for name in self.head_kinds}, outputs.features)
 
 
 class WithHead(Wrapper):
-    """A model and one more head on one of its taps, `tap`.
+    """A model with one more head on one of its taps, `tap`.
 
     Args:
-        head_kinds, classifier_keys: of the whole.
-    Raises: ModelError for a tap that the model does not have.
+        head_kinds, classifier_keys: of the model with the head.
+    Raises: ModelError for an unknown tap.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class WithHead(Wrapper):
 
 
 def tap_channels(model: SegmentationModel, tap: str) -> int:
-    """The number of channels of a model's feature (B, c, h, w)."""
+    """Return the number of channels of a model's feature (B, c, h, w)."""
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, 3, *model.probe_size, device=like.device, dtype=like.dtype)
     with torch.no_grad(), in_eval_mode(model):

@@ -50,6 +50,7 @@ class LightDeepLab(SegmentationModel):
         self._tap_of = {child: tap for tap, child in MOBILENET_TAPS.items()}
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Return logits at stride 32, and the features of the given taps."""
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
@@ -63,17 +64,17 @@ class LightDeepLab(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors whose first axis is the classes."""
+    """Return the prefixes of the tensors with the classes as first axis."""
     return ("classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with random weights; nothing is downloaded."""
+    """Build one of NAMES with random weights. Nothing is downloaded."""
     from torchvision.models import mobilenet_v3_large
 
     return LightDeepLab(name, num_classes, mobilenet_v3_large(weights=None).features)
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """The backbone's ImageNet weights as torchvision publishes them: there are none of the whole model."""
+    """Return torchvision's ImageNet weights of the backbone. No weights of the whole model exist."""
     return torchvision_heads.default_state("mobilenet_v3_large", whole)

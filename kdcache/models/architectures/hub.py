@@ -11,7 +11,7 @@ from kdcache.models.weights import HUB_FILES, read_state_dict
 
 
 def download_state(repository: str) -> dict[str, Tensor]:
-    """The tensors of a repository of the hub: downloaded once, then from huggingface_hub's cache.
+    """Return the tensors of a hub repository, downloaded once, then from huggingface_hub's cache.
 
     Raises: ModelError naming the repository: no network, no such file, or no tensors in it.
     """
@@ -33,7 +33,7 @@ def download_state(repository: str) -> dict[str, Tensor]:
 
 
 def download_names(repository: str) -> tuple[str, ...]:
-    """The class names in a repository's config.json, by class id; () where it cannot be had."""
+    """Return the class names in a repository's config.json by class id, or () if it is not available."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -43,7 +43,7 @@ def download_names(repository: str) -> tuple[str, ...]:
 
 
 def not_downloaded(repository: str, error: Any) -> ModelError:
-    """The error of a download that failed."""
+    """Return the error for a failed download."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ModelError(
         f"Cannot download weights 'default' from https://huggingface.co/{repository}: {reason}",

@@ -1,8 +1,8 @@
-"""`hf:` and `timm:`: networks of transformers and timm, with what their own processor says of images.
+"""`hf:` and `timm:`: networks of transformers and timm, with the image settings of their processor.
 
-Files come from a folder, or from a repository of the hub through huggingface_hub's cache. Offline only the cache is
-read. Weights are read from .safetensors, else from .bin with `weights_only`. Code in a repository runs only with
-`--trust`. Class names come from `id2label`.
+Files come from a folder, or from a hub repository through huggingface_hub's cache. Offline only the cache is read.
+Weights are read from .safetensors, else from .bin with `weights_only`. Code in a repository runs only with `--trust`.
+Class names come from `id2label`.
 """
 
 import math
@@ -37,7 +37,7 @@ _SHOWN = 4
 
 @dataclass
 class _Made:
-    """A network, what its answers mean, and what is known of its images and classes."""
+    """A network, the meaning of its answers, and its known image settings and classes."""
 
     network: nn.Module
     reading: Reading | None
@@ -51,9 +51,11 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
     """Build a network of transformers or timm.
 
     Args:
-        spec: as it was given. num_classes: of a head that learns; None keeps the network's own.
-        pretrained: whether it begins with its own weights; else at random.
-        strict: whether the head must be there, with the number of classes.
+        spec: as the user gave it.
+        hub: the parsed spec.
+        num_classes: of a head to train. None keeps the network's own head.
+        pretrained: whether it begins with its published weights instead of random ones.
+        strict: whether the head must exist, with this number of classes.
     Raises: ModelError for files that are missing or do not fit, for code without `--trust`, and for a network that
         kdcache cannot read.
     """
@@ -100,7 +102,7 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
 
 
 def _covered(model: WrappedModel) -> int:
-    """Return the multiple that sides need so that the cells of every map cover the image: strided layers may cut it."""
+    """Return the multiple for sides at which every map's cells cover the image, as strided layers may cut it."""
     if model.head_kinds or model.fixed_size is not None:
         return 1
     height, width = model.probe_size
@@ -120,7 +122,7 @@ def _shapes(model: WrappedModel, size: tuple[int, int]) -> dict[str, torch.Size]
 
 
 def _files(spec: str, hub: HubSpec, *, pretrained: bool) -> tuple[Path, str | None]:
-    """Return the folder with a model's files, and the commit of a repository. Raises: ModelError if there are none."""
+    """Return the folder with a model's files, and a repository's commit. Raises: ModelError if files are missing."""
     folder = Path(hub.place).expanduser()
     if folder.is_dir():
         if hub.revision is not None:
@@ -307,7 +309,7 @@ def _create(name: str, *, pretrained: bool) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tables and bars of transformers to itself: what a user should know is said here."""
+    """Suppress transformers' tables and bars, because kdcache reports what matters."""
     if lacks("hf"):
         yield
         return

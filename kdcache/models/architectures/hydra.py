@@ -1,12 +1,11 @@
-"""Two tasks on one backbone: `kdcache:hydra`, `kdcache:tiny` with wider deep stages and a second head.
+"""Two tasks on one backbone: `kdcache:hydra`, a `kdcache:tiny` with wider deep stages and a second head.
 
     shared         stages of 16, 32, 64 and 96 channels, and their pyramid's sum of 32 at stride 4
     segmentation   a 3x3 convolution to 32 channels and the classifier; its tap is `head`
     depth          a 3x3 convolution to 24 channels and a 3x3 to the raw output; its tap is `depth`
 
-What a second network would spend on an encoder of its own goes into the deep stages, which cost little at strides 16
-and 32. On 96x128 pixels it takes 25.8 million multiply-adds: 0.59 of kdcache:tiny for one task beside
-kdcache:tiny+depth for the other.
+The saving against a second encoder goes into the deep stages, which cost little at strides 16 and 32. On 96x128 pixels
+it takes 25.8 million multiply-adds. This is 0.59 of kdcache:tiny for one task plus kdcache:tiny+depth for the other.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ _DECODER, _DEPTH_CHANNELS = 32, 24
 
 
 class HydraNet(PyramidNet, OwnDepth):
-    """The network. Taps: `stage1` (stride 4) to `stage4`, `depth` and `head`: what each head's last layer reads."""
+    """The network. Taps: `stage1` (stride 4) to `stage4`, `depth` and `head` (the inputs of the heads' last layers)."""
 
     def __init__(self, spec: str, num_classes: int) -> None:
         super().__init__(spec, num_classes, stem=8, widths=(16, 32, 64, 96), depths=(1, 1, 1, 1), decoder=_DECODER)
@@ -36,6 +35,7 @@ class HydraNet(PyramidNet, OwnDepth):
         self.set_depth(RegressionHead())
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Return logits and raw depth at stride 4, and the features of the given taps."""
         self.check_taps(taps)
         features, pyramid_Bchw = self.pyramid(x_B3HW)
         features |= {DEPTH: self.depth_smooth(pyramid_Bchw), "head": self.smooth(pyramid_Bchw)}
@@ -45,7 +45,7 @@ class HydraNet(PyramidNet, OwnDepth):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors whose first axis is the classes."""
+    """Return the prefixes of the tensors with the classes as first axis."""
     return tiny.classifier_keys(name)
 
 
@@ -55,5 +55,5 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """There are no published weights. Raises: ModelError always."""
+    """Raise ModelError, because no weights are published."""
     return tiny.default_state(name, whole)

@@ -1,10 +1,10 @@
 """SegFormer B0 to B5 from transformers' modules (`pip install '.[segformer]'`), built from a configuration.
 
-Tensors have the names of the published checkpoints (`segformer.encoder.block.0.0...`) in every state dict, whatever
-the installed transformers calls its modules: a run and a teacher's fingerprint survive its upgrades, the hub's files
-load as they are, and `from_pretrained` reads what is saved here.
+Tensors have the names of the published checkpoints (`segformer.encoder.block.0.0...`) in every state dict, whatever the
+installed transformers calls its modules. So a run and a teacher's fingerprint survive its upgrades, the hub's files
+load directly, and `from_pretrained` reads what is saved here.
 
-The forward walks the stages, so that taps need no hooks. transformers is imported when a model is built.
+The forward walks the stages, so taps need no hooks. transformers is imported when a model is built.
 Source: Xie et al. 2021, arXiv 2105.15203, table 6.
 """
 
@@ -88,6 +88,7 @@ class SegFormer(SegmentationModel):
         self.register_load_state_dict_pre_hook(_unpublish)  # type: ignore[no-untyped-call]
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Return logits at stride 4, and the features of the given taps."""
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
@@ -97,7 +98,7 @@ class SegFormer(SegmentationModel):
         return Outputs({SEGMENTATION: logits}, {tap: features[tap] for tap in taps})
 
     def _head(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The modules of transformers' SegformerDecodeHead, which does not return what it fuses."""
+        """Return the modules of transformers' SegformerDecodeHead, which does not return what it fuses."""
         head: Any = self.decode_head
         size = stages[0].shape[-2:]
         same = []
@@ -108,19 +109,19 @@ class SegFormer(SegmentationModel):
         return head.classifier(head.dropout(fused)), fused
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under the published names; files with the module names of transformers 5 are read as well."""
+        """Return tensors under the published names, also from files with transformers 5's names."""
         return {_published(name): value for name, value in state.items()}
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors whose first axis is the classes."""
+    """Return the prefixes of the tensors with the classes as first axis."""
     return ("decode_head.classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with transformers' random weights; nothing is downloaded.
+    """Build one of NAMES with transformers' random weights. Nothing is downloaded.
 
-    Raises: ModelError when the installed transformers is too old.
+    Raises: ModelError if the installed transformers is too old.
     """
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
@@ -145,12 +146,12 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """NVIDIA's weights from the hub (their licence: for research only): downloaded once, then from its cache.
+    """Return NVIDIA's weights from the hub (research licence only), downloaded once, then from its cache.
 
-    Args:
-        whole: the model with its head, trained on ADE20K's 150 classes; else the encoder trained on ImageNet,
-            which is what published students start from.
-    Raises: ModelError when they cannot be had.
+    With `whole`, the model has its head, trained on ADE20K's 150 classes. Else only the encoder is returned, trained on
+    ImageNet, from which published students start.
+
+    Raises: ModelError if they are not available.
     """
     from kdcache.models.architectures.hub import download_state
 
@@ -158,7 +159,7 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """The names of the published weights' classes, by class id; () where they cannot be had."""
+    """Return the names of the published weights' classes by class id, or () if they are not available."""
     from kdcache.models.architectures.hub import download_names
 
     return download_names(_repository(name, whole=True))

@@ -2,9 +2,9 @@
 
     smp:unet-resnet18, smp:deeplabv3plus-resnet101, smp:segformer-mit_b0, smp:upernet-tu-convnext_tiny, ...
 
-Encoder, decoder and head are the library's own modules under their own names, so that its state dicts load as they
-are; only the head's last upsampling is left off. NAMES are some that are worth listing; any pair that the library
-builds is taken. It is imported when a model is built.
+Encoder, decoder and head are the library's modules under their own names, so its state dicts load directly. Only the
+head's last upsampling is left out. NAMES lists some useful pairs, but any pair that the library can build works. The
+library is imported when a model is built.
 """
 
 import difflib
@@ -36,10 +36,10 @@ NAMES = (
 
 
 class SmpModel(SegmentationModel):
-    """Any of the library's models but DPT.
+    """Any of the library's models except DPT.
 
-    Taps: `stage1`, `stage2`, ... are the encoder's features (of strides 2, 4, ...; a Mix Transformer has no stage1),
-    `head` the decoder's output, which the classifier reads. The library upsamples with align_corners.
+    Taps: `stage1`, `stage2`, ... are the encoder's features (of strides 2, 4, ...; a Mix Transformer has no stage1).
+    `head` is the decoder's output, which the classifier reads. The library upsamples with align_corners.
     """
 
     encoder: nn.Module
@@ -67,6 +67,7 @@ class SmpModel(SegmentationModel):
             self.processor = Processor(multiple=int(network.encoder.output_stride))
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Return logits at native stride, and the features of the given taps. Raises: ModelError for a size."""
         self.check_taps(taps)
         self.check_size((x_B3HW.shape[-2], x_B3HW.shape[-1]))
         features = self.encoder(x_B3HW)
@@ -76,7 +77,7 @@ class SmpModel(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors whose first axis is the classes."""
+    """Return the prefixes of the tensors with the classes as first axis."""
     return ("segmentation_head.0.",)
 
 
@@ -109,7 +110,7 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build a model with random weights; nothing is downloaded.
+    """Build a model with random weights. Nothing is downloaded.
 
     Raises: ModelError for an unknown pair, or one that the library cannot join.
     """
@@ -118,10 +119,10 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """The encoder's ImageNet weights, downloaded once; there are none of whole models.
+    """Return the encoder's ImageNet weights, downloaded once. No weights of whole models exist.
 
     The weights of the Mix Transformers (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
-    Raises: ModelError when they cannot be had.
+    Raises: ModelError if they are not available.
     """
     check_name(name)
     encoder = name.partition("-")[2]
@@ -136,9 +137,9 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_moments(name: str) -> tuple[list[float], list[float]]:
-    """Mean and std of RGB in 0..1 that the weights `default` were trained with.
+    """Return mean and std of RGB in 0..1 that the `default` weights were trained with.
 
-    Raises: ModelError when they were trained on other channels than red, green and blue.
+    Raises: ModelError if they were trained on other channels than red, green and blue.
     """
     from segmentation_models_pytorch.encoders import get_preprocessing_params
 

@@ -26,7 +26,7 @@ NAMES = ("tiny", "base")
 
 
 class PyramidNet(SegmentationModel):
-    """The network; `widths` and `depths` set its size.
+    """The network of `tiny` and `base`, sized by `widths` and `depths`.
 
     Taps: `stage1` (stride 4) to `stageN`, and `head`: the classifier's input, before dropout.
 
@@ -74,13 +74,14 @@ class PyramidNet(SegmentationModel):
         self._initialise()
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Return logits at stride 4, and the features of the given taps."""
         self.check_taps(taps)
         features, pyramid_Bchw = self.pyramid(x_B3HW)
         features["head"] = y = self.smooth(pyramid_Bchw)
         return Outputs({SEGMENTATION: self.classifier(self.dropout(y))}, {tap: features[tap] for tap in taps})
 
     def pyramid(self, x_B3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The features by stage, and their sum (B, c, h, w) at stride 4, whose c is the decoder's channels."""
+        """Return the features by stage, and their sum (B, decoder channels, h, w) at stride 4."""
         features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in self.encoder.items():
@@ -101,11 +102,9 @@ class PyramidNet(SegmentationModel):
 
 
 def fuse(lateral: nn.ModuleDict, features: Mapping[str, Tensor], context: Tensor) -> Tensor:
-    """The sum of a feature pyramid at its finest stage: from the deepest up, each resized to the next.
+    """Sum a feature pyramid at its finest stage: from the deepest up, each resized to the next.
 
-    Args:
-        lateral: projections by stage, the finest first.
-        context: (B, c, 1, 1), added to the deepest.
+    `lateral` has the projections by stage, the finest first. `context` (B, c, 1, 1) is added to the deepest.
     """
     y = context
     for name, project in reversed(list(lateral.items())):
@@ -139,6 +138,7 @@ class _Residual(nn.Module):
 
 
 def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """Return a 3x3 convolution with BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -147,7 +147,7 @@ def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors whose first axis is the classes."""
+    """Return the prefixes of the tensors with the classes as first axis."""
     return ("classifier.",)
 
 
@@ -162,7 +162,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """There are no published weights: these models are trained by the user. Raises: ModelError always."""
+    """Raise ModelError, because no weights are published. Users train these models."""
     raise ModelError(
         f"No published weights of kdcache:{name}: it has no 'default'",
         fix="Leave the weights out, or give a file that `kdcache train-student` wrote.",

@@ -1,9 +1,8 @@
-"""torchvision's segmentation networks with their final resize taken off.
+"""torchvision's segmentation networks without their final resize.
 
-The backbone and the classifier are torchvision's own modules under their own names, so its published state
-dicts load as they are. The forward walks them stage by stage, which gives the taps without hooks. Auxiliary
-heads are
-not built: they serve torchvision's own training only.
+The backbone and the classifier are torchvision's modules under their own names, so its published state dicts load
+directly. The forward walks them stage by stage, which gives the taps without hooks. Auxiliary heads are not built,
+because only torchvision's own training uses them.
 
 torchvision is imported when a model is built, never with this module.
 """
@@ -34,7 +33,7 @@ MOBILENET_TAPS = {"stage1": "1", "stage2": "3", "stage3": "6", "stage4": "12", "
 
 
 class TorchvisionModel(SegmentationModel):
-    """FCN or DeepLabV3: a backbone, then a `Sequential` head whose last layer is the 1x1 classifier.
+    """FCN or DeepLabV3: a backbone, then a `Sequential` head with the 1x1 classifier as last layer.
 
     Taps: the backbone's stages, and `head`: the classifier's input, before dropout.
     """
@@ -57,6 +56,7 @@ class TorchvisionModel(SegmentationModel):
         self._tap_of = {child: tap for tap, child in stages.items()}
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        """Return logits at native stride, and the features of the given taps."""
         self.check_taps(taps)
         x = x_B3HW
         features: dict[str, Tensor] = {}  # of every stage that is tapped or that the head reads
@@ -82,11 +82,12 @@ class TorchvisionModel(SegmentationModel):
 
 
 class LRASPPModel(TorchvisionModel):
-    """LRASPP: two classifiers, at strides 8 and 16, that meet at stride 8.
+    """LRASPP: two classifiers, at strides 8 and 16, that are summed at stride 8.
 
-    The sum of the two is the last operation before the final resize, so the native stride is 8 although the
-    deep branch comes from stride 16. `head` is the deep branch after its gate, at stride 8: the input of
-    `high_classifier` (the shallow classifier reads the backbone directly).
+    The sum is the last operation before the final resize, so the native stride is 8 although the deep branch comes from
+    stride 16. `head` is the deep branch after its gate, at stride 8: the input of `high_classifier` (the shallow
+    classifier
+    reads the backbone directly).
     """
 
     def _head(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -98,14 +99,14 @@ class LRASPPModel(TorchvisionModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Prefixes of the tensors whose first axis is the classes; the first one has a `weight`."""
+    """Return the prefixes of the tensors with the classes as first axis. The first one has a `weight`."""
     if name.startswith("lraspp"):
         return ("classifier.low_classifier.", "classifier.high_classifier.")
     return ("classifier.4.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with random weights; nothing is downloaded."""
+    """Build one of NAMES with random weights. Nothing is downloaded."""
     from torchvision.models import segmentation
 
     # Both are None on purpose: torchvision downloads the backbone's weights by default.
@@ -115,9 +116,9 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """The published weights (COCO with VOC's 21 classes): downloaded once, then from torch's hub cache.
+    """Return the published weights (COCO with VOC's 21 classes), downloaded once, then from torch's hub cache.
 
-    Raises: ModelError when the download fails or its digest is wrong, with the address.
+    Raises: ModelError with the address if the download fails or its digest is wrong.
     """
     from torchvision.models import get_model_weights
 
@@ -133,7 +134,7 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """The names of the published weights' classes, by class id."""
+    """Return the names of the published weights' classes, by class id."""
     from torchvision.models import get_model_weights
 
     return tuple(get_model_weights(name).DEFAULT.meta["categories"])

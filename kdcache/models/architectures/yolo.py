@@ -4,7 +4,7 @@ ultralytics:yolo26n-sem         one of NAMES; @default takes the weights that Ul
 ultralytics:FILE.pt             a checkpoint of the package, as a teacher or for --init
 
 The package is AGPL-3.0. Nothing of it is part of kdcache, and it is imported only if a spec names it. A checkpoint is a
-pickle, which the package itself reads, only with `--trust`. Images are RGB in 0..1.
+pickle, which the package itself reads, and only with `--trust`. Images are RGB in 0..1.
 """
 
 import logging
@@ -50,7 +50,7 @@ class _About:
     """A network of the package.
 
     Attributes:
-        task: as the package calls it. plan: its yaml. names: of the classes, by id. side: of its own images.
+        task: the package's name for it. plan: its yaml. names: of the classes, by id. side: of its training images.
     """
 
     task: str
@@ -65,10 +65,10 @@ class _About:
 
 
 class YoloModel(WrappedModel):
-    """A network of the package behind the interface, without its auxiliary head.
+    """A network of the package behind kdcache's interface, without its auxiliary head.
 
-    Its head answers in training as in use: its logits, or depth in metres with its calibration. Taps are the layers
-    that others read, those of the head last.
+    Its head gives the same output in training as in use: logits, or depth in metres with its calibration. Taps are the
+    layers that other layers read. The head's taps are last.
     """
 
     def __init__(self, spec: str, network: Any, about: _About) -> None:
@@ -86,6 +86,7 @@ class YoloModel(WrappedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "YoloModel":
+        """Set the mode of all layers, but keep the head's output in inference form."""
         super().train(mode)
         self.network.model[-1].training = False  # of the layer itself: those below it normalise by the batch
         return self
@@ -125,7 +126,7 @@ class _YoloReading(Reading):
 
 
 def check_name(name: str) -> None:
-    """Check that a name is a checkpoint's or one of NAMES. Raises: ModelError, for another task with what works."""
+    """Check that a name is a checkpoint or one of NAMES. Raises: ModelError, for another task with a fix."""
     if name in NAMES or name.endswith(CHECKPOINT_SUFFIX):
         return
     if other := _OTHER_NAME.fullmatch(name):
@@ -137,17 +138,12 @@ def check_name(name: str) -> None:
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefix of the classifier's tensors; () for depth. Raises: ModelError as `build`."""
+    """Return the prefix of the classifier's tensors, or () for depth. Raises: ModelError as `build`."""
     return _about(name).classifier_keys
 
 
 def build(name: str, num_classes: int) -> YoloModel:
-    """Build a network at random.
-
-    Args:
-        name: one of NAMES, or a checkpoint whose architecture it gets.
-    Raises: ModelError without the package in a tested version, and for a checkpoint as `default_state`.
-    """
+    """Build one of NAMES, or a checkpoint's architecture, with random weights. Raises: ModelError."""
     about = _about(name)
     with _quiet():
         tasks = _tasks()
@@ -158,7 +154,7 @@ def build(name: str, num_classes: int) -> YoloModel:
 
 
 def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, or those that Ultralytics publishes for one of NAMES (downloaded once).
+    """Return the tensors of a checkpoint, or of the published weights of one of NAMES (downloaded once).
 
     Raises: ModelError without `--trust`, for a file that the package cannot read, and for a network of another task.
     """
@@ -167,12 +163,12 @@ def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the class names that come with the same. Raises: ModelError as `default_state`."""
+    """Return the class names of the same weights. Raises: ModelError as `default_state`."""
     return _about(str(_file(name))).names
 
 
 def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path) -> tuple[str, ...]:
-    """Write a model as `yolo` reads it, with its normalisation in the first convolution.
+    """Write a model as a checkpoint for `yolo`, with its normalisation merged into the first convolution.
 
     Returns: notes for the user.
     Raises: ModelError for a network of another library.
@@ -195,9 +191,9 @@ def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path
 
 
 def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], Tensor]:
-    """Return the network in a file that kdcache wrote as a function of RGB in 0..1 (B, 3, H, W).
+    """Return the network in a file that kdcache wrote, as a function of RGB in 0..1 (B, 3, H, W).
 
-    Around the image it sees the mean, as in training, and not black, as in Ultralytics' own use.
+    Outside the image it sees the mean, as in training, and not black as in Ultralytics.
     """
     with TemporaryDirectory() as folder, _quiet():
         named = Path(folder, f"model{CHECKPOINT_SUFFIX}")  # the package goes by the suffix
@@ -239,9 +235,9 @@ def _read_about(path: Path, changed: int) -> _About:
 
 
 def _file(name: str) -> Path:
-    """Return the file of a checkpoint, or where the package keeps that of one of NAMES.
+    """Return the file of a checkpoint, or the package's file for one of NAMES.
 
-    Raises: ModelError for a checkpoint that is not there.
+    Raises: ModelError for a missing checkpoint.
     """
     if name in NAMES:
         _check_allowed(Path(f"{name}{CHECKPOINT_SUFFIX}"))
@@ -316,7 +312,7 @@ def _numbers(version: str) -> list[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the package's own lines to itself: what a user should know is said here."""
+    """Suppress the package's output, because kdcache reports what matters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

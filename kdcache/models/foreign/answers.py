@@ -1,4 +1,4 @@
-"""Readings turn a network's answer into heads and features."""
+"""Convert a network's return value to heads and features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,10 @@ DECLARED = "kdcache_heads"
 
 
 class Reading:
-    """How a network is called, and what its answer means: logits, or the heads that it declares.
+    """How to call a network, and what its return value means: logits, or the heads that it declares.
 
     Attributes:
-        declared: its heads, as `kdcache_heads` has them; None for logits.
+        declared: its heads, as in `kdcache_heads`, or None for logits.
         lists_modules: whether the network's direct children are listed as taps.
     """
 
@@ -27,7 +27,7 @@ class Reading:
         self.declared = declared
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
-        """Return the network's answer to images as it reads them."""
+        """Call the network on images, and return its answer."""
         return network(x_B3HW)
 
     def heads(self, spec: str, answer: object) -> dict[str, Tensor]:
@@ -35,20 +35,19 @@ class Reading:
         return _heads(spec, self.declared, answer)
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return what each head's output means. Raises: ModelError for a declaration that does not fit."""
+        """Return the kind of each head's output. Raises: ModelError for a declaration that does not fit."""
         return _kinds(spec, self.declared, heads)
 
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-        """Return the features (B, c, h, w) that are in an answer, by tap.
+        """Return the features (B, c, h, w) in an answer, by tap.
 
-        Args:
-            size: (H, W) of the images. patch: side of the network's patches.
+        `size` is (H, W) of the images, and `patch` the side of the network's patches.
         """
         return {} if self.declared != {} else maps_of(answer, size, patch)
 
 
 def _heads(spec: str, declared: Mapping[str, Any] | None, answer: object) -> dict[str, Tensor]:
-    """The outputs of a network by the names of its heads. Raises: ModelError for one that is missing or no map."""
+    """Return the outputs of a network by head. Raises: ModelError for one that is missing or not a map."""
     if declared is None:
         return {SEGMENTATION: _logits(spec, answer)}
     heads = {}

@@ -1,4 +1,4 @@
-"""The spelling of models of transformers and timm, and of checkpoints of ultralytics.
+"""Specs of models of transformers and timm, and of checkpoints of ultralytics.
 
 hf:FOLDER                          a folder that transformers or timm wrote
 hf:OWNER/NAME,revision=SHA         a repository of the hub, or its copy in the local cache
@@ -31,7 +31,7 @@ class HubSpec:
 
     Attributes:
         place: a folder, a repository, or a name of timm.
-        task: what it is used for; None goes by its architecture.
+        task: its use, or None to derive it from its architecture.
         revision: of a repository. weights: a file.
     """
 
@@ -43,7 +43,7 @@ class HubSpec:
 
     @property
     def network(self) -> str:
-        """The spec without what says which weights: a teacher is known by those themselves, and by their commit."""
+        """The spec without its weights, because a teacher is identified by its weights and their commit."""
         return f"{self.library}:{self.place}" + ("" if self.task is None else f",task={self.task}")
 
 
@@ -58,7 +58,7 @@ def is_checkpoint(spec: str) -> bool:
 
 
 def parse_hub(spec: str) -> HubSpec:
-    """Read a spec. Raises: ModelError for an option or a task that is unknown, and for one without a name."""
+    """Parse a spec. Raises: ModelError for an unknown option or task, and for a spec without a name."""
     library, _, place = spec.partition(":")
     values = dict[str, str]()
     while (found := _OPTION.search(place)) is not None:

@@ -1,4 +1,4 @@
-"""What a model's own image processor does to images, from the file that transformers keeps next to the weights."""
+"""Read what a model's image processor does to images, from transformers' file next to the weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ _OTHERWISE = {"do_color_quantize": "replaces colours by clusters", "do_grayscale
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What a network's images went through in its own training.
+    """How a network's images were processed in its own training.
 
     Attributes:
-        mean, std: of RGB in 0 to 1, with the processor's own rescaling in them.
+        mean, std: of RGB in 0 to 1, including the processor's own rescaling.
         multiple, native_size, pads, channels: as in `kdcache.models.foreign.processor.Processor`.
     """
 
@@ -38,9 +38,9 @@ class ImageSettings:
 
 
 def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
-    """Read the settings of the processor in a model's folder, and notes on what it does not say.
+    """Read the settings of the processor in a model's folder, and notes on missing ones.
 
-    Raises: ModelError for a processor whose steps are more than scaling, normalising, resizing and padding.
+    Raises: ModelError for a processor with steps other than scaling, normalising, resizing and padding.
     """
     nested = read_object(folder / "processor_config.json").get("image_processor")
     written = read_object(folder / "preprocessor_config.json") or (nested if isinstance(nested, Mapping) else {})
@@ -101,7 +101,7 @@ def _three(value: Any, folder: Path) -> RGB | None:
 
 
 def _height_width(value: Any) -> Size | None:
-    """Return (H, W) of a size as processors write it; None for one that only limits an edge."""
+    """Return (H, W) of a size as processors write it, or None for one that only limits an edge."""
     if isinstance(value, int):
         return value, value
     if not isinstance(value, Mapping):

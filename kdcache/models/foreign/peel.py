@@ -1,7 +1,7 @@
-"""The native stride of any module: its last bilinear resize is taken off what it answers with.
+"""Find the native stride of any module by removing the last bilinear resize from its output.
 
-A map that is the result of a resize knows what it was resized from. Nothing else changes: resized again, the native map
-is the module's answer bit for bit. Eager mode only: compiled, a module answers as it is.
+A map from a resize remembers what it was resized from. Nothing else changes: resized again, the native map is the
+module's output bit for bit. This works in eager mode only. A compiled module keeps its output.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ class Resize(NamedTuple):
 
 
 class NotingResizes(TorchFunctionMode):
-    """Inside, every result of a bilinear upsampling keeps what it was resized from."""
+    """Records the input of every bilinear upsampling on its result, in a with block."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -40,7 +40,7 @@ class NotingResizes(TorchFunctionMode):
 
 
 def resize_of(answer_BCHW: Tensor) -> Resize | None:
-    """Return the resize that a map is the result of; None for any other map."""
+    """Return the resize that made a map, or None."""
     return getattr(answer_BCHW, _RESIZED_FROM, None)
 
 
@@ -52,13 +52,13 @@ def is_exact(answer_BCHW: Tensor, resize: Resize) -> bool:
 
 
 def peels() -> bool:
-    """Return True where resizes are taken off: in eager mode, outside `whole_answers`."""
+    """Return True if resizes are removed: in eager mode, outside `whole_answers`."""
     return not torch.compiler.is_compiling() and not _WHOLE.get()
 
 
 @contextmanager
 def whole_answers() -> Iterator[None]:
-    """Inside, modules answer with their last resize."""
+    """Keep the last resize of modules' outputs, in a with block."""
     token = _WHOLE.set(True)
     try:
         yield
@@ -67,7 +67,7 @@ def whole_answers() -> Iterator[None]:
 
 
 def _enlarges(native: Tensor, result: Tensor, given: Mapping[str, Any]) -> bool:
-    """Return True for a resize to a larger map whose size says all: a factor that was rounded has other positions."""
+    """Return True for a resize to a larger map that its size fully describes, unlike a rounded factor."""
     before, after = native.shape[-2:], result.shape[-2:]
     factor = given.get("scale_factor")
     if factor is not None and not given.get("recompute_scale_factor"):

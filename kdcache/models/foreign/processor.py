@@ -1,4 +1,4 @@
-"""What a network expects of its images, beyond mean and standard deviation."""
+"""What a network expects of its images, in addition to mean and standard deviation."""
 
 import math
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ class Processor:
     Attributes:
         multiple: both sides are multiples of it, such as the patch of a transformer.
         fixed_size: (H, W), if the network takes no other.
-        native_size: (H, W) that the network was trained at, if known.
-        pads: whether its own images were padded to that size, so that squashed ones are new to it.
+        native_size: (H, W) of its training, if known.
+        pads: whether its training images were padded to that size, so squashed images are new to it.
         channels: the order of colours that its first layer reads.
-        positions: whether it has position embeddings: features of a mirrored image are not mirrored features.
-        revision: the commit of the hub that its files are of; None for a folder.
+        positions: whether it has position embeddings, so features of a mirrored image are not mirrored features.
+        revision: the hub commit of its files, or None for a folder.
     """
 
     multiple: int = 1
@@ -49,7 +49,7 @@ class Processor:
 
     @classmethod
     def of_all(cls, processors: Iterable[Self]) -> "Processor":
-        """Return what fits several networks that see the same images."""
+        """Return the requirements of several networks that see the same images."""
         first, *others = processors
         fixed = next((one.fixed_size for one in (first, *others) if one.fixed_size is not None), None)
         return replace(

@@ -1,4 +1,4 @@
-"""What the answers of transformers' and timm's networks mean, whether kdcache or the user made them."""
+"""Readings of the outputs of transformers' and timm's networks, built by kdcache or by the user."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Universal(Reading):
     """A mask transformer: each query has class scores and a mask, and a pixel's class is the sum of its queries.
 
     Args:
-        task: (1, tokens) of the sentence that names the task, of networks that read one.
+        task: (1, tokens) of the sentence that names the task, for networks that read one.
     """
 
     def __init__(self, task: Tensor | None = None) -> None:
@@ -29,6 +29,7 @@ class Universal(Reading):
         self.task = task
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
+        """Call the network, with the tokens of its task if it reads them."""
         if self.task is None:
             return network(x_B3HW)
         return network(x_B3HW, task_inputs=self.task.to(x_B3HW.device).expand(len(x_B3HW), -1))
@@ -46,11 +47,12 @@ class Universal(Reading):
         return {SEGMENTATION: torch.einsum("bqc,bqhw->bchw", p_BQC, mask_BQhw).clamp_min(_LEAST).log()}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+        """Return segmentation, with the number of classes in the scores."""
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
 
 
 class DepthMap(Reading):
-    """A network of depth: in metres if its configuration says so, else relative.
+    """A depth network: in metres if its configuration says so, else relative.
 
     Args:
         config: transformers' configuration of the network.
@@ -72,15 +74,16 @@ class DepthMap(Reading):
         return {DEPTH: depth if depth.ndim == 4 else depth[:, None]}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+        """Return the depth head, in metres or relative."""
         return {DEPTH: self.kind}
 
 
 class Maps(Reading):
-    """A backbone: features, and no head.
+    """A backbone with features and without heads.
 
     Args:
-        stages: names of its stages, of a backbone with several; default by their number.
-        hidden: whether it is asked for the tokens after every block.
+        stages: names of the stages of a backbone with several. Default: by number.
+        hidden: whether to request the tokens after every block.
     """
 
     lists_modules = False
@@ -91,15 +94,17 @@ class Maps(Reading):
         self.hidden = hidden
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
+        """Call the network, with all hidden states if requested."""
         return network(x_B3HW, output_hidden_states=True) if self.hidden else network(x_B3HW)
 
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
+        """Return the maps in the answer, named by stage if their numbers agree."""
         maps = maps_of(answer, size, patch)
         return dict(zip(self.stages, maps.values(), strict=True)) if len(self.stages) == len(maps) else maps
 
 
 class TimmMaps(Reading):
-    """A network of timm: its intermediate features as stages, and the summary that its classifier would read."""
+    """A timm network: its intermediate features as stages, and the summary that its classifier reads."""
 
     lists_modules = False
 
@@ -107,6 +112,7 @@ class TimmMaps(Reading):
         super().__init__({})
 
     def call(self, network: Any, x_B3HW: Tensor) -> object:
+        """Return the intermediate maps by stage and the pooled summary (B, c, 1, 1)."""
         names = network.forward_intermediates.__code__.co_varnames
         norm = {"norm": True} if "norm" in names else {}
         last, maps = network.forward_intermediates(x_B3HW, output_fmt="NCHW", **norm)
@@ -116,7 +122,7 @@ class TimmMaps(Reading):
 
 
 def reading_of(network: nn.Module) -> Reading | None:
-    """Return what the answers of a network of transformers or timm mean; None for logits, and for any other network."""
+    """Return the reading of a transformers or timm network, or None for logits and for other networks."""
     library = type(network).__module__.partition(".")[0]
     if library == "timm" and hasattr(network, "forward_intermediates") and getattr(network, "num_classes", None) == 0:
         return TimmMaps()
@@ -132,10 +138,10 @@ def reading_of(network: nn.Module) -> Reading | None:
 
 
 def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Reading | None:
-    """Return what the answers of a network of transformers mean in a task; None for logits.
+    """Return the reading of a transformers network for a task, or None for logits.
 
-    Args:
-        sentence: tokens (1, N) of the sentence that names the task, for networks that read one.
+    `sentence` has the tokens (1, N) that name the task, for networks that read them.
+
     Raises: ModelError for such a network without them.
     """
     if task == "semantic":
@@ -155,7 +161,7 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
 
 
 def task_of(architectures: Sequence[str]) -> str:
-    """Return the task of a class of transformers, by the library's own tables; features if they do not have it."""
+    """Return the task of a transformers class by the library's tables, or features if they do not list it."""
     from transformers.models.auto import modeling_auto as tables
 
     for task, table in (

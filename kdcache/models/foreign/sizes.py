@@ -1,4 +1,4 @@
-"""A first image that a network takes: its size, and what a forward pass shows of the network."""
+"""A first image that a network takes: its size, and what a forward pass reveals about the network."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +22,12 @@ _Answer = TypeVar("_Answer")
 
 @dataclass
 class Probe:
-    """What a first forward pass has shown.
+    """The findings of a first forward pass.
 
     Attributes:
         size: (H, W) of its image.
         processor: the sizes that the network takes, as far as a few images show them.
-        patch: side in pixels of the patches that its first layer cuts an image into; None for other layers.
+        patch: side in pixels of its first layer's patches, or None for other layers.
     """
 
     size: Size
@@ -39,9 +39,10 @@ def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tu
     """Run a network on a black image of the first size that it takes.
 
     Args:
+        spec: for messages.
         network: in eval mode.
-        run: from an image (1, 3, H, W) to an answer.
-    Returns: what was found, and the answer.
+        run: maps an image (1, 3, H, W) to an answer.
+    Returns: the findings, and the answer.
     Raises: ModelError with the network's own first error, if it takes none of the sizes.
     """
     first: Exception | None = None

@@ -1,4 +1,4 @@
-"""Maps out of what backbones answer with: tokens, lists of stages, the output objects of transformers."""
+"""Convert outputs of backbones to maps: tokens, lists of stages, the output objects of transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,9 @@ SUMMARY = "summary"
 
 
 def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> Tensor | None:
-    """Lay tokens over their image as a map (B, c, h, w), without class and register tokens; None if they do not fit.
+    """Arrange tokens as a map (B, c, h, w) without class and register tokens, or return None if they do not fit.
 
-    Args:
-        size: (H, W) of the image. patch: side in pixels of the network's patches.
+    `size` is (H, W) of the image, and `patch` the side in pixels of the network's patches.
     """
     count = tokens_BNc.shape[1]
     height, width = (side // (patch or max(size) + 1) for side in size)
@@ -31,11 +30,7 @@ def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> T
 
 
 def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str) -> Tensor:
-    """Return a feature as a map (B, c, h, w). Raises: ModelError for anything but a map or tokens on a grid.
-
-    Args:
-        where: the tap and its network, for the error.
-    """
+    """Return a feature as a map (B, c, h, w). Raises: ModelError, naming `where`, for all but maps and tokens."""
     if isinstance(feature, Tensor) and feature.ndim == 4:
         return feature
     if isinstance(feature, Tensor) and feature.ndim == 3:
@@ -56,10 +51,11 @@ def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str
 
 
 def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-    """Return the maps (B, c, h, w) in a backbone's answer by tap, most useful last but for `summary`.
+    """Return the maps (B, c, h, w) in a backbone's answer by tap, most useful last except for `summary`.
 
-    Takes a map, tokens, a list of maps, or an object with `feature_maps` or `last_hidden_state`. Anything else has no
-    maps.
+    The answer is a map, tokens, a list of maps, or an object with `feature_maps` or `last_hidden_state`. Anything else
+    has
+    no maps.
     """
     named = any(hasattr(answer, name) for name in ("feature_maps", "last_hidden_state"))
     if isinstance(answer, Mapping) and not named:

@@ -1,4 +1,4 @@
-"""Any module behind the interface of kdcache's models."""
+"""Any module behind kdcache's model interface."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,28 +23,33 @@ class Head(Protocol):
     """A stored head, such as a manifest's: (h, w) of its maps."""
 
     @property
-    def size(self) -> tuple[int, int]: ...
+    def size(self) -> tuple[int, int]:
+        """The (h, w) of its maps."""
 
 
 class WrappedModel(SegmentationModel):
-    """A foreign network behind the interface; its state dict keeps the network's own names.
+    """A foreign network behind the interface. The state dict keeps the network's names.
 
-    Taps are dotted module names, any whose output is (B, c, h, w) or tokens of patches; `taps` lists the network's
-    direct children with maps in the order they ran, and the features in its answer. Modules are read by forward hooks
-    that exist only while a tap is wanted, see only the calls of their own thread, and copy the feature, which a later
-    in-place layer would overwrite.
+    Taps are dotted names of modules with output (B, c, h, w) or tokens of patches. `taps` lists the network's direct
+    children with maps in the order they ran, and the features in its answer. Modules are read by forward hooks that
+    exist
+    only while a tap is requested, see only the calls of their own thread, and copy the feature, which a later in-place
+    layer
+    would overwrite.
 
-    A last bilinear resize is taken off the heads (`kdcache.models.foreign.peel`); it tells `align_corners`. Without
-    one, the module's attribute of that name is honoured (False when absent), and so are `mean`, `std` and
+    A last bilinear resize is removed from the heads (`kdcache.models.foreign.peel`), which also tells `align_corners`.
+    Without one, the module's attribute of that name counts (False if absent), and so do `mean`, `std` and
     `kdcache_heads`.
 
     Attributes:
-        peeled: names of the heads whose last resize is taken off.
-        patch: side in pixels of the patches that its first layer cuts an image into; None for other layers.
+        peeled: names of the heads whose last resize is removed.
+        patch: side in pixels of its first layer's patches, or None for other layers.
+
     Args:
-        declared: its heads, as `kdcache_heads` has them; None reads that attribute.
-        reading: what its answer means; default logits, or the declared heads.
-    Raises: ModelError when the network fails on an image, has another number of classes, or other heads than it says.
+        declared: its heads, as in `kdcache_heads`. None reads that attribute.
+        reading: the meaning of its answer. Default: logits, or the declared heads.
+
+    Raises: ModelError if the network fails on an image, has another number of classes, or other heads than declared.
     """
 
     def __init__(
@@ -136,18 +141,19 @@ class WrappedModel(SegmentationModel):
 
     @property
     def probed_taps(self) -> tuple[str, ...]:
+        """The features that identify a teacher without heads: the taps in its answer, if any."""
         return super().probed_taps if self._reading.lists_modules else self._named
 
     def check_taps(self, taps: Iterable[str]) -> None:
+        """Check that names are modules or listed taps. Raises: ModelError."""
         modules = {name for name, _ in self.network.named_modules() if name}
         super().check_taps(tap for tap in taps if tap not in modules)
 
 
 def answer_as(model: nn.Module, stored: Mapping[str, Head], size: tuple[int, int]) -> None:
-    """Have a teacher answer as an earlier cache of it: heads that were stored at the image's size keep their resize.
+    """Make a teacher answer as in an earlier cache: heads stored at the image's size keep their resize.
 
-    Args:
-        stored: heads of that cache, by name. size: (H, W) of the teacher's images in it.
+    `stored` has that cache's heads by name, and `size` is (H, W) of the teacher's images in it.
     """
     for module in model.modules():
         if isinstance(module, WrappedModel):
@@ -155,7 +161,7 @@ def answer_as(model: nn.Module, stored: Mapping[str, Head], size: tuple[int, int
 
 
 def fits(channels: int, num_classes: int) -> bool:
-    """Whether a network has one channel for each class, or one logit for two classes (`kdcache.models.logits`)."""
+    """Return whether a network has one channel per class, or one logit for two classes (`kdcache.models.logits`)."""
     return channels == num_classes or (channels == 1 and num_classes == 2)
 
 
@@ -164,7 +170,7 @@ def _is_map(output: object) -> bool:
 
 
 def _resizes(heads: Mapping[str, Tensor]) -> dict[str, Resize]:
-    """The last resize of each head that has one: all of them alike, for a model has one `align_corners`."""
+    """Return the last resize of each head that has one. All must agree, as a model has one `align_corners`."""
     found = {name: resize for name, head in heads.items() if (resize := resize_of(head)) and is_exact(head, resize)}
     if not found:
         return {}
@@ -174,7 +180,7 @@ def _resizes(heads: Mapping[str, Tensor]) -> dict[str, Resize]:
 
 @contextmanager
 def _recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Outputs of submodules by name, for calls of this thread inside the block; the last call counts."""
+    """Record the outputs of submodules by name in a with block, for calls of this thread. The last call counts."""
     outputs: dict[str, Any] = {}
     thread = threading.get_ident()
 

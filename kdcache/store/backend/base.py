@@ -76,7 +76,7 @@ class Place(ABC):
 
     @property
     def room(self) -> int | None:
-        """Return the bytes reserved for local copies of remote files, or None for a local store."""
+        """The bytes reserved for local copies of remote files, or None for a local store."""
         return None
 
     def forget(self, key: str) -> bool:

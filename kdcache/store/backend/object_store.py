@@ -93,7 +93,7 @@ class Bucket(Place):
 
     @property
     def room(self) -> int:
-        """Return the bound of the folder of local copies, in bytes."""
+        """The bound of the folder of local copies, in bytes."""
         return self._mirror.most()
 
     @property
