@@ -408,7 +408,7 @@ def _depth_of(content: Mapping[str, Any]) -> DepthMetrics:
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """Turn an out-of-memory error of a batch into a ModelError with a fix, in a with block."""
+    """Turn an out-of-memory error in a with block into one with a fix. Raises: ModelError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

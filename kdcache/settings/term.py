@@ -256,6 +256,7 @@ class FeatureTerm(LossTerm):
         return (f"features/{tap}", *([f"scales/{tap}"] if scaled else []))
 
     def missing(self, manifest: Any) -> list[Missing]:
+        """Return the features or statistics that a cache lacks for it. Raises: RecipeError for an unknown tap."""
         if not self.reads_taps:
             return super().missing(manifest)
         offered = self.offered(manifest)
