@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from kdcache.verbs.train import train as train
     from kdcache.verbs.verify import verify as verify
 
-_HOMES = {
+HOMES = {
     "Batch": "kdcache.distill",
     "BuildOptions": "kdcache.teacher",
     "CacheDataset": "kdcache.training",
@@ -84,14 +84,14 @@ _HOMES = {
     "verify": "kdcache.verbs.verify",
 }
 
-__all__ = list(_HOMES)
+__all__ = list(HOMES)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
-    found = getattr(import_module(_HOMES[name]), name)
+    found = getattr(import_module(HOMES[name]), name)
     if isfunction(found):
         from kdcache.calls import called_from_python
 

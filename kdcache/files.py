@@ -25,11 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)  # of a kill; where a link is made, it may be in the way
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # what does not fit must not keep the disk full
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def clear_partials(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush one file, or one folder's entries, to the disk."""
     if path.is_dir() and os.name == "nt":  # where folders cannot be opened
         return

@@ -37,6 +37,8 @@ from kdcache.settings.shared import Weights
 MODEL = "model.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
+LITTLE, MUCH = 0.01, 10.0
+"""Norms of a term's gradient in it, beside that of cross-entropy, beyond which its weight is worth a note."""
 MOST_LOG_BYTES = 2**25
 """The most bytes of a log: 200,000 lines."""
 ENVIRONMENT = "environment.json"

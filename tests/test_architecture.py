@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -279,11 +280,6 @@ def test_kernels_know_nothing_of_kdcache() -> None:
     assert all(not rooms_used(module) for module in MODULES if room_of(module) == KERNELS)
 
 
-def test_kernels_serve_three_rooms() -> None:
-    users = {room_of(module) for module in MODULES if KERNELS in rooms_used(module)}
-    assert users <= {"distill", "teacher", "bench"}
-
-
 def test_nothing_imports_the_command_line() -> None:
     assert not [module for module in MODULES if CLI in rooms_used(module)]
 
@@ -323,7 +319,7 @@ def test_type_checkers_see_what_is_exported() -> None:
     }
     import kdcache
 
-    assert seen == kdcache._HOMES
+    assert seen == kdcache.HOMES
 
 
 @pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.name == "__init__.py"])
@@ -509,3 +505,67 @@ def test_nothing_is_loaded_with_pickle() -> None:
                 wrong += [(module, node.lineno, node.attr)] if node.attr not in PICKLE_ERRORS else []
         wrong += [(module, name) for name in imports_of(module) if name in ("dill", "joblib", "shelve", "marshal")]
     assert not wrong
+
+
+SOURCES = ("kdcache", "kernels", "cli")
+NOT_OURS = (("test_numba_cache.py", "_cache"), ("test_compiles.py", "_active"))
+"""Private names of numba's dispatchers and of Triton's driver, which are also names of ours."""
+
+
+@cache
+def trees(*folders: str) -> dict[Path, ast.Module]:
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path: ast.parse(path.read_text("utf-8")) for path in files}
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Private names that a file defines: functions, classes, variables and attributes."""
+    stored = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", ast.Store()), ast.Store)]
+    names = {str(getattr(node, field, "")) for node in stored for field in ("name", "id", "attr")}
+    return {name for name in names if re.fullmatch(r"_[A-Za-z](\w*[A-Za-z0-9])?", name)}
+
+
+def private_uses(tree: ast.AST) -> Iterator[tuple[int, object]]:
+    """Lines and names that a file takes from others, as code and as text. Arguments may be any constant."""
+    own = private_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and ours(node.module or ""):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and not (getattr(node.value, "id", "") == "self" and node.attr in own):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from ((node.lineno, name) for name in re.findall(r"(?:\w\.|import )(_[A-Za-z]\w*)", node.value))
+        elif isinstance(node, ast.Call):
+            yield from ((node.lineno, arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def test_tests_use_public_names() -> None:
+    private = {name for tree in trees(*SOURCES).values() for name in private_names(tree)}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path, tree in trees("tests").items()
+        for line, name in private_uses(tree)
+        if name in private and (path.name, name) not in NOT_OURS
+    ]
+    assert wrong == []
+
+
+def names_from_rooms(tree: ast.AST, room: str) -> set[tuple[str, str]]:
+    """(module, name) of each import from a file or folder within another room."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module in MODULES]
+    far = [node for node in nodes if str(node.module).count(".") > 1 and room_of(str(node.module)) not in (room, CLI)]
+    return {(str(node.module), alias.name) for node in far for alias in node.names}
+
+
+def test_tests_of_a_room_take_from_others_what_the_product_does() -> None:
+    """Or what the other room exports."""
+    rooms = {path: room_of(module) for module, path in MODULES.items()}
+    product = trees(*SOURCES, "benchmarks", "examples")
+    public = {pair for path, tree in product.items() for pair in names_from_rooms(tree, rooms.get(path, ""))}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name} of {module}"
+        for path, tree in trees("tests").items()
+        for module, name in names_from_rooms(tree, path.relative_to(ROOT).parts[1].replace("kernels", KERNELS)) - public
+        if name not in getattr(importlib.import_module(module), "__all__", ())
+    ]
+    assert wrong == []

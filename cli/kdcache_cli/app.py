@@ -166,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        _show(_explained(error))
+        show_error(_explained(error))
         sys.exit(2)
 
 
@@ -213,7 +213,8 @@ def _fault_of_theirs(error: Exception) -> KDCacheError | None:
     )
 
 
-def _show(error: Any) -> None:
+def show_error(error: Any) -> None:
+    """Print the panel of an error: its problem, its fix and its rule."""
     lines = [("fix: ", error.fix), ("", Text(error.rule, "dim"))]
     parts = (part for name, text in lines if text for part in ("\n", (name, "dim"), text))
     body = Text.assemble((error.problem, "bold"), *parts)

@@ -16,7 +16,7 @@ _WIDEST = 1000
 """The most columns of a table in a file."""
 
 
-class _Terminal(Console):
+class Terminal(Console):
     """A terminal on which strings from elsewhere are plain text.
 
     Lines that a verb prints as they are may have our own markup, `escape`d names in it; what tables, panels and bars
@@ -86,8 +86,8 @@ def _upright(table: Table) -> Table:
     return turned
 
 
-OUT = _Terminal()
-ERRORS = _Terminal(stderr=True)
+OUT = Terminal()
+ERRORS = Terminal(stderr=True)
 
 
 def figure_table(*header: str, title: str | None = None) -> Table:

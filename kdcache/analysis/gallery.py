@@ -152,10 +152,10 @@ class Gallery:
             image = shown.scores.images[case.position]
             value = case.score.of(image)
             name = f"{shorten(shown.name, 40)}, {_rank(case)}: {case.score.text(value)}"
-            pictures, legend = self._one_model(shown, image.number)
+            pictures, legend = self.one_model(shown, image.number)
             figure = panels(f"{name}\n{shorten(image.sample, 90)}", pictures, legend, self.layout)
             self._save(figure, folder / case.folder, case, image.sample, value)
-            strips.append((f"{_rank(case)}: {case.score.text(value)}", _strip(pictures)))
+            strips.append((f"{_rank(case)}: {case.score.text(value)}", strip(pictures)))
             progress(done, len(cases))
         if strips:
             title = f"{shorten(shown.name)}: image, ground truth, prediction"
@@ -166,10 +166,13 @@ class Gallery:
         for case in cases:
             images = [shown.scores.images[case.position] for shown in models]
             values = [case.score.of(image) for image in images]
-            figure = self._several(models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}", case.score)
+            figure = self.side_by_side(
+                models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}", case.score
+            )
             self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, statistics.fmean(values))
 
-    def _one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
+    def one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
+        """Return the pictures of an image through one model, each with its title, and the classes' colours."""
         pixels, own = self.split.image(number), shown.predict(self.split, number)
         others = {}
         if self.teacher is not None:
@@ -214,7 +217,7 @@ class Gallery:
             )
         return pictures
 
-    def _several(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
+    def side_by_side(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
         """Draw the image, its labels, then panels for each model and task.
 
         A grid also has each model's errors, a row also has the teacher. One bar is for all depths, another for all
@@ -284,7 +287,7 @@ class Gallery:
         save_figure(figure, path, self.above, self.formats)
 
 
-def _strip(pictures: Sequence[Panel]) -> Array:
+def strip(pictures: Sequence[Panel]) -> Array:
     """Return image, ground truth and last prediction (classes, else depth) side by side, small, uint8 (H, W, 3)."""
     named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
     of_depth = [name for name in named if name.startswith("depth, ")]

@@ -40,7 +40,7 @@ Key = tuple[Any, ...]
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 """Draws of the bootstrap."""
-_AT_ONCE = 500
+AT_ONCE = 500
 LEAST_PAIRS = 3
 """Pairs that have a correlation; that of two pairs is 1 or -1, whatever they are."""
 
@@ -239,8 +239,8 @@ def resample(ours: Sequence[Images], theirs: Sequence[Images], blocks: Blocks) -
         return Resampled(blocks.over, blocks.count, math.nan, math.nan)
     rows = [np.stack([blocks.totals(images) for images in row]) for row in (ours, theirs)]
     generator, gaps = np.random.default_rng(0), list[npt.NDArray[np.float64]]()
-    for _ in range(RESAMPLES // _AT_ONCE):
-        times = generator.multinomial(blocks.count, np.full(blocks.count, 1 / blocks.count), _AT_ONCE).astype(float)
+    for _ in range(RESAMPLES // AT_ONCE):
+        times = generator.multinomial(blocks.count, np.full(blocks.count, 1 / blocks.count), AT_ONCE).astype(float)
         gaps.append(_mean_score(rows[0], times) - _mean_score(rows[1], times))
     drawn = np.concatenate(gaps)
     tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)

@@ -109,7 +109,7 @@ def predictions(
             if framing.slides:
                 yield [_slide(model, sample, split, size, tasks, device, framing, batch_size) for sample in batch]
             else:
-                yield _predict(model, batch, size, tasks, device)
+                yield predict_batch(model, batch, size, tasks, device)
 
 
 @torch.inference_mode()
@@ -130,13 +130,14 @@ def _slide(
 
 
 @torch.inference_mode()
-def _predict(
+def predict_batch(
     model: SegmentationModel,
     batch: list[_Sample],
     size: tuple[int, int],
     tasks: Sequence[str],
     device: torch.device | str,
 ) -> list[Predicted]:
+    """Return the predictions for a batch of samples, in its order."""
     pixels = torch.stack([sample.pixels for sample in batch]).to(device)
     heads = model(model.normalise(pixels)).heads
     return [

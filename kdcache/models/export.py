@@ -150,7 +150,7 @@ def export_model(
     with replacing(out) as partial:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters deprecate their own insides
-            free, run, unchecked, notes = _WRITERS[kind](deployed, description, metadata, partial)
+            free, run, unchecked, notes = WRITERS[kind](deployed, description, metadata, partial)
             difference, relative = 0.0, 0.0
             if run is not None:
                 difference, relative = _compare(deployed, run, description, free, raw or kind in _NATIVE)
@@ -213,7 +213,7 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
 _Run = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 _Written = tuple[tuple[int, ...], _Run | None, str, tuple[str, ...]]
 """Free axes, the file as a function (None when nothing can run it), why not, and notes."""
-_WRITERS: dict[str, Callable[[Deployed, RunModel, dict[str, str], Path], _Written]] = {
+WRITERS: dict[str, Callable[[Deployed, RunModel, dict[str, str], Path], _Written]] = {
     "safetensors": _write_weights,
     "onnx": _write_onnx,
     "torch.export": _write_program,

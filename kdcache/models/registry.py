@@ -173,7 +173,7 @@ def describe_models() -> list[ModelInfo]:
 
     Imports the models' libraries, and leaves out models whose library is not installed.
     """
-    return [_describe(spec) for family in _FAMILIES if not lacks(family) for spec in _specs(family)]
+    return [describe_model(spec) for family in _FAMILIES if not lacks(family) for spec in _specs(family)]
 
 
 class _CountsOnCpu(TorchFunctionMode):
@@ -184,7 +184,8 @@ class _CountsOnCpu(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **device})
 
 
-def _describe(spec: str) -> ModelInfo:
+def describe_model(spec: str) -> ModelInfo:
+    """Return what the table says of a model, computed without memory or arithmetic."""
     with torch.device("meta"), _CountsOnCpu():
         model = build_model(spec, _LISTED_CLASSES).eval()
     with torch.inference_mode():

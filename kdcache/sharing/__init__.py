@@ -7,5 +7,6 @@ hub.py          caches from and onto the Hub
 
 from kdcache.sharing.card import run_card, store_card
 from kdcache.sharing.hub import HubAddress, PushResult, hub_address, opened, push_store
+from kdcache.sharing.rebuild import build_command
 
-__all__ = ["HubAddress", "PushResult", "hub_address", "opened", "push_store", "run_card", "store_card"]
+__all__ = ["HubAddress", "PushResult", "build_command", "hub_address", "opened", "push_store", "run_card", "store_card"]

@@ -55,7 +55,7 @@ class Cache:
         self.manifest = manifest
         self.ledger = ledger
         self.specs = {spec.path: spec for spec in record_arrays(manifest)}
-        self._arrays: dict[str, ShardArray] = {}
+        self.open_arrays: dict[str, ShardArray] = {}
         self._columns: dict[str, Array] = {}
 
     def __len__(self) -> int:
@@ -294,11 +294,11 @@ class Cache:
         self._check_place()
         dropped = [self.place.forget(shard_key(self.specs[path], shard)) for shard in shards]
         if any(dropped):
-            self._arrays.pop(path, None)
+            self.open_arrays.pop(path, None)
         return any(dropped)
 
     def _array(self, path: str) -> ShardArray:
-        array = self._arrays.get(path)
+        array = self.open_arrays.get(path)
         if array is None:
             self._check_place()
             spec = self.specs.get(path)
@@ -312,7 +312,7 @@ class Cache:
             array = ShardArray(self.path / path, partial(self._open_shard, path), self.place.describe(path))
             if array.shape != (len(self), *spec.shape) or array.dtype != np.dtype(spec.dtype):
                 raise damaged_metadata(self.place.describe(f"{path}/zarr.json"))
-            self._arrays[path] = array
+            self.open_arrays[path] = array
         return array
 
     def _open_shard(self, path: str, shard: int, below: str) -> tuple[int, bytes]:

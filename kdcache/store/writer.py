@@ -64,8 +64,8 @@ class StoreWriter:
         self._specs = record_arrays(manifest)
 
     @cached_property
-    def _encoder(self) -> "_Encoder":
-        return _Encoder(self.manifest)
+    def _encoder(self) -> "Encoder":
+        return Encoder(self.manifest)
 
     @property
     def missing(self) -> list[int]:
@@ -378,7 +378,7 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
     return MismatchError(f"Cannot continue {place}: it differs in {', '.join(differences)}{spare}", fix=fix)
 
 
-class _Encoder:
+class Encoder:
     """Arrays to the bytes of their shards, by zarr-python in memory."""
 
     def __init__(self, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.reuse import options_of
 from kdcache.teacher.load.ensemble import check_cross_fit, load_like, load_teachers
+from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.load import Teacher, load_teacher
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "check_cross_fit",
     "compare_teacher",
     "copied_fidelity",
+    "fingerprint",
     "load_like",
     "load_teacher",
     "load_teachers",

@@ -199,7 +199,7 @@ def make_trainer(
             config,
             run,
             device=device,
-            validate=_validator(val, config, device, observer, world) if val and SEGMENTATION in judged else None,
+            validate=make_validator(val, config, device, observer, world) if val and SEGMENTATION in judged else None,
             validate_depth=_depth_validator(val, config, device, world) if val and DEPTH in judged else None,
             validate_features=_feature_judge(config, sources[0], criterion, device, world),
             observer=watching,
@@ -376,7 +376,7 @@ def _feature_judge(
     return FeatureJudge(source.dataset, criterion, config.optimizer.batch_size, device, world)
 
 
-def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
+def make_validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
     """Return a function that validates this process's part of the samples. Pixel counts are summed over processes.
 
     As many images go through the model at once as in training.

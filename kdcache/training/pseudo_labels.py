@@ -49,7 +49,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
     for threshold in dict.fromkeys(spec.threshold for spec in specs):
         samples = cache.manifest.dataset.samples
         some = range(0, samples, -(-samples // LOOKED_AT))
-        counts = _counts(cache, targets, some)
+        counts = count_confidences(cache, targets, some)
         coverage, half = counts.coverage(threshold), f"{counts.threshold_keeping(LITTLE):.2g}"
         if any(coverage.selected) or _keeps_any(cache, targets, threshold, counts, some):
             if coverage.total_share < LITTLE:
@@ -59,13 +59,13 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
                     "Look at the teacher's mIoU, or lower the threshold"
                 )
             continue
-        none = _none_found(cache, threshold, counts)
+        none = none_confident(cache, threshold, counts)
         if alone:
             raise none
         yield f"{none.problem}. Fix: {none.fix}"
 
 
-def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
+def count_confidences(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
     """Return the confidences of the first views of samples, in the classes of `targets`."""
     records, counts = Records.of(cache), ConfidenceCounts(targets.num_classes)
     for sample in samples:
@@ -85,14 +85,15 @@ def _keeps_any(
     for sample in range(cache.manifest.dataset.samples):
         if sample in counted:
             continue
-        own = _counts(cache, targets, range(sample, sample + 1))
+        own = count_confidences(cache, targets, range(sample, sample + 1))
         counts.predicted_CV += own.predicted_CV
         if own.highest >= threshold:
             return True
     return False
 
 
-def _none_found(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
+def none_confident(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
+    """Return the error of a threshold that no pixel of the cache reaches."""
     dataset = cache.manifest.dataset
     return RecipeError(
         f"No pseudo labels from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "

@@ -105,7 +105,7 @@ class Trainer:
             mix=_pasting(config, self.criterion),
         )
         self._ema = None if settings.ema is None else ModelEma(self.model, settings.ema)
-        self._weak = WeakView(
+        self.weak_view = WeakView(
             self.model,
             self._ema,
             self.criterion,
@@ -117,7 +117,7 @@ class Trainer:
         self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
         self._tasks = () if criterion.balance is None else criterion.balance.heads
         names = ("loss", *criterion.names, *self._tasks)
-        self._watch = Watch(names, self._world, self._sample_ids, criterion.part_tasks)
+        self.watch = Watch(names, self._world, self._sample_ids, criterion.part_tasks)
         self._step: Step | None = None  # made from the first batch
         self._log: MetricsLog | None = None  # of the first process
         self._described = False
@@ -166,13 +166,13 @@ class Trainer:
                 self._end_of_interval()
             with stop_requests() as stop:
                 for step in range(first, iterations):
-                    stopping = self._one_step(step, batches, stop.is_set())
+                    stopping = self.one_step(step, batches, stop.is_set())
                     interval = (step + 1) % self._val_every == 0 or step + 1 == iterations
                     if world.size == 1:  # no agreement is needed: a request during this very step counts, too
                         stopping = stop.is_set()
                     keeping = keep_every is not None and (step + 1) % keep_every == 0
                     if interval or stopping or keeping:
-                        self._watch.check_finite()
+                        self.watch.check_finite()
                     if interval:
                         self._end_of_interval()
                     elif stopping or keeping:
@@ -197,7 +197,7 @@ class Trainer:
             return SEGMENTATION
         return DEPTH if self._validate_depth is not None else FEATURES if self._validate_features else SEGMENTATION
 
-    def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
+    def one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
         """Take a step, and return whether any process received a request to stop before it."""
         config = self.config
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -206,7 +206,7 @@ class Trainer:
                 batch = cast("AnyBatch", next_batch(batches))
         except KDCacheError:  # of a damaged sample: no step that was taken is lost
             if step > self._first:
-                self._watch.check_finite()
+                self.watch.check_finite()
                 self._state.save()
             raise
         waited = time.perf_counter() - began
@@ -216,12 +216,12 @@ class Trainer:
             self._ema.update(step + 1)
         self._describe()
         logged = (step + 1) % config.run.log_every == 0 or step + 1 == self._iterations
-        self._watch.add(step, losses)
+        self.watch.add(step, losses)
         # On a GPU reading every loss would stall the queue: losses are read when they are logged.
         reading = logged or norms is not None or self.device.type == "cpu"
-        values = self._watch.check_finite() if reading else []
+        values = self.watch.check_finite() if reading else []
         if norms is not None:
-            self._write_norms(step, norms, dict(zip(self._watch.names, values, strict=True)))
+            self._write_norms(step, norms, dict(zip(self.watch.names, values, strict=True)))
         lr = self._schedule.lr
         self._schedule.after_step()
         now = self._state.now
@@ -233,22 +233,22 @@ class Trainer:
         self.observer.advanced(now.step)
         if logged:
             speed = config.optimizer.batch_size * now.step / now.seconds
-            report = dict(zip(self._watch.names, values, strict=True))
-            _note_all(self._watch.won(report), self.observer.note)
-            _note_all(self._watch.unsure(report, last=now.step == self._iterations), self.observer.note)
+            report = dict(zip(self.watch.names, values, strict=True))
+            _note_all(self.watch.won(report), self.observer.note)
+            _note_all(self.watch.unsure(report, last=now.step == self._iterations), self.observer.note)
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
-            if self._weak.needed:
-                report["weak_view_seconds"] = self._weak.seconds / (now.step - self._first)
+            if self.weak_view.needed:
+                report["weak_view_seconds"] = self.weak_view.seconds / (now.step - self._first)
             self._report(report)
         return agreed.stop
 
     def _note_cost(self, steps: int) -> None:
         """Note what the forwards on weak views cost in the steps of this process."""
-        if self._weak.needed and steps > 0:
+        if self.weak_view.needed and steps > 0:
             now = self._state.now
-            own, whole = self._weak.seconds / steps, now.seconds / now.step
+            own, whole = self.weak_view.seconds / steps, now.seconds / now.step
             self.observer.note(
-                f"{self._weak.forwards} forwards in training on weak views, without gradient, took {own:.2g} of "
+                f"{self.weak_view.forwards} forwards in training on weak views, without gradient, took {own:.2g} of "
                 f"{whole:.2g} s a step: {100 * own / whole:.0f} %"
             )
 
@@ -271,14 +271,14 @@ class Trainer:
         if tasks:
             self.observer.balanced(step + 1, tasks)
         if step + 1 >= warmup_steps(self.config.loss.distill_schedule):  # until then weights are small on purpose
-            _note_all(self._watch.lopsided(step, norms.terms), self.observer.note)
-            _note_all(self._watch.starving(tasks), self.observer.note)
+            _note_all(self.watch.lopsided(step, norms.terms), self.observer.note)
+            _note_all(self.watch.starving(tasks), self.observer.note)
 
     def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, Norms | None]:
         """Learn from a batch. Return the seconds of preparation, the losses and, at times, gradient norms."""
         measured = measures_norms(step, self.config.run.gradients_every)
         try:
-            labelled = self._weak(batch)
+            labelled = self.weak_view(batch)
             prepared = self._prepare(labelled)
             if self.criterion.distill_weight_scale is not None:
                 schedule = self.config.loss.distill_schedule
@@ -298,7 +298,7 @@ class Trainer:
         self._step = None
         held, together = self.eager.held(batch), 1 if self.config.augmentation.mix is None else 2
         fits = largest_fitting(
-            lambda size: self.eager.attempt(self._weak(held.rows(size)), measured), len(held), self.device, together
+            lambda size: self.eager.attempt(self.weak_view(held.rows(size)), measured), len(held), self.device, together
         )
         raise memory_error(self.config, self.device, requested, fits)
 

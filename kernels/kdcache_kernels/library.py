@@ -40,7 +40,7 @@ PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 @cache
-def _module(family: str, operation: str) -> Any:
+def module_of(family: str, operation: str) -> Any:
     """Return the module with which a family computes an operation: loss, counts, topk or argmax."""
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
@@ -134,14 +134,15 @@ def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
 def checked_loss(problem: LossProblem, family: str) -> LossResult:
     """Check the values of a problem, and compute it by a family. Raises: ValueRangeError."""
     checks.check_values(problem, ids=family != "numba")
-    result = _computed(problem, family)
+    result = computed(problem, family)
     if result.loss.device.type != "cpu" or not math.isfinite(result.loss.item()):
         checks.explain_non_finite(problem, result.loss)
     return result
 
 
-def _computed(problem: LossProblem, family: str) -> LossResult:
-    result: LossResult = _module(family, "loss").distill_loss(problem)
+def computed(problem: LossProblem, family: str) -> LossResult:
+    """Compute a problem by a family, and let one class have no gradient."""
+    result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:
         return result
     # The one probability is 1; what the kernels leave of 1 - 1 is a rounding. NaN stays.
@@ -168,7 +169,7 @@ def distill_gradient(family: str, *arguments: Any) -> Tensor:
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
     """Compute what `distill_gradient` returns."""
     problem = loss_problem(arguments)
-    result = _computed(problem, family)
+    result = computed(problem, family)
     return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
 
 
@@ -191,7 +192,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
 def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute what `scale_gradient` returns."""
     if gradient.device.type != "cpu":
-        result: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
+        result: Tensor = module_of("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result
     # A number, for two operators on tensors of one element cost more.
     number = factor.item() + 0 * loss.item()
@@ -231,7 +232,7 @@ def denominators(
     counted = Counted(
         labels, class_weight, num_classes, ignore_index, distill_void, tuple(size), view, window, flip, len(anchor)
     )
-    counts: Tensor = _module(family, "counts").count(counted, anchor.device)
+    counts: Tensor = module_of(family, "counts").count(counted, anchor.device)
     return counts
 
 
@@ -247,7 +248,7 @@ def pack(logits: Tensor, k: int, family: str) -> list[Tensor]:
 
     An operator may take None, but not return it.
     """
-    return [part for part in _module(family, "topk").pack(logits, k) if part is not None]
+    return [part for part in module_of(family, "topk").pack(logits, k) if part is not None]
 
 
 @pack.register_fake
@@ -263,7 +264,7 @@ def _(logits: Tensor, k: int, family: str) -> list[Tensor]:
 @torch.library.custom_op("kdcache::densify", mutates_args=())
 def densify(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: str) -> Tensor:
     """Return (B, C, h, w) float32 as `kdcache_kernels.densify` does where k < C."""
-    dense: Tensor = _module(family, "topk").densify(values, indices, tail, num_classes)
+    dense: Tensor = module_of(family, "topk").densify(values, indices, tail, num_classes)
     return dense
 
 
@@ -277,7 +278,7 @@ def _(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: s
 def argmax_confidence(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return (argmax, confidence) as `kdcache_kernels.target_argmax_confidence` does."""
     *fields, window, flip, size = _with_tuples(arguments)
-    ids, confidence = _module(family, "argmax").argmax_confidence(PackedTarget(*fields), size, window, flip)
+    ids, confidence = module_of(family, "argmax").argmax_confidence(PackedTarget(*fields), size, window, flip)
     return ids, confidence
 
 

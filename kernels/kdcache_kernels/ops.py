@@ -39,8 +39,8 @@ FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = {"triton": "cuda", "numba": "cpu", "torch": "cpu"}
 MOST_CONSTANTS = 256
 """Numbers that stay on their devices as tensors; a schedule may pass any number of others."""
-_CONSTANTS: dict[tuple[torch.device, float], tuple[Tensor, int]] = {}
-_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVICES}
+CONSTANTS: dict[tuple[torch.device, float], tuple[Tensor, int]] = {}
+INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVICES}
 
 
 class ReferenceWarning(UserWarning):
@@ -367,13 +367,13 @@ def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     stream, capturing = 0, False
     if cuda:
         stream, capturing = torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
-    kept, of_stream = _CONSTANTS.get((device, value), (None, 0))
+    kept, of_stream = CONSTANTS.get((device, value), (None, 0))
     if kept is not None and (capturing or stream == of_stream):
         return kept
     with torch.inference_mode(False):
         filled = torch.full((), value, dtype=torch.float64, device=device)
-    if kept is None and not capturing and len(_CONSTANTS) < MOST_CONSTANTS:
-        _CONSTANTS[device, value] = filled, stream
+    if kept is None and not capturing and len(CONSTANTS) < MOST_CONSTANTS:
+        CONSTANTS[device, value] = filled, stream
     return filled
 
 
@@ -410,7 +410,7 @@ def _refusal(family: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """Why a fused family cannot take tensors of this device and dtype; None when it can."""
     if not family:
         return f"there are no fused kernels for {device.type} tensors"
-    if not _INSTALLED[family]:
+    if not INSTALLED[family]:
         return f"{family} is not installed"
     if dtype not in FUSED_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not among float32, float16 and bfloat16"

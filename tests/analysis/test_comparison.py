@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from kdcache.analysis.comparison import Row, RunScore, alike, collapse, is_collapsed
+from kdcache.analysis.comparison import Row, RunScore, alike, banner, collapse, is_collapsed
 from kdcache.analysis.statistics import Spread
+from kdcache.analysis.stored_evaluations import metrics_of
 from kdcache.metrics import Metrics, TaskMetrics
 from kdcache.metrics.cost import Cost
 
@@ -57,3 +59,13 @@ def test_runs_that_score_alike_have_no_noise_to_speak_of(runs: tuple[Metrics, ..
     assert (words is not None) is said
     if words is not None:
         assert words.startswith("the 2 runs of kl score exactly alike")
+
+
+def test_figures_on_scenes_beside_photographs_are_marked() -> None:
+    assert banner("camvid + depth:scenes:32x48,depth=exact") is not None
+    assert banner("camvid + depth:nyu") is None
+
+
+@pytest.mark.parametrize("measured", [ALONE, RANDOM, FINE])
+def test_a_kept_evaluation_is_the_one_that_was_measured(measured: Metrics) -> None:
+    assert metrics_of(json.loads(json.dumps(measured.to_json()))).segmentation == measured

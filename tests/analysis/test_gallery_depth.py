@@ -21,7 +21,7 @@ def shown(spec: str, split) -> Shown:
 
 def titles(spec: str, depth: str) -> list[str]:
     split = open_split(f"scenes:40x56,train=2,val=1{depth}", "val")
-    panels, _ = Gallery(split)._one_model(shown(spec, split), 0)
+    panels, _ = Gallery(split).one_model(shown(spec, split), 0)
     return [title for title, _ in panels]
 
 
@@ -36,9 +36,9 @@ def test_depth_stands_below_the_classes() -> None:
 def test_the_error_is_that_of_the_prediction() -> None:
     split = open_split("scenes:40x56,train=2,val=1,depth=exact", "val")
     model = shown("kdcache:tiny+depth", split)
-    pictures = dict(Gallery(split)._depth(model.predict(split, 0), {}, "prediction"))
+    pictures = dict(Gallery(split).one_model(model, 0)[0])
     label, metres = pictures["depth, ground truth"].values, pictures["depth, prediction"].values
-    error = next(one.values for name, one in pictures.items() if "error" in name)
+    error = next(one.values for name, one in pictures.items() if name.startswith("depth, absolute error"))
     known = np.isfinite(label)
     np.testing.assert_array_equal(error[known], np.abs(metres - label)[known])
     assert np.isnan(error[~known]).all()
@@ -48,7 +48,7 @@ def test_the_error_is_that_of_the_prediction() -> None:
 def test_depth_without_a_label_has_no_error_and_no_bar_for_one() -> None:
     split = open_split("scenes:40x56,train=2,val=1", "val")
     models = [shown("kdcache:tiny+depth", split), shown("kdcache:hydra", split)]
-    figure = Gallery(split)._several(models, 0, "title", MIOU)
+    figure = Gallery(split).side_by_side(models, 0, "title", MIOU)
     names = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert names.count("no label of depth") == 2
     assert {"kdcache:tiny+depth: depth", "kdcache:hydra: depth"} <= set(names)

@@ -13,7 +13,7 @@ from kdcache.analysis.predict import Input, argmax_at, find_images, overlay, pre
 from kdcache.analysis.runs import unnamed_classes
 from kdcache.data import ClassList
 from kdcache.data.classes import read_classes
-from kdcache.data.files import read_image, read_label
+from kdcache.data.files import read_image
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.models import SegmentationModel
 
@@ -60,13 +60,13 @@ def test_labels_and_overlays_are_what_the_model_says(
         with torch.inference_mode():
             logits = model.eval()(model.normalise(torch.from_numpy(small)[None])).logits
             said = model.upsample(logits, pixels.shape[:2])[0].argmax(0).numpy()
-        label = read_label(tmp_path / "out/labels" / f"{image.name}.png")
+        with Image.open(tmp_path / "out/labels" / f"{image.name}.png") as shown:
+            assert shown.mode == "P"
+            label, coloured = np.array(shown), np.array(shown.convert("RGB"))
         assert label.shape == pixels.shape[:2]
         assert (label != said).mean() < 2e-3  # rounding in ties
         colours = np.array(classes.colours)[label]
-        with Image.open(tmp_path / "out/labels" / f"{image.name}.png") as shown:
-            assert shown.mode == "P"
-            assert np.array_equal(np.array(shown.convert("RGB")), colours)
+        assert np.array_equal(coloured, colours)
         mixed = np.rint(0.5 * pixels + 0.5 * colours)
         assert np.abs(read_image(tmp_path / "out/overlays" / f"{image.name}.png") - mixed).max() <= 1
         total += np.bincount(label.reshape(-1), minlength=5)

@@ -283,7 +283,7 @@ def miou(images: ImageCounts, times: list[int]) -> float:
 @pytest.mark.parametrize("by_sequence", [False, True])
 def test_draws_are_those_of_a_loop(by_sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 40)
-    monkeypatch.setattr(statistics, "_AT_ONCE", 20)
+    monkeypatch.setattr(statistics, "AT_ONCE", 20)
     ours, theirs = [counts(7, 4, seed) for seed in (0, 1)], [counts(7, 4, seed) for seed in (2, 3, 4)]
     blocks = blocks_of(ours[0].ids, by_sequence)
     assert blocks.count == (3 if by_sequence else 7)

@@ -26,7 +26,6 @@ from kdcache.errors import RecipeError
 from kdcache.metrics import ConfusionMatrix
 from kdcache.metrics.figures import (
     VOID_RGB,
-    WRONG_RGB,
     check_formats,
     colour_ids,
     draw_confusion,
@@ -199,14 +198,6 @@ def test_formats_for_a_paper_lie_beside_the_png(tmp_path: Path) -> None:
     assert files["x_iou0.5.pdf"].startswith(b"%PDF")
     with pytest.raises(RecipeError, match="Choose from: png,svg,pdf"):
         check_formats(["png", "jpg"])
-
-
-def test_wrong_pixels_have_a_colour_of_their_own() -> None:
-    """Of Cityscapes and ADE20K, too, which have reds."""
-    assert error_colour([]) == error_colour([(0, 0, 0)]) == WRONG_RGB
-    palettes = [[(220, 20, 60), (255, 0, 0), (250, 170, 30)], [WRONG_RGB], [(r, 0, 60) for r in range(0, 256, 8)]]
-    for palette in palettes:
-        assert np.abs(np.array(palette) - error_colour(palette)).sum(1).min() > 40
 
 
 def test_several_rows_side_by_side(two: Path, drawn: list) -> None:

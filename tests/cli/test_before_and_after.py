@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from kdcache.data import open_split
-from kdcache.teacher.build.cost_estimate import Cost, Estimate, Setting
-from kdcache.teacher.build.trial_store import Seconds
 
 PLAN = "plan --data {w}/data --teacher {w}/teacher"
 REPORT = "inspect {w}/store.zarr --teacher-report --out {w}/new"
@@ -116,10 +116,15 @@ def test_a_plan(world, cli, tmp_path, monkeypatch) -> None:
 
 def test_a_plan_that_does_not_fit_and_does_not_pay(world, cli, monkeypatch) -> None:
     """Said in so many words: no error, for it is but a plan."""
-    setting = Setting(7, "default", 1, (), "stored")
-    cost = Cost(setting, {"targets/segmentation/values": 2.0**60}, 6, 82, 7200.0)
-    dear = Estimate(cost, (), Seconds(1200.0, 0.1, 0.2, 0.1, 0.2), 6, 6, 7)
-    monkeypatch.setattr(import_module("kdcache.verbs.plan"), "estimate", lambda *_, **__: dear)
+    module = import_module("kdcache.verbs.plan")
+
+    def dear(*arguments: Any, **named: Any) -> Any:
+        found = estimate(*arguments, **named)
+        chosen = replace(found.chosen, sizes={"targets/segmentation/values": 2.0**60}, seconds=7200.0)
+        return replace(found, chosen=chosen, seconds=replace(found.seconds, teach=0.2, read=0.2))
+
+    estimate = module.estimate
+    monkeypatch.setattr(module, "estimate", dear)
     told = cli(*PLAN.format(w=world).split())
     assert told.code == 0, told.err
     assert "2.0 h on this machine" in told.out

@@ -35,7 +35,7 @@ def test_a_model_that_has_learnt_is_not_reproached(world, cli, monkeypatch) -> N
     import kdcache.metrics.predictions as run
 
     monkeypatch.setattr(
-        run, "_predict", lambda model, batch, *_: [run.Predicted(s.number, s.labels, s.labels) for s in batch]
+        run, "predict_batch", lambda model, batch, *_: [run.Predicted(s.number, s.labels, s.labels) for s in batch]
     )
     ended = cli(*COMMANDS["evaluate"].format(w=world).split())
     assert ended.code == 0, ended.err

@@ -13,15 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcache.errors import DataError
-from kdcache.progress import progress_bar, progress_of_steps, seconds_left
-from kdcache_cli.app import _show
-from kdcache_cli.console import _Terminal, figure_table
+from kdcache.progress import progress_bar, progress_of_steps, seconds_left, use_console
+from kdcache_cli.app import show_error
+from kdcache_cli.console import ERRORS, Terminal, figure_table, warn
 
 NAMES = ["a[/]b", "[red]x", "[/bold]", "[link=http://x]y[/link]", "$x$", ":smile:", "\\", "[", "]"]
 COMMANDS = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\x7f", "\u202egnp.exe", "\r", "\x08", "\x00", "\u2066x"]
 
 
-class Screen(_Terminal):
+class Screen(Terminal):
     def __init__(self) -> None:
         self.written = io.StringIO()
         super().__init__(file=self.written, width=300)
@@ -33,6 +33,12 @@ class Screen(_Terminal):
     @property
     def text(self) -> str:
         return self.written.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def own_console():
+    yield
+    use_console(ERRORS, warn)
 
 
 def shown(screen: Screen, name: str) -> list[str]:
@@ -72,7 +78,7 @@ def test_our_own_lines_keep_their_markup() -> None:
 def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
     screen = Screen()
     screen._force_terminal = True
-    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
+    use_console(screen, warn)
     monkeypatch.setattr("kdcache_cli.app.ERRORS", screen)
     with progress_bar() as bar:
         bar.add_task(f"reading {name}", total=2, note=name)
@@ -82,7 +88,7 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
     screen.clear_text()
     error = DataError(f"rule {name}", fix=name, rule=name)
     assert not {"\x1b", "\x9b", "\u202e"} & set(str(error))
-    _show(error)
+    show_error(error)
     assert "\x1b]0" not in screen.text
     if name in NAMES:
         assert f"rule {name}" in screen.text
@@ -90,7 +96,7 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
 
 def piped(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
-    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
+    use_console(screen, warn)
     monkeypatch.setattr("kdcache.progress.LINE_EVERY_S", 0.01)
     return screen
 
@@ -111,10 +117,10 @@ def test_a_pipe_gets_lines_with_rate_and_time_left(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 120])
-def test_a_narrow_terminal_keeps_counts_and_times(monkeypatch, width: int) -> None:
+def test_a_narrow_terminal_keeps_counts_and_times(width: int) -> None:
     screen = Screen()
     screen.width, screen._force_terminal = width, True
-    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
+    use_console(screen, warn)
     with progress_bar() as bar:
         task = bar.add_task("train-student", total=60000, completed=10000, note="")
         bar.update(task, completed=30000, note="mIoU 45.10 loss 1.790 ce 1.462 dist 0.328 3.2 img/s, 42 % waiting")
@@ -158,7 +164,7 @@ def test_tables_keep_their_numbers_and_in_a_file_their_rows() -> None:
     table.add_row(*(f"{number}.125" for number in range(20)))
     for terminal in (False, True):
         written = io.StringIO()
-        screen = _Terminal(file=written, width=80, force_terminal=terminal)
+        screen = Terminal(file=written, width=80, force_terminal=terminal)
         screen.print(table)
         assert "19.125" in written.getvalue()
         assert (written.getvalue().count("\n") == 2) is not terminal
@@ -180,10 +186,10 @@ def test_a_table_that_a_terminal_has_no_room_for_is_turned_over(width) -> None:
     assert ([line.split()[0] for line in lines[1:]] == ["row", "points", "verdict"] * 2) == (width == 30)
 
 
-def test_a_bar_is_whole_when_it_ends_and_gone_where_there_was_nothing_to_do(monkeypatch) -> None:
+def test_a_bar_is_whole_when_it_ends_and_gone_where_there_was_nothing_to_do() -> None:
     screen = Screen()
     screen._force_terminal = True
-    monkeypatch.setattr("kdcache.progress._Voice.console", screen)
+    use_console(screen, warn)
     for total, left in ((None, ""), (1, "1/1")):
         screen.clear_text()
         with progress_of_steps("comparing") as update:

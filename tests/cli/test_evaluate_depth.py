@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
 
 from kdcache.models import build_model
-from kdcache.models.weights import save_weights
 
 DATA = "scenes:40x56,train=4,val=3,depth=exact"
 FLAGS = ("--size", "24x40", "--threads", "1")
@@ -19,7 +19,7 @@ FLAGS = ("--size", "24x40", "--threads", "1")
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     torch.manual_seed(0)
-    save_weights(build_model("kdcache:tiny+depth", 7), tmp_path / "w.safetensors", {})
+    save_model(build_model("kdcache:tiny+depth", 7), tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
     return "kdcache:tiny+depth@w.safetensors"
 
@@ -63,7 +63,7 @@ def test_ranges_that_cannot_be(spec: str, cli, words: tuple[str, ...], problem: 
 
 
 def test_a_range_of_depth_without_depth(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_weights(build_model("kdcache:tiny", 7), tmp_path / "w.safetensors", {})
+    save_model(build_model("kdcache:tiny", 7), tmp_path / "w.safetensors")
     ended = cli("evaluate", f"kdcache:tiny@{tmp_path}/w.safetensors", "--data", DATA, "--max-depth", "30", *FLAGS)
     assert ended.code == 2
     assert "Cannot use --min-depth" in ended.err

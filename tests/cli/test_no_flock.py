@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from kdcache.locks import Lock
+
 Tree = Callable[[Path], dict[str, bytes]]
 
 
@@ -40,15 +42,13 @@ def test_a_build_and_its_copy_are_those_of_other_disks(
 
 @pytest.mark.usefixtures("without_flock")
 def test_a_training_is_alone_with_its_folder(cli: Callable[..., Any], made: Path, tmp_path: Path) -> None:
-    from kdcache.training.run.lock import RunLock
-
     words = ["train-student", "--cache", made / "store.zarr", "--val", made / "data", "--model", "kdcache:tiny"]
     words += ["--iterations", 2, "--batch-size", 2, "--threads", 1, "--out", tmp_path / "run"]
     (tmp_path / "run").mkdir()
-    with pytest.MonkeyPatch.context() as patch, RunLock(tmp_path / "run") as lock:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kdcache.locks.STALE_S", 0.5)
-        lock.take()
-        ended = cli(*words)
+        with Lock(tmp_path / "run/.lock"):
+            ended = cli(*words)
         assert ended.code == 2
         assert f"is being trained by process {os.getpid()} on " in " ".join(ended.err.split())
     assert cli(*words).code == 0

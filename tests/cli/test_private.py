@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 
-from kdcache.training.run import trackers
-
 NAME = "ann-private"
 CODE = "from torch import nn\n\ndef make(num_classes): return nn.Conv2d(3, num_classes, 1, stride=4)\n"
 SMALL = "--size 32x48 --iterations 1 --batch-size 2"
@@ -66,15 +64,6 @@ def test_nothing_that_travels_names_a_folder(way) -> None:
         "teacher",
     ]
     assert {path.name for path in (way / "c.zarr").iterdir()}.isdisjoint({"local.json"})
-
-
-def test_a_logger_is_sent_no_folder(tmp_path, monkeypatch) -> None:
-    """W&B would publish its configuration."""
-    sent = []
-    monkeypatch.setitem(trackers.SINKS, "wandb", sent.append)
-    settings = {"data": f"/home/{NAME}/camvid", "stream": [{"cache": f"/home/{NAME}/c.zarr"}], "lr": 0.1}
-    trackers.Loggers(["wandb"], tmp_path, settings, print).started(step=0, iterations=1, parameters=2)
-    assert sent[0].recipe == {"data": "camvid", "stream": [{"cache": "c.zarr"}], "lr": 0.1, "parameters": 2}
 
 
 @pytest.mark.parametrize("run", ["teacher", "student"])

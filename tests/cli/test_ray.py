@@ -19,11 +19,9 @@ import torch
 from torch import nn
 
 import kdcache
-from kdcache import ray_cluster
 from kdcache.data import open_split
-from kdcache.errors import MismatchError, RecipeError, StoreError
+from kdcache.errors import RecipeError, StoreError
 from kdcache.store import open_cache
-from kdcache.teacher.build import ray_engine
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray")
@@ -142,13 +140,13 @@ def test_a_node_without_the_data_is_named(made: Path, cluster, cli, tmp_path: Pa
     words = ["build-teacher-cache", "--data", tmp_path / "data", "--teacher", made / "teacher", "--threads", 1]
     lost = tmp_path / "s.zarr"
 
-    def begin_and_lose(*arguments: Any, **named: Any) -> Any:
+    def begin_and_lose(actor: Any) -> Any:
         (tmp_path / "data").unlink()
-        return shards(*arguments, **named)
+        return remote(actor)
 
-    shards = ray_engine.RayEngine.shards
+    remote = ray.remote
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_engine.RayEngine, "shards", begin_and_lose)
+        patch.setattr(ray, "remote", begin_and_lose)
         ended = cli(*words, "--out", lost, "--engine", "ray", "--actors", 1, "--address", cluster.address)
     assert ended.code == 2
     assert "Cannot compute shards on node" in ended.err
@@ -258,36 +256,6 @@ def open_or_none(store: Path) -> bool:
     except Exception:
         return False
     return True
-
-
-def test_other_libraries_are_refused(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
-    from kdcache.store import read_manifest
-
-    manifest = read_manifest(ray_engine.open_place(next(made.glob("*.zarr"))))
-    monkeypatch.setattr(ray_engine, "libraries", lambda: manifest.build.libraries | {"torch": "0.1"})
-    with pytest.raises(MismatchError, match=r"Node here has torch 0\.1"):
-        ray_engine._check_libraries(manifest, "here")
-
-
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(ray_cluster, "import_module", missing)
-    with pytest.raises(RecipeError, match=r"pip install '.\[ray\]'"):
-        ray_cluster.import_ray()
-
-
-def test_what_a_cluster_answers_is_one_line() -> None:
-    """Ray hangs the answer of a cluster, such as that a token is missing, onto its error as a traceback in a text."""
-    error = ConnectionError("Failed to connect to Ray cluster")
-    error.__cause__ = RuntimeError(
-        "Traceback:\n  File x\nray.AuthenticationError: token is missing. Note: much more.\n"
-    )
-    assert (
-        ray_cluster._no_cluster("a:1", error).problem
-        == "No Ray cluster at a:1: ray.AuthenticationError: token is missing"
-    )
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,6 @@ def test_bytes_that_are_none(made, cli, tmp_path, text) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("123", 123), ("50GiB", 50 * 2**30), ("200MB", 2 * 10**8), ("1.5k", 1500), ("2 tib", 2**41), ("7B", 7)],
-)  # fmt: skip
-def test_bytes_as_one_writes_them(text, count) -> None:
-    from kdcache.settings.parse import parse_bytes
-
-    assert parse_bytes(text) == count
-
-
 def test_a_remote_cache_without_obstore(tmp_path) -> None:
     code = "import sys; sys.modules['obstore'] = None; from kdcache_cli.app import main; main(sys.argv[1:])"
     words = ["train-student", "--cache", "s3://bucket/x", "--model", "kdcache:tiny", "--out", str(tmp_path / "run")]

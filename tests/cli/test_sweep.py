@@ -231,7 +231,7 @@ def test_jobs_side_by_side_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sweep.subprocess, "run", run)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    apart = sweep._Apart(SimpleNamespace(out=tmp_path), 3)
+    apart = sweep.Apart(SimpleNamespace(out=tmp_path), 3)
     for _ in range(2):
         jobs = [Job(f"job {n}", ("train-student", f"{n}"), None) for n in range(3)]
         with ThreadPoolExecutor(3) as pool:
@@ -242,7 +242,7 @@ def test_jobs_side_by_side_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch
     assert taken["cuda:1"] == "3,5"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    sweep._Apart(SimpleNamespace(out=tmp_path), 2)(Job("none", ("train-student", "cpu"), None))
+    sweep.Apart(SimpleNamespace(out=tmp_path), 2)(Job("none", ("train-student", "cpu"), None))
     assert taken["cpu"] is None
 
 

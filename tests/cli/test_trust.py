@@ -141,7 +141,7 @@ def test_a_sweep_of_code_needs_trust_before_its_first_job(here, cli, monkeypatch
     from kdcache_cli.verbs import sweep
 
     began = []
-    monkeypatch.setattr(sweep._InProcess, "__call__", lambda self, job: began.append(job.name))
+    monkeypatch.setattr(sweep.InProcess, "__call__", lambda self, job: began.append(job.name))
     (here / "s.toml").write_text(SWEEP.format(teacher="kdcache:tiny", student="kdcache:tiny"))
     base = ["sweep", here / "s.toml", "--data", here / "data", "--out", here / "swept"]
     ended = cli(*base, "--set", 'student.model="foreign_code:build"', *(["--trust"] if trust else []))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.analysis.comparison import banner
 from kdcache.data import ClassList, check, list_splits, open_split
 from kdcache.data.classes import write_classes
 from kdcache.errors import DataError
@@ -72,8 +71,3 @@ def test_a_check_is_of_one_data_set() -> None:
     with pytest.raises(DataError) as caught:
         check(f"{CITY} + depth:{FAR}")
     assert f"{CITY}, then {FAR}" in caught.value.fix
-
-
-def test_figures_on_scenes_beside_photographs_are_marked() -> None:
-    assert banner(f"camvid + depth:{FAR}") is not None
-    assert banner("camvid + depth:nyu") is None

@@ -17,7 +17,7 @@ from kdcache.distill.terms import TermSetup
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.models import Outputs
 from kdcache.settings import terms as specs
-from kdcache.training.input.mix import Mix, Paste, Pastes
+from kdcache.training.input import Mix, Paste, Pastes
 
 ROWS, FROM = 4, [0, 0, 1, 1]
 """The stream has four rows, and the other's two are pasted into them."""

@@ -185,7 +185,7 @@ def test_terms_are_told_what_a_batch_lacks() -> None:
 def test_a_term_of_weight_0_needs_no_array() -> None:
     scene = Scene()
     criterion, batch = criterion_of(scene.width), replace(scene.batch(), arrays={})
-    for term in criterion._terms():
+    for term in criterion.further:
         term.weight = 0.0
     counts = criterion.counts(batch)
     assert [count.item() for count in counts.terms] == [0.0] * len(SPECS)

@@ -125,13 +125,13 @@ def test_a_compiled_sum_of_terms(distill_loss, device):
 def test_the_gradient_of_a_term_costs_nothing_where_it_is_not_asked_for(distill_loss, device, monkeypatch):
     """A step on the loss alone runs the kernels once; one on a term once more, and without the other term."""
     calls = []
-    original = library._computed
+    original = library.computed
 
     def record(problem, family):
         calls.append((problem.use_ce, problem.use_kl, problem.need_gradient))
         return original(problem, family)
 
-    monkeypatch.setattr(library, "_computed", record)
+    monkeypatch.setattr(library, "computed", record)
     z, y, target = make(device)
     distill_loss(z, y, target, **OPTIONS).loss.backward()
     assert calls == [(True, True, True)]
@@ -149,5 +149,6 @@ def test_opcheck_of_the_recomputed_gradient(backend):
         "temperature": 2.0, "label_smoothing": 0.0, "focal_gamma": 0.0,
         "ignore_index": 255, "distill_void": True, "align_corners": False, "need_gradient": True,
     }  # fmt: skip
-    values = dict(zip([f"target_{n}" for n in library._TARGET_TYPES], library.target_arguments(target), strict=True))
+    names = [name for name in library.LOSS_ARGUMENTS if name.startswith("target_")]
+    values = dict(zip(names, library.target_arguments(target), strict=True))
     torch.library.opcheck(library.distill_gradient, (backend.impl, *(problem | values).values()))

@@ -91,16 +91,15 @@ def test_the_table_is_whole_and_is_read_at_the_problem_or_below():
             assert len(ratios) == len(measured["pixels"])
             for pixels, ratio in zip(measured["pixels"], ratios, strict=True):
                 if ratio is not None:
-                    assert choice._prefers_torch(kind, classes, pixels) is (ratio >= choice.LEAST)
-                    assert choice._prefers_torch(kind, classes, pixels + 1) in (True, False)
-    assert not choice._prefers_torch("one cell", 1, 256)
-    assert choice._prefers_torch("one cell", 1000, 10**6)
-    assert choice._prefers_torch("1", 150, choice.MOST // 150)
-    assert not choice._prefers_torch("1", 150, choice.MOST // 150 + 1)
-    assert not choice._prefers_torch("3", 1000, 256)
+                    assert choice.torch_is_faster(kind, classes, pixels) is (ratio >= choice.LEAST)
+    assert not choice.torch_is_faster("one cell", 1, 256)
+    assert choice.torch_is_faster("one cell", 1000, 10**6)
+    assert choice.torch_is_faster("1", 150, choice.MOST // 150)
+    assert not choice.torch_is_faster("1", 150, choice.MOST // 150 + 1)
+    assert not choice.torch_is_faster("3", 1000, 256)
     largest = table["kinds"]["4"]["ratios"][-1]
     assert largest[-1] is None
-    assert not choice._prefers_torch("4", 5000, 10**9)
+    assert not choice.torch_is_faster("4", 5000, 10**9)
 
 
 @pytest.mark.parametrize("k", [1, 16, 63, 64])

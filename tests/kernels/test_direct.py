@@ -122,7 +122,7 @@ def test_forward_mode_raises():
 
 
 def test_numbers_become_tensors_once(monkeypatch):
-    monkeypatch.setattr(ops, "_CONSTANTS", {})
+    monkeypatch.setattr(ops, "CONSTANTS", {})
     cpu = torch.device("cpu")
     first = ops.constant(0.25, cpu, traced=False)
     assert ops.constant(0.25, cpu, traced=False) is first
@@ -135,7 +135,7 @@ def test_numbers_become_tensors_once(monkeypatch):
     assert ops.constant(0.75, cpu, traced=False).item() == 0.75
     for value in range(2 * ops.MOST_CONSTANTS):
         assert ops.constant(float(value), cpu, traced=False).item() == value
-    assert len(ops._CONSTANTS) == ops.MOST_CONSTANTS
+    assert len(ops.CONSTANTS) == ops.MOST_CONSTANTS
 
 
 def test_a_changed_input_is_noticed_in_the_backward():

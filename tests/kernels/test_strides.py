@@ -191,31 +191,31 @@ class TestOffsetsBeyond32Bits:
             tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
             problem = dataclasses.replace(self.problem(), **{name: tensor})
             if fits:
-                loss._check_offsets(problem)
+                loss.check_offsets(problem)
                 continue
             with pytest.raises(ShapeError, match=rf"(?s)One image of {name}.*2\^31.*{step}.*{name}\w*\.contiguous\(\)"):
-                loss._check_offsets(problem)
+                loss.check_offsets(problem)
 
     def test_strides_that_only_add_up_to_it(self):
         tensor = torch.empty_strided((1, 3, 4, 4), (0, 2**29, 2**28, 2**27), device="meta")
         with pytest.raises(ShapeError, match="spans too much memory"):
-            loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
+            loss.check_offsets(dataclasses.replace(self.problem(), student=tensor))
 
     def test_between_images_and_along_axes_of_one_element_any_stride_will_do(self):
         tensor = torch.empty_strided((5, 3, 4, 4), (2**40, 16, 4, 1), device="meta")
-        loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
+        loss.check_offsets(dataclasses.replace(self.problem(), student=tensor))
         tensor = torch.empty_strided((1, 3, 1, 4), (0, 4, 2**40, 1), device="meta")
-        loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
+        loss.check_offsets(dataclasses.replace(self.problem(), student=tensor))
 
     @pytest.mark.parametrize("side", [2**15, 2**15 - 1])
     def test_an_image_of_too_many_logits_is_refused_however_it_lies(self, side):
         student = torch.empty((1, 2, side, 2**15), device="meta").to(memory_format=torch.channels_last)
         problem = dataclasses.replace(self.problem(), student=student)
         if side * 2**16 < 2**31:
-            loss._check_offsets(problem)
+            loss.check_offsets(problem)
             return
         with pytest.raises(ShapeError, match=r"too many logits.*2\^31"):
-            loss._check_offsets(problem)
+            loss.check_offsets(problem)
         problem = dataclasses.replace(problem, student=student[:1, :1, :1, :1].expand(student.shape))
         with pytest.raises(ShapeError, match=r"too many logits.*2\^31"):
-            loss._check_offsets(problem)
+            loss.check_offsets(problem)

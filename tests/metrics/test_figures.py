@@ -1,4 +1,4 @@
-"""Names in pictures are text: no formula, nothing that no font has."""
+"""Names in pictures are text: no formula, nothing that no font has. Classes and mistakes have colours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from kdcache.metrics import figures
 from kdcache.metrics.figures import class_bars, dress, new_figure, panels, save_figure
 
 GREY = np.zeros((8, 8, 3), np.uint8)
@@ -55,3 +56,23 @@ def test_powers_on_an_axis_stay_formulas(tmp_path) -> None:
     axes.set_yscale("log")
     save_figure(figure, tmp_path / "a.png")
     assert any(text.get_parse_math() and "$" in text.get_text() for text in axes.get_yticklabels())
+
+
+def test_colours() -> None:
+    colours = [(1, 2, 3), (4, 5, 6)]
+    ids = np.array([[0, 1], [255, 1]], np.uint8)
+    assert figures.colour_ids(ids, colours).tolist() == [[[1, 2, 3], [4, 5, 6]], [list(figures.VOID_RGB), [4, 5, 6]]]
+    marked = figures.mark_wrong(np.zeros((2, 2, 3), np.uint8), ids, np.array([[0, 0], [0, 1]]))
+    assert marked.tolist() == [[[30] * 3, list(figures.WRONG_RGB)], [list(figures.VOID_RGB), [30] * 3]]
+
+
+def test_wrong_pixels_have_a_colour_of_their_own() -> None:
+    """Of Cityscapes and ADE20K, too, which have reds."""
+    assert figures.error_colour([]) == figures.error_colour([(0, 0, 0)]) == figures.WRONG_RGB
+    palettes = [
+        [(220, 20, 60), (255, 0, 0), (250, 170, 30)],
+        [figures.WRONG_RGB],
+        [(r, 0, 60) for r in range(0, 256, 8)],
+    ]
+    for palette in palettes:
+        assert np.abs(np.array(palette) - figures.error_colour(palette)).sum(1).min() > 40

@@ -182,7 +182,7 @@ def _written_as(monkeypatch: pytest.MonkeyPatch, answer: Any, free: tuple[int, .
         own = room.Deployed(deployed.model, raw=True)
         return free, lambda image: answer(own(image), image), ""
 
-    monkeypatch.setitem(room._WRITERS, "safetensors", written)
+    monkeypatch.setitem(room.WRITERS, "safetensors", written)
 
 
 def test_a_file_of_any_size_is_checked_at_another_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_a_file_that_answers_otherwise_is_not_left(
 
         return (0, 2, 3), run, ""
 
-    monkeypatch.setitem(room._WRITERS, name, written)
+    monkeypatch.setitem(room.WRITERS, name, written)
     with pytest.raises(ModelError):
         export_model(model, description, tmp_path / f"m{suffix}")
     assert list(tmp_path.iterdir()) == []

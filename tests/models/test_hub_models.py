@@ -19,8 +19,7 @@ from kdcache.heads import RegressionHead
 from kdcache.models import build_model, trusting
 from kdcache.models.foreign.hub_spec import parse_hub
 from kdcache.models.foreign.image_settings import image_settings
-from kdcache.teacher import load_teacher
-from kdcache.teacher.load.fingerprint import fingerprint
+from kdcache.teacher import fingerprint, load_teacher
 
 T = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, names, read, read_values, setting
 from kdcache.settings.building import BUILD, BuildSettings
-from kdcache.settings.parse import Size, TopK, Words
+from kdcache.settings.parse import Size, TopK, Words, parse_bytes
 from kdcache.settings.setting import REQUIRED
 from kdcache.settings.training import TRAINING, Loss
 from kdcache.teacher import BuildOptions
@@ -124,3 +124,11 @@ def test_the_models_are_those_of_the_tables() -> None:
     options = BuildOptions((32, 48))
     assert all(getattr(options, name) == entry.default for name, entry in entries(BuildSettings).items())
     assert Loss.temperature == config.loss.temperature
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("123", 123), ("50GiB", 50 * 2**30), ("200MB", 2 * 10**8), ("1.5k", 1500), ("2 tib", 2**41), ("7B", 7)],
+)  # fmt: skip
+def test_bytes_as_one_writes_them(text: str, count: int) -> None:
+    assert parse_bytes(text) == count

@@ -51,9 +51,9 @@ def encoded(monkeypatch) -> list[str]:
     import kdcache.store.writer as writer
 
     paths: list[str] = []
-    encode = writer._Encoder.encode
+    encode = writer.Encoder.encode
     monkeypatch.setattr(
-        writer._Encoder, "encode", lambda self, spec, *rest: paths.append(spec.path) or encode(self, spec, *rest)
+        writer.Encoder, "encode", lambda self, spec, *rest: paths.append(spec.path) or encode(self, spec, *rest)
     )
     return paths
 

@@ -17,8 +17,7 @@ from kdcache.errors import RecipeError
 from kdcache.metrics import evaluate_model
 from kdcache.models import build_model, state_digest
 from kdcache.models.run import load_run
-from kdcache.teacher import load_teacher
-from kdcache.teacher.load.fingerprint import fingerprint
+from kdcache.teacher import fingerprint, load_teacher
 from kdcache.training import Observer, make_config, train
 from kdcache.training.api import make_trainer
 from kdcache.training.distributed import World

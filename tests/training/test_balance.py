@@ -61,7 +61,7 @@ def first_step(trainer: Trainer) -> tuple[Any, Any]:
     batch = next_batch(batches)
     batches.close()
     trainer.model.train()
-    return trainer.eager._loss_inputs(batch), batch
+    return trainer.eager.loss_inputs(batch), batch
 
 
 @pytest.mark.parametrize("kind", ["fixed", "uncertainty"])

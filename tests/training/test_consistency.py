@@ -252,8 +252,8 @@ def test_pixels_that_another_stream_pasted_have_no_pseudo_label(base: dict[str, 
     rows[1]["paste-from"] = "l"
     trainer = begun(base | {"stream": rows}, tmp_path / "run")
     batch = next(iter(trainer_batches(trainer)))
-    labelled = trainer._weak(batch)
-    mixed = trainer.eager._mixed(labelled)
+    labelled = trainer.weak_view(batch)
+    mixed = trainer.eager.mixed(labelled)
     assert isinstance(mixed, StreamBatch)
     before, after = labelled.streams[1], mixed.streams[1]
     assert after.own is not None

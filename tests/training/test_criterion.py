@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from kdcache.models import build_model
 from kdcache.store import open_cache
-from kdcache.training import make_config, train
-from kdcache.training.criterion import channel_moments, tap_shapes
+from kdcache.training import CacheDataset, make_config, train
+from kdcache.training.criterion import channel_moments, label_counts, tap_shapes
 
 
 def test_a_look_at_the_taps_is_no_training(config, cache_path) -> None:
@@ -55,3 +55,8 @@ def test_a_run_with_standardised_features_resumes_to_the_bit(
     train(make_config(**settings, keep_every=2), tmp_path / "kept", resume=True)
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "kept"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_labels_are_counted_in_whole_images_only(make_cache: Callable[..., Path]) -> None:
+    one, three = (open_cache(make_cache(views=views, view_scale=(1.5, 3.0))) for views in (1, 3))
+    np.testing.assert_array_equal(label_counts(CacheDataset(three)), label_counts(CacheDataset(one)))

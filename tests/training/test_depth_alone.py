@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 
 from kdcache.data import ClassList, open_split
 from kdcache.errors import ModelError
 from kdcache.models import build_model, trusting
 from kdcache.models.export import export_model
 from kdcache.models.run import load_run, open_model
-from kdcache.models.weights import save_weights
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
 from kdcache.training import make_config, train
@@ -115,7 +115,7 @@ def test_a_head_is_at_random_where_neither_weights_nor_the_training_gave_it_valu
     assert untrained_heads(fresh, ("depth",)) == ("segmentation",)
     assert untrained_heads(fresh, ("segmentation",)) == ("depth",)
     assert untrained_heads(fresh, ()) == ("segmentation", "depth")  # features alone
-    save_weights(build_model("kdcache:tiny", 3), tmp_path / "classes.safetensors")
+    save_model(build_model("kdcache:tiny", 3), tmp_path / "classes.safetensors")
     begun = build_model("kdcache:tiny+depth", 3, weights=tmp_path / "classes.safetensors", strict_head=False)
     assert untrained_heads(begun, ("depth",)) == ()
     assert untrained_heads(begun, ("segmentation",)) == ("depth",)

@@ -642,7 +642,7 @@ _CORRUPT = (
     + "trainer.next_batch = fail(CorruptError('Damaged record 3: chunks are whole', fix='build'), 2)\n"
 )
 _FOREIGN = _FAILS + "real = trainer.next_batch\ntrainer.next_batch = fail(OSError('the cable is loose'), 2)\n"
-_UNREADABLE = _FAILS + "run._load = fail(DataError('Cannot read three.png', fix='look'))\n"
+_UNREADABLE = _FAILS + "run.render = fail(DataError('Cannot read three.png', fix='look'))\n"
 _FULL = _FAILS + "state.save_checkpoint = fail(StoreError('the disk has room', fix='free'))\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kdcache.data import Fold, folds_of, open_split, write_scenes
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, inspect_store, open_cache
 from kdcache.store.format.flags import pack_flags, unpack_flags
-from kdcache.store.format.manifest import parse_manifest
+from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.teacher_models import Training
 from kdcache.teacher import BuildOptions, build_cache, load_teacher, load_teachers
 from kdcache.training import Observer, make_config, train
@@ -302,13 +303,12 @@ def test_a_store_names_the_stores_that_its_teacher_learnt_from(
     orphan = child.model_copy(update={"teacher": child.teacher.model_copy(update={"parents": ()})})
     assert orphan.differences(child) == []
     assert "parents" not in orphan.to_json()["teacher"]
-    assert parse_manifest({"kdcache": orphan.to_json()}, "") == orphan
+    assert Manifest.model_validate_json(json.dumps(orphan.to_json())) == orphan
     assert ("parents", f"the teacher is a student of {seal[0]}") in inspect_store(tmp_path / "child").facts()
     for wrong in ("x" * 64, "0" * 63):
-        with pytest.raises(CorruptError, match="parents"):
-            parse_manifest(
-                {"kdcache": child.to_json() | {"teacher": child.to_json()["teacher"] | {"parents": [wrong]}}}, ""
-            )
+        content = child.to_json() | {"teacher": child.to_json()["teacher"] | {"parents": [wrong]}}
+        with pytest.raises(ValueError, match="parents"):
+            Manifest.model_validate_json(json.dumps(content))
 
 
 def test_a_teacher_of_one_stream_has_the_fold_of_that(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def changed(settings: dict[str, Any], old: str, new: str) -> dict[str, Any]:
 def first_batch(trainer: Trainer) -> StreamBatch:
     """The first batch after pasting."""
     with_errors = feed_streams(trainer.streams, trainer.device, first=0, last=1, workers=0)
-    batch = trainer.eager._mixed(next_batch(with_errors))
+    batch = trainer.eager.mixed(next_batch(with_errors))
     assert isinstance(batch, StreamBatch)
     return batch
 

@@ -100,13 +100,13 @@ def test_a_target_without_a_confident_pixel_is_refused_beside_labels_of_another(
 def test_every_sample_is_counted_once(cache: Cache, pseudo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the estimate are not counted again when all samples are searched for a confident pixel."""
     monkeypatch.setattr(pseudo_labels, "LOOKED_AT", 2)
-    counts = pseudo_labels._counts(cache, cache, range(cache.manifest.dataset.samples))
+    counts = pseudo_labels.count_confidences(cache, cache, range(cache.manifest.dataset.samples))
     (note,) = pseudo_notes(pseudo(0.9999), CacheDataset(cache))
     totals = []
-    none_found = pseudo_labels._none_found
+    none_found = pseudo_labels.none_confident
     monkeypatch.setattr(
         pseudo_labels,
-        "_none_found",
+        "none_confident",
         lambda cache, threshold, own: totals.append(own.predicted_CV) or none_found(cache, threshold, own),
     )
     assert list(pseudo_notes(pseudo(0.9999), CacheDataset(cache))) == [note]

@@ -364,9 +364,9 @@ def test_a_full_disk_at_the_log_leaves_a_run_that_goes_on(
 
     def small(self: MetricsLog, folder: Path, step: int) -> None:
         own(self, folder, step)
-        self._file.close()
+        self.file.close()
         _Full.room = room
-        self._file = _Full(folder / "metrics.jsonl", "ab")
+        self.file = _Full(folder / "metrics.jsonl", "ab")
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "__init__", small)
@@ -388,7 +388,7 @@ def test_a_full_disk_at_any_file_leaves_a_run_that_goes_on(
     """Every file of a run is synced under another name before it gets its own: there the disk is full."""
     settings, whole = finished
     run = tmp_path / "new"
-    own = files._sync
+    own = files.sync
 
     def full(path: Path) -> None:
         if path.name == f".{name}.partial":
@@ -397,7 +397,7 @@ def test_a_full_disk_at_any_file_leaves_a_run_that_goes_on(
         own(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_sync", full)
+        patch.setattr(files, "sync", full)
         with pytest.raises(StoreError, match="No space left"):
             go(settings, run)
     assert not list(run.glob(".*"))
@@ -534,3 +534,18 @@ def test_lines_after_the_checkpoint_are_forgotten(
         file.write('{"kind": "train", "step": 7, "loss": 1.0}\n')
     go(settings, run, resume=True)
     assert read_metrics(run) == before
+
+
+@pytest.mark.parametrize("step", ["1e999", "9" * 5000, "[" * 100_000 + "]" * 100_000, "null"])
+def test_a_line_whose_step_is_no_number_is_left_out(tmp_path: Path, step: str) -> None:
+    good = '{"kind": "train", "step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(f'{{"kind": "train", "step": {step}}}\n{good}')
+    MetricsLog(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == good
+
+
+def test_no_endless_log_is_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    os.truncate(tmp_path / "metrics.jsonl", 2**34)
+    with pytest.raises(RecipeError, match=r"metrics\.jsonl: 17179869184 bytes"):
+        MetricsLog(tmp_path, 2)

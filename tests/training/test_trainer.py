@@ -276,11 +276,11 @@ def test_losses_not_yet_looked_at_are_checked_before_a_checkpoint(
     """As on a GPU, where a look at every loss would stall the queue."""
 
     class Late(Trainer):
-        def _one_step(self, *arguments: Any) -> None:
-            watch = self._watch
+        def one_step(self, *arguments: Any) -> None:
+            watch = self.watch
             check, watch.check_finite = watch.check_finite, lambda: []  # type: ignore[method-assign]
             try:
-                super()._one_step(*arguments)
+                super().one_step(*arguments)
             finally:
                 watch.check_finite = check  # type: ignore[method-assign]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.data import open_split
 from kdcache.models import build_model
 from kdcache.training import Observer, TrainConfig
-from kdcache.training.api import _validator
+from kdcache.training.api import make_validator
 from kdcache.training.distributed import Agreement, World
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_several_processes_validate_what_one_would(config: Callable[..., TrainCo
     model = build_model("kdcache:tiny", len(val.classes))
 
     def validate(world: World) -> dict[str, object]:
-        metrics = _validator(val, settings, CPU, Observer(), world)(model)
+        metrics = make_validator(val, settings, CPU, Observer(), world)(model)
         return dict(metrics.to_json())
 
     parts: list[Tensor] = []

@@ -207,7 +207,7 @@ def test_scores_choose_the_best_weights_and_halve_the_rate(
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return SimpleNamespace(miou=scores[len(states) - 1], to_json=dict)
 
-    monkeypatch.setattr(api, "_validator", lambda *_: validate)
+    monkeypatch.setattr(api, "make_validator", lambda *_: validate)
     monkeypatch.setattr("kdcache.training.trainer.outcome", lambda _: None)
     settings = student | {"schedule": "plateau", "lr": 0.01, "iterations": 9, "val_every": 1}
     result = train(make_config(**settings), tmp_path)

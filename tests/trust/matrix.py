@@ -15,21 +15,18 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 
-from kdcache.data.layouts.file_split import FileSplit
-from kdcache.data.sample import Pixels
 from kdcache.errors import KDCacheError
 from kdcache.sweep import Job, Watcher, plan_sweep, read_recipe, run_jobs
-from kdcache.teacher.build import manifest
 from kdcache.training import Interrupted, Observer, make_config, train
-from kdcache.verbs import build_parts
 from kdcache_cli.app import app, main
 from kdcache_cli.console import ERRORS, OUT
 from kdcache_cli.verbs.sweep import flags_of
@@ -365,14 +362,15 @@ def teacher_retrained(_: pytest.MonkeyPatch) -> None:
 
 def library_upgraded(patch: pytest.MonkeyPatch) -> None:
     """Let another Pillow decode each image otherwise by one grey level, from equal files."""
-    read, named = FileSplit.image, manifest.libraries()
+    turned, version = ImageOps.exif_transpose, metadata.version
 
-    def image(split: FileSplit, index: int) -> Pixels:
-        return read(split, index) ^ np.uint8(1)
+    def otherwise(image: Image.Image, *, in_place: bool) -> None:
+        turned(image, in_place=in_place)
+        if image.mode == "RGB":
+            image.paste(Image.fromarray(np.asarray(image) ^ np.uint8(1)))
 
-    patch.setattr(FileSplit, "image", image)
-    for module in (manifest, build_parts):
-        patch.setattr(module, "libraries", lambda: named | {"pillow": "99.1"})
+    patch.setattr(ImageOps, "exif_transpose", otherwise)
+    patch.setattr(metadata, "version", lambda name: "99.1" if name == "pillow" else version(name))
 
 
 def val_changed(_: pytest.MonkeyPatch) -> None:

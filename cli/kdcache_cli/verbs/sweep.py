@@ -122,7 +122,7 @@ def do_sweep(
     _check_code(planned, recipe)
     if planned.sources:
         check_data(planned)
-    runner = runner or (_InProcess(verbs) if parallel == 1 else _Apart(planned, parallel))
+    runner = runner or (InProcess(verbs) if parallel == 1 else Apart(planned, parallel))
     run_jobs(planned, runner, parallel=parallel, watcher=_watcher())
     _show(planned)
 
@@ -180,7 +180,7 @@ def flags_of(group: Any) -> dict[str, set[str]]:
     }
 
 
-class _InProcess:
+class InProcess:
     """Each job in this process, as a call of its verb."""
 
     def __init__(self, group: Any) -> None:
@@ -190,7 +190,7 @@ class _InProcess:
         self._group(args=list(job.next_words), standalone_mode=False)
 
 
-class _Apart:
+class Apart:
     """Each job in a process of its own, with its share of the cores, one of the GPUs and its output in a log."""
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:

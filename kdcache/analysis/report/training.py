@@ -13,10 +13,8 @@ from kdcache.analysis.curves import Curves, Points, read_curves
 from kdcache.analysis.report.charts import Line, line_chart
 from kdcache.analysis.report.render import number, render, row_class
 from kdcache.analysis.runs import Entry
-from kdcache.run_folder import Run
+from kdcache.run_folder import LITTLE, MUCH, Run
 
-LITTLE, MUCH = 0.01, 10.0
-"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
 _LOWEST, _HIGHEST = 1e-3, 1e3
 _DEPTH = {
     "depth_rmse": "Validation rmse of depth",

@@ -145,7 +145,7 @@ def _worst(errors: Sequence[float]) -> float:
 
 
 def _judge(point: Point, device: torch.device, impl: str) -> Judged:
-    student, arguments = _draw(point, device)
+    student, arguments = draw(point, device)
     T, (height, width) = point.temperature, STRIDES[point.stride]
     scale = float(2 ** round(math.log2(BATCH * height * width)))  # near the number of pixels
     rounded = student.to(DTYPES[point.dtype])
@@ -164,7 +164,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 
 def launch(point: Point, device: torch.device) -> None:
     """Call what a check of a point calls of the implementation, and look at nothing."""
-    student, arguments = _draw(point, device)
+    student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)
 
 
@@ -175,7 +175,7 @@ def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str,
     return loss, torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
 
 
-def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+def draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
     """The student's logits in float32 and the other arguments of the loss, drawn on the CPU."""
     C, size = point.num_classes, STRIDES[point.stride]
     generator = torch.Generator().manual_seed(1000 * C + len(point.window))

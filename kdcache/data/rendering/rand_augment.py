@@ -41,8 +41,8 @@ class RandAugment:
     def __call__(self, rng: np.random.Generator, pixels_HW3: Pixels) -> Pixels:
         """Apply the operations to uint8 (H, W, 3), reading one word of `rng` for each."""
         picture = Image.fromarray(pixels_HW3)
-        for number in rng.integers(2 * len(_OPERATIONS), size=self.operations).tolist():
-            change, strength, signed = _OPERATIONS[number // 2]
+        for number in rng.integers(2 * len(OPERATIONS), size=self.operations).tolist():
+            change, strength, signed = OPERATIONS[number // 2]
             value = strength(self.magnitude / (BINS - 1))
             picture = change(picture, -value if signed and number % 2 else value)
         return np.array(picture)
@@ -56,7 +56,7 @@ def _factor(share: float) -> float:
     return 0.9 * share
 
 
-_OPERATIONS: tuple[tuple[_Operation, Callable[[float], float], bool], ...] = (
+OPERATIONS: tuple[tuple[_Operation, Callable[[float], float], bool], ...] = (
     (lambda picture, _: picture, _factor, False),
     (_enhance(ImageEnhance.Brightness), _factor, True),
     (_enhance(ImageEnhance.Color), _factor, True),

@@ -171,7 +171,7 @@ class ScenesSplit(Split):
     def _sample(self, index: int) -> tuple[Any, ...]:
         spec, index = self.spec, range(len(self))[index]
         depth = spec.depth != "none"
-        return _CACHE.get(spec.height, spec.width, spec.seed, self.split, index, depth=depth, style=spec.style)
+        return SCENES.get(spec.height, spec.width, spec.seed, self.split, index, depth=depth, style=spec.style)
 
 
 def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -211,13 +211,13 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
     return root
 
 
-class _Cache:
+class SceneCache:
     """Drawn samples of this process, with least recently used eviction. Safe to share between threads."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held_bytes = 0
-        self._samples: OrderedDict[tuple[int, int, int, str, int, bool, str], tuple[Any, ...]] = OrderedDict()
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self.samples: OrderedDict[tuple[int, int, int, str, int, bool, str], tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(
@@ -234,25 +234,25 @@ class _Cache:
         """Return pixels and label of a sample, and with `depth` its depth, which takes twice the memory."""
         key = (height, width, seed, split, index, depth, style)
         with self._lock:
-            if key in self._samples:
-                self._samples.move_to_end(key)
-                return self._samples[key]
+            if key in self.samples:
+                self.samples.move_to_end(key)
+                return self.samples[key]
         # Drawn outside the lock; two threads may draw the same sample once each, to the same result.
         # A style has streets of its own, or two domains would show the same ones.
         name = split if style == "default" else f"{split}-{style}"
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
         sample = draw_street(rng, height, width, STYLES[style])[: 3 if depth else 2]
         with self._lock:
-            if key not in self._samples:
-                self._samples[key] = sample
-                self._held_bytes += sum(array.nbytes for array in sample)
-            while self._held_bytes > self._limit_bytes and len(self._samples) > 1:
-                _, oldest = self._samples.popitem(last=False)
-                self._held_bytes -= sum(array.nbytes for array in oldest)
+            if key not in self.samples:
+                self.samples[key] = sample
+                self.held_bytes += sum(array.nbytes for array in sample)
+            while self.held_bytes > self.limit_bytes and len(self.samples) > 1:
+                _, oldest = self.samples.popitem(last=False)
+                self.held_bytes -= sum(array.nbytes for array in oldest)
         return sample
 
 
-_CACHE = _Cache(CACHE_BYTES)
+SCENES = SceneCache(CACHE_BYTES)
 
 
 def _malformed(data: str, what: str) -> DataError:

@@ -30,7 +30,7 @@ class _Size:
 
 
 _NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
-_SIZES = {
+SIZES = {
     "b0": _Size(_NARROW, (2, 2, 2, 2), 256),
     "b1": _Size(_WIDE, (2, 2, 2, 2), 256),
     "b2": _Size(_WIDE, (3, 4, 6, 3), 768),
@@ -38,7 +38,7 @@ _SIZES = {
     "b4": _Size(_WIDE, (3, 8, 27, 3), 768),
     "b5": _Size(_WIDE, (3, 6, 40, 3), 768),
 }
-NAMES = tuple(_SIZES)
+NAMES = tuple(SIZES)
 _STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 # Names in transformers 5 -> names in the published files, in this order.
@@ -125,7 +125,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
     """
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-    size = _SIZES[name]
+    size = SIZES[name]
     settings: dict[str, Any] = {
         "hidden_sizes": size.widths,
         "depths": size.depths,

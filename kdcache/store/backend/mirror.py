@@ -29,7 +29,7 @@ _FOLDER = "mirrors"
 _LOCKS = ".locks"
 _STRIPES = 64  # locks of files that are being fetched
 _KEPT = 0.9  # of what could stay, when room is made: not a round of it for each new file
-_WAIT_SECONDS = 0.05  # for others that are fetching what takes the room
+WAIT_SECONDS = 0.05  # for others that are fetching what takes the room
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Mirror:
                     file = partial.open("w+b")
                     file.truncate(size)
                     break
-            time.sleep(_WAIT_SECONDS)
+            time.sleep(WAIT_SECONDS)
         try:
             with file:
                 yield file

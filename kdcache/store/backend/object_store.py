@@ -47,7 +47,7 @@ BACKOFF: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120), "backoff": BACKOFF}
 CLIENT: Any = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 _FEW = 4  # files that are requested one by one; more are listed with the whole store
-_CHUNK_BYTES = 2**23
+CHUNK_BYTES = 2**23
 _BUSY = re.compile(r"\b(429|5\d\d) [A-Z]|status code: (429|5\d\d)|SlowDown|InternalError")
 _MD5 = re.compile('"?([0-9a-f]{32})"?')
 """An ETag that is the MD5 of its object, unless the server encrypts with keys of its own (SSE-KMS)."""
@@ -190,7 +190,7 @@ class Bucket(Place):
             raise ValueError(f"{size} bytes are more than the {most} that it may have")
         file.seek(0)
         sink = hashlib.sha256()
-        for part in result.stream(min_chunk_size=_CHUNK_BYTES):
+        for part in result.stream(min_chunk_size=CHUNK_BYTES):
             sink.update(part)
             file.write(part)
         file.truncate()
@@ -218,7 +218,7 @@ class Bucket(Place):
         if len(wanted) <= _FEW:
             yield from map(self._size, wanted)
             return
-        listed = dict(self._listed())
+        listed = dict(self.listing())
         yield from map(listed.get, wanted)
 
     def _size(self, key: str) -> int | None:
@@ -227,14 +227,14 @@ class Bucket(Place):
         except FileNotFoundError:
             return None
 
-    def _listed(self) -> Iterator[tuple[str, int]]:
+    def listing(self) -> Iterator[tuple[str, int]]:
         """Yield the key and the size in bytes of every object of the store."""
         for page in self._ask("", lambda: list(obstore.list(self._client, chunk_size=1000))):
             yield from ((meta["path"], meta["size"]) for meta in page)
 
     def digest(self, key: str) -> str | None:
         """Download an object to compute its SHA-256, or return None if it is missing."""
-        with tempfile.SpooledTemporaryFile(_CHUNK_BYTES) as file:
+        with tempfile.SpooledTemporaryFile(CHUNK_BYTES) as file:
             try:
                 return self._fetch(key, file)
             except FileNotFoundError:
@@ -258,7 +258,7 @@ class Bucket(Place):
         if self._size("zarr.json") is not None:
             return
         present = set[str]()
-        for key, _ in self._listed():
+        for key, _ in self.listing():
             if key == "zarr.json":  # just now
                 return
             if key not in files or self.read(key) != files[key]:

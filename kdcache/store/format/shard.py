@@ -69,7 +69,7 @@ class ShardArray:
         self._layout = layout = read_layout(self.path)
         self.shape, self.dtype = layout.shape, layout.dtype
         self._decode = _DECODERS.get(layout.compressor)  # None: the bytes are the record
-        self._shards: dict[int, _Shard] = {}
+        self.shards: dict[int, _Shard] = {}
         self._last: tuple[int, Array] | None = None  # number of a chunk of several records, and these
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class ShardArray:
     def bytes_of(self, record: int) -> float:
         """Return the bytes of a record on disk, its share of the chunk. Raises: as `read_into`."""
         number, chunk = divmod(record // self._layout.chunk_rows, self._layout.shard_chunks)
-        shard = self._shards.get(number) or self._open(number)[0]
+        shard = self.shards.get(number) or self._open(number)[0]
         size: int = _ENTRY.unpack_from(shard.index, 16 * chunk)[1]
         return size / self._layout.chunk_rows
 
@@ -123,7 +123,7 @@ class ShardArray:
     def _read_chunk(self, counted: int, out: Array) -> None:
         """Decode a chunk, counted over the whole array."""
         number, chunk = divmod(counted, self._layout.shard_chunks)
-        shard = self._shards.get(number)
+        shard = self.shards.get(number)
         # Held by this name, a file stays open when another thread makes room for its own.
         file = None if shard is None else shard.file
         if shard is None or file is None:
@@ -159,7 +159,7 @@ class ShardArray:
             file, ends = _File(opened[0]), opened[1]
             status = os.fstat(file.handle)
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            shard = self._shards.get(number)
+            shard = self.shards.get(number)
             if shard is None or shard.identity != identity:
                 index = _read_index(file.handle, status.st_size, self._layout, number)
                 if ends and len(ends) != self._layout.crc_bytes * self._layout.used_chunks(number):
@@ -168,7 +168,7 @@ class ShardArray:
         except (ValueError, OSError) as error:
             raise unreadable(name, "the shard cannot be opened", error) from error
         shard.file = file
-        self._shards[number] = shard
+        self.shards[number] = shard
         _keep_open(shard)
         return shard, file
 
@@ -208,17 +208,17 @@ class _Shard:
 
 
 _DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-_MOST_OPEN = 4096 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, min(4096, _DESCRIPTORS // 4))
+MOST_OPEN = 4096 if _DESCRIPTORS == resource.RLIM_INFINITY else max(16, min(4096, _DESCRIPTORS // 4))
 _opened: deque[weakref.ref[_Shard]] = deque()
 
 
 def _keep_open(shard: _Shard) -> None:
-    """Keep at most `_MOST_OPEN` shards open in this process by closing the one opened first.
+    """Keep at most `MOST_OPEN` shards open in this process by closing the one opened first.
 
     In random order this hits as often as least-recently-used, and reads need no bookkeeping.
     """
     _opened.append(weakref.ref(shard))
-    while len(_opened) > _MOST_OPEN:
+    while len(_opened) > MOST_OPEN:
         with suppress(IndexError):  # another thread was faster
             first = _opened.popleft()()
             if first is not None:

@@ -94,7 +94,7 @@ def export_pseudo_labels(
     _check_views(cache)
     dataset = cache.manifest.dataset
     classes = ClassList(dataset.class_names, dataset.class_colours)
-    files = [_file(sample) for sample in cache.ids]
+    files = [label_file(sample) for sample in cache.ids]
     _check_out(out, settings := _settings(cache, rule))
     counts = ConfidenceCounts(len(classes))
     for whole in _with_progress(read_wholes(records), "counting confidences", len(files), progress):
@@ -178,8 +178,8 @@ def _check_out(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _file(sample: str) -> PurePosixPath:
-    """An id as a path. It comes from the store: it must not lead out of the folder."""
+def label_file(sample: str) -> PurePosixPath:
+    """Return the file of a sample's label below the folder. Raises: CorruptError for an id that leads out of it."""
     path = PurePosixPath(sample + ".png")
     if path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(sample) or sample.endswith("/") or not sample:
         raise CorruptError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.store import Codec, Fidelity, round_targets
 from kdcache_kernels import LOGIT_LIMIT, densify, pack
 
-_BAND_NUMBERS = 2_000_000  # of a band of rows of the view, all classes: 16 MB in float64
+BAND_NUMBERS = 2_000_000  # of a band of rows of the view, all classes: 16 MB in float64
 
 
 @torch.inference_mode()
@@ -37,7 +37,7 @@ def measure_fidelity(
         for exact_CbW, stored_CbW in zip(
             _bands(exact_Chw, size, align_corners), _bands(stored_Chw, size, align_corners), strict=True
         ):
-            kl_t1_bW, kl_t4_bW = _kl(exact_CbW, stored_CbW)
+            kl_t1_bW, kl_t4_bW = kl_of_pixels(exact_CbW, stored_CbW)
             agreeing_bW = exact_CbW.argmax(0) == stored_CbW.argmax(0)
             means += torch.stack([kl_t1_bW.sum(), kl_t4_bW.sum(), agreeing_bW.sum()]).cpu()
             worst = max(worst, float(kl_t1_bW.max()))
@@ -65,14 +65,14 @@ def _bands(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Iterato
     (H, W), (C, h, _) = size, x_Chw.shape
     row_H = torch.arange(H, dtype=torch.float64, device=x_Chw.device)
     at_H = row_H * (h - 1) / max(H - 1, 1) if align_corners else (row_H + 0.5) * h / H - 0.5
-    for at_b in torch.split(at_H.clamp(0, h - 1), max(1, _BAND_NUMBERS // (C * W))):
+    for at_b in torch.split(at_H.clamp(0, h - 1), max(1, BAND_NUMBERS // (C * W))):
         above_b = at_b.long()
         below_b = (above_b + 1).clamp(max=h - 1)
         band_Cbw = torch.lerp(x_Chw[:, above_b].double(), x_Chw[:, below_b].double(), (at_b - above_b)[:, None])
         yield F.interpolate(band_Cbw[None], (len(at_b), W), mode="bilinear", align_corners=align_corners)[0]
 
 
-def _kl(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
+def kl_of_pixels(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
     """KL(exact || stored) in nats per pixel, at T = 1 and at T = 4."""
     exact_CbW, stored_CbW = (x - x.amax(0) for x in (exact_CbW, stored_CbW))
     excess_CbW = exact_CbW - stored_CbW

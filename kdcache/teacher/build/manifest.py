@@ -42,7 +42,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
     features, lost = _features(probe, output)
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        created_by=f"kdcache {_version('kdcache')}",
+        created_by=f"kdcache {version_of('kdcache')}",
         records=len(split) * options.views,
         dataset=Dataset(
             name=Path(split.data).resolve().name,  # not the path, which is private and may change
@@ -100,7 +100,7 @@ def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature],
 def libraries() -> dict[str, str]:
     """The versions here of what a record's bytes depend on, by name."""
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **{name: _version(name) for name in ("torch", "pillow", "zarr", "numcodecs")}}
+    return {"python": python, **{name: version_of(name) for name in ("torch", "pillow", "zarr", "numcodecs")}}
 
 
 def _depth(probe: TeacherProbe) -> DepthLabels | None:
@@ -181,7 +181,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -200,7 +200,7 @@ class _ShardTeacher:
     def _load(self) -> None:
         task, node = self._task, socket.gethostname()
         manifest = Manifest.model_validate_json(task.manifest)
-        _check_libraries(manifest, node)
+        check_libraries(manifest, node)
         try:
             os.chdir(task.folder)
             torch.set_num_threads(manifest.build.threads)
@@ -229,7 +229,8 @@ def _actor_class(ray: Any) -> type:
     return ShardTeacher
 
 
-def _check_libraries(manifest: Manifest, node: str) -> None:
+def check_libraries(manifest: Manifest, node: str) -> None:
+    """Compare the libraries of this node with those of the build. Raises: MismatchError if they differ."""
     here, begun = libraries(), manifest.build.libraries
     others = [
         f"{name} {here.get(name)} (the store: {version})"

@@ -75,7 +75,7 @@ class Trial:
         if others:
             few = replace(self._options, features=others, statistics=())
             self._more, _ = self._build("and further taps", min(_TAP_RECORDS, samples), few)
-        self._rewritten = remember(self._rewrite)
+        self._rewritten = remember(self.rewrite)
 
     def sizes(
         self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs = "fp16"
@@ -143,7 +143,7 @@ class Trial:
     def _path(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> Path:
         return cache.path.with_name(f"{cache.path.name}-{k}-{codec}-{dtype}")
 
-    def _rewrite(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> tuple[Sizes, float]:
+    def rewrite(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> tuple[Sizes, float]:
         """Sizes of the store with k classes, a codec and a type of features, and the seconds that writing it took.
 
         Args:

@@ -14,3 +14,7 @@ ring_buffer.py        buffers used again, and threads that draw into them
 shard_prefetch.py     shards of a remote store, fetched before they are needed
 device_prefetch.py    the way of a batch to the device
 """
+
+from kdcache.training.input.mix import Mix, Paste, Pastes
+
+__all__ = ["Mix", "Paste", "Pastes"]

@@ -39,7 +39,7 @@ def feed(
     """
     batches = iter(loader)  # here, not at the first batch: a DataLoader takes a number from torch's generator
     if device.type == "cuda":
-        return _over_side_stream(batches, device, targets)
+        return feed_over_side_stream(batches, device, targets)
     return _as_they_come(batches, device, targets)
 
 
@@ -57,9 +57,10 @@ def _as_they_come(
                 yield slot.batch
 
 
-def _over_side_stream(
+def feed_over_side_stream(
     batches: Iterator[Drawn], device: torch.device, targets: DeviceTargets | None
 ) -> Generator[Drawn, None, None]:
+    """Yield batches on the device, each copied while the step before it computes."""
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     slots: Iterator[_Slot] | None = None
     with _closing(batches):

@@ -23,7 +23,7 @@ from kdcache.store import Cache
 from kdcache.training.input.dataset import DrawnDataset
 from kdcache.training.input.resident_records import DeviceTargets, RamRecords, decoded_bytes
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def keep_records(
@@ -71,8 +71,8 @@ def free_bytes() -> int:
     """Return the free bytes of the system, or of this process's control group, including reclaimable file cache."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
-        limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
         files = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
         free = min(free, limit - used + files)
     return max(0, free)

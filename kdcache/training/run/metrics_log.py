@@ -121,18 +121,18 @@ class MetricsLog:
         self._run = run
         with disk_space_errors(run):
             write_whole(path, "".join(f"{line}\n" for line in lines_before))
-            self._file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
+            self.file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a line of this kind with the step and its values. Raises: StoreError for a full disk."""
         line = json.dumps({"kind": kind, "step": step, **_finite(values)}).encode() + b"\n"
         with disk_space_errors(self._run):
             while line:  # a disk that is nearly full takes a part of it, and nothing the next time
-                line = line[self._file.write(line) :]
+                line = line[self.file.write(line) :]
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from torch import Tensor
 from kdcache.errors import MismatchError, ModelError
 from kdcache.heads import DEPTH
 from kdcache.metrics import Metrics, at_chance
+from kdcache.run_folder import LITTLE, MUCH
 from kdcache.store import Cache
 from kdcache.training.distributed import World
 
-LITTLE, MUCH = 0.01, 10.0
-"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a note."""
 MUCH_AT_FIRST = 100.0
-"""The upper bound at the first step: there `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
+"""What `MUCH` is at the first step: there `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
 STARVING = 0.1
 """The norm of a task's gradient, beside the other task's, below which it starves, if it is so at two looks running."""
 WON, WON_LOOKS = 0.01, 10

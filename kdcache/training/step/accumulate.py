@@ -49,7 +49,7 @@ class AccumulatedStep(EagerStep):
 
     def held(self, batch: AnyBatch) -> AnyBatch:
         """Return the first part of a batch, the most that goes through the model at once."""
-        return self._part(batch, 0)
+        return self.part_of(batch, 0)
 
     def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor | None]] | None) -> Tensor:
         """Take the step, and add each term's gradient to `total` unless that is None."""
@@ -57,7 +57,7 @@ class AccumulatedStep(EagerStep):
         counts = self._shared_counts(whole)
         for number in range(self._parts):
             with self._alone() if number + 1 < self._parts else nullcontext():
-                inputs = self._loss_inputs(self._part(whole, number), counts)
+                inputs = self.loss_inputs(self.part_of(whole, number), counts)
                 if total is not None:
                     add_gradients(total, self._term_gradients(inputs), self._parts)
                 losses = criterion(*inputs)
@@ -66,13 +66,14 @@ class AccumulatedStep(EagerStep):
         self._update()
         return torch.stack(rows).mean(0)
 
-    def _part(self, batch: AnyBatch, number: int) -> AnyBatch:
+    def part_of(self, batch: AnyBatch, number: int) -> AnyBatch:
+        """Return a part of a batch by its number."""
         size = len(batch) // self._parts
         return batch.rows(size, number * size)
 
     def _shared_counts(self, whole: AnyBatch) -> Any:
         """Return the denominators of every part's loss: the mean over the parts, and over the processes."""
-        parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
+        parts = [self.mixed(self.part_of(whole, number)) for number in range(self._parts)]
         counts = Denominators.mean([self._count(part) for part in parts])
         return counts if self.average is None else counts.averaged(self.average)
 

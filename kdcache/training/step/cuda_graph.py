@@ -68,7 +68,7 @@ def warm_up(run: Callable[[], Tensor]) -> None:
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 run()
-            with _refused_synchronisation():
+            with refused_synchronisation():
                 run()
     finally:
         torch.cuda.current_stream().wait_stream(side)
@@ -95,7 +95,7 @@ def _fits(batch: AnyBatch, static: AnyBatch) -> bool:
 
 
 @contextmanager
-def _refused_synchronisation() -> Iterator[None]:
+def refused_synchronisation() -> Iterator[None]:
     """Make operations that wait for the device raise a RuntimeError, in a with block."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -72,7 +72,7 @@ class EagerStep:
 
     def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
         """Take the same step, and also return the norms of each weighted term's and task's gradient."""
-        inputs = self._loss_inputs(self.to_device(batch))
+        inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))
         return self.learn(self.criterion(*inputs)), norms
 
@@ -96,14 +96,14 @@ class EagerStep:
 
     def forward(self, batch: AnyBatch) -> Any:
         """Return the losses of a batch on the device, `Losses` or `StreamLosses`. The first is differentiable."""
-        return self.criterion(*self._loss_inputs(batch))
+        return self.criterion(*self.loss_inputs(batch))
 
-    def _loss_inputs(self, batch: AnyBatch, counts: Any = None) -> LossInputs:
+    def loss_inputs(self, batch: AnyBatch, counts: Any = None) -> LossInputs:
         """Return the inputs of the loss: the model's outputs, and the batch that they are compared with.
 
         `counts` are the denominators of the larger batch that this is a part of, or None for a whole batch.
         """
-        batch = self._mixed(batch)
+        batch = self.mixed(batch)
         assert batch.pixels is not None
         x_B3HW = self.model.normalise(batch.pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
@@ -117,7 +117,7 @@ class EagerStep:
     def _count(self, batch: AnyBatch) -> Any:
         return self.criterion.counts(batch)  # type: ignore[arg-type] # both are of one stream, or of several
 
-    def _mixed(self, batch: AnyBatch) -> AnyBatch:
+    def mixed(self, batch: AnyBatch) -> AnyBatch:
         """Return the batch after pasting."""
         return batch if self._mix is None else self._mix(batch)
 
@@ -145,7 +145,7 @@ class EagerStep:
     def attempt(self, batch: AnyBatch, norms: bool) -> None:
         """Rehearse a step on a batch that goes through the model at once, to see whether it fits into memory."""
         with self.rehearsal():
-            inputs = self._loss_inputs(self.to_device(batch))
+            inputs = self.loss_inputs(self.to_device(batch))
             if norms:
                 list(self._term_gradients(inputs))
             self.learn(self.criterion(*inputs))

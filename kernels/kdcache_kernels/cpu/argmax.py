@@ -90,7 +90,7 @@ def _sum_exponentials(block, largest, total):
 
 
 @exact_kernel
-def _argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
+def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
     """Do the label rows `first` to `last`. logits (B, C, h, w), lost (B, h, w)."""
     _, num_classes, _, w = logits.shape
     H, W = argmax.shape[1:]
@@ -136,7 +136,7 @@ def argmax_confidence(
         usable_Bhw = (lowest_Bhw >= -_USABLE) & (highest_Bhw <= _USABLE)
         positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)
         run(
-            _argmax_tasks,
+            argmax_tasks,
             B * size[0],
             *(logits_BChw.numpy(), (~usable_Bhw).numpy()),
             _Taps.of(positions.y, target.view_size[0], h, target.align_corners),

@@ -105,7 +105,7 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
     """Yield the ways to lay out the columns, the fastest first."""
     for for_cells in (True, False):
         if window_B4 is None and flip_B is None:
-            plan = _plan_of_whole_view(geometry, for_cells)
+            plan = plan_of_whole_view(geometry, for_cells)
         else:
             plan = _plan(geometry, for_cells, window_B4, flip_B)
         if plan is not None:
@@ -113,7 +113,8 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
 
 
 @lru_cache(maxsize=32)
-def _plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
+def plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
+    """Return the plan of a problem without windows, which is made once."""
     return _plan(geometry, for_cells, None, None)
 
 

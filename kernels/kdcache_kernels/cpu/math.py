@@ -39,7 +39,7 @@ _SOURCES = digest_of("cpu/**/*.py", "topk.py")
 """All files whose functions or constants enter the machine code; `topk.py` has a limit of logits."""
 
 
-class _Cache(FunctionCache):
+class KernelCache(FunctionCache):
     """numba's cache on disk, valid until any source changes; what cannot be read or kept is compiled again.
 
     numba itself watches only the file of the function, and would go on with old copies of what it calls.
@@ -91,7 +91,7 @@ def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> A
     """
     dispatcher = njit(**options)(function)
     with suppress(RuntimeError):  # a read-only install and an unwritable home
-        dispatcher._cache = _Cache(function)
+        dispatcher._cache = KernelCache(function)
     return dispatcher
 
 

@@ -123,7 +123,7 @@ def _write_tail(block, nearest, mass, largest, n, rest, out):
 
 
 @exact_kernel
-def _pack_tasks(first, last, logits, strides, shape, width, values, indices, tail):
+def pack_tasks(first, last, logits, strides, shape, width, values, indices, tail):
     """Pack the blocks `first` to `last` of `width` pixels of a row. values (B, k, N), indices the same, tail (B, N)."""
     num_classes, h, w = shape
     k = values.shape[1]
@@ -176,7 +176,7 @@ def _spread_tail(values, tail, n, log_missing, largest, fill):
 
 
 @exact_kernel
-def _densify_tasks(first, last, values, indices, tail, width, out):
+def densify_tasks(first, last, values, indices, tail, width, out):
     """Densify the blocks `first` to `last` of `width` pixels. out (B, C, N)."""
     k, pixels = values.shape[1:]
     num_classes = out.shape[1]
@@ -216,7 +216,7 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
             h, w = 1, h * w
         width = block_width(num_classes, w)
         run(
-            _pack_tasks,
+            pack_tasks,
             B * h * -(-w // width),
             *(logits_BChw.as_strided((extent,), (1,)).numpy(), strides, (num_classes, h, w), width),
             *(part.flatten(-2).numpy() for part in (values, indices, tail)),
@@ -240,7 +240,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
     width = block_width(num_classes, h * w)
     parts = (values.float(), indices.int(), tail.float())
     run(
-        _densify_tasks,
+        densify_tasks,
         B * -(-h * w // width),
         *(part.detach().contiguous().flatten(-2).numpy() for part in parts),
         *(width, dense_BChw.flatten(-2).numpy()),

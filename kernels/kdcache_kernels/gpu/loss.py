@@ -103,7 +103,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
     of the edges of cells and the scratch of tiles; nothing of label size times C.
     """
     student, device = problem.student, problem.student.device
-    _check_offsets(problem)
+    check_offsets(problem)
     shape = student.shape if problem.need_gradient else (0,)
     if student.shape[0] == 0 or not (problem.use_ce or problem.use_kl):
         loss, ce, kl = (torch.zeros((), device=device) for _ in range(3))
@@ -114,8 +114,8 @@ def distill_loss(problem: LossProblem) -> LossResult:
     return LossResult(loss, ce, kl, gradient)
 
 
-def _check_offsets(problem: LossProblem) -> None:
-    """The kernels count the elements of one image in 32 bits, and those of a batch in 64."""
+def check_offsets(problem: LossProblem) -> None:
+    """Raise ShapeError for an image too large: kernels count the elements of one image in 32 bits, of a batch in 64."""
     h, w = problem.student.shape[2:]
     target = (0, 0) if problem.target is None else problem.target.values.shape[2:]
     num_classes = problem.student.shape[1]

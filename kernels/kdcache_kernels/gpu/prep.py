@@ -317,7 +317,7 @@ def _reads_packed(problem: LossProblem) -> bool:
     return fast_stride(problem) > 1 and 65504 * _scale(problem.temperature) < 1e30
 
 
-def _classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
+def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
     """Classes of a block of PIXELS pixels: one where these lie side by side, so that no lane reads another's."""
     if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
         return 1
@@ -388,8 +388,8 @@ def _launch_prepare(
         h * w, ht * wt, k, h, w, ht, wt, H, W, *view, *blocks,
         LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), _scale(T), max(1.0, 1 / T),
         FLAT=student.stride(2) == w * student.stride(3) or h == 1,
-        STUDENT_C=_classes_at_once(C, device, pixel_per_lane=student.stride(3) == 1 and h * w >= PIXELS),
-        TARGET_C=_classes_at_once(C, device, pixel_per_lane=ht * wt >= PIXELS),
+        STUDENT_C=classes_at_once(C, device, pixel_per_lane=student.stride(3) == 1 and h * w >= PIXELS),
+        TARGET_C=classes_at_once(C, device, pixel_per_lane=ht * wt >= PIXELS),
         BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS, num_warps=4, enable_fp_fusion=False,
         **dependent(device),
     )  # fmt: skip

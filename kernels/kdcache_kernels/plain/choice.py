@@ -30,11 +30,12 @@ def prefers_torch(problem: LossProblem) -> bool:
     target = (h, w) if problem.target is None else tuple(problem.target.values.shape[2:])
     H, W = problem.size
     one_cell = (h, w) == target == (H, W) == (1, 1)
-    return _prefers_torch(ONE_CELL if one_cell else str(min(H // h, W // w)), C, B * H * W)
+    return torch_is_faster(ONE_CELL if one_cell else str(min(H // h, W // w)), C, B * H * W)
 
 
 @lru_cache(maxsize=256)
-def _prefers_torch(kind: str, classes: int, pixels: int) -> bool:
+def torch_is_faster(kind: str, classes: int, pixels: int) -> bool:
+    """Look a problem up in the table: its kind, its classes and the label pixels of its batch."""
     table = _table()
     measured = table["kinds"].get(kind)
     if measured is None or (kind != ONE_CELL and classes * pixels > MOST):

@@ -80,13 +80,15 @@ def test_a_wrong_implementation_is_caught(monkeypatch: pytest.MonkeyPatch, chang
 
 
 def test_nan_is_the_worst() -> None:
-    assert math.isnan(accuracy._worst([1.0, math.nan, 3.0]))
-    assert accuracy._worst([1.0, 3.0, 2.0]) == 3
+    point = accuracy.Point("fp32", "4", 2.0, 3, "whole", "normal")
+    judged = [accuracy.Judged(point, error, 1.0, error, 1.0) for error in (1.0, math.nan, 3.0)]
+    assert math.isnan(summary(judged)[0]["loss_share"])
+    assert summary(judged[::2])[0]["loss_share"] == 3
 
 
 @pytest.mark.parametrize("window", accuracy.WINDOWS)
 def test_windows_are_what_they_are_called(window: str) -> None:
-    _, arguments = accuracy._draw(accuracy.Point("fp32", "4", 2.0, 3, window, "range"), CPU)
+    _, arguments = accuracy.draw(accuracy.Point("fp32", "4", 2.0, 3, window, "range"), CPU)
     target, edges, flip = arguments["target"], arguments["window_B4"], arguments["flip_B"]
     assert (edges is None) == (window in ("whole", "flip"))
     assert (flip is None) == (window in ("whole", "scale"))
@@ -102,7 +104,7 @@ def test_windows_are_what_they_are_called(window: str) -> None:
 
 def test_values_are_what_they_are_called() -> None:
     drawn = {
-        values: accuracy._draw(accuracy.Point("fp32", "4", 2.0, 33, "whole", values), CPU)[0]
+        values: accuracy.draw(accuracy.Point("fp32", "4", 2.0, 33, "whole", values), CPU)[0]
         for values in accuracy.VALUES
     }
     assert set(drawn["wide"].unique().tolist()) == {-6e4, 6e4}

@@ -10,7 +10,7 @@ from torchvision.transforms import RandAugment as Torchvisions
 from torchvision.transforms.autoaugment import _apply_op
 
 from kdcache.data import Augmentation, RandAugment, colour_jitter
-from kdcache.data.rendering.rand_augment import _OPERATIONS, BINS
+from kdcache.data.rendering.rand_augment import BINS, OPERATIONS
 
 NAMES = (
     "Identity",
@@ -56,7 +56,7 @@ def test_an_operation_is_torchvisions(number, magnitude) -> None:
 def test_no_operation_is_geometry() -> None:
     space = Torchvisions()._augmentation_space(BINS, (20, 30))
     assert [name for name in space if not name.startswith(("Shear", "Translate", "Rotate"))] == list(NAMES)
-    assert len(_OPERATIONS) == len(NAMES)
+    assert len(OPERATIONS) == len(NAMES)
 
 
 def test_draws_are_repeated_and_leave_the_generator_where_jitter_does() -> None:

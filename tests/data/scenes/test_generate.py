@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdcache.data import IGNORE_INDEX, list_splits, open_split, pixel_checksum, write_scenes
-from kdcache.data.scenes.generate import ScenesSpec, _Cache
+from kdcache.data.scenes.generate import SceneCache, ScenesSpec
 from kdcache.errors import DataError
 
 SMALL = "scenes:48x64,train=6,val=2,unlabelled=3,seed=7"
@@ -190,13 +190,13 @@ def test_written_out_it_is_a_folder_data_set(tmp_path) -> None:
 
 
 def test_the_cache_is_bounded_and_keeps_what_is_used() -> None:
-    cache = _Cache(limit_bytes=3 * 16 * 16 * 4)
+    cache = SceneCache(limit_bytes=3 * 16 * 16 * 4)
     first = cache.get(16, 16, 0, "train", 0)
     for index in range(1, 10):
         cache.get(16, 16, 0, "train", index)
         assert cache.get(16, 16, 0, "train", 0)[0] is first[0]
-        assert len(cache._samples) <= 3
-    assert cache._held_bytes == sum(a.nbytes for sample in cache._samples.values() for a in sample)
+        assert len(cache.samples) <= 3
+    assert cache.held_bytes == sum(a.nbytes for sample in cache.samples.values() for a in sample)
 
 
 def test_the_spec_is_read_in_any_order() -> None:

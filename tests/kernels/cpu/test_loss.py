@@ -77,9 +77,9 @@ def test_bitwise_equal_over_thread_counts_and_tiles(size, temperature, monkeypat
     for count, scratch in ((1, 96), (2, 96), (3, 96), (2, 24)):
         threads(count)
         monkeypatch.setattr(numba_loss_geometry, "SCRATCH_FLOATS", scratch * 1024)
-        numba_loss_geometry._plan_of_whole_view.cache_clear()
+        numba_loss_geometry.plan_of_whole_view.cache_clear()
         results.append(loss_and_gradient(*inputs, temperature=temperature))
-    numba_loss_geometry._plan_of_whole_view.cache_clear()
+    numba_loss_geometry.plan_of_whole_view.cache_clear()
     for loss, gradient in results[1:3]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])

@@ -69,8 +69,8 @@ def filled(module: ModuleType) -> tuple[float, int]:
     shape = (1, 2, 3)
     values, out = np.zeros(shape, np.float32), np.empty((1, 4, 3), np.float32)
     indices = np.broadcast_to(np.arange(2, dtype=np.int32)[None, :, None], shape).copy()
-    module._densify_tasks(0, 1, values, indices, np.zeros((1, 3), np.float32), 3, out)
-    return float(out[0, 3, 0]), sum(module._densify_tasks.stats.cache_hits.values())
+    module.densify_tasks(0, 1, values, indices, np.zeros((1, 3), np.float32), 3, out)
+    return float(out[0, 3, 0]), sum(module.densify_tasks.stats.cache_hits.values())
 
 
 def probed(module: ModuleType) -> tuple[float, int]:
@@ -145,7 +145,7 @@ def test_nothing_is_cached_but_by_the_projects_decorator(name):
         if isinstance(node, ast.Call):
             assert "cache" not in [keyword.arg for keyword in node.keywords], ast.unparse(node)
     for dispatcher in (member for member in vars(module).values() if isinstance(member, Dispatcher)):
-        assert isinstance(dispatcher._cache, (numba_math._Cache, caching.NullCache))
+        assert isinstance(dispatcher._cache, (numba_math.KernelCache, caching.NullCache))
 
 
 def test_what_threads_run_is_cached():
@@ -159,11 +159,11 @@ def test_what_threads_run_is_cached():
                 "last",
             }:
                 kernels.add(member.__name__)
-                assert isinstance(member._cache, numba_math._Cache), member
+                assert isinstance(member._cache, numba_math.KernelCache), member
     assert kernels == {
         *("cells", "pixels", "to_nodes", "from_nodes", "count_pixels", "count_rows"),
-        *("_pack_tasks", "_densify_tasks", "_argmax_tasks"),
-        *("gather_cells", "_relate", "_weigh_cells", "_learn"),
+        *("pack_tasks", "densify_tasks", "argmax_tasks"),
+        *("gather_cells", "relate", "weigh_rows", "learn"),
     }
 
 
@@ -176,7 +176,7 @@ target = PackedTarget(*pack(logits.detach(), 2, impl="numba"), 3, (8, 8))
 labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
 distill_loss(logits, labels, target, kl_weight=1.0, impl="numba").loss.backward()
 target_argmax_confidence(target, (8, 8), impl="numba")
-print(numba_topk.__file__, logits.grad.isfinite().all().item(), numba_topk._pack_tasks.stats.cache_path)
+print(numba_topk.__file__, logits.grad.isfinite().all().item(), numba_topk.pack_tasks.stats.cache_path)
 """
 
 

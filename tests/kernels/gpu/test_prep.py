@@ -67,7 +67,7 @@ def make(
 def classes_at_once(request, monkeypatch):
     """Blocks of classes, as the interpreter takes them, or one at a time, as a GPU does where pixels are neighbours."""
     if request.param == "lanes":
-        monkeypatch.setattr(prep, "_classes_at_once", lambda *_, **__: 1)
+        monkeypatch.setattr(prep, "classes_at_once", lambda *_, **__: 1)
 
 
 def normalised(logits_BChw: Tensor, temperature: float) -> Tensor:

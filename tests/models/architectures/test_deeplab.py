@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import mobilenet_v3_large
 
 from kdcache.models import build_model
-from kdcache.models.registry import _describe
+from kdcache.models.registry import describe_model
 
 SPEC = "kdcache:deeplab-mobilenet"
 
@@ -44,7 +44,7 @@ def test_it_is_what_its_description_says() -> None:
 
 
 def test_size_and_taps() -> None:
-    info = _describe(SPEC)
+    info = describe_model(SPEC)
     assert info.parameters == sum(p.numel() for p in written_out(21).parameters()) == 3_813_957
     assert {tap: (t.channels, t.stride) for tap, t in info.taps.items()} == {
         "stage1": (16, 2), "stage2": (24, 4), "stage3": (40, 8), "stage4": (112, 16), "stage5": (160, 32),

@@ -18,8 +18,8 @@ from transformers import SegformerConfig, SegformerForImageClassification, Segfo
 from kdcache.errors import ModelError
 from kdcache.models import build_model, load_weights, read_state_dict, state_digest
 from kdcache.models.architectures import segformer
-from kdcache.models.architectures.segformer import _SIZES
-from kdcache.models.registry import _describe
+from kdcache.models.architectures.segformer import SIZES
+from kdcache.models.registry import describe_model
 
 CLASSES = 5
 # Table 6 of arXiv 2105.15203 gives encoders and decoders in millions; these are the sums at 150 classes.
@@ -27,7 +27,7 @@ PUBLISHED_M = {"b0": 3.8, "b1": 13.7, "b2": 27.5, "b3": 47.3, "b4": 64.1, "b5": 
 
 
 def config(name: str, labels: int = CLASSES) -> SegformerConfig:
-    size = _SIZES[name]
+    size = SIZES[name]
     settings: dict[str, Any] = {"hidden_sizes": size.widths, "depths": size.depths, "num_labels": labels}
     return SegformerConfig(**settings, decoder_hidden_size=size.decoder)
 
@@ -84,8 +84,8 @@ def test_head_tap_is_the_classifiers_input_before_dropout() -> None:
 def test_parameters_are_as_published() -> None:
     assert tuple(PUBLISHED_M) == segformer.NAMES
     for name, millions in PUBLISHED_M.items():
-        info = _describe(f"segformer:{name}")
-        more = (150 - 21) * (_SIZES[name].decoder + 1)  # of the classifier, which is listed at 21 classes
+        info = describe_model(f"segformer:{name}")
+        more = (150 - 21) * (SIZES[name].decoder + 1)  # of the classifier, which is listed at 21 classes
         assert abs((info.parameters + more) / 1e6 - millions) < 0.1
         assert [t.stride for t in info.taps.values()] == [4, 8, 16, 32, 4]
         with torch.device("meta"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from kdcache.errors import ModelError
 from kdcache.models import build_model, load_weights
-from kdcache.models.registry import _describe
+from kdcache.models.registry import describe_model
 
 CLASSES = 4
 PAIRS = {  # a pair for each architecture, and its native stride
@@ -76,11 +76,11 @@ def test_head_tap_is_the_classifiers_input() -> None:
 
 
 def test_a_mix_transformer_has_no_first_stage() -> None:
-    info = _describe("smp:segformer-mit_b0")
+    info = describe_model("smp:segformer-mit_b0")
     assert {tap: (t.channels, t.stride) for tap, t in info.taps.items()} == {
         "stage2": (32, 4), "stage3": (64, 8), "stage4": (160, 16), "stage5": (256, 32), "head": (256, 4)
     }  # fmt: skip
-    assert _describe("smp:deeplabv3plus-resnet101").parameters == sum(
+    assert describe_model("smp:deeplabv3plus-resnet101").parameters == sum(
         p.numel() for p in library.DeepLabV3Plus("resnet101", encoder_weights=None, classes=21).parameters()
     )
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.models import WrappedModel
-from kdcache.teacher import Teacher
-from kdcache.teacher.load.fingerprint import fingerprint
+from kdcache.teacher import Teacher, fingerprint
 from kdcache.teacher.load.forward import teach
 
 CPU = torch.device("cpu")

@@ -335,7 +335,7 @@ def test_a_file_that_is_being_fetched_makes_no_room(tmp_path) -> None:
         one = pool.submit(copies.open, copies.folder / "store", "slow", 60, slow)
         assert began.wait(10)
         other = pool.submit(source.open, copies, "b", 60)
-        time.sleep(3 * mirror._WAIT_SECONDS)
+        time.sleep(3 * mirror.WAIT_SECONDS)
         assert not other.done()
         assert bytes_of(copies.folder) == 60
         go.set()
@@ -357,7 +357,7 @@ def test_a_store_built_anew_gets_no_old_copies(s3, plan, small) -> None:
     read_everything(open_cache(address), other)
     read_everything(old, small)  # what it has it may go on with
     old.place.forget(SHARD_FILE)
-    old._arrays.clear()
+    old.open_arrays.clear()
     with pytest.raises(CorruptError):
         old.read(5, [VALUES])
 

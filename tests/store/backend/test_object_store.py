@@ -477,7 +477,7 @@ def test_nothing_stays_of_a_longer_body_that_was_refused(s3, monkeypatch) -> Non
 
 def test_a_digest_is_of_the_whole_object(s3, monkeypatch) -> None:
     """Which arrives in pieces."""
-    monkeypatch.setattr(object_store, "_CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(object_store, "CHUNK_BYTES", 2**14)
     address, content = s3.address(), np.random.default_rng(0).bytes(10 * 2**14 + 7)
     s3.put(address, "long", content)
     assert open_place(address).digest("long") == hashlib.sha256(content).hexdigest()

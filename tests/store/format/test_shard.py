@@ -345,7 +345,7 @@ def test_every_read_is_checked(tmp_path, compressor) -> None:
     path = case.write(tmp_path / "a")
     file, wanted, array = case.file(path), case.values(), ShardArray(path)
     assert np.array_equal(read(array, 0), wanted[0])
-    offset, size = struct.unpack_from("<QQ", array._shards[0].index)
+    offset, size = struct.unpack_from("<QQ", array.shards[0].index)
     for at in (0, size // 2, size - 1):
         for _ in range(2):
             flip(file, offset + at)
@@ -373,11 +373,11 @@ def test_a_shard_that_changes_under_an_open_array(tmp_path) -> None:
     (tmp_path / "new").write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
     (tmp_path / "new").rename(file)
     assert np.array_equal(read(array, 0), wanted[0]), "what is open stays what it was"
-    array._shards[0].file = None
+    array.shards[0].file = None
     refused(file, lambda: read(array, 0))
     file.write_bytes(whole)
     for length in (100, 1, 0):  # of the first chunk's 120 bytes
-        array._shards[0].file = None
+        array.shards[0].file = None
         file.write_bytes(whole)
         assert np.array_equal(read(array, 0), wanted[0])
         os.truncate(file, length)
@@ -396,7 +396,7 @@ def test_a_shard_whose_chunks_lie_elsewhere_now(tmp_path, how) -> None:
     content[: 2 * size] = content[size : 2 * size] + content[:size]
     content[at : at + 32] = content[at + 16 : at + 32] + content[at : at + 16]
     content[-4:] = google_crc32c.value(bytes(content[at:-4])).to_bytes(4, "little")
-    array._shards[0].file = None  # as when many others were opened since
+    array.shards[0].file = None  # as when many others were opened since
     status = file.stat()
     if how == "in place":
         file.write_bytes(content)
@@ -568,7 +568,7 @@ def test_mutated_metadata_is_refused_or_means_the_same(fuzzed, data) -> None:
 @pytest.mark.parametrize("chunk_rows", [1, 3])
 def test_many_threads(tmp_path, monkeypatch, chunk_rows) -> None:
     """Six shards, two of which may be open at a time."""
-    monkeypatch.setattr(shard, "_MOST_OPEN", 2)
+    monkeypatch.setattr(shard, "MOST_OPEN", 2)
     case = Case(records=71, inner=(8, 30, 30), chunk_rows=chunk_rows, shard_chunks=12 // chunk_rows)
     path = case.write(tmp_path / "a")
     array, wanted = ShardArray(path), by_zarr(path)
@@ -591,7 +591,7 @@ def test_many_threads(tmp_path, monkeypatch, chunk_rows) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert sum(known.file is not None for known in array._shards.values()) <= 2 + 8
+    assert sum(known.file is not None for known in array.shards.values()) <= 2 + 8
 
 
 def run(code: str, *arguments: Any) -> None:
@@ -675,4 +675,4 @@ def test_it_travels_by_pickle(tmp_path) -> None:
     assert len(content) < 500
     other = pickle.loads(content)
     assert np.array_equal(other.read_all(), case.values())
-    assert other._shards[0].file.handle != array._shards[0].file.handle
+    assert other.shards[0].file.handle != array.shards[0].file.handle

@@ -68,7 +68,7 @@ class PlaceStore(Store):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         place = self.place
-        found = dict(place._listed()) if isinstance(place, Bucket) else _files(place.folder)
+        found = dict(place.listing()) if isinstance(place, Bucket) else _files(place.folder)
         for key in found:
             if key.startswith(prefix):
                 yield key

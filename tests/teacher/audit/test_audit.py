@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kdcache.data import OUTSIDE_RGB, open_split
 from kdcache.errors import CorruptError, MismatchError, RecipeError
-from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, colour_ids, mark_wrong
+from kdcache.metrics.figures import save_figure
 from kdcache.store import Records, open_cache
 from kdcache.teacher import build_cache
 from kdcache.teacher.audit.audit import THRESHOLDS, audit_cache
@@ -274,8 +274,13 @@ def test_a_kill_leaves_no_report_or_the_earlier_one(tmp_path, teacher, split, op
     if earlier:
         write_report(found, Records(cache), folder)
     before = names()
+
+    def killed(*picture) -> None:
+        save_figure(*picture)
+        signal.raise_signal(signal.SIGINT)
+
     with monkeypatch.context() as patch:
-        patch.setattr("kdcache.teacher.audit.figures._worst", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("kdcache.teacher.audit.figures.save_figure", killed)
         with pytest.raises(KeyboardInterrupt):
             write_report(found, Records(cache), folder)
     assert names() == before
@@ -298,11 +303,3 @@ def test_a_report_overwrites_nothing_else(tmp_path, teacher, split, options, hel
         write_report(StoreAudit(7, audit_cache(Records(cache))), Records(cache), folder)
     assert thesis.read_text() == "thesis"
     assert len(list(tmp_path.rglob("*.png"))) == 0
-
-
-def test_colours() -> None:
-    colours = [(1, 2, 3), (4, 5, 6)]
-    ids = np.array([[0, 1], [255, 1]], np.uint8)
-    assert colour_ids(ids, colours).tolist() == [[[1, 2, 3], [4, 5, 6]], [list(VOID_RGB), [4, 5, 6]]]
-    marked = mark_wrong(np.zeros((2, 2, 3), np.uint8), ids, np.array([[0, 0], [0, 1]]))
-    assert marked.tolist() == [[[30] * 3, list(WRONG_RGB)], [list(VOID_RGB), [30] * 3]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import operator
 import os
@@ -27,11 +28,10 @@ from kdcache.data.folds import SplitPart
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, RecipeError, StoreError
 from kdcache.metrics.figures import VOID_RGB
 from kdcache.store import CopyChanges, Records, copy_store, open_cache
-from kdcache.store.backend.durable import file_digest
 from kdcache.teacher import build_cache
 from kdcache.teacher.audit.audit import audit_cache
 from kdcache.teacher.audit.figures import write_report
-from kdcache.teacher.audit.pseudo_labels import SETTINGS, Rule, _file, export_pseudo_labels
+from kdcache.teacher.audit.pseudo_labels import SETTINGS, Rule, export_pseudo_labels, label_file
 from kdcache.teacher.audit.store_audit import StoreAudit
 
 
@@ -256,11 +256,11 @@ def test_one_rule_is_given(rule) -> None:
 @pytest.mark.parametrize("sample", ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "a\0", ""])
 def test_ids_do_not_lead_out_of_the_folder(sample) -> None:
     with pytest.raises(CorruptError, match="id"):
-        _file(sample)
+        label_file(sample)
 
 
 def test_ids_are_paths() -> None:
-    assert _file("b/a.left8bit").as_posix() == "b/a.left8bit.png"
+    assert label_file("b/a.left8bit").as_posix() == "b/a.left8bit.png"
 
 
 FORGED = ["../..", "..", "a/b", "", ".", "a\0b", "a\\b", "x" * 300]
@@ -287,7 +287,7 @@ def forge(store: Path, manifest: Any, changes: Mapping[tuple[Any, ...], str]) ->
 
 def reseal(store: Path) -> Path:
     seal = json.loads((store / "complete.json").read_bytes())
-    seal["metadata"] = {key: file_digest(store / key) for key in seal["metadata"]}
+    seal["metadata"] = {key: hashlib.sha256((store / key).read_bytes()).hexdigest() for key in seal["metadata"]}
     (store / "complete.json").write_text(json.dumps(seal))
     return store
 

@@ -17,7 +17,7 @@ from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, R
 from kdcache.models import Outputs
 from kdcache.store import inspect_store, open_cache, verify_files
 from kdcache.teacher import TeacherProbe, build_cache, load_teacher, plan_manifest
-from kdcache.teacher.build import manifest
+from kdcache.teacher.build import manifest, ray_engine
 from kdcache_kernels import choose_k, pack
 
 TAPS = ("stage2", "head")
@@ -359,7 +359,7 @@ from kdcache.data.scenes import generate as scenes
 from kdcache.models import build_model
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 torch.set_num_threads(1)
-scenes._CACHE._limit_bytes = 0  # the data set's own cache is not the build's memory
+scenes.SCENES.limit_bytes = 0  # the data set's own cache is not the build's memory
 torch.manual_seed(0)
 teacher = Teacher(build_model("kdcache:tiny", 7).eval(), "tiny")
 split = open_split(f"scenes:64x96,train={sys.argv[1]}", "train")
@@ -425,8 +425,17 @@ class TestAfterAnUpgrade:
     @pytest.fixture
     def upgraded(self, monkeypatch):
         """Pillow is another from here on."""
-        version = manifest._version
-        monkeypatch.setattr(manifest, "_version", lambda name: f"99.{'0' * 60}" if name == "pillow" else version(name))
+        version = manifest.version_of
+        monkeypatch.setattr(
+            manifest, "version_of", lambda name: f"99.{'0' * 60}" if name == "pillow" else version(name)
+        )
+
+    def test_a_node_of_a_cluster_needs_the_same_libraries(self, clean, request) -> None:
+        manifest = open_cache(clean[0]).manifest
+        ray_engine.check_libraries(manifest, "here")
+        request.getfixturevalue("upgraded")
+        with pytest.raises(MismatchError, match=r"Node here has pillow 99\."):
+            ray_engine.check_libraries(manifest, "here")
 
     def test_damaged_records_are_taught_again(self, clean, teacher, folder_data, options, tree, request) -> None:
         store, before = clean

@@ -185,7 +185,7 @@ def test_drawn_views_count_as_often_as_there_are(teacher, split, options, monkey
     def rewritten(_, cache, *__):
         return {path: 150.0 if cache.manifest.view.views_per_sample == 2 else 100.0}, 0.0
 
-    monkeypatch.setattr(trial_store.Trial, "_rewrite", rewritten)
+    monkeypatch.setattr(trial_store.Trial, "rewrite", rewritten)
     trial = trial_store.Trial(TeacherProbe(split, teacher, options(views=4)), 4, tmp_path, quiet)
     assert {views: trial.sizes(7, "default", views, ())[path] for views in (1, 2, 4)} == {1: 100, 2: 150, 4: 175}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdcache.data import open_split
 from kdcache.errors import ModelError, RecipeError
-from kdcache.sharing.rebuild import build_command
+from kdcache.sharing import build_command
 from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.teacher import TeacherProbe, build_cache, compare_teacher, load_teacher, options_of, plan_manifest
 from kdcache.teacher.build.cost_estimate import estimate

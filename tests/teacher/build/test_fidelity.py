@@ -107,7 +107,7 @@ def test_the_figures_are_those_of_the_store(tmp_path, teacher, split, options, c
 @pytest.mark.parametrize("size", [(7, 9), (23, 31), (1, 1), (28, 36), (5, 4)])
 @pytest.mark.parametrize("band", [1, 500, 10**9])
 def test_against_direct_computation(monkeypatch, align_corners, size, band) -> None:
-    monkeypatch.setattr(fidelity, "_BAND_NUMBERS", band)
+    monkeypatch.setattr(fidelity, "BAND_NUMBERS", band)
     logits = smooth_logits()
     found = measure_fidelity(logits, 6, "small", size, align_corners=align_corners)
     stored = torch.from_numpy(
@@ -172,14 +172,14 @@ def test_a_class_that_is_ruled_out(tmp_path) -> None:
 def test_images_are_taken_a_band_at_a_time(monkeypatch) -> None:
     """150 classes on 512 x 512 are 300 MB in float64; what is held of them is a band."""
     numbers = []
-    kl = fidelity._kl
+    kl = fidelity.kl_of_pixels
 
     def watched(said, stored):
         numbers.append(said.numel())
         return kl(said, stored)
 
-    monkeypatch.setattr(fidelity, "_kl", watched)
-    monkeypatch.setattr(fidelity, "_BAND_NUMBERS", 20_000)
+    monkeypatch.setattr(fidelity, "kl_of_pixels", watched)
+    monkeypatch.setattr(fidelity, "BAND_NUMBERS", 20_000)
     measure_fidelity(smooth_logits(2, 30, (8, 8)), 30, "default", (64, 64), align_corners=False)
     assert max(numbers) <= 20_000
     assert sum(numbers) == 2 * 30 * 64 * 64

@@ -24,7 +24,7 @@ from kdcache.heads import RegressionHead
 from kdcache.models import Tta, build_model
 from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
-from kdcache.sharing.rebuild import build_command
+from kdcache.sharing import build_command
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
 from kdcache.teacher import (
     TeacherProbe,

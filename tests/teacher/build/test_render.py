@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.data import Window, draw_view, id_hash, open_split, pixel_checksum, render
-from kdcache.distill import SEGMENTATION
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.store import Records, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Drawn, View
 from kdcache.teacher import TeacherProbe, build_cache, compare_teacher, plan_manifest, score_cache
 from kdcache.training import CacheDataset
-from kdcache.training.criterion import label_counts
 from kdcache.training.input.loader import Draws
-from kdcache.training.input.resident_records import DeviceTargets, RamRecords
 from kdcache_kernels import pack
 
 VIEWS = {"views": 3, "view_seed": 7, "view_scale": (1.5, 3.0)}
@@ -196,7 +192,6 @@ def test_scores_count_whole_images_alone(tmp_path, split, teacher, options) -> N
     build_cache(split, teacher, tmp_path / "three", options(batch_size=1, **VIEWS))
     one, three = (open_cache(tmp_path / name) for name in ("one", "three"))
     assert score_cache(Records(three, split)) == score_cache(Records(one, split))
-    assert np.array_equal(label_counts(CacheDataset(three)), label_counts(CacheDataset(one)))
 
 
 def rows(dataset: CacheDataset, index: int, epoch: int):
@@ -244,20 +239,6 @@ def test_warp_and_none_take_whole_images(tmp_path, viewed, teacher, options, pix
 
 def _flat(sample) -> list[torch.Tensor]:
     return tensors_of(sample)
-
-
-def test_records_that_stay_in_memory(viewed) -> None:
-    """Kept by record, not by sample: every view of a sample has a place of its own."""
-    cache, _ = viewed()
-    stored, ram, device = (CacheDataset(cache, augment="replay") for _ in range(3))
-    ram.records = RamRecords(cache, ram.paths)
-    device.on_device = DeviceTargets.load(cache, CPU)
-    for index, epoch in itertools.product(range(7), (0, 1, 2, 0)):
-        ours, theirs = rows(ram, index, epoch), rows(stored, index, epoch)
-        assert all(torch.equal(a, b) for a, b in zip(_flat(ours), _flat(theirs), strict=True))
-        out = device.on_device.empty(1)
-        device.on_device.gather_into(rows(device, index, epoch).record[None], out)
-        assert torch.equal(out[SEGMENTATION].values[0], theirs.target.values)
 
 
 def test_an_epoch_visits_each_sample_once(viewed) -> None:

@@ -20,7 +20,7 @@ from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import Cache, Records, open_cache
 from kdcache.training import CacheDataset
-from kdcache.training.input.device_prefetch import SLOTS, _over_side_stream, feed
+from kdcache.training.input.device_prefetch import SLOTS, feed, feed_over_side_stream
 from kdcache.training.input.loader import Draws, make_loader
 from kdcache.training.input.resident_records import DeviceTargets
 from kdcache.training.input.sampler import Steps
@@ -90,7 +90,7 @@ def test_copies_and_steps_wait_for_each_other(log: list[tuple[Any, ...]]) -> Non
             log.append(("loader", number, torch.cuda.current_stream().name))
             yield batch_number(number)
 
-    for number, batch in enumerate(_over_side_stream(loader(), CPU, None)):
+    for number, batch in enumerate(feed_over_side_stream(loader(), CPU, None)):
         assert isinstance(batch, Batch)
         assert batch.pixels[0, 0] == number
         log.append(("step", number))
@@ -110,7 +110,7 @@ def test_two_slots_take_turns_and_the_loader_s_memory_is_left() -> None:
     batches = [batch_number(number) for number in range(6)]
     seen = [
         (batch.pixels.data_ptr(), batch.label.data_ptr())
-        for batch in _over_side_stream(iter(batches), CPU, None)
+        for batch in feed_over_side_stream(iter(batches), CPU, None)
         if isinstance(batch, Batch)
     ]
     assert len(set(seen)) == SLOTS
@@ -124,7 +124,7 @@ def test_two_slots_take_turns_and_the_loader_s_memory_is_left() -> None:
 def test_errors_come_in_their_place(log: list[tuple[Any, ...]], over_side_stream: bool) -> None:
     error = CorruptError("Half of a record is missing", fix="Build it again.")
     batches: list[Batch | KDCacheError] = [error, batch_number(1), error, batch_number(3)]
-    fed = _over_side_stream(iter(batches), CPU, None) if over_side_stream else feed(batches, CPU)
+    fed = feed_over_side_stream(iter(batches), CPU, None) if over_side_stream else feed(batches, CPU)
     for number, batch in enumerate(fed):
         if number % 2:
             assert isinstance(batch, Batch)
@@ -139,7 +139,7 @@ def test_leaving_early_ends_the_loader_s_threads(
 ) -> None:
     draws = Draws(CacheDataset(cache), 0)
     ring = make_loader(draws, first=0, last=10**9, batch_size=2, workers=3, pin_memory=False)
-    batches = _over_side_stream(iter(ring), CPU, None) if over_side_stream else feed(ring, CPU)
+    batches = feed_over_side_stream(iter(ring), CPU, None) if over_side_stream else feed(ring, CPU)
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-loader")]
@@ -161,7 +161,7 @@ def test_targets_are_gathered_on_the_side_stream(cache: Cache, log: list[tuple[A
     dataset.on_device = DeviceTargets.load(cache, CPU)
     loader = make_loader(Draws(dataset, 0), first=0, last=4, batch_size=3, workers=0, pin_memory=False)
     order = Draws(dataset, 0)
-    for step, batch in enumerate(_over_side_stream(iter(loader), CPU, dataset.on_device)):
+    for step, batch in enumerate(feed_over_side_stream(iter(loader), CPU, dataset.on_device)):
         assert isinstance(batch, Batch)
         for row in range(3):
             record = order.visit(3 * step + row)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import threading
 from collections.abc import Callable
@@ -213,7 +214,7 @@ def test_off_keeps_nothing_and_nothing_to_keep_is_told(top_k: Cache, source_path
 
 def test_free_is_what_the_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = psutil.virtual_memory().available
-    monkeypatch.setattr(residency, "_CGROUP", tmp_path)
+    monkeypatch.setattr(residency, "CGROUP", tmp_path)
     assert free_bytes() == pytest.approx(system, rel=0.2)
     for name, text in {"memory.max": "1000000", "memory.current": "700000", "memory.stat": "anon 9\n"}.items():
         (tmp_path / name).write_text(text + "\n")
@@ -314,3 +315,16 @@ def test_targets_that_do_not_fit_the_gpu(top_k: Cache, monkeypatch: pytest.Monke
     dataset = CacheDataset(top_k)
     keep_records(dataset, "auto", torch.device("cuda"))
     assert isinstance(dataset.records, RamRecords)
+
+
+def test_every_view_of_a_sample_stays(make_cache: Callable[..., Path]) -> None:
+    """Records are kept, not samples."""
+    cache = open_cache(make_cache(views=3, view_seed=7, view_scale=(1.5, 3.0)))
+    stored, ram, device = (CacheDataset(cache, augment="replay") for _ in range(3))
+    ram.records, device.on_device = RamRecords(cache, ram.paths), DeviceTargets.load(cache, CPU)
+    for index, epoch in itertools.product(range(len(stored)), (0, 1, 2, 0)):
+        read, kept, row = (one.draw(index, epoch, np.random.default_rng(0)) for one in (stored, ram, device))
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(kept), tensors_of(read), strict=True))
+        out = device.on_device.empty(1)
+        device.on_device.gather_into(row.record[None], out)
+        assert torch.equal(out[SEGMENTATION].values[0], read.target.values)

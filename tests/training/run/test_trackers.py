@@ -15,7 +15,6 @@ from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.metrics import DepthErrors, Metrics
 from kdcache.metrics.figures import colour_ids
-from kdcache.settings.parse import LOGGERS
 from kdcache.training import Observer, make_config, train
 from kdcache.training.feature_validation import FeatureScore
 from kdcache.training.run import trackers
@@ -245,7 +244,7 @@ def test_a_training_that_breaks_off_is_told(student: dict[str, Any], tmp_path: P
     assert memory[0].ended is False
 
 
-@pytest.mark.parametrize("name", LOGGERS)
+@pytest.mark.parametrize("name", trackers.SINKS)
 def test_a_missing_package_is_named_before_anything_is_written(
     name: str, student: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,3 +397,12 @@ def test_a_run_of_a_removed_logger_is_resumed_without_it(student: dict[str, Any]
     go(student, tmp_path, resume=True)
     with pytest.raises(RecipeError, match="tensorboard, wandb"):
         make_config(**student | {"log": "trackio"})
+
+
+def test_a_logger_is_sent_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B would publish its configuration."""
+    sent: list[Any] = []
+    monkeypatch.setitem(trackers.SINKS, "wandb", sent.append)  # type: ignore[arg-type]
+    settings = {"data": "/home/ann/camvid", "stream": [{"cache": "/home/ann/c.zarr"}], "lr": 0.1}
+    trackers.Loggers(["wandb"], tmp_path, settings, print).started(step=0, iterations=1, parameters=2)
+    assert sent[0].recipe == {"data": "camvid", "stream": [{"cache": "c.zarr"}], "lr": 0.1, "parameters": 2}

@@ -126,7 +126,7 @@ def agree(whole: EagerStep, parted: EagerStep, batch: Batch, norms: bool) -> Non
 def test_a_mean_of_means_would_be_told_apart(both: Callable[..., Any]) -> None:
     """What the tests above could not see if the parts of the batch were alike."""
     whole, parted, batch = both(2, method="kl")
-    naive = torch.stack([whole(parted._part(batch, number)) for number in range(2)]).mean(0)
+    naive = torch.stack([whole(parted.part_of(batch, number)) for number in range(2)]).mean(0)
     assert (naive - whole(batch)).abs().max() > 1e-3
 
 

@@ -90,7 +90,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
 
 
 @pytest.fixture
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     yield
@@ -182,7 +182,7 @@ def test_a_step_that_waits_is_not_recorded_and_says_why(
 
 
 @gpu
-@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", False), ("adam", False), ("sgd", False), ("sgd", True)])
 def test_ten_replays_are_ten_eager_steps(
     optimizer: str, compiled: bool, eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig]
@@ -200,7 +200,7 @@ def test_ten_replays_are_ten_eager_steps(
 
 
 @gpu
-@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.usefixtures("deterministic")
 def test_replays_draw_the_random_numbers_of_eager_steps(
     eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig], model_file: Callable[[str], str]
 ) -> None:
@@ -216,7 +216,7 @@ def test_replays_draw_the_random_numbers_of_eager_steps(
 
 
 @gpu
-@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_graphed_runs_are_eager_runs(
     workers: int, student: dict[str, Any], tmp_path: Path, read_metrics: Read, model_file: Callable[[str], str]
@@ -235,7 +235,7 @@ def test_graphed_runs_are_eager_runs(
 
 
 @gpu
-@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("resumed", ["graphed", "eager"])
 def test_a_graphed_run_resumes(
     resumed: str, student: dict[str, Any], tmp_path: Path, read_metrics: Read, model_file: Callable[[str], str]
@@ -276,7 +276,7 @@ def test_a_model_that_waits_for_the_device_is_launched_anew(
     """Its dropout goes on drawing, also after a recording that broke off."""
     (tmp_path / "waits.py").write_text(_WAITS)
     if found == "while recording":
-        monkeypatch.setattr(cuda_graph, "_refused_synchronisation", nullcontext)
+        monkeypatch.setattr(cuda_graph, "refused_synchronisation", nullcontext)
     notes = Notes()
     settings = student | {"device": "cuda", "model": f"{tmp_path}/waits.py:build", "step": "graphed", "val": None}
     result = train(make_config(**settings), tmp_path / "run", observer=notes)

@@ -131,7 +131,7 @@ def _share(cell, cells, pixel, pixels):
 
 
 @kernel
-def _weigh_cells(first, last, inside_y, inside_x, counts, gate, counted, weight):
+def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
     """Write how much the rows of cells `first` to `last` count, and that times the gate, each (B, h, w).
 
     Args:
@@ -211,7 +211,7 @@ def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
     counts = none.to(torch.uint8) if problem.counted is None else problem.counted.contiguous().view(torch.uint8)
     gate = none if problem.pixel_weight is None else problem.pixel_weight.float().contiguous()
     counted, weight = np.empty((B, h, w), _f), np.empty((B, h, w), _f)
-    run(_weigh_cells, B * h, inside_y, inside_x, counts.numpy(), gate.numpy(), counted, weight)
+    run(weigh_rows, B * h, inside_y, inside_x, counts.numpy(), gate.numpy(), counted, weight)
     return counted, weight
 
 

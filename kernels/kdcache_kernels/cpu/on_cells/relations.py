@@ -98,7 +98,7 @@ def _centred_sums(c, s, t, mean_s, mean_t, weight, n):
 
 
 @kernel
-def _relate(
+def relate(
     first, last, student, s_above, s_below, s_down, s_left, s_next, s_right, s_moved,
     teacher, t_above, t_below, t_down, t_left, t_next, t_right, t_moved,
     counted, weight, scale, limit, keep, p_student, p_teacher, weights, slope, pull, inter, blocks,
@@ -187,11 +187,11 @@ def _add_up(blocks, moments):
 
 
 @kernel
-def _learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means, by_teacher, by_student):
+def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means, by_teacher, by_student):
     """Write the gradient of the rows of cells `first` to `last` over the student's probabilities, both (B, C, h, w).
 
     Args:
-        weights, slope, pull: (B, h, w), as `_relate` writes them.
+        weights, slope, pull: (B, h, w), as `relate` writes them.
         factor: of inter, over T.
         means: (2, C). by_teacher, by_student: (C,) factors of intra over T, of the centred probabilities.
     """
@@ -224,7 +224,7 @@ def _learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means
 
 
 class _Walked(NamedTuple):
-    """The result of the first walk; the arrays as `_relate` has them.
+    """The result of the first walk; the arrays as `relate` has them.
 
     Attributes:
         laid: both sets of logits under the cells.
@@ -266,7 +266,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
     factors = (x.astype(_f) for x in (moments[1:3], by_teacher, by_teacher * st / (ss + EPS)))
     (B, _, h, _), cells = walked.p_student.shape, walked.p_student
     run(
-        _learn, B * h, cells.numpy(), walked.p_teacher.numpy(), walked.weights, walked.slope, walked.pull,
+        learn, B * h, cells.numpy(), walked.p_teacher.numpy(), walked.weights, walked.slope, walked.pull,
         _f(problem.beta * T * per_count), *factors,
     )  # fmt: skip
     return torch.tensor(loss, dtype=torch.float32), on_own_grid(problem, walked.laid, cells)
@@ -287,7 +287,7 @@ def _walk(problem: RelationProblem, keep: bool) -> _Walked:
     weights, slope, pull = (np.empty((B, h, w), _f) for _ in range(3))
     inter, blocks = np.empty((B, h)), np.empty((B, h, -(-w // TILE), MOMENTS, C), _f)
     run(
-        _relate, B * h, *laid.arguments, _f(1 / (LN2 * problem.temperature)), _f(largest_logit(problem.temperature)),
+        relate, B * h, *laid.arguments, _f(1 / (LN2 * problem.temperature)), _f(largest_logit(problem.temperature)),
         keep, p_student.numpy(), p_teacher.numpy(), weights, slope, pull, inter, blocks,
     )  # fmt: skip
     moments = np.empty((MOMENTS, C))
