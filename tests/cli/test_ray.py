@@ -140,13 +140,14 @@ def test_a_node_without_the_data_is_named(made: Path, cluster, cli, tmp_path: Pa
     words = ["build-teacher-cache", "--data", tmp_path / "data", "--teacher", made / "teacher", "--threads", 1]
     lost = tmp_path / "s.zarr"
 
-    def begin_and_lose(actor: Any) -> Any:
+    def begin_and_lose(*arguments: Any, **named: Any) -> Any:
         (tmp_path / "data").unlink()
-        return remote(actor)
+        return shards(*arguments, **named)
 
-    remote = ray.remote
+    engine = import_module("kdcache.teacher.build.ray_engine").RayEngine
+    shards = engine.shards
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "remote", begin_and_lose)
+        patch.setattr(engine, "shards", begin_and_lose)
         ended = cli(*words, "--out", lost, "--engine", "ray", "--actors", 1, "--address", cluster.address)
     assert ended.code == 2
     assert "Cannot compute shards on node" in ended.err
