@@ -1,4 +1,4 @@
-"""The balance of tasks: how the losses of several heads become one.
+"""The balance of tasks: combine the losses of several heads into one.
 
 | balance | loss |
 | --- | --- |
@@ -14,9 +14,8 @@ for an absolute error), so the weight exp(-s_i) is above 0 whatever is learnt:
 | `absolute` | L exp(-s) + s | errors like L1, berHu, SILog: a Laplacian of scale exp(s) |
 | `classes` | L exp(-s) + s / 2 | cross-entropy of logits divided by the variance, as the paper approximates it |
 
-Each has its smallest value where the head's loss is worth what its variance says: s = log L, log L and log 2L. The loss
-may be negative; only its gradient means something. A loss of 0 has no smallest value: a head that counts no pixel in a
-batch is left out of it, with its s.
+Each is minimal at s = log L, log L and log 2L. The loss may be negative, and only its gradient has a meaning. A loss of
+0 has no minimum, so a head that counts no pixel in a batch is left out of it, with its s.
 
 Source: Kendall, Gal and Cipolla 2018, arXiv 1705.07115, section 3.2; the absolute form is the same with a Laplacian.
 """
@@ -34,7 +33,7 @@ BALANCES = ("fixed", "uncertainty")
 
 
 class FixedBalance(nn.Module):
-    """The sum of the heads' losses, each times its weight.
+    """The weighted sum of the heads' losses.
 
     Args:
         weights: by head, finite and at least 0.
@@ -53,19 +52,18 @@ class FixedBalance(nn.Module):
         self._weights = dict(weights)
 
     def factors(self) -> Mapping[str, Tensor | float]:
-        """The weight of each head's loss, as gradients have it."""
+        """Return the weight of each head's loss on its gradient."""
         return self._weights
 
     def weights(self) -> dict[str, float]:
-        """The weight of each head's loss, as numbers of the host."""
+        """Return the weight of each head's loss as Python numbers."""
         return dict(self._weights)
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss of all heads.
+        """Return the loss of all heads, given scalars by head.
 
-        Args:
-            losses: scalars by head.
-            counted: is not read: a head without a counted pixel has the loss 0.
+        `counted` is ignored: a head without a counted pixel has the loss 0.
+
         Raises: RecipeError for other heads than those with a weight.
         """
         _check_heads(losses, self.heads)
@@ -73,14 +71,15 @@ class FixedBalance(nn.Module):
 
 
 class UncertaintyBalance(nn.Module):
-    """The heads' losses, each weighed by a variance that is learnt.
+    """The heads' losses, each weighed by a learnt variance.
 
-    Its parameters belong into the optimizer, without weight decay (which pulls every weight to 1), and into the
-    checkpoint; they are in its state dict as `log_variance.<head>`. They start at 0.
+    Give its parameters to the optimizer, without weight decay (which pulls every weight to 1), and to the checkpoint.
+    They
+    are in its state dict as `log_variance.<head>`, and start at 0.
 
     Args:
         forms: of each head's loss, by head.
-    Raises: RecipeError for a form that is none, or no head.
+    Raises: RecipeError for an unknown form, or no head.
     """
 
     def __init__(self, forms: Mapping[str, Form]) -> None:
@@ -97,20 +96,21 @@ class UncertaintyBalance(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> Mapping[str, Tensor | float]:
-        """The weight of each head's loss, 0-dimensional: exp(-s), half of it for a squared error."""
+        """Return the 0-dimensional weight of each head's loss: exp(-s), half of it for a squared error."""
         return {head: self._factor(head) * (-self.log_variance[head]).exp() for head in self.heads}
 
     def weights(self) -> dict[str, float]:
-        """The weight of each head's loss, read from the device."""
+        """Return the weight of each head's loss, read from the device."""
         return {head: float(factor) for head, factor in self.factors().items()}
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss of all heads, with gradients to the losses and to the variances.
+        """Return the loss of all heads, with gradients to the losses and to the variances.
 
         Args:
             losses: scalars by head.
-            counted: how many pixels (images, class weights) each head's loss is of, 0-dimensional, over all processes
-                and parts: a head whose number is 0 is left out. None is all heads.
+            counted: how many pixels (images, class weights) each head's loss covers, 0-dimensional, over all processes
+                and
+                parts. A head with 0 is left out. None is all heads.
         Raises: RecipeError for other heads than those with a form.
         """
         _check_heads(losses, self.heads)
@@ -129,11 +129,7 @@ Balance = FixedBalance | UncertaintyBalance
 
 
 def weigh_parts(parts: Mapping[str, Tensor], tasks: Mapping[str, str], balance: Balance) -> dict[str, Tensor]:
-    """Parts of a loss by name, each times the weight of its task; gradients reach the parts alone.
-
-    Args:
-        tasks: the task of each part.
-    """
+    """Multiply terms of a loss by the weight of their task in `tasks`. Gradients reach only the terms."""
     factors = balance.factors()
     return {name: factors[tasks[name]] * part for name, part in parts.items()}
 

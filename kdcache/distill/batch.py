@@ -1,4 +1,4 @@
-"""A batch of training: pixels, labels and targets by name, and the window of the view that all of them show."""
+"""A batch of training: pixels, labels and targets by name, and the window of the view that they show."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,15 +15,15 @@ from kdcache_kernels.window import ViewPositions, view_positions
 
 
 class Tensors:
-    """Tensors by name, of samples along their first axis. A pytree."""
+    """Tensors by name, with samples along the first axis. A pytree."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return the same with `change` applied to every tensor."""
+        """Return a copy with `change` applied to every tensor."""
         changed: Self = pytree.tree_map_only(Tensor, change, self)
         return changed
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the same with its tensors on another device."""
+        """Return a copy with its tensors on another device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def empty_like(self, device: torch.device) -> Self:
@@ -31,12 +31,12 @@ class Tensors:
         return self.map(lambda tensor: torch.empty_like(tensor, device=device))
 
     def copy_from(self, other: "Tensors") -> None:
-        """Queue copies of another batch into this one's tensors; torch holds pinned memory until it was read."""
+        """Queue copies of another batch into this one's tensors. Torch keeps pinned memory until it was read."""
         for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
             tensor.copy_(source, non_blocking=True)
 
     def pin_memory(self) -> Self:
-        """Return the same in pinned memory, from which a GPU copies; `DataLoader` calls it."""
+        """Return a copy in pinned memory, for copies to a GPU. `DataLoader` calls it."""
         return self.map(lambda tensor: tensor.pin_memory())
 
 
@@ -54,45 +54,56 @@ class PseudoLabels:
 
 
 class StoredTargets(Protocol):
-    """Targets without pixels or labels, as numpy arrays that `Cache.targets_for` makes, shaped as in `Batch`."""
+    """Targets without pixels or labels, as numpy arrays from `Cache.targets_for`, shaped as in `Batch`."""
 
     @property
-    def arrays(self) -> Mapping[str, Any]: ...
+    def arrays(self) -> Mapping[str, Any]:
+        """Rows of the cache's arrays, by path."""
+
     @property
-    def window(self) -> Any: ...
+    def window(self) -> Any:
+        """The window of each sample, or None."""
+
     @property
-    def flip(self) -> Any: ...
+    def flip(self) -> Any:
+        """Whether each window is mirrored, or None."""
+
     @property
-    def inside(self) -> Any: ...
+    def inside(self) -> Any:
+        """The part of each view that shows its image, or None."""
+
     @property
-    def zoom(self) -> Any: ...
+    def zoom(self) -> Any:
+        """The divisor of each sample's metres, or None."""
 
 
 @dataclass(frozen=True)
 class Batch(Tensors):
-    """Tensors of B samples, by name; what is absent is None, or a key that is not there. A pytree.
+    """Tensors of B samples, by name. Absent tensors are None or missing keys. A pytree.
 
     An item of a dataset has the same fields without the leading B.
 
     Attributes:
         pixels: (B, H, W, 3) uint8 RGB.
-        labels: task -> labels; segmentation is (B, H, W) uint8, 255 void.
-        targets: head -> the teacher's packed outputs; None for a batch without a teacher.
-        arrays: path -> (B, ...) further arrays of the store as they are stored: features/<tap>, scales/<tap>,
+        labels: task -> labels. Segmentation is (B, H, W) uint8, 255 void.
+        targets: head -> the teacher's packed outputs, or None without a teacher.
+        arrays: path -> (B, ...) further arrays as the cache stores them: features/<tap>, scales/<tap>,
             statistics/<name>.
-        window: (B, 4) float64 (y0, x0, y1, x1), edge coordinates in pixels of the view; None is the whole view.
-        flip: (B,) bool, whether the window is shown mirrored; None mirrors nothing.
-        inside: (B, 4) float64 edges, in pixels of the view, of what shows the image, where the rest is grey; None is
+        window: (B, 4) float64 (y0, x0, y1, x1), edge coordinates in pixels of the view. None is the whole view.
+        flip: (B,) bool, whether the window is mirrored. None mirrors nothing.
+        inside: (B, 4) float64 edges, in pixels of the view, of the part that shows the image. The rest is grey. None is
             the whole view.
-        zoom: (B,) float64, how many times nearer the window looks than the view that the teacher saw: a target in
-            metres is divided by it; None divides nothing.
-        own: (B, H, W) bool, False where a pixel was pasted from another sample, whose target counts there; None is all.
-        pasted: the targets of the samples that were pasted, with windows in pixels of this batch's views, and nothing
-            else; None is the neighbours' (rows 2n and 2n + 1 are neighbours).
-        dice: (B, N) float32 random numbers in 0..1, for what is drawn where batches are.
-        record: (B,) int64, whose targets a device keeps; `targets` are gathered by them.
-        weak: (B, H, W, 3) uint8, the pixels before the colour jitter, where something predicts on them.
-        pseudo: who predicts on `weak` (student, ema) -> the pseudo labels.
+        zoom: (B,) float64, how many times nearer the window looks than the teacher's view. Targets in metres are
+            divided
+            by it. None divides nothing.
+        own: (B, H, W) bool, False for pixels pasted from another sample, whose target counts there. None is all.
+        pasted: targets only, of the pasted samples, with windows in pixels of this batch's views. None is the
+            neighbours'
+            (rows 2n and 2n + 1 are neighbours).
+        dice: (B, N) float32 random numbers in 0..1, for draws on the batch's device.
+        record: (B,) int64 record numbers, to gather `targets` that a device keeps.
+        weak: (B, H, W, 3) uint8, the pixels before the colour jitter, if pseudo labels need them.
+        pseudo: predictor on `weak` (student, ema) -> its pseudo labels.
     """
 
     pixels: Tensor | None = None
@@ -112,17 +123,17 @@ class Batch(Tensors):
 
     @property
     def label(self) -> Tensor:
-        """The labels of segmentation, (B, H, W) uint8. Raises: KeyError for a batch without."""
+        """The segmentation labels, (B, H, W) uint8. Raises: KeyError without them."""
         return self.labels[SEGMENTATION]
 
     @property
     def any_label(self) -> Tensor:
-        """The labels of one of the tasks, (B, H, W): of segmentation where there are any. Raises: KeyError for none."""
+        """The labels of a task, (B, H, W), if possible of segmentation. Raises: KeyError without any."""
         return self.labels[SEGMENTATION if SEGMENTATION in self.labels else next(iter(self.labels), SEGMENTATION)]
 
     @property
     def target(self) -> Target | None:
-        """The target of segmentation; None for a batch without."""
+        """The target of segmentation, or None."""
         return None if self.targets is None else self.targets.get(SEGMENTATION)
 
     @property
@@ -138,14 +149,14 @@ class Batch(Tensors):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the labels, of whichever task."""
+        """(H, W) of the labels of any task."""
         return self.any_label.shape[-2], self.any_label.shape[-1]
 
     def __len__(self) -> int:
         return len(tensors_of(self)[0])
 
     def each(self, change: "Callable[[Batch], Batch]") -> "Batch":
-        """Return the batch after `change`, which `StreamBatch` applies to every stream of its own."""
+        """Return `change` applied to the batch. `StreamBatch` applies it to each of its streams."""
         return change(self)
 
     def rows(self, count: int, first: int = 0) -> "Batch":
@@ -153,32 +164,31 @@ class Batch(Tensors):
         return self.map(lambda tensor: tensor[first : first + count])
 
     def targets_alone(self, view_scale: tuple[float, float] = (1.0, 1.0)) -> "Batch":
-        """Return the targets and what says where they lie, and nothing else.
+        """Return a batch with only the targets and their geometry.
 
-        Args:
-            view_scale: how many times as high and as wide the views become that windows are in pixels of.
+        `view_scale` is the change of height and width of the views whose pixels windows count.
         """
         window, inside = (_scaled(edges_B4, view_scale) for edges_B4 in (self.window, self.inside))
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
 
     def with_pasted_targets(self) -> "Batch":
-        """Return the batch's pixels and labels with the targets of the samples that were pasted."""
+        """Return the batch's pixels and labels with the targets of the pasted samples."""
         other = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
         return replace(self, **{name: getattr(other, name) for name in _OF_TARGETS})
 
     def argmax_confidence(
         self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """The target's argmax and its probability (confidence), (B, H, W) each, over the student's image of `size`."""
+        """Return the target's argmax and its probability, (B, H, W) each, over the student's image of `size`."""
         assert self.target is not None
         return target_argmax_confidence(self.target.packed(form), size, self.window, self.flip, impl=impl)
 
     def in_view(self, form: TargetFormat, size: tuple[int, int]) -> Tensor:
-        """Which pixels (B, H, W) of the student's image lie in the view."""
+        """Return the mask (B, H, W) of the student's pixels that lie in the view."""
         return self._positions(form, size).inside()
 
     def shown(self, form: TargetFormat, size: tuple[int, int]) -> Tensor | None:
-        """Which pixels (B, H, W) show the image, where a view may reach beyond it; None is all."""
+        """Return the mask (B, H, W) of pixels that show the image, if a view may reach beyond it. None is all."""
         if self.inside is None:
             return None
         at = self._positions(form, size)
@@ -200,7 +210,7 @@ class Batch(Tensors):
 
     @classmethod
     def of_targets(cls, targets: StoredTargets, device: torch.device | str = "cpu") -> "Batch":
-        """Return the batch of stored targets, without pixels and labels, on a device."""
+        """Return a batch of stored targets, without pixels and labels, on a device."""
         named = {**targets.arrays, "window": targets.window, "flip": targets.flip}
         named |= {name: getattr(targets, name) for name in ("inside", "zoom") if getattr(targets, name) is not None}
         tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in named.items()}
@@ -208,7 +218,7 @@ class Batch(Tensors):
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """Return the batch of a `to_dict`, whose tensors may have been moved."""
+        """Return the batch from a `to_dict`, also with tensors on another device."""
         groups: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
         plain: dict[str, Any] = {}
         for name, tensor in tensors.items():
@@ -231,17 +241,17 @@ pytree.register_dataclass(Batch)
 
 
 def tensors_of(batch: Tensors) -> list[Tensor]:
-    """The tensors of a batch, in an order that equal batches share."""
+    """Return the tensors of a batch, in an order that equal batches share."""
     return pytree.tree_leaves(batch)
 
 
 def _scaled(edges_B4: Tensor | None, scale: tuple[float, float]) -> Tensor | None:
-    """Edges (y0, x0, y1, x1) in pixels of a view of another size."""
+    """Return edges (y0, x0, y1, x1) in pixels of a view of another size."""
     if edges_B4 is None or scale == (1.0, 1.0):
         return edges_B4
     return torch.stack([edge_B * scale[axis % 2] for axis, edge_B in enumerate(edges_B4.unbind(1))], 1)
 
 
 def neighbours(part: Tensor) -> Tensor:
-    """Rows 1, 0, 3, 2, ... of a tensor (B, ...); B is even."""
+    """Return rows 1, 0, 3, 2, ... of a tensor (B, ...) with even B."""
     return part.reshape(-1, 2, *part.shape[1:]).flip(1).reshape(part.shape)

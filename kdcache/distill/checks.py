@@ -1,4 +1,4 @@
-"""Checks of a batch before a loss reads it: a teacher term of weight has a target, and labels lie over the target."""
+"""Check a batch before a loss reads it: every active teacher term has a target, and labels match its window."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 
 def check_weights(temperature: float, impl: str, **weights: float) -> None:
-    """Check the settings of a loss where it is made: a weight that is none would leave its term out in silence.
+    """Check the settings of a loss at its construction, because an invalid weight would silently drop its term.
 
     Raises: RecipeError.
     """
@@ -42,12 +42,12 @@ def check_weights(temperature: float, impl: str, **weights: float) -> None:
 
 
 def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
-    """Check that no teacher term of the loss ends as a silent 0.
+    """Check that no teacher term of the loss becomes a silent 0.
 
-    Args:
-        form: the store that the loss was made for; None for a loss that knows none, which learns from labels alone
-            where a batch brings no target.
-        reading: names of the terms whose weight is above 0 and which read the teacher's logits.
+    `form` is the cache of the loss. A loss without one learns from labels only, if a batch has no target. `reading`
+    names
+    the terms with a weight above 0 that read the teacher's logits.
+
     Raises: RecipeError.
     """
     if batch.targets is None or not reading:
@@ -67,11 +67,8 @@ def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[s
 
 
 def labelled_batch(batch: Batch | StoredTargets, labels: Tensor | None, device: torch.device) -> Batch:
-    """Return a batch, or stored targets, with the labels of segmentation that stand beside it.
+    """Return a batch, or stored targets on `device`, with the segmentation labels (B, H, W) of whole numbers.
 
-    Args:
-        labels: (B, H, W) whole numbers.
-        device: where stored targets go.
     Raises: DataError for stored targets without labels, and for labels of another shape or of floats.
     """
     fix = "Pass labels=masks, whole (B, H, W) ids at the size of the student's image. For images without labels, pass "
@@ -86,10 +83,10 @@ def labelled_batch(batch: Batch | StoredTargets, labels: Tensor | None, device: 
 
 
 def check_rows(logits: Tensor | None, batch: Batch) -> None:
-    """Check that a batch has labels, and that its parts have as many rows as each other.
+    """Check that a batch has labels, and that all its parts have equally many rows.
 
-    Args:
-        logits: (B, C, h, w) of the student; None checks the batch alone.
+    `logits` (B, C, h, w) are the student's. None checks only the batch.
+
     Raises: DataError.
     """
     if not batch.labels:
@@ -111,12 +108,7 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
 
 
 def check_logits(reading: Sequence[str]) -> None:
-    """Check what a loss reads of a student without logits.
-
-    Args:
-        reading: names of the parts that read logits of segmentation.
-    Raises: RecipeError for any.
-    """
+    """Raise RecipeError for terms, named in `reading`, that read logits of a student without them."""
     if reading:
         raise RecipeError(
             f"{', '.join(reading)} need logits, but the student has no head {SEGMENTATION}",
@@ -125,7 +117,7 @@ def check_logits(reading: Sequence[str]) -> None:
 
 
 def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Raises: RecipeError for terms whose arrays of the store a batch does not bring."""
+    """Raise RecipeError for terms that read arrays of the cache that a batch lacks."""
     arrays = [path for term in terms for path in term.arrays() if path not in batch.arrays]
     if arrays:
         raise RecipeError(
@@ -135,7 +127,7 @@ def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
 
 
 def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
-    """Raises: RecipeError for terms whose taps are not among the student's features."""
+    """Raise RecipeError for terms with taps that are not among the student's features."""
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:
         raise RecipeError(
@@ -145,7 +137,7 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
 
 
 def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Raises: RecipeError for terms that count, whose pseudo labels a batch does not bring."""
+    """Raise RecipeError for active terms whose pseudo labels a batch lacks."""
     makers = dict.fromkeys(by for term in terms for by in term.labellers())
     missing = [by for by in makers if by not in batch.pseudo]
     if missing:
@@ -156,11 +148,10 @@ def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
 
 
 def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tensor] | None) -> None:
-    """Check that a batch and a student have what the terms of heads beside segmentation compare.
+    """Check that a batch and a student have what active `terms` of heads other than segmentation compare.
 
-    Args:
-        terms: that count.
-        heads: the student's outputs by head; None checks the batch alone.
+    `heads` are the student's outputs by head. None checks only the batch.
+
     Raises: RecipeError for a missing output, label or target; DataError for labels of another size.
     """
     for term in terms:
@@ -191,13 +182,13 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 
 
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
-    """Whether labels cannot be what the windows of a batch show.
+    """Return whether labels cannot show the windows of a batch.
 
-    A window of the view's proportions becomes labels of the proportions of `whole`, up to a pixel; any other window
-    shows how the labels were cut. All windows of a batch must contradict, for a random one may by chance.
-
-    Args:
-        whole: (H, W) of the labels of a whole view; None when that has the view's proportions.
+    A window with the view's aspect ratio gives labels with the ratio of `whole`, (H, W) of a whole view's labels, up to
+    a
+    pixel. Any other window shows how the labels were cut. All windows of a batch must contradict, because a random one
+    may
+    by chance.
     """
     (height, width), (rows, columns) = whole or form.view_size, batch.size
     if abs(rows - columns * height / width) < 1 or abs(columns - rows * width / height) < 1:
@@ -221,7 +212,7 @@ def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataErro
 
 
 def may_read_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values may be read here: never while a step is traced, recorded or must not wait."""
+    """Return whether a tensor's values may be read: not while a step is traced, recorded or must not wait."""
     if torch.compiler.is_compiling():
         return False
     if tensor.device.type != "cuda":

@@ -10,17 +10,13 @@ from torch.utils import _pytree as pytree
 
 
 class Denominators:
-    """Denominators of a batch, on its device; or their mean over the parts of a larger batch. A pytree.
+    """Denominators of a batch on its device, or their mean over the parts of a larger batch. A pytree.
 
-    A loss divided by the mean over n parts, averaged over these, is that of the whole batch.
+    If losses of n parts are divided by the mean denominator, their average is the whole batch's loss.
     """
 
     def averaged(self, average: Callable[[Tensor], Tensor]) -> Self:
-        """The mean over processes, by one exchange.
-
-        Args:
-            average: mean of a tensor over the processes.
-        """
+        """Return the mean over processes by one exchange. `average` averages a tensor over the processes."""
         own, spec = pytree.tree_flatten(self)
         mean = average(torch.cat([count.double().flatten() for count in own]))
         means = torch.split(mean, [count.numel() for count in own])
@@ -31,18 +27,18 @@ class Denominators:
 
     @classmethod
     def mean(cls, parts: Sequence[Self]) -> Self:
-        """The mean over the equal parts of a batch."""
+        """Return the mean over the equal parts of a batch."""
         counts: Self = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
         return counts
 
 
 @dataclass(frozen=True)
 class Counts(Denominators):
-    """Denominators of the parts of one loss.
+    """Denominators of the terms of one loss.
 
     Attributes:
         ce: sum of the class weights of labelled pixels, 0-dimensional.
-        kl: pixels that the KL counts, 0-dimensional.
+        kl: pixels that KL counts, 0-dimensional.
         terms: `Term.count` of each further term, in the order of `DistillLoss.further`.
     """
 

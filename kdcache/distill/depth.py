@@ -1,25 +1,25 @@
-"""Losses between two maps of depth, each a number per image: one function of prediction, reference and mask.
+r"""Losses between two depth maps, as one number per image: functions of prediction, reference and mask.
 
 | function | of an image's valid pixels | unit | source |
 | --- | --- | --- | --- |
-| `l1` | mean \\|e\\|, e = p - r | metres | |
-| `berhu` | mean of \\|e\\| up to c and (e^2 + c^2) / (2 c) beyond, c = 0.2 max \\|e\\| | metres | Laina 2016 |
+| `l1` | mean \|e\|, e = p - r | metres | |
+| `berhu` | mean of \|e\| up to c and (e^2 + c^2) / (2 c) beyond, c = 0.2 max \|e\| | metres | Laina 2016 |
 | `silog` | 10 sqrt(var g + 0.15 (mean g)^2), g = log p - log r, biased variance | | Eigen 2014; BTS, AdaBins |
-| `scale_shift_invariant` | both aligned, then the smallest 80 % of \\|e\\| over 2 M, plus gradient matching | | MiDaS |
-| `gradient_matching` | sum over scales of mean \\|dx e\\| + \\|dy e\\| | that of e | MegaDepth; MiDaS |
+| `scale_shift_invariant` | both aligned, then the smallest 80 % of \|e\| over 2 M, plus gradient matching | | MiDaS |
+| `gradient_matching` | sum over scales of mean \|dx e\| + \|dy e\| | that of e | MegaDepth; MiDaS |
 
-The reference is whatever the caller chooses: a label, or a teacher's map. Neither it nor the mask gets a gradient; what
-is not valid may be NaN or infinite in either map and touches neither loss nor gradient. An image without a valid pixel
-has the loss 0. Nothing is read from the device, no shape depends on data, and the results are deterministic.
+The reference is a label, or a teacher's map. Neither it nor the mask gets a gradient. Invalid pixels may be NaN or
+infinite in either map and affect neither loss nor gradient. An image without a valid pixel has the loss 0. Nothing is
+read from the device, no shape depends on data, and the results are deterministic.
 
-None of these but `l1` is a sum of pixels' losses over a number that is known beforehand: a variance, a maximum and an
-alignment are of one image. So each is of an image, and a batch is the mean over its images that have a valid pixel:
-processes and accumulated parts of a batch change nothing.
+Except for `l1`, none of these is a sum over pixels with a known denominator: a variance, a maximum and an alignment
+belong to one image. So each is computed per image, and a batch is the mean over its images with a valid pixel. The
+result does not depend on processes and accumulated parts.
 
 Sources: Laina et al. 2016, arXiv 1606.00373, section 3.2 (whose c is of the batch); Eigen et al. 2014, arXiv 1406.2283,
 equation 4, with lambda = 0.85 and the factor 10 of BTS (Lee et al. 2019, arXiv 1907.10326) and AdaBins (Bhat et al.
 2021, arXiv 2011.14141); Li and Snavely 2018, arXiv 1804.00607; Ranftl et al. 2020, arXiv 1907.01341, section 5, and the
-code that its authors published for it, whose median counts invalid pixels as zeros, as the paper's does not.
+authors' code, whose median counts invalid pixels as zeros, unlike the paper's.
 
 Shapes: B images, H W pixels, P = H W.
 """
@@ -41,10 +41,10 @@ SMALLEST_SCALE = 1e-6
 
 
 def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """The mean absolute error (B,) of each image's valid pixels.
+    """Return the mean absolute error (B,) of each image's valid pixels.
 
     Args:
-        prediction_BHW: float32 or float64; receives the gradient.
+        prediction_BHW: float32 or float64, with the gradient.
         reference_BHW: of the same dtype.
         mask_BHW: bool, the valid pixels.
     """
@@ -52,9 +52,9 @@ def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tenso
 
 
 def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """The reverse Huber loss (B,): absolute for small errors, squared for large ones.
+    """Return the reverse Huber loss (B,): absolute for small errors, squared for large ones.
 
-    The bound c is a fifth of an image's largest error, and a constant to the gradient. Args: as of `l1`.
+    The bound c is a fifth of an image's largest error, and constant for the gradient. Args: as of `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW).abs()
     c_B11 = BERHU_SHARE * error_BHW.detach().amax((1, 2), keepdim=True)
@@ -65,9 +65,9 @@ def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 
 
 def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """The scale-invariant logarithmic loss (B,), 10 sqrt(mean g^2 - 0.85 (mean g)^2).
+    """Return the scale-invariant logarithmic loss (B,), 10 sqrt(mean g^2 - 0.85 (mean g)^2).
 
-    Where all errors are 0, its gradient is 0. Args: as of `l1`, both maps above 0.
+    If all errors are 0, its gradient is 0. Args: as of `l1`, both maps above 0.
     """
     p_BHW, r_BHW = _filled(prediction_BHW, reference_BHW, mask_BHW)
     g_BHW = p_BHW.log() - r_BHW.log()
@@ -80,14 +80,14 @@ def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 def scale_shift_invariant(
     prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor, gradient_weight: float = 0.5
 ) -> Tensor:
-    """The trimmed loss (B,) of maps that are each known up to a scale and a shift, such as disparities.
+    """Return the trimmed loss (B,) of maps that are each known up to a scale and a shift, such as disparities.
 
-    Each map has its median over the valid pixels subtracted and is divided by its mean absolute deviation from it; with
-    an even number of pixels the median is the lower of the two in the middle, as in PyTorch. Of the M residuals the
-    int(0.8 M) smallest count, divided by 2 M. `gradient_matching` of the aligned maps comes on top.
+    Each map is shifted by its median over the valid pixels and divided by its mean absolute deviation from it. With an
+    even
+    number of pixels the median is the lower of the two in the middle, as in PyTorch. Of the M residuals the int(0.8 M)
+    smallest count, divided by 2 M. `gradient_matching` of the aligned maps is added with the weight `gradient_weight`.
 
-    Args: as of `l1`, in any unit; no two maps need have the same.
-        gradient_weight: of gradient matching; 0 leaves it out.
+    Args: as of `l1`, in any units.
     """
     maps = _filled(prediction_BHW, reference_BHW.detach(), mask_BHW)
     p_BHW, r_BHW = (_aligned(values_BHW, mask_BHW) for values_BHW in maps)
@@ -106,10 +106,11 @@ def scale_shift_invariant(
 
 
 def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor, scales: int = SCALES) -> Tensor:
-    """How the steps of an error from pixel to pixel differ (B,), at every, every second, fourth and eighth pixel.
+    """Return the gradient-matching loss (B,): differences of an error's steps at strides 1, 2, 4 and 8.
 
-    At each scale the sum over the pairs of neighbours that are valid both is divided by the number of valid pixels of
-    that scale, as in the authors' code; the scales are added. Args: as of `l1`.
+    At each scale the sum over pairs of valid neighbours is divided by the number of valid pixels of that scale, as in
+    the
+    authors' code. The scales are added. Args: as of `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))
@@ -125,12 +126,12 @@ def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: T
 
 
 def _filled(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps with 1 where they are not valid, so that nothing there is read, in the backward neither."""
+    """Return both maps with 1 at invalid pixels, so nothing there is read, also in the backward."""
     return torch.where(mask_BHW, prediction_BHW, 1), torch.where(mask_BHW, reference_BHW.detach(), 1)
 
 
 def _error(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """Prediction minus reference; 0 where it is not valid."""
+    """Return prediction minus reference, or 0 if it is not valid."""
     p_BHW, r_BHW = _filled(prediction_BHW, reference_BHW, mask_BHW)
     return p_BHW - r_BHW
 
@@ -140,12 +141,12 @@ def _count(mask_BHW: Tensor) -> Tensor:
 
 
 def _mean(loss_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """The mean (B,) over the valid pixels; what is not valid must be 0."""
+    """Return the mean (B,) over the valid pixels. Invalid pixels must be 0."""
     return divide(loss_BHW.sum((1, 2)), _count(mask_BHW).to(loss_BHW.dtype))
 
 
 def _aligned(values_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """A map minus its median, divided by its mean absolute deviation from that; 0 where it is not valid."""
+    """Return a map minus its median, divided by its mean absolute deviation from that, or 0 if it is not valid."""
     values_BP, valid_BP, count_B = values_BHW.flatten(1), mask_BHW.flatten(1), _count(mask_BHW)
     # Invalid pixels come first, in front of any number.
     rank_BP = _rising_rank(values_BP.detach().masked_fill(~valid_BP, -torch.inf))
@@ -159,7 +160,7 @@ def _aligned(values_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _rising_rank(values_BP: Tensor) -> Tensor:
-    """The place of every value among those of its image, from the smallest on, (B, P) int64."""
+    """Return the rank of every value within its image, from the smallest, (B, P) int64."""
     order_BP = falling_order(-values_BP[:, None])[:, 0]
     places_BP = torch.arange(values_BP.shape[1], device=values_BP.device).expand_as(order_BP)
     return torch.empty_like(order_BP).scatter(1, order_BP, places_BP)

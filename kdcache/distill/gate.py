@@ -2,13 +2,13 @@
 
 | part | weight of a pixel | needs |
 | --- | --- | --- |
-| `correct` | 0 where the teacher's best class is not the label; pixels without a label count | labels |
-| `confidence:X` | 1 where its highest probability is at least X | |
+| `correct` | 0 if the teacher's best class is not the label; pixels without a label count | labels |
+| `confidence:X` | 1 if its highest probability is at least X | |
 | class weights | the weight of the teacher's best class: its trust times its rarity | (C,) numbers |
 
-The parts are multiplied. The denominators of the terms stay those of all counted pixels, so that a gate does not raise
-the weight of the pixels that pass. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops
-pixels at which the teacher is wrong.
+The parts are multiplied. The denominators of the terms still count all pixels, so a gate does not raise the weight of
+the pixels that pass. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops pixels at which
+the teacher is wrong.
 """
 
 import math
@@ -26,7 +26,7 @@ KINDS = ("none", "correct", "confidence:X")
 
 @dataclass(frozen=True)
 class GateSpec:
-    """A gate by name; `threshold` is the least probability that `confidence` passes."""
+    """A gate by name. `threshold` is the least probability that `confidence` passes."""
 
     kind: str = "none"
     threshold: float = 0.0
@@ -53,7 +53,7 @@ class Gate(nn.Module):
 
     Args:
         spec: which pixels pass.
-        class_weight: (C,) of the teacher's best class, at least 0; None weighs all alike.
+        class_weight: (C,) of the teacher's best class, at least 0. None weighs all equally.
     """
 
     class_weight: Tensor | None
@@ -73,7 +73,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch, form: TargetFormat, *, impl: str = "auto") -> Tensor | None:
-        """Weights (B, H, W) float32, or None when all are 1. Never waits for the device."""
+        """Return weights (B, H, W) float32, or None if all are 1. Never waits for the device."""
         if self.open:
             return None
         argmax_BHW, confidence_BHW = batch.argmax_confidence(form, batch.size, impl=impl)

@@ -1,8 +1,8 @@
-"""Labels in the teacher's place: the control that shows what a loss does without a teacher.
+"""Labels in the teacher's place: the control that shows the effect of a loss without a teacher.
 
-The label map of a batch, one-hot, is averaged over the area of each cell of a grid, void left out: the share of a
-cell's labelled pixels that each class has. Its logarithm stands where a store's target would, so every term that reads
-logits or probabilities computes with it as it does with a teacher's.
+The one-hot label map of a batch is averaged over each cell of a grid, without void: the share of a cell's labelled
+pixels that each class has. Its logarithm replaces the cache's target, so every term that reads logits or probabilities
+computes with it as with a teacher's.
 """
 
 import math
@@ -23,13 +23,13 @@ smooth the labels: at T = 4 all absent of 19 classes together get 1 % of a cell.
 
 @dataclass(frozen=True)
 class LabelTargets:
-    """Targets that are made from the labels of each batch; takes the place of an open cache in `DistillLoss`.
+    """Targets made from the labels of each batch. They replace an open cache in `DistillLoss`.
 
     Attributes:
         num_classes: C.
         view_size: (H, W) of the labels.
-        grid: (h, w), the cells that lie over them: the store's, or those of the student's logits.
-        manifest: None: there is no store.
+        grid: (h, w), the cells over them: the cache's, or those of the student's logits.
+        manifest: None, because there is no cache.
     """
 
     num_classes: int
@@ -41,13 +41,11 @@ class LabelTargets:
 
     @torch.no_grad()
     def replace_targets(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Batch:
-        """Return the batch with its labels in the place of its targets.
+        """Return the batch with its labels as targets, in float32, or float64 for a student of float64.
 
-        They show the student's image itself, so the batch has no window, nor what comes with one; pixels that were
-        pasted carry their own labels.
-
-        Args:
-            dtype: float32, or float64 for a student of float64.
+        They show the student's image itself, so the batch has no window or related fields. Pasted pixels carry their
+        own
+        labels.
         """
         log_share_BChw = self.shares(batch.label, dtype).log().clamp_min(LOG_FLOOR)
         return replace(
@@ -61,7 +59,7 @@ class LabelTargets:
         )
 
     def shares(self, label_BHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, C, h, w): the share of each cell's labelled pixels that a class has; 0 in a cell without any.
+        """Return the share (B, C, h, w) of each cell's labelled pixels that a class has, or 0 in a cell without labels.
 
         Memory: (B, C + 1, H, W) numbers.
         """

@@ -1,10 +1,10 @@
-"""The loss of a student: cross-entropy beside KL to the cached teacher, and further terms.
+"""The loss of a student: cross-entropy, KL to the cached teacher, and further terms.
 
 `loss = ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t)/T) || softmax(up(z)/T)) + sum of weight * term`.
 The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and weights are choices of the training,
-never of the store.
+never of the cache.
 
-A term of depth is of the task `depth`, all else of `segmentation`; a balance weighs the sums of the two.
+Depth terms belong to the task `depth`, all others to `segmentation`. A balance weighs the sums of the two.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,28 +48,30 @@ if TYPE_CHECKING:
 
 
 class DistillLoss(nn.Module):
-    """CE + KL of a batch, from low-resolution student logits and a packed target, and further terms.
+    """Cross-entropy + KL distillation loss on low-resolution logits, plus optional terms.
 
     Args:
-        targets: an open cache (number of classes, view size and resize rule of its targets); or `LabelTargets`, with
-            which the labels of every batch stand in the place of its targets; or `MergedTargets` of a store of other
-            classes.
-        ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. With KL at 1, the formula as it stands,
-            its gradient is several times that of the labels.
+        targets: an open cache (number of classes, view size and resize rule of its targets), or `LabelTargets` to use
+            the
+            labels of every batch as targets, or `MergedTargets` of a cache with other classes.
+        ce_weight, kl_weight: at least 0. A term of weight 0 is not computed. At kl_weight 1, the gradient of KL is
+            several
+            times the labels'.
         temperature: temperature T of the KL term, above 0. RecipeError for other numbers, here and for the weights.
         class_weight: (C,) weights of the cross-entropy.
         label_smoothing: share of every label that is spread evenly over all classes, in [0, 1), as in
             `torch.nn.functional.cross_entropy`.
         focal_gamma: exponent of the focal loss, at least 0: a pixel's cross-entropy is multiplied by (1 - p)^gamma of
-            its label's probability p. Not beside smoothed labels.
-        distill_void: whether the teacher's terms count pixels without a label, too; not where labels are the targets.
+            its
+            label's probability p. Not with smoothed labels.
+        distill_void: whether the teacher's terms also count pixels without a label. Ignored if labels are the targets.
         align_corners: whether the student's own final resize aligns corners.
-        gate: which pixels the teacher's terms count, and how much; default all alike.
+        gate: which pixels the teacher's terms count, and how much. Default: all equally.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
         scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
-        size: (H, W) of the labels of a whole view, where that has other proportions than the view.
+        size: (H, W) of the labels of a whole view, if it has another aspect ratio than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
-        balance: of the losses of two tasks; None adds them up.
+        balance: of the losses of two tasks. None adds them up.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
     """
 
@@ -115,31 +117,32 @@ class DistillLoss(nn.Module):
         self.register_buffer("distill_weight_scale", torch.ones(()) if scheduled else None, persistent=False)
 
     def extra_repr(self) -> str:
+        """Return weights and temperature, for printing the module."""
         return f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}, temperature={self.temperature}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parts, in the order of `Losses` without loss and tasks. A kind that occurs twice is numbered."""
+        """Names of the terms, in the order of `Losses` without loss and tasks. Repeated kinds are numbered."""
         kinds = [term.kind for term in self._terms()]
         before = (kinds[:at].count(kind) for at, kind in enumerate(kinds))
         return ("ce", "kl", *(f"{kind}_{n + 1}" if n else kind for kind, n in zip(kinds, before, strict=True)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that are learnt: those with a part of weight above 0."""
+        """The tasks with a term of weight above 0."""
         learnt = {term.task for term in self._terms() if term.weight > 0}
         learnt |= {SEGMENTATION} if self.ce_weight > 0 or self.kl_weight > 0 else set()
         return tuple(task for task in TASKS if task in learnt)
 
     @property
     def part_tasks(self) -> dict[str, str]:
-        """The task of each part, by its name."""
+        """The task of each term, by its name."""
         tasks = (SEGMENTATION, SEGMENTATION, *(term.task for term in self._terms()))
         return dict(zip(self.names, tasks, strict=True))
 
     @property
     def student_taps(self) -> tuple[str, ...]:
-        """Names of the student's features that the terms read beside its logits."""
+        """Names of the student's features that the terms read."""
         return tuple(dict.fromkeys(tap for term in self._terms() for tap in term.student_taps()))
 
     @property
@@ -148,41 +151,37 @@ class DistillLoss(nn.Module):
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Multiply the weights of KL and of the further teacher terms by `scale` from now on. Only for `scheduled`."""
+        """Multiply the weights of KL and further teacher terms by `scale` from now on. Needs `scheduled`."""
         assert self.distill_weight_scale is not None
         self.distill_weight_scale.fill_(scale)
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the student's heads that the terms read beside segmentation."""
+        """Names of the student's heads, other than segmentation, that the terms read."""
         return tuple(dict.fromkeys(term.head for term in self._terms() if term.head is not None))
 
     def describe(self) -> list[str]:
-        """Descriptions of what the terms resize or project; complete after the first batch."""
+        """Return descriptions of what the terms resize or project. They are complete after the first batch."""
         return [text for term in self._terms() if (text := term.describe())]
 
     def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Let terms that compare all samples of a batch read the rows of other processes.
-
-        Args:
-            gather: rows of all processes in their order, with the gradient of the own ones.
-        """
+        """Let terms that compare a whole batch read all processes' rows, in order, by `gather`."""
         for term in self._terms():
             term.gather = gather
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        """Let terms remember a whole batch that a step has learnt from; the ring of `queue` does."""
+        """Let terms, such as the ring of `queue`, remember a batch that a step has learnt from."""
         for term in (term for term in self._terms() if _active(term, batch)):
             term.after_step(batch)
 
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
-        """The denominators of the parts of the loss of a batch, which do not depend on the student.
+        """Return the denominators of the loss of a batch, which do not depend on the student.
 
-        Args:
-            dtype: dtype of the terms' counts: float64 for a student of float64.
-        Raises: RecipeError, DataError as `forward`, except for what concerns the student's outputs.
+        `dtype` is the dtype of the terms' counts: float64 for a student of float64.
+
+        Raises: RecipeError, DataError as `forward`, except for the student's outputs.
         """
         batch = self._with_targets(batch, dtype)
         self._check(batch)
@@ -196,14 +195,14 @@ class DistillLoss(nn.Module):
         return Counts(ce, kl, terms)
 
     def counted(self, counts: Counts) -> dict[str, Tensor]:
-        """How much the parts of weight count of each task that is learnt, 0-dimensional: above 0 where any counts."""
+        """Return a 0-dimensional number per learnt task, above 0 if any of its terms counts something."""
         weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self._terms()))
         parts = list(zip(self.part_tasks.values(), weights, (counts.ce, counts.kl, *counts.terms), strict=False))
         counted = {own: [n.sum() for task, weight, n in parts if task == own and weight > 0] for own in self.tasks}
         return {task: torch.stack(numbers).sum() for task, numbers in counted.items()}
 
     def _fused_counts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The denominators of cross-entropy and KL."""
+        """Return the denominators of cross-entropy and KL."""
         if SEGMENTATION not in batch.labels:
             zero = torch.zeros((), device=batch.any_label.device)
             return zero, zero
@@ -231,19 +230,24 @@ class DistillLoss(nn.Module):
         *,
         labels: Tensor | None = None,
     ) -> Losses:
-        """Loss, and its parts before weighting: all scalars, float32.
+        """Return loss, and its terms before weighting: all scalars, float32.
 
         Args:
             outputs: the student's: logits (B, C, h, w) and the outputs of the heads that `heads` names, each at its
-                native stride, which receive the gradient, and the features (B, c, h, w) that `student_taps` names; or
-                logits alone. One of depth alone has no logits.
-            batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
-                without a teacher, whose parts are then 0. Stored targets alone (`Cache.targets_for`) take `labels`.
-            counts: denominators of the parts: the mean over the parts of a batch that several processes or steps share,
-                whose losses, and their gradients, then average to the whole batch's; None is the batch's own.
-            labels: of segmentation, (B, H, W) whole numbers, in place of the batch's.
-        Raises: RecipeError for a batch without the targets, arrays or features that a term of weight reads; DataError
-            for one without labels, of unequal rows, or whose labels do not show what the target's window shows.
+                native
+                stride, with the gradient, and the features (B, c, h, w) that `student_taps` names. Or logits only. A
+                student
+                of depth only has no logits.
+            batch: labels, with `ignore_index` as void, and targets of the same samples. If `targets` is None there is
+                no
+                teacher, and its terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
+            counts: denominators, as the mean over the parts of a batch that several processes or steps share. Their
+                losses and
+                gradients then average to the whole batch's. None is the batch's own.
+            labels: of segmentation, (B, H, W) whole numbers, instead of the batch's.
+        Raises: RecipeError for a batch without the targets, arrays or features that an active term reads; DataError for
+        one
+            without labels, of unequal rows, or whose labels do not show the target's window.
         """
         if labels is not None or not isinstance(batch, Batch):
             batch = labelled_batch(batch, labels, unpacked(outputs).logits.device)
@@ -259,10 +263,7 @@ class DistillLoss(nn.Module):
     def by_task(
         self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None
     ) -> tuple[dict[str, Tensor], Losses]:
-        """The weighted sum of each task's parts, differentiable; and the losses with the sum of these.
-
-        Args, Raises: as `forward`.
-        """
+        """Return the differentiable weighted sum per task, and the losses. Args, Raises: as `forward`."""
         own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
@@ -279,10 +280,7 @@ class DistillLoss(nn.Module):
         return by_task, Losses(sum(others, loss), ce, kl, tuple(values))
 
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
-        """Every active term on its own, weighted (by the balance, too) and differentiable, by name. For gradient norms.
-
-        Args, Raises: as `forward`.
-        """
+        """Return active terms by name, weighted and differentiable, for gradient norms. Args, Raises: as `forward`."""
         own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
@@ -301,7 +299,7 @@ class DistillLoss(nn.Module):
     def _values(
         self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None, counts: Counts | None
     ) -> "Iterator[tuple[Term, Tensor | None]]":
-        """The further terms, each with its value, not weighted; None for one that does not count."""
+        """Return the further terms, each with its value, not weighted, or None for one that does not count."""
         terms = self._terms()
         if not terms:
             return
@@ -311,7 +309,7 @@ class DistillLoss(nn.Module):
             yield term, term(term_batch, count) if _active(term, batch) else None
 
     def _with_targets(self, batch: Batch, dtype: torch.dtype) -> Batch:
-        """The batch with the targets that the teacher's terms read: its own, merged, or its labels in their place."""
+        """Return the batch with the targets that terms read: its own, merged, or its labels instead."""
         if isinstance(self.targets, MergedTargets):
             return self.targets.replace_targets(batch)
         if not isinstance(self.targets, LabelTargets) or SEGMENTATION not in batch.labels:
@@ -355,13 +353,13 @@ class DistillLoss(nn.Module):
         return self.targets is not None and batch.target is not None
 
     def gate_of(self, batch: Batch) -> Tensor | None:
-        """Weights (B, H, W) of the teacher's pixels; None is 1."""
+        """Return weights (B, H, W) of the teacher's pixels, or None for 1."""
         if self.gate.open or not self._teaches(batch) or not (self.kl_weight > 0 or len(self.further)):
             return None
         return cast("Tensor", self.gate(batch, self.targets, impl=self.impl))
 
     def term_batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
-        """The inputs of the further terms."""
+        """Return the inputs of the further terms."""
         from kdcache.distill.terms import HeadBatch, TermBatch
 
         targets = batch.targets or {}
@@ -446,5 +444,5 @@ class DistillLoss(nn.Module):
 
 
 def _active(term: "Term", batch: Batch) -> bool:
-    """Whether a term counts: one of weight 0 may lack its arrays, and a batch without a teacher has terms on labels."""
+    """Return whether a term counts. A term of weight 0 may lack arrays. Without a teacher, label terms count."""
     return term.weight > 0 and (batch.targets is not None or not term.reads_teacher)

@@ -1,4 +1,4 @@
-"""Which pixels of a batch the teacher's terms count: those in the view that show the image, and whose target it is."""
+"""The pixels of a batch that the teacher's terms count: in the view, showing the image, with the right target."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from kdcache.distill.target import TargetFormat
 
 
 class CountedByKL(NamedTuple):
-    """Which pixels (B, H, W) KL counts, bool.
+    """The pixels (B, H, W) that KL counts, bool.
 
     Attributes:
-        own: of the batch's own targets; None where the fused loss finds them by itself.
-        pasted: of the targets of pixels that were pasted; None without any.
-        other: the batch with these targets; None without any.
+        own: of the batch's own targets, or None if the fused loss finds them by itself.
+        pasted: of the targets of pasted pixels, or None.
+        other: the batch with these targets, or None.
     """
 
     own: Tensor | None
@@ -25,7 +25,7 @@ class CountedByKL(NamedTuple):
 
     @property
     def all(self) -> Tensor | None:
-        """The pixels of both targets. The two share none."""
+        """The pixels of both targets, which do not overlap."""
         return self.own if self.own is None or self.pasted is None else self.own | self.pasted
 
 
@@ -34,8 +34,8 @@ class TeacherMasks:
     """The masks of a loss.
 
     Attributes:
-        targets: their format; None without any.
-        distill_void: whether pixels without a label are counted, too.
+        targets: their format, or None without targets.
+        distill_void: whether pixels without a label also count.
     """
 
     targets: TargetFormat | None
@@ -43,7 +43,7 @@ class TeacherMasks:
     ignore_index: int
 
     def counted_by_kl(self, batch: Batch) -> CountedByKL:
-        """Find the pixels that KL counts, of each target, if the fused loss does not find them by itself."""
+        """Find the pixels that KL counts, for each target, unless the fused loss finds them by itself."""
         if batch.inside is None and batch.own is None:
             return CountedByKL(None)
         own_BHW = self._counted(batch, batch.own)
@@ -53,7 +53,7 @@ class TeacherMasks:
         return CountedByKL(own_BHW, self._counted(other, ~batch.own), other)
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
-        """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
+        """Return the mask (B, H, W) of the view's pixels that the teacher's terms count. None is all."""
         shown_BHW = self._shown_of_view(batch)
         label_BHW = batch.labels.get(SEGMENTATION)
         labelled_BHW = None if self.distill_void or label_BHW is None else label_BHW != self.ignore_index
@@ -64,7 +64,7 @@ class TeacherMasks:
         return counted
 
     def shown(self, batch: Batch) -> Tensor | None:
-        """Which pixels (B, H, W) show an image, the sample's own or one that was pasted; None is all."""
+        """Return the mask (B, H, W) of pixels that show the sample's image or a pasted one. None is all."""
         if batch.own is None or (batch.inside is None and batch.pasted is None):
             return self._shown_of_view(batch)
         own, other = (self._shown_of_view(view) for view in (batch, batch.with_pasted_targets()))
@@ -76,7 +76,7 @@ class TeacherMasks:
         return None if self.targets is None else batch.shown(self.targets, batch.size)
 
     def _counted(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:
-        """Which pixels (B, H, W) of a part of the batch the KL counts."""
+        """Return the mask (B, H, W) of a batch part's pixels that KL counts."""
         assert self.targets is not None
         inside_BHW = batch.in_view(self.targets, batch.size).expand_as(batch.label)
         counted_BHW = self.counted(batch, own_BHW)
@@ -84,7 +84,7 @@ class TeacherMasks:
 
 
 def gated(gate_BHW: Tensor | None, counted_BHW: Tensor | None) -> Tensor | None:
-    """Weights (B, H, W) of KL: the gate at the pixels that count; None is 1."""
+    """Return weights (B, H, W) of KL: the gate at counted pixels, or None for 1."""
     if gate_BHW is None or counted_BHW is None:
         return gate_BHW if counted_BHW is None else counted_BHW.float()
     return gate_BHW * counted_BHW

@@ -1,7 +1,7 @@
-"""A store's targets as those of other classes: several classes become one, some are dropped.
+"""Map a cache's targets to other classes: several classes become one, some are dropped.
 
-The probabilities of merged classes are summed at native stride, and renormalised where classes are dropped: what a
-teacher would have given whose classes had been mapped before its store was built, up to the rounding of float16.
+The probabilities of merged classes are summed at native stride, and renormalised if classes are dropped. Up to the
+rounding of float16, this equals a cache built with the mapped teacher.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ _LOWEST = -60000.0
 
 
 class MergedTargets(nn.Module):
-    """The targets of a store as those of a training's classes; takes its place in `DistillLoss`.
+    """The targets of a cache in a training's classes. They replace the cache in `DistillLoss`.
 
     Args:
         store: an open cache, whose targets have all of its classes.
@@ -34,15 +34,17 @@ class MergedTargets(nn.Module):
 
     @property
     def view_size(self) -> Size:
+        """The (H, W) of the cache's views."""
         return self.store.view_size
 
     @property
     def align_corners(self) -> bool:
+        """Whether the teacher's resize aligns corners."""
         return self.store.align_corners
 
     @property
     def manifest(self) -> Any:
-        """The store's manifest, with a head of the training's classes in the place of its own."""
+        """The cache's manifest, with a head of the training's classes."""
         manifest = self.store.manifest
         merged = {"classes": self.num_classes, "k": self.num_classes, "raw": False}
         heads = {**manifest.heads, SEGMENTATION: manifest.heads[SEGMENTATION].model_copy(update=merged)}
@@ -50,13 +52,13 @@ class MergedTargets(nn.Module):
 
     @torch.no_grad()
     def merged(self, target: Target) -> Target:
-        """Return a target of the store's classes as one of the training's."""
+        """Return a target of the cache's classes in the training's classes."""
         merged_BChw = self.merge(target.values.float())
         values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)
         return Target(values_BChw.half())
 
     def replace_targets(self, batch: Batch) -> Batch:
-        """Return the batch with its target of segmentation merged; without one it is the same."""
+        """Return the batch with its segmentation target merged, or unchanged without one."""
         if batch.target is None:
             return batch
         return replace(batch, targets={**(batch.targets or {}), SEGMENTATION: self.merged(batch.target)})

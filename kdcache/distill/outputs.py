@@ -1,4 +1,4 @@
-"""The outputs of a student, as a loss reads them, and what it makes of them."""
+"""The outputs of a student as a loss reads them, and the loss's results."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -9,18 +9,23 @@ from kdcache.heads import SEGMENTATION
 
 
 class Outputs(Protocol):
-    """A student's outputs for a batch; `logits` are read of one with a head `segmentation`, or with nothing by name."""
+    """A student's outputs for a batch. `logits` are read from a `segmentation` head, or if no head has a name."""
 
     @property
-    def logits(self) -> Tensor: ...
+    def logits(self) -> Tensor:
+        """Logits (B, C, h, w) of segmentation."""
+
     @property
-    def heads(self) -> Mapping[str, Tensor]: ...
+    def heads(self) -> Mapping[str, Tensor]:
+        """The outputs (B, c, h, w) by head."""
+
     @property
-    def features(self) -> Mapping[str, Tensor]: ...
+    def features(self) -> Mapping[str, Tensor]:
+        """The features (B, c, h, w) by tap."""
 
 
 class StudentOutputs(NamedTuple):
-    """Logits (B, C, h, w), of no class, (B, 0, 1, 1), where the student has none; heads and features by name.
+    """Logits (B, C, h, w), or (B, 0, 1, 1) for a student without logits; heads and features by name.
 
     Attributes:
         others: outputs for the rows of other streams of the batch, by the stream's name.
@@ -33,11 +38,11 @@ class StudentOutputs(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, float32: the loss, which alone carries a gradient, and its parts before weighting.
+    """Scalars, float32: the loss, which is the only one with a gradient, and its terms before weighting.
 
     Attributes:
         terms: in the order of DistillLoss.further.
-        tasks: the weighted sum of each task's parts, before the balance; empty where no tasks are balanced.
+        tasks: the weighted sum of each task's terms, before the balance. Empty without a balance.
     """
 
     loss: Tensor
@@ -48,7 +53,7 @@ class Losses(NamedTuple):
 
 
 def unpacked(outputs: Outputs | StudentOutputs | Tensor) -> StudentOutputs:
-    """The outputs of a student, or logits alone, as a loss reads them."""
+    """Return the outputs of a student, or bare logits, as a loss reads them."""
     if isinstance(outputs, StudentOutputs):
         return outputs
     if isinstance(outputs, Tensor):

@@ -1,9 +1,9 @@
-"""The loss of a step that learns from several streams: each stream's rows have a loss of their own.
+"""The loss of a step that learns from several streams, with a separate loss on each stream's rows.
 
     batches of the streams --one forward over all pixels--> outputs --rows of each--> its DistillLoss --weights--> sum
 
-A batch of one stream is a `Batch`, and its loss a `DistillLoss`; these classes stand in their places where there are
-several, with the same methods.
+A batch of one stream is a `Batch`, and its loss a `DistillLoss`. With several streams, these classes replace them, with
+the same methods.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from kdcache.heads import TASKS
 
 @dataclass(frozen=True)
 class StreamBatch(Tensors):
-    """The batches of several streams, in their order. A pytree; each stream has as many rows at every step."""
+    """The batches of several streams, in order. A pytree. Each stream has the same number of rows at every step."""
 
     streams: tuple[Batch, ...]
 
@@ -37,20 +37,20 @@ class StreamBatch(Tensors):
         return sum(map(len, self.streams))
 
     def rows(self, count: int, first: int = 0) -> "StreamBatch":
-        """Return the share of `count` samples from `first` on of every stream, at least one of each."""
+        """Return each stream's share of `count` samples from `first` on, at least one each."""
         whole = len(self)
         return self.each(lambda batch: batch.rows(max(1, len(batch) * count // whole), len(batch) * first // whole))
 
     def each(self, change: Callable[[Batch], Batch]) -> "StreamBatch":
-        """Return the batches after `change`."""
+        """Return the batches after applying `change` to each."""
         return StreamBatch(tuple(map(change, self.streams)))
 
 
 class StreamLosses(NamedTuple):
-    """The weighted sum of the streams' losses, which alone carries a gradient, and each stream's own losses.
+    """The weighted sum of the streams' losses, which is the only one with a gradient, and each stream's losses.
 
     Attributes:
-        tasks: the weighted sum of each task's parts over all streams, before the balance; empty without one.
+        tasks: the weighted sum of each task's terms over all streams, before the balance. Empty without one.
     """
 
     loss: Tensor
@@ -63,9 +63,9 @@ class StreamLoss(nn.Module):
 
     Args:
         criteria: the loss of each stream.
-        names: the streams' names, which stand before those of their parts: `kitti/ce`.
-        weights: at least 0; the denominators of a stream's loss are its own, so its share of the batch is no weight.
-        balance: of two tasks' losses, each the weighted sum over the streams that learn it; None adds up the streams.
+        names: the streams' names, which precede their terms' names: `kitti/ce`.
+        weights: at least 0. Each stream's loss has its own denominators, so its share of the batch is not a weight.
+        balance: of two tasks' losses, each the weighted sum over the streams that learn it. None adds up the streams.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class StreamLoss(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the values that follow the loss in `StreamLosses` but for the tasks, a stream's own loss first."""
+        """Names of the values after the loss in `StreamLosses` without tasks, each stream's own loss first."""
         return tuple(f"{stream}/{part}" for stream, criterion in self._named() for part in ("loss", *criterion.names))
 
     @property
@@ -94,7 +94,7 @@ class StreamLoss(nn.Module):
 
     @property
     def part_tasks(self) -> dict[str, str]:
-        """The task of each part of a stream, by its name."""
+        """The task of each term of a stream, by its name."""
         named = ((stream, criterion.part_tasks) for stream, criterion in self._named())
         return {f"{stream}/{part}": task for stream, tasks in named for part, task in tasks.items()}
 
@@ -105,18 +105,18 @@ class StreamLoss(nn.Module):
 
     @property
     def distill_weight_scale(self) -> Tensor | None:
-        """The factor on the teacher terms' weights; None where no stream has a schedule."""
+        """The factor on the teacher terms' weights, or None if no stream has a schedule."""
         scales = (criterion.distill_weight_scale for _, criterion in self._named())
         return next((scale for scale in scales if scale is not None), None)
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Multiply the weights of the teacher terms of the streams with a schedule by `scale` from now on."""
+        """Multiply the teacher terms of streams with a schedule by `scale` from now on."""
         for _, criterion in self._named():
             if criterion.distill_weight_scale is not None:
                 criterion.set_distill_weight_scale(scale)
 
     def describe(self) -> list[str]:
-        """Descriptions of what the terms resize or project, after the stream's name."""
+        """Return descriptions of what the terms resize or project, each after the stream's name."""
         return [f"{stream}: {text}" for stream, criterion in self._named() for text in criterion.describe()]
 
     def share(self, gather: Callable[[Tensor], Tensor]) -> None:
@@ -125,21 +125,21 @@ class StreamLoss(nn.Module):
             criterion.share(gather)
 
     def after_step(self, batch: StreamBatch) -> None:
-        """Let the loss of each stream learn from its rows (see `DistillLoss.after_step`)."""
+        """Let each stream's loss remember its rows (see `DistillLoss.after_step`)."""
         for (_, criterion), own in zip(self._named(), batch.streams, strict=True):
             criterion.after_step(own)
 
     def counts(self, batch: StreamBatch) -> StreamCounts:
-        """The denominators of each stream's loss. Raises: as `DistillLoss.counts`."""
+        """Return the denominators of each stream's loss. Raises: as `DistillLoss.counts`."""
         pairs = zip(self._named(), batch.streams, strict=True)
         return StreamCounts(tuple(criterion.counts(own) for (_, criterion), own in pairs))
 
     def forward(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> StreamLosses:
-        """The loss, and every stream's losses: all scalars, float32.
+        """Return the loss, and every stream's losses: all scalars, float32.
 
-        Args:
-            outputs: the student's, for the pixels of all streams in their order.
-            counts: as of `DistillLoss`, of each stream.
+        `outputs` are the student's for the pixels of all streams, in order. `counts` are each stream's, as of
+        `DistillLoss`.
+
         Raises: as `DistillLoss.forward`.
         """
         parted = self._parted(outputs, batch, counts)
@@ -155,7 +155,7 @@ class StreamLoss(nn.Module):
         return StreamLosses(loss, of_streams, tuple(own.detach() for own in balanced.values()))
 
     def parts(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> dict[str, Tensor]:
-        """Every stream's loss and its active terms, weighted (by the balance, too) and differentiable, by name.
+        """Return every stream's loss and active terms by name, weighted (also by the balance) and differentiable.
 
         Args, Raises: as `forward`.
         """
@@ -170,12 +170,12 @@ class StreamLoss(nn.Module):
         return parts
 
     def _of_task(self, task: str, by_task: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """The weighted sum of the losses of a task over the streams that have it."""
+        """Return the weighted sum of the losses of a task over the streams that have it."""
         weighted = [weight * own[task] for weight, own in zip(self.weights, by_task, strict=True) if task in own]
         return torch.stack(weighted).sum()
 
     def _counted(self, counts: StreamCounts) -> dict[str, Tensor]:
-        """How much counts of each task over all streams of weight above 0, 0-dimensional."""
+        """Return how much counts for each task over all streams of weight above 0, 0-dimensional."""
         counted: dict[str, Tensor] = {}
         for (_, weight, criterion), own in zip(self._weighed(), counts.streams, strict=True):
             for task, count in criterion.counted(own).items() if weight > 0 else ():

@@ -1,4 +1,4 @@
-"""A teacher's outputs of one head for a batch, packed as a store holds them."""
+"""A teacher's outputs of one head for a batch, packed as in a cache."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,26 +11,32 @@ from kdcache_kernels import PackedTarget
 
 
 class TargetFormat(Protocol):
-    """The facts about a store that reading its targets takes; an open cache is one."""
+    """The facts about a cache that are needed to read its targets. An open cache has them."""
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """The number of classes."""
+
     @property
-    def view_size(self) -> tuple[int, int]: ...
+    def view_size(self) -> tuple[int, int]:
+        """The (H, W) of the views."""
+
     @property
-    def align_corners(self) -> bool: ...
+    def align_corners(self) -> bool:
+        """Whether the teacher's resize aligns corners."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Packed logits of a batch at native stride, or values of a regression; of a single sample, without B. A pytree.
+    """Packed logits of a batch at native stride, or values of a regression. A single sample has no B. A pytree.
 
     Attributes:
-        values: (B, k, h, w) float16, logit minus the pixel's maximum over classes; float32 or float64 log-probabilities
-            where labels stand in the teacher's place. Of a regression head (B, channels, h, w) float16 or float32 in
-            the head's unit, without indices and tail; what is not finite is unknown.
-        indices: (B, k, h, w) uint8 or uint16 class ids; None when all classes are kept.
-        tail: (B, h, w) float16 log-odds of the mass outside the top k; None when all classes are kept.
+        values: (B, k, h, w) float16, logit minus the pixel's maximum over classes. With labels as targets they are
+            float32
+            or float64 log-probabilities. A regression has (B, channels, h, w) float16 or float32 in the head's unit,
+            without indices and tail. Values that are not finite are unknown.
+        indices: (B, k, h, w) uint8 or uint16 class ids, or None if all classes are kept.
+        tail: (B, h, w) float16 log-odds of the mass outside the top k, or None if all classes are kept.
     """
 
     values: Tensor
@@ -38,7 +44,7 @@ class Target:
     tail: Tensor | None = None
 
     def packed(self, form: TargetFormat) -> PackedTarget:
-        """Return the target in the form that the kernels take."""
+        """Return the target in the form of the kernels."""
         return PackedTarget(
             values=self.values.to(torch.float16),
             indices=self.indices,
@@ -49,7 +55,7 @@ class Target:
         )
 
     def dense(self, form: TargetFormat, dtype: torch.dtype) -> Tensor:
-        """(B, C, h, w) logits of all classes, up to a constant per pixel."""
+        """Return the logits (B, C, h, w) of all classes, up to a constant per pixel."""
         if self.values.dtype != torch.float16:
             return self.values.to(dtype)
         return self.packed(form).densify(dtype)

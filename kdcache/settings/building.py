@@ -45,7 +45,7 @@ class TeacherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """Which views a build renders and what it stores; `kdcache.teacher.BuildOptions` documents each field."""
+    """Which views a build renders and what it stores. `kdcache.teacher.BuildOptions` documents each field."""
 
     teacher_size: Size | None = _teacher(
         None, "Size of the teacher's input for the same window; free in training.", metavar="HxW"

@@ -15,7 +15,7 @@ _engine = partial(setting, panel="Several machines")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Who does the work of a build or a sweep; all but `engine` are of Ray."""
+    """Who runs a build or a sweep. All settings except `engine` are for Ray."""
 
     engine: Literal["local", "ray"] = _engine("local", "local: this machine. ray: actors or jobs on a Ray cluster.")
     actors: Count | None = _engine(None, "Actors of --engine ray (default: as many as have room).", ranged=True)
@@ -29,7 +29,7 @@ class EngineSettings:
 
     @property
     def is_ray(self) -> bool:
-        """Whether Ray does the work. Raises: RecipeError for settings of Ray without it."""
+        """Whether Ray runs the work. Raises: RecipeError for Ray settings without Ray."""
         table: dict[str, Entry] = entries(EngineSettings)
         mine = {entry.flag: getattr(self, name) for name, entry in table.items() if name != "engine"}
         if self.engine == "local" and any(mine.values()):

@@ -1,4 +1,4 @@
-"""Values that are written as text: their types, with the one parser of each."""
+"""Values that are written as text: their types, each with its parser."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Count = Annotated[int, Ge(1)]
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """'144x192' as (144, 192): height, then width."""
+    """Parse '144x192' as (144, 192): height, then width."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError
@@ -31,13 +31,13 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """'0.5:2' as (0.5, 2.0)."""
+    """Parse '0.5:2' as (0.5, 2.0)."""
     low, high = map(float, text.split(":"))
     return low, high
 
 
 def parse_every(value: Any) -> Any:
-    """'500' as 500 steps; '5e', epochs, stays as it is until the data is known."""
+    """Parse '500' as 500 steps. '5e', epochs, stays as text until the data is known."""
     if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]*e?", str(value)):
         raise ValueError
     text = str(value)
@@ -45,7 +45,7 @@ def parse_every(value: Any) -> Any:
 
 
 def parse_bytes(text: str) -> int:
-    """Read '50GiB' or '200MB' as a number of bytes. Raises: ValueError for other text."""
+    """Parse '50GiB' or '200MB' as a number of bytes. Raises: ValueError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
     count = 0
     if match is not None:
@@ -57,39 +57,39 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_words(text: str) -> tuple[str, ...]:
-    """'a,b' as ('a', 'b'), each once; '' as ()."""
+    """Parse 'a,b' as ('a', 'b'), each once, and '' as ()."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """'2,1' as (2.0, 1.0)."""
+    """Parse '2,1' as (2.0, 1.0)."""
     return tuple(map(float, text.split(",")))
 
 
 def parse_colour(text: str) -> tuple[float, float, float]:
-    """'0.485,0.456,0.406' as three numbers."""
+    """Parse '0.485,0.456,0.406' as three numbers."""
     red, green, blue = map(float, text.split(","))
     return red, green, blue
 
 
 def parse_top_k(text: str) -> int | None:
-    """A number of classes; 'auto' as None."""
+    """Parse a number of classes, and 'auto' as None."""
     if text != "auto" and not text.isdigit():
         raise ValueError
     return None if text == "auto" else int(text)
 
 
 def parse_views(text: str) -> int:
-    """A number of views per sample; 'full' as 1."""
+    """Parse a number of views per sample, and 'full' as 1."""
     if text != "full" and not (text.isdecimal() and int(text)):
         raise ValueError
     return 1 if text == "full" else int(text)
 
 
 def parse_logs(value: Any) -> Any:
-    """'wandb,tensorboard' or a list of such as a tuple, each logger once; anything else is left for the type check.
+    """Parse 'wandb,tensorboard', or a list of such, as a tuple with each logger once. Other values pass unchanged.
 
-    Raises: RecipeError, with the nearest name, for what is no logger.
+    Raises: RecipeError, with the nearest name, for an unknown logger.
     """
     parts = [value] if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
@@ -103,12 +103,12 @@ def parse_logs(value: Any) -> Any:
 
 
 def parse_lr_scales(value: Any) -> Any:
-    """'encoder=0.1', or a list of such, as a tuple of them. Raises: as `lr_scales`, which reads them."""
+    """Parse 'encoder=0.1', or a list of such, as a tuple of texts. Raises: as `lr_scales`."""
     return _each(value, lr_scales)
 
 
 def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
-    """Factors on the learning rate by prefix of parameter names. Raises: ValueError for text that is not PREFIX=X."""
+    """Return learning-rate factors by prefix of parameter names. Raises: ValueError for text other than PREFIX=X."""
     scales = {prefix: float(factor) for prefix, _, factor in (text.partition("=") for text in texts)}
     if len(scales) < len(texts) or not all(prefix and 0 < factor < inf for prefix, factor in scales.items()):
         raise ValueError
@@ -116,12 +116,12 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 def parse_task_weights(value: Any) -> Any:
-    """'depth=0.7', or a list of such, as a tuple of them. Raises: as `task_weights`, which reads them."""
+    """Parse 'depth=0.7', or a list of such, as a tuple of texts. Raises: as `task_weights`."""
     return _each(value, task_weights)
 
 
 def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
-    """Weights by task of 'depth=0.7'. Raises: ValueError for text that is not TASK=X, each task once."""
+    """Return weights by task from 'depth=0.7'. Raises: ValueError for other text than TASK=X, each task once."""
     weights = {task.strip(): float(weight) for task, _, weight in (text.partition("=") for text in texts)}
     if len(weights) < len(texts) or set(weights) - set(TASKS) or not all(0 <= x < inf for x in weights.values()):
         raise ValueError
@@ -129,7 +129,7 @@ def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 def _each(value: Any, read: Callable[[tuple[str, ...]], object]) -> Any:
-    """A text, or a list of texts, as a tuple of them; other values pass. Raises: as `read` does for the texts."""
+    """Return a text, or a list of texts, as a tuple. Other values pass unchanged. Raises: as `read` for the texts."""
     parts = (value,) if isinstance(value, str) else value
     if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
         read(tuple(parts))
@@ -138,13 +138,13 @@ def _each(value: Any, read: Callable[[tuple[str, ...]], object]) -> Any:
 
 
 def parse_caches(value: Any) -> Any:
-    """Parse a cache, or a list of caches to join, as a tuple of texts. Other values pass. None if the list is empty."""
+    """Parse a cache, or a list of caches to join, as a tuple of texts, or None if empty. Other values pass."""
     parts = (value,) if isinstance(value, str | Path) else value
     return (tuple(map(str, parts)) or None) if isinstance(parts, list | tuple) else value
 
 
 def parse_tasks(value: Any) -> Any:
-    """'all', 'none' or tasks joined by +, or a list of them, as text; each once. Raises: ValueError for other words."""
+    """Return 'all', 'none' or tasks joined by +, or a list of them, as text. Raises: ValueError for other words."""
     words = value.split("+") if isinstance(value, str) else value
     if not isinstance(words, list | tuple):
         raise ValueError
@@ -155,7 +155,7 @@ def parse_tasks(value: Any) -> Any:
 
 
 def parse_jitter(value: Any) -> Any:
-    """A strength from 0 to 1, or 'randaugment:N,M' as it stands. Raises: ValueError for anything else."""
+    """Parse a strength from 0 to 1, or return 'randaugment:N,M' as text. Raises: ValueError for anything else."""
     if isinstance(value, str) and rand_augment(value) is not None:
         return value
     if isinstance(value, bool) or not 0 <= (strength := float(value)) <= 1:
@@ -164,7 +164,7 @@ def parse_jitter(value: Any) -> Any:
 
 
 def rand_augment(text: str) -> tuple[int, int] | None:
-    """Operations and magnitude of 'randaugment:2,9'; None for any other text, and for numbers that it cannot have."""
+    """Parse operations and magnitude of 'randaugment:2,9', or return None for other text or invalid numbers."""
     match = re.fullmatch(r"randaugment:([1-9]|1[0-6]),([12]?[0-9]|30)", text.replace(" ", ""))
     return None if match is None else (int(match[1]), int(match[2]))
 
@@ -182,20 +182,20 @@ def parse_sampling(text: str) -> str:
 
 
 def rare_temperature(sampling: str) -> float | None:
-    """The temperature of sampling by rare classes, DAFormer's where none is said; None for even sampling."""
+    """Return the temperature of sampling by rare classes (DAFormer's by default), or None for even sampling."""
     kind, _, temperature = sampling.partition(":")
     return None if kind == "even" else float(temperature or RARE_TEMPERATURE)
 
 
 def parse_schedule(text: str) -> str:
-    """'constant', 'fade' or 'warmup:500' as it stands. Raises: ValueError for anything else."""
+    """Check 'constant', 'fade' or 'warmup:500' and return it. Raises: ValueError for anything else."""
     if text not in ("constant", "fade") and not warmup_steps(text):
         raise ValueError
     return text
 
 
 def warmup_steps(text: str) -> int:
-    """The number of steps of 'warmup:500'; 0 for any other text."""
+    """Return the number of steps of 'warmup:500', or 0 for any other text."""
     kind, _, steps = text.partition(":")
     return int(steps) if kind == "warmup" and steps.isdecimal() else 0
 

@@ -1,4 +1,4 @@
-"""Presets: the settings of a training by one name. What is given beside the name wins."""
+"""Presets: settings of a training under one name. Settings that are also given explicitly have priority."""
 
 import tomllib
 from pathlib import Path
@@ -15,9 +15,9 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Return the settings of a preset by their names, as a recipe writes their values.
+    """Return the settings of a preset by name, with values as in a recipe.
 
-    Raises: RecipeError for a name that is none.
+    Raises: RecipeError for an unknown preset.
     """
     names = preset_names()
     if name not in names:

@@ -15,13 +15,13 @@ FORMAT = 2
 
 
 def to_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as recipe.toml writes them. None is left out, because TOML has no null."""
+    """Return settings in the form of recipe.toml. None is left out, because TOML has no null."""
     written = dump_values({name: value for name, value in settings.items() if value is not None}, *TRAINING)
     return {name.replace("_", "-"): value for name, value in written.items()}
 
 
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a recipe.toml, without its format and the removed keys that nobody had set.
+    """Return the settings of a recipe.toml, without its format and without removed keys that nobody had set.
 
     Raises: RecipeError for a format of a later version.
     """
@@ -35,13 +35,13 @@ def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def source_of(settings: Mapping[str, Any]) -> str | None:
-    """Return what a training or a stream learns from: its caches with ' + ' between, or its data set."""
+    """Return the source of a training or a stream: its caches joined by ' + ', or its data set."""
     named = settings.get("cache") or settings.get("data")
     return " + ".join(map(str, named)) if isinstance(named, list | tuple) else named
 
 
 def with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with the defaults of all settings that it leaves out, so that recipes can be compared."""
+    """Return a recipe with the defaults of all missing settings, to compare recipes."""
     return {**_defaults(), **recipe} if "verb" in recipe else dict(recipe)
 
 

@@ -1,4 +1,4 @@
-"""What earlier versions had, and what takes its place. A removed name fails with its replacement."""
+"""Removed names of earlier versions and their replacements. A removed name fails with its replacement."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ class Removed:
 
     Attributes:
         fix: what to do instead, in the imperative.
-        unused: of a setting, the value that a recipe.toml holds where nobody gave one, or a tuple of values that
-            mean nothing to a run that has begun. They are read as absent.
+        unused: for a setting, the value in a recipe.toml if nobody set it, or a tuple of values that mean nothing to a
+            run that has begun. They are read as absent.
     """
 
     fix: str
@@ -83,11 +83,7 @@ STATISTICS: Mapping[str, Removed] = {
 
 
 def removal(name: str, *tables: Mapping[str, Removed]) -> RecipeError | None:
-    """Return the error for a removed name; None if it was never there.
-
-    Args:
-        name: as its table has it, or with hyphens, or as a flag.
-    """
+    """Return the error for a removed name (as in its table, with hyphens, or as a flag), or None."""
     key = name.removeprefix("--").replace("-", "_")
     for table in tables:
         row = table.get(name) or table.get(key)

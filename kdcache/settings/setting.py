@@ -22,14 +22,14 @@ class Setting:
 
     Attributes:
         help: one or two sentences.
-        panel: heading of the help that the flag stands under; None is the first, `Options`.
-        metavar: what stands for the value in the help; None is the type.
+        panel: heading of the help that lists the flag. None is the first, `Options`.
+        metavar: placeholder of the value in the help. None is the type.
         repeated: the flag may be given several times, each time with one entry of the value.
-        automatic: the flag has no default: its value is chosen when the data and the machine are known.
+        automatic: the flag has no default. Its value is chosen when the data and the machine are known.
         ranged: the help shows the range of the type, which the command line checks by itself.
         default_shown: the help shows the default.
         code: the value may name code to import, which a recipe from elsewhere must not do without --trust.
-        words: what a shell completes the value with, where the type has no choices.
+        words: what a shell completes the value with, if the type has no choices.
     """
 
     help: str
@@ -44,26 +44,22 @@ class Setting:
 
 
 def setting(default: T, help: str, **shown: Any) -> T:
-    """A field of a table: its default, and how the command line shows it.
-
-    Args:
-        help, shown: attributes of `Setting`.
-    """
+    """Return a field of a table with a default. `help` and `shown` are attributes of `Setting`."""
     made: Any = field(default=default, metadata={"setting": Setting(help, **shown)})
     return cast(T, made)
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a value is written as text; a mark in the annotation of its type, which pydantic obeys.
+    """How a value is written as text. It is a mark in the annotation of a type, which pydantic applies.
 
     Attributes:
-        parse: makes the value of a text. Raises ValueError or RecipeError.
-        rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels"; None where the type or `parse` has the rule.
-        example: a text that is right.
-        show: makes the text of a value; None where a recipe holds the value as it is.
+        parse: makes the value from a text. Raises ValueError or RecipeError.
+        rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels", or None if the type or `parse` has the rule.
+        example: a valid text.
+        show: makes the text of a value, or None if a recipe holds the value itself.
         nothing: the text that stands for None.
-        text_only: `parse` leaves alone what is no text; else it gets any value.
+        text_only: `parse` is called only for texts, else for any value.
     """
 
     parse: Callable[[Any], Any]
@@ -74,7 +70,7 @@ class Spelling:
     text_only: bool = True
 
     def read(self, value: Any) -> Any:
-        """The value of a text, or of what is no text. Raises: as `parse`."""
+        """Return the value of a text, or of another value. Raises: as `parse`."""
         return value if self.text_only and not isinstance(value, str) else self.parse(value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -90,10 +86,10 @@ class Entry:
 
     Attributes:
         hint: the whole annotation.
-        type: without its marks and without None; of choices, `Literal[...]`.
+        type: without its marks and without None. For choices, `Literal[...]`.
         optional: the value may be None.
-        default: `dataclasses.MISSING` where the setting must be given.
-        marks: everything that stands in the annotation, ranges of annotated-types among it.
+        default: `dataclasses.MISSING` if the setting is required.
+        marks: everything else in the annotation, such as ranges of annotated-types.
     """
 
     name: str
@@ -107,15 +103,17 @@ class Entry:
 
     @property
     def flag(self) -> str:
+        """The name of the flag, such as `--batch-size`."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def required(self) -> bool:
+        """Whether the setting has no default."""
         return self.default is MISSING
 
     @property
     def text(self) -> Any:
-        """The default as one types it; None where there is nothing to type, or nothing that could be."""
+        """The default as a user would type it, or None if it cannot be typed."""
         if self.setting.automatic or self.setting.repeated or self.required:
             return None
         if self.spelling is None:
@@ -127,7 +125,7 @@ class Entry:
 
 @cache
 def entries(*tables: type) -> dict[str, Entry]:
-    """The settings of tables by name, in their order; fields without a `Setting` are left out."""
+    """Return the settings of tables by name, in order, without fields that have no `Setting`."""
     made = {}
     for table in tables:
         hints = get_type_hints(table, include_extras=True)
@@ -146,7 +144,7 @@ def names(*tables: type, panel: str | None) -> tuple[str, ...]:
 
 
 def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
-    """(Type, whether None is one of its values, marks at any depth) of an annotation."""
+    """Return (Type, whether None is one of its values, marks at any depth) of an annotation."""
     if get_origin(annotation) is Annotated:
         inner, *outer = get_args(annotation)
         kind, optional, marks = _bare(inner)
@@ -160,7 +158,7 @@ def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
 
 
 def choices(kind: Any) -> tuple[str, ...] | None:
-    """The words of `Literal[...]`; None of any other type."""
+    """Return the words of `Literal[...]`, or None for another type."""
     return get_args(kind) if get_origin(kind) is Literal else None
 
 
@@ -173,8 +171,7 @@ _KINDS: dict[Any, str] = {
 def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
     """Describe the values of a type: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'.
 
-    Args:
-        bounds: marks of annotated-types.
+    `bounds` are marks of annotated-types.
     """
     if get_origin(kind) is Annotated:
         inner, *more = get_args(kind)
@@ -197,7 +194,7 @@ def describe_values(kind: Any, bounds: Sequence[Any]) -> str:
 
 
 def _range(bounds: Sequence[Any]) -> str:
-    """' from 0 to below 1', ' above 0', ' from 1 on', ', not empty' or nothing."""
+    """Return ' from 0 to below 1', ' above 0', ' from 1 on', ', not empty' or nothing."""
     flat = [one for bound in bounds for one in getattr(bound, "metadata", [bound])]
     if any(isinstance(bound, MinLen) for bound in flat):
         return ", not empty"

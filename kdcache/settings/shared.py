@@ -33,14 +33,14 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """The data of a store that may hold no pixels."""
+    """The data of a cache that may hold no pixels."""
 
     data: str | None = _data(None, "Data folder; needed for a store built with --pixels source.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """Which images of the data, how large, and how they are fitted into that: `size` is (H, W) in pixels."""
+    """Which images of the data to use, their `size` (H, W) in pixels, and how they are fitted into it."""
 
     split: str = _data("train", "Which split of it.")
     size: Size | None = _data(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
@@ -60,7 +60,7 @@ class MachineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CopySettings:
-    """The folder for copies of a remote store's shards, and its room in bytes."""
+    """The folder for copies of a remote cache's shards, and its limit in bytes."""
 
     cache_dir: str | None = _machine(
         None,
@@ -91,7 +91,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthSettings:
-    """Which pixels of a label of depth are judged."""
+    """Which pixels of a depth label are judged."""
 
     min_depth: Positive = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
     max_depth: Positive | None = setting(
@@ -104,7 +104,7 @@ class DepthSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """The data that runs are compared on, and what they are measured against."""
+    """The data to compare runs on, and the baseline."""
 
     data: str | None = setting(
         None,

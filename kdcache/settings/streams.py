@@ -1,7 +1,7 @@
-"""The streams of a training: their tables and lines, and the rows that each has of a batch.
+"""The streams of a training: their tables and lines, and each stream's rows of a batch.
 
-A stream is a table of a recipe, or a line of the command line as comma-separated values (RFC 4180: what holds a comma
-stands in double quotes). Its keys are those of `StreamSettings`, and settings of the training of its own:
+A stream is a table of a recipe, or a line of the command line as comma-separated values (RFC 4180: values with a comma
+are in double quotes). Its keys are those of `StreamSettings`, and settings of the training:
 
     --stream 'kitti,cache=kitti.zarr,share=0.5,method=kl,"term=cosine,weight=0.1"'
 """
@@ -31,7 +31,7 @@ _LARGEST = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """The settings that a stream alone has."""
+    """The settings that only a stream has."""
 
     name: str = setting(REQUIRED, "Name of the stream.")
     share: Annotated[float, Gt(0), Le(1)] | None = setting(None, "Its share of every batch (default: of what is left).")
@@ -56,7 +56,7 @@ OVERRIDDEN = (
 
 
 def parse_stream(value: Any) -> Any:
-    """The table of a line `NAME,KEY=VALUE,...` or of a recipe, keyed with underscores; what is neither passes.
+    """Parse a line `NAME,KEY=VALUE,...` or a table of a recipe into a table keyed with underscores. Others pass.
 
     Raises: RecipeError for a line without a name, and for keys that a stream does not have.
     """
@@ -81,7 +81,7 @@ def parse_stream(value: Any) -> Any:
 
 
 def to_line(table: Mapping[str, Any]) -> str:
-    """The line of the command line for a table of a recipe; of a list (`term`, the last), each stands for itself."""
+    """Return a table of a recipe as a line of the command line, with each item of a list (`term`) on its own."""
     fields = [str(table.get("name", ""))]
     for key, value in sorted(table.items(), key=lambda item: item[0] == "term"):
         if key == "name":
@@ -98,13 +98,13 @@ def to_line(table: Mapping[str, Any]) -> str:
 
 
 def term_line(table: Mapping[str, Any]) -> str:
-    """The line of the command line for a [[term]] of a recipe: the kind first, then its options."""
+    """Return a [[term]] of a recipe as a line of the command line: the kind first, then its options."""
     options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
     return ",".join([str(table.get("kind", "")), *options])
 
 
 def shares_of(named: Mapping[str, float | None]) -> list[float]:
-    """The share of every stream, given by name; those without one share what is left evenly.
+    """Return the share of every stream by name. Streams without a share divide the rest evenly.
 
     Raises: RecipeError for shares that do not sum up to 1.
     """
@@ -121,10 +121,9 @@ def shares_of(named: Mapping[str, float | None]) -> list[float]:
 
 
 def rows_of(shares: Sequence[float], batch_size: int, together: int = 1) -> list[int]:
-    """Rows of a batch that each stream has, by largest remainders; they do not depend on the number of processes.
+    """Return each stream's rows of a batch, by largest remainders, for any number of processes.
 
-    Args:
-        together: rows of a stream that stay together (pairs, where samples are pasted).
+    `together` rows of a stream stay together (pairs, if samples are pasted).
     """
     exact = [share * (batch_size // together) for share in shares]
     rows = [math.floor(units + 1e-9) for units in exact]
@@ -135,11 +134,9 @@ def rows_of(shares: Sequence[float], batch_size: int, together: int = 1) -> list
 
 
 def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, parts: int = 1) -> list[int]:
-    """Rows of every stream, given by name with its share, which processes and parts of a batch share evenly.
+    """Return each stream's rows, given shares by name, if `parts` processes and parts of a batch can share them evenly.
 
-    Args:
-        parts: number of processes times parts.
-    Raises: RecipeError with the smallest batch from this one on that works.
+    Raises: RecipeError with the next larger batch that works.
     """
     shares, unit = list(named.values()), together * parts
 
@@ -163,7 +160,7 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
 
 
 def _check_quotes(options: Sequence[str]) -> None:
-    """Refuse a value whose commas do not stand in quotes, as far as its next part shows it. Raises: RecipeError."""
+    """Raise RecipeError for a value with unquoted commas, as far as its next part shows it."""
     own = [*entries(StreamSettings), *OVERRIDDEN, *entries(*TRAINING)]
     for option, following in itertools.pairwise(options):
         key, _, value = option.partition("=")

@@ -1,4 +1,4 @@
-"""A term of the loss as a setting: what every kind says of itself, and the checks of several.
+"""A term of the loss as a setting: the questions that every kind answers, and checks of several terms.
 
 The kinds are in `kdcache.settings.terms`. Free of torch.
 """
@@ -33,7 +33,7 @@ _ADDED = {
 
 
 class Missing(NamedTuple):
-    """A description of what a cache lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
+    """What a cache lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
 
     what: str
     flag: str
@@ -42,26 +42,26 @@ class Missing(NamedTuple):
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
-    """One term of a loss. Its fields are its options, as `[[term]]` of a recipe and `--term` have them.
+    """One term of a loss. Its fields are its options, as in `[[term]]` of a recipe and in `--term`.
 
-    Raises: RecipeError for a value that an option does not take.
+    Raises: RecipeError for an invalid value of an option.
 
     Attributes:
         kind: its name.
-        fused: it is computed by `DistillLoss` itself, and set by flags alone.
+        fused: it is computed by `DistillLoss` itself, and set only by flags.
         learns_from: labels, teacher or predictions.
         compares: logits, features, depth or similarity.
-        whole_batch: its value is no mean over the samples of a batch.
-        follows_mix, follows_paste: what it compares is pasted with the pixels of a sample of the same stream, of
+        whole_batch: its value is not a mean over the samples of a batch.
+        follows_mix, follows_paste: its data are pasted together with the pixels of a sample of the same stream, of
             another one.
-        whole_view: what it reads is of a whole stored view, so that views are replayed and no window moves them.
-        head: the head of the student that it compares; segmentation for features also.
+        whole_view: it needs whole stored views, so views are replayed and no window moves them.
+        head: the student's head that it compares. Segmentation for features also.
         all_classes: it reads the teacher's logits of all classes.
-        raw_logits: it reads them as the teacher gave them.
-        partly_labelled: it learns from labels, and data without any are fine.
-        takes: settings of the training that set it, beside its own options.
+        raw_logits: it reads them unnormalised.
+        partly_labelled: it learns from labels, but also runs on data without labels.
+        takes: settings of the training that set it, in addition to its own options.
         weight: None is automatic (`default_weight`).
-        given: names of the options that were written down, defaults among them.
+        given: names of the options that were written down, including defaults.
     """
 
     kind: ClassVar[str]
@@ -93,23 +93,23 @@ class LossTerm:
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """The names of its options."""
+        """Return the names of its options."""
         return tuple(entries_of(cls))
 
     def table(self) -> dict[str, Any]:
-        """Return the table of a recipe that `parse_term` takes: what was given, and what is no default."""
+        """Return its table of a recipe, for `parse_term`: given options, and those other than the default."""
         values = {option: getattr(self, option) for option in self.options()}
         own = {k: v for k, v in values.items() if k in self.given or v != getattr(type(self), k)}
         return {"kind": self.kind, **{option: value for option, value in own.items() if value is not None}}
 
     @property
     def default_weight(self) -> float:
-        """The weight of a term whose `weight` is None."""
+        """The weight of a term with a `weight` of None."""
         return 1.0
 
     @property
     def active(self) -> bool:
-        """Whether it has a weight."""
+        """Whether its weight is above 0."""
         return self.weight != 0
 
     @property
@@ -119,25 +119,27 @@ class LossTerm:
 
     @property
     def reads_labels(self) -> bool:
+        """Whether it learns from labels."""
         return self.learns_from == "labels"
 
     @property
     def needs_labels(self) -> bool:
-        """Whether it has a weight and fails without any label."""
+        """Whether it is active and fails without any label."""
         return self.reads_labels and self.active and not self.partly_labelled
 
     @property
     def labels_itself(self) -> bool:
-        """Whether it has a weight and its pseudo labels are made in training, by the student or its average."""
+        """Whether it is active, with pseudo labels from the student or its average in training."""
         return False
 
     @property
     def of_depth(self) -> bool:
+        """Whether it compares depth."""
         return self.compares == "depth"
 
     @property
     def reads_taps(self) -> bool:
-        """Whether it compares features of the student and of the teacher, not outputs of heads."""
+        """Whether it compares features of student and teacher instead of head outputs."""
         return self.compares in ("features", "similarity")
 
     @property
@@ -147,25 +149,25 @@ class LossTerm:
 
     @property
     def task(self) -> str:
-        """The task whose loss it is a part of."""
+        """The task that the term belongs to."""
         return DEPTH if self.of_depth else SEGMENTATION
 
     @property
     def takes(self) -> tuple[str, ...]:
+        """The settings of masks and schedules that it takes."""
         # Depth has neither classes nor void pixels.
         mask = MASK if self.reads_teacher and not self.of_depth else ()
         return (*mask, SCHEDULE) if self.reads_teacher or self.labels_itself else mask
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
-        """Return paths of the arrays that it reads beside the packed target, of a term whose taps are filled in.
+        """Return the paths of the arrays that it reads in addition to the packed target. Its taps must be filled in.
 
-        Args:
-            manifest: of an open cache; None where labels stand in the teacher's place.
+        `manifest` is an open cache's, or None with labels in the teacher's place.
         """
         return (MAXIMUM,) if self.raw_logits and self.reads_logits and manifest is not None else ()
 
     def missing(self, manifest: Any) -> list[Missing]:
-        """Return what a store lacks for it."""
+        """Return what a cache lacks for it."""
         if not self.reads_teacher:
             return []
         lacks = _missing_head(manifest, self.task)
@@ -181,17 +183,15 @@ class LossTerm:
 
     @property
     def in_metres(self) -> bool:
-        """Whether it compares depth in metres, and not its shape alone."""
+        """Whether it compares depth in metres, not only its shape."""
         return False
 
     def check_unit(self, whose: str, head: Any) -> None:
         """Check the unit of a head that it compares. Raises: RecipeError."""
 
     def check_student(self, heads: Mapping[str, Any]) -> None:
-        """Check that a student has the head whose output it compares, and that it is of the right kind.
+        """Check that a student has the head that it compares, of the right kind. `heads` are the student's in training.
 
-        Args:
-            heads: the student's in training, by name.
         Raises: RecipeError.
         """
         if self.reads_taps:
@@ -209,15 +209,15 @@ class LossTerm:
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
     ) -> Self:
-        """Return the term with its taps filled in; a term without taps returns itself.
+        """Return the term with its taps filled in, or itself without taps.
 
-        The teacher's tap is the last one in the store, of joined ones in the main one if it has any. The student's is
-        the one whose grid is nearest to the teacher's, of equals the one of the same name, else the last.
+        The teacher's tap is the last one in the cache, if possible of the main one. The student's tap is the one with
+        the
+        nearest grid to the teacher's, among equals the one of the same name, else the last. `student_taps` has the most
+        useful
+        last, and `grids` their (h, w) for a whole view. None takes equal ones.
 
-        Args:
-            student_taps: the student's, most useful last.
-            grids: (h, w) of each of them for a whole view; None takes equal ones.
-        Raises: RecipeError for taps that the store or the student lacks.
+        Raises: RecipeError for taps that the cache or the student lacks.
         """
         check_terms([self], manifest)
         return self
@@ -228,7 +228,7 @@ TERMS: dict[str, type[LossTerm]] = {}
 
 
 class FeatureTerm(LossTerm):
-    """A term of features, the student's and the teacher's."""
+    """A term that compares features of student and teacher."""
 
     compares = "features"
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")
@@ -238,7 +238,7 @@ class FeatureTerm(LossTerm):
     teacher_tap: Name | None = setting(None, "The teacher's tap (default: the last that the store has).")
 
     def _grid(self, manifest: Any, tap: str) -> tuple[int, int]:
-        """(h, w) of what the store has of a tap."""
+        """Return (h, w) of what the store has of a tap."""
         stored = manifest.features.get(tap) or next(v for k, v in manifest.statistics.items() if k.endswith(f".{tap}"))
         height, width = stored.size
         return height, width
@@ -278,7 +278,7 @@ class FeatureTerm(LossTerm):
     def resolved(
         self, manifest: Any, student_taps: Sequence[str], grids: Mapping[str, tuple[int, int]] | None = None
     ) -> Self:
-        """As of `LossTerm`. Raises: RecipeError for taps that the store or the student lacks."""
+        """Fill in the taps as `LossTerm` does. Raises: RecipeError for taps that cache or student lack."""
         check_terms([self], manifest)
         if not self.reads_taps:
             return self
@@ -308,11 +308,9 @@ def _taps_of(manifest: Any) -> tuple[str, ...]:
 
 
 def _split_tap(tap: str, joined: Sequence[str]) -> tuple[str, str]:
-    """Split NAME:TAP of a joined cache. The name of a tap of the main cache is empty.
+    """Split NAME:TAP of a joined cache, with '' for the main cache. `joined` names the caches, the main one first.
 
-    Args:
-        joined: names of the caches, the main one first. Empty for a single cache.
-    Raises: RecipeError for a name of no joined cache.
+    Raises: RecipeError for an unknown name.
     """
     name, _, own = tap.rpartition(":")
     if name and name in joined[:1]:
@@ -336,7 +334,7 @@ def _nearest_grids(grids: Mapping[str, tuple[int, int]], grid: tuple[int, int]) 
 
 
 def is_summary(feature: Any) -> bool:
-    """Return True if a tap of a manifest has one cell, and so one vector for each view."""
+    """Return True if a tap of a manifest has one cell, so one vector for each view."""
     return tuple(feature.size) == (1, 1)
 
 
@@ -346,23 +344,14 @@ def entries_of(term: type) -> dict[str, Entry]:
 
 
 def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
-    """Return the settings of terms that no term takes, with their values. A weight of 0 is always taken.
-
-    Args:
-        given: settings by name, those of terms among them.
-        taken: names of those that the terms of a loss take (`LossTerm.takes`).
-    """
+    """Return the `given` settings of terms that are not in `taken`, with values. A weight of 0 is always taken."""
     named = {name.replace("-", "_"): value for name, value in given.items()}
     idle = {name: value for name, value in named.items() if name not in taken and _takers(name)}
     return {name: value for name, value in idle.items() if not (name.endswith("_weight") and float(value) == 0)}
 
 
 def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
-    """Return the error for settings that no term of a loss takes.
-
-    Args:
-        loss: what the loss is.
-    """
+    """Return the error for settings that no term of `loss`, a description, takes."""
     owners: dict[str, list[str]] = {}
     for name in idle:
         takers = _takers(name)
@@ -390,10 +379,8 @@ def _takers(name: str) -> list[str]:
 
 
 def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
-    """Check that a store has the arrays that some terms read.
+    """Check that a cache has the arrays that some terms read. `manifest` is None with labels in the teacher's place.
 
-    Args:
-        manifest: of an open cache; None where labels stand in the teacher's place.
     Raises: RecipeError that names all build flags that would help.
     """
     terms = list(terms)
@@ -430,7 +417,7 @@ def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
 
 
 def _missing_head(manifest: Any, name: str) -> list[Missing]:
-    """The head of a task that a store lacks, or has of another kind."""
+    """Return the head of a task that a store lacks, or has of another kind."""
     kind, values = ("regression", "targets") if name == DEPTH else ("categorical", "logits")
     head = manifest.heads.get(name)
     if head is not None and _kind(head) == kind:

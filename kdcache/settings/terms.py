@@ -1,27 +1,4 @@
-"""The terms of the loss: one class for each kind, which says everything that the rest of kdcache asks about it.
-
-| kind | compares | on |
-| --- | --- | --- |
-| `ce`, `kl` | classes with labels, with the teacher's; fused in one operation | the label's pixels |
-| `pseudo` | the student's classes with the teacher's best, where it is sure | the label's pixels |
-| `at` | maps of attention | the teacher's cells |
-| `sp` | which images of the batch are alike | each one's own cells |
-| `similarity` | which cells of an image are alike | the teacher's cells |
-| `queue` | which of the last images an image is like | images |
-| `hint`, `cosine` | features, the student's projected | the teacher's cells |
-| `cwd` | where each class (or channel of a tap) is strong | the teacher's cells |
-| `dist` | how predictions vary over classes and over cells | the target's cells |
-| `dkd` | target class and other classes apart | the target's cells |
-| `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
-| `auxiliary` | classes of the auxiliary head with labels | the label's pixels |
-| `entropy` | how undecided predictions are, without a teacher or labels | the label's pixels |
-| `consistency` | predictions with the confident ones on the weak view | the label's pixels |
-| `adversarial` | predictions on a stream with those on another, by a discriminator | the label's pixels |
-| `depth-l1`, `depth-berhu`, `depth-silog` | depth in metres with labels, or a teacher's | the label's pixels |
-| `depth-ssi`, `depth-gradient` | the shape of depth, with labels or a teacher's | the label's pixels |
-
-A new term is a class here, and a module of `kdcache.distill.terms` of the same kind that computes it.
-"""
+"""The terms of the loss: one class per kind, which a module of the same kind in `kdcache.distill.terms` computes."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -36,7 +13,7 @@ from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, is_
 
 
 class _OnLabels(LossTerm):
-    """A term on labels alone, without a teacher."""
+    """A term on labels only, without a teacher."""
 
     learns_from = "labels"
 
@@ -75,6 +52,7 @@ class PseudoLabels(LossTerm):
 
     @property
     def whole_batch(self) -> bool:  # type: ignore[override]
+        """Whether a quantile depends on the whole batch."""
         return self.quantile is not None
 
 
@@ -89,10 +67,12 @@ class Depth(_OnLabels):
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
+        """The reference."""
         return self.reference
 
     @property
     def in_metres(self) -> bool:
+        """True: depth is compared in metres."""
         return True
 
     def check_unit(self, whose: str, head: Any) -> None:
@@ -105,7 +85,7 @@ class Depth(_OnLabels):
 
 
 class CrossEntropy(_OnLabels):
-    """`ce`, set by flags: part of every loss whose weight is not 0."""
+    """`ce`, set by flags: cross-entropy with the labels, fused with `kl`, at the label's pixels."""
 
     kind = "ce"
     fused = partly_labelled = follows_mix = follows_paste = True
@@ -116,8 +96,7 @@ class CrossEntropy(_OnLabels):
     )
     focal_gamma: Weight = setting(0.0, "Exponent of the focal loss in ce: 2 is usual, 0 off.")
     class_weights: Literal["none", "median", "sqrt"] = setting(
-        "sqrt",
-        "Class weights of ce and auxiliary: median frequency, its sqrt, or none.",
+        "sqrt", "Class weights of ce and auxiliary: median frequency, its sqrt, or none."
     )
 
     def __post_init__(self) -> None:
@@ -130,11 +109,12 @@ class CrossEntropy(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
+        """The flags that set it."""
         return ("ce_weight", "label_smoothing", "focal_gamma", "class_weights")
 
 
 class KL(OfLogits):
-    """`kl`, set by flags."""
+    """`kl`, set by flags: divergence from the teacher's classes, fused with `ce`, at the label's pixels."""
 
     kind = "kl"
     fused = follows_mix = follows_paste = True
@@ -144,29 +124,37 @@ class KL(OfLogits):
 
     @property
     def takes(self) -> tuple[str, ...]:
+        """The flags that set it, and those of all teacher terms."""
         return ("kl_weight", "temperature", *super().takes)
 
 
 class Pseudo(PseudoLabels):
+    """Compares the student's classes with the teacher's best at confident pixels."""
+
     kind = "pseudo"
     class_weights: Literal["none", "median", "sqrt"] = setting("none", "Weights by how rare a class is among targets.")
 
 
 class Attention(FeatureTerm):
+    """Compares attention maps on the teacher's cells."""
+
     kind = "at"
     stored = ("the attention map or features of {}", "--statistics at:{}")
     weight: Weight | None = setting(None, "Factor on the term (default: h w / 2 of the teacher's cells).")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Taps with a stored map come after all others: of a map and the features it was made from, it is smaller."""
+        """Return the taps, those with a stored map last, because a map is smaller than its features."""
         return super().offered(manifest) + _made_of(manifest, "at")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
+        """Return the stored map if there is one, else the features."""
         mapped = self.teacher_tap in _made_of(manifest, "at")
         return (f"statistics/at.{self.teacher_tap}",) if mapped else super().arrays(manifest)
 
 
 class Similarity(FeatureTerm):
+    """Compares which images of the batch are similar, each model on its own cells."""
+
     kind = "sp"
     compares = "similarity"
     whole_batch = True
@@ -174,7 +162,7 @@ class Similarity(FeatureTerm):
 
 
 class TokenSimilarity(FeatureTerm):
-    """It reads stored similarities, or computes them from stored features."""
+    """Compares which cells of an image are similar, by stored similarities or features of the teacher."""
 
     kind = "similarity"
     compares = "similarity"
@@ -183,17 +171,18 @@ class TokenSimilarity(FeatureTerm):
     temperature: Positive = setting(0.07, "Temperature of both softmaxes.")
 
     def offered(self, manifest: Any) -> list[str]:
-        """Taps with stored similarities come after all others, as of `Attention`."""
+        """Return the taps of maps, those with stored similarities last."""
         maps = [tap for tap in super().offered(manifest) if not is_summary(manifest.features[tap])]
         return maps + _made_of(manifest, "similarity")
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
+        """Return the stored similarities if there are any, else the features."""
         made = self.teacher_tap in _made_of(manifest, self.kind)
         return (f"statistics/{self.kind}.{self.teacher_tap}",) if made else super().arrays(manifest)
 
 
 class Queue(FeatureTerm):
-    """It reads summaries, taps of one cell."""
+    """Compares which of the last images an image is similar to, by summaries (taps of one cell)."""
 
     kind = "queue"
     compares = "similarity"
@@ -203,20 +192,27 @@ class Queue(FeatureTerm):
     length: Annotated[int, Ge(1)] = setting(1024, "Summaries that the ring keeps.")
 
     def offered(self, manifest: Any) -> list[str]:
+        """Return the taps of one cell."""
         return [tap for tap in super().offered(manifest) if is_summary(manifest.features[tap])]
 
 
 class Hint(Projected):
+    """Compares the student's projected features with the teacher's by their difference, on the teacher's cells."""
+
     kind = "hint"
     distance: Literal["mse", "smooth-l1"] = setting("mse", "How features are compared.")
 
 
 class Cosine(Projected):
+    """Compares the student's projected features with the teacher's by their cosine, on the teacher's cells."""
+
     kind = "cosine"
     weight: Weight | None = setting(2.0, "Factor on the term.")
 
 
 class Channels(FeatureTerm):
+    """Compares where each class (or channel of a tap) is strong, on the teacher's cells."""
+
     kind = "cwd"
     all_classes = raw_logits = True
     weight: Weight | None = setting(None, "Factor on the term (default: 0.15 of logits, 3 of a tap).")
@@ -224,14 +220,18 @@ class Channels(FeatureTerm):
 
     @property
     def compares(self) -> str:  # type: ignore[override]
+        """Features if a tap is named, else logits."""
         return "logits" if self.student_tap is None and self.teacher_tap is None else "features"
 
     @property
     def default_weight(self) -> float:
+        """The weight for logits or for a tap."""
         return 3.0 if self.reads_taps else 0.15
 
 
 class Relations(OfLogits):
+    """Compares how predictions vary over classes and over cells, on the target's cells."""
+
     kind = "dist"
     whole_batch = True
     beta: Weight = setting(1.0, "Weight of the relations between classes.")
@@ -239,6 +239,8 @@ class Relations(OfLogits):
 
 
 class Decoupled(OfLogits):
+    """Compares the target class and the other classes separately, on the target's cells."""
+
     kind = "dkd"
     all_classes = True
     weight: Weight | None = setting(0.02, "Factor on the term.")
@@ -248,15 +250,19 @@ class Decoupled(OfLogits):
 
 
 class Dice(_OnLabels):
+    """Measures the overlap of predictions and labels by Dice, without a teacher."""
+
     kind = "dice"
 
 
 class Lovasz(_OnLabels):
+    """Measures the overlap of predictions and labels by IoU, without a teacher."""
+
     kind = "lovasz"
 
 
 class Auxiliary(_OnLabels):
-    """It is a second cross-entropy: it counts nothing without labels, and takes the settings of the first."""
+    """A second cross-entropy, on the auxiliary head. It needs labels, and takes settings of the first one."""
 
     kind = "auxiliary"
     head = AUXILIARY
@@ -265,16 +271,21 @@ class Auxiliary(_OnLabels):
 
     @property
     def takes(self) -> tuple[str, ...]:
+        """The settings of cross-entropy that it shares."""
         return ("label_smoothing",)
 
 
 class Entropy(LossTerm):
+    """Measures how undecided predictions are, without a teacher or labels."""
+
     kind = "entropy"
     learns_from = "predictions"
     weight: Weight | None = setting(0.001, "Factor on the term.")
 
 
 class Consistency(PseudoLabels):
+    """Compares predictions with the confident ones on the weak view."""
+
     kind = "consistency"
     threshold: Share = setting(0.968, "Least probability of a pseudo label.")
     normalise: Literal["kept", "all", "share"] = setting("all", "What the sum is divided by.")
@@ -282,14 +293,18 @@ class Consistency(PseudoLabels):
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
+        """The teacher for a stored one, else predictions."""
         return "teacher" if self.by == "store" else "predictions"
 
     @property
     def labels_itself(self) -> bool:
+        """Whether it is active without a stored teacher."""
         return self.by != "store" and self.active
 
 
 class Adversarial(LossTerm):
+    """Compares predictions on a stream with those on another, by a discriminator."""
+
     kind = "adversarial"
     learns_from = "predictions"
     weight: Weight | None = setting(None, "Factor (default: 0.001, of least squares 0.01; of auxiliary a fifth).")
@@ -299,26 +314,33 @@ class Adversarial(LossTerm):
 
     @property
     def default_weight(self) -> float:
+        """The weight by kind of loss and head."""
         return (0.01 if self.loss == "least-squares" else 0.001) * (1 if self.head == SEGMENTATION else 0.2)
 
 
 class DepthL1(Depth):
+    """Compares depth by the absolute error in metres."""
+
     kind = "depth-l1"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthBerhu(Depth):
+    """Compares depth by the reverse Huber loss in metres."""
+
     kind = "depth-berhu"
     weight: Weight | None = setting(0.04, "Factor on the term.")
 
 
 class DepthSilog(Depth):
+    """Compares depth by the scale-invariant logarithmic error."""
+
     kind = "depth-silog"
     weight: Weight | None = setting(0.1, "Factor on the term.")
 
 
 class DepthSsi(Depth):
-    """It aligns scale and shift, so it is for teachers, whose depth often has neither."""
+    """Compares depth after aligning scale and shift, for teachers, whose depth often has neither."""
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
@@ -327,30 +349,27 @@ class DepthSsi(Depth):
 
     @property
     def in_metres(self) -> bool:
+        """Whether the reference is a label, which is in metres."""
         return self.reads_labels
 
     def check_unit(self, whose: str, head: Any) -> None:
-        """It compares depth in any unit."""
+        """Accept a head of any unit."""
 
 
 class DepthGradient(Depth):
+    """Compares the edges of depth at four scales."""
+
     kind = "depth-gradient"
     weight: Weight | None = setting(0.5, "Factor on the term.")
 
 
-KINDS = tuple(kind for kind, term in TERMS.items() if not term.fused)
-"""The kinds that `--term` takes."""
-ON_LABELS = tuple(kind for kind in KINDS if TERMS[kind]().reads_labels)
-"""The kinds that need no teacher."""
-METHODS = ("kl", *KINDS)
-"""The kinds that `--method` takes."""
+KINDS = tuple(kind for kind, term in TERMS.items() if not term.fused)  # of `--term`
+ON_LABELS = tuple(kind for kind in KINDS if TERMS[kind]().reads_labels)  # which need no teacher
+METHODS = ("kl", *KINDS)  # of `--method`
 
 
 def parse_term(value: Any) -> LossTerm:
-    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe, whose keys may have dashes.
-
-    Raises: RecipeError for what is no term.
-    """
+    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe. Raises: RecipeError for anything else."""
     if isinstance(value, LossTerm):
         return value
     if isinstance(value, str):
@@ -375,15 +394,12 @@ def parse_term(value: Any) -> LossTerm:
 
 
 def loss_term(kind: str, **options: Any) -> LossTerm:
-    """Make a term by its kind. Raises: RecipeError for an unknown kind or option, or a value that it does not take."""
+    """Make a term by its kind. Raises: RecipeError for an unknown kind, option or value."""
     return parse_term({"kind": kind, **options})
 
 
 def parse_method(text: str) -> tuple[LossTerm, ...]:
-    """Parse `none`, or a sum of kinds such as `kl+at`, in any order.
-
-    Raises: RecipeError for an unknown kind (with the nearest name), a kind twice, or `none` beside another.
-    """
+    """Parse `none`, or a sum of kinds such as `kl+at`. Raises: RecipeError for unknown or repeated kinds."""
     kinds = [part.strip() for part in text.split("+")]
     if kinds == ["none"]:
         return ()
@@ -403,16 +419,12 @@ def parse_method(text: str) -> tuple[LossTerm, ...]:
 
 
 def auto_method(*, parted: bool) -> str:
-    """Return the method `auto` of train-student: `dist` helps more, and compares a whole batch of own pixels.
-
-    Args:
-        parted: whether a batch has pasted pixels, or is learnt in parts.
-    """
+    """Return the method `auto`: `dist` helps more, but not if a batch is `parted` (pasted pixels, or parts)."""
     return "kl" if parted else "dist"
 
 
 def _class_of(kind: Any, value: Any) -> type[LossTerm]:
-    """The class of a kind. Raises: RecipeError with the nearest name for any other."""
+    """Return the class of a kind. Raises: RecipeError with the nearest name for an unknown one."""
     if not isinstance(kind, str):
         raise RecipeError(f"Missing kind of a loss term: {value}", fix=f"Add kind, one of {', '.join(KINDS)}.")
     if kind in KINDS:
@@ -433,6 +445,6 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _made_of(manifest: Any, kind: str) -> list[str]:
-    """Taps of which a statistic of a kind is stored."""
+    """Return the taps with a stored statistic of a kind."""
     statistics: Mapping[str, Any] = getattr(manifest, "statistics", {})
     return [name.removeprefix(f"{kind}.") for name in statistics if name.startswith(f"{kind}.")]

@@ -1,4 +1,4 @@
-"""The settings of a training, by their owner. Its verbs, recipes and `TrainConfig` are made from them."""
+"""The settings of a training, by their owner. Verbs, recipes and `TrainConfig` are made from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ _loss = partial(setting, panel=LOSS)
 
 
 def _of(term: type[LossTerm], option: str) -> Any:
-    """The setting of the whole training that sets an option of a term."""
+    """Return the setting of the whole training that sets an option of a term."""
     entry = entries_of(term)[option]
     return _loss(entry.default, entry.setting.help)
 
@@ -95,7 +95,7 @@ Terms = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is trained, and how the training is followed."""
+    """What to train, and how to follow the training."""
 
     verb: Literal["train-teacher", "train-student"] = setting(REQUIRED, "The verb that trains.")
     model: str = setting(
@@ -128,7 +128,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(SourceSettings, ImageSettings, CopySettings):
-    """The samples that a training learns from, and those that judge it."""
+    """The samples that a training learns from, and those to validate on."""
 
     cache: Caches | None = _data(
         None,
@@ -176,7 +176,7 @@ class Data(SourceSettings, ImageSettings, CopySettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The terms of the loss, and which pixels and samples they count."""
+    """The terms of the loss, and the pixels and samples that they count."""
 
     method: str = _loss(
         "auto",
@@ -232,7 +232,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is drawn anew for each sample."""
+    """Random changes that are drawn again for each sample."""
 
     augment: Literal["auto", "warp", "replay", "none"] = _view(
         "auto",

@@ -18,7 +18,7 @@ ALL_FLAGS = "--help-all lists all flags."
 
 @dataclass(frozen=True)
 class Wording:
-    """How errors write a setting: patterns of its name alone, with {flag} or {name}, and with its value."""
+    """How errors write a setting: patterns for its name ({flag} or {name}), and for its name with its value."""
 
     name: str
     typed: str
@@ -36,14 +36,14 @@ FLAGS = Wording("{flag}", "{flag} {value}")
 
 
 def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLAGS) -> Table:
-    """Make a table from those of `settings` that it has. Raises: RecipeError for the first value that is wrong."""
+    """Make a table from its settings among `settings`. Raises: RecipeError for the first wrong value."""
     return table(**read_values(settings, table, wording=wording))
 
 
 def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = FLAGS) -> dict[str, Any]:
-    """Return the checked values of those `settings` that tables have, without automatic ones that are None.
+    """Return the checked values of those `settings` that are in the tables, without automatic ones that are None.
 
-    Raises: RecipeError for the first value that is wrong.
+    Raises: RecipeError for the first wrong value.
     """
     mine = {name: entry for name, entry in entries(*tables).items() if name in settings}
     return {
@@ -54,11 +54,10 @@ def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = F
 
 
 def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bool = False) -> Any:
-    """Return the checked value of one setting.
+    """Return the checked value of one setting, given as text or in its type.
 
-    Args:
-        value: as typed, or already of its type.
-        strict: numbers must be numbers, and not texts of numbers.
+    `strict` accepts numbers only as numbers, and not as text.
+
     Raises: RecipeError with the values that the setting takes.
     """
     spelling = entry.spelling
@@ -70,7 +69,7 @@ def read_value(entry: Entry, value: Any, wording: Wording = FLAGS, *, strict: bo
 
 
 def dump_values(values: Mapping[str, Any], *tables: type) -> dict[str, Any]:
-    """Return the values of tables as recipes write them, by name."""
+    """Return the values of tables by name, in the form of recipes."""
     table = entries(*tables)
     return {name: _adapter(table[name].hint).dump_python(value, mode="json") for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The loss of an auxiliary head, which answers in training alone."""
+"""The loss of an auxiliary head, which answers only in training."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from kdcache_kernels import distill_denominators, distill_loss
 class Auxiliary(Term):
     """`auxiliary`: the cross-entropy of the student's auxiliary head with the labels.
 
-    Class weights, smoothing and denominator are those of the loss's own cross-entropy, of which it is a second one at
-    another depth of the network. It is fused as that is.
+    Class weights, smoothing, denominator and fused operation are the same as for the loss's own cross-entropy.
 
     Default weight 0.1.
-    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 4.1, whose auxiliary loss weighs 0.1 beside 1;
+    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 4.1, whose auxiliary loss weighs 0.1 next to 1;
     PSPNet's (Zhao et al. 2017, arXiv 1612.01105) 0.4.
     """
 
@@ -28,6 +27,7 @@ class Auxiliary(Term):
         self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean cross-entropy of the auxiliary logits over labelled pixels."""
         logits, labels = batch.heads[AUXILIARY].output, batch.labels
         assert logits is not None, "the student's outputs have the head (check_heads)"
         assert labels is not None, "a batch has the labels of its terms (check_heads)"
@@ -43,7 +43,7 @@ class Auxiliary(Term):
 
     @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
-        """The sum of the class weights of the labelled pixels, 0-dimensional."""
+        """Return the sum of the class weights of the labelled pixels, 0-dimensional."""
         assert batch.labels is not None, "a batch has the labels of its terms (check_heads)"
         classes = self.targets.num_classes
         return distill_denominators(batch.labels, num_classes=classes, class_weight=self.class_weight).ce

@@ -1,4 +1,4 @@
-"""The base of all terms: one loss between a student and the arrays of a store, on its own and unweighted."""
+"""The base of all terms: one unweighted loss between a student and the arrays of a cache."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,24 +18,25 @@ from kdcache_kernels.window import Size
 
 
 class TermTargets(TargetFormat, Protocol):
-    """The facts about a store that making terms takes; an open cache is one. Labels in its place have no manifest."""
+    """The facts about a cache that are needed to make terms. An open cache has them. Labels have no manifest."""
 
     @property
-    def manifest(self) -> Any: ...
+    def manifest(self) -> Any:
+        """The manifest of the cache, or None."""
 
 
 @dataclass(frozen=True)
 class TermSetup:
-    """What terms are made with.
+    """What is needed to make terms.
 
     Attributes:
         targets: an open cache, or `LabelTargets`.
-        arrays: paths of the store that the term needs.
+        arrays: paths of the cache's arrays that the term needs.
         student_taps: the student's features -> channels, most useful last.
-        student_heads: what the student's heads are in training, by name.
+        student_heads: the kinds of the student's heads in training, by name.
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute pseudo labels and their loss, `auxiliary` and `dist`, as in `distill_loss`.
-        class_weight: (C,) of `pseudo` and `auxiliary`; None weighs every class 1.
+        class_weight: (C,) of `pseudo` and `auxiliary`. None weighs every class 1.
         label_smoothing: of `auxiliary`.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
     """
@@ -53,10 +54,10 @@ class TermSetup:
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """What a batch has for a head beside segmentation; None for what it has not.
+    """The data of a batch for a head other than segmentation, or None for missing ones.
 
     Attributes:
-        output: (B, c, h, w) of the student at its native stride, raw; receives the gradient.
+        output: (B, c, h, w) of the student at its native stride, raw, with the gradient.
         label: (B, H, W) of the task of the same name.
         target: the teacher's values.
     """
@@ -71,23 +72,24 @@ class TermBatch:
     """The inputs of a term. Shapes: B batch, C classes, H W the student's image, c channels of a feature.
 
     Attributes:
-        logits: (B, C, h, w) of the student at its native stride; receives the gradient.
-        features: student's tap -> (B, c, h', w'); receive the gradient.
-        labels: (B, H, W) uint8, 255 is void; None for an unlabelled batch.
+        logits: (B, C, h, w) of the student at its native stride, with the gradient.
+        features: student's tap -> (B, c, h', w'), with the gradient.
+        labels: (B, H, W) uint8, 255 is void, or None for an unlabelled batch.
         target: the teacher's packed logits.
-        stored: other arrays of the store by path: features/<tap> (B, c, h, w) floats, statistics/at.<tap> (B, h, w),
+        stored: other arrays of the cache by path: features/<tap> (B, c, h, w) floats, statistics/at.<tap> (B, h, w),
             statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
-        pixel_weight: (B, H, W) gate of the teacher's terms; None is 1. It does not change what a mean is over.
+        pixel_weight: (B, H, W) gate of the teacher's terms, or None for 1. It does not change the denominator of a
+            mean.
         size: (H, W).
-        counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
-            label); None is all.
+        counted: (B, H, W) bool, the view's pixels that means are over (those that show the image, those with a label).
+            None is all.
         window, flip, zoom, own: as in `Batch`.
-        pasted: the same with the targets of another stream's samples, whose pixels were pasted; None where the
-            neighbours' were, if any.
-        shown: (B, H, W) bool, which pixels show the image, or one that was pasted, for terms that read it; None is all.
-        heads: heads beside segmentation, by name.
+        pasted: this batch with the targets of another stream's pasted samples, or None if neighbours, if any, were
+            pasted.
+        shown: (B, H, W) bool, pixels that show the image, or a pasted one, for terms that read it. None is all.
+        heads: heads other than segmentation, by name.
         others: outputs for the rows of other streams of the batch, by the stream's name.
-        pseudo: pseudo labels of the weak view, by who made them.
+        pseudo: pseudo labels of the weak view, by their predictor.
     """
 
     logits: Tensor
@@ -109,7 +111,7 @@ class TermBatch:
     pseudo: Mapping[str, PseudoLabels] = field(default_factory=dict)
 
     def with_targets(self, batch: Batch) -> "TermBatch":
-        """Return the same with the targets of another batch, where that has them."""
+        """Return a copy with the targets of another batch, if that has them."""
         targets = batch.targets or {}
         heads = {name: replace(head, target=targets.get(name)) for name, head in self.heads.items()}
         at = batch.window, batch.flip, batch.zoom
@@ -117,23 +119,26 @@ class TermBatch:
 
 
 class Term(nn.Module):
-    """One loss; its parameters (projections of the student) are trained with the student and never exported.
+    """One loss. Its parameters (projections of the student) are trained with the student and never exported.
 
-    Float32 under autocast too, float64 for float64 inputs; no host synchronisation, no data-dependent shape. Means
-    are over counted pixels: a gate weighs these and does not shrink the denominator. Without any the loss is 0 and so
-    is its gradient.
+    It computes in float32 also under autocast, in float64 for float64 inputs, without host synchronisation or
+    data-dependent shapes. Means are over counted pixels. A gate weighs these and does not shrink the denominator.
+    Without
+    any counted pixel the loss and its gradient are 0.
 
     Args:
-        spec: whose taps are filled in.
+        spec: the setting, with its taps filled in.
+
     Attributes:
-        kind: the spec's, or of a companion its own name.
-        weight: the spec's, or the kind's default. Default weights give a gradient over the student's parameters that
-            compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher kdcache:base at
-            stride 4, student kdcache:tiny after 150 and 650 steps.
+        kind: the spec's, or the own name of a companion.
+        weight: the spec's, or the kind's default. Default weights give a gradient over the student's parameters
+            comparable
+            to CE's. Docstrings give its size: mean over batches of CamVid at 144x192, teacher kdcache:base at stride 4,
+            student kdcache:tiny after 150 and 650 steps.
         reads_shown: whether it reads `TermBatch.shown`.
-        measured: whether its value is logged alone and is no part of the loss.
-        gather: concatenates a tensor over the processes along its first axis, in which the own part alone carries a
-            gradient; None when there is one.
+        measured: whether its value is only logged and not part of the loss.
+        gather: concatenates a tensor over the processes along its first axis, with a gradient only for this process's
+            part, or None for a single process.
     """
 
     kind: str
@@ -158,15 +163,15 @@ class Term(nn.Module):
         return cls(spec, setup)
 
     def labellers(self) -> tuple[str, ...]:
-        """Return who makes the pseudo labels of weak views that it reads of a batch."""
+        """Return who makes the pseudo labels of weak views that it reads."""
         return ()
 
     def companions(self) -> "tuple[Term, ...]":
-        """Return further terms of the loss that go with it."""
+        """Return further terms of the loss that belong to it."""
         return ()
 
     def arrays(self) -> tuple[str, ...]:
-        """Paths of the store that `TermBatch.stored` must hold."""
+        """Return the paths of the cache that `TermBatch.stored` must hold."""
         return self._arrays
 
     @property
@@ -176,12 +181,12 @@ class Term(nn.Module):
 
     @property
     def head(self) -> str | None:
-        """The head beside segmentation whose output it compares; None for a term of logits or features."""
+        """The head other than segmentation whose output it compares, or None."""
         return None if self.spec.head == SEGMENTATION else self.spec.head
 
     @property
     def task(self) -> str:
-        """The task whose loss it is a part of."""
+        """The task that the term belongs to."""
         return self.spec.task
 
     @property
@@ -191,12 +196,12 @@ class Term(nn.Module):
 
     @property
     def teaches_student(self) -> bool:
-        """Whether the student gets a gradient of it."""
+        """Whether the student gets a gradient from it."""
         return True
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether it learns from a teacher, or from labels in its place; False for a term on labels alone."""
+        """Whether it learns from a teacher, or labels in its place. False for a term on labels only."""
         return self.spec.reads_teacher
 
     @property
@@ -210,21 +215,21 @@ class Term(nn.Module):
         return self.reads_teacher
 
     def student_taps(self) -> tuple[str, ...]:
-        """The student's features that it needs."""
+        """Return the student's features that it needs."""
         return (self._student_tap,) if self.spec.reads_taps else ()
 
     def after_step(self, batch: Batch) -> None:
-        """Remember what later batches are compared with, once a step has learnt from a batch."""
+        """Remember data of a batch that a step has learnt from, to compare later batches with."""
 
     def describe(self) -> str | None:
-        """A description of what is resized or projected, set by `prepare` or the first batch; None when nothing is."""
+        """Return what is resized or projected, after `prepare` or the first batch, or None for nothing."""
         return self._description
 
     def prepare(self, batch: TermBatch) -> None:
         """Read the shapes of a batch for `describe`."""
 
     def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
-        """Describe how a student's map whose size is not the teacher's is changed."""
+        """Record for `describe` how a student's map of another size than the teacher's is resized."""
         changes = [then] if then else []
         if grid_of(student) != grid_of(teacher):
             changes.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
@@ -234,11 +239,11 @@ class Term(nn.Module):
         )
 
     def forward(self, batch: TermBatch, count: Tensor | None = None) -> Tensor:
-        """The loss of a batch: a scalar, not weighted.
+        """Return the loss of a batch: an unweighted scalar.
 
-        Args:
-            count: the denominator, in the place of its own `count`: the mean over the parts of a larger batch, over
-                which their losses then average to its own.
+        `count` replaces its own `count` as denominator: the mean over the parts of a larger batch, so that their losses
+        average
+        to the whole batch's.
         """
         if not torch.compiler.is_compiling():
             self.prepare(batch)
@@ -246,25 +251,25 @@ class Term(nn.Module):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Compute what `forward` returns, at full precision."""
+        """Compute the result of `forward` at full precision."""
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The denominator of `loss`: the counted cells, 0-dimensional. Only the dtype and rows of `logits` matter.
+        """Return the denominator of `loss`: the counted cells, 0-dimensional. Of `logits` only dtype and rows matter.
 
-        A term whose formula takes several sums over the batch has as many numbers.
+        A term whose formula has several sums over the batch returns several numbers.
         """
         return self.cells(batch, self.grid(batch), wide(batch.logits)).counted.sum()
 
     def grid(self, batch: TermBatch) -> Size:
-        """(h, w) of the teacher's cells."""
+        """Return (h, w) of the teacher's cells."""
         if self.reads_target:
             assert batch.target is not None
             return grid_of(batch.target.values)
         return grid_of(batch.stored[self._arrays[0]])
 
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
-        """How much every cell of a grid over the student's image counts."""
+        """Return how much every cell of a grid over the student's image counts."""
         return lay_cells(
             batch.window,
             batch.flip,
@@ -278,15 +283,15 @@ class Term(nn.Module):
         )
 
     def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """A map of the view as the student's image shows it, on as many cells."""
+        """Return a map of the view as the student's image shows it, on equally many cells."""
         return sample_view(map_Bchw, batch.window, batch.flip, self.targets.view_size, dtype)
 
     def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:
-        """The mean of a loss (B, h, w) over the counted cells, or over `count` of them."""
+        """Return the mean of a loss (B, h, w) over the counted cells, or over `count` of them."""
         return divide((loss_Bhw * cells.weight).sum(), cells.counted.sum() if count is None else count)
 
     def of_all(self, rows_Nx: Tensor) -> Tensor:
-        """The rows of all processes; only this process's own carry a gradient."""
+        """Return the rows of all processes. Only this process's rows carry a gradient."""
         return rows_Nx if self.gather is None else self.gather(rows_Nx)
 
 
@@ -301,24 +306,24 @@ def divide(total: Tensor, count: Tensor) -> Tensor:
 
 
 def grid_of(map_Bchw: Tensor) -> Size:
-    """(h, w) of a map."""
+    """Return (h, w) of a map."""
     return map_Bchw.shape[-2], map_Bchw.shape[-1]
 
 
 def unit(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """Divide by the norm over some dimensions; zero stays zero and gets no gradient."""
+    """Divide by the norm over some dimensions. Zeros stay zero and get no gradient."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
     return x / norm.masked_fill(norm <= 1e-12, torch.inf)
 
 
 def shared(loss: Tensor, own: int, all_rows: int) -> Tensor:
-    """A loss that every process computes whole, its gradient times the number of processes.
+    """Return a loss that every process computes completely, with its gradient times the number of processes.
 
-    Each process has the gradient of its own part alone; their mean is to be the sum of these.
+    Each process has only its own part's gradient. Averaging over processes then gives their sum.
     """
     return loss + (all_rows / own - 1) * (loss - loss.detach())
 
 
 def shape_text(map_Bchw: Tensor) -> str:
-    """'36x48'."""
+    """Return the shape of a map as text, such as '36x48'."""
     return "x".join(str(side) for side in map_Bchw.shape[-2:])

@@ -1,20 +1,21 @@
 """Terms of a depth head: against labels, or against a teacher's stored depth.
 
 The student's raw output is resized to the label's size, bilinear, then becomes metres (`kdcache.heads`). A label is
-valid where it is a number within 0.001 m and the head's `max_depth`. A teacher's map lies on its own cells and is
-dense: it is sampled bilinearly at the label's pixels, through window and flip as logits are, in the space in which its
-head resizes: its values become the raw output that they came from, are resampled, and become values again. A cell whose
-value is not finite has none, nor has a pixel that reads it. Metres are divided by the zoom of a window that was drawn
-to look nearer than the view that the teacher saw. Values beyond the student's range are clipped to it, as a
-prediction is; labels beyond it do not count.
+valid if it is between 0.001 m and the head's `max_depth`. A teacher's map lies on its own cells and is dense. It is
+sampled bilinearly at the label's pixels, through window and flip like logits, in the space in which its head resizes:
+values become raw output, are resampled, and become values again. A cell with a value that is not finite is invalid, and
+so is a pixel that reads it. Metres are divided by the zoom of a window that looks nearer than the teacher's view.
+Values
+beyond the student's range are clipped to it, like predictions. Labels beyond it do not count.
 
-A gate and the void of segmentation labels concern classes: these terms count every pixel inside the view that shows the
-image. Each is the mean over the images that have a valid pixel; `depth-l1` is the mean over all valid pixels.
+A gate and the void of segmentation labels concern only classes. These terms count every pixel inside the view that
+shows the image. Each is the mean over the images that have a valid pixel, except `depth-l1`, which is the mean over all
+valid pixels.
 
-Default weights give a gradient over the parameters that both heads share of about CE's: medians of 1.57 (l1), 1.32
+Default weights give a gradient over the parameters that both heads share of about CE's. The medians are 1.57 (l1), 1.32
 (berhu), 0.62 (silog), 0.60 (gradient) and 0.65 (ssi) times it, of nine measurements each, which differ by a factor of
 three (exact labels of scenes, 26 m on average; steps 51, 151 and 651 of kdcache:tiny+depth that learnt by silog, three
-seeds). The errors of the first two are metres, so scenes of other depths want other weights.
+seeds). The errors of the first two are in metres, so scenes with other depths need other weights.
 """
 
 from typing import Any
@@ -36,11 +37,11 @@ MIN_DEPTH = 1e-3
 
 
 class DepthTerm(Term):
-    """A loss between two maps of depth in metres, as `of_images` has it.
+    """A loss between two depth maps in metres, computed by `of_images`.
 
     Attributes:
         student: the student's depth head.
-        teacher: the store's depth head; None against labels.
+        teacher: the cache's depth head, or None against labels.
     """
 
     reads_shown = True
@@ -55,6 +56,7 @@ class DepthTerm(Term):
             self.teacher_align_corners = setup.targets.manifest.heads[DEPTH].align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean over images of `of_images` on prediction and reference."""
         own = batch.heads[DEPTH]
         assert own.output is not None, "the student's outputs have the head (check_heads)"
         raw_B1HW = resize(wide(own.output), batch.size, self.student_align_corners)
@@ -65,25 +67,25 @@ class DepthTerm(Term):
         return divide(total, weight_B.sum() if count is None else count.to(total.dtype))
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The denominator of `loss`: the images with a valid pixel (`depth-l1`: the valid pixels), 0-dimensional."""
+        """Return the number of images with a valid pixel (`depth-l1`: valid pixels), 0-dimensional."""
         dtype = wide(batch.logits).dtype
         return self.image_weight(self._reference(batch, dtype)[1], dtype).sum()
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight (B,) of each image's loss in the mean over the batch: 1 with a valid pixel, 0 without."""
+        """Return the weight (B,) of each image's loss in the mean over the batch: 1 with a valid pixel, 0 without."""
         return mask_BHW.flatten(1).any(1).to(dtype)
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
-        """What is compared, of values in a head's unit; of labels without a head: metres, at least `MIN_DEPTH`."""
+        """Convert values in a head's unit, or labels without a head, to metres of at least `MIN_DEPTH`."""
         return clip(values_BHW, MIN_DEPTH, None)
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """The loss (B,) of each image's valid pixels, 0 without any (`kdcache.distill.depth`)."""
+        """Return the loss (B,) of each image's valid pixels, 0 without any (`kdcache.distill.depth`)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _reference(self, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the student is compared with, and which pixels of it are valid: (B, H, W) each."""
+        """Return the map to compare the student with, and its valid pixels: (B, H, W) each."""
         own = batch.heads[DEPTH]
         if self.teacher is None:
             values_BHW, mask_BHW = self._label(own)
@@ -101,7 +103,7 @@ class DepthTerm(Term):
     def _with_pasted(
         self, taught: tuple[Tensor, Tensor], batch: TermBatch, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """A teacher's map and its valid pixels, with those of the samples that were pasted in their places."""
+        """Return a teacher's map and its valid pixels, replaced by the pasted samples' at their pixels."""
         (values_BHW, mask_BHW), own_BHW = taught, batch.own
         if own_BHW is None:
             return taught
@@ -137,65 +139,72 @@ class DepthL1(DepthTerm):
     kind = "depth-l1"
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the number of valid pixels (B,), so the mean is over pixels."""
         return mask_BHW.sum((1, 2)).to(dtype)
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """Return the mean absolute error (B,)."""
         return depth.l1(prediction_BHW, reference_BHW, mask_BHW)
 
 
 class DepthBerhu(DepthTerm):
-    """`depth-berhu`: the reverse Huber loss in metres, its bound a fifth of an image's largest error."""
+    """`depth-berhu`: the reverse Huber loss in metres, with a bound of a fifth of an image's largest error."""
 
     kind = "depth-berhu"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """Return the reverse Huber loss (B,)."""
         return depth.berhu(prediction_BHW, reference_BHW, mask_BHW)
 
 
 class DepthSilog(DepthTerm):
-    """`depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2) of g = log p - log r of an image."""
+    """`depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2), with g = log p - log r of an image."""
 
     kind = "depth-silog"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """Return the scale-invariant logarithmic loss (B,)."""
         return depth.silog(prediction_BHW, reference_BHW, mask_BHW)
 
 
 class DepthGradient(DepthTerm):
-    """`depth-gradient`: gradient matching of logarithms, over four scales: edges and shapes, whatever the scale is."""
+    """`depth-gradient`: gradient matching of logarithms over four scales: edges and shapes at any scale."""
 
     kind = "depth-gradient"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """Return the gradient matching (B,) of logarithms."""
         return depth.gradient_matching(prediction_BHW.log(), reference_BHW.log(), mask_BHW)
 
 
 class DepthSsi(DepthTerm):
-    """`depth-ssi`: inverse depths, each aligned by its own median and deviation, the worst fifth left out.
+    """`depth-ssi`: inverse depths, each aligned by its own median and deviation, without the worst fifth.
 
-    With gradient matching at weight alpha, 0.5. Metres are inverted; a head of another unit has inverse depth up to a
-    scale and a shift already, as those of MiDaS and Depth Anything.
+    Gradient matching is added with the weight alpha, 0.5. Metres are inverted. Other units, such as those of MiDaS and
+    Depth Anything, already are inverse depth up to a scale and a shift.
     """
 
     kind = "depth-ssi"
     spec: specs.DepthSsi
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
+        """Convert metres to inverse depth, and leave other units unchanged."""
         if head is not None and head.unit != METRES:
             return values_BHW
         return clip(values_BHW, MIN_DEPTH, None).reciprocal()
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """Return the scale- and shift-invariant loss (B,)."""
         return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.spec.alpha)
 
 
 def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
-    """Values of which a positive parameterisation has a raw output: what float16 rounded to 0 is the smallest depth."""
+    """Raise values that float16 rounded to 0 to the smallest depth, which a positive head can represent."""
     return values if head.parameterisation == "identity" else values.clamp_min(MIN_DEPTH)
 
 
 def depth_head(manifest: Any) -> RegressionHead:
-    """The head of depth that a store has, as models have it."""
+    """Return a cache's depth head in the form of a model's."""
     head = manifest.heads[DEPTH]
     largest = None if head.range is None else head.range[1]
     return RegressionHead(head.channels, head.unit, head.parameterisation, largest)

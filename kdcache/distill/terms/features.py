@@ -1,4 +1,4 @@
-"""Feature terms: the student's features, projected to the teacher's channels, beside the teacher's."""
+"""Feature terms: compare the student's features, projected to the teacher's channels, with the teacher's."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Projected(Term):
     | `linear` | a 1x1 convolution |
     | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
-    `standardise=channels` keeps mean and deviation of the teacher's channels in checkpoints.
+    With `standardise=channels`, checkpoints include mean and deviation of the teacher's channels.
     Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways.
     """
 
@@ -31,7 +31,7 @@ class Projected(Term):
     teacher_std: Tensor | None
 
     def __init__(self, spec: specs.Projected | specs.Channels, setup: TermSetup) -> None:
-        """Raises: RecipeError for channels to standardise without their moments."""
+        """Raise RecipeError for channels to standardise without their moments."""
         super().__init__(spec, setup)
         options = spec if isinstance(spec, specs.Projected) else specs.Projected()
         if options.standardise == "channels" and setup.moments is None:
@@ -49,12 +49,13 @@ class Projected(Term):
         self.register_buffer("teacher_std", std_c)
 
     def prepare(self, batch: TermBatch) -> None:
+        """Record the projection and resize of the student's features for `describe`."""
         student, teacher = batch.features[self._student_tap], batch.stored[self._arrays[0]]
         projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
-        """Student's and teacher's features (B, c, h, w) on the teacher's cells, and how much those count."""
+        """Return student's and teacher's features (B, c, h, w) on the teacher's cells, and the cells' weights."""
         student_Bchw = wide(batch.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
         teacher_Bchw = self.standardised(teacher_Bchw, student_Bchw.dtype)
@@ -64,7 +65,7 @@ class Projected(Term):
         return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
 
     def standardised(self, teacher_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """The teacher's features less their channels' means, over the standard deviations; as they are without."""
+        """Standardise the teacher's channels, or return them unchanged if this is off."""
         if self.teacher_mean is None or self.teacher_std is None:
             return teacher_Bchw
         mean_c11, std_c11 = (x.to(dtype)[:, None, None] for x in (self.teacher_mean, self.teacher_std))
@@ -72,7 +73,7 @@ class Projected(Term):
 
 
 def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
-    """Channels of the student's tap and of the teacher's."""
+    """Return the channels of the student's tap and of the teacher's."""
     assert spec.student_tap is not None and spec.teacher_tap is not None, "taps are filled in"  # noqa: PT018
     return setup.student_taps[spec.student_tap], setup.targets.manifest.features[spec.teacher_tap].channels
 
@@ -81,7 +82,8 @@ class Hint(Projected):
     """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained projector.
 
     With the distance `smooth-l1` a difference d counts d^2 / 2 up to 1, and |d| - 1/2 beyond. Unless they are
-    standardised, the teacher's features are taken as they are, so that the term's size depends on theirs.
+    standardised,
+    the teacher's features are used unchanged, so the term's size depends on theirs.
 
     Default weight 1 (mean over every element; FitNets halves the sum): a gradient of 0.2 to 0.7 of CE's.
     Source: Romero et al. 2015, arXiv 1412.6550, section 2.2; smooth L1: Girshick 2015, arXiv 1504.08083, equation 3.
@@ -91,6 +93,7 @@ class Hint(Projected):
     spec: specs.Hint
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean squared (or smooth L1) difference of features over cells."""
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         if self.spec.distance == "smooth-l1":
             return self.mean(F.smooth_l1_loss(student_Bchw, teacher_Bchw, reduction="none").mean(1), cells, count)
@@ -109,12 +112,13 @@ class Cosine(Projected):
     kind = "cosine"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean of 1 - cosine over cells."""
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells, count)
 
 
 def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:
-    """The cosine over the channels, (B, h, w). Sums first: a quarter of the time of dividing each map by its norm."""
+    """Return the cosine over the channels, (B, h, w). Dividing the sums takes a quarter of dividing each map."""
     ab, aa, bb = ((x * y).sum(1) for x, y in ((a_Bchw, b_Bchw), (a_Bchw, a_Bchw), (b_Bchw, b_Bchw)))
     usable = (aa > TINY) & (bb > TINY)
     return torch.where(usable, ab * torch.where(usable, aa, 1).rsqrt() * torch.where(usable, bb, 1).rsqrt(), 0)
@@ -123,12 +127,15 @@ def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:
 class Attention(Term):
     """`at`: mean over cells of (a_s - a_t)^2, a = A / ||A||, A = sum over channels of F^2.
 
-    The teacher's A comes from features/<tap>, or from statistics/at.<tap>, where it is divided by its maximum: that
-    changes nothing here. The student's A is resized to the teacher's cells. The norm is over one image's counted cells,
-    each weighted by its share: what does not count (beside the view, grey, void) enters neither norm nor mean.
+    The teacher's A comes from features/<tap>, or from statistics/at.<tap>, where it is divided by its maximum, which
+    makes
+    no difference here. The student's A is resized to the teacher's cells. The norm is over one image's counted cells,
+    each
+    weighted by its share. Uncounted cells (outside the view, grey, void) affect neither norm nor mean.
 
-    Default weight h w / 2, by which the term is at most 1, for with unit norms the mean is at most 2 / (h w): 2592 at
-    72 x 72 (published: 1000 to 10000), and a gradient of 0.6 of CE's for a decoder's map, 2 to 4 for a deep one.
+    Default weight h w / 2, by which the term is at most 1, because with unit norms the mean is at most 2 / (h w). It is
+    2592
+    at 72 x 72 (published: 1000 to 10000), and its gradient 0.6 of CE's for a decoder's map, 2 to 4 for a deep one.
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1.
     """
 
@@ -142,9 +149,11 @@ class Attention(Term):
             self.weight = h * w / 2
 
     def prepare(self, batch: TermBatch) -> None:
+        """Record the resize of the student's attention for `describe`."""
         self.note_resize(batch.features[self._student_tap], batch.stored[self._arrays[0]], "the attention of ")
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean squared difference of normalised attention maps over cells."""
         student_Bhw = energy(wide(batch.features[self._student_tap]))
         stored = batch.stored[self._arrays[0]].to(student_Bhw.dtype)
         teacher_Bhw = stored if stored.ndim == 3 else energy(stored)
@@ -161,5 +170,5 @@ class Attention(Term):
 
 
 def energy(features_Bchw: Tensor) -> Tensor:
-    """(B, h, w): the sum of squares over the channels."""
+    """Return the sum of squares over the channels, (B, h, w)."""
     return features_Bchw.square().sum(1)

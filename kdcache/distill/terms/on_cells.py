@@ -18,11 +18,12 @@ from kdcache_kernels.topk import compute_dtype
 
 
 class OnCells(Term):
-    """A term of logits, which a student of another size is resized for."""
+    """A term of logits. A student of another size is resized to the target's cells."""
 
     spec: specs.OfLogits | specs.Channels
 
     def prepare(self, batch: TermBatch) -> None:
+        """Record the resize of the student's logits for `describe`."""
         if batch.target is not None:
             self.note_resize(batch.logits, batch.target.values)
 
@@ -30,7 +31,7 @@ class OnCells(Term):
 def seen_on_cells(
     term: "OnCells | ChannelFeatures", batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor
 ) -> Seen:
-    """Lay the student's and the teacher's maps over the student's image, on the teacher's cells, both over T.
+    """Place the student's and the teacher's maps over the student's image, on the teacher's cells, both over T.
 
     Raises: ShapeError for maps of unequal channels.
     """
@@ -47,10 +48,10 @@ def seen_on_cells(
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The summands of KL(p || q), each at least 0.
+    """Return the summands of KL(p || q), each at least 0.
 
-    The sums of p and q are equal, so that p may be taken from q. To first order, the rounding of both logarithms then
-    changes neither the value nor the gradient, and equal distributions leave exactly 0 of them.
+    The sums of p and q are equal, so p may be subtracted from q. To first order, the rounding of both logarithms then
+    changes neither the value nor the gradient, and equal distributions give exactly 0.
     """
     p, q = log_p.exp(), log_q.exp()
     return p * (log_p - log_q) + (q - p)
@@ -65,13 +66,17 @@ def mean_of(total: Tensor, count: Tensor, spoilt: Tensor, student: Tensor) -> Te
 class Decoupled(OnCells):
     """`dkd`: T^2 * (alpha * TCKD + beta * NCKD), mean over cells.
 
-    TCKD is the KL of (p, 1 - p), p the probability of the target class at temperature T; NCKD is the KL of the other
-    classes among themselves. The target class is the label of the pixel at the cell's centre, and the teacher's best
-    class where that is void or there is no label. Cells weigh by their share of counted pixels times the gate.
+    TCKD is the KL of (p, 1 - p), with p the probability of the target class at temperature T. NCKD is the KL of the
+    other
+    classes among themselves. The target class is the label of the pixel at the cell's centre, or the teacher's best
+    class
+    if the pixel is void or has no label. Cells weigh by their share of counted pixels times the gate.
 
     Default weight 0.02, alpha 1, beta 8, temperature 4 (the paper's on CIFAR-100, with its T^2; nats per cell): a
-    gradient of 1 to 1.3 of CE's. Published: 1. On ImageNet the authors take beta 0.5 and temperature 1; their code
-    warms the weight up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
+    gradient
+    of 1 to 1.3 of CE's. Published: 1. On ImageNet the authors use beta 0.5 and temperature 1. Their code warms the
+    weight
+    up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
     Source: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
 
@@ -79,6 +84,7 @@ class Decoupled(OnCells):
     spec: specs.Decoupled
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the weighted KL of target and other classes, averaged over cells."""
         assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         seen = seen_on_cells(self, batch, batch.logits, batch.target.values)
         classes_C11 = torch.arange(seen.teacher.shape[1], device=seen.teacher.device)[:, None, None]
@@ -91,7 +97,7 @@ class Decoupled(OnCells):
 
 
 def _target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
-    """(B, 1, h, w) int64: the label at the centre of each cell; without one the teacher's first best class."""
+    """Return the label at each cell's centre, or without one the teacher's first best class, (B, 1, h, w) int64."""
     best_B1hw = teacher_BChw.argmax(1, keepdim=True)
     if labels_BHW is None:
         return best_B1hw
@@ -101,7 +107,7 @@ def _target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
 
 
 def _split(logits_BChw: Tensor, is_target_BChw: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, rest), and of the classes of the rest among themselves (the target's is -1e30)."""
+    """Return log-probabilities of (target, rest), and of the rest's classes among themselves (target: -1e30)."""
     rest_BChw = logits_BChw.masked_fill(is_target_BChw, -1e30)
     target_B1hw = logits_BChw.masked_fill(~is_target_BChw, 0).sum(1, keepdim=True)
     # Both relative to the largest of the rest: with large logits in it, logsumexp would be rounded as these are.
@@ -114,14 +120,16 @@ def _split(logits_BChw: Tensor, is_target_BChw: Tensor) -> tuple[Tensor, Tensor]
 class Relations(OnCells):
     """`dist`: T^2 * (beta * inter + gamma * intra) of q_s, q_t = softmax(x / T), in one operation.
 
-    inter: mean over cells of 1 - pearson(q_s, q_t) over the classes; intra: mean over classes of 1 - pearson over the
-    cells of the whole batch, of all processes together. Cells weigh by their share of counted pixels times the gate.
-    With one class, whose probabilities are constants without a correlation, it is 0.
+    inter: mean over cells of 1 - pearson(q_s, q_t) over the classes. intra: mean over classes of 1 - pearson over the
+    cells
+    of the whole batch, of all processes together. Cells weigh by their share of counted pixels times the gate. With one
+    class, whose probabilities are constant and have no correlation, it is 0.
 
     Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation): a gradient of 1 to 1.6 of CE's,
-    and of 11 before a student has learnt anything.
+    and
+    of 11 before a student has learnt anything.
 
-    Float64 takes the reference.
+    Float64 uses the reference implementation.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
     """
 
@@ -129,6 +137,7 @@ class Relations(OnCells):
     spec: specs.Relations
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the relation loss, with moments averaged over the processes."""
         logits, options = self._logits(batch), self._options(batch)
         moments = None
         if self.gather is not None:
@@ -138,7 +147,7 @@ class Relations(OnCells):
         )
 
     def _logits(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's logits of all classes, each on its own grid."""
+        """Return the student's and the teacher's logits of all classes, each on its own grid."""
         target = batch.target
         assert target is not None  # by `reads_target`
         if target.indices is None:
@@ -148,7 +157,7 @@ class Relations(OnCells):
         return batch.logits, densify(target.values, target.indices, target.tail, num_classes, dtype, impl=impl)
 
     def _options(self, batch: TermBatch) -> dict[str, Any]:
-        """The arguments of both operations."""
+        """Return the arguments of both operations."""
         return {
             "view_size": self.targets.view_size,
             "size": batch.size,
@@ -164,9 +173,11 @@ class Relations(OnCells):
 class Similarity(Term):
     """`sp`: ||G_t - G_s||_F^2 / b^2, G = rows of Q Q^T divided by their norms, Q a (b, c h w) matrix of features.
 
-    b is the batch of all processes together. Student and teacher keep their own channels and grids, for only products
-    of images with images are compared; every cell of Q is weighted by its share of counted pixels times the gate. An
-    image without such cells has a row of zeros on both sides.
+    b is the batch of all processes together. Student and teacher keep their own channels and grids, because only
+    products
+    of images with images are compared. Every cell of Q is weighted by its share of counted pixels times the gate. An
+    image
+    without such cells has a row of zeros on both sides.
 
     Default weight 50 (the formula's own reduction): a gradient of 0.8 to 1.4 of CE's in a batch of 8. Published: 3000,
     for batches of 64 classified images.
@@ -176,6 +187,7 @@ class Similarity(Term):
     kind = "sp"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the squared difference of the normalised similarities of all images, over b^2."""
         student_Bchw = wide(batch.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
         own = student_Bchw.shape[0]
@@ -185,17 +197,17 @@ class Similarity(Term):
         return shared(difference_bb.square().sum() / b**2, own, b)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """1: `loss` divides by the square of the number of images of all processes, which no process counts alone."""
+        """Return 1, because `loss` divides by the squared number of images of all processes itself."""
         return wide(batch.logits).new_ones(())
 
     def _rows(self, batch: TermBatch, features_Bchw: Tensor) -> Tensor:
-        """Q of the own images: with the root of the share in both factors, the product carries the share."""
+        """Return Q of the own images: with the root of the share in both factors, the product carries the share."""
         share_Bhw = self.cells(batch, grid_of(features_Bchw), features_Bchw).weight
         return (features_Bchw * share_Bhw.sqrt()[:, None]).flatten(1)
 
 
 def images_counted(term: Term, batch: TermBatch) -> Tensor:
-    """How many images have a pixel that counts, 0-dimensional."""
+    """Return the number of images with a counted pixel, 0-dimensional."""
     counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.logits)).counted
     return _images_of(counted_Bhw)
 
@@ -211,11 +223,9 @@ def compare_channels(
     teacher_BChw: Tensor,
     count: Tensor | None,
 ) -> Tensor:
-    """Return T^2 / C * sum over channels of KL(p_t || p_s) over the cells, mean over the images that count.
+    """Return T^2 / C * sum over channels of KL(p_t || p_s) over the cells, averaged over the images that count.
 
-    Args:
-        student_BCxx, teacher_BChw: of equal channels, each on its own grid.
-        count: of images.
+    Student and teacher have equal channels, each on its own grid. `count` replaces the number of images.
     """
     seen = seen_on_cells(term, batch, student_BCxx, teacher_BChw)
     counted_Bhw, weight_Bhw = seen.cells
@@ -228,7 +238,7 @@ def compare_channels(
 
 
 def _over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
-    """(B, C, h w): log-probabilities over the cells of each class and image; a cell enters by its weight above 0."""
+    """Return log-probabilities (B, C, h w) over each class's and image's cells. Cells enter by weights above 0."""
     weight_B1n = weight_Bhw.flatten(1)[:, None]
     logits_BCn = logits_BChw.flatten(2) + torch.where(weight_B1n > 0, weight_B1n, 1).log()
     # A finite floor: an image without counted cells then has two equal distributions, where -inf would give NaN.
@@ -238,12 +248,13 @@ def _over_cells(logits_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
 class ChannelLogits(OnCells):
     """`cwd` of logits: T^2 / C * sum over channels of KL(p_t || p_s), p = softmax of x / T over the positions.
 
-    Mean over the images in which any pixel counts. A cell enters both distributions by its share of counted pixels
-    times the gate: a distribution over positions cannot be weighted afterwards. Needs raw logits, for what is
-    subtracted from a position changes them.
+    The mean is over the images with any counted pixel. A cell enters both distributions by its share of counted pixels
+    times the gate, because a distribution over positions cannot be weighted afterwards. It needs raw logits, because
+    subtracting a position's maximum changes them.
 
-    Default weight 0.15, temperature 4 (sum over positions, mean over channels and images): a gradient of 0.8 to 1
-    of CE's. Published: 3.
+    Default weight 0.15, temperature 4 (sum over positions, mean over channels and images): a gradient of 0.8 to 1 of
+    CE's.
+    Published: 3.
     Source: Shu et al. 2021, arXiv 2011.13256, section 3.
     """
 
@@ -252,9 +263,11 @@ class ChannelLogits(OnCells):
 
     @classmethod
     def of(cls, spec: specs.Channels, setup: TermSetup) -> Term:
+        """Make the term of a tap if the spec reads taps, else of logits."""
         return ChannelFeatures(spec, setup) if spec.reads_taps else cls(spec, setup)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the KL over positions of the raw logits' channels."""
         assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
         teacher_BChw = batch.target.values.to(compute_dtype(batch.logits.dtype))
         if MAXIMUM in self._arrays:
@@ -262,12 +275,12 @@ class ChannelLogits(OnCells):
         return compare_channels(self, batch, batch.logits, teacher_BChw, count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The number of images in which any pixel counts, 0-dimensional."""
+        """Return the number of images with a counted pixel, 0-dimensional."""
         return images_counted(self, batch)
 
 
 class ChannelFeatures(Projected):
-    """`cwd` of a tap: as of logits; a student of other channels is projected by a trained 1x1 convolution.
+    """`cwd` of a tap: like `cwd` of logits, with a trained 1x1 convolution for a student of other channels.
 
     Default weight 3, temperature 4: a gradient of 0.4 to 1.3 of CE's. Published: 50.
     """
@@ -281,10 +294,11 @@ class ChannelFeatures(Projected):
         self.projection = nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1, bias=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the KL over positions of the features' channels."""
         student_Bchw = self.projection(wide(batch.features[self._student_tap]))
         teacher_Bchw = self.standardised(batch.stored[self._arrays[0]], student_Bchw.dtype)
         return compare_channels(self, batch, student_Bchw, teacher_Bchw, count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The number of images in which any pixel counts, 0-dimensional."""
+        """Return the number of images with a counted pixel, 0-dimensional."""
         return images_counted(self, batch)

@@ -1,4 +1,4 @@
-"""Terms on labels alone: how a prediction and the label of each class overlap in an image."""
+"""Terms on labels only: the overlap of a prediction and the label of each class in an image."""
 
 import numpy as np
 import torch
@@ -9,13 +9,15 @@ from kdcache_kernels.target_cells import resize
 
 
 class Overlap(Term):
-    """A loss per image and class; mean over the classes that an image's label shows, then over labelled images.
+    """A loss per image and class: mean over the classes in an image's label, then over labelled images.
 
-    Neither is a sum over pixels, so each image is on its own: processes and accumulated parts change nothing. Void
-    pixels count nowhere, an image of void alone does not count. Gates and masks of a teacher's terms do not apply.
+    Neither is a sum over pixels, so each image is computed separately, whatever the processes and accumulated parts.
+    Void
+    pixels never count, and an image with only void does not count. Gates and masks of a teacher's terms do not apply.
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean over labelled images of the mean over their classes of `of_classes`."""
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
         probability_BCP = logits_BCHW.softmax(1).flatten(2)
         label_B1P = _labels(batch).flatten(1)[:, None]
@@ -27,12 +29,12 @@ class Overlap(Term):
         return divide(loss_B.sum(), self.count(batch) if count is None else count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The number of images with a labelled pixel, 0-dimensional."""
+        """Return the number of images with a labelled pixel, 0-dimensional."""
         labelled_BHW = _labels(batch) < self.targets.num_classes
         return labelled_BHW.flatten(1).any(1).to(wide(batch.logits).dtype).sum()
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
-        """The loss (B, C) of each class; of one that a label does not show it is not used.
+        """Return the loss (B, C) of each class. Values of classes that a label does not show are ignored.
 
         Args:
             probability_BCP: of the student.
@@ -45,7 +47,7 @@ class Overlap(Term):
 class Dice(Overlap):
     """`dice`: 1 - 2 sum(p g) / (sum p + sum g) over the labelled pixels of an image, g the one-hot label.
 
-    Classes that an image's label does not show are left out; probability they get is missing elsewhere.
+    Classes that an image's label does not show are left out. Their probability reduces the other classes'.
 
     Default weight 1.
     Source: Milletari et al. 2016, arXiv 1606.04797, whose denominator has squares; as written by Sudre et al. 2017,
@@ -55,6 +57,7 @@ class Dice(Overlap):
     kind = "dice"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
+        """Return 1 - Dice (B, C) of each class."""
         both_BC = (probability_BCP * shown_BCP).sum(2)
         either_BC = (probability_BCP * labelled_B1P).sum(2) + shown_BCP.sum(2)
         return 1 - 2 * both_BC / either_BC.masked_fill(either_BC == 0, 1)
@@ -63,8 +66,8 @@ class Dice(Overlap):
 class Lovasz(Overlap):
     """`lovasz`: the Lovasz extension of 1 - IoU at the errors |g - p| of an image's labelled pixels.
 
-    As the authors' code with `classes="present", per_image=True`, but that an image of void alone does not count. It
-    sorts the pixels of every class and keeps several tensors of label size times classes.
+    It equals the authors' code with `classes="present", per_image=True`, except that an image with only void does not
+    count. It sorts the pixels of every class and keeps several tensors of label size times classes.
 
     Default weight 1.
     Source: Berman et al. 2018, arXiv 1705.08790, algorithm 1 and equation 12.
@@ -73,6 +76,7 @@ class Lovasz(Overlap):
     kind = "lovasz"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
+        """Return the Lovasz extension of 1 - IoU (B, C) of each class."""
         error_BCP = (shown_BCP.to(probability_BCP.dtype) - probability_BCP).abs()
         with torch.no_grad():
             # Void pixels come last, where they change no other pixel's weight.
@@ -83,17 +87,16 @@ class Lovasz(Overlap):
 
 
 def falling_order(error_BCP: Tensor) -> Tensor:
-    """Positions of a map's values along its last axis, from the largest value on."""
+    """Return the positions of a map's values along its last axis, from the largest value on."""
     if error_BCP.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.from_numpy(np.argsort(-error_BCP.numpy(), axis=2))  # in a seventh of torch's time
     return error_BCP.argsort(dim=2, descending=True, stable=True)
 
 
 def jaccard_steps(shown_BCP: Tensor) -> Tensor:
-    """How much 1 - IoU rises with each further wrong pixel, (B, C, P), of pixels by falling error.
+    """Return how much 1 - IoU rises with each further wrong pixel, (B, C, P), for pixels by falling error.
 
-    Args:
-        shown_BCP: 1 where the pixel's label is the class, else 0.
+    `shown_BCP` is 1 if the pixel's label is the class, else 0.
     """
     total_BC1 = shown_BCP.sum(2, keepdim=True)
     intersection_BCP = total_BC1 - shown_BCP.cumsum(2)

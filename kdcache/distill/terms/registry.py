@@ -15,13 +15,13 @@ from kdcache.settings.term import LossTerm
 def make_term(spec: LossTerm, *, targets: TermTargets, **setup: Any) -> Term:
     """Make the module of a term, on the CPU.
 
-    Projections are drawn from torch's global generator.
+    Projections are drawn from torch's global generator. `setup` are attributes of `TermSetup`.
 
-    Args:
-        setup: attributes of `TermSetup`.
-    Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
-        term of features or of depth where labels stand in the teacher's place, one that standardises without `moments`,
-        and one whose head the student lacks or has of another kind.
+    Raises: RecipeError for a cache that lacks what the term reads, naming the build flag, for unknown taps, for a term
+    of
+        features or of depth with labels in the teacher's place, for one that standardises without `moments`, and for
+        one
+        with a head that the student lacks or has of another kind.
     """
     setup["student_heads"] = setup.get("student_heads") or {SEGMENTATION: CategoricalHead(targets.num_classes)}
     spec.check_student(setup["student_heads"])
@@ -44,5 +44,5 @@ def _subclasses(cls: type[Term]) -> Iterator[type[Term]]:
 
 
 def with_companions(modules: Sequence[Term]) -> list[Term]:
-    """Return the terms, each followed by those that go with it."""
+    """Return the terms, each followed by its companions."""
     return [each for module in modules for each in (module, *module.companions())]

@@ -1,6 +1,6 @@
-"""Terms that compare similarities: between the cells of an image, and between an image and the last ones.
+"""Terms that compare similarities: between the cells of an image, and between an image and earlier ones.
 
-Neither compares channels, so student and teacher keep their own. Both read what is of a whole view.
+Neither compares channels, so student and teacher keep their own. Both need whole views.
 Source of both: LightlyTrain's method `distillationv3`, without its live teacher and without mixed inputs.
 """
 
@@ -21,14 +21,16 @@ _NOTHING = -1e30
 class TokenSimilarity(Term):
     """`similarity`: mean over cells of KL(p_t || p_s), p = softmax over all cells of cosine / T.
 
-    The cosines are those between the features of a cell and of every cell of the same image, itself included. The
-    student's features are resized to the teacher's cells. A cell enters the distributions by its share of counted
-    pixels, and the mean by this share times the gate.
+    The cosines compare the features of a cell with those of every cell of the same image, including itself. The
+    student's
+    features are resized to the teacher's cells. A cell enters the distributions by its share of counted pixels, and the
+    mean by this share times the gate.
 
     The teacher's cosines come from statistics/similarity.<tap>, in 8 bits, or from features/<tap>.
 
     Default weight 1, as published, temperature 0.07. Its gradient over CE's is 5.4 in the first step, 0.9 in step 51,
-    0.4 in steps 101 to 201 and 0.2 in steps 551 to 651, by EfficientNet-Lite0 on CamVid (decision 0014).
+    0.4
+    in steps 101 to 201 and 0.2 in steps 551 to 651, by EfficientNet-Lite0 on CamVid (decision 0014).
     """
 
     kind = "similarity"
@@ -47,13 +49,16 @@ class TokenSimilarity(Term):
         self.register_buffer("pair", pair_nn, persistent=False)
 
     def prepare(self, batch: TermBatch) -> None:
+        """Record the resize of the student's features for `describe`."""
         student = batch.features[self._student_tap]
         self.note_resize(student, student.new_empty(self._grid, device="meta"))
 
     def grid(self, batch: TermBatch) -> tuple[int, int]:
+        """Return the teacher's (h, w), which 8-bit cosines do not show."""
         return self._grid
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean over cells of the KL of similarities."""
         student_Bchw = wide(batch.features[self._student_tap])
         cells = self.cells(batch, self._grid, student_Bchw)
         student_Bnn = cosines(resize(student_Bchw, self._grid))
@@ -65,7 +70,7 @@ class TokenSimilarity(Term):
         return self.mean(loss_Bn.view_as(cells.counted), cells, count)
 
     def _teacher(self, batch: TermBatch, like: Tensor) -> Tensor:
-        """The teacher's cosines (B, n, n)."""
+        """Return the teacher's cosines (B, n, n)."""
         stored = batch.stored[self._arrays[0]].to(like.dtype)
         if stored.ndim == 4:
             return cosines(stored)
@@ -73,13 +78,13 @@ class TokenSimilarity(Term):
         return values[:, self.pair]
 
     def _log_rows(self, cosines_Bnn: Tensor, share_Bn: Tensor) -> Tensor:
-        """Log-probabilities over the cells, which enter by their share."""
+        """Return log-probabilities over the cells, which enter by their share."""
         logits_Bnn = cosines_Bnn / self.spec.temperature + share_Bn.masked_fill(share_Bn == 0, 1).log()[:, None]
         return logits_Bnn.masked_fill(share_Bn[:, None] == 0, _NOTHING).log_softmax(2)
 
 
 def cosines(features_Bchw: Tensor) -> Tensor:
-    """The cosines between the cells, (B, n, n); of a cell of zeros 0."""
+    """Return the cosines between the cells, (B, n, n), with 0 for a cell of zeros."""
     tokens_Bnc = unit(features_Bchw.flatten(2).mT, 2)
     return tokens_Bnc @ tokens_Bnc.mT
 
@@ -87,11 +92,14 @@ def cosines(features_Bchw: Tensor) -> Tensor:
 class Queue(Term):
     """`queue`: mean over images of KL(p_t || p_s), p = softmax over a ring of summaries of cosine / T.
 
-    The ring has the teacher's summaries of the images that were learnt from last, in the order in which they were
-    drawn. The teacher's side of a cosine is its own summary of the image. The student's is the mean of its features
-    over the image, each cell by its counted pixels times the gate, projected by a trained linear layer. The ring is
-    part of checkpoints. It is empty in the first step, whose loss is 0. In a loop of your own, call
-    `criterion.after_step(batch)` after the optimizer's step.
+    The ring has the teacher's summaries of the last images that were learnt from, in the order of their draws. The
+    teacher's side of a cosine is its summary of the image. The student's side is the mean of its features over the
+    image,
+    each cell by its counted pixels times the gate, projected by a trained linear layer. The ring is part of
+    checkpoints. It
+    is empty in the first step, whose loss is 0. In your own loop, call `criterion.after_step(batch)` after the
+    optimizer's
+    step.
 
     Default weight 1, temperature 0.07, 1024 summaries: a gradient of 0.2 to 0.5 of CE's (decision 0014).
     """
@@ -109,6 +117,7 @@ class Queue(Term):
         self.register_buffer("seen_images", torch.zeros((), dtype=torch.int64))
 
     def prepare(self, batch: TermBatch) -> None:
+        """Record the projection of the student's mean feature for `describe`."""
         tap, layer = self._student_tap, self.projection
         self._description = (
             f"{self.kind}: the mean of the student's {tap} is projected from {layer.in_features} to "
@@ -116,6 +125,7 @@ class Queue(Term):
         )
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean over images of the KL of similarities to the ring."""
         student_Bchw = wide(batch.features[self._student_tap])
         weight_Bhw = self.cells(batch, grid_of(student_Bchw), student_Bchw).weight
         pooled_Bc = divide((student_Bchw * weight_Bhw[:, None]).sum((2, 3)), weight_Bhw.sum((1, 2))[:, None])
@@ -125,11 +135,11 @@ class Queue(Term):
         return divide(loss_B.sum(), self.count(batch) if count is None else count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The number of images with a pixel that counts, 0-dimensional."""
+        """Return the number of images with a counted pixel, 0-dimensional."""
         return images_counted(self, batch)
 
     def after_step(self, batch: Batch) -> None:
-        """Put the teacher's summaries of a batch, of all processes, into the ring in the place of the oldest."""
+        """Replace the ring's oldest summaries by the teacher's of a batch, of all processes."""
         rows_Nc = self.of_all(unit(wide(batch.arrays[self._arrays[0]]).flatten(1), 1))
         length, total = len(self.ring), len(rows_Nc)
         kept = min(length, total)
@@ -138,7 +148,7 @@ class Queue(Term):
         self.seen_images += total
 
     def _log_rows(self, unit_Bc: Tensor) -> Tensor:
-        """Log-probabilities over the summaries that are there."""
+        """Return log-probabilities over the summaries that are there."""
         logits_BN = unit_Bc @ self.ring.to(unit_Bc.dtype).mT / self.spec.temperature
         missing_N = torch.arange(len(self.ring), device=self.ring.device) >= self.seen_images
         return logits_BN.masked_fill(missing_N, _NOTHING).log_softmax(1)

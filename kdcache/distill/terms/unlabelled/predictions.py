@@ -1,4 +1,4 @@
-"""Terms on predictions alone: how undecided a student is, and whether its predictions tell where an image is from."""
+"""Terms on predictions only: a student's uncertainty, and whether predictions reveal an image's stream."""
 
 import math
 from itertools import pairwise
@@ -16,8 +16,8 @@ from kdcache_kernels.target_cells import resize
 class Entropy(Term):
     """`entropy`: the mean over pixels of -sum(p log p) / log C, of the student's own probabilities at the label's size.
 
-    It reads no label and no target: pixels without a label count as others do, pixels that show no image do not. It
-    keeps several tensors of label size times classes.
+    It reads no label and no target. Pixels without a label count, but pixels outside the image do not. It keeps several
+    tensors of label size times classes.
 
     Default weight 0.001.
     Source: Vu et al. 2019 (ADVENT), arXiv 1811.12833, equation 3, divided by log C as in the authors' code.
@@ -27,6 +27,7 @@ class Entropy(Term):
     reads_shown = True
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the mean normalised entropy over pixels that show the image."""
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
         log_BCHW = logits_BCHW.log_softmax(1)
         entropy_BHW = -(log_BCHW.exp() * log_BCHW).sum(1) / math.log(logits_BCHW.shape[1])
@@ -35,7 +36,7 @@ class Entropy(Term):
         return divide(entropy_BHW.sum(), self.count(batch) if count is None else count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The number of pixels that show the image, 0-dimensional."""
+        """Return the number of pixels that show the image, 0-dimensional."""
         like = wide(batch.logits)
         if batch.shown is None:
             return like.new_full((), len(like) * batch.size[0] * batch.size[1])
@@ -43,10 +44,11 @@ class Entropy(Term):
 
 
 class Discriminator(nn.Sequential):
-    """A network that tells two streams apart by maps of probabilities: (B, C, H, W) to a number per patch (B, 1, h, w).
+    """A network that tells two streams apart by probability maps: (B, C, H, W) to a number per patch (B, 1, h, w).
 
-    Convolutions of 4x4 and stride 2, five of them where an image is 32 pixels or more; 64 channels, doubled by each. It
-    is trained by a rate and moments of its own (`RATE`, `BETAS`); its gradient is not clipped with the student's.
+    It has 4x4 convolutions of stride 2, five of them for images of at least 32 pixels. Channels double from 64. It has
+    its
+    own learning rate and moments (`RATE`, `BETAS`), and its gradient is not clipped with the student's.
 
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, with the rates of the authors' code.
     """
@@ -64,16 +66,19 @@ class Discriminator(nn.Sequential):
 
 
 class Adversarial(Term):
-    """`adversarial`: how well the student's predictions on this stream pass for those on another one.
+    """`adversarial`: how well the student's predictions on this stream imitate those on another one.
 
     `loss=vanilla`: mean over patches of -log D(q); `least-squares`: of (D(q) - 1)^2. q are the student's probabilities
-    at the label's size, D says how much they look like those on the stream `against`. The student learns to deceive D,
-    and D, in the same step and at the same weights, to tell the two apart (`discrimination`). With `head=auxiliary`, q
-    are the probabilities of the auxiliary head: a second level of the network, with a D of its own.
+    at
+    the label's size. D says how much they look like those on the stream `against`. The student learns to deceive D. In
+    the
+    same step and at the same weights, D learns to tell the two apart (`discrimination`). With `head=auxiliary`, q are
+    the
+    probabilities of the auxiliary head: a second level of the network, with its own D.
 
     Default weight 0.001, of least squares 0.01; of the auxiliary head a fifth of these (the authors' 0.0002).
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv
-    1611.04076, which the authors' code has of one level alone.
+    1611.04076, which the authors' code has for one level only.
     """
 
     kind = "adversarial"
@@ -86,9 +91,11 @@ class Adversarial(Term):
         self.discriminator = Discriminator(setup.targets.num_classes, setup.targets.view_size)
 
     def companions(self) -> tuple[Term, ...]:
+        """Return the term that trains the discriminator."""
         return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return how far the fixed discriminator is from accepting this stream's predictions."""
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passes = torch.func.functional_call(
             self.discriminator, fixed, (self._probabilities(self._own(batch), batch.size),)
@@ -96,23 +103,23 @@ class Adversarial(Term):
         return self._distance(passes, 1.0)
 
     def discrimination(self, batch: TermBatch) -> Tensor:
-        """The discriminator's own loss, which the student gets no gradient of: mean over both streams, halved each."""
+        """Return the discriminator's loss, halved over both streams. The student gets no gradient from it."""
         rows = (self._own(batch), self._against(batch))
         own, other = (self.discriminator(self._probabilities(logits.detach(), batch.size)) for logits in rows)
         return (self._distance(own, 0.0) + self._distance(other, 1.0)) / 2
 
     def count(self, batch: TermBatch) -> Tensor:
-        """1: every image has as many patches, so that the mean over parts of a batch is that of the whole."""
+        """Return 1: images have equally many patches, so the mean over batch parts is the whole batch's."""
         return wide(batch.logits).new_ones(())
 
     def _own(self, batch: TermBatch) -> Tensor:
-        """The logits of the stream's rows."""
+        """Return the logits of the stream's rows."""
         output = batch.logits if self.head is None else batch.heads[self.head].output
         assert output is not None, "the student's outputs have the head (check_heads)"
         return output
 
     def _against(self, batch: TermBatch) -> Tensor:
-        """The logits of the other stream's rows."""
+        """Return the logits of the other stream's rows."""
         others = batch.others[self.spec.against] if self.spec.against else next(iter(batch.others.values()))
         return others.logits if self.head is None else others.heads[self.head]
 
@@ -121,7 +128,7 @@ class Adversarial(Term):
         return resize(wide(logits), size, self.student_align_corners).softmax(1).to(dtype)
 
     def _distance(self, passes: Tensor, label: float) -> Tensor:
-        """Mean distance of the discriminator's answers from a label: 1 is the other stream."""
+        """Return mean distance of the discriminator's answers from a label: 1 is the other stream."""
         labels = torch.full_like(passes, label)
         return F.mse_loss(passes, labels) if self.square else F.binary_cross_entropy_with_logits(passes, labels)
 
@@ -136,22 +143,24 @@ class Discrimination(Term):
 
     @property
     def teaches_student(self) -> bool:
+        """False: only the discriminator gets a gradient."""
         return False
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the loss of the discriminator."""
         return self._adversary[0].discrimination(batch)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """1, as of `Adversarial`."""
+        """Return 1, as for `Adversarial`."""
         return wide(batch.logits).new_ones(())
 
 
 def discriminator_parameters(criterion: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the discriminators of a loss, which learn beside the student by a rate of their own."""
+    """Return the parameters of a loss's discriminators, which have their own learning rate."""
     found = (module for module in criterion.modules() if isinstance(module, Discriminator))
     return [parameter for module in found for parameter in module.parameters()]
 
 
 def _named(part: str, head: str | None) -> str:
-    """The name of a part of the loss of a head."""
+    """Return the name of a part of the loss of a head."""
     return part if head is None else f"{part}-{head}"

@@ -1,4 +1,4 @@
-"""Hard pseudo labels: cross-entropy with the teacher's best class where it is sure."""
+"""Hard pseudo labels: cross-entropy with the teacher's best class at confident pixels."""
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ class Pseudo(Term):
     | `all` | the confident pixels | all counted pixels (FixMatch) |
     | `share` | all counted pixels | all counted pixels, times the share of the confident ones (DACS, DAFormer) |
 
-    With `quantile` instead of a threshold, the confident pixels are the most confident share of each class's: of the
-    counted pixels of this process's batch that the teacher gives to the class; equal confidences go together. Pixels
-    that do not count (outside the view, grey, void) have no label, nor have those that were pasted, which bring a
-    label of their own.
+    With `quantile` instead of a threshold, the confident pixels are the most confident share of each class: of the
+    counted
+    pixels of this process's batch that the teacher gives to the class. Equal confidences are kept or dropped together.
+    Uncounted pixels (outside the view, grey, void) have no label. Pasted pixels bring their own label instead.
 
     Default weight 1, threshold 0.7, kept: a gradient of 1 to 1.2 of CE's.
     Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911; FixMatch: Sohn et al.
@@ -46,6 +46,7 @@ class Pseudo(Term):
         self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the cross-entropy with the pseudo labels, over the denominator of `normalise`."""
         with torch.no_grad():
             argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
             labelled_BHW = counted_BHW if self.normalise == "share" else confident_BHW
@@ -70,11 +71,11 @@ class Pseudo(Term):
 
     @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
-        """The denominator, float64; for `share` the confident and the counted pixels, (2,)."""
+        """Return the denominator, float64. For `share` it is the confident and the counted pixels, (2,)."""
         return self._count(*self._confident(batch))
 
     def _count(self, argmax_BHW: Tensor, confident_BHW: Tensor, counted_BHW: Tensor) -> Tensor:
-        """What `count` returns, from what `_confident` does."""
+        """Return the result of `count`, given the result of `_confident`."""
         if self.normalise == "all":
             return _sum(counted_BHW)
         if self.normalise == "share":
@@ -84,7 +85,7 @@ class Pseudo(Term):
         return _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
 
     def _confident(self, batch: TermBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """The most likely class of each pixel, (B, H, W), and which pixels are confident and which count, bool."""
+        """Return the most likely class of each pixel, (B, H, W), and masks of confident and counted pixels."""
         argmax_BHW, confidence_BHW = self._best(batch)
         if self.quantile is None:
             confident_BHW = confidence_BHW >= self.threshold
@@ -93,7 +94,7 @@ class Pseudo(Term):
         return argmax_BHW, confident_BHW, confidence_BHW > 0
 
     def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
-        """The most likely class of each pixel, (B, H, W), and its probability, 0 where a pixel does not count."""
+        """Return the most likely class of each pixel, (B, H, W), and its probability, 0 if it does not count."""
         assert batch.target is not None  # by `reads_target`
         argmax_BHW, confidence_BHW = target_argmax_confidence(
             batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
@@ -104,12 +105,12 @@ class Pseudo(Term):
         return argmax_BHW, confidence_BHW
 
     def _pixel_weight(self, batch: TermBatch) -> Tensor | None:
-        """Weights of the labelled pixels; None is 1."""
+        """Return weights of the labelled pixels, or None for 1."""
         return batch.pixel_weight
 
 
 def confidence_of(target: Target, form: TargetFormat) -> tuple[Tensor, Tensor]:
-    """The most likely class of a target's pixels at view size, (B, H, W), and its probability at T = 1, float16."""
+    """Return the most likely class of a target at view size, (B, H, W), and its probability at T = 1, float16."""
     argmax_BHW, confidence_BHW = target_argmax_confidence(target.packed(form), form.view_size)
     return argmax_BHW, confidence_BHW
 
@@ -119,10 +120,10 @@ def _sum(counted_BHW: Tensor) -> Tensor:
 
 
 def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num_classes: int) -> Tensor:
-    """(B, H, W) bool: pixels above the largest confidence that keeps at least `share` of their class's.
+    """Return the mask (B, H, W) of pixels above the largest confidence that keeps at least `share` of their class.
 
-    Equal confidences go together, as in a report on pseudo labels; a confidence of 0 is never kept. Confidences are
-    float16, so that a count per class and value finds the thresholds of all classes without a sort.
+    Equal confidences are kept or dropped together, as in a report on pseudo labels. A confidence of 0 is never kept.
+    Confidences are float16, so counting per class and value finds the thresholds of all classes without a sort.
     """
     # The bits of float16 numbers above 0 are in the order of the numbers.
     class_N, value_N = argmax_BHW.flatten().long(), confidence_BHW.flatten().view(torch.int16).long()
@@ -154,12 +155,14 @@ _DIVIDED = {
 class Consistency(Pseudo):
     """`consistency`: cross-entropy of the strong view with argmax p where max p >= threshold, p of the weak view.
 
-    The strong view is the student's image, the weak view the same pixels before the colour jitter, so that both have
-    the same geometry and their pixels correspond one to one. p is of the student itself or of its moving average, each
-    in eval mode and without gradient (`Batch.pseudo`); or of a stored teacher. Pixels without a label count as others
-    do, those of a replayed view that show no image do not. `normalise` and `quantile` are as of `Pseudo`: with a
-    quantile every class of the batch has a threshold of its own, so that sure classes do not crowd out the others.
-    Gates weigh a stored teacher's pixels alone.
+    The strong view is the student's image, and the weak view the same pixels before the colour jitter. So both have the
+    same geometry and their pixels correspond. p comes from the student itself or its moving average, each in eval mode
+    and
+    without gradient (`Batch.pseudo`), or from a stored teacher. Pixels without a label count, but pixels of a replayed
+    view
+    outside the image do not. `normalise` and `quantile` are as in `Pseudo`. With a quantile every class of the batch
+    has
+    its own threshold, so sure classes do not crowd out the others. Gates weigh only a stored teacher's pixels.
 
     Default weight 1, threshold 0.968, all.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`, Tranheden et al. 2021
@@ -175,16 +178,20 @@ class Consistency(Pseudo):
         self.by = spec.by
 
     def labellers(self) -> tuple[str, ...]:
+        """Return the predictor on the weak view, or () for a stored teacher."""
         return () if self.by == "store" else (self.by,)
 
     def companions(self) -> tuple[Term, ...]:
+        """Return the term that logs the share of confident pixels."""
         return (Confident(self),)
 
     @property
     def scheduled(self) -> bool:
+        """True: the schedule of teacher terms also scales this term."""
         return True
 
     def describe(self) -> str:
+        """Return who makes the pseudo labels, what is divided by, and what counts as confident."""
         return (
             f"{self.kind}: pseudo labels of the weak view, without jitter, are {_WHOSE[self.by]}; learnt are "
             f"{_DIVIDED[self.normalise]}; confident is "
@@ -192,7 +199,7 @@ class Consistency(Pseudo):
         )
 
     def confident_and_counted(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
-        """The number of confident pixels, and of counted ones, float64."""
+        """Return the numbers of confident and of counted pixels, float64."""
         _, confident_BHW, counted_BHW = self._confident(batch)
         return confident_BHW.sum(dtype=torch.float64), counted_BHW.sum(dtype=torch.float64)
 
@@ -207,7 +214,7 @@ class Consistency(Pseudo):
 
 
 class Confident(Term):
-    """`confident`: the share of the counted pixels whose pseudo label is confident; logged, and no part of the loss."""
+    """`confident`: the share of counted pixels with a confident pseudo label. It is only logged."""
 
     measured = True
 
@@ -218,21 +225,23 @@ class Confident(Term):
 
     @property
     def teaches_student(self) -> bool:
+        """False: it is only logged."""
         return False
 
     @torch.no_grad()
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        """Return the share of confident pixels."""
         confident, counted = self._consistency[0].confident_and_counted(batch)
         return divide(confident, counted if count is None else count.double()).to(wide(batch.logits).dtype)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The counted pixels, float64."""
+        """Return the number of counted pixels, float64."""
         return self._consistency[0].confident_and_counted(batch)[1]
 
 
 @torch.no_grad()
 def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = False, impl: str = "auto") -> PseudoLabels:
-    """The best class of each pixel of an image of `size`, and its probability, by a model's logits of the whole image.
+    """Return the best class and its probability for each pixel of an image of `size`, from logits of the whole image.
 
     Memory: the results, and the logits once in float16.
     """
@@ -243,6 +252,6 @@ def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = Fals
 
 
 def labellers(criterion: nn.Module) -> tuple[str, ...]:
-    """Who makes pseudo labels of weak views for the terms of a loss, by a forward in every step: student, ema."""
+    """Return who makes pseudo labels of weak views for a loss by a forward in every step: student, ema."""
     terms = (term for term in criterion.modules() if isinstance(term, Term) and term.weight > 0)
     return tuple(dict.fromkeys(by for term in terms for by in term.labellers()))
