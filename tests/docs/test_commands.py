@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import timm
 import typer
+from fork_server import ForkServer
 from safetensors.torch import save_file
 
 from kdcache.data import write_scenes
@@ -209,16 +210,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """A `kdcache` that imports nothing: the pages have some 150 commands, and an import takes four seconds."""
+    with ForkServer(tmp_path_factory.mktemp("forks")) as server:
+        yield server
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
-def test_every_command_runs(name: str, world: Path, hub_server: Any, tmp_path: Path) -> None:
+def test_every_command_runs(name: str, world: Path, forks: ForkServer, hub_server: Any, tmp_path: Path) -> None:
     start = _START.search((ROOT / name).read_text(encoding="utf-8"))
     for given in start[1].split(", ") if start else ():
         copy = shutil.copytree if (world / given).is_dir() else shutil.copy
         copy(world / given, tmp_path / given)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    environment = forks.environment(
+        os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ) | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         **(hub_server.environment(tmp_path) if name == "docs/sharing.md" else {"HF_HUB_OFFLINE": "1"}),

@@ -35,6 +35,8 @@ def test_beside_the_reference_and_the_loss(size, window, distill_void, backend):
     counts = distill_denominators(y, target, num_classes=C, **options, impl=backend.impl)
     assert [count.dtype for count in counts] == [torch.float64] * 2
     assert counts == distill_denominators(y, target, num_classes=C, **options, impl="reference")
+    if backend.interpreted and size == (33, 150):
+        return  # the interpreter takes a minute for the loss
     own = distill_loss(z, y, target, kl_weight=1.0, **options, impl=backend.impl)
     shared = distill_loss(
         z, y, target, kl_weight=1.0, **options, ce_denominator=counts.ce, kl_denominator=counts.kl, impl=backend.impl

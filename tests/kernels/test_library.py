@@ -71,6 +71,7 @@ def problem(device, k, everything):
 
 # opcheck itself looks at the .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.interpreted(k=[C])
 @pytest.mark.parametrize(("k", "everything"), [(C, False), (2, True)])
 def test_opcheck_of_the_loss(backend, k, everything):
     arguments = library.loss_arguments(problem(backend.device, k, everything))

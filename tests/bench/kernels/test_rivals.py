@@ -129,8 +129,7 @@ def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     [OURS, "eager", "chunked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("compile", "compile-max-autotune"))],
 )
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize(("classes", "kept"), [(5, None), (40, 8)])
+@pytest.mark.parametrize(("temperature", "classes", "kept"), [(1.0, 5, None), (2.5, 40, 8)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_rivals_agree_with_the_reference(name: str, kind: str, temperature: float, classes: int, kept: int) -> None:
     torch.compiler.reset()

@@ -62,7 +62,11 @@ def compile_in_a_process(*words: str) -> str:
     Compiled kernels stay on the disk, and Triton compiles those anew whose source changed.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(compile_cache() / "triton"), "PYTHONWARNINGS": "error"}
+    environment |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_CACHE_DIR": str(compile_cache() / "triton"),
+        "PYTHONWARNINGS": "error",
+    }
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
