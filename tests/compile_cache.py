@@ -30,6 +30,12 @@ def compile_cache() -> Path:
     return folder
 
 
+def cache_variables() -> dict[str, str]:
+    """Return what numba and torch.compile read when they are imported; a variable that is set stays."""
+    folders = {"NUMBA_CACHE_DIR": "numba", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    return {name: os.environ.get(name) or str(compile_cache() / folder) for name, folder in folders.items()}
+
+
 def _key() -> str:
     digest = hashlib.sha256()
     for path in sorted([*_ROOT.glob("kernels/**/*.py"), *_ROOT.glob("kdcache/data/rendering/*.py")]):

@@ -17,13 +17,10 @@ from typing import Any
 
 import hypothesis
 import pytest
+from compile_cache import cache_variables
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from compile_cache import compile_cache
-
-for _variable, _folder in (("NUMBA_CACHE_DIR", "numba"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
-    os.environ.setdefault(_variable, str(compile_cache() / _folder))  # read by libraries when they are imported
+os.environ.update(cache_variables())
 
 import torch
 

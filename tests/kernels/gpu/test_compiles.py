@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
 from compile_cache import compile_cache
+from triton.backends.compiler import GPUTarget
 from triton_cases import make_problem
 
 from kdcache_kernels.gpu import cells, tiles
