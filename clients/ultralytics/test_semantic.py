@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ultralytics import YOLO
+from ultralytics import SETTINGS, YOLO
 
 import kdcache
 from kdcache.data import open_split
@@ -72,6 +72,21 @@ def test_a_training_begins_with_a_checkpoint(semantic: Any) -> None:
     with torch.no_grad():
         expected = YOLO(semantic.teacher).model.float().eval()(image_13HW)
         assert torch.equal(model.eval()(image_13HW).logits, expected)
+
+
+def test_published_weights_are_looked_for_where_ultralytics_keeps_them(tmp_path: Path) -> None:
+    before = SETTINGS["weights_dir"]
+    network = YOLO("yolo26n-sem.yaml")
+    network.model.names = dict(enumerate(f"kind {number}" for number in range(19)))
+    network.save(tmp_path / "yolo26n-sem.pt")
+    SETTINGS["weights_dir"] = str(tmp_path)
+    try:
+        for spec in ("ultralytics:yolo26n-sem@default", "ultralytics:yolo26n-sem.pt"):
+            with trusting():
+                teacher = load_teacher(spec, list(network.model.names.values()))
+            assert torch.equal(teacher.model.state_dict()["model.0.conv.weight"], network.model.model[0].conv.weight)
+    finally:
+        SETTINGS["weights_dir"] = before
 
 
 def test_another_normalisation_is_folded_and_said(tmp_path: Path) -> None:

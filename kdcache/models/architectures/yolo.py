@@ -223,7 +223,7 @@ def _about(name: str) -> _About:
     if name not in NAMES:
         path = _file(name)
         _check_allowed(path)
-        return _read_about(path, path.stat().st_mtime_ns)
+        return _read_about(path, path.stat().st_mtime_ns if path.is_file() else 0)
     plan = name.removesuffix("-ade20k")
     with _quiet():
         return _About("depth" if plan.endswith("depth") else "semantic", _tasks().yaml_model_load(f"{plan}.yaml"))
@@ -235,17 +235,17 @@ def _read_about(path: Path, changed: int) -> _About:
 
 
 def _file(name: str) -> Path:
-    """Return the file of a checkpoint, or the package's file for one of NAMES.
+    """Return the file of a checkpoint; for one of NAMES, where the package keeps what it downloads.
 
-    Raises: ModelError for a missing checkpoint.
+    Raises: ModelError for a checkpoint that is not there.
     """
-    if name in NAMES:
-        _check_allowed(Path(f"{name}{CHECKPOINT_SUFFIX}"))
-        return Path(_package().settings["weights_dir"], f"{name}{CHECKPOINT_SUFFIX}")
-    path = Path(name).expanduser()
-    if not path.is_file() and path.stem not in NAMES:
+    path, published = Path(name).expanduser(), name.removesuffix(CHECKPOINT_SUFFIX)
+    if path.is_file():
+        return path
+    if published not in NAMES:
         raise ModelError(f"Weights not found: {name}", fix="Check the path.")
-    return path
+    _check_allowed(Path(f"{published}{CHECKPOINT_SUFFIX}"))
+    return Path(_package().settings["weights_dir"], f"{published}{CHECKPOINT_SUFFIX}")
 
 
 def _check_allowed(path: Path) -> None:
