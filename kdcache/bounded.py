@@ -1,6 +1,6 @@
-"""Reads of files that may hold anything: regular files only, in bounded time and memory.
+"""Read files that may hold anything: only regular files, in bounded time and memory.
 
-What does not fit is an OSError or a ValueError, whatever its bytes.
+Everything else is an OSError or a ValueError.
 """
 
 import json
@@ -44,7 +44,7 @@ def read_handle(handle: int, most: int) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Return what JSON says. Raises: ValueError."""
+    """Parse JSON. Raises: ValueError."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -52,7 +52,7 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return what TOML says. Raises: ValueError."""
+    """Parse TOML. Raises: ValueError."""
     if any(key.count(".") >= _MOST_PARTS for key in re.split(r"[=,{}\[\]\n]", text)):
         raise ValueError(f"a key has more than {_MOST_PARTS} parts")
     try:
@@ -62,7 +62,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_unpacked(path: Path) -> None:
-    """Check that a file of tensors takes about its own size in memory, as every library writes it.
+    """Check that a tensor file takes about its own size in memory, as all libraries write it.
 
     Raises: OSError; ValueError for a zip archive (.pt, .npz) that unpacks to far more, or a long safetensors header.
     """

@@ -1,4 +1,4 @@
-"""Calls of kdcache from Python: arguments are checked before anything runs, and errors name keywords, not flags."""
+"""Check the arguments of calls from Python before anything runs, with errors that name keywords, not flags."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -25,17 +25,13 @@ _TYPES: dict[Any, Any] = {int: Integral, float: Real, tuple: tuple | list}
 
 @dataclass(frozen=True)
 class Fix:
-    """A mark in the annotation of an argument: what to do about a value of another type, in the imperative."""
+    """A mark in the annotation of an argument: the fix for a value of another type, in the imperative."""
 
     text: str
 
 
 def called_from_python(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return a function whose wrong calls are one KDCacheError that names keywords.
-
-    Args:
-        name: what the function is called in kdcache.
-    """
+    """Wrap a function, called `name` in kdcache, so wrong calls raise one KDCacheError that names keywords."""
     parameters = signature(function).parameters
 
     @wraps(function)

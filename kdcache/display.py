@@ -1,4 +1,4 @@
-"""How objects show themselves: a line in a terminal, a small table in a notebook, a place to others."""
+"""How objects are displayed: a line in a terminal, a small table in a notebook, public names of places."""
 
 import html
 import os
@@ -15,20 +15,20 @@ _PRIVATE = 3
 
 
 def line(kind: str, facts: Facts) -> str:
-    """'<Cache camvid.zarr: samples 367, views 4>': the first fact is the name, None is left out."""
+    """Return '<Cache camvid.zarr: samples 367, views 4>'. The first fact is the name, and None is left out."""
     (_, name), *others = facts.items()
     shown = ", ".join(f"{fact} {value}" for fact, value in others if value is not None)
     return f"<{kind} {name}: {shown}>"
 
 
 def facts_table(kind: str, facts: Facts) -> str:
-    """The facts as an HTML table of two columns, headed by what they are of."""
+    """Return the facts as an HTML table of two columns, with `kind` as its header."""
     rows = [(fact, str(value)) for fact, value in facts.items() if value is not None]
     return html_table(kind, ("", ""), rows)
 
 
 def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of texts, which hold no markup."""
+    """Return an HTML table of texts, which are escaped."""
     cells = [f"<tr><th>{'</th><th>'.join(map(html.escape, header))}</th></tr>"] if any(header) else []
     for first, *others in rows:
         cells.append(f"<tr><th>{html.escape(first)}</th><td>{'</td><td>'.join(map(html.escape, others))}</td></tr>")
@@ -36,16 +36,16 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def size_text(height_width: tuple[int, int]) -> str:
-    """(288, 384) as '288x384'."""
+    """Return (288, 384) as '288x384'."""
     return f"{height_width[0]}x{height_width[1]}"
 
 
 def public(place: str) -> str:
-    """Return a path or a spec as it may travel: without the folders of this machine that lead to it.
+    """Return a path or a spec without the folders of this machine, so it can be published.
 
         public("/home/ann/nets/net.py:make@/tmp/w.pth")  # net.py:make@w.pth
 
-    Relative paths and the addresses of remote caches stay as they are.
+    Relative paths and the addresses of remote caches stay unchanged.
     """
     if "://" in place:
         return place
@@ -61,14 +61,14 @@ def _last_names(text: str) -> str:
 
 
 def public_values(value: Any) -> Any:
-    """Return settings as they may travel: `public` of every text in them."""
+    """Return settings with `public` applied to every text in them."""
     return _each_text(value, public)
 
 
 def public_names(runs: Sequence[str]) -> dict[str, str]:
-    """Return the names of runs as they may travel: absolute paths begin below the folder that all of them share.
+    """Return the names of runs for publication: absolute paths begin below their common folder.
 
-    The last parts alone may be equal.
+    Last parts only could be equal.
     """
     whole = [run for run in runs if Path(run).is_absolute()]
     top = Path(os.path.commonpath([Path(run).parent for run in whole])) if whole else Path()
@@ -77,12 +77,12 @@ def public_names(runs: Sequence[str]) -> dict[str, str]:
 
 
 def private_places(value: Any) -> dict[str, str]:
-    """Return every path in texts that names a folder of this machine, alone or as a word, with its public name."""
+    """Return every path in texts that names a folder of this machine, with its public name."""
     return {place: public(place) for place in _places(value) if public(place) not in ("", place)}
 
 
 def without_places(value: Any, places: Mapping[str, str]) -> Any:
-    """Return texts, or values that hold some, with each of these places replaced by its public name."""
+    """Return texts, or values with texts, with each of these places replaced by its public name."""
     longest_first = sorted(places, key=len, reverse=True)
 
     def replaced(text: str) -> str:
@@ -114,5 +114,5 @@ def _places(value: Any) -> Iterator[str]:
 
 
 def bare(spec: str) -> str:
-    """Return a model's spec without any folder: what it has in common wherever its file lies."""
+    """Return a model's spec without any folder, to compare specs on different machines."""
     return re.sub(r"[^:@=,+ ][^:@=,+]*/|/", "", spec)

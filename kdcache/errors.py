@@ -1,8 +1,8 @@
-"""The errors a user of kdcache can meet.
+"""The errors that a user of kdcache can meet.
 
     KDCacheError
-    ├── StoreError          something about a store
-    │   ├── IncompleteError     it is half built
+    ├── StoreError          something about a cache
+    │   ├── IncompleteError     it is not finished
     │   ├── CorruptError        its bytes are not what was written
     │   ├── MismatchError       it was made from something else
     │   └── VersionError        it has a format this version does not read
@@ -23,7 +23,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def plain_text(text: str) -> str:
-    """A string from elsewhere (a name, a path, somebody's error) without what commands a terminal or turns text round.
+    """Return a foreign string (a name, a path, an error) without terminal commands or text direction marks.
 
     Line ends and tabs stay.
     """
@@ -31,7 +31,7 @@ def plain_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A string as `plain_text` in one line: a name in a table, a panel or a log makes no line of its own."""
+    """Return a string as `plain_text` in one line, for names in tables, panels and logs."""
     return plain_text(text).replace("\n", " ").replace("\t", " ")
 
 
@@ -42,7 +42,7 @@ class _PlainLines(logging.Filter):
 
 
 def plain_logger(name: str) -> logging.Logger:
-    """A logger of kdcache: text from elsewhere in its messages makes no line of its own and commands no terminal."""
+    """Return a logger that turns foreign text in messages into plain text in one line."""
     logger = logging.getLogger(name)
     logger.addFilter(_PlainLines(name))
     return logger
@@ -51,10 +51,17 @@ def plain_logger(name: str) -> logging.Logger:
 class KDCacheError(Exception):
     """Base of every error that kdcache raises on purpose.
 
+    >>> import kdcache
+    >>> try:
+    ...     kdcache.open_cache("nope.zarr")
+    ... except kdcache.KDCacheError as error:
+    ...     print(error.problem)
+    Cache not found: nope.zarr
+
     Args:
         problem: what is wrong, with its value, in one sentence.
         fix: what the user can do about it, in the imperative.
-        rule: what must hold, where it adds something.
+        rule: what must hold, if it adds something.
     """
 
     def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
@@ -68,7 +75,7 @@ class KDCacheError(Exception):
         return _rebuild, (type(self), self.problem, self.fix, self.rule)
 
     def within(self, place: str, *, fix: str | None = None) -> Self:
-        """Return this error with the place where it was met before its problem. `fix` replaces its fix."""
+        """Return this error with its place before the problem. `fix` replaces its fix."""
         return type(self)(f"{place}: {self.problem}", fix=self.fix if fix is None else fix, rule=self.rule)
 
 
@@ -78,10 +85,9 @@ def _rebuild(kind: type[KDCacheError], problem: str, fix: str, rule: str) -> KDC
 
 
 def suggest(word: str, names: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
-    """Return "Did you mean NAME?" for the closest name, whatever its case, or `otherwise` if none is close.
+    """Return "Did you mean NAME?" for the closest name in any case, or `otherwise` if none is close.
 
-    Args:
-        cutoff: the least similarity of a close name, 0 to 1, as `difflib` counts it.
+    `cutoff` is the least similarity of a close name, 0 to 1, as in `difflib`.
     """
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
@@ -89,23 +95,23 @@ def suggest(word: str, names: Iterable[str], otherwise: str = "", *, cutoff: flo
 
 
 class StoreError(KDCacheError):
-    """Something about a store is wrong."""
+    """A cache has a problem."""
 
 
 class IncompleteError(StoreError):
-    """The store is half built."""
+    """The cache is not finished."""
 
 
 class CorruptError(StoreError):
-    """The store's bytes are not what was written."""
+    """The cache's bytes are not what was written."""
 
 
 class MismatchError(StoreError):
-    """The store was made from something else."""
+    """The cache was made from something else."""
 
 
 class VersionError(StoreError):
-    """The store has a format that this version does not read."""
+    """The cache has a format that this version does not read."""
 
 
 class DataError(KDCacheError):

@@ -1,4 +1,4 @@
-"""Errors out of a network's own code, named as the network's: whose fault an exception is, by its traceback."""
+"""Name errors in a network's own code as the network's, by their traceback."""
 
 import sys
 import sysconfig
@@ -24,7 +24,7 @@ _PARTS = (*Outputs._fields, "logits")
 
 @contextmanager
 def naming_network() -> Iterator[None]:
-    """A context out of which an error of a network comes as a ModelError that names it. Others come as they are."""
+    """Turn an error of a network into a ModelError that names it, in a with block. Others pass."""
     try:
         yield
     except Exception as error:
@@ -34,9 +34,9 @@ def naming_network() -> Iterator[None]:
 
 
 def network_fault(error: BaseException) -> ModelError | None:
-    """Return the error of a network whose forward or backward raised `error`; None for any other.
+    """Return the ModelError for an `error` in a network's forward or backward, or None for other errors.
 
-    Running out of memory is no fault of a network.
+    Running out of memory does not count.
     """
     if isinstance(error, KDCacheError | MemoryError | torch.OutOfMemoryError) or hasattr(error, "rule"):
         return None
@@ -67,20 +67,20 @@ def network_fault(error: BaseException) -> ModelError | None:
 
 
 def user_place(error: BaseException) -> str:
-    """Return ", at FILE:LINE" of the last line of a traceback in code of the user's; empty without one."""
+    """Return ", at FILE:LINE" of the last traceback line in the user's code, or ""."""
     own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
     return f", at {own[-1][0].f_code.co_filename}:{own[-1][1]}" if own else ""
 
 
 def _layer(root: nn.Module, modules: list[object]) -> str:
-    """The innermost layer of a network whose forward was running, in words."""
+    """Return the innermost layer of a network whose forward was running, in words."""
     names = {id(module): name.removeprefix("network.") for name, module in root.named_modules()}
     inside = [module for module in modules if id(module) in names and names[id(module)] not in ("", "network")]
     return f" in its layer {names[id(inside[-1])]} ({type(inside[-1]).__name__})" if inside else ""
 
 
 def _image_size(frames: list[FrameType], root: SegmentationModel) -> tuple[int, int] | None:
-    """Return the (H, W) of the images that a network was given; None where its frame does not tell."""
+    """Return the (H, W) of the images that a network was given, or None if its frame does not tell."""
     for frame in frames:
         if frame.f_locals.get("self") is root and frame.f_code.co_name == "forward":
             images = frame.f_locals.get(frame.f_code.co_varnames[1])
@@ -108,7 +108,7 @@ def _is_autograd(frame: FrameType) -> bool:
 
 
 def _is_users(frame: FrameType) -> bool:
-    """Whether a line is neither kdcache's nor Python's nor that of an installed library."""
+    """Return whether a line is neither in kdcache nor in Python or an installed library."""
     file = frame.f_code.co_filename
     if file.startswith("<"):
         return False

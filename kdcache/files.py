@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever comes between: an error, a kill, a power cut, a full disk."""
+"""Write files completely or not at all, whatever interrupts: an error, a kill, a power cut, a full disk."""
 
 import os
 import shlex
@@ -16,10 +16,11 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which becomes `path` when the block has ended well; else the file stays what it was.
+    """Provide a path to write to, which replaces `path` if the block succeeds. Otherwise the file is unchanged.
 
-    The name is always the same, so that what a kill leaves is written over, or cleared by `clear_partials`: who
-    replaces a file is alone with its folder.
+    The name is always the same, so the remains of a kill are overwritten, or removed by `clear_partials`. Only one
+    process
+    may write in the folder.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.unlink(missing_ok=True)  # of a kill; where a link is made, it may be in the way
@@ -34,9 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_in(folder: Path, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
-    """Yield an empty folder to write to, whose files get into `folder` when the block has ended well.
+    """Provide an empty folder to write to, whose files move into `folder` if the block succeeds.
 
-    A new `folder` appears whole. In one that is there, `earlier` files go and the new ones take their places.
+    A new `folder` appears complete. In an existing one, the new files replace the `earlier` ones.
     """
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}{_PARTIAL}")
@@ -58,7 +59,7 @@ def replacing_in(folder: Path, earlier: Callable[[], Iterable[Path]]) -> Iterato
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Replace a text file (UTF-8), whole or not at all."""
+    """Replace a text file (UTF-8), completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
@@ -68,7 +69,7 @@ MOST_CONTENTS = 2**27
 
 
 def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The object in a JSON file; {} for one that is missing, cut short, empty, too long, or holds something else."""
+    """Return the object in a JSON file, or {} if it is missing, damaged, too long, or holds something else."""
     try:
         content = parse_json(read_bytes(path, most))
     except (OSError, ValueError):
@@ -77,16 +78,16 @@ def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def user_cache() -> Path:
-    """Return the folder of what may be lost: KDCACHE_CACHE_DIR, or kdcache in the user's cache folder."""
+    """Return the folder for files that may be lost: KDCACHE_CACHE_DIR, or kdcache in the user's cache folder."""
     own = os.environ.get("KDCACHE_CACHE_DIR")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
 
 
 def check_own_folder(folder: Path, marker: str, fix: str = "Give another folder with --out") -> None:
-    """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
+    """Check that a folder to write into is new, empty, or holds the file `marker` from an earlier time.
 
-    Args:
-        fix: of the error, which also has the command that moves the folder away.
+    `fix` is the error's, which also has the command that moves the folder away.
+
     Raises: RecipeError.
     """
     if folder.is_dir():
@@ -101,17 +102,17 @@ def check_own_folder(folder: Path, marker: str, fix: str = "Give another folder 
 
 
 def moved_away(folder: Path) -> str:
-    """Return the command that hides a folder, so that a new one can take its place and nothing is lost."""
+    """Return the command that moves a folder away, so a new one can replace it and nothing is lost."""
     return shlex.join(["mv", str(folder), str(folder.with_name(f".{folder.name}-before"))])
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a path is what a kill left of a file that was being replaced."""
+    """Return whether a path is the remains of a file that was being replaced during a kill."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove what kills left in a folder that nobody else writes to."""
+    """Remove the remains of kills in a folder without other writers."""
     for leftover in filter(is_partial, list(folder.iterdir()) if folder.is_dir() else []):
         leftover.unlink(missing_ok=True)
 

@@ -1,11 +1,11 @@
-"""The kinds of heads: what a network's raw output means, and the one way in which it becomes depth.
+"""The kinds of heads: the meaning of a network's raw output, and the one way in which it becomes depth.
 
     categorical   logits of classes, whose softmax is the prediction
     regression    numbers per cell: depth is `softplus` or `exp` of the raw output, clipped at `max_depth`
 
-A map of depth is resized as the raw output, before the nonlinearity: between its cells a network predicts, with `exp`,
-the geometric mean of depths. Depth that was resized afterwards would be other numbers, larger at every edge.
-Torch is imported where a tensor is given.
+A depth map is resized as raw output, before the nonlinearity. Between its cells a network predicts, with `exp`, the
+geometric mean of depths. Resizing depth afterwards would give larger values at every edge.
+Torch is imported only if a tensor is given.
 """
 
 import math
@@ -40,13 +40,13 @@ class CategoricalHead:
 
 @dataclass(frozen=True)
 class RegressionHead:
-    """A head of numbers (B, channels, h, w), as model.json and a declaration in code have it.
+    """A head of numbers (B, channels, h, w), as in model.json and in a declaration in code.
 
     Attributes:
-        unit: of the values: `m` for depth in metres; any other name, such as `relative`, where there are none.
-        parameterisation: of the values by the raw output: `softplus` and `exp` are positive, `identity` any number.
-        max_depth: the largest magnitude of the values, at which they are clipped; None clips nothing.
-    Raises: ValueError for values that make no head.
+        unit: of the values: `m` for depth in metres, or another name, such as `relative`.
+        parameterisation: from raw output to values: `softplus` and `exp` are positive, `identity` is any number.
+        max_depth: the largest magnitude of the values, at which they are clipped. None does not clip.
+    Raises: ValueError for invalid values.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where pydantic reads one
@@ -67,13 +67,13 @@ class RegressionHead:
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """The least and the largest value; None where nothing is clipped."""
+        """The least and the largest value, or None without clipping."""
         if self.max_depth is None:
             return None
         return (-self.max_depth if self.parameterisation == "identity" else 0.0), self.max_depth
 
     def values(self, raw: "Tensor") -> "Tensor":
-        """Values in the head's unit (see `values_of`)."""
+        """Return values in the head's unit (see `values_of`)."""
         return values_of(raw, self.parameterisation, self.max_depth)
 
 
@@ -81,7 +81,7 @@ HeadKind = CategoricalHead | RegressionHead
 
 
 def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: float | None) -> "Tensor":
-    """Depth from a raw output of any shape, which was resized before; differentiable, float32 or float64.
+    """Return depth from a raw output of any shape, which must be resized before. Differentiable, float32 or float64.
 
     The gradient passes the clip at `max_depth` (see `clip`).
     """
@@ -97,17 +97,17 @@ def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: floa
 
 
 def clip(values: "Tensor", low: float | None, high: float | None) -> "Tensor":
-    """Values clipped to a range; their gradient is that of a value at the bound, not 0.
+    """Return values clipped to a range, with the gradient of a value at the bound instead of 0.
 
-    A prediction that left the range would otherwise never learn its way back. What is not finite stays so where a
-    gradient is taken, so that a loss shows it.
+    Otherwise a prediction outside the range would never learn its way back. Values that are not finite stay so if a
+    gradient is taken, so a loss shows them.
     """
     clipped = values.clamp(low, high)
     return clipped.detach() + (values - values.detach()) if values.requires_grad else clipped
 
 
 def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":
-    """The raw output of which these are the `values_of`, float32 or float64; -inf at a depth of 0."""
+    """Return the raw output whose `values_of` these are, float32 or float64, and -inf at a depth of 0."""
     import torch
 
     wide = values if values.dtype == torch.float64 else values.float()
@@ -118,11 +118,9 @@ def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":
 
 
 def head_kind(declaration: object, channels: int) -> HeadKind:
-    """The kind of a head from its declaration: `categorical`, `regression`, or a mapping of `kind` and the fields.
+    """Return a head's kind from its declaration: `categorical`, `regression`, or a mapping of `kind` and fields.
 
-    Args:
-        channels: of the head's output.
-    Raises: ValueError for anything else, or other channels than declared.
+    Raises: ValueError for anything else, or other `channels` of the output than declared.
     """
     fields: dict[str, Any] = dict(declaration) if isinstance(declaration, Mapping) else {"kind": declaration}
     kind = fields.pop("kind", None)

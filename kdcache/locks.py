@@ -1,9 +1,9 @@
-"""One process at a time, on every file system: `flock`, or a lease where there is none.
+"""Locks for one process at a time, on every file system: `flock`, or a lease if there is none.
 
 The system ends a `flock` with its process. Some file systems do not have it (Lustre by default, NFS without lockd).
-There the lock is a file NAME.owner, which names host, process and start. Its owner touches it every 10 seconds. Another
-process takes it over at once if the owner was a process of the same machine that has died, and otherwise if nobody
-touched it for 30 seconds. Both kinds remove their file at the end.
+There the lock is a file NAME.owner with host, process and start. Its owner touches it every 10 seconds. Another process
+takes it over at once if the owner was a process of the same machine that has died, and otherwise if nobody touched it
+for 30 seconds. Both kinds remove their file at the end.
 """
 
 import errno
@@ -25,10 +25,10 @@ _log = plain_logger(__name__)
 
 
 class Lock:
-    """A lock that one process holds, and one thread of it, from `acquire` to `release` or to the end of the process.
+    """A lock held by one thread of one process, from `acquire` to `release` or the end of the process.
 
     Args:
-        path: a file that is made and removed, in a folder that exists; or a folder, which stays as it is.
+        path: a file that is made and removed, in an existing folder; or a folder, which stays unchanged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class Lock:
         self._lease: SoftFileLease | None = None
 
     def acquire(self, *, wait: bool = True) -> bool:
-        """Take the lock; without `wait`, return False when another process has it. Raises: OSError."""
+        """Take the lock. Without `wait`, return False if another process has it. Raises: OSError."""
         if self._lease is None:
             try:
                 return self._acquire_flock(wait)
@@ -52,7 +52,7 @@ class Lock:
         return True
 
     def outlive(self) -> bool:
-        """Return True if a lease that `acquire` did not get is free within the time after which it counts as left."""
+        """Wait for a lease that `acquire` did not get, and return True if it becomes free in its lifetime."""
         if self._lease is not None:
             with suppress(Timeout):
                 self._lease.acquire(timeout=STALE_S + 2)
@@ -61,7 +61,7 @@ class Lock:
 
     @property
     def owner(self) -> str:
-        """The process that has the lock, for messages; empty if it is not known."""
+        """The process that has the lock, for messages, or '' if unknown."""
         if self._lease is not None:
             owner = self._lease.owner
             return "" if owner is None else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
@@ -70,7 +70,7 @@ class Lock:
         return ""
 
     def release(self) -> None:
-        """Let go of the lock and remove its file."""
+        """Release the lock and remove its file."""
         if self._lease is not None:
             self._lease.release()
         if self._handle is not None:
@@ -117,7 +117,7 @@ def is_lock(path: Path, name: str) -> bool:
 
 
 def _lease(path: Path) -> SoftFileLease:
-    """The lease in place of a lock; next to the lock's own file, which may be left of a file system with flock."""
+    """Return the lease that replaces a lock, next to the lock's file, which flock may have left."""
     file = path / f".lock{_OWNER}" if path.is_dir() else path.with_name(path.name + _OWNER)
     lost = lambda loss: _log.warning("another process may have taken the lock %s over: %s", file, loss.reason)  # noqa: E731
     # Whoever takes a shard is not the thread that lets go of it.

@@ -1,6 +1,6 @@
-"""The models that come with kdcache, read from a table: no model is built and torch is not imported.
+"""The models that come with kdcache, read from a table without building a model or importing torch.
 
-`scripts/list-models` writes the table; `tests/models/test_listing.py` compares it with the models themselves.
+`scripts/list-models` writes the table. `tests/models/test_listing.py` compares it with the models themselves.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ TABLE = Path(__file__).parent / "models" / "listed.json"
 
 @dataclass(frozen=True)
 class TapInfo:
-    """A feature on offer: its channels and its stride in pixels."""
+    """An available feature: its channels and its stride in pixels."""
 
     channels: int
     stride: int
@@ -32,7 +32,7 @@ class TapInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One line of the list of models; parameters are counted at 21 classes."""
+    """One line of the list of models. Parameters are counted at 21 classes."""
 
     spec: str
     parameters: int
@@ -43,16 +43,15 @@ class ModelInfo:
 
 
 def list_models(pattern: str = "") -> list[ModelInfo]:
-    """Models whose library is installed, by spec. For `smp:` these are examples: it has many more.
+    """Return the models with an installed library, by spec. For `smp:` these are examples of many more.
 
-    Args:
-        pattern: a part of the spec, any case.
+    `pattern` is a part of the spec, in any case.
     """
     return [info for info in _table(pattern) if not lacks(info.spec.partition(":")[0])]
 
 
 def missing_models(pattern: str = "") -> dict[str, list[str]]:
-    """Specs that need an extra, by the pip command that installs it; empty when all are there."""
+    """Return specs that need an extra, by the pip command that installs it, or {} if none does."""
     missing: dict[str, list[str]] = {}
     for info in _table(pattern):
         family = info.spec.partition(":")[0]
@@ -62,17 +61,17 @@ def missing_models(pattern: str = "") -> dict[str, list[str]]:
 
 
 def listed_specs() -> list[str]:
-    """The specs of all models of the table, also of those whose library is not installed."""
+    """Return the specs of all models of the table, also without their library installed."""
     return [info.spec for info in _all_models()]
 
 
 def lacks(family: str) -> bool:
-    """Whether the library that a family of models is made of is not installed."""
+    """Return whether the library of a family of models is not installed."""
     return family in NEEDS and importlib.util.find_spec(NEEDS[family]) is None
 
 
 def pip_command(family: str) -> str:
-    """Return what installs the extra of a family of models, in a clone of kdcache."""
+    """Return the command that installs the extra of a family of models, in a clone of kdcache."""
     return f"pip install '.[{family}]'"
 
 

@@ -1,4 +1,4 @@
-"""Progress of work, as a bar or as lines; for the command line and for functions. Free of torch.
+"""Progress of work, as a bar or as lines, for the command line and for functions. Free of torch.
 
 with progress_bar() as bar:
     task = bar.add_task("evaluating", total=100, note="")
@@ -35,12 +35,12 @@ LINE_EVERY_S = 30
 
 
 def note_line(text: str) -> str:
-    """Return a note as a line of output; one that begins with `warning: ` stays a warning."""
+    """Return a note as a line of output. A note that begins with `warning: ` stays a warning."""
     return text if text.startswith("warning: ") else f"note: {text}"
 
 
 class _Left(ProgressColumn):
-    """Time left; rich's own estimate needs two updates, until then it is that of all the time so far."""
+    """The time left. Rich's own estimate needs two updates, and until then the average speed counts."""
 
     def render(self, task: Task) -> Text:
         left = seconds_left(task)
@@ -64,7 +64,7 @@ class _Note(ProgressColumn):
 
 
 def seconds_left(task: Task) -> float | None:
-    """Seconds until a task is complete, at its present rate; None before its first update, or without a total."""
+    """Return the seconds until a task is complete, or None before its first update or without a total."""
     if task.time_remaining is not None:
         return task.time_remaining
     done, remaining = task.completed - task.fields.get("begun", 0), task.remaining
@@ -72,9 +72,9 @@ def seconds_left(task: Task) -> float | None:
 
 
 class Bar(Progress):
-    """What, how far, and how long it still takes: a bar on a terminal and in a notebook with ipywidgets.
+    """A bar with the task, its progress and the time left, on a terminal and in a notebook with ipywidgets.
 
-    Elsewhere, in a file, a pipe or another notebook, it is a line every 30 seconds; on a quiet console nothing.
+    Elsewhere, in a file, a pipe or another notebook, it is a line every 30 seconds. A quiet console shows nothing.
     """
 
     def __init__(self, console: Console) -> None:
@@ -94,14 +94,17 @@ class Bar(Progress):
     def add_task(  # type: ignore[override]
         self, description: str, *, total: float | None = None, completed: int = 0, **fields: Any
     ) -> TaskID:
+        """Add a task, and remember what was completed before."""
         return super().add_task(description, total=total, completed=completed, begun=completed, **fields)
 
     def start(self) -> None:
+        """Start the bar, or the thread that prints lines."""
         super().start()
         if self.disable and not self.console.quiet:
             self._lines.start()
 
     def stop(self) -> None:
+        """Stop the bar and the thread."""
         self._ended.set()
         super().stop()
 
@@ -113,7 +116,7 @@ class Bar(Progress):
 
 
 def _line(task: Task) -> str:
-    """'teacher's pass: 40/367, 2.1/s, 0:00:19 so far, 0:02:35 left', and the task's note."""
+    """Return 'teacher's pass: 40/367, 2.1/s, 0:00:19 so far, 0:02:35 left', and the task's note."""
     so_far, left = task.elapsed or 0, seconds_left(task)
     parts = [f"{task.completed:.0f}" + ("" if task.total is None else f"/{task.total:.0f}")]
     if (done := task.completed - task.fields.get("begun", 0)) > 0:
@@ -135,22 +138,18 @@ class _Voice:
 
 
 def use_console(console: Console, warn: Callable[[str], None]) -> None:
-    """Send the progress, notes and warnings of functions to a console from now on, as the command line does."""
+    """Send the progress, notes and warnings of functions to a console, as the command line does."""
     _Voice.console, _Voice.warn = console, warn
 
 
 def progress_bar(shown: bool = True) -> Bar:
-    """Progress of a function, on stderr; in a notebook below its cell.
-
-    Args:
-        shown: False shows nothing.
-    """
+    """Return a function's progress bar on stderr, or below the cell of a notebook. False shows nothing."""
     return Bar(_console(shown))
 
 
 @contextmanager
 def progress_of_steps(first: str, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar whose text changes: a function that is called with (what, done, total)."""
+    """Show a bar with a changing text. It yields a function to call with (what, done, total)."""
     with progress_bar(shown) as bar:
         task = bar.add_task(first, total=None, note="")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
@@ -163,7 +162,7 @@ def progress_of_steps(first: str, shown: bool = True) -> Iterator[Callable[[str,
 
 @contextmanager
 def progress_of_stages(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage, which stays when the next begins: a function that is called with (stage, done, total)."""
+    """Show a bar for each stage, which stays afterwards. It yields a function of (stage, done, total)."""
     tasks: dict[str, TaskID] = {}
     with progress_bar(shown) as bar:
 
@@ -176,17 +175,13 @@ def progress_of_stages(shown: bool = True) -> Iterator[Callable[[str, int, int],
 
 
 def progress_of(bar: Progress, what: str, note: str = "") -> Callable[[int, int], None]:
-    """Add a task to a bar and return a function that is called with (done, total)."""
+    """Add a task to a bar and return a function to call with (done, total)."""
     task = bar.add_task(what, total=None, note=note)
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def say(text: str, shown: bool = True) -> None:
-    """Print a note for the user; one that begins with `warning: ` is a warning.
-
-    Args:
-        shown: False prints warnings only.
-    """
+    """Print a note for the user, or a warning if it begins with `warning: `. Without `shown`, only warnings."""
     if text.startswith("warning: "):
         warn(text.removeprefix("warning: "))
     elif shown:
@@ -194,7 +189,7 @@ def say(text: str, shown: bool = True) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning about a result that is worth little."""
+    """Print a warning about a result of little value."""
     if _Voice.warn is not None:
         _Voice.warn(text)
     else:
@@ -210,7 +205,7 @@ def _console(shown: bool) -> Console:
 
 
 def _shows_bars(console: Console) -> bool:
-    """Whether a bar can move: on a terminal, and in a notebook where ipywidgets is installed."""
+    """Return whether a bar can move: on a terminal, and in a notebook where ipywidgets is installed."""
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal

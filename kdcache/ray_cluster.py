@@ -11,7 +11,7 @@ from kdcache.errors import RecipeError
 
 
 def import_ray() -> Any:
-    """The module, which reports no usage. Raises: RecipeError where it is not installed."""
+    """Import Ray without its usage reports. Raises: RecipeError if it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         return import_module("ray")
@@ -24,12 +24,12 @@ def import_ray() -> Any:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Any]:
-    """Inside, Ray is connected; a cluster of this machine that was started for this ends with it.
+    """Connect Ray in a with block, and yield its module. A cluster that was started for this ends with it.
 
-    Args:
-        address: as of `ray.init`; None and "auto" are RAY_ADDRESS, else the cluster that `ray start` began on this
-            machine, else, for None, one that is started.
-    Yields: the module.
+    `address` is as of `ray.init`. None and "auto" are RAY_ADDRESS, else the cluster that `ray start` began on this
+    machine.
+    None without such a cluster starts one.
+
     Raises: RecipeError without Ray, or without a cluster at the address.
     """
     ray = import_ray()
@@ -56,7 +56,7 @@ def cluster(address: str | None) -> Iterator[Any]:
 
 
 def _check_address(address: str) -> None:
-    """Someone listens at HOST:PORT. Ray itself would wait for minutes."""
+    """Check that someone listens at HOST:PORT, because Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():  # "auto", "local"
         return

@@ -1,4 +1,4 @@
-"""A run folder, as train-teacher and train-student write it: the names of its files, and `Run`, which reads each once.
+"""A run folder, as train-teacher and train-student write it: its file names, and `Run`, which reads each file once.
 
 recipe.toml        the settings, resolved
 model.json         what the weights belong to
@@ -6,7 +6,7 @@ best.safetensors   and last.safetensors, the weights; best-ema.safetensors and l
 metrics.jsonl      the log: a line per entry, each with its kind and step
 environment.json   machine and versions
 result.json        written when the training has ended
-local.json         where code and data lie on this machine, if they are named by paths: for nobody else
+local.json         the places of code and data on this machine, if they are named by paths: private
 """
 
 import json
@@ -56,9 +56,9 @@ class RunStream(BaseModel):
     """The samples of one of several streams that a run learnt from.
 
     Attributes:
-        ids_digest: of their classes and ids, as a store's manifest has it.
-        labels: whose labels are learnt from, as `pack_flags` has them.
-        taught: whether a store's targets are learnt from, too.
+        ids_digest: of their classes and ids, as in a cache's manifest.
+        labels: the samples with used labels, as `pack_flags` text.
+        taught: whether a cache's targets are also learnt from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,7 +72,7 @@ _LEFT_OUT = ("heads", "untrained", "streams", "stores", "validated_on")
 
 
 class RunModel(BaseModel):
-    """The model that a run's weights belong to. Class names and colours travel with the model into every table."""
+    """The model of a run's weights. Class names and colours are part of it, for every table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     spec: str
@@ -101,7 +101,7 @@ class RunModel(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A model of segmentation alone, from one source, is described without the fields of others.
+        """Return a model of segmentation alone, from one source, is described without the fields of others.
 
         What is written travels: the folder of the model's code stays here, in local.json.
         """
@@ -113,11 +113,11 @@ class RunModel(BaseModel):
 
     @property
     def judged_heads(self) -> dict[str, RegressionHead]:
-        """The heads beside segmentation of which something was learnt."""
+        """The learnt heads other than segmentation."""
         return {name: head for name, head in self.heads.items() if name not in self.untrained}
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
-        """Compare the classes of data with this model's. Raises: MismatchError when they differ."""
+        """Compare the classes of data with this model's. Raises: MismatchError if they differ."""
         if names != self.class_names:
             raise MismatchError(
                 f"Cannot use the model on {where}: its classes, or their order, differ ({', '.join(names)} against "
@@ -126,13 +126,13 @@ class RunModel(BaseModel):
             )
 
     def metadata(self) -> dict[str, str]:
-        """The fields as exported files carry them: text as it is, the rest as JSON. Its training stays behind."""
+        """Return the fields for exported files: text unchanged, the rest as JSON, without its training."""
         fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams", "stores", "validated_on"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
-        """The reverse of `metadata`; None for a file that kdcache did not write. Raises: ModelError when damaged."""
+        """Reverse `metadata`, or return None for a foreign file. Raises: ModelError for a damaged file."""
         if not {"spec", "class_names"} <= set(metadata):
             return None
         fields = {name: metadata[name] for name in cls.model_fields if name in metadata}
@@ -149,11 +149,11 @@ class RunModel(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; each of its files is read at its first use, and once.
+    """A run folder. Each of its files is read once, at its first use.
 
     Attributes:
-        which: weights that were named with it, as in `RUN@best-ema`; None leaves them to whoever uses the run.
-        outputs: one of OUTPUTS, what its model's are said to be, as in `RUN,outputs=sigmoid`; None for nothing.
+        which: weights that were named with it, as in `RUN@best-ema`, or None.
+        outputs: the kind of its model's outputs, one of OUTPUTS, as in `RUN,outputs=sigmoid`, or None.
     """
 
     folder: Path
@@ -162,7 +162,7 @@ class Run:
 
     @classmethod
     def open(cls, text: str | Path) -> "Run":
-        """The run in a folder, or `RUN@WEIGHTS`. Raises: RecipeError when the folder is not a run's."""
+        """Return the run in a folder, or `RUN@WEIGHTS`. Raises: RecipeError if the folder is not a run's."""
         name, outputs = split_outputs(str(text))
         folder, which = named_weights(name) or (Path(name), None)
         run = cls(folder, which, outputs)
@@ -177,7 +177,7 @@ class Run:
 
     @property
     def _facts(self) -> dict[str, object]:
-        """What is known of the run, in words; what its files do not say is None."""
+        """The known facts of the run, in words, or None for unknown ones."""
         result, recipe = self.result, self.recipe or {}
         scores = (result.get(name) for name in ("best_miou", "best_depth_rmse", "best_feature_loss"))
         miou, rmse, loss = (score if isinstance(score, int | float) else None for score in scores)
@@ -199,7 +199,7 @@ class Run:
 
     @cached_property
     def model(self) -> RunModel:
-        """The model that the weights belong to. Raises: RecipeError where model.json is missing or damaged."""
+        """The model of the weights. Raises: RecipeError if model.json is missing or damaged."""
         path = self.folder / MODEL
         try:
             model = RunModel.model_validate_json(read_bytes(path))
@@ -228,7 +228,7 @@ class Run:
 
     @cached_property
     def recipe_text(self) -> str | None:
-        """recipe.toml as it is; None for a folder that holds a model alone. Raises: RecipeError when unreadable."""
+        """recipe.toml as text, or None for a folder with only a model. Raises: RecipeError if unreadable."""
         path = self.folder / RECIPE
         try:
             return read_text(path)
@@ -239,9 +239,9 @@ class Run:
 
     @cached_property
     def recipe(self) -> Mapping[str, Any] | None:
-        """The settings, keyed as the flags without their dashes; None for a folder that holds a model alone.
+        """The settings, keyed by flags without dashes, or None for a folder with only a model.
 
-        Raises: RecipeError for a file that is no TOML.
+        Raises: RecipeError for an invalid file.
         """
         if self.recipe_text is None:
             return None
@@ -255,11 +255,11 @@ class Run:
 
     @cached_property
     def _here(self) -> dict[str, Any]:
-        """What local.json says; {} without it."""
+        """The content of local.json, or {}."""
         return read_object(self.folder / LOCAL)
 
     def weights(self, which: str = "best") -> Path:
-        """The file of its own weights `which`, else of these: one of WEIGHTS. Raises: RecipeError without it."""
+        """Return the file of the weights named with the run, else of `which`. Raises: RecipeError without it."""
         which = self.which or which
         path = weights_path(self.folder, which)
         if not path.is_file():
@@ -282,9 +282,9 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]] | None:
-        """The entries of the log, each with its `kind` and `step`; None when the run keeps none.
+        """The entries of the log, each with its `kind` and `step`, or None without a log.
 
-        A last line that was cut short is left out. Raises: RecipeError for a file that is no such log.
+        An incomplete last line is left out. Raises: RecipeError for an invalid log.
         """
         path = self.folder / METRICS
         try:
@@ -306,25 +306,24 @@ class Run:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """The result of the training; {} while it has not ended."""
+        """The result of the training, or {} until it has ended."""
         return read_object(self.folder / RESULT)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Machine and versions of libraries; {} where they were not written."""
+        """Machine and versions of libraries, or {} if they were not written."""
         return read_object(self.folder / ENVIRONMENT)
 
 
 def _here(value: Any, place: Any) -> Any:
-    """A value of a recipe, with the place that it stands for on this machine."""
+    """Return a value of a recipe, with the place that it stands for on this machine."""
     return place if place is not None and display.public_values(place) == value else value
 
 
 def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
-    """Write local.json: what the run's own files leave out, because it names folders of this machine.
+    """Write local.json with the folders of this machine, which the run's other files leave out.
 
-    Args:
-        spec: of the model; of a .py file its whole path is kept.
+    `spec` is the model's, with the whole path of a .py file.
     """
     code, _, function = spec.rpartition(":")
     content: dict[str, Any] = {"spec": f"{Path(code).absolute()}:{function}"} if code.endswith(".py") else {}
@@ -340,12 +339,12 @@ def same_spec(one: str, other: str) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds the beginning of a run."""
+    """Return whether a folder holds the beginning of a run."""
     return any((folder / name).is_file() for name in (MODEL, RECIPE))
 
 
 def named_weights(text: str) -> tuple[Path, str] | None:
-    """(Folder of a run, one of WEIGHTS) of `RUN@WEIGHTS`; None for any other text. Raises: RecipeError for others."""
+    """Split `RUN@WEIGHTS` into (folder, one of WEIGHTS), or return None. Raises: RecipeError for unknown weights."""
     folder, _, which = text.rpartition("@")
     if not (Path(folder) / MODEL).is_file() or (Path(text) / MODEL).is_file():
         return None
@@ -358,7 +357,7 @@ def named_weights(text: str) -> tuple[Path, str] | None:
 
 
 def split_outputs(text: str) -> tuple[str, str | None]:
-    """(MODEL, KIND) of `MODEL,outputs=KIND`; (the text, None) of any other, also of a path that is there.
+    """Split `MODEL,outputs=KIND` into (MODEL, KIND). Any other text, also an existing path, gives (text, None).
 
     Raises: ModelError for a kind other than OUTPUTS.
     """
@@ -375,12 +374,12 @@ def split_outputs(text: str) -> tuple[str, str | None]:
 
 
 def weights_path(folder: Path, which: str) -> Path:
-    """The path of a run's weights `which`, one of WEIGHTS."""
+    """Return the path of a run's weights `which`, one of WEIGHTS."""
     return folder / f"{which}.safetensors"
 
 
 def _fault(path: Path, error: Exception) -> str:
-    """What is wrong with model.json."""
+    """Return what is wrong with model.json."""
     if not isinstance(error, ValidationError):
         return f"cannot be read: {error}"
     first = error.errors()[0]
@@ -393,12 +392,12 @@ def _no_recipe(path: Path, error: Exception) -> RecipeError:
 
 
 def train_again(folder: Path) -> str:
-    """Return the fix for a run that lost what only its training writes. The folder is kept, under another name."""
+    """Return the fix for a run that lost a file that only training writes. The folder is kept, renamed."""
     return f"Restore it from a copy, or move the run away and repeat the command that trained it: {moved_away(folder)}"
 
 
 def no_log(path: Path, what: str) -> RecipeError:
-    """The error of a log that cannot be read."""
+    """Return the error for a log that cannot be read."""
     return RecipeError(
         f"Cannot read {path}: {what}",
         fix="Restore it from a copy, or remove it: everything but the curves is drawn without it.",

@@ -1,6 +1,6 @@
-"""What a run learnt from and was validated on, as digests of its samples: samples.json in the run's folder.
+"""The samples that a run learnt from and was validated on, as digests in samples.json of the run's folder.
 
-With it a resumed training notices changed data, and a score on images that were trained on is called one.
+With them a resumed training notices changed data, and a score on training images is reported as such.
 """
 
 import json
@@ -21,8 +21,8 @@ class RunSamples:
 
     Attributes:
         class_names: of the labels.
-        streams: the samples that were drawn from each stream. None for a cache that does not record them.
-        validation: the split that the run is validated on. None without one.
+        streams: the drawn samples of each stream. None for a cache that does not record them.
+        validation: the validation split. None without one.
     """
 
     class_names: tuple[str, ...]
@@ -30,7 +30,7 @@ class RunSamples:
     validation: Contents | None = None
 
     def write(self, run: Path) -> None:
-        """Write samples.json into a run's folder, whole or not at all."""
+        """Write samples.json into a run's folder, completely or not at all."""
         streams = [None if stream is None else stream.to_json() for stream in self.streams]
         validation = None if self.validation is None else self.validation.to_json()
         content = {"class_names": self.class_names, "streams": streams, "validation": validation}
@@ -38,7 +38,7 @@ class RunSamples:
 
     @classmethod
     def read(cls, run: Path) -> "RunSamples | None":
-        """Return a run's samples; None for a run of an earlier version, or if the file is damaged."""
+        """Return a run's samples, or None for a run of an earlier version, or a damaged file."""
         content = read_object(run / SAMPLES, MOST_CONTENTS)
         try:
             streams = tuple(None if stream is None else Contents.from_json(stream) for stream in content["streams"])
@@ -48,7 +48,7 @@ class RunSamples:
             return None
 
     def changes(self, now: "RunSamples") -> Changes:
-        """Return what differs now in the data that the run learnt from, or else in its validation data."""
+        """Return what changed in the data that the run learnt from, or else in its validation data."""
         classes = class_changes(self.class_names, now.class_names)
         pairs = [*zip(self.streams, now.streams, strict=False), (self.validation, now.validation)]
         for before, after in pairs:
@@ -57,7 +57,7 @@ class RunSamples:
         return Changes(classes=classes)
 
     def trained_on(self, judged: Contents) -> tuple[str, ...]:
-        """Return the ids of the judged samples whose image is one that the run was trained on."""
+        """Return the ids of the judged samples with images that the run was trained on."""
         trained = {row.tobytes() for stream in self.streams if stream is not None for row in stream.image}
         return tuple(name for name, row in zip(judged.ids, judged.image, strict=True) if row.tobytes() in trained)
 
@@ -65,8 +65,8 @@ class RunSamples:
 def judging_notes(run: Path, split: Split, contents: Callable[[Split], Contents] = read_contents) -> tuple[str, ...]:
     """Return warnings about a run's score on a split: images that it was trained on, and data that changed.
 
-    Args:
-        contents: returns the digests of the split. A comparison reads them once for all of its runs.
+    `contents` returns the digests of the split. A comparison reads them once for all of its runs.
+
     Raises: DataError for a file that cannot be read.
     """
     samples = RunSamples.read(run)

@@ -1,6 +1,6 @@
-"""Benchmarks: what is timed here is timed beside its rivals, in one run.
+"""Benchmarks: everything is timed together with its rivals, in one run.
 
 timing.py    one step, and several in turn
 header.py    the header of every result
-kernels/     the fused loss beside eager PyTorch and torch.compile
+kernels/     the fused loss against eager PyTorch and torch.compile
 """

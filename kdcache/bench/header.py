@@ -1,6 +1,6 @@
 """The header of every result: theme, date, commit, command, machine.
 
-A figure without its machine and commit cannot be repeated, so no result is written without them.
+A number without its machine and commit cannot be reproduced, so no result is written without them.
 """
 
 import datetime
@@ -21,7 +21,7 @@ def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str
 
     Args:
         theme: what was measured, in a word.
-        command: what the user typed.
+        command: the command that the user typed.
         environment: libraries and threads, from `kdcache.training.run.metrics_log.environment`.
     """
     memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
@@ -38,7 +38,7 @@ def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str
 
 
 def _commit() -> str:
-    """Commit of the tree that this file is part of; an installed copy may lie in the tree of something else."""
+    """Return the commit of this file's tree. An installed copy may lie in the tree of another project."""
     here = Path(__file__)
     try:
         for words in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty"]):

@@ -1,15 +1,15 @@
-"""Timing one step, and several in turn.
+"""Time one step, and several in turn.
 
-CUDA: 25 warm-ups, then events around the step, the L2 cache overwritten before every repeat (in a training nobody
-leaves the inputs there), and the same once more as a captured graph, which leaves the launches out: that is the
-device's own time. What the CPU takes to issue a step is timed by its own clock, with the device idle before every call,
-for a full queue would make it wait; where that is longer than the graph, the events have timed the host.
+CUDA: 25 warm-ups, then events around the step, with the L2 cache overwritten before every repeat (in a training the
+inputs are not there either), and again as a captured graph, which leaves the launches out: the device's own time. The
+CPU's time to issue a step is measured by its own clock, with the device idle before every call, because a full queue
+would make it wait. If it is longer than the graph, the events have timed the host.
 
-CPU: contestants take turns, a few calls each, over several rounds, so that a neighbour on the machine slows all of
-them; the best of a contestant is then compared with the best of another. One call of each per turn would not do: after
-a step, torch's threads spin for a while before they sleep, on cores that the next one wants.
+CPU: contestants take turns, a few calls each, over several rounds, so other load on the machine slows all of them. Then
+the best times are compared. One call of each per turn would not do: after a step, torch's threads spin for a while
+before they sleep, on cores that the next one wants.
 
-All times in milliseconds.
+All times are in milliseconds.
 """
 
 import statistics
@@ -41,7 +41,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> "Spread":
-        """Reduce samples; the percentiles are samples themselves, the median excepted."""
+        """Reduce samples. The percentiles are samples themselves, except the median."""
         ordered = sorted(samples_ms)
         last = len(ordered) - 1
         return cls(
@@ -54,6 +54,7 @@ class Spread:
 
 
 def default_repeats(device: torch.device) -> int:
+    """Return the number of samples on a device."""
     return CUDA_REPEATS if device.type == "cuda" else CPU_REPEATS
 
 
@@ -96,7 +97,7 @@ def on_device(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def on_host(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time what the CPU takes to issue a step to the current CUDA device, warmed up before."""
+    """Time how long the CPU takes to issue a step to the current CUDA device, warmed up before."""
     samples = []
     with no_garbage_collection():
         for _ in range(repeats):
@@ -109,7 +110,7 @@ def on_host(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step captured as a CUDA graph. Raises RuntimeError when it cannot be captured."""
+    """Time a step captured as a CUDA graph. Raises RuntimeError if it cannot be captured."""
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -125,6 +126,6 @@ def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def _flush_bytes() -> int:
-    """Twice the L2 cache: H100 and H200 have 50 MiB."""
+    """Return twice the L2 cache: H100 and H200 have 50 MiB."""
     cache = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
     return max(2 * int(cache), LEAST_FLUSH_BYTES)

@@ -17,6 +17,11 @@ from kdcache.errors import DataError
 def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = False) -> Split:
     """Open one split of a data set.
 
+    >>> import kdcache
+    >>> split = kdcache.open_split("streets", "val")
+    >>> len(split), split.image(0).shape
+    (4, (48, 64, 3))
+
     Args:
         data: a folder (its contents tell the layout), or LAYOUT:FOLDER with one of folder, mmseg, camvid, voc,
             cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu, images. Or `scenes`,

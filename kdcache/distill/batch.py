@@ -81,6 +81,12 @@ class StoredTargets(Protocol):
 class Batch(Tensors):
     """Tensors of B samples, by name. Absent tensors are None or missing keys. A pytree.
 
+    >>> import kdcache
+    >>> dataset = kdcache.CacheDataset(kdcache.open_cache("streets.zarr"))
+    >>> batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=2)))
+    >>> batch.pixels.shape, batch.label.shape
+    (torch.Size([2, 48, 64, 3]), torch.Size([2, 48, 64]))
+
     An item of a dataset has the same fields without the leading B.
 
     Attributes:

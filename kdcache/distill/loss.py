@@ -1,8 +1,7 @@
 """The loss of a student: cross-entropy, KL to the cached teacher, and further terms.
 
 `loss = ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t)/T) || softmax(up(z)/T)) + sum of weight * term`.
-The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and weights are choices of the training,
-never of the cache.
+The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and weights belong to the training.
 
 Depth terms belong to the task `depth`, all others to `segmentation`. A balance weighs the sums of the two.
 """
@@ -50,17 +49,21 @@ if TYPE_CHECKING:
 class DistillLoss(nn.Module):
     """Cross-entropy + KL distillation loss on low-resolution logits, plus optional terms.
 
+    >>> import kdcache
+    >>> cache = kdcache.open_cache("streets.zarr")
+    >>> batch = next(iter(torch.utils.data.DataLoader(kdcache.CacheDataset(cache), batch_size=2)))
+    >>> model = kdcache.build_model("kdcache:tiny", cache.num_classes)
+    >>> criterion = kdcache.DistillLoss(cache, temperature=2.0)
+    >>> criterion(model(model.normalise(batch.pixels)), batch).loss.backward()
+
     Args:
         targets: an open cache (number of classes, view size and resize rule of its targets), or `LabelTargets` to use
             the
             labels of every batch as targets, or `MergedTargets` of a cache with other classes.
-        ce_weight, kl_weight: at least 0. A term of weight 0 is not computed. At kl_weight 1, the gradient of KL is
-            several
-            times the labels'.
+        ce_weight, kl_weight: at least 0, and 0 skips the term. At 1, KL's gradient is several times the labels'.
         temperature: temperature T of the KL term, above 0. RecipeError for other numbers, here and for the weights.
         class_weight: (C,) weights of the cross-entropy.
-        label_smoothing: share of every label that is spread evenly over all classes, in [0, 1), as in
-            `torch.nn.functional.cross_entropy`.
+        label_smoothing: share of every label, in [0, 1), that is spread over all classes, as in `F.cross_entropy`.
         focal_gamma: exponent of the focal loss, at least 0: a pixel's cross-entropy is multiplied by (1 - p)^gamma of
             its
             label's probability p. Not with smoothed labels.
@@ -177,9 +180,7 @@ class DistillLoss(nn.Module):
 
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
-        """Return the denominators of the loss of a batch, which do not depend on the student.
-
-        `dtype` is the dtype of the terms' counts: float64 for a student of float64.
+        """Return the denominators of a batch's loss, which do not depend on the student. `dtype` is the student's.
 
         Raises: RecipeError, DataError as `forward`, except for the student's outputs.
         """

@@ -30,6 +30,12 @@ class TargetFormat(Protocol):
 class Target:
     """Packed logits of a batch at native stride, or values of a regression. A single sample has no B. A pytree.
 
+    >>> import kdcache
+    >>> cache = kdcache.open_cache("streets.zarr")
+    >>> batch = next(iter(torch.utils.data.DataLoader(kdcache.CacheDataset(cache), batch_size=2)))
+    >>> batch.target.dense(cache, torch.float32).shape
+    torch.Size([2, 7, 12, 16])
+
     Attributes:
         values: (B, k, h, w) float16, logit minus the pixel's maximum over classes. With labels as targets they are
             float32

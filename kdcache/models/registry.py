@@ -69,6 +69,11 @@ def build_model(
 ) -> SegmentationModel:
     """Build a model in training mode on the CPU.
 
+    >>> import kdcache
+    >>> model = kdcache.build_model("kdcache:tiny", num_classes=7)
+    >>> model.taps
+    ('stage1', 'stage2', 'stage3', 'stage4', 'head')
+
     Args:
         spec: a name from `list_models`, `module:function` or `path/to/file.py:function`. `+depth` after it adds a depth
             head, `+aux` an auxiliary head for training (see `kdcache.models.added_heads`), and `,outputs=sigmoid` at

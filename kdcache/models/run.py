@@ -49,6 +49,11 @@ def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
 def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
     """Load the trained model of a run, in eval mode, on the CPU.
 
+    >>> import kdcache
+    >>> model, description = kdcache.load_run("runs/student", "last")
+    >>> model.num_classes == len(description.class_names)
+    True
+
     Args:
         run: its folder, `RUN@WEIGHTS`, or an open run.
         which: `best` (by validation mIoU, or the last weights without validation) or `last`. With `ema` also `best-ema`

@@ -1,7 +1,7 @@
-"""Sharing what was made: cards that say how to cite and rebuild it, and caches on the Hub.
+"""Share results: cards that say how to cite and rebuild them, and caches on the Hub.
 
-rebuild.py      the command line that builds a store again, of its manifest
-card.py         cards of stores and runs, in Markdown
+rebuild.py      the command line that builds a cache again, from its manifest
+card.py         cards of caches and runs, in Markdown
 hub.py          caches from and onto the Hub
 """
 

@@ -1,6 +1,6 @@
-"""Cards of stores and of runs, in Markdown: what it is, how to train from it or train it again, how to cite it.
+"""Cards of caches and runs in Markdown: what it is, how to train from it or train it again, how to cite it.
 
-The card of a store is README.md of its repository on the Hub, where its front matter is what the Hub reads.
+The card of a cache is README.md of its repository on the Hub, which reads its front matter.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ _VERSIONS = ("kdcache", "python", "torch", "torchvision", "triton", "numba", "nu
 
 
 def store_card(store: StoreSummary, *, address: str | None = None, licence: str | None = None) -> str:
-    """The card of a store, in Markdown.
+    """Return the card of a cache, in Markdown.
 
-    Args:
-        address: where others find it, such as hf://datasets/USER/NAME; None where it lies now.
-        licence: a name that the Hub has for it; with it the card begins with the front matter of a data set's card.
+    `address` is its public address, such as hf://datasets/USER/NAME, or None for its current place. With `licence`, a
+    name
+    that the Hub knows, the card begins with the front matter of a data set's card.
     """
     m = store.manifest
     name = _name(address or store.path)
@@ -55,7 +55,7 @@ def store_card(store: StoreSummary, *, address: str | None = None, licence: str 
 
 
 def run_card(run: Run) -> str:
-    """The card of a run, in Markdown. Raises: RecipeError for a folder that is not a run's, or is damaged."""
+    """Return the card of a run, in Markdown. Raises: RecipeError for a folder that is not a run, or damaged."""
     model, result, recipe = run.model, run.result, dict(run.recipe or {})
     name = run.folder.resolve().name
     title = f"{name}: {public(model.spec)}, trained on {_source(recipe)}"
@@ -94,7 +94,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _front_matter(manifest: Manifest, title: str, licence: str) -> str:
-    """What the Hub reads of a card. Texts are JSON's, which YAML takes as they are."""
+    """Return the front matter of a card for the Hub. Texts are JSON, which is also YAML."""
     tasks = ["image-segmentation"] if manifest.segmentation is not None else []
     tasks += ["depth-estimation"] if manifest.depth is not None else []
     lines = [
@@ -118,7 +118,7 @@ def _licence(manifest: Manifest, licence: str) -> str:
 
 
 def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | None) -> str:
-    """The commands that fetch, check and use a store."""
+    """Return the commands that fetch, check and use a store."""
     store = f"{name.removesuffix('.zarr')}.zarr"
     fetch = (
         ["pip install '.[hub]'   # once, in a clone of kdcache", f"kdcache copy {address} {store}"] if address else []
@@ -136,7 +136,7 @@ def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | 
 
 
 def _rebuild(manifest: Manifest) -> str:
-    """The command of the build, with what identifies its inputs."""
+    """Return the command of the build, with what identifies its inputs."""
     teacher, build = manifest.teacher, manifest.build
     several = [
         (f"TEACHER_{number + 1}", f"{bare(member.spec)}, weights sha256:{member.weights}")
@@ -179,7 +179,7 @@ def _retrain(run: Run, recipe: dict[str, object]) -> str:
 
 
 def _results(run: Run) -> str:
-    """What the end of a training left, in its own units."""
+    """Return the results at the end of a training, in their units."""
     return _table((name.replace("_", " "), _value(value)) for name, value in run.result.items() if _is_plain(value))
 
 
@@ -192,7 +192,7 @@ def _value(value: object) -> str:
 
 
 def _source(recipe: dict[str, object]) -> str:
-    """The name of what a run learnt from, not its path, which is private."""
+    """Return the name of what a run learnt from, not its path, which is private."""
     named = source_of(recipe)
     if named is None:
         return "several streams" if recipe.get("stream") else "data that are not recorded"
@@ -227,12 +227,12 @@ def _name(place: str) -> str:
 
 
 def _flat(text: str) -> str:
-    """A text from elsewhere in one line, without what commands a terminal."""
+    """Return a text from elsewhere in one line, without what commands a terminal."""
     return " ".join(plain_text(text).split())
 
 
 def _line(text: str) -> str:
-    """A text from elsewhere in one line of Markdown, of which nothing is markup."""
+    """Return a text from elsewhere as one line of Markdown without markup."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", _flat(text))
 
 

@@ -1,8 +1,8 @@
 """Caches on the Hub: hf://datasets/USER/NAME as a source and a destination of `kdcache copy`.
 
-A push copies the cache into a folder of this machine, and gives that folder to huggingface_hub (the extra `hub`). A
-pull lets huggingface_hub fill such a folder. Every file that is copied from it is compared with the ledger, and the
-ledger with the seal. huggingface_hub finds the token (HF_TOKEN, or `hf auth login`) and the endpoint (HF_ENDPOINT).
+A push copies the cache into a local folder, and gives that folder to huggingface_hub (the extra `hub`). A pull lets
+huggingface_hub fill such a folder. Every file that is copied from it is compared with the ledger, and the ledger with
+the seal. huggingface_hub finds the token (HF_TOKEN, or `hf auth login`) and the endpoint (HF_ENDPOINT).
 """
 
 import hashlib
@@ -53,9 +53,9 @@ class HubAddress:
 
 
 def hub_address(location: object) -> HubAddress | None:
-    """Return the address on the Hub that a text is; None for any other place.
+    """Return the address on the Hub in a text, or None for any other place.
 
-    Raises: StoreError for another address that begins with hf://.
+    Raises: StoreError for an invalid address that begins with hf://.
     """
     text = str(location)
     if not text.startswith(_SCHEME):
@@ -78,13 +78,11 @@ def opened(
     cache_bytes: int | None = None,
     progress: bool = True,
 ) -> Iterator[Cache]:
-    """Open a cache, wherever it lies. One on the Hub is fetched first, and its files are removed after the block.
+    """Open a cache at any place, in a with block. A cache on the Hub is fetched first and removed afterwards.
 
-    An interrupted fetch continues.
+    An interrupted fetch continues. `cache_dir` and `cache_bytes` are as in `open_cache`. Fetched files also lie in
+    `cache_dir`. `progress` shows the bars of huggingface_hub on a terminal.
 
-    Args:
-        cache_dir, cache_bytes: as in `open_cache`. Fetched files also lie in `cache_dir`.
-        progress: shows the bars of huggingface_hub on a terminal.
     Raises: StoreError and its kinds.
     """
     address = hub_address(location)
@@ -116,7 +114,7 @@ def opened(
 
 @dataclass(frozen=True)
 class PushResult:
-    """The result of a push: files of the cache, how many of them were sent now, and the digest of the seal."""
+    """The result of a push: files of the cache, number of files sent now, and the digest of the seal."""
 
     files: int
     sent: int
@@ -134,18 +132,22 @@ def push_store(
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> PushResult:
-    """Push a cache as a data set with a card. Interrupted, the same call sends what is missing.
+    """Push a cache as a data set with a card. After an interruption, the same call sends what is missing.
 
-    The copy that is pushed lies in a folder of this machine until all of it is there. It has no pixels unless `changes`
-    asks for them: images have licences of their own. The seal is sent last, so that half a push is never a cache.
+    The copy lies in a local folder until all of it is sent. It has no pixels unless `changes` asks for them, because
+    images
+    have their own licences. The seal is sent last, so half a push is never a cache.
 
     Args:
-        licence: a name that the Hub has for it, such as cc-by-4.0.
-        private: makes a new repository private, and refuses one that is public.
+        source: the cache.
+        address: of the repository.
+        changes: as in `copy_store`.
+        licence: a name that the Hub knows, such as cc-by-4.0.
+        private: makes a new repository private, and fails for a public one.
         fidelity: as in `copy_store`.
-        cache_dir: where the folder lies; default as for the copies of remote caches.
+        cache_dir: place of the folder. Default: as for the copies of remote caches.
         progress: shows the bars of huggingface_hub on a terminal.
-    Raises: StoreError for what the Hub does not take, and for a repository with files that are not of this cache.
+    Raises: StoreError for what the Hub does not accept, and for a repository with files of another cache.
     """
     _check(address, licence)
     changes = changes or CopyChanges()
@@ -257,10 +259,9 @@ def _client() -> Any:
 
 @contextmanager
 def _staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
-    """A folder for files on their way, for one process at a time. What is in it stays if the block fails.
+    """Provide a folder for files in transit to one process, in a with block. Its content stays if the block fails.
 
-    Args:
-        name: what identifies what goes through it.
+    `name` identifies the transfer.
     """
     folder = (cache_dir or user_cache()) / "hub" / hashlib.sha256(name.encode()).hexdigest()[:16]
     with disk_space_errors(folder):

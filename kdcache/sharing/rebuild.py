@@ -1,6 +1,6 @@
-"""The command line that builds a store again, as its manifest has it.
+"""The command line that builds a cache again, from its manifest.
 
-A manifest knows its data set and its teachers by digests, not where they lie: DATA and TEACHER stand for these.
+A manifest knows its data set and its teachers by digests, not by place. DATA and TEACHER stand for them.
 """
 
 import shlex
@@ -14,7 +14,7 @@ from kdcache.store.format.teacher_models import Augmented, Fingerprint
 
 
 def build_command(manifest: Manifest) -> str:
-    """`kdcache build-teacher-cache` with the flags of a build, on several lines; defaults are left out."""
+    """Return `kdcache build-teacher-cache` with the flags of a build on several lines, without defaults."""
     if manifest.teacher.per_head:
         return "# This version of kdcache does not compute a cache of one teacher per head."
     table = entries(*BUILD)
@@ -31,7 +31,7 @@ def _teachers(teacher: Fingerprint) -> Iterator[str]:
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
-    """The settings that a build's command gave, by their names; None stands for a default."""
+    """Return the settings of a build's command by name, with None for a default."""
     teacher, build, several = manifest.teacher, manifest.build, len(manifest.teacher.members) > 1
     settings = manifest.settings()
     settings["view_scale"] = _colons(settings["view_scale"]) if "view_scale" in settings else None  # to the last digit

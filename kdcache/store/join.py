@@ -110,7 +110,10 @@ def open_caches(
 ) -> Cache:
     """Open a cache, or join several.
 
-        cache = kdcache.open_caches(["camvid.zarr", "sam=features.zarr"])
+    >>> import kdcache
+    >>> cache = kdcache.open_caches(["streets.zarr", "large=features.zarr"])
+    >>> list(cache.manifest.features)
+    ['large:stage4']
 
     Args:
         locations: as of `open_cache`, each alone or as NAME=LOCATION. The default name is the folder's stem.

@@ -332,6 +332,11 @@ def open_cache(
 ) -> Cache:
     """Open a complete store.
 
+    >>> import kdcache
+    >>> cache = kdcache.open_cache("streets.zarr")
+    >>> len(cache), cache.num_classes, cache.view_size
+    (32, 7, (48, 64))
+
     Args:
         location: its folder, or an address such as s3://bucket/prefix.
         cache_dir: folder for local copies of a remote store's shards. Default: kdcache in the user's cache folder.

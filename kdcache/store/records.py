@@ -18,6 +18,11 @@ from kdcache.store.reader import Cache, open_cache
 class Records:
     """Pixels, label and target of every record, from the store or from its data set.
 
+    >>> import kdcache
+    >>> records = kdcache.Records(kdcache.open_cache("streets.zarr"))
+    >>> records.pixels(0).shape, records.target(0)["values"].shape
+    ((48, 64, 3), (7, 12, 16))
+
     Args:
         cache: an open store.
         split: the data set that it was built from, which a store without pixels needs.

@@ -379,13 +379,14 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
 
 
 class Encoder:
-    """Arrays to the bytes of their shards, by zarr-python in memory."""
+    """Encodes arrays to the bytes of their shards, by zarr-python in memory."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}
         self._arrays = create_arrays(_new_group(self._files, manifest), manifest, ())
 
     def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
+        """Return the bytes of a shard of an array, given all of its rows."""
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
         assert rows.shape == (min(array.shards[0], array.shape[0] - first), *spec.shape), (spec.path, rows.shape)

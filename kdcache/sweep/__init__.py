@@ -1,16 +1,16 @@
-"""Sweeps: a recipe of many runs that share teachers and stores, and everything that comes of them.
+"""Sweeps: a recipe of many runs that share teachers and caches, and all their results.
 
     recipe.py     reading recipe files
     recipes/      the recipes that are shipped
-    data.py       whether the data of streams go together
-    plan.py       from a recipe to jobs: commands, what each makes, what it needs
-    inputs.py     what each job depends on, so that changed data and results are noticed
-    run.py        doing the jobs: one by one, or side by side
+    data.py       whether the data of streams match
+    plan.py       from a recipe to jobs: commands, their results, their dependencies
+    inputs.py     the inputs of each job, to notice changed data and results
+    run.py        running the jobs, one by one or in parallel
     summary.py    each run's best iteration and scores, fold by fold
-    curve.py      scores over a number in which arms differ
+    curve.py      scores over a number that differs between arms
 
-A job is a command of `kdcache`, so that a sweep does nothing that its user could not do by hand. How a command is run
-is the caller's choice.
+A job is a command of `kdcache`, so a sweep does nothing that its user could not do by hand. The caller decides how a
+command is run.
 """
 
 from kdcache.sweep.data import check_data

@@ -1,4 +1,4 @@
-"""`curve.png` of a sweep: scores of its arms over a number in which they differ, such as how many labels they had."""
+"""`curve.png` of a sweep: scores of its arms over a number that differs, such as their numbers of labels."""
 
 import math
 import re
@@ -21,14 +21,14 @@ Points = list[tuple[float, float, float]]
 
 
 def has_curve(recipe: "Recipe") -> bool:
-    """Return whether a curve will be drawn: two arms differ in nothing but the key that [show] names."""
+    """Return whether there is a curve to draw: two arms differ only in the key of [show]."""
     rows: list[Mapping[str, Any]] = [{"name": arm.name, "runs": [{"miou": 0.0}]} for arm in recipe.arms]
     lines = read_lines(recipe.arms, str(recipe.show.get("curve", "")), rows)
     return any(len(points) > 1 for points in lines.values())
 
 
 def write_curve(recipe: "Recipe", out: Path) -> None:
-    """Draw mIoU over the key that the recipe's [show] names, a line for each name of arms; nothing without one."""
+    """Draw mIoU over the key in the recipe's [show], with a line for each name of arms, or nothing without a key."""
     key, content = recipe.show.get("curve"), read_object(out / "comparison.json", MOST_CONTENTS)
     if not key or not content:
         return
@@ -56,7 +56,7 @@ def write_curve(recipe: "Recipe", out: Path) -> None:
 
 
 def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]]) -> dict[str, Points]:
-    """The points of each line: arms whose names differ in the key's value alone; rows are those of comparison.json."""
+    """Return the points of each line: arms whose names differ only in the key's value, from comparison.json."""
     lines: dict[str, Points] = {}
     by_name = {
         row["name"].removesuffix(f", {CONTROL}"): [100 * run["miou"] for run in row["runs"] if run["miou"] is not None]
@@ -72,7 +72,7 @@ def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]])
 
 
 def _values(arm: "Arm", key: str) -> Iterator[float]:
-    """The number that an arm has for a key of its own, or `STREAM.KEY`; none where it has none."""
+    """Yield the number of an arm for its own key or `STREAM.KEY`, or nothing without one."""
     stream, dot, own = key.rpartition(".")
     tables = arm.flags.get("stream", ()) if dot else (arm.flags,)
     for table in tables:

@@ -1,4 +1,4 @@
-"""Whether the data of a recipe's streams go together, looked at before anything is trained: names alone, no pixels."""
+"""Check that the data of a recipe's streams match before any training, by names only, without pixels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from kdcache.sweep.plan import Sweep
 
 
 def check_data(sweep: Sweep) -> None:
-    """Open the data of all streams of a recipe and compare their classes, and those of the data to judge on.
+    """Open the data of all streams of a recipe and compare their classes with each other and the validation data's.
 
     Raises: MismatchError for other classes; DataError for a stream whose data have no label of a task that it learns,
         and for data that cannot be opened, with the name of the stream.
@@ -44,7 +44,7 @@ def check_data(sweep: Sweep) -> None:
 
 
 def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
-    """Raises: DataError for tasks of which a stream reads labels that its data do not have."""
+    """Raise DataError for tasks whose labels a stream reads but its data lack."""
     labels = str(table.get("labels", "all"))
     tasks = set() if labels in ("all", "none") else set(labels.split("+"))
     terms = [term for term in table.get("term", ()) if isinstance(term, Mapping)]
@@ -60,7 +60,7 @@ def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
 
 
 def _other_classes(name: str, split: Split, first: str, other: Split) -> MismatchError:
-    """The error for a stream with other classes than the first."""
+    """Return the error for a stream with other classes than the first."""
     fix = f"Give it a class map, a line `<id> <class>` for each of its classes: --set stream.{name}.class-map=FILE"
     if not split.classes.names:
         fix = f"Write the classes of {first}, one a line, into classes.txt where the data of {name} begin."

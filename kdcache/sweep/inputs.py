@@ -1,7 +1,7 @@
-"""What each job of a sweep depends on: a job is done if the digest of its inputs is the recorded one.
+"""The inputs of each job of a sweep. A job is done if the digest of its inputs is the recorded one.
 
 OUT/inputs.json has the contents of the data at the first run, and the inputs of each job that was done. A data set is
-known by its place among the data sets of the jobs, because its folder may be renamed.
+identified by its position among the data sets of the jobs, because its folder may be renamed.
 """
 
 import hashlib
@@ -55,17 +55,17 @@ class Inputs:
         self._write()
 
     def are_done(self, job: Job) -> bool:
-        """Return True if the job left its file at its end, and its inputs are what they were."""
+        """Return True if the job's result exists, and its inputs are unchanged."""
         return is_done(job) and job.words[0] != _REPEATED and self._done.get(job.name) == self.digest(job)
 
     def digest(self, job: Job) -> str:
-        """Return the SHA-256 of a job's command, of its data, and of what the jobs before it left."""
+        """Return the SHA-256 of a job's command, its data, and the results of the jobs before it."""
         data = [self._digests[self._key(*pair)] for pair in _data_of(job)]
         before = [self._left(self._jobs[name]) for name in job.needs]
         return hashlib.sha256(json.dumps([without_folders(job.words), data, before]).encode()).hexdigest()
 
     def record(self, job: Job, digest: str) -> None:
-        """Remember that a job was done with these inputs."""
+        """Record that a job was done with these inputs."""
         with self._lock:
             self._done[job.name] = digest
             self._write()
@@ -107,14 +107,14 @@ class Inputs:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a record, by which one that was damaged is known."""
+    """Return the SHA-256 of a record, which reveals damage."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_done(job: Job) -> bool:
-    """Return True if the file that a job leaves at its end is there, not empty as a crash may have left it.
+    """Return True if the file that a job leaves at its end exists and is not empty, as after a crash.
 
-    A training is repeated, too, if its run lost model.json: it writes that again.
+    A training is also repeated if its run lost model.json, and then writes it again.
     """
     if job.done is None or not read_object(job.done):
         return False
@@ -122,7 +122,7 @@ def is_done(job: Job) -> bool:
 
 
 def without_folders(words: Sequence[str]) -> list[str]:
-    """Return a job's words without the places of its data sets, for their contents are compared."""
+    """Return a job's words without the places of its data sets, because their contents are compared."""
     flags = ("", *words)
     return [_without_folder(flag, word) for flag, word in pairwise(flags)]
 

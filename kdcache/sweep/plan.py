@@ -1,8 +1,8 @@
-"""From a recipe to jobs: the commands of a sweep, what each of them makes and what it needs.
+"""From a recipe to jobs: the commands of a sweep, with the results and dependencies of each.
 
-OUT/teachers/teacher[-fold0]       one per fold, or none when the recipe names a teacher that exists; others by name
+OUT/teachers/teacher[-fold0]       one per fold, or none if the recipe names an existing teacher; others by name
 OUT/stores/store[-fold0].zarr      their targets; STREAM.zarr and STREAM-NAME.zarr of a stream's data
-OUT/audits/STORE/report.json       what the teacher of a store is worth by the labels of its data
+OUT/audits/STORE/report.json       the audit of a cache's teacher against the labels of its data
 OUT/runs/ARM[-fold0][-seed1]       the students
 OUT/comparison.md .csv .json       the table; kd_comparison_results.txt is its short form
 OUT/pictures/                      best and worst images, confusion, curves; all arms side by side
@@ -49,8 +49,8 @@ class Job:
 
     Attributes:
         words: a verb and its flags.
-        done: a JSON file that is there when it has been done; None for what is always done again.
-        needs: names of jobs that come before it.
+        done: a JSON file that exists once it is done, or None if it is always repeated.
+        needs: names of jobs that must come before it.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def next_words(self) -> tuple[str, ...]:
-        """The command to run now: a run is resumed only where there is one."""
+        """The command to run now. An existing run is resumed."""
         begun = self.done is None or self.done.parent.exists()
         return self.words if begun else tuple(word for word in self.words if word != "--resume")
 
@@ -70,9 +70,9 @@ class Sweep:
     """A recipe with its data and folder.
 
     Attributes:
-        jobs: in an order in which none comes before what it needs.
+        jobs: ordered so that each comes after what it needs.
         runs: arm -> its runs' folders.
-        data: what is judged on, and learnt from where there are no streams.
+        data: the validation data, and the training data without streams.
         sources: data of streams by name.
     """
 
@@ -90,11 +90,14 @@ def plan_sweep(
     """Plan all jobs of a recipe.
 
     Args:
-        data: the data folder; default the recipe's own `path`, or `val` of its streams' data.
+        recipe: the recipe.
+        data: the data folder. Default: the recipe's own `path`, or `val` of its streams' data.
+        out: the folder of the sweep.
         known: the flags that recipes may name.
-        sources: data of streams by name, in place of the recipe's own.
-    Raises: RecipeError for flags that do not exist or are the sweep's own, for arms that need each other, for stores
-        and teachers that are not there, and without data.
+        sources: data of streams by name, instead of the recipe's own.
+    Raises: RecipeError for unknown flags or the sweep's own flags, for arms that need each other, for missing caches
+    and
+        teachers, and without data.
     """
     of_streams = data_of_streams(recipe, sources or {})
     data = data or recipe.data.get("path") or _validation(recipe, of_streams)
@@ -109,11 +112,9 @@ def plan_sweep(
 
 
 def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
-    """The data set of every stream that arms share, by name.
+    """Return the data set of every stream that arms share, by name. `sources` replace the recipe's own.
 
-    Args:
-        sources: those that are given in place of the recipe's own.
-    Raises: RecipeError for a stream without data, and for data of a stream that does not exist.
+    Raises: RecipeError for a stream without data, and for data of an unknown stream.
     """
     names = [str(table["name"]) for table in recipe.stream]
     check_names("stream in --data NAME=DIR", sources, names)
@@ -128,7 +129,7 @@ def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str
 
 
 def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
-    """The data that a recipe with streams is judged on: its `val`, or those of the first stream."""
+    """Return the validation data of a recipe with streams: its `val`, or the first stream's."""
     if not data:
         return None
     text = str(recipe.data.get("val", f"{{{next(iter(data))}}}"))
@@ -139,7 +140,7 @@ def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
 
 
 def words(flags: Flags) -> Iterator[str]:
-    """Yield flags as one types them; what is false is `--no-flag`, a table a repeated one; "" leaves a flag out."""
+    """Yield flags as typed. False is `--no-flag`, a table is a repeated flag, and "" leaves a flag out."""
     for key, value in flags.items():
         if value == "":
             continue
@@ -154,12 +155,12 @@ def words(flags: Flags) -> Iterator[str]:
 
 
 def folder_name(text: str) -> str:
-    """A name that is a folder's on every system: letters, digits, dots, dashes and the like."""
+    """Return a name that is valid for a folder on every system: letters, digits, dots, dashes and the like."""
     return re.sub(r"[^A-Za-z0-9_.=+]+", "-", text).strip("-.") or "arm"
 
 
 def taken(flags: Flags) -> set[str]:
-    """Return the settings of terms that the loss of an arm takes, of any of its streams."""
+    """Return the settings of terms that the loss of an arm, in any of its streams, takes."""
     found = set[str]()
     for table in flags.get("stream") or [{}]:
         own = {key.replace("-", "_"): value for key, value in {**flags, **table}.items()}
@@ -199,13 +200,13 @@ class _Planner:
         return Sweep(self._recipe, self._out, tuple(self._jobs), self._runs, self._data, self._of_streams)
 
     def _add(self, job: Job) -> str:
-        """Add a job, unless it is planned already; returns its name."""
+        """Add a job unless it is planned already, and return its name."""
         if job.name not in (planned.name for planned in self._jobs):
             self._jobs.append(job)
         return job.name
 
     def _teacher(self, name: str, fold: int | None, own: Flags) -> str:
-        """Add the training of a teacher, for an arm with flags of its `own`; returns the job's name."""
+        """Add the training of a teacher, for an arm with flags of its `own`, and return the job's name."""
         run = self._teacher_run(fold, name, own)
         flags = filled({**self._recipe.teacher, **self._recipe.teachers.get(name, {})}, own)
         flags |= {**self._judged(fold), "out": run}
@@ -220,13 +221,13 @@ class _Planner:
         return self._add(Job(f"{title}{_of(fold)}", command, run / RESULT))
 
     def _variant(self, own: Flags) -> str:
-        """The values of an arm that teachers and stores name in braces; "" without any."""
+        """Return the values of an arm that teachers and caches name in braces, or ""."""
         return " ".join(str(own[key]) for key in self._of_arm if own.get(key, "") != "")
 
     def _store(
         self, name: str, stream: str | None, fold: int | None, seed: int = 0, own: Flags | None = None
     ) -> tuple[Path, str]:
-        """Add the building of a store, of a stream's data or of all; returns its folder and the job's name."""
+        """Add the build of a cache, of a stream's data or of all. Return its folder and the job's name."""
         own = own or {}
         flags = filled({**self._recipe.store, **self._recipe.stores.get(name, {})}, own)
         named, audited = flags.pop(TEACHER, f"@{TEACHER}"), flags.pop(AUDIT, False)
@@ -250,7 +251,7 @@ class _Planner:
         return place, job
 
     def _taught(self, named: str, store: str, fold: int | None, seed: int, of_arm: Flags) -> tuple[str, str, bool]:
-        """A teacher of a store, "@NAME": what the build is given, the job before it, and whether it has a seed."""
+        """Return a cache's teacher "@NAME": the build's argument, the job before it, and whether it has a seed."""
         own, at, which = named.removeprefix("@").rpartition("@")
         own, weights = (own, f"@{which}") if at and which in WEIGHTS else (named.removeprefix("@"), "")
         arms = [arm.name for arm in self._recipe.arms]
@@ -264,21 +265,21 @@ class _Planner:
         return f"{self._teacher_run(fold, own, of_arm)}{weights}", self._teacher(own, fold, of_arm), False
 
     def _audit(self, store: Path, job: str) -> Path:
-        """Add the audit of a store's teacher by the labels of its data; returns its file."""
+        """Add the audit of a cache's teacher against the labels of its data, and return its file."""
         out = self._out / "audits" / store.stem
         command = ("inspect", str(store), "--teacher-report", "--out", str(out))
         self._add(Job(f"audit of {job}", command, out / "report.json", (job,)))
         return out / "report.json"
 
     def _table(self, stream: str) -> dict[str, Any]:
-        """The table of a stream that arms share, with its data and split."""
+        """Return the table of a stream that arms share, with its data and split."""
         table = next(dict(parse_stream(table)) for table in self._recipe.stream if table["name"] == stream)
         return {"name": stream, "data": self._of_streams[stream], "split": self._split} | {
             key: value for key, value in table.items() if key not in ("name", "data")
         }
 
     def _streams(self, arm: Arm, fold: int | None, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
-        """The streams of an arm with their data and stores in place, and the jobs that build those."""
+        """Return the streams of an arm with their data and stores in place, and the jobs that build those."""
         tables, needs = [], []
         for own in arm.flags.get("stream", ()):
             table = {key: value for key, value in own.items() if value != ""}
@@ -305,7 +306,7 @@ class _Planner:
         return tables, needs
 
     def _run(self, arm: Arm, fold: int | None, seed: int) -> Path:
-        """Add the run of an arm, after the runs that its flags name with '@'; returns its folder."""
+        """Add the run of an arm, after the runs that its flags name with '@', and return its folder."""
         run = self._out / RUNS / (folder_name(arm.name) + _of(fold, "-") + (f"-seed{seed}" if seed else ""))
         name = f"{arm.name}{_of(fold)}" + (f", seed {seed}" if len(self._recipe.seeds) > 1 else "")
         if run in self._runs[arm.name]:
@@ -377,7 +378,7 @@ class _Planner:
         self._add(Job("report", ("report", *runs, *words(page)), None, (compared,)))
 
     def _judged(self, fold: int | None) -> dict[str, Any]:
-        """Flags for what validates a training: a fold, the part that the recipe holds out, or the other split."""
+        """Return flags for the validation of a training: a fold, the held-out part, or the other split."""
         part = self._recipe.data.get("held-out") if fold is None else f"{fold}/{self._recipe.folds}"
         if part is None:
             return {"val-split": self._val_split}
@@ -395,7 +396,7 @@ class _Planner:
 
 
 def _named_store(cache: str) -> tuple[str, str | None]:
-    """('NAME=', store) of '@STORE' or 'NAME=@STORE' in a recipe. The store of a path is None."""
+    """Return ('NAME=', store) of '@STORE' or 'NAME=@STORE' in a recipe. The store of a path is None."""
     match = re.fullmatch(r"((?:[^@=/]+=)?)@(.+)", cache)
     return (match[1], match[2]) if match else ("", None)
 

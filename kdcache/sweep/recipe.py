@@ -80,12 +80,12 @@ class Recipe:
     """A sweep before it knows where its data are.
 
     Attributes:
-        source: the text it was read from, before `--smoke` and `--set`.
+        source: its text, before `--smoke` and `--set`.
         data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline, curve.
         teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
-        stream: tables of the streams that arms share, in their order.
-        arms: every combination of their values, each once; `stream` is the list of its streams, where it has any.
-        smoke: it was made small by `--smoke`, which its title shows.
+        stream: tables of the streams that arms share, in order.
+        arms: every combination of their values, each once. `stream` is the list of its streams, if it has any.
+        smoke: it was shortened by `--smoke`, which its title shows.
     """
 
     name: str
@@ -105,11 +105,11 @@ class Recipe:
 
     @property
     def folds(self) -> int | None:
-        """The number of folds of its cross-validation; None without."""
+        """The number of folds of its cross-validation, or None."""
         return self.data.get("folds")
 
     def arm(self, name: str) -> Arm:
-        """The arm of that name. Raises: RecipeError with the nearest name when there is none."""
+        """Return the arm of that name. Raises: RecipeError with the nearest name for an unknown one."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
@@ -117,18 +117,19 @@ class Recipe:
 
 
 def list_recipes() -> dict[str, str]:
-    """Name -> title of the recipes that are shipped."""
+    """Return name -> title of the shipped recipes."""
     paths = sorted(path for path in _shipped().iterdir() if path.name.endswith(".toml"))
     return {path.name.removesuffix(".toml"): tomllib.loads(path.read_text(encoding="utf-8"))["title"] for path in paths}
 
 
 def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()) -> Recipe:
-    """Read a recipe that is shipped, by its name, or a TOML file.
+    """Read a shipped recipe by its name, or a TOML file.
 
-    Args:
-        smoke: replace keys by those of its [smoke]: small, on procedural scenes.
-        changes: TABLE.KEY=VALUE, VALUE as in TOML (a bare word is a string).
-    Raises: RecipeError for one that is missing, malformed, or has keys that do not exist.
+    `smoke` replaces keys by those of its [smoke], for a short run on procedural scenes. `changes` are TABLE.KEY=VALUE,
+    with
+    VALUE as in TOML (a bare word is a string).
+
+    Raises: RecipeError for a recipe that is missing, malformed, or has unknown keys.
     """
     content = _load(origin)
     check_names("key of the recipe", content, _TOP)
@@ -164,11 +165,9 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
 
 
 def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
-    """Check that names are among the allowed ones.
+    """Check that names are among the allowed ones. `what` describes a name, such as "key of [smoke]".
 
-    Args:
-        what: what a name is and where, such as "key of [smoke]".
-    Raises: RecipeError for the first other, with the nearest.
+    Raises: RecipeError for the first unknown one, with the nearest.
     """
     options = sorted(allowed)
     for name in names:
@@ -186,13 +185,13 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> RecipeError:
 
 
 def named_flag(value: Any) -> str | None:
-    """Return the flag of an arm that a value of another table names, "{flag}"; None for other values."""
+    """Return the flag of an arm that a value of another table names, "{flag}", or None for other values."""
     match = re.fullmatch(r"{([a-z-]+)}", value) if isinstance(value, str) else None
     return None if match is None else match[1]
 
 
 def filled(table: Flags, own: Flags) -> dict[str, Any]:
-    """Return the table with an arm's values in place of the flags that it names; "" for those that the arm lacks."""
+    """Return the table with an arm's values for the flags that it names, or "" for those that the arm lacks."""
     return {key: value if (name := named_flag(value)) is None else own.get(name, "") for key, value in table.items()}
 
 
@@ -218,7 +217,7 @@ def _load(origin: str) -> dict[str, Any]:
 
 
 def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
-    """The content with tables merged key by key, but for the teacher, whose table is replaced as a whole."""
+    """Return the content with tables merged key by key, except the teacher's, which is replaced completely."""
     merged = dict(content)
     for key, value in smoke.items():
         if key in _NAMED:
@@ -230,7 +229,7 @@ def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replaced_named(kind: str, tables: Any, smoke: Any) -> list[dict[str, Any]]:
-    """The arms or streams in their order, each with the keys of the small one of its name."""
+    """Return the arms or streams in their order, each with the keys of the small one of its name."""
     _check_named(kind, tables)
     _check_named(kind, smoke)
     small = {str(table["name"]): table for table in smoke}
@@ -297,12 +296,12 @@ def _is_repeated(key: str) -> bool:
 
 
 def _of_stream(key: str) -> bool:
-    """Whether a key is that of a stream, `kitti.share`: flags have no dots."""
+    """Return whether a key belongs to a stream, as in `kitti.share`. Flags have no dots."""
     return "." in key
 
 
 def _stream_changes(arm: Flags) -> dict[str, Any]:
-    """What an arm changes in streams, as `kitti.share`; `kitti.` is False for one that it leaves out."""
+    """Return an arm's changes to streams, as `kitti.share`. `kitti.` is False for a stream that it leaves out."""
     changes = arm.get("stream", {})
     if isinstance(changes, list):
         return {}
@@ -318,7 +317,7 @@ def _stream_changes(arm: Flags) -> dict[str, Any]:
 
 
 def _streams(arm: Flags, shared: list[dict[str, Any]], changes: Flags) -> list[dict[str, Any]]:
-    """The streams of an arm: its own tables, or those that arms share with its changes. Raises: RecipeError."""
+    """Return the streams of an arm: its own tables, or those that arms share with its changes. Raises: RecipeError."""
     if isinstance(arm.get("stream"), list):
         return list(arm["stream"])
     by_name = {str(table["name"]): dict(table) for table in shared}
@@ -356,7 +355,7 @@ def _check_tables(content: dict[str, Any]) -> None:
 
 
 def _name(template: str, flags: Flags, choice: Flags) -> str:
-    """The arm's name: values in place of {flag}; choices that the template does not show are added."""
+    """Return the arm's name with values for {flag}. Choices that the template does not show are added."""
     name = template
     for key, value in flags.items():
         name = name.replace(f"{{{key}}}", str(value))

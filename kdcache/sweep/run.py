@@ -1,6 +1,6 @@
-"""Doing the jobs of a sweep. What is done is not repeated; what was interrupted goes on.
+"""Run the jobs of a sweep. Finished jobs are not repeated, and interrupted ones continue.
 
-One process does them in order; `parallel` runs several side by side, each as soon as what it needs is done.
+One process runs them in order. `parallel` runs several at once, each as soon as its dependencies are done.
 """
 
 import hashlib
@@ -32,16 +32,16 @@ Runner = Callable[[Job], None]
 
 
 class Watcher:
-    """Watches a sweep; every method may be overridden."""
+    """Watches a sweep. Every method may be overridden."""
 
     def started(self, job: Job, number: int, total: int) -> None:
-        """A job begins."""
+        """Take notice that a job begins."""
 
     def kept(self, job: Job, number: int, total: int) -> None:
-        """A job was done before, and is left as it is."""
+        """Take notice that a job was done before, and is left unchanged."""
 
     def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
-        """A job has been done."""
+        """Take notice that a job is done."""
 
 
 def run_jobs(
@@ -51,12 +51,10 @@ def run_jobs(
     parallel: int = 1,
     watcher: Watcher | None = None,
 ) -> None:
-    """Do the jobs of a sweep that are not done yet.
+    """Run the jobs of a sweep that are not done yet, `parallel` at once, with a thread-safe runner.
 
-    Args:
-        parallel: how many side by side; their runner must be safe to call from several threads.
-    Raises: what a runner raises, after the jobs that were begun beside it have ended; RecipeError for a folder of
-        another sweep; MismatchError for data that changed since the first run.
+    Raises: the runner's errors, after the jobs that were begun have ended; RecipeError for a folder of another sweep;
+        MismatchError for data that changed since the first run.
     """
     _record(sweep)
     watching, inputs = watcher or Watcher(), Inputs(sweep)
@@ -136,7 +134,7 @@ def _record(sweep: Sweep) -> None:
 
 
 def _digest(jobs: dict[str, str]) -> str:
-    """Return the SHA-256 of a record's jobs, by which one that was damaged is known."""
+    """Return the SHA-256 of a record's jobs, which reveals damage."""
     return hashlib.sha256(json.dumps(jobs, sort_keys=True).encode()).hexdigest()
 
 
@@ -161,7 +159,7 @@ def _without_folders(jobs: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """The first difference in words: a job that is new, gone, or has other flags."""
+    """Return the first difference in words: a job that is new, gone, or has other flags."""
     for name in [*now, *before]:
         if name not in before or name not in now:
             return f"{name!r} is {'new' if name in now else 'gone'}"
@@ -174,12 +172,12 @@ def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 
 def _flags_of(words: Sequence[str]) -> list[str]:
-    """Flags with their values, as one types them."""
+    """Return flags with their values, as one types them."""
     return [part.strip() for part in " ".join(words).split(" --")]
 
 
 def failed(job: Job, how: str, log: Path) -> KDCacheError:
-    """The error of a job that a process of its own did not bring to its end; it has the last lines of its log."""
+    """Return the error of a job whose process failed, with the last lines of its log."""
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
     return KDCacheError(
         f"The job {job.name} ended with {how}:\n" + "\n".join(last),

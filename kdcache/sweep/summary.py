@@ -15,7 +15,7 @@ DETAILS = "details.md"
 
 
 def write_details(sweep: "Sweep") -> None:
-    """Write details.md from the runs' results and comparison.json, whose class names come with the runs' models."""
+    """Write details.md from the runs' results and comparison.json, with the class names of the runs' models."""
     content = read_object(sweep.out / "comparison.json", MOST_CONTENTS)
     if not content:
         return
@@ -56,7 +56,7 @@ def _name(run: dict[str, Any]) -> str:
 
 
 def _iteration(run: Path) -> str:
-    """The iteration of the weights that were judged; a teacher that was trained elsewhere has none."""
+    """Return the iteration of the judged weights, if any. A teacher trained elsewhere has none."""
     return str(Run(run).result.get("best_step", "-"))
 
 

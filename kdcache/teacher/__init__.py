@@ -1,10 +1,10 @@
 """The teacher's one pass: where it comes from, what it writes, and checks against it.
 
     load/    a teacher from a run, a file or a function
-    build/   its pass over a data set, into a store
-    audit/   stores judged: against their teacher, and against labels
+    build/   its pass over a data set, into a cache
+    audit/   checks of caches against their teacher, and against labels
 
-A teacher runs once; everything after the build reads the store.
+A teacher runs once. Everything after the build reads the cache.
 """
 
 from kdcache.teacher.audit.verify import Agreement, compare_teacher, score_cache

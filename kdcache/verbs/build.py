@@ -43,11 +43,11 @@ TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings, Engine
 
 @dataclass(frozen=True, repr=False)
 class Built(BuildResult):
-    """The result of a build, and what it made.
+    """The result of a build, with its summary and score.
 
     Attributes:
         worker: this process's part of the build.
-        feature_dtype: how features were asked to be stored.
+        feature_dtype: the requested storage of features.
         summary: of the cache. None until it is complete.
         score: the teacher's, read back from the cache. None without labels of classes.
         of: what the score was measured on.
@@ -76,24 +76,27 @@ def build_cache(
 ) -> Built:
     """Run a teacher over a split once and keep its outputs, as `kdcache build-teacher-cache` does.
 
-        result = kdcache.build_cache("camvid", "runs/teacher", "camvid.zarr")
-        result = kdcache.build_cache(split, my_module, "mine.zarr", size=(288, 384), views=4)
+    >>> import kdcache
+    >>> built = kdcache.build_cache("streets", "runs/teacher", "new.zarr", split="val", progress=False)
+    >>> built.records, built.complete
+    (16, True)
 
-    Interrupted, the same call continues; a finished store is checked and left as it is. With engine="ray" the actors of
-    a Ray cluster teach the shards; data and teacher in memory are pickled, and each actor gets a copy.
+    After an interruption the same call continues. A finished cache is checked and left unchanged. With engine="ray" the
+    actors of a Ray cluster compute the shards. Data and teacher in memory are pickled, and each actor gets a copy.
 
     Args:
         data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`. None with `like` takes the
             pixels that this cache stores.
-        teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or what `load_teacher` made.
-        out: the store, a folder or s3://BUCKET/PREFIX.
-        split: which split of the data, default train; with `reuse` that of the earlier cache.
-        reuse: a complete cache, which is only read (`--from`). Its targets are copied for views that render as they
-            did. Settings that are not given are as there.
-        like: a complete cache whose views the new one repeats (`--like`), so that `train` can join both.
-        worker: "I/N" is this process's part of a build that several share; "auto" as a scheduler numbers it.
-        take_over: writes the missing shards of the other workers, too.
-        progress: shows a bar, or lines where there is no terminal.
+        teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or the result of
+            `load_teacher`.
+        out: the cache, a folder or s3://BUCKET/PREFIX.
+        split: which split of the data. Default: train, or with `reuse` the earlier cache's.
+        reuse: a complete cache, which is only read (`--from`). Its targets are copied for views that render as before.
+            Missing settings are the same as in that cache.
+        like: a complete cache whose views the new one repeats (`--like`), so `train` can join both.
+        worker: "I/N" is this process's part of a shared build. "auto" takes a scheduler's numbers.
+        take_over: also write the missing shards of the other workers.
+        progress: show a bar, or lines without a terminal.
         settings: as the flags of the verb, with their defaults: `help(kdcache.build_cache)` lists them. Sizes are
             (H, W), or texts such as "288x384".
     Raises: KDCacheError of every kind.
@@ -147,10 +150,10 @@ def _scored(built: Built, source: Split, out: str | Path) -> Built:
 
 
 def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEngine | None":
-    """The engine of a build, None for this process alone.
+    """Return the engine of a build, or None for this process. `parts` is as of `RayEngine`.
 
-    Args:
-        parts: as of `RayEngine`. part: this process's, which is all of it under Ray.
+    `part` is this process's part, which must be the whole build with Ray.
+
     Raises: RecipeError for settings of another engine; as `RayEngine`.
     """
     if not settings.is_ray:

@@ -1,4 +1,4 @@
-"""What a build consists of: its data set, its teacher and its options, from settings, or as in an earlier cache."""
+"""The parts of a build: its data set, its teacher and its options, from settings or an earlier cache."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ OF_REUSED = (
 
 
 def check_views(settings: Mapping[str, Any]) -> None:
-    """Refuse crops of whole images. Raises: RecipeError."""
+    """Raise RecipeError for crops of whole images."""
     if settings.get("views") == "full" and settings.get("crop") is not None:
         raise RecipeError(
             f"Cannot use --crop {_shown(settings['crop'])} with --views full: they are the whole images",
@@ -66,6 +66,7 @@ def prepare(
     out: str | Path,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
+    """Open the data and return the split, the teacher and the options of a build. Raises: as `plan_build`."""
     return plan_build(open_data(data, split), teacher, settings, out, note)
 
 
@@ -78,15 +79,12 @@ def plan_reuse(
     out: str | Path,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions, Cache]:
-    """Return the split, the teacher and the options of a build that copies targets of an earlier cache, and that cache.
+    """Return the split, the teacher and the options of a build that copies from an earlier cache, and that cache.
 
-    Sets torch's threads.
+    Sets torch's threads. The split defaults to that of `reuse`, the earlier cache. Settings other than the `given` ones
+    are
+    the earlier cache's. `note` is called with what the user should know.
 
-    Args:
-        reuse: the earlier cache.
-        split: default the earlier cache's.
-        given: the settings that were given, by name. Others are as in the earlier cache.
-        note: is called with what the user should know.
     Raises: RecipeError for settings that the earlier cache decides, and if `out` is that cache; as `load_like`.
     """
     if fixed := [name for name in OF_REUSED if name in given]:
@@ -137,14 +135,17 @@ def plan_like(
     out: str | Path,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
-    """Return what a build consists of that repeats the views of a cache.
+    """Return the split, the teacher and the options of a build that repeats the views of a cache.
 
     Args:
         like: that cache.
         data: whose images are rendered. None takes the pixels that the cache stores.
-        split: default the cache's.
-        settings, out, note: as of `plan_build`.
+        split: default: the cache's.
+        teacher: as of `plan_build`.
+        settings: as of `plan_build`.
         given: the settings that were given, by name. Pixels are not stored unless they ask for it.
+        out: as of `plan_build`.
+        note: as of `plan_build`.
     Raises: as `open_cache` and `plan_build`; RecipeError for settings of views that the cache does not have;
         MismatchError for other samples.
     """
@@ -178,7 +179,7 @@ def plan_like(
 
 
 def check_source(data: Any, reuse: Any, like: Any) -> None:
-    """Check where the views of a build come from. Raises: RecipeError."""
+    """Check that the source of a build's views is unambiguous. Raises: RecipeError."""
     if reuse is not None and like is not None:
         raise RecipeError(
             f"Use either --from {_place(reuse)} or --like {_place(like)}, not both",
@@ -197,14 +198,14 @@ def _place(cache: str | Path | Cache) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of a setting of views as one types it."""
+    """Return a value of a setting of views as one types it."""
     if not isinstance(value, tuple):
         return str(value).lower()
     return ("x" if isinstance(value[0], int) else ":").join(f"{side:g}" for side in value)
 
 
 def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
-    """Yield what has changed since the earlier cache was built: its data, and the library that decodes images."""
+    """Yield changes since the earlier cache was built: its data, and the library that decodes images."""
     renewed = data_changes(earlier, source)
     yield from renewed.notes()
     if renewed:
@@ -239,13 +240,13 @@ def plan_build(
     out: str | Path | None,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
-    """The split, the teacher and the options of a build; sets torch's threads.
+    """Return the split, the teacher and the options of a build, and set torch's threads.
 
-    Args:
-        settings: values by name, of the tables of teachers, images, builds and the machine.
-        out: the store, which keeps its fit where it was begun before; None for none.
-        note: is called with what the user should know.
-    Raises: RecipeError without a size, where the teachers have none of their own; as `load_teachers`.
+    `settings` has values by name, for teachers, images, builds and the machine. `out` is the cache, which keeps its fit
+    if
+    it was begun before, or None. `note` is called with what the user should know.
+
+    Raises: RecipeError without a size if the teachers have none; as `load_teachers`.
     """
     if out is not None and (begun := begun_manifest(out)) is not None:
         check_computable(begun.teacher)
@@ -272,7 +273,7 @@ def plan_build(
 
 
 def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
-    """Refuse features of several teachers, of which only the first one's would be stored. Raises: RecipeError."""
+    """Raise RecipeError for features of several teachers, as only the first one's would be stored."""
     model, features = loaded.model, settings["features"]
     if features and loaded.folds is None and isinstance(model, EnsembleModel) and len(model.parts) > 1:
         raise RecipeError(
@@ -285,10 +286,9 @@ def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
 def _fit(
     choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None, learnt: Fit
 ) -> tuple[Fit, str | None]:
-    """The fit of the settings, else that of a store that was begun, else by the images' shapes, with a note.
+    """Return the fit of the settings, else of a begun cache, else by the images' shapes, with a note.
 
-    Args:
-        learnt: the teacher's: of images of several shapes it sees crops if it learnt from crops.
+    A teacher that has `learnt` from crops sees crops if images have several shapes.
     """
     if choice != "auto":
         return choice, None
@@ -304,7 +304,7 @@ def _fit(
 
 
 def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:
-    """The teacher of a build: as it is when it was loaded, else one or several by where they come from."""
+    """Return the teacher of a build: as it is when it was loaded, else one or several by where they come from."""
     of_one = {name: settings[name] for name in ("class_map", "mean", "std")}
     of_several = {name: settings[name] for name in ("teacher_weights", "tta", "folds", "folds_by")}
     if isinstance(teacher, Teacher | nn.Module):

@@ -30,18 +30,23 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Runs side by side: scores, distance to the baseline and its noise, cost, as `kdcache compare` prints them.
+    """Compare runs: scores, difference to the baseline and its noise, and cost, as `kdcache compare` does.
 
-        comparison = kdcache.compare(["runs/none", "runs/dist"], teacher="runs/teacher")
+    >>> import kdcache
+    >>> comparison = kdcache.compare(["runs/student"], teacher="runs/teacher", repeats=0, progress=False)
+    >>> [row.name for row in comparison.rows]
+    ['student', 'teacher']
 
-    Runs that differ only in seed and fold are one row. Evaluations and timings are kept in the run folders, and used
-    again while weights and data, or network, size and machine are the same.
+    Runs that differ only in seed and fold are one row. Evaluations and timings are stored in the run folders, and
+    reused
+    while weights and data, or network, size and machine are unchanged.
 
     Args:
         runs: run folders, folders that hold runs, RUN@best-ema, SPEC@FILE.
-        data, split: default: what the runs' recipes validate on.
-        teacher: a run or SPEC@FILE, shown apart.
-        progress: shows a bar, or lines where there is no terminal.
+        data: the data set. Default: the one that the runs' recipes validate on.
+        split: its split. Default: the one that the runs' recipes validate on.
+        teacher: a run or SPEC@FILE, shown separately.
+        progress: show a bar, or lines without a terminal.
         settings: as the flags of the verb, with their defaults: `help(kdcache.compare)` lists them.
     Raises: KDCacheError of every kind.
     """
@@ -54,7 +59,7 @@ def compare(
 def places_of(
     runs: str | Path | Run | Sequence[str | Path | Run], data: Data | None, split: str | None
 ) -> tuple[list[str], str | None, str | None]:
-    """The names of runs, and the spec and the split of the data they are compared on, None where not given."""
+    """Return the names of runs, and the spec and split of the data to compare on, or None."""
     texts = [str(runs)] if isinstance(runs, str | Path | Run) else [str(run) for run in runs]
     if data is None:
         return texts, None, split
@@ -63,7 +68,7 @@ def places_of(
 
 
 def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
-    """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
+    """Return how runs are evaluated, and set torch's threads. Raises: RecipeError for an invalid value."""
     judge, depth = read(JudgeSettings, settings), read(DepthSettings, settings)
     images = read(ImageSettings, {"size": settings["size"], "fit": settings["fit"]})
     if settings["threads"]:
@@ -80,7 +85,7 @@ def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
 
 
 def options_of(settings: Mapping[str, Any]) -> CompareOptions:
-    """How runs are compared. Raises: RecipeError for a value that is none."""
+    """Return how runs are compared. Raises: RecipeError for an invalid value."""
     rows = read(CompareSettings, settings)
     return CompareOptions(
         judging_of(settings),

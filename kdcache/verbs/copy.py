@@ -33,16 +33,16 @@ from kdcache.verbs.places import copies_of, place_of
 
 @dataclass(frozen=True)
 class Copied:
-    """What was copied.
+    """The result of a copy.
 
     Attributes:
-        destination: where to.
-        source: the manifest of the cache that was copied.
-        changes: what is different in the copy.
+        destination: its place.
+        source: the manifest of the copied cache.
+        changes: the differences of the copy.
         worker: this process's part of the copy.
-        result: what was copied to a folder or an object store, None onto the Hub.
-        pushed: what was copied onto the Hub.
-        bytes, source_bytes: of the copy and of the source on disk. 0 until the copy is complete, and onto the Hub.
+        result: the copy to a folder or an object store, None for the Hub.
+        pushed: the copy to the Hub.
+        bytes, source_bytes: of the copy and of the source on disk. 0 until the copy is complete, and for the Hub.
     """
 
     destination: str
@@ -75,22 +75,29 @@ def copy(
 ) -> Copied:
     """Copy a cache to another disk, object store or the Hub, into another codec or in part, as `kdcache copy` does.
 
-        kdcache.copy("camvid.zarr", "s3://bucket/camvid.zarr")
-        kdcache.copy("ade20k.zarr", "tenth.zarr", samples=2000, features=())
+    >>> import kdcache
+    >>> copied = kdcache.copy("streets.zarr", "half.zarr", samples=4, progress=False)
+    >>> len(kdcache.open_cache("half.zarr").ids)
+    4
 
-    Interrupted, the same call continues.
+    After an interruption the same call continues.
 
     Args:
         source: a complete cache: a folder, s3://BUCKET/PREFIX or hf://datasets/USER/NAME.
         destination: new folder or address, or an unfinished copy.
-        codec, shard_records, feature_dtype: as at the build. Default: the source's.
-        samples: only so many, evenly spread over the source.
-        features: only these taps. Empty for none, default all.
-        pixels: "source" leaves out images and labels, which is the default onto the Hub.
-        license, private: of a copy on the Hub.
-        worker, take_over: as of `kdcache.build_cache`.
-        cache_dir, cache_bytes: the folder for copies of a remote cache's files, and its room.
-        progress: shows a bar, or lines where there is no terminal.
+        codec: as at the build. Default: the source's.
+        shard_records: as at the build. Default: the source's.
+        samples: number of samples to copy, evenly spread over the source.
+        features: only these taps. Empty for none. Default: all.
+        feature_dtype: as at the build. Default: the source's.
+        pixels: "source" leaves out images and labels, which is the default for the Hub.
+        license: of a copy on the Hub.
+        private: whether a copy on the Hub is private.
+        worker: as of `kdcache.build_cache`.
+        take_over: as of `kdcache.build_cache`.
+        cache_dir: the folder for copies of a remote cache's files.
+        cache_bytes: its limit in bytes.
+        progress: show a bar, or lines without a terminal.
     Raises: KDCacheError of every kind.
     """
     choices = entries(BuildSettings)

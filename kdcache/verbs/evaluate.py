@@ -68,10 +68,10 @@ class Evaluated:
     """The metrics of a model. Two are equal if their metrics are.
 
     Attributes:
-        data_sets: the metrics on each data set, of the classes that it shares with the model.
+        data_sets: the metrics on each data set, for the classes that it shares with the model.
         class_names: the model's.
-        depth_range: the depths that were judged on the first data set. None without depth.
-        reused: True if an earlier evaluation had all of them.
+        depth_range: the judged depths on the first data set. None without depth.
+        reused: True if all metrics come from an earlier evaluation.
         files: the files that were written.
     """
 
@@ -94,18 +94,18 @@ class Evaluated:
 
     @property
     def segmentation(self) -> Metrics | None:
-        """mIoU, IoU per class and the like on the first data set."""
+        """mIoU, IoU per class and more on the first data set."""
         return self.metrics.segmentation
 
     @property
     def depth(self) -> DepthMetrics | None:
-        """Metrics of depth on the first data set."""
+        """Depth metrics on the first data set."""
         return self.metrics.depth
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Where an evaluation is written. None is in the run's folder, or in `folder` for a model that is no run."""
+    """Where an evaluation is written. None is the run's folder, or `folder` for a model that is not a run."""
 
     json: Path | None
     markdown: Path | None
@@ -130,26 +130,31 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> Evaluated:
-    """mIoU, IoU per class and metrics of depth at the labels' own size, as `kdcache evaluate` has them.
+    """Evaluate a model at the labels' own size: mIoU, IoU per class and depth metrics, as `kdcache evaluate` does.
 
-        metrics = kdcache.evaluate("runs/student", "camvid")
-        metrics = kdcache.evaluate(my_module, split, size=(288, 384))
+    >>> import kdcache
+    >>> evaluated = kdcache.evaluate("runs/student", "streets", progress=False)
+    >>> 0 <= evaluated.segmentation.miou <= 1
+    True
 
-    An evaluation of a run is kept in its folder, and used again while weights and data are the same (`fresh=True` makes
-    it anew).
+    An evaluation of a run is stored in its folder, and reused while weights and data are unchanged (`fresh=True`
+    evaluates
+    again).
 
     Args:
-        model: a run, SPEC@FILE and the like, a module, or what `load_teacher` made.
+        model: a run, SPEC@FILE and the like, a module, or the result of `load_teacher`.
         data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`. Several are judged by the
             classes that each shares with the model.
-        split: which split of the data, default val: one for all, or one for each.
-        fold, folds_by: judge on one fold, as --fold 0/5 of a training left it out.
+        split: which split of the data. Default: val. One for all, or one for each.
+        fold: judge only this fold, which the training left out by --fold, such as "0/5".
+        folds_by: pattern of the sequences that folds keep together.
         class_map: file with the data class that each class of the model becomes.
         at_size: compare at the run's size instead of the labels' own.
-        json_file, markdown: default: files in the run's folder.
+        json_file: a file for the metrics. Default: a file in the run's folder.
+        markdown: a file for the tables. Default: a file in the run's folder.
         listing: a text file with a line per class.
-        folder: for the tables of a model that is no run. Without it they are not written.
-        progress: shows a bar, or lines where there is no terminal.
+        folder: for the tables of a model that is not a run. Without it they are not written.
+        progress: show a bar, or lines without a terminal.
         settings: as the flags of the verb, with their defaults: `help(kdcache.evaluate)` lists them.
     Raises: KDCacheError of every kind.
     """
@@ -255,7 +260,7 @@ class _Judged:
         )
 
     def _kept(self, record: Record, source: Split) -> TaskMetrics | None:
-        """The metrics of an earlier evaluation of a run that is the same."""
+        """Return the metrics of an earlier evaluation of a run that is the same."""
         if record.which is None or self.judging.fresh:
             return None
         return kept_metrics(Run.open(self.text).folder, record, source.classes.names)
@@ -310,7 +315,7 @@ class _Judged:
 
 
 def _open(data: Data | Sequence[Data], split: str | Sequence[str] | None) -> list[Split]:
-    """The data sets, each with its split. Raises: RecipeError for another number of splits."""
+    """Return the data sets, each with its split. Raises: RecipeError for another number of splits."""
     places = [data] if isinstance(data, str | Path | Split) else list(data)
     if not places:
         raise RecipeError("Missing --data", fix="Give a data set, or several.")
@@ -327,7 +332,7 @@ def _open(data: Data | Sequence[Data], split: str | Sequence[str] | None) -> lis
 
 
 def _of_module(model: nn.Module | Teacher, source: Split, judging: EvalSettings, progress: bool) -> TaskMetrics:
-    """Metrics of a module or a loaded teacher. Raises: RecipeError without a size."""
+    """Return metrics of a module or a loaded teacher. Raises: RecipeError without a size."""
     teacher = model if isinstance(model, Teacher) else load_teacher(model, source)
     size = judging.size or teacher.size or judging.window
     if size is None:

@@ -24,7 +24,10 @@ def export(
 ) -> Exported:
     """Write a model for deployment and check it, as `kdcache export` does.
 
-        kdcache.export("runs/student", "student.onnx")
+    >>> import kdcache
+    >>> exported = kdcache.export("runs/student", "student.safetensors")
+    >>> exported.path.name
+    'student.safetensors'
 
     Args:
         model: a run, or SPEC@FILE.
@@ -32,7 +35,7 @@ def export(
         format: safetensors, onnx, torch.export or ultralytics. Default: by the suffix of `out`.
         raw: logits at the native stride, without the resize to the image's size.
         weights: which of a run's weights: best, last, best-ema or last-ema.
-        size: (H, W) where the file is checked, or a text such as "288x384". Default: the run's.
+        size: (H, W) for the check, or a text such as "288x384". Default: the run's.
         classes: folder with classes.txt, the class names of SPEC@FILE.
         tolerance: largest difference from the model, relative to its largest logit.
     Raises: KDCacheError of every kind.

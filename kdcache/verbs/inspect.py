@@ -1,4 +1,4 @@
-"""`kdcache.inspect`, `kdcache.card` and `kdcache.audit`: what a cache is, and how good its teacher is."""
+"""`kdcache.inspect`, `kdcache.card` and `kdcache.audit`: the content of a cache, and the quality of its teacher."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,18 @@ from kdcache.verbs.places import place_of
 
 
 def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, cache_bytes: Any = None) -> StoreSummary:
-    """Return what a cache is: from what, how big, complete or not, its arrays, as `kdcache inspect` does.
+    """Summarise a cache: its source, size, completeness and arrays, as `kdcache inspect` does.
+
+    >>> import kdcache
+    >>> summary = kdcache.inspect("streets.zarr")
+    >>> summary.complete, summary.records_written
+    (True, 32)
 
     Args:
-        cache_dir, cache_bytes: the folder for copies of a remote cache, and its room.
-    Raises: RecipeError for a run. StoreError for no cache.
+        cache: a folder, an address, or an open cache, complete or not.
+        cache_dir: the folder for copies of a remote cache.
+        cache_bytes: its limit in bytes.
+    Raises: RecipeError for a run. StoreError for anything else that is not a cache.
     """
     if isinstance(cache, str | Path) and is_run(Path(cache)):
         raise RecipeError(
@@ -35,7 +42,11 @@ def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, c
 def card(subject: str | Path | Cache | Run, *, cache_dir: str | Path | None = None, cache_bytes: Any = None) -> str:
     """Return the card of a cache or a run in Markdown, as `kdcache inspect --card` does.
 
-    It has digests, the commands that train from it and make it again, versions, seeds and an entry for a bibliography.
+    >>> import kdcache
+    >>> "kdcache train-student" in kdcache.card("streets.zarr")
+    True
+
+    It has digests, the commands to train from it and to make it again, versions, seeds and a bibliography entry.
     """
     if isinstance(subject, Run):
         return run_card(subject)
@@ -63,13 +74,21 @@ def audit(
     cache_bytes: Any = None,
     progress: bool = True,
 ) -> Audited:
-    """Audit a teacher by what its cache holds, as `kdcache inspect --teacher-report` does.
+    """Audit a teacher by the content of its cache, as `kdcache inspect --teacher-report` does.
+
+    >>> import kdcache
+    >>> audited = kdcache.audit("streets.zarr", data="streets", out="report", progress=False)
+    >>> audited.folder.name
+    'report'
 
     Args:
-        data, split: the data set, for a cache without labels. Default: the cache's split.
-        out: folder of the report. Default: NAME-report beside the cache.
-        cache_dir, cache_bytes: the folder for copies of a remote cache, and its room.
-        progress: shows a bar, or lines where there is no terminal.
+        cache: a complete cache.
+        data: the data set, for a cache without labels.
+        split: its split. Default: the cache's.
+        out: folder of the report. Default: NAME-report next to the cache.
+        cache_dir: the folder for copies of a remote cache.
+        cache_bytes: its limit in bytes.
+        progress: show a bar, or lines without a terminal.
     """
     place = place_of(cache, cache_dir, cache_bytes)
     records = (

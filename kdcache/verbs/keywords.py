@@ -1,4 +1,4 @@
-"""Settings as keywords of a function: their names and defaults in its signature, their values checked by the tables."""
+"""Settings as keywords of a function: names and defaults in its signature, values checked by the tables."""
 
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
@@ -22,10 +22,9 @@ Data = Annotated[
 
 
 def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], Function]:
-    """A decorator: the function's `**settings` are the settings of tables, with their defaults in its signature.
+    """Return a decorator that replaces `**settings` in a function's signature by the settings of tables.
 
-    Args:
-        but: settings that are no keywords, beside those that the function has itself.
+    `but` names settings that are not keywords, in addition to the function's own parameters.
     """
 
     def decorate(function: Function) -> Function:
@@ -44,21 +43,21 @@ def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], F
 
 
 def _type(entry: Entry) -> Any:
-    """The type of a setting's values, without marks."""
+    """Return the type of a setting's values, without marks."""
     return entry.type | None if entry.optional or entry.setting.automatic else entry.type
 
 
 def default_of(entry: Entry) -> Any:
-    """The default of a setting as a keyword: None where it is chosen when the data and the machine are known."""
+    """Return the default of a setting as a keyword, or None if it depends on the data and the machine."""
     return Parameter.empty if entry.required else None if entry.setting.automatic else entry.default
 
 
 def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: type) -> dict[str, Any]:
-    """All settings of a function made by `keywords`, by name: the given ones as their tables have them, and defaults.
+    """Return all settings of a function made by `keywords`, by name: checked given values, and defaults.
 
-    Args:
-        settings: values, typed or as one writes them on the command line.
-    Raises: RecipeError for the first that has a value that it does not take.
+    `settings` are values, typed or written as on the command line.
+
+    Raises: RecipeError for the first invalid value.
     """
     table = entries(*tables)
     names = [one.name for one in signature(function).parameters.values() if one.name in table]
@@ -67,7 +66,7 @@ def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: 
 
 
 def open_data(data: Data, split: str | None) -> Split:
-    """The split of a data set by its spec or folder; a split is taken as it is.
+    """Return the split of a data set by its spec or folder. A split is returned unchanged.
 
     Raises: RecipeError for another name than the split has; as `open_split`.
     """
@@ -78,7 +77,7 @@ def open_data(data: Data, split: str | None) -> Split:
 
 
 def check_split(name: str, own: str, given: str | None) -> None:
-    """Check the name that is given next to a split. Raises: RecipeError for another name than it has."""
+    """Check a split name given together with a split. Raises: RecipeError if they differ."""
     if given not in (None, own):
         raise RecipeError(
             f"{name} is split {own!r}, not {given!r}",
@@ -87,7 +86,7 @@ def check_split(name: str, own: str, given: str | None) -> None:
 
 
 def spec_of(data: Data, name: str) -> tuple[str, str | None]:
-    """(Spec, name of the split) by which a training opens data again; the name is None where data is a spec.
+    """Return (spec, split name) for a training to open data again. The name is None if `data` is a spec.
 
     Raises: RecipeError for a split that its spec does not name, such as a part of another one.
     """

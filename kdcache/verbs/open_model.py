@@ -1,4 +1,4 @@
-"""The model that a verb uses: a run, or SPEC@FILE."""
+"""The model of a verb: a run, or SPEC@FILE."""
 
 from pathlib import Path
 
@@ -21,12 +21,13 @@ def open_model(
     classes: str | Path | None,
     window: object = None,
 ) -> tuple[SegmentationModel, RunModel]:
-    """Return a model and its description. Warn of what its file of weights lacks and of outputs that are no logits.
+    """Return a model and its description. Warn if its weights are incomplete or its outputs are not logits.
 
-    Args:
-        size, window: (H, W), or a text such as "288x384". A window is the size of SPEC@FILE without one.
-        classes: folder with classes.txt, the class names of SPEC@FILE.
-    Raises: RecipeError for no model, no size, or classes of a run. ModelError, MismatchError.
+    `size` and `window` are (H, W), or texts such as "288x384". A window is the size of SPEC@FILE without one. `classes`
+    is
+    a folder with classes.txt, the class names of SPEC@FILE.
+
+    Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError, MismatchError.
     """
     text = str(model)
     which = read_value(entries(JudgeSettings)["weights"], weights)

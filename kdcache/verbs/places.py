@@ -1,4 +1,4 @@
-"""Where the cache of a verb is, and the machine that it runs on."""
+"""The place of a verb's cache, and its machine."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def place_of(cache: str | Path | Cache, cache_dir: str | Path | None, cache_byte
 
 
 def copies_of(cache_dir: str | Path | None, cache_bytes: Any) -> tuple[Path | None, int | None]:
-    """Return the folder for copies of remote files, and its room in bytes. Raises: RecipeError for a wrong room."""
+    """Return the folder for copies of remote files, and its limit in bytes. Raises: RecipeError for a wrong limit."""
     room = read_value(entries(CopySettings)["cache_bytes"], cache_bytes)
     return None if cache_dir is None else Path(cache_dir), room
 

@@ -1,4 +1,4 @@
-"""`kdcache.plan`: what a build will cost, before it."""
+"""`kdcache.plan`: estimate a build's cost before it."""
 
 import shutil
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)
 
 @dataclass(frozen=True)
 class Planned:
-    """What a build would cost.
+    """The cost of a build.
 
     Attributes:
         estimate: bytes, files and seconds of the build, and of others that differ in one setting.
-        free: bytes that are free where it would go. None if that is not known.
-        disk, bound: the rate of that disk, and what bounds the build. None if the disk was not measured.
-        student: a student whose training was estimated. epochs: for so long.
+        free: free bytes at its place. None if unknown.
+        disk, bound: the rate of that disk, and the bottleneck of the build. None if the disk was not measured.
+        student: a student whose training was estimated. epochs: its length.
         student_seconds: its time per image, forward and backward.
     """
 
@@ -43,7 +43,7 @@ class Planned:
     student_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The figures, as --json writes them."""
+        """Return the figures, as --json writes them."""
         content = {**self.estimate.to_json(), "free_bytes": self.free}
         if self.disk is not None and self.bound is not None:
             content["disk"] = self.bound.to_json(self.disk)
@@ -73,17 +73,24 @@ def plan(
     progress: bool = True,
     **settings: Any,
 ) -> Planned:
-    """Estimate what `kdcache.build_cache` would cost: bytes, files, hours, as `kdcache plan` does.
+    """Estimate the cost of `kdcache.build_cache` in bytes, files and hours, as `kdcache plan` does.
 
-        print(kdcache.plan("camvid", "runs/teacher").estimate.chosen.bytes)
+    >>> import kdcache
+    >>> planned = kdcache.plan("streets", "runs/teacher", split="train", records=8, progress=False)
+    >>> planned.estimate.chosen.bytes > 0
+    True
 
     Args:
-        data, teacher, split, settings: as of `kdcache.build_cache`.
-        out: where the cache would go.
-        measure_disk: writes at most 2 GB to that disk and deletes them.
-        records: how many the estimate is measured on.
-        student, epochs: a model whose training is estimated too.
-        progress: shows bars, or lines where there is no terminal.
+        data: as of `kdcache.build_cache`.
+        teacher: as of `kdcache.build_cache`.
+        out: the place for the cache.
+        split: as of `kdcache.build_cache`.
+        measure_disk: write at most 2 GB to that disk and delete them.
+        records: number of records to measure.
+        student: a model whose training is also estimated.
+        epochs: length of that training.
+        progress: show bars, or lines without a terminal.
+        settings: as of `kdcache.build_cache`.
     Raises: KDCacheError of every kind.
     """
     check_views(settings)
@@ -102,7 +109,7 @@ def plan(
 
 
 def _free_bytes(out: str) -> int | None:
-    """Free bytes of the disk that a path would be on; None for an address."""
+    """Free bytes of the disk that a path would be on, or None for an address."""
     if "://" in out:
         return None
     path = Path(out).absolute()

@@ -1,4 +1,4 @@
-"""`kdcache.predict`: classes and depth of images of no data set."""
+"""`kdcache.predict`: classes and depth of images outside any data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ from kdcache.verbs.places import use_machine
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a prediction wrote.
+    """The result of a prediction.
 
     Attributes:
-        images: how many.
+        images: number of images.
         pixels: number of pixels by class name, the most frequent first. Empty without classes.
-        folders: what was written.
+        folders: the folders that were written.
     """
 
     images: int
@@ -60,19 +60,28 @@ def predict(
     device: str = MachineSettings.device,
     progress: bool = True,
 ) -> Predicted:
-    """Write what a model predicts for images that are in no data set, as `kdcache predict` does.
+    """Write a model's predictions for images outside any data set, as `kdcache predict` does.
 
-        kdcache.predict("runs/student", "photos", "predicted")
+    >>> import kdcache
+    >>> predicted = kdcache.predict("runs/student", "streets/images/val", "predicted", progress=False)
+    >>> predicted.images
+    4
 
     Args:
         model: a run, or SPEC@FILE.
         images: files, folders (with all below) or patterns.
         out: new or empty folder for labels/, overlays/ and depth/.
-        depth_format: png (16 bits, its unit in depth.toml, the default) or npy (float32).
+        depth_format: png (16 bits, with its unit in depth.toml, the default) or npy (float32).
         weights: which of a run's weights.
-        size, fit, window, stride: how the model sees the image, as in `evaluate`.
+        size: how the model sees the image, as in `evaluate`.
+        fit: how the model sees the image, as in `evaluate`.
+        window: how the model sees the image, as in `evaluate`.
+        stride: how the model sees the image, as in `evaluate`.
         classes: folder with classes.txt, the class names of SPEC@FILE.
-        progress: shows a bar, or lines where there is no terminal.
+        batch_size: images per forward pass.
+        threads: CPU threads. 0 leaves torch's choice.
+        device: auto, cpu or cuda.
+        progress: show a bar, or lines without a terminal.
     Raises: KDCacheError of every kind.
     """
     seen = {"fit": fit, "window": window, "stride": stride, "size": size}

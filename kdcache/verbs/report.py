@@ -1,4 +1,4 @@
-"""`kdcache.report`: runs side by side as a page to read."""
+"""`kdcache.report`: a comparison of runs as an HTML page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,20 +39,26 @@ def report(
 ) -> Comparison:
     """Write one HTML page of a comparison, as `kdcache report` does. Return the comparison.
 
-        kdcache.report(["runs/none", "runs/dist"], "report.html", teacher="runs/teacher")
+    >>> import kdcache
+    >>> comparison = kdcache.report("runs/student", "report.html", num=0, repeats=0, progress=False)
+    >>> comparison.images
+    4
 
     Args:
-        runs, data, split, teacher: as of `kdcache.compare`.
-        out: the page, an .html file. One that is there is replaced.
-        title: default: of the data's name.
-        num: best and worst images. Default 3, with `draw` 10 of each run.
+        runs: as of `kdcache.compare`.
+        out: the page, an .html file, which is replaced.
+        data: as of `kdcache.compare`.
+        split: as of `kdcache.compare`.
+        teacher: as of `kdcache.compare`.
+        title: default: from the data's name.
+        num: number of best and worst images. Default: 3, with `draw` 10 of each run.
         draw: a folder for pictures, curves and matrices as files.
         layout: panels of `draw`: grid or row.
-        format: formats of `draw` beside PNG, such as "png,pdf".
+        format: formats of `draw` in addition to PNG, such as "png,pdf".
         audit: report.json files of inspect --teacher-report.
         figure: a PNG to show, such as the curve of a sweep.
-        command: what the page says that it was made by.
-        progress: shows a bar, or lines where there is no terminal.
+        command: the command that the page shows as its origin.
+        progress: show a bar, or lines without a terminal.
         settings: as of `kdcache.compare`.
     Raises: KDCacheError of every kind.
     """

@@ -36,25 +36,30 @@ def train(
     progress: bool = True,
     **settings: Any,
 ) -> Run:
-    """Train a student from a store, or a model on labels alone, as `kdcache train-student` and `train-teacher` do.
+    """Train a student from a cache, or a model on labels only, as `kdcache train-student` and `train-teacher` do.
 
-        teacher = kdcache.train("runs/teacher", model="kdcache:base", data="camvid", size=(288, 384))
-        run = kdcache.train("runs/student", model="kdcache:tiny", cache="camvid.zarr", val="camvid")
+    >>> import kdcache
+    >>> options = {"iterations": 2, "batch_size": 2, "progress": False}
+    >>> run = kdcache.train("runs/new", model="kdcache:tiny", cache="streets.zarr", val="streets", **options)
+    >>> run.recipe["iterations"]
+    2
 
-    With a store it is `train-student`, without one `train-teacher`, which validates by default on the split val of
-    `data`; a data set in memory has no other split, and is not validated without `val`.
+    With a cache it is `train-student`, without one `train-teacher`, which validates by default on the split val of
+    `data`.
+    A data set in memory has no other split, and is not validated without `val`.
 
     Args:
         out: the run folder: new, empty, or with `resume` the run itself.
         model: its spec, such as kdcache:tiny or path/to/file.py:function.
-        data, val: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
-        preset: settings of a training by a name, such as few-labels. `settings` win.
-        resume: goes on from the last checkpoint.
-        progress: shows a bar, or lines where there is no terminal.
-        settings: as the flags of the verbs, with their defaults: `help(kdcache.train)` lists them. Sizes are
-            (H, W), or texts such as "288x384".
+        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
+        val: the validation data, in the same form.
+        preset: a name for settings of a training, such as few-labels. `settings` have priority.
+        resume: continue from the last checkpoint.
+        progress: show a bar, or lines without a terminal.
+        settings: as the flags of the verbs, with their defaults: `help(kdcache.train)` lists them. Sizes are (H, W), or
+            texts such as "288x384".
     Returns: the run: its folder, recipe, model and result.
-    Raises: KDCacheError of every kind; Interrupted when the user stops it, and then `resume=True` goes on.
+    Raises: KDCacheError of every kind; Interrupted if the user stops it. Then `resume=True` continues.
     """
     streams = settings.get("stream")
     taught = settings.get("cache") is not None or (isinstance(streams, list | tuple) and any(map(_has_store, streams)))
@@ -74,9 +79,9 @@ def train(
 
 
 def _places(data: Data | None, val: Data | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The specs of data and validation data, and the names of their splits where these come with them.
+    """Return the specs of data and validation data, and the names of their splits if these come with them.
 
-    Raises: RecipeError as `spec_of`, and for a split beside which another name is given.
+    Raises: RecipeError as `spec_of`, and for a split together with another name.
     """
     places: dict[str, Any] = {}
     for name, split_name, value in (("data", "split", data), ("val", "val_split", val)):
@@ -91,5 +96,5 @@ def _places(data: Data | None, val: Data | None, settings: dict[str, Any]) -> di
 
 
 def _has_store(stream: Any) -> bool:
-    """Whether a stream, a table or a line, has a store."""
+    """Return whether a stream, a table or a line, has a store."""
     return "cache" in stream if isinstance(stream, dict) else "cache=" in str(stream)

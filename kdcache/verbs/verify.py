@@ -22,11 +22,11 @@ class Verified:
     """What was checked of a cache. True if all of it is right.
 
     Attributes:
-        files: the files, and which are damaged. Nothing else is checked then.
+        files: the files, and the damaged ones. With damaged files nothing else is checked.
         manifest: the cache's. None with damaged files.
-        changes: how the data set differs from the one that the cache was built from. None if none was given.
-        samples: how many of its samples were compared.
-        agreement: the stored targets beside the teacher's own. None without a teacher.
+        changes: how the data set differs from the cache's at its build. None without data.
+        samples: number of samples compared.
+        agreement: the stored targets compared with the teacher's. None without a teacher.
     """
 
     place: Place
@@ -55,18 +55,24 @@ def verify(
     cache_bytes: Any = None,
     progress: bool = True,
 ) -> Verified:
-    """Check every byte of a cache, as `kdcache verify` does. With a data set or a teacher, check that it is theirs.
+    """Check every byte of a cache, as `kdcache verify` does, and optionally its data set and teacher.
 
-        assert kdcache.verify("camvid.zarr", data="camvid", teacher="runs/teacher")
+    >>> import kdcache
+    >>> bool(kdcache.verify("streets.zarr", data="streets", progress=False))
+    True
 
     Args:
+        cache: a complete cache.
         teacher: a run, SPEC@FILE, or the members of an ensemble. It runs again on some records.
-        records: how many records it runs on.
-        seal: what the seal's digest must be, as it was published elsewhere.
-        data, split: the data set, and which split of it. Default: the cache's split.
+        records: number of records that it runs on.
+        seal: the expected digest of the seal, as published elsewhere.
+        data: the data set.
+        split: its split. Default: the cache's.
         class_map: as at the build.
-        cache_dir, cache_bytes: the folder for copies of a remote cache, and its room.
-        progress: shows a bar, or lines where there is no terminal.
+        device: auto, cpu or cuda.
+        cache_dir: the folder for copies of a remote cache.
+        cache_bytes: its limit in bytes.
+        progress: show a bar, or lines without a terminal.
     Raises: MismatchError for another seal, and KDCacheError of every kind.
     """
     place = place_of(cache, cache_dir, cache_bytes)

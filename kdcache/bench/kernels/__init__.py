@@ -1,6 +1,6 @@
-"""Measuring the loss kernels: time, memory and accuracy against rivals whose code is here.
+"""Measure the loss kernels: time, memory and accuracy against rivals implemented here.
 
-measure(Settings(...))   a row per case, as it comes: ours and every rival, timed and weighed in one run
+measure(Settings(...))   yield a row per case: ours and every rival, timed and weighed in one run
 check(CheckSettings(...))  the accuracy grid against float64, point by point
 """
 

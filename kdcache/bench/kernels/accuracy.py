@@ -1,17 +1,18 @@
-"""The accuracy grid: `distill_loss` against float64, every combination of what has gone wrong before.
+"""The accuracy grid: `distill_loss` against float64, over every combination of error-prone settings.
 
-The oracle is `impl="reference"` on float64 logits that were first rounded to the dtype under test, so a dtype's own
-rounding of its input is not counted. Images are a few dozen pixels wide: the errors that a kernel makes (a wrong tap, a
+The oracle is `impl="reference"` on float64 logits that were first rounded to the dtype under test, so a dtype's
+rounding of its input does not count. Images are a few dozen pixels wide, because the errors of a kernel (a wrong tap, a
 pixel in the wrong term, a cancellation) do not need more. Of the 6,750 points the command line takes every fourth,
-along diagonals, so that every two values of two factors still meet.
+along diagonals, so every two values of two factors still meet.
 
-The gradient is taken of 2**n * loss, as a GradScaler would: an averaged gradient in float16 flushes to 0, which is no
-error of a kernel.
+The gradient is taken of 2**n * loss, as with a GradScaler: an averaged gradient in float16 flushes to 0, which is not
+an error of a kernel.
 
 Bounds: loss 1e-6 |L| + 1e-7 T^2; gradient, largest error over largest value, 2e-6 in float32, 1e-3 in float16 and 8e-3
-in bfloat16, which is what their rounding of the result costs. To these comes what float32 cannot know: an
-interpolated logit to 6e-8 of the largest, over T; the difference of two probabilities, of the order of 1 / T, to 6e-8;
-a sum over more than 25 classes to the square root of their number.
+in bfloat16, which is the rounding of the result. To these comes the limit of float32: an interpolated logit to 6e-8 of
+the largest, over T; the difference of two probabilities, of the order of 1 / T, to 6e-8; a sum over more than 25
+classes
+to the square root of their number.
 
 Legend: B batch, C classes, H W label size, h w logits' own size.
 """
@@ -63,7 +64,7 @@ class CheckSettings:
     every: int = 1
 
     def points(self) -> Iterator["Point"]:
-        """The combinations: all, or those whose positions on the axes have a sum that `every` divides."""
+        """Yield all combinations, or those with a sum of positions on the axes that `every` divides."""
         grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
         for combination in itertools.product(*map(enumerate, grid)):
             positions, values = zip(*combination, strict=True)
@@ -100,7 +101,7 @@ class Judged:
 
     @property
     def loss_share(self) -> float:
-        """The error of the loss as a share of its bound; NaN is beyond it."""
+        """The error of the loss as a share of its bound, beyond it for NaN."""
         return self.loss_error / self.loss_bound
 
     @property
@@ -110,10 +111,11 @@ class Judged:
 
     @property
     def passed(self) -> bool:
+        """Whether both errors are within their bounds."""
         return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; an error that is not finite is null, for JSON has no NaN."""
+        """Return JSON values with null for errors that are not finite."""
         errors = {name: value for name, value in vars(self).items() if name != "point"}
         finite = {name: value if math.isfinite(value) else None for name, value in errors.items()}
         return {**asdict(self.point), **finite, "passed": self.passed}
@@ -140,7 +142,7 @@ def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _worst(errors: Sequence[float]) -> float:
-    """Return the largest; NaN is larger than anything."""
+    """Return the largest value, with NaN larger than anything."""
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
@@ -163,7 +165,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 
 
 def launch(point: Point, device: torch.device) -> None:
-    """Call what a check of a point calls of the implementation, and look at nothing."""
+    """Launch everything that a check of a point launches, and look at nothing."""
     student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)
 
@@ -176,7 +178,7 @@ def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str,
 
 
 def draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """The student's logits in float32 and the other arguments of the loss, drawn on the CPU."""
+    """Return the student's logits in float32 and the other arguments of the loss, drawn on the CPU."""
     C, size = point.num_classes, STRIDES[point.stride]
     generator = torch.Generator().manual_seed(1000 * C + len(point.window))
     # A crop has room beside it, so that its target has more cells than the student.
@@ -211,7 +213,7 @@ def _logits(shape: tuple[int, ...], values: str, generator: torch.Generator) -> 
 
 
 def _window(kind: str, size: tuple[int, int], view: tuple[int, int]) -> Tensor | None:
-    """Windows (y0, x0, y1, x1) in pixels of the view for both images; None is the whole view."""
+    """Return windows (y0, x0, y1, x1) in pixels of the view for both images, or None for the whole view."""
     if kind in ("whole", "flip"):
         return None
     H, W = size

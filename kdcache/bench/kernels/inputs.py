@@ -1,15 +1,15 @@
 """The tensors of a case.
 
-Logits are random with a spread of 3, and the seed is fixed: a case is the same tensors in every process and on every
-device. Labels lie in blobs, as those of images do: the 4 rows of 124 pixels that a warp of the Triton kernel takes at
-stride 4 show 2 classes of CamVid, and as many here. A tenth of the pixels is void, in blobs too. (Labels drawn pixel by
-pixel put every class into every warp, which costs a quarter more instructions.)
+Logits are random with a spread of 3 and a fixed seed, so a case has the same tensors in every process and on every
+device. Labels lie in blobs, as in images: the 4 rows of 124 pixels that a warp of the Triton kernel takes at stride 4
+show 2 classes of CamVid, and as many here. A tenth of the pixels is void, also in blobs. (Labels drawn pixel by pixel
+put every class into every warp, which costs a quarter more instructions.)
 
-What a rival may have before the clock starts is prepared here too (int64 labels, masks and their sums, dense float32
-teacher logits, sampling positions), so a rival never pays for our storage format.
+Everything that a rival may prepare before the clock starts is prepared here (int64 labels, masks and their sums, dense
+float32 teacher logits, sampling positions), so a rival never pays for our storage format.
 
 Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size, H* W* the size at which student and
-teacher are compared: that of the labels, or of the logits where a kind compares cells.
+teacher are compared: the labels', or the logits' if a kind compares cells.
 """
 
 from dataclasses import dataclass
@@ -37,18 +37,18 @@ ZOOM = (0.5, 2.0)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one case; None where its kind has none.
+    """The tensors of one case, or None if its kind has none.
 
     Attributes:
         student: (B, C, h, w), the leaf that receives the gradient.
-        labels: (B, H, W) uint8, int16 where 255 is a class.
+        labels: (B, H, W) uint8, or int16 if 255 is a class.
         target: packed teacher logits.
         class_weight: (C,) float32 of the cross-entropy.
-        window, flip: (B, 4) float64 and (B,) bool, as `kdcache_kernels.distill_loss` takes them.
-        teacher: (B, C, h, w) float32, the same target dense; for the rivals, as all that follows.
+        window, flip: (B, 4) float64 and (B,) bool, as in `kdcache_kernels.distill_loss`.
+        teacher: (B, C, h, w) float32, the same target dense. It and all fields below are for the rivals.
         labels_int64: (B, H, W).
-        mask: (B, H*, W*) float32, 1 where the teacher's loss counts a pixel; of a cell the share of its pixels.
-        grid: (B, H*, W*, 2) float32, where to sample the teacher, in units of `grid_sample`; None samples whole views.
+        mask: (B, H*, W*) float32, 1 if the teacher's loss counts a pixel, or for a cell the share of its pixels.
+        grid: (B, H*, W*, 2) float32, sampling positions of the teacher for `grid_sample`. None samples whole views.
         ce_count, kl_count: 0-dimensional float32: the class weights of labelled pixels, and the sum of the mask.
     """
 
@@ -67,7 +67,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw the tensors of a case; on the meta device they are as they would be, and nothing is drawn."""
+    """Draw the tensors of a case. On the meta device they have only shapes."""
     shape, kind = case.shape, KINDS[case.kind]
     B, C = shape.batch, shape.num_classes
     generator, meta = torch.Generator().manual_seed(0), device.type == "meta"
@@ -129,7 +129,7 @@ def _noise(channels: int, shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def _class_weight(num_classes: int, generator: torch.Generator) -> Tensor:
-    """Draw weights as those of `--class-weights sqrt` spread: within a factor of about 10, 1 on average."""
+    """Draw class weights like `--class-weights sqrt`: within a factor of about 10, 1 on average."""
     weight_C = (0.6 * torch.randn(num_classes, generator=generator)).exp()
     return weight_C / weight_C.mean()
 
@@ -144,7 +144,7 @@ def _windows(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _grid(y_BH: Tensor, x_BW: Tensor, view: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Positions in a view, in pixels, as `grid_sample` takes them: from -1 to 1, edge to edge, x first."""
+    """Return positions in a view, in pixels, as `grid_sample` takes them: from -1 to 1, edge to edge, x first."""
     y_BHW = (2 * y_BH / view[0] - 1)[:, :, None].expand(-1, *size)
     x_BHW = (2 * x_BW / view[1] - 1)[:, None, :].expand(-1, *size)
     return torch.stack((x_BHW, y_BHW), -1).float()

@@ -1,11 +1,11 @@
-"""The losses that are measured: our operation and what eager PyTorch computes for the same value and gradient.
+"""The measured losses: our operation, and eager PyTorch with the same value and gradient.
 
-Eager is what a user writes who has looked at a profile: logits are cast and the teacher is divided by T at low
-resolution (s*s times cheaper), labels are int64, masks, their sums and sampling positions are there beforehand, both
-sides of the KL are logarithms, and nothing is copied. (Upsampling z / T anew instead of dividing the upsampled z was
+Eager is the code of a user who has looked at a profile. Logits are cast and the teacher is divided by T at low
+resolution (s*s times cheaper). Labels are int64, and masks, their sums and sampling positions exist beforehand. Both
+sides of the KL are logarithms, and nothing is copied. (Upsampling z / T again instead of dividing the upsampled z was
 14 % slower, a probability target for F.kl_div 13 %.)
 
-A loss of another method is a further entry of LOSSES, and a kind of `shapes.KINDS` that names it.
+Another loss is a further entry of LOSSES, and a kind of `shapes.KINDS` that names it.
 
 Legend: B batch, C classes, H W label size, h w logits' own size.
 """
@@ -25,7 +25,7 @@ from kdcache_kernels.on_cells.problem import EPS
 
 
 class Targets(NamedTuple):
-    """What eager learns from, of all images or of one, and its settings. Tensors are as in `Inputs`."""
+    """What eager learns from, for all images or one, and its settings. Tensors are as in `Inputs`."""
 
     teacher: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class Targets(NamedTuple):
     ignore_index: int
 
     def image(self, index: int) -> "Targets":
-        """Return those of one image; the counts stay the batch's, so that losses of the images add up to its own."""
+        """Return one image's targets with the batch's counts, so losses of the images add up to the batch's."""
         rows = slice(index, index + 1)
         return self._replace(
             teacher=self.teacher[rows],
@@ -66,7 +66,7 @@ def targets_of(case: Case, inputs: Inputs) -> Targets:
 
 
 def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return CE + T^2 * KL by the public operation, behind a gate where the kind has one."""
+    """Return CE + T^2 * KL by the public operation, with a gate if the kind has one."""
     kind, weight = KINDS[case.kind], None
     if kind.threshold is not None:
         size = case.shape.size
@@ -89,7 +89,7 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
 
 
 def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return CE + T^2 * KL: cross-entropy of labelled pixels, KL of those of the mask that pass the gate."""
+    """Return CE + T^2 * KL: cross-entropy of labelled pixels, KL of the mask's pixels that pass the gate."""
     T, size = targets.temperature, targets.labels.shape[1:]
     teacher_BChw = targets.teacher if T == 1 else targets.teacher / T
     if student_BChw.shape[2:] == size == (1, 1):  # rows: softmax over the last axis is several times as fast
@@ -118,7 +118,7 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
 
 
 def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
-    """Return the loss of relations as its term calls it, with the target densified if it keeps only some classes."""
+    """Return the relation loss as its term calls it, with a target of few classes densified."""
     target = inputs.target
     dense = target.values
     if target.indices is not None:
@@ -136,7 +136,7 @@ def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
 
 
 def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Both sets of logits over the temperature, on the target's cells."""
+    """Return both sets of logits over the temperature, on the target's cells."""
     teacher_BChw = targets.teacher
     if targets.grid is not None:
         teacher_BChw = F.grid_sample(teacher_BChw, targets.grid, padding_mode="border", align_corners=False)
@@ -144,9 +144,10 @@ def _on_cells(student_BChw: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
-    """Return T^2 * (inter + intra) on cells that weigh what the mask says.
+    """Return T^2 * (inter + intra) on cells weighted by the mask.
 
-    The mean over classes is 1 / C. That over cells needs no gradient: a mean that moves changes no sum of products of
+    The mean over classes is 1 / C. The mean over cells needs no gradient, because moving it changes no sum of products
+    of
     centred values.
     """
     T, weight_B1hw = targets.temperature, targets.mask[:, None]
@@ -171,8 +172,8 @@ class Loss:
 
     Attributes:
         ours: of (case, inputs, impl).
-        eager: of (student's logits, targets); fit for torch.compile.
-        by_image: whether it is a sum over images, given the batch's counts; else it cannot be done in parts.
+        eager: of (student's logits, targets), suitable for torch.compile.
+        by_image: whether it is a sum over images with the batch's counts, and so can be computed in parts.
     """
 
     ours: Callable[[Case, Inputs, str], Tensor]

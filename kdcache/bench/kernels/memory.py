@@ -1,11 +1,12 @@
-"""Peak memory of one step above its inputs, the gradient included.
+"""Peak memory of one step above its inputs, including the gradient.
 
 CUDA: the allocator counts. CPU: the peak of the resident set, in a fresh process per contestant (the allocator keeps
-what an earlier contestant has freed), in MiB above what was resident before the step. A step on a tiny shape comes
-first, so that loading code is not counted; what a contestant keeps for later calls is, for the step that is weighed is
-the first at its shape. torch.compile is the exception: it compiles per shape, so a step at that shape comes first.
+what an earlier contestant has freed), in MiB above the resident set before the step. A step on a tiny shape comes
+first, so loading code does not count. Memory that a contestant keeps for later calls does count, because the weighed
+step is the first at its shape. torch.compile is the exception: it compiles per shape, so a step at that shape comes
+first.
 
-The peak is `VmHWM` after a reset through `/proc/self/clear_refs`: exact, and free of a sampling thread. Linux alone has
+The peak is `VmHWM` after a reset through `/proc/self/clear_refs`: exact, and without a sampling thread. Only Linux has
 it.
 """
 
@@ -46,7 +47,7 @@ def peak_on_device(step: Callable[[], Any]) -> float:
 def peak_in_process(step: Callable[[], Any]) -> float:
     """Return the growth of this process's peak resident set in MiB over one step.
 
-    Raises: OSError where the system cannot reset the peak.
+    Raises: OSError if the system cannot reset the peak.
     """
     gc.collect()
     _give_back_freed_memory()
@@ -57,9 +58,9 @@ def peak_in_process(step: Callable[[], Any]) -> float:
 
 
 def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> float:
-    """Return `peak_in_process` of a contestant, in a process of its own.
+    """Return `peak_in_process` of a contestant, in a new process.
 
-    Raises: UnavailableError with one line on why there is no figure.
+    Raises: UnavailableError with one line on why there is no result.
     """
     request = json.dumps({"name": name, "case": asdict(case), "impl": impl, "threads": threads})
     path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -80,7 +81,7 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
 
 
 def weigh(request: str) -> None:
-    """The work of the fresh process: warm a contestant up on a tiny shape, weigh one step, print the peak last."""
+    """Warm a contestant up on a tiny shape, weigh one step, and print the peak last, in the fresh process."""
     words = json.loads(request)
     case = Case(**{**words["case"], "shape": Shape(**words["case"]["shape"])})
     name, impl, cpu = words["name"], words["impl"], torch.device("cpu")
@@ -94,7 +95,7 @@ def weigh(request: str) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that the system could still give to a process."""
+    """Return the bytes that the system could still give to a process."""
     return int(psutil.virtual_memory().available)
 
 
@@ -104,7 +105,7 @@ def _resident_kib(field: str) -> int:
 
 
 def _give_back_freed_memory() -> None:
-    """Let glibc return what is free; a step that is handed old pages would seem to need none."""
+    """Let glibc return free memory, because a step that reuses old pages would seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,14 +1,14 @@
 """Ours and its rivals: one step each, forward and backward, on the same tensors.
 
-Every rival computes the loss of the case at label size in float32; `losses` has how.
+Every rival computes the loss of the case at label size in float32, as in `losses`.
 
-- eager: that, op by op.
-- compile, compile-max-autotune: that under torch.compile. CUDA graphs are captured for every contestant alike, so the
-  second mode is the one without its own.
-- chunked: that, image by image with a backward each, for a fraction 1/B of the memory.
-- liger: LigerCrossEntropyLoss and LigerKLDIVLoss. They know rows, not images: their rows are upsampled, gathered
-  (labelled pixels alone) and laid out before the clock starts, and their gradient stays at label resolution. That
-  favours them. They take the plain case alone: their rows are the same for both terms.
+- eager: op by op.
+- compile, compile-max-autotune: under torch.compile. CUDA graphs are captured for every contestant, so the second mode
+  is the one without its own graphs.
+- chunked: image by image with a backward each, for a fraction 1/B of the memory.
+- liger: LigerCrossEntropyLoss and LigerKLDIVLoss. They know rows, not images: their rows are upsampled, gathered (only
+  labelled pixels) and laid out before the clock starts, and their gradient stays at label resolution. That favours
+  them. They take only the plain case, whose rows are the same for both terms.
 
 Legend: B batch, C classes, H W label size, h w logits' own size, N labelled pixels.
 """
@@ -44,12 +44,12 @@ LIGER_MODULES = {
 
 
 class UnavailableError(Exception):
-    """A rival cannot run here; the message is one line with the reason."""
+    """A rival cannot run here. The message is one line with the reason."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A step and what is special about it.
+    """A step and its properties.
 
     Attributes:
         step: may be called any number of times.
@@ -63,8 +63,7 @@ class Contestant:
 
 
 def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """The public functions, as a training calls them."""
-
+    """Return the public functions as a training calls them."""
     loss_of_case = loss_of(case).ours
 
     def step() -> tuple[Tensor, Tensor]:
@@ -75,12 +74,12 @@ def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
 
 
 def resolved(impl: str, device: torch.device) -> str:
-    """The implementation that "auto" stands for on a device. Raises: ValueRangeError for one that it cannot run."""
+    """Return the implementation for "auto" on a device. Raises: ValueRangeError for one that it cannot run."""
     return choose_implementation(impl, device, torch.float32, has_torch=True)
 
 
 def _whole(title: str, mode: str | None, case: Case, inputs: Inputs) -> Contestant:
-    """The loss of the whole batch, op by op or compiled in a mode of torch.compile."""
+    """Return the loss of the whole batch, op by op or compiled in a mode of torch.compile."""
     eager = loss_of(case).eager
     compute = eager if mode is None else torch.compile(eager, fullgraph=True, dynamic=False, mode=mode)
     targets = targets_of(case, inputs)
@@ -93,7 +92,7 @@ def _whole(title: str, mode: str | None, case: Case, inputs: Inputs) -> Contesta
 
 
 def _chunked(case: Case, inputs: Inputs) -> Contestant:
-    """Each image's part of the loss and its gradient, written into one buffer."""
+    """Compute each image's part of the loss and its gradient into one buffer."""
     loss, targets = loss_of(case), targets_of(case, inputs)
     if not loss.by_image:
         raise UnavailableError(f"the loss of {case.kind} compares images, and cannot be done one by one")
@@ -156,7 +155,7 @@ def _import_liger(device: torch.device) -> dict[str, Any]:
 
 
 def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
-    """Return d loss / d leaf; unlike backward() it leaves no gradient that a next step would have to add to."""
+    """Return d loss / d leaf. Unlike backward() it leaves no gradient for the next step to add to."""
     return torch.autograd.grad(loss, leaf)[0]
 
 
@@ -171,8 +170,8 @@ RIVALS: dict[str, Callable[[Case, Inputs], Contestant]] = {
 
 
 def prepare(name: str, case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """Make ours or a rival ready for a case.
+    """Prepare ours or a rival for a case.
 
-    Raises: UnavailableError when it cannot run here.
+    Raises: UnavailableError if it cannot run here.
     """
     return ours(case, inputs, impl) if name == OURS else RIVALS[name](case, inputs)

@@ -42,24 +42,24 @@ COPY_BYTES, CEILING_REPEATS = 2**30, 20
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Hold the speeds of one device, per second."""
+    """The speeds of one device, per second."""
 
     copy_bytes: float
     exps: float
 
     @property
     def instructions(self) -> float:
-        """How many lanes could issue an instruction, per second."""
+        """Instructions of all lanes that can be issued, per second."""
         return LANES_PER_SFU_LANE * self.exps
 
     def to_json(self) -> dict[str, float]:
-        """Return the speeds as plain numbers."""
+        """Return the speeds as JSON values."""
         return {"copy_bytes": self.copy_bytes, "exps": self.exps, "instructions": self.instructions}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Count the bytes, exponentials and instructions that one forward and backward need at least."""
+    """The bytes, exponentials and instructions that one forward and backward need at least."""
 
     bytes: float
     exps: float
@@ -67,7 +67,7 @@ class Work:
 
 
 def least_work(case: Case) -> Work:
-    """Return the work of the fused kernel that takes the case. The module's docstring explains it."""
+    """Return the least work of the fused kernel for a case, as the module's docstring explains."""
     shape = case.shape
     h, w = shape.native
     B, C = shape.batch, shape.num_classes

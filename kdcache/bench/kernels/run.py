@@ -1,7 +1,7 @@
 """One benchmark: every case, ours and the rivals on the same tensors, in one run.
 
-A rival that cannot run (not installed, out of memory, no compiler) stays in the result with the reason; ours has no
-such excuse and raises.
+A rival that cannot run (not installed, out of memory, no compiler) stays in the result with the reason. If ours cannot
+run, it raises.
 """
 
 import gc
@@ -31,14 +31,14 @@ PEAK_BYTES = {"eager": 32, "chunked": 32, "compile": 16, "compile-max-autotune":
 
 @dataclass(frozen=True)
 class Settings:
-    """The choice of measurements; every combination is a case.
+    """The choice of measurements. Every combination is a case.
 
     Attributes:
         impl: implementation of `kdcache_kernels.distill_loss`.
         against: names of RIVALS.
         kinds: names of KINDS.
-        repeats: samples per contestant; None is 100 on CUDA and 15 on the CPU.
-        weigh: whether memory is measured; on the CPU that takes a fresh process per contestant.
+        repeats: samples per contestant. None is 100 on CUDA and 15 on the CPU.
+        weigh: whether memory is measured, on the CPU in a fresh process per contestant.
     """
 
     device: torch.device
@@ -51,22 +51,22 @@ class Settings:
     weigh: bool = True
 
     def cases(self) -> Iterator[Case]:
-        """Every combination, once."""
+        """Yield every combination once."""
         grid = itertools.product(self.shapes, self.kinds, self.dtypes)
         yield from dict.fromkeys(Case(shape, dtype, kind=kind) for shape, kind, dtype in grid)
 
 
 @dataclass
 class Measured:
-    """One contestant on one case; what could not be measured is None.
+    """One contestant on one case, with None for what could not be measured.
 
     Attributes:
-        time: forward and backward, launches included: between events on a GPU.
-        graph: the same as a CUDA graph, which leaves the host out.
-        host: what the CPU takes to issue it to a GPU.
+        time: forward and backward, launches included, between events on a GPU.
+        graph: the same as a CUDA graph, without the host's time.
+        host: the CPU's time to issue it to a GPU.
         peak_mib: above the inputs.
-        floors: of ours, the fractions of the three floors.
-        problem: why figures are missing.
+        floors: for ours, the fractions of the three floors.
+        problem: why numbers are missing.
     """
 
     name: str
@@ -80,12 +80,12 @@ class Measured:
 
     @property
     def headline(self) -> Spread | None:
-        """The device's own time where it is known: that of the graph."""
+        """The device's own time if known (the graph's), else the time."""
         return self.graph or self.time
 
     @property
     def host_bound(self) -> bool:
-        """Whether the GPU waits for the CPU, so that `time` is the CPU's."""
+        """Whether the GPU waits for the CPU, so `time` is the CPU's."""
         if self.host is None or self.time is None:
             return False
         # Without a graph the device's own time is not known; events around a step that waits have the host's.
@@ -101,7 +101,7 @@ class Row:
     rivals: list[Measured]
 
     def ratios(self, rival: Measured) -> dict[str, float | None]:
-        """How many times slower and larger a rival is: best against best, else medians; peaks."""
+        """Return how many times slower (best, else median) and larger (peak) a rival is."""
         return {
             "best": _ratio(_of(rival.time, "best"), _of(self.ours.time, "best")),
             "median": _ratio(_of(rival.time, "p50"), _of(self.ours.time, "p50")),
@@ -111,14 +111,14 @@ class Row:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, milliseconds and MiB."""
+        """Return JSON values, in milliseconds and MiB."""
         case = {**asdict(self.case), "shape": str(self.case.shape), "kept": self.case.k}
         rivals = [{**_plain(rival), "ratio": self.ratios(rival)} for rival in self.rivals]
         return {"case": case, "ours": _plain(self.ours), "rivals": rivals}
 
 
 def measure_ceilings(settings: Settings, note: Note = lambda text: None) -> Ceilings | None:
-    """Measure the device's ceilings; None on the CPU. Raises: ValueRangeError for an impl that cannot run there."""
+    """Measure the device's ceilings, or return None on the CPU. Raises: ValueRangeError for an unusable impl."""
     resolved(settings.impl, settings.device)
     if settings.device.type != "cuda":
         return None
@@ -127,12 +127,11 @@ def measure_ceilings(settings: Settings, note: Note = lambda text: None) -> Ceil
 
 
 def measure(settings: Settings, ceilings: Ceilings | None = None, note: Note = lambda text: None) -> Iterator[Row]:
-    """Run a benchmark; a row comes as soon as its case is measured.
+    """Run a benchmark, and yield each row as soon as its case is measured.
 
-    Args:
-        ceilings: of the device, for the floors; None leaves those out.
-        note: called with a line at every stage.
-    Raises: what our kernel raises, for instance ValueRangeError for an implementation that cannot run here.
+    `ceilings` are the device's, for the floors. None leaves those out. `note` is called with a line at every stage.
+
+    Raises: the errors of our kernel, for instance ValueRangeError for an implementation that cannot run here.
     """
     resolved(settings.impl, settings.device)
     for case in settings.cases():
@@ -157,7 +156,7 @@ def _measure_case(case: Case, settings: Settings, ceilings: Ceilings | None, not
 
 
 def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note) -> Measured:
-    """One contestant after another: the events time the device alone."""
+    """Return one contestant after another: the events time the device alone."""
     repeats = settings.repeats or timing.default_repeats(settings.device)
     measured = Measured(name, name)
 
@@ -182,7 +181,7 @@ def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: No
 
 
 def _on_cpu(names: Sequence[str], case: Case, inputs: Inputs, settings: Settings, note: Note) -> list[Measured]:
-    """All contestants in turn, then the weighing."""
+    """Time all contestants in turn, then weigh them."""
     repeats = settings.repeats or timing.default_repeats(settings.device)
     measured = {name: Measured(name, name) for name in names}
     ready: dict[str, Contestant] = {}
@@ -216,7 +215,7 @@ def _ready(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note
 
 
 def _attempt(name: str, work: Callable[[], None]) -> str | None:
-    """Do some work; a rival's failure is returned as one line."""
+    """Do some work, and return a rival's failure as one line."""
     try:
         work()
     except Exception as error:

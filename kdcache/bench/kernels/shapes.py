@@ -1,4 +1,4 @@
-"""Cases of the benchmark: what a step computes, on which shapes, and their names on the command line.
+"""Cases of the benchmark: computation, shapes, and their names on the command line.
 
 Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size.
 """
@@ -22,14 +22,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a step computes.
+    """The computation of a step.
 
     Attributes:
         about: one line for the help.
         loss: a key of `losses.LOSSES`.
-        trained: class weights, and void pixels that the teacher teaches; else labelled pixels alone, in both terms.
-        drawn: a window and a flip per image, drawn as `--augment warp` does; else whole views.
-        threshold: teacher's confidence from which a pixel counts, found anew in every step; None counts all.
+        trained: class weights, and void pixels that the teacher's term counts. Else both terms count only labelled
+            pixels.
+        drawn: a window and a flip per image, drawn as by `--augment warp`. Else whole views.
+        threshold: teacher's confidence from which a pixel counts, found again in every step. None counts all.
     """
 
     about: str
@@ -40,7 +41,7 @@ class Kind:
 
     @property
     def on_cells(self) -> bool:
-        """Whether student and teacher are compared on the target's cells, and not in every pixel."""
+        """Whether student and teacher are compared on the target's cells instead of every pixel."""
         return self.loss != "distill"
 
 
@@ -57,7 +58,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of label images and the stride of the logits; written 16x21x512x512/4."""
+    """A batch of label images and the stride of the logits, written 16x21x512x512/4."""
 
     batch: int
     num_classes: int
@@ -72,12 +73,12 @@ class Shape:
 
     @property
     def native(self) -> tuple[int, int]:
-        """(h, w) in pixels; 500 pixels at stride 8 are 63."""
+        """(h, w) in pixels. 500 pixels at stride 8 are 63."""
         return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
 
     @property
     def ignore_index(self) -> int:
-        """The void id: 255, where that is no class."""
+        """The void id: 255, unless that is a class."""
         return 255 if self.num_classes <= 255 else -1
 
     @property
@@ -87,7 +88,7 @@ class Shape:
 
     @property
     def class_pixels(self) -> int:
-        """B*C*H*W: what every tensor of a rival holds."""
+        """B*C*H*W, the size of every tensor of a rival."""
         return self.batch * self.num_classes * self.height * self.width
 
     def __str__(self) -> str:
@@ -124,7 +125,7 @@ PRESETS["cuda"] = sum((PRESETS[name] for name in ("voc", "ade", "cityscapes", "s
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Parse '4x11x288x288/4,voc'; presets and shapes may be mixed, repetitions are dropped.
+    """Parse '4x11x288x288/4,voc'. Presets and shapes may be mixed, and repetitions are dropped.
 
     Raises: RecipeError naming the part that is neither.
     """
@@ -149,7 +150,7 @@ def parse_names(text: str, flag: str, allowed: Collection[str]) -> tuple[str, ..
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark; names instead of torch objects, so that it can cross a process boundary as JSON."""
+    """One row of a benchmark, with names instead of torch objects, to pass it to another process as JSON."""
 
     shape: Shape
     dtype: str = "fp32"
@@ -159,14 +160,14 @@ class Case:
 
     @property
     def k(self) -> int:
-        """Classes that the target keeps: `kept`, or a store's default for None."""
+        """Number of classes of the target: `kept`, or a cache's default for None."""
         C = self.shape.num_classes
         if self.kept is None:
             return C if C <= MOST_DENSE else KEPT
         return min(self.kept, C)
 
     def tiny(self) -> "Case":
-        """The same on a single image of 4 by 4 logits."""
+        """Return this case on a single image of 4 by 4 logits."""
         side = 4 * self.shape.stride
         return replace(self, shape=Shape(1, self.shape.num_classes, side, side, self.shape.stride))
 

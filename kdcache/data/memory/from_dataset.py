@@ -133,8 +133,11 @@ def from_dataset(
 ) -> DatasetSplit:
     """Turn a data set in memory into a split, for builds, trainings and evaluations.
 
-        train = kdcache.from_dataset(my_torch_dataset, classes=["road", "car"])
-        val = kdcache.from_dataset(load_dataset("...", split="validation"), classes=names, split="val", ids="image_id")
+    >>> import kdcache
+    >>> pixels, label = np.zeros((48, 64, 3), np.uint8), np.ones((48, 64), np.uint8)
+    >>> split = kdcache.from_dataset([(pixels, label)], classes=["road", "car"], split="val")
+    >>> split.label(0).max()
+    np.uint8(1)
 
     Ids identify samples in caches and digests. With `ids` they come from a column, and their digest covers only names
     and

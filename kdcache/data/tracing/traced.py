@@ -11,11 +11,14 @@ from kdcache.errors import DataError
 def traced(transform: Any) -> Callable[..., Any]:
     """Wrap a transform to also return what its pixels show, for `Cache.targets_for`.
 
-        augment = kdcache.traced(v2.Compose([v2.RandomResizedCrop((288, 384)), v2.RandomHorizontalFlip()]))
-        image, mask, window, flip = augment(image, mask)
+    >>> import kdcache
+    >>> from torchvision.transforms import v2
+    >>> augment = kdcache.traced(v2.Compose([v2.CenterCrop((48, 64)), v2.RandomHorizontalFlip(p=1)]))
+    >>> image, window, flip = augment(torch.zeros(3, 96, 128))
+    >>> window.tolist(), flip
+    ([24.0, 32.0, 72.0, 96.0], True)
 
-        augment = kdcache.traced(A.Compose([A.RandomResizedCrop((288, 384)), A.HorizontalFlip()]))
-        result = augment(image=image, mask=mask)                   # also has "window" and "flip"
+    With albumentations, `augment(image=image, mask=mask)` returns a dict that also has "window" and "flip".
 
     The random numbers are the transform's own. Changes of colour are allowed, but a rotation is an error.
 

@@ -1,6 +1,6 @@
-"""The audit of a teacher's classes: how good it is where, how sure, what it would teach wrongly, from the store alone.
+"""Audit a teacher's classes from the cache only: where it is good, how sure it is, what it would teach wrongly.
 
-One pass over the whole images: confusion with the labels, confidences, the images where it loses most. Counts are exact
+One pass over the whole images collects confusion with the labels, confidences, and the worst images. Counts are exact
 and small (`ConfusionMatrix`, `ConfidenceCounts`), so memory does not grow with the number of records.
 """
 
@@ -29,7 +29,7 @@ _GRADIENT_NUMBERS = 200_000_000  # at view size, all classes: about a minute on 
 
 @dataclass(frozen=True)
 class Confused:
-    """A pair of classes: `share` of the pixels labelled `label` are predicted to be `predicted`."""
+    """A pair of classes: `share` of the pixels labelled `label` are predicted as `predicted`."""
 
     label: str
     predicted: str
@@ -39,7 +39,7 @@ class Confused:
 
 @dataclass(frozen=True)
 class Scored:
-    """The teacher on one image: mIoU over the classes that are in its label or its prediction."""
+    """The teacher on one image: mIoU over the classes in its label or its prediction."""
 
     record: int
     sample: str
@@ -48,11 +48,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Audit:
-    """The audit of a store's teacher. Without labels `metrics` and `calibration` are None, `confused` is empty.
+    """The audit of a cache's teacher. Without labels `metrics` and `calibration` are None, and `confused` is empty.
 
     Attributes:
         counts: (C, C), pixels by label and by predicted class.
-        coverage: of pseudo labels, one for each of THRESHOLDS. quality: the same beside labels; empty without labels.
+        coverage: of pseudo labels, one for each of THRESHOLDS. quality: the same against labels, empty without labels.
         worst: images by mIoU, the worst first.
     """
 
@@ -70,15 +70,15 @@ class Audit:
     worst: tuple[Scored, ...]
 
     def coverage_at(self, threshold: float) -> Coverage:
-        """The coverage at one of THRESHOLDS."""
+        """Return the coverage at one of THRESHOLDS."""
         return self.coverage[THRESHOLDS.index(threshold)]
 
     def confused_with(self, label: int) -> Confused | None:
-        """The other class that pixels of a class are predicted to be most often; None when there is none."""
+        """Return the other class that a class is most often predicted as, or None."""
         return next(iter(_pairs(self.class_names, self.counts[label : label + 1], label)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; NaN becomes null."""
+        """Return JSON values with null for NaN."""
         beside = [{"beside_labels": one.to_json()} for one in self.quality] or [{}] * len(self.coverage)
         return without_nan(
             {
@@ -101,7 +101,7 @@ class Audit:
 
 
 def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
-    """Coverage with the names of its classes; NaN becomes null."""
+    """Return coverage by class name, with null for NaN."""
     columns = (coverage.thresholds, coverage.predicted, coverage.selected, coverage.shares, coverage.precision)
     keys = ("name", "threshold", "said", "kept", "share", "precision")
     classes = [dict(zip(keys, row, strict=True)) for row in zip(class_names, *columns, strict=True)]
@@ -109,11 +109,10 @@ def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str,
 
 
 def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None = None) -> Audit:
-    """Judge the teacher of a store by what the store holds, on whole images at view size.
+    """Audit the teacher of a cache by its content, on whole images at view size.
 
-    Args:
-        worst: how many images to name where the teacher loses most.
-        progress: called with (images done, images).
+    `worst` is the number of worst images to name. `progress` is called with (images done, images).
+
     Raises: MismatchError for a missing or a changed data set; CorruptError.
     """
     records.check_complete()
@@ -154,7 +153,7 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
 
 
 def _confusion(whole: Whole, names: tuple[str, ...]) -> ConfusionMatrix | None:
-    """The confusion matrix of one image; None without a labelled pixel."""
+    """Return the confusion matrix of one image, or None without a labelled pixel."""
     if whole.label is None:
         return None
     confusion = ConfusionMatrix(names, IGNORE_INDEX)
@@ -163,7 +162,7 @@ def _confusion(whole: Whole, names: tuple[str, ...]) -> ConfusionMatrix | None:
 
 
 def _pairs(names: tuple[str, ...], counts_LC: Array, first: int = 0) -> list[Confused]:
-    """Pairs of different classes that occur, the largest share first; `first` is the class of the first row."""
+    """Return confused pairs, the largest share first. `first` is the class of the first row."""
     pairs = []
     for label, row_C in enumerate(counts_LC, first):
         for predicted in row_C.nonzero()[0]:
@@ -174,7 +173,7 @@ def _pairs(names: tuple[str, ...], counts_LC: Array, first: int = 0) -> list[Con
 
 
 def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
-    """On up to 16 records, fewer when they are large."""
+    """Return the top-k gradient errors on up to 16 records, fewer if they are large."""
     cache = records.cache
     height, width = cache.view_size
     most = max(1, min(_GRADIENT_RECORDS, _GRADIENT_NUMBERS // (cache.num_classes * height * width)))

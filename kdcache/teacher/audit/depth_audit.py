@@ -1,9 +1,11 @@
-"""The audit of a store's regressions: depth beside its labels, on whole images at view size.
+"""Audit a cache's numeric heads: depth against its labels, on whole images at view size.
 
-A stored map becomes one of the view's size as the training terms have it: its values become the raw output that they
-came from, which is resized and becomes values again (`kdcache.heads`). Metres are judged by KITTI's convention
-(`kdcache.metrics.depth`), up to the head's range; a map in another unit is known up to a scale, and is compared with no
-label. Memory: counts of fixed size, and one image.
+A stored map is resized to the view as in the training terms: its values become the raw output that they came from,
+which
+is resized and becomes values again (`kdcache.heads`). Metres are judged by KITTI's convention
+(`kdcache.metrics.depth`), up to the head's range. A map in another unit is only known up to a scale, and is not
+compared
+with labels. Memory: counts of fixed size, and one image.
 """
 
 import heapq
@@ -32,7 +34,7 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class RangeError:
-    """Pixels whose label is from `low` to `high` metres: their rmse and abs rel, NaN without any."""
+    """Pixels with a label from `low` to `high` metres: their rmse and abs rel, NaN without pixels."""
 
     low: float
     high: float
@@ -43,7 +45,7 @@ class RangeError:
 
 @dataclass(frozen=True)
 class DepthScored:
-    """One image by the teacher's rmse in metres."""
+    """One image with the teacher's rmse in metres."""
 
     record: int
     sample: str
@@ -52,10 +54,10 @@ class DepthScored:
 
 @dataclass(frozen=True, eq=False)
 class RegressionAudit:
-    """The audit of one head. Without labels, or of another unit than metres, `metrics` is None and `worst` empty.
+    """The audit of one head. Without labels, or in another unit than metres, `metrics` is None and `worst` empty.
 
     Attributes:
-        high: the value at which the bins end; larger ones are in the last.
+        high: the end of the bins. Larger values are in the last bin.
         predicted, labels: (JOINT_BINS,), pixels by value, of the teacher and of the labels.
         joint: (JOINT_BINS, JOINT_BINS), labelled pixels by label and by prediction.
         ranges: errors by the label's distance.
@@ -76,7 +78,7 @@ class RegressionAudit:
     worst: tuple[DepthScored, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; NaN becomes null."""
+        """Return JSON values with null for NaN."""
         return without_nan(
             {
                 "unit": self.unit,
@@ -96,12 +98,10 @@ class RegressionAudit:
 def audit_regression(
     records: Records, name: str, *, worst: int = 10, progress: Progress | None = None
 ) -> RegressionAudit:
-    """Judge a head of numbers by what the store holds.
+    """Audit the numeric head `name` by the content of a cache.
 
-    Args:
-        name: of the head.
-        worst: how many images to name where the teacher errs most.
-        progress: called with (images done, images).
+    `worst` is the number of worst images to name. `progress` is called with (images done, images).
+
     Raises: MismatchError for a missing or a changed data set; CorruptError.
     """
     records.check_complete()
@@ -147,7 +147,7 @@ def audit_regression(
 
 
 def map_at_view(records: Records, record: int, name: str) -> Tensor:
-    """The first channel of a stored regression at view size, float32 (H, W) in the head's unit."""
+    """Return the first channel of a stored regression at view size, float32 (H, W) in the head's unit."""
     head = records.cache.manifest.regressions[name]
     values_chw = torch.from_numpy(records.target(record, name)["values"]).float()
     if head.parameterisation != "identity":
@@ -160,7 +160,7 @@ def map_at_view(records: Records, record: int, name: str) -> Tensor:
 
 
 def depth_label(records: Records, record: int) -> Array | None:
-    """The label of depth of a record, float32 (H, W) metres; None where its sample has none."""
+    """Return the depth label of a record, float32 (H, W) metres, or None if its sample has none."""
     labelled = records.cache.has_depth[record // records.cache.manifest.view.views_per_sample]
     return records.label(record, DEPTH) if labelled else None
 
@@ -175,7 +175,7 @@ class _Counts:
         self._sums = np.zeros((3, len(EDGES)))  # pixels, squares, relative errors by the label's distance
 
     def bins(self, values: Array) -> Array:
-        """The bin of every value."""
+        """Return the bin of every value."""
         bins: Array = np.clip(values * (JOINT_BINS / self.high), 0, JOINT_BINS - 1).astype(np.int64)
         return bins
 
@@ -194,7 +194,7 @@ class _Counts:
             self._sums[row] += np.bincount(place, weights, len(EDGES))
 
     def ranges(self) -> tuple[RangeError, ...]:
-        """The errors at each distance that occurs."""
+        """Return the errors at each distance that occurs."""
         return tuple(
             RangeError(low, high, int(pixels), math.sqrt(squares / pixels), relative / pixels)
             for low, high, pixels, squares, relative in zip(EDGES, (*EDGES[1:], math.inf), *self._sums, strict=True)
@@ -203,7 +203,7 @@ class _Counts:
 
 
 def _bins_end(records: Records, head: Regression, name: str, numbers: list[int]) -> float:
-    """The end of the head's range; without one, the largest stored value, or 80 where none is above 0."""
+    """Return the end of the head's range, or the largest stored value, or 80 if no value is above 0."""
     if head.range is not None:
         return head.range[1]
     largest = max((float(records.target(number, name)["values"].max()) for number in numbers), default=0.0)
@@ -211,7 +211,7 @@ def _bins_end(records: Records, head: Regression, name: str, numbers: list[int])
 
 
 def _rmse(depth_range: DepthRange, values: Array, label: Array) -> float | None:
-    """The rmse of one image; None without a valid pixel."""
+    """Return the rmse of one image, or None without a valid pixel."""
     one = DepthErrors(depth_range)
     one.update(torch.from_numpy(values), torch.from_numpy(label))
     metrics = one.metrics()

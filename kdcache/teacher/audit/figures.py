@@ -1,4 +1,4 @@
-"""The audit as pictures: a folder of PNG files, and report.json with the same figures."""
+"""The audit as pictures: a folder of PNG files, and report.json with the same numbers."""
 
 import json
 from collections.abc import Iterator
@@ -41,14 +41,14 @@ _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
 
 
 def check_report_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else than a report. Raises RecipeError."""
+    """Raise RecipeError for a folder that holds something other than a report."""
     check_own_folder(folder, REPORT)
 
 
 def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:
-    """Write report.json and the pictures. They replace what an earlier report left there when all of them are drawn.
+    """Write report.json and the pictures, and return the pictures.
 
-    Returns: the pictures.
+    They replace an earlier report only when all of them are drawn.
     """
     check_report_folder(folder)
     with replacing_in(folder, lambda: _earlier(folder)) as drawn:
@@ -67,7 +67,7 @@ def _earlier(folder: Path) -> Iterator[Path]:
 
 
 def _write_classes(audit: Audit, records: Records, folder: Path) -> list[Path]:
-    """The pictures of a head of classes."""
+    """Return the pictures of a head of classes."""
     figures = {"pseudo-labels.png": _coverage(audit)}
     if audit.gradient.noisy:
         figures["gradient.png"] = _gradient(audit)
@@ -86,7 +86,7 @@ def _write_classes(audit: Audit, records: Records, folder: Path) -> list[Path]:
 
 
 def _classes(audit: Audit) -> "Figure":
-    """IoU and accuracy of every class."""
+    """Return IoU and accuracy of every class."""
     assert audit.metrics is not None
     metrics = audit.metrics
     title = (
@@ -101,7 +101,7 @@ def _classes(audit: Audit) -> "Figure":
 
 
 def _calibration(audit: Audit) -> "Figure":
-    """The reliability diagram, and confidence beside precision for every class."""
+    """Return the reliability diagram, and confidence next to precision for every class."""
     assert audit.calibration is not None
     calibration = audit.calibration
     title = f"How sure the teacher is, and how often it is right: ECE {percent(calibration.ece)} points over 15 bins"
@@ -139,7 +139,7 @@ def _calibration(audit: Audit) -> "Figure":
 
 
 def _coverage(audit: Audit) -> "Figure":
-    """Share and precision over thresholds, and per class at 0.7 and 0.9."""
+    """Return share and precision over thresholds, and per class at 0.7 and 0.9."""
     labelled = audit.metrics is not None
     figure = new_figure(14, max(4.8, 1.6 + 0.42 * len(audit.class_names)), "Pseudo labels: what a threshold keeps")
     left, *others = figure.subplots(1, 3)
@@ -161,7 +161,7 @@ def _coverage(audit: Audit) -> "Figure":
 
 
 def _gradient(audit: Audit) -> "Figure":
-    """Error of the KL gradient over k, for both students."""
+    """Return error of the KL gradient over k, for both students."""
     gradient = audit.gradient
     title = f"Error of the KL gradient with only k of {len(audit.class_names)} classes kept ({gradient.records} images)"
     figure = new_figure(11, 4.6, title)
@@ -184,7 +184,7 @@ def _gradient(audit: Audit) -> "Figure":
 
 
 def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure":
-    """Image, label, prediction, and where the two differ."""
+    """Return image, label, prediction, and where the two differ."""
     whole = read_whole(records, scored.record, labelled=True)
     assert whole.label is not None
     pixels, argmax, label = map(whole.of_image, (records.pixels(scored.record), whole.argmax.numpy(), whole.label))

@@ -1,6 +1,6 @@
-"""Whole images of a store: the teacher's prediction at view size, beside pixels and label.
+"""Whole images of a cache: the teacher's prediction at view size, with pixels and label.
 
-In a store that has crops alone, the first crop of each image stands for it.
+In a cache with only crops, the first crop of each image represents it.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Whole:
-    """One record that shows a whole image, or the first crop of one.
+    """One record of a whole image, or the first crop of one.
 
     Attributes:
         argmax: (H, W), the most likely class of every pixel. confidence: its probability at T = 1, float16.
-        inside: (H, W) bool, where the view shows its image; None for everywhere.
-        label: (H, W) uint8, 255 is void; None without a label, or where it cannot be read.
+        inside: (H, W) bool, the part of the view that shows its image, or None for all.
+        label: (H, W) uint8, 255 is void, or None if it is missing or unreadable.
     """
 
     record: int
@@ -39,7 +39,7 @@ class Whole:
     label: Array | None
 
     def of_image(self, array_HW: Array) -> Array:
-        """The part of (H, W) or (H, W, 3) where the view shows its image; an image without a pixel there is kept."""
+        """Return the part of (H, W) or (H, W, 3) that shows its image, or all of it if no pixel does."""
         if self.inside is None or not self.inside.any():
             return array_HW
         rows, columns = np.flatnonzero(self.inside.any(1)), np.flatnonzero(self.inside.any(0))
@@ -47,16 +47,14 @@ class Whole:
 
 
 def whole_records(cache: Cache) -> list[int]:
-    """The first view of every sample: the whole image, unless all views are crops."""
+    """Return the first view of every sample: the whole image, unless all views are crops."""
     return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]
 
 
 def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
-    """Read one record.
+    """Read one record. `labelled` says whether it has a label, which is read if pixels and labels are available.
 
-    Args:
-        labelled: whether it has a label (`records/labelled`); it is read where pixels and labels are there.
-    Raises: MismatchError when the data set renders other pixels than the teacher saw; CorruptError.
+    Raises: MismatchError if the data set renders other pixels than the teacher saw; CorruptError.
     """
     cache = records.cache
     target = packed_target(records, [record])
@@ -71,18 +69,14 @@ def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
 
 
 def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
-    """Every whole image of a store, in order; as `read_whole`.
-
-    Args:
-        labels: whether labels are read, where they are there.
-    """
+    """Yield every whole image of a cache in order, with its label if `labels` is true. Raises: as `read_whole`."""
     labelled, views = records.cache.has_label, records.cache.manifest.view.views_per_sample
     for record in whole_records(records.cache):
         yield read_whole(records, record, labelled=labels and bool(labelled[record // views]))
 
 
 def inside_view(cache: Cache, record: int) -> Array | None:
-    """Where a view shows its image, (H, W) bool; None for everywhere."""
+    """Return the part of a view that shows its image, (H, W) bool, or None for all."""
     if not cache.manifest.view.reaches_beyond:
         return None
     paths = ["records/window", "records/flip", "records/source_size"]

@@ -1,12 +1,12 @@
-"""Pseudo labels out of a store: the teacher's class where it is sure, void elsewhere, as PNG files of a data folder.
+"""Export pseudo labels from a cache: the teacher's class at confident pixels, void elsewhere, as PNGs of a data folder.
 
     OUT/classes.txt                 names and colours
     OUT/labels/<split>/<id>.png     ids at view size without padding, 255 where not sure enough, in the classes' colours
-    OUT/images/<split>/<id>.png     on demand: the images at view size, which make OUT a data folder of its own
-    OUT/pseudo-labels.json          from which store and by which rule: what is there is kept only when these are equal
+    OUT/images/<split>/<id>.png     on demand: the images at view size, which make OUT a complete data folder
+    OUT/pseudo-labels.json          the cache and the rule: existing files are kept only if these are equal
 
-Two passes over the store: the first counts confidences, which gives every class its threshold and the table of what is
-kept; the second writes the files that are not there yet, each whole or not at all.
+There are two passes over the cache. The first counts confidences, which gives every class its threshold, and the table
+of what is kept. The second writes the missing files, each completely or not at all.
 """
 
 import json
@@ -57,7 +57,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export: files `written` now, files `kept` from before; the coverage counts all of them.
+    """The result of an export: files `written` now, and files `kept` from before. The coverage counts all of them.
 
     Attributes:
         half: the threshold, one for all classes, that would keep half of the pixels.
@@ -78,14 +78,12 @@ def export_pseudo_labels(
     images: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a PNG per sample. Interrupted, the same call goes on.
+    """Write a PNG per sample. After an interruption the same call continues.
 
-    A store without pixels has no precision unless its data set is given.
+    A cache without pixels has no precision unless its data set is given. `images` also writes the images. `progress` is
+    called with (what, samples done, samples).
 
-    Args:
-        images: write the images too.
-        progress: called with (what, samples done, samples).
-    Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another store or rule;
+    Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another cache or rule;
         RecipeError for a rule that keeps no pixel.
     """
     cache = records.cache
@@ -126,7 +124,7 @@ def export_pseudo_labels(
 
 
 def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
-    """uint8 (H, W): the most likely class where its confidence reaches that class's threshold, 255 elsewhere."""
+    """Return uint8 (H, W): the most likely class if it reaches its threshold, 255 elsewhere."""
     argmax = whole.argmax.numpy()
     sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[argmax]
     label: Array = np.where(sure, argmax, IGNORE_INDEX).astype(np.uint8)
@@ -134,7 +132,7 @@ def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
 
 
 def _settings(cache: Cache, rule: Rule) -> dict[str, Any]:
-    """Everything that the labels depend on, as JSON."""
+    """Return everything that the labels depend on, as JSON."""
     manifest = cache.manifest
     return {
         "store": {

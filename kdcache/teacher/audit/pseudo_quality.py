@@ -1,6 +1,6 @@
-"""Pseudo labels beside labels: how many pixels have one, how many of these are right, and their mIoU.
+"""Compare pseudo labels with labels: how many pixels have one, how many of these are right, and their mIoU.
 
-The counts judge the thresholds of a store (`audit_cache`).
+The counts judge the thresholds of a cache (`audit_cache`).
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from kdcache.teacher.build.render import Array
 
 @dataclass(frozen=True)
 class PseudoQuality:
-    """Pseudo labels of labelled pixels; shares are NaN of no pixels.
+    """Pseudo labels of labelled pixels. Shares of no pixels are NaN.
 
     Attributes:
-        kept: share of the pixels labelled as each class that have a pseudo label; `total_kept` of all labelled pixels.
-        precision: share of the pixels with each pseudo label that are labelled so; their total is `metrics.aacc`.
+        kept: share of the pixels of each labelled class with a pseudo label. `total_kept`: of all labelled pixels.
+        precision: share of right ones among each class's pseudo labels. The total is `metrics.aacc`.
         metrics: IoU and accuracy over the pixels that have both.
     """
 
@@ -32,7 +32,7 @@ class PseudoQuality:
     metrics: Metrics
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; NaN becomes null."""
+        """Return JSON values with null for NaN."""
         rows = zip(self.metrics.class_names, self.kept, self.precision, self.metrics.iou, strict=True)
         classes = [dict(zip(("name", "kept", "precision", "iou"), row, strict=True)) for row in rows]
         total = {"kept": self.total_kept, "precision": self.metrics.aacc, "miou": self.metrics.miou}
@@ -40,7 +40,7 @@ class PseudoQuality:
 
 
 class PseudoCounts:
-    """Labelled pixels by the number of thresholds that their confidence reaches, label and prediction.
+    """Labelled pixels by label, prediction, and number of thresholds that their confidence reaches.
 
     Args:
         thresholds: the least confidences at which a prediction is a pseudo label, ascending.
@@ -54,11 +54,7 @@ class PseudoCounts:
         self.counts_NLP = np.zeros((len(thresholds) + 1, classes, classes), np.int64)
 
     def update(self, argmax_HW: Array, confidence_HW: Array, label_HW: Array, counted_HW: Array | None = None) -> None:
-        """Add the labelled pixels of an image.
-
-        Args:
-            counted_HW: bool, pixels to be added; default all.
-        """
+        """Add the labelled pixels of an image, or only those in `counted_HW` (bool)."""
         counted = label_HW != IGNORE_INDEX
         counted = counted if counted_HW is None else counted & counted_HW
         level = np.searchsorted(self.thresholds, confidence_HW[counted].astype(np.float64), side="right")
@@ -68,7 +64,7 @@ class PseudoCounts:
         self.counts_NLP += np.bincount(cells, minlength=self.counts_NLP.size).reshape(self.counts_NLP.shape)
 
     def quality(self, number: int = 0) -> PseudoQuality:
-        """What the threshold with this number keeps."""
+        """Return the quality of the pseudo labels by the threshold with this number."""
         labelled_L, kept_LP = self.counts_NLP.sum((0, 2)), self.counts_NLP[number + 1 :].sum(0)
         confusion = ConfusionMatrix(self.class_names, IGNORE_INDEX)
         confusion.counts = torch.from_numpy(kept_LP)

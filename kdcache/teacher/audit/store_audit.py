@@ -1,4 +1,4 @@
-"""The audit of the heads that a store holds of its teacher: classes and depth."""
+"""The audit of a cache's heads: classes and depth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class StoreAudit:
-    """The audits of a store's outputs.
+    """The audits of a cache's outputs.
 
     Attributes:
         classes: None without a head of segmentation.
-        seal: digest of the store's seal. parents: those of the stores that its teacher learnt from.
+        seal: digest of the cache's seal. parents: digests of the caches that its teacher learnt from.
     """
 
     images: int
@@ -30,7 +30,7 @@ class StoreAudit:
     parents: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers: of classes at the top level, `regressions` by name."""
+        """Return JSON values: classes at the top level, `regressions` by name."""
         classes = {"images": self.images} if self.classes is None else self.classes.to_json()
         values = {audit.name: audit.to_json() for audit in self.regressions}
         store = {"seal": self.seal, "parents": list(self.parents)}
@@ -38,11 +38,9 @@ class StoreAudit:
 
 
 def audit_store(records: Records, *, worst: int = 10, progress: Progress | None = None) -> StoreAudit:
-    """Judge the teacher of a store by what the store holds.
+    """Audit the teacher of a cache by its content. `worst` is the number of worst images to name for each task.
 
-    Args:
-        worst: how many images to name, of each task, where the teacher is worst.
-    Raises: MismatchError for a store without heads, and for a missing or a changed data set; CorruptError.
+    Raises: MismatchError for a cache without heads, and for a missing or a changed data set; CorruptError.
     """
     report = progress or (lambda what, done, total: None)
     cache = records.cache

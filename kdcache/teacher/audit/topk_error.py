@@ -1,9 +1,10 @@
-"""The error that keeping only k classes would make in the gradient of the KL term, on a teacher's targets.
+"""The error that keeping only k classes causes in the gradient of the KL term, on a teacher's targets.
 
 The gradient of T^2 KL(p_t || p_s) by the student's logits is T (p_s - p_t), so the relative error is
-||p_t' - p_t|| / ||p_s - p_t|| over every pixel at view size, with t' what is left of t: its k largest classes and the
-log-odds of all others. Two students bracket a training: one that knows nothing (uniform) and one that is the teacher
-plus unit Gaussian noise, as in `kdcache_kernels.gradient_error`.
+||p_t' - p_t|| / ||p_s - p_t|| over every pixel at view size. t' keeps the k largest classes of t and the log-odds of
+all
+others. Two students bracket a training: an untrained one (uniform), and the teacher plus unit Gaussian noise, as in
+`kdcache_kernels.gradient_error`.
 """
 
 import math
@@ -23,10 +24,10 @@ SEED = 20
 
 @dataclass(frozen=True)
 class GradientErrors:
-    """Relative errors, `uniform[k][T]` for a student that knows nothing and `noisy[k][T]` for one near its teacher.
+    """Relative errors: `uniform[k][T]` for an untrained student and `noisy[k][T]` for one near its teacher.
 
     Attributes:
-        kept: classes that were there to be left out; fewer than the teacher has when the store keeps the top k.
+        kept: number of stored classes, fewer than the teacher's if the cache keeps the top k.
     """
 
     records: int
@@ -36,7 +37,7 @@ class GradientErrors:
 
 
 def candidates(kept: int) -> tuple[int, ...]:
-    """1, 2, 4, 8 ... below the number of classes that are there."""
+    """Return 1, 2, 4, 8 ... below the number of stored classes."""
     return tuple(takewhile(lambda k: k < kept, (2**n for n in count())))
 
 
@@ -46,10 +47,10 @@ def gradient_errors(
 ) -> GradientErrors:
     """Measure every candidate k at T = 1, 2 and 4.
 
-    Args:
-        logits: (C, h, w) of each record, dense.
-        kept: classes of them that a smaller k can leave out.
-        size: (H, W) of the view in pixels. align_corners: of the head's resize.
+    `logits` (C, h, w) of each record are dense, and `kept` classes of them are available to a smaller k. `size` is (H,
+    W)
+    of the view in pixels. `align_corners` is of the head's resize.
+
     Memory: O(C*H*W).
     """
     ks = candidates(kept)

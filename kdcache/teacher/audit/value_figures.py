@@ -23,7 +23,7 @@ _TEACHER, _LABEL = "#1b6ca8", "#d1661f"
 
 
 def write_regression(audit: RegressionAudit, records: Records, folder: Path) -> list[Path]:
-    """`NAME.png`; `worst/NAME-rank01-...png` of images with labels, else `samples/NAME-...png`.
+    """Write `NAME.png`, and `worst/NAME-rank01-...png` of labelled images, else `samples/NAME-...png`.
 
     Returns: the pictures.
     """
@@ -47,7 +47,7 @@ def _some(records: Records) -> list[int]:
 
 
 def _overview(audit: RegressionAudit) -> "Figure":
-    """How values are spread; with labels also predictions beside them, and the error by distance."""
+    """Draw the distribution of values, and with labels also predictions against them and errors by distance."""
     unit = "m" if audit.unit == "m" else audit.unit
     if audit.metrics is None:
         figure = new_figure(7, 4.6, f"The teacher's {audit.name} on {audit.images} images")
@@ -102,7 +102,7 @@ def _spread(axes: "object", audit: RegressionAudit, unit: str) -> None:
 
 
 def _image(audit: RegressionAudit, records: Records, record: int, title: str) -> "Figure":
-    """Image and prediction; with a label that, too, and the error."""
+    """Draw image and prediction, and with a label also the label and the error."""
     values: Array = map_at_view(records, record, audit.name).numpy()
     pictures: list[tuple[str, Array | DepthMap]] = [("image", records.pixels(record))]
     label = None if audit.metrics is None else depth_label(records, record)

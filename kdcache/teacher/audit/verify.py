@@ -1,4 +1,4 @@
-"""Stored targets checked: scores against labels, and a sample beside new predictions of the teacher."""
+"""Check stored targets: scores against labels, and a sample against new predictions of the teacher."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,16 +29,16 @@ MAX_VALUE_ERROR = 1e-2
 
 @dataclass(frozen=True)
 class Agreement:
-    """Stored targets beside the teacher's own, over a sample of records.
+    """Stored targets compared with the teacher's own, over a sample of records.
 
     Attributes:
-        fingerprint: what differs between the store's teacher and this one, in words.
-        drifted: records whose pixels are no longer those that were taught on.
+        fingerprint: differences between the cache's teacher and this one, in words.
+        drifted: records whose pixels differ from those that the teacher saw.
         argmax: share of target pixels with the same best class.
-        kl: mean KL(teacher || stored) in nats at T = 1; largest_error: of any probability-relevant logit.
-        values: largest error of each array of a regression, of features in 8 bits or without a head beside them, and of
-            similarities, as a part of its largest magnitude in the record.
-        features: tap in 8 bits -> what is stored of it beside the teacher.
+        kl: mean KL(teacher || stored) in nats at T = 1. largest_error: of any logit that affects a probability.
+        values: largest error of each array (regressions, similarities, features in 8 bits or without a head), as a part
+            of its largest magnitude in the record.
+        features: tap in 8 bits -> what is stored of it, compared with the teacher.
     """
 
     records: int
@@ -52,16 +52,17 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
+        """Whether all differences are within their limits."""
         same = not self.fingerprint and not self.drifted and all(e <= MAX_VALUE_ERROR for e in self.values.values())
         return same and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 
 
 @dataclass(frozen=True)
 class Score:
-    """A teacher's predictions beside labels.
+    """A teacher's predictions compared with labels.
 
     Attributes:
-        confidence: mean probability of the best class (T = 1) over the labelled pixels; NaN if one is NaN.
+        confidence: mean probability of the best class (T = 1) over the labelled pixels, or NaN if one is NaN.
     """
 
     metrics: Metrics
@@ -69,7 +70,7 @@ class Score:
 
     @property
     def doubt(self) -> str | None:
-        """A warning if it is right far more often than it is sure, as logits that are none make it; else None."""
+        """A warning if it is right far more often than it is sure, a sign of outputs that are not logits."""
         if not self.metrics.aacc - self.confidence > MAX_DOUBT:
             return None
         return (
@@ -80,11 +81,11 @@ class Score:
 
 
 def score_cache(records: Records, limit: int = 512) -> Score | None:
-    """The teacher's metrics on the labels of whole images at view size, read back; None without labels or classes.
+    """Return the teacher's metrics on the labels of whole images at view size, or None without labels or classes.
 
-    A store that has crops alone is scored on the first crop of each image.
+    A cache with only crops is scored on the first crop of each image.
 
-    Raises: MismatchError for a store without pixels that has no data set, or a changed one.
+    Raises: MismatchError for a cache without pixels and without its data set, or with a changed one.
     """
     cache = records.cache
     if cache.manifest.segmentation is None:
@@ -104,7 +105,7 @@ def score_cache(records: Records, limit: int = 512) -> Score | None:
 
 
 def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
-    """The segmentation target of some records, as the kernels take it."""
+    """Return the segmentation target of some records in the form of the kernels."""
     rows = [records.target(number) for number in numbers]
     parts = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     cache = records.cache
@@ -121,9 +122,9 @@ def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
 def compare_teacher(records: Records, teacher: Teacher, device: torch.device, limit: int = 16) -> Agreement:
     """Run the teacher again on a sample of records and compare.
 
-    The data set is needed when the store keeps no pixels, and used to find drift otherwise.
+    The data set is needed if the cache has no pixels. Otherwise it is used to find drift.
 
-    Raises: MismatchError when the store keeps no pixels and has no data set beside it.
+    Raises: MismatchError if the cache has no pixels and no data set.
     """
     _check_split(records)
     cache = records.cache
@@ -185,7 +186,7 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
 
 
 def _value_errors(cache: Cache, record: int, now: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
-    """Largest error of each array of a record, as a part of its largest magnitude; infinite for another shape."""
+    """Return each array's largest error in a record, relative to its largest magnitude, inf for another shape."""
     errors = {}
     for path, value in now.items():
         room, _, name = path.partition("/")
@@ -200,7 +201,7 @@ def _value_errors(cache: Cache, record: int, now: Mapping[str, torch.Tensor | No
 
 
 def _check_split(records: Records) -> None:
-    """Refuse records whose pixels, as the teacher saw them, cannot be had."""
+    """Raise MismatchError for records whose original pixels are not available."""
     cache, taught = records.cache, records.cache.manifest.view.teacher_size
     if records.split is None and taught is not None:
         raise MismatchError(
@@ -211,7 +212,7 @@ def _check_split(records: Records) -> None:
 
 
 def _pixels(records: Records, record: int) -> tuple[Array, bool]:
-    """The pixels of a record as the teacher saw them, and whether the data set now renders others.
+    """Return the pixels of a record as the teacher saw them, and whether the data set now renders others.
 
     The checksum is of the view alone: both renderings are of one image, and what moves no byte of the student's is
     no drift to it.

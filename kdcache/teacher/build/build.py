@@ -1,10 +1,10 @@
-"""The teacher's one pass over a data set, into a store. Interrupted, it goes on where it stopped.
+"""The teacher's one pass over a data set, into a cache. After an interruption it continues where it stopped.
 
-Targets that an earlier store has already are taken over from it; the teacher runs for the rest.
+Targets that an earlier cache already has are copied from it. The teacher runs for the rest.
 
-Three stages: threads render images (ahead, beside a GPU), the teacher runs in the calling thread, one thread
-compresses, writes and syncs finished shards meanwhile. Memory holds two shards and a few batches, whatever the number
-of records.
+Three stages: threads render images (ahead, if the teacher is on a GPU), the teacher runs in the calling thread, and one
+thread compresses, writes and syncs finished shards meanwhile. Memory holds two shards and a few batches, whatever the
+number of records.
 """
 
 import time
@@ -48,8 +48,8 @@ class TaughtShard(NamedTuple):
     """A shard whose files an engine has written.
 
     Attributes:
-        record: of the ledger, which knows nothing of it yet.
-        taught, reused, damaged: how many of its records, as in `BuildResult`.
+        record: the ledger's record, which is not yet published.
+        taught, reused, damaged: numbers of its records, as in `BuildResult`.
     """
 
     record: ShardRecord
@@ -59,13 +59,13 @@ class TaughtShard(NamedTuple):
 
 
 class Engine(Protocol):
-    """Others that teach the missing shards of a store, and write their files."""
+    """Other processes that compute the missing shards of a cache, and write their files."""
 
     def connected(self, manifest: Manifest) -> AbstractContextManager[None]:
-        """Inside, they are within reach. Raises where they are not, or have no room for such a build."""
+        """Connect to the workers in a with block. Raises an error without them, or without room for the build."""
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
-        """The shards, as their files are written; the build publishes their records."""
+        """Yield the shards as their files are written. The build publishes their records."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class BuildResult:
     """The result of a build.
 
     Attributes:
-        records: how many the teacher ran for now. kept: how many were finished before.
-        reused: taken over from an earlier store; with a new tap they are among those that were taught.
-        complete: False when other workers have still to finish their shards: the last one seals the store.
-        repair: of records that were damaged and taught again with other versions than the rest.
-        damaged: records of the earlier store that could not be read, and were taught again.
-        out: the store.
+        records: records that the teacher predicted now. kept: records that were finished before.
+        reused: records copied from an earlier cache. If there is a new tap, they also count as predicted.
+        complete: False if other workers have still to finish their shards. The last one seals the cache.
+        repair: of damaged records that were predicted again with other versions than the rest.
+        damaged: unreadable records of the earlier cache, which were predicted again.
+        out: the cache.
     """
 
     manifest: Manifest
@@ -93,6 +93,7 @@ class BuildResult:
 
     @property
     def images_per_second(self) -> float:
+        """Records that the teacher predicted per second."""
         return self.records / self.seconds if self.seconds else 0.0
 
     def __repr__(self) -> str:
@@ -124,7 +125,7 @@ class _Batch(NamedTuple):
 
 @contextmanager
 def deterministic_cudnn() -> Iterator[None]:
-    """Inside, cuDNN takes the same algorithm every time; afterwards it is as the caller had it."""
+    """Make cuDNN use the same algorithm every time, in a with block."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
@@ -145,14 +146,15 @@ def build_cache(
     reuse: Cache | None = None,
     engine: Engine | None = None,
 ) -> BuildResult:
-    """Run the teacher over every sample of `split` and write the store `out`.
+    """Run the teacher over every sample of `split` and write the cache `out`.
 
-    Args:
-        progress: called with (records done, records), those that were there already included.
-        worker: which part of a build that several processes share; default all of it.
-        reuse: an earlier store of the same teacher, whose targets are taken over where they would be equal (reuse.py).
-        engine: actors that teach the shards in this process's place; default none.
-    Raises: KDCacheError of every kind; what is finished stays, and the same call continues.
+    `progress` is called with (records done, records), including earlier ones. `worker` is this process's part of a
+    shared
+    build. `reuse` is an earlier cache of the same teacher, whose equal targets are copied (reuse.py). `engine` computes
+    the
+    shards in other processes.
+
+    Raises: KDCacheError of every kind. Finished shards stay, and the same call continues.
     """
     place(teacher.model, options.device)
     if store_exists(out):  # begun before: its manifest has the figures
@@ -214,12 +216,11 @@ def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: i
 def pack_batch(
     outputs: Outputs, heads: Mapping[str, Head | Regression], features: Mapping[str, Feature]
 ) -> dict[str, Tensor]:
-    """A teacher's outputs as the store keeps them: path -> tensor with a leading B, on the same device.
+    """Return a teacher's outputs in the form of the cache: path -> tensor with a leading B, on the same device.
 
-    Features that become bytes are still float32: `stored_features` makes these.
-
-    Args:
-        outputs: of `teach`. heads, features: the manifest's.
+    Features that become bytes are still float32, for `stored_features`. `outputs` are of `teach`. `heads` and
+    `features`
+    are the manifest's.
     """
     packed: dict[str, Tensor] = {}
     for name, head in heads.items():
@@ -242,7 +243,7 @@ def pack_batch(
 
 
 class TeacherPass:
-    """The teacher over the records of some shards."""
+    """Runs the teacher over the records of some shards."""
 
     def __init__(
         self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None, of_file: FileDigest | None = None
@@ -252,10 +253,11 @@ class TeacherPass:
         self._manifest, self._reuse, self._of_file = manifest, reuse, of_file
 
     def batches(self, shards: Iterable[int]) -> Iterator[_Batch]:
-        """Every record of the shards, shard after shard.
+        """Yield every record of the shards, in batches, shard after shard.
 
-        A batch never crosses a shard, so that a shard's bytes do not depend on where a build was interrupted. The
-        result of a batch is fetched after the next one was launched: a GPU does not wait for the host.
+        A batch never crosses a shard, so a shard's bytes do not depend on where a build was interrupted. The result of
+        a batch
+        is fetched after the next one was launched, so a GPU does not wait for the host.
         """
         launched: Callable[[], _Batch] | None = None
         for items, unknown in self._sorted_out(shards):
@@ -267,7 +269,7 @@ class TeacherPass:
             yield launched()
 
     def _sorted_out(self, shards: Iterable[int]) -> Iterator[tuple[list[Rendered], bool]]:
-        """Batches for the teacher (True), each of one fold, and batches that an earlier store knows."""
+        """Yield batches for the teacher (True), each of one fold, and batches that an earlier store knows."""
         manifest, reuse, options = self._manifest, self._reuse, self._options
         waiting: dict[tuple[bool, int | None], list[Rendered]] = {}
         ahead = options.device.type != "cpu"
@@ -287,7 +289,7 @@ class TeacherPass:
                     yield waiting.pop(kind), kind[0]
 
     def _launch(self, items: list[Rendered]) -> Callable[[], _Batch]:
-        """Start a batch; what is returned waits for its result."""
+        """Start a batch, and return a function that waits for its result."""
         options, heads, head = self._options, self._manifest.heads, self._manifest.segmentation
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
         model, grid = self._teacher.model_for(items[0].fold), head.size if head and head.resampled else None
@@ -300,7 +302,7 @@ class TeacherPass:
         return partial(self._fetch, items, *_to_host(packed, options.device))
 
     def _fetch(self, items: list[Rendered], packed: dict[str, Tensor], event: torch.cuda.Event | None) -> _Batch:
-        """A batch, once its copy is through. Raises ModelError for logits that are no numbers."""
+        """Return a batch when its copy is complete. Raises ModelError for logits that are not finite."""
         if event is not None:
             event.synchronize()
         for path, tensor in packed.items():
@@ -319,7 +321,7 @@ class TeacherPass:
         return _Batch(items, rows, taught=True)
 
     def _check_ranges(self, items: list[Rendered], packed: Mapping[str, Tensor]) -> None:
-        """Refuse values of a regression outside the range of its head, but for their rounding."""
+        """Raise ModelError for values of a regression outside the range of its head, except for rounding."""
         for name, head in self._manifest.regressions.items():
             if head.range is None:
                 continue

@@ -1,4 +1,4 @@
-"""What a copy of a store lost beside the teacher's own outputs, measured without the teacher."""
+"""Measure what a copy of a cache loses against the teacher's outputs, without the teacher."""
 
 import numpy as np
 import torch
@@ -12,11 +12,10 @@ _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of manti
 
 
 def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
-    """The figures of a copy into `codec` (None: the source's).
+    """Return the fidelity of a copy into `codec` (None: the source's), or None if it is unknown.
 
-    They are the source's own where the copy holds the same numbers, decoded or not. Where it rounds, they are measured
-    against the source, if that keeps all classes and is known to have lost next to nothing itself. Otherwise None: the
-    second of two losses does not give their sum.
+    A copy with the same numbers, decoded or not, has the source's fidelity. A copy that rounds is measured against the
+    source, if that keeps all classes and has lost almost nothing itself. Otherwise the sum of two losses is unknown.
     """
     manifest = source.manifest
     if not rounds(manifest, codec):

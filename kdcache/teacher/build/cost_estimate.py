@@ -1,9 +1,9 @@
-"""What a build will cost, before it: bytes, files and time of a setting and its neighbours, from a few real records.
+"""Estimate a build's cost: bytes, files and time of a setting and similar ones, from a few real records.
 
-A small store of those records is really built, in a temporary folder, and written again for every other k and codec.
-Per record that is what the large one takes: chunks hold one record each. On CamVid at 144x192 16 of 367 images foretold
-the bytes to 0.2 %, with 4 views, a tap and codec small to 0.5 %, and the number of files exactly. Bytes of similarities
-of tokens vary more from image to image, by 10 %: 16 images foretold them to 1.7 %, 32 to 0.1 %.
+A small cache of those records is actually built in a temporary folder, and written again for every other k and codec.
+Its cost per record is the large one's, because chunks hold one record each. On CamVid at 144x192, 16 of 367 images
+predicted the bytes to 0.2 %, with 4 views, a tap and codec small to 0.5 %, and the number of files exactly. Bytes of
+token similarities vary more between images, by 10 %: 16 images predicted them to 1.7 %, 32 to 0.1 %.
 """
 
 import tempfile
@@ -35,7 +35,7 @@ _SEAL = 3  # ledger.jsonl, complete.json and the spare of the manifest
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices that a cost is estimated for; `k` is None without targets of classes."""
+    """The choices that a cost is estimated for. `k` is None without targets of classes."""
 
     k: int | None
     codec: Codec
@@ -45,7 +45,7 @@ class Setting:
     feature_dtype: StoredAs = "fp16"
 
     def flags(self, other: "Setting") -> str:
-        """The flags in which `self` differs from `other`, as they are typed."""
+        """Return the flags that differ between `self` and `other`, as typed."""
         mine, others = asdict(self), asdict(other)
         names = {"k": "top-k", "feature_dtype": "feature-dtype"}
         changed = {names.get(name, name): value for name, value in mine.items() if value != others[name]}
@@ -54,7 +54,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a setting. `sizes` are bytes per record on disk; `seconds` is the teacher's pass."""
+    """The cost of a setting: `sizes` in bytes per record on disk, `seconds` of the teacher's pass."""
 
     setting: Setting
     sizes: Sizes
@@ -64,21 +64,23 @@ class Cost:
 
     @property
     def bytes_per_record(self) -> float:
+        """Bytes of all arrays per record."""
         return sum(self.sizes.values())
 
     @property
     def bytes(self) -> int:
+        """Bytes of all records."""
         return round(self.records * self.bytes_per_record)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a build, and of settings that differ in one thing.
+    """The cost of a build, and of settings that differ in one choice.
 
     Attributes:
-        taught: records that were taught to find out. seconds: of one record, as chosen.
-        classes: of the head of classes; 0 without.
-        error: standard error of the bytes of a record, as chosen, relative.
+        taught: records predicted for the estimate. seconds: of one record, with the chosen setting.
+        classes: of the head of classes, or 0.
+        error: relative standard error of the bytes of a record, with the chosen setting.
     """
 
     chosen: Cost
@@ -91,7 +93,7 @@ class Estimate:
 
     @property
     def payback_epochs(self) -> float:
-        """Epochs after which the build and reading took less time than a teacher beside every step; may be infinite.
+        """Epochs after which build and reading took less time than a live teacher in every step, maybe infinite.
 
         An epoch visits each sample once, whatever the number of views.
         """
@@ -99,16 +101,15 @@ class Estimate:
         return self.chosen.seconds / saved if saved > 0 else float("inf")
 
     def training_seconds(self, epochs: int, student: float = 0.0) -> tuple[float, float]:
-        """Seconds of so many epochs: with a live teacher, and with the store, its build included.
+        """Return the seconds of `epochs` epochs: with a live teacher, and with the cache including its build.
 
-        Args:
-            student: seconds per image that the student itself takes.
+        `student` is the student's time per image in seconds.
         """
         images = epochs * self.samples
         return images * (student + self.seconds.teach), self.chosen.seconds + images * (student + self.seconds.read)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; epochs are null when it never pays."""
+        """Return JSON values, with null for epochs if it never breaks even."""
         payback = self.payback_epochs
         return {
             "taught": self.taught,
@@ -123,9 +124,9 @@ class Estimate:
 
 
 def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
-    """Seconds of forward and backward of a student, per image of the view's size, in batches of the build's.
+    """Return a student's seconds of forward and backward per image of the view's size, in batches of the build's.
 
-    Raises: ModelError for a spec that is none.
+    Raises: ModelError for an invalid spec.
     """
     height, width = options.size if options.crop is None else options.crop
     model = build_model(spec, classes).to(options.device).train()
@@ -141,11 +142,10 @@ def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
 def estimate(
     split: Split, teacher: Teacher, options: BuildOptions, *, records: int = RECORDS, progress: Progress | None = None
 ) -> Estimate:
-    """Build a small store and scale it. Leaves nothing behind, however it ends.
+    """Build a small cache of `records` samples (or all), and extrapolate. Nothing is left behind in any case.
 
-    Args:
-        records: how many to teach; all when there are fewer.
-        progress: called with (what, done, of how many).
+    `progress` is called with (what, done, of how many).
+
     Raises: as `build_cache`.
     """
     options = replace(options, fidelity=False)
@@ -170,7 +170,7 @@ def estimate(
 
 
 def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
-    """Settings that differ from the options' own one in one thing."""
+    """Yield settings that differ from the options' own one in one thing."""
     if own.k is not None:
         ks = [k for k in (*_KS, classes) if k <= classes]
         smaller, larger = [k for k in ks if k < own.k], [k for k in ks if k > own.k]
@@ -190,7 +190,7 @@ def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Set
 
 
 def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) -> Cost:
-    """The cost of a setting, by the manifest of the options' own one and the seconds of a record."""
+    """Return the cost of a setting, by the manifest of the options' own one and the seconds of a record."""
     sizes = trial.sizes(setting.k, setting.codec, setting.views, setting.features, setting.feature_dtype)
     if setting.pixels == "source":
         sizes = {path: size for path, size in sizes.items() if not path.startswith(("pixels/", "labels/"))}
@@ -201,7 +201,7 @@ def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) ->
 
 
 def _metadata_files(manifest: Manifest, sizes: Sizes) -> int:
-    """Besides shards and ledger: the ids, and zarr.json of every array and group."""
+    """Return the number of files other than shards and ledger: ids, and zarr.json of arrays and groups."""
     common = [key for key in metadata_keys(manifest) if key.startswith("samples/")]
     nodes = {str(node) for path in sizes for node in (PurePosixPath(path), *PurePosixPath(path).parents)}
     return len(common) + len(nodes)

@@ -1,4 +1,4 @@
-"""How fast a disk takes what a build writes, at first and once its write cache is full."""
+"""Measure a disk's write speed, at first and once its write cache is full."""
 
 import os
 import tempfile
@@ -26,7 +26,7 @@ class DiskRate:
 
     Attributes:
         folder: where it was measured.
-        bytes: written and deleted again. seconds: that took.
+        bytes: written and deleted again. seconds: the time of that.
         first, last: bytes per second of the first and of the last part.
     """
 
@@ -38,7 +38,7 @@ class DiskRate:
 
     @classmethod
     def of(cls, folder: str, pieces: Sequence[tuple[int, float]]) -> "DiskRate":
-        """Return the rates of pieces, (bytes, seconds) each, at least one, in their order."""
+        """Return the rates from pieces of (bytes, seconds) in order."""
         part = max(1, len(pieces) // _PART)
         size, seconds = _sum(pieces)
         first, last = (own / max(taken, 1e-9) for own, taken in (_sum(pieces[:part]), _sum(pieces[-part:])))
@@ -46,17 +46,17 @@ class DiskRate:
 
     @property
     def slows_down(self) -> bool:
-        """Whether it has a second regime."""
+        """Whether the last rate is much lower than the first."""
         return self.last < SLOWER * self.first
 
 
 class Bound(NamedTuple):
-    """What a build waits for.
+    """The bottleneck of a build.
 
     Attributes:
         name: teacher, decoding or disk.
         seconds: of a record, by name.
-        build_seconds: of the whole pass, which is at least the disk's time at its last rate.
+        build_seconds: of the whole pass, at least the disk's time at its last rate.
     """
 
     name: str
@@ -64,17 +64,13 @@ class Bound(NamedTuple):
     build_seconds: float
 
     def to_json(self, disk: DiskRate) -> dict[str, Any]:
-        """Return a dict of plain JSON types, with the rates of the disk."""
+        """Return JSON values, with the rates of the disk."""
         measured = {**asdict(disk), "slows_down": disk.slows_down}
         return {**measured, "bound": self.name, "seconds_per_record": self.seconds, "build_seconds": self.build_seconds}
 
 
 def bound_of(estimate: Estimate, disk: DiskRate, threads: int) -> Bound:
-    """Return what the chosen build waits for.
-
-    Args:
-        threads: that decode and resize, 0 for none besides the teacher's.
-    """
+    """Return the bottleneck of the chosen build. `threads` decode and resize (0: the teacher's thread)."""
     cost = estimate.chosen
     cores = min(max(1, threads), os.cpu_count() or 1)
     seconds = {
@@ -86,7 +82,7 @@ def bound_of(estimate: Estimate, disk: DiskRate, threads: int) -> Bound:
 
 
 def check_local(out: str) -> None:
-    """Refuse to measure an object store. Raises: RecipeError."""
+    """Raise RecipeError for an object store, which has no disk to measure."""
     if "://" in out:
         raise RecipeError(
             f"Cannot measure the disk of {out}: it is an object store",
@@ -101,15 +97,12 @@ def measure_disk(
     most_seconds: float = MOST_SECONDS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> DiskRate:
-    """Write random bytes to the file system of a path, each piece made durable as a shard is; nothing is left.
+    """Write random bytes to the file system of `out` (or its nearest existing parent), each piece made durable.
 
-    The file has no name, so that a process that is killed leaves nothing, either. At most half of what is free is
-    written.
+    The file has no name, so nothing is left even if the process is killed. At most half of the free space is written.
+    `progress` is called with (what, bytes done, of how many).
 
-    Args:
-        out: where a cache would go; its nearest folder that exists is measured.
-        progress: called with (what, bytes done, of how many).
-    Raises: RecipeError for an object store, and for a folder that cannot be written to.
+    Raises: RecipeError for an object store, and for a folder that is not writable.
     """
     check_local(out)
     path = Path(out).absolute()

@@ -1,7 +1,7 @@
-"""What storing loses: targets as a store keeps them, beside the teacher's raw logits.
+"""Measure what storing loses: stored targets against the teacher's raw logits.
 
-Judged where the loss reads them, after bilinear upsampling to the view's size: between target pixels rounding errors
-mix, and near-ties change sides. At T = 1 and 4, for the temperature lifts classes that had no probability.
+They are compared after bilinear upsampling to the view's size, where the loss reads them: between target pixels
+rounding errors mix, and near-ties change sides. T is 1 and 4, because the temperature lifts classes of no probability.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,10 +22,8 @@ def measure_fidelity(
 ) -> Fidelity:
     """Pack every image's logits to k classes, round as `codec` does, and compare with the raw logits.
 
-    Args:
-        logits: raw, (C, h, w) float32, at least one image; any device.
-        size: (H, W) of the view.
-        align_corners: of the head's resize.
+    `logits` are raw, (C, h, w) float32, of at least one image, on any device. `size` is (H, W) of the view.
+
     Memory: O(C*h*w), and a few bands of rows of the view.
     """
     means = torch.zeros(3, dtype=torch.float64)  # KL at T = 1 and at T = 4, argmax agreement
@@ -52,7 +50,7 @@ def measure_fidelity(
 
 
 def _as_stored(raw_Chw: Tensor, k: int, codec: Codec) -> Tensor:
-    """Dense logits (C, h, w), as a reader of the store would make them."""
+    """Return dense logits (C, h, w), as a reader of the store would make them."""
     parts = zip(("values", "indices", "tail"), pack(raw_Chw[None], k), strict=True)
     rows = {f"targets/segmentation/{name}": part.cpu().numpy() for name, part in parts if part is not None}
     values, *others = (torch.from_numpy(part).to(raw_Chw.device) for part in round_targets(rows, codec).values())
@@ -61,7 +59,7 @@ def _as_stored(raw_Chw: Tensor, k: int, codec: Codec) -> Tensor:
 
 
 def _bands(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Iterator[Tensor]:
-    """The bilinear upsampling to `size` in float64, a band of rows (C, b, W) at a time."""
+    """Yield the bilinear upsampling to `size` in float64, a band of rows (C, b, W) at a time."""
     (H, W), (C, h, _) = size, x_Chw.shape
     row_H = torch.arange(H, dtype=torch.float64, device=x_Chw.device)
     at_H = row_H * (h - 1) / max(H - 1, 1) if align_corners else (row_H + 0.5) * h / H - 0.5
@@ -73,7 +71,7 @@ def _bands(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Iterato
 
 
 def kl_of_pixels(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(exact || stored) in nats per pixel, at T = 1 and at T = 4."""
+    """Return KL(exact || stored) in nats per pixel, at T = 1 and at T = 4."""
     exact_CbW, stored_CbW = (x - x.amax(0) for x in (exact_CbW, stored_CbW))
     excess_CbW = exact_CbW - stored_CbW
     # Exponentials are what this costs: e^x is the fourth power of e^(x/4).
@@ -83,11 +81,11 @@ def kl_of_pixels(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _divergence(p_CbW: Tensor, q_CbW: Tensor, excess_CbW: Tensor) -> Tensor:
-    """KL of two distributions up to their sums, given log p - log q up to the same."""
+    """Return KL of two distributions up to their sums, given log p - log q up to the same."""
     mass_bW = p_CbW.sum(0)
     return (p_CbW * excess_CbW).sum(0) / mass_bW + (q_CbW.sum(0) / mass_bW).log()
 
 
 def _figure(nats: float) -> float:
-    """Three digits, so that the last bits of another machine do not show; what is below 0 is rounding."""
+    """Return three digits, to hide other machines' last bits. Values below 0 are rounding."""
     return max(0.0, float(f"{nats:.3g}"))

@@ -1,4 +1,4 @@
-"""What a build will write, known before its first shard: sizes from one forward pass, the rest from a few records."""
+"""Plan a build's manifest before its first shard: sizes from one forward pass, the rest from a few records."""
 
 import datetime
 import sys
@@ -26,13 +26,13 @@ from kdcache_kernels import choose_k
 
 @well_formed_parts()
 def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
-    """The manifest of the store that a build would write.
+    """Return the manifest of the cache that a build would write.
 
     Args:
         probe: the teacher, on the options' device already, with the split and the options of the build.
-        fidelity: False leaves the figures out, also where the options ask for them.
-    Raises: RecipeError for a k that cannot be; ModelError for a teacher that gives no logits or that does not fit
-        the data set; StoreError for a split or a tap whose name is none of a folder.
+        fidelity: False leaves the figures out, even if the options ask for them.
+    Raises: RecipeError for an impossible k; ModelError for a teacher that gives no logits or does not fit the data
+        set; StoreError for a split or a tap whose name cannot name a folder.
     """
     split, teacher, options = probe.split, probe.teacher, probe.options
     if SEGMENTATION in probe.heads:
@@ -73,11 +73,9 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
 
 
 def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature], dict[str, FeatureFidelity]]:
-    """Return the manifest's features, and what is lost of those in 8 bits.
+    """Return the manifest's features, and what those in 8 bits lose. `output` is of `probe.probe()`.
 
-    Args:
-        output: of `probe.probe()`.
-    Raises: RecipeError for 8 bits that no tap can have; as `TeacherProbe.features`.
+    Raises: RecipeError if no tap can have 8 bits; as `TeacherProbe.features`.
     """
     shapes, wanted = (
         {tap: output.features[tap].shape[1:] for tap in probe.options.features},
@@ -98,13 +96,13 @@ def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature],
 
 
 def libraries() -> dict[str, str]:
-    """The versions here of what a record's bytes depend on, by name."""
+    """Return the versions of the libraries that a record's bytes depend on, by name."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python, **{name: version_of(name) for name in ("torch", "pillow", "zarr", "numcodecs")}}
 
 
 def _depth(probe: TeacherProbe) -> DepthLabels | None:
-    """The labels of depth of a store that has to do with metres."""
+    """Return the labels of depth of a store that has to do with metres."""
     if not probe.metres:
         return None
     drawn = probe.view.drawn
@@ -116,11 +114,7 @@ def _depth(probe: TeacherProbe) -> DepthLabels | None:
 def _heads(
     probe: TeacherProbe, output: Outputs, *, fidelity: bool
 ) -> tuple[dict[str, Head | Regression], Fidelity | None]:
-    """The manifest's heads, and what is lost by storing that of segmentation.
-
-    Args:
-        output: of `probe.probe()`.
-    """
+    """Return the manifest's heads, and what storing segmentation loses. `output` is of `probe.probe()`."""
     model, heads, figures = probe.teacher.model, dict[str, Head | Regression](), None
     for name, value in output.heads.items():
         channels, height, width = value.shape[1:]
@@ -149,14 +143,14 @@ def _heads(
 
 
 def _check_logits(teacher: Teacher, size: tuple[int, int]) -> None:
-    """Refuse outputs that are no logits: the softmax of them is nearly flat, whatever the teacher sees."""
+    """Raise ModelError for outputs that are not logits: their softmax would be nearly flat."""
     finding = not_logits(teacher.model, size)
     if finding is not None and finding.certain:
         raise ModelError(f"The outputs of {teacher.origin} are not logits: the teacher {finding.text}", fix=finding.fix)
 
 
 def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) -> tuple[int, Fidelity | None]:
-    """Classes to keep, and what is lost by keeping only them. The sample goes through the teacher once for both."""
+    """Return the number of classes to keep, and what that loses, from one pass of the sample."""
     options = probe.options
     if options.top_k is not None and not 1 <= options.top_k <= classes:
         raise RecipeError(
@@ -178,6 +172,7 @@ def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) ->
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU's model, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -1,4 +1,4 @@
-"""The choices of a build, and the views that they make."""
+"""The choices of a build, and its views."""
 
 from dataclasses import dataclass, field, replace
 
@@ -12,25 +12,31 @@ from kdcache.store.format.manifest_models import LEAST_ZOOM, MOST_SIDE, MOST_VIE
 
 @dataclass(frozen=True)
 class BuildOptions(BuildSettings):
-    """Choices of a build: those of the table of settings, and what they become on this machine.
+    """Choices of a build: the build settings, completed for this machine.
+
+    >>> import kdcache
+    >>> options = kdcache.BuildOptions(size=(48, 64), views=2)
+    >>> options.size, options.views
+    ((48, 64), 2)
 
     Attributes:
         size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
         fit: how images of another shape are fitted into it.
-        heads: of the teacher's, those that are stored; () is all that it has learnt.
-        features_only: no head is stored, only features.
-        top_k: keeps that many classes, None measures how many it takes.
-        feature_dtype: of the features; summaries and maps under 16 cells are float16 in any case.
+        heads: the teacher's heads to store. () is all that it has learnt.
+        features_only: store only features, no head.
+        top_k: number of classes to keep. None measures how many are needed.
+        feature_dtype: of the features. Summaries and maps under 16 cells are always float16.
         statistics: `at:TAP`, `similarity:TAP`. raw_logits: keep every pixel's largest logit.
-        views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.
+        views: of each sample: the whole image, and views - 1 drawn ones. With `crop` all are drawn.
         crop: (H, W) of the views, cut out of the image at zoom times `size`.
-        view_scale: range of the zoom of drawn views, below 1 the image amid grey; None is `ZOOM`, and 1 with depth in
-            metres. view_flip: mirror half of them.
-        depth_zoom: what a zoom does to labels of depth.
-        teacher_size: (H, W) of what the teacher sees of the same windows; default the views'.
-        teacher_grid: `own` keeps the grid of the logits that come of it, `view` averages probabilities to the grid
-            that the views themselves, without augmentation, would have given.
-        fidelity: measure what storing loses; the figures go into the manifest, nothing else depends on them.
+        view_scale: range of the zoom of drawn views. Below 1 shows the image amid grey. None is `ZOOM`, and 1 with
+            depth
+            in metres. view_flip: mirror half of them.
+        depth_zoom: effect of a zoom on depth labels.
+        teacher_size: (H, W) of the same windows for the teacher. Default: the views'.
+        teacher_grid: `own` keeps the grid of the teacher's logits. `view` averages probabilities to the grid that the
+            views themselves, without augmentation, would have.
+        fidelity: measure what storing loses, for the manifest only.
         device: of the teacher.
     """
 
@@ -45,12 +51,11 @@ ZOOM = (1.0, 2.0)
 
 
 def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
-    """The options with the zoom of the views filled in.
+    """Return the options with the zoom of the views filled in.
 
-    Args:
-        metres: whether the store has depth in metres, labels or a head, which a zoom contradicts.
-    Raises: RecipeError for views that are zoomed although nothing says what becomes of metres, and for `depth_zoom`
-        without metres.
+    `metres` says whether the cache has depth in metres, labels or a head, which a zoom contradicts.
+
+    Raises: RecipeError for zoomed views without a rule for metres, and for `depth_zoom` without metres.
     """
     if options.depth_zoom != "none" and not metres:
         raise RecipeError(
@@ -70,7 +75,7 @@ def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
 
 
 def view_of(options: BuildOptions) -> View:
-    """How views are drawn and rendered. Raises RecipeError."""
+    """Return how views are drawn and rendered. Raises RecipeError."""
     low, high = options.view_scale or ZOOM
     if not 1 <= options.views <= MOST_VIEWS or options.view_seed < 0 or not LEAST_ZOOM <= low <= high <= MOST_ZOOM:
         raise RecipeError(

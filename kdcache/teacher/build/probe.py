@@ -1,4 +1,4 @@
-"""The teacher before anything is written: its outputs for a few first views."""
+"""Run the teacher on a few first views before anything is written."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,10 +19,10 @@ from kdcache.teacher.load.load import Teacher
 
 
 def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
-    """The heads of a teacher that a build stores, in the teacher's order: without `--heads` those that it has learnt.
+    """Return the teacher's heads to store, in its order. Without `--heads` they are the ones that it has learnt.
 
-    Raises: RecipeError for heads that the teacher lacks or that are at random, for none without `--features-only`, and
-        for options of logits where there are none.
+    Raises: RecipeError for heads that the teacher lacks or that are random, for none without `--features-only`, and for
+        options of logits without logits.
     """
     own = teacher.model.learnt_heads
     wrong = next((name for name in options.heads if name not in own), None)
@@ -79,18 +79,18 @@ def _size_seen(options: BuildOptions) -> tuple[tuple[int, int], str]:
 
 
 class TeacherProbe:
-    """A teacher, the split that it is run on and the options of that build, with what a few first views show of them.
+    """A teacher, the split and the options of a build, and what a few first views show.
 
     Attributes:
-        split, teacher, options: as given; the teacher is on the options' device.
+        split, teacher, options: as given. The teacher is on the options' device.
         view: how the views of the split are drawn and rendered.
-        folds: for every sample the member that predicts it; None when all predict together.
+        folds: for every sample the member that predicts it, or None if all predict together.
         heads: the teacher's heads that are stored, in its order.
         metres: whether one of them, or labels of the split, are depth in metres.
-        taps: of the teacher, everything that the build needs: features, then those of statistics.
-        grid: (h, w) that logits are averaged to, set by `probe`; None for the teacher's own.
-    Raises: RecipeError for heads that the teacher lacks, and for options that do not go together; ModelError for a tap
-        that the teacher does not have.
+        taps: the teacher's taps that the build needs: features, then those of statistics.
+        grid: (h, w) that logits are averaged to, set by `probe`, or None for the teacher's own.
+    Raises: RecipeError for heads that the teacher lacks, and for conflicting options; ModelError for a tap that the
+        teacher does not have.
     """
 
     @well_formed_parts()
@@ -113,9 +113,9 @@ class TeacherProbe:
         self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 
     def probe(self) -> Outputs:
-        """The teacher's outputs for the first record, which give the shapes of all.
+        """Run the teacher on the first record, which shows the shapes of all outputs.
 
-        Returns: the heads that are stored, (1, C, h, w) on the store's grid, and features (1, c, h', w') by tap.
+        Returns: the heads that are stored, (1, C, h, w) on the cache's grid, and features (1, c, h', w') by tap.
         Raises: ModelError for another number of classes than the data set's, or folds on different grids; RecipeError
             for `--teacher-grid view` with a head that aligns corners.
         """
@@ -146,7 +146,7 @@ class TeacherProbe:
         return Outputs({**heads, SEGMENTATION: logits}, outputs[0].features)
 
     def logits(self, samples: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time.
+        """Yield raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time.
 
         Raises: ModelError for NaN or infinite logits, and for a full GPU.
         """
@@ -164,7 +164,7 @@ class TeacherProbe:
                     yield raw
 
     def features(self, samples: Sequence[int], taps: Sequence[str]) -> Iterator[dict[str, Array]]:
-        """Features of the first views of some samples: tap -> (c, h, w) float32.
+        """Yield features of the first views of some samples: tap -> (c, h, w) float32.
 
         Raises: ModelError for NaN or infinite features, and for a full GPU.
         """

@@ -1,9 +1,9 @@
-"""A build on a Ray cluster: actors teach whole shards and write their files, this process hands them out.
+"""A build on a Ray cluster: actors compute whole shards and write their files, and this process distributes them.
 
-An actor loads the teacher once and gets numbers of shards; it writes their array files and returns their ledger
-records. Pixels and logits never go through Ray. Only the driver writes the ledger and the seal: a shard counts once,
-whoever wrote its files. The shard of an actor that dies, alone or with its node, goes to the next free one, and Ray
-starts the actor again where there is room; the same command goes on after the driver's own death.
+An actor loads the teacher once and gets shard numbers. It writes their array files and returns their ledger records.
+Pixels and logits never go through Ray. Only the driver writes the ledger and the seal, so a shard counts once, whoever
+wrote its files. If an actor dies, alone or with its node, its shard goes to the next free one, and Ray restarts the
+actor where there is room. If the driver dies, the same command continues.
 """
 
 import os
@@ -43,8 +43,8 @@ class RayEngine:
     """The actors of a build.
 
     Args:
-        parts: is called on every node, for which Ray pickles it.
-        actors: how many; None is as many as the cluster has room for.
+        parts: a picklable function that is called on every node.
+        actors: their number. None is as many as the cluster has room for.
         num_gpus: of each actor, also a part of one.
         address: as of `kdcache.ray_cluster.cluster`.
     Raises: RecipeError without Ray, and for parts that cannot be pickled.
@@ -60,16 +60,17 @@ class RayEngine:
 
     @contextmanager
     def connected(self, manifest: Manifest) -> Iterator[None]:
-        """Inside, Ray is connected. Raises: RecipeError without a cluster, or without room in it."""
+        """Connect Ray in a with block. Raises: RecipeError without a cluster, or without room in it."""
         with cluster(self.address) as ray:
             self._room(ray, manifest.build.threads)
             yield
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
-        """The missing shards, as their files are written.
+        """Yield the missing shards as their files are written.
 
         Raises: RecipeError as `connected`; StoreError, MismatchError for a node that lacks the data or has other
-            libraries; what the teacher raises.
+        libraries;
+            the teacher's errors.
         """
         with cluster(self.address) as ray:
             yield from self._shards(ray, writer)
@@ -111,7 +112,7 @@ class RayEngine:
                 yield taught
 
     def _room(self, ray: Any, threads: int) -> int:
-        """How many actors to start. Raises: RecipeError where not even one has room."""
+        """Return the number of actors to start. Raises: RecipeError if not even one fits."""
         needs = {kind: each for kind, each in (("CPU", threads), ("GPU", self.num_gpus)) if each > 0}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fits = sum(min(int(node.get(kind, 0) / each) for kind, each in needs.items()) for node in nodes)
@@ -126,7 +127,7 @@ class RayEngine:
 
 
 def _check_pickled(parts: Parts) -> None:
-    """Raises: RecipeError without Ray, and for objects that cannot be pickled."""
+    """Raise RecipeError without Ray, and for objects that cannot be pickled."""
     try:
         import_ray().cloudpickle.dumps(parts)  # classes and functions of `__main__` go along
     except (TypeError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -138,7 +139,7 @@ def _check_pickled(parts: Parts) -> None:
 
 
 def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
-    """Raises: StoreError for a shard that keeps ending its processes; where it is None, for one that cannot start."""
+    """Raise StoreError for a shard that keeps ending its processes, or (None) for actors that cannot start."""
     if deaths < MOST_DEATHS:
         return
     lines = str(error).strip().splitlines()
@@ -157,7 +158,7 @@ def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
 
 @dataclass(frozen=True)
 class _Task:
-    """What an actor is started with: how to make the parts, the driver's folder, and the store that it writes into."""
+    """What an actor starts with: how to make the parts, the driver's folder, and the cache."""
 
     parts: Parts
     folder: str
@@ -175,7 +176,7 @@ class _ShardTeacher:
         self._reuse: Reuse | None = None
 
     def ready(self) -> None:
-        """Returns when the actor runs."""
+        """Return when the actor runs."""
 
     def teach(self, shard: int) -> TaughtShard:
         """Write the files of a shard."""
@@ -220,7 +221,7 @@ class _ShardTeacher:
 
 
 def _actor_class(ray: Any) -> type:
-    """`_ShardTeacher` for Ray: a start is tried again until there is room, a shard goes to another actor instead."""
+    """Return `_ShardTeacher` as a Ray actor. A start waits for room, and a shard moves to another actor."""
 
     class ShardTeacher(_ShardTeacher):
         ready = ray.method(max_task_retries=-1)(_ShardTeacher.ready)
@@ -230,7 +231,7 @@ def _actor_class(ray: Any) -> type:
 
 
 def check_libraries(manifest: Manifest, node: str) -> None:
-    """Compare the libraries of this node with those of the build. Raises: MismatchError if they differ."""
+    """Compare the libraries of this node with the build's. Raises: MismatchError if they differ."""
     here, begun = libraries(), manifest.build.libraries
     others = [
         f"{name} {here.get(name)} (the store: {version})"

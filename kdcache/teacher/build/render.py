@@ -1,4 +1,4 @@
-"""The records of a build before the teacher sees them: views of samples, rendered or as another cache has them."""
+"""The records of a build as the teacher's input: views of samples, rendered or copied from another cache."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +40,7 @@ class Rendered:
 
     Attributes:
         taught: the teacher's input: the pixels, or a larger rendering of the same window.
-        old: the record of an earlier store that has it already. fold: the member of the teacher that predicts it.
+        old: the equal record of an earlier cache, if any. fold: the member of the teacher that predicts it.
     """
 
     record: int
@@ -63,7 +63,7 @@ class Rendered:
 
 
 class LikeSplit(DerivedSplit):
-    """A data set whose views must be those of a cache.
+    """A data set whose views must equal a cache's.
 
     Raises: MismatchError for other samples than the cache has.
     """
@@ -80,10 +80,11 @@ class LikeSplit(DerivedSplit):
         return self.like.column("pixel_checksum")
 
     def digest(self) -> str:
+        """Return the digest of the data set."""
         return self._whole.digest()
 
     def check(self, rendered: Iterable["Rendered"]) -> None:
-        """Check that views are those of the cache. Raises: MismatchError naming the first that differs."""
+        """Check that views equal the cache's. Raises: MismatchError naming the first that differs."""
         for item in rendered:
             if item.checksum != int(self.checksums[item.record]):
                 pillow = pillow_of(self.like.manifest)
@@ -96,7 +97,7 @@ class LikeSplit(DerivedSplit):
 
 
 class StoredViews(Split):
-    """The samples of a cache that stores pixels, which are rendered no more.
+    """The samples of a cache with pixels, which need no rendering.
 
     Raises: MismatchError for a cache without pixels, or without digests of its images.
     """
@@ -112,23 +113,25 @@ class StoredViews(Split):
         self.classes = ClassList(dataset.class_names, dataset.class_colours)
 
     def digest(self) -> str:
+        """Return the digest of the cache's data set."""
         return self.like.manifest.dataset.ids_digest
 
     def image(self, index: int) -> Array:
-        """The pixels of a sample's first view."""
+        """Return the pixels of a sample's first view."""
         return self._first(index, "pixels/image")
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the cache has a label of the task for the sample."""
         return bool((self.like.has_depth if task == DEPTH else self.like.has_label)[index])
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """The first half of each digest, which is all that a cache has."""
+        """Return the first half of each digest, which is all that a cache has."""
         names = [name for name in DIGESTS if name in self.like.specs]
         found = [self._first(index, name).tobytes() for name in names]
         return tuple(digest.hex() if any(digest) else None for digest in found)
 
     def rendered(self, records: Sequence[int]) -> list["Rendered"]:
-        """The views as the cache has them. Raises: CorruptError as `Cache.read`."""
+        """Return the views of the cache. Raises: CorruptError as `Cache.read`."""
         views, read = self.like.manifest.view.views_per_sample, []
         paths = [path for path in self.like.specs if path.startswith(("pixels/", "labels/", "records/"))]
         for record in records:
@@ -168,11 +171,10 @@ def render_records(
     depth: DepthLabels | None = None,
     of_file: FileDigest | None = None,
 ) -> list[Rendered]:
-    """Views of one sample, which is read once.
+    """Return views of one sample, which is read once.
 
-    Args:
-        depth: what is stored of labels of depth; None is nothing.
-        of_file: as in `Split.content_digests`.
+    `depth` says how depth labels are stored (None: not at all). `of_file` is as in `Split.content_digests`.
+
     Raises: DataError as `Split.image` and `Split.label`.
     """
     numbers = list(records)
@@ -230,10 +232,11 @@ def render_batches(
     ahead: bool,
     of_file: FileDigest | None = None,
 ) -> Iterator[Rendered]:
-    """The records of some shards in order, rendered by threads: far ahead, or a batch of the teacher's at a time.
+    """Yield the records of some shards in order, rendered by threads: far ahead, or one batch of the teacher at a time.
 
-    A CPU teacher's threads meet at a barrier after every operation. Rendering at the same time keeps one of them from
-    its core and the others waiting: with a small teacher that took a third of the build's CPU time.
+    A CPU teacher's threads meet at a barrier after every operation. Rendering at the same time takes one of their cores
+    and
+    makes the others wait: with a small teacher that took a third of the build's CPU time.
     """
     work = lambda records: render_records(split, manifest.view, records, manifest.depth, of_file)  # noqa: E731
     step, views = manifest.build.batch_size, manifest.view.views_per_sample
@@ -250,7 +253,7 @@ def render_batches(
 
 
 def batches_of(manifest: Manifest, shard: int) -> list[range]:
-    """Records of a shard as they go through the teacher together."""
+    """Return the records of a shard in the teacher's batches."""
     first, last = manifest.shard_range(shard)
     step = manifest.build.batch_size
     return [range(at, min(at + step, last)) for at in range(first, last, step)]
@@ -270,7 +273,7 @@ def _drawn(split: Split, view: View, sample: int, number: int, image_size: tuple
 
 
 def _share(view: View, image_size: tuple[int, int]) -> tuple[float, float]:
-    """What a view at zoom 1 measures, as a part of the image's height and width."""
+    """Return the size of a view at zoom 1, as a part of the image's height and width."""
     fitted = fitted_share(view.fit, image_size, view.image_size or view.size)
     shown = view.share or (1.0, 1.0)
     return shown[0] * fitted[0], shown[1] * fitted[1]

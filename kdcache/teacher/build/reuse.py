@@ -1,9 +1,8 @@
-"""Taking over the targets of an earlier store: no teacher needs to run twice on the same pixels.
+"""Copy the targets of an earlier cache, because no teacher needs to run twice on the same pixels.
 
-A record is taken over when the same view of the same sample renders to the very pixels that were taught on, in a store
-of the same teacher, classes, size and head. The teacher runs again for one that is damaged there. A tap or statistic
-that the earlier store does not have sends every record through the teacher once more, for that alone: the target stays
-the stored one.
+A record is copied if the same view of the same sample renders to exactly the pixels that the teacher saw, in a cache of
+the same teacher, classes, size and head. The teacher runs again for damaged records. For a new tap or statistic, the
+teacher runs again on every record, but stored targets are kept.
 """
 
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ _LOOKED_AT = ("records/pixel_checksum", "records/window", "records/flip")
 
 
 class Reuse:
-    """The records of the store `old` that a store of `manifest` would only repeat.
+    """The records of the cache `old` that a cache of `manifest` would repeat.
 
     Attributes:
-        complete: whether a record that is taken over needs the teacher no more.
-        damaged: records of the earlier store that are needed and cannot be read.
+        complete: whether a copied record needs no teacher.
+        damaged: records of the earlier cache that are needed and cannot be read.
     Raises: CorruptError for a damaged ledger, without which no record can be trusted.
     """
 
@@ -50,10 +49,9 @@ class Reuse:
             old.ledger.check_lines()
 
     def find(self, item: Rendered, sample: str) -> int | None:
-        """The record of the earlier store that is this one. It is read at once: `rows` gives what was read.
+        """Return the equal record of the earlier cache, and read it for `rows`, or None.
 
-        Args:
-            sample: the item's sample id.
+        `sample` is the item's sample id.
         """
         number = self._samples.get(sample)
         if number is None or item.view >= self._old.manifest.view.views_per_sample:
@@ -74,18 +72,18 @@ class Reuse:
         return record if same else None
 
     def rows(self, records: Sequence[int]) -> dict[str, Array]:
-        """Rows of records that `find` has found in the earlier store, by path."""
+        """Return rows of records that `find` has found in the earlier cache, by path."""
         read = [self._read.pop(record) for record in records]
         return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
 
 
 def options_of(old: Manifest, **changes: Any) -> BuildOptions:
-    """The options that a store was built with, but for `changes` (fields of BuildOptions)."""
+    """Return the options of a cache's build, with `changes` (fields of BuildOptions)."""
     return BuildOptions(**{**old.settings(), **changes})
 
 
 def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
-    """`plan_manifest` of a store that takes over `old`, whose figures hold as long as nothing more is rounded.
+    """Return `plan_manifest` of a cache that copies `old`, with its figures unless more is rounded.
 
     Raises: MismatchError naming every field that differs; as `plan_manifest`.
     """

@@ -1,4 +1,4 @@
-"""Records on their way into a store: collected into whole shards, which one thread writes meanwhile."""
+"""Collect records into whole shards, which one thread writes meanwhile."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,10 +37,9 @@ class ShardQueue:
             self._pool.shutdown(wait=True)
 
     def add(self, batch: Sequence[Rendered], outputs: Mapping[str, Array]) -> None:
-        """Take records of one shard, in any order; the last of them sends it off, after the one before is on disk.
+        """Add records of one shard, in any order. The last one sends the shard off, after the previous is on disk.
 
-        Args:
-            outputs: of the teacher: path -> rows.
+        `outputs` are the teacher's: path -> rows.
         """
         shard = batch[0].record // self._manifest.build.shard_records
         first, last = self._manifest.shard_range(shard)

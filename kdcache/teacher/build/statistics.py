@@ -1,4 +1,4 @@
-"""What is made of a tap's features, for terms that need no more of it.
+"""Statistics of a tap's features, for terms that need no more.
 
     at:TAP            sum of squares over a tap's channels, divided by the largest (Zagoruyko 2017, arXiv 1612.03928)
     similarity:TAP    cosines between the cells of a tap, in 8 bits
@@ -25,8 +25,8 @@ KINDS: tuple[Literal["at", "similarity"], ...] = ("at", "similarity")
 def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
     """Return the manifest's entries for `--statistics`, which `taps_of` has checked.
 
-    Args:
-        features: tap -> (B, c, h', w'), of the taps that are named.
+    `features` has the named taps -> (B, c, h', w').
+
     Raises: RecipeError for similarities of a tap with one cell.
     """
     made: dict[str, Statistic] = {}
@@ -48,9 +48,9 @@ def _grid(feature_Bchw: Tensor) -> tuple[int, int]:
 
 
 def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
-    """Return the taps that statistics are made of.
+    """Return the taps that statistics need.
 
-    Raises: RecipeError for a name that is no statistic; ModelError for a tap that the teacher does not have.
+    Raises: RecipeError for an unknown statistic; ModelError for a tap that the teacher does not have.
     """
     taps = []
     for name in names:
@@ -67,10 +67,9 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
 
 
 def measure(statistics: Mapping[str, Statistic], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return path -> (B, h', w') float16, or (B, p) of similarities, on the same device.
+    """Compute statistics as path -> (B, h', w') float16, or (B, p) for similarities, on the same device.
 
-    Args:
-        statistics: those that `statistics_of` gave. features: tap -> (B, c, h', w').
+    `statistics` are from `statistics_of`, and `features` tap -> (B, c, h', w').
     """
     made = {}
     for name, statistic in statistics.items():
@@ -84,10 +83,11 @@ def measure(statistics: Mapping[str, Statistic], features: Mapping[str, Tensor])
 def similarities(feature_Bchw: Tensor) -> Tensor:
     """Return the cosines between different cells in 8 bits: (B, p), the upper triangle row by row.
 
-    Cells are in row order. q = rint((cosine + 1) * 127.5), whose value is 2 q / 255 - 1. A cell of zeros has the cosine
-    0 with every other.
+    Cells are in row order. q = rint((cosine + 1) * 127.5), with the value 2 q / 255 - 1. A cell of zeros has the cosine
+    0
+    with every other.
 
-    Returns: whole numbers in float16, which shows features that are not finite as NaN.
+    Returns: whole numbers in float16, with NaN for features that are not finite.
     """
     tokens_Bnc = feature_Bchw.float().flatten(2).mT
     # Divided first: squares of large features would overflow.
@@ -100,7 +100,7 @@ def similarities(feature_Bchw: Tensor) -> Tensor:
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:
-    """Return sum_c F^2 divided by its largest, (B, h, w) float32 in 0..1; a map of zeros stays one."""
+    """Return sum_c F^2 divided by its largest value, (B, h, w) float32 in 0..1. Zeros stay zero."""
     feature = feature_Bchw.float()
     # Divided first: squares of large features would overflow.
     largest = feature.abs().amax((1, 2, 3), keepdim=True)

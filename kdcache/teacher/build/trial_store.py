@@ -1,4 +1,4 @@
-"""A small store of a few real records, from which any setting can be written to see what it takes."""
+"""A small cache of a few real records, which can be rewritten in any setting to measure its size."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,8 +32,11 @@ _OF_FEATURES = ("features/", "scales/")
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds that one record takes. `build` is the whole pass; `render`, `teach` and `write` are its stages, each on
-    its own; `read` is what a student pays for a target that lies in the page cache.
+    """Seconds per record.
+
+    `build` is the whole pass. `render`, `teach` and `write` are its separate stages. `read` is a student's time to read
+    a
+    target from the page cache.
     """
 
     build: float
@@ -44,13 +47,14 @@ class Seconds:
 
 
 class Trial:
-    """The small store. With drawn views half of its records are such views: a crop compresses otherwise.
+    """The small cache. If views are drawn, half of its records are drawn views, because crops compress differently.
 
     Args:
-        records: how many to teach, evenly spread over the split; all when there are fewer.
+        records: number of records to predict, evenly spread over the split (or all, if there are fewer).
         folder: for what is written.
+
     Attributes:
-        taught: how many records were. taps: those whose size is known.
+        taught: number of predicted records. taps: those with known sizes.
     """
 
     def __init__(self, probe: TeacherProbe, records: int, folder: Path, progress: Progress) -> None:
@@ -80,7 +84,7 @@ class Trial:
     def sizes(
         self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs = "fp16"
     ) -> Sizes:
-        """Every array, with pixels, of `views` views of a sample, on the average of them."""
+        """Return the mean size of every array, with pixels, for `views` views of a sample."""
         whole, both = (self._rewritten(cache, k, codec, dtype)[0] for cache in (self._whole, self._both))
         sizes = {}
         for path, size in whole.items():
@@ -92,11 +96,7 @@ class Trial:
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith(_OF_FEATURES)}
 
     def error(self, paths: Iterable[str], k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> float:
-        """Return the standard error of the mean bytes of a record, relative: some images compress better than others.
-
-        Args:
-            paths: the arrays that count.
-        """
+        """Return the relative standard error of a record's mean bytes in the arrays `paths`."""
         self._rewritten(self._both, k, codec, dtype)
         arrays = [ShardArray(self._path(self._both, k, codec, dtype) / path) for path in paths]
         sizes_R = [sum(array.bytes_of(record) for array in arrays) for record in range(len(self._both))]
@@ -104,7 +104,7 @@ class Trial:
         return float(np.std(sizes_R) / np.mean(sizes_R) * (unseen / len(sizes_R)) ** 0.5)
 
     def seconds(self, k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> Seconds:
-        """The seconds that a record takes, by what they go into."""
+        """Return the seconds of a record, by stage."""
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
         began = time.perf_counter()
@@ -126,13 +126,13 @@ class Trial:
         )
 
     def _part(self, samples: int) -> Split:
-        """Samples evenly spread over those with a label of depth and those without, of the former at least one."""
+        """Return samples evenly spread over those with and without depth labels, with at least one labelled."""
         has_depth = [self._split.has_label(index, DEPTH) for index in range(len(self._split))]
         order = np.argsort(np.logical_not(has_depth), kind="stable")
         return Excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
-        """A store of evenly spread samples in one shard or more, and how long its pass took."""
+        """Return a store of evenly spread samples in one shard or more, and how long its pass took."""
         part, out = self._part(samples), self._folder / what.replace(" ", "-")
         # An index has a place for every chunk of a full shard: with smaller ones a record bears as much of it.
         options = replace(options, shard_records=min(self._shard_records, samples * options.views))
@@ -144,10 +144,9 @@ class Trial:
         return cache.path.with_name(f"{cache.path.name}-{k}-{codec}-{dtype}")
 
     def rewrite(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> tuple[Sizes, float]:
-        """Sizes of the store with k classes, a codec and a type of features, and the seconds that writing it took.
+        """Return the sizes of the cache with k classes, a codec and a type of features, and the seconds of writing it.
 
-        Args:
-            k: None of a store without targets of classes.
+        `k` is None for a cache without targets of classes.
         """
         out, seconds = self._path(cache, k, codec, dtype), 0.0
         fewer = {} if k is None else {SEGMENTATION: cache.head.model_copy(update={"k": k})}
@@ -184,7 +183,7 @@ class Trial:
 
 
 def _classes_of(cache: Cache) -> int | None:
-    """The number of classes that a store keeps; None without a head of classes."""
+    """Return the number of classes that a store keeps, or None without a head of classes."""
     head = cache.manifest.segmentation
     return None if head is None else head.k
 
@@ -195,7 +194,7 @@ def _rows(cache: Cache, records: Sequence[int]) -> dict[str, Array]:
 
 
 def _keep(rows: dict[str, Array], k: int, classes: int) -> dict[str, Array]:
-    """Rows of a dense store with k classes of their targets."""
+    """Return rows of a dense store with k classes of their targets."""
     parts = pack(densify(torch.from_numpy(rows[_TARGET + "values"]), None, None, classes), k)
     names = ("values", "indices", "tail")
     return rows | {_TARGET + name: part.numpy() for name, part in zip(names, parts, strict=True) if part is not None}

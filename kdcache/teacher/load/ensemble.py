@@ -1,4 +1,4 @@
-"""Several teachers as one: an ensemble that averages probabilities, or for each fold a teacher that has not seen it."""
+"""Several teachers as one: an ensemble with averaged probabilities, or for each fold an unbiased teacher."""
 
 import re
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ def load_teachers(
 ) -> Teacher:
     """Load one teacher, or several as one.
 
-    Args:
-        origins, classes, class_map, mean, std, trust, classified: as `load_teacher`, for each of them.
-        weights: of their probabilities; default equal ones.
-        tta: renderings of every image over which predictions are averaged.
-        folds: probabilities are not averaged: teacher i predicts the samples of fold i. See `check_cross_fit`.
-        folds_by: the pattern of the sequences that folds keep whole.
+    `weights` are of their probabilities (default: equal). `tta` averages predictions over renderings of every image.
+    With
+    `folds`, teacher i predicts the samples of fold i instead (see `check_cross_fit`), and `folds_by` is the pattern of
+    the
+    sequences that folds keep together. Other arguments are as of `load_teacher`, for each teacher.
+
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """
     _check_plain(origins)
@@ -76,13 +76,12 @@ def load_like(
     class_map: str | Path | None = None,
     classified: bool = True,
 ) -> Teacher:
-    """The teachers of a store once more: weights, augmentation, folds and normalisation are as its manifest says.
+    """Load the teachers of a cache again, with the weights, augmentation, folds and normalisation of its manifest.
 
-    Whether they are the same teachers is for their fingerprint to show.
+    Their fingerprint tells whether they are the same teachers. `classified` says whether the cache has a head of
+    classes.
 
-    Args:
-        classified: whether the store has a head of classes.
-    Raises: as `load_teachers`; MismatchError unless there are as many, and for a store of one teacher per head.
+    Raises: as `load_teachers`; MismatchError for another number, and for a cache of one teacher per head.
     """
     check_computable(fingerprint)
     _check_plain(origins)
@@ -124,13 +123,11 @@ def check_computable(fingerprint: Fingerprint) -> None:
 
 
 def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None) -> None:
-    """Refuse teachers of which one has seen the fold that it is to teach, or whose folds leave out a class.
+    """Check that no teacher has seen the fold that it predicts, and that no fold lacks a class in training.
 
     Reads every label of the split. What a run has seen is known from its recipe, `fold = "i/K"` and `folds-by`, and the
-    digest of the split that it was trained on.
+    digest of its training split. `by` is the pattern of the sequences that folds keep together.
 
-    Args:
-        by: the pattern of the sequences that folds keep whole.
     Raises: MismatchError, RecipeError.
     """
     folds = len(origins)
@@ -161,7 +158,7 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
 
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
-    """The number of the teacher that predicts each sample of a split; None when all predict together."""
+    """Return the number of the teacher that predicts each sample of a split, or None if all predict together."""
     return None if teacher.folds is None else split.folds(teacher.folds, teacher.folds_by).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What identifies a teacher: digests, and a probe that catches code that changed under the same weights."""
+"""The identity of a teacher: digests, and a probe that detects changed code with the same weights."""
 
 from dataclasses import asdict
 
@@ -21,7 +21,7 @@ _PROBE_GRID = 2
 
 
 def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) -> Fingerprint:
-    """Fingerprint of a teacher that is already on `device`."""
+    """Return the fingerprint of a teacher that is already on `device`."""
     model = teacher.model
     members, tta = _ensemble(model)
     size, outputs = _probe(model, precision, device)
@@ -65,7 +65,7 @@ def _probe(model: SegmentationModel, precision: Precision, device: torch.device)
 
 
 def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented | None]:
-    """The members of an ensemble and its augmentation."""
+    """Return the members of an ensemble and its augmentation."""
     if not isinstance(model, EnsembleModel):
         return (), None
     members = tuple(
@@ -76,7 +76,7 @@ def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented |
 
 
 def _probe_images(size: tuple[int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Two fixed images, uint8 (2, H, W, 3): smooth waves, and waves under noise."""
+    """Return two fixed images, uint8 (2, H, W, 3): smooth waves, and waves under noise."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 9 + y / 23), np.cos(x / 17 - y / 11), np.sin(x * y / 700)], axis=-1)

@@ -1,4 +1,4 @@
-"""One way to run a teacher: eval mode, no gradients, one precision."""
+"""The one way to run a teacher: eval mode, no gradients, one precision."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,7 +17,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def place(model: SegmentationModel, device: torch.device) -> None:
-    """Make a model ready to teach: eval mode, on the device, weights in the channels-last order of its pixels."""
+    """Prepare a model to predict: eval mode, on the device, weights in the channels-last order of its pixels."""
     model.eval().to(device).to(memory_format=torch.channels_last)
 
 
@@ -29,14 +29,12 @@ def teach(
     device: torch.device,
     grid: tuple[int, int] | None = None,
 ) -> Outputs:
-    """The teacher's heads (B, C, h, w) float32 at native stride and the tapped features, on `device`.
+    """Return the teacher's heads (B, C, h, w) float32 at native stride and the tapped features, on `device`.
 
-    Segmentation has logits; a regression has its values in the head's unit, after the nonlinearity.
+    Segmentation has logits. A regression has its values in the head's unit, after the nonlinearity. `pixels_BHW3` are
+    uint8, on any device. `grid` (h, w) is coarser than the teacher's own, and its probabilities are averaged to it.
 
-    Args:
-        pixels_BHW3: uint8, on any device.
-        grid: (h, w), coarser than the teacher's own, that its probabilities are averaged to.
-    Raises: ModelError that names the network, for an error out of its code.
+    Raises: ModelError that names the network, for an error in its code.
     """
     with torch.inference_mode(), naming_network():
         with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
@@ -50,11 +48,12 @@ def teach(
 
 
 def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Logits of the mean probabilities in each cell of a coarser grid, (B, C, *grid) float32.
+    """Return logits of the mean probabilities in each cell of a coarser grid, (B, C, *grid) float32.
 
-    A teacher at 288x384 with targets on the grid of 144x192 (CamVid, 34 images): KL to its own grid 0.012 nats,
-    against 0.019 for antialiased logits, 0.013 for their means, and the best likelihood of the labels of these.
-    The mean of the log-sum-exp is added back: raw logits stay about what they were.
+    A teacher at 288x384 with targets on the grid of 144x192 (CamVid, 34 images) has KL 0.012 nats to its own grid.
+    Antialiased
+    logits have 0.019 and mean logits 0.013. It also has the best likelihood of the labels of these.
+    The mean of the log-sum-exp is added back, so raw logits keep about their scale.
     """
     if tuple(logits_BChw.shape[-2:]) == tuple(grid):
         return logits_BChw
@@ -65,14 +64,14 @@ def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Means over the cells of a coarser grid, (B, C, *grid): a finer cell counts by how much of it lies inside."""
+    """Return means over the cells of a coarser grid, (B, C, *grid), weighted by the overlap of finer cells."""
     sizes = zip(grid, x_BChw.shape[-2:], strict=True)
     rows_ih, columns_jw = (area_matrix(coarse, fine, x_BChw) for coarse, fine in sizes)
     return rows_ih @ x_BChw @ columns_jw.mT
 
 
 def out_of_memory(batch_size: int) -> ModelError:
-    """The error for a full GPU, with the batch size to try."""
+    """Return the error for a full GPU, with the batch size to try."""
     return ModelError(
         f"Out of memory: the teacher's forward pass at batch size {batch_size}",
         fix=f"Use --batch-size {max(1, batch_size // 2)} or --device cpu",
@@ -80,7 +79,7 @@ def out_of_memory(batch_size: int) -> ModelError:
 
 
 def not_finite(what: str, record: int, sample: str) -> ModelError:
-    """The error for NaN or infinite outputs of a teacher; -inf for a single class is finite once packed."""
+    """Return the error for NaN or infinite outputs. -inf for a single class is fine, and finite once packed."""
     return ModelError(
         f"NaN or infinity in {what} of record {record}, {sample}",
         fix="Check the teacher's weights and normalisation, or use --precision float32",

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`; or a module that the program holds."""
+"""Load a teacher: a run folder, `SPEC@FILE` or `SPEC@default`, or a module in memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,14 +41,15 @@ class Teacher:
 
     Attributes:
         origin: what the user gave.
-        size: (H, W) it was trained at, when known.
-        class_map: data class of each of its own classes (-1 dropped), when it was mapped.
+        size: (H, W) of its training, if known.
+        class_map: data class of each of its own classes (-1 dropped), if it was mapped.
         notes: what a user should know, such as auxiliary heads that were left out.
-        folds: how many folds the members of an ensemble divide among them; None when their probabilities are averaged.
-        folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
-        trainings: of each member, or of the one model, on each of its streams, as far as it is a run that records them;
-            empty when not looked up.
-        parents: seals of the stores that it learnt from, as far as it is a run that records them.
+        folds: number of folds that the members of an ensemble divide, or None if their probabilities are averaged.
+        folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
+        trainings: of each member, or of the one model, on each of its streams, if it is a run that records them. Empty
+            if
+            not looked up.
+        parents: seals of the caches that it learnt from, if it is a run that records them.
         fit: how images of another shape were fitted into `size` in its training.
     """
 
@@ -82,7 +83,7 @@ class Teacher:
         }
 
     def model_for(self, fold: int | None) -> SegmentationModel:
-        """The model that predicts the samples of a fold; with None the whole, of which the fingerprint is."""
+        """Return the model that predicts the samples of a fold, or the whole model, as fingerprinted, for None."""
         if fold is None or not isinstance(self.model, EnsembleModel):
             return self.model
         return self.model.member(fold)
@@ -103,25 +104,30 @@ def load_teacher(
 ) -> Teacher:
     """Load a teacher for a data set.
 
-        teacher = kdcache.load_teacher("runs/teacher", split)
-        teacher = kdcache.load_teacher(my_module, split, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    >>> import kdcache
+    >>> split = kdcache.open_split("streets", "train")
+    >>> teacher = kdcache.load_teacher("runs/teacher", split)
+    >>> teacher.size
+    (48, 64)
 
-    A store knows a teacher by a digest of its weights, and by its answer to two fixed images, wherever it comes from.
+    A cache identifies a teacher by a digest of its weights, and by its answer to two fixed images, wherever it comes
+    from.
 
     Args:
         origin: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere) or
             `SPEC@default` (the library's own, downloaded now). Or a module: it takes normalised RGB (B, 3, H, W) and
-            returns logits (B, C, h, w), as `kdcache.models.callables` reads them; it is put into eval mode.
-        classes: of the data set, or the data set, which those of a run or of an exported file are.
+            returns logits (B, C, h, w), as `kdcache.models.callables` reads them. It is put into eval mode.
+        classes: of the data set, or the data set. A run and an exported file must have these classes.
+        class_map: file with the data class that each teacher class becomes. Probabilities are summed.
+        mean: of RGB in 0..1. Default: the model's own.
+        std: of RGB in 0..1. Default: the model's own.
         heads: of a module that returns a mapping of several heads, their kinds by name, such as {"segmentation":
-            "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}; default its `kdcache_heads`.
-        align_corners: of a module's own last resize; default its attribute of that name, else False.
-        class_map: file with the data class that each teacher class becomes; probabilities are summed.
-        mean, std: of RGB in 0..1; default the model's own.
-        classified: whether its head of classes is used, which must be the data's.
-        outputs: what a module's or a model's outputs are, as ,outputs=KIND after its spec says it: logits,
-            probabilities (whose logarithm is taken) or sigmoid (whose logit is taken).
-        trust: of a run, whether a function that it names may be imported and called (see `load_run`).
+            "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}. Default: its `kdcache_heads`.
+        align_corners: of a module's own last resize. Default: its attribute of that name, else False.
+        trust: whether a function that a run names may be imported and called (see `load_run`).
+        classified: whether its head of classes is used, which must have the data's classes.
+        outputs: the kind of a module's or a model's outputs, as in ,outputs=KIND after its spec: logits, probabilities
+            (whose logarithm is taken) or sigmoid (whose logit is taken).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
     classes = classes.classes if isinstance(classes, Split) else classes
@@ -164,7 +170,7 @@ def load_teacher(
 
 @dataclass
 class _Loaded:
-    """A model as it comes from somewhere; fields as of `Teacher`."""
+    """A loaded model, with fields as of `Teacher`."""
 
     model: SegmentationModel
     origin: str
@@ -185,11 +191,7 @@ def _of_run(origin: str, *, trust: bool) -> _Loaded:
 
 
 def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str | Path | None) -> _Loaded:
-    """The model of `SPEC@FILE`.
-
-    Args:
-        classes, class_map: which number a function of the user's is called with; that of others is in the weights.
-    """
+    """Return the model of `SPEC@FILE`. `classes` or `class_map` give the number for a user's function."""
     about, count = described(spec, weights), None
     if is_function(spec):
         count = (classes or None) if class_map is None else count_sources(class_map)
@@ -214,7 +216,7 @@ def _of_module(module: nn.Module, heads: Mapping[str, Any] | None, align_corners
 
 
 def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> SegmentationModel:
-    """A module as a model. Raises: ModelError for one that answers otherwise than it says."""
+    """Return a module as a model. Raises: ModelError for one that answers otherwise than it says."""
     if isinstance(module, SegmentationModel):
         model = module
     else:
@@ -225,7 +227,7 @@ def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners
 
 
 def _check_classes(loaded: _Loaded, count: int, classes: ClassList) -> None:
-    """Compare number and names; other names of weights from elsewhere are noted. Raises: ModelError, MismatchError."""
+    """Compare number and names of classes. Note foreign weights' other names. Raises: ModelError, MismatchError."""
     report = loaded.model.load_report
     theirs = loaded.class_names or (() if report is None else report.class_names)
     if count != len(classes):

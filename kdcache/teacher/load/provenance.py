@@ -1,4 +1,4 @@
-"""The trainings of a teacher that is a run: on which samples, without which fold of them, with which labels."""
+"""The trainings of a teacher that is a run: the samples, the left-out fold, and the labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,11 @@ from kdcache.store.format.teacher_models import Training
 
 
 def trainings_of(run: Run) -> tuple[Training | None, ...]:
-    """The trainings of a run: that on its data set, or on each of its streams.
+    """Return the trainings of a run: on its data set, or on each of its streams.
 
-    None stands for what is not recorded: of a run from a store, and after the streams that learn from stores, for the
-    teachers of these, which had trainings of their own.
+    None stands for unrecorded ones: of a run from a cache, and, after the streams that learn from caches, the trainings
+    of
+    these caches' teachers.
     """
     kind, _, digest = run.model.trained_on.partition(" ")
     try:  # a teacher needs no recipe: it is only not known then
@@ -35,7 +36,7 @@ def trainings_of(run: Run) -> tuple[Training | None, ...]:
 
 
 def _training(digest: str, labels: str | None, settings: Mapping[str, Any]) -> Training:
-    """The training with these settings, on the samples of a digest. Raises: RecipeError, ValueError."""
+    """Return the training with these settings, on the samples of a digest. Raises: RecipeError, ValueError."""
     fold = fold_left_out(settings)
     if fold is None:
         return Training(ids_digest=digest, labels=labels)
@@ -43,6 +44,6 @@ def _training(digest: str, labels: str | None, settings: Mapping[str, Any]) -> T
 
 
 def fold_left_out(recipe: Mapping[str, Any]) -> Fold | None:
-    """The fold that a run with this recipe was trained without. Raises: RecipeError for one that is malformed."""
+    """Return the fold that a run with this recipe left out. Raises: RecipeError for a malformed one."""
     fold, by = recipe.get("fold"), recipe.get("folds-by")
     return None if fold is None else parse_fold(str(fold), None if by is None else str(by))

@@ -43,6 +43,11 @@ def choose_augment(augment: str, cache: Cache | None) -> str:
 class CacheDataset(DrawnDataset):
     """The samples of a cache: pixels, labels and targets.
 
+    >>> import kdcache
+    >>> dataset = kdcache.CacheDataset(kdcache.open_cache("streets.zarr"))
+    >>> len(dataset), dataset[0].pixels.shape
+    (8, torch.Size([48, 64, 3]))
+
     Args:
         source: an open cache, or the `Records` of a cache without pixels and its data set. Each image is then compared
             with the cache's checksum when this process first reads it, also in a resumed run.

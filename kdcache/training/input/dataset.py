@@ -250,6 +250,11 @@ class DrawnDataset(Dataset[Batch], ABC):
 class LabelledDataset(DrawnDataset):
     """The samples of a split, for training without a teacher.
 
+    >>> import kdcache
+    >>> dataset = kdcache.LabelledDataset(kdcache.open_split("streets", "train"), (48, 64))
+    >>> dataset[0].label.shape
+    torch.Size([48, 64])
+
     Args:
         part: which samples of the split. Default: all.
         tasks, depth_zoom: as of `DrawnDataset`.
