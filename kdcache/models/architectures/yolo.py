@@ -71,6 +71,8 @@ class YoloModel(WrappedModel):
     layers that other layers read. The head's taps are last.
     """
 
+    network: Any
+
     def __init__(self, spec: str, network: Any, about: _About) -> None:
         head = network.model[-1]
         if about.task == "semantic":
@@ -178,7 +180,7 @@ def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path
             f"Cannot write {model.spec} as {CHECKPOINT_SUFFIX}: it is no network of ultralytics",
             fix=f"Export .onnx, .pt2 or .safetensors. Or train --model ultralytics:{NAMES[0]}.",
         )
-    network = deepcopy(model.network).float().eval()
+    network: Any = deepcopy(model.network).float().eval()
     notes = _fold(network.model[0], model.mean, model.std)
     if SEGMENTATION in model.head_kinds:
         network.names = dict(enumerate(description.class_names))
