@@ -49,7 +49,8 @@ FAILURES = [
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder of tests with this project's conftest.py and a list of two reasons."""
-    shutil.copy(HERE / "conftest.py", tmp_path)
+    for name in ("conftest.py", "compile_cache.py"):
+        shutil.copy(HERE / name, tmp_path)
     (tmp_path / "allowed-skips.toml").write_text(LIST)
     (tmp_path / "test_skips.py").write_text(SKIPS)
     (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")

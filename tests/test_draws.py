@@ -46,7 +46,7 @@ def test_cases_are_drawn_anew_but_in_ci_and_failures_can_be_repeated(ci: bool, t
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(TESTS / "conftest.py")],
         cwd=tmp_path,
-        env=environment | ({"CI": "1"} if ci else {}),
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path[1:]])} | ({"CI": "1"} if ci else {}),
         capture_output=True,
         text=True,
         timeout=240,
