@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Predicate
 
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.settings.setting import describe_values
+from kdcache.settings.setting import describe_values, entries
+from kdcache.settings.training import TRAINING
 from kdcache.settings.validate import ALL_FLAGS, check_names
 
 _FLAG = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<flag>[a-z][a-z-]*)(?: (?P<value>[^\s;]+?)(?=[.,:)]*(?:\s|$)))?")
@@ -136,7 +137,7 @@ def _name_keywords(
         after = "" if match["value"] is None else f" {match['value']}"
         if hint is bool and not match.string.startswith("?", match.end()):
             return f"{name}={match['no'] is None}{after}"
-        if after and (value := _written(match["value"], hint)):
+        if after and (value := _written(match["value"], _words(hint) | _words_of(name))):
             return f"{name}={value}"
         return f"{name}={after}"
 
@@ -150,11 +151,17 @@ def _name_keywords(
     error.args = (error.problem, error.fix, error.rule)
 
 
-def _written(word: str, hint: Any) -> str:
+def _written(word: str, words: Collection[str]) -> str:
     """Return the word after a flag as a value in Python, '' if it goes on with the sentence."""
     if _PLACEHOLDER.fullmatch(word) or word[0] in "'\"" or re.fullmatch(r"-?[\d.]+(e-?\d+)?", word):
         return word
-    return repr(word) if not word.isalpha() or word in {"none", "auto", "full", *_words(hint)} else ""
+    return repr(word) if not word.isalpha() or word in {"none", "auto", "full", *words} else ""
+
+
+def _words_of(name: str) -> set[str]:
+    """Return the words that a setting of a training may begin with."""
+    entry = entries(*TRAINING).get(name)
+    return set() if entry is None or not entry.setting.words else set(entry.setting.words)
 
 
 def _words(hint: Any) -> set[str]:

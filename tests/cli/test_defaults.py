@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import typer
 
 from kdcache.analysis.predict import predict_images
 from kdcache.analysis.stored_evaluations import EvalSettings
-from kdcache.data import open_split
 from kdcache.distill import DistillLoss
 from kdcache.metrics import evaluate_model
-from kdcache.models import build_model
 from kdcache.settings import entries
+from kdcache.settings.building import BuildSettings
 from kdcache.settings.training import TRAINING
 from kdcache.sweep import plan_sweep, read_recipe, run_jobs
 from kdcache.teacher import BuildOptions
@@ -26,7 +24,6 @@ from kdcache.teacher.audit.pseudo_labels import Rule
 from kdcache.teacher.build.cost_estimate import estimate
 from kdcache.training import make_config
 from kdcache_cli.app import app
-from kdcache_cli.settings import build_flags
 from kdcache_cli.verbs import sweep
 
 SCENES = "scenes:36x52,train=2,val=1"
@@ -79,12 +76,16 @@ def test_verbs_that_share_a_flag_share_its_default(one: str, two: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["plan", "build-teacher-cache"])
-def test_a_build_has_the_options_of_its_verb(verb: str, tmp_path: Path) -> None:
-    weights = tmp_path / "w.pth"
-    torch.save(build_model("kdcache:tiny", len(open_split(SCENES, "train").classes)).state_dict(), weights)
-    given = {"data": SCENES, "teacher": [f"kdcache:tiny@{weights}"], "size": "32x48", "device": "cpu"}
-    _, _, options = build_flags.prepare({**defaults(verb), **given})
-    assert options == BuildOptions(size=(32, 48))
+def test_a_build_has_the_options_of_its_verb(verb: str) -> None:
+    table = {name: entry.default for name, entry in entries(BuildSettings).items()}
+    mine, theirs = shared(table, of_python(BuildOptions))
+    assert len(mine) == len(table)
+    assert mine == theirs
+    flags, theirs = shared(defaults(verb), table)
+    assert len(flags) == len(table)
+    # What a word says on the command line: lists that may be repeated, a number or `full`, what data or machine decide.
+    words = {"top_k": "auto", "heads": "", "features": "", "statistics": "", "views": "4", "render_threads": None}
+    assert flags == theirs | words
 
 
 def test_the_loss_is_that_of_a_training() -> None:

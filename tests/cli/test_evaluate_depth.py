@@ -50,7 +50,7 @@ def test_a_range_has_files_of_its_own(spec: str, cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (("--min-depth", "0"), "Invalid range of depth: 0 to"),
+        (("--min-depth", "0"), "Invalid value of --min-depth: 0"),
         (("--max-depth", "0.002"), "has depth from 0.001 to 0.002 m"),
         (("--depth-crop", "eigen"), "Give one of none, garg"),
     ],

@@ -23,7 +23,7 @@ def refusal(action: Callable[[], object]) -> DataError:
     return caught.value
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "folder"])
+@pytest.mark.parametrize("layout", [name for name, one in LAYOUTS.items() if name != "folder" and not one.of_file])
 def test_no_folder_and_a_folder_of_another_layout(layout, tiny, tmp_path) -> None:
     assert (
         f"Data folder not found: {tmp_path}/nowhere"

@@ -22,7 +22,7 @@ from kdcache.data.layouts.label_ids import id_table
 from kdcache.data.layouts.registry import LAYOUTS, find_layout, split_prefix
 
 open_split, list_splits = partial(open_any_split, exports=True), partial(list_any_splits, exports=True)
-WITHOUT = ("kitti-semantic", "kitti-depth", "nyu", "images")
+WITHOUT = ("kitti-semantic", "kitti-depth", "nyu", "images", "ultralytics")
 WITH_LABELS = [
     name for name, layout in LAYOUTS.items() if (layout.live or name in ("kaggle", "coco")) and name not in WITHOUT
 ]

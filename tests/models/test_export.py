@@ -180,7 +180,7 @@ def _written_as(monkeypatch: pytest.MonkeyPatch, answer: Any, free: tuple[int, .
     def written(deployed: room.Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> Any:
         path.write_bytes(b"something")
         own = room.Deployed(deployed.model, raw=True)
-        return free, lambda image: answer(own(image), image), ""
+        return free, lambda image: answer(own(image), image), "", ()
 
     monkeypatch.setitem(room.WRITERS, "safetensors", written)
 
@@ -223,7 +223,7 @@ def test_a_file_that_answers_otherwise_is_not_left(
 
     def written(deployed: room.Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> Any:
         path.write_bytes(b"something")
-        own = room.Deployed(deployed.model, raw=name == "safetensors")
+        own = room.Deployed(deployed.model, raw=name in ("safetensors", "ultralytics"))
 
         def run(image: Tensor) -> Tensor:
             if wrong == "crash":
@@ -231,7 +231,7 @@ def test_a_file_that_answers_otherwise_is_not_left(
             answer = own(image)
             return answer[..., 1:] if wrong == "shape" else answer + wrong
 
-        return (0, 2, 3), run, ""
+        return (0, 2, 3), run, "", ()
 
     monkeypatch.setitem(room.WRITERS, name, written)
     with pytest.raises(ModelError):
@@ -266,7 +266,7 @@ def test_wrong_places_and_formats(tmp_path: Path) -> None:
         ("m.onnx", {"format": "onix"}, "'onix'"),
         ("thesis.onnx", {}, "it exists"),
         ("none/m.onnx", {}, "no folder"),
-        ("m.safetensors", {"raw": True}, "weights alone"),
+        ("m.safetensors", {"raw": True}, "holds no graph"),
     ]:
         with pytest.raises(RecipeError, match=received):
             export_model(model, description, tmp_path / out, **options)  # type: ignore[arg-type]

@@ -197,7 +197,7 @@ def test_offline_the_local_cache_is_read(hub: Path, tmp_path: Path) -> None:
     cached(hub, "own/net", "b" * 40, tmp_path / "net")
     moved = fingerprint(load_teacher("hf:own/net", SPLIT), "float32", CPU)
     (difference,) = first.differences(moved)
-    assert difference.startswith(f"processor.revision: {'a' * 40} against {'b' * 40}")
+    assert difference.startswith(f"processor.revision: {'a' * 12}... against {'b' * 12}...")
     assert f",revision={'a' * 40}" in difference
     pinned = fingerprint(load_teacher(f"hf:own/net,revision={'a' * 40}", SPLIT), "float32", CPU)
     assert pinned == first
@@ -221,9 +221,9 @@ def test_a_processor_that_pads_asks_for_padding(tmp_path: Path) -> None:
         tmp_path / "sam"
     )
     out = {"views": 1, "features_only": True, "features": ("last",), "progress": False}
-    with pytest.raises(ModelError, match=r"padded images[\s\S]*--fit pad"):
+    with pytest.raises(ModelError, match=r"padded images[\s\S]*fit='pad'"):
         kdcache.build_cache(SPLIT, f"hf:{tmp_path / 'sam'}", tmp_path / "s.zarr", fit="squash", **out)
-    with pytest.raises(ModelError, match=r"cannot take images of 48x64[\s\S]*--size 64x64"):
+    with pytest.raises(ModelError, match=r"cannot take images of 48x64[\s\S]*size='64x64'"):
         kdcache.build_cache(SPLIT, f"hf:{tmp_path / 'sam'}", tmp_path / "s.zarr", fit="pad", size=(48, 64), **out)
     assert not (tmp_path / "s.zarr").exists()
     built = kdcache.build_cache(SPLIT, f"hf:{tmp_path / 'sam'}", tmp_path / "s.zarr", fit="pad", **out).manifest
@@ -267,7 +267,7 @@ def test_a_dot_lies_where_its_patch_does(tmp_path: Path) -> None:
     at = (71.0, 103.0)
     out = {"views": 1, "features_only": True, "features": ("last",), "progress": False}
     split = from_dataset(Dot(144, 192, at), classes=["a", "b"])
-    with pytest.raises(ModelError, match=r"144x192[\s\S]*--size 140x196"):
+    with pytest.raises(ModelError, match=r"144x192[\s\S]*size='140x196'"):
         kdcache.build_cache(split, Patches(), tmp_path / "d.zarr", size=(144, 192), **out)
     assert not (tmp_path / "d.zarr").exists()
     split = from_dataset(Dot(140, 196, at), classes=["a", "b"])

@@ -108,7 +108,7 @@ def test_list_models() -> None:
         "segformer": segformer.NAMES,
         "smp": smp.NAMES,
     }
-    assert missing_models() == {}
+    assert set(missing_models()) <= {"pip install '.[ultralytics]'"}  # clients/ultralytics tests those
     assert set(infos) == {f"{family}:{name}" for family, names in families.items() for name in names}
     assert 0.1e6 < infos["kdcache:tiny"].parameters < 0.2e6
     assert 2.5e6 < infos["kdcache:base"].parameters < 3.5e6

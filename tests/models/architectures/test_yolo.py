@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from kdcache.data.rendering import view
+from kdcache.data import OUTSIDE_RGB
 from kdcache.errors import ModelError
 from kdcache.model_table import missing_models
 from kdcache.models import build_model
@@ -31,4 +31,4 @@ def test_a_checkpoint_is_a_teacher_by_itself() -> None:
 
 
 def test_margins_are_known_by_the_colour_that_kdcache_renders() -> None:
-    assert yolo.OUTSIDE_RGB == view.OUTSIDE_RGB
+    assert yolo.OUTSIDE_RGB == OUTSIDE_RGB
