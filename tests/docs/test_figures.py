@@ -89,6 +89,12 @@ def kept(d: Any) -> float:
     return float(rows[0]["miou"])
 
 
+def over_none(d: Any, what: str) -> float:
+    """The median CPU time of a step over one on labels only."""
+    steps = d["cpu_ms_per_step"]
+    return float(steps[what]["p50"] / steps["none"]["p50"])
+
+
 def withdrawn(d: Any) -> float:
     """The gain of the study before there was a control."""
     scores = d["final"]["1500"]
@@ -98,6 +104,9 @@ def withdrawn(d: Any) -> float:
 FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
     ("step-cpu.json", lambda d: d["kl_over_none"], "1.015", (*FRONT, BENCHMARKS, BOTTLENECK)),
     ("step-cpu.json", lambda d: d["live_over_none"], "7.5", (*FRONT, BENCHMARKS)),
+    ("yolo-step-cpu.json", lambda d: d["kl_over_none"], "1.03", (BENCHMARKS,)),
+    ("yolo-step-cpu.json", lambda d: d["kl_over_plain"], "0.55", (BENCHMARKS,)),
+    ("yolo-step-cpu.json", lambda d: over_none(d, "live"), "1.94", (BENCHMARKS,)),
     ("gradients-cpu.json", lambda d: max(row["worst"] for row in d["rows"]), "1.3e-4", (BENCHMARKS,)),
     ("camvid-cpu.json", lambda d: d["store"]["target_bytes_per_record"] / 1024, "30.0 KiB", (*FRONT, BENCHMARKS)),
     ("camvid-cpu.json", lambda d: d["store"]["full_resolution_bytes"] / 1024, "594.0 KiB", (*FRONT, BENCHMARKS)),
