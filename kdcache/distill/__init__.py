@@ -1,6 +1,6 @@
 """Losses of a student. Tensors in, tensors out: no store, no data.
 
-    loss.py           cross-entropy beside KL, fused, and what comes beside them
+    loss.py           cross-entropy next to KL, fused, and what comes next to them
     streams.py        the losses of several streams, each on its rows of a batch
     terms/            the other terms
     gate.py           weights per pixel of the teacher's terms

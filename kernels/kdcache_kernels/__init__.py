@@ -1,9 +1,10 @@
 """Distillation loss kernels for segmentation: from low-resolution logits to a loss at label resolution.
 
-This package knows tensors only: no store, no models, no command line, and nothing of kdcache.
-`distill_loss` is the loss, `relation_loss` another one, on the target's cells.
-`pack` and `densify` are the form in which targets are stored, `choose_k` how many classes that form must keep, and
-`target_argmax_confidence` the classes and probabilities for gates and audits.
+This package knows only tensors: no cache, no models, no command line, and nothing of kdcache.
+`distill_loss` is the loss, and `relation_loss` another one, on the target's cells.
+`pack` and `densify` convert targets to and from their stored form, `choose_k` chooses how many classes it must keep,
+and
+`target_argmax_confidence` gives classes and probabilities for gates and audits.
 Everything runs on the CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
 
     parts = distill_loss(student_logits, labels, target, kl_weight=1.0, temperature=2.0)
@@ -62,7 +63,7 @@ _REMOVED = {
 if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
     def __getattr__(name):
-        """Name what takes the place of a removed name, as an ImportError: `from` hides what an AttributeError says."""
+        """Raise an ImportError with the replacement of a removed name: `from` hides an AttributeError's message."""
         if name in _REMOVED:
             raise ImportError(f"kdcache_kernels.{name} was removed. Fix: {_REMOVED[name]}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

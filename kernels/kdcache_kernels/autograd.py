@@ -1,9 +1,8 @@
 """The derivative of the fused loss, for autograd, `torch.compile` and `torch.func`.
 
-The gradient of the loss comes with the loss, and its backward is one multiplication. Those of the terms, where one of
-them is differentiated by itself, are computed in the backward by the same kernels with other weights: a gradient kept
-for each from the forward would cost its memory in every step that does not ask for it. The loss's derivative by a
-weight is the term.
+The gradient of the loss comes with the loss, and its backward is one multiplication. If a term is differentiated by
+itself, the backward computes its gradient by the same kernels with other weights: keeping a gradient of each from the
+forward would cost memory in every step. The loss's derivative by a weight is the term.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +28,10 @@ _NEED_GRADIENT = _OTHERS.index(LOSS_ARGUMENTS.index("need_gradient"))
 
 
 def call_distill_loss(problem: LossProblem, family: str, *, traced: bool) -> LossParts:
-    """Compute a problem's loss and terms, all differentiable; autocast does not enter: the kernels choose precision.
+    """Compute a problem's loss and terms, all differentiable. Autocast has no effect: the kernels choose precision.
 
-    Args:
-        traced: what `library.is_traced` says. The operator is for programs that are traced. Elsewhere it would cost
-            more than a small problem takes.
+    `traced` is from `library.is_traced`. The operator is for traced programs. Elsewhere it would cost more than a small
+    problem takes.
     """
     if traced:
         kind = problem.student.device.type
@@ -47,7 +45,7 @@ def call_distill_loss(problem: LossProblem, family: str, *, traced: bool) -> Los
 
 
 def _operator() -> Callable[..., Any]:
-    """The operator where a program is compiled, which can trace nothing else, and where nothing is differentiated."""
+    """Return the operator for compiled programs, which can trace nothing else, and without differentiation."""
     operator: Callable[..., Any] = library.distill_loss
     if torch.compiler.is_compiling():
         return operator
@@ -59,7 +57,7 @@ def _operator() -> Callable[..., Any]:
 
 
 def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The rule of vmap for `function`: sample by sample."""
+    """Return the rule of vmap for `function`: sample by sample."""
     results = []
     for n in range(info.batch_size):
         pairs = zip(arguments, in_dims, strict=True)
@@ -71,7 +69,7 @@ def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tupl
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    """Keep what the backward of the operator needs, whose last result is the gradient."""
+    """Keep the operator's last result, the gradient, for the backward."""
     ctx.mark_non_differentiable(output[3])
     _save(ctx, inputs[0], inputs[1:], output)
 
@@ -95,7 +93,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 def _gradients(
     ctx: Any, needed: Sequence[bool], grad_loss: Tensor | None, grad_ce: Tensor | None, grad_kl: Tensor | None
 ) -> list[Tensor | None]:
-    """Return the gradients of the student and of both weights; `needed` says which of them are asked for."""
+    """Return the gradients of the student and of both weights, if `needed`."""
     loss, ce, kl, gradient, *tensors = ctx.saved_tensors
     result: list[Tensor | None] = [None, None, None]
     if grad_loss is not None:
@@ -118,7 +116,7 @@ def _gradients(
 def _weighed(
     fields: dict[str, Any], grad_loss: Tensor | None, grad_terms: tuple[Tensor | None, Tensor | None]
 ) -> list[Any]:
-    """The arguments of the problem whose loss is what is differentiated; a term without a gradient is left out."""
+    """Return the arguments of the problem whose loss is differentiated, without terms that need no gradient."""
     weights: list[Tensor | None] = []
     for name, grad in zip(_WEIGHTS, grad_terms, strict=True):
         parts = [] if grad_loss is None else [grad_loss.double() * fields[name].double()]
@@ -154,7 +152,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _DirectLoss(_Loss):
-    """A family for autograd, without the operator around it: what has a derivative, the problem and the family."""
+    """A family for autograd, without the operator around it. It takes what has a derivative, problem and family."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -188,14 +186,14 @@ class _TransformedLoss(_Loss):
 
 
 def _once(operator: Callable[..., Tensor], direct: Callable[..., Tensor], *arguments: Any) -> Any:
-    """Call an operator of the backward, or what it computes, directly; the result is not differentiated again."""
+    """Call an operator of the backward, or compute it directly. Its result cannot be differentiated again."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return _Once.apply(operator, *arguments)
     return operator(*arguments) if library.is_traced(*arguments) else direct(*arguments)
 
 
 class _Once(torch.autograd.Function):
-    """An operator of the backward as one that raises where its result is differentiated; vmap takes it, too."""
+    """An operator of the backward that raises if its result is differentiated, and supports vmap."""
 
     @staticmethod
     def forward(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -203,7 +201,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing: there is no further backward."""
+        """Keep nothing, because there is no further backward."""
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

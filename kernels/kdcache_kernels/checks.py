@@ -1,8 +1,8 @@
 """Checks of the arguments of the public functions.
 
-Shapes, dtypes and Python numbers are checked everywhere. Values inside tensors are checked on the CPU alone:
-elsewhere reading them would wait for the device, and the loss comes out as NaN instead. With KDCACHE_DEBUG=1 in the
-environment they are checked on every device, and a loss that is not finite raises with the position of its cause.
+Shapes, dtypes and Python numbers are always checked. Values inside tensors are checked only on the CPU: elsewhere
+reading them would wait for the device, and the loss becomes NaN instead. With KDCACHE_DEBUG=1 in the environment they
+are checked on every device, and a loss that is not finite raises with the position of its cause.
 
 Legend: B batch, C classes, H W label size, h w the student's own size.
 """
@@ -25,14 +25,14 @@ SHOWN = 8
 
 
 def debugging() -> bool:
-    """Whether KDCACHE_DEBUG=1 is set, with which values on a device are checked too."""
+    """Return whether KDCACHE_DEBUG=1 is set, which also checks values on a device."""
     return os.environ.get("KDCACHE_DEBUG", "0") not in ("", "0")
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be read: free on the CPU, a wait elsewhere, impossible while tracing.
+    """Return whether a tensor's values may be read: free on the CPU, a wait elsewhere, impossible while tracing.
 
-    Nor under `torch.func`, where a tensor may stand for a batch of them.
+    It is also impossible under `torch.func`, where a tensor may stand for a batch.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -40,7 +40,7 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number; a tensor of one is."""
+    """Return whether a value is a finite number, or a tensor with one."""
     try:
         return math.isfinite(value)
     except (TypeError, ValueError, RuntimeError):
@@ -48,7 +48,7 @@ def is_finite(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
-    """Refuse what is no finite number, or is negative, or zero where it must be above. Raises: ValueRangeError."""
+    """Raise ValueRangeError for a value that is not a finite number, or negative, or not above zero if it must be."""
     if not is_finite(value) or value < 0 or (above_zero and value == 0):
         wanted = (
             "above 0. 1 leaves the distributions as they are." if above_zero else "from 0 on. 0 leaves its term out."
@@ -57,7 +57,7 @@ def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
 
 
 def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
-    """Refuse a share outside [0, 1), a negative exponent, and both at once. Raises: ValueRangeError."""
+    """Raise ValueRangeError for a share outside [0, 1), a negative exponent, or both terms at once."""
     if not (is_finite(label_smoothing) and 0 <= label_smoothing < 1):
         raise ValueRangeError(
             f"Invalid label_smoothing: {label_smoothing!r}",
@@ -76,7 +76,7 @@ def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    """Refuse what is no integer, such as None. Raises: ValueRangeError."""
+    """Raise ValueRangeError for a value other than an integer, such as None."""
     if not hasattr(ignore_index, "__index__"):
         raise ValueRangeError(
             f"Invalid ignore_index: {ignore_index!r}", fix="Pass an integer, such as -1 if no pixel is void."
@@ -91,10 +91,7 @@ def check_tensor(
     device: torch.device,
     fix: str,
 ) -> None:
-    """Refuse what is no dense tensor of a shape, dtype and device; no dtypes means real ones. None passes.
-
-    Raises: ShapeError.
-    """
+    """Raise ShapeError unless a tensor is dense with this shape, dtype (none: any real) and device. None passes."""
     if tensor is None:
         return
     if (
@@ -112,7 +109,7 @@ def check_tensor(
 
 
 def check_student(logits: Tensor) -> None:
-    """Refuse anything but (B, C, h, w) floats of at least one class and pixel. Raises: ShapeError."""
+    """Raise ShapeError unless logits are (B, C, h, w) floats with at least one class and pixel."""
     if not is_logits(logits) or min(logits.shape[1:]) < 1:
         raise misfit(
             "student_logits_BChw",
@@ -150,7 +147,7 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
 
 
 def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse a class id that is neither below C nor `ignore_index`. Raises: ValueRangeError."""
+    """Raise ValueRangeError for a class id that is neither below C nor `ignore_index`."""
     if not may_read(labels):
         return
     wrong = (labels < 0) | (labels >= num_classes) if labels.dtype.is_signed else labels >= num_classes
@@ -165,14 +162,14 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
-    """Refuse class weights that are not C floats. Raises: ShapeError."""
+    """Raise ShapeError for class weights that are not C floats."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     fix = "Pass one weight for each of the student's classes."
     check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, fix)
 
 
 def check_class_weight_values(class_weight: Tensor | None) -> None:
-    """Refuse class weights that are negative or not finite. Raises: ValueRangeError."""
+    """Raise ValueRangeError for class weights that are negative or not finite."""
     if class_weight is None or not may_read(class_weight):
         return
     wrong = ~((class_weight >= 0) & class_weight.isfinite())
@@ -184,17 +181,14 @@ def check_class_weight_values(class_weight: Tensor | None) -> None:
 
 
 def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
-    """Refuse windows that are not (B, 4) float64 and flips that are not (B,) bool. Raises: ShapeError."""
+    """Raise ShapeError for windows that are not (B, 4) float64, or flips that are not (B,) bool."""
     fix = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
     check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, fix)
     check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
 
 
 def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None) -> None:
-    """Refuse windows that are empty, reversed or not finite, or that show nothing of a view of `view_size`.
-
-    Raises: ValueRangeError.
-    """
+    """Raise ValueRangeError for windows that are empty, reversed, not finite, or outside a view of `view_size`."""
     if window is None or not may_read(window):
         return
     good = window.isfinite().all(1) & (window[:, 2:] > window[:, :2]).all(1)
@@ -216,7 +210,7 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
 
 
 def check_packed_target(target: PackedTarget) -> None:
-    """Refuse anything else, such as raw logits. Raises: ShapeError."""
+    """Raise ShapeError for anything but a packed target, such as raw logits."""
     if not isinstance(target, PackedTarget):
         raise misfit(
             "target",
@@ -227,7 +221,7 @@ def check_packed_target(target: PackedTarget) -> None:
 
 
 def check_target(target: PackedTarget, num_classes: int, batch: int, device: torch.device) -> None:
-    """Refuse what is no packed target, or one of other classes, of another batch or device. Raises: ShapeError."""
+    """Raise ShapeError unless a target is packed and has these classes, this batch size and this device."""
     check_packed_target(target)
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
@@ -245,7 +239,7 @@ def check_target(target: PackedTarget, num_classes: int, batch: int, device: tor
 def check_scalar(
     name: str, value: Tensor | float | None, device: torch.device, example: str, *, optional: bool = False
 ) -> None:
-    """Refuse what is neither a number of at least 0 nor a 0-dimensional tensor on the device, nor an optional None.
+    """Check a number of at least 0, or a 0-dimensional tensor on the device, or an optional None.
 
     Raises: ShapeError, ValueRangeError.
     """
@@ -256,11 +250,9 @@ def check_scalar(
 
 
 def check_values(problem: LossProblem, *, ids: bool = True) -> None:
-    """Refuse values inside tensors that no kernel can use, where they may be read.
+    """Check readable values inside tensors that no kernel can use. Raises: ValueRangeError.
 
-    Args:
-        ids: whether class ids are among them, of labels and of targets; not for kernels that refuse wrong ones.
-    Raises: ValueRangeError.
+    `ids` includes class ids of labels and targets, which some kernels check themselves.
     """
     check_class_weight_values(problem.class_weight)
     if problem.use_ce and ids:
@@ -274,7 +266,7 @@ def check_values(problem: LossProblem, *, ids: bool = True) -> None:
 
 
 def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
-    """With KDCACHE_DEBUG=1, refuse a loss that is not finite.
+    """Raise for a loss that is not finite, with KDCACHE_DEBUG=1.
 
     Raises: ValueRangeError with the position of the first value that made it so.
     """

@@ -1,8 +1,8 @@
-"""How many classes to keep: the error that top-k makes in the gradient of the KL term, measured on logits.
+"""Choose how many classes to keep: measure the error of top-k in the gradient of the KL term on logits.
 
-Softmax at a temperature above 1 brings back the classes that top-k dropped, so that k which is harmless at T
-= 1 is not at T = 2 (21 classes, k = 8, synthetic logits: 6 % and 30 % of the gradient). No rule of thumb
-replaces the measurement on the teacher's own logits.
+Softmax at a temperature above 1 brings back the classes that top-k dropped, so a k that is harmless at T = 1 is not at
+T = 2 (21 classes, k = 8, synthetic logits: 6 % and 30 % of the gradient). No rule of thumb replaces the measurement on
+the teacher's logits.
 
 Legend: B batch, C classes, h w target pixels, H W label pixels.
 """
@@ -28,12 +28,17 @@ SEED = 20
 def gradient_error(
     logits_BChw: Tensor, k: int, temperature: float, size: tuple[int, int], *, align_corners: bool = False
 ) -> float:
-    """Relative error of the KL gradient when only k classes of the teacher are kept.
+    """Return the relative error of the KL gradient if only k classes of the teacher are kept.
 
-    The gradient of KL by the upsampled student logits is p_s - p_t, up to a factor. A student that is the
-    teacher plus unit Gaussian noise (a fixed seed) stands for one that has learnt most of it. Returned is
-    ||p_t' - p_t|| / ||p_s - p_t|| over every pixel at label resolution, with t' the target packed and
-    densified, the rounding to float16 included.
+    >>> import kdcache_kernels
+    >>> logits = torch.randn(1, 21, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> kdcache_kernels.gradient_error(logits, 21, 1.0, (16, 16)) < 0.01
+    True
+
+    The gradient of KL by the upsampled student logits is p_s - p_t, up to a factor. The teacher plus unit Gaussian
+    noise (a
+    fixed seed) stands for a student that has learnt most of it. The result is ||p_t' - p_t|| / ||p_s - p_t|| over every
+    pixel at label resolution, with t' the target packed and densified, including the rounding to float16.
 
     Args:
         logits_BChw: raw teacher logits, any floating dtype and device.
@@ -41,7 +46,7 @@ def gradient_error(
         temperature: > 0, dimensionless.
         size: (H, W) of the labels in pixels.
         align_corners: whether the head's resize aligns corners.
-    Returns: a dimensionless number; 0 for one class. Waits for the device.
+    Returns: a dimensionless number, 0 for one class. Waits for the device.
     Raises: ShapeError for the logits, ValueRangeError for k or temperature.
     Memory: O(C*H*W): one image at a time.
     Source: T * (p_s - p_t) is the gradient in Hinton et al. 2015, section 2.1.
@@ -77,17 +82,21 @@ def gradient_error(
 def choose_k(
     logits_BChw: Tensor, size: tuple[int, int], num_classes: int, *, align_corners: bool = False
 ) -> tuple[int, dict[int, dict[float, float]]]:
-    """Choose k as `--top-k auto` does: dense up to 32 classes, else the smallest that keeps the gradient.
+    """Choose k as `--top-k auto` does: dense up to 32 classes, else the smallest k that preserves the gradient.
+
+    >>> import kdcache_kernels
+    >>> kdcache_kernels.choose_k(torch.randn(1, 21, 8, 8), (16, 16), num_classes=21)
+    (21, {})
 
     Args:
-        logits_BChw: raw logits of the teacher itself, by custom of 16 records.
+        logits_BChw: raw logits of the teacher itself, usually of 16 records.
         size: (H, W) of the labels in pixels.
         num_classes: C, which the logits must have.
         align_corners: whether the head's resize aligns corners.
-    Returns: (k, table): the smallest k of 8, 16, 32, 64, C whose gradient error is at most 0.05 at T = 1 and
-        T = 2 (C, if no smaller one is), and `table[k][temperature]` for every k that was measured on the way.
-        The table is empty up to 32 classes.
-    Raises: ShapeError when the logits do not have num_classes classes.
+    Returns: (k, table): the smallest k of 8, 16, 32, 64, C whose gradient error is at most 0.05 at T = 1 and T = 2 (C,
+    if
+        no smaller one is), and `table[k][temperature]` for every measured k. The table is empty up to 32 classes.
+    Raises: ShapeError if the logits do not have num_classes classes.
     """
     if not is_logits(logits_BChw) or logits_BChw.shape[1] != num_classes:
         raise misfit(

@@ -1,10 +1,10 @@
-"""The errors a user of kdcache_kernels can meet.
+"""The errors that a user of kdcache_kernels can meet.
 
     KernelError (a ValueError)
     ├── ShapeError          a tensor has the wrong shape, dtype, layout or device
     └── ValueRangeError     a number, a class id or a name is outside its range
 
-They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
+They have the form of kdcache's errors, without importing them, because this package knows only tensors.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ class KernelError(ValueError):
     Args:
         problem: what is wrong, naming the argument with its value, in one sentence.
         fix: a step that the caller can take.
-        rule: what must hold, where it adds something.
+        rule: what must hold, if it adds something.
     """
 
     def __init__(self, problem: str, *, fix: str, rule: str = "") -> None:
@@ -49,7 +49,7 @@ def misfit(name: str, value: Any, wanted: str, fix: str) -> ShapeError:
 
 
 def describe(value: Any) -> str:
-    """A tensor's shape, dtype and strides, and where it is unless on the CPU; the type of anything else."""
+    """Return a tensor's shape, dtype, strides and (unless CPU) device as text, or the type of another value."""
     if not isinstance(value, Tensor):
         return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
     strides = f"strides {value.stride()}" if value.layout == torch.strided else str(value.layout)

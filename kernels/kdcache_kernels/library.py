@@ -41,7 +41,7 @@ PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 @cache
 def module_of(family: str, operation: str) -> Any:
-    """Return the module with which a family computes an operation: loss, counts, topk or argmax."""
+    """Return the module of a family that computes an operation: loss, counts, topk or argmax."""
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
 
@@ -83,7 +83,7 @@ def is_traced(*tensors: Any) -> bool:
     """Return True if somebody follows the operators of a call, so that it has to be made of operators.
 
     `torch.compile`, `torch.export`, `make_fx`, fake tensors and other modes of dispatch, `torch.func` and forward-mode
-    derivatives do. Else a family may be called as it is, which saves a call 0.1 ms.
+    derivatives do. Else a family may be called directly, which saves 0.1 ms per call.
 
     Args:
         tensors: the tensors of the call. A tensor of a subclass may follow what is done with it.
@@ -98,7 +98,7 @@ def is_traced(*tensors: Any) -> bool:
 
 
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
-    """Return a target as the operators take it: the values of its fields. A gradient reaches the student alone."""
+    """Return a target's field values for the operators. Only the student gets a gradient."""
     if target is None:
         return _NO_TARGET
     values = [getattr(target, name) for name in _TARGET_TYPES]
@@ -106,7 +106,7 @@ def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
 
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
-    """Return the problem as the operator takes it: the values of `LOSS_ARGUMENTS`, in their order."""
+    """Return a problem's values of `LOSS_ARGUMENTS`, in order, for the operator."""
     return (*[getattr(problem, name) for name in _PROBLEM_TYPES], *target_arguments(problem.target))
 
 
@@ -116,7 +116,7 @@ def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
 
 
 def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
-    """Return the problem whose `loss_arguments` these are."""
+    """Return the problem of `loss_arguments`."""
     values = _with_tuples(arguments)
     fields = dict(zip(_PROBLEM_TYPES, values, strict=False))
     target = dict(zip(_TARGET_TYPES, values[len(fields) :], strict=True))
@@ -125,7 +125,7 @@ def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
 
 @torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)
 def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, ce, kl, gradient); see `LossProblem` and `LossResult`."""
+    """Return (loss, ce, kl, gradient). See `LossProblem` and `LossResult`."""
     # The values are checked within the operator: a compiled program does not run what stands around it.
     result = checked_loss(loss_problem(arguments), family)
     return result.loss, result.ce, result.kl, result.gradient
@@ -141,7 +141,7 @@ def checked_loss(problem: LossProblem, family: str) -> LossResult:
 
 
 def computed(problem: LossProblem, family: str) -> LossResult:
-    """Compute a problem by a family, and let one class have no gradient."""
+    """Compute a problem by a family. With one class there is no gradient."""
     result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:
         return result
@@ -162,12 +162,12 @@ def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("kdcache::distill_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
 def distill_gradient(family: str, *arguments: Any) -> Tensor:
-    """Return d loss / d student in the student's dtype, contiguous; NaN everywhere where the loss is not finite."""
+    """Return d loss / d student in its dtype, contiguous, and NaN everywhere if the loss is not finite."""
     return direct_gradient(family, *arguments)
 
 
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute what `distill_gradient` returns."""
+    """Compute the result of `distill_gradient` without the operator."""
     problem = loss_problem(arguments)
     result = computed(problem, family)
     return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
@@ -190,7 +190,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
 
 
 def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute what `scale_gradient` returns."""
+    """Compute the result of `scale_gradient` without the operator."""
     if gradient.device.type != "cpu":
         result: Tensor = module_of("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result
@@ -222,11 +222,9 @@ def denominators(
     flip: Tensor | None,
     anchor: Tensor,
 ) -> Tensor:
-    """Return (2,) float64: the counts of CE and KL of `kdcache_kernels.distill_denominators`, where `anchor` is.
+    """Return the counts of CE and KL of `kdcache_kernels.distill_denominators`, (2,) float64, on `anchor`'s device.
 
-    Args:
-        view_size: of the target; None without one.
-        anchor: of as many rows as the batch has.
+    `view_size` is the target's, or None without one. `anchor` has as many rows as the batch.
     """
     view = None if view_size is None else tuple(view_size)
     counted = Counted(
@@ -244,7 +242,7 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())
 def pack(logits: Tensor, k: int, family: str) -> list[Tensor]:
-    """Return [values, indices, tail] as `kdcache_kernels.pack` does, and values alone when k = C.
+    """Return [values, indices, tail] of `kdcache_kernels.pack`, or only values for k = C.
 
     An operator may take None, but not return it.
     """
@@ -263,7 +261,7 @@ def _(logits: Tensor, k: int, family: str) -> list[Tensor]:
 
 @torch.library.custom_op("kdcache::densify", mutates_args=())
 def densify(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: str) -> Tensor:
-    """Return (B, C, h, w) float32 as `kdcache_kernels.densify` does where k < C."""
+    """Return (B, C, h, w) float32 as `kdcache_kernels.densify` does for k < C."""
     dense: Tensor = module_of(family, "topk").densify(values, indices, tail, num_classes)
     return dense
 

@@ -70,62 +70,79 @@ def distill_loss(
     kl_denominator: Tensor | float | None = None,
     impl: str = "auto",
 ) -> LossParts:
-    """Cross-entropy with labels plus KL(teacher || student), both at label size, from low-resolution logits.
+    """Return cross-entropy with labels plus KL(teacher || student), both at label size, from low-resolution logits.
 
-    Computes `ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t) / T) || softmax(up(z) / T))`. CE
-    counts the pixels whose label is not `ignore_index` and divides by the sum of their class weights. KL
-    counts the pixels whose centre lies in the target's view and divides by their number. A term of weight 0,
-    or without labels or target, is not computed and is 0; a term without counted pixels is 0 with gradient
-    0. A non-finite logit (or one so large that logits / T overflow) whose interpolation touches a counted
-    pixel makes the term and the loss NaN; elsewhere it changes nothing. A loss that is not finite has a gradient
-    of NaN at every logit of the batch. With one class the loss and its gradient are exactly 0. The classes that
-    a target does not keep share one value, and its rounding to float32: at 8 of 171 classes and T = 4 the KL is
-    within 2e-6 of itself plus 2e-6 T^2 of that of exact arithmetic. Logits as low as -6e4, as of a tail without mass,
-    are rounded by up to 2e-3 nats / T between pixels that keep different classes: with k of 2 to 8 of 21 classes, the
-    gradient is then within 3e-4 of its largest element.
+    >>> logits = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    >>> parts = kdcache_kernels.distill_loss(logits, torch.zeros(1, 8, 8, dtype=torch.uint8))
+    >>> parts.loss.backward()
+
+    Computes `ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t) / T) || softmax(up(z) / T))`. CE counts the
+    pixels with a label other than `ignore_index` and divides by the sum of their class weights. KL counts the pixels
+    whose
+    centre lies in the target's view and divides by their number. A term of weight 0, or without labels or target, is
+    not
+    computed and is 0. A term without counted pixels is 0 with gradient 0, and so is the loss with one class.
+    A non-finite logit (or one so large that logits / T overflow) whose interpolation touches a counted pixel makes the
+    term
+    and the loss NaN. Elsewhere it changes nothing. A loss that is not finite has a gradient of NaN at every logit of
+    the
+    batch.
+    The classes that a target does not keep share one value, and its rounding to float32: at 8 of 171 classes and T = 4
+    the
+    KL is within 2e-6 of itself plus 2e-6 T^2 of exact arithmetic. Logits as low as -6e4, as from a tail without mass,
+    are
+    rounded by up to 2e-3 nats / T between pixels that keep different classes: with k of 2 to 8 of 21 classes, the
+    gradient
+    is then within 3e-4 of its largest element.
 
     Args:
-        student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides; gets a gradient, and beside
-            it only weights do. Computed in float32 (the reference: in float64 when it is float64), also under autocast.
-        labels_BHW: class ids, uint8 or a signed integer; None for an unlabelled batch.
-        target: packed teacher logits of the same batch; None for CE alone.
-        size: (H, W) in pixels; needed without labels.
-        ce_weight, kl_weight: >= 0, dimensionless. A number of 0 leaves the term out; a 0-dimensional tensor on the
-            device is never read by the host, so that a schedule can fill it under a CUDA graph. One that is learnt gets
-            the term as its gradient, which costs nothing.
+        student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides. Only they and the weights
+            get
+            gradients. Computed in float32 (float64 in the reference if it is float64), also under autocast.
+        labels_BHW: class ids, uint8 or a signed integer, or None for an unlabelled batch.
+        target: packed teacher logits of the same batch, or None for CE only.
+        size: (H, W) in pixels. Needed without labels.
+        ce_weight: >= 0, dimensionless. A number of 0 leaves the term out. The host never reads a 0-dimensional tensor
+            on
+            the device, so a schedule can fill it under a CUDA graph. A learnt weight gets the term as its gradient.
+        kl_weight: >= 0, dimensionless, as `ce_weight`.
         temperature: > 0, dimensionless.
-        class_weight: (C,) floats >= 0, for CE; None weighs every class 1.
-        ce_pixel_weight_BHW: weight of every pixel in CE, any dtype, taken as a number: a gate of pseudo labels, the
-            pixels of online hard example mining, weights of boundaries. It does not shrink the denominator: for a
-            weighted mean pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
-        label_smoothing: the share of every label that is spread evenly over all classes, in [0, 1). Every class then
-            weighs its own log-probability, as in `torch.nn.functional.cross_entropy`; the denominator stays.
-        focal_gamma: >= 0; multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p. Not beside
-            label smoothing. On CUDA, at strides above 1, it takes the slower kernel.
-        ignore_index: the void id, which may be one that the labels' dtype cannot hold.
-        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges in pixels of the target's view, which the image
-            shows; it may reach over the view's edge, but shows some of it. None is the whole view. Without a target, it
-            has no effect.
-        flip_B: (B,) bool, whether the image shows its window mirrored left to right; None mirrors nothing.
+        class_weight: (C,) floats >= 0, for CE. None weighs every class 1.
+        ce_pixel_weight_BHW: weight of every pixel in CE, any dtype, such as a gate. It does not shrink the denominator:
+            for
+            a weighted mean pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
+        label_smoothing: share of every label, in [0, 1), that is spread over all classes, as in `F.cross_entropy`.
+        focal_gamma: >= 0. It multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p. Not with
+            label smoothing. On CUDA, at strides above 1, it uses the slower kernel.
+        ignore_index: the void id, even one that the labels' dtype cannot hold.
+        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges of what the image shows, in pixels of the target's
+            view.
+            It may reach beyond the view, but must overlap it. None is the whole view.
+        flip_B: (B,) bool, whether the window is mirrored left to right. None mirrors nothing.
         pixel_weight_BHW: gate of the KL term, any dtype, taken as a number (uint8: 0 or 1, not 0 to 255). It multiplies
             a pixel's KL and does not shrink the denominator. A non-finite weight of a counted pixel makes KL NaN.
-        distill_void: whether void pixels teach too. False needs labels to find them; a batch without counts all.
-        align_corners: whether the student's resize aligns corners; the target carries its own.
-        ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device or
-            numbers: the global batch's, from `distill_denominators`, summed over ranks and accumulation steps.
-        impl: "auto", "triton", "numba", "torch" or "reference"; the module's docstring has the table. What auto takes
-            on a CPU depends on the sizes of a problem; windows, flips and compiled programs keep numba.
-    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2. Each carries a gradient,
-        once; several times with the reference. The loss's is computed with it. That of ce or kl is computed in the
-        backward, for as much time as the call took and no memory; detach a value that is only logged where a compiled
-        function returns it. `torch.func.grad` and `vmap` work (vmap sample by sample), forward mode raises.
-    Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU; on
-        CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or beside the view
-        makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is
-        not finite with the position of its cause.
-    Memory: fused, float32 copies of the low-resolution logits (on CUDA not of a dense target that is seen whole, cell
-        by cell) and the gradient; never anything of label size times classes. The reference keeps three (B, C, H, W)
-        tensors for the backward and has eight at its peak.
+        distill_void: whether KL also counts void pixels. False needs labels. A batch without labels counts all.
+        align_corners: whether the student's resize aligns corners. The target carries its own.
+        ce_denominator: replaces the count of this batch, a 0-dimensional tensor on the device or a number: the global
+            batch's, from `distill_denominators`, summed over ranks and accumulation steps.
+        kl_denominator: as `ce_denominator`.
+        impl: "auto", "triton", "numba", "torch" or "reference", see the module's docstring. On a CPU, auto depends on
+            the
+            sizes of a problem. Windows, flips and compiled programs use numba.
+    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel, with T^2 in kl. Each is differentiable
+    once,
+        with the reference several times. The gradient of ce or kl takes the time of the call again, so detach logged
+        values
+        that a compiled function returns. `torch.func.grad` and `vmap` work, forward mode raises.
+    Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU. On
+    CUDA,
+        where nothing waits for the device, a class id out of range or a window that is NaN or outside the view makes
+        the
+        loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is not finite
+        with
+        the position of its cause.
+    Memory: fused, the gradient and float32 copies of the low-resolution logits (on CUDA not of a dense, whole target),
+        never anything of label size times classes. The reference has up to eight (B, C, H, W) tensors.
     Source: Hinton et al. 2015, section 2; smoothing Szegedy et al. 2016, arXiv 1512.00567, section 7; focal Lin et al.
         2017, arXiv 1708.02002. Oracle: kdcache_kernels.reference.
     """
@@ -209,15 +226,19 @@ def distill_denominators(
     distill_void: bool = True,
     impl: str = "auto",
 ) -> Denominators:
-    """Count the denominators of `distill_loss`, so that ranks and accumulation steps can share the sums.
+    """Count the denominators of `distill_loss`, so ranks and accumulation steps can share the sums.
 
-    With the sums over all parts of a batch passed to each part's `distill_loss`, the parts' losses add up to
-    the loss of the whole batch. (DistributedDataParallel averages gradients: multiply the loss by the number
-    of ranks.)
+    >>> labels = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)
+    >>> kdcache_kernels.distill_denominators(labels, num_classes=2).ce.item()
+    3.0
+
+    If each part's `distill_loss` gets the sums over all parts of a batch, the parts' losses add up to the loss of the
+    whole
+    batch. (DistributedDataParallel averages gradients: multiply the loss by the number of ranks.)
 
     Args: as in `distill_loss`; num_classes is the student's. One of labels_BHW and target is needed.
-    Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target. A class id out of range is not
-        counted.
+    Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target. A class id out of range does not
+        count.
     Raises: ShapeError, ValueRangeError naming the argument.
     Memory: fused, nothing of label size; the reference several times the labels in int64.
     """
@@ -260,16 +281,19 @@ def target_argmax_confidence(
     *,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's class and its probability (T = 1) at label size: for gates, pseudo labels and audits.
+    """Return the teacher's class and its probability (T = 1) at label size, for gates, pseudo labels and audits.
 
-    Args:
-        target: packed teacher logits.
-        size: (H, W) of the result in pixels.
-        window_B4, flip_B: as in `distill_loss`.
-        impl: one of IMPLEMENTATIONS.
-    Returns: (argmax, confidence), (B, H, W) each: uint8 (int16 above 256 classes, int32 above 32,768), the
-        lowest id of equal ones; and float16. Outside the view the argmax is that of the nearest edge and the
-        confidence 0. Where a NaN of the target enters, the confidence is NaN.
+    >>> packed = kdcache_kernels.pack(torch.randn(1, 3, 4, 4), 3)
+    >>> target = kdcache_kernels.PackedTarget(*packed, num_classes=3, view_size=(16, 16))
+    >>> argmax, confidence = kdcache_kernels.target_argmax_confidence(target, (16, 16))
+    >>> argmax.shape, argmax.dtype
+    (torch.Size([1, 16, 16]), torch.uint8)
+
+    `size` is (H, W) of the result in pixels. `window_B4` and `flip_B` are as in `distill_loss`.
+
+    Returns: (argmax, confidence), (B, H, W) each: uint8 (int16 above 256 classes, int32 above 32,768), the lowest id of
+        equal ones; and float16. Outside the view the argmax is the nearest edge's and the confidence 0. If a NaN of the
+        target enters a pixel, its confidence is NaN.
     Raises: ShapeError, ValueRangeError naming the argument.
     Memory: the results, and the target once in float32; the reference O(C*H*W): one image at a time.
     """
@@ -289,20 +313,27 @@ def target_argmax_confidence(
 
 @torch.no_grad()
 def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Keep the k largest classes of every pixel, and how much mass the others had.
+    """Keep the k largest classes of every pixel, and the log-odds of the others' mass.
 
-    Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf comes out as NaN in
-    every value and in the tail: checking for it here would synchronise with the device, so the caller checks
-    the values it is about to write. A single -inf is the finite -6e4.
+    >>> values, indices, tail = kdcache_kernels.pack(torch.tensor([1.0, 3.0, 2.0]).view(1, 3, 1, 1), 2)
+    >>> indices.flatten().tolist(), values.flatten().tolist()
+    ([1, 2], [0.0, -1.0])
+
+    Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf gets NaN in every value and
+    in
+    the tail. Checking for it here would synchronise with the device, so the caller checks the values before writing
+    them. A
+    single -inf becomes the finite -6e4.
 
     Args:
-        logits_BChw: any floating dtype, any strides; computed in float32, in float64 when it is float64.
-        k: 1 to C; C keeps everything in class order.
+        logits_BChw: any floating dtype, any strides. Computed in float32, in float64 if it is float64.
+        k: 1 to C. C keeps everything in class order.
         impl: one of IMPLEMENTATIONS.
-    Returns: (values, indices, tail) as in `PackedTarget`; indices and tail are None when k = C. When k < C,
-        the classes are sorted from the largest to the smallest.
+    Returns: (values, indices, tail) as in `PackedTarget`. indices and tail are None for k = C. For k < C, the classes
+    are
+        sorted from the largest to the smallest.
     Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
-    Memory: the result; the reference O(B*C*h*w), 12 bytes per element more when k < C.
+    Memory: the result; the reference O(B*C*h*w), 12 bytes per element more for k < C.
     """
     topk.check_logits(logits_BChw, k)
     family = choose_implementation(impl, logits_BChw.device, logits_BChw.dtype, logits_BChw=logits_BChw)
@@ -325,17 +356,21 @@ def densify(
 ) -> Tensor:
     """Return logits of every class, up to a constant per pixel.
 
-    The classes that were not kept share the tail's mass evenly: each gets LSE(kept) + tail - log(C - k),
-    clamped to +-6e4, computed in float64 and rounded once (but for the sum of exponentials, 3e-7).
+    >>> values, indices, tail = kdcache_kernels.pack(torch.randn(1, 5, 4, 4), 2)
+    >>> kdcache_kernels.densify(values, indices, tail, num_classes=5).shape
+    torch.Size([1, 5, 4, 4])
 
-    Args:
-        values, indices, tail: as in `PackedTarget`.
-        num_classes: C.
-        dtype: dtype of the result; float32 takes the fused kernels, another dtype the reference.
-        impl: one of IMPLEMENTATIONS.
-    Returns: (B, C, h, w); contiguous when k < C.
-    Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;
-        on CUDA, where checking would synchronise, the pixel is NaN (with KDCACHE_DEBUG=1 an error too).
+    The classes that were not kept share the tail's mass evenly. Each gets LSE(kept) + tail - log(C - k), clamped to
+    +-6e4,
+    computed in float64 and rounded once (except for the sum of exponentials, 3e-7).
+
+    `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. float32 uses the fused kernels,
+    another `dtype` the reference.
+
+    Returns: (B, C, h, w), contiguous for k < C.
+    Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU. On CUDA,
+    where
+        checking would synchronise, the pixel is NaN (with KDCACHE_DEBUG=1 also an error).
     """
     topk.check_packed(values, indices, tail, num_classes)
     values = values.detach()
@@ -352,14 +387,10 @@ def densify(
 
 
 def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
-    """Return a number as a 0-dimensional float64 tensor on a device, which nobody may write to.
+    """Return a number as a 0-dimensional float64 tensor on a device. Do not write to it.
 
-    The first values are kept for good, for a launch that fills one element costs more than a small kernel. Nothing is
-    kept that is traced. A kept tensor is for the stream that filled it, and for CUDA graphs: a capture begins when all
-    streams are done.
-
-    Args:
-        traced: what `library.is_traced` says.
+    The first values are cached, as filling one element costs more than a small kernel, but not when `traced`. A cached
+    tensor is for the stream that filled it, and for CUDA graphs: a capture begins when all streams are done.
     """
     if traced:
         return torch.full((), value, dtype=torch.float64, device=device)
@@ -382,9 +413,8 @@ def choose_implementation(
 ) -> str:
     """Return "triton", "numba", "torch" or "reference" for tensors of this device and dtype.
 
-    Args:
-        has_torch: whether the operation is in the family torch; one that is not is computed by the reference there.
-        arguments: the tensor that has them, by its name, which an error describes.
+    `has_torch`: the operation is in the family torch, else the reference computes it. `arguments`: the named tensor.
+
     Raises: ValueRangeError for an implementation that does not exist or cannot take them.
     """
     if impl not in IMPLEMENTATIONS:
@@ -407,7 +437,7 @@ def choose_implementation(
 
 
 def _refusal(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a fused family cannot take tensors of this device and dtype; None when it can."""
+    """Return why a fused family cannot take tensors of this device and dtype, or None if it can."""
     if not family:
         return f"there are no fused kernels for {device.type} tensors"
     if not INSTALLED[family]:

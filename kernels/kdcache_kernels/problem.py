@@ -20,25 +20,25 @@ class LossProblem:
     """The arguments of `kdcache_kernels.distill_loss`, checked.
 
     Attributes:
-        student: (B, C, h, w) float32, float16 or bfloat16, any strides; float64 for the reference alone.
-        labels: (B, H, W) uint8 or signed integers, any strides; None without.
-        target: packed teacher logits; not None exactly when KL is computed.
+        student: (B, C, h, w) float32, float16 or bfloat16, any strides. Float64 for the reference alone.
+        labels: (B, H, W) uint8 or signed integers, any strides, or None without.
+        target: packed teacher logits. Not None exactly when KL is computed.
         size: (H, W) in pixels.
-        use_ce: whether CE is computed; labels are not None then. (Without it, they may still mask the KL.)
+        use_ce: whether CE is computed; labels are then not None. (Without it, they may still mask the KL.)
         ce_weight, kl_weight: 0-dimensional floats on the device of the student.
-        ce_denominator, kl_denominator: 0-dimensional floats on the device; None counts this batch.
+        ce_denominator, kl_denominator: 0-dimensional floats on the device. None counts this batch.
         temperature: > 0.
-        class_weight: (C,) floats, any stride; None weighs every class 1.
-        ce_pixel_weight: (B, H, W), any dtype and strides, of CE; None weighs every pixel 1.
+        class_weight: (C,) floats, any stride. None weighs every class 1.
+        ce_pixel_weight: (B, H, W), any dtype and strides, of CE. None weighs every pixel 1.
         label_smoothing: the share of a label that all classes get, in [0, 1).
-        focal_gamma: exponent of the focal loss, 0 without; not beside label smoothing.
+        focal_gamma: exponent of the focal loss, 0 without. Not next to label smoothing.
         ignore_index: the void id.
-        window: (B, 4) float64, any strides, pixels of the target's view; None is the whole view.
-        flip: (B,) bool, any stride; None mirrors nothing.
-        pixel_weight: (B, H, W), any dtype and strides, of KL; None weighs every pixel 1.
+        window: (B, 4) float64, any strides, pixels of the target's view. None is the whole view.
+        flip: (B,) bool, any stride. None mirrors nothing.
+        pixel_weight: (B, H, W), any dtype and strides, of KL. None weighs every pixel 1.
         distill_void: whether pixels of label `ignore_index` count in the KL.
-        align_corners: whether the student's resize aligns corners; the target carries its own.
-        need_gradient: whether the gradient is wanted.
+        align_corners: whether the student's resize aligns corners. The target carries its own.
+        need_gradient: whether to compute the gradient.
     """
 
     student: Tensor
@@ -70,16 +70,16 @@ class LossProblem:
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """The dtype of the gradient that a family returns; an averaged gradient in float16 would flush to 0."""
+        """The dtype of the gradient that a family returns. An averaged gradient in float16 would flush to 0."""
         return gradient_dtype(self.student)
 
 
 class Counted(NamedTuple):
-    """The labels and the geometry of a batch whose denominators are counted.
+    """The labels and the geometry of a batch to count denominators for.
 
     Attributes:
         labels, class_weight, num_classes, ignore_index, distill_void, size, window, flip: as in `LossProblem`.
-        view_size: of the target; None without one.
+        view_size: of the target, or None without one.
         batch: B.
     """
 
@@ -104,7 +104,7 @@ class LossResult(NamedTuple):
     """The result of a family.
 
     Attributes:
-        loss, ce, kl: 0-dimensional float32; NaN when a counted pixel is lost.
+        loss, ce, kl: 0-dimensional float32, or NaN if a counted pixel is lost.
         gradient: (B, C, h, w) contiguous in `gradient_dtype`, d loss / d student, meaningless where the loss is NaN;
             (0,) without `need_gradient`.
     """

@@ -29,6 +29,12 @@ from .window import Size, ViewPositions, resample, view_positions, window_misses
 class LossParts(NamedTuple):
     """The loss and its two terms, 0-dimensional tensors.
 
+    >>> import kdcache_kernels
+    >>> labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    >>> loss, ce, kl = kdcache_kernels.distill_loss(torch.zeros(1, 2, 4, 4), labels)
+    >>> kl.item()
+    0.0
+
     Attributes:
         loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on.
         ce: cross-entropy with the labels, nats per pixel.
@@ -43,6 +49,12 @@ class LossParts(NamedTuple):
 class Denominators(NamedTuple):
     """The denominators of the two terms, 0-dimensional float64 tensors.
 
+    >>> import kdcache_kernels
+    >>> labels = torch.tensor([[[0, 1], [1, 255]]], dtype=torch.uint8)
+    >>> ce, kl = kdcache_kernels.distill_denominators(labels, num_classes=2)
+    >>> ce.item(), kl.item()
+    (3.0, 0.0)
+
     Attributes:
         ce: the sum of the class weights of the labelled pixels (their number without class weights).
         kl: the number of pixels that the KL term counts.
@@ -53,10 +65,9 @@ class Denominators(NamedTuple):
 
 
 def distill_loss_reference(problem: LossProblem) -> LossParts:
-    """Compute what `kdcache_kernels.distill_loss` documents, from arguments that it has checked.
+    """Compute `kdcache_kernels.distill_loss` from checked arguments.
 
-    Float32 throughout, under autocast too; float64 for float64 logits. A class id out of range makes CE
-    NaN.
+    It computes in float32 also under autocast, and in float64 for float64 logits. A class id out of range makes CE NaN.
     """
     logits_BChw, labels_BHW, target = problem.student, problem.labels, problem.target
     size, temperature = problem.size, problem.temperature
@@ -87,32 +98,35 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
 
 
 class NanReachesAll(torch.autograd.Function):
-    """The loss, with a gradient that is NaN at every logit where the loss is not finite.
+    """The loss, with a gradient that is NaN at every logit if the loss is not finite.
 
-    Autograd alone leaves 0 at logits that were taken out, and in images without counted pixels: an optimiser would
-    go on with half a gradient.
+    Autograd itself leaves 0 at logits that were taken out, and in images without counted pixels: an optimiser would
+    continue with half a gradient.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(loss: Tensor, logits_BChw: Tensor) -> Tensor:
+        """Return a copy of the loss."""
         return loss.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the loss, and the shape and dtype of the logits."""
         loss, logits_BChw = inputs
         ctx.save_for_backward(loss)
         ctx.shape, ctx.dtype = logits_BChw.shape, logits_BChw.dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the loss, and NaN (or 0) for every logit."""
         (loss,) = ctx.saved_tensors
         return gradients[0], (0 * loss.detach()).to(ctx.dtype).expand(ctx.shape)
 
 
 def _nan_where_it_misses(window_B4: Tensor | None, target: PackedTarget) -> Tensor | None:
-    """A window beside the view is a mistake that must not pass for a sample without a teacher."""
+    """Return a window next to the view is a mistake that must not pass for a sample without a teacher."""
     if window_B4 is None:
         return None
     return window_B4.masked_fill(window_misses_view(window_B4, target.view_size)[:, None], torch.nan)
@@ -159,10 +173,9 @@ class _Upsampled(NamedTuple):
 
 
 def _resize(x_BChw: Tensor, positions: ViewPositions, size: Size, align_corners: bool) -> Tensor:
-    """Resample through `positions`; on the CPU a whole view goes the quicker way through `F.interpolate`.
+    """Resample through `positions`. On the CPU a whole view takes the faster `F.interpolate`.
 
-    Not so on CUDA, where the backward of `F.interpolate` adds atomically, nor in float64, where the matrices
-    are the oracle.
+    On CUDA its backward adds atomically, and in float64 the matrices are the oracle, so both use matrices.
     """
     # With aligned corners, F.interpolate takes the pixels of the result to be those of the view.
     whole = positions.is_whole_view and (not align_corners or positions.view_size == size)
@@ -204,7 +217,7 @@ def _cross_entropy(
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """Return x ** exponent for x >= 0; 0 at 0, with a gradient of 0, which is that of x ** exponent * log(1 - x)."""
+    """Return x ** exponent for x >= 0, with value and gradient 0 at 0 (the limit with the factor log(1 - x))."""
     above = x > 0
     return torch.where(above, torch.where(above, x, 1) ** exponent, 0)
 
@@ -231,7 +244,7 @@ def _kl_divergence(
 def argmax_confidence_reference(
     target: PackedTarget, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `kdcache_kernels.target_argmax_confidence` documents; O(C*H*W): one image at a time."""
+    """Compute `kdcache_kernels.target_argmax_confidence` in O(C*H*W), one image at a time."""
     shape = (target.batch_size, *size)
     argmax_BHW = torch.empty(shape, dtype=argmax_dtype(target.num_classes), device=target.device)
     confidence_BHW = torch.empty(shape, dtype=torch.float16, device=target.device)

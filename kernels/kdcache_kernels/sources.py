@@ -1,4 +1,4 @@
-"""The digest of this package's own source files: what a cache of compiled code is valid for."""
+"""The digest of this package's source files, which compiled code in a cache is valid for."""
 
 import hashlib
 from pathlib import Path

@@ -1,15 +1,16 @@
 """The grid on which terms compare two maps: the teacher's cells, laid over the student's image.
 
-The teacher's array has h x w cells that tile its view. The same number of cells tile the student's image, which shows a
-window of that view, maybe mirrored. The teacher is sampled at their centres through the window; of a whole view,
-unmirrored, that is the array itself. The student's map tiles the same image in cells of its own and is resized.
+The teacher's array has h x w cells that tile its view. Equally many cells tile the student's image, which shows a
+window
+of that view, maybe mirrored. The teacher is sampled at their centres through the window. For a whole, unmirrored view
+that is the array itself. The student's map tiles the same image in its own cells and is resized.
 
-A pixel counts where it lies in the view and no mask excludes it (grey beside the image, void), and a cell counts by the
-share of its pixels that count. Both predictions are of whole cells: no smaller part of a cell on the edge of a mask is
-known, so it is compared as it is and weighs by its share.
+A pixel counts if it lies in the view and no mask excludes it (grey outside the image, void), and a cell counts by the
+share of its pixels that count. Predictions are known only for whole cells, so a cell on the edge of a mask is compared
+completely and weighs by its share.
 
 Whatever a head's own resize does at the corners, cells are areas here: both sides are resampled with
-`align_corners=False`. Everything is a product of matrices, so that the gradient needs no atomic addition.
+`align_corners=False`. Everything is a product of matrices, so the gradient needs no atomic addition.
 
 Legend: B batch, c channels, h w the teacher's cells, H W the student's image in pixels.
 """
@@ -27,8 +28,8 @@ class Cells(NamedTuple):
     """How much every cell of a grid counts, 0 to 1.
 
     Attributes:
-        counted: (B, h, w) share of the cell's pixels that count; what a mean over cells is divided by.
-        weight: the same, every pixel times its gate.
+        counted: (B, h, w) share of the cell's pixels that count, the denominator of a mean over cells.
+        weight: the same, with every pixel times its gate.
     """
 
     counted: Tensor
@@ -49,13 +50,11 @@ def lay_cells(
 ) -> Cells:
     """Count the pixels of an image's cells.
 
-    Args:
-        window_B4, flip_B, view_size: as in `kdcache_kernels.distill_loss`.
-        pixel_weight_BHW: gate; None is 1 everywhere.
-        counted_BHW: bool, which pixels count if they lie in the view; None is all.
-        size: (H, W) of the student's image.
-        grid: (h, w).
-        like: a tensor of the device and dtype of the result.
+    `window_B4`, `flip_B` and `view_size` are as in `kdcache_kernels.distill_loss`. `pixel_weight_BHW` is a gate (None:
+    1).
+    `counted_BHW`, bool, are the pixels that count inside the view (None: all). `size` is (H, W) of the student's image,
+    and
+    `grid` (h, w). `like` has the device and dtype of the result.
     """
     counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
     if counted_BHW is not None:
@@ -69,7 +68,7 @@ def lay_cells(
 
 
 def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
-    """(B, c, h, w): the mean of a map over the area of each of h x w cells that tile it."""
+    """Return (B, c, h, w): the mean of a map over the area of each of h x w cells that tile it."""
     pixels = map_BcHW.shape[2:]
     return resample(map_BcHW, *(area_matrix(n, of, map_BcHW)[None] for n, of in zip(grid, pixels, strict=True)))
 
@@ -77,7 +76,7 @@ def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
 def sample_view(
     map_Bchw: Tensor, window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, dtype: torch.dtype
 ) -> Tensor:
-    """Sample a map of the view at the centres of as many cells of the window, (B, c, h, w); carries no gradient."""
+    """Sample a map of the view at the centres of the window's cells, (B, c, h, w), without a gradient."""
     grid = (map_Bchw.shape[2], map_Bchw.shape[3])
     positions = view_positions(window_B4, flip_B, view_size, grid, map_Bchw.device)
     view_Bchw = map_Bchw.detach().to(dtype)
@@ -85,7 +84,7 @@ def sample_view(
 
 
 def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
-    """Resize a student's map bilinearly to (h, w) = `grid`, with gradient; float32 or float64."""
+    """Resize a student's map bilinearly to (h, w) = `grid`, with gradient, in float32 or float64."""
     own = (map_Bchw.shape[2], map_Bchw.shape[3])
     if own == grid:
         return map_Bchw
@@ -95,10 +94,10 @@ def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
 
 
 def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-    """`rows @ map @ columns^T`, (B, c, H, W), as `kdcache_kernels.window.resample` has it.
+    """Return `rows @ map @ columns^T`, (B, c, H, W), as `kdcache_kernels.window.resample` does.
 
-    Its change of the precision of products cannot be traced: a compiled program multiplies with the precision
-    of its process, which by torch's default is float32 too.
+    Its change of the precision of products cannot be traced: a compiled program multiplies with the precision of its
+    process, which is also float32 by torch's default.
     """
     if torch.compiler.is_compiling():
         return torch.einsum("bcij,bhi,bwj->bchw", map_Bchw, rows_BHh, columns_BWw)
@@ -106,7 +105,7 @@ def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 
 
 def labels_at_centres(labels_BHW: Tensor, grid: Size) -> Tensor:
-    """(B, h, w): the label of the pixel in which the centre of each cell lies."""
+    """Return the label of the pixel at the centre of each cell, (B, h, w)."""
     rows, columns = (
         torch.arange(1, 2 * cells, 2, device=labels_BHW.device) * pixels // (2 * cells)
         for cells, pixels in zip(grid, labels_BHW.shape[1:], strict=True)

@@ -1,10 +1,9 @@
-"""Packed targets: a teacher's logits for a batch, in the form that a store keeps.
+"""Packed targets: a teacher's logits for a batch, in their stored form.
 
-A packed target holds, per target pixel, the k largest logits minus the largest one in float16, their class
-ids, and the log-odds of the mass outside them. With k = C it is dense, in class order, without ids and tail.
-Keeping 8 of 150 classes stores 4.5 times fewer bytes than dense float16 and makes a quarter of the gradient
-wrong at T = 1 (`choose.py` measures it), which is why the tail is stored and why dense is the rule up to 32
-classes.
+A packed target holds, per target pixel, the k largest logits minus the largest one in float16, their class ids, and the
+log-odds of the mass outside them. With k = C it is dense, in class order, without ids and tail. Keeping 8 of 150
+classes stores 4.5 times fewer bytes than dense float16 and makes a quarter of the gradient wrong at T = 1 (`choose.py`
+measures it). So the tail is stored, and dense is the rule up to 32 classes.
 
 Legend: B batch, C classes, k kept classes, h w target pixels.
 """
@@ -33,13 +32,19 @@ LOGIT_LIMIT = 6e4
 class PackedTarget:
     """Packed teacher logits of a batch, at the teacher's own resolution.
 
+    >>> import kdcache_kernels
+    >>> values, indices, tail = kdcache_kernels.pack(torch.randn(2, 3, 4, 4), 3)
+    >>> target = kdcache_kernels.PackedTarget(values, indices, tail, num_classes=3, view_size=(16, 16))
+    >>> target.densify().shape
+    torch.Size([2, 3, 4, 4])
+
     Attributes:
         values: (B, k, h, w) float16, logit minus the pixel's maximum over classes.
-        indices: (B, k, h, w) uint8 (uint16 above 256 classes), class ids; None when k = C.
-        tail: (B, h, w) float16, log-odds of the mass outside the top k; None when k = C.
+        indices: (B, k, h, w) uint8 (uint16 above 256 classes), class ids, or None if k = C.
+        tail: (B, h, w) float16, log-odds of the mass outside the top k, or None if k = C.
         num_classes: C.
         view_size: (H, W), pixels of the view that the h x w target pixels cover.
-        align_corners: of the resize that the teacher's head would have ended with.
+        align_corners: of the final resize of the teacher's head.
     Raises: ShapeError, ValueRangeError naming the attribute.
     """
 
@@ -68,26 +73,26 @@ class PackedTarget:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.values.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTarget":
-        """Return the same target with its tensors on `device`; `non_blocking` as in `Tensor.to`."""
+        """Return the target with its tensors on `device`. `non_blocking` is as in `Tensor.to`."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedTarget":
-        """Return the target with `function` of each of its tensors in the tensor's place."""
+        """Return the target with `function` applied to each of its tensors."""
         tensors = {"values": self.values, "indices": self.indices, "tail": self.tail}
         changes = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def densify(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return (B, C, h, w) logits; see `kdcache_kernels.densify`."""
+        """Return (B, C, h, w) logits. See `kdcache_kernels.densify`."""
         return densify(self.values, self.indices, self.tail, self.num_classes, dtype)
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The reference of `kdcache_kernels.pack`; any device, float64 computed in float64."""
+    """Compute `kdcache_kernels.pack` by the reference, on any device, and float64 in float64."""
     check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
     logits_BChw = logits_BChw.detach().to(compute_dtype(logits_BChw.dtype))
@@ -110,7 +115,7 @@ def densify(
     num_classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The reference of `kdcache_kernels.densify`; any device, any dtype."""
+    """Compute `kdcache_kernels.densify` by the reference, on any device, in any dtype."""
     check_packed(values, indices, tail, num_classes)
     values = values.to(dtype)
     if indices is None or tail is None:
@@ -139,24 +144,24 @@ def index_dtype(num_classes: int) -> torch.dtype:
 
 
 def argmax_dtype(num_classes: int) -> torch.dtype:
-    """Return the dtype of class ids that a comparison takes, which uint16 does not."""
+    """Return a dtype for class ids that supports comparison, unlike uint16."""
     if num_classes <= 256:
         return torch.uint8
     return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
 def is_dense(value: Any) -> bool:
-    """Whether a value is a tensor with an element at every place, as all kernels read them."""
+    """Return whether a value is a strided tensor with every element stored, as all kernels need."""
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def is_logits(value: Any) -> bool:
-    """Whether a value is a dense tensor of floats with four axes."""
+    """Return whether a value is a dense tensor of floats with four axes."""
     return is_dense(value) and value.dim() == 4 and value.is_floating_point()
 
 
 def check_logits(logits_BChw: Tensor, k: int) -> None:
-    """Refuse logits that are not (B, C, h, w) floats, and k outside 1 to C. Raises: ShapeError, ValueRangeError."""
+    """Raise ShapeError for logits that are not (B, C, h, w) floats, ValueRangeError for k outside 1 to C."""
     if not is_logits(logits_BChw):
         raise misfit("logits_BChw", logits_BChw, FLOATS_BCHW, "Pass the raw output of one head, before any softmax.")
     check_device("logits_BChw", logits_BChw)
@@ -170,7 +175,7 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
 
 
 def check_view_size(view_size: tuple[int, int]) -> None:
-    """Refuse a size that is no pair of pixels. Raises: ValueRangeError."""
+    """Raise ValueRangeError for a size that is not a pair of pixel counts."""
     if not hasattr(view_size, "__len__") or len(view_size) != 2 or min(view_size) < 1:
         raise ValueRangeError(
             f"Invalid view_size: {view_size!r}",
@@ -179,7 +184,7 @@ def check_view_size(view_size: tuple[int, int]) -> None:
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor on a device without float64, which every implementation needs. Raises: ShapeError."""
+    """Raise ShapeError for a tensor on a device without float64, which every implementation needs."""
     if tensor.device.type in NO_FLOAT64:
         raise ShapeError(
             f"Invalid {name}: {describe(tensor)}, a device without float64",
@@ -188,7 +193,7 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
-    """Check shapes, dtypes and devices, never values: nothing here waits for a device. Raises: ShapeError."""
+    """Check shapes, dtypes and devices, never values, so nothing waits for a device. Raises: ShapeError."""
     if not is_logits(values):
         raise misfit("values", values, FLOATS_BCHW, "Pass the values that kdcache_kernels.pack returned.")
     check_device("values", values)
@@ -241,7 +246,7 @@ def _check_part(
 
 
 def check_ids(ids: Tensor, num_classes: int) -> None:
-    """Refuse class ids of num_classes or more; waits for the device. Raises: ValueRangeError."""
+    """Raise ValueRangeError for class ids of num_classes or more. Waits for the device."""
     ids = ids.long()  # uint16 has no comparisons
     if ids.numel() and int(ids.max()) >= num_classes:
         wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]

@@ -1,9 +1,9 @@
 """Windows, pixel positions and bilinear resampling as a product of hat matrices.
 
-A bilinear resize along one axis is `A[x, k] = relu(1 - |clamp(src(x), 0, n - 1) - k|)`, whatever the ratio,
-crop or flip; two of them resample an image, and their transposes carry the gradient back. Against a gather
-of four taps this costs `n` multiplications instead of two, but its adjoint needs no atomic addition, so that
-every result is bitwise repeatable on CUDA.
+A bilinear resize along one axis is `A[x, k] = relu(1 - |clamp(src(x), 0, n - 1) - k|)`, whatever the ratio, crop or
+flip. Two of them resample an image, and their transposes carry the gradient back. Against a gather of four taps this
+costs `n` multiplications instead of two, but its adjoint needs no atomic addition, so every result is bitwise
+repeatable on CUDA.
 
 Legend: B batch, C channels, N output pixels of one axis, n input cells of that axis, H W output, h w input.
 """
@@ -19,13 +19,13 @@ Size = tuple[int, int]
 
 
 class ViewPositions(NamedTuple):
-    """Where the centres of the output pixels lie in a view.
+    """The positions of the output pixels' centres in a view.
 
     Attributes:
-        y, x: (B, H) and (B, W) float64 edge coordinates, in pixels of the view; the centre of its first
-            pixel is at 0.5.
+        y, x: (B, H) and (B, W) float64 edge coordinates, in pixels of the view. The centre of its first pixel is at
+            0.5.
         view_size: (height, width) of the view in pixels.
-        is_whole_view: whether it is the whole view, unflipped, by the arguments and not by their values.
+        is_whole_view: whether it is the whole view, unflipped, judged by the arguments and not by their values.
     """
 
     y: Tensor
@@ -34,9 +34,9 @@ class ViewPositions(NamedTuple):
     is_whole_view: bool
 
     def inside(self) -> Tensor:
-        """Return (B, H, W) bool: the pixels that lie in the view, its edges included.
+        """Return the mask (B, H, W) of pixels in the view or on its edges.
 
-        Written as 'not outside' so that a NaN window counts and shows in the loss.
+        It is written as 'not outside', so a NaN window counts and shows in the loss.
         """
         height, width = self.view_size
         outside_y_BH = (self.y < 0) | (self.y > height)
@@ -89,7 +89,7 @@ def window_misses_view(window_B4: Tensor, view_size: Size) -> Tensor:
 
 
 def source_cells(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool) -> Tensor:
-    """Return positions in cells of an axis, from those in pixels of the view; arguments as in `hat_matrix`."""
+    """Convert positions in pixels of the view to cells of an axis. Arguments are as in `hat_matrix`."""
     if not align_corners:
         return position_BN * n_in / n_view - 0.5
     if n_view == 1:
@@ -117,12 +117,11 @@ def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool,
 
 
 def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """Return (cells, pixels): the share that each pixel has of each cell along an axis; rows sum to 1.
+    """Return the share of each cell that each pixel has along an axis, (cells, pixels), with rows that sum to 1.
 
-    Cells and pixels cover the same length, in any ratio.
-
-    Args:
-        like: has the device and the dtype that are wanted; the arithmetic before is float64.
+    Cells and pixels cover the same length, in any ratio. `like` has the device and dtype of the result. The arithmetic
+    is
+    float64.
     """
     edges = torch.arange(cells + 1, dtype=torch.float64, device=like.device) * pixels / cells
     left = torch.arange(pixels, dtype=torch.float64, device=like.device)
@@ -131,10 +130,10 @@ def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
 
 
 def resample(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-    """Return `rows @ x @ columns^T`, (B, C, H, W) and contiguous; float32 is never cut to TF32.
+    """Return `rows @ x @ columns^T`, (B, C, H, W) and contiguous, with float32 never cut to TF32.
 
     Args:
-        x_BChw: float32 or float64; receives the gradient (differentiable any number of times).
+        x_BChw: float32 or float64, with the gradient (differentiable any number of times).
         rows_BHh: (B or 1, H, h), same dtype.
         columns_BWw: (B or 1, W, w), same dtype.
     """
@@ -143,7 +142,7 @@ def resample(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 
 
 class _Resample(torch.autograd.Function):
-    """The product as one linear operation, so that the backward too runs at full precision."""
+    """The product as one linear operation, so the backward also runs at full precision."""
 
     generate_vmap_rule = True
 
@@ -184,10 +183,9 @@ def _contract(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Forbid TF32 and bfloat16 inside float32 matrix products: they keep 10 and 7 bits of a logit.
+    """Forbid TF32 and bfloat16 in float32 matrix products, which keep 10 and 7 bits of a logit, in a with block.
 
-    The settings are the process's own, so they are restored at once, and not touched where they are right
-    already.
+    The settings belong to the process, so they are restored at once, and not changed if they are right already.
     """
     mkldnn: Any = torch.backends.mkldnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)

@@ -1,4 +1,4 @@
-"""The terms of a loss beside CE and KL, one module per family. `kdcache.settings.terms` lists them.
+"""The terms of a loss next to CE and KL, one module per family. `kdcache.settings.terms` lists them.
 
 check_terms(specs, cache.manifest)
 term = make_term(loss_term("cosine"), targets=cache, student_taps={"head": 32})

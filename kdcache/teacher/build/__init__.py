@@ -8,7 +8,7 @@ probe.py           the teacher on a few first views
 manifest.py        the manifest, before the first shard
 fidelity.py        what storing loses
 render.py          views of samples, rendered
-statistics.py      small maps beside the targets
+statistics.py      small maps next to the targets
 shard_queue.py     records into whole shards
 reuse.py           what an earlier store holds already
 build.py           the pass

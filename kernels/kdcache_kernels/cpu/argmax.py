@@ -29,7 +29,7 @@ _f = np.float32
 
 
 class _Taps(NamedTuple):
-    """Where the pixels of one axis lie between two cells of the target; each (Bt, N), with Bt = B or 1."""
+    """The two cells of the target around the pixels of one axis, each (Bt, N), with Bt = B or 1."""
 
     cell: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]
     next_cell: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]
@@ -39,7 +39,7 @@ class _Taps(NamedTuple):
 
     @classmethod
     def of(cls, position: Tensor, n_view: int, n_in: int, align_corners: bool) -> "_Taps":
-        """Compute taps as `window.hat_matrix` does. A next weight of 0 makes both cells one; NaN has weights of NaN."""
+        """Compute taps as `window.hat_matrix` does. A next weight of 0 merges both cells. NaN has NaN weights."""
         source = source_cells(position, n_view, n_in, align_corners).clamp(0, n_in - 1)
         cell = source.floor()
         weight, next_weight = 1 - (source - cell), 1 - (cell + 1 - source)
@@ -56,7 +56,7 @@ class _Taps(NamedTuple):
 
 @njit(**OPTIONS)
 def _blend_rows(upper, lower, weight, next_weight, lost, out):
-    """Write `weight * upper + next_weight * lower`, each (C, w), to `out`; 0 where `lost`."""
+    """Write `weight * upper + next_weight * lower`, each (C, w), to `out`, or 0 if `lost`."""
     for c in range(out.shape[0]):
         above, below, line = upper[c], lower[c], out[c]
         for j in range(line.size):
@@ -66,7 +66,7 @@ def _blend_rows(upper, lower, weight, next_weight, lost, out):
 
 @njit(**OPTIONS)
 def _stretch(blend, cells, next_cells, weights, next_weights, block, largest, ids):
-    """Resample rows of classes to a block of columns; find the largest class of each, the lowest of equal ones."""
+    """Resample rows of classes to a block of columns, and find each column's largest class, lowest of equals."""
     n = cells.size
     largest[:n] = -np.inf
     ids[:n] = 0
@@ -91,7 +91,7 @@ def _sum_exponentials(block, largest, total):
 
 @exact_kernel
 def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
-    """Do the label rows `first` to `last`. logits (B, C, h, w), lost (B, h, w)."""
+    """Compute the label rows `first` to `last`. logits (B, C, h, w), lost (B, h, w)."""
     _, num_classes, _, w = logits.shape
     H, W = argmax.shape[1:]
     blend, block = np.empty((num_classes, w), np.float32), np.empty((num_classes, width), np.float32)
@@ -123,9 +123,9 @@ def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confid
 def argmax_confidence(
     target: PackedTarget, size: tuple[int, int], window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `kdcache_kernels.target_argmax_confidence` documents; bitwise the same for any number of threads.
+    """Compute `kdcache_kernels.target_argmax_confidence`, bitwise equal for any number of threads.
 
-    Where a window is NaN the confidence is NaN. Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.
+    For a NaN window the confidence is NaN. Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.
     """
     logits_BChw = densify(target.values, target.indices, target.tail, target.num_classes)
     B, num_classes, h, w = logits_BChw.shape

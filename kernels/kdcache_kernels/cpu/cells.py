@@ -35,7 +35,7 @@ def _odd_powers(x):
 
 @njit(**OPTIONS)
 def _span(left, right):
-    """The exponentials of the four pixels between the roots of two nodes."""
+    """Return the exponentials of the four pixels between the roots of two nodes."""
     l1, l3, l5, l7 = _odd_powers(left)
     r1, r3, r5, r7 = _odd_powers(right)
     return l7 * r1, l5 * r3, l3 * r5, l1 * r7
@@ -102,7 +102,7 @@ def _target_pixels(c, n, root, lead, v, sums, cross):
 
 @njit(**OPTIONS)
 def _own_logarithms(n, ids_Pn, e, power, own):
-    """Look up the exponential of each pixel's label; its logarithm is `power` times that at T = 1."""
+    """Look up the exponential of each pixel's label. Its logarithm is `power` times the one at T = 1."""
     for p in range(4):
         for k in range(n):
             own[p * TILE + k] = e[ids_Pn[p, k], p * TILE + k]
@@ -113,7 +113,7 @@ def _own_logarithms(n, ids_Pn, e, power, own):
 def _gradient_of(form):
     """Make the function that adds a class's gradient of one label row to the nodes of the cell row.
 
-    `pull` (C, 4 * TILE): what each span pulls at its left and right node of the row above and of the row below.
+    `pull` (C, 4 * TILE): each span's gradient at its left and right node of the row above and of the row below.
     """
 
     @njit(**OPTIONS)
@@ -149,7 +149,7 @@ _gradient_one, _gradient_square, _gradient_two = map(_gradient_of, (ONE, SQUARE,
 
 @njit(**OPTIONS)
 def _mix_nodes(n, class_weight, above, below, fraction, scale, mixed):
-    """The sums over the classes of class weight * logit, on the nodes."""
+    """Sum class weight * logit over the classes, on the nodes."""
     mixed[:] = 0
     for c in range(class_weight.size):
         for k in range(n):
@@ -195,7 +195,7 @@ def cells(
 ):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
 
-    Args:
+    Shapes and units:
         student, target: (B, h, tiles, C, n) base-2 logits at T on the nodes, at most 0.
         ids, weight, gate, spread: (B, H, tiles, P, n), as `prepare.count_pixels` makes them; spread may be empty.
         starts: (h + 1,) the first label row of each cell row. fractions: (H,) the weight of the row below.

@@ -1,4 +1,4 @@
-"""The denominators of the loss by themselves, for processes and accumulated parts that share them."""
+"""The denominators of the loss without the loss, for processes and accumulated parts that share them."""
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ _f = np.float32
 
 @kernel
 def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside_x, use_kl, skip_void, counts):
-    """Count the label rows `first` to `last`, numbered image by image; arguments as of `prepare.count_pixels`.
+    """Count the label rows `first` to `last`, numbered image by image. Arguments are as of `prepare.count_pixels`.
 
-    Args:
-        counts: (B, H, 2) float64 results: sum of the class weights, pixels that KL counts.
+    `counts`: (B, H, 2) float64 results: sum of the class weights, pixels that KL counts.
     """
     H, W = inside_y.shape[1], inside_x.shape[1]
     has_labels = labels.shape[1] > 0
@@ -36,7 +35,7 @@ def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute what `kdcache_kernels.distill_denominators` documents, (2,) float64."""
+    """Compute `kdcache_kernels.distill_denominators`, (2,) float64."""
     H, W = counted.size
     view = counted.size if counted.view_size is None else counted.view_size
     shown = view_positions(counted.window, counted.flip, (view[0], view[1]), (H, W), device)

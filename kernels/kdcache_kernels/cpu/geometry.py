@@ -1,13 +1,12 @@
-"""Where label pixels find their logits, as tables for the CPU kernels.
+"""Positions of label pixels in the logits, as tables for the CPU kernels.
 
-Positions are float64 and come from `window.py`, as the reference's do. There are two layouts of the columns, one for
-each kernel. In both a row of label pixels is cut into tiles, so that what a tile needs of all classes stays in the L2
-cache.
+Positions are float64 and come from `window.py`, as in the reference. There are two layouts of the columns, one for each
+kernel. In both a row of label pixels is cut into tiles, so the data of all classes for a tile stays in the L2 cache.
 
-- Cells: nodes every four columns, straight lines between them; phase p holds the p-th pixel of every span. It exists
-  when every kink of both resizes falls on a node, which it does for strides 4, 8, 12, ... without aligned corners, in
+- Cells: nodes every four columns, straight lines between them. Phase p holds the p-th pixel of every span. It exists
+  if every kink of both resizes falls on a node, which is true for strides 4, 8, 12, ... without aligned corners, in
   views that are whole, flipped or cropped by whole cells.
-- Pixels: label columns as they are, in one phase. It always exists.
+- Pixels: label columns in order, in one phase. It always exists.
 
 Legend: B batch, Bt B or 1 (the same for all images), H W label size, h w a tensor's own size, N positions of an axis,
 n nodes or columns of a tile.
@@ -41,21 +40,21 @@ class Taps(NamedTuple):
 
     @classmethod
     def of(cls, source: Array, n_in: int) -> "Taps":
-        """Make taps of positions in cells; beyond the outermost centres their cells repeat. A NaN has a NaN weight."""
+        """Make taps of positions in cells. The outermost cells repeat beyond their centres. NaN has NaN weight."""
         clamped = np.clip(source, 0, n_in - 1)
         low = np.floor(clamped)
         index = np.nan_to_num(low).astype(np.uint32)
         return cls(index, (clamped - low).astype(np.float32))
 
     def reaches(self, marked_hw: Array, axis: int) -> Array:
-        """Spread marks from the cells of an axis to the positions that they enter with a weight above 0."""
+        """Spread marks from the cells of an axis to the positions that they affect with a weight above 0."""
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)
         return spread
 
 
 class Plan(NamedTuple):
-    """Everything about positions that one call needs; Taps of the target and what is inside have a leading Bt.
+    """All positions that one call needs. Taps of the target and insides have a leading Bt.
 
     Attributes:
         student_rows, student_columns, target_rows, target_columns: of single label pixels.
@@ -66,7 +65,7 @@ class Plan(NamedTuple):
             phases * (tile * pitch + k) + p - offset, for k < pitch.
         student_nodes, target_nodes: (Bt, tiles, n) in cells; for pixels, the cells themselves and one more.
         student_runs, target_runs: (Bt, tiles, 2) int64, nodes that are consecutive cells.
-        columns: (tiles, n) and (Bt, tiles, n) index and fraction of pixels; None for cells.
+        columns: (tiles, n) and (Bt, tiles, n) index and fraction of pixels, or None for cells.
     """
 
     student_rows: Taps
@@ -90,7 +89,7 @@ class Plan(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Sizes that positions follow from; hashable."""
+    """Sizes that determine positions. Hashable."""
 
     classes: int
     size: Size
@@ -114,7 +113,7 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
 
 @lru_cache(maxsize=32)
 def plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
-    """Return the plan of a problem without windows, which is made once."""
+    """Return the plan of a problem without windows, computed once."""
     return _plan(geometry, for_cells, None, None)
 
 
@@ -185,7 +184,7 @@ def _tiles(items: int, most: int, extra: int) -> tuple[int, int]:
 
 
 def _extended(sources_BN: Array, places: Array) -> Array:
-    """The sources of other places of the axis; they lie on a line. Next to a cell's centre they are put on it."""
+    """Return the sources at other places of the axis, on its line, and exact next to a cell's centre."""
     first = sources_BN[:, :1]
     slope = (sources_BN[:, -1:] - first) / (sources_BN.shape[1] - 1)
     sources = first + slope * places
@@ -195,7 +194,7 @@ def _extended(sources_BN: Array, places: Array) -> Array:
 
 
 def _straight(nodes_BN: Array, n_in: int) -> bool:
-    """Whether no cell's centre lies between two nodes: there the interpolation, or the clamp, would have a kink."""
+    """Return whether no cell's centre lies between two nodes, where interpolation or clamp would have a kink."""
     low = np.minimum(nodes_BN[:, 1:], nodes_BN[:, :-1])
     high = np.maximum(nodes_BN[:, 1:], nodes_BN[:, :-1])
     centre = np.maximum(np.floor(low) + 1, 0)
@@ -203,7 +202,7 @@ def _straight(nodes_BN: Array, n_in: int) -> bool:
 
 
 def _runs(nodes: Taps) -> Array:
-    """The first run of consecutive cells in every tile, (Bt, tiles, 2): copied where others are interpolated."""
+    """Return the first run of consecutive cells in every tile, (Bt, tiles, 2): copied where others are interpolated."""
     on_cell = nodes.fraction == 0
     goes_on = (np.diff(nodes.low.astype(np.int64)) == 1) & on_cell[..., 1:] & on_cell[..., :-1]
     starts = goes_on.argmax(-1)

@@ -1,10 +1,10 @@
-"""The fused loss on the CPU: two resizes, two softmaxes, the gradient; no tensor of label size times classes.
+"""The fused loss on the CPU: two resizes, two softmaxes and the gradient, without tensors of label size times classes.
 
 Rows of low-resolution logits are resampled class by class into scratch that stays in the L2 cache, and the gradient is
-collected there too. The eight tensors of label size times classes that eager PyTorch writes to memory never exist.
+also collected there. The eight tensors of label size times classes that eager PyTorch writes to memory never exist.
 Two kernels share the work: `cells.py` for the usual strides, `pixels.py` for everything else.
 
-Bitwise the same for any number of threads: what a task writes belongs to it alone, and every sum has one order.
+Results are bitwise equal for any number of threads: a task writes only its own memory, and every sum has one order.
 
 On two threads, T = 2, forward and backward, it is 6 to 26 times as fast as eager PyTorch and 8 to 22 times as fast as
 torch.compile (`benchmarks/results/kernels-cpu.json`, a table in `docs/kernels.md`).
@@ -62,7 +62,7 @@ class _Pixels(NamedTuple):
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute what `kdcache_kernels.distill_loss` documents, and its gradient.
+    """Compute `kdcache_kernels.distill_loss` and its gradient.
 
     Raises: ValueRangeError for class ids out of range, also in top-k targets.
     Memory: the low-resolution logits four times in float32 (the student's and the target's, and the gradient of the
@@ -90,7 +90,7 @@ def _result(problem: LossProblem, ce: float, kl: float, gradient_BChw: Tensor) -
 
 
 def _temperature(problem: LossProblem) -> float:
-    """The temperature of the problem; 1 for CE alone."""
+    """Return the temperature of the problem, or 1 for CE only."""
     return problem.temperature if problem.use_kl else 1.0
 
 
@@ -116,13 +116,13 @@ def _lay_out(problem: LossProblem, student_BChw: Tensor) -> tuple[Plan, _Nodes, 
 
 
 def _span(problem: LossProblem, student: _Nodes, target: _Nodes | None) -> float:
-    """The widest span of the logits at T = 1 and at T, in nats."""
+    """Return the widest span of the logits at T = 1 and at T, in nats."""
     span = student.span if target is None else max(student.span, target.span)
     return max(span, 0.0) * max(1.0, 1 / _temperature(problem))
 
 
 def _geometry(problem: LossProblem) -> Geometry:
-    """The sizes of a problem."""
+    """Return the sizes of a problem."""
     target, (C, h, w) = problem.target, problem.student.shape[1:]
     own = (C, problem.size, (h, w), problem.align_corners)
     if target is None:
@@ -150,7 +150,7 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _class_weight(problem: LossProblem) -> Array:
-    """(C,) float32."""
+    """Return (C,) float32."""
     weight = problem.class_weight
     return _ones(problem.student.shape[1]) if weight is None else _floats(weight).numpy()
 
@@ -229,7 +229,7 @@ def _compute(
 
 
 def _lost_terms(problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None) -> tuple[bool, bool]:
-    """Whether a counted pixel of CE and of KL is lost. Rare, hence in plain NumPy."""
+    """Return whether a counted pixel of CE and of KL is lost. Rare, hence in plain NumPy."""
     labelled_BHW: Any = True
     if problem.labels is not None:
         labelled_BHW = (problem.labels.long() != problem.ignore_index).numpy()

@@ -1,15 +1,15 @@
-"""What the CPU kernels of the loss share: 2**x and log2 that LLVM vectorises.
+"""The shared part of the CPU kernels of the loss: 2**x and log2 that LLVM vectorises.
 
-numba's wheels bring no vector exponential, and the C library's takes a pixel at a time. The polynomials here are 14
-instructions for 8 floats on AVX2. NaN and infinity never reach them (logits are cleaned before), but `nnan` and
-`ninf` stay off: with them LLVM may delete the very comparison that finds a NaN.
+numba's wheels bring no vector exponential, and the C library's computes one pixel at a time. The polynomials here are
+14 instructions for 8 floats on AVX2. NaN and infinity never reach them (logits are cleaned before), but `nnan` and
+`ninf` stay off, because with them LLVM may delete the comparison that finds a NaN.
 
-Two habits of numba decide whether a loop is vectorised at all, at a factor of 5. An index that may be negative is
-compared with 0 for every element: so loops run from 0 along rows, with offsets that are constants. And a division by
-zero raises, unless the error model is numpy's.
+Two habits of numba decide whether a loop is vectorised at all, a factor of 5. An index that may be negative is compared
+with 0 for every element, so loops run from 0 along rows, with constant offsets. And a division by zero raises, unless
+the error model is numpy's.
 
-Everything is inlined by force. A function of its own would exist twice in a process that compiles, once by itself and
-once within the kernel, with other roundings, and which one is called would depend on where the kernel came from.
+Everything is inlined by force. A separate function would exist twice in a process that compiles, once by itself and
+once within the kernel, with other roundings, and the choice between them would depend on where the kernel came from.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,9 +40,9 @@ _SOURCES = digest_of("cpu/**/*.py", "topk.py")
 
 
 class KernelCache(FunctionCache):
-    """numba's cache on disk, valid until any source changes; what cannot be read or kept is compiled again.
+    """numba's cache on disk, valid until any source changes. Entries that cannot be read or written are compiled again.
 
-    numba itself watches only the file of the function, and would go on with old copies of what it calls.
+    numba itself watches only the file of the function, and would keep old copies of the functions that it calls.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -50,6 +50,7 @@ class KernelCache(FunctionCache):
         self._cache_file._source_stamp = _SOURCES
 
     def load_overload(self, sig, target_context):
+        """Load machine code, or return None for a damaged file."""
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # pickle raises anything over a damaged file
@@ -58,13 +59,14 @@ class KernelCache(FunctionCache):
             return None
 
     def save_overload(self, sig, data):
+        """Save machine code, if the disk has room."""
         with suppress(OSError):  # a full disk
             super().save_overload(sig, data)
 
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Under NUMBA_DISABLE_JIT numba would leave functions as they are, its own and those that they call."""
+    """Compile in a with block also under NUMBA_DISABLE_JIT, which would leave functions in Python."""
     disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0
     try:
         yield
@@ -73,7 +75,7 @@ def _compiling() -> Iterator[None]:
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile by numba's njit, under NUMBA_DISABLE_JIT too: Python cannot run the intrinsics."""
+    """Compile by numba's njit, also under NUMBA_DISABLE_JIT, because Python cannot run the intrinsics."""
 
     @_compiling()
     def dispatched(function: Callable[..., Any]) -> Any:
@@ -85,9 +87,9 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Any:
-    """Compile, and keep the machine code on disk where there is a place to write.
+    """Compile a kernel, and keep the machine code on disk if there is a writable place.
 
-    The only way in which the CPU kernels are cached. Functions that they call are compiled into them.
+    CPU kernels are cached only in this way. Functions that they call are compiled into them.
     """
     dispatcher = njit(**options)(function)
     with suppress(RuntimeError):  # a read-only install and an unwritable home
@@ -115,7 +117,7 @@ _L5, _L6, _L7, _L8 = map(_f, (-0.238944814, 0.215715617, -0.207269818, 0.1258370
 
 
 def _on_bits(build):
-    """An operation on the bits of a float32; written with integers in numba, it would widen them to 64 bits."""
+    """Return an operation on the bits of a float32, which numba would widen to 64 bits for plain integers."""
 
     @intrinsic
     def operation(typing_context, x):
@@ -136,7 +138,7 @@ _mantissa = _on_bits(
 
 @njit(**OPTIONS)
 def exp2(x):
-    """2**x for x < 127.5, to 1e-7 relative; exactly 0 below -127."""
+    """Return 2**x for x < 127.5, to 1e-7 relative, and exactly 0 below -127."""
     x = max(x, _LOWEST)
     shifted = x + _SHIFT
     d = x - (shifted - _SHIFT)
@@ -145,7 +147,7 @@ def exp2(x):
 
 @njit(**OPTIONS)
 def log2(x):
-    """The logarithm of a normal float above 0, to 2e-7 relative, also near 1."""
+    """Return the logarithm of a normal float above 0, to 2e-7 relative, also near 1."""
     m = _mantissa(x) - _f(1)
     p = ((((((_L8 * m + _L7) * m + _L6) * m + _L5) * m + _L4) * m + _L3) * m + _L2) * m + _L1
     return _exponent(x) + m * (m * p + _L0)
@@ -153,7 +155,7 @@ def log2(x):
 
 @njit(**SUMS)
 def total(x, start, n):
-    """The float64 sum of n elements; LLVM chooses its order, once, when it compiles."""
+    """Return the float64 sum of n elements. LLVM fixes its order when it compiles."""
     part = x[start : start + n]
     result = 0.0
     for k in range(n):

@@ -1,9 +1,9 @@
 """The general CPU kernel: any sizes, windows, flips and logits, with an exponential per class, pixel and tensor.
 
-What a gather costs is paid once per row of logits: stretched to the columns of a tile, two such rows serve every label
-row between them, in loops over contiguous memory. The gradient goes the same way back. The maximum over classes is
-searched only where exponentials of the logits as they are could overflow or vanish. About 1.7 times slower than
-`cells.py`, whose way of sharing out the work this is.
+Gathers are paid once per row of logits: stretched to the columns of a tile, two such rows serve every label row between
+them, in loops over contiguous memory. The gradient goes the same way back. The maximum over classes is searched only if
+exponentials of the unshifted logits could overflow or vanish. It is about 1.7 times slower than `cells.py`, and divides
+the work in the same way.
 
 Legend: B batch, C classes, H label rows, h w a tensor's own rows and columns, n label columns of a tile.
 """
@@ -18,7 +18,7 @@ _f = np.float32
 
 @njit(**OPTIONS)
 def _stretch(j, rows_hCw, index, fraction, pair, held):
-    """Resample row j to the columns of a tile, unless `pair` holds it; row j and j + 1 never share a place."""
+    """Resample row j to the columns of a tile, unless `pair` holds it. Rows j and j + 1 never share a place."""
     place = j % 2
     if held[place] == j:
         return
@@ -77,7 +77,7 @@ def _own_logarithms(n, ids, above, below, fraction, peak, scale, own):
 
 @njit(**OPTIONS)
 def _gradient(c, n, form, fraction, ids, e, e_1, v, slopes, pull):
-    """Add a class's gradient of one label row to that of the stretched rows above and below."""
+    """Add a class's gradient of one label row to the stretched rows above and below."""
     slope_1, slope_T, slope_v, hot = slopes
     this = np.uint32(c)
     if form == SQUARE:
@@ -96,7 +96,7 @@ def _gradient(c, n, form, fraction, ids, e, e_1, v, slopes, pull):
 
 @njit(**OPTIONS)
 def _mix(n, class_weight, above, below, fraction, peak, scale, mix):
-    """The sums over the classes of class weight * logit, relative to the peak as the exponentials are."""
+    """Sum class weight * logit over the classes, relative to the peak like the exponentials."""
     mix[:n] = 0
     for c in range(class_weight.size):
         for k in range(n):
@@ -108,7 +108,7 @@ def _mix(n, class_weight, above, below, fraction, peak, scale, mix):
 
 @njit(**OPTIONS)
 def _shrink(n, pull_Cn, index, fraction, rows_Cw):
-    """The transpose of `_stretch`: add what every column pulls to the two cells that it lies between."""
+    """Apply the transpose of `_stretch`: add every column's gradient to the two cells around it."""
     for c in range(rows_Cw.shape[0]):
         row, pulls = rows_Cw[c], pull_Cn[c]
         for k in range(n):
@@ -125,7 +125,7 @@ def pixels(
 ):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
 
-    Args:
+    Shapes and units:
         student, target: (B, h, 1, C, w + 1) base-2 logits at T; the last column repeats.
         ids, weight, gate, spread: (B, H, tiles, 1, n), as `prepare.count_pixels` makes them; spread may be empty.
         taps: index (tiles, n) of the cell to the left of a column and fraction of the next, of student columns; the

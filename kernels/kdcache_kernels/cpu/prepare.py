@@ -1,4 +1,4 @@
-"""The CPU kernels before and after the loss itself: logits to nodes, labels to factors, gradients from nodes.
+"""The CPU kernels before and after the loss: logits to nodes, labels to factors, gradients from nodes.
 
 All of them work at low resolution or on one number per pixel, and cost a fifth of the loss at 11 classes.
 
@@ -16,7 +16,7 @@ _f = np.float32
 def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lost, ranges):
     """Centre, scale and clean rows of logits, and resample them to nodes.
 
-    Args:
+    Shapes and units:
         logits: (B, C, h, w) float32.
         scale: of the result.
         limit: a logit pixel with a class beyond it (or NaN) is lost: all its classes become 0.
@@ -69,12 +69,11 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
 
 @kernel
 def from_nodes(first, last, upper, lower, index, fraction, gradient):
-    """The transpose of `to_nodes`, for the rows of a gradient; its two halves are added first.
+    """Apply the transpose of `to_nodes` to the rows of a gradient, after adding its two halves.
 
-    Args:
-        upper, lower: (B, h, tiles, C, n) as the loss kernels write them.
-        index, fraction: (tiles, n).
-        gradient: (B, C, h, w) result.
+    `upper`, `lower`: (B, h, tiles, C, n) from the loss kernels. `index`, `fraction`: (tiles, n). `gradient`: (B, C, h,
+    w)
+    result.
     """
     _, h, tiles, C, n = upper.shape
     w = gradient.shape[3]
@@ -104,14 +103,14 @@ def count_pixels(
 
     Pixel k of a tile and phase p is column P * (tile * pitch + k) + p - offset, if there is one and k < pitch.
 
-    Args:
+    Shapes and units:
         labels: (B, H, W) of any integers, or with H = 0 no labels.
         class_weight: (C,) float32.
         label_weight, pixel_weight: of CE and of KL, (B, H, W) float32, or with H = 0 ones.
         share: of a label, which is spread over all classes.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool; Bt is B or 1.
         skip_void: whether void pixels do not count in KL.
-        ids, weight, gate: (B, H, tiles, P, n) results: class id, weight of CE, weight of KL; 0 where not counted.
+        ids, weight, gate: (B, H, tiles, P, n) results: class id, weight of CE, weight of KL, or 0 if not counted.
         spread: the same, a class's part of the share times the weight of the pixel; of no element without a share.
         counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, ids out of range.
     """

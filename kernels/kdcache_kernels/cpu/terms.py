@@ -1,4 +1,4 @@
-"""What happens at a pixel between the two loops over the classes: its losses, and the factors of its gradient.
+"""The losses of a pixel and the factors of its gradient, between the two loops over the classes.
 
 Legend: C classes, P phases, n pixels of a tile and phase; see `loss.py` for tiles and phases. Rows of pixels are
 4 * TILE long, phases one after the other.
@@ -14,7 +14,7 @@ _LN2 = _f(LN2)
 
 @njit(**OPTIONS)
 def any_counts(weight_Pn):
-    """Whether a pixel of a row has a weight other than 0; NaN is one."""
+    """Return True if any pixel has a nonzero weight (NaN counts as nonzero)."""
     for p in range(weight_Pn.shape[0]):
         for k in range(weight_Pn.shape[1]):
             if weight_Pn[p, k] != 0:
@@ -28,11 +28,11 @@ def pixel_terms(
 ):
     """From sums over classes to the losses of a row of pixels and to the factors of its gradient.
 
-    Args:
+    Shapes and units:
         sum_1, sum_T, sum_v: of the exponentials of the student at T = 1 and at T, and of the target at T.
         cross: sum of target exponential * (target - student), base-2 logits at T.
         own: base-2 logarithm of the exponential at T = 1 of the pixel's label.
-        weight_Pn, gate_Pn: factors of CE and KL; 0 where a pixel is not counted.
+        weight_Pn, gate_Pn: factors of CE and KL, or 0 if a pixel is not counted.
         slope_1, slope_T, slope_v, hot: results; the gradient by a student logit is
             slope_1 * exponential at 1 + slope_T * exponential at T - slope_v * target's exponential [- hot].
         loss: (2 * 4 * TILE,) float64, CE and KL in bits, to which is added.
@@ -52,12 +52,12 @@ def pixel_terms(
 
 @njit(**OPTIONS)
 def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, even, loss):
-    """Add what smoothed labels ask of every class beside a label's own: `spread` of each class's weight.
+    """Add what smoothed labels ask of every class next to a label's own: `spread` of each class's weight.
 
-    Args:
+    Shapes and units:
         mix: sum over the classes of class weight * base-2 logit at T = 1, relative as `sum_1` is.
         total_weight: sum of the class weights.
-        spread_Pn: the share of one class, times the pixel's weight; 0 where it is not labelled.
+        spread_Pn: the share of one class, times the pixel's weight, or 0 if it is not labelled.
         even: result, to be subtracted from the gradient by a logit, times the class's weight.
         slope_1, loss: as in `pixel_terms`, which came before; to these is added.
     """
@@ -72,9 +72,9 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
 
 @njit(**OPTIONS)
 def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
-    """Multiply the cross-entropy of `pixel_terms`, which came before, by (1 - p)**gamma of the label's probability p.
+    """Multiply the cross-entropy of `pixel_terms`, which ran before, by (1 - p)**gamma of the label's probability p.
 
-    By a logit, the gradient is that of the cross-entropy times (1 - p)**gamma - gamma (1 - p)**(gamma - 1) p log p.
+    The gradient by a logit is the cross-entropy's times (1 - p)**gamma - gamma (1 - p)**(gamma - 1) p log p.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE

@@ -1,10 +1,10 @@
 """A pool of threads for compiled CPU kernels that release the GIL.
 
-A kernel is serial: `kernel(first, last, *arguments)` does the tasks first, ..., last - 1, and no two tasks write to the
-same place, so that the result does not depend on who did what. `run` cuts the tasks into chunks and lets the calling
-thread and the pool take one after the other. It takes the place of numba's own threading layers: of those, omp kills
-forked children and workqueue aborts on concurrent calls. A chunk costs some 15 microseconds of Python and a wake-up
-some 50, so a chunk is worth a tenth of a millisecond or more; a call that is not is the calling thread's alone.
+A kernel is serial: `kernel(first, last, *arguments)` runs the tasks first, ..., last - 1, and no two tasks write to the
+same place, so the result does not depend on the threads. `run` cuts the tasks into chunks, which the calling thread and
+the pool take one after the other. It replaces numba's threading layers: omp kills forked children, and workqueue aborts
+on concurrent calls. A chunk costs some 15 microseconds of Python and a wake-up some 50, so a chunk must take a tenth of
+a millisecond or more. Shorter calls run only in the calling thread.
 """
 
 import itertools
@@ -23,13 +23,12 @@ CHUNKS_PER_THREAD = 4
 
 
 def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any, nanoseconds: float = math.inf) -> None:
-    """Do the tasks 0, ..., num_tasks - 1 on as many threads as torch uses, and return when all are done.
+    """Run the tasks 0, ..., num_tasks - 1 on as many threads as torch uses, and return when all are done.
 
-    Args:
-        kernel: called as kernel(first, last, *arguments), concurrently; what it returns is dropped.
-        num_tasks: none is a call that does nothing.
-        nanoseconds: about how long one thread takes for all of them.
-    Raises: the first error that a call raised, after the calls under way have ended; the others are left out.
+    `kernel` is called as kernel(first, last, *arguments), concurrently, and its result is dropped. 0 tasks do nothing.
+    `nanoseconds` is about how long one thread takes for all of them.
+
+    Raises: the first error of a call, after the running calls have ended. The others are dropped.
     """
     if num_tasks == 0:
         return
@@ -112,7 +111,7 @@ _POOL = _Pool()
 
 
 def _renew() -> None:
-    """A fork takes no threads along, and perhaps a lock that one of them held."""
+    """Replace the pool after a fork, which takes no threads along, but perhaps a lock that one held."""
     global _POOL
     _POOL = _Pool()
 

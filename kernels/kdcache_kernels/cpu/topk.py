@@ -45,9 +45,11 @@ LOG2_E = _f(math.log2(math.e))
 
 @njit(**OPTIONS)
 def larger(x, y):
-    """The larger; y if x is NaN. For `y[j] = larger(x, y[j])`.
+    """Return the larger of two numbers, and y for a NaN in x.
 
-    "+ 0" keeps LLVM from storing the new ones alone, through a mask, which is five times slower on a Zen.
+    Write y[j] = larger(x, y[j]). "+ 0" keeps LLVM from storing only the new ones through a mask, which is five times
+    slower
+    on a Zen.
     """
     return _f((x if x > y else y) + _f(0))
 
@@ -56,8 +58,9 @@ def larger(x, y):
 def _read_block(logits, start, strides, n, block, largest):
     """Read n pixels into `block` (C, width) as distances to the maximum over classes, 0 to the largest float.
 
-    `largest` becomes the maxima, NaN in pixels that are lost: those with NaN, +inf or nothing but -inf. Their distances
-    are 0, so that their class ids are 0, 1, 2, ...
+    `largest` becomes the maxima, or NaN in lost pixels: those with NaN, +inf or nothing but -inf. Their distances are
+    0, so
+    their class ids are 0, 1, 2, ...
     """
     num_classes = block.shape[0]
     class_stride, pixel_stride = strides
@@ -104,14 +107,14 @@ def _find_nearest(block, n, nearest, ids):
 
 @njit(**OPTIONS)
 def _write_values(distance, largest, n, out):
-    """Write the stored values of a class; NaN where the maximum is NaN."""
+    """Write the stored values of a class, or NaN if the maximum is NaN."""
     for j in range(n):
         out[j] = _f(_f(0) - min(distance[j], _LIMIT)) + _f(largest[j] - largest[j])  # never -0
 
 
 @njit(**OPTIONS)
 def _write_tail(block, nearest, mass, largest, n, rest, out):
-    """Write the log-odds of the mass of what is left in `block` to the sum `mass`; both relative to the maximum."""
+    """Write the log-odds of the remaining mass in `block` to the sum `mass`, both relative to the maximum."""
     rest[:n] = 0
     for c in range(block.shape[0]):
         row = block[c]
@@ -198,9 +201,9 @@ def densify_tasks(first, last, values, indices, tail, width, out):
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute what `kdcache_kernels.pack` documents, in float32, and bitwise the same for any number of threads.
+    """Compute `kdcache_kernels.pack` in float32, bitwise equal for any number of threads.
 
-    Memory: the result in float32 and int32; of logits in another dtype, or with gaps in memory, a float32 copy.
+    Memory: the result in float32 and int32. Logits in another dtype, or with gaps in memory, are copied to float32.
     """
     check_logits(logits_BChw, k)
     B, num_classes, h, w = shape = logits_BChw.shape
@@ -227,7 +230,7 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Compute what `kdcache_kernels.densify` documents for float32: a new, contiguous tensor.
+    """Compute `kdcache_kernels.densify` for float32: a new, contiguous tensor.
 
     Memory: the result, and 8 bytes per stored value.
     """
@@ -249,6 +252,6 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
 
 
 def block_width(num_classes: int, pixels: int) -> int:
-    """Return how many pixels make a block: a power of two from 16 to 256 that fits the cache, or all pixels."""
+    """Return the pixels of a block: a power of two from 16 to 256 that fits the cache, or all pixels."""
     width = 1 << max(4, min(8, (_SCRATCH // num_classes).bit_length() - 1))
     return int(min(width, pixels))

@@ -44,7 +44,7 @@ def _taps_kernel(
     window_ptr, flip_ptr, row_taps, column_taps, H, W, h, w, view_h, view_w,
     ALIGN_CORNERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The taps of an image, or of all where there is neither a window nor a flip."""
+    """Compute the taps of an image, or of all images without window and flip."""
     image = tl.program_id(0)
     HAS_WINDOW: tl.constexpr = window_ptr is not None
     y0, x0, y1, x1 = image, image, image, image
@@ -62,7 +62,7 @@ def _taps_kernel(
 
 @triton.jit
 def _load_taps(taps, offs):
-    """(cell, next cell, weight, next weight, whether inside the view); NaN of a window is in the weights."""
+    """Return (cell, next cell, weight, next weight, whether inside the view). NaN windows have NaN weights."""
     index = tl.load(taps.index + offs).to(tl.int64)
     fraction = tl.load(taps.fraction + offs)
     next_index = tl.where(fraction > 0, index + 1, index)
@@ -126,9 +126,9 @@ def _argmax_kernel(
 def argmax_confidence(
     target: PackedTarget, size: tuple[int, int], window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute what `kdcache_kernels.target_argmax_confidence` documents.
+    """Compute `kdcache_kernels.target_argmax_confidence`.
 
-    Where a window is NaN the confidence is NaN. Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.
+    For a NaN window the confidence is NaN. Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.
     """
     B, num_classes, device = target.batch_size, target.num_classes, target.device
     H, W = size

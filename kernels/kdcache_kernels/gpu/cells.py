@@ -94,7 +94,7 @@ def _spread(
     m, s_first, s_step, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, plane,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Take a class's moments to the corners; write the upper row of logits, and what its edges must remember."""
+    """Distribute a class's moments to the corners. Write the upper row of logits, and keep what its edges need."""
     left = tl.fma(s_step, m[1], s_first * m[0])
     left_upper = tl.fma(s_step, m[3], s_first * m[2])
     column = left + tl.gather(m[0] - left, left_lane, 0)
@@ -125,7 +125,7 @@ def _gradient(
     label_factors, pixels, w, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """The second loop over the classes: writes the gradient. `even` are the moments of the labelled pixels' weights.
+    """Write the gradient in the second loop over the classes. `even` are the moments of the labelled pixels' weights.
 
     Returns: `kl_cell` plus the cell's sum of gate * q (v - u), and its sum of class weight * label's logit; base 2.
     """
@@ -196,10 +196,10 @@ def cells_kernel(
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Each program does NC - 1 columns of cells, down their strips, of one image.
+    """Compute NC - 1 columns of cells of one image per program, down their strips.
 
     `edges` is (B, strips, PLANES, C, w): plane 0 is the strip's share of the row of logits above it, planes 1 and up
-    what its last row of cells gave to the row below, see `_spread`.
+    its last row of cells' share of the row below, see `_spread`.
     """
     take_turn(DEPENDENT)
     ROWS: tl.constexpr = 2 if S == 8 else S
@@ -355,7 +355,7 @@ def cells_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes into which the work is cut; they change no bit of the gradient.
+    """The sizes of the pieces of work. They change no bit of the gradient.
 
     Attributes:
         rows: rows of cells per strip. An image has h + 1: each row of logits is the lower edge of one and the upper of
@@ -368,9 +368,9 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """The rows, at most 16, with which the busiest of the GPU's schedulers is done first.
+    """Return the rows, at most 16, that finish the GPU's busiest scheduler first.
 
-    A lone warp leaves half of a scheduler's cycles unused, so short strips of several warps beat a long one.
+    A single warp leaves half of a scheduler's cycles unused, so short strips of several warps beat a long one.
     """
     B, _, h, w = problem.student.shape
     # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
@@ -397,7 +397,7 @@ class Seams(NamedTuple):
 
 
 def _cut(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
-    """Strips of an image, and programs of all its strips."""
+    """Return strips of an image, and programs of all its strips."""
     h, w = problem.student.shape[2:]
     strips = cdiv(h + 1, tiling.rows)
     return strips, cdiv(strips * (w + 1), tiling.lanes - 1)
@@ -408,14 +408,14 @@ def _groups(stride: int) -> int:
 
 
 def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
-    """What `launch` needs: 8 bytes per class, strip and logit column (16 at stride 8) for the edges."""
+    """Return the needs of `launch`: 8 bytes per class, strip and logit column (16 at stride 8) for the edges."""
     B, C, _, w = problem.student.shape
     strips, blocks = _cut(problem, tiling)
     return Needs(B * blocks, B * strips * (2 if _groups(stride) == 1 else 4) * C * w)
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """What is to be added up after `launch`."""
+    """Return the seams to add up after `launch`."""
     return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 
 
@@ -430,7 +430,7 @@ def launch(
 ) -> None:
     """Run the kernel on the images whose route is 1.
 
-    Args:
+    Shapes and units:
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images, but for their seams. None leaves it
             out.
         buffers: with what `needs` says.

@@ -1,7 +1,7 @@
-"""Helpers shared by the Triton kernels: what a pixel counts for, powers, sums, and the arguments that all of them take.
+"""Helpers shared by the Triton kernels: weights of pixels, powers, sums, and common arguments.
 
-A pixel's label, class weight, gate and masks are read by one function, so that every kernel counts the same pixels.
-It costs about 20 instructions per pixel, once, against 20 per pixel and class for the rest.
+A pixel's label, class weight, gate and masks are read by one function, so every kernel counts the same pixels. It costs
+about 20 instructions per pixel, once, against 20 per pixel and class for the rest.
 
 Legend: B batch, C classes, H W label size.
 """
@@ -21,18 +21,18 @@ from ..problem import LossProblem
 
 
 def cdiv(n: int, size: int) -> int:
-    """n / size, rounded up. (Triton's own is made for kernels too, and takes the host ten times as long.)"""
+    """Return n / size, rounded up. Triton's own is also made for kernels, and takes the host ten times as long."""
     return -(-n // size)
 
 
 def power_of_2(n: int) -> int:
-    """The lowest power of two from n on."""
+    """Return the lowest power of two from n on."""
     return 1 << (n - 1).bit_length()
 
 
 @lru_cache(typed=True)
 def constant(value: Any) -> tl.constexpr:
-    """A constant for a kernel. Always the same object, which Triton's look-up of variants compares at no cost."""
+    """Return a constant for a kernel, always the same object, so Triton's look-up of variants is free."""
     return tl.constexpr(value)
 
 
@@ -43,7 +43,7 @@ WRONG = tl.constexpr(-2)
 
 @triton.jit
 def power(x, POWER: tl.constexpr):
-    """x to the POWER, 1 to 4."""
+    """Return x to the POWER, 1 to 4."""
     tl.static_assert(POWER >= 1 and POWER <= 4)
     if POWER == 1:
         return x
@@ -57,11 +57,11 @@ def power(x, POWER: tl.constexpr):
 
 @triton.jit
 def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
-    """Class ids of a block of pixels, int32: VOID where ignored or not there, WRONG where out of range.
+    """Return class ids of a block of pixels, int32: VOID if ignored or not there, WRONG if out of range.
 
-    Args:
-        label_ptrs: block of pointers, any integer type.
-        exists: bool block: the pixel lies in the image and is this program's.
+    `label_ptrs` is a block of pointers of any integer type. `exists` tells whether the pixel lies in the image and
+    belongs
+    to this program.
     """
     ids = tl.load(label_ptrs, mask=exists)
     if ids.dtype.primitive_bitwidth == 64:
@@ -81,9 +81,9 @@ class Pixels(NamedTuple):
     Attributes:
         labels, gate, label_gate: tensors (pointers in a kernel) of labels and of KL's and CE's weights of pixels; None
             without.
-        label_strides, gate_strides, label_gate_strides: (batch, row, column); None where a kernel takes them by
+        label_strides, gate_strides, label_gate_strides: (batch, row, column), or None if a kernel takes them by
             themselves.
-        class_weight: contiguous; None without.
+        class_weight: contiguous, or None without.
         num_classes: C.
         USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: constants, as in `LossProblem`.
         SMOOTH, FOCAL: constants, whether labels are smoothed and the loss is focal; see `label_terms`.
@@ -108,7 +108,7 @@ class Pixels(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a loss kernel needs beside its problem.
+    """What a loss kernel needs next to its problem.
 
     Attributes:
         programs: each of which leaves its sums of CE and KL.
@@ -135,7 +135,7 @@ class Buffers(NamedTuple):
 
 @triton.jit
 def load_label_factors(pixels, factors_ptr):
-    """What smoothing leaves of a label, its part for each class, the sum of these over the classes; gamma.
+    """Return the label's share after smoothing, each class's part, the sum of the parts over the classes, and gamma.
 
     The first three are 1, 0 and 0 without smoothing.
     """
@@ -154,9 +154,9 @@ def load_label_factors(pixels, factors_ptr):
 
 @triton.jit
 def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix):
-    """Cross-entropy of a block of pixels in units of log2, and the factors of its gradient.
+    """Return cross-entropy of a block of pixels in units of log2, and the factors of its gradient.
 
-    Args:
+    Shapes and units:
         ce_weight, label_gate: as `load_pixel` returns them.
         log_sum, own, mix: log2 of the sum of the exponentials, the label's logit, and the sum over the classes of class
             weight * logit where labels are smoothed; base 2 at T = 1, relative to the same.
@@ -189,15 +189,15 @@ def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix)
 
 @triton.jit
 def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
-    """The weights of a block of pixels in both terms.
+    """Return the weights of a block of pixels in both terms.
 
-    Args:
+    Shapes and units:
         label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape; unused where there are none.
         exists: bool block: the pixel lies in the image and is this program's.
         in_view: bool block: its centre lies in the target's view.
     Returns: blocks
-        label: int32, the class id; 0 where the pixel is not labelled or its id is out of range.
-        ce_weight: float32, class weight of a labelled pixel, else 0; NaN where the id is out of range.
+        label: int32, the class id, or 0 if the pixel is not labelled or its id is out of range.
+        ce_weight: float32, class weight of a labelled pixel, else 0, or NaN if the id is out of range.
         label_gate: float32, CE's weight of a labelled pixel, else 0.
         kl_weight: float32, gate of a pixel that KL counts, else 0.
         ce_counted, kl_counted: bool, whether the terms count the pixel, whatever it weighs.
@@ -237,7 +237,7 @@ def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
 
 @triton.jit
 def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
-    """The sums over a (num_pairs, 2) float64 tensor: of what the programs of a kernel wrote for CE and for KL."""
+    """Return the sums over a (num_pairs, 2) float64 tensor of the programs' CE and KL."""
     ce = tl.zeros((BLOCK,), tl.float64)
     kl = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, num_pairs, BLOCK):
@@ -266,7 +266,7 @@ def take_turn(DEPENDENT: tl.constexpr):
 
 
 def gpu(device: torch.device) -> GPUTarget:
-    """The target of compilation: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
+    """Return the target of compilation: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
     if device.type == "cpu":  # the interpreter
         return GPUTarget("cuda", 90, 32)
     target: GPUTarget = triton.runtime.driver.active.get_current_target()
@@ -274,14 +274,14 @@ def gpu(device: torch.device) -> GPUTarget:
 
 
 def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
-    """Options of a launch: a thread per lane, and at most so many registers each, which AMD's compiler cannot limit."""
+    """Return launch options: a thread per lane, with a limit of registers (which AMD's compiler lacks)."""
     target = gpu(device)
     options = {"num_warps": max(1, lanes // target.warp_size)}
     return options | {"maxnreg": registers} if target.backend == "cuda" else options
 
 
 def dependent(device: torch.device) -> dict[str, Any]:
-    """Options of a launch whose kernel takes its turn itself: programmatic dependent launch, from sm_90 on."""
+    """Return options of a launch whose kernel takes its turn: programmatic dependent launch, from sm_90 on."""
     return _dependent_on(device) if device.type == "cuda" else _dependent(None if device.type == "cpu" else gpu(device))
 
 
@@ -313,19 +313,19 @@ def register_limit(default: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of the GPU; an H200's for the interpreter."""
+    """Return the number of multiprocessors of the GPU, or an H200's for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def integer_power(temperature: float) -> int:
-    """POWER of a kernel: T where exp(u) = exp(u / T) ** T spares an exponential and its rounding allows it, else 0."""
+    """Return POWER: T if exp(u) = exp(u / T) ** T saves an exponential at acceptable rounding, else 0."""
     return int(temperature) if temperature in (1, 2, 3, 4) else 0
 
 
 def strides_of(problem: LossProblem) -> tuple[int, ...]:
-    """Strides (batch, row, column) of the labels and the two gates, 0 without; beside `Pixels` in a launch.
+    """Return strides (batch, row, column) of the labels and the two gates, or 0, to pass separately from `Pixels`.
 
-    Triton makes a variant for every divisibility of an integer in a tuple, whatever the kernel says; not for these.
+    Triton makes a variant for every divisibility of an integer in a tuple, but not for these.
     """
     tensors = (problem.labels, problem.ce_pixel_weight, problem.pixel_weight)
     return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
@@ -335,7 +335,7 @@ def label_pixels(
     labels: Tensor | None, class_weight: Tensor | None, num_classes: int, ignore_index: int,
     *, use_ce: bool, use_kl: bool, distill_void: bool,
 ) -> Pixels:  # fmt: skip
-    """Return label pixels without weights of their own in the form that kernels take."""
+    """Return label pixels without weights in the form of the kernels."""
     return Pixels(
         labels=labels,
         label_strides=None if labels is None else labels.stride(),
@@ -356,7 +356,7 @@ def label_pixels(
 
 
 def pixels_of(problem: LossProblem) -> Pixels:
-    """Return the label pixels of a problem in the form that kernels take."""
+    """Return the label pixels of a problem in the form of the kernels."""
     gate, label_gate = problem.pixel_weight, problem.ce_pixel_weight
     pixels = label_pixels(
         problem.labels, problem.class_weight, problem.student.shape[1], problem.ignore_index,
@@ -374,5 +374,5 @@ def pixels_of(problem: LossProblem) -> Pixels:
 
 
 def _readable(gate: Tensor | None) -> Tensor | None:
-    """A gate whose dtype Triton knows."""
+    """Return a gate with a dtype that Triton supports."""
     return gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate

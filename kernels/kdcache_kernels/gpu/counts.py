@@ -1,4 +1,4 @@
-"""The denominators of the loss by themselves, for processes and accumulated parts that share them."""
+"""The denominators of the loss without the loss, for processes and accumulated parts that share them."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ def count_kernel(
     pixels, window_ptr, flip_ptr, counts_ptr, H, W, view_height, view_width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each program counts a block of rows of an image."""
+    """Count a block of rows of an image per program."""
     image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     count_block(
         pixels, window_ptr, flip_ptr, counts_ptr + 2 * tl.program_id(0), image, block, H, W, view_height, view_width,
@@ -27,7 +27,7 @@ def count_kernel(
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute what `kdcache_kernels.distill_denominators` documents, (2,) float64; nothing waits for the device."""
+    """Compute `kdcache_kernels.distill_denominators`, (2,) float64, without waiting for the device."""
     H, W = counted.size
     use_kl = counted.view_size is not None
     view = counted.view_size or (1, 1)

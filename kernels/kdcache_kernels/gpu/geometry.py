@@ -45,20 +45,20 @@ class Taps(NamedTuple):
 
 @triton.jit
 def _table(tables_ptr, first, size):
-    """The taps of `size` pixels: three planes of 32 bits, from element `first` on."""
+    """Return the taps of `size` pixels: three planes of 32 bits, from element `first` on."""
     fraction = (tables_ptr + (first + size)).to(tl.pointer_type(tl.float32))
     return Taps(tables_ptr + first, fraction, tables_ptr + (first + 2 * size))
 
 
 @triton.jit
 def student_tables(tables_ptr, H, W):
-    """The taps of rows and of columns in the student's grid."""
+    """Return the taps of rows and of columns in the student's grid."""
     return _table(tables_ptr, 0, H), _table(tables_ptr, 3 * H, W)
 
 
 @triton.jit
 def target_tables(tables_ptr, H, W, target_batch):
-    """The taps of rows and of columns in the target's grid, of each of `target_batch` images."""
+    """Return the taps of rows and of columns in the target's grid, of each of `target_batch` images."""
     first = 3 * (H + W)
     return _table(tables_ptr, first, target_batch * H), _table(
         tables_ptr, first + 3 * target_batch * H, target_batch * W
@@ -66,19 +66,19 @@ def target_tables(tables_ptr, H, W, target_batch):
 
 
 def tables_size(H: int, W: int, target_batch: int) -> int:
-    """Elements of all tables; `target_batch` is 0 where KL is off."""
+    """Return the elements of all tables. `target_batch` is 0 without KL."""
     return 3 * (H + W) * (1 + target_batch)
 
 
 @triton.jit
 def _double(x):
-    """A scalar in float64; a method would not do, for Triton makes a constant of an argument that is 1."""
+    """Return a scalar in float64. A method would fail, because Triton makes a constant of an argument of 1."""
     return x * tl.full((), 1.0, tl.float64)
 
 
 @triton.jit
 def load_window(window_ptr, image, view_height, view_width):
-    """(y0, x0, y1, x1) of an image; NaN where it shows no part of the view, which must show in the loss."""
+    """Return (y0, x0, y1, x1) of an image, or NaN if it shows no part of the view, so the loss shows it."""
     if window_ptr is not None:
         window_ptr += image * 4
         y0 = tl.load(window_ptr)
@@ -98,14 +98,14 @@ def load_window(window_ptr, image, view_height, view_width):
 
 @triton.jit
 def view_positions(offs_n, size, view, start, end, HAS_WINDOW: tl.constexpr):
-    """Positions in the view of pixels `offs_n` of an axis of `size` pixels that shows `start` to `end`."""
+    """Return positions in the view of pixels `offs_n` of an axis of `size` pixels that shows `start` to `end`."""
     centre = offs_n.to(tl.float64) + 0.5
     return start + centre * (end - start) / _double(size) if HAS_WINDOW else centre * _double(view) / _double(size)
 
 
 @triton.jit
 def is_inside(position, view):
-    """Whether positions lie in the view, its edges included; so does NaN, which must show in the loss."""
+    """Return whether positions lie in the view or on its edges. NaN counts as inside, so the loss shows it."""
     return ((position < 0) | (position > _double(view))) == 0
 
 
@@ -142,7 +142,7 @@ def store_taps(
 
 @triton.jit
 def _shift(size, cells, view, start, end):
-    """Offset, in cells, of a window's first cell, and whether the window meets the target's grid cell by cell."""
+    """Return the offset in cells of a window's first cell, and whether it meets the target's grid exactly."""
     offset = start * _double(cells) / _double(view)
     extent = (end - start) * _double(cells) / _double(view)
     nearest = tl.floor(offset + 0.5)
@@ -241,11 +241,13 @@ def geometry_kernel(
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
     BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 does the factors, the next B the route of an image each, and every further one a table.
+    """Compute the factors in program 0, the route of an image in the next B programs, and a table in each further one.
 
-    Of a table there is one program, as most of a table's time is one division in float64 after the other. With FAST, an
-    image takes the fast kernel when the target's grid, seen through its window, meets the student's cell by cell and,
-    with GUARD_RANGE, no pixel's logits span too much.
+    A table has one program, because most of its time is one division in float64 after the other. With FAST, an image
+    takes
+    the fast kernel if the target's grid, seen through its window, meets the student's cell by cell and, with
+    GUARD_RANGE,
+    no pixel's logits span too much.
     """
     take_turn(DEPENDENT)
     program = tl.program_id(0)

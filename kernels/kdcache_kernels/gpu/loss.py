@@ -36,7 +36,7 @@ SCALED = 4096
 
 @triton.jit
 def _combine(program, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS: tl.constexpr):
-    """The rows of logits where two strips meet: what the upper strip left below it, plus the lower strip's top.
+    """Add the rows of logits at the seam of two strips: the upper strip's remainder plus the lower strip's top.
 
     A row of an image takes ceil(C w / EDGES) programs.
     """
@@ -67,7 +67,7 @@ def totals_kernel(
     route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """The first program: the terms and the loss from (P, 2) partial sums, in float64. The others: seams of cells."""
+    """Sum (P, 2) partial sums to the terms and the loss in float64 in program 0, and seams in the others."""
     take_turn(DEPENDENT)
     if tl.program_id(0) > 0:
         if edges_ptr is not None:
@@ -86,7 +86,7 @@ def totals_kernel(
 def scale_kernel(
     gradient_ptr, factor_ptr, loss_ptr, out_ptr, num_elements, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
-    """out = gradient * factor, multiplied in float32; NaN where the loss is not finite."""
+    """Compute out = gradient * factor in float32, or NaN if the loss is not finite."""
     take_turn(DEPENDENT)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < num_elements
@@ -96,11 +96,12 @@ def scale_kernel(
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Loss, terms and gradient of a checked problem; the same bits every time.
+    """Return loss, terms and gradient of a checked problem, bit-identical every time.
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
-    Memory: 4 bytes per logit of the student, and of the target where it is not read as it is; the gradient; the larger
-    of the edges of cells and the scratch of tiles; nothing of label size times C.
+    Memory: 4 bytes per logit of the student, and of the target unless it is read directly; the gradient; the larger of
+    the
+    edges of cells and the scratch of tiles; nothing of label size times C.
     """
     student, device = problem.student, problem.student.device
     check_offsets(problem)
@@ -142,7 +143,7 @@ def check_offsets(problem: LossProblem) -> None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """The offset of the last element of one image from its first."""
+    """Return the offset of the last element of one image from its first."""
     return sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
@@ -168,7 +169,7 @@ def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, 
 
 
 def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
-    """Memory for the kernels of a call: rows of partial sums for each in turn, and scratch that they share."""
+    """Return memory for the kernels of a call: rows of partial sums for each in turn, and scratch that they share."""
     device = problem.student.device
     partials = torch.empty((sum(need.programs for need in needs), 2), dtype=torch.float64, device=device)
     scratch = max(need.scratch for need in needs) if problem.need_gradient else 0
@@ -178,7 +179,7 @@ def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
 def add_up(
     problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, seams: cells.Seams | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, CE and KL; and of cells the rest of the gradient."""
+    """Return the loss, CE and KL, and complete the gradient of cells."""
     loss, ce, kl = (torch.empty((), dtype=torch.float32, device=problem.student.device) for _ in range(3))
     partials, (B, C, h, w) = buffers.partials, problem.student.shape
     strips, rows, groups = cells.Seams(1, 1, 1) if seams is None or gradient is None else seams
@@ -192,13 +193,11 @@ def add_up(
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` in `dtype`, multiplied in float32; NaN where the loss is not finite.
+    """Return `gradient * factor` in `dtype`, multiplied in float32, or NaN if the loss is not finite. Contiguous.
 
-    Args:
-        gradient: any floating dtype and strides.
-        factor: 0-dimensional floats on the same device.
-        loss: 0-dimensional float32 there, too.
-    Returns: a contiguous tensor.
+    `gradient` has any floating dtype and strides. `factor` and `loss` are 0-dimensional floats on the same device,
+    `loss`
+    float32.
     """
     gradient = gradient.contiguous()
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)

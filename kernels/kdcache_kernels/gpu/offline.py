@@ -1,10 +1,10 @@
-"""Compiling the kernels for a GPU, without one.
+"""Compile the kernels for a GPU, without one.
 
-The package's own launch code runs on meta tensors, and where it would launch a kernel the kernel is compiled instead,
-for a GPU that need not be there: signatures, constants and options are those of a real call. That meta tensors pass
-also shows that nothing on the way reads a value, which would wait for the device.
+The package's own launch code runs on meta tensors, and every launch compiles the kernel instead, for any GPU:
+signatures, constants and options are those of a real call. Running on meta tensors also proves that nothing reads a
+value, which would wait for the device.
 
-All of this changes Triton and the operators of this process for good: for processes that do nothing else.
+All of this changes Triton and the operators of this process permanently, so use a separate process.
 """
 
 import os
@@ -27,7 +27,7 @@ Launched = list[tuple[str, Any]]
 
 
 class _Driver:
-    """Stands for the driver of a GPU. Triton keeps kernels by device, so each target is a device of its own."""
+    """Replaces the driver of a GPU. Triton caches kernels by device, so each target is its own device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -43,14 +43,14 @@ class _Driver:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Return the target of a name: sm_90, or gfx942 of AMD, of which gfx9 has 64 lanes to a warp and later ones 32."""
+    """Return the target of a name: sm_90, or AMD's gfx942 (gfx9 has 64 lanes per warp, later ones 32)."""
     if name.startswith("gfx"):
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
 def compile_instead(target: GPUTarget) -> Launched:
-    """Compile for `target` whatever is launched from now on, and run nothing; return where it is put."""
+    """Compile every launch from now on for `target` without running it, and return the results' list."""
     kernels: Launched = []
 
     def launch(self: Any, grid: Any) -> Callable[..., None]:

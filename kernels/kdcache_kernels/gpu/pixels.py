@@ -49,7 +49,7 @@ ROW = 1024
 
 @triton.jit
 def _load_block(base_n, exists_n, start, num_classes, plane, absent, BLOCK_C: tl.constexpr):
-    """Logits of a block of classes and pixels; `absent` where there is no such class or pixel."""
+    """Return logits of a block of classes and pixels, with `absent` for missing classes or pixels."""
     c = start + tl.arange(0, BLOCK_C)
     mask = (c < num_classes)[:, None] & exists_n[None, :]
     return tl.load(base_n[None, :] + (c * plane)[:, None], mask=mask, other=absent)
@@ -60,7 +60,7 @@ def _sums(
     student_n, target_n, exists_n, pixels, plane, target_plane, temperature, absent_u,
     POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the classes of 2^(T u), 2^u, 2^v and SMALL * 2^v (v - u)."""
+    """Return sums over the classes of 2^(T u), 2^u, 2^v and SMALL * 2^v (v - u)."""
     s1 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     su = s1
     sv = s1
@@ -118,7 +118,7 @@ def _gradient(
 
 @triton.jit
 def _target_pixels(at_n, exists_n, image, route_ptr, tables_ptr, target_batch, h, w, ht, wt, MOVED: tl.constexpr):
-    """The target's pixel that each of an image's pixels `at_n` meets, and whether it lies in the view."""
+    """Return the target's pixel that each of an image's pixels `at_n` meets, and whether it lies in the view."""
     if not MOVED:
         return at_n, exists_n
     i = at_n // w
@@ -141,7 +141,7 @@ def pixels_kernel(
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Each program does every num_programs-th block of pixels of the images whose route is 1."""
+    """Compute every num_programs-th block of pixels of the images whose route is 1, per program."""
     take_turn(DEPENDENT)
     pid = tl.program_id(0)
     k_ce = tl.load(factors_ptr)
@@ -232,7 +232,7 @@ def pixels_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes into which the work is cut; of these, only the classes can change a bit of the gradient.
+    """The sizes of the pieces of work. Only `classes` can change a bit of the gradient.
 
     Attributes:
         classes, pixels: classes and pixels of a block, a power of two each.
@@ -247,7 +247,7 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """One warp with four neighbouring pixels per lane, or where the classes are contiguous four warps along them."""
+    """Return one warp with four neighbouring pixels per lane, or for contiguous classes four warps along them."""
     C, h, w = problem.student.shape[1:]
     classes = power_of_2(C)
     processors = multiprocessors(problem.student.device)
@@ -258,7 +258,7 @@ def choose_tiling(problem: LossProblem) -> Tiling:
 
 
 def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
-    """Blocks of an image, and of all."""
+    """Return blocks of an image, and of all."""
     B, _, h, w = problem.student.shape
     if h * w == 1:
         return 1, cdiv(B, tiling.pixels)
@@ -267,14 +267,14 @@ def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """What `launch` needs."""
+    """Return the needs of `launch`."""
     return Needs(min(_blocks(problem, tiling)[1], tiling.programs))
 
 
 def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, tiling: Tiling) -> None:
     """Run the kernel on the images whose route is 1.
 
-    Args:
+    Shapes and units:
         prepared: this problem's, with stride 1.
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
         buffers: with what `needs` says.

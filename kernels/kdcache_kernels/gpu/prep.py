@@ -8,7 +8,7 @@ lost pixels and the range of the logits, and counts the pixels that the terms di
 The price is 4 bytes per logit, 22 MB for each set at 16 x 21 x 128^2. A dense target that whole views meet cell by cell
 does not pay it: its float16 values, minus their maximum as they are, are read in place. That costs the kernel for
 cells a conversion per corner and one multiplication per class; the student's raw logits would cost a subtraction per
-corner beside it, and registers for the maxima, in the loops that bound it.
+corner next to it, and registers for the maxima, in the loops that bound it.
 
 Legend: B batch, C classes, k kept classes, h w student's size, ht wt target's size, H W label size.
 """
@@ -40,18 +40,18 @@ class Prepared:
     """Both sets of logits in the form that every loss kernel reads, and where each pixel lies in them.
 
     Attributes:
-        student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T; 0 where lost.
+        student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T, or 0 if lost.
         student_lost: (B, h, w) uint8.
         target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same; one element each when KL is off.
         target_scale: where `target` is float16 as it was packed, what takes it to base 2 at T: log2(e) / T. Else None.
         tables: int32, the taps that `geometry.student_tables` and `target_tables` find in it.
-        target_batch: B with a window or a flip, else 1; 0 when KL is off.
+        target_batch: B with a window or a flip, else 1, or 0 if KL is off.
         route: (B, 4) int32: 1 where the fast kernel takes the image and 0 where tiles does; row, column, flip (0 or 1):
             student cell (i, j) meets target cell (row + i, column + j), flipped (row + i, column + w - 1 - j), clamped
             to the target's grid. The three where the first is 1 and KL is on.
-        mix: (B, h, w) float32, the sum over the classes of class weight * student; None where labels are not smoothed.
+        mix: (B, h, w) float32, the sum over the classes of class weight * student, or None if labels are not smoothed.
         factors: (8,) float32: ce_weight / ce_denominator, kl_weight * T / kl_denominator (of the gradient),
-            1 / ce_denominator, T^2 / kl_denominator (of the terms); 0 where the denominator is 0; and what
+            1 / ce_denominator, T^2 / kl_denominator (of the terms), or 0 if the denominator is 0; and what
             `common.load_label_factors` reads.
         stride: label pixels per student cell when the fast kernel may run (1, 2, 4 or 8), else 0.
     """
@@ -71,7 +71,7 @@ class Prepared:
 
 @triton.jit
 def _span_of_classes(pixel_ptrs, stride_c, exists, num_classes, limit, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest and the smallest logit of every pixel, and whether one of its classes is lost (int32)."""
+    """Return the largest and the smallest logit of every pixel, and whether one of its classes is lost (int32)."""
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     smallest = tl.full((BLOCK,), float("inf"), tl.float32)
     wrong = tl.zeros((BLOCK,), tl.int32)
@@ -99,10 +99,11 @@ def _normalise(
     stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap.
+    """Normalise a block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap.
 
-    Without `out_ptr` they are read as they are: their range is then that of them and 0, and infinite where one is lost,
-    for the fast kernel cannot leave it out.
+    Without `out_ptr` they are only inspected. Their range then includes 0, and is infinite if one is lost, because the
+    fast
+    kernel cannot leave it out.
     """
     _, stride_c, stride_h, stride_w = strides
     offs_n = block * BLOCK + tl.arange(0, BLOCK)
@@ -198,7 +199,7 @@ def count_block(
     pixels, window_ptr, flip_ptr, counts_ptr, image, block, H, W, view_height, view_width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The class weights of the labelled pixels and the number of those KL counts, in a block of rows of an image."""
+    """Return class weights of labelled pixels, and the number that KL counts, in a block of an image's rows."""
     offs_y = block * ROWS + tl.arange(0, ROWS)
     y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
     flip = image < 0
@@ -244,7 +245,7 @@ def prepare_kernel(
     FLAT: tl.constexpr, STUDENT_C: tl.constexpr, TARGET_C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
+    """Run, for every image, programs for the student's pixels, then the target's, then the labels' counts."""
     take_turn(DEPENDENT)
     programs = student_blocks + target_blocks + count_blocks
     image = tl.program_id(0) // programs
@@ -288,7 +289,7 @@ def prepare_kernel(
 
 
 def fast_stride(problem: LossProblem) -> int:
-    """Label pixels per student cell where cells (2, 4, 8) or pixels (1) may take images, as far as the host knows."""
+    """Return the label pixels per student cell if cells (2, 4, 8) or pixels (1) may run, as the host knows."""
     (H, W), (C, h, w), target = problem.size, problem.student.shape[1:], problem.target
     stride = H // h
     if stride not in (1, 2, 4, 8) or (h * stride, w * stride) != (H, W) or problem.align_corners:
@@ -305,12 +306,12 @@ def fast_stride(problem: LossProblem) -> int:
 
 
 def _scale(temperature: float) -> float:
-    """What takes logits to base 2 at T."""
+    """Return 1 / (T ln 2), the factor from logits to base-2 exponents."""
     return min(math.log2(math.e) / temperature, LARGEST)
 
 
 def _reads_packed(problem: LossProblem) -> bool:
-    """Whether the target's values are read where they are: dense ones that cells, and seldom tiles, takes."""
+    """Return whether the target's values are read where they are: dense ones that cells, and seldom tiles, takes."""
     target = problem.target
     if target is None or target.indices is not None or problem.window is not None:
         return False
@@ -318,14 +319,14 @@ def _reads_packed(problem: LossProblem) -> bool:
 
 
 def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
-    """Classes of a block of PIXELS pixels: one where these lie side by side, so that no lane reads another's."""
+    """Return the classes of a block of PIXELS pixels: one if pixels are contiguous, so lanes stay separate."""
     if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
         return 1
     return max(4, min(32, power_of_2(num_classes)))
 
 
 def prepare(problem: LossProblem) -> Prepared:
-    """Launch the two kernels; B is at least 1. Memory: O(B C (h w + ht wt)), 4 bytes each."""
+    """Launch the two kernels, for B of at least 1. Memory: O(B C (h w + ht wt)), 4 bytes each."""
     target = problem.target
     window = None if target is None or problem.window is None else problem.window.to(torch.float64).contiguous()
     flip = None if target is None or problem.flip is None else problem.flip.contiguous().view(torch.uint8)
@@ -400,7 +401,7 @@ def _launch_geometry(
     problem: LossProblem, window: Tensor | None, flip: Tensor | None, counts_ce: bool, counts_kl: bool,
     logits: tuple[Tensor, Tensor, Tensor, Tensor], ranges: Tensor, counts: Tensor, mix: Tensor | None,
 ) -> Prepared:  # fmt: skip
-    """Tables of taps, routes, shifts and factors, from what `_launch_prepare` returned."""
+    """Return tables of taps, routes, shifts and factors, from what `_launch_prepare` returned."""
     target, device, stride = problem.target, problem.student.device, fast_stride(problem)
     (B, _, h, w), (H, W) = problem.student.shape, problem.size
     ht, wt = (1, 1) if target is None else target.values.shape[2:]

@@ -30,13 +30,13 @@ VALUES = tl.constexpr(8)
 
 @triton.jit
 def cell_of(index, fraction):
-    """The cell that a pixel lies in: -1 before the first centre, where both taps are pixel 0."""
+    """Return a pixel's cell: -1 before the first centre, where both taps are pixel 0."""
     return tl.where((index == 0) & (fraction == 0), -1, index)
 
 
 @triton.jit
 def first_pixel(taps, cell_n, size, steps):
-    """The first of `size` < 2^steps pixels that lies in the cell or beyond, by bisection of the monotone table."""
+    """Return the first of `size` < 2^steps pixels in or after the cell, by bisection of the monotone table."""
     low_n = cell_n * 0
     high_n = low_n + size
     for _ in range(steps):
@@ -51,7 +51,7 @@ def first_pixel(taps, cell_n, size, steps):
 
 @triton.jit
 def load_logits(ptrs):
-    """Prepared logits; of packed ones, which are read as they are, 0 in place of one that is not finite."""
+    """Return prepared logits. Packed ones, which are read directly, have 0 for values that are not finite."""
     x = tl.load(ptrs)
     if x.dtype == tl.float16:
         x = x.to(tl.float32)
@@ -61,7 +61,7 @@ def load_logits(ptrs):
 
 @triton.jit
 def along_row(row_n, columns, offset_c):
-    """Logits on a low-resolution row, at one label column per lane; columns: left and right pixel, fraction."""
+    """Return logits on a low-resolution row per label column. `columns`: left and right pixel, fraction."""
     left_cn = load_logits((row_n + columns[0])[None, :] + offset_c[:, None])
     right_cn = load_logits((row_n + columns[1])[None, :] + offset_c[:, None])
     return left_cn + columns[2][None, :] * (right_cn - left_cn)
@@ -69,7 +69,7 @@ def along_row(row_n, columns, offset_c):
 
 @triton.jit
 def of_rows(x_n):
-    """A tuple with the same block for each row of a group."""
+    """Return a tuple with the same block for each row of a group."""
     rows = ()
     for _ in tl.static_range(ROWS):
         rows += (x_n,)
@@ -78,7 +78,7 @@ def of_rows(x_n):
 
 @triton.jit
 def replaced(rows, at: tl.constexpr, x_n):
-    """The tuple with another block for one row."""
+    """Return the tuple with another block for one row."""
     new = ()
     for q in tl.static_range(ROWS):
         new += (x_n if q == at else rows[q],)
@@ -87,7 +87,7 @@ def replaced(rows, at: tl.constexpr, x_n):
 
 @triton.jit
 def choose(masks, a, b):
-    """a where the mask holds, else b, for each row of a group."""
+    """Return a where the mask holds, else b, for each row of a group."""
     rows = ()
     for q in tl.static_range(ROWS):
         rows += (tl.where(masks[q], a[q], b[q]),)
@@ -96,12 +96,13 @@ def choose(masks, a, b):
 
 @triton.jit
 def student_logits(top_cn, bottom_cn, blend_q):
+    """Return the student's logits between two of its rows, for one row of a group."""
     return top_cn + blend_q[0][None, :] * (bottom_cn - top_cn)
 
 
 @triton.jit
 def along_rows(rows, columns, offset_c):
-    """Logits on the target's three rows, at one label column per lane."""
+    """Return logits on the target's three rows, at one label column per lane."""
     return (
         along_row(rows[0], columns, offset_c),
         along_row(rows[1], columns, offset_c),
@@ -111,9 +112,9 @@ def along_rows(rows, columns, offset_c):
 
 @triton.jit
 def target_logits(lines, blend_q):
-    """The target's logits from three rows; a row of weight 0 leaves no trace, however large its logits.
+    """Return the target's logits from three rows. A row of weight 0 has no effect, however large its logits.
 
-    Spelt out, as every sum of products here: which product is fused must not depend on what is around it.
+    It is spelt out like every sum of products here, because the fusion of products must not depend on the context.
     """
     v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
     return tl.fma(blend_q[3][None, :], lines[2], v_cn)
@@ -124,7 +125,7 @@ def softmax_sums(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels,
     POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u), of each row. BLOCK divides the number of classes."""
+    """Return sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u), of each row. BLOCK divides the number of classes."""
     s1 = of_rows(tl.zeros(blend[0][0].shape, tl.float32))
     su = s1
     sv = s1
@@ -201,7 +202,7 @@ def softmax_sums_below_peaks(
 
 @triton.jit
 def student_group(y_n, cell_n, taps, H):
-    """Which of the next ROWS label rows from y on lie in the cell (they come first), and their fractions."""
+    """Return which of the next ROWS label rows from y on lie in the cell (they come first), and fractions."""
     live = ()
     fractions = ()
     for q in tl.static_range(ROWS):
@@ -217,9 +218,9 @@ def student_group(y_n, cell_n, taps, H):
 def target_row(at_n, first_n, taps, scale):
     """Where a label row lies between three target rows from `first_n` on.
 
-    Args:
+    Shapes and units:
         at_n: its entry in the table.
-        scale: what multiplies the target's logits; None for 1.
+        scale: what multiplies the target's logits, or None for 1.
     Returns: whether it lies there (a group's first always does), whether inside the view; whether between the last two
         rows, with the fraction; and the weights of the three rows.
     """
@@ -240,20 +241,21 @@ def target_row(at_n, first_n, taps, scale):
 
 @triton.jit
 def load_columns(at_n, taps, width):
+    """Return the pixels left and right of a label column, and its fraction."""
     left_n = tl.load(taps.index + at_n)
     return left_n, tl.minimum(left_n + 1, width - 1), tl.load(taps.fraction + at_n)
 
 
 @triton.jit
 def lost_on_row(lost_n, columns):
-    """Whether a lost pixel enters with weight > 0."""
+    """Return whether a lost pixel enters with weight > 0."""
     left_n = tl.load(lost_n + columns[0]).to(tl.int32)
     return left_n | tl.load(lost_n + columns[1], mask=columns[2] > 0, other=0).to(tl.int32)
 
 
 @triton.jit
 def label_logit(rows, columns, fraction_n, offset_n):
-    """u of the label's class."""
+    """Return u of the label's class."""
     left_n, right_n, column_n = columns
     top_n = tl.load(rows[0] + left_n + offset_n)
     top_n += column_n * (tl.load(rows[0] + right_n + offset_n) - top_n)
@@ -270,11 +272,11 @@ def visit(
     k_kl, label_factors, sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
+    """Return the terms of the pixels in column r of each lane's cell, and the factors of their gradient.
 
-    Args:
+    Shapes and units:
         live, in_view: of each row, whether the lane has the pixel, and whether the target's view has its row.
-    Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
+    Returns: CE and KL of each lane in nats, weighted, or 1 if the gradient needs the maxima, else 0.
     """
     x_n = tl.minimum(first_n + r, W - 1)
     columns = (left_n, right_n, tl.load(taps.fraction + x_n))

@@ -22,7 +22,7 @@ from .common import VOID, load_label, power
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to an ulp for 2^-126 < x < 2^126, in 7 instructions without a special function or a predicate.
+    """Return 1 / x to an ulp for 2^-126 < x < 2^126, in 7 instructions without a special function or a predicate.
 
     The exponent's sign flipped in the bits is off by at most 12%; each cubic step cubes that. A division costs 9
     instructions and predicates, which are scarcer than registers here.
@@ -36,9 +36,9 @@ def reciprocal(x):
 
 @triton.jit
 def interpolation(low, width, flip, S: tl.constexpr):
-    """The column and the fractions with which the pixels of a cell from column `low` to `low + 1` read a grid.
+    """Return the column and the fractions with which the pixels of a cell from column `low` to `low + 1` read a grid.
 
-    Args:
+    Shapes and units:
         width: columns of the grid, at least 2.
     Returns: column, first, step: pixel r reads `(1 - f) x[column] + f x[column + 1]` with f = first + r step; both
         columns lie in the grid, and beyond its edge f is 0 or 1 throughout. A flipped cell is read from the right.
@@ -52,7 +52,7 @@ def interpolation(low, width, flip, S: tl.constexpr):
 
 @triton.jit
 def load_corners(grid, c):
-    """Class c at the four corners of every lane's cell: top left and right, bottom left and right."""
+    """Return class c at the four corners of every lane's cell: top left and right, bottom left and right."""
     offset = c * grid[2]
     return (
         tl.load(grid[0] + offset),
@@ -64,7 +64,7 @@ def load_corners(grid, c):
 
 @triton.jit
 def make_surface(corners, grid, y_first, S: tl.constexpr):
-    """(value, dx, dy, dxy): the logit at the first pixel and its increments; rows start at `y_first` of the cell."""
+    """Return (value, dx, dy, dxy): the logit at the first pixel and its increments. Rows start at `y_first`."""
     first, step, scale = grid[3], grid[4], grid[5]
     # Converted here and not where they are loaded, classes ahead.
     top_left = corners[0].to(tl.float32)
@@ -84,25 +84,25 @@ def make_surface(corners, grid, y_first, S: tl.constexpr):
 
 @triton.jit
 def exponentials(surface):
-    """exp2 of a surface as a geometric sequence: (value, x ratio, y ratio, ratio of the x ratios of two rows)."""
+    """Return exp2 of a surface as a geometric sequence: value, x ratio, y ratio, ratio of two rows' x ratios."""
     return tl.exp2(surface[0]), tl.exp2(surface[1]), tl.exp2(surface[2]), tl.exp2(surface[3])
 
 
 @triton.jit
 def scaled(surface, factor):
-    """The surface times a scalar."""
+    """Return the surface times a scalar."""
     return surface[0] * factor, surface[1] * factor, surface[2] * factor, surface[3] * factor
 
 
 @triton.jit
 def difference(a, b):
-    """The surface a - b."""
+    """Return the surface a - b."""
     return a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]
 
 
 @triton.jit
 def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """sums + sequence ** POWER, pixel by pixel."""
+    """Return sums + sequence ** POWER, pixel by pixel."""
     row, ratio, row_ratio, twist = sequence
     new = ()
     for q in tl.static_range(ROWS):
@@ -125,7 +125,7 @@ def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Moments of G = linear e (if LINEAR) + higher e ** HIGHER (if HIGHER > 0), e being the sequence.
+    """Return moments of G = linear e (if LINEAR) + higher e ** HIGHER (if HIGHER > 0), e being the sequence.
 
     Returns: the sums over the pixels of G, (S - 1 - r) G, (ROWS - 1 - q) G and (S - 1 - r) (ROWS - 1 - q) G.
     """
@@ -171,7 +171,7 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
 
 @triton.jit
 def unpack(labels, index: tl.constexpr):
-    """One of the class ids that are packed in pairs, 16 bits each; VOID and WRONG stay negative."""
+    """Return one of the class ids packed in pairs of 16 bits. VOID and WRONG stay negative."""
     if index % 2 == 0:
         return (labels[index // 2] << 16) >> 16
     return labels[index // 2] >> 16
@@ -181,10 +181,11 @@ def unpack(labels, index: tl.constexpr):
 def label_moments(
     labels, gate_ptrs, gate_stride_h, gate_stride_w, c, ANY: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Moments, as above, of G = the weight of the pixels labelled c (with ANY, at all), else 0.
+    """Return moments, as above, of G = the weight of the pixels labelled c (with ANY, at all), else 0.
 
-    Args:
-        gate_ptrs: to the first pixel's weight; None for weights of 1. They are read here again: kept, they would cost a
+    Shapes and units:
+        gate_ptrs: to the first pixel's weight, or None for weights of 1. They are read here again: kept, they would
+            cost a
             register for each pixel.
     """
     for q in tl.static_range(ROWS):
@@ -218,7 +219,7 @@ def label_moments(
 
 @triton.jit
 def subtract(a, factor, b):
-    """The moments a - factor b."""
+    """Return the moments a - factor b."""
     return (
         tl.fma(-factor, b[0], a[0]),
         tl.fma(-factor, b[1], a[1]),
@@ -229,7 +230,7 @@ def subtract(a, factor, b):
 
 @triton.jit
 def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
-    """The sum over the pixels of the surface times G, from the moments of G.
+    """Return the sum over the pixels of the surface times G, from the moments of G.
 
     The moments weigh by the distance to the last pixel, so the surface is written from there.
     """
@@ -243,7 +244,7 @@ def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Whether pixel (q, r) of a cell lies in the image: cells at the edge are half outside."""
+    """Return whether pixel (q, r) of a cell lies in the image: cells at the edge are half outside."""
     column = j >= 0 if r < S // 2 else j < w - 1
     if ROWS == S:
         row = i >= 0 if q < S // 2 else i < h - 1
@@ -254,7 +255,7 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
 
 @triton.jit
 def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
-    """Labels of a cell in pairs, see `unpack`; a bit for each of them modulo 32; the lowest and the highest."""
+    """Return a cell's labels in pairs (see `unpack`), a bit for each modulo 32, and the lowest and highest."""
     labels = ()
     seen = active.to(tl.int32) * 0
     lowest = seen
@@ -359,7 +360,7 @@ def pixel_factors(
 def softmax_denominators(
     student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
 ):
-    """Softmax denominators of every pixel: student at T = 1, student at T, target at T."""
+    """Return softmax denominators of every pixel: student at T = 1, student at T, target at T."""
     ce = ()
     kl = ()
     teacher = ()
@@ -397,7 +398,7 @@ def class_moments(
     surface, sequence, share, ce, kl, k_kl, pixels, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """Moments of a class's gradient, the labels left out; `share` are those of the target's probability."""
+    """Return a class's moments of the gradient without labels. `share` is the target's probability's part."""
     if pixels.USE_CE and POWER == 0:
         m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
         if pixels.USE_KL:
@@ -413,9 +414,9 @@ def class_moments(
 
 @triton.jit
 def any_lost(lost_ptr, top, bottom, low, width):
-    """Whether one of a cell's corners is lost; `top` and `bottom` are offsets of rows, `low` is its left column.
+    """Return whether one of a cell's corners is lost. `top` and `bottom` are row offsets, `low` is its left column.
 
-    Each of them enters all of the cell's pixels: at strides of 2 and more no pixel lies on a corner.
+    Each corner affects all of the cell's pixels: at strides of 2 and more no pixel lies on a corner.
     """
     left = tl.minimum(tl.maximum(low, 0), width - 1)
     right = tl.minimum(tl.maximum(low + 1, 0), width - 1)

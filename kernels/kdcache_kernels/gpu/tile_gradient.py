@@ -13,7 +13,7 @@ from .sample import ROWS, VALUES, along_rows, load_columns, student_logits, targ
 
 @triton.jit
 def _row_factors(at_n, pixels, PEAKS: tl.constexpr, LANES: tl.constexpr):
-    """What `visit` kept of a pixel: what multiplies 2^(T u), 2^u and 2^v; the maxima; label, and what pulls at it."""
+    """Return what `visit` kept of a pixel: factors of 2^(T u), 2^u and 2^v, maxima, label and its pull."""
     label = at_n
     k_ce = at_n
     ku = at_n
@@ -37,7 +37,7 @@ def _row_factors(at_n, pixels, PEAKS: tl.constexpr, LANES: tl.constexpr):
 def _pixel_gradient(
     u, lines, blend_q, factors, class_c, k_label_c, pixels, temperature, POWER: tl.constexpr, PEAKS: tl.constexpr
 ):
-    """The gradient by u of a row's pixels, of one block of classes."""
+    """Return the gradient by u of a row's pixels, of one block of classes."""
     label, k_ce, ku, kv, peaks, pulls = factors
     if PEAKS:
         u -= peaks[0][None, :]
@@ -73,7 +73,7 @@ def add_gradient(
     next_ptr, taps, target_taps, pixels, k_ce, sizes, W, wt, temperature,
     POWER: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Add what a group of rows gives the corners of its cells to the sums of this row of cells and the next."""
+    """Add a group of rows' gradient at its cells' corners to the sums of this row of cells and the next."""
     lane = tl.arange(0, LANES)
     shift_cn = tl.zeros((BLOCK, LANES), tl.int32) + tl.maximum(lane - 1, 0)[None, :]
     zero_cn = tl.zeros((BLOCK, LANES), tl.float32)

@@ -78,7 +78,7 @@ def tiles_kernel(
     ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
+    """Compute every num_programs-th block of lanes, the cell columns -1 to w - 1 of all strips, per program."""
     take_turn(DEPENDENT)
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
     row_taps, column_taps = student_tables(tables_ptr, H, W)
@@ -228,14 +228,15 @@ def tiles_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes into which the work is cut; of these, only the class blocks can change a bit of the result.
+    """The sizes of the pieces of work. Only the class blocks can change a bit of the result.
 
     Attributes:
         strip_rows: rows of student pixels per strip.
         lanes: lanes per program, one warp of them on a GPU.
-        block_sums: classes that are summed at once; divides their number.
-        block_classes: classes of a block whose gradient is computed at once. One, on a GPU: then each lane is a thread
-            in every block, whatever the compiler's choice of layouts.
+        block_sums: classes that are summed at once, a divisor of their number.
+        block_classes: classes of a block whose gradient is computed at once. On a GPU it is one, so each lane is a
+            thread in
+            every block, whatever layouts the compiler chooses.
         unroll: such blocks at once.
         programs: at most; each has a scratch buffer of 21 KiB at stride 4 and 21 classes.
     """
@@ -249,10 +250,11 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
-    """One wave of ten warps per multiprocessor; for the interpreter, blocks that are large.
+    """Return one wave of ten warps per multiprocessor, or large blocks for the interpreter.
 
-    Where the fast kernel takes whole views, only images whose logits span too much come here: programs of two warps per
-    multiprocessor do them, so that the rest does not pay the memory of a wave.
+    If the fast kernel takes whole views, only images with widely spanning logits come here. Two warps per
+    multiprocessor
+    suffice for them, so the others do not pay the memory of a wave.
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device
@@ -267,28 +269,28 @@ def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
 
 
 def most_columns(w: int, W: int, align_corners: bool) -> int:
-    """At most this many of W label columns lie in one of the cells -1 to w - 1."""
+    """Return the most of W label columns that lie in one of the cells -1 to w - 1."""
     if w == 1:
         return W
     return max(1, -(-(W - 1) // (w - 1))) if align_corners else -(-W // w)
 
 
 def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
-    """Lanes, and blocks of them."""
+    """Return lanes, and blocks of them."""
     B, _, h, w = problem.student.shape
     num_lanes = B * cdiv(h, tiling.strip_rows) * (w + 1)
     return num_lanes, cdiv(num_lanes, tiling.lanes - 1)
 
 
 def _scratch_size(problem: LossProblem, tiling: Tiling) -> int:
-    """Scratch of a program."""
+    """Return scratch of a program."""
     C, w = problem.student.shape[1], problem.student.shape[3]
     columns = most_columns(w, problem.size[1], problem.align_corners)
     return int(columns * ROWS.value * VALUES.value + 2 * C) * tiling.lanes
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """What `launch` needs."""
+    """Return the needs of `launch`."""
     programs = min(_blocks(problem, tiling)[1], tiling.programs)
     return Needs(programs, programs * _scratch_size(problem, tiling))
 
@@ -304,7 +306,7 @@ def launch(
 ) -> None:
     """Run the kernel on all images, or on those whose route is 0.
 
-    Args:
+    Shapes and units:
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
         buffers: with what `needs` says.
     """

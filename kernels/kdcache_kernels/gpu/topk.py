@@ -31,7 +31,7 @@ RANKS = tl.constexpr(4)
 
 @triton.jit
 def pixels(num_pixels, total, BLOCK: tl.constexpr):
-    """This program's lanes: (image, pixel of the image, whether it exists), in int64 as offsets outgrow int32."""
+    """Return this program's lanes: image, pixel, whether it exists, in int64 because offsets outgrow int32."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs < total
     offs = tl.where(exists, offs, 0)
@@ -41,13 +41,13 @@ def pixels(num_pixels, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_class(logits_ptr, strides, image, pixel, w):
-    """Pointers to class 0 of each lane's pixel, and what leads from a class to the next."""
+    """Return pointers to class 0 of each lane's pixel, and the step from a class to the next."""
     return logits_ptr + image * strides[0] + (pixel // w) * strides[2] + (pixel % w) * strides[3], strides[1]
 
 
 @triton.jit
 def _distance_bits(logits_ptrs, largest, exists):
-    """Bits of maximum - logit; 0 in lost pixels, whose maximum is NaN, so that their class ids are 0, 1, 2, ..."""
+    """Return the bits of maximum - logit, 0 in lost pixels (NaN maximum), so their ids are 0, 1, 2, ..."""
     distance = largest - tl.load(logits_ptrs, mask=exists, other=0.0).to(tl.float32)
     # Neither NaN nor -0, the bits of which are negative.
     return tl.where(distance > 0, distance, 0.0).to(tl.int32, bitcast=True)
@@ -60,7 +60,7 @@ def _float(bits):
 
 @triton.jit
 def _follows(bits, c, last_bits, last_id):
-    """Whether class c comes after the last one taken: farther from the maximum, or as far with a higher id."""
+    """Return whether class c comes after the last one taken: farther from the maximum, or as far with a higher id."""
     return (bits > last_bits) | ((bits == last_bits) & (c > last_id))
 
 
@@ -72,7 +72,7 @@ def _store_half(ptrs, x, largest, exists):
 
 @triton.jit
 def _largest_logit(logits_ptrs, stride_c, num_classes, exists, BLOCK: tl.constexpr):
-    """Maxima over classes; NaN in lost pixels: those with NaN, +inf or nothing but -inf."""
+    """Return maxima over classes, NaN in lost pixels: those with NaN, +inf or nothing but -inf."""
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     lost = tl.zeros((BLOCK,), tl.int32)
     for _ in range(num_classes):
@@ -85,7 +85,7 @@ def _largest_logit(logits_ptrs, stride_c, num_classes, exists, BLOCK: tl.constex
 
 @triton.jit
 def _next_ranks(logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, exists, BLOCK: tl.constexpr):
-    """The next four classes after the last one taken, and the distance of the fifth: five bits, four ids."""
+    """Return the next four classes after the last one taken, and the distance of the fifth: five bits, four ids."""
     bits0 = tl.full((BLOCK,), NOTHING, tl.int32)
     bits1, bits2, bits3, bits4 = bits0, bits0, bits0, bits0
     id0 = tl.zeros((BLOCK,), tl.int32)
@@ -112,7 +112,7 @@ def _next_ranks(logits_ptrs, stride_c, num_classes, largest, last_bits, last_id,
 def _log_odds(
     logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, nearest, mass, exists, BLOCK: tl.constexpr
 ):
-    """Log-odds of the mass after the last class kept, to `mass`; `nearest` is the smallest distance among them."""
+    """Return log-odds of the mass after the last kept class to `mass`. `nearest` is its smallest distance."""
     rest = tl.zeros((BLOCK,), tl.float32)
     for c in range(num_classes):
         bits = _distance_bits(logits_ptrs, largest, exists)
@@ -164,10 +164,9 @@ def _pack_kernel(
 
 @triton.jit
 def tail_fill(largest, mass, tail, num_classes, k):
-    """The logit of a class that was not kept, float64: rounded once, by the caller, as C - k classes share the error.
+    """Return the logit of a class that was not kept, float64. The caller rounds it once, as C - k share the error.
 
-    Args:
-        largest: of the kept logits. mass: sum of their exponentials relative to it. tail: log-odds of the others.
+    `largest` is of the kept logits, `mass` the sum of their exponentials relative to it, `tail` the others' log-odds.
     """
     one = tl.full((), 1.0, tl.float64)
     fill = largest.to(tl.float64) + tl.log(mass.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * one)
@@ -214,9 +213,9 @@ def _densify_kernel(
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute what `kdcache_kernels.pack` documents, in float32.
+    """Compute `kdcache_kernels.pack` in float32.
 
-    Memory: the result. (Of a dtype other than float32, float16 and bfloat16 a float32 copy is made.)
+    Memory: the result. (Dtypes other than float32, float16 and bfloat16 are copied to float32.)
     """
     check_logits(logits_BChw, k)
     logits_BChw = logits_BChw.detach()
@@ -238,9 +237,9 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Compute what `kdcache_kernels.densify` documents for float32: a new, contiguous tensor.
+    """Compute `kdcache_kernels.densify` for float32: a new, contiguous tensor.
 
-    A pixel with a class id out of range is NaN in every class: a check would wait for the device.
+    A pixel with a class id out of range is NaN in every class, because a check would wait for the device.
     """
     check_packed(values, indices, tail, num_classes)
     if indices is None or tail is None:

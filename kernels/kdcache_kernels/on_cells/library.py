@@ -27,7 +27,7 @@ def arguments_of(problem: RelationProblem) -> tuple[Any, ...]:
 
 
 def call_relation_loss(problem: RelationProblem, family: str) -> Tensor:
-    """Compute the loss of a problem, differentiable; without an operator where none is traced."""
+    """Compute the differentiable loss of a problem, without an operator unless it is traced."""
     arguments = arguments_of(problem)
     loss: Tensor
     if is_traced(*arguments):
@@ -40,7 +40,7 @@ def call_relation_loss(problem: RelationProblem, family: str) -> Tensor:
 
 
 def _problem(arguments: tuple[Any, ...]) -> RelationProblem:
-    """Return the problem whose `arguments_of` these are; the dispatcher turns tuples into lists."""
+    """Return the problem of `arguments_of`. The dispatcher turns tuples into lists."""
     values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in arguments]
     return RelationProblem(**dict(zip(_NAMES, values, strict=True)))
 
@@ -118,7 +118,7 @@ class _DirectLoss(torch.autograd.Function):
 
 @torch.library.custom_op("kdcache::relation_moments", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def relation_moments(family: str, *arguments: Any) -> Tensor:
-    """Return the moments (6, C) of the own cells, float64; see `RelationProblem.moments`."""
+    """Return the moments (6, C) of this batch's cells, float64. See `RelationProblem.moments`."""
     return _moments(_problem(arguments), family)
 
 

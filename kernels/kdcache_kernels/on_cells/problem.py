@@ -20,17 +20,17 @@ class RelationProblem:
     """The arguments of `kdcache_kernels.relation_loss`, checked.
 
     Attributes:
-        student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides; float64 for the reference alone.
+        student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides; float64 only for the reference.
         teacher: (B, C, h, w) logits of the view, any float dtype and strides.
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the student's image in pixels.
         temperature: > 0.
-        window: (B, 4) float64, any strides, pixels of the view; None is the whole view.
-        flip: (B,) bool, any stride; None mirrors nothing.
-        pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
-        counted: (B, H, W) bool, any strides, which pixels of the view count; None is all.
-        count: 0-dimensional float on the device of the student; None is this batch's own.
-        need_gradient: whether the gradient is wanted.
+        window: (B, 4) float64, any strides, pixels of the view. None is the whole view.
+        flip: (B,) bool, any stride. None mirrors nothing.
+        pixel_weight: (B, H, W), any dtype and strides. None weighs every pixel 1.
+        counted: (B, H, W) bool, any strides, the view's pixels that count. None is all.
+        count: 0-dimensional float on the device of the student. None is this batch's own.
+        need_gradient: whether to compute the gradient.
         beta, gamma: weights of the parts over classes and over cells.
         moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
             probabilities, and the weighted sums of products of these minus their means: student with teacher, student
@@ -64,25 +64,30 @@ class RelationProblem:
 
     @property
     def is_moved(self) -> bool:
-        """Whether the teacher's are seen through a window or mirrored. By the arguments, not by their values."""
+        """Whether the teacher's are seen through a window or mirrored, judged by the arguments, not by values."""
         return self.window is not None or self.flip is not None
 
     @property
     def is_weighted(self) -> bool:
-        """Whether cells may weigh unequally; else each counts 1. By the arguments, not by their values."""
+        """Whether cells may weigh unequally, judged by the arguments, not by their values. Else each counts 1."""
         return self.is_moved or self.pixel_weight is not None or self.counted is not None
 
 
 def largest_logit(temperature: float) -> float:
-    """The largest logit for which every difference over the temperature is a float32; one beyond it is lost."""
+    """Return the largest logit with every difference over the temperature in float32. Larger ones are lost."""
     return torch.finfo(torch.float32).max / 8 * min(1.0, temperature)
 
 
 def average_moments(moments_P6C: Tensor) -> Tensor:
-    """(6, C): the moments of the cells of several processes or parts; weights and sums as means over these.
+    """Combine the moments (6, C) of several processes or parts, with weights and sums as means over them.
+
+    >>> import kdcache_kernels
+    >>> moments = torch.ones(2, 6, 3, dtype=torch.float64)
+    >>> kdcache_kernels.average_moments(moments).shape
+    torch.Size([6, 3])
 
     Args:
-        moments_P6C: float64, of each part, as `relation_moments` returns them.
+        moments_P6C: float64, of each part, from `relation_moments`.
     """
     weight_PC, *means_2PC = moments_P6C[:, :3].unbind(1)
     all_C = weight_PC.sum(0)
@@ -95,5 +100,5 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
 
 
 def correlation(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
-    """Pearson's correlation from sums of products of centred values; near 0 where one side hardly varies."""
+    """Return Pearson's correlation from sums of centred products, near 0 if one side hardly varies."""
     return st * (ss + EPS).rsqrt() * (tt + EPS).rsqrt()

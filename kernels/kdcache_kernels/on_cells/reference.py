@@ -1,4 +1,4 @@
-"""The loss of relations in plain PyTorch: the oracle of every test, and the fallback where no fused kernel runs.
+"""The loss of relations in plain PyTorch: the oracle of every test, and the fallback without a fused kernel.
 
 Legend: B batch, C classes, hs ws the student's own size, h w the teacher's cells.
 """
@@ -46,13 +46,16 @@ def lay_logits(
     window_B4: Tensor | None,
     flip_B: Tensor | None,
 ) -> Seen:
-    """Lay both sets of logits under the teacher's cells, in float32; in float64 where the student's are.
+    """Place both sets of logits under the teacher's cells, in float32, or float64 for a student of float64.
 
     Args:
         student_BCxx: at its own size.
         teacher_BChw: of the view.
         cells: how much each cell counts.
-        temperature, view_size, window_B4, flip_B: as in `kdcache_kernels.relation_loss`.
+        temperature: as in `kdcache_kernels.relation_loss`.
+        view_size: as in `kdcache_kernels.relation_loss`.
+        window_B4: as in `kdcache_kernels.relation_loss`.
+        flip_B: as in `kdcache_kernels.relation_loss`.
     """
     dtype, grid = compute_dtype(student_BCxx.dtype), (teacher_BChw.shape[2], teacher_BChw.shape[3])
 
@@ -94,9 +97,9 @@ def logits_on_cells(problem: RelationProblem) -> Seen:
 
 
 def relation_loss_reference(problem: RelationProblem) -> Tensor:
-    """Compute what `kdcache_kernels.relation_loss` documents, from arguments that it has checked.
+    """Compute `kdcache_kernels.relation_loss` from checked arguments.
 
-    Float32 throughout, under autocast too; float64 for float64 logits.
+    It computes in float32 also under autocast, and in float64 for float64 logits.
     """
     with torch.autocast(problem.student.device.type, enabled=False):
         seen = logits_on_cells(problem)
@@ -115,7 +118,7 @@ def relation_loss_reference(problem: RelationProblem) -> Tensor:
 
 @torch.no_grad()
 def relation_moments_reference(problem: RelationProblem) -> Tensor:
-    """Compute what `kdcache_kernels.relation_moments` documents."""
+    """Compute `kdcache_kernels.relation_moments`."""
     with torch.autocast(problem.student.device.type, enabled=False):
         seen = logits_on_cells(problem)
         predictions, weight_Bhw = seen.predictions, seen.cells.weight
@@ -126,7 +129,7 @@ def relation_moments_reference(problem: RelationProblem) -> Tensor:
 
 
 def _intra(predictions: tuple[Tensor, Tensor], weight_Bhw: Tensor, moments_6C: Tensor | None) -> Tensor:
-    """Mean over the classes of 1 - Pearson's correlation over the cells; 0 without any that weighs."""
+    """Return the mean over classes of 1 - Pearson's correlation over the cells, or 0 without weights."""
     weight, means_2C = _means(predictions, weight_Bhw)
     if moments_6C is None:
         sums_3C = _centred_sums(predictions, weight_Bhw, means_2C)
@@ -142,14 +145,14 @@ def _intra(predictions: tuple[Tensor, Tensor], weight_Bhw: Tensor, moments_6C: T
 
 
 def _means(predictions: tuple[Tensor, Tensor], weight_Bhw: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight of all cells, 0-dimensional, and the means (2, C) of both predictions."""
+    """Return the weight of all cells, 0-dimensional, and the means (2, C) of both predictions."""
     weight = weight_Bhw.sum()
     sums_2C = torch.stack([_of_class(x, weight_Bhw) for x in predictions])
     return weight, sums_2C * weight.reciprocal().masked_fill(weight == 0, 0)
 
 
 def _centred_sums(predictions: tuple[Tensor, Tensor], weight_Bhw: Tensor, means_2C: Tensor) -> Tensor:
-    """(3, C): weighted sums of products of student and teacher, minus their means."""
+    """Return (3, C): weighted sums of products of student and teacher, minus their means."""
     s_BChw, t_BChw = (x - m[:, None, None] for x, m in zip(predictions, means_2C, strict=True))
     return torch.stack([_of_class(x, weight_Bhw) for x in (s_BChw * t_BChw, s_BChw**2, t_BChw**2)])
 

@@ -38,32 +38,43 @@ def relation_loss(
     moments_6C: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """How differently student and teacher relate classes to each other, and cells to each other, on the target's cells.
+    """Return how differently student and teacher relate classes, and cells, to each other on the target's cells.
 
-    Computes `T^2 * (beta * inter + gamma * intra)` of q = softmax(logits / T): inter is the mean over cells of 1 -
-    Pearson's correlation of q_s and q_t over the classes; intra the mean over classes of 1 - their correlation over
-    the cells of the whole batch. 1e-8 is added to every variance. The teacher's h x w cells tile its view; as many tile
-    the student's image, and the teacher is sampled there, the student's logits are resized to them, both without
-    aligned corners. A cell counts by the share of its pixels that count, and weighs that times the gate. Without
-    counted cells loss and gradient are exactly 0. So they are with one class, whose probabilities are all 1: Pearson's
-    correlation of constants is undefined, and nothing can be learnt. A non-finite logit that enters a counted cell (or
-    one so large that logits / T overflow) makes the loss NaN, and its gradient at every logit of the batch.
+    >>> import kdcache_kernels
+    >>> logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    >>> loss = kdcache_kernels.relation_loss(logits, torch.randn(2, 3, 4, 4), view_size=(16, 16), size=(16, 16))
+    >>> loss.backward()
+
+    Computes `T^2 * (beta * inter + gamma * intra)` of q = softmax(logits / T). inter is the mean over cells of 1 -
+    Pearson's correlation of q_s and q_t over the classes. intra is the mean over classes of 1 - their correlation over
+    the
+    cells of the whole batch. 1e-8 is added to every variance.
+
+    The teacher's h x w cells tile its view, and equally many tile the student's image. There the teacher is sampled and
+    the
+    student's logits are resized, both without aligned corners. A cell counts by the share of its pixels that count, and
+    weighs that times the gate. Without counted cells, and with one class (a correlation of constants is undefined),
+    loss
+    and gradient are exactly 0. A non-finite logit that enters a counted cell (or one so large that logits / T overflow)
+    makes the loss NaN, and its gradient at every logit of the batch.
 
     Args:
-        student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides; alone
-            gets a gradient. Computed in float32 (the reference: in float64 when it is float64), also under autocast.
+        student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides, the only
+            input with a gradient. Computed in float32 (float64 in the reference if it is float64), also under autocast.
         teacher_logits_BChw: (B, C, h, w) logits of all classes (`densify` makes them of a packed target).
         view_size: (height, width) in pixels of the view that the teacher's cells tile.
         size: (H, W) in pixels of the student's image.
         temperature: > 0, dimensionless.
-        beta, gamma: >= 0, weights of inter and intra.
-        window_B4, flip_B: as in `distill_loss`; a window that shows nothing of the view counts nothing.
-        pixel_weight_BHW: gate, any dtype, taken as a number; does not shrink the denominator.
-        counted_BHW: bool, which pixels of the view count; None is all.
-        count: the denominator of inter in the place of the counted cells of this batch: the mean over the parts of a
-            larger one, over which the losses then average to its own.
-        moments_6C: of the whole batch, in the place of those of this part: `average_moments` of what
-            `relation_moments` returned for every part. The loss is then the whole batch's intra on every part.
+        beta: >= 0, weight of inter.
+        gamma: >= 0, weight of intra.
+        window_B4: as in `distill_loss`. A window outside the view counts nothing.
+        flip_B: as in `distill_loss`.
+        pixel_weight_BHW: gate, any dtype, taken as a number. It does not shrink the denominator.
+        counted_BHW: bool, which pixels of the view count. None is all.
+        count: replaces the counted cells of this batch as the denominator of inter: the mean over the parts of a larger
+            batch, so the losses average to its own.
+        moments_6C: of the whole batch instead of this part: `average_moments` of the results of `relation_moments` for
+            every part. The loss is then the whole batch's intra on every part.
         impl: "auto", "triton", "numba" or "reference", as in `distill_loss`.
     Returns: 0-dimensional, float32 (float64). Differentiable once; with the reference any number of times.
     Raises: ShapeError, ValueRangeError naming the argument.
@@ -114,12 +125,18 @@ def relation_moments(
     counted_BHW: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The moments of the predictions of a part of a batch, which its parts share before `relation_loss`.
+    """Return the moments of the predictions of a batch part, to share between parts before `relation_loss`.
+
+    >>> import kdcache_kernels
+    >>> student, teacher = torch.randn(2, 2, 3, 4, 4)
+    >>> kdcache_kernels.relation_moments(student, teacher, view_size=(16, 16), size=(16, 16)).shape
+    torch.Size([6, 3])
 
     Args, Raises: as `relation_loss`.
     Returns: (6, C) float64: weight of the cells, means of the student's and the teacher's probabilities, weighted sums
-        of the products of these minus their means (student with teacher, with itself; teacher with itself). NaN where a
-        logit that is not finite enters a counted cell.
+    of
+        the products of these minus their means (student with teacher, with itself; teacher with itself). NaN if a logit
+        that is not finite enters a counted cell.
     """
     check_logits(student_logits_BChw, teacher_logits_BChw)
     family, problem = _checked(
@@ -146,7 +163,7 @@ def relation_moments(
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse logits that are not (B, C, h, w) floats of the same images and classes. Raises: ShapeError."""
+    """Raise ShapeError for logits that are not (B, C, h, w) floats of the same images and classes."""
     checks.check_student(student)
     B, C = student.shape[:2]
     if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
@@ -161,7 +178,7 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
 
 
 def _checked(impl: str, student: Tensor, teacher: Tensor, **others: Any) -> tuple[str, RelationProblem]:
-    """Check the arguments that both functions have; return the implementation and the problem.
+    """Check the arguments that both functions have. Return the implementation and the problem.
 
     Raises: ShapeError, ValueRangeError naming the argument.
     """

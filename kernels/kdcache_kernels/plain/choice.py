@@ -1,9 +1,10 @@
-"""Which family computes a problem on the CPU: torch where a table of measured times says that it is faster.
+"""Choose the family for a problem on the CPU: torch if a table of measured times says that it is faster.
 
-`choice.json` holds how many times as long numba takes, by the label pixels of a cell along an axis ("one cell" for
-images of one pixel), the classes, and the label pixels of a batch. `benchmarks/choice.py` measures it. A problem has
-the figure of the largest measured one that exceeds it in neither classes nor pixels. Strides that were not measured
-take numba. So the choice depends on the problem and on the file only, and on no clock, machine or number of threads.
+`choice.json` has numba's time relative to torch's, by the label pixels of a cell along an axis ("one cell" for images
+of
+one pixel), the classes, and the label pixels of a batch. `benchmarks/choice.py` measures it. A problem has the value of
+the largest measured one that exceeds it in neither classes nor pixels. Unmeasured strides use numba. So the choice
+depends only on the problem and the file, not on clock, machine or threads.
 """
 
 import json
@@ -23,7 +24,7 @@ FILE = Path(__file__).parent / "choice.json"
 
 
 def prefers_torch(problem: LossProblem) -> bool:
-    """Return True if torch is the faster family for a problem; views that are windows or mirrored were not measured."""
+    """Return True if torch is the faster family for a problem. Windows and flips were not measured."""
     if problem.window is not None or problem.flip is not None:
         return False
     B, C, h, w = problem.student.shape

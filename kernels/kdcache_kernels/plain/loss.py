@@ -1,8 +1,8 @@
-"""The loss in plain PyTorch operations, with its gradient by hand: no graph, no second walk over what a graph keeps.
+"""The loss in plain PyTorch operations, with its gradient by hand, without a graph.
 
-The usual training code keeps ten tensors of label size times classes and walks over them twice. Here each exists once,
-and most steps write over what they read. Logits that are not finite are found by one look at the smallest and largest;
-only where there are some does the slower way of `reference.py` mark the pixels that they enter.
+The usual training code keeps ten tensors of label size times classes and processes them twice. Here each exists once,
+and most steps overwrite their input. One look at the smallest and largest logit finds values that are not finite. Only
+then does the slower way of `reference.py` mark the pixels that they enter.
 
 Legend: B batch, C classes, P pixels of an image, H W label size, h w the student's own size. Images of one pixel have
 no axis of pixels: softmax over the last axis is several times as fast.
@@ -42,7 +42,7 @@ class _Map(NamedTuple):
 
     @classmethod
     def of_view(cls, size: Size, own: Size, align_corners: bool, view_size: Size) -> "_Map":
-        """Return the map of a whole view; `F.interpolate` rounds the weights of ratios that are not whole."""
+        """Return the map of a whole view. `F.interpolate` rounds the weights of fractional ratios."""
         whole_ratio = size[0] % own[0] == 0 and size[1] % own[1] == 0
         simple = view_size == size or not align_corners
         if simple and (size == own or (whole_ratio and not align_corners)):
@@ -68,7 +68,7 @@ class _Map(NamedTuple):
 
 
 class _Logits(NamedTuple):
-    """Finite (B, C, P) logits in pixels, and which pixels a lost one enters, (B, P); None is none of them."""
+    """Finite (B, C, P) logits in pixels, and a mask (B, P) of pixels with a lost one, or None."""
 
     values: Tensor
     lost: Tensor | None
@@ -83,9 +83,9 @@ class _Logits(NamedTuple):
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute what `kdcache_kernels.distill_loss` documents, and its gradient.
+    """Compute `kdcache_kernels.distill_loss` and its gradient.
 
-    Memory: up to eight float32 tensors of label size times classes. They are small where `impl="auto"` comes here.
+    Memory: up to eight float32 tensors of label size times classes, which are small in the cases of `impl="auto"`.
     """
     student_BChw = problem.student.detach().to(torch.float32, memory_format=torch.contiguous_format)
     if student_BChw.shape[0] == 0 or not (problem.use_ce or problem.use_kl):
@@ -119,7 +119,7 @@ def _compute(problem: LossProblem, student_BChw: Tensor) -> LossResult:
 def _cross_entropy(
     problem: LossProblem, student: Softmax, lost_BP: Tensor | None, gradient_BCP: Tensor | None
 ) -> tuple[float, Tensor | None]:
-    """Return the cross-entropy; write over the probabilities, and over a gradient, to which its own is added."""
+    """Return the cross-entropy. Overwrite the probabilities, and add to the gradient."""
     assert problem.labels is not None
     labels_BP, C = in_pixels(problem.labels).long(), student.p.shape[1]
     counted_BP = labels_BP != problem.ignore_index
@@ -165,7 +165,7 @@ def _cross_entropy(
 
 
 def _focal(loss_BP: Tensor, weight_BP: Tensor, nats_BP: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Return the loss times (1 - p)^gamma, and the weight times what that makes of its gradient; 0 where p = 1."""
+    """Return the loss times (1 - p)^gamma, and the weight times what that makes of its gradient, or 0 if p = 1."""
     rest_BP = -torch.expm1(-nats_BP)
     power_BP = rest_BP**gamma
     slope_BP = power_BP + gamma * (power_BP / rest_BP) * (1 - rest_BP) * nats_BP
@@ -218,7 +218,7 @@ def in_pixels(x: Tensor, axis: int = 1) -> Tensor:
 
 
 def _widest(x: Tensor | None) -> float:
-    """Return the largest absolute value; NaN if there is one."""
+    """Return the largest absolute value, or NaN if there is one."""
     assert x is not None
     low, high = x.aminmax()
     return max(-float(low), float(high)) if float(low) == float(low) else math.nan

@@ -1,7 +1,7 @@
-"""What the teacher asks of a student in each pixel: the divergence, and its gradient.
+"""A student's divergence from the teacher in each pixel, and its gradient.
 
-A target that keeps every class, or is resampled, is dense. A target of one cell that keeps the top k is not densified:
-the classes that it leaves out share one probability, so k + 1 numbers say everything.
+A target with every class, or a resampled one, is dense. A target of one cell with the top k is not densified: the
+other classes share one probability, so k + 1 numbers suffice.
 
 Legend: B batch, C classes, k kept classes, P pixels of an image, an axis that images of one pixel do not have.
 """
@@ -41,7 +41,7 @@ class Softmax(NamedTuple):
 
     @classmethod
     def of(cls, logits_BCP: Tensor, *, centred: bool = False) -> "Softmax":
-        """Take the softmax of logits; centred ones have a maximum of 0 in each pixel."""
+        """Take the softmax of logits. Centred ones have a maximum of 0 in each pixel."""
         p_BCP = logits_BCP.softmax(1)
         total_BP = largest(p_BCP).log_().neg_()
         return cls(logits_BCP, p_BCP, total_BP if centred else total_BP.add_(largest(logits_BCP)))
@@ -58,21 +58,23 @@ class Teacher(Protocol):
 
 
 class DenseTeacher(NamedTuple):
-    """Every class by itself."""
+    """A distribution with a separate probability for every class."""
 
     softmax: Softmax
 
     def divergence(self, student: Softmax) -> Tensor:
+        """Return KL(teacher || student) in nats, (B, P), over all classes."""
         logits_BCP, q_BCP, total_BP = self.softmax
         cross_BP = (logits_BCP - student.logits).mul_(q_BCP).sum(1)
         return cross_BP + (student.total - total_BP)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
+        """Return (p - q) * factor, written over p."""
         return p_BCP.sub_(self.softmax.p).mul_(factor_B1P)
 
 
 class SparseTeacher(NamedTuple):
-    """The kept classes by themselves, and each of the others with one share of the rest; of images of one pixel.
+    """A distribution of single kept classes and one probability for all others, for images of one pixel.
 
     Attributes:
         ids: (B, k) int64 class ids.
@@ -87,7 +89,7 @@ class SparseTeacher(NamedTuple):
 
     @classmethod
     def of(cls, target: PackedTarget, temperature: float) -> "SparseTeacher":
-        """Make one of a target of one cell, whose values are finite."""
+        """Make one from a target of one cell with finite values."""
         assert target.indices is not None
         assert target.tail is not None
         missing = target.num_classes - target.k
@@ -100,12 +102,14 @@ class SparseTeacher(NamedTuple):
         return cls(target.indices.flatten(1).long(), log_q_Bk, rest_B1, missing)
 
     def divergence(self, student: Softmax) -> Tensor:
+        """Return KL(teacher || student) in nats, (B,), from the kept classes and the rest."""
         kept_Bk, rest_B = student.logits.gather(1, self.ids), self.rest[:, 0]
         others_B = student.logits.sum(1) - kept_Bk.sum(1)
         of_kept_B = (self.log_q.exp() * (self.log_q - kept_Bk + student.total[:, None])).sum(1)
         return of_kept_B + rest_B.exp() * (self.missing * (rest_B + student.total) - others_B)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
+        """Return (p - q) * factor, written over p."""
         rest_B1 = self.rest.exp()
         gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)
         return gradient_BC.scatter_add_(1, self.ids, (rest_B1 - self.log_q.exp()) * factor_B1P)

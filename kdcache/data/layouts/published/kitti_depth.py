@@ -1,8 +1,8 @@
 """KITTI's depth prediction benchmark: raw images, and LiDAR depth for the frames of its two splits.
 
     train/DRIVE/proj_depth/groundtruth/image_02/0000000005.png    also val/; here or in data_depth_annotated/
-    DATE/DRIVE/image_02/data/0000000005.png                       raw images (or jpg), here or in any folder beside;
-                                                                  or train/DRIVE/image_02/data/, beside proj_depth
+    DATE/DRIVE/image_02/data/0000000005.png                       raw images (or jpg), here or in any folder next to;
+                                                                  or train/DRIVE/image_02/data/, next to proj_depth
     val_selection_cropped/image/, groundtruth_depth/              a split too, here or in depth_selection/
 
 Depth is sparse: 16-bit PNGs of 1/256 of a metre, 0 where nothing was measured. Samples are the frames that have depth.

@@ -1,1 +1,1 @@
-"""The losses on cells on the CPU: cells.py has what they share, and each its module."""
+"""The losses on cells on the CPU: cells.py is shared, and each loss has its module."""

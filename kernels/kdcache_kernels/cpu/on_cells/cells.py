@@ -1,6 +1,6 @@
-"""The target's cells on the CPU: where they lie in both sets of logits, how much they count, and the way back.
+"""The target's cells on the CPU: their places in both sets of logits, how much they count, and the way back.
 
-A kernel is `kernel(first, last, *laid.arguments, ...)`; it reads a tile of a row of cells, of all classes.
+A kernel is `kernel(first, last, *laid.arguments, ...)`. It reads a tile of a row of cells, of all classes.
 
 Legend: B batch, Bt B or 1 (the same for all images), C classes, H W the image, hs ws the student's own size, h w the
 target's cells.
@@ -26,7 +26,7 @@ _f = np.float32
 
 
 class _Sampling(NamedTuple):
-    """Where the cells of a row or column lie between those of an array, each (Bt, n)."""
+    """The places of a row's or column's cells between an array's, each (Bt, n)."""
 
     low: Array
     following: Array
@@ -34,7 +34,7 @@ class _Sampling(NamedTuple):
 
     @classmethod
     def of(cls, position: Tensor, extent: int, cells: int) -> "_Sampling":
-        """Of positions in pixels of a view of `extent` pixels that `cells` cells tile; NaN has a weight of NaN."""
+        """Compute them from positions in a view of `extent` pixels with `cells` cells. NaN has NaN weight."""
         taps = Taps.of(source_cells(position, extent, cells, False).numpy(), cells)
         return cls(taps.low, taps.low + (taps.fraction > 0), taps.fraction)
 
@@ -45,10 +45,10 @@ class _Sampling(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How an array lies under the target's cells.
+    """The position of an array under the target's cells.
 
     Attributes:
-        moved: whether it is resampled; else it is read as it is.
+        moved: whether it is resampled, or read directly.
     """
 
     rows: _Sampling
@@ -57,6 +57,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, window: Tensor | None, flip: Tensor | None, view_size: Size, array: Size, grid: Size) -> "Grid":
+        """Compute an array's position from a window and a flip of the view."""
         at = view_positions(window, flip, view_size, grid, torch.device("cpu"))
         rows = _Sampling.of(at.y, view_size[0], array[0])
         columns = _Sampling.of(at.x, view_size[1], array[1])
@@ -64,18 +65,19 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """The fields one by one: to find the type of a tuple takes numba longer than the rest of a call."""
+        """The fields one by one, because numba takes longer to find the type of a tuple than for the call."""
         return (*self.rows, *self.columns, self.moved)
 
 
 @lru_cache(maxsize=32)
 def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
+    """Return the position of an array for a whole, unmirrored view."""
     return Grid.of(None, None, view_size, array, grid)
 
 
 @njit(**OPTIONS)
 def read_row(c, row, start, limit, n, line, largest, usable):
-    """Read n logits into row c of `line`, from a row of an array that lies under the cells as it is."""
+    """Read n logits into row c of `line`, from a row of an array on the cells' grid."""
     own = row[start : start + n]
     for j in range(n):
         x = own[j]
@@ -99,7 +101,7 @@ def sample_row(c, upper, lower, down, left, following, right, limit, n, line, la
 
 @njit(**OPTIONS)
 def read_tile(b, i, start, n, logits, above, below, down, left, following, right, moved, limit, line, largest, usable):
-    """Read the logits of all classes of n cells of row i of image b; note the largest, and which are not usable."""
+    """Read the logits of all classes of n cells of row i of image b. Note the largest, and unusable cells."""
     bt = b if above.shape[0] > 1 else 0
     if moved:
         here = slice(start, start + n)
@@ -114,7 +116,7 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
 
 @njit(**OPTIONS)
 def weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n cells; of one that is lost 0 where it does not count, and NaN where it does."""
+    """Write the weights of n cells. A lost cell gets 0 if it does not count, and NaN if it counts."""
     if not weighted:
         for j in range(n):
             own[j] = _f(1) if usable[j] != 0 else _f(np.nan)
@@ -126,7 +128,7 @@ def weigh(weighted, counted, weight, b, i, start, usable, own, n):
 
 @njit(**OPTIONS)
 def _share(cell, cells, pixel, pixels):
-    """The part of a cell that a pixel fills along an axis."""
+    """Return the part of a cell that a pixel fills along an axis."""
     return _f(min((cell + 1) * pixels, (pixel + 1) * cells) - max(cell * pixels, pixel * cells)) / _f(pixels)
 
 
@@ -134,9 +136,7 @@ def _share(cell, cells, pixel, pixels):
 def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
     """Write how much the rows of cells `first` to `last` count, and that times the gate, each (B, h, w).
 
-    Args:
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool.
-        counts, gate: (B, H, W) uint8 and float32, or with H = 0 ones.
+    `inside_y`, `inside_x`: (Bt, H) and (Bt, W) bool. `counts`, `gate`: (B, H, W) uint8 and float32, or with H = 0 ones.
     """
     _, h, w = counted.shape
     H, W = inside_y.shape[1], inside_x.shape[1]
@@ -174,10 +174,9 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
 
 @kernel
 def gather_cells(first, last, cells, above, below, down, left, following, right, gradient):
-    """The transpose of the student's resize, for the planes `first` to `last`, numbered image by image.
+    """Apply the transpose of the student's resize, for the planes `first` to `last`, numbered image by image.
 
-    Args:
-        cells: (B, C, h, w). gradient: (B, C, hs, ws) result.
+    `cells`: (B, C, h, w). `gradient`: (B, C, hs, ws) result.
     """
     _, C, h, w = cells.shape
     line = np.empty(gradient.shape[3], _f)
@@ -198,7 +197,7 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
 
 
 def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
-    """Return how much cells count and weigh, (B, h, w) each; (0, h, w) where all of them count 1."""
+    """Return how much cells count and weigh, (B, h, w) each, or (0, h, w) if all count 1."""
     B, (h, w) = problem.student.shape[0], problem.grid
     ones = np.empty((0, h, w), _f)
     if not problem.is_weighted:
@@ -219,7 +218,7 @@ class Laid(NamedTuple):
     """Both sets of logits under the target's cells.
 
     Attributes:
-        student, teacher: how they lie there.
+        student, teacher: their positions.
         logits_s, logits_t: (B, C, hs, ws) and (B, C, ht, wt), float32 and contiguous.
         counted, weight: (B, h, w) how much cells count and weigh, or with B = 0 ones.
     """
@@ -233,7 +232,7 @@ class Laid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Both arrays of logits, each with its place under the cells; then the weights."""
+        """Both arrays of logits, each with its position under the cells, then the weights."""
         student = self.logits_s.numpy(), *self.student.arguments
         return *student, self.logits_t.numpy(), *self.teacher.arguments, self.counted, self.weight
 
@@ -257,12 +256,9 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...] | None) -> Tensor:
-    """Return where results of all classes and cells go: into the copy of the logits, where there is one to spare.
+    """Return memory (B, C, h, w) for results of classes and cells: the copy of the logits, if it may be overwritten.
 
-    A row of cells that are not resampled is read by the task that writes it, and by no other.
-
-    Args:
-        shape: (B, C, h, w); None wants no results.
+    A row of cells that is not resampled is read only by the task that writes it. A `shape` of None needs no results.
     """
     if shape is None:
         return torch.empty((0,) * 4)

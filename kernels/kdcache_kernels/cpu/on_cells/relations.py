@@ -1,12 +1,11 @@
-"""The loss of relations on the CPU: two walks over the target's cells, and nothing in between but their probabilities.
+"""The loss of relations on the CPU: two passes over the target's cells, with only their probabilities in between.
 
-The first walk resamples the logits of a row of cells class by class into scratch that stays in the L2 cache, turns them
+The first pass resamples the logits of a row of cells class by class into scratch that stays in the L2 cache, turns them
 into probabilities, and takes what both correlations need: sums over the classes of each cell, and over the cells of the
-row the mean of each class and products centred on it. Rows are then put together in float64; all of what is added is
-positive, so that nothing cancels however even a class is. The second walk reads the probabilities and writes the
-gradient in their place.
+row the mean of each class and products centred on it. Rows are then combined in float64. All summands are positive, so
+nothing cancels however even a class is. The second pass reads the probabilities and overwrites them with the gradient.
 
-Bitwise the same for any number of threads: a task is a row of cells, what it writes belongs to it alone, and every sum
+Results are bitwise equal for any number of threads: a task is a row of cells, writes only its own memory, and every sum
 has one order.
 
 Legend: B batch, Bt B or 1 (the same for all images), C classes, H W the image, hs ws the student's own size, h w the
@@ -39,7 +38,7 @@ def _exponentials(c, line, scale, usable, largest, n, total):
 
 @njit(**OPTIONS)
 def _probabilities(c, s, t, inverse_s, inverse_t, even, n, st, ss, tt):
-    """Turn the exponentials of a class into probabilities; add their products, centred on the classes' mean."""
+    """Turn the exponentials of a class into probabilities, and add their products, centred on the classes' mean."""
     for j in range(n):
         p, q = s[c, j] * inverse_s[j], t[c, j] * inverse_t[j]
         s[c, j], t[c, j] = p, q
@@ -84,7 +83,7 @@ def _weighted_sums(c, s, t, weight, n):
 
 @njit(**SUMS)
 def _centred_sums(c, s, t, mean_s, mean_t, weight, n):
-    """Weighted sums of products of centred values, and of these: what the means' rounding has left."""
+    """Return weighted sums of products of centred values, and of the values: the rounding error of the means."""
     st, ss, tt, rest_s, rest_t = _f(0), _f(0), _f(0), _f(0), _f(0)
     for j in range(n):
         a, b = s[c, j] - mean_s, t[c, j] - mean_t
@@ -105,12 +104,12 @@ def relate(
 ):  # fmt: skip
     """Do the rows of cells `first` to `last`, numbered image by image.
 
-    Args:
+    Shapes and units:
         student, teacher: (B, C, hs, ws) and (B, C, ht, wt) float32 logits; a row of cells lies between those above and
             below, a cell between those on its left and next to it, by shares of the latter; see `Grid`.
         counted, weight: (B, h, w), or with B = 0 ones.
         scale: 1 / T in base 2. limit: of usable logits.
-        keep: whether the probabilities are written, with what the gradient needs beside them.
+        keep: whether the probabilities are written, with what the gradient needs next to them.
         p_student, p_teacher: (B, C, h, w) results.
         weights: (B, h, w) result: 0 where a cell is lost and does not count, NaN where it counts.
         slope, pull: (B, h, w) results: r's derivative by a teacher's centred probability; what of the student's own
@@ -167,7 +166,7 @@ def relate(
 
 @kernel
 def _add_up(blocks, moments):
-    """Put the moments (N, 6, C) of blocks of cells together, to those of all, (6, C) float64."""
+    """Combine the moments (N, 6, C) of blocks of cells, (6, C) float64."""
     N, _, C = blocks.shape
     for c in range(C):
         weight, s, t = 0.0, 0.0, 0.0
@@ -190,7 +189,7 @@ def _add_up(blocks, moments):
 def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means, by_teacher, by_student):
     """Write the gradient of the rows of cells `first` to `last` over the student's probabilities, both (B, C, h, w).
 
-    Args:
+    Shapes and units:
         weights, slope, pull: (B, h, w), as `relate` writes them.
         factor: of inter, over T.
         means: (2, C). by_teacher, by_student: (C,) factors of intra over T, of the centred probabilities.
@@ -224,12 +223,12 @@ def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means,
 
 
 class _Walked(NamedTuple):
-    """The result of the first walk; the arrays as `relate` has them.
+    """The result of the first pass, with arrays as in `relate`.
 
     Attributes:
         laid: both sets of logits under the cells.
         inter: weighted sum of 1 - r over the cells.
-        moments: (6, C) float64 of the own cells.
+        moments: (6, C) float64 of this batch's cells.
     """
 
     laid: Laid
@@ -243,9 +242,9 @@ class _Walked(NamedTuple):
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
-    """Compute what `kdcache_kernels.relation_loss` documents, and its gradient, both float32.
+    """Compute `kdcache_kernels.relation_loss` and its gradient, both float32.
 
-    Memory: the logits in float32 where they are not, and both probabilities, of which one becomes the gradient.
+    Memory: the logits in float32 if they have another dtype, and both probabilities, of which one becomes the gradient.
     """
     if problem.student.shape[0] == 0:
         return torch.zeros(()), torch.zeros(problem.student.shape if problem.need_gradient else 0)
@@ -273,7 +272,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute what `kdcache_kernels.relation_moments` documents."""
+    """Compute `kdcache_kernels.relation_moments`."""
     if problem.student.shape[0] == 0:
         return torch.zeros((MOMENTS, problem.student.shape[1]), dtype=torch.float64)
     return torch.from_numpy(_walk(problem, keep=False).moments)

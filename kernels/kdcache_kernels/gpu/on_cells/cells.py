@@ -1,4 +1,4 @@
-"""The target's cells on CUDA: where they lie in both sets of logits, how much they count, and the way back.
+"""The target's cells on CUDA: their places in both sets of logits, how much they count, and the way back.
 
 Legend: B batch, H W the image, hs ws the student's own size, h w the target's cells.
 """
@@ -27,10 +27,10 @@ BLOCKS = (128, 32)
 
 
 class Samples(NamedTuple):
-    """Logits under the target's cells, as kernels take them.
+    """Logits under the target's cells, in the form of the kernels.
 
     Attributes:
-        rows, columns: `Taps` of the cells; None where these are the array's own.
+        rows, columns: `Taps` of the cells, or None if these are the array's own.
     """
 
     logits: Any
@@ -47,7 +47,7 @@ def tables_kernel(
     h, w, hs, ws, H, W, view_height, view_width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where pixels (if any are inside) and cells of an image lie in its view, and cells in the student's array."""
+    """Compute the places of pixels (if any) and cells in an image's view, and of cells in the student's array."""
     image = tl.program_id(0)
     flip = image < 0
     if student_rows is not None:  # every program writes the same
@@ -73,7 +73,7 @@ def tables_kernel(
 
 @triton.jit
 def cells_of_program(plane, blocks, BLOCK: tl.constexpr):
-    """This program's image, its cells, and which of them there are."""
+    """Return this program's image, its cells, and which of them exist."""
     image = tl.program_id(0) // blocks
     offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return image, tl.where(offs_n < plane, offs_n, 0), offs_n < plane
@@ -81,7 +81,7 @@ def cells_of_program(plane, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _share(cell_n, cells, pixel_n, pixels):
-    """The part of a cell that a pixel fills along an axis, and whether it fills any."""
+    """Return the part of a cell that a pixel fills along an axis, and whether it fills any."""
     start_n = tl.maximum(cell_n * pixels, pixel_n * cells)
     end_n = tl.minimum((cell_n + 1) * pixels, (pixel_n + 1) * cells)
     return (end_n - start_n).to(tl.float32) / pixels, end_n > start_n
@@ -98,7 +98,7 @@ def weights_kernel(
     gate_stride_h, gate_stride_w, counted_ptr, weight_ptr, totals_ptr, h, w, H, W, rows, columns, blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How much each cell counts and weighs, (B, h, w) each; and sums of the first over the programs' cells."""
+    """Compute how much each cell counts and weighs, (B, h, w) each, and the counts' sums per program."""
     image, cell_n, exists = cells_of_program(h * w, blocks, BLOCK)
     image64 = image.to(tl.int64)
     i_n, j_n = cell_n // w, cell_n % w
@@ -140,7 +140,7 @@ def weights_kernel(
 
 @triton.jit
 def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.constexpr):
-    """Offsets of the four logits between which each cell lies, and its shares of the lower and the right ones."""
+    """Return offsets of the four logits around each cell, and the shares of the lower and the right ones."""
     i_n, j_n = cell_n // w, cell_n % w
     # With an else: the compiler also compiles what stands behind a return.
     if samples.rows is None:
@@ -160,7 +160,7 @@ def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.
 
 @triton.jit
 def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
-    """The logit of a class at each cell."""
+    """Return the logit of a class at each cell."""
     x = tl.load(ptr + corners[0], mask=exists, other=0.0).to(tl.float32)
     if SAMPLED:
         next_x = tl.load(ptr + corners[1], mask=exists, other=0.0).to(tl.float32)
@@ -173,7 +173,7 @@ def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
 
 @triton.jit
 def take(x, limit, scale, top, total, lost):
-    """Take one more class into a softmax: the largest logit, the sum of exponentials below it, what is lost."""
+    """Add one class to a softmax: the largest logit, the sum of exponentials relative to it, lost logits."""
     usable = tl.abs(x) <= limit
     x = tl.where(usable, x, 0.0)
     e = tl.exp2(-tl.abs(x - top) * scale)
@@ -183,7 +183,7 @@ def take(x, limit, scale, top, total, lost):
 
 @triton.jit
 def weigh(counted_ptr, weight_ptr, offs, exists, lost):
-    """The weights of cells; of one that is lost NaN where it counts, and 0 where it does not."""
+    """Return the weights of cells. A lost cell has NaN if it counts, and 0 otherwise."""
     weight = tl.where(exists, 1.0, 0.0)
     counts = exists
     if weight_ptr is not None:
@@ -194,7 +194,7 @@ def weigh(counted_ptr, weight_ptr, offs, exists, lost):
 
 @triton.jit
 def _weight_of(taps, cell_n, pixel_n, exists):
-    """How much a cell takes of a pixel of the student's array along an axis."""
+    """Return a cell's weight of a pixel of the student's array along an axis."""
     index_n = tl.load(taps.index + cell_n, mask=exists, other=-2)
     fraction_n = tl.load(taps.fraction + cell_n, mask=exists, other=0.0)
     return tl.where(index_n == pixel_n, 1.0 - fraction_n, tl.where(index_n + 1 == pixel_n, fraction_n, 0.0))
@@ -204,10 +204,9 @@ def _weight_of(taps, cell_n, pixel_n, exists):
 def gather_kernel(
     cells_ptr, row_taps, column_taps, gradient_ptr, h, w, hs, ws, rows, columns, blocks, BLOCK: tl.constexpr
 ):
-    """The transpose of the student's resize: a pixel of its array per lane; a plane takes `blocks` programs.
+    """Apply the transpose of the student's resize, one pixel of its array per lane, `blocks` programs per plane.
 
-    Args:
-        rows, columns: cells, at most, that one pixel enters along each axis.
+    `rows` and `columns` are the most cells that one pixel affects along each axis.
     """
     offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < hs * ws
@@ -237,7 +236,7 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 
 
 def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
-    """Return the taps of pixels and of cells in the view, and of cells in the student's array; None where not moved."""
+    """Return the taps of pixels and of cells in the view, and of cells in the student's array, or None if not moved."""
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
     def taps(*shape: int) -> Taps:
@@ -261,7 +260,7 @@ def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
 def launch_weights(
     problem: RelationProblem, pixel_taps: Axes, block: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """Return how much cells count and weigh, (B, h, w), and partial sums of the first; None where each counts 1."""
+    """Return how much cells count and weigh, (B, h, w), and partial sums of the first, or None if each counts 1."""
     if not problem.is_weighted:
         return None, None, None
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
@@ -285,13 +284,14 @@ class Laid(NamedTuple):
     """Both sets of logits under the target's cells.
 
     Attributes:
-        samples: the arguments with which kernels read the logits: student, its strides, teacher, its strides, whether
-            images lie differently.
-        taps: those of the student's rows and columns; None where its grid is the cells'.
+        samples: the kernels' arguments for the logits: student, its strides, teacher, its strides, whether images
+            differ in
+            position.
+        taps: of the student's rows and columns, or None if its grid is the cells'.
         flat: constants, whether rows of cells follow each other in memory.
         block, blocks: cells of a program, and programs of an image.
-        counted, weight: (B, h, w) how much cells count and weigh; None where each counts 1.
-        counts: (B blocks,) float64 sums of the first over the programs' cells.
+        counted, weight: (B, h, w) how much cells count and weigh, or None if each counts 1.
+        counts: (B blocks,) float64 sums of `counted` over the programs' cells.
     """
 
     samples: tuple[Any, ...]
@@ -339,7 +339,7 @@ def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
 
 
 def check_offsets(problem: RelationProblem) -> None:
-    """The kernels count the elements of one image in 32 bits, and those of a batch in 64. Raises: ShapeError."""
+    """Raise ShapeError for an image too large: kernels count its elements in 32 bits, a batch's in 64."""
     for name, tensor in (("student_logits_BChw", problem.student), ("teacher_logits_BChw", problem.teacher)):
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if (elements := max(reach, tensor[0].numel())) >= OFFSETS:

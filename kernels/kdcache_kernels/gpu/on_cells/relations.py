@@ -28,7 +28,7 @@ PLANES = 7
 
 @triton.jit
 def _probability(x, limit, scale, top, inverse):
-    """A class's; what is lost counts as the logit 0, so that it stays a number."""
+    """Return a class's probability. A lost logit counts as 0, to stay a number."""
     return tl.exp2((tl.where(tl.abs(x) <= limit, x, 0.0) - top) * scale) * inverse
 
 
@@ -43,9 +43,9 @@ def relations_kernel(
     limit, scale,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first walk: what both correlations need of each cell, and of each block of cells.
+    """Compute what both correlations need of each cell, and of each block of cells, in the first pass.
 
-    Args:
+    Shapes and units:
         cells_ptr: (B, 7, h w) result: largest logit and inverse sum of exponentials of the student and of the teacher;
             weight (NaN where a lost cell counts); r's derivative by a teacher's centred probability; how much of the
             student's own is subtracted there.
@@ -125,7 +125,7 @@ def classes_kernel(
 ):  # fmt: skip
     """Programs 0 to C - 1: a class's moments, and what the gradient needs of them; program C: the sums over cells.
 
-    Args:
+    Shapes and units:
         shared_ptr: (6, C) moments of the whole batch; None are the own.
         moments_ptr: (6, C) float64 result, the own.
         factors_ptr: (4, C) float32 result: both means; gamma / C by the derivatives of the correlation.
@@ -204,7 +204,7 @@ def classes_kernel(
 
 @triton.jit
 def _pull(p, q, even, steep, lean, weight, factors_ptr, num_classes):
-    """The gradient of a class by the student's probability."""
+    """Return the gradient of a class by the student's probability."""
     s_mean, t_mean = tl.load(factors_ptr), tl.load(factors_ptr + num_classes)
     by_teacher, by_student = tl.load(factors_ptr + 2 * num_classes), tl.load(factors_ptr + 3 * num_classes)
     intra = by_teacher * (q - t_mean) - by_student * (p - s_mean)
@@ -222,7 +222,7 @@ def relations_gradient_kernel(
     temperature,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The second walk: the gradient by the student's logits on the cells, (B, C, h, w) float32."""
+    """Write the gradient by the student's logits on the cells, (B, C, h, w) float32, in the second pass."""
     image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
     image64 = image.to(tl.int64)
     S_SAMPLED: tl.constexpr = student.rows is not None
@@ -266,6 +266,7 @@ def relations_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_classes", "beta", "gamma", "temperature"])
 def relations_totals_kernel(sums_ptr, intra_ptr, loss_ptr, num_classes, beta, gamma, temperature, BLOCK: tl.constexpr):
+    """Combine the sums over cells and over classes to the loss."""
     intra = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(0, num_classes, BLOCK):
         offs_c = start + tl.arange(0, BLOCK)
@@ -293,7 +294,7 @@ class _Walked(NamedTuple):
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
-    """Compute what `kdcache_kernels.relation_loss` documents, and its gradient, both float32; the same bits every time.
+    """Compute `kdcache_kernels.relation_loss` and its gradient, both float32, bit-identical every time.
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
     Memory: the gradient on the cells and on the student's grid, 28 bytes per cell, 20 per class and block of cells.
@@ -323,7 +324,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute what `kdcache_kernels.relation_moments` documents."""
+    """Compute `kdcache_kernels.relation_moments`."""
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=problem.student.device)
