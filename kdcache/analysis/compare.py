@@ -334,8 +334,8 @@ class _Judge:
         cost = kept_cost(entry.run.folder, key, self._options.repeats)
         if cost is not None:
             self.notes.append(
-                f"the time of {entry.name} at {key.size[0]}x{key.size[1]} was measured earlier, on such "
-                "a processor with as many threads; --fresh measures it again"
+                f"The time of {entry.name} at {key.size[0]}x{key.size[1]} was measured earlier, on the same "
+                "processor and number of threads. Use --fresh to measure it again."
             )
         return cost
 

@@ -167,7 +167,7 @@ def group_runs(runs: Sequence[Entry]) -> tuple[list[Group], list[str]]:
     names = _names(parts, keys)
     more = [key for key in differing if key not in keys and key not in ("verb", "data")]
     if more:
-        notes.append(f"rows differ also in {', '.join(more)}")
+        notes.append(f"The rows also differ in {', '.join(more)}.")
     groups = [
         Group(name, tuple(members), {key: members[0].settings.get(key) for key in differing})
         for name, members in zip(names, parts, strict=True)
@@ -183,7 +183,7 @@ def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:
     seed, fold = twins[0]
     what = f"seed {seed}" + ("" if fold is None else f" without fold {fold}")
     names = ", ".join(run.text for run in members if run.key == twins[0])
-    notes.append(f"{names} have the same settings and {what}: each run of theirs is a row of its own")
+    notes.append(f"{names} have the same settings and {what}, so each of these runs is a row.")
     return [[run] for run in members]
 
 

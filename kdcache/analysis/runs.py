@@ -51,7 +51,7 @@ class Entry:
         """A note on a training that did not finish, whose score is not final."""
         if self.run is None or not self.settings or self.run.result:
             return None
-        return f"the training of {self.text} has not ended (no whole result.json): it is judged by the weights so far"
+        return f"The training of {self.text} has not ended (no complete result.json). Its weights so far are judged."
 
     def own_fold(self) -> Fold:
         """Return the fold that this run was not trained on. Raises: RecipeError if the run left out none."""

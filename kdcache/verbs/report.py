@@ -9,11 +9,13 @@ from annotated_types import Ge
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.build import SAMPLES
+from kdcache.analysis.report.stores import CacheSize
 from kdcache.analysis.visualise import Drawing
-from kdcache.errors import RecipeError, suggest
+from kdcache.errors import KDCacheError, RecipeError, suggest
 from kdcache.metrics.figures import Layout, check_formats
 from kdcache.progress import progress_of_steps
 from kdcache.run_folder import Run
+from kdcache.store import inspect_store
 from kdcache.verbs.compare import TABLES, options_of, places_of
 from kdcache.verbs.keywords import Data, checked, keywords
 
@@ -72,9 +74,19 @@ def report(
         _drawing(draw, num, layout, format),
         None if figure is None else Path(figure),
         command,
+        _size_of_cache,
     )
     with progress_of_steps("comparing", progress) as shown:
         return make_report(texts, place, split, Path(out), options, shown)
+
+
+def _size_of_cache(place: str) -> CacheSize | None:
+    """Return what a cache holds, or None if it cannot be read there."""
+    try:
+        summary = inspect_store(place)
+    except KDCacheError:
+        return None
+    return CacheSize(summary.records_written, summary.bytes_on_disk)
 
 
 def _drawing(draw: str | Path | None, num: int | None, layout: str | None, formats: str | None) -> Drawing | None:

@@ -97,11 +97,11 @@ def test_the_fewest_settings_name_and_the_others_are_told() -> None:
     """A reader of `none` and `kl` must learn that the learning rate is another one too."""
     groups, notes = group_runs([run("a", method="none", lr=0.01), run("b")])
     assert [group.name for group in groups] == ["none", "kl"]
-    assert notes == ["rows differ also in lr"]
+    assert notes == ["The rows also differ in lr."]
     assert groups[0].differs == {"method": "none", "lr": 0.01}
     # A run from the data itself beside one from a store of it: nothing that a reader could misread.
     _, notes = group_runs([run("a", method="none", verb="train-teacher", data="camvid"), run("b", cache="camvid.zarr")])
-    assert notes == ["rows differ also in cache"]
+    assert notes == ["The rows also differ in cache."]
 
 
 def test_the_same_run_twice_is_no_repetition() -> None:

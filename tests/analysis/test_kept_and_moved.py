@@ -48,7 +48,7 @@ def test_a_timing_is_kept_beside_its_run_and_said_to_be_used_again(world: Path, 
     second = compare([world / "runs"], options=TIMED)
     (note,) = notes(second)
     assert "at 48x64" in note
-    assert "--fresh measures it again" in note
+    assert "Use --fresh to measure it again" in note
     assert second.rows[0].cost == replace(first.rows[0].cost, reused=True)
     assert second.to_json()["rows"][0]["cost"]["reused"]
     assert len(measured) == 1

@@ -296,7 +296,7 @@ def test_from_a_game_to_a_camera(cli, tmp_path: Path) -> None:
     assert models["adversarial, multi level"] == models["adversarial"], "the auxiliary head is gone"
     assert {path.name for path in (out / "audits").iterdir()} == stores
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "What the teacher of each store gives" in page
+    assert "What the teacher of each cache gives" in page
     _check_pictures(out / "pictures", len(rows) - 1)
     with Image.open(out / "curve.png") as image:
         assert min(image.size) > 300
@@ -333,4 +333,4 @@ def test_a_kill_in_the_second_round_changes_nothing(cli, spawn: Callable[..., An
     seals = [(store.ledger.completion.digest,) for store in stores]
     assert [store.manifest.teacher.parents for store in stores] == [(), *seals[:2]]
     assert {path.parent.name for path in (killed / "audits").glob("*/report.json")} == set(names)
-    assert "What the teacher of each store gives" in (killed / "report.html").read_text(encoding="utf-8")
+    assert "What the teacher of each cache gives" in (killed / "report.html").read_text(encoding="utf-8")

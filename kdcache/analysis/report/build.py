@@ -10,9 +10,11 @@ from kdcache.analysis.gallery import Gallery, Shown
 from kdcache.analysis.report.audit import read_audit
 from kdcache.analysis.report.page import check_out, read_figure, write_report
 from kdcache.analysis.report.samples import FirstRuns, Sample, choose_samples, score_first_runs
+from kdcache.analysis.report.stores import SizeOfCache
 from kdcache.analysis.runs import Entry, find_runs
 from kdcache.analysis.visualise import Drawing, draw
 from kdcache.data import open_split
+from kdcache.metrics import ConfusionMatrix
 
 SAMPLES = 3
 
@@ -28,6 +30,7 @@ class ReportOptions:
         drawing: a folder for pictures of each row's first run, which the page mentions. None draws none.
         figure: a PNG with its own section, such as the curve of a sweep, or None.
         command: the command that the user typed.
+        size_of_cache: what a cache holds, by its place.
     """
 
     compare: CompareOptions = field(default_factory=CompareOptions)
@@ -37,6 +40,7 @@ class ReportOptions:
     drawing: Drawing | None = None
     figure: Path | None = None
     command: str | None = None
+    size_of_cache: SizeOfCache = lambda _: None
 
 
 def make_report(
@@ -66,10 +70,12 @@ def make_report(
         audit.check_classes(comparison.class_names)
     everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
     samples: tuple[Sample, ...] | None = None
+    matrices: list[tuple[int, ConfusionMatrix]] = []
     if options.samples or options.drawing is not None:
         source = open_split(comparison.data, comparison.split)
         one_judging, _ = one_range(judging, everything, source)
         first = score_first_runs(comparison, everything, source, one_judging, report)
+        matrices = [(place, shown.scores.confusion) for place, _, shown in first.models]
         if options.samples:
             samples = choose_samples(comparison, first, options.samples, report)
         if options.drawing is not None:
@@ -82,6 +88,8 @@ def make_report(
         out,
         title=options.title,
         samples=samples,
+        matrices=matrices,
+        size_of_cache=options.size_of_cache,
         audits=audits,
         figure=figure,
         pictures=None if options.drawing is None else options.drawing.folder,

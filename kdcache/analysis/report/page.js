@@ -25,6 +25,12 @@ for (const table of all("table.sortable")) {
   });
 }
 
+// A table that is wider than the screen says so.
+const wide = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.classList.toggle("wide", target.scrollWidth > target.clientWidth + 1);
+});
+all(".scroll").forEach((box) => wide.observe(box));
+
 // Classes: the order of the cards; those without a value stay last.
 byId("class-order")?.addEventListener("change", (event) => {
   const key = event.target.value;

@@ -17,12 +17,13 @@ from markupsafe import Markup, escape
 
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report.audit import TeacherAudit
+from kdcache.analysis.report.confusion import confusions
 from kdcache.analysis.report.render import as_json, render
 from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import scores
 from kdcache.analysis.report.sections import classes, recipes, teacher
 from kdcache.analysis.report.sections import pictures as show_pictures
-from kdcache.analysis.report.stores import stores
+from kdcache.analysis.report.stores import SizeOfCache, cost, stores
 from kdcache.analysis.report.summary import summary
 from kdcache.analysis.report.training import curves, gradients, read_trainings
 from kdcache.analysis.runs import Entry
@@ -30,6 +31,7 @@ from kdcache.bounded import read_bytes
 from kdcache.display import private_places, public, public_names, without_places
 from kdcache.errors import RecipeError
 from kdcache.files import write_whole
+from kdcache.metrics import ConfusionMatrix
 
 SUFFIXES = (".html", ".htm")
 
@@ -75,6 +77,8 @@ def page(
     *,
     title: str | None = None,
     samples: Sequence[Sample] | None = None,
+    matrices: Sequence[tuple[int, ConfusionMatrix]] = (),
+    size_of_cache: SizeOfCache = lambda _: None,
     audits: Sequence[TeacherAudit] = (),
     figure: bytes | None = None,
     pictures: Path | None = None,
@@ -88,6 +92,8 @@ def page(
         runs: the compared runs. Curves, recipes and versions are read from their folders.
         title: default: from the data's name.
         samples: images to show (see `choose_samples`), or None for a page without images.
+        matrices: confusion matrices of first runs, by place of their row.
+        size_of_cache: what a cache holds, by its place.
         audits: audits of the teachers.
         figure: a PNG of scores, such as the curve of a sweep.
         pictures: a folder of further pictures to mention.
@@ -101,10 +107,12 @@ def page(
         ("summary", "Summary", summary(comparison, device)),
         ("curve", "Curve", None if figure is None else curve(figure)),
         ("scores", "Scores", scores(comparison)),
+        ("cost", "Cost", cost(comparison, by_text, size_of_cache)),
         ("classes", "Classes", classes(comparison)),
+        ("confusion", "Confusion", confusions(comparison, matrices)),
         ("pictures", "Pictures", show_pictures(comparison, samples, pictures)),
         ("teacher", "Teacher", teacher(comparison, audits[0] if audits else None)),
-        ("stores", "Stores", stores(audits)),
+        ("stores", "Caches", stores(audits)),
         ("training", "Training", curves(trainings)),
         ("gradients", "Loss terms", gradients(trainings)),
         ("recipes", "What was run", recipes(comparison, by_text, command)),
@@ -116,7 +124,7 @@ def page(
     return render(
         "page.html",
         comparison=replace(comparison, data=public(comparison.data)),
-        title=title or f"Distillation on {public(comparison.data)}",
+        title=title or _title(public(comparison.data)),
         parts=[(name, word, _without_folders(part, places)) for name, word, part in parts if part is not None],
         figures=_without_folders(as_json(comparison.to_json()), places),
         style=style,
@@ -125,6 +133,14 @@ def page(
         today=datetime.date.today().isoformat(),
         version=metadata.version("kdcache"),
     )
+
+
+def _title(data: str) -> str:
+    """Return the title of a page on a data set, whose public name is `data`."""
+    layout, _, place = data.rpartition(":")
+    if data.startswith("scenes"):
+        return "Distillation on procedural scenes"
+    return f"Distillation on {Path(place).name or layout}"
 
 
 def curve(png: bytes) -> Markup:

@@ -177,7 +177,7 @@ def _gap(task: str) -> Callable[[Row], Cell]:
         if gap is None or math.isnan(gap.mean):
             return Cell(math.nan, "baseline" if row.baseline else "-", less=less)
         ends = "" if math.isnan(gap.half_width) else f"{signed(gap.low, task)} to {signed(gap.high, task)}"
-        return Cell(gap.mean, signed(gap.mean, task), ends, gap, less)
+        return Cell(gap.mean, signed(gap.mean, task), ends, gap if less else None, less)  # the summary has the verdict
 
     return cell
 

@@ -156,7 +156,7 @@ def test_the_teachers_of_several_stores_are_shown_one_below_the_other(tmp_path: 
         path.write_text(json.dumps(audit(teacher={"miou": miou})))
         audits.append(read_audit(path))
     shown = str(stores(audits))
-    assert "What the teacher of each store gives" in shown
+    assert "What the teacher of each cache gives" in shown
     assert "The best teacher is the one of camera-round-1, with a mIoU of 50.00 %" in shown
     table = shown[shown.index("<table") :]
     order = [table.index(f"camera-round-{number}") for number in range(4)]
@@ -188,8 +188,8 @@ def test_an_audit_of_depth_alone(tmp_path: Path) -> None:
         one.check_classes(CLASSES)  # there are none to be other than these
         shown = show_audit(one)
         ElementTree.fromstring(f"<div>{shown}</div>")
-        assert all(text in shown for text in (*words, "4 images of the store"))
-        assert not any(text in shown for text in ("calibration", "how often it is right"))
+        assert all(text in shown for text in (*words, "4 images of the cache"))
+        assert not any(text in shown for text in ("calibration", "how often the teacher is right"))
     both = tmp_path / "both.json"
     both.write_text(json.dumps(audit(regressions={"depth": judged})))
     shown = show_audit(read_audit(both))

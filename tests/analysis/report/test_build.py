@@ -7,12 +7,14 @@ import io
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from PIL import Image
 
 from kdcache.analysis.compare import CompareOptions, compare
@@ -30,6 +32,7 @@ from kdcache.analysis.report.samples import (
     shown_size,
 )
 from kdcache.analysis.report.sections import pictures
+from kdcache.analysis.report.stores import CacheSize
 from kdcache.analysis.runs import find_runs
 from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.analysis.visualise import Drawing
@@ -91,6 +94,60 @@ def test_a_page_of_runs(three: Path) -> None:
     assert "Validation mIoU" in text
     assert "writing the page" in told
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Return the text of the cells of a table, line by line."""
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)]
+    return [[re.sub(r"<[^>]+>", "", cell) for cell in line] for line in cells]
+
+
+def section(text: str, name: str) -> str:
+    (found,) = re.findall(rf'<section id="{name}".*?</section>', text, re.DOTALL)
+    return str(found)
+
+
+def test_a_page_says_what_training_cost_and_what_the_cache_saved(three: Path) -> None:
+    asked: list[str] = []
+
+    def size_of(place: str) -> CacheSize:
+        asked.append(place)
+        return CacheSize(12, 3 * 2**20)
+
+    for name, seconds in {"kl-0": 100, "kl-1": 90, "none-0": 7, "none-1": 9}.items():
+        folder = three / "runs" / name
+        result = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(json.dumps(result | {"iterations": 5, "seconds": seconds}))
+        recipe = tomllib.loads((folder / "recipe.toml").read_text())
+        (folder / "recipe.toml").write_text(tomli_w.dumps(recipe | {"batch-size": 4, "cache": "some/c.zarr"}))
+    make_report([three / "runs"], None, None, three / "p.html", ReportOptions(QUICK, samples=0, size_of_cache=size_of))
+    cost = section((three / "p.html").read_text(encoding="utf-8"), "cost")
+    lines = {line[0]: line[1:] for line in rows_of(cost)[1:]}
+    assert lines["kl"] == ["1 min 35 s", "20", "20"]
+    assert lines["none"][2] == "0"
+    assert "The cache c.zarr holds 12 records in 3.0 MiB, 256.0 KiB each." in cost
+    assert "seen 40 images" in cost
+    assert "12 images went through it once" in cost
+    assert len(asked) == 1
+
+
+def test_a_page_shows_which_class_is_taken_for_which(three: Path) -> None:
+    found = make_report([three / "runs"], None, None, three / "p.html", ReportOptions(QUICK, samples=1))
+    shown = section((three / "p.html").read_text(encoding="utf-8"), "confusion")
+    runs = find_runs([three / "runs"])
+    first = score_first_runs(found, runs, open_split(found.data, found.split), EvalSettings(), quiet)
+    tables = re.findall(r"<table.*?</table>", shown, re.DOTALL)
+    assert len(tables) == 2
+    order = sorted(first.models, key=lambda model: -found.rows[model[0]].miou.mean)
+    for table, (_, _, model) in zip(tables, order, strict=True):
+        header, *lines = rows_of(table)
+        counts = model.scores.confusion.counts.numpy()
+        names = model.scores.confusion.class_names
+        for name, *cells in lines:
+            own = counts[names.index(name)]
+            assert dict(zip(header[1:], map(float, cells), strict=True)) == pytest.approx(
+                {other: 100 * own[names.index(other)] / own.sum() for other in header[1:]}, abs=0.051
+            )
 
 
 def test_images_are_the_same_through_all_rows(three: Path) -> None:
