@@ -277,3 +277,16 @@ def test_a_dot_lies_where_its_patch_does(tmp_path: Path) -> None:
     for axis, (side, centre) in enumerate(zip((140, 196), at, strict=True)):
         cells = (np.arange(light.shape[axis]) + 0.5) * side / light.shape[axis]
         assert abs((light.sum(1 - axis) * cells).sum() / light.sum() - centre) <= 0.5
+
+
+def test_a_folder_of_smp_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_model_class": "Unet", "encoder_name": "resnet18", "classes": 3}')
+    with pytest.raises(ModelError, match="names none of transformers or timm") as raised:
+        load_teacher(f"hf:{tmp_path}", SPLIT)
+    assert f"smp:unet-resnet18@{tmp_path}" in raised.value.fix
+
+
+def test_a_backbone_is_told_how_it_gets_classes(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="Nothing to learn: timm:resnet18") as raised:
+        kdcache.train(tmp_path / "run", model="timm:resnet18", data="scenes:64x64,train=4,val=2", size=(64, 64))
+    assert "--model smp:unet-tu-resnet18" in raised.value.fix

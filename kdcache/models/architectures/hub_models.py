@@ -70,7 +70,7 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
         if not {"model_type", "architecture", "auto_map"} & set(config):
             raise ModelError(
                 f"Cannot find a model in {hub.place}: {folder / 'config.json'} names none of transformers or timm",
-                fix="Give a folder that save_pretrained wrote.",
+                fix=_smp_spec(config, hub.place) or "Give a folder that save_pretrained of transformers or timm wrote.",
             )
         if "model_type" not in config and "architecture" in config:
             made = _timm(spec, str(folder), None, pretrained=pretrained)
@@ -99,6 +99,12 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
     if pretrained:
         model.load_report = LoadReport(tuple(model.state_dict()), class_names=made.names, notes=tuple(made.notes))
     return model
+
+
+def _smp_spec(config: Mapping[str, Any], place: str) -> str:
+    """Return the fix for a folder of segmentation_models_pytorch, whose models have another name here; else ""."""
+    decoder, encoder = config.get("_model_class"), config.get("encoder_name")
+    return f"It is of segmentation_models_pytorch: smp:{str(decoder).lower()}-{encoder}@{place}" if encoder else ""
 
 
 def _covered(model: WrappedModel) -> int:

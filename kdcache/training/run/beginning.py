@@ -27,7 +27,7 @@ def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> Segm
     model = build_model(config.run.model, classes, weights=init if run is None else None, strict_head=False)
     if run is not None:
         _start_from(model, run, config)
-    _check_learns(config, model)
+    _check_learns(config, model, classes)
     model.untrained = untrained_heads(model, tasks, init)
     return model
 
@@ -71,15 +71,14 @@ def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None
     model.mean, model.std = run.model.mean, run.model.std
 
 
-def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
+def _check_learns(config: TrainConfig, model: SegmentationModel, classes: int) -> None:
     """Refuse a model without heads where no features are learnt, and labels that would judge it. Raises: ModelError."""
     features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
     if not model.head_kinds and not features:
         raise ModelError(
             f"Nothing to learn: {config.run.model} has no head for these data, and no term of --method "
             f"{config.loss.method} compares features",
-            fix=f"Add a term of features, --method cosine. Or add a head of depth, --model {config.run.model}+depth. "
-            "Or name classes in a classes.txt in the data folder.",
+            fix=f"Add a term of features, --method cosine. {_head_for(config.run.model, classes)}",
         )
     if not model.head_kinds and config.data.val is not None:
         raise ModelError(
@@ -87,3 +86,12 @@ def _check_learns(config: TrainConfig, model: SegmentationModel) -> None:
             "features only",
             fix="Validate on the feature loss instead: --val-share 0.02",
         )
+
+
+def _head_for(spec: str, classes: int) -> str:
+    """Return how a backbone gets a head."""
+    if not classes:
+        return f"Or add a head of depth, --model {spec}+depth. Or name classes in a classes.txt in the data folder."
+    library, _, name = spec.partition(":")
+    decoder = f"smp:unet-tu-{name.partition(',')[0]}" if library == "timm" else "smp:unet-resnet18"
+    return f"Or choose a model with classes: --model {decoder}"
