@@ -161,7 +161,8 @@ def _written(word: str, words: Collection[str]) -> str:
 def _words_of(name: str) -> set[str]:
     """Return the words that a setting of a training may begin with."""
     entry = entries(*TRAINING).get(name)
-    return set() if entry is None or not entry.setting.words else set(entry.setting.words)
+    words = None if entry is None else entry.setting.words
+    return set((words() if callable(words) else words) or ())
 
 
 def _words(hint: Any) -> set[str]:

@@ -289,4 +289,4 @@ def test_a_folder_of_smp_is_named_as_one(tmp_path: Path) -> None:
 def test_a_backbone_is_told_how_it_gets_classes(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Nothing to learn: timm:resnet18") as raised:
         kdcache.train(tmp_path / "run", model="timm:resnet18", data="scenes:64x64,train=4,val=2", size=(64, 64))
-    assert "--model smp:unet-tu-resnet18" in raised.value.fix
+    assert "smp:unet-tu-resnet18" in raised.value.fix
