@@ -74,13 +74,13 @@ def report(
         _drawing(draw, num, layout, format),
         None if figure is None else Path(figure),
         command,
-        _size_of_cache,
+        size_of_cache,
     )
     with progress_of_steps("comparing", progress) as shown:
         return make_report(texts, place, split, Path(out), options, shown)
 
 
-def _size_of_cache(place: str) -> CacheSize | None:
+def size_of_cache(place: str) -> CacheSize | None:
     """Return what a cache holds, or None if it cannot be read there."""
     try:
         summary = inspect_store(place)

@@ -122,13 +122,19 @@ def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
     from kdcache.analysis.stored_evaluations import EvalSettings
     from kdcache.metrics import percent
     from kdcache.training import pick_device
+    from kdcache.verbs.report import size_of_cache
 
     teacher, *students = map(str, runs.values())
     _show_command(f"report {' '.join(map(escape, students))}", page, {"teacher": teacher, "data": YOURS})
     judged = CompareOptions(EvalSettings(device=str(pick_device(device))), teacher)
     with progress_of_steps("comparing") as shown:
         comparison = make_report(
-            students, YOURS, "val", page, ReportOptions(judged, title="The demo", command="kdcache demo"), shown
+            students,
+            YOURS,
+            "val",
+            page,
+            ReportOptions(judged, title="The demo", command="kdcache demo", size_of_cache=size_of_cache),
+            shown,
         )
     places = {Path(row.runs[0].run).name: row for row in comparison.rows}
     rows = {title: places[run.name] for title, run in runs.items()}
