@@ -13,7 +13,7 @@ import torch
 
 import kdcache
 import kdcache_kernels
-from kdcache.data.scenes.generate import write_scenes
+from kdcache.data import write_scenes
 
 WITHOUT = {"KernelError", "ReferenceWarning", "ShapeError", "ValueRangeError", "LossProblem", "distill_loss_reference"}
 """Exceptions, and the checked input that `distill_loss` makes for a kernel."""
