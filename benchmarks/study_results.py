@@ -27,10 +27,10 @@ FEW_SEEDS, FINAL_SEEDS = (0,), (100, 101, 102)  # 10 MB are the most that result
 LEAST_SEEDS = 3  # of a band: the interval of two is wider than the plot
 TICKS_S = (30, 60, 120, 300, 600, 1200, 2400)
 LINES = {
-    "cached: distilled from the store": ("E6", "distilled, all", "#0072B2"),
+    "distilled: targets from the cache": ("E6", "distilled, all", "#0072B2"),
     "control: the same loss, labels in the teacher's place": ("E6", "control, all", "#E69F00"),
-    "plain: labels alone": ("E6", "plain, all", "#666666"),
-    "live: distilled with the teacher in every step": ("E6", "live, all", "#CC79A7"),
+    "labels only: without a teacher": ("E6", "plain, all", "#666666"),
+    "live: the teacher runs in every step": ("E6", "live, all", "#CC79A7"),
 }
 DATA = "Description"
 """The PNG's text that holds what is drawn, as JSON."""

@@ -41,7 +41,7 @@ def test_the_picture_of_the_study_is_of_its_rows() -> None:
     """What the picture holds as text is what the rows give: means over seeds, intervals, seconds of the fastest run."""
     rows = json.loads((RESULTS / "study-cpu.json").read_text(encoding="utf-8"))["rows"]
     drawn = json.loads(Image.open(ROOT / "docs" / "assets" / "study.png").text["Description"])
-    arms = {"cached": "distilled, all", "control": "control, all", "plain": "plain, all", "live": "live, all"}
+    arms = {"distilled": "distilled, all", "control": "control, all", "labels only": "plain, all", "live": "live, all"}
     assert [label.partition(":")[0] for label in drawn] == list(arms)
     for curve, arm in zip(drawn.values(), arms.values(), strict=True):
         runs = [row for row in rows if (row["stage"], row["arm"]) == ("E6", arm)]
