@@ -19,8 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Provide a path to write to, which replaces `path` if the block succeeds. Otherwise the file is unchanged.
 
     The name is always the same, so the remains of a kill are overwritten, or removed by `clear_partials`. Only one
-    process
-    may write in the folder.
+    process may write in the folder.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.unlink(missing_ok=True)  # of a kill; where a link is made, it may be in the way

@@ -99,8 +99,7 @@ class Group:
         """Return the number of settings that differ between two rows, of those that separate rows. 0 is equal.
 
         Streams of the same names count by the share of settings that differ. A setting of the whole training does not
-        count
-        if every stream sets it.
+        count if every stream sets it.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
         both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))

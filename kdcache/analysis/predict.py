@@ -112,11 +112,9 @@ def predict_images(
     """Write a model's predictions for images, each at the image's own size.
 
     Segmentation gives `labels/NAME.png`, `overlays/NAME.png` and `classes.txt`. Depth gives `depth/NAME.png` (or
-    `.npy`),
-    `depth_colours/NAME.png` with a bar in metres and, for whole numbers, `depth.toml`. With the same images in a folder
-    `images` next to them, these form a data folder. Images are resized to `size` and the heads' outputs upsampled, as
-    in an
-    evaluation. A label's pixels are class ids, and its palette shows their colours.
+    `.npy`), `depth_colours/NAME.png` with a bar in metres and, for whole numbers, `depth.toml`. With the same images in
+    a folder `images` next to them, these form a data folder. Images are resized to `size` and the heads' outputs
+    upsampled, as in an evaluation. A label's pixels are class ids, and its palette shows their colours.
 
     `out` is a new or empty folder. `framing` sets how the model sees an image of another shape, or in windows (default:
     squashed to `size`). `progress` is called with (images done, images).
@@ -216,8 +214,7 @@ def argmax_at(
     """Return the class of every pixel, uint8 (H, W), of logits upsampled to `size`.
 
     It works class by class: a photograph of 12 megapixels takes 0.1 GB, not 1 GB for 20 classes. `view` and `seen` are
-    the
-    part of the image that the model saw, and the size of its input, as of `at_image`.
+    the part of the image that the model saw, and the size of its input, as of `at_image`.
     """
     best_HW = at_image(model, logits_Chw[:1], size, view, seen)[0]
     argmax_HW = torch.zeros(best_HW.shape, dtype=torch.uint8, device=best_HW.device)

@@ -114,8 +114,7 @@ def evaluate_run(
     """Return metrics of a run, or of SPEC@FILE, on a split, from a stored evaluation if nothing changed.
 
     `digest` is the split's `data_digest`. `fold` names the fold if the split is a part of another one. `contents` is as
-    in
-    `judging_notes`.
+    in `judging_notes`.
 
     Raises: MismatchError for other classes; DataError without labels; ModelError if memory is too small.
     """

@@ -120,8 +120,7 @@ def colour_codes(
     """Return the map from colours to class ids and void, or None if a class has no unique colour.
 
     `classes` has a colour for each class id, `void` the colours of void. `where` names their file for messages.
-    `numbers`
-    replace the class ids.
+    `numbers` replace the class ids.
     """
     colours = [colour for colour in classes if colour is not None]
     voids = [colour for colour in void if colour is not None]

@@ -93,8 +93,7 @@ def read_contents(
     """Return the digests of samples of a split, by default of all. `threads` read files in parallel.
 
     With `indexed`, the private index is trusted for files with unchanged size, times and inode. `progress` is called
-    with
-    (samples done, samples).
+    with (samples done, samples).
 
     Raises: DataError naming a file that cannot be read.
     """

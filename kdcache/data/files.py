@@ -48,8 +48,7 @@ def read_image(path: Path, bits: int | None = None) -> Pixels:
     """Decode an image file to uint8 (H, W, 3) RGB, turned upright by its EXIF orientation.
 
     Alpha is dropped, and grey and palette images become RGB. `bits` are the significant bits, 9 to 16, of images of 16
-    bits
-    per channel, whose levels are then shifted right to 8 bits. None fails on such images.
+    bits per channel, whose levels are then shifted right to 8 bits. None fails on such images.
 
     Raises: DataError for an unreadable file, or one with more than 8 bits per channel; RecipeError for levels beyond
         `bits`.

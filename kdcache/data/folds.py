@@ -74,8 +74,7 @@ def check_fold_labels(
     """Check folds as `check_folds` does, for labels that the caller reads.
 
     `rounds` are iterables of (fold, label), with labels uint8 (H, W) or None. A further round is read only if the
-    rounds
-    before it would fail.
+    rounds before it would fail.
 
     Raises: RecipeError if a class has pixels in one fold only.
     """

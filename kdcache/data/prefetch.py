@@ -19,11 +19,10 @@ def prefetch(function: Callable[[T], R], items: Iterable[T], *, threads: int, ah
     """Yield `function(item)` for each item, in order, computed up to `ahead` items in advance.
 
     `items` is consumed in the calling thread, lazily. An exception of `function` (or of `items`) is raised at its place
-    in
-    the order, and no further item is started then. However the iteration ends (exhaustion, an exception, `close()`, a
-    `break` that drops the iterator, Ctrl-C), waiting items are cancelled and the threads have ended when control
-    returns.
-    0 `threads` compute in the calling thread, on demand. `ahead`, at least 1, bounds items in flight or not yet taken.
+    in the order, and no further item is started then. However the iteration ends (exhaustion, an exception, `close()`,
+    a `break` that drops the iterator, Ctrl-C), waiting items are cancelled and the threads have ended when control
+    returns. 0 `threads` compute in the calling thread, on demand. `ahead`, at least 1, bounds items in flight or not
+    yet taken.
 
     Raises: ValueError for a negative `threads` or an `ahead` below 1.
     """

@@ -77,10 +77,8 @@ def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArr
     Without a pattern, ids are ranked by a hash and assigned to folds in turn, so sizes differ by at most one. With a
     pattern, whole sequences are assigned, the largest first, each to the fold with the fewest samples. Then the largest
     fold exchanges sequences with others as long as that brings their sizes closer. The hash, which also orders
-    sequences of
-    one size, is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id or name in UTF-8: neither the order of the
-    ids
-    nor their form matters. A further sample may move others into another fold.
+    sequences of one size, is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id or name in UTF-8: neither the
+    order of the ids nor their form matters. A further sample may move others into another fold.
 
     Raises: RecipeError unless there are 2 to 255 folds, and a sample or sequence for each; as `sequences_of` does.
     """

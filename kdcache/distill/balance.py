@@ -74,8 +74,7 @@ class UncertaintyBalance(nn.Module):
     """The heads' losses, each weighed by a learnt variance.
 
     Give its parameters to the optimizer, without weight decay (which pulls every weight to 1), and to the checkpoint.
-    They
-    are in its state dict as `log_variance.<head>`, and start at 0.
+    They are in its state dict as `log_variance.<head>`, and start at 0.
 
     Args:
         forms: of each head's loss, by head.
@@ -109,8 +108,7 @@ class UncertaintyBalance(nn.Module):
         Args:
             losses: scalars by head.
             counted: how many pixels (images, class weights) each head's loss covers, 0-dimensional, over all processes
-                and
-                parts. A head with 0 is left out. None is all heads.
+                and parts. A head with 0 is left out. None is all heads.
         Raises: RecipeError for other heads than those with a form.
         """
         _check_heads(losses, self.heads)

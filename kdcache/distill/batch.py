@@ -100,12 +100,10 @@ class Batch(Tensors):
         inside: (B, 4) float64 edges, in pixels of the view, of the part that shows the image. The rest is grey. None is
             the whole view.
         zoom: (B,) float64, how many times nearer the window looks than the teacher's view. Targets in metres are
-            divided
-            by it. None divides nothing.
+            divided by it. None divides nothing.
         own: (B, H, W) bool, False for pixels pasted from another sample, whose target counts there. None is all.
         pasted: targets only, of the pasted samples, with windows in pixels of this batch's views. None is the
-            neighbours'
-            (rows 2n and 2n + 1 are neighbours).
+            neighbours' (rows 2n and 2n + 1 are neighbours).
         dice: (B, N) float32 random numbers in 0..1, for draws on the batch's device.
         record: (B,) int64 record numbers, to gather `targets` that a device keeps.
         weak: (B, H, W, 3) uint8, the pixels before the colour jitter, if pseudo labels need them.

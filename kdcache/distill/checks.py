@@ -45,8 +45,7 @@ def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[s
     """Check that no teacher term of the loss becomes a silent 0.
 
     `form` is the cache of the loss. A loss without one learns from labels only, if a batch has no target. `reading`
-    names
-    the terms with a weight above 0 that read the teacher's logits.
+    names the terms with a weight above 0 that read the teacher's logits.
 
     Raises: RecipeError.
     """
@@ -185,10 +184,8 @@ def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> boo
     """Return whether labels cannot show the windows of a batch.
 
     A window with the view's aspect ratio gives labels with the ratio of `whole`, (H, W) of a whole view's labels, up to
-    a
-    pixel. Any other window shows how the labels were cut. All windows of a batch must contradict, because a random one
-    may
-    by chance.
+    a pixel. Any other window shows how the labels were cut. All windows of a batch must contradict, because a random
+    one may by chance.
     """
     (height, width), (rows, columns) = whole or form.view_size, batch.size
     if abs(rows - columns * height / width) < 1 or abs(columns - rows * width / height) < 1:

@@ -83,9 +83,9 @@ def scale_shift_invariant(
     """Return the trimmed loss (B,) of maps that are each known up to a scale and a shift, such as disparities.
 
     Each map is shifted by its median over the valid pixels and divided by its mean absolute deviation from it. With an
-    even
-    number of pixels the median is the lower of the two in the middle, as in PyTorch. Of the M residuals the int(0.8 M)
-    smallest count, divided by 2 M. `gradient_matching` of the aligned maps is added with the weight `gradient_weight`.
+    even number of pixels the median is the lower of the two in the middle, as in PyTorch. Of the M residuals the
+    int(0.8 M) smallest count, divided by 2 M. `gradient_matching` of the aligned maps is added with the weight
+    `gradient_weight`.
 
     Args: as of `l1`, in any units.
     """
@@ -109,8 +109,7 @@ def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: T
     """Return the gradient-matching loss (B,): differences of an error's steps at strides 1, 2, 4 and 8.
 
     At each scale the sum over pairs of valid neighbours is divided by the number of valid pixels of that scale, as in
-    the
-    authors' code. The scales are added. Args: as of `l1`.
+    the authors' code. The scales are added. Args: as of `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))

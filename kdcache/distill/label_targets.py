@@ -44,8 +44,7 @@ class LabelTargets:
         """Return the batch with its labels as targets, in float32, or float64 for a student of float64.
 
         They show the student's image itself, so the batch has no window or related fields. Pasted pixels carry their
-        own
-        labels.
+        own labels.
         """
         log_share_BChw = self.shares(batch.label, dtype).log().clamp_min(LOG_FLOOR)
         return replace(

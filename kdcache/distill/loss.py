@@ -58,15 +58,13 @@ class DistillLoss(nn.Module):
 
     Args:
         targets: an open cache (number of classes, view size and resize rule of its targets), or `LabelTargets` to use
-            the
-            labels of every batch as targets, or `MergedTargets` of a cache with other classes.
+            the labels of every batch as targets, or `MergedTargets` of a cache with other classes.
         ce_weight, kl_weight: at least 0, and 0 skips the term. At 1, KL's gradient is several times the labels'.
         temperature: temperature T of the KL term, above 0. RecipeError for other numbers, here and for the weights.
         class_weight: (C,) weights of the cross-entropy.
         label_smoothing: share of every label, in [0, 1), that is spread over all classes, as in `F.cross_entropy`.
         focal_gamma: exponent of the focal loss, at least 0: a pixel's cross-entropy is multiplied by (1 - p)^gamma of
-            its
-            label's probability p. Not with smoothed labels.
+            its label's probability p. Not with smoothed labels.
         distill_void: whether the teacher's terms also count pixels without a label. Ignored if labels are the targets.
         align_corners: whether the student's own final resize aligns corners.
         gate: which pixels the teacher's terms count, and how much. Default: all equally.
@@ -235,20 +233,15 @@ class DistillLoss(nn.Module):
 
         Args:
             outputs: the student's: logits (B, C, h, w) and the outputs of the heads that `heads` names, each at its
-                native
-                stride, with the gradient, and the features (B, c, h, w) that `student_taps` names. Or logits only. A
-                student
-                of depth only has no logits.
+                native stride, with the gradient, and the features (B, c, h, w) that `student_taps` names. Or logits
+                only. A student of depth only has no logits.
             batch: labels, with `ignore_index` as void, and targets of the same samples. If `targets` is None there is
-                no
-                teacher, and its terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
+                no teacher, and its terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
             counts: denominators, as the mean over the parts of a batch that several processes or steps share. Their
-                losses and
-                gradients then average to the whole batch's. None is the batch's own.
+                losses and gradients then average to the whole batch's. None is the batch's own.
             labels: of segmentation, (B, H, W) whole numbers, instead of the batch's.
         Raises: RecipeError for a batch without the targets, arrays or features that an active term reads; DataError for
-        one
-            without labels, of unequal rows, or whose labels do not show the target's window.
+            one without labels, of unequal rows, or whose labels do not show the target's window.
         """
         if labels is not None or not isinstance(batch, Batch):
             batch = labelled_batch(batch, labels, unpacked(outputs).logits.device)

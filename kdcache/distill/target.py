@@ -38,9 +38,8 @@ class Target:
 
     Attributes:
         values: (B, k, h, w) float16, logit minus the pixel's maximum over classes. With labels as targets they are
-            float32
-            or float64 log-probabilities. A regression has (B, channels, h, w) float16 or float32 in the head's unit,
-            without indices and tail. Values that are not finite are unknown.
+            float32 or float64 log-probabilities. A regression has (B, channels, h, w) float16 or float32 in the head's
+            unit, without indices and tail. Values that are not finite are unknown.
         indices: (B, k, h, w) uint8 or uint16 class ids, or None if all classes are kept.
         tail: (B, h, w) float16 log-odds of the mass outside the top k, or None if all classes are kept.
     """

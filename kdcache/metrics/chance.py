@@ -2,8 +2,7 @@
 
 Two predictions need no image: one class everywhere, or every class as often as the model predicts it, but at random
 places. The best of the first kind has the share of the largest class, divided by the number of classes, as its mIoU.
-The
-distance to the second is Cohen's kappa, which is 0 at chance and 1 if all pixels are right.
+The distance to the second is Cohen's kappa, which is 0 at chance and 1 if all pixels are right.
 """
 
 import math
@@ -21,8 +20,7 @@ def at_chance(metrics: Metrics) -> str | None:
     """Return why these scores are chance level, such as "predicts Road alone (mIoU 2.79 %)", or None if they are not.
 
     None if they beat any constant or random prediction, or fewer than two classes are labelled. With one class,
-    predicting
-    it everywhere is right.
+    predicting it everywhere is right.
     """
     pixels = sum(metrics.label_pixels)
     labelled = sum(count > 0 for count in metrics.label_pixels)

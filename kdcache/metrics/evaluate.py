@@ -176,8 +176,7 @@ def evaluate_tasks(
     """Evaluate every task that `model` predicts and `split` has labels of in one pass, with numbers of every image.
 
     Arguments are as in `evaluate_model`. `depth` selects the depth labels that count. Settings other than the default
-    need
-    a task of depth.
+    need a task of depth.
 
     Raises: DataError without a task to judge, for depth settings without depth, and for an image that cannot be read.
     """

@@ -56,8 +56,7 @@ def save_figure(
     """Write a picture in each format, completely or not at all, and return the files.
 
     `path` is the PNG. Other formats have its name with their own suffix. Text in SVG and PDF stays text. `above` is a
-    note
-    at the top.
+    note at the top.
     """
     from matplotlib import rc_context
 

@@ -22,9 +22,8 @@ def read_class_map(
     """Read a class map: the data class that each teacher class becomes.
 
     A text file has one line per teacher class, `<teacher id> <data class name or id or void>`. `#` starts a comment. A
-    JSON
-    file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces. A name that looks like a number or
-    `void` has priority over the number or the word.
+    JSON file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces. A name that looks like a
+    number or `void` has priority over the number or the word.
 
     Args:
         path: of the file.
@@ -88,10 +87,8 @@ class ClassMapped(SegmentationModel):
     """A model with the data's classes: probabilities of merged classes are summed.
 
     The logit of a data class is the logsumexp of its source classes' logits. So the softmax over the data's classes is
-    the
-    sum of the sources' probabilities, renormalised if classes are dropped. This is exact at the native stride. A
-    bilinear
-    resize of the result differs slightly from mapping after the resize.
+    the sum of the sources' probabilities, renormalised if classes are dropped. This is exact at the native stride. A
+    bilinear resize of the result differs slightly from mapping after the resize.
 
     Args:
         model: the teacher. Its taps, stride, mean and std are kept.

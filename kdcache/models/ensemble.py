@@ -71,8 +71,7 @@ class EnsembleModel(SegmentationModel):
     """Several models as one, for inference only: logits are the log of the mean of their probabilities.
 
     Pixels are normalised to 0..1 here, and by each member as it was trained. Features are the first member's, of the
-    plain
-    image. They are not averaged, because members have different channels.
+    plain image. They are not averaged, because members have different channels.
 
     Args:
         members: of the same classes, with the same `align_corners`.

@@ -89,8 +89,7 @@ class Deployed(nn.Module):
         """Map float32 RGB in 0..1 (B, 3, H, W) to each head's map in the order of `names`, a tuple of several.
 
         They are logits (B, C, H, W), and values of a regression in its unit, resized before its nonlinearity. With
-        `raw` they
-        are the heads' outputs (B, C, h, w). For a backbone they are features (B, c, h, w) of each tap.
+        `raw` they are the heads' outputs (B, C, h, w). For a backbone they are features (B, c, h, w) of each tap.
         """
         answers = self._answers(image)
         return answers if len(answers) > 1 else answers[0]

@@ -186,8 +186,7 @@ class SegmentationModel(nn.Module):
         Args:
             pixels_BHW3: uint8, on any device.
         Returns: float32 (B, 3, H, W) on the same device, in channels_last memory format (the pixels' own order, so
-        nothing
-            is transposed).
+            nothing is transposed).
         Raises: ModelError for another dtype or shape.
         """
         if pixels_BHW3.dtype != torch.uint8 or pixels_BHW3.ndim != 4 or pixels_BHW3.shape[-1] != 3:

@@ -36,8 +36,7 @@ def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) ->
     It is shown a black image, a smooth one and noise. If all numbers lie within 0 to 1 they are not logits. If none is
     negative they may not be. If the user declared the outputs as something else, that is compared. For an ensemble the
     first member with a finding counts, for a class-mapped model the unmapped classes. `size` is (H, W) of the images
-    for a
-    network that does not take its `probe_size`.
+    for a network that does not take its `probe_size`.
     """
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]

@@ -77,8 +77,7 @@ def build_model(
     Args:
         spec: a name from `list_models`, `module:function` or `path/to/file.py:function`. `+depth` after it adds a depth
             head, `+aux` an auxiliary head for training (see `kdcache.models.added_heads`), and `,outputs=sigmoid` at
-            the
-            end declares the kind of its outputs (see `kdcache.models.logits`).
+            the end declares the kind of its outputs (see `kdcache.models.logits`).
         num_classes: None takes the weights' number, or the default of a `module:function`. 0, for data without classes,
             leaves out the head of classes.
         weights: None initialises at random and downloads nothing. `default` downloads the library's weights once. A

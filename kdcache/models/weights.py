@@ -62,11 +62,9 @@ def read_weights(path: str | Path) -> Weights:
     """Read a weights file onto the CPU.
 
     The file is `.safetensors`, a torch file (read with `weights_only=True`), or a folder with one of HUB_FILES. A
-    dictionary
-    under `state_dict`, `model` and the like is unwrapped, and so are the prefixes of DistributedDataParallel and
-    torch.compile. A checkpoint of Lightning gives the network: the module's only attribute with tensors, or the first
-    of
-    several that is called model, student, network or net.
+    dictionary under `state_dict`, `model` and the like is unwrapped, and so are the prefixes of DistributedDataParallel
+    and torch.compile. A checkpoint of Lightning gives the network: the module's only attribute with tensors, or the
+    first of several that is called model, student, network or net.
 
     If a checkpoint has raw and averaged weights (EMA), its `state_dict` is taken. FILE:ema and FILE:raw choose.
 
@@ -139,9 +137,8 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
         model: to load into.
         state: tensors by name.
         strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier of
-            another
-            number of classes keeps its random values, a backbone only also fits (an image classifier's, or any module
-            with this backbone), and the report's `reinitialised` names what was left out.
+            another number of classes keeps its random values, a backbone only also fits (an image classifier's, or any
+            module with this backbone), and the report's `reinitialised` names what was left out.
     Raises: ModelError naming missing and unexpected tensors, other shapes, or both numbers of classes.
     """
     own: dict[str, Tensor] = model.state_dict()

@@ -212,10 +212,8 @@ class LossTerm:
         """Return the term with its taps filled in, or itself without taps.
 
         The teacher's tap is the last one in the cache, if possible of the main one. The student's tap is the one with
-        the
-        nearest grid to the teacher's, among equals the one of the same name, else the last. `student_taps` has the most
-        useful
-        last, and `grids` their (h, w) for a whole view. None takes equal ones.
+        the nearest grid to the teacher's, among equals the one of the same name, else the last. `student_taps` has the
+        most useful last, and `grids` their (h, w) for a whole view. None takes equal ones.
 
         Raises: RecipeError for taps that the cache or the student lacks.
         """

@@ -27,8 +27,7 @@ def store_card(store: StoreSummary, *, address: str | None = None, licence: str 
     """Return the card of a cache, in Markdown.
 
     `address` is its public address, such as hf://datasets/USER/NAME, or None for its current place. With `licence`, a
-    name
-    that the Hub knows, the card begins with the front matter of a data set's card.
+    name that the Hub knows, the card begins with the front matter of a data set's card.
     """
     m = store.manifest
     name = _name(address or store.path)

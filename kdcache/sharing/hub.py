@@ -135,8 +135,7 @@ def push_store(
     """Push a cache as a data set with a card. After an interruption, the same call sends what is missing.
 
     The copy lies in a local folder until all of it is sent. It has no pixels unless `changes` asks for them, because
-    images
-    have their own licences. The seal is sent last, so half a push is never a cache.
+    images have their own licences. The seal is sent last, so half a push is never a cache.
 
     Args:
         source: the cache.

@@ -86,8 +86,7 @@ def copy_store(
     `changes` names what differs from `source`. A codec that rounds needs `fidelity`, the figures of what rounding loses
     (see `rounds`). `worker` is this process's part of a shared copy (default: all of it). `progress` is called with
     (records done, records), including the records of earlier calls. `destination` is a new or empty folder or address,
-    or
-    an unfinished copy.
+    or an unfinished copy.
 
     Raises:
         CorruptError: a file of the source is damaged. Its shard does not count as copied.

@@ -88,8 +88,7 @@ def data_changes(
     """Compare a data set with what a store was built from.
 
     `indexed` allows digests from the index of unchanged files (see `read_contents`). False reads every file. `progress`
-    is
-    called with (samples read, samples).
+    is called with (samples read, samples).
 
     Raises: DataError for a file that cannot be read; CorruptError for a damaged store.
     """

@@ -34,8 +34,7 @@ class FileRecord(Part):
     """A file of a shard.
 
     `crc32c` has the 4 bytes that end each of its chunks, in order. They show a reader that a valid chunk is the one
-    that was
-    written there, without reading the whole file for its sha256.
+    that was written there, without reading the whole file for its sha256.
     """
 
     bytes: Annotated[int, Field(ge=0)]

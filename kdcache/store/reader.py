@@ -235,14 +235,12 @@ class Cache:
         Args:
             ids: of B samples, such as a list from a batch.
             windows: (B, 4) edges (y0, x0, y1, x1) of what the pixels show, in pixels of the EXIF-upright image: an
-                array, a
-                tensor or lists. They may reach beyond the image. None is the whole view.
+                array, a tensor or lists. They may reach beyond the image. None is the whole view.
             flips: (B,), whether the pixels are mirrored left to right. None mirrors nothing.
             heads: the heads to read. Default: all.
             depth_zoom: what a zooming window does to targets in metres: divide, or keep.
         Raises: DataError for unknown ids and invalid windows; RecipeError for a store of crops, for an unknown head,
-        and
-            for zoomed windows without a rule for metres; CorruptError as `read`.
+            and for zoomed windows without a rule for metres; CorruptError as `read`.
         """
         if self.manifest.view.kind == "crop":
             raise RecipeError(

@@ -107,8 +107,7 @@ def restore_metadata(
     """Write metadata files again if they match neither the seal nor what the build would write.
 
     `files` has what the build would write, and `completion` is the seal. `same_libraries` says whether this Zarr began
-    the
-    store: another version may write the same content differently.
+    the store: another version may write the same content differently.
 
     Raises: MismatchError for a file that only the library which wrote it can make again.
     """

@@ -303,8 +303,7 @@ def open_writer(
     Damage is repaired: metadata and ledger at once, and this worker's shards with damaged files count as missing
     (recovery.py). Libraries and device may differ from the first start if only finished shards are written again. The
     manifest then records it. A shard is written again only if `data`, the data set of the build, renders the same
-    pixels
-    and labels as before. None compares neither.
+    pixels and labels as before. None compares neither.
 
     Raises:
         StoreError: the place holds something else.

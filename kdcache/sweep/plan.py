@@ -96,8 +96,7 @@ def plan_sweep(
         known: the flags that recipes may name.
         sources: data of streams by name, instead of the recipe's own.
     Raises: RecipeError for unknown flags or the sweep's own flags, for arms that need each other, for missing caches
-    and
-        teachers, and without data.
+        and teachers, and without data.
     """
     of_streams = data_of_streams(recipe, sources or {})
     data = data or recipe.data.get("path") or _validation(recipe, of_streams)

@@ -126,8 +126,7 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
     """Read a shipped recipe by its name, or a TOML file.
 
     `smoke` replaces keys by those of its [smoke], for a short run on procedural scenes. `changes` are TABLE.KEY=VALUE,
-    with
-    VALUE as in TOML (a bare word is a string).
+    with VALUE as in TOML (a bare word is a string).
 
     Raises: RecipeError for a recipe that is missing, malformed, or has unknown keys.
     """

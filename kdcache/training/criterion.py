@@ -59,10 +59,8 @@ def make_criterion(
     """Return the loss that `config` describes, on the CPU.
 
     A run on labels only is evaluated on `device` for `--class-trust auto`. `note` receives the trust in each class of
-    the
-    teacher, or the cells on which labels replace the teacher, and whether a student without heads ignores labels.
-    `pasted`
-    is the stream whose samples, and labels, are pasted into the dataset's.
+    the teacher, or the cells on which labels replace the teacher, and whether a student without heads ignores labels.
+    `pasted` is the stream whose samples, and labels, are pasted into the dataset's.
 
     Raises: RecipeError for a model whose heads are not the ones that the loss compares.
     """
@@ -173,8 +171,7 @@ def channel_moments(cache: Cache, tap: str, samples: Sequence[int]) -> tuple[Ten
     """Return mean and standard deviation (c,) float32 of a stored feature's channels, over all positions.
 
     They are of the first views of at most COUNTED_TARGETS of the given samples, evenly spread, summed in float64. A
-    channel
-    without variation has the standard deviation 1.
+    channel without variation has the standard deviation 1.
     """
     numbers = evenly_spread(len(samples), COUNTED_TARGETS)
     means = []

@@ -69,8 +69,7 @@ def depth_errors(
     """Return errors of a model's depth at the labels' size. Raw outputs are resized first, then converted to metres.
 
     The model sees images of `size` (H, W). `part` (i, n) takes every n-th labelled sample from the i-th on. `framing`
-    sets
-    how it sees an image (default: squashed to `size`).
+    sets how it sees an image (default: squashed to `size`).
 
     Raises: DataError for an image or label that cannot be read.
     """

@@ -112,12 +112,10 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
     """Return a note on a teacher that predicts few classes on samples without labels, or None.
 
     Classes are counted by the exponential of their entropy, so a class of few pixels hardly counts. If a student of
-    such
-    a teacher becomes the next teacher, the classes become fewer in every round.
+    such a teacher becomes the next teacher, the classes become fewer in every round.
 
     `config` is of a stream that learns from targets without labels, with the samples `dataset`. `labelled` are the
-    samples
-    of all streams that learn from class labels.
+    samples of all streams that learn from class labels.
     """
     if dataset.cache is None or not config.reads_logits or config.loss.teacher == "labels" or not labelled:
         return None

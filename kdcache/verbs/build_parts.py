@@ -82,8 +82,7 @@ def plan_reuse(
     """Return the split, the teacher and the options of a build that copies from an earlier cache, and that cache.
 
     Sets torch's threads. The split defaults to that of `reuse`, the earlier cache. Settings other than the `given` ones
-    are
-    the earlier cache's. `note` is called with what the user should know.
+    are the earlier cache's. `note` is called with what the user should know.
 
     Raises: RecipeError for settings that the earlier cache decides, and if `out` is that cache; as `load_like`.
     """
@@ -243,8 +242,7 @@ def plan_build(
     """Return the split, the teacher and the options of a build, and set torch's threads.
 
     `settings` has values by name, for teachers, images, builds and the machine. `out` is the cache, which keeps its fit
-    if
-    it was begun before, or None. `note` is called with what the user should know.
+    if it was begun before, or None. `note` is called with what the user should know.
 
     Raises: RecipeError without a size if the teachers have none; as `load_teachers`.
     """

@@ -38,8 +38,7 @@ def compare(
     ['student', 'teacher']
 
     Runs that differ only in seed and fold are one row. Evaluations and timings are stored in the run folders, and
-    reused
-    while weights and data, or network, size and machine are unchanged.
+    reused while weights and data, or network, size and machine are unchanged.
 
     Args:
         runs: run folders, folders that hold runs, RUN@best-ema, SPEC@FILE.

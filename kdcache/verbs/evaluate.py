@@ -138,8 +138,7 @@ def evaluate(
     True
 
     An evaluation of a run is stored in its folder, and reused while weights and data are unchanged (`fresh=True`
-    evaluates
-    again).
+    evaluates again).
 
     Args:
         model: a run, SPEC@FILE and the like, a module, or the result of `load_teacher`.

@@ -24,8 +24,7 @@ def open_model(
     """Return a model and its description. Warn if its weights are incomplete or its outputs are not logits.
 
     `size` and `window` are (H, W), or texts such as "288x384". A window is the size of SPEC@FILE without one. `classes`
-    is
-    a folder with classes.txt, the class names of SPEC@FILE.
+    is a folder with classes.txt, the class names of SPEC@FILE.
 
     Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError, MismatchError.
     """

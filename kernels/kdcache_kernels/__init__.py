@@ -1,11 +1,10 @@
 """Distillation loss kernels for segmentation: from low-resolution logits to a loss at label resolution.
 
-This package knows only tensors: no cache, no models, no command line, and nothing of kdcache.
-`distill_loss` is the loss, and `relation_loss` another one, on the target's cells.
-`pack` and `densify` convert targets to and from their stored form, `choose_k` chooses how many classes it must keep,
-and
-`target_argmax_confidence` gives classes and probabilities for gates and audits.
-Everything runs on the CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
+This package knows only tensors: no cache, no models, no command line, and nothing of kdcache. `distill_loss` is the
+loss, and `relation_loss` another one, on the target's cells. `pack` and `densify` convert targets to and from their
+stored form, `choose_k` chooses how many classes it must keep, and `target_argmax_confidence` gives classes and
+probabilities for gates and audits. Everything runs on the CPU and on CUDA. Importing it imports torch, and neither
+Triton nor numba.
 
     parts = distill_loss(student_logits, labels, target, kl_weight=1.0, temperature=2.0)
     parts.loss.backward()

@@ -36,9 +36,8 @@ def gradient_error(
     True
 
     The gradient of KL by the upsampled student logits is p_s - p_t, up to a factor. The teacher plus unit Gaussian
-    noise (a
-    fixed seed) stands for a student that has learnt most of it. The result is ||p_t' - p_t|| / ||p_s - p_t|| over every
-    pixel at label resolution, with t' the target packed and densified, including the rounding to float16.
+    noise (a fixed seed) stands for a student that has learnt most of it. The result is ||p_t' - p_t|| / ||p_s - p_t||
+    over every pixel at label resolution, with t' the target packed and densified, including the rounding to float16.
 
     Args:
         logits_BChw: raw teacher logits, any floating dtype and device.
@@ -94,8 +93,7 @@ def choose_k(
         num_classes: C, which the logits must have.
         align_corners: whether the head's resize aligns corners.
     Returns: (k, table): the smallest k of 8, 16, 32, 64, C whose gradient error is at most 0.05 at T = 1 and T = 2 (C,
-    if
-        no smaller one is), and `table[k][temperature]` for every measured k. The table is empty up to 32 classes.
+        if no smaller one is), and `table[k][temperature]` for every measured k. The table is empty up to 32 classes.
     Raises: ShapeError if the logits do not have num_classes classes.
     """
     if not is_logits(logits_BChw) or logits_BChw.shape[1] != num_classes:

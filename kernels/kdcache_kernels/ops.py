@@ -78,39 +78,28 @@ def distill_loss(
 
     Computes `ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t) / T) || softmax(up(z) / T))`. CE counts the
     pixels with a label other than `ignore_index` and divides by the sum of their class weights. KL counts the pixels
-    whose
-    centre lies in the target's view and divides by their number. A term of weight 0, or without labels or target, is
-    not
-    computed and is 0. A term without counted pixels is 0 with gradient 0, and so is the loss with one class.
-    A non-finite logit (or one so large that logits / T overflow) whose interpolation touches a counted pixel makes the
-    term
-    and the loss NaN. Elsewhere it changes nothing. A loss that is not finite has a gradient of NaN at every logit of
-    the
-    batch.
-    The classes that a target does not keep share one value, and its rounding to float32: at 8 of 171 classes and T = 4
-    the
-    KL is within 2e-6 of itself plus 2e-6 T^2 of exact arithmetic. Logits as low as -6e4, as from a tail without mass,
-    are
-    rounded by up to 2e-3 nats / T between pixels that keep different classes: with k of 2 to 8 of 21 classes, the
-    gradient
-    is then within 3e-4 of its largest element.
+    whose centre lies in the target's view and divides by their number. A term of weight 0, or without labels or target,
+    is not computed and is 0. A term without counted pixels is 0 with gradient 0, and so is the loss with one class. A
+    non-finite logit (or one so large that logits / T overflow) whose interpolation touches a counted pixel makes the
+    term and the loss NaN. Elsewhere it changes nothing. A loss that is not finite has a gradient of NaN at every logit
+    of the batch. The classes that a target does not keep share one value, and its rounding to float32: at 8 of 171
+    classes and T = 4 the KL is within 2e-6 of itself plus 2e-6 T^2 of exact arithmetic. Logits as low as -6e4, as from
+    a tail without mass, are rounded by up to 2e-3 nats / T between pixels that keep different classes: with k of 2 to 8
+    of 21 classes, the gradient is then within 3e-4 of its largest element.
 
     Args:
         student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides. Only they and the weights
-            get
-            gradients. Computed in float32 (float64 in the reference if it is float64), also under autocast.
+            get gradients. Computed in float32 (float64 in the reference if it is float64), also under autocast.
         labels_BHW: class ids, uint8 or a signed integer, or None for an unlabelled batch.
         target: packed teacher logits of the same batch, or None for CE only.
         size: (H, W) in pixels. Needed without labels.
         ce_weight: >= 0, dimensionless. A number of 0 leaves the term out. The host never reads a 0-dimensional tensor
-            on
-            the device, so a schedule can fill it under a CUDA graph. A learnt weight gets the term as its gradient.
+            on the device, so a schedule can fill it under a CUDA graph. A learnt weight gets the term as its gradient.
         kl_weight: >= 0, dimensionless, as `ce_weight`.
         temperature: > 0, dimensionless.
         class_weight: (C,) floats >= 0, for CE. None weighs every class 1.
         ce_pixel_weight_BHW: weight of every pixel in CE, any dtype, such as a gate. It does not shrink the denominator:
-            for
-            a weighted mean pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
+            for a weighted mean pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
         label_smoothing: share of every label, in [0, 1), that is spread over all classes, as in `F.cross_entropy`.
         focal_gamma: >= 0. It multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p. Not with
             label smoothing. On CUDA, at strides above 1, it uses the slower kernel.
@@ -127,20 +116,14 @@ def distill_loss(
             batch's, from `distill_denominators`, summed over ranks and accumulation steps.
         kl_denominator: as `ce_denominator`.
         impl: "auto", "triton", "numba", "torch" or "reference", see the module's docstring. On a CPU, auto depends on
-            the
-            sizes of a problem. Windows, flips and compiled programs use numba.
+            the sizes of a problem. Windows, flips and compiled programs use numba.
     Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel, with T^2 in kl. Each is differentiable
-    once,
-        with the reference several times. The gradient of ce or kl takes the time of the call again, so detach logged
-        values
-        that a compiled function returns. `torch.func.grad` and `vmap` work, forward mode raises.
+        once, with the reference several times. The gradient of ce or kl takes the time of the call again, so detach
+        logged values that a compiled function returns. `torch.func.grad` and `vmap` work, forward mode raises.
     Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU. On
-    CUDA,
-        where nothing waits for the device, a class id out of range or a window that is NaN or outside the view makes
-        the
-        loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is not finite
-        with
-        the position of its cause.
+        CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or outside the view
+        makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is not
+        finite with the position of its cause.
     Memory: fused, the gradient and float32 copies of the low-resolution logits (on CUDA not of a dense, whole target),
         never anything of label size times classes. The reference has up to eight (B, C, H, W) tensors.
     Source: Hinton et al. 2015, section 2; smoothing Szegedy et al. 2016, arXiv 1512.00567, section 7; focal Lin et al.
@@ -233,8 +216,7 @@ def distill_denominators(
     3.0
 
     If each part's `distill_loss` gets the sums over all parts of a batch, the parts' losses add up to the loss of the
-    whole
-    batch. (DistributedDataParallel averages gradients: multiply the loss by the number of ranks.)
+    whole batch. (DistributedDataParallel averages gradients: multiply the loss by the number of ranks.)
 
     Args: as in `distill_loss`; num_classes is the student's. One of labels_BHW and target is needed.
     Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target. A class id out of range does not
@@ -320,18 +302,15 @@ def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Te
     ([1, 2], [0.0, -1.0])
 
     Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf gets NaN in every value and
-    in
-    the tail. Checking for it here would synchronise with the device, so the caller checks the values before writing
-    them. A
-    single -inf becomes the finite -6e4.
+    in the tail. Checking for it here would synchronise with the device, so the caller checks the values before writing
+    them. A single -inf becomes the finite -6e4.
 
     Args:
         logits_BChw: any floating dtype, any strides. Computed in float32, in float64 if it is float64.
         k: 1 to C. C keeps everything in class order.
         impl: one of IMPLEMENTATIONS.
     Returns: (values, indices, tail) as in `PackedTarget`. indices and tail are None for k = C. For k < C, the classes
-    are
-        sorted from the largest to the smallest.
+        are sorted from the largest to the smallest.
     Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
     Memory: the result; the reference O(B*C*h*w), 12 bytes per element more for k < C.
     """
@@ -361,16 +340,14 @@ def densify(
     torch.Size([1, 5, 4, 4])
 
     The classes that were not kept share the tail's mass evenly. Each gets LSE(kept) + tail - log(C - k), clamped to
-    +-6e4,
-    computed in float64 and rounded once (except for the sum of exponentials, 3e-7).
+    +-6e4, computed in float64 and rounded once (except for the sum of exponentials, 3e-7).
 
     `values`, `indices` and `tail` are as in `PackedTarget`, and `num_classes` is C. float32 uses the fused kernels,
     another `dtype` the reference.
 
     Returns: (B, C, h, w), contiguous for k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU. On CUDA,
-    where
-        checking would synchronise, the pixel is NaN (with KDCACHE_DEBUG=1 also an error).
+        where checking would synchronise, the pixel is NaN (with KDCACHE_DEBUG=1 also an error).
     """
     topk.check_packed(values, indices, tail, num_classes)
     values = values.detach()

@@ -1,9 +1,8 @@
 """The grid on which terms compare two maps: the teacher's cells, laid over the student's image.
 
 The teacher's array has h x w cells that tile its view. Equally many cells tile the student's image, which shows a
-window
-of that view, maybe mirrored. The teacher is sampled at their centres through the window. For a whole, unmirrored view
-that is the array itself. The student's map tiles the same image in its own cells and is resized.
+window of that view, maybe mirrored. The teacher is sampled at their centres through the window. For a whole, unmirrored
+view that is the array itself. The student's map tiles the same image in its own cells and is resized.
 
 A pixel counts if it lies in the view and no mask excludes it (grey outside the image, void), and a cell counts by the
 share of its pixels that count. Predictions are known only for whole cells, so a cell on the edge of a mask is compared
@@ -51,10 +50,8 @@ def lay_cells(
     """Count the pixels of an image's cells.
 
     `window_B4`, `flip_B` and `view_size` are as in `kdcache_kernels.distill_loss`. `pixel_weight_BHW` is a gate (None:
-    1).
-    `counted_BHW`, bool, are the pixels that count inside the view (None: all). `size` is (H, W) of the student's image,
-    and
-    `grid` (h, w). `like` has the device and dtype of the result.
+    1). `counted_BHW`, bool, are the pixels that count inside the view (None: all). `size` is (H, W) of the student's
+    image, and `grid` (h, w). `like` has the device and dtype of the result.
     """
     counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
     if counted_BHW is not None:

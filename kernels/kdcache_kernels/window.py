@@ -120,8 +120,7 @@ def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
     """Return the share of each cell that each pixel has along an axis, (cells, pixels), with rows that sum to 1.
 
     Cells and pixels cover the same length, in any ratio. `like` has the device and dtype of the result. The arithmetic
-    is
-    float64.
+    is float64.
     """
     edges = torch.arange(cells + 1, dtype=torch.float64, device=like.device) * pixels / cells
     left = torch.arange(pixels, dtype=torch.float64, device=like.device)

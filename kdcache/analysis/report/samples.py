@@ -117,8 +117,7 @@ def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progres
     """Return the best and the worst images by the mean of all rows, then one for each class that these do not show.
 
     If these lack depth labels and all rows predict depth, the best and the worst in depth follow. `count` is the number
-    of
-    images among the best, among the worst, and at most among the others.
+    of images among the best, among the worst, and at most among the others.
 
     Returns: none if some rows have only classes and others only depth, so they share no score.
     """

@@ -11,8 +11,7 @@ an error of a kernel.
 Bounds: loss 1e-6 |L| + 1e-7 T^2; gradient, largest error over largest value, 2e-6 in float32, 1e-3 in float16 and 8e-3
 in bfloat16, which is the rounding of the result. To these comes the limit of float32: an interpolated logit to 6e-8 of
 the largest, over T; the difference of two probabilities, of the order of 1 / T, to 6e-8; a sum over more than 25
-classes
-to the square root of their number.
+classes to the square root of their number.
 
 Legend: B batch, C classes, H W label size, h w logits' own size.
 """

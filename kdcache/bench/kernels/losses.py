@@ -147,8 +147,7 @@ def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
     """Return T^2 * (inter + intra) on cells weighted by the mask.
 
     The mean over classes is 1 / C. The mean over cells needs no gradient, because moving it changes no sum of products
-    of
-    centred values.
+    of centred values.
     """
     T, weight_B1hw = targets.temperature, targets.mask[:, None]
     p_BChw, q_BChw = (F.softmax(x, 1) for x in _on_cells(student_BChw, targets))

@@ -26,8 +26,7 @@ def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> 
     """Write a PNG of samples with their labels, evenly spread over the labelled ones (or all, without labels).
 
     Void is darkened, and the classes present are named below. Samples with only depth show the depth, near is bright.
-    Each
-    split gets its share of the samples.
+    Each split gets its share of the samples.
 
     Returns: SPLIT/ID of the samples on the sheet.
     Raises: RecipeError for a path that does not end in .png, or in a missing folder.

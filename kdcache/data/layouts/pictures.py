@@ -28,8 +28,7 @@ class Pictures:
         """Return the path of an image below the root, or None if no file, or more than one, matches.
 
         A backslash is a separator, unless a file has it in its name. The name is looked up below each folder, then as
-        the end
-        of the path of a picture.
+        the end of the path of a picture.
 
         Args:
             name: the annotation file's name of the image.

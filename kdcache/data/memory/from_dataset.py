@@ -140,9 +140,8 @@ def from_dataset(
     np.uint8(1)
 
     Ids identify samples in caches and digests. With `ids` they come from a column, and their digest covers only names
-    and
-    classes, as for a folder. Without, every sample is read once, and its id is its number and a digest of its contents.
-    Either way, a cache fails on an image that renders to other pixels than its teacher saw.
+    and classes, as for a folder. Without, every sample is read once, and its id is its number and a digest of its
+    contents. Either way, a cache fails on an image that renders to other pixels than its teacher saw.
 
     Args:
         dataset: map-style, with a length and numbers as keys. An item is a mapping or tuple of an image (Pillow, uint8)

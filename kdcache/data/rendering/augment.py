@@ -128,8 +128,7 @@ def inside_rectangle(
 
     Pixels outside are grey, without a label, and never counted. Pixel (i, j) shows the image if (i + 0.5, j + 0.5) is
     inside. The arrays are a cache's `records/window`, `flip` and `source_size`, or a single record's without R.
-    `view_size`
-    is (H, W).
+    `view_size` is (H, W).
 
     Returns: float64 (R, 4): y0, x0, y1, x1.
     """
@@ -156,8 +155,7 @@ def colour_jitter(
     """Change brightness, contrast, saturation and hue at random, or apply RandAugment's colour operations.
 
     Factors are uniform in [1 - strength, 1 + strength], the hue in +- strength / 6 turns. The contrast pivots on the
-    mean
-    grey (of every second pixel and row, which is enough for a mean).
+    mean grey (of every second pixel and row, which is enough for a mean).
 
     Args:
         rng: the only source of randomness.

@@ -64,8 +64,7 @@ def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, flo
     """Return how many times nearer the scene looks in a view of a window than in a view of the whole image.
 
     It is the scale s of `draw_window`: things are s times larger. If a window has another aspect ratio than the image,
-    it
-    is the geometric mean of both axes. The zooms of a view of the image and of a window in that view multiply.
+    it is the geometric mean of both axes. The zooms of a view of the image and of a window in that view multiply.
 
     Args:
         window: in pixels of the image, or of the view that the window is cut from.

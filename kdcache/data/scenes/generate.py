@@ -61,8 +61,7 @@ class ScenesSpec:
         unlabelled: number of samples of a split of that name without labels. 0 means there is no such split.
         depth: `none`, `exact`, or `sparse` (a LiDAR's in train, exact in val).
         tasks: the labels of train with depth: `both` for every sample, `halves` (segmentation for even numbers, depth
-            for
-            odd ones), or `depth` only. The samples of val have both.
+            for odd ones), or `depth` only. The samples of val have both.
         style: `game` and `camera` are two domains, with other pictures of other streets and the same classes.
     """
 

@@ -123,8 +123,7 @@ class Term(nn.Module):
 
     It computes in float32 also under autocast, in float64 for float64 inputs, without host synchronisation or
     data-dependent shapes. Means are over counted pixels. A gate weighs these and does not shrink the denominator.
-    Without
-    any counted pixel the loss and its gradient are 0.
+    Without any counted pixel the loss and its gradient are 0.
 
     Args:
         spec: the setting, with its taps filled in.
@@ -132,9 +131,8 @@ class Term(nn.Module):
     Attributes:
         kind: the spec's, or the own name of a companion.
         weight: the spec's, or the kind's default. Default weights give a gradient over the student's parameters
-            comparable
-            to CE's. Docstrings give its size: mean over batches of CamVid at 144x192, teacher kdcache:base at stride 4,
-            student kdcache:tiny after 150 and 650 steps.
+            comparable to CE's. Docstrings give its size: mean over batches of CamVid at 144x192, teacher kdcache:base
+            at stride 4, student kdcache:tiny after 150 and 650 steps.
         reads_shown: whether it reads `TermBatch.shown`.
         measured: whether its value is only logged and not part of the loss.
         gather: concatenates a tensor over the processes along its first axis, with a gradient only for this process's
@@ -242,8 +240,7 @@ class Term(nn.Module):
         """Return the loss of a batch: an unweighted scalar.
 
         `count` replaces its own `count` as denominator: the mean over the parts of a larger batch, so that their losses
-        average
-        to the whole batch's.
+        average to the whole batch's.
         """
         if not torch.compiler.is_compiling():
             self.prepare(batch)

@@ -5,8 +5,7 @@ valid if it is between 0.001 m and the head's `max_depth`. A teacher's map lies 
 sampled bilinearly at the label's pixels, through window and flip like logits, in the space in which its head resizes:
 values become raw output, are resampled, and become values again. A cell with a value that is not finite is invalid, and
 so is a pixel that reads it. Metres are divided by the zoom of a window that looks nearer than the teacher's view.
-Values
-beyond the student's range are clipped to it, like predictions. Labels beyond it do not count.
+Values beyond the student's range are clipped to it, like predictions. Labels beyond it do not count.
 
 A gate and the void of segmentation labels concern only classes. These terms count every pixel inside the view that
 shows the image. Each is the mean over the images that have a valid pixel, except `depth-l1`, which is the mean over all

@@ -82,8 +82,7 @@ class Hint(Projected):
     """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained projector.
 
     With the distance `smooth-l1` a difference d counts d^2 / 2 up to 1, and |d| - 1/2 beyond. Unless they are
-    standardised,
-    the teacher's features are used unchanged, so the term's size depends on theirs.
+    standardised, the teacher's features are used unchanged, so the term's size depends on theirs.
 
     Default weight 1 (mean over every element; FitNets halves the sum): a gradient of 0.2 to 0.7 of CE's.
     Source: Romero et al. 2015, arXiv 1412.6550, section 2.2; smooth L1: Girshick 2015, arXiv 1504.08083, equation 3.
@@ -128,14 +127,11 @@ class Attention(Term):
     """`at`: mean over cells of (a_s - a_t)^2, a = A / ||A||, A = sum over channels of F^2.
 
     The teacher's A comes from features/<tap>, or from statistics/at.<tap>, where it is divided by its maximum, which
-    makes
-    no difference here. The student's A is resized to the teacher's cells. The norm is over one image's counted cells,
-    each
-    weighted by its share. Uncounted cells (outside the view, grey, void) affect neither norm nor mean.
+    makes no difference here. The student's A is resized to the teacher's cells. The norm is over one image's counted
+    cells, each weighted by its share. Uncounted cells (outside the view, grey, void) affect neither norm nor mean.
 
     Default weight h w / 2, by which the term is at most 1, because with unit norms the mean is at most 2 / (h w). It is
-    2592
-    at 72 x 72 (published: 1000 to 10000), and its gradient 0.6 of CE's for a decoder's map, 2 to 4 for a deep one.
+    2592 at 72 x 72 (published: 1000 to 10000), and its gradient 0.6 of CE's for a decoder's map, 2 to 4 for a deep one.
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1.
     """
 

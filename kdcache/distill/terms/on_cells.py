@@ -67,16 +67,12 @@ class Decoupled(OnCells):
     """`dkd`: T^2 * (alpha * TCKD + beta * NCKD), mean over cells.
 
     TCKD is the KL of (p, 1 - p), with p the probability of the target class at temperature T. NCKD is the KL of the
-    other
-    classes among themselves. The target class is the label of the pixel at the cell's centre, or the teacher's best
-    class
-    if the pixel is void or has no label. Cells weigh by their share of counted pixels times the gate.
+    other classes among themselves. The target class is the label of the pixel at the cell's centre, or the teacher's
+    best class if the pixel is void or has no label. Cells weigh by their share of counted pixels times the gate.
 
     Default weight 0.02, alpha 1, beta 8, temperature 4 (the paper's on CIFAR-100, with its T^2; nats per cell): a
-    gradient
-    of 1 to 1.3 of CE's. Published: 1. On ImageNet the authors use beta 0.5 and temperature 1. Their code warms the
-    weight
-    up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
+    gradient of 1 to 1.3 of CE's. Published: 1. On ImageNet the authors use beta 0.5 and temperature 1. Their code warms
+    the weight up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
     Source: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
 
@@ -121,13 +117,11 @@ class Relations(OnCells):
     """`dist`: T^2 * (beta * inter + gamma * intra) of q_s, q_t = softmax(x / T), in one operation.
 
     inter: mean over cells of 1 - pearson(q_s, q_t) over the classes. intra: mean over classes of 1 - pearson over the
-    cells
-    of the whole batch, of all processes together. Cells weigh by their share of counted pixels times the gate. With one
-    class, whose probabilities are constant and have no correlation, it is 0.
+    cells of the whole batch, of all processes together. Cells weigh by their share of counted pixels times the gate.
+    With one class, whose probabilities are constant and have no correlation, it is 0.
 
     Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation): a gradient of 1 to 1.6 of CE's,
-    and
-    of 11 before a student has learnt anything.
+    and of 11 before a student has learnt anything.
 
     Float64 uses the reference implementation.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
@@ -174,10 +168,8 @@ class Similarity(Term):
     """`sp`: ||G_t - G_s||_F^2 / b^2, G = rows of Q Q^T divided by their norms, Q a (b, c h w) matrix of features.
 
     b is the batch of all processes together. Student and teacher keep their own channels and grids, because only
-    products
-    of images with images are compared. Every cell of Q is weighted by its share of counted pixels times the gate. An
-    image
-    without such cells has a row of zeros on both sides.
+    products of images with images are compared. Every cell of Q is weighted by its share of counted pixels times the
+    gate. An image without such cells has a row of zeros on both sides.
 
     Default weight 50 (the formula's own reduction): a gradient of 0.8 to 1.4 of CE's in a batch of 8. Published: 3000,
     for batches of 64 classified images.

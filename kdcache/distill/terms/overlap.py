@@ -12,8 +12,8 @@ class Overlap(Term):
     """A loss per image and class: mean over the classes in an image's label, then over labelled images.
 
     Neither is a sum over pixels, so each image is computed separately, whatever the processes and accumulated parts.
-    Void
-    pixels never count, and an image with only void does not count. Gates and masks of a teacher's terms do not apply.
+    Void pixels never count, and an image with only void does not count. Gates and masks of a teacher's terms do not
+    apply.
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:

@@ -18,10 +18,8 @@ def make_term(spec: LossTerm, *, targets: TermTargets, **setup: Any) -> Term:
     Projections are drawn from torch's global generator. `setup` are attributes of `TermSetup`.
 
     Raises: RecipeError for a cache that lacks what the term reads, naming the build flag, for unknown taps, for a term
-    of
-        features or of depth with labels in the teacher's place, for one that standardises without `moments`, and for
-        one
-        with a head that the student lacks or has of another kind.
+        of features or of depth with labels in the teacher's place, for one that standardises without `moments`, and for
+        one with a head that the student lacks or has of another kind.
     """
     setup["student_heads"] = setup.get("student_heads") or {SEGMENTATION: CategoricalHead(targets.num_classes)}
     spec.check_student(setup["student_heads"])

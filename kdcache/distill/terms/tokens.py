@@ -22,15 +22,13 @@ class TokenSimilarity(Term):
     """`similarity`: mean over cells of KL(p_t || p_s), p = softmax over all cells of cosine / T.
 
     The cosines compare the features of a cell with those of every cell of the same image, including itself. The
-    student's
-    features are resized to the teacher's cells. A cell enters the distributions by its share of counted pixels, and the
-    mean by this share times the gate.
+    student's features are resized to the teacher's cells. A cell enters the distributions by its share of counted
+    pixels, and the mean by this share times the gate.
 
     The teacher's cosines come from statistics/similarity.<tap>, in 8 bits, or from features/<tap>.
 
     Default weight 1, as published, temperature 0.07. Its gradient over CE's is 5.4 in the first step, 0.9 in step 51,
-    0.4
-    in steps 101 to 201 and 0.2 in steps 551 to 651, by EfficientNet-Lite0 on CamVid (decision 0014).
+    0.4 in steps 101 to 201 and 0.2 in steps 551 to 651, by EfficientNet-Lite0 on CamVid (decision 0014).
     """
 
     kind = "similarity"
@@ -94,12 +92,9 @@ class Queue(Term):
 
     The ring has the teacher's summaries of the last images that were learnt from, in the order of their draws. The
     teacher's side of a cosine is its summary of the image. The student's side is the mean of its features over the
-    image,
-    each cell by its counted pixels times the gate, projected by a trained linear layer. The ring is part of
-    checkpoints. It
-    is empty in the first step, whose loss is 0. In your own loop, call `criterion.after_step(batch)` after the
-    optimizer's
-    step.
+    image, each cell by its counted pixels times the gate, projected by a trained linear layer. The ring is part of
+    checkpoints. It is empty in the first step, whose loss is 0. In your own loop, call `criterion.after_step(batch)`
+    after the optimizer's step.
 
     Default weight 1, temperature 0.07, 1024 summaries: a gradient of 0.2 to 0.5 of CE's (decision 0014).
     """

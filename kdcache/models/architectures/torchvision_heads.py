@@ -86,8 +86,7 @@ class LRASPPModel(TorchvisionModel):
 
     The sum is the last operation before the final resize, so the native stride is 8 although the deep branch comes from
     stride 16. `head` is the deep branch after its gate, at stride 8: the input of `high_classifier` (the shallow
-    classifier
-    reads the backbone directly).
+    classifier reads the backbone directly).
     """
 
     def _head(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

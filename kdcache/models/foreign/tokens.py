@@ -54,8 +54,7 @@ def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, 
     """Return the maps (B, c, h, w) in a backbone's answer by tap, most useful last except for `summary`.
 
     The answer is a map, tokens, a list of maps, or an object with `feature_maps` or `last_hidden_state`. Anything else
-    has
-    no maps.
+    has no maps.
     """
     named = any(hasattr(answer, name) for name in ("feature_maps", "last_hidden_state"))
     if isinstance(answer, Mapping) and not named:

@@ -32,10 +32,8 @@ class WrappedModel(SegmentationModel):
 
     Taps are dotted names of modules with output (B, c, h, w) or tokens of patches. `taps` lists the network's direct
     children with maps in the order they ran, and the features in its answer. Modules are read by forward hooks that
-    exist
-    only while a tap is requested, see only the calls of their own thread, and copy the feature, which a later in-place
-    layer
-    would overwrite.
+    exist only while a tap is requested, see only the calls of their own thread, and copy the feature, which a later
+    in-place layer would overwrite.
 
     A last bilinear resize is removed from the heads (`kdcache.models.foreign.peel`), which also tells `align_corners`.
     Without one, the module's attribute of that name counts (False if absent), and so do `mean`, `std` and

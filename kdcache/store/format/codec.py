@@ -41,8 +41,7 @@ def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]
     """Return the rows that a store keeps: the codec `small` rounds float16 logits, other codecs change nothing.
 
     `arrays` maps paths to finite rows. Rounding is to the nearest, ties to even, and keeps order: the largest class
-    stays
-    at 0 and top-k values stay sorted, but unequal values may become equal. Changed arrays are new.
+    stays at 0 and top-k values stay sorted, but unequal values may become equal. Changed arrays are new.
     """
     return {
         path: _round(rows) if codec == "small" and path.startswith(_LOGITS) and rows.dtype == np.float16 else rows

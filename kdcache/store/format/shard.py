@@ -257,8 +257,7 @@ def chunk_checksums(content: bytes, chunks: int) -> bytes:
     """Return the 4 bytes that end each chunk of a shard of our writer, in the order of the chunks.
 
     `content` is the whole file with its index at the end. `chunks` is their number in a full shard. Chunks that were
-    never
-    written are left out.
+    never written are left out.
     """
     index = memoryview(content)[-16 * chunks - CRC_BYTES : -CRC_BYTES]
     ends = (offset + size for offset, size in _ENTRY.iter_unpack(index) if offset != _EMPTY)

@@ -1,11 +1,9 @@
 """Audit a cache's numeric heads: depth against its labels, on whole images at view size.
 
 A stored map is resized to the view as in the training terms: its values become the raw output that they came from,
-which
-is resized and becomes values again (`kdcache.heads`). Metres are judged by KITTI's convention
+which is resized and becomes values again (`kdcache.heads`). Metres are judged by KITTI's convention
 (`kdcache.metrics.depth`), up to the head's range. A map in another unit is only known up to a scale, and is not
-compared
-with labels. Memory: counts of fixed size, and one image.
+compared with labels. Memory: counts of fixed size, and one image.
 """
 
 import heapq

@@ -2,8 +2,7 @@
 
 The gradient of T^2 KL(p_t || p_s) by the student's logits is T (p_s - p_t), so the relative error is
 ||p_t' - p_t|| / ||p_s - p_t|| over every pixel at view size. t' keeps the k largest classes of t and the log-odds of
-all
-others. Two students bracket a training: an untrained one (uniform), and the teacher plus unit Gaussian noise, as in
+all others. Two students bracket a training: an untrained one (uniform), and the teacher plus unit Gaussian noise, as in
 `kdcache_kernels.gradient_error`.
 """
 
@@ -48,8 +47,7 @@ def gradient_errors(
     """Measure every candidate k at T = 1, 2 and 4.
 
     `logits` (C, h, w) of each record are dense, and `kept` classes of them are available to a smaller k. `size` is (H,
-    W)
-    of the view in pixels. `align_corners` is of the head's resize.
+    W) of the view in pixels. `align_corners` is of the head's resize.
 
     Memory: O(C*H*W).
     """

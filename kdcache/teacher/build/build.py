@@ -149,10 +149,8 @@ def build_cache(
     """Run the teacher over every sample of `split` and write the cache `out`.
 
     `progress` is called with (records done, records), including earlier ones. `worker` is this process's part of a
-    shared
-    build. `reuse` is an earlier cache of the same teacher, whose equal targets are copied (reuse.py). `engine` computes
-    the
-    shards in other processes.
+    shared build. `reuse` is an earlier cache of the same teacher, whose equal targets are copied (reuse.py). `engine`
+    computes the shards in other processes.
 
     Raises: KDCacheError of every kind. Finished shards stay, and the same call continues.
     """
@@ -219,8 +217,7 @@ def pack_batch(
     """Return a teacher's outputs in the form of the cache: path -> tensor with a leading B, on the same device.
 
     Features that become bytes are still float32, for `stored_features`. `outputs` are of `teach`. `heads` and
-    `features`
-    are the manifest's.
+    `features` are the manifest's.
     """
     packed: dict[str, Tensor] = {}
     for name, head in heads.items():
@@ -256,8 +253,7 @@ class TeacherPass:
         """Yield every record of the shards, in batches, shard after shard.
 
         A batch never crosses a shard, so a shard's bytes do not depend on where a build was interrupted. The result of
-        a batch
-        is fetched after the next one was launched, so a GPU does not wait for the host.
+        a batch is fetched after the next one was launched, so a GPU does not wait for the host.
         """
         launched: Callable[[], _Batch] | None = None
         for items, unknown in self._sorted_out(shards):

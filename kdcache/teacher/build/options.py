@@ -30,8 +30,7 @@ class BuildOptions(BuildSettings):
         views: of each sample: the whole image, and views - 1 drawn ones. With `crop` all are drawn.
         crop: (H, W) of the views, cut out of the image at zoom times `size`.
         view_scale: range of the zoom of drawn views. Below 1 shows the image amid grey. None is `ZOOM`, and 1 with
-            depth
-            in metres. view_flip: mirror half of them.
+            depth in metres. view_flip: mirror half of them.
         depth_zoom: effect of a zoom on depth labels.
         teacher_size: (H, W) of the same windows for the teacher. Default: the views'.
         teacher_grid: `own` keeps the grid of the teacher's logits. `view` averages probabilities to the grid that the

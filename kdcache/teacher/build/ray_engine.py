@@ -69,8 +69,7 @@ class RayEngine:
         """Yield the missing shards as their files are written.
 
         Raises: RecipeError as `connected`; StoreError, MismatchError for a node that lacks the data or has other
-        libraries;
-            the teacher's errors.
+            libraries; the teacher's errors.
         """
         with cluster(self.address) as ray:
             yield from self._shards(ray, writer)

@@ -235,8 +235,7 @@ def render_batches(
     """Yield the records of some shards in order, rendered by threads: far ahead, or one batch of the teacher at a time.
 
     A CPU teacher's threads meet at a barrier after every operation. Rendering at the same time takes one of their cores
-    and
-    makes the others wait: with a small teacher that took a third of the build's CPU time.
+    and makes the others wait: with a small teacher that took a third of the build's CPU time.
     """
     work = lambda records: render_records(split, manifest.view, records, manifest.depth, of_file)  # noqa: E731
     step, views = manifest.build.batch_size, manifest.view.views_per_sample

@@ -84,8 +84,7 @@ def similarities(feature_Bchw: Tensor) -> Tensor:
     """Return the cosines between different cells in 8 bits: (B, p), the upper triangle row by row.
 
     Cells are in row order. q = rint((cosine + 1) * 127.5), with the value 2 q / 255 - 1. A cell of zeros has the cosine
-    0
-    with every other.
+    0 with every other.
 
     Returns: whole numbers in float16, with NaN for features that are not finite.
     """

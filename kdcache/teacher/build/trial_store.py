@@ -35,8 +35,7 @@ class Seconds:
     """Seconds per record.
 
     `build` is the whole pass. `render`, `teach` and `write` are its separate stages. `read` is a student's time to read
-    a
-    target from the page cache.
+    a target from the page cache.
     """
 
     build: float

@@ -47,8 +47,7 @@ class Teacher:
         folds: number of folds that the members of an ensemble divide, or None if their probabilities are averaged.
         folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
         trainings: of each member, or of the one model, on each of its streams, if it is a run that records them. Empty
-            if
-            not looked up.
+            if not looked up.
         parents: seals of the caches that it learnt from, if it is a run that records them.
         fit: how images of another shape were fitted into `size` in its training.
     """

@@ -13,8 +13,7 @@ def trainings_of(run: Run) -> tuple[Training | None, ...]:
     """Return the trainings of a run: on its data set, or on each of its streams.
 
     None stands for unrecorded ones: of a run from a cache, and, after the streams that learn from caches, the trainings
-    of
-    these caches' teachers.
+    of these caches' teachers.
     """
     kind, _, digest = run.model.trained_on.partition(" ")
     try:  # a teacher needs no recipe: it is only not known then

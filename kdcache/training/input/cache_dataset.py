@@ -53,8 +53,7 @@ class CacheDataset(DrawnDataset):
             with the cache's checksum when this process first reads it, also in a resumed run.
         augment: `warp` draws a window of the stored whole image and moves the target with it. `replay` gives the views
             as the teacher saw them, another one in every epoch, with colour jitter. `none` gives the whole image
-            without
-            jitter. `auto` replays a cache of several views or of crops, and warps others.
+            without jitter. `auto` replays a cache of several views or of crops, and warps others.
         size: (H, W) of the pixels. Default: the view's.
         targets: the heads whose targets are read. True is all, False none (with the same draws).
         extras: paths of further arrays that a sample brings (features, statistics).

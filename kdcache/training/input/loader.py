@@ -97,11 +97,9 @@ def make_loader(
     """Return the batches of the steps [first, last) in order, for `next_batch`. A batch is valid until the next.
 
     `batch_size` counts the samples of all processes together, a multiple of `world`. `workers` are threads that draw
-    ahead
-    samples of a cache, or processes for files that must be decoded and rendered (forkserver, because CUDA and thread
-    pools
-    do not survive a fork). 0 draws between steps. This process takes the `rank`-th of `world` equal parts of each
-    batch.
+    ahead samples of a cache, or processes for files that must be decoded and rendered (forkserver, because CUDA and
+    thread pools do not survive a fork). 0 draws between steps. This process takes the `rank`-th of `world` equal parts
+    of each batch.
     """
     steps = Steps(first, last, batch_size, rank, world)
     loader: Ring | DataLoader[Batch | KDCacheError]
@@ -127,9 +125,8 @@ def sample_loader(
     """Return a loader with the batches that a training with these settings sees, in its order, for your own loop.
 
     `iterations` is the number of batches. They straddle epochs, and none is short. `seed` decides order and
-    augmentation,
-    and `shuffle` is auto, full or window (sampler.py). `labelled_share` is the share of labelled samples in every batch
-    (None: a training's default). `workers` are processes that draw ahead. 0 draws between steps.
+    augmentation, and `shuffle` is auto, full or window (sampler.py). `labelled_share` is the share of labelled samples
+    in every batch (None: a training's default). `workers` are processes that draw ahead. 0 draws between steps.
 
     Raises: KDCacheError for a sample that could not be drawn, wrapped into a RuntimeError by a worker.
     """

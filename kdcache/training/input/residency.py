@@ -38,8 +38,7 @@ def keep_records(
     """Let a dataset keep its records in the place that `choice` names: auto, ram, gpu or off.
 
     `workers` counts the loader's workers. Processes share no memory, so each would keep its own records. `among`
-    datasets
-    share the memory budget. `note` receives what is kept, or why nothing is.
+    datasets share the memory budget. `note` receives what is kept, or why nothing is.
 
     Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the cache.
     """

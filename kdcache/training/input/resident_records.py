@@ -33,8 +33,7 @@ class RamRecords:
     """Keeps decoded rows of a cache's arrays in memory. Each row is read from the cache once, and then copied.
 
     Threads need no lock: a row is marked after it is complete, and two threads that fill it write the same bytes.
-    Memory
-    is used as rows are filled. It pickles empty: every worker process fills its own.
+    Memory is used as rows are filled. It pickles empty: every worker process fills its own.
 
     Args:
         paths: paths of the arrays that are kept.

@@ -43,8 +43,7 @@ class Ring:
     """Iterates over the batches of some steps, in order.
 
     A batch belongs to the caller until it takes the next one. Then its memory is drawn into again, on a GPU after the
-    work
-    that the current stream has until then. The error of a sample comes instead of its batch.
+    work that the current stream has until then. The error of a sample comes instead of its batch.
 
     Args:
         steps: draw numbers of each batch.

@@ -99,8 +99,7 @@ class Rare:
     """Draws a class with P(c) = softmax((1 - f_c) / T), then uniformly one of the records that show it.
 
     f_c is the share of c among all labelled pixels. A record shows a class if it has more than RARE_SHARE of its
-    pixels, or
-    any if no record does. Classes without any label are never drawn.
+    pixels, or any if no record does. Classes without any label are never drawn.
 
     Args:
         counts_RC: pixels of each class.
@@ -112,8 +111,7 @@ class Rare:
         probabilities_C: P.
 
     Source: Hoyer et al. 2022, DAFormer, arXiv 2111.14887, equations 6 and 7, and the authors' code. Their code also
-    draws
-    up to ten crops of the sample until half of those pixels are inside. Here crops do not depend on labels.
+    draws up to ten crops of the sample until half of those pixels are inside. Here crops do not depend on labels.
     """
 
     def __init__(self, counts_RC: Records, pixels_R: Records, seed: int, temperature: float = RARE_TEMPERATURE) -> None:
@@ -142,8 +140,7 @@ def choose_labelled_share(share: float | None, labelled: Flags | None) -> float 
     """Return the share of a batch that has labels, or None if labels do not affect the draws.
 
     A few labels among many images would be drawn too rarely, and some batches would have none: a step's cross-entropy
-    is
-    the mean over its labels. (Mean teachers draw from two streams as well: 1703.01780.)
+    is the mean over its labels. (Mean teachers draw from two streams as well: 1703.01780.)
 
     Args:
         share: the user's choice. None is the samples' share, at least half.

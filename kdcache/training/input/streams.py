@@ -57,8 +57,7 @@ def feed_streams(
     """Yield the batches of the steps [first, last) on `device`, each valid until the next is taken.
 
     `workers` is as in `make_loader`, for all streams together. If it is not 0, each stream has at least one. This
-    process
-    takes the `rank`-th of `world` equal parts of each stream's rows.
+    process takes the `rank`-th of `world` equal parts of each stream's rows.
     """
     whole = sum(stream.rows for stream in streams)
     feeds = [

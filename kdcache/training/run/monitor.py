@@ -41,9 +41,8 @@ def check_logits(cache: Cache, *, needed: bool = True) -> None:
     """Check that a cache's teacher returned logits and not probabilities, as far as the first target shows it.
 
     Targets are stored minus their largest value, so probabilities p are stored as p - max p. Since they sum to 1, max p
-    can
-    be recovered, and then none is below 0. With logits as far apart, and more than a few classes, that does not happen.
-    With `needed` false, a cache without targets of classes passes.
+    can be recovered, and then none is below 0. With logits as far apart, and more than a few classes, that does not
+    happen. With `needed` false, a cache without targets of classes passes.
 
     Raises: MismatchError; StoreError for a cache without the targets of classes that are needed.
     """

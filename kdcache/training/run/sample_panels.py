@@ -29,8 +29,7 @@ def sample_panels(
     another shape is not squashed.
 
     Returns: a function that gives, by sample and task, uint8 (H, W', 3): image, ground truth, prediction and, for
-    classes,
-        errors. It draws no random number and leaves the model unchanged.
+        classes, errors. It draws no random number and leaves the model unchanged.
     """
     numbers = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).round().astype(int)).tolist()
     tasks = judged_tasks(model, split)

@@ -18,8 +18,7 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
     """Let every stream draw labels of the same classes, mapped by its class map if it has one. Return the classes.
 
     They are the classes of the streams without a class map. If every stream has a class map, they are the validation
-    data's
-    classes. A stream that reads no class labels takes the shared classes.
+    data's classes. A stream that reads no class labels takes the shared classes.
     Raises: MismatchError for streams of other classes, or a class map with targets of its own classes;
         ModelError for a class map that is malformed.
     """

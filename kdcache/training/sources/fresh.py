@@ -12,8 +12,7 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
     """Compare `--data` with what a cache was built from, whether or not the cache stores pixels.
 
     Without `--data`, the split of `--val` that the cache was built from is compared. A change is then only a note,
-    because
-    the training does not read it.
+    because the training does not read it.
 
     Raises: DataError for a data set that cannot be read; MismatchError naming the samples that changed.
     """

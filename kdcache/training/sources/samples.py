@@ -50,8 +50,7 @@ def open_dataset(
     """Open the samples of a training.
 
     `paste` tells how another stream's samples are pasted into these, which then need no labels. `split` is the data set
-    if
-    there is no cache. None opens it.
+    if there is no cache. None opens it.
     """
     labelled_only = not (config.learns_unlabelled or paste is not None)
     if cache is None:
@@ -216,8 +215,7 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
     """Yield the labels that a cache keeps, with the fold of each.
 
     A whole first view has all of its sample's labels except pixels lost in resizing. Drawn views may show these and
-    come in
-    a second round. A cache of crops gives all views at once, because each crop shows a random part.
+    come in a second round. A cache of crops gives all views at once, because each crop shows a random part.
     """
     fold_of = folds_of(cache.ids, folds, by).tolist()
     labelled, view = cache.has_label, cache.manifest.view

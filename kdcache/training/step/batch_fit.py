@@ -50,8 +50,7 @@ def memory_error(
     """Return the error of a batch that does not fit, with the batch sizes that do.
 
     `requested` is from `requested_memory`. `fits` is the measured number of samples of a process that go through the
-    model
-    at once, or None if not even one does.
+    model at once, or None if not even one does.
     """
     parted = f" --accumulate {config.optimizer.accumulate}" if config.optimizer.accumulate > 1 else ""
     if fits is None:

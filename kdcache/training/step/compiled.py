@@ -91,8 +91,7 @@ def make_step(kind: str, eager: EagerStep, batch: AnyBatch, note: Callable[[str]
     """Return the step of a kind (eager, compiled, graphed) after trying it, or the next simpler one that runs.
 
     It is tried on `batch`, the first batch, which has the shapes of all others. `note` receives what was made, how long
-    it
-    took, and what did not work.
+    it took, and what did not work.
     """
     if kind == "eager":
         return eager

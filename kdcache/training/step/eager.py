@@ -155,8 +155,7 @@ class EagerStep:
         """Restore parameters, buffers, optimizer and random numbers after steps in a with block.
 
         Optimizer state that did not exist before stays as zeros, at the address that a graph records. A first update
-        from zeros
-        equals one from nothing (Adam, and SGD without dampening).
+        from zeros equals one from nothing (Adam, and SGD without dampening).
         """
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.criterion.parameters()]
         values_before = [tensor.detach().clone() for tensor in tensors]

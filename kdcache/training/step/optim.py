@@ -30,10 +30,9 @@ def make_optimizer(
     """Make AdamW, Adam or SGD, without weight decay on biases and normalisation weights.
 
     `criterion` is a loss with parameters to train: projections at the full rate, discriminators by Adam at their own
-    rate,
-    which falls with the schedule. `capturable` is for a CUDA graph: rate and step count are tensors next to the
-    parameters,
-    which a replay reads, and the update is torch's fused kernel (its other SGD reads the rate back to the host).
+    rate, which falls with the schedule. `capturable` is for a CUDA graph: rate and step count are tensors next to the
+    parameters, which a replay reads, and the update is torch's fused kernel (its other SGD reads the rate back to the
+    host).
 
     Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name, and for SGD with a discriminator.
     """

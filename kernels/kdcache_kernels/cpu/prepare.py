@@ -72,8 +72,7 @@ def from_nodes(first, last, upper, lower, index, fraction, gradient):
     """Apply the transpose of `to_nodes` to the rows of a gradient, after adding its two halves.
 
     `upper`, `lower`: (B, h, tiles, C, n) from the loss kernels. `index`, `fraction`: (tiles, n). `gradient`: (B, C, h,
-    w)
-    result.
+    w) result.
     """
     _, h, tiles, C, n = upper.shape
     w = gradient.shape[3]

@@ -48,8 +48,7 @@ def larger(x, y):
     """Return the larger of two numbers, and y for a NaN in x.
 
     Write y[j] = larger(x, y[j]). "+ 0" keeps LLVM from storing only the new ones through a mask, which is five times
-    slower
-    on a Zen.
+    slower on a Zen.
     """
     return _f((x if x > y else y) + _f(0))
 
@@ -59,8 +58,7 @@ def _read_block(logits, start, strides, n, block, largest):
     """Read n pixels into `block` (C, width) as distances to the maximum over classes, 0 to the largest float.
 
     `largest` becomes the maxima, or NaN in lost pixels: those with NaN, +inf or nothing but -inf. Their distances are
-    0, so
-    their class ids are 0, 1, 2, ...
+    0, so their class ids are 0, 1, 2, ...
     """
     num_classes = block.shape[0]
     class_stride, pixel_stride = strides

@@ -60,8 +60,7 @@ def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
     """Return class ids of a block of pixels, int32: VOID if ignored or not there, WRONG if out of range.
 
     `label_ptrs` is a block of pointers of any integer type. `exists` tells whether the pixel lies in the image and
-    belongs
-    to this program.
+    belongs to this program.
     """
     ids = tl.load(label_ptrs, mask=exists)
     if ids.dtype.primitive_bitwidth == 64:

@@ -244,10 +244,8 @@ def geometry_kernel(
     """Compute the factors in program 0, the route of an image in the next B programs, and a table in each further one.
 
     A table has one program, because most of its time is one division in float64 after the other. With FAST, an image
-    takes
-    the fast kernel if the target's grid, seen through its window, meets the student's cell by cell and, with
-    GUARD_RANGE,
-    no pixel's logits span too much.
+    takes the fast kernel if the target's grid, seen through its window, meets the student's cell by cell and, with
+    GUARD_RANGE, no pixel's logits span too much.
     """
     take_turn(DEPENDENT)
     program = tl.program_id(0)

@@ -100,8 +100,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
     Memory: 4 bytes per logit of the student, and of the target unless it is read directly; the gradient; the larger of
-    the
-    edges of cells and the scratch of tiles; nothing of label size times C.
+    the edges of cells and the scratch of tiles; nothing of label size times C.
     """
     student, device = problem.student, problem.student.device
     check_offsets(problem)
@@ -196,8 +195,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
     """Return `gradient * factor` in `dtype`, multiplied in float32, or NaN if the loss is not finite. Contiguous.
 
     `gradient` has any floating dtype and strides. `factor` and `loss` are 0-dimensional floats on the same device,
-    `loss`
-    float32.
+    `loss` float32.
     """
     gradient = gradient.contiguous()
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)

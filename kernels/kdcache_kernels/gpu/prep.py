@@ -102,8 +102,7 @@ def _normalise(
     """Normalise a block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap.
 
     Without `out_ptr` they are only inspected. Their range then includes 0, and is infinite if one is lost, because the
-    fast
-    kernel cannot leave it out.
+    fast kernel cannot leave it out.
     """
     _, stride_c, stride_h, stride_w = strides
     offs_n = block * BLOCK + tl.arange(0, BLOCK)

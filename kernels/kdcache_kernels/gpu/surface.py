@@ -185,8 +185,7 @@ def label_moments(
 
     Shapes and units:
         gate_ptrs: to the first pixel's weight, or None for weights of 1. They are read here again: kept, they would
-            cost a
-            register for each pixel.
+            cost a register for each pixel.
     """
     for q in tl.static_range(ROWS):
         for r in tl.static_range(S):

@@ -235,8 +235,7 @@ class Tiling(NamedTuple):
         lanes: lanes per program, one warp of them on a GPU.
         block_sums: classes that are summed at once, a divisor of their number.
         block_classes: classes of a block whose gradient is computed at once. On a GPU it is one, so each lane is a
-            thread in
-            every block, whatever layouts the compiler chooses.
+            thread in every block, whatever layouts the compiler chooses.
         unroll: such blocks at once.
         programs: at most; each has a scratch buffer of 21 KiB at stride 4 and 21 classes.
     """
@@ -253,8 +252,7 @@ def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
     """Return one wave of ten warps per multiprocessor, or large blocks for the interpreter.
 
     If the fast kernel takes whole views, only images with widely spanning logits come here. Two warps per
-    multiprocessor
-    suffice for them, so the others do not pay the memory of a wave.
+    multiprocessor suffice for them, so the others do not pay the memory of a wave.
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device

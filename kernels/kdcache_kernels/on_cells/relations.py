@@ -47,16 +47,13 @@ def relation_loss(
 
     Computes `T^2 * (beta * inter + gamma * intra)` of q = softmax(logits / T). inter is the mean over cells of 1 -
     Pearson's correlation of q_s and q_t over the classes. intra is the mean over classes of 1 - their correlation over
-    the
-    cells of the whole batch. 1e-8 is added to every variance.
+    the cells of the whole batch. 1e-8 is added to every variance.
 
     The teacher's h x w cells tile its view, and equally many tile the student's image. There the teacher is sampled and
-    the
-    student's logits are resized, both without aligned corners. A cell counts by the share of its pixels that count, and
-    weighs that times the gate. Without counted cells, and with one class (a correlation of constants is undefined),
-    loss
-    and gradient are exactly 0. A non-finite logit that enters a counted cell (or one so large that logits / T overflow)
-    makes the loss NaN, and its gradient at every logit of the batch.
+    the student's logits are resized, both without aligned corners. A cell counts by the share of its pixels that count,
+    and weighs that times the gate. Without counted cells, and with one class (a correlation of constants is undefined),
+    loss and gradient are exactly 0. A non-finite logit that enters a counted cell (or one so large that logits / T
+    overflow) makes the loss NaN, and its gradient at every logit of the batch.
 
     Args:
         student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides, the only
@@ -134,9 +131,8 @@ def relation_moments(
 
     Args, Raises: as `relation_loss`.
     Returns: (6, C) float64: weight of the cells, means of the student's and the teacher's probabilities, weighted sums
-    of
-        the products of these minus their means (student with teacher, with itself; teacher with itself). NaN if a logit
-        that is not finite enters a counted cell.
+        of the products of these minus their means (student with teacher, with itself; teacher with itself). NaN if a
+        logit that is not finite enters a counted cell.
     """
     check_logits(student_logits_BChw, teacher_logits_BChw)
     family, problem = _checked(

@@ -1,9 +1,8 @@
 """Choose the family for a problem on the CPU: torch if a table of measured times says that it is faster.
 
 `choice.json` has numba's time relative to torch's, by the label pixels of a cell along an axis ("one cell" for images
-of
-one pixel), the classes, and the label pixels of a batch. `benchmarks/choice.py` measures it. A problem has the value of
-the largest measured one that exceeds it in neither classes nor pixels. Unmeasured strides use numba. So the choice
+of one pixel), the classes, and the label pixels of a batch. `benchmarks/choice.py` measures it. A problem has the value
+of the largest measured one that exceeds it in neither classes nor pixels. Unmeasured strides use numba. So the choice
 depends only on the problem and the file, not on clock, machine or threads.
 """
 

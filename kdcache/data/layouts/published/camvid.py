@@ -1,8 +1,7 @@
 """CamVid as the SegNet tutorial distributes it: 11 classes, one list per split.
 
-    train.txt                       lines such as /SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png
-    train/a.png                     images
-    trainannot/a.png                8-bit ids 0 to 10, 11 = void
+    train.txt                       lines such as /SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png train/a.png
+    images trainannot/a.png                8-bit ids 0 to 10, 11 = void
 
 The lists have the paths of their authors' machine, so only the last two parts count, below the folder of the lists. A
 line without an annotation is a sample without a label.

@@ -47,8 +47,7 @@ class Discriminator(nn.Sequential):
     """A network that tells two streams apart by probability maps: (B, C, H, W) to a number per patch (B, 1, h, w).
 
     It has 4x4 convolutions of stride 2, five of them for images of at least 32 pixels. Channels double from 64. It has
-    its
-    own learning rate and moments (`RATE`, `BETAS`), and its gradient is not clipped with the student's.
+    its own learning rate and moments (`RATE`, `BETAS`), and its gradient is not clipped with the student's.
 
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, with the rates of the authors' code.
     """
@@ -69,12 +68,9 @@ class Adversarial(Term):
     """`adversarial`: how well the student's predictions on this stream imitate those on another one.
 
     `loss=vanilla`: mean over patches of -log D(q); `least-squares`: of (D(q) - 1)^2. q are the student's probabilities
-    at
-    the label's size. D says how much they look like those on the stream `against`. The student learns to deceive D. In
-    the
-    same step and at the same weights, D learns to tell the two apart (`discrimination`). With `head=auxiliary`, q are
-    the
-    probabilities of the auxiliary head: a second level of the network, with its own D.
+    at the label's size. D says how much they look like those on the stream `against`. The student learns to deceive D.
+    In the same step and at the same weights, D learns to tell the two apart (`discrimination`). With `head=auxiliary`,
+    q are the probabilities of the auxiliary head: a second level of the network, with its own D.
 
     Default weight 0.001, of least squares 0.01; of the auxiliary head a fifth of these (the authors' 0.0002).
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv

@@ -27,9 +27,9 @@ class Pseudo(Term):
     | `share` | all counted pixels | all counted pixels, times the share of the confident ones (DACS, DAFormer) |
 
     With `quantile` instead of a threshold, the confident pixels are the most confident share of each class: of the
-    counted
-    pixels of this process's batch that the teacher gives to the class. Equal confidences are kept or dropped together.
-    Uncounted pixels (outside the view, grey, void) have no label. Pasted pixels bring their own label instead.
+    counted pixels of this process's batch that the teacher gives to the class. Equal confidences are kept or dropped
+    together. Uncounted pixels (outside the view, grey, void) have no label. Pasted pixels bring their own label
+    instead.
 
     Default weight 1, threshold 0.7, kept: a gradient of 1 to 1.2 of CE's.
     Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911; FixMatch: Sohn et al.
@@ -157,12 +157,10 @@ class Consistency(Pseudo):
 
     The strong view is the student's image, and the weak view the same pixels before the colour jitter. So both have the
     same geometry and their pixels correspond. p comes from the student itself or its moving average, each in eval mode
-    and
-    without gradient (`Batch.pseudo`), or from a stored teacher. Pixels without a label count, but pixels of a replayed
-    view
-    outside the image do not. `normalise` and `quantile` are as in `Pseudo`. With a quantile every class of the batch
-    has
-    its own threshold, so sure classes do not crowd out the others. Gates weigh only a stored teacher's pixels.
+    and without gradient (`Batch.pseudo`), or from a stored teacher. Pixels without a label count, but pixels of a
+    replayed view outside the image do not. `normalise` and `quantile` are as in `Pseudo`. With a quantile every class
+    of the batch has its own threshold, so sure classes do not crowd out the others. Gates weigh only a stored teacher's
+    pixels.
 
     Default weight 1, threshold 0.968, all.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`, Tranheden et al. 2021

@@ -285,8 +285,7 @@ class Laid(NamedTuple):
 
     Attributes:
         samples: the kernels' arguments for the logits: student, its strides, teacher, its strides, whether images
-            differ in
-            position.
+            differ in position.
         taps: of the student's rows and columns, or None if its grid is the cells'.
         flat: constants, whether rows of cells follow each other in memory.
         block, blocks: cells of a program, and programs of an image.
