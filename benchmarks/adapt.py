@@ -84,7 +84,7 @@ class Stage:
                 yield arm, seed, trainings[folders[number] / RESULT]
 
     def before(self, job: Job) -> list[Job]:
-        """What a job needs, directly or not, in an order in which it can be done."""
+        """Return the jobs that a job needs, directly or not, in an order in which they can be done."""
         needed = [self.jobs[name] for name in job.needs]
         return list({other.name: other for own in needed for other in (*self.before(own), own)}.values())
 
@@ -102,7 +102,7 @@ class Stage:
         path.write_text(json.dumps(round(time.process_time() - began, 2)))
 
     def seconds(self, job: Job) -> float:
-        """Processor seconds of a training's steps, or of a whole command that is none."""
+        """Return processor seconds of a training's steps, or of a whole command that is none."""
         assert job.done is not None
         if job.done.name == RESULT:
             return float(Run.open(job.done.parent).result["cpu_seconds"])
@@ -144,12 +144,12 @@ class Queue:
 
 
 def kdcache(words: Sequence[str]) -> None:
-    """A verb of the command line in this process: imports would be a fifth of the time of a process of its own."""
+    """Run a verb of the command line in this process, since imports alone would take a fifth of its time elsewhere."""
     VERBS(args=list(words), standalone_mode=False)
 
 
 def made_data(out: Path, stage: str, camvid: Path, streams: list[str], *, few: bool) -> dict[str, str]:
-    """The data set of every stream; those that are not there are made."""
+    """Return the data set of every stream, after making the missing ones."""
     source, target = out / "game", out / stage
     if not (source / "labels" / "val").is_dir():  # which is written last
         write_scenes(source, FEW_SCENES if few else SCENES)
@@ -166,8 +166,7 @@ def made_data(out: Path, stage: str, camvid: Path, streams: list[str], *, few: b
 def write_target(camvid: Path, out: Path, judge: str | None) -> None:
     """Write CamVid's frames at the size of the training, with the classes of the scenes.
 
-    Args:
-        judge: a sequence of train that is the new val; None keeps CamVid's own. Train never has frames of `JUDGE`.
+    `judge` names a sequence of train that becomes val; with None, val is CamVid's. Train never has frames of `JUDGE`.
     """
     if (out / "classes.txt").exists():
         return
@@ -196,9 +195,9 @@ def write_frames(split: Split, out: Path, name: str, ids: list[str]) -> None:
 
 
 def row_of(stage: Stage, job: Job) -> dict[str, Any]:
-    """What a row keeps of a run: mIoU and IoU in percent, processor seconds, shares of confident pixels.
+    """Return the row of a run: mIoU and IoU in percent, processor seconds, shares of confident pixels.
 
-    `chain_seconds` are those of the run and of everything that it needs: teachers and stores.
+    `chain_seconds` add up the run and everything that it needs: teachers and stores.
     """
     assert job.done is not None
     run = Run.open(job.done.parent)
@@ -221,7 +220,7 @@ def row_of(stage: Stage, job: Job) -> dict[str, Any]:
 
 
 def by_arm(rows: list[dict[str, Any]], stage: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """Rows by arm and seed."""
+    """Return rows by arm and seed."""
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row["stage"] == stage:
@@ -230,7 +229,7 @@ def by_arm(rows: list[dict[str, Any]], stage: str) -> dict[str, dict[int, dict[s
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By stage and arm: mIoU with its 95 % interval over seeds, mean processor seconds."""
+    """Return mIoU with its 95 % interval over seeds and mean processor seconds, by stage and arm."""
     mean = lambda runs, key: round(float(np.mean([run[key] for run in runs])), 1)  # noqa: E731
     return {
         stage: {
@@ -245,7 +244,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Differences of the final's mIoU, with 95 % intervals: to the source alone, and to the online teachers."""
+    """Return differences of the final's mIoU, with 95 % intervals: to the source alone, and to the online teachers."""
     scores = {arm: {(seed,): run["miou"] for seed, run in runs.items()} for arm, runs in by_arm(rows, "final").items()}
     return {
         f"{arm} - {rival}": difference(scores[arm], scores[rival], rival).to_json()
@@ -256,7 +255,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Processor seconds of everything that an arm of the final needs, over those of the online teachers."""
+    """Return processor seconds of everything that an arm of the final needs, over those of the online teachers."""
     chains = summary(rows)["final"]
     return {
         f"{arm} over {rival}": round(own["chain_seconds"] / chains[rival]["chain_seconds"], 2)
@@ -267,6 +266,7 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the chosen stages of the queue until it is empty or the time is up, or measure the cost of steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="CamVid")
     parser.add_argument("--out", type=Path, default=Path("adapt"), help="folder of data sets, stores and runs")

@@ -46,10 +46,9 @@ def measure_cost(
     turns: int = TURNS,
     steps: int = STEPS,
 ) -> dict[str, Any]:
-    """Milliseconds of a step of each training, by medians over turns and at best, and ratios of these.
+    """Return milliseconds of a step of each training, by medians over turns and at best, and ratios of these.
 
-    Args:
-        kdcache: does a verb. source, target: their data sets.
+    `kdcache` runs a verb, `source` and `target` name the data sets, and `out` is the folder of stores.
     """
     teacher, store = out / "teacher", out / "store.zarr"
     shutil.rmtree(out / "turns", ignore_errors=True)
@@ -76,13 +75,13 @@ def measure_cost(
 
 
 def step_ms(lines: list[dict[str, Any]]) -> float:
-    """Milliseconds of a step after the first logged ones."""
+    """Return milliseconds of a step after the first logged ones."""
     seconds = [2 * ROWS * line["step"] / line["images_per_second"] for line in lines]
     return 1000 * (seconds[-1] - seconds[0]) / (lines[-1]["step"] - lines[0]["step"])
 
 
 def forward_ms(repeats: int = 50) -> float:
-    """Milliseconds of a forward of 8 images to logits, in eval mode and without gradient: the median."""
+    """Return milliseconds of a forward of 8 images to logits, in eval mode and without gradient: the median."""
     model, x_B3HW = build_model("kdcache:tiny", 7).eval(), torch.zeros(ROWS, 3, 96, 128)
     times = []
     with torch.inference_mode():
@@ -94,7 +93,7 @@ def forward_ms(repeats: int = 50) -> float:
 
 
 def result(ms: dict[str, list[float]], weak: dict[str, list[float]], forward: float) -> dict[str, Any]:
-    """Milliseconds by training, its step over the plain one's, and what weak views cost in forwards.
+    """Return milliseconds by training, its step over the plain one's, and what weak views cost in forwards.
 
     `extra` is the step's time beyond a round's, which has the same rows and a pseudo label of every target row, too;
     `logged` is `weak_view_seconds` of metrics.jsonl. Both are milliseconds.

@@ -79,7 +79,7 @@ class Store:
     """A store of teachers' targets.
 
     Attributes:
-        flags: of build-teacher-cache, beside size and views.
+        flags: of build-teacher-cache, next to size and views.
         trained_on: the data set that the teachers were trained on; "" for what an arm says.
     """
 
@@ -120,7 +120,7 @@ class Arm:
     Attributes:
         store: a key of `STORES`; "" trains from the files of the data set.
         data: a key of `DATA`, of the store and of the judge.
-        flags: beside those of all students; {runs} is the folder of all runs.
+        flags: next to those of all students; {runs} is the folder of all runs.
         teacher_data: what the store's teachers were trained on; "" for `data`.
         live: a key of `TEACHERS`, trained on `data`, which is run in every step; "" takes targets from the store.
     """
@@ -166,7 +166,7 @@ FRESH = tuple(range(100, 108))
 
 
 def few(block: str) -> tuple[Arm, ...]:
-    """Students of the labels of a block: alone, with the control, and with all images and a teacher of the block."""
+    """Return students of the labels of a block: alone, with the control, with all images and the block's teacher."""
     only: dict[str, Any] = {"stage": "E4", "iterations": LENGTH, "seeds": (0, 1, 2), "data": f"only-{block}"}
     return (
         Arm(name=f"plain, {block}", store=STRONGEST[0], flags=STRONGEST[1], **only),

@@ -60,9 +60,11 @@ class Cycled(Split):
         self._inner = inner
 
     def image(self, index: int) -> np.ndarray[Any, Any]:
+        """Return the image of the sample that stands at this place of the repeated split."""
         return self._inner.image(index % len(self._inner))
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Return whether the sample that stands at this place of the repeated split has a label."""
         return self._inner.has_label(index % len(self._inner), task)
 
     def _segmentation(self, index: int) -> np.ndarray[Any, Any] | None:
@@ -86,18 +88,19 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def over(self, images: int) -> Measured:
+        """Return the rate since the start, for so many images: images a second and CPU milliseconds per image."""
         cpu = time.process_time() - self._cpu
         return Measured(images / (time.perf_counter() - self._wall), 1e3 * cpu / images)
 
 
 def _rendered(split: Split, index: int, options: BuildOptions) -> Rendered:
-    """The whole image of a sample and its labels, of depth where the split has any, as a build renders them."""
+    """Return the whole image of a sample and its labels, of depth where the split has any, as a build renders them."""
     depth = DepthLabels(labelled=len(split), zoom="none") if DEPTH in split.tasks else None
     return render_records(split, View(size=options.size, pixels="stored"), [index], depth)[0]
 
 
 def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> Measured:
-    """The forward pass on pixels in memory: uint8 in, native logits out."""
+    """Return the forward pass on pixels in memory: uint8 in, native logits out."""
     records = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(options.device)
     batches = max(1, count // options.batch_size)
@@ -110,7 +113,7 @@ def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count:
 
 
 def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> Measured:
-    """From packed arrays in memory to synced shards; the arrays are those of one real batch."""
+    """Return the rate from packed arrays in memory to synced shards, for the arrays of one real batch."""
     manifest = plan_manifest(TeacherProbe(split, teacher, options))
     first = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
@@ -127,7 +130,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
 
 
 def render_alone(split: Split, options: BuildOptions) -> Measured:
-    """Decoding and rendering alone, by the build's threads."""
+    """Return the rate of decoding and rendering alone, by the build's threads."""
     watch = Stopwatch()
     work = lambda index: _rendered(split, index, options)  # noqa: E731
     for _ in prefetch(work, range(len(split)), threads=options.render_threads, ahead=4 * options.batch_size):
@@ -136,6 +139,7 @@ def render_alone(split: Split, options: BuildOptions) -> Measured:
 
 
 def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return the build's figures with one teacher: rates of teacher and build, and their ratio."""
     height, width = map(int, arguments.size.split("x"))
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
     inner = open_split(arguments.data, arguments.split)
@@ -201,7 +205,7 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -> float:
-    """Peak resident set of a build of `records` records by kdcache:tiny, in a fresh process."""
+    """Return peak resident set of a build of `records` records by kdcache:tiny, in a fresh process."""
     command = [sys.executable, __file__, "--peak-memory", str(records), "--out", str(folder), "--data", arguments.data]
     command += ["--split", arguments.split, "--size", arguments.size, "--device", arguments.device]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -210,6 +214,7 @@ def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -
 
 
 def build_and_report_memory(arguments: argparse.Namespace) -> None:
+    """Build a cache of `--peak-memory` images and print the process's peak memory in MiB."""
     height, width = map(int, arguments.size.split("x"))
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
     split = Cycled(open_split(arguments.data, arguments.split), arguments.peak_memory)
@@ -220,6 +225,7 @@ def build_and_report_memory(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Measure the build with each teacher, then its memory in fresh processes, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="scenes:360x480,train=64,val=4")
     parser.add_argument("--split", default="train")

@@ -32,7 +32,7 @@ ENGINES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 
 
 def run(words: Sequence[object]) -> float:
-    """Seconds of a Python command. Raises SystemExit with its output when it fails."""
+    """Return seconds of a Python command. Raises SystemExit with its output when it fails."""
     began = time.perf_counter()
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
@@ -42,7 +42,7 @@ def run(words: Sequence[object]) -> float:
 
 
 def shards_of(store: Path) -> tuple[float, dict[str, str]]:
-    """Images a second between the first and the last shard, and the digest of every array file."""
+    """Return images a second between the first and the last shard, and the digest of every array file."""
     cache = open_cache(store)
     assert cache.ledger is not None
     records = [cache.ledger.record(shard) for shard in range(len(cache.ledger))]
@@ -53,6 +53,7 @@ def shards_of(store: Path) -> tuple[float, dict[str, str]]:
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Return seconds and digests of the same build under Ray and under torchrun, taken in turns."""
     teacher, store = work / "teacher", work / "store.zarr"
     run([*CLI, "train-teacher", "--data", arguments.data, "--model", arguments.model, "--size", arguments.size,
          "--iterations", 2, "--val-every", 2, "--threads", 1, "--out", teacher])  # fmt: skip
@@ -85,6 +86,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure both engines, print their ratio, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="kdcache:base")

@@ -47,7 +47,7 @@ def steps(batch: int, classes: int, cells: int, stride: int) -> dict[str, Callab
 
 
 def ratio(batch: int, classes: int, cells: int, stride: int) -> float | None:
-    """Return how many times as long numba takes; None for a problem that is too large."""
+    """Return how many times as long numba takes, or None for a problem that is too large."""
     if batch * classes * (cells * stride) ** 2 > MOST:
         return None
     contestants = steps(batch, classes, cells, stride)
@@ -58,6 +58,7 @@ def ratio(batch: int, classes: int, cells: int, stride: int) -> float | None:
 
 
 def main() -> None:
+    """Time both families on the grid of problems, print the ratios, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -20,7 +20,7 @@ CODECS = ("default", "small", "none")
 
 
 def built(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
-    """Sizes and fidelity of one store."""
+    """Return sizes and fidelity of one store."""
     build_cache(split, teacher, out, options)
     summary = summarise(open_cache(out))
     assert summary.manifest.fidelity is not None
@@ -37,6 +37,7 @@ def built(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> d
 
 
 def main() -> None:
+    """Build a store with each codec, print its cost and error, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", required=True)

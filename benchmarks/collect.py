@@ -15,10 +15,12 @@ from kdcache.store import inspect_store
 
 
 def read(path: Path) -> Any:
+    """Return the content of a JSON file, or None where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def main() -> None:
+    """Collect recipe, result and evaluation of every run in a folder, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", required=True, help="as it was given to camvid.sh, for the command")

@@ -26,20 +26,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def header(theme: str) -> dict[str, Any]:
-    """The first keys of a result file. Where folders lie on one machine is nobody's business: their names stay."""
+    """Return the first keys of a result file. Paths are cut to their names: folders on this machine are private."""
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
     command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *words])
     return bench_header(theme, command, environment())
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as a JSON file, make its folder if need be, and print the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of repeated measurements."""
+    """Return p20, p50 and p80 of repeated measurements."""
     ordered = sorted(values)
     pick = lambda share: ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]  # noqa: E731
     return {"p20": pick(0.2), "p50": statistics.median(ordered), "p80": pick(0.8)}
@@ -72,5 +73,6 @@ def student_step(
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until a CUDA device is idle; do nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -66,7 +66,7 @@ class Builds:
         return Process.start(["build-teacher-cache", *self.words, "--out", store, *more], self.log)
 
     def kill(self, most: int, tally: Tally) -> None:
-        """Kill one build until it is through or `most` kills are done; then let it finish and compare."""
+        """Kill one build until it finishes or `most` kills are done. Then let it finish and compare it."""
         store = self.work / f"store-{tally.finished}.zarr"
         finished: dict[str, tuple[int, int]] = {}
         state = "absent"
@@ -103,7 +103,10 @@ class Builds:
         return [self._start(words, store) for words in more], f"{count}{' numbered' if numbered else ''}"
 
     def state_of(self, store: Path) -> str:
-        """The state of a store by its own account. Raises: DifferenceError when it opens and holds something else."""
+        """Return the state of a store as it reports it itself.
+
+        Raises: DifferenceError when it opens and holds something else.
+        """
         try:
             cache = open_cache(store)
             cache.check_files()
@@ -122,7 +125,7 @@ class Builds:
         return "complete"
 
     def compare(self, store: Path) -> None:
-        """File by file with the uninterrupted build; and nothing is left beside it."""
+        """Compare a store file by file with the uninterrupted build, and check that no other file is next to it."""
         differing = differences(self.clean, store)
         left = [path.name for path in self.work.glob(f".{store.name}*")]
         if differing or left:
@@ -146,7 +149,7 @@ class Trainings:
         return Process.start([*self.words, *resume, "--out", run, "--workers", self.rng.choice([0, 2])], self.log)
 
     def kill(self, most: int, tally: Tally) -> None:
-        """Kill one run until it is through or `most` kills are done; then let it finish and compare its weights."""
+        """Kill one run until it finishes or `most` kills are done. Then let it finish and compare its weights."""
         run = self.work / f"run-{tally.finished}"
         while True:
             process = self._start(run)
@@ -175,11 +178,12 @@ def kill_on_ray(builds: Builds, kills: int, tally: Tally, *, in_bucket: bool) ->
 
 
 def written(store: Path) -> int:
+    """Return the number of records in a store's ledger, one for each finished shard."""
     return len(ledger_files(store))
 
 
 def ledger_files(store: Path) -> dict[str, tuple[int, int]]:
-    """Which file each ledger record is: a shard that is written again has another."""
+    """Return the file behind each ledger record. A shard that is written again has another file."""
     identities = {}
     for path in store.glob("ledger/*.json"):
         status = path.stat()
@@ -188,27 +192,30 @@ def ledger_files(store: Path) -> dict[str, tuple[int, int]]:
 
 
 def steps_of(run: Path) -> int:
+    """Return the number of training steps that a run has logged."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b'"kind": "train"') if path.is_file() else 0
 
 
 def all_rows(cache: Cache) -> dict[str, Any]:
+    """Return every array of a cache as one NumPy array over its records, by the array's path."""
     records = [cache.read(record, list(cache.specs)) for record in range(len(cache))]
     return {path: np.stack([rows[path] for rows in records]) for path in cache.specs}
 
 
 def unstamped(cache: Cache) -> dict[str, Any]:
+    """Return the manifest of a cache without its date, for comparisons between builds."""
     return cache.manifest.model_dump(exclude={"created"})
 
 
 def differences(store: Path, other: Path) -> list[str]:
-    """Files that one of two stores has not, or with other bytes; time stamps apart."""
+    """Return files that only one of two stores has, or whose bytes differ, apart from time stamps."""
     one, two = files_of(store), files_of(other)
     return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
 
 
 def files_of(store: Path) -> dict[str, bytes]:
-    """Every file; the time stamp in the manifest and its spare, and with it the digests of both, made equal."""
+    """Return the bytes of every file; the manifest and its spare get the same time stamp and digests in every store."""
     files = {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
     stamp = read_manifest(store).created
     stamped = [name for name in ("zarr.json", "manifest.json") if name in files]
@@ -221,6 +228,7 @@ def files_of(store: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
+    """Kill builds and trainings at random moments, compare what they end with, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of builds")
     parser.add_argument("--training-kills", type=int, default=6)

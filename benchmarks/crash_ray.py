@@ -28,6 +28,7 @@ class Driver(Process):
 
     @classmethod
     def start(cls, words: Sequence[object], log: Path) -> "Driver":
+        """Start the command line as a process without a copy of this one, with its output in `log`."""
         command = [sys.executable, "-m", "kdcache_cli", *map(str, words)]
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         actions = [(os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
@@ -56,7 +57,7 @@ class RayBuilds:
         self.shards = clean.manifest.shards
 
     def kill(self, most: int, tally: Tally, cluster: Any) -> None:
-        """Kill one build until it is through or `most` kills are done; then compare."""
+        """Kill one build until it finishes or `most` kills are done. Then compare it."""
         name = f"ray-{tally.finished}.zarr"
         store = f"{self.bucket}/{name}" if self.bucket else str(self.work / name)
         while True:
@@ -84,7 +85,7 @@ class RayBuilds:
         tally.finished += 1
 
     def _kill(self, kind: str, driver: Driver, cluster: Any) -> bool:
-        """Whether there was one to kill."""
+        """Return whether there was one to kill."""
         if kind == "driver":
             return driver.kill()
         if kind == "actor":
@@ -123,7 +124,7 @@ class RayBuilds:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Any]:
-    """A cluster of this machine: a head without room, and two nodes of a core each."""
+    """Run a Ray cluster on this machine in a `with` block: a head without room, and two nodes of a core each."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -139,7 +140,7 @@ def two_nodes() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def moto_bucket() -> Iterator[str]:
-    """The address of a bucket of moto's S3 server on loopback; credentials go into the environment."""
+    """Run moto's S3 server on loopback in a `with` block and yield a bucket's address; set credentials for it."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -162,7 +163,7 @@ def moto_bucket() -> Iterator[str]:
 
 
 def written(store: str) -> int:
-    """Shards that the ledger has."""
+    """Return the number of shards in a store's ledger."""
     if "://" not in store:
         return len(list(Path(store).glob("ledger/*.json")))
     return inspect_store(store).shards_written if store_exists(store) else 0

@@ -36,6 +36,7 @@ class Process:
 
     @classmethod
     def start(cls, words: Sequence[object], log: Path) -> "Process":
+        """Return fork a process that runs the command line with these words, with its output in `log`."""
         sys.stdout.flush()
         pid = os.fork()
         if pid:
@@ -54,6 +55,7 @@ class Process:
             os._exit(code if isinstance(code, int) else 1)
 
     def ended(self) -> bool:
+        """Return whether the process has ended, and keep its exit code."""
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -61,7 +63,7 @@ class Process:
         return self.code is not None
 
     def wait(self) -> int:
-        """Its exit code. Raises: DifferenceError when it takes too long."""
+        """Return its exit code. Raises: DifferenceError when it takes too long."""
         until = time.monotonic() + LIMIT_S
         while not self.ended():
             if time.monotonic() > until:
@@ -72,7 +74,7 @@ class Process:
         return self.code
 
     def kill(self) -> bool:
-        """Kill it; returns whether it was alive still."""
+        """Kill the process. Return whether it was still alive."""
         if self.ended():
             return False
         os.kill(self.pid, signal.SIGKILL)
@@ -81,11 +83,12 @@ class Process:
         return self.code == -signal.SIGKILL
 
     def finish(self) -> None:
-        """Wait for its end. Raises: DifferenceError unless it succeeds."""
+        """Wait for the process to end. Raises: DifferenceError unless it succeeds."""
         if self.wait():
             raise DifferenceError(f"exit code {self.code}: {self.log_end()}")
 
     def log_end(self) -> str:
+        """Return the last 1,500 characters of the process's output, for messages."""
         return self.log.read_text(encoding="utf-8", errors="replace")[-1500:]
 
 
@@ -98,12 +101,14 @@ class Doom:
 
     @classmethod
     def draw(cls, rng: random.Random, done: int, total: int, each_s: float, start_s: float) -> "Doom":
+        """Draw after how many steps, and how many seconds later, a process is killed."""
         steps = rng.randint(done, min(total, done + 1 + total // 4))
         # Before its first step a process starts up; after the last it has little to do.
         most = start_s + each_s if steps == done else each_s if steps < total else each_s / 4
         return cls(steps, rng.uniform(0, most))
 
     def wait(self, count: Callable[[], int], processes: Sequence[Process]) -> None:
+        """Wait for the moment of the kill, or until all processes have ended."""
         while count() < self.steps and not all(process.ended() for process in processes):
             time.sleep(0.0005)
         time.sleep(self.seconds)
@@ -117,12 +122,13 @@ class Tally:
     finished: int = 0
 
     def killed(self, **facts: Any) -> None:
+        """Count a kill, keep its facts and print them."""
         self.kills.append(facts)
         print(f"kill {len(self.kills)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
 
 
 def import_everything() -> None:
-    """Import all that the command line imports when needed, so that a forked child has it; starts no threads."""
+    """Import all that the command line imports when needed, so that a forked child has it, without starting threads."""
     importlib.import_module("torch._dynamo")
     for package in (kdcache, kdcache_kernels):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

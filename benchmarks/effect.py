@@ -68,12 +68,12 @@ class Folders:
         self._lock = threading.Lock()
 
     def alone(self, path: Path) -> threading.Lock:
-        """Whoever makes `path` holds this lock."""
+        """Return the lock that a thread holds while it makes `path`."""
         with self._lock:
             return self._locks.setdefault(path, threading.Lock())
 
     def data(self, name: str) -> Path:
-        """A data set of `DATA`, as links to CamVid's files."""
+        """Return a data set of `DATA`, as links to CamVid's files."""
         out = self.out / "data" / name
         with self.alone(out):
             if not (out / "classes.txt").exists():
@@ -82,7 +82,7 @@ class Folders:
         return out
 
     def teacher(self, name: str, data: str, seed: int = 0) -> Path:
-        """A run folder of `TEACHERS`, trained on `data`."""
+        """Return a run folder of `TEACHERS`, trained on `data`."""
         out = self.out / "teachers" / f"{name}-{data}-{seed}"
         with self.alone(out):
             if not (out / RESULT).is_file():
@@ -93,7 +93,7 @@ class Folders:
         return out
 
     def store(self, name: str, data: str, teacher_data: str) -> Path:
-        """A store of `STORES` of the images of `data`."""
+        """Return a store of `STORES` of the images of `data`."""
         store = STORES[name]
         teacher_data = store.trained_on or teacher_data
         out = self.out / "stores" / f"{name}-{data}-{teacher_data}.zarr"
@@ -127,20 +127,21 @@ def link_frames(camvid: Path, data: Data, out: Path) -> None:
 
 
 def link(path: Path, folder: Path) -> None:
+    """Make a symbolic link to a file in a folder, in place of one with the same name."""
     (folder / path.name).unlink(missing_ok=True)
     (folder / path.name).symlink_to(path)
 
 
 def run_name(arm: str, seed: int) -> str:
-    """The folder of an arm's run."""
+    """Return the folder of an arm's run."""
     return f"{re.sub('[^a-z0-9.]+', '-', arm.lower())}-{seed}"
 
 
 def kdcache(words: str, live: str = "", ends: float = math.inf) -> None:
-    """A verb of the command line, with one thread; with a teacher in every step where `live` names one.
+    """Run a verb of the command line with one thread; `live` names a teacher that then runs in every step.
 
     Raises: SystemExit with its output when it fails. TimeoutError if it still runs at `ends`, on the monotonic clock:
-    it is stopped, and keeps what it can go on from.
+    it is stopped, and the same command can continue it.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     program = [str(HERE / "live_teacher.py"), live] if live else ["-m", "kdcache_cli"]
@@ -217,6 +218,7 @@ class Study:
         )
 
     def add(self, row: dict[str, Any]) -> None:
+        """Add a row, and write the result file with all rows and their summary; threads may call it."""
         with self._lock:
             self.rows.append(row)
             write(
@@ -232,7 +234,7 @@ class Study:
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """What a row keeps of a run: mIoU in percent at the end and by iteration, IoU by class at the end, seconds."""
+    """Return the row of a run: mIoU in percent at the end and by iteration, IoU by class at the end, seconds."""
     lines = [line for line in run.metrics or () if line["kind"] == "validation"]
     percent = {key: round(100 * lines[-1][key], 3) for key in ("miou", "ema_miou") if key in lines[-1]}
     return {
@@ -244,13 +246,13 @@ def scores(run: Run) -> dict[str, Any]:
 
 
 def percent(metrics: Metrics) -> dict[str, Any]:
-    """mIoU and IoU by class in percent."""
+    """Return mIoU and IoU by class in percent."""
     classes = {name: round(100 * iou, 2) for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
     return {"miou": round(100 * metrics.miou, 3), "classes": classes}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, 95 % interval over seeds (Student's t) and number of runs, by stage and arm."""
+    """Return mean, 95 % interval over seeds (Student's t) and number of runs, by stage and arm."""
     scores: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         scores.setdefault(row["stage"], {}).setdefault(row["arm"], []).append(row["miou"])
@@ -258,7 +260,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Differences of arms that answer the study's questions, with 95 % intervals over seeds (paired, and Welch's)."""
+    """Return differences of arms that answer the study's questions, with 95 % intervals (paired and Welch's)."""
     scores: dict[str, dict[tuple[int], float]] = {}
     for row in rows:
         scores.setdefault(f"{row['stage']} {row['arm']}", {})[(row["seed"],)] = row["miou"]
@@ -270,13 +272,14 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean and half the width of its 95 % interval over seeds, which one run does not have."""
+    """Return mean and half the width of its 95 % interval over seeds, which one run does not have."""
     n = len(values)
     half = round(float(t_quantile(n - 1) * np.std(values, ddof=1) / n**0.5), 2) if n > 1 else None
     return {"mean": round(float(np.mean(values)), 2), "half": half, "runs": n}
 
 
 def main() -> None:
+    """Train the arms of the chosen stages that have no row yet, until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="CamVid")
     parser.add_argument("--out", default="study", help="folder of data sets, teachers, stores and runs")

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 
 def perturbed(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """The weights, each moved to one of its two neighbours in float32 (seed 0: as they are)."""
+    """Return the weights, each moved to one of its two neighbours in float32 (seed 0: as they are)."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -40,7 +40,7 @@ def perturbed(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
 
 
 def run(arguments: argparse.Namespace, folder: Path, impl: str, seed: int) -> dict[str, Any]:
-    """One training; returns its first losses and its final mIoU in percent."""
+    """Train once, and return the first losses and the final mIoU in percent."""
     torch.manual_seed(arguments.seed)
     model = build_model(arguments.model, open_cache(arguments.cache).num_classes)
     weights = folder / f"weights-{seed}.safetensors"
@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace, folder: Path, impl: str, seed: int) -> di
 
 
 def main() -> None:
+    """Train with the fused loss, the reference and perturbed references, and write how far they differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", required=True)
     parser.add_argument("--val", required=True)

@@ -44,6 +44,7 @@ class Tokens(nn.Module):
         self.vit = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0)
 
     def forward(self, image: Tensor) -> SimpleNamespace:
+        """Return the ViT's tokens and its pooled output under the names that transformers gives them."""
         tokens = self.vit.forward_features(image)
         return SimpleNamespace(last_hidden_state=tokens, pooler_output=self.vit.forward_head(tokens))
 
@@ -75,6 +76,7 @@ def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dic
 
 
 def main() -> None:
+    """Build a store with each form of the features, and write its bytes and seconds as the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", nargs="+", default=["train", "val"])

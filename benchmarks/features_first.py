@@ -61,6 +61,7 @@ class Row:
     seed: int
 
     def key(self) -> dict[str, Any]:
+        """Return what names the row: arm, number of labels and seed."""
         return {"arm": self.arm, "labels": self.labels, "seed": self.seed}
 
 
@@ -195,6 +196,7 @@ def table(done: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Train the rows that are missing until the time is up, or print the table of those that exist."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="CamVid")
     parser.add_argument("--out", default="features-first", help="folder of data sets, caches and runs")

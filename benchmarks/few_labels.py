@@ -183,7 +183,7 @@ class FewLabels(Study):
         self.add({**key, "store": arm.store, "data": arm.data, **scores(Run.open(out)), **self.teacher(arm)})
 
     def teacher(self, arm: Arm) -> dict[str, float]:
-        """Return the score of the teacher whose targets an arm's store has; {} for a store of pixels alone."""
+        """Return the score of the teacher whose targets an arm's store has, or {} for a store of pixels alone."""
         store = STORES[arm.store]
         if store.trained_on:
             return {}
@@ -260,7 +260,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Difference]:
 
 
 def curve(rows: list[dict[str, Any]], family: str) -> dict[int, tuple[float, float, float]]:
-    """Return, by number of labels, the mean over blocks and seeds of mIoU on 0006R0, the least and the largest."""
+    """Return the mean over blocks and seeds of mIoU on 0006R0, the least and the largest, by number of labels."""
     by_count: dict[int, list[float]] = {}
     for row in rows:
         name, _, block = row["arm"].rpartition(", ")
@@ -270,7 +270,7 @@ def curve(rows: list[dict[str, Any]], family: str) -> dict[int, tuple[float, flo
 
 
 def sentence(rows: list[dict[str, Any]]) -> str:
-    """Return how many labels alone reach what 46 labels reach with kdcache; between two counts by their logarithm."""
+    """Return a sentence: how many labels without kdcache reach what 46 labels reach with it, or what rows lack."""
     plain, distilled = curve(rows, "labels only"), curve(rows, "distilled")
     if 46 not in distilled or len(plain) < 2:
         return "The curve lacks rows: nothing can be said of 46 labels."
@@ -352,6 +352,7 @@ def write_weights(study: FewLabels, out: Path) -> None:
 
 
 def main() -> None:
+    """Train the rows of the chosen stages that are missing, and write the table, plot and weights asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="CamVid; without it nothing is trained")
     parser.add_argument("--out", default="few-labels", help="folder of data sets, teachers, stores and runs")

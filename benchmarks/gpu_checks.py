@@ -74,7 +74,7 @@ _header = cache(header)
 
 
 def time_step(step: Callable[[], Any]) -> timing.Spread:
-    """Time a step that was called before; as a CUDA graph on a GPU."""
+    """Time a step that was called before. On a GPU it runs as a CUDA graph."""
     return timing.as_graph(step, REPEATS) if CUDA else timing.in_turn({"step": step}, REPEATS)["step"]
 
 
@@ -88,6 +88,7 @@ class Few(CheckSettings):
     of: int
 
     def points(self) -> Iterator[Point]:
+        """Yield every `of`-th point of the accuracy grid."""
         return itertools.islice(super().points(), 0, None, self.of)
 
 
@@ -225,6 +226,7 @@ def ceilings(path: Path | None) -> int:
 
 
 def cases(shapes: str, kinds: str) -> Iterator[Case]:
+    """Yield the cases of `bench-kernels` for these shapes and kinds, in this device's usual dtype."""
     dtype = "bf16" if CUDA else "fp32"
     yield from Settings(DEVICE, parse_shapes(shapes), (dtype,), kinds=parse_names(kinds, "--case", KINDS)).cases()
 
@@ -282,6 +284,7 @@ def _number(text: str) -> float | str:
 
 
 def main() -> None:
+    """Run the chosen check, and exit with its code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("once", "ceilings", "rows", "launch", "ncu"))
     parser.add_argument("report", type=Path, nargs="?", help="CSV of ncu")

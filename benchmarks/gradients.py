@@ -33,13 +33,14 @@ TOLERANCE = {"initial": 2e-3, "trained": 5e-3}
 
 
 def from_store(student: SegmentationModel, cache: Cache, batch: Batch, temperature: float) -> list[Tensor]:
+    """Return the gradient of the loss on a store's batch, a tensor per parameter of the student."""
     criterion = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
     loss = criterion(student(student.normalise(batch.pixels)), batch).loss
     return list(torch.autograd.grad(loss, list(student.parameters())))
 
 
 def rendered(records: Records, record: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the student sees, which of its pixels show the image, and what the teacher sees of the same window."""
+    """Return what the student sees, which of its pixels show the image, and what the teacher sees of that window."""
     assert records.split is not None
     view = records.cache.manifest.view
     image, (window, flip) = records.split.image(record // view.views_per_sample), records.window(record)
@@ -57,7 +58,10 @@ def from_teacher(
     taught: Tensor,
     temperature: float,
 ) -> list[Tensor]:
-    """The gradient by plain torch: both upsampled to the view, float32, KL averaged over the pixels of the image."""
+    """Return the gradient by plain torch, with the teacher run on `taught`.
+
+    Both logits are upsampled to the view in float32, and KL is the mean over the pixels of the image.
+    """
     size = (pixels.shape[1], pixels.shape[2])
     with torch.no_grad():
         teacher_logits = teacher.upsample(teacher(teacher.normalise(taught)).logits, size)
@@ -73,7 +77,7 @@ def from_teacher(
 
 
 def compare(names: list[str], store: list[Tensor], live: list[Tensor]) -> tuple[float, str]:
-    """Largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and that layer's name."""
+    """Return largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and that layer's name."""
     total = torch.stack([g.double().square().sum() for g in live]).sum().sqrt()
     worst, where = 0.0, ""
     for name, a, b in zip(names, store, live, strict=True):
@@ -84,6 +88,7 @@ def compare(names: list[str], store: list[Tensor], live: list[Tensor]) -> tuple[
 
 
 def main() -> None:
+    """Compare gradients from the store with those of a live teacher, batch by batch, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", help="default the one that the store was built from")

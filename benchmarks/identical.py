@@ -103,7 +103,7 @@ def command(checkout: Path, words: Sequence[str], folder: Path, processes: int =
 
 
 def make_stores(checkout: Path, folder: Path) -> None:
-    """Two stores of a teacher that has learnt a little; some views of the dense one reach beyond their image."""
+    """Make two stores of a teacher that has learnt a little. Some views of the dense one reach beyond their image."""
     command(checkout, ["train-teacher", "--data", SCENES, *TEACHER.split(), "--out", "teacher"], folder)
     for name, flags in STORES.items():
         words = ["build-teacher-cache", "--data", SCENES, "--teacher", "teacher", *flags.split(), "--out", name]
@@ -111,7 +111,7 @@ def make_stores(checkout: Path, folder: Path) -> None:
 
 
 def train(checkout: Path, case: str, steps: int, run: Path, more: str = "") -> None:
-    """Train a case into the folder `run`, beside the stores. Of flags that are given twice, the last counts."""
+    """Train a case into the folder `run`, next to the stores. Of flags that are given twice, the last counts."""
     verb = ["train-teacher"] if case.startswith("teacher/") else ["train-student", *STUDENT.split()]
     length = ["--iterations", str(steps), "--val-every", str(steps)]
     words = [*verb, *COMMON.split(), *length, *cases()[case].split(), *more.split(), "--out", run.name]
@@ -119,13 +119,13 @@ def train(checkout: Path, case: str, steps: int, run: Path, more: str = "") -> N
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without times."""
+    """Return the lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """What differs between two runs, in words."""
+    """Return the differences between two runs, in words; an empty list where every bit is the same."""
     weights = [load_file(run / "last.safetensors") for run in (before, after)]
     names = weights[0].keys() | weights[1].keys()
     other = [name for name in sorted(names) if not same_bits(weights[0].get(name), weights[1].get(name))]
@@ -141,9 +141,9 @@ def differences(before: Path, after: Path) -> list[str]:
 
 
 def largest_differences(before: Path, after: Path) -> dict[str, float]:
-    """The largest relative difference over the steps, of the loss, of each part of it and of each norm of a gradient.
+    """Return the largest relative difference over the steps of each figure: the loss, its parts, norms of gradients.
 
-    Infinite if the two runs did not log the same steps and parts.
+    It is infinite if the two runs did not log the same steps and parts.
     """
     lines = [[line for line in logged(run) if line["kind"] in ("train", "gradients")] for run in (before, after)]
     if [list(line) for line in lines[0]] != [list(line) for line in lines[1]]:
@@ -159,13 +159,14 @@ def largest_differences(before: Path, after: Path) -> dict[str, float]:
 
 
 def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Return whether two tensors have the same shape, dtype and bits; NaN equals NaN, and None equals nothing."""
     if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def compare(case: str, folder: Path, arguments: argparse.Namespace) -> tuple[str, bool]:
-    """Train a case in both checkouts; returns the verdict in words, and whether it fails."""
+    """Train a case in both checkouts. Return the verdict in words, and whether it fails."""
     runs = []
     for side in ("before", "after"):
         runs.append(folder / f"{case.replace('/', '-')}-{side}")
@@ -182,6 +183,7 @@ def compare(case: str, folder: Path, arguments: argparse.Namespace) -> tuple[str
 
 
 def main() -> None:
+    """Train every case with both checkouts, print what differs, and exit with 1 where a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=lambda text: Path(text).resolve())
     parser.add_argument("after", type=lambda text: Path(text).resolve())

@@ -54,16 +54,20 @@ class Wrapper(nn.Module):
         self.channels, self.features = channels, features
 
     def feature_dim(self) -> int:
+        """Return the number of channels, as LightlyTrain asks for it."""
         return self.channels
 
     def get_model(self) -> nn.Module:
+        """Return the network that LightlyTrain would export: this one."""
         return self
 
     def forward_features(self, x: Tensor) -> ForwardFeaturesOutput:
+        """Return the feature map and the summary under LightlyTrain's names."""
         maps_Bchw, summary_Bc = self.features(x)
         return {"features": maps_Bchw, "cls_token": summary_Bc}
 
     def forward_pool(self, x: ForwardFeaturesOutput) -> ForwardPoolOutput:
+        """Return the summary (B, C) as LightlyTrain's pooled features (B, C, 1, 1)."""
         return {"pooled_features": x["cls_token"][..., None, None]}
 
 
@@ -89,18 +93,19 @@ def method(channels: int, features: Features) -> DistillationV3:
 
 
 def normalised(batch: kdcache.Batch) -> Tensor:
+    """Return a batch's pixels as the networks' input: float32 (B, 3, H, W) by ImageNet's mean and deviation."""
     pixels_B3HW = cast(Tensor, batch.pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return (pixels_B3HW - mean) / std
 
 
 def stored(batch: kdcache.Batch) -> tuple[Tensor, Tensor]:
-    """The features of a batch of a cache, as numbers."""
+    """Return a cached batch's feature map and summary as float tensors."""
     return batch.numbers["features/last"].float(), batch.numbers["features/summary"].float().flatten(1)
 
 
 def gradients(batches: list[kdcache.Batch], channels: int, features: Features) -> Iterator[tuple[Tensor, float]]:
-    """Yield the student's gradient and the loss for each batch; the queue fills from batch to batch."""
+    """Yield the student's gradient and the loss for each batch. The method's queue fills from batch to batch."""
     learner = method(channels, features)
     for number, batch in enumerate(batches):
         learner.zero_grad()
@@ -111,7 +116,7 @@ def gradients(batches: list[kdcache.Batch], channels: int, features: Features) -
 
 
 def error(measured: list[tuple[Tensor, float]], exact: list[tuple[Tensor, float]]) -> dict[str, float]:
-    """The error of gradients and losses, relative to the exact ones; the worst of all batches."""
+    """Return the error of gradients and losses relative to the exact ones: the worst of all batches."""
     pairs = list(zip(measured, exact, strict=True))
     return {
         "gradient": float(f"{max(float((a - b).norm() / b.norm()) for (a, _), (b, _) in pairs):.3g}"),
@@ -180,6 +185,7 @@ def build(work: Path, dtype: str, side: int) -> list[kdcache.Batch]:
 
 
 def main() -> None:
+    """Compare the gradients with each teacher, print them, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teachers", nargs="+", default=[*TEACHERS], choices=TEACHERS)
     parser.add_argument("--count", type=int, default=32)

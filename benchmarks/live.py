@@ -32,7 +32,7 @@ from live_teacher import LiveStep
 
 
 def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None:
-    """One training, in a process of its own: its peak memory is its own too."""
+    """Do one training in a fresh process, so that its peak memory is measured apart."""
     torch.set_num_threads(arguments.threads)
     config = make_config(
         verb="train-student",
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None
 
 
 def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, Any]:
-    """A run's result; what was finished earlier is not repeated."""
+    """Return a run's result; do the training only if an earlier command has not finished it."""
     out = Path(arguments.out, f"{'live' if live else 'cached'}-{seed}")
     if not (out / "peak.json").is_file():
         process = multiprocessing.get_context("spawn").Process(target=run, args=(arguments, seed, live, out))
@@ -89,20 +89,21 @@ def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, 
 
 
 def paired(differences: list[float]) -> dict[str, float]:
-    """Mean and 95 % interval of paired differences."""
+    """Return mean and 95 % interval of paired differences."""
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1)) if len(differences) > 1 else np.nan
     half = t_quantile(len(differences) - 1) * spread / len(differences) ** 0.5 if len(differences) > 1 else np.nan
     return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
 
 
 def at_equal_time(cached: dict[str, Any], live: dict[str, Any]) -> float:
-    """Live mIoU at its last validation within the time that the cached run took."""
+    """Return live mIoU at its last validation within the time that the cached run took."""
     share = min(1.0, cached["seconds"] / live["seconds"])
     steps = [step for step in live["by_step"] if step <= share * max(live["by_step"])]
     return float(live["by_step"][max(steps)]) if steps else 0.0
 
 
 def main() -> None:
+    """Train pairs of runs, from the store and with a live teacher, and write their differences."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", required=True)

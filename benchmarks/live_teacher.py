@@ -24,7 +24,7 @@ from kdcache_kernels import pack
 
 
 class LiveStep(EagerStep):
-    """An eager step's own parts, with a teacher that is run on the very pixels that the student gets.
+    """An eager step with a teacher that runs on the same pixels as the student.
 
     Args:
         eager: the step it is made of.
@@ -45,7 +45,7 @@ class LiveStep(EagerStep):
         self._teacher, self._precision, self._size = teacher, precision, size
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch on the device, with the teacher's logits of all classes as its target."""
+        """Return the batch on the device, with the teacher's logits of all classes as its target."""
         batch = super().to_device(batch)
         assert batch.pixels is not None
         pixels, grid = batch.pixels, None
@@ -63,6 +63,7 @@ class LiveStep(EagerStep):
 
 
 def main() -> None:
+    """Run the command line with trainings whose steps run the teacher that the first argument names."""
     origin, make = sys.argv.pop(1), api.make_trainer
 
     def make_live(*arguments: Any, **options: Any) -> Any:

@@ -59,7 +59,7 @@ BASELINES = {"readers": ("zarr", "zarrs", "fused"), "loaders": ("inline", "datal
 
 
 class DifferenceError(Exception):
-    """A contestant reads or loads something else than the others."""
+    """A contestant reads or loads other data than the rest."""
 
 
 # --- readers -----------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def measure_readers(cache: Cache, names: Sequence[str], arguments: argparse.Name
 
 
 def reading(name: str, read: Reader, order: Sequence[int]) -> Contestant:
-    """Return a contestant whose turn is one pass over the records, or as many as take long enough for a clock."""
+    """Return a contestant whose turn is one pass over the records, or more where a pass is too short to time."""
 
     def work(passes: int) -> None:
         for _ in range(passes):
@@ -199,19 +199,19 @@ def reading(name: str, read: Reader, order: Sequence[int]) -> Contestant:
 
 
 class ByProcesses(CacheDataset):
-    """Drawn ahead by processes, whatever would be faster."""
+    """A data set whose batches are always drawn ahead by processes."""
 
     threads_suffice = False  # type: ignore[assignment]
 
 
 class ByThreads(CacheDataset):
-    """Drawn ahead by threads, whatever would be faster."""
+    """A data set whose batches are always drawn ahead by threads."""
 
     threads_suffice = True  # type: ignore[assignment]
 
 
 class Resident(ByThreads):
-    """Drawn from decoded records in memory."""
+    """A data set whose batches are drawn from decoded records in memory."""
 
     def __init__(self, cache: Cache, **options: Any) -> None:
         super().__init__(cache, **options)
@@ -258,7 +258,7 @@ class Stream:
         return batch
 
     def close(self) -> None:
-        """End its threads and processes."""
+        """End the loader's threads and processes."""
         batches, self.batches = self.batches, None
         if batches is not None:
             batches.close()
@@ -273,7 +273,7 @@ def drawn(draws: Draws, step: int, batch_size: int) -> Batch:
 
 
 def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return type, shape and bytes, by which NaN equals itself."""
+    """Return type, shape and bytes of a tensor. They compare equal where NaN stands in both."""
     return tensor.dtype, tensor.shape, tensor.cpu().contiguous().numpy().tobytes()
 
 
@@ -330,10 +330,8 @@ def measure_steps(cache: Cache, names: Sequence[str], augment: str, arguments: a
 def table(kind: str, titles: dict[str, str], paces: Mapping[str, Pace | str], augment: str = "none") -> dict[str, Any]:
     """Print a table and return it as plain numbers: milliseconds per sample (per step), and ratios of medians.
 
-    A ratio is how many times as fast as a baseline; of steps, how many times as slow.
-
-    Args:
-        paces: what was measured by name, or why it was not.
+    A ratio is how many times as fast as a baseline; of steps, how many times as slow. `paces` holds what was measured
+    by name, or the reason why it was not.
     """
     print(f"\n{kind}, augment {augment}")
     medians = {name: pace.time.p50 for name, pace in paces.items() if isinstance(pace, Pace)}
@@ -357,6 +355,7 @@ def table(kind: str, titles: dict[str, str], paces: Mapping[str, Pace | str], au
 
 
 def main() -> None:
+    """Measure readers, loaders and steps on a cache in turns, print their tables, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="a local cache that stores its pixels")
     parser.add_argument("--against", nargs="+", choices=(*READERS, *LOADERS), default=(*READERS, *LOADERS))

@@ -55,7 +55,7 @@ PROCESS_BYTES = 1.5e9
 
 
 class Variant(NamedTuple):
-    """A kernel as one call launches it; `key` is Triton's, of its arguments and options."""
+    """A kernel as one call launches it. `key` is Triton's key of its arguments and options."""
 
     call: int
     kernel: str
@@ -96,7 +96,7 @@ def launch_case(case: Case, registers: int | None = None) -> None:
 
 @contextlib.contextmanager
 def tiled(*, rows: int | None = None, registers: int | None = None) -> Iterator[None]:
-    """A context in which cells are launched with other rows per program and another limit of registers."""
+    """Launch cells with other rows per program and another limit of registers in a `with` block."""
     from kdcache_kernels.gpu import cells
 
     choose, limit = cells.choose_tiling, cells.REGISTERS
@@ -115,7 +115,7 @@ def tiled(*, rows: int | None = None, registers: int | None = None) -> Iterator[
 
 
 def list_variants() -> list[Variant]:
-    """Return the variants of all calls, each with the first call that launches it; compile nothing."""
+    """Return the variants of all calls, each with the first call that launches it, without compiling any."""
     variants: dict[tuple[str, str], Variant] = {}
     at = 0
 
@@ -132,7 +132,7 @@ def list_variants() -> list[Variant]:
 
 
 def compile_variant(variant: Variant) -> bool:
-    """Compile a variant, or find it in the folder; return True if it was compiled."""
+    """Compile a variant unless the folder holds it. Return True if it was compiled."""
 
     def others(*, key: str, fn: object, **_: object) -> bool:
         return (fn.jit_function.fn.__name__, key) != variant[1:]  # type: ignore[attr-defined]
@@ -164,7 +164,7 @@ def compile_all(*request: str) -> None:
 
 
 def versions(arch: str | None) -> dict[str, str]:
-    """Return what an archive is valid for, by names for people; without a GPU there is no architecture."""
+    """Return what an archive is valid for, as names and versions. Without a GPU there is no architecture."""
     return {
         "Triton": triton.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
@@ -175,7 +175,7 @@ def versions(arch: str | None) -> dict[str, str]:
 
 
 def unlike(made: dict[str, str], here: dict[str, str]) -> str:
-    """Describe the first version that differs; empty if none does."""
+    """Describe the first version that differs. The text is empty if none does."""
     differences = (f"{name} {made.get(name)}, not {value}" for name, value in here.items() if made.get(name) != value)
     return next(differences, "")
 
@@ -200,7 +200,7 @@ def use(path: Path) -> Path:
 
 
 def this_gpu() -> str | None:
-    """Return the architecture of this machine's GPU; None without one."""
+    """Return the architecture of this machine's GPU, or None without one."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -209,6 +209,7 @@ def this_gpu() -> str | None:
 
 
 def main() -> None:
+    """Compile the kernels that the arguments choose and write the archive, or unpack one and print its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--arch", default=this_gpu(), help="sm_90 (H100, H200), sm_80, gfx942 ...; default this machine's"

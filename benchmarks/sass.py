@@ -77,10 +77,12 @@ class Compiled(NamedTuple):
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a tensor of this shape without memory: compiling needs only shapes and dtypes."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def packed_target(cells: int, num_classes: int = CLASSES, k: int = KEPT) -> PackedTarget:
+    """Return a stored target of so many cells along each axis, top-k where `k` is below the classes, without memory."""
     values = empty(BATCH, k, cells, cells, dtype=torch.float16)
     indices = tail = None
     if k < num_classes:
@@ -90,7 +92,7 @@ def packed_target(cells: int, num_classes: int = CLASSES, k: int = KEPT) -> Pack
 
 
 def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
-    """CE and KL at T = 2 of a dense target, the default up to 32 classes."""
+    """Return CE and KL at T = 2 of a dense target, the default up to 32 classes."""
     arguments: dict[str, Any] = {
         "student": empty(BATCH, CLASSES, cells, cells, dtype=dtype),
         "labels": empty(BATCH, LABELS, LABELS, dtype=torch.uint8),
@@ -115,10 +117,9 @@ def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
 
 
 def relation_call(cells: int, dtype: torch.dtype, moved: bool = False) -> Call:
-    """The loss of relations on the cells of a dense target of 128, of a student of `cells` cells along an axis.
+    """Return the loss of relations on the cells of a dense target of 128, of a student of `cells` cells along an axis.
 
-    Args:
-        moved: whether it is seen through a window, mirrored, and weighed by a gate and a mask.
+    With `moved` it is seen through a window, mirrored, and weighed by a gate and a mask.
     """
     options: dict[str, Any] = dict.fromkeys(("window", "flip", "pixel_weight", "counted", "count", "moments"))
     if moved:
@@ -141,7 +142,7 @@ def relation_call(cells: int, dtype: torch.dtype, moved: bool = False) -> Call:
 
 
 def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
-    """Calls that together launch every kernel, for a student of each dtype, whose gradient has it too."""
+    """Yield calls that together launch every kernel, for a student of each dtype, whose gradient has it too."""
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for geometry, cells in CELLS.items():
@@ -159,14 +160,14 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
 
 
 def count_call(window: torch.Tensor | None) -> Callable[[], object]:
-    """A call that counts denominators."""
+    """Return a call that counts denominators."""
     labels, size = empty(BATCH, LABELS, LABELS, dtype=torch.uint8), (LABELS, LABELS)
     counted = Counted(labels, empty(CLASSES), CLASSES, 255, False, size, size, window, None, BATCH)
     return partial(counts.count, counted, labels.device)
 
 
 def other_calls() -> Iterator[Call]:
-    """More settings of the loss, spread over the geometries; float16, whose gradient is float32."""
+    """Yield more settings of the loss, spread over the geometries; float16 logits get a float32 gradient."""
     window, flip = empty(BATCH, 4, dtype=torch.float64), empty(BATCH, dtype=torch.bool)
     gate = empty(BATCH, LABELS, LABELS, dtype=torch.bool)
     denominators = {"ce_denominator": empty(), "kl_denominator": empty()}
@@ -199,7 +200,7 @@ def other_calls() -> Iterator[Call]:
 
 
 def brief_calls() -> Iterator[Call]:
-    """The fewest calls that launch every kernel, tiles once."""
+    """Yield the fewest calls that launch every kernel, tiles once."""
     fp16, target = torch.float16, packed_target(128)
     yield "stride 4", partial(loss.distill_loss, problem(128, fp16, target=target))
     yield "stride 1", partial(loss.distill_loss, problem(LABELS, fp16, target=packed_target(LABELS)))
@@ -224,7 +225,7 @@ def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
 
 
 def kernels_of_the_package() -> set[str]:
-    """Names of the functions that are launched: those that end with `_kernel`."""
+    """Return the names of the functions that are launched: they end with `_kernel`."""
     launched = set()
     for module in pkgutil.walk_packages(kdcache_kernels.gpu.__path__, "kdcache_kernels.gpu."):
         members = vars(importlib.import_module(module.name)).values()
@@ -234,7 +235,7 @@ def kernels_of_the_package() -> set[str]:
 
 
 def find_tool(name: str) -> Path:
-    """A tool of CUDA: in Triton's wheel, NVIDIA's wheels or a toolkit."""
+    """Return a tool of CUDA: in Triton's wheel, NVIDIA's wheels or a toolkit."""
     packages = Path(sysconfig.get_paths()["purelib"])
     candidates = [
         Path(triton.__file__).parent / "backends/nvidia/bin" / name,
@@ -254,7 +255,7 @@ def find_tool(name: str) -> Path:
 
 
 def describe(compiled: Compiled, cuobjdump: Path, nvdisasm: Path) -> dict[str, Any]:
-    """The numbers of a compiled kernel."""
+    """Return the numbers of a compiled kernel."""
     usage = _read_machine_code(compiled, cuobjdump, "--dump-resource-usage")
     opcodes, loops = read_listing(_read_machine_code(compiled, nvdisasm, "-c"))
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
@@ -296,7 +297,7 @@ def check_waits(compiled: list[Compiled]) -> int:
 
 
 def read_listing(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The opcodes of a disassembly, and the first and last index of each loop without a loop inside."""
+    """Return the opcodes of a disassembly, and the first and last index of each loop without a loop inside."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, int]] = []
@@ -313,13 +314,14 @@ def read_listing(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def count(opcodes: list[str]) -> dict[str, int]:
-    """Instructions in total and by class; padding left out."""
+    """Return the number of instructions in total and by class, without padding."""
     class_of = {opcode: name for name, members in CLASS_OF_OPCODE.items() for opcode in members}
     counts = collections.Counter(class_of.get(opcode, REST) for opcode in opcodes if opcode != "NOP")
     return {"total": counts.total(), **{name: counts[name] for name in (REST, *CLASS_OF_OPCODE) if counts[name]}}
 
 
 def main() -> None:
+    """Compile the kernels for each capability and write what the machine code holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", nargs="+", default=list(CAPABILITIES), help="80 is sm_80; or gfx942")
     parser.add_argument("--compile-only", action="store_true", help="compile every variant and write nothing")

@@ -78,6 +78,7 @@ def best(timed: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Time both checkouts in worker processes that take turns, print the table, and write the result file."""
     if sys.argv[1:] == ["--worker"]:
         return work()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -51,11 +51,13 @@ STREAMS_BOUND = 1.05
 
 
 def teacher_of(spec: str, classes: int) -> SegmentationModel:
+    """Return a model with seeded random weights as the teacher, in evaluation mode."""
     torch.manual_seed(0)
     return build_model(spec, classes).eval()
 
 
 def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
+    """Build a store of a part of the data, with a teacher of random weights, and return its path."""
     whole = open_split(arguments.data, "train")
     split = SplitPart(whole, range(min(RECORDS, len(whole))))
     options = BuildOptions(size=arguments.size, views=1, device=torch.device(arguments.device), fidelity=False)
@@ -63,6 +65,7 @@ def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[Any]:
+    """Yield batches for a kind of step. The kind `two` gets half of each from each of two streams."""
     device = torch.device(arguments.device)
     count = 2 if kind == "two" else 1
     streams = [
@@ -77,6 +80,7 @@ def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[
 
 
 def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace) -> Step:
+    """Return the step of a kind: without a teacher, from the store, from two streams, or with a live teacher."""
     device = torch.device(arguments.device)
     way = choose_step("auto", device)
     capturable = way == "graphed" and kind != "live"
@@ -91,7 +95,7 @@ def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace
 
 
 def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Callable[[int], None]:
-    """A function that takes so many steps."""
+    """Return a function that takes so many steps."""
     source = batches(cache, kind, arguments)
     step = make(cache, kind, next_batch(source), arguments)
 
@@ -105,7 +109,7 @@ def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Callable[
 
 
 def peak_mib(cache: Cache, kind: str, arguments: argparse.Namespace) -> float:
-    """The most memory that steps take of this process, which does nothing else."""
+    """Return the most memory that steps take of this process, which does nothing else."""
     cuda = arguments.device == "cuda"
     before = 0 if cuda else psutil.Process().memory_info().rss
     learner(cache, kind, arguments)(4)
@@ -119,13 +123,14 @@ def _peak_rss() -> int:
 
 
 def peak_elsewhere(store: Path, kind: str) -> float:
+    """Return the peak memory of a kind of step in MiB, measured in a fresh process."""
     command = [sys.executable, *sys.argv, "--store", str(store), "--weigh", kind]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(json.loads(answer.splitlines()[-1]))
 
 
 def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> dict[str, Pace]:
-    """The pace of each contestant, which take turns."""
+    """Return the pace of each contestant, which take turns."""
     learners = {kind: learner(open_cache(store), kind, arguments) for kind in kinds}
     contestants = [
         Contestant(kind, lambda learn=learn: learn(arguments.steps), arguments.steps)  # type: ignore[misc]
@@ -135,7 +140,7 @@ def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> di
 
 
 def compare_streams(paces: dict[str, Pace]) -> dict[str, Any]:
-    """A step of two streams over one of one stream with as many rows."""
+    """Return the ratio of a step of two streams to a step of one stream with as many rows."""
     one, two = paces["kl"].time, paces["two"].time
     ratio = two.best / one.best
     print(f"two streams over one: best {ratio:.4f}, medians {two.p50 / one.p50:.4f}")
@@ -148,6 +153,7 @@ def compare_streams(paces: dict[str, Pace]) -> dict[str, Any]:
 
 
 def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return milliseconds and peak memory of a step of each kind, and whether the bound is met."""
     paces = race(store, KINDS, arguments)
     ms = {kind: pace.time.p50 for kind, pace in paces.items()}
     memory = {kind: peak_elsewhere(store, kind) for kind in KINDS}
@@ -167,6 +173,7 @@ def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure all kinds of steps, write the result file, and exit with 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--teacher", default="torchvision:fcn_resnet50")

@@ -38,12 +38,14 @@ PROFILED = 5
 
 
 def first_batch(cache: Cache, batch_size: int) -> Batch:
+    """Return the first batch that a training with seed 0 draws from a cache."""
     draws = Draws(CacheDataset(cache), 0)
     batch: Batch = default_collate([draws[number] for number in range(batch_size)])
     return batch
 
 
 def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto", graphed: bool = False) -> EagerStep:
+    """Return a step of a new student whose loss runs by the family `impl`."""
     return student_step(cache, arguments.student, torch.device(arguments.device), impl=impl, capturable=graphed)
 
 
@@ -51,6 +53,7 @@ def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto
 
 
 def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each kind of step: steps a second, and seconds until the first one was ready."""
     device = torch.device(arguments.device)
     rows: list[dict[str, Any]] = []
     steps: list[Step] = []
@@ -78,11 +81,12 @@ def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str,
 
 
 def kinds(device: torch.device) -> tuple[str, ...]:
+    """Return the kinds of steps that a device can run."""
     return ("eager", "compiled", "graphed") if device.type == "cuda" else ("eager", "compiled")
 
 
 def rate(step: Step, batch: Batch, device: torch.device, count: int) -> float:
-    """Steps per second over `count` steps after a first one."""
+    """Return steps per second over `count` steps after a first one."""
     step(batch)
     synchronise(device)
     began = time.perf_counter()
@@ -96,7 +100,7 @@ def rate(step: Step, batch: Batch, device: torch.device, count: int) -> float:
 
 
 def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dict[str, Any]:
-    """Milliseconds of student, loss and optimizer in an eager step."""
+    """Return milliseconds of student, loss and optimizer in an eager step."""
     device = torch.device(arguments.device)
     eager = fresh_step(cache, arguments, impl=impl)
     batch = eager.to_device(first_batch(cache, arguments.batch_size))
@@ -120,14 +124,14 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
 
 
 def logits_of(eager: EagerStep, batch: Batch) -> torch.Tensor:
-    """The student's logits at native stride, under autocast as in `fresh_step`."""
+    """Return the student's logits at native stride, under autocast as in `fresh_step`."""
     x_B3HW = eager.model.normalise(batch.pixels)
     with torch.autocast(eager.device.type, torch.bfloat16, enabled=eager.device.type == "cuda"):
         return eager.model(x_B3HW).logits
 
 
 def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
-    """Time of all kernels (CPU: operators) that a call runs, in ms."""
+    """Return the time of all kernels (CPU: operators) that a call runs, in ms."""
     part()
     synchronise(device)
     cuda = device.type == "cuda"
@@ -144,6 +148,7 @@ def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
 
 
 def main() -> None:
+    """Measure steps and the loss's share of one, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cache", type=Path, help="default: a cache of scenes, built for this run")

@@ -27,13 +27,13 @@ SPANS = {"images": 1, f"stretches of {STRETCH} images": STRETCH}
 
 
 def judge(name: str, split: Split) -> Metrics:
-    """The metrics of the weights of a run, such as `e6-plain-all-100`, with counts of every image."""
+    """Return the metrics of the weights of a run, such as `e6-plain-all-100`, with counts of every image."""
     model = load_teacher(f"kdcache:tiny@{WEIGHTS / name}.safetensors", split.classes).model
     return evaluate_model(model, split, SIZE, threads=1)
 
 
 def row(stage: str, arms: tuple[str, str], seeds: Sequence[int], split: Split) -> dict[str, Any]:
-    """The difference of two arms in points of mIoU, means over seeds, and its 95 % intervals over images."""
+    """Return the difference of two arms in points of mIoU, means over seeds, and its 95 % intervals over images."""
     ours, theirs = ([judge(f"{stage.lower()}-{run_name(arm, seed)}", split) for seed in seeds] for arm in arms)
     mean = sum(one.miou - other.miou for one, other in zip(ours, theirs, strict=True)) / len(seeds)
     images = [[metrics.images for metrics in side if metrics.images is not None] for side in (ours, theirs)]
@@ -53,6 +53,7 @@ def row(stage: str, arms: tuple[str, str], seeds: Sequence[int], split: Split) -
 
 
 def main() -> None:
+    """Compute the intervals over images and over seeds for each pair of arms, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="CamVid")
     parser.add_argument("--out", default="study", help="folder of data sets")

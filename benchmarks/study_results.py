@@ -58,9 +58,9 @@ def write_halves(run: Run, path: Path) -> int:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What is drawn of each arm: seeds, seconds of training, mIoU's mean over seeds and half of its 95 % interval.
+    """Return what the plot shows of each arm: seeds, seconds of training, mIoU's mean and half of its 95 % interval.
 
-    The seconds are those of an arm's fastest run: others waited for whatever else the machine did. `half` is None for
+    The seconds are those of an arm's fastest run, because the machine's other work slowed the rest. `half` is None for
     fewer than three seeds.
     """
     drawn = {}
@@ -84,7 +84,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """mIoU on val against seconds of training: mean over seeds, its 95 % interval as a band; a PNG that holds both."""
+    """Draw mIoU on val against seconds of training with 95 % intervals over seeds. The PNG also holds the numbers."""
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     drawn = curves(rows)
     for label, curve in drawn.items():
@@ -106,6 +106,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main() -> None:
+    """Write the final weights and the plot, where their flags name a place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--runs", type=Path, help="folder of the study's runs")

@@ -76,7 +76,7 @@ class Queue:
         self.teacher: dict[str, Any] = content.get("teacher", {})
 
     def store(self) -> Path:
-        """The teacher's store; what it is made of is made where it is not there."""
+        """Return the teacher's store, after making it and what it needs where they are missing."""
         store = self.out / "store.zarr"
         runs = {f"{arm} {seed}": self._trained(arm, self.views(), seed) for arm, seed in TEACHERS}
         if not (store / COMPLETE).is_file():
@@ -86,7 +86,7 @@ class Queue:
         return store
 
     def views(self) -> Path:
-        """The store of the views that all networks are trained on."""
+        """Return the store of the views that all networks are trained on."""
         run, views = self.out / "views", self.out / "views.zarr"
         if not (views / COMPLETE).is_file():
             self._train(run, f"--data {self.data} --size 96x128 {VIEWS} --threads 1", 1, 0)
@@ -110,7 +110,7 @@ class Queue:
         write(self.json, {**header("tasks"), **result, "rows": self.rows})
 
     def _trained(self, arm: str, store: Path, seed: int) -> Path:
-        """The run of an arm, which is trained where it is not there."""
+        """Return the run of an arm, which is trained where it is not there."""
         run = self.out / "runs" / f"{arm}-{self.iterations}-{seed}"  # delete it when its flags change
         if not (run / RESULT).is_file():
             flags = f"--cache {store} --model {MODELS[arm]} {ARMS[arm]} {STUDENT}"
@@ -124,13 +124,13 @@ class Queue:
 
 
 def _machine() -> dict[str, str]:
-    """What a row keeps of the machine: rows of several are one table."""
+    """Return what a row keeps of the machine, since one table may hold rows of several."""
     machine = header("tasks")["machine"]
     return {"cpu": machine["cpu"], "torch": machine["packages"]["torch"]}
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """What a row keeps of a run: mIoU in percent, depth's rmse in metres at the end and by iteration, seconds."""
+    """Return the row of a run: mIoU in percent, depth's rmse in metres at the end and by iteration, seconds."""
     by_iteration: dict[int, dict[str, float]] = {}
     for line in run.metrics or ():
         if line["kind"] == "validation":
@@ -142,7 +142,7 @@ def scores(run: Run) -> dict[str, Any]:
 
 
 def cost(repeats: int) -> dict[str, Any]:
-    """Multiply-adds and milliseconds of an image for each network, and of the shared one beside the two together.
+    """Return multiply-adds and milliseconds of an image for each network, and for the shared one over the two together.
 
     The networks take turns. A call ends with the maps of the network's tasks at the image's size.
     """
@@ -174,7 +174,7 @@ def cost(repeats: int) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means by arm, and what the shared networks gain on each single-task one: 95 % intervals over paired seeds.
+    """Return means by arm, and what the shared networks gain on each single-task one: 95 % intervals over paired seeds.
 
     Of mIoU the gain is in points; of rmse the change is in percent, below 0 where the shared network is better.
     """
@@ -197,6 +197,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Train the rows that are missing until the time is up, or measure the networks' cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="tasks", help="folder of the teacher, the store and the runs")
     parser.add_argument("--json", type=Path, required=True)

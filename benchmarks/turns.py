@@ -46,7 +46,7 @@ class Pace:
 
 
 def in_turn(contestants: Sequence[Contestant], rounds: int) -> dict[str, Pace]:
-    """Time contestants, warmed up before; return the pace by name."""
+    """Time contestants in turns after a warm-up. Return the pace by name."""
     clock: dict[str, list[float]] = {one.name: [] for one in contestants}
     spent: dict[str, list[float]] = {one.name: [] for one in contestants}
     with no_garbage_collection():
@@ -75,7 +75,7 @@ def settle(processes: Sequence[int]) -> None:
 
 
 def cpu_seconds(processes: Sequence[int]) -> float | None:
-    """Return the CPU time of this process and of some others; theirs comes in ticks of mostly 10 ms."""
+    """Return the CPU time of this process and of some others. Theirs comes in ticks of mostly 10 ms."""
     try:
         times = [psutil.Process(process).cpu_times() for process in processes]
     except psutil.Error:

@@ -31,11 +31,12 @@ SURE, CERTAIN = 0.9, 4.0
 
 
 def resized(x_BChw: Tensor) -> Tensor:
+    """Return maps resized to the labels' size, bilinear."""
     return F.interpolate(x_BChw, size=SIZE, mode="bilinear", align_corners=False)
 
 
 def smooth(shares_BCHW: Tensor) -> SimpleNamespace:
-    """The answer of a network with a query for each class, whose mask is sure of itself away from edges."""
+    """Return the answer of a network with a query for each class, whose mask is sure of itself away from edges."""
     share_BChw = F.avg_pool2d(shares_BCHW, STRIDE)
     share_BChw = F.avg_pool2d(F.pad(share_BChw, (1, 1, 1, 1), mode="replicate"), 3, 1)
     classes = share_BChw.shape[1]
@@ -47,7 +48,7 @@ def smooth(shares_BCHW: Tensor) -> SimpleNamespace:
 
 
 def tiny(classes: int) -> Callable[[Tensor], Any]:
-    """A Mask2Former with random weights."""
+    """Return a Mask2Former with random weights."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     sizes = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
     width = {"hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 20}
@@ -57,7 +58,7 @@ def tiny(classes: int) -> Callable[[Tensor], Any]:
 
 
 def gradient(student_BChw: Tensor, teacher_BCHW: Tensor, temperature: float) -> Tensor:
-    """The gradient of the KL term on the student's logits; the teacher's are logits at the images' size."""
+    """Return the gradient of the KL term on the student's logits. The teacher's logits are at the images' size."""
     student_BChw = student_BChw.clone().requires_grad_()
     log_s, log_t = (x.div(temperature).log_softmax(1) for x in (resized(student_BChw), teacher_BCHW))
     (log_t.exp() * (log_t - log_s)).sum(1).mean().backward()
@@ -85,7 +86,7 @@ def compare(answers: list[Any], edges: list[Tensor], student: Callable[[Tensor],
 
 
 def shares(split: Split, number: int) -> Tensor:
-    """Which pixels show which class, (1, C, H, W), at the size of the comparison; void shows none."""
+    """Return which pixels show which class, (1, C, H, W), at the size of the comparison. Void shows none."""
     label = torch.from_numpy(split.label(number))[None, None].float()
     label_1HW = F.interpolate(label, size=SIZE, mode="nearest").long()[:, 0]
     classes = len(split.classes)
@@ -93,12 +94,13 @@ def shares(split: Split, number: int) -> Tensor:
 
 
 def near_edges(shares_1CHW: Tensor) -> Tensor:
-    """Pixels (1, H, W) near another class."""
+    """Return which pixels (1, H, W) are near another class."""
     wide = F.max_pool2d(shares_1CHW, 2 * EDGE + 1, 1, EDGE)
     return wide.sum(1) > 1
 
 
 def main() -> None:
+    """Compare both orders of resizing on a split, print the differences, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="scenes:360x480,train=4,val=32")
     parser.add_argument("--split", default="val")

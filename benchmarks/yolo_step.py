@@ -3,9 +3,8 @@
 Contestants take turns in one run, with the same pixels from the same loader:
 
     plain   Ultralytics' step: its loss on labels with the auxiliary head, clipping, AdamW, and its moving average
-    none    kdcache's step on labels only
-    kl      kdcache's step with targets from the cache
-    live    kdcache's step with a forward pass of yolo26s-sem
+    none    kdcache's step on labels only kl      kdcache's step with targets from the cache live    kdcache's step with
+    a forward pass of yolo26s-sem
 
 Weights are random: predictions do not matter to the clock. The package has its own environment: see
 clients/ultralytics. The first figure of a step is the clock's, the second the CPU time of this process alone.
@@ -64,6 +63,7 @@ def plain(cache: Cache, arguments: argparse.Namespace) -> Callable[[int], None]:
 
 
 def main() -> None:
+    """Time the steps in turns, print their ratios, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2, help="of a turn")
     parser.add_argument("--repeats", type=int, default=5)

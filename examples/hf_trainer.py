@@ -35,6 +35,7 @@ class LossTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Return the distillation loss of a batch, and the outputs where the Trainer asks for them."""
         batch = Batch.from_dict(inputs)
         outputs = model(pixel_values=normalised(batch.pixels))
         losses = self.criterion(outputs.logits, batch)
@@ -43,6 +44,7 @@ class LossTrainer(Trainer):
 
 
 def main() -> None:
+    """Train a SegFormer as the arguments ask, and validate it."""
     parser = argparse.ArgumentParser(description="Train a small SegFormer on labels and on a store's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--val", help="labelled images to validate on at the end")

@@ -35,6 +35,7 @@ class Student(lightning.LightningModule):
         self.lr = lr
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
+        """Return the loss of a batch for Lightning to differentiate."""
         logits = self.network(normalised(batch.pixels))
         losses = self.criterion(logits, batch)
         self.log("loss", losses.loss, batch_size=len(logits))
@@ -42,11 +43,12 @@ class Student(lightning.LightningModule):
         return losses.loss
 
     def configure_optimizers(self) -> Any:
+        """Return AdamW over all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
 def small_network(classes: int) -> nn.Module:
-    """Logits at a quarter of the size."""
+    """Return a network whose logits have a quarter of the image's height and width."""
     layers: list[nn.Module] = []
     for before, after, stride in ((3, 24, 2), (24, 48, 2), (48, 48, 1), (48, 48, 1)):
         layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
@@ -54,6 +56,7 @@ def small_network(classes: int) -> nn.Module:
 
 
 def main() -> None:
+    """Train the student as the arguments ask, and validate it."""
     parser = argparse.ArgumentParser(description="Train a small network on labels and on a store's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--val", help="labelled images to validate on at the end")

@@ -31,8 +31,10 @@ def fourier_transfer(source_HW3: np.ndarray, target_HW3: np.ndarray, beta: float
     mean colour. The target is first resized to the source's size, as published.
 
     Args:
-        source_HW3, target_HW3: uint8 RGB, of any sizes.
+        source_HW3: uint8 RGB, of any size.
+        target_HW3: uint8 RGB, of any size.
         beta: above 0 and at most 0.5. The paper uses 0.01, 0.05 and 0.09.
+
     Returns: uint8 (H, W, 3) of the source's size, rounded and clipped.
     """
     size = height, width = source_HW3.shape[:2]
@@ -47,6 +49,7 @@ def fourier_transfer(source_HW3: np.ndarray, target_HW3: np.ndarray, beta: float
 
 
 def main() -> None:
+    """Restyle the images that the folder does not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="data folder whose images are restyled")
     parser.add_argument("--like", required=True, help="data set whose style they get")

@@ -70,7 +70,7 @@ _ALSO_SHORTER = ("plan", "build-teacher-cache")
 
 
 class _Verbs(TyperGroup):
-    """The group of verbs in the order of work, with messages of ours for Ctrl-C and for what the parser refuses."""
+    """The group of verbs in the order of work, with kdcache's messages for Ctrl-C and for what the parser refuses."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with parse_errors():
@@ -135,7 +135,7 @@ def _options(
         typer.Option("--trust", help="Import model code that run folders and recipes from elsewhere name."),
     ] = False,
 ) -> None:
-    """Options of every verb; `main` reads them itself: they may stand anywhere, and parsing may fail."""
+    """Take the options of every verb. `main` reads them itself: they may stand anywhere, and parsing may fail."""
 
 
 app.add_typer(data.app, name="data", rich_help_panel=_GROUPS["data"])
@@ -150,10 +150,10 @@ for _panel, _verbs in _PANELS.items():
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
+    """Run the command line and exit: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
 
     Args:
-        args: the words after `kdcache`; default the process's own.
+        args: the words after `kdcache`; default this process's words.
     """
     arguments = sys.argv[1:] if args is None else args
     # Allowed after the verb too, where people add them.
@@ -200,7 +200,7 @@ def _explained(error: Exception) -> Any:
 
 
 def _fault_of_theirs(error: Exception) -> KDCacheError | None:
-    """The error of a network, or of another line of the user's own code; None for one of kdcache's."""
+    """Return the error of a network, or of another line of the user's code; None for an error of kdcache's code."""
     if "torch" not in sys.modules:  # no code of theirs runs without
         return None
     from kdcache.faults import network_fault, user_place

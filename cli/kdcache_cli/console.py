@@ -19,14 +19,15 @@ _WIDEST = 1000
 class Terminal(Console):
     """A terminal on which strings from elsewhere are plain text.
 
-    Lines that a verb prints as they are may have our own markup, `escape`d names in it; what tables, panels and bars
-    hold has none. Nothing that is printed holds control characters.
+    Lines that a verb prints may have kdcache's markup, with `escape`d names in it. The content of tables, panels and
+    bars has no markup. Nothing that is printed holds control characters.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, markup: bool | None = None, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Print as rich does, but read markup in lines only, and do not wrap lines that go to a file."""
         lines = all(isinstance(part, str) for part in objects)
         whole = lines and not self.is_terminal if soft_wrap is None else soft_wrap
         with self._room_for(objects):
@@ -34,7 +35,7 @@ class Terminal(Console):
 
     @contextmanager
     def _room_for(self, objects: Sequence[Any]) -> Iterator[None]:
-        """A context in which tables keep all their numbers: a file has no width."""
+        """Widen the output in a `with` block so that tables keep all their numbers: a file has no width."""
         own, tables = self._width, [part for part in objects if isinstance(part, Table)]
         if tables and not self.is_terminal:
             unbounded = self.options.update(width=_WIDEST)
@@ -46,7 +47,7 @@ class Terminal(Console):
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """A context in which this is printed under --quiet too."""
+        """Print under --quiet too in a `with` block."""
         quiet, self.quiet = self.quiet, False
         try:
             yield
@@ -54,6 +55,7 @@ class Terminal(Console):
             self.quiet = quiet
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield segments without control characters; a table that is too wide for the terminal is turned over."""
         if isinstance(renderable, Table):
             for column in renderable.columns:  # a name makes no row of its own
                 column._cells = [one_line(cell) if isinstance(cell, str) else cell for cell in column._cells]
@@ -73,7 +75,7 @@ def _cuts(terminal: Console, table: Table, options: ConsoleOptions | None) -> bo
 
 
 def _upright(table: Table) -> Table:
-    """A table turned over: below each other the columns of its first row, an empty line, those of the next."""
+    """Return a table turned over: the cells of its first row below each other, an empty line, then the next row."""
     headers = [column.header for column in table.columns]
     turned = Table(box=None, show_header=False, title=table.title, title_style=table.title_style)
     turned.title_justify = table.title_justify
@@ -91,17 +93,16 @@ ERRORS = Terminal(stderr=True)
 
 
 def figure_table(*header: str, title: str | None = None) -> Table:
-    """A table without borders: names on the left, figures on the right."""
+    """Return a table without borders: names on the left, figures on the right."""
     columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
     above = None if title is None else f"\n{title}"
     return Table(*columns, title=above, title_style="bold", title_justify="left", box=None, header_style="dim")
 
 
 def histogram_table(header: str, bins: Sequence[tuple[str, int]]) -> Table:
-    """A table of counts of pixels, each with its share and a bar; bins that hold nothing are left out.
+    """Return a table of counts of pixels, each with its share and a bar. Empty bins are left out.
 
-    Args:
-        header: what the bins are of. bins: (words, count).
+    `header` tells what the bins are of; `bins` are pairs of words and a count.
     """
     table = Table(header, "pixels %", "", box=None, header_style="dim")
     total, most = sum(count for _, count in bins), max(count for _, count in bins)
@@ -122,7 +123,7 @@ use_console(ERRORS, warn)
 
 @contextmanager
 def data_warnings() -> Iterator[None]:
-    """A context in which warnings about data sets look as those of verbs do."""
+    """Show warnings about data sets as verbs show theirs in a `with` block."""
     with warnings.catch_warnings():
         default = warnings.showwarning
 

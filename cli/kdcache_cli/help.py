@@ -12,10 +12,10 @@ _ALL = "--help-all"
 
 
 def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a verb with the parameters that -h shows, and with --help-all. -h shows what is required, too.
+    """Decorate a verb with the names of the parameters that -h shows. It also shows required ones, and --help-all all.
 
     Args:
-        names: of the verb's parameters.
+        names: names of the verb's parameters.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -51,6 +51,7 @@ class Verb(TyperCommand):
     """A verb with a short help and a whole one."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help; without --help-all, leave out the rare flags and name their number at the end."""
         shown: frozenset[str] = getattr(self.callback, "common", frozenset())
         parameters: list[Any] = list(self.params) if shown and not ctx.meta.get(_ALL) else []
         rare = [p for p in parameters if p.name not in shown and not p.required and not getattr(p, "hidden", False)]

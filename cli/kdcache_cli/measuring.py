@@ -33,7 +33,7 @@ def check_json(path: Path | None) -> None:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str], None]]:
-    """A function that prints a line for each stage of a benchmark, above a bar that names the latest."""
+    """Yield a function that prints a line for each stage of a benchmark, above a bar that names the latest."""
     with progress_bar() as bar:
         task = bar.add_task("measuring", total=None, note="")
 
@@ -45,7 +45,7 @@ def stages() -> Iterator[Callable[[str], None]]:
 
 
 def contestants(*columns: str, title: str) -> Table:
-    """A table of figures with a name in front of each row, below a plain title."""
+    """Return a table of figures with a name in front of each row, below a plain title."""
     table = figure_table("", *columns)
     table.title, table.title_style = title, None
     return table

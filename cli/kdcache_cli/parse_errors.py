@@ -23,10 +23,10 @@ _ANYWHERE = ("--quiet", "--debug", "--trust")
 
 @contextmanager
 def parse_errors(context: Any = None) -> Iterator[None]:
-    """A context in which words that are no command raise a RecipeError.
+    """Raise a RecipeError in a `with` block for words that are no command.
 
     Args:
-        context: of the parser; its verb is the one that an error is about which names none.
+        context: the parser's; errors that name no verb are about this context's verb.
     """
     try:
         yield
@@ -70,12 +70,12 @@ def _explained(error: Any, verb: str) -> RecipeError:
 
 
 def _values_of(parameter: Any) -> str:
-    """The values that a flag or an argument takes, in words."""
+    """Return the values that a flag or an argument takes, in words."""
     ends = ((Ge, parameter.min), (Le, parameter.max))
     return describe_values(parameter.type_descriptor.annotation, [mark(end) for mark, end in ends if end is not None])
 
 
 def _name(parameter: Any) -> str:
-    """A flag, or an argument as the help shows it."""
+    """Return a flag, or an argument as the help shows it."""
     first = str(parameter.opts[0])
     return first if first.startswith("-") else parameter.metavar or first.upper()

@@ -25,9 +25,12 @@ class RayRunner:
 
     Args:
         ray: the module, of `kdcache.ray_cluster.cluster`.
-        parallel: how many jobs side by side; each gets its share of the cluster's CPUs, but at most those of a node.
-        num_gpus: of each job, also a part of one.
-    Raises: RecipeError where not even one has room.
+        sweep: the planned sweep, for its folder of logs.
+        parallel: how many jobs at the same time. Each gets its share of the cluster's CPUs, but at most those of a
+            node.
+        num_gpus: GPUs of each job, also a part of one.
+
+    Raises: RecipeError where no job has room.
     """
 
     def __init__(self, ray: Any, sweep: Sweep, parallel: int, num_gpus: float) -> None:
@@ -46,6 +49,7 @@ class RayRunner:
         self._trust = ["--trust"] if is_trusting() else []
 
     def __call__(self, job: Job) -> None:
+        """Do a job on the cluster and wait for it. Raises: the job's error, or KDCacheError when its process failed."""
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
         try:
@@ -59,11 +63,7 @@ class RayRunner:
 
 
 def _do(job: Job, trust: list[str], folder: str, log: str) -> int:
-    """Run a job in this process, which is its own. Its output goes to the log. Returns: its exit code.
-
-    Args:
-        trust: the flag --trust, if it was given.
-    """
+    """Run a job in this process, which does nothing else, with its output in `log`. Return its exit code."""
     try:
         os.chdir(folder)
         file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job

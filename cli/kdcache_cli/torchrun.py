@@ -16,7 +16,7 @@ GRACE_S = 10
 
 
 def numbered() -> tuple[int, int]:
-    """(Number, count) of the processes that share the work, as torchrun or another launcher sets it; else (0, 1).
+    """Return (number, count) of the processes that share the work, as torchrun or another launcher sets it, or (0, 1).
 
     Raises: RecipeError for values that are no such numbers.
     """
@@ -42,7 +42,7 @@ def is_first() -> bool:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """A context in which the output of all processes is printed once, errors about flags for instance."""
+    """Print the output of all processes only once in a `with` block, for instance errors about flags."""
     first = is_first()
     _note_environment()
     if first:
@@ -59,7 +59,7 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Errors of kdcache inside are the same on every process, so that the first one's panel is enough."""
+    """Raise an error of kdcache inside on every process, so that the first one's panel is enough."""
     try:
         yield
     except KDCacheError:
@@ -84,6 +84,6 @@ def _note_environment() -> None:
 
 
 def _wait_for_the_first() -> None:
-    """Wait: torchrun ends every process as soon as one has ended, so that the one with the message must end first."""
+    """Wait, since torchrun ends all processes as soon as one ends: the one with the message must end first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     time.sleep(GRACE_S)

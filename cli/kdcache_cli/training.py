@@ -16,10 +16,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 
 
 def run_training(settings: dict[str, Any], context: typer.Context, out: Path, resume: bool) -> None:
-    """Train with these settings and show the progress; Ctrl-C leaves a run that can be resumed, and exit code 130.
+    """Train with these settings and show the progress. Ctrl-C leaves a run that can be resumed, and exit code 130.
 
-    Args:
-        context: of the parser, which knows what somebody typed, here or in a recipe.
+    `context` is the parser's, which knows what somebody typed, here or in a recipe.
     """
     from kdcache.metrics import percent
     from kdcache.training import Interrupted, make_config, pick_device, train

@@ -26,11 +26,12 @@ def takes(
     unset: Collection[str] = (),
     wording: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Verb], Verb]:
-    """A decorator: the verb's first argument is a dictionary of settings of the tables, by name.
+    """Return a decorator: the verb's first argument is a dictionary of settings of the tables, by name.
 
     Args:
-        order: names of the verb's flags as its help lists them: settings of the tables, and the verb's own parameters,
-            which hide settings of the same name.
+        *tables: the tables of settings.
+        order: names of the verb's flags as its help lists them: settings of the tables, and the verb's other
+            parameters, which hide settings of the same name.
         required: the settings that this verb needs, though the table has a default.
         unset: the settings that are None here without their flag.
         wording: attributes of a `Setting` that this verb replaces, by the setting's name.
@@ -59,11 +60,7 @@ def takes(
 
 
 def given(settings: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
-    """Return the settings that somebody typed, here or in a recipe.
-
-    Args:
-        context: of the parser, which a verb gets in a parameter `context`.
-    """
+    """Return the settings that somebody typed, here or in a recipe. Typer gives a verb the context that knows it."""
     untyped = context.meta.get(UNTYPED, frozenset())
     sources = {name: context.get_parameter_source(name) for name in settings}
     return {
@@ -81,7 +78,7 @@ def copied(context: typer.Context) -> frozenset[str]:
 
 
 def parameter_of(entry: Entry) -> Parameter:
-    """The parameter of a verb, for Typer, that stands for a setting."""
+    """Return the parameter of a verb, for Typer, that stands for a setting."""
     return Parameter(
         entry.name,
         Parameter.KEYWORD_ONLY,
@@ -91,12 +88,12 @@ def parameter_of(entry: Entry) -> Parameter:
 
 
 def flag(table: type, name: str) -> Any:
-    """The Typer option of one setting of a table."""
+    """Return the Typer option of one setting of a table."""
     return option(entries(table)[name])
 
 
 def option(entry: Entry) -> Any:
-    """The Typer option of a setting."""
+    """Return the Typer option of a setting."""
     setting, words = entry.setting, choices(entry.type)
     offered = words or setting.words
     options: dict[str, Any] = dict(_range(entry)) if setting.ranged else {}
@@ -127,7 +124,7 @@ def show_plain_types(parameters: Iterable[Any]) -> None:
 
 
 def _completer(words: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """What completes the last part of a value that may be a sum (kl+at) or a list (a,b)."""
+    """Return a function that completes the last part of a value that may be a sum (kl+at) or a list (a,b)."""
 
     def complete(incomplete: str) -> list[str]:
         offered = words() if callable(words) else words
@@ -138,7 +135,7 @@ def _completer(words: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[
 
 
 def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:
-    """A callback: refuse code that a recipe names, and not this command line.
+    """Refuse code that a recipe names, unless this command line names it too; Typer calls this for each such flag.
 
     Raises: RecipeError for code that is not trusted.
     """
@@ -151,7 +148,7 @@ def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str
 
 
 def _type(entry: Entry) -> Any:
-    """The type that Typer checks: numbers and switches. Choices and spelled values are text to it."""
+    """Return the type that Typer checks: numbers and switches. It takes choices and spelled values as text."""
     kind = entry.type
     if entry.setting.repeated:
         kind = list[str]
@@ -169,5 +166,5 @@ def _range(entry: Entry) -> Iterator[tuple[str, Any]]:
 
 
 def _value(entry: Entry, value: Any) -> Any:
-    """The value of a setting from what Typer parsed; a tuple where the flag may be repeated."""
+    """Return the value of a setting from what Typer parsed: a tuple where the flag may be repeated."""
     return tuple(value or ()) if entry.setting.repeated else value

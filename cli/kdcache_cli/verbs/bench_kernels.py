@@ -113,7 +113,7 @@ def _measure(settings: "Settings", json_file: Path | None) -> None:
 
 
 def _check(device: "torch.device", dtype: str | None, json_file: Path | None) -> int:
-    """Print the accuracy grid; return how many points missed a bound."""
+    """Print the accuracy grid, and return how many points missed a bound."""
     from kdcache.bench.kernels import DTYPES, EVERY, CheckSettings, check, parse_names, resolved, summary
 
     dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
@@ -136,7 +136,7 @@ def _check(device: "torch.device", dtype: str | None, json_file: Path | None) ->
 
 
 def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, Any]]) -> None:
-    """The table by dtype, the verdict, and the points that missed a bound, worst first."""
+    """Print the table by dtype, the verdict, and the points that missed a bound, worst first."""
     from kdcache.bench.kernels import GRADIENT_BOUND
 
     missed = [result for result in judged if not result.passed]
@@ -151,7 +151,7 @@ def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, 
 
 
 def _print_row(row: "Row", cuda: bool) -> None:
-    """One case: a line for ours and each rival, then what has no place in a column."""
+    """Print one case: a line for kdcache's loss and each rival, then what has no place in a column."""
     device = ["graph ms", "x graph"] if cuda else []
     times = [f"{'event' if cuda else 'best'} ms", "median", "p20 to p80", "x best", "x median"]
     host = ["host ms"] if cuda else []
@@ -196,7 +196,7 @@ def _miss(result: "Judged") -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three digits; nothing rounds to 0."""
+    """Return three digits. Nothing rounds to 0."""
     if value is None:
         return MISSING
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

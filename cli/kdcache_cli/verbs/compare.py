@@ -37,7 +37,7 @@ def compare(
         Path | None, _Option("--text", help="Write the small table: mIoU, parameters, milliseconds.")
     ] = None,
 ) -> None:
-    """Runs side by side: IoU per class, distance to the baseline and its noise, cost.
+    """Compare runs: IoU per class, distance to the baseline and its noise, cost.
 
     Runs that differ only in seed and fold are one row, with mean and standard
     deviation. Evaluations are kept in the run folders and used again while
@@ -118,7 +118,7 @@ def _print_rows(title: str, header: list[str], rows: list[list[str]], apart: Seq
 
 
 def _cell(text: str) -> Text | str:
-    """A figure that the table marks as the best, in bold: what tables hold has no markup."""
+    """Return a figure that the table marks as the best in bold, others as they are: cells have no markup."""
     from kdcache.analysis.tables import BOLD
 
     begin, end = BOLD

@@ -58,15 +58,14 @@ def copy(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Copy a store, to another disk, object store or the Hub, into another codec or
-    other shards, in part.
+    """Copy a store to another disk, object store or the Hub, whole or in part, also into another codec or other shards.
 
     What stays as it is, is copied byte for byte, and every file is compared with
     its digest: fast, and exact. Interrupted, the same command continues; a
     finished copy is checked and left as it is. --codec small rounds targets, and
     the copy prints what that loses; nothing brings back what was rounded.
 
-    On the Hub a store is a data set of its own, with a card. It needs the extra
+    On the Hub a store is a data set with a card. It needs the extra
     hub of kdcache, and a token to push (HF_TOKEN, or hf auth login).
 
     [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]

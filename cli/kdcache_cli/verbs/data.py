@@ -91,7 +91,7 @@ def convert(
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
 ) -> None:
-    """Write a data set of any layout as a folder of one's own: images/, labels/ and classes.txt.
+    """Write a data set of any layout as a folder with images/, labels/ and classes.txt.
 
     It also reads COCO's annotations, masks as on Kaggle, and the exports of CVAT, Label Studio, LabelMe, Roboflow and
     YOLO. Other verbs then use DST.
@@ -145,7 +145,7 @@ def convert(
 
 
 def _counts(kinds: Mapping[str, int]) -> str:
-    """For instance "3 hard links, 1 copy"."""
+    """Return counts in words, for instance "3 hard links, 1 copy"."""
     plurals = {"copy": "copies"}
     return ", ".join(f"{n} {kind if n == 1 else plurals.get(kind, f'{kind}s')}" for kind, n in kinds.items()) or "none"
 

@@ -36,9 +36,10 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of every training.")] = 0,
     device: shared_flags.Device = MachineSettings.device,
 ) -> None:
-    """Teacher, cache, a student with and without it, a page: about three minutes on two cores.
+    """Try the whole way, teacher, cache, students and a page, in about three minutes on two cores.
 
-    Uses street-like scenes made on the spot; nothing is downloaded.
+    Uses street-like scenes made on the spot; nothing is downloaded. One student learns from the cache, another without
+    it.
     """
     teacher, cache, none, dist = (out / name for name in ("teacher", "scenes.zarr", "student-none", "student-dist"))
     common = {"iterations": iterations, "seed": seed, "device": device, "lr": 4e-3, "warmup": 20}
@@ -116,7 +117,7 @@ def _build(teacher: Path, cache: Path, device: str) -> None:
 
 
 def _report(runs: dict[str, Path], page: Path, device: str) -> dict[str, "Row"]:
-    """Write the page and print the table. Return the rows of the comparison by title; the first is the teacher."""
+    """Write the page and print the table. Return the rows of the comparison by title, the teacher's first."""
     from kdcache.analysis.compare import CompareOptions
     from kdcache.analysis.report import ReportOptions, make_report
     from kdcache.analysis.stored_evaluations import EvalSettings

@@ -65,7 +65,7 @@ def evaluate(
         Path | None, typer.Option("--listing", help="Write IoU as plain text too, a line per class: ===>road: 65.35.")
     ] = None,
 ) -> None:
-    """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention; depth by KITTI's.
+    """Measure mIoU, mAcc, aAcc and IoU per class by mmsegmentation's convention, and depth by KITTI's.
 
     Every task is judged that the model predicts and the split has labels of, at the
     labels' own size. Classes: one confusion matrix over the split, void left out.

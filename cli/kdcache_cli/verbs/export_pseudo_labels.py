@@ -34,8 +34,7 @@ def export_pseudo_labels(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Write the teacher's classes as labels: PNG files of class ids, 255 where it is
-    not confident.
+    """Write the teacher's classes as labels: PNG files of class ids, 255 where the teacher is not confident.
 
     One file per sample at view size, OUT/labels/SPLIT/ID.png, and OUT/classes.txt.
     The files hold ids and show the classes' colours. One threshold for all classes

@@ -47,8 +47,7 @@ def plan(
     epochs: Annotated[int, _Option("--epochs", min=1, help="Epochs of that training.")] = 100,
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
-    """Estimate what build-teacher-cache would cost, before it: bytes, files, hours, and
-    after how many epochs it has paid for itself.
+    """Estimate what build-teacher-cache costs: bytes, files, hours, and after how many epochs it has paid for itself.
 
     Takes the flags of build-teacher-cache, which explains them. The teacher runs on
     a few images, evenly spread over the data; what they take in a small store,

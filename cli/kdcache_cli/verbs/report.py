@@ -70,13 +70,13 @@ def report(
         Path | None, _Option("--figure", metavar="FILE", help="A PNG to show, such as the curve of a sweep.")
     ] = None,
 ) -> None:
-    """One HTML page of a comparison: did it help, scores, curves, pictures, recipes.
+    """Write a comparison as one HTML page: did it help, scores, curves, pictures, recipes.
 
     The page is one file that opens without network or server. Rows and baseline
     are those of [bold]kdcache compare[/]; evaluations are kept and used again.
 
     --draw writes a folder for the first run of each row: its best and worst images
-    with the teacher and a named --baseline beside it, a contact sheet, how scores
+    with the teacher and a named --baseline next to it, a contact sheet, how scores
     are spread, the confusion matrix and the curves. Several rows are also drawn side
     by side.
 
@@ -109,5 +109,5 @@ def report(
 
 
 def _command() -> str | None:
-    """The command as typed; None where another program calls the verb."""
+    """Return the command that made the page."""
     return shlex.join(["kdcache", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else None

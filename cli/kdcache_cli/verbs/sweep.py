@@ -60,7 +60,7 @@ def sweep(
     num_gpus: Annotated[float, flag(EngineSettings, "num_gpus")] = 0.0,
     address: Annotated[str | None, flag(EngineSettings, "address")] = None,
 ) -> None:
-    """Many runs from one store: teachers, stores, students, then table, pictures and page.
+    """Do many runs from one store: teachers, stores, students, then table, pictures and page.
 
     With --parallel several runs share this machine, each on one of its GPUs; with
     --engine ray they go wherever a Ray cluster has room for --num-gpus.
@@ -105,12 +105,7 @@ def do_sweep(
     dry_run: bool,
     runner: "Runner | None" = None,
 ) -> None:
-    """Do a sweep, or show its commands.
-
-    Args:
-        verbs: the command line. recipe: its name or file, for messages.
-        runner: does the jobs; default this process, or several of this machine.
-    """
+    """Do a planned sweep, or show its commands; `runner` does the jobs, by default this machine's processes."""
     from kdcache.sweep import check_data, run_jobs
 
     if dry_run:
@@ -128,7 +123,7 @@ def do_sweep(
 
 
 def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """What --data says: the data folder, and those of streams by name. Raises: RecipeError for one that is twice."""
+    """Return the data folder of --data, and the folders of streams by name. Raises: RecipeError for one given twice."""
     named: dict[str, str] = {}
     folder = None
     for value in values:
@@ -162,7 +157,7 @@ def _check_code(planned: "Sweep", recipe: str) -> None:
 
 
 def _check_alone() -> None:
-    """One process leads a sweep. Raises: RecipeError under torchrun."""
+    """Check that one process leads the sweep. Raises: RecipeError under torchrun."""
     rank, size = numbered()
     if size > 1:
         raise RecipeError(
@@ -173,7 +168,7 @@ def _check_alone() -> None:
 
 
 def flags_of(group: Any) -> dict[str, set[str]]:
-    """The flags of every verb of the command line, without dashes."""
+    """Return the flags of every verb of the command line, without dashes."""
     return {
         name: {text.lstrip("-") for option in verb.params for text in option.opts if text.startswith("--")}
         for name, verb in group.commands.items()
@@ -181,17 +176,18 @@ def flags_of(group: Any) -> dict[str, set[str]]:
 
 
 class InProcess:
-    """Each job in this process, as a call of its verb."""
+    """Does each job in this process, as a call of its verb."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
 
     def __call__(self, job: "Job") -> None:
+        """Do a job, which prints as the verb does."""
         self._group(args=list(job.next_words), standalone_mode=False)
 
 
 class Apart:
-    """Each job in a process of its own, with its share of the cores, one of the GPUs and its output in a log."""
+    """Does each job in a separate process, with a share of the cores, one of the GPUs and a log."""
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
         from kdcache.models.trust import is_trusting
@@ -206,6 +202,7 @@ class Apart:
             self._free.put(places[number % len(places)])
 
     def __call__(self, job: "Job") -> None:
+        """Do a job in a process and wait for it. Raises: KDCacheError with the path of its log when it fails."""
         from kdcache.sweep.plan import folder_name
         from kdcache.sweep.run import failed
 
@@ -226,7 +223,7 @@ class Apart:
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     count = torch.cuda.device_count()

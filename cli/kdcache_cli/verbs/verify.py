@@ -34,8 +34,10 @@ def verify(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Check every byte of a cache. With --data, also that the data set is what it
-    was built from. With --teacher, also that it holds that teacher's targets.
+    """Check every byte of a cache; with --data and --teacher, also its data set and targets.
+
+    With --data, it checks that the data set is what the cache was built from. With
+    --teacher, it checks that the cache holds that teacher's targets.
 
     Who may write to a store can change a file and the digests with it. Against
     that, publish the seal's digest, which this verb prints, in another place, and
