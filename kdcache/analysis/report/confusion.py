@@ -17,8 +17,7 @@ MOST = 24
 def confusions(comparison: Comparison, matrices: Sequence[tuple[int, ConfusionMatrix]]) -> Markup | None:
     """Return the section with one table per row, the best row first and open, or None without labels of classes.
 
-    Args:
-        matrices: (place of the row in the comparison, counts of its first run).
+    `matrices` are pairs: a row's place in the comparison, and the counts of its first run.
     """
     rows = comparison.rows
     known = [(place, matrix) for place, matrix in matrices if int(matrix.counts.sum())]
