@@ -79,7 +79,7 @@ class Store:
     """A store of teachers' targets.
 
     Attributes:
-        flags: of build-teacher-cache, next to size and views.
+        flags: flags of build-teacher-cache besides size and views.
         trained_on: the data set that the teachers were trained on; "" for what an arm says.
     """
 

@@ -170,7 +170,7 @@ def written(store: str) -> int:
 
 
 def actors() -> list[int]:
-    """Process numbers of actors, by the title that Ray gives them."""
+    """Return the process ids of Ray's teaching actors, found by the title that Ray gives them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -153,7 +153,7 @@ class FewLabels(Study):
         self.most = arguments.rows
 
     def stage(self, name: str) -> None:
-        """Run what a stage lacks. Raises: TimeoutError when time is up, or the rows are enough."""
+        """Train the rows that a stage lacks. Raises: TimeoutError when the time is up or enough rows are done."""
         for seed in SEEDS:
             for own in ARMS[name]:
                 if seed in own.seeds:
@@ -335,7 +335,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def write_weights(study: FewLabels, out: Path) -> None:
-    """Write the last weights of labels only and distilled, 46 and 92 labels, as float16.
+    """Write the last weights of the runs with 46 and 92 labels, distilled or on labels only, as float16.
 
     Raises: SystemExit for more than MOST_BYTES.
     """

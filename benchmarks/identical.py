@@ -79,7 +79,7 @@ FURTHER = {
 
 
 def cases() -> dict[str, str]:
-    """Name -> flags of train-student."""
+    """Return the flags of train-student for each case, by its name."""
     grid = {f"{method}/{name}": f"--method {method} {flags}" for method in METHODS for name, flags in VARIANTS.items()}
     return {name: flags for name, flags in (grid | FURTHER).items() if name not in IMPOSSIBLE}
 

@@ -92,7 +92,7 @@ def packed_target(cells: int, num_classes: int = CLASSES, k: int = KEPT) -> Pack
 
 
 def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
-    """Return CE and KL at T = 2 of a dense target, the default up to 32 classes."""
+    """Return a problem of the loss with CE and KL at T = 2 and a dense target, apart from `changes` to its fields."""
     arguments: dict[str, Any] = {
         "student": empty(BATCH, CLASSES, cells, cells, dtype=dtype),
         "labels": empty(BATCH, LABELS, LABELS, dtype=torch.uint8),

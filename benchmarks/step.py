@@ -130,7 +130,7 @@ def peak_elsewhere(store: Path, kind: str) -> float:
 
 
 def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> dict[str, Pace]:
-    """Return the pace of each contestant, which take turns."""
+    """Let the contestants take turns, and return the pace of each."""
     learners = {kind: learner(open_cache(store), kind, arguments) for kind in kinds}
     contestants = [
         Contestant(kind, lambda learn=learn: learn(arguments.steps), arguments.steps)  # type: ignore[misc]

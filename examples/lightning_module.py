@@ -21,7 +21,7 @@ MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456,
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) as the network's input, float32 (B, 3, H, W)."""
+    """Return uint8 (B, H, W, 3) as the network's input, float32 (B, 3, H, W)."""
     return (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 

@@ -43,8 +43,8 @@ class RegressionHead:
     """A head of numbers (B, channels, h, w), as in model.json and in a declaration in code.
 
     Attributes:
-        unit: of the values: `m` for depth in metres, or another name, such as `relative`.
-        parameterisation: from raw output to values: `softplus` and `exp` are positive, `identity` is any number.
+        unit: the values' unit: `m` for depth in metres, or another name, such as `relative`.
+        parameterisation: how raw output becomes values: `softplus` and `exp` are positive, `identity` is any number.
         max_depth: the largest magnitude of the values, at which they are clipped. None does not clip.
     Raises: ValueError for invalid values.
     """

@@ -56,7 +56,7 @@ class RunStream(BaseModel):
     """The samples of one of several streams that a run learnt from.
 
     Attributes:
-        ids_digest: of their classes and ids, as in a cache's manifest.
+        ids_digest: digest of their classes and ids, as in a cache's manifest.
         labels: the samples with used labels, as `pack_flags` text.
         taught: whether a cache's targets are also learnt from.
     """

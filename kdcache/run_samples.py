@@ -20,7 +20,7 @@ class RunSamples:
     """The digests of a run's samples.
 
     Attributes:
-        class_names: of the labels.
+        class_names: the labels' class names.
         streams: the drawn samples of each stream. None for a cache that does not record them.
         validation: the validation split. None without one.
     """

@@ -138,7 +138,7 @@ def data_warnings() -> Iterator[None]:
 
 
 def bytes_text(count: float) -> str:
-    """Bytes for people: 1.4 MiB."""
+    """Return a number of bytes for people, for instance 1.4 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -35,7 +35,7 @@ def numbered() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process is alone or the first of several."""
+    """Return whether this process is alone or the first of several."""
     rank, size = numbered()
     return size == 1 or rank == 0
 

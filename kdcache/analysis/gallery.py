@@ -125,8 +125,8 @@ class Gallery:
     Attributes:
         teacher, baseline: models with a panel in every picture of another model.
         above: a note above every picture.
-        layout: of a picture's panels. `row` has no overlay and no errors.
-        formats: of every picture.
+        layout: how a picture's panels are arranged. `row` has no overlay and no errors.
+        formats: the formats of every picture.
     """
 
     split: Split

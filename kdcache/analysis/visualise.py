@@ -46,7 +46,7 @@ class Drawing:
     Attributes:
         folder: new, empty, or from an earlier call. Its pictures of the same runs are replaced.
         num: number of best and worst images of each run, by mIoU, or by rmse for depth only.
-        layout: of the panels of every picture. formats: of every picture.
+        layout: how the panels are arranged. formats: the formats of every picture.
     """
 
     folder: Path

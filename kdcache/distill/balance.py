@@ -36,7 +36,7 @@ class FixedBalance(nn.Module):
     """The weighted sum of the heads' losses.
 
     Args:
-        weights: by head, finite and at least 0.
+        weights: the weight of each head, finite and at least 0.
     Raises: RecipeError for another weight, or none.
     """
 
@@ -77,7 +77,7 @@ class UncertaintyBalance(nn.Module):
     They are in its state dict as `log_variance.<head>`, and start at 0.
 
     Args:
-        forms: of each head's loss, by head.
+        forms: the form of each head's loss.
     Raises: RecipeError for an unknown form, or no head.
     """
 

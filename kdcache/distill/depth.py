@@ -45,7 +45,7 @@ def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tenso
 
     Args:
         prediction_BHW: float32 or float64, with the gradient.
-        reference_BHW: of the same dtype.
+        reference_BHW: the reference depth, of the same dtype.
         mask_BHW: bool, the valid pixels.
     """
     return _mean(_error(prediction_BHW, reference_BHW, mask_BHW).abs(), mask_BHW)
@@ -87,7 +87,7 @@ def scale_shift_invariant(
     int(0.8 M) smallest count, divided by 2 M. `gradient_matching` of the aligned maps is added with the weight
     `gradient_weight`.
 
-    Args: as of `l1`, in any units.
+    The arguments are those of `l1`, in any units.
     """
     maps = _filled(prediction_BHW, reference_BHW.detach(), mask_BHW)
     p_BHW, r_BHW = (_aligned(values_BHW, mask_BHW) for values_BHW in maps)

@@ -72,7 +72,7 @@ class DistillLoss(nn.Module):
         scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
         size: (H, W) of the labels of a whole view, if it has another aspect ratio than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
-        balance: of the losses of two tasks. None adds them up.
+        balance: how the losses of two tasks are balanced. None adds them up.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
     """
 
@@ -239,7 +239,7 @@ class DistillLoss(nn.Module):
                 no teacher, and its terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
             counts: denominators, as the mean over the parts of a batch that several processes or steps share. Their
                 losses and gradients then average to the whole batch's. None is the batch's own.
-            labels: of segmentation, (B, H, W) whole numbers, instead of the batch's.
+            labels: segmentation labels (B, H, W), whole numbers, instead of the batch's.
         Raises: RecipeError for a batch without the targets, arrays or features that an active term reads; DataError for
             one without labels, of unequal rows, or whose labels do not show the target's window.
         """

@@ -14,8 +14,8 @@ class CountedByKL(NamedTuple):
     """The pixels (B, H, W) that KL counts, bool.
 
     Attributes:
-        own: of the batch's own targets, or None if the fused loss finds them by itself.
-        pasted: of the targets of pasted pixels, or None.
+        own: mask of the batch's own targets, or None if the fused loss finds them by itself.
+        pasted: mask of the targets of pasted pixels, or None.
         other: the batch with these targets, or None.
     """
 

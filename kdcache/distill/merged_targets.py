@@ -25,7 +25,7 @@ class MergedTargets(nn.Module):
     Args:
         store: an open cache, whose targets have all of its classes.
         merge: logits (B, store's classes, h, w) -> (B, num_classes, h, w), float32.
-        num_classes: of the training.
+        num_classes: how many classes the training has.
     """
 
     def __init__(self, store: TermTargets, merge: nn.Module, num_classes: int) -> None:

@@ -41,7 +41,7 @@ class Losses(NamedTuple):
     """Scalars, float32: the loss, which is the only one with a gradient, and its terms before weighting.
 
     Attributes:
-        terms: in the order of DistillLoss.further.
+        terms: the further terms' losses in the order of DistillLoss.further.
         tasks: the weighted sum of each task's terms, before the balance. Empty without a balance.
     """
 

@@ -65,7 +65,7 @@ class StreamLoss(nn.Module):
         criteria: the loss of each stream.
         names: the streams' names, which precede their terms' names: `kitti/ce`.
         weights: at least 0. Each stream's loss has its own denominators, so its share of the batch is not a weight.
-        balance: of two tasks' losses, each the weighted sum over the streams that learn it. None adds up the streams.
+        balance: balances two tasks' losses, each the weighted sum over the streams with it. None adds up the streams.
     """
 
     def __init__(
@@ -137,10 +137,11 @@ class StreamLoss(nn.Module):
     def forward(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> StreamLosses:
         """Return the loss, and every stream's losses: all scalars, float32.
 
-        `outputs` are the student's for the pixels of all streams, in order. `counts` are each stream's, as of
-        `DistillLoss`.
+        `outputs` are the student's for the pixels of all streams, in order. `counts` holds the counts that
+        `DistillLoss`
+        takes, for each stream.
 
-        Raises: as `DistillLoss.forward`.
+        Raises: what `DistillLoss.forward` raises.
         """
         parted = self._parted(outputs, batch, counts)
         by_task, losses = zip(*(own.by_task(rows, part, count) for own, rows, part, count in parted), strict=True)

@@ -22,7 +22,7 @@ class ImageCounts:
     """Pixels per image and class, int64 (N, C), which give the IoU of any selection of images.
 
     Attributes:
-        ids: of the images.
+        ids: the images' ids.
         hits: pixels of a class in both label and prediction. unions: in either of them. Void is left out.
     """
 

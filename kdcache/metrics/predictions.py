@@ -25,8 +25,8 @@ class Predicted:
     """The predictions for a sample (by its number in the split) and its labels, all of one size (H, W).
 
     Attributes:
-        answers: by task: argmax uint8 of `segmentation`, float32 metres of `depth`.
-        labels: by task, if the sample has them: uint8 with 255 for void, float32 metres with NaN for unknown.
+        answers: the answer by task: argmax uint8 of `segmentation`, float32 metres of `depth`.
+        labels: the labels by task, where there are any: uint8 with 255 for void, float32 metres with NaN for unknown.
     """
 
     number: int
@@ -88,12 +88,12 @@ def predictions(
     Raw outputs are resized first. Then raw depth is converted to metres.
 
     Args:
-        model: to run.
+        model: the model to run.
         split: the samples.
         numbers: samples of `split`, in the order of the predictions.
         size: (H, W) that the model sees.
-        tasks: to predict, out of the model's. Only their labels are read.
-        device: to run on.
+        tasks: which of the model's tasks to predict. Only their labels are read.
+        device: the device to run on.
         batch_size: images per forward pass.
         at_size: whether labels are resized to `size`, instead of predictions to the labels'.
         threads: threads that decode images.

@@ -119,13 +119,13 @@ def slide(
     """Run a model on an image in windows. Return the mean outputs by head, (C, H, W) float32 at the pixels' size.
 
     Args:
-        model: to run.
+        model: the model to run.
         pixels_HW3: uint8, on the model's device, of the size of `Framing.scaled`.
         framing: the windows.
         size: (H, W) of the model's input, if there is no window.
         heads: names of the outputs.
         batch_size: windows per forward pass.
-        name: of the image, for messages.
+        name: the image's name, for messages.
     Raises: RecipeError for windows larger than the image.
     """
     height, width = pixels_HW3.shape[:2]

@@ -26,7 +26,7 @@ def read_class_map(
     number or `void` has priority over the number or the word.
 
     Args:
-        path: of the file.
+        path: the file's path.
         teacher_classes: their number. Every one must be listed once.
         class_names: the data's.
         all_hit: whether every data class must be the target of at least one teacher class.

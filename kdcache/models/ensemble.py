@@ -74,7 +74,7 @@ class EnsembleModel(SegmentationModel):
     plain image. They are not averaged, because members have different channels.
 
     Args:
-        members: of the same classes, with the same `align_corners`.
+        members: models of the same classes, with the same `align_corners`.
         weights: one per member, finite and above 0. Default: equal ones. Only their ratios count.
         tta: renderings of every image. Default: the plain image.
     Raises: ModelError if the members do not fit each other; RecipeError for such weights, and for scales without 1 of

@@ -71,9 +71,9 @@ class SegmentationModel(nn.Module):
         head_kinds: the kind of each head's output, by the head's name.
         untrained: names of the heads with random weights, which are not judged because the run learnt nothing for them.
         stride: nominal native stride in pixels. The exact ratio follows from the sizes.
-        align_corners: of the heads' final bilinear resize.
+        align_corners: whether the heads' final bilinear resize aligns corners.
         taps: names of the available features, most useful last.
-        backbone_prefix: of the backbone's names in the state dict, or "" if it is not known.
+        backbone_prefix: how the backbone's names in the state dict begin, or "" if unknown.
         classifier_keys: prefixes of the tensors with the classes as first axis, or () if they are not known.
         load_report: what `build_model` loaded, or None if the weights are random.
         probe_size: (H, W) of an image that it takes.

@@ -85,7 +85,7 @@ def build_model(
             The result is `model.load_report`.
         mean: of RGB in 0..1. None takes the mean in a file of `kdcache export`, else the model's own (ImageNet's except
             for some encoders' `default` weights).
-        std: of RGB in 0..1, in the same way.
+        std: standard deviation of RGB in 0..1, in the same way.
         strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a published
             teacher) and False with it (an initialisation; see `load_weights`).
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, a foreign function that

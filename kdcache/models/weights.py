@@ -134,7 +134,7 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     Auxiliary heads (`aux_classifier.*` and the like) that the model does not have are listed and never an error.
 
     Args:
-        model: to load into.
+        model: the model that gets the weights.
         state: tensors by name.
         strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier of
             another number of classes keeps its random values, a backbone only also fits (an image classifier's, or any

@@ -47,11 +47,11 @@ class LossTerm:
     Raises: RecipeError for an invalid value of an option.
 
     Attributes:
-        kind: its name.
+        kind: the term's name.
         fused: it is computed by `DistillLoss` itself, and set only by flags.
         learns_from: labels, teacher or predictions.
         compares: logits, features, depth or similarity.
-        whole_batch: its value is not a mean over the samples of a batch.
+        whole_batch: whether its value is no mean over the samples of a batch.
         follows_mix, follows_paste: its data are pasted together with the pixels of a sample of the same stream, of
             another one.
         whole_view: it needs whole stored views, so views are replayed and no window moves them.

@@ -139,11 +139,11 @@ def push_store(
 
     Args:
         source: the cache.
-        address: of the repository.
-        changes: as in `copy_store`.
+        address: the repository's address.
+        changes: what the copy changes, as in `copy_store`.
         licence: a name that the Hub knows, such as cc-by-4.0.
         private: makes a new repository private, and fails for a public one.
-        fidelity: as in `copy_store`.
+        fidelity: the figures of what rounding loses, as in `copy_store`.
         cache_dir: place of the folder. Default: as for the copies of remote caches.
         progress: shows the bars of huggingface_hub on a terminal.
     Raises: StoreError for what the Hub does not accept, and for a repository with files of another cache.

@@ -24,7 +24,7 @@ class Recorded:
     """What a store's records say about the data set that they were made from.
 
     Attributes:
-        ids: of the samples. class_names: of their labels.
+        ids: the samples' ids. class_names: their labels' class names.
         views: records of each sample.
         columns: COLUMNS, and `depth_digest` if it exists, each (R, ...).
         known: (R,) bool, the records that have these rows.
@@ -45,7 +45,7 @@ class BuiltFrom:
 
     Attributes:
         split: the data set. With None only checksums are compared.
-        checksums: of a shard's records as they render now, by the array that holds them: path -> (records,).
+        checksums: checksums of a shard's records as they render now, by the array that holds them: path -> (records,).
     """
 
     split: Split | None

@@ -42,7 +42,7 @@ class JoinedCache(Cache):
     """Several caches read as one. `open_caches` checks that they belong together.
 
     Args:
-        caches: by name. The first is the main one.
+        caches: the caches by name. The first is the main one.
     """
 
     def __init__(self, caches: Mapping[str, Cache]) -> None:
@@ -116,9 +116,9 @@ def open_caches(
     ['large:stage4']
 
     Args:
-        locations: as of `open_cache`, each alone or as NAME=LOCATION. The default name is the folder's stem.
-        cache_dir: as of `open_cache`, for each cache.
-        cache_bytes: as of `open_cache`, for each cache.
+        locations: where the caches lie, as in `open_cache`, or NAME=LOCATION. The default name is the folder's stem.
+        cache_dir: for each cache as in `open_cache`.
+        cache_bytes: for each cache as in `open_cache`.
     Raises: as `open_cache`; RecipeError for two caches of one name; MismatchError for caches that do not belong
         together, with the first sample and view that differ.
     """

@@ -233,7 +233,7 @@ class Cache:
         These are the whole image's targets, moved with the window as `CacheDataset(augment="warp")` moves them.
 
         Args:
-            ids: of B samples, such as a list from a batch.
+            ids: ids of B samples, such as a list from a batch.
             windows: (B, 4) edges (y0, x0, y1, x1) of what the pixels show, in pixels of the EXIF-upright image: an
                 array, a tensor or lists. They may reach beyond the image. None is the whole view.
             flips: (B,), whether the pixels are mirrored left to right. None mirrors nothing.

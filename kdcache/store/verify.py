@@ -38,7 +38,7 @@ def verify_files(
     """Compare the digest of every file with the ledger's, and the ledger's checksums with every chunk's.
 
     Args:
-        location: of a complete store.
+        location: where a complete store lies.
         progress: called with (shards done, shards).
         seal: the expected digest of its seal, as published elsewhere. Someone who changes a store can also change its
             ledger and its seal.

@@ -49,7 +49,7 @@ class StoreWriter:
     """Writes one store, which `open_writer` created or continues.
 
     Attributes:
-        manifest: of the store on disk (its `created` is the time of the first start).
+        manifest: the manifest on disk (its `created` is the time of the first start).
         finished: shards that are complete on disk.
         repaired: what the manifest says of shards that are written again in another environment, or None.
     """
@@ -100,7 +100,7 @@ class StoreWriter:
         """Write the files of one whole shard of every array. The ledger does not list them yet.
 
         Args:
-            shard: its number.
+            shard: the shard's number.
             arrays: path -> (records of the shard, ...) in the schema's type, or the file as it was encoded before.
         Returns: its ledger record, for `finish`.
         Raises: StoreError for a full disk. A partly written shard does not count.
@@ -139,7 +139,7 @@ class StoreWriter:
         Args:
             now: the manifest that the command would begin, with the current libraries and device.
             doubtful: shards that were finished once, with their records if these could be read.
-            data: as in `open_writer`.
+            data: the data set, as in `open_writer`.
         Raises: MismatchError.
         """
         begun = {shard for repair in self.manifest.repairs for shard in repair.shards}

@@ -80,7 +80,7 @@ class Recipe:
     """A sweep before it knows where its data are.
 
     Attributes:
-        source: its text, before `--smoke` and `--set`.
+        source: the recipe's text, before `--smoke` and `--set`.
         data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline, curve.
         teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
         stream: tables of the streams that arms share, in order.

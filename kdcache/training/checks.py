@@ -122,8 +122,8 @@ def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
     Settings of terms are not among them, because `make_config` checks those.
 
     Args:
-        config: of the stream, with `augment` resolved.
-        cache: its open cache, or None for a data folder.
+        config: the stream's settings, with `augment` resolved.
+        cache: the stream's open cache, or None for a data folder.
     """
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     reads_data = cache is None or config.data.data is not None or not cache.pixels_stored

@@ -46,7 +46,7 @@ class FeatureJudge:
 
     Args:
         dataset: what the training draws from.
-        criterion: its loss. Its projectors are used in their current state.
+        criterion: the training's loss. Its projectors are used in their current state.
         batch_size: samples that go through a model at once.
     """
 

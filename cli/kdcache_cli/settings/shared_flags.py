@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
-    """'0,1,2' as three whole numbers from 0, each once. Raises: RecipeError for other text."""
+    """Return the whole numbers in a text like '0,1,2' without repetitions. Raises: RecipeError for other text."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise RecipeError(

@@ -27,13 +27,13 @@ class TeacherAudit:
     """The result of `inspect --teacher-report`. For a teacher of depth only, all fields about classes are empty.
 
     Attributes:
-        tables: of numeric heads, such as depth.
+        tables: tables of numeric heads, such as depth.
         ece: expected calibration error, or NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
         sure, right: per class, mean confidence of the pixels predicted as it, and the share of them that is right.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
         kept: (threshold, share of pixels, share of these that is right, their mIoU) of pseudo labels.
-        miou: of the teacher, or NaN without labels.
+        miou: the teacher's mIoU, or NaN without labels.
     """
 
     path: Path

@@ -25,7 +25,7 @@ from kdcache_kernels.on_cells.problem import EPS
 
 
 class Targets(NamedTuple):
-    """What eager learns from, for all images or one, and its settings. Tensors are as in `Inputs`."""
+    """Teacher, labels and settings of the eager rival, for all images or one. Tensors are as in `Inputs`."""
 
     teacher: Tensor
     labels: Tensor
@@ -170,8 +170,8 @@ class Loss:
     """A loss as both sides compute it.
 
     Attributes:
-        ours: of (case, inputs, impl).
-        eager: of (student's logits, targets), suitable for torch.compile.
+        ours: kdcache's loss, called with (case, inputs, impl).
+        eager: the rival, called with (student's logits, targets), suitable for torch.compile.
         by_image: whether it is a sum over images with the batch's counts, and so can be computed in parts.
     """
 

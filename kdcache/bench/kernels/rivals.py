@@ -53,7 +53,7 @@ class Contestant:
 
     Attributes:
         step: may be called any number of times.
-        title: for tables.
+        title: the name in tables.
         capturable: whether its step can be captured as a CUDA graph (it never waits for the device).
     """
 

@@ -106,7 +106,7 @@ def check(
     """Examine a data set.
 
     Args:
-        data: as for `open_split`.
+        data: the data set, as for `open_split`.
         splits: their names. Default: all.
         max_depth: largest possible depth in metres, above 0. None allows any.
         progress: called with (split, samples done, samples) after every sample.

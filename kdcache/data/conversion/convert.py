@@ -102,7 +102,7 @@ def convert(
     """Write a data set as a `folder` layout. After an interruption, the same call continues.
 
     Args:
-        source: as for `open_split`, of one data set.
+        source: one data set, as for `open_split`.
         out: a new folder, or one that the same data were converted into.
         splits: their names. Default: train, val and test, or all if these do not exist.
         binary: masks of two classes in which 0 is the first, and every other number (even 255) the second.

@@ -39,7 +39,7 @@ class DepthScan:
     Attributes:
         files: id -> path below the data set's folder, of ids that have an image.
         place: the folder that was searched, below the data set's folder.
-        read: from such a file to metres.
+        read: reads such a file as metres.
         orphans: files without an image, below `place`.
     """
 

@@ -17,7 +17,7 @@ class FileSplit(Split):
     """One split of a data set on disk. Each file is read only when its sample is read.
 
     Args:
-        data: as the user gave it.
+        data: the data set as the user gave it.
         root: the data set's folder, which the paths of `scan` are relative to.
     """
 

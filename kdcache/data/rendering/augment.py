@@ -101,8 +101,8 @@ def draw_view(
     """Draw the window and flip of a stored view. They depend only on the arguments, so views can be added later.
 
     Args:
-        seed: of the build.
-        sample: its id.
+        seed: the build's seed.
+        sample: the sample's id.
         view: drawn as in `draw_window`, each from its own generator. Without `share`, 0 is the whole image.
         image_size: (H, W) of the source, in whose pixels the window counts.
         scale: range of the zoom.

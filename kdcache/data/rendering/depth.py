@@ -33,7 +33,7 @@ def render_depth(
 
     Args:
         depth_HW: float32 metres, NaN for unknown. None renders as all unknown.
-        window: in source pixels. It may reach beyond the source, where depth is unknown.
+        window: the part in source pixels. It may reach beyond the source, where depth is unknown.
         flip: mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
         zoom: divisor of the depth: `zoom_of` the window for `--depth-zoom divide`, 1 to keep the metres.

@@ -83,7 +83,7 @@ def render(
     Args:
         image_HW3: uint8 RGB source.
         label_HW: uint8 class ids of the same height and width. None renders as all void.
-        window: in source pixels. It may reach beyond the source.
+        window: the part in source pixels. It may reach beyond the source.
         flip: mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
         out: pixels and label of that size to write to, contiguous. Default: new memory.

@@ -37,7 +37,7 @@ class TermSetup:
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute pseudo labels and their loss, `auxiliary` and `dist`, as in `distill_loss`.
         class_weight: (C,) of `pseudo` and `auxiliary`. None weighs every class 1.
-        label_smoothing: of `auxiliary`.
+        label_smoothing: the label smoothing of `auxiliary`.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
     """
 
@@ -83,7 +83,7 @@ class TermBatch:
         size: (H, W).
         counted: (B, H, W) bool, the view's pixels that means are over (those that show the image, those with a label).
             None is all.
-        window, flip, zoom, own: as in `Batch`.
+        window, flip, zoom, own: the fields of `Batch`.
         pasted: this batch with the targets of another stream's pasted samples, or None if neighbours, if any, were
             pasted.
         shown: (B, H, W) bool, pixels that show the image, or a pasted one, for terms that read it. None is all.

@@ -37,7 +37,7 @@ class Overlap(Term):
         """Return the loss (B, C) of each class. Values of classes that a label does not show are ignored.
 
         Args:
-            probability_BCP: of the student.
+            probability_BCP: the student's probabilities.
             shown_BCP: bool, whether a pixel's label is the class.
             labelled_B1P: bool, whether a pixel has a label.
         """

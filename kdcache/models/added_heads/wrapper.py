@@ -13,14 +13,14 @@ _PREFIX = "model."
 
 
 class Wrapper(SegmentationModel):
-    """A model with other heads. The state dict keeps the model's names.
+    """A model with other heads, whose state dict keeps the names of the model without them.
 
     Attributes:
         model: the wrapped model.
-        prefix: of the additional names in the state dict, or "".
+        prefix: the prefix of added names in the state dict, or "".
 
     Args:
-        num_classes, head_kinds, classifier_keys: of the model with its wrapper.
+        num_classes, head_kinds, classifier_keys: the properties that the model has with its wrapper.
     """
 
     prefix = ""
@@ -76,7 +76,7 @@ class WithHead(Wrapper):
     """A model with one more head on one of its taps, `tap`.
 
     Args:
-        head_kinds, classifier_keys: of the model with the head.
+        head_kinds, classifier_keys: the properties that the model has with the head.
     Raises: ModelError for an unknown tap.
     """
 

@@ -51,9 +51,9 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
     """Build a network of transformers or timm.
 
     Args:
-        spec: as the user gave it.
+        spec: the spec as the user gave it.
         hub: the parsed spec.
-        num_classes: of a head to train. None keeps the network's own head.
+        num_classes: how many classes a head to train has. None keeps the network's own head.
         pretrained: whether it begins with its published weights instead of random ones.
         strict: whether the head must exist, with this number of classes.
     Raises: ModelError for files that are missing or do not fit, for code without `--trust`, and for a network that

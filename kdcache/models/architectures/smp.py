@@ -67,7 +67,7 @@ class SmpModel(SegmentationModel):
             self.processor = Processor(multiple=int(network.encoder.output_stride))
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits at native stride, and the features of the given taps. Raises: ModelError for a size."""
+        """Return logits at native stride, and the features of the given taps. Raises: ModelError for an unfit size."""
         self.check_taps(taps)
         self.check_size((x_B3HW.shape[-2], x_B3HW.shape[-1]))
         features = self.encoder(x_B3HW)

@@ -32,7 +32,7 @@ class HubSpec:
     Attributes:
         place: a folder, a repository, or a name of timm.
         task: its use, or None to derive it from its architecture.
-        revision: of a repository. weights: a file.
+        revision: the repository's revision. weights: a file of weights.
     """
 
     library: str

@@ -25,8 +25,8 @@ class ImageSettings:
     """How a network's images were processed in its own training.
 
     Attributes:
-        mean, std: of RGB in 0 to 1, including the processor's own rescaling.
-        multiple, native_size, pads, channels: as in `kdcache.models.foreign.processor.Processor`.
+        mean, std: normalisation of RGB in 0 to 1, including the processor's own rescaling.
+        multiple, native_size, pads, channels: the fields of `kdcache.models.foreign.processor.Processor`.
     """
 
     mean: RGB = _IMAGENET[0]

@@ -39,8 +39,8 @@ def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tu
     """Run a network on a black image of the first size that it takes.
 
     Args:
-        spec: for messages.
-        network: in eval mode.
+        spec: the spec, for messages.
+        network: the network in eval mode.
         run: maps an image (1, 3, H, W) to an answer.
     Returns: the findings, and the answer.
     Raises: ModelError with the network's own first error, if it takes none of the sizes.

@@ -34,11 +34,11 @@ WAIT_SECONDS = 0.05  # for others that are fetching what takes the room
 
 @dataclass(frozen=True)
 class Mirror:
-    """A folder of copies.
+    """A folder with local copies of files in object stores.
 
     Args:
-        base: `--cache-dir`.
-        most_bytes: `--cache-bytes`; None is half of what is free on its disk, copies included.
+        base: the folder of `--cache-dir`.
+        most_bytes: the bytes of `--cache-bytes`. None is half of what is free on its disk, copies included.
     """
 
     base: Path

@@ -49,11 +49,11 @@ class Layout:
     """The part of zarr.json that reading needs.
 
     Attributes:
-        shape, dtype: of the array, little endian.
+        shape, dtype: the array's shape and dtype, little endian.
         shard_chunks: chunks of a shard. chunk_rows: records of a chunk.
         compressor: `blosc`, `zstd`, or empty. crc_bytes: 4 if a chunk ends with its crc32c, else 0.
         index_at_end: whether the index is at the end of a shard, else at its start.
-        separator: of the parts of a shard's path.
+        separator: what separates the parts of a shard's path.
     """
 
     shape: tuple[int, ...]

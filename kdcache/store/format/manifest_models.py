@@ -242,7 +242,7 @@ class Repair(Part):
 
     Attributes:
         created: when the repair began. created_by: the program, as in the manifest.
-        device, libraries: as in `Build`.
+        device, libraries: the fields of `Build`.
     """
 
     created: str

@@ -31,7 +31,7 @@ class Training(Part):
     """The training of a teacher that is a run on a data set.
 
     Attributes:
-        ids_digest: of its samples and classes, as `Dataset` has for the store.
+        ids_digest: digest of its samples and classes, as `Dataset` has for the store.
         fold: (i, K) if it left out fold i of K, else None.
         folds_by: pattern of the sequences that its folds keep together, or None for folds by id.
         labels: the samples with labels in its training, as `pack_flags` text in the order of the digest's ids. None in
@@ -92,7 +92,7 @@ class Fingerprint(Part):
     """The identity of a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
 
     Attributes:
-        members: of an ensemble with averaged probabilities. `weights` is then the digest of all together.
+        members: models of an ensemble with averaged probabilities. `weights` is then the digest of all together.
         folds: members predict instead of averaging: each predicted the samples of the fold that it had not seen.
         folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
         trainings: of each member or of the one teacher, several if it learnt from several data sets. None stands for an

@@ -52,7 +52,7 @@ class Audit:
 
     Attributes:
         counts: (C, C), pixels by label and by predicted class.
-        coverage: of pseudo labels, one for each of THRESHOLDS. quality: the same against labels, empty without labels.
+        coverage: pseudo labels' coverage at each of THRESHOLDS. quality: the same against labels, empty without labels.
         worst: images by mIoU, the worst first.
     """
 

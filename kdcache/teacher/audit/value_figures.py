@@ -23,9 +23,9 @@ _TEACHER, _LABEL = "#1b6ca8", "#d1661f"
 
 
 def write_regression(audit: RegressionAudit, records: Records, folder: Path) -> list[Path]:
-    """Write `NAME.png`, and `worst/NAME-rank01-...png` of labelled images, else `samples/NAME-...png`.
+    """Draw a head of values in `folder`, and return the paths of the pictures.
 
-    Returns: the pictures.
+    They are the overview `<head>.png`, and the worst images below worst/, or without labels some images below samples/.
     """
     save_figure(_overview(audit), folder / f"{audit.name}.png")
     written = [folder / f"{audit.name}.png"]

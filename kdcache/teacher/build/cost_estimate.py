@@ -79,7 +79,7 @@ class Estimate:
 
     Attributes:
         taught: records predicted for the estimate. seconds: of one record, with the chosen setting.
-        classes: of the head of classes, or 0.
+        classes: how many classes the head of classes has, or 0.
         error: relative standard error of the bytes of a record, with the chosen setting.
     """
 

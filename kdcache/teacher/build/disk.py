@@ -55,8 +55,8 @@ class Bound(NamedTuple):
 
     Attributes:
         name: teacher, decoding or disk.
-        seconds: of a record, by name.
-        build_seconds: of the whole pass, at least the disk's time at its last rate.
+        seconds: seconds that each part of a record takes, by name.
+        build_seconds: seconds of the whole pass, at least the disk's time at its last rate.
     """
 
     name: str

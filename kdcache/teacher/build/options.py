@@ -25,9 +25,9 @@ class BuildOptions(BuildSettings):
         heads: the teacher's heads to store. () is all that it has learnt.
         features_only: store only features, no head.
         top_k: number of classes to keep. None measures how many are needed.
-        feature_dtype: of the features. Summaries and maps under 16 cells are always float16.
+        feature_dtype: dtype of stored features. Summaries and maps under 16 cells are always float16.
         statistics: `at:TAP`, `similarity:TAP`. raw_logits: keep every pixel's largest logit.
-        views: of each sample: the whole image, and views - 1 drawn ones. With `crop` all are drawn.
+        views: how many of each sample: the whole image, and views - 1 drawn ones. With `crop` all are drawn.
         crop: (H, W) of the views, cut out of the image at zoom times `size`.
         view_scale: range of the zoom of drawn views. Below 1 shows the image amid grey. None is `ZOOM`, and 1 with
             depth in metres. view_flip: mirror half of them.
@@ -36,7 +36,7 @@ class BuildOptions(BuildSettings):
         teacher_grid: `own` keeps the grid of the teacher's logits. `view` averages probabilities to the grid that the
             views themselves, without augmentation, would have.
         fidelity: measure what storing loses, for the manifest only.
-        device: of the teacher.
+        device: the teacher's device.
     """
 
     size: tuple[int, int]

@@ -82,7 +82,7 @@ class TeacherProbe:
     """A teacher, the split and the options of a build, and what a few first views show.
 
     Attributes:
-        split, teacher, options: as given. The teacher is on the options' device.
+        split, teacher, options: those of the build. The teacher is on the options' device.
         view: how the views of the split are drawn and rendered.
         folds: for every sample the member that predicts it, or None if all predict together.
         heads: the teacher's heads that are stored, in its order.

@@ -50,7 +50,7 @@ class Trial:
 
     Args:
         records: number of records to predict, evenly spread over the split (or all, if there are fewer).
-        folder: for what is written.
+        folder: where the store is written.
 
     Attributes:
         taught: number of predicted records. taps: those with known sizes.

@@ -118,11 +118,11 @@ def load_teacher(
             returns logits (B, C, h, w), as `kdcache.models.callables` reads them. It is put into eval mode.
         classes: of the data set, or the data set. A run and an exported file must have these classes.
         class_map: file with the data class that each teacher class becomes. Probabilities are summed.
-        mean: of RGB in 0..1. Default: the model's own.
-        std: of RGB in 0..1. Default: the model's own.
+        mean: mean of RGB in 0..1. Default: the model's own.
+        std: standard deviation of RGB in 0..1. Default: the model's own.
         heads: of a module that returns a mapping of several heads, their kinds by name, such as {"segmentation":
             "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}. Default: its `kdcache_heads`.
-        align_corners: of a module's own last resize. Default: its attribute of that name, else False.
+        align_corners: whether a module's own last resize aligns them. Default: its attribute of that name, else False.
         trust: whether a function that a run names may be imported and called (see `load_run`).
         classified: whether its head of classes is used, which must have the data's classes.
         outputs: the kind of a module's or a model's outputs, as in ,outputs=KIND after its spec: logits, probabilities

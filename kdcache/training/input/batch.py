@@ -28,7 +28,7 @@ class Row:
         label: segmentation labels.
         depth: depth labels, or None if none are drawn.
         stored: (path, memory for a row of that array of the cache): targets and further arrays.
-        others: as in `Batch`. Absent fields are None.
+        others: the fields of `Batch`. Absent fields are None.
     """
 
     pixels: Array

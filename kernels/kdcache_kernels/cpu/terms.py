@@ -26,10 +26,10 @@ def any_counts(weight_Pn):
 def pixel_terms(
     n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
 ):
-    """From sums over classes to the losses of a row of pixels and to the factors of its gradient.
+    """Compute the losses of a row of pixels, and the factors of its gradient, from sums over classes.
 
     Shapes and units:
-        sum_1, sum_T, sum_v: of the exponentials of the student at T = 1 and at T, and of the target at T.
+        sum_1, sum_T, sum_v: sums of the exponentials of the student at T = 1 and at T, and of the target at T.
         cross: sum of target exponential * (target - student), base-2 logits at T.
         own: base-2 logarithm of the exponential at T = 1 of the pixel's label.
         weight_Pn, gate_Pn: factors of CE and KL, or 0 if a pixel is not counted.

@@ -216,10 +216,10 @@ def student_group(y_n, cell_n, taps, H):
 
 @triton.jit
 def target_row(at_n, first_n, taps, scale):
-    """Where a label row lies between three target rows from `first_n` on.
+    """Find where a label row lies between three target rows from `first_n` on.
 
     Shapes and units:
-        at_n: its entry in the table.
+        at_n: the label row's entry in the table.
         scale: what multiplies the target's logits, or None for 1.
     Returns: whether it lies there (a group's first always does), whether inside the view; whether between the last two
         rows, with the fraction; and the weights of the three rows.

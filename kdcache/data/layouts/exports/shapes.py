@@ -74,7 +74,7 @@ class ShapeLabels:
     """Labels of a split, drawn when they are read.
 
     Attributes:
-        items, images: by sample. Images are paths.
+        items, images: annotations and image paths by sample.
         class_of: class ids by name. Other names are void.
         background: the class id of pixels outside all shapes, or 255.
     """

@@ -123,11 +123,11 @@ def classes_kernel(
     num_classes, num_blocks, num_counts, cells, gamma,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 to C - 1: a class's moments, and what the gradient needs of them; program C: the sums over cells.
+    """Compute a class's moments and what its gradient needs in programs 0 to C - 1. Program C adds up the cells.
 
     Shapes and units:
-        shared_ptr: (6, C) moments of the whole batch; None are the own.
-        moments_ptr: (6, C) float64 result, the own.
+        shared_ptr: (6, C) moments of the whole batch, or None if this process has all of it.
+        moments_ptr: (6, C) float64 result, the moments of this process's cells.
         factors_ptr: (4, C) float32 result: both means; gamma / C by the derivatives of the correlation.
         intra_ptr: (C,) float64 result: 1 - r.
         sums_ptr: (2,) float64 result: the weighted sum of 1 - r over the cells, 1 / their count.
