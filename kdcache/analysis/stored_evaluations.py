@@ -354,10 +354,7 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
-    """Return the depth labels that count for a model, or None if its depth is not judged on this split.
-
-    Raises: DataError for an invalid range.
-    """
+    """Return the range of depths that count for a model, or None if its depth is not judged on this split."""
     head = metric_depth(heads)
     return None if head is None or DEPTH not in split.tasks else DepthRange.of(head, settings)
 

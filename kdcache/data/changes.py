@@ -87,7 +87,7 @@ def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def changed_data(what: object, changes: Changes, split: Split | None, fix: str) -> MismatchError:
-    """Return the error for data that differ from what `what` was made from. `split` is the data set now, if one."""
+    """Return the error for data that changed since `what` was made. `split` is the present data set, if it is one."""
     where = "" if split is None else f" ({split.data}, split {split.split!r})"
     if split is not None and len(changes.added) == len(split.ids):
         return MismatchError(f"Not the data set that {what} was made from: no sample is the same{where}", fix=fix)

@@ -186,10 +186,10 @@ def mark_wrong(
 
 
 class Drawn(Protocol):
-    """A picture that draws itself with its bar."""
+    """A picture that can draw itself, with its colour bar."""
 
     def draw(self, axes: "Axes") -> None:
-        """Draw it into axes."""
+        """Draw the picture into axes."""
 
 
 def panels(

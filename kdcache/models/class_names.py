@@ -73,7 +73,10 @@ def known_names(theirs: Sequence[str], unnamed: Sequence[str]) -> tuple[str, ...
 
 
 def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence[str] = ()) -> str:
-    """Return a class map by name as JSON. Unmatched classes become `default`'s, the remaining one or "?"."""
+    """Return a class map by name as JSON.
+
+    A class without an equal name becomes the class of `default`, else the only class that is left over, else "?".
+    """
     by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
     keys = _keys(theirs)
     left = [name for key, name in by_key.items() if key not in keys]

@@ -67,7 +67,7 @@ class Depth(_OnLabels):
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
-        """The reference."""
+        """What depth is compared with: labels or the teacher's depth."""
         return self.reference
 
     @property

@@ -98,7 +98,7 @@ def make_criterion(
 
 
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
-    """Return a store's targets, as those of the classes of its labels where these are mapped."""
+    """Return a store's targets, merged into the classes of its labels if a class map changes these."""
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache
     lookup = dataset.mapped[1][: cache.num_classes].astype(int)

@@ -50,7 +50,7 @@ OF_REUSED = (
 
 
 def check_views(settings: Mapping[str, Any]) -> None:
-    """Raise RecipeError for crops of whole images."""
+    """Raise RecipeError if crops are asked for, but the views are whole images."""
     if settings.get("views") == "full" and settings.get("crop") is not None:
         raise RecipeError(
             f"Cannot use --crop {_shown(settings['crop'])} with --views full: they are the whole images",

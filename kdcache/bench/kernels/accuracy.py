@@ -100,7 +100,7 @@ class Judged:
 
     @property
     def loss_share(self) -> float:
-        """The error of the loss as a share of its bound, beyond it for NaN."""
+        """The error of the loss as a share of its bound, above 1 for NaN."""
         return self.loss_error / self.loss_bound
 
     @property
@@ -164,7 +164,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 
 
 def launch(point: Point, device: torch.device) -> None:
-    """Launch everything that a check of a point launches, and look at nothing."""
+    """Launch the kernels that a check of a point launches, without a look at their results."""
     student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)
 

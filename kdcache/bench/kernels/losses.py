@@ -50,7 +50,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(case: Case, inputs: Inputs) -> Targets:
-    """Return what eager learns from in a case."""
+    """Return the eager rival's targets in a case."""
     return Targets(
         inputs.teacher,
         inputs.labels_int64,

@@ -235,7 +235,7 @@ def names_below(folder: Path) -> dict[str, str]:
 
 
 def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield as `os.walk` through links, but each folder once. The caller may sort or shorten the folders."""
+    """Yield what `os.walk` yields through links, but each folder once. The caller may sort or shorten the folders."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(top, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:

@@ -117,7 +117,7 @@ class Cosine(Projected):
 
 
 def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:
-    """Return the cosine over the channels, (B, h, w). Dividing the sums takes a quarter of dividing each map."""
+    """Return the cosine over the channels, (B, h, w). Dividing the sums is four times as fast as dividing each map."""
     ab, aa, bb = ((x * y).sum(1) for x, y in ((a_Bchw, b_Bchw), (a_Bchw, a_Bchw), (b_Bchw, b_Bchw)))
     usable = (aa > TINY) & (bb > TINY)
     return torch.where(usable, ab * torch.where(usable, aa, 1).rsqrt() * torch.where(usable, bb, 1).rsqrt(), 0)
