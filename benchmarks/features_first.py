@@ -128,7 +128,7 @@ class FeatureFolders(Folders):
         return Run.open(out)
 
     def training(self, row: Row) -> str:
-        """Return what a row's training has of its own."""
+        """Return the settings of a row's training that other rows do not share."""
         if row.labels == "none":
             term = "similarity" if row.arm == "similarity" else "cosine,standardise=channels"
             return (

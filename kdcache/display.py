@@ -68,7 +68,7 @@ def public_values(value: Any) -> Any:
 def public_names(runs: Sequence[str]) -> dict[str, str]:
     """Return the names of runs for publication: absolute paths begin below their common folder.
 
-    Last parts only could be equal.
+    The last part of a path is not enough, because two runs may have the same one.
     """
     whole = [run for run in runs if Path(run).is_absolute()]
     top = Path(os.path.commonpath([Path(run).parent for run in whole])) if whole else Path()

@@ -137,9 +137,8 @@ class StreamLoss(nn.Module):
     def forward(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> StreamLosses:
         """Return the loss, and every stream's losses: all scalars, float32.
 
-        `outputs` are the student's for the pixels of all streams, in order. `counts` holds the counts that
-        `DistillLoss`
-        takes, for each stream.
+        `outputs` are the student's for the pixels of all streams, in order. `counts` has each stream's counts, as
+        `DistillLoss` takes them.
 
         Raises: what `DistillLoss.forward` raises.
         """

@@ -293,7 +293,7 @@ class Consistency(PseudoLabels):
 
     @property
     def learns_from(self) -> str:  # type: ignore[override]
-        """The teacher for a stored one, else predictions."""
+        """The teacher if it is stored, else predictions."""
         return "teacher" if self.by == "store" else "predictions"
 
     @property

@@ -275,9 +275,9 @@ def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, bu
     """Run the kernel on the images whose route is 1.
 
     Shapes and units:
-        prepared: this problem's, with stride 1.
+        prepared: the problem after `prepare`, with stride 1.
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
-        buffers: with what `needs` says.
+        buffers: the memory that `needs` asks for.
     """
     B, _, h, w = problem.student.shape
     ht, wt = prepared.target.shape[2:]
