@@ -80,7 +80,7 @@ def read_classes(folder: Path) -> ClassList:
 def read_numbers(folder: Path) -> dict[int, int] | None:
     """Read the meaning of the numbers in labels from `classes.txt`: class ids, or 255 for void.
 
-    Returns: None without the file, and if the numbers of the classes are their ids and no other number is void.
+    Returns: the id by number, or None if every number is its class id, or without the file.
     Raises: DataError as `read_classes`.
     """
     if not (folder / CLASSES_FILE).is_file():

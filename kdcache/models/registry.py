@@ -83,8 +83,8 @@ def build_model(
         weights: None initialises at random and downloads nothing. `default` downloads the library's weights once. A
             mapping has the tensors. Anything else is a file or folder (see `read_weights`), or `ultralytics:FILE.pt`.
             The result is `model.load_report`.
-        mean: mean of RGB in 0..1. None takes the mean in a file of `kdcache export`, else the model's own (ImageNet's except
-            for some encoders' `default` weights).
+        mean: mean of RGB in 0..1. None takes the mean in a file of `kdcache export`, else the model's own (ImageNet's
+            except for some encoders' `default` weights).
         std: standard deviation of RGB in 0..1, in the same way.
         strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a published
             teacher) and False with it (an initialisation; see `load_weights`).

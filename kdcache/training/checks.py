@@ -157,7 +157,7 @@ def idle_everywhere(config: TrainConfig, idle: Sequence[dict[str, str]]) -> dict
 
 
 def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
-    """Yield notes on settings without effect: one for each typed one, one for a recipe's. `idle` has all streams' settings."""
+    """Yield notes on settings without effect: one for each typed setting, and one for all settings of a recipe."""
     for name, reason in idle.items():
         if name in config.given:
             yield f"--{flag_of(name)} has no effect: {reason}"

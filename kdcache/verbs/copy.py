@@ -91,7 +91,7 @@ def copy(
         features: only these taps. Empty for none. Default: all.
         feature_dtype: as at the build. Default: the source's.
         pixels: "source" leaves out images and labels, which is the default for the Hub.
-        license: of a copy on the Hub.
+        license: the licence of a copy on the Hub.
         private: whether a copy on the Hub is private.
         worker: as of `kdcache.build_cache`.
         take_over: as of `kdcache.build_cache`.

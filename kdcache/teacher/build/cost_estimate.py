@@ -124,7 +124,7 @@ class Estimate:
 
 
 def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
-    """Return a student's seconds of forward and backward per image of the view's size, in batches of the build's.
+    """Return a student's seconds of forward and backward per image, at the view's size and the build's batch size.
 
     Raises: ModelError for an invalid spec.
     """

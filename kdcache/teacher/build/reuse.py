@@ -83,7 +83,7 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
 
 
 def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
-    """Return `plan_manifest` of a cache that copies `old`, with its figures unless more is rounded.
+    """Return `plan_manifest` of a cache that copies `old`. It keeps `old`'s fidelity, unless it rounds more than `old`.
 
     Raises: MismatchError naming every field that differs; as `plan_manifest`.
     """
