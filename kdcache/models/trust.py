@@ -36,7 +36,7 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Name the file `where` in errors about a spec that it brought, and give the fix for such a file, in a with block."""
+    """Name the file `where` in errors about a spec from it, and give the fix for such files, in a with block."""
     try:
         yield
     except ModelError as error:
