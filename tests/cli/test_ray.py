@@ -214,7 +214,7 @@ def test_what_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "received"),
     [
-        ({"actors": 2}, "--actors 2"),
+        ({"actors": 2}, "actors=2"),
         ({"engine": "ray", "worker": "0/2"}, "worker 0 of 2"),
         ({"engine": "spark"}, "engine=: 'spark'"),
     ],
