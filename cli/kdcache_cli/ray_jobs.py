@@ -63,7 +63,10 @@ class RayRunner:
 
 
 def _do(job: Job, trust: list[str], folder: str, log: str) -> int:
-    """Run a job in this process, which does nothing else, with its output in `log`. Return its exit code."""
+    """Run a job in this process, which does nothing else, with its output in `log`. Return its exit code.
+
+    `trust` has the flag --trust, if it was given.
+    """
     try:
         os.chdir(folder)
         file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job

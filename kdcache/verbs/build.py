@@ -150,7 +150,12 @@ def _scored(built: Built, source: Split, out: str | Path) -> Built:
 
 
 def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEngine | None":
-    """Return the engine of a build, or None for this process. `parts` are the arguments of `RayEngine`."""
+    """Return the engine of a build, or None for this process. `parts` are the arguments of `RayEngine`.
+
+    `part` is this process's part, which must be the whole build with Ray.
+
+    Raises: RecipeError for settings of another engine; as `RayEngine`.
+    """
     if not settings.is_ray:
         return None
     if part.count > 1:

@@ -105,7 +105,11 @@ def do_sweep(
     dry_run: bool,
     runner: "Runner | None" = None,
 ) -> None:
-    """Do a planned sweep, or show its commands; `runner` does the jobs, by default this machine's processes."""
+    """Do a planned sweep, or show its commands.
+
+    `recipe` is its name or file, for messages. `runner` does the jobs, by default this process or several of this
+    machine.
+    """
     from kdcache.sweep import check_data, run_jobs
 
     if dry_run:
