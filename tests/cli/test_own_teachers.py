@@ -62,9 +62,9 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return world
 
 
-def test_the_readme_says_so() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"`my_models:build@weights\.pth` \| your function: it takes `num_classes`", text)
+def test_the_page_of_teachers_says_so() -> None:
+    text = (Path(__file__).parents[2] / "docs/teachers.md").read_text(encoding="utf-8")
+    assert re.search(r"`my_models:build@weights\.pth` \| your function\. It takes `num_classes`", text)
 
 
 @pytest.mark.parametrize("form", FORMS)

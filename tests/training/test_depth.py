@@ -247,7 +247,7 @@ def test_a_training_reads_the_heads_that_it_learns_from(taught: dict[str, Any], 
         ("plain", {}, "targets of a regression head depth"),
         ("plain", {"term": ["depth-l1"]}, "a cache that was built from one"),
         ("stored", {"model": "kdcache:tiny"}, "depth"),
-        ("stored", {"method": "at"}, "the attention map or features of"),
+        ("stored", {"method": "at"}, "at needs features of the teacher"),
     ],
 )
 def test_depth_that_a_store_cannot_teach_is_refused(
