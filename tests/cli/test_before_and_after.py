@@ -157,7 +157,10 @@ CASES = {
     "report of other data": (REPORT + " --data {w}/data --split val", "2 samples"),
     "flags of a report alone": ("inspect {w}/store.zarr --out {w}/new", "Cannot use --out without --teacher-report"),
     "pseudo without a rule": (PSEUDO, "Missing --threshold or --quantile"),
-    "pseudo by two rules": (PSEUDO + " --threshold 0.5 --quantile 0.5", "either --threshold 0.5 or --quantile 0.5, not both"),
+    "pseudo by two rules": (
+        PSEUDO + " --threshold 0.5 --quantile 0.5",
+        "either --threshold 0.5 or --quantile 0.5, not both",
+    ),
     "pseudo --threshold 1": (PSEUDO + " --threshold 1", "--threshold: 1.0"),
     "pseudo --threshold 0": (PSEUDO + " --threshold 0", "--threshold: 0.0"),
     "pseudo --quantile nan": (PSEUDO + " --quantile nan", "--quantile: nan"),

@@ -269,7 +269,7 @@ def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:
             f"{finding}, and {share:.1f} % void: where they are masks of 0 and 255, write 0 and 1, for 255 is void "
             "(data convert --binary does)"
         )
-    return f"{finding}: there is nothing to tell apart; write the other classes' ids into the labels"
+    return f"{finding}: there is nothing to tell apart. Write the other classes' ids into the labels"
 
 
 def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts, remedy: str) -> None:
