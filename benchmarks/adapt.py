@@ -255,7 +255,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return processor seconds of everything that an arm of the final needs, over those of the online teachers."""
+    """Return the CPU seconds of an arm with all that it needs, divided by those of the online teachers."""
     chains = summary(rows)["final"]
     return {
         f"{arm} over {rival}": round(own["chain_seconds"] / chains[rival]["chain_seconds"], 2)

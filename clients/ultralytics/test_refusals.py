@@ -1,4 +1,4 @@
-"""What cannot be used is named, with what would work."""
+"""An unusable model or file fails with its name and with an alternative that works."""
 
 from pathlib import Path
 

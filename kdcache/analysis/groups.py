@@ -79,7 +79,7 @@ class Group:
 
     @property
     def distilled(self) -> bool:
-        """Whether any of its streams learnt from a teacher's targets. A model without a recipe may have."""
+        """Return whether any stream learnt from a teacher. Without a recipe this is unknown, and counts as yes."""
         return not self.settings or any(map(_is_distilled, stream_settings(self.settings)))
 
     @property

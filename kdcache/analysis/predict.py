@@ -77,7 +77,7 @@ def find_images(paths: Sequence[str]) -> list[Input]:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Which files to write for a prediction.
+    """The choice of files to write for a prediction.
 
     Attributes:
         depth_format: `png`, 16 bits in the unit that `depth.toml` names, or `npy`, float32.

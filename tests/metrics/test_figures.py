@@ -67,7 +67,7 @@ def test_colours() -> None:
 
 
 def test_wrong_pixels_have_a_colour_of_their_own() -> None:
-    """Of Cityscapes and ADE20K, too, which have reds."""
+    """Errors stand out beside the reds of Cityscapes and ADE20K too."""
     assert figures.error_colour([]) == figures.error_colour([(0, 0, 0)]) == figures.WRONG_RGB
     palettes = [
         [(220, 20, 60), (255, 0, 0), (250, 170, 30)],
