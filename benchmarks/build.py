@@ -34,10 +34,11 @@ import numpy as np
 import torch
 
 from common import header, spread, synchronise, write
-from kdcache.data import DEPTH, SEGMENTATION, Split, open_split, prefetch
+from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_cache, open_writer, summarise
 from kdcache.store.format.manifest_models import DepthLabels, View
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.teacher import BuildOptions, Teacher, TeacherProbe, build_cache, plan_manifest
 from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.cost_estimate import estimate

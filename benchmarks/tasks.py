@@ -27,12 +27,12 @@ import torch
 
 from common import header, write
 from effect import interval, kdcache
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import WARM_UP, count_flops
 from kdcache.metrics.timing import no_garbage_collection
 from kdcache.models import build_model
 from kdcache.run_folder import RESULT, Run
 from kdcache.store.ledger import COMPLETE
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 SIZE, CLASSES = (96, 128), 7
 DATA = "scenes:96x128,train=2000,val=200,depth=sparse,tasks=halves"

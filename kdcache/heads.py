@@ -16,17 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEGMENTATION = "segmentation"
-"""The task of class ids per pixel, and the head that predicts them."""
-DEPTH = "depth"
-"""The task of depth per pixel, and the head that predicts it."""
-AUXILIARY = "auxiliary"
-"""The second head of class ids per pixel that a model may have in training, on the labels of segmentation."""
-TASKS = (SEGMENTATION, DEPTH)
-
-METRES = "m"
-"""The unit of depth in metres; heads of any other know depth up to a scale and a shift."""
-
 Parameterisation = Literal["softplus", "exp", "identity"]
 
 

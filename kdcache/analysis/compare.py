@@ -25,13 +25,13 @@ from kdcache.analysis.stored_evaluations import (
 )
 from kdcache.data import Split, fold_alone, open_split, read_contents
 from kdcache.errors import DataError, MismatchError, RecipeError, suggest
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
 from kdcache.metrics.depth import DEPTH_METRICS, DepthRange
 from kdcache.models import not_logits
 from kdcache.models.registry import is_listed
 from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""

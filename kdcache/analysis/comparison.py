@@ -13,11 +13,11 @@ from kdcache.analysis.statistics import Difference, Images, Key, Spread, plain
 from kdcache.data.concat import parts_of, task_of
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.display import html_table, private_places, public, public_names, without_places
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kdcache.analysis.per_image import MIOU, RMSE, ImageScores, Score, best_and_worst
 from kdcache.analysis.predict import overlay
-from kdcache.data import DEPTH, IGNORE_INDEX, SEGMENTATION, Split
+from kdcache.data import IGNORE_INDEX, Split
 from kdcache.metrics.depth_figures import UNKNOWN_RGB, DepthMap, absolute_error, bar_end
 from kdcache.metrics.figures import (
     VOID_RGB,
@@ -44,6 +44,7 @@ from kdcache.metrics.figures import (
 from kdcache.metrics.predictions import Predicted, predicted_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

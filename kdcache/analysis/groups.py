@@ -127,7 +127,7 @@ def is_control(settings: Mapping[str, Any]) -> bool:
 
 def _is_taught(settings: Mapping[str, Any]) -> bool:
     """Return whether there is a term besides cross-entropy and those that compare depth with labels."""
-    return any(term.reads_teacher or not term.of_depth for term in _terms(settings))
+    return any(term.reads_teacher or not term.numeric for term in _terms(settings))
 
 
 def _is_distilled(settings: Mapping[str, Any]) -> bool:

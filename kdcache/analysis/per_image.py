@@ -16,7 +16,6 @@ import torch
 
 from kdcache.analysis.statistics import plain
 from kdcache.data import Split
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, check_tasks, labelled_images
@@ -25,6 +24,7 @@ from kdcache.metrics.sliding import Framing
 from kdcache.metrics.tables import depth_figure, percent
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdcache.data import DEPTH, SEGMENTATION, ClassList, Window, prefetch, render
+from kdcache.data import ClassList, Window, prefetch, render
 from kdcache.data.classes import write_classes
 from kdcache.data.files import IMAGE_SUFFIXES, read_image
 from kdcache.data.layouts.depth import DEPTH_FILE
@@ -24,9 +24,10 @@ from kdcache.heads import RegressionHead
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.evaluate import Progress
 from kdcache.metrics.figures import Array, colour_ids, palette_png, png_bytes
-from kdcache.metrics.predictions import METRES, answer_of
+from kdcache.metrics.predictions import answer_of
 from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
+from kdcache.tasks import DEPTH, METRES, SEGMENTATION
 
 LABELS, OVERLAYS = "labels", "overlays"
 OPACITY = 0.5

@@ -9,12 +9,13 @@ from typing import Any
 from kdcache.data import Changes, ClassList, Fold, Split, open_split, parse_fold
 from kdcache.data.changes import name_changes
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.heads import SEGMENTATION, RegressionHead
+from kdcache.heads import RegressionHead
 from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
 from kdcache.run_samples import RunSamples
 from kdcache.settings.recipe import with_defaults
+from kdcache.tasks import SEGMENTATION
 
 
 @dataclass(frozen=True)

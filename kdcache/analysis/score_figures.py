@@ -9,9 +9,9 @@ import numpy as np
 
 from kdcache.analysis.per_image import MIOU, RMSE, ImageScores, Score, ranked
 from kdcache.errors import one_line
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.figures import INK, Colours, dress, hex_colours, new_figure
 from kdcache.metrics.tables import class_rows, depth_rows, percent
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -29,9 +29,9 @@ import numpy.typing as npt
 from kdcache.data import Split
 from kdcache.data.sequences import sequences_of
 from kdcache.errors import RecipeError
-from kdcache.heads import SEGMENTATION
 from kdcache.metrics.confusion import ImageCounts
 from kdcache.metrics.depth import DepthImages
+from kdcache.tasks import SEGMENTATION
 
 Images = ImageCounts | DepthImages
 """The numbers of single images of one run."""

@@ -26,7 +26,7 @@ from kdcache.data.files import file_digest
 from kdcache.display import public
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
-from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
+from kdcache.heads import RegressionHead
 from kdcache.metrics.confusion import ImageCounts, Metrics, without_nan
 from kdcache.metrics.data_sets import OnDataSet, common_classes, common_mious
 from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
@@ -40,6 +40,7 @@ from kdcache.models.weights import split_choice
 from kdcache.run_folder import Run, RunModel
 from kdcache.run_samples import judging_notes
 from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 @dataclass(frozen=True)

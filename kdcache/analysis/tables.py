@@ -14,9 +14,9 @@ from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.groups import CONTROL
 from kdcache.analysis.statistics import RESAMPLES, Difference, Spread
 from kdcache.errors import one_line
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.depth import DEPTH_METRICS
 from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, markdown_table, percent
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 Mark = tuple[str, str]
 """What stands before and after a cell that is best."""

@@ -28,8 +28,8 @@ from kdcache.analysis.stored_evaluations import EvalSettings, memory_errors
 from kdcache.data import Split
 from kdcache.display import public
 from kdcache.files import check_own_folder, replacing_in
-from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
+from kdcache.tasks import SEGMENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

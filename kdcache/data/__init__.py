@@ -43,16 +43,15 @@ from kdcache.data.rendering.depth import render_depth, zoom_of
 from kdcache.data.rendering.fit import Fit, choose_fit, fitted_share, whole_window
 from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
-from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
+from kdcache.data.sample import ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
 from kdcache.data.tracing import traced
+from kdcache.tasks import IGNORE_INDEX
 
 __all__ = [
-    "DEPTH",
     "IGNORE_INDEX",
     "OUTSIDE_RGB",
-    "SEGMENTATION",
     "UNRECORDED",
     "Augmentation",
     "Changes",

@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdcache.data.colour_codes import Colour, ColourCodes, shared_colours
-from kdcache.data.sample import IGNORE_INDEX, ClassList, default_colours
+from kdcache.data.sample import ClassList, default_colours
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 CLASSES_FILE = "classes.txt"
 VOID_NAMES = ("void", "unlabelled", "unlabeled", "unknown", "ignore")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.sample import IGNORE_INDEX, Pixels
+from kdcache.data.sample import Pixels
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 Colour = tuple[int, int, int]
 

@@ -11,18 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcache.data.sample import (
-    DEPTH,
-    SEGMENTATION,
-    TASKS,
-    ClassList,
-    Depth,
-    DerivedSplit,
-    FileDigest,
-    Pixels,
-    Split,
-)
+from kdcache.data.sample import ClassList, Depth, DerivedSplit, FileDigest, Pixels, Split
 from kdcache.errors import DataError
+from kdcache.tasks import DEPTH, SEGMENTATION, TASKS
 
 JOINT = " + "
 """What stands between the data sets of a joined one."""

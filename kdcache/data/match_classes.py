@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdcache.data.sample import IGNORE_INDEX, ClassList, DerivedSplit, Pixels, Split
+from kdcache.data.sample import ClassList, DerivedSplit, Pixels, Split
 from kdcache.errors import MismatchError
+from kdcache.tasks import IGNORE_INDEX
 
 
 class ClassesByName(DerivedSplit):

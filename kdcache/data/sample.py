@@ -19,24 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.sequences import folds_of
 from kdcache.errors import DataError
-
-IGNORE_INDEX = 255
-"""The id of void pixels in every label: no class, no loss, no metric."""
-
-SEGMENTATION: Final = "segmentation"
-"""The task of a class id per pixel."""
-
-DEPTH: Final = "depth"
-"""The task of the distance per pixel from the camera's plane (along its axis), in metres."""
-
-TASKS = (SEGMENTATION, DEPTH)
+from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION, TASKS
 
 Pixels = npt.NDArray[np.uint8]
 FileDigest = Callable[[Path], str]

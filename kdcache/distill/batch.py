@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kdcache.distill.target import Target, TargetFormat
-from kdcache.heads import SEGMENTATION as SEGMENTATION
+from kdcache.tasks import SEGMENTATION as SEGMENTATION
 from kdcache_kernels import target_argmax_confidence
 from kdcache_kernels.window import ViewPositions, view_positions
 

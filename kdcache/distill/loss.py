@@ -38,7 +38,7 @@ from kdcache.distill.masks import TeacherMasks, gated
 from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.outputs import Losses, Outputs, StudentOutputs, unpacked
 from kdcache.distill.target import TargetFormat
-from kdcache.heads import TASKS
+from kdcache.tasks import TASKS
 from kdcache_kernels import distill_denominators, distill_loss
 from kdcache_kernels.topk import compute_dtype
 

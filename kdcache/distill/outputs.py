@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from kdcache.heads import SEGMENTATION
+from kdcache.tasks import SEGMENTATION
 
 
 class Outputs(Protocol):

@@ -19,7 +19,7 @@ from kdcache.distill.batch import Batch, Tensors
 from kdcache.distill.counts import Counts, StreamCounts
 from kdcache.distill.loss import DistillLoss
 from kdcache.distill.outputs import Losses, unpacked
-from kdcache.heads import TASKS
+from kdcache.tasks import TASKS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from kdcache.data import IGNORE_INDEX, Split
 from kdcache.display import html_table
 from kdcache.errors import DataError, RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
@@ -19,6 +18,7 @@ from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
 from kdcache.settings.parse import Count
 from kdcache.settings.shared import DepthSettings, JudgeSettings
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 Progress = Callable[[int, int], None]
 

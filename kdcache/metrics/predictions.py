@@ -8,16 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.data import DEPTH, SEGMENTATION, Split, Window, prefetch, render, render_depth
-from kdcache.data.sample import TASKS
+from kdcache.data import Split, Window, prefetch, render, render_depth
 from kdcache.heads import RegressionHead
 from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
-
-METRES = "m"
-"""The unit of a depth head that is compared with labels."""
+from kdcache.tasks import DEPTH, METRES, SEGMENTATION, TASKS
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from typing import Any
 from torch import nn
 
 from kdcache.errors import ModelError
-from kdcache.heads import SEGMENTATION
 from kdcache.models.foreign.wrapped import WrappedModel, fits
 from kdcache.models.native import SegmentationModel
+from kdcache.tasks import SEGMENTATION
 
 
 def build(spec: str, num_classes: int | None) -> SegmentationModel:

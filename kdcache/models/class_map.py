@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError, suggest
-from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.heads import CategoricalHead
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.tasks import SEGMENTATION
 
 DROPPED = -1
 _VOID = "void"

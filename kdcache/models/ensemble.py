@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError, suggest
-from kdcache.heads import SEGMENTATION, HeadKind, RegressionHead, raw_of
+from kdcache.heads import HeadKind, RegressionHead, raw_of
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.tasks import SEGMENTATION
 
 _WORDS = ("flip", "scales")
 _LARGEST_SCALE = 8

@@ -24,12 +24,13 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError, suggest
 from kdcache.files import replacing
-from kdcache.heads import SEGMENTATION, RegressionHead
+from kdcache.heads import RegressionHead
 from kdcache.models.architectures import yolo
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
 from kdcache.models.weights import save_weights
 from kdcache.run_folder import RunModel
+from kdcache.tasks import SEGMENTATION
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2", "ultralytics": ".pt"}
 """The suffix of each format's files."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ModelError, suggest
-from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.heads import CategoricalHead
 from kdcache.models.added_heads.wrapper import Wrapper
 from kdcache.models.native import Outputs, SegmentationModel
 from kdcache.run_folder import OUTPUTS
+from kdcache.tasks import SEGMENTATION
 
 _LEAST, _MOST = 1e-12, 1 - 2**-24  # the largest float32 below 1
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError, suggest
-from kdcache.heads import SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
+from kdcache.heads import CategoricalHead, HeadKind, RegressionHead
 from kdcache.models.foreign.processor import PROBE_SIZE, Processor
+from kdcache.tasks import SEGMENTATION
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError, suggest
-from kdcache.heads import SEGMENTATION
 from kdcache.model_table import NEEDS, ModelInfo, TapInfo, lacks, pip_command
 from kdcache.models import callables
 from kdcache.models.added_heads import base_of
@@ -27,6 +26,7 @@ from kdcache.models.logits import as_logits
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import Weights, count_classes, load_weights, read_metadata, read_weights
 from kdcache.run_folder import split_outputs
+from kdcache.tasks import SEGMENTATION
 
 _LISTED_CLASSES = 21
 _LISTED_PX = 256

@@ -10,12 +10,10 @@ from annotated_types import Ge, Gt, Lt, Predicate
 
 from kdcache.errors import RecipeError, suggest
 from kdcache.settings.setting import Spelling
+from kdcache.tasks import TASKS
 
 LOGGERS = ("tensorboard", "wandb")
 """Where metrics can be sent; each is also the name of a package, and of the extra that installs it."""
-
-TASKS = ("segmentation", "depth")
-"""What may be labelled, and predicted by a head of the same name."""
 
 Positive = Annotated[float, Gt(0), Predicate(isfinite)]
 Weight = Annotated[float, Ge(0), Predicate(isfinite)]

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, dataclass_transfo
 from annotated_types import Gt, Lt, MinLen
 
 from kdcache.errors import RecipeError, suggest
-from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION
 from kdcache.model_table import list_models
 from kdcache.settings.parse import Weight
 from kdcache.settings.setting import Entry, entries, setting
 from kdcache.settings.validate import Wording, read_value
+from kdcache.tasks import AUXILIARY, DEPTH, SEGMENTATION, TASKS
 
 MAXIMUM = "targets/segmentation/max"
 """The array of the teacher's largest logits, which makes stored logits raw again."""
@@ -50,7 +50,7 @@ class LossTerm:
         kind: the term's name.
         fused: it is computed by `DistillLoss` itself, and set only by flags.
         learns_from: labels, teacher or predictions.
-        compares: logits, features, depth or similarity.
+        compares: logits, features, similarity, or the task of a regression, such as depth.
         whole_batch: whether its value is no mean over the samples of a batch.
         follows_mix, follows_paste: its data are pasted together with the pixels of a sample of the same stream, of
             another one.
@@ -133,11 +133,6 @@ class LossTerm:
         return False
 
     @property
-    def of_depth(self) -> bool:
-        """Whether it compares depth."""
-        return self.compares == "depth"
-
-    @property
     def reads_taps(self) -> bool:
         """Whether it compares features of student and teacher instead of head outputs."""
         return self.compares in ("features", "similarity")
@@ -150,13 +145,18 @@ class LossTerm:
     @property
     def task(self) -> str:
         """The task that the term belongs to."""
-        return DEPTH if self.of_depth else SEGMENTATION
+        return self.compares if self.compares in TASKS else SEGMENTATION
+
+    @property
+    def numeric(self) -> bool:
+        """Whether it compares the numbers of a regression, such as depth."""
+        return TASKS[self.task].head == "regression"
 
     @property
     def takes(self) -> tuple[str, ...]:
         """The settings of masks and schedules that it takes."""
-        # Depth has neither classes nor void pixels.
-        mask = MASK if self.reads_teacher and not self.of_depth else ()
+        # Numbers have neither classes nor void pixels.
+        mask = MASK if self.reads_teacher and not self.numeric else ()
         return (*mask, SCHEDULE) if self.reads_teacher or self.labels_itself else mask
 
     def arrays(self, manifest: Any) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ class LossTerm:
         if not self.reads_teacher:
             return []
         lacks = _missing_head(manifest, self.task)
-        if lacks or self.of_depth:
+        if lacks or self.numeric:
             return lacks
         head = manifest.heads[SEGMENTATION]
         if self.all_classes and head.k < head.classes:
@@ -196,7 +196,7 @@ class LossTerm:
         """
         if self.reads_taps:
             return
-        right = "regression" if self.of_depth else "categorical"
+        right = TASKS[self.task].head
         head = heads.get(self.head)
         if head is None or head.kind != right:
             raise RecipeError(
@@ -394,12 +394,12 @@ def check_terms(terms: Iterable[LossTerm], manifest: Any) -> None:
             + (f" TAP is one of {', '.join(taps)}." if "TAP" in flags and (taps := _taps_of(manifest)) else ""),
         )
     for term in terms:
-        if term.of_depth and term.reads_teacher:
-            term.check_unit("the cache's", manifest.heads[DEPTH])
+        if term.numeric and term.reads_teacher:
+            term.check_unit("the cache's", manifest.heads[term.task])
 
 
 def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
-    depths = [term.kind for term in terms if term.of_depth and term.reads_teacher]
+    depths = [term.kind for term in terms if term.numeric and term.reads_teacher]
     if depths:
         raise RecipeError(
             f"Cannot compute {', '.join(dict.fromkeys(depths))} without a cache, or with --teacher labels",
@@ -416,10 +416,10 @@ def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
 
 def _missing_head(manifest: Any, name: str) -> list[Missing]:
     """Return the head of a task that a store lacks, or has of another kind."""
-    kind, values = ("regression", "targets") if name == DEPTH else ("categorical", "logits")
-    head = manifest.heads.get(name)
+    kind, head = TASKS[name].head, manifest.heads.get(name)
     if head is not None and _kind(head) == kind:
         return []
+    values = "logits" if kind == "categorical" else "targets"
     return [
         Missing(f"{values} of a {kind} head {name}, but the cache has {_heads_text(manifest.heads)}", f"--heads {name}")
     ]

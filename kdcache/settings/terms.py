@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Lt
 
 from kdcache.errors import RecipeError, suggest
-from kdcache.heads import AUXILIARY, DEPTH, METRES, SEGMENTATION
 from kdcache.settings.parse import Positive, Weight
 from kdcache.settings.setting import setting
 from kdcache.settings.term import TERMS, FeatureTerm, LossTerm, Name, Share, is_summary
+from kdcache.tasks import AUXILIARY, DEPTH, METRES, SEGMENTATION
 
 
 class _OnLabels(LossTerm):
@@ -59,8 +59,7 @@ class PseudoLabels(LossTerm):
 class Depth(_OnLabels):
     """A term of depth in metres."""
 
-    compares = "depth"
-    head = DEPTH
+    compares = head = DEPTH
     follows_mix = follows_paste = True
 
     reference: Literal["labels", "teacher"] = setting("labels", "What it compares with.")

@@ -41,8 +41,8 @@ from kdcache.settings.terms import KL, METHODS, CrossEntropy, parse_term
 
 DEFAULT_ITERATIONS = 4000
 _TERMS = [TERMS[kind]() for kind in METHODS]
-_TAUGHT = [term.kind for term in _TERMS if term.reads_teacher and not term.of_depth]
-_UNTAUGHT = [term.kind for term in _TERMS if not term.reads_teacher and not term.of_depth]
+_TAUGHT = [term.kind for term in _TERMS if term.reads_teacher and not term.numeric]
+_UNTAUGHT = [term.kind for term in _TERMS if not term.reads_teacher and not term.numeric]
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"kdcache:tiny": 6e-3, "kdcache:base": 2e-3}
 """Learning rates of Adam and AdamW for models that need their own: for tiny the best of 1e-3 to 8e-3 on CamVid

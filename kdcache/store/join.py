@@ -16,12 +16,12 @@ import numpy as np
 from annotated_types import Ge
 
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.heads import SEGMENTATION
 from kdcache.store.format.codec import Array
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import part_differences, unlike
 from kdcache.store.format.shard import ShardArray
 from kdcache.store.reader import Cache, open_cache
+from kdcache.tasks import SEGMENTATION
 
 _NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.\-]*)=(.+)")
 FREE_IN_VIEWS = ("teacher_size", "pixels")

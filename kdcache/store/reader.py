@@ -20,7 +20,6 @@ from annotated_types import Ge
 from kdcache.data import inside_rectangle
 from kdcache.display import facts_table, line
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, RecipeError, StoreError, VersionError
-from kdcache.heads import SEGMENTATION
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
@@ -35,6 +34,7 @@ from kdcache.store.ledger import Ledger
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
 from kdcache.store.sample_ids import SampleIds, read_ids
 from kdcache.store.targets import SampleTargets, sample_numbers, view_windows, view_zooms
+from kdcache.tasks import SEGMENTATION
 
 _REMAINS = (SPARE, ledger.COMPLETE, ledger.WHOLE, ledger.record_key(0))  # of what was a store once
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from kdcache.data import Split, Window, open_split, pixel_checksum, render, render_depth, zoom_of
 from kdcache.errors import MismatchError, StoreError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store.backend.base import Place
 from kdcache.store.format.codec import Array
 from kdcache.store.freshness import renewal
 from kdcache.store.reader import Cache, open_cache
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 class Records:

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kdcache.data import DEPTH, Split, open_split
+from kdcache.data import Split, open_split
 from kdcache.errors import DataError, MismatchError
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream
 from kdcache.settings.training import Data
 from kdcache.sweep.plan import Sweep
+from kdcache.tasks import DEPTH
 
 
 def check_data(sweep: Sweep) -> None:

@@ -13,7 +13,6 @@ from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.distill.terms import labellers
 from kdcache.errors import DataError, RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
@@ -24,6 +23,7 @@ from kdcache.run_folder import RECIPE
 from kdcache.run_samples import SAMPLES
 from kdcache.store import JoinedCache
 from kdcache.store.backend.durable import disk_space_errors
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training.checks import (
     check_adversaries,
     check_auxiliary,

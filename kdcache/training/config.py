@@ -11,7 +11,6 @@ from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.display import public_values
 from kdcache.distill import parse_gate
 from kdcache.errors import RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.run_folder import RECIPE, train_again
 from kdcache.run_folder import Run as RunFolder
@@ -33,6 +32,7 @@ from kdcache.settings.training import (
     Run,
 )
 from kdcache.settings.validate import check_names
+from kdcache.tasks import SEGMENTATION, TASKS
 from kdcache.training.streams import Stream, check_pastes, in_stream, make_stream, read_tables
 from kdcache.training.term_setting import (
     check_balance,
@@ -194,7 +194,7 @@ class TrainConfig:
     @property
     def reads_depth(self) -> bool:
         """Whether it reads depth labels."""
-        return any(term.of_depth and term.reads_labels for term in self.active)
+        return any(term.numeric and term.reads_labels for term in self.active)
 
     @property
     def target_heads(self) -> tuple[str, ...]:
@@ -212,8 +212,9 @@ class TrainConfig:
     @property
     def label_tasks(self) -> tuple[str, ...]:
         """The tasks of the labels that it uses."""
-        used = (SEGMENTATION, DEPTH) if self.data.labels in ("all", "none") else self.data.labels.split("+")
-        return tuple(task for task in (SEGMENTATION, DEPTH) if task in used and (task != DEPTH or self.reads_depth))
+        used = TASKS if self.data.labels in ("all", "none") else self.data.labels.split("+")
+        read = {SEGMENTATION, *(term.task for term in self.active if term.reads_labels)}
+        return tuple(task for task in TASKS if task in used and task in read)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -357,7 +358,7 @@ def _check_run(config: TrainConfig) -> None:
 
 
 def _check_depth(config: TrainConfig) -> None:
-    terms = ", ".join(term.kind for term in config.all_terms if term.of_depth)
+    terms = ", ".join(term.kind for term in config.all_terms if term.numeric)
     if not config.compares_metres:
         return
     if config.reads_depth and config.data.labels != "all" and "depth" not in config.data.labels.split("+"):

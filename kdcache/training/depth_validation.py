@@ -10,11 +10,12 @@ import torch
 from kdcache.data import Split
 from kdcache.distill.terms.depth import MIN_DEPTH
 from kdcache.errors import DataError
-from kdcache.heads import DEPTH, RegressionHead
+from kdcache.heads import RegressionHead
 from kdcache.metrics.depth import DepthErrors, DepthRange
 from kdcache.metrics.predictions import predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
+from kdcache.tasks import DEPTH
 from kdcache.training.input.batch import Array
 from kdcache.training.input.dataset import DrawnDataset
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from kdcache.distill import Balance, FixedBalance, UncertaintyBalance
 from kdcache.distill.balance import Form
 from kdcache.errors import RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.parse import task_weights
 from kdcache.settings.term import LossTerm
 from kdcache.settings.terms import Auxiliary, Consistency
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training.input.mix import Mix
 
 EVEN = 0.5

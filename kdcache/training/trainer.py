@@ -12,11 +12,11 @@ from torch import Tensor
 from kdcache.distill import AnyBatch, Criterion, DistillLoss, StreamLoss
 from kdcache.errors import KDCacheError
 from kdcache.faults import network_fault
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
 from kdcache.settings.parse import warmup_steps
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
 from kdcache.training.feature_validation import FeatureScore

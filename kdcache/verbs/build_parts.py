@@ -9,7 +9,6 @@ from torch import nn
 
 from kdcache.data import Fit, Split, choose_fit
 from kdcache.errors import RecipeError
-from kdcache.heads import SEGMENTATION
 from kdcache.models import EnsembleModel, Tta, not_logits
 from kdcache.settings import entries
 from kdcache.settings.building import BuildSettings
@@ -20,6 +19,7 @@ from kdcache.store import (
     data_changes,
     open_cache,
 )
+from kdcache.tasks import SEGMENTATION
 from kdcache.teacher import (
     BuildOptions,
     Teacher,

@@ -23,16 +23,7 @@ from kdcache.analysis.stored_evaluations import (
     write_evaluation,
     write_evaluations,
 )
-from kdcache.data import (
-    SEGMENTATION,
-    ClassList,
-    Fold,
-    Split,
-    check_folds_by,
-    classes_by_name,
-    fold_alone,
-    parse_fold,
-)
+from kdcache.data import ClassList, Fold, Split, check_folds_by, classes_by_name, fold_alone, parse_fold
 from kdcache.display import public
 from kdcache.errors import RecipeError
 from kdcache.metrics import (
@@ -56,6 +47,7 @@ from kdcache.run_samples import judging_notes
 from kdcache.settings import training
 from kdcache.settings.removed import VERBS, removal
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
+from kdcache.tasks import SEGMENTATION
 from kdcache.teacher import Teacher, load_teacher
 from kdcache.verbs.compare import judging_of
 from kdcache.verbs.keywords import Data, checked, keywords, open_data

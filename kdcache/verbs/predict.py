@@ -16,7 +16,7 @@ from kdcache.analysis.predict import (
     find_images,
     predict_images,
 )
-from kdcache.data import DEPTH, SEGMENTATION, ClassList
+from kdcache.data import ClassList
 from kdcache.errors import RecipeError
 from kdcache.metrics import Framing
 from kdcache.progress import progress_bar, progress_of
@@ -24,6 +24,7 @@ from kdcache.run_folder import Run
 from kdcache.settings.parse import Count
 from kdcache.settings.shared import ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.validate import read
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.verbs.open_model import open_model
 from kdcache.verbs.places import use_machine
 

@@ -14,7 +14,8 @@ from kdcache.distill import Batch, DistillLoss, LabelTargets
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import LossTerm, loss_term, make_term
 from kdcache.errors import RecipeError
-from kdcache.heads import AUXILIARY, SEGMENTATION, CategoricalHead
+from kdcache.heads import CategoricalHead
+from kdcache.tasks import AUXILIARY, SEGMENTATION
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
 HEADS = {SEGMENTATION: CategoricalHead(C), AUXILIARY: CategoricalHead(C)}

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, Gate, GateSpec, LabelTargets, Target
 from kdcache.distill.terms import Term, check_terms, loss_term, make_term, parse_method, parse_term
 from kdcache.errors import DataError, RecipeError
-from kdcache.heads import DEPTH, CategoricalHead, Parameterisation, RegressionHead
+from kdcache.heads import CategoricalHead, Parameterisation, RegressionHead
 from kdcache.models import Outputs
+from kdcache.tasks import DEPTH
 
 STUDENT = RegressionHead(parameterisation="softplus", max_depth=50.0)
 TEACHER = RegressionHead(parameterisation="exp", max_depth=80.0)

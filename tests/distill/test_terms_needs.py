@@ -20,9 +20,10 @@ from kdcache.distill.terms import (
 )
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.errors import RecipeError
-from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION, CategoricalHead, RegressionHead
+from kdcache.heads import CategoricalHead, RegressionHead
 from kdcache.settings.terms import KL
 from kdcache.store import Cache
+from kdcache.tasks import AUXILIARY, DEPTH, SEGMENTATION
 
 STUDENT = {"stage1": 8, "stage2": 16, "head": 32}
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import CorruptError, MismatchError, RecipeError
-from kdcache.heads import SEGMENTATION
 from kdcache.store import JoinedCache, open_cache, open_caches, seal_of
 from kdcache.store.format.manifest_models import DepthLabels, Drawn, Regression
+from kdcache.tasks import SEGMENTATION
 
 DEPTH = Regression(
     kind="regression", channels=1, size=(6, 8), align_corners=False, unit="m", range=(0.0, 80.0), parameterisation="exp"

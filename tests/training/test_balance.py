@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from kdcache.distill import SEGMENTATION, StreamLoss
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.heads import DEPTH
+from kdcache.tasks import DEPTH
 from kdcache.training import Observer, make_config, train
 from kdcache.training.api import make_trainer
 from kdcache.training.distributed import World

@@ -77,7 +77,7 @@ def _show(comparison: "Comparison") -> None:
         legend,
         score_table,
     )
-    from kdcache.heads import SEGMENTATION
+    from kdcache.tasks import SEGMENTATION
 
     if comparison.banner is not None:
         OUT.print(f"[yellow]{escape(comparison.banner)}[/]", highlight=False)

@@ -20,10 +20,10 @@ from kdcache.analysis.runs import Entry
 from kdcache.analysis.stored_evaluations import EvalSettings, memory_errors
 from kdcache.analysis.visualise import score_run
 from kdcache.data import IGNORE_INDEX, Split, fold_alone
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.depth_figures import DepthMap, absolute_error, bar_end
 from kdcache.metrics.figures import VOID_RGB, Array, error_colour
 from kdcache.metrics.predictions import Predicted
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 MOST_PIXELS = 640
 _QUALITY = 85

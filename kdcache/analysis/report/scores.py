@@ -12,8 +12,8 @@ from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.report.render import number, render
 from kdcache.analysis.statistics import Difference, Spread
 from kdcache.analysis.tables import DISTANCE_TITLES, difference_table, distance, interval_spans, legend
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, percent
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import class_scores
 from kdcache.analysis.report.summary import gap_words, measured
 from kdcache.analysis.runs import Entry
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.tables import depth_figure, percent
 from kdcache.run_folder import RECIPE, VERBS
 from kdcache.settings.recipe import source_of
 from kdcache.settings.streams import rows_of, shares_of
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 _SHOWN = 24
 """Classes before the rest is folded away."""

@@ -13,8 +13,8 @@ from kdcache.analysis.report.render import number, points, quoted, render
 from kdcache.analysis.report.scores import signed
 from kdcache.analysis.statistics import Difference
 from kdcache.analysis.tables import interval_spans
-from kdcache.heads import DEPTH
 from kdcache.metrics.tables import depth_figure, percent
+from kdcache.tasks import DEPTH
 
 _MOST_TICKS = 6
 Measured = tuple[Row, Difference]

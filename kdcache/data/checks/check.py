@@ -29,9 +29,10 @@ from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.view import pixel_checksum
-from kdcache.data.sample import DEPTH, IGNORE_INDEX, ClassList, Split, ids_out_of_range
+from kdcache.data.sample import ClassList, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.errors import DataError, RecipeError
+from kdcache.tasks import DEPTH, IGNORE_INDEX
 
 WeightKind = Literal["none", "median", "sqrt"]
 Progress = Callable[[str, int, int], None]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kdcache.data.sample import DEPTH, IGNORE_INDEX, ClassList, Pixels, Split
+from kdcache.data.sample import ClassList, Pixels, Split
 from kdcache.errors import DataError, RecipeError
 from kdcache.files import replacing
+from kdcache.tasks import DEPTH, IGNORE_INDEX
 
 SAMPLES, COLUMNS = 12, 4
 TILE = (240, 320)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.layouts.file_split import describe_some, saved_as_png
-from kdcache.data.sample import IGNORE_INDEX
+from kdcache.tasks import IGNORE_INDEX
 
 
 @dataclass

@@ -20,7 +20,8 @@ from kdcache.data.layouts.published.cityscapes import CLASSES as CITYSCAPES
 from kdcache.data.layouts.published.cityscapes import MOST_LABEL_ID, to_classes
 from kdcache.data.layouts.registry import LayoutRoot
 from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
-from kdcache.data.sample import IGNORE_INDEX, ClassList, default_colours
+from kdcache.data.sample import ClassList, default_colours
+from kdcache.tasks import IGNORE_INDEX
 
 MOST_VOID = 0.9
 """Share of void among labelled pixels beyond which a split is warned of."""

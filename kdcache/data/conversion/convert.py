@@ -39,10 +39,11 @@ from kdcache.data.layouts.converted import SETTINGS, open_defective
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes
 from kdcache.data.layouts.registry import LayoutRoot, find_layout, split_images, split_prefix
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import IGNORE_INDEX, Pixels, Split, ids_out_of_range
+from kdcache.data.sample import Pixels, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.errors import DataError, RecipeError
 from kdcache.files import check_own_folder, read_object, write_whole
+from kdcache.tasks import IGNORE_INDEX
 
 REPORTS = "converted"
 USUAL = ("train", *VALIDATION, "test")

@@ -22,8 +22,9 @@ from kdcache.data.files import is_plain_label
 from kdcache.data.layouts.depth import DEPTH_FILE
 from kdcache.data.layouts.file_split import FileSplit
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
-from kdcache.data.sample import DEPTH, Pixels, Split
+from kdcache.data.sample import Pixels, Split
 from kdcache.files import replacing, write_whole
+from kdcache.tasks import DEPTH
 
 Link = Literal["hard link", "link", "copy"]
 

@@ -14,8 +14,9 @@ from kdcache.data.files import IMAGE_SUFFIXES
 from kdcache.data.layouts.file_split import FileSplit, describe_some, saved_as_png
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
 from kdcache.data.layouts.scan import WHOLE, Scan, composed, replace_images
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
 from kdcache.errors import DataError, suggest
+from kdcache.tasks import IGNORE_INDEX
 
 VALIDATION = ("val", "valid", "validation")
 """Names of one split: where a data set has one of them, the others mean it too."""

@@ -9,8 +9,9 @@ from kdcache.data.files import LABEL_SUFFIXES, file_digest, image_size, read_ima
 from kdcache.data.layouts.depth import DepthUnit, check_depth
 from kdcache.data.layouts.label_ids import numbers_in
 from kdcache.data.layouts.scan import Scan
-from kdcache.data.sample import DEPTH, SEGMENTATION, ClassList, Depth, FileDigest, Pixels, Split, ids_out_of_range
+from kdcache.data.sample import ClassList, Depth, FileDigest, Pixels, Split, ids_out_of_range
 from kdcache.errors import DataError
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 class FileSplit(Split):

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.colour_codes import ColourCodes
-from kdcache.data.sample import IGNORE_INDEX, Pixels
+from kdcache.data.sample import Pixels
+from kdcache.tasks import IGNORE_INDEX
 
 Seen = npt.NDArray[np.bool_]
 

@@ -14,8 +14,9 @@ from annotated_types import Ge, Le
 
 from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, naming_item, part_of
 from kdcache.data.memory.opened import PREFIX, register
-from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, Pixels, Split
+from kdcache.data.sample import ClassList, Depth, Pixels, Split
 from kdcache.errors import DataError
+from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION
 
 Progress = Callable[[int, int], None]
 _READINGS = 5

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from kdcache.data.sample import IGNORE_INDEX, Depth, Pixels, ids_out_of_range
+from kdcache.data.sample import Depth, Pixels, ids_out_of_range
 from kdcache.errors import DataError, KDCacheError, suggest
+from kdcache.tasks import IGNORE_INDEX
 
 IMAGE_KEYS = ("image", "img", "pixel_values", "pixels")
 LABEL_KEYS = ("label", "mask", "annotation", "labels", "masks", "segmentation", "semantic", "target", "seg_map")

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.sample import IGNORE_INDEX, Pixels
+from kdcache.data.sample import Pixels
+from kdcache.tasks import IGNORE_INDEX
 
 OUTSIDE_RGB = (124, 116, 104)
 """What lies beyond the image: the ImageNet mean, close to zero after normalisation."""

@@ -24,10 +24,11 @@ from PIL import Image
 
 from kdcache.data.classes import write_classes
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
-from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
+from kdcache.data.sample import Depth, Pixels, Split
 from kdcache.data.scenes.street import CLASSES, draw_street
 from kdcache.data.scenes.styles import STYLES
 from kdcache.errors import DataError
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 CACHE_BYTES = 512 * 2**20
 """Most memory that one process spends on drawn samples."""

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Depth, Pixels
+from kdcache.data.sample import ClassList, Depth, Pixels
 from kdcache.data.scenes.styles import STYLES, Colour, Style
+from kdcache.tasks import IGNORE_INDEX
 
 COLOURS = {
     "sky": (70, 130, 180),

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from kdcache.distill.terms.base import Term, TermBatch, TermSetup
-from kdcache.heads import AUXILIARY
 from kdcache.settings import terms as specs
+from kdcache.tasks import AUXILIARY
 from kdcache_kernels import distill_denominators, distill_loss
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from kdcache.distill.batch import Batch, PseudoLabels
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.target import Target, TargetFormat
-from kdcache.heads import SEGMENTATION, HeadKind
+from kdcache.heads import HeadKind
 from kdcache.settings.term import FeatureTerm, LossTerm
+from kdcache.tasks import SEGMENTATION
 from kdcache_kernels.target_cells import Cells, lay_cells, sample_view
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size

@@ -26,8 +26,9 @@ from kdcache.distill import depth
 from kdcache.distill.batch import neighbours
 from kdcache.distill.target import Target
 from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermSetup, divide, grid_of, wide
-from kdcache.heads import DEPTH, METRES, RegressionHead, clip, raw_of
+from kdcache.heads import RegressionHead, clip, raw_of
 from kdcache.settings import terms as specs
+from kdcache.tasks import DEPTH, METRES
 from kdcache_kernels.target_cells import resample, resize
 from kdcache_kernels.window import view_positions
 

@@ -8,8 +8,9 @@ from pkgutil import walk_packages
 from typing import Any
 
 from kdcache.distill.terms.base import Term, TermSetup, TermTargets
-from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.heads import CategoricalHead
 from kdcache.settings.term import LossTerm
+from kdcache.tasks import SEGMENTATION
 
 
 def make_term(spec: LossTerm, *, targets: TermTargets, **setup: Any) -> Term:

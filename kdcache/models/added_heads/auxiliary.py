@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.heads import AUXILIARY, SEGMENTATION, CategoricalHead, HeadKind
+from kdcache.heads import CategoricalHead, HeadKind
 from kdcache.models.added_heads.wrapper import WithHead, tap_channels
 from kdcache.models.native import Outputs, SegmentationModel
 from kdcache.models.weights import AUXILIARY_HEAD
+from kdcache.tasks import AUXILIARY, SEGMENTATION
 
 _SPELLED = re.compile(r"(?P<model>.+)\+aux(?:,(?P<options>.*))?")
 _STAGE = re.compile(r"(stage|layer)\d+")

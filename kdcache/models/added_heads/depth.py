@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.heads import DEPTH, Parameterisation, RegressionHead, raw_of
+from kdcache.heads import Parameterisation, RegressionHead, raw_of
 from kdcache.models.added_heads.wrapper import WithHead, tap_channels
 from kdcache.models.foreign.hub_spec import is_hub
 from kdcache.models.native import Outputs, SegmentationModel
 from kdcache.models.weights import DEPTH_HEAD
+from kdcache.tasks import DEPTH
 
 _CHANNELS = 32
 _START = 8

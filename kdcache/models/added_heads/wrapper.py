@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.heads import SEGMENTATION, HeadKind
+from kdcache.heads import HeadKind
 from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
+from kdcache.tasks import SEGMENTATION
 
 _PREFIX = "model."
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kdcache.heads import SEGMENTATION
 from kdcache.models.architectures import torchvision_heads
 from kdcache.models.architectures.torchvision_heads import MOBILENET_TAPS
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.tasks import SEGMENTATION
 
 NAMES = ("deeplab-mobilenet",)
 _CHANNELS = 256

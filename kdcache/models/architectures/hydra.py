@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
+from kdcache.heads import RegressionHead
 from kdcache.models.added_heads.depth import OwnDepth
 from kdcache.models.architectures import tiny
 from kdcache.models.architectures.tiny import PyramidNet, conv
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 NAMES = ("hydra",)
 _DECODER, _DEPTH_CHANNELS = 32, 24

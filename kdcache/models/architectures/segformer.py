@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError
-from kdcache.heads import SEGMENTATION
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.tasks import SEGMENTATION
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.heads import SEGMENTATION
 from kdcache.models.architectures.hub import not_downloaded
 from kdcache.models.foreign.processor import Processor
 from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.tasks import SEGMENTATION
 
 NAMES = (
     "unet-resnet18",

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError, suggest
-from kdcache.heads import DEPTH, SEGMENTATION, HeadKind, RegressionHead
+from kdcache.heads import HeadKind, RegressionHead
 from kdcache.models.architectures.hub_models import CODE_ALLOWED
 from kdcache.models.foreign.answers import Reading
 from kdcache.models.foreign.hub_spec import CHECKPOINT_SUFFIX
 from kdcache.models.foreign.wrapped import WrappedModel
 from kdcache.models.native import SegmentationModel
 from kdcache.run_folder import RunModel
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 TESTED = ("8.4.120", "8.5")
 """The first version that is tested, and the first that is not."""

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.heads import SEGMENTATION, CategoricalHead, HeadKind, head_kind
+from kdcache.heads import CategoricalHead, HeadKind, head_kind
 from kdcache.models.foreign.tokens import maps_of
+from kdcache.tasks import SEGMENTATION
 
 DECLARED = "kdcache_heads"
 """The attribute in which a network says which heads it answers with."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
-from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
+from kdcache.heads import CategoricalHead, HeadKind, RegressionHead
 from kdcache.models.foreign.answers import Reading
 from kdcache.models.foreign.tokens import SUMMARY, maps_of
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 _LEAST = 1e-12
 _IN_METRES = ("glpn", "zoedepth")

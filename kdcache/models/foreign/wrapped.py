@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdcache.errors import ModelError
-from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.heads import CategoricalHead
 from kdcache.models.foreign.answers import DECLARED, Reading
 from kdcache.models.foreign.peel import NotingResizes, Resize, is_exact, peels, resize_of
 from kdcache.models.foreign.readings import TimmMaps, reading_of
 from kdcache.models.foreign.sizes import probe
 from kdcache.models.foreign.tokens import as_map
 from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
+from kdcache.tasks import SEGMENTATION
 
 
 class Head(Protocol):

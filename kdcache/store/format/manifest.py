@@ -10,11 +10,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from kdcache.display import size_text
 from kdcache.errors import CorruptError, StoreError, VersionError
-from kdcache.heads import SEGMENTATION
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN, damaged_metadata
 from kdcache.store.format.eight_bits import FeatureFidelity, pairs
 from kdcache.store.format.teacher_models import Fingerprint
+from kdcache.tasks import SEGMENTATION
 
 FORMAT_VERSION: Final = 3
 """The version of every store that is built now: its records hold digests of image and labels."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.data.checks.depth_report import EDGES
-from kdcache.heads import DEPTH, METRES, raw_of, values_of
+from kdcache.heads import raw_of, values_of
 from kdcache.metrics.confusion import without_nan
 from kdcache.metrics.depth import MAX_DEPTH, DepthErrors, DepthMetrics, DepthRange
 from kdcache.store import Records
 from kdcache.store.format.manifest_models import Regression
+from kdcache.tasks import DEPTH, METRES
 from kdcache.teacher.audit.first_views import Progress, inside_view, whole_records
 from kdcache.teacher.build.render import Array
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
+from kdcache.heads import RegressionHead
 from kdcache.models import Outputs, not_logits
 from kdcache.store import Fidelity, Manifest, evenly_spread
 from kdcache.store.format.eight_bits import FeatureFidelity, Loss, check_cells, feature_dtype
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.store.format.manifest_models import Build, Dataset, DepthLabels, Feature, Head, Regression
 from kdcache.store.subset import SAMPLE_RECORDS
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.statistics import statistics_of

@@ -7,9 +7,9 @@ import torch
 
 from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError, suggest
-from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store.format.manifest import well_formed_parts
+from kdcache.tasks import DEPTH, METRES, SEGMENTATION
 from kdcache.teacher.build.options import BuildOptions, view_of, with_zoom
 from kdcache.teacher.build.render import Array, render_records
 from kdcache.teacher.build.statistics import taps_of

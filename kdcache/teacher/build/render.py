@@ -25,10 +25,10 @@ from kdcache.data import (
 )
 from kdcache.data.sample import DerivedSplit, FileDigest
 from kdcache.errors import MismatchError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store import Cache, Manifest
 from kdcache.store.format.manifest_models import DepthLabels, View
 from kdcache.store.join import check_ids, other_view, pillow_of
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 Array = np.ndarray[Any, Any]
 DIGESTS = ("records/image_digest", "records/label_digest", "records/depth_digest")

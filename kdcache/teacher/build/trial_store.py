@@ -11,10 +11,10 @@ import torch
 
 from kdcache.data import Split
 from kdcache.data.folds import Excerpt
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
 from kdcache.store.format.eight_bits import StoredAs, feature_dtype, stored_features
 from kdcache.store.format.shard import ShardArray
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.teacher.build.build import build_cache
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe

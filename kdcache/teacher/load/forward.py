@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kdcache.errors import ModelError
 from kdcache.faults import naming_network
-from kdcache.heads import SEGMENTATION
 from kdcache.models import Outputs, SegmentationModel
+from kdcache.tasks import SEGMENTATION
 from kdcache_kernels.window import area_matrix
 
 Precision = Literal["float32", "bf16", "fp16"]

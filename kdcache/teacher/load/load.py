@@ -11,7 +11,6 @@ from kdcache.data import ClassList, Fit, Split
 from kdcache.data.changes import class_changes
 from kdcache.display import facts_table, line, size_text
 from kdcache.errors import MismatchError, ModelError
-from kdcache.heads import SEGMENTATION
 from kdcache.models import (
     ClassMapped,
     EnsembleModel,
@@ -28,6 +27,7 @@ from kdcache.models.logits import as_logits, one_logit_note
 from kdcache.models.run import described, load_run, split_spec
 from kdcache.run_folder import Run
 from kdcache.store.format.teacher_models import Training
+from kdcache.tasks import SEGMENTATION
 from kdcache.teacher.load.provenance import trainings_of
 
 RGB = tuple[float, float, float]

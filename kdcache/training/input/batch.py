@@ -14,7 +14,7 @@ from torch.utils.data._utils.collate import collate as collate_parts
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from kdcache.distill import SEGMENTATION, Batch
-from kdcache.heads import DEPTH
+from kdcache.tasks import DEPTH
 
 Array = np.ndarray[Any, Any]
 _STORED = ("targets/", "arrays/")

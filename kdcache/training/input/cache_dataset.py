@@ -22,8 +22,8 @@ from kdcache.data import (
 )
 from kdcache.distill import SEGMENTATION
 from kdcache.errors import RecipeError, suggest
-from kdcache.heads import DEPTH
 from kdcache.store import Cache, Records, seal_of
+from kdcache.tasks import DEPTH
 from kdcache.training.input.batch import Array, Row
 from kdcache.training.input.dataset import DepthZoom, DrawnDataset, Field, Size
 from kdcache.training.input.resident_records import DEPTH_PATH, PIXEL_PATHS, RamRecords, RecordSource, target_paths

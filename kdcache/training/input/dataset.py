@@ -29,8 +29,8 @@ from kdcache.data import (
     zoom_of,
 )
 from kdcache.distill import SEGMENTATION, Batch
-from kdcache.heads import DEPTH
 from kdcache.store import Cache
+from kdcache.tasks import DEPTH
 from kdcache.training.input.batch import Row
 from kdcache.training.input.resident_records import DeviceTargets, RecordSource
 from kdcache.training.input.subset import Part

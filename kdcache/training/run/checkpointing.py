@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kdcache.distill import Criterion
 from kdcache.errors import ModelError, RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
 from kdcache.run_folder import RESULT
 from kdcache.store.backend.durable import disk_space_errors
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
 from kdcache.training.run.checkpoint_file import EMA, keep_checkpoint, load_checkpoint, save_checkpoint

@@ -12,7 +12,6 @@ from kdcache.data import changed_data, open_split
 from kdcache.display import bare
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, moved_away, write_whole
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.locks import is_lock
 from kdcache.models import SegmentationModel
 from kdcache.models.run import describe_weights, write_run_model
@@ -36,6 +35,7 @@ from kdcache.settings.term import untaken
 from kdcache.settings.training import Machine
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.store.format.flags import pack_flags
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training.config import TrainConfig, read_config
 from kdcache.training.input.dataset import DrawnDataset
 from kdcache.training.run.checkpoint_file import KEPT

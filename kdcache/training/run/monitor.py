@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import MismatchError, ModelError
-from kdcache.heads import DEPTH
 from kdcache.metrics import Metrics, at_chance
 from kdcache.run_folder import LITTLE, MUCH
 from kdcache.store import Cache
+from kdcache.tasks import DEPTH
 from kdcache.training.distributed import World
 
 MUCH_AT_FIRST = 100.0

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.data import DEPTH, Fit, Split
+from kdcache.data import Fit, Split
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.figures import Array, colour_ids, error_colour, mark_wrong
 from kdcache.metrics.predictions import Predicted, judged_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
+from kdcache.tasks import DEPTH
 
 SAMPLES = 4
 _GAP = 4

@@ -7,9 +7,9 @@ import numpy as np
 
 from kdcache.data import IGNORE_INDEX, ClassList
 from kdcache.errors import MismatchError
-from kdcache.heads import SEGMENTATION
 from kdcache.models import read_class_map
 from kdcache.models.class_map import DROPPED
+from kdcache.tasks import SEGMENTATION
 from kdcache.training.input.batch import Array
 from kdcache.training.sources.source import Source
 

@@ -15,9 +15,9 @@ from kdcache.data import (
     prefetch,
 )
 from kdcache.errors import DataError, RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.settings.parse import rand_augment
 from kdcache.store import Cache, Records, open_caches
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.batch import Array
 from kdcache.training.input.cache_dataset import CacheDataset

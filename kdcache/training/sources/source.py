@@ -8,8 +8,8 @@ from kdcache.data import Fit, Split, choose_fit
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 from kdcache.distill.terms.depth import depth_head
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.heads import DEPTH, METRES, SEGMENTATION, TASKS
 from kdcache.store import Cache
+from kdcache.tasks import DEPTH, METRES, SEGMENTATION, TASKS
 from kdcache.training.checks import check_replays, check_whole_views
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.cache_dataset import choose_augment
@@ -50,7 +50,7 @@ class Source:
     def learns_classes_from_labels(self) -> bool:
         """Whether any of its samples has a class label that is learnt from."""
         config = self.config
-        on_labels = config.loss.ce_weight > 0 or any(term.reads_labels and not term.of_depth for term in config.terms)
+        on_labels = config.loss.ce_weight > 0 or any(term.reads_labels and not term.numeric for term in config.terms)
         used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.data.labels != "none"
         return on_labels and used and bool(self.dataset.labelled)
 
@@ -227,7 +227,7 @@ def _check_labels(source: Source, pasted: Source) -> None:
 def _check_forms(source: Source, pasted: Source) -> None:
     """Check that a target and what is pasted into it mean the same. Raises: RecipeError."""
     cache, other = source.cache, pasted.cache
-    depth = any(term.of_depth and term.reads_teacher for term in source.config.active)
+    depth = any(term.numeric and term.reads_teacher for term in source.config.active)
     differs = []
     unit = depth_head(cache.manifest).unit if depth and cache is not None else METRES
     if unit != METRES:

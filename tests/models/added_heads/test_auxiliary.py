@@ -11,11 +11,12 @@ from torch import nn
 from torchvision.models import segmentation
 
 from kdcache.errors import ModelError
-from kdcache.heads import AUXILIARY, CategoricalHead
+from kdcache.heads import CategoricalHead
 from kdcache.models import build_model, is_function, load_weights
 from kdcache.models.added_heads import base_of, split_auxiliary
 from kdcache.models.added_heads.auxiliary import AuxiliarySpec
 from kdcache.models.run import open_model, split_spec, write_weights
+from kdcache.tasks import AUXILIARY
 
 _STAGES = """
 from torch import nn

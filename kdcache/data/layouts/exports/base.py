@@ -20,8 +20,9 @@ from kdcache.data.layouts.exports.shapes import Item, ShapeLabels
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.pictures import MASKS, Pictures
 from kdcache.data.layouts.scan import WHOLE, Scan, composed, folders_in, holds_pictures
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 SPLITS = ("train", *VALIDATION, "test")
 IMAGES = ("images", "jpegimages", "data")

@@ -30,8 +30,8 @@ from kdcache.data.layouts.exports.base import SPLITS, Export, files_of, head_has
 from kdcache.data.layouts.exports.shapes import Item, Shape, ShapeLabels
 from kdcache.data.layouts.pictures import holds_masks
 from kdcache.data.layouts.scan import WHOLE, folders_in, is_picture
-from kdcache.data.sample import IGNORE_INDEX
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 ANNOTATIONS, ROBOFLOW = "annotations", "_annotations.coco.json"
 _OF_OBJECTS = "instances_"

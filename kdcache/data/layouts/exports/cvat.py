@@ -36,7 +36,8 @@ from kdcache.data.layouts.exports.shapes import Item, Shape, turned, turned_elli
 from kdcache.data.layouts.label_ids import LabelIds, id_table
 from kdcache.data.layouts.pictures import Pictures
 from kdcache.data.layouts.scan import WHOLE, Scan, lists_in
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
+from kdcache.tasks import IGNORE_INDEX
 
 LABELMAP, LABELS, LISTS = "labelmap.txt", "SegmentationClass", "ImageSets/Segmentation"
 SUBSET = "default"

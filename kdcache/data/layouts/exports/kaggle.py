@@ -24,8 +24,9 @@ from kdcache.data.layouts.label_ids import LabelIds, id_table
 from kdcache.data.layouts.own.folder import LABEL_IDS
 from kdcache.data.layouts.own.pairs import described, ends_of, scan_pairs
 from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, holds_pictures, keep_listed, lists_in, names_below
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "annotations", "labels", "label")

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 
 from kdcache.data.files import image_size
 from kdcache.data.layouts.file_split import describe_sizes
-from kdcache.data.sample import IGNORE_INDEX, Pixels
+from kdcache.data.sample import Pixels
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 Mask = npt.NDArray[np.bool_]
 Point = tuple[float, float]

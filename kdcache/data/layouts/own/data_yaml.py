@@ -23,8 +23,9 @@ from kdcache.data.layouts.depth import DepthScan, DepthUnit
 from kdcache.data.layouts.exports.yolo import class_names, read_yaml
 from kdcache.data.layouts.label_ids import LabelIds, id_table
 from kdcache.data.layouts.scan import Scan, composed, is_picture, names_below, read_list
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Depth
+from kdcache.data.sample import ClassList, Depth
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 SUFFIXES = (".yaml", ".yml")
 SPLITS = ("train", "val", "validation", "test")

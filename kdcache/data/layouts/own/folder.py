@@ -36,7 +36,8 @@ from kdcache.data.layouts.scan import (
     lists_in,
     scan_depth,
 )
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
+from kdcache.tasks import IGNORE_INDEX
 
 IMAGES, LABELS, DEPTHS = "images", "labels", "depth"
 SPLITS = ("train", "val", "test")

@@ -18,8 +18,9 @@ from typing import ClassVar
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.label_ids import LabelIds, id_table
 from kdcache.data.layouts.scan import Scan, scan_folders
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 IMAGES, LABELS, NAMES_FILE = "images", "annotations", "objectInfo150.txt"
 FOLDERS = {"train": "training", "val": "validation"}

@@ -16,8 +16,9 @@ from typing import ClassVar
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.label_ids import LabelIds, id_table
 from kdcache.data.layouts.scan import Scan, lists_in, read_list
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 COLOURS = {
     "Sky": (128, 128, 128),

@@ -22,8 +22,9 @@ from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.depth import camera_of, read_disparity
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
 from kdcache.data.layouts.scan import Scan, folders_in, scan_depth, scan_folders
-from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.data.sample import ClassList
 from kdcache.errors import DataError
+from kdcache.tasks import IGNORE_INDEX
 
 _KINDS = (
     (7, "road", (128, 64, 128)),

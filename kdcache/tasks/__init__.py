@@ -1,0 +1,63 @@
+"""The tasks: what a model predicts for every pixel, and the facts about it that all rooms ask for.
+
+A room that does something of its own for each task has one table, keyed by the task's name:
+
+    data/rendering/     how a label is cut out and resized
+    settings/terms.py   which loss terms learn it
+    metrics/            how it is evaluated (`evaluators.py`)
+    analysis/           how it is compared (`task_tables.py`) and drawn (`task_pictures.py`)
+
+This room imports no other.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: its name, and the name of the head that predicts it.
+        head: the kind of that head: `categorical` gives class ids, `regression` numbers.
+        void: the label of a pixel without one.
+        unit: the unit of numbers that labels can judge, or None for class ids.
+        score: the metric that ranks models and images.
+        less: whether less of it is better.
+    """
+
+    name: str
+    head: Literal["categorical", "regression"]
+    void: float
+    unit: str | None
+    score: str
+    less: bool
+
+    def best(self, value: float) -> float:
+        """Return a score with the sign that makes the largest one the best."""
+        return -value if self.less else value
+
+
+SEGMENTATION: Final = "segmentation"
+"""The task of a class id per pixel."""
+DEPTH: Final = "depth"
+"""The task of the distance per pixel from the camera's plane (along its axis), in metres."""
+AUXILIARY: Final = "auxiliary"
+"""The second head that a model may have in training, on the labels of segmentation. It is no task."""
+
+IGNORE_INDEX: Final = 255
+"""The id of void pixels in every label: no class, no loss, no metric."""
+METRES: Final = "m"
+"""The unit of depth in metres. Heads with any other unit know depth up to a scale and a shift."""
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task(SEGMENTATION, "categorical", IGNORE_INDEX, None, "miou", less=False),
+        Task(DEPTH, "regression", math.nan, METRES, "rmse", less=True),
+    )
+}
+"""Every task by its name, in the order of tables."""
