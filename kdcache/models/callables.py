@@ -65,7 +65,9 @@ def _import(place: str, spec: str) -> ModuleType:
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
-        path = Path(place).resolve(strict=True)
+        path = Path(place).resolve()
+        if not path.is_file():
+            raise ModelError(f"File not found: {place}, named by {spec}", fix="Correct path/to/file.py:function.")
         # The path is part of the name: two files called model.py are two modules.
         module_spec = importlib.util.spec_from_file_location(
             f"kdcache_user{path.with_suffix('')}".replace("/", "_"), path
@@ -75,6 +77,8 @@ def _import(place: str, spec: str) -> ModuleType:
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[module_spec.name] = module  # dataclasses and pickling read their module there
         module_spec.loader.exec_module(module)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"Cannot import {spec}: {type(error).__name__}: {error}",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.data import Changes, ClassList, Split
+from kdcache.errors import RecipeError
 from kdcache.progress import progress_bar, progress_of, warn
 from kdcache.settings.parse import Count
 from kdcache.settings.shared import MachineSettings
@@ -73,8 +74,14 @@ def verify(
         cache_dir: the folder for copies of a remote cache.
         cache_bytes: its limit in bytes.
         progress: show a bar, or lines without a terminal.
-    Raises: MismatchError for another seal, and KDCacheError of every kind.
+    Raises: MismatchError for another seal, RecipeError for a setting without effect, KDCacheError of every kind.
     """
+    for flag, value, needed, other in (
+        ("--split", split, data, "--data DATA"),
+        ("--class-map", class_map, teacher, "--teacher TEACHER"),
+    ):
+        if value is not None and needed is None:
+            raise RecipeError(f"Cannot use {flag} {value} without {other}", fix=f"Add {other}, or leave out {flag}.")
     place = place_of(cache, cache_dir, cache_bytes)
     with progress_bar(progress) as bar:
         files = verify_files(place, progress_of(bar, "checking files"), seal=seal)

@@ -180,7 +180,7 @@ def test_state_dict_keeps_the_networks_names(here: Path) -> None:
     [
         ("not_a_module_at_all:build", "ModuleNotFoundError"),
         ("broken_nets:build", "a_module_that_is_not_there"),
-        ("absent.py:build", "FileNotFoundError"),
+        ("absent.py:build", "File not found"),
         ("foreign_nets:absent", "absent is no such name"),
         ("foreign_nets:number", "number is of type int"),
         ("foreign_nets:no_arguments", "3 channels for 5 classes"),
