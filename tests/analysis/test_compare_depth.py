@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.per_image import RMSE
 from kdcache.analysis.report import ReportOptions, make_report
+from kdcache.analysis.report.scores import scores
 from kdcache.analysis.report.sections import streams
 from kdcache.analysis.report.summary import headline
 from kdcache.analysis.runs import find_runs
-from kdcache.analysis.statistics import Blocks, resample
+from kdcache.analysis.statistics import Blocks, Spread, resample
 from kdcache.analysis.stored_evaluations import EvalSettings
 from kdcache.analysis.tables import BOLD, difference_table, legend, score_table, to_csv, to_markdown, to_text
 from kdcache.analysis.visualise import Drawing, score_run
@@ -112,6 +114,23 @@ def test_of_depth_the_least_is_best_and_who_has_none_has_a_dash(compared: Compar
     assert "-" in [cells[header.index("δ1 %")] for cells in rows]
 
 
+def test_table_and_page_mark_the_smallest_errors_and_the_largest_delta(compared: Comparison) -> None:
+    """Of three rows, each the best by another metric."""
+    values = {"rmse": (3.0, 1.25, 2.0), "abs_rel": (0.2, 0.3, 0.125), "delta1": (0.75, 0.25, 0.5)}
+    judged = next(row for row in compared.rows if row.depth)
+    rows = [
+        replace(judged, name=f"row {place}", depth={name: Spread.of([own[place]]) for name, own in values.items()})
+        for place in range(3)
+    ]
+    three = replace(compared, rows=tuple(rows))
+    header, cells = score_table(three)
+    marked = {name: [row[0] for row in cells if row[header.index(name)].startswith("**")] for name in header}
+    assert (marked["rmse m"], marked["abs rel"], marked["δ1 %"]) == (["row 1"], ["row 2"], ["row 0"])
+    bold = re.findall(r"<td[^>]*><strong>\s*(?:<span[^>]*>)?\s*([\d.]+)", str(scores(three)))
+    assert [float(text) for text in bold] == [75, 1.25, 0.125]  # by rows
+    assert three.to_json()["best_depth_rmse"] == 1.25
+
+
 def test_the_distance_in_depth_is_that_of_the_pairs(compared: Comparison) -> None:
     taught = next(row for row in compared.rows if row.differs.get("method") == "kl")
     gap = taught.depth_difference
@@ -164,6 +183,21 @@ def test_one_range_for_all(runs: Path, compared: Comparison) -> None:
     assert near.depth_range == "0.001 to 20 m"
     with pytest.raises(DataError, match="Cannot use --min-depth"):
         compare([runs / "plain"], options=CompareOptions(judging, repeats=0))
+
+
+def test_models_with_other_maxima_are_judged_by_the_widest_range(tmp_path: Path) -> None:
+    """Each by its own would count other pixels, so that the model of the shortest range looked best."""
+    for seed, top in enumerate((10, 40)):
+        write_run(tmp_path / f"{top}", f"kdcache:tiny+depth,max={top}", "none", seed)
+    compared = compare([tmp_path], options=QUICK)
+    assert compared.depth_range == "0.001 to 40 m"
+    metrics = [score.tasks.depth for row in compared.rows for score in row.runs]
+    split, settings = open_split(DATA, "val"), DepthSettings(max_depth=40)
+    expected = [
+        evaluate_tasks(load_run(tmp_path / name)[0], split, SIZE, depth=settings).depth for name in ("10", "40")
+    ]
+    assert metrics == expected
+    assert len({one.pixels for one in metrics if one is not None}) == 1
 
 
 def test_segmentation_alone_has_the_tables_that_it_had(runs: Path) -> None:

@@ -57,6 +57,19 @@ def test_the_machine_tells_no_rows_apart(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "values"),
+    [("size", [[24, 40], [48, 80]]), ("method", ["kl", "none"]), ("data", ["camvid", "voc"]), ("val", ["a", "b"])],
+)
+def test_what_decides_the_score_tells_rows_apart(setting: str, values: list[Any]) -> None:
+    """Runs of two sizes, methods or data sets are no repetition of each other, whatever their seeds."""
+    rows, notes = group_runs([run(f"{seed}", seed=seed, **{setting: value}) for seed, value in enumerate(values)])
+    assert [len(row.runs) for row in rows] == [1, 1]
+    assert [row.differs[setting] for row in rows] == values
+    assert notes == []
+    assert rows[0].likeness(rows[1]) == 1
+
+
+@pytest.mark.parametrize(
     ("runs", "expected"),
     [
         ([run("a", method="none"), run("b")], ["none", "kl"]),

@@ -85,6 +85,8 @@ def test_each_mean_is_the_mean_of_its_rows() -> None:
         assert float(cells["mIoU"][column]) == pytest.approx(sum(numbers) / len(numbers), abs=0.006)
         common = [float(values[name]) for name in ("road", "sky")]
         assert float(cells["mIoU, 2 common"][column]) == pytest.approx(sum(common) / 2, abs=0.006)
+    for name, shares in (("mAcc", (0.8, 7 / 12)), ("aAcc", (145 / 160, 70 / 120))):
+        assert [float(cell) for cell in cells[name]] == pytest.approx([100 * share for share in shares], abs=0.006)
     assert "two has no car" in data_sets_markdown("title", [one, two], ("road", "car", "sky"))
     assert "mIoU, 2 common" not in str(class_table([one, one], ("road", "car", "sky")))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import yaml
 
 from kdcache.sharing import store_card
@@ -31,6 +32,18 @@ def test_front_matter_is_what_the_hub_reads(made) -> None:
     assert front_matter(card)["license"] == "cc-by-4.0"
     assert front_matter(card)["task_categories"] == ["image-segmentation"]
     assert "kdcache copy hf://datasets/me/x x.zarr" in card
+
+
+@pytest.mark.parametrize("pixels", ["stored", "source"])
+def test_the_card_says_whether_pixels_are_inside_and_trains_accordingly(made, pixels: str) -> None:
+    summary = inspect_store(made / "store.zarr")
+    assert summary.manifest.view.pixels == "stored"
+    view = summary.manifest.view.model_copy(update={"pixels": pixels})
+    manifest = summary.manifest.model_copy(update={"view": view})
+    card = store_card(type(summary)(**{**vars(summary), "manifest": manifest}), licence="mit")
+    assert ("Images and labels are in it," in card) == (pixels == "stored")
+    assert ("Images and labels are not in it" in card) == (pixels == "source")
+    assert ("train-student --cache store.zarr --data DATA" in card) == (pixels == "source")
 
 
 def test_names_from_elsewhere_are_text(made) -> None:

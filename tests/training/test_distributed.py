@@ -229,6 +229,9 @@ def close(one: Path, two: Path, read_metrics: Read) -> None:
         tolerance = NORM if a["kind"] == "gradients" else LOSS
         for name in {"loss", "ce", "kl", "lr"} & a.keys():
             assert b[name] == pytest.approx(a[name], rel=tolerance), (a["kind"], a["step"], name)
+        if "depth_rmse" in a:
+            assert b["depth_rmse"] == pytest.approx(a["depth_rmse"], rel=1e-3), a["step"]
+            assert b["depth_counted_images"] == a["depth_counted_images"], a["step"]
         if "miou" in a:  # a pixel or two between two classes
             assert b["miou"] == pytest.approx(a["miou"], abs=1e-3), a["step"]
     config = read_config(one)
@@ -365,6 +368,7 @@ def test_two_processes_learn_the_balance_of_two_tasks_as_one(
         ended = go(settings, tmp_path / name, ranks)
         assert ended.codes == [0] * ranks, ended.err
     close(tmp_path / "one", tmp_path / "two", read_metrics)
+    assert read_metrics(tmp_path / "two", "validation")[0]["depth_counted_images"] > 1
     for task in ("segmentation", "depth"):
         one, two = (
             [line["tasks"][task]["weight"] for line in read_metrics(tmp_path / name, "train")]
@@ -760,6 +764,15 @@ def test_random_numbers_of_processes_differ() -> None:
     assert len(seeds) == 7
     assert World(0, 4).seed(7, 10) == World().seed(7, 0) == 7
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_processes_draw_different_dropout(settings: dict[str, Any], go: Callable[..., Ended], tmp_path: Path) -> None:
+    """By the states of the generators that dropout draws from, from which each process goes on after a resume."""
+    ended = go(settings | {"batch_size": 4, "iterations": 1, "val_every": 1}, tmp_path / "run")
+    assert ended.codes == [0, 0], ended.err
+    random = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["random"]
+    assert len(random["others"]) == 1
+    assert not torch.equal(random["cpu"], random["others"][0]["cpu"])
 
 
 # --- torchrun ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch.utils.data import default_collate
 from kdcache.data import Augmentation, RandAugment, class_weights, folds_of, open_split
 from kdcache.distill import Batch, DistillLoss, Gate, GateSpec
 from kdcache.distill.terms import loss_term, make_term
+from kdcache.metrics.depth import DepthErrors
 from kdcache.store import Cache, open_cache
 from kdcache.training import CacheDataset, LabelledDataset, TrainConfig, api, make_config, train
+from kdcache.training import trainer as trainer_module
 from kdcache.training.input.loader import Draws
 from kdcache.training.input.mix import Mix
 from kdcache.training.input.sampler import Interleaved
@@ -197,25 +200,80 @@ def test_the_logged_rate_is_the_one_that_was_learnt_with(
     assert rates == pytest.approx([0.01, 0.02, *(0.02 * (1 - step / 6) ** 0.9 for step in range(2, 6))])
 
 
+@pytest.mark.parametrize("ema", [None, 0.5])
 def test_scores_choose_the_best_weights_and_halve_the_rate(
-    student: dict[str, Any], tmp_path: Path, read_metrics: Read, monkeypatch: pytest.MonkeyPatch
+    ema: float | None, student: dict[str, Any], tmp_path: Path, read_metrics: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of equal scores the first is the best; the sixth validation after it halves the rate."""
+    """Of equal scores the first is the best; the sixth validation after it halves the rate.
+
+    The rate follows the weights: a moving average that gets better and better changes nothing.
+    """
     scores, states = [0.3, 0.4, 0.4, 0.2, *[0.1] * 5], list[dict[str, torch.Tensor]]()
+    averages = [] if ema is None else [step / 10 for step in range(1, 10)]
+    turns = itertools.count()
 
     def validate(model: torch.nn.Module) -> Any:
+        if averages and next(turns) % 2:  # after the weights, their average
+            return SimpleNamespace(miou=averages[len(states) - 1], to_json=dict)
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return SimpleNamespace(miou=scores[len(states) - 1], to_json=dict)
 
     monkeypatch.setattr(api, "make_validator", lambda *_: validate)
     monkeypatch.setattr("kdcache.training.trainer.outcome", lambda _: None)
-    settings = student | {"schedule": "plateau", "lr": 0.01, "iterations": 9, "val_every": 1}
+    settings = student | {"schedule": "plateau", "lr": 0.01, "iterations": 9, "val_every": 1, "ema": ema}
     result = train(make_config(**settings), tmp_path)
     assert (result["best_miou"], result["best_step"]) == (0.4, 2)
     for which, step in (("best", 2), ("last", 9)):
         weights = load_file(tmp_path / f"{which}.safetensors")
         assert all(torch.equal(tensor, states[step - 1][name]) for name, tensor in weights.items()), which
     assert [row["lr"] for row in read_metrics(tmp_path, "train")] == pytest.approx([0.01] * 8 + [0.005])
+    assert result.get("ema_best_miou") == (None if ema is None else 0.9)
+
+
+def test_the_rate_follows_the_depth_of_the_weights(
+    student: dict[str, Any], tmp_path: Path, read_metrics: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without classes to judge: the sixth validation without a smaller rmse halves the rate."""
+    rmses = iter(rmse for step in range(9) for rmse in (2.0 + (step != 1), 9 - step))  # of the weights, the average
+
+    def errors(*_: Any, **__: Any) -> DepthErrors:
+        measured = DepthErrors()
+        measured.update(torch.full((2, 2), 20.0), torch.full((2, 2), 20.0 - next(rmses)))
+        return measured
+
+    monkeypatch.setattr(api, "depth_errors", errors)
+    data = "scenes:32x48,train=6,val=3,depth=exact,tasks=depth"
+    settings = student | {"cache": None, "data": data, "val": data, "size": "32x48", "model": "kdcache:tiny+depth"}
+    settings |= {"method": "depth-silog", "ce_weight": 0, "ema": 0.5, "schedule": "plateau", "lr": 0.01}
+    result = train(make_config(**settings | {"iterations": 9, "val_every": 1}), tmp_path)
+    assert (result["best_depth_rmse"], result["best_step"]) == (pytest.approx(2), 2)
+    assert (result["ema_best_depth_rmse"], result["ema_best_step"]) == (pytest.approx(1), 9)
+    assert [row["lr"] for row in read_metrics(tmp_path, "train")] == pytest.approx([0.01] * 8 + [0.005])
+
+
+def test_the_share_of_waiting_and_the_pace_follow_the_clock(
+    student: dict[str, Any], tmp_path: Path, read_metrics: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch takes 3 s to come and 1 s to learn from. To prepare the step takes 5 s, which are no training."""
+    seconds = [0.0]
+
+    def later(taken: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*values: Any) -> Any:
+            seconds[0] += taken
+            return call(*values)
+
+        return wait
+
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(trainer_module, "next_batch", later(3, trainer_module.next_batch))
+    monkeypatch.setattr(trainer_module, "make_step", later(5, lambda kind, eager, batch, note: later(1, eager)))
+    short = {"iterations": 4, "batch_size": 2, "log_every": 1, "gradients_every": 0, "val": None}
+    result = train(make_config(**student | short), tmp_path)
+    lines = read_metrics(tmp_path, "train")
+    assert [line["wait_share"] for line in lines] == pytest.approx([0.75] * 4)
+    assert [line["images_per_second"] for line in lines] == pytest.approx([0.5] * 4)
+    assert (result["wait_share"], result["images_per_second"]) == (0.75, 0.5)
+    assert (result["seconds"], result["prepared_seconds"]) == (16, 5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from kdcache.data import IGNORE_INDEX, Window, open_split, render
 from kdcache.errors import KDCacheError, MismatchError, ModelError
+from kdcache.heads import RegressionHead
 from kdcache.metrics import evaluate_model
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Records, open_cache
@@ -81,6 +84,32 @@ def test_the_largest_error_is_of_logits_that_carry_probability(split, options, t
     build_cache(split, Teacher(Says(classes, stored).eval(), "own"), tmp_path / "s.zarr", options())
     found = compare_teacher(Records(open_cache(tmp_path / "s.zarr")), Teacher(Says(classes, now).eval(), "own"), CPU)
     assert found.largest_error == pytest.approx(error, abs=0.01)
+
+
+class SaysInTurn(Says):
+    """Adds another error to the second class and to depth at each image."""
+
+    def __init__(self, classes: int, errors: tuple[float, ...]) -> None:
+        super().__init__(classes, 5)
+        self.errors = itertools.cycle(errors)
+        self.head_kinds = self.head_kinds | {"depth": RegressionHead(parameterisation="identity", max_depth=None)}
+
+    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> Outputs:
+        error = next(self.errors)
+        heads = super().forward(x_B3HW, taps).heads
+        heads["segmentation"][:, 1] += error
+        return Outputs({**heads, "depth": torch.full((len(x_B3HW), 1, 4, 6), 10 + error)}, {})
+
+
+@pytest.mark.parametrize("errors", [(0, 2, 1), (2, 0, 0), (0, 0, 2)])
+def test_the_largest_error_is_of_all_records(split, options, tmp_path, errors) -> None:
+    """Whichever record has it. Shares are of all records together."""
+    classes = len(split.classes)
+    same, now = (Teacher(SaysInTurn(classes, each).eval(), "own") for each in ((0,), errors))
+    build_cache(split, same, tmp_path / "s.zarr", options())
+    found = compare_teacher(Records(open_cache(tmp_path / "s.zarr")), now, CPU, 3)
+    assert found.largest_error == pytest.approx(2, abs=0.01)
+    assert found.values == {"targets/depth/values": pytest.approx(2 / 10, abs=0.01)}
 
 
 @pytest.mark.parametrize(("argmax", "kl", "ok"), [(1, 0, True), (0.9, 0, False), (1, 0.1, False)])
