@@ -27,7 +27,7 @@ import typer
 from PIL import Image
 
 from adapt_cost import measure_cost
-from common import header, write
+from common import MIX, earlier, header, run, write
 from effect import interval
 from kdcache.analysis.statistics import difference
 from kdcache.data import Split, open_split, write_scenes
@@ -118,7 +118,8 @@ class Queue:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.json: Path = arguments.json
         self.only, self.ends = arguments.only, time.monotonic() + 60 * arguments.minutes
-        content = json.loads(self.json.read_text()) if self.json.is_file() else {}
+        content = earlier(self.json, "adapt", mix=arguments.mix)
+        self.also: list[Any] = content.get("also", [])
         self.rows: list[dict[str, Any]] = content.get("rows", [])
         self.cost: dict[str, Any] = content.get("cost", {})
 
@@ -140,7 +141,7 @@ class Queue:
         """Write the result file."""
         data = {"source": SCENES, "target": "CamVid, 96x128", "classes": SHARED, "judge_of_choices": JUDGE}
         parts = {"summary": summary(self.rows), "differences": differences(self.rows), "shares": shares(self.rows)}
-        write(self.json, {**header("adapt"), "data": data, "cost": self.cost, **parts, "rows": self.rows})
+        write(self.json, {**header("adapt", self.also), "data": data, "cost": self.cost, **parts, "rows": self.rows})
 
 
 def kdcache(words: Sequence[str]) -> None:
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further command after so long")
     parser.add_argument("--cost", action="store_true", help="measure steps beside each other, on a machine at rest")
     parser.add_argument("--few", action="store_true", help="a few steps: to try the queue")
+    parser.add_argument("--mix", action="store_true", help=MIX)
     arguments = parser.parse_args()
     queue, out = Queue(arguments), arguments.out.resolve()
     if arguments.cost:
@@ -289,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

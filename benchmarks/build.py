@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common import header, spread, synchronise, write
+from common import header, run, spread, synchronise, write
+from kdcache.bench.timing import check_repeats
 from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_cache, open_writer, summarise
@@ -172,37 +173,59 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "writer_alone": lambda: writer_alone(split, teacher, options, folder),
         "build": whole,
     }
-    parts["bare_inference"]()  # warm-up
-    speed: dict[str, list[float]] = {name: [] for name in parts}
-    cpu: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(arguments.repeats):
-        for name, run in parts.items():
-            measured = run()
-            speed[name].append(measured.images_per_s)
-            cpu[name].append(measured.cpu_ms)
+    turns = take_turns(parts, arguments.repeats)
     summary = summarise(open_cache(folder))
     planned = estimate(split, teacher, options).chosen.bytes if taps else None
     shutil.rmtree(folder)
-    pairs = zip(speed["build"], speed["bare_inference"], speed["writer_alone"], strict=True)
-    best = {name: max(values) for name, values in speed.items()}
-    seconds = 1 / best["bare_inference"] + 1 / best["writer_alone"]
     row = {
         "teacher": spec,
         "records": count,
         "threads": torch.get_num_threads(),
-        **{f"{name}_images_per_s": spread(values) for name, values in speed.items()},
-        "ratio": spread([build / min(bare, alone) for build, bare, alone in pairs]),
+        **figures(turns),
         "heads": sorted(teacher.model.head_kinds),
-        "build_over_inference_and_writing": round(1 / best["build"] / seconds, 4),
-        "build_over_bare_inference": round(best["build"] / best["bare_inference"], 4),
         "planned_over_built_bytes": planned and round(planned / summary.bytes_on_disk, 5),
         "bytes_per_record": round(summary.bytes_per_record),
-        "cpu_ms_per_image": {name: round(spread(values)["p50"], 3) for name, values in cpu.items()},
     }
     medians = {name: value["p50"] for name, value in row.items() if isinstance(value, dict) and "p50" in value}
     print(spec, ", ".join(f"{name} {median:.2f}" for name, median in medians.items()))
     print("  CPU ms per image:", row["cpu_ms_per_image"])
     return row
+
+
+def take_turns(parts: dict[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
+    """Measure the parts in turns, after a forward pass as warm-up."""
+    parts["bare_inference"]()
+    turns: dict[str, list[Measured]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, run_part in parts.items():
+            turns[name].append(run_part())
+    return turns
+
+
+def figures(turns: dict[str, list[Measured]]) -> dict[str, Any]:
+    """Return rates, CPU milliseconds and ratios: `ratio` turn by turn, the two `build_over` by each part's best."""
+    speed = {name: [of.images_per_s for of in measured] for name, measured in turns.items()}
+    pairs = zip(speed["build"], speed["bare_inference"], speed["writer_alone"], strict=True)
+    best = {name: max(values) for name, values in speed.items()}
+    seconds = 1 / best["bare_inference"] + 1 / best["writer_alone"]
+    return {
+        **{f"{name}_images_per_s": spread(values) for name, values in speed.items()},
+        "ratio": spread([build / min(bare, alone) for build, bare, alone in pairs]),
+        "build_over_inference_and_writing": round(1 / best["build"] / seconds, 4),
+        "build_over_bare_inference": round(best["build"] / best["bare_inference"], 4),
+        "cpu_ms_per_image": {name: round(spread([of.cpu_ms for of in turns[name]])["p50"], 3) for name in turns},
+    }
+
+
+def heads_met(row: dict[str, Any]) -> bool:
+    """Return whether a build of two heads takes little more than inference and writing one after the other."""
+    return bool(row["build_over_inference_and_writing"] <= HEADS_BOUND)
+
+
+def features_met(row: dict[str, Any]) -> bool:
+    """Return whether a build of features is about as fast as inference, and as large as it was planned."""
+    off = abs(row["planned_over_built_bytes"] - 1)
+    return bool(row["build_over_bare_inference"] >= FEATURES_BOUND and off <= BYTES_BOUND)
 
 
 def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -> float:
@@ -212,6 +235,11 @@ def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(folder)
     return float(done.stdout.strip().splitlines()[-1])
+
+
+def memory_counts(records: int) -> list[int]:
+    """Return N and 4N records, whose builds are weighed."""
+    return [records // 2, 2 * records]
 
 
 def build_and_report_memory(arguments: argparse.Namespace) -> None:
@@ -244,6 +272,7 @@ def main() -> None:
     parser.add_argument("--peak-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_repeats(arguments.repeats)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.peak_memory:
@@ -253,21 +282,20 @@ def main() -> None:
         folder = Path(scratch) / "store"
         if arguments.heads_only:
             row = measure(arguments.heads_only, arguments, folder)
-            met = row["build_over_inference_and_writing"] <= HEADS_BOUND
+            met = heads_met(row)
             if arguments.json:
                 write(arguments.json, {**header("build-heads"), "builds": [row], "bound": HEADS_BOUND, "met": met})
             sys.exit(0 if met else 1)
         if arguments.features_only:
             row = measure(arguments.teachers[0], arguments, folder)
-            off = abs(row["planned_over_built_bytes"] - 1)
-            met = row["build_over_bare_inference"] >= FEATURES_BOUND and off <= BYTES_BOUND
+            met = features_met(row)
             bounds = {"build_over_bare_inference": FEATURES_BOUND, "planned_bytes_off": BYTES_BOUND}
             if arguments.json:
                 content = {"features": arguments.features_only, "builds": [row], "bounds": bounds, "met": met}
                 write(arguments.json, {**header("build-features"), **content})
             sys.exit(0 if met else 1)
         rows = [measure(spec, arguments, folder) for spec in arguments.teachers]
-        counts = [arguments.records // 2, 2 * arguments.records]
+        counts = memory_counts(arguments.records)
         memory = {str(count): peak_memory_mib(arguments, count, folder) for count in counts}
     print("peak memory, MiB over records:", memory)
     if arguments.json:
@@ -275,4 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import header, write
+from common import header, run, write
 from kdcache.data import Split, open_split
 from kdcache.store import open_cache, summarise
 from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,19 +1,20 @@
-"""The header of every result file: theme, machine, commit, date, command."""
+"""What the scripts share: result files, their errors, medians, a random cache and the step of a student."""
 
 import json
 import os
 import shlex
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdcache.bench.header import header as bench_header
+from kdcache.bench.timing import Spread, check_repeats
 from kdcache.data import Split
 from kdcache.distill import DistillLoss
+from kdcache.errors import KDCacheError, RecipeError
 from kdcache.models import build_model
 from kdcache.store import Cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
@@ -23,13 +24,62 @@ from kdcache.training.step.eager import EagerStep
 from kdcache.training.step.optim import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
+MIX = "add rows to a file of another commit or machine"
+"""Help of the flag `--mix`."""
 
 
-def header(theme: str) -> dict[str, Any]:
-    """Return the first keys of a result file. Paths are cut to their names: folders on this machine are private."""
+def header(theme: str, also: Sequence[Any] = ()) -> dict[str, Any]:
+    """Return the first keys of a result file. Paths are cut to their names: folders on this machine are private.
+
+    `also` are other commits and machines that rows of the file come from.
+    """
     words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
     command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *words])
-    return bench_header(theme, command, environment())
+    found = bench_header(theme, command, environment())
+    return found | ({"also": list(also)} if also else {})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script. An error of kdcache ends it with exit code 2 and without a traceback."""
+    try:
+        main()
+    except KDCacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def earlier(path: Path, theme: str, *, mix: bool = False) -> dict[str, Any]:
+    """Return the content of a result file that a command adds rows to, or {} if there is none.
+
+    With `mix` it may be of another commit or machine, which its key `also` then names.
+
+    Raises: RecipeError for another theme, commit or machine.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: content[key] for key in ("theme", "commit", "machine")}
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(f"Not a result file: {path}", fix="Name another --json.") from None
+    here = header(theme)
+    if found["theme"] != theme:
+        fix = "Name another --json."
+        raise RecipeError(f"Cannot add rows to {path}: it is a result of {found['theme']!r}, not of {theme!r}", fix=fix)
+    pairs = {
+        "commit": [str(of["commit"]).removesuffix("-dirty") for of in (found, here)],
+        "machine": [of["machine"].get("cpu", "unknown") for of in (found, here)],
+    }
+    for what, (there, now) in pairs.items():
+        if there != now and not mix:
+            raise RecipeError(
+                f"Cannot add rows to {path}: its {what} is {there}, and this one is {now}",
+                fix=f"Name another --json, or add --mix to keep rows of both {what}s in one file.",
+            )
+    content.setdefault("also", [])
+    if any(there != now for there, now in pairs.values()):
+        content["also"].append({"commit": found["commit"], "cpu": pairs["machine"][0]})
+    return content
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -40,10 +90,17 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return p20, p50 and p80 of repeated measurements."""
-    ordered = sorted(values)
-    pick = lambda share: ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]  # noqa: E731
-    return {"p20": pick(0.2), "p50": statistics.median(ordered), "p80": pick(0.8)}
+    """Return p20, p50 and p80 of repeated measurements. Raises: RecipeError for fewer than three."""
+    check_repeats(len(values))
+    found = Spread.of(values)
+    return {"p20": found.p20, "p50": found.p50, "p80": found.p80}
+
+
+def check_equal(what: str, values: Mapping[str, Any]) -> None:
+    """Check that all contestants have the same value. Raises: RecipeError that names each one's."""
+    if len(set(values.values())) > 1:
+        each = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise RecipeError(f"Contestants have different {what}: {each}", fix=f"Give all of them the same {what}.")
 
 
 def random_cache(split: Split, spec: str, folder: Path, options: BuildOptions) -> Path:

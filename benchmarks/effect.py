@@ -14,7 +14,6 @@ where a run needs them. The score is that of the last iteration, never that of t
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -44,7 +43,7 @@ from arms import (
     Arm,
     Data,
 )
-from common import header, write
+from common import MIX, earlier, header, run, write
 from kdcache.analysis.statistics import difference, t_quantile
 from kdcache.data import open_split
 from kdcache.metrics import Metrics, evaluate_model
@@ -161,11 +160,15 @@ def kdcache(words: str, live: str = "", ends: float = math.inf) -> None:
 class Study:
     """The rows of the result file, and the runs that they come from."""
 
+    theme = "effect"
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folders = Folders(Path(arguments.data).resolve(), Path(arguments.out).resolve())
         self.json = Path(arguments.json)
         self.ends = time.monotonic() + 60 * arguments.minutes
-        self.rows: list[dict[str, Any]] = json.loads(self.json.read_text())["rows"] if self.json.is_file() else []
+        content = earlier(self.json, self.theme, mix=arguments.mix)
+        self.rows: list[dict[str, Any]] = content.get("rows", [])
+        self.also: list[Any] = content.get("also", [])
         self._lock = threading.Lock()
 
     def run(self, arm: Arm, seed: int) -> None:
@@ -224,7 +227,7 @@ class Study:
             write(
                 self.json,
                 {
-                    **header("effect"),
+                    **header(self.theme, self.also),
                     "summary": summary(self.rows),
                     "differences": differences(self.rows),
                     "rows": self.rows,
@@ -288,6 +291,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="ARM", help="these arms alone")
     parser.add_argument("--parallel", type=int, default=1, help="runs side by side, of one thread each")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
+    parser.add_argument("--mix", action="store_true", help=MIX)
     arguments = parser.parse_args()
     study = Study(arguments)
     is_wanted = lambda name: not arguments.only or name in arguments.only  # noqa: E731
@@ -307,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

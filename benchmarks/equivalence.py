@@ -14,10 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from common import header, write
+from common import check_equal, header, write
+from common import run as run_script
+from kdcache.bench.timing import check_repeats
 from kdcache.models import build_model
 from kdcache.run_folder import Run
 from kdcache.store import open_cache
@@ -85,23 +88,38 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    check_repeats(arguments.runs, "--runs")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fused = run(arguments, folder, "auto", 0)
         plain = run(arguments, folder, "reference", 0)
         others = [run(arguments, folder, "reference", seed) for seed in range(1, arguments.runs + 1)]
-    apart = max(abs(a - b) for a, b in zip(fused["losses"], plain["losses"], strict=True))
-    low, high = (pick(row["miou"] for row in others) for pick in (min, max))
-    inside = low <= fused["miou"] <= high
+    found = verdict(fused, plain, others)
+    apart, (low, high) = found["largest_difference"], found["miou_range"]
     print(f"first {FIRST} losses: at most {apart:.1e} apart (bound {TOLERANCE:.0e})")
-    where = "inside" if inside else "outside"
+    where = "inside" if found["inside"] else "outside"
     print(f"mIoU {fused['miou']:.3f}, perturbed reference runs {low:.3f} to {high:.3f}: {where}")
     if arguments.json:
-        rows = [fused, plain, *others]
-        verdict = {"largest_difference": apart, "bound": TOLERANCE, "miou_range": [low, high], "inside": inside}
-        write(arguments.json, {**header("equivalence"), **verdict, "rows": rows})
-    sys.exit(not inside or apart > TOLERANCE)
+        write(arguments.json, {**header("equivalence"), **found, "rows": [fused, plain, *others]})
+    sys.exit(not is_met(found))
+
+
+def verdict(fused: dict[str, Any], plain: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how far the fused run's losses are from the reference's, and whether its mIoU is among the others'.
+
+    Raises: RecipeError for runs of different lengths.
+    """
+    check_equal("numbers of losses", {row["impl"]: len(row["losses"]) for row in (fused, plain)})
+    apart = float(np.abs(np.subtract(fused["losses"], plain["losses"])).max())  # NaN if any is
+    low, high = (pick(row["miou"] for row in others) for pick in (min, max))
+    inside = low <= fused["miou"] <= high
+    return {"largest_difference": apart, "bound": TOLERANCE, "miou_range": [low, high], "inside": inside}
+
+
+def is_met(found: dict[str, Any]) -> bool:
+    """Return whether the fused run learnt what the reference learns. A difference that is no number is too large."""
+    return bool(found["inside"] and found["largest_difference"] <= TOLERANCE)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

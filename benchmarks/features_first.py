@@ -23,7 +23,6 @@ all arms comes first, then seed 1.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -35,12 +34,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from common import header, write
+from common import MIX, earlier, header, run, write
 from effect import Folders, interval, kdcache, run_name, scores
 from kdcache.analysis.statistics import Difference, adjust, difference
 from kdcache.run_folder import RESULT, Run
 from pretrained import imagenet_weights
 
+THEME = "features first"
 SEEDS = tuple(range(5))
 FEATURE_STEPS, LABEL_STEPS = 2000, 1000
 LABELS = {"46": "only-46-b", "all": "dev", "92": "only-92-b"}
@@ -204,8 +204,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
     parser.add_argument("--steps", type=int, nargs=2, default=(FEATURE_STEPS, LABEL_STEPS), help="of each phase")
     parser.add_argument("--table", action="store_true", help="print what the rows say, and train nothing")
+    parser.add_argument("--mix", action="store_true", help=MIX)
     arguments = parser.parse_args()
-    done: list[dict[str, Any]] = json.loads(arguments.json.read_text())["rows"] if arguments.json.is_file() else []
+    content = earlier(arguments.json, THEME, mix=arguments.mix or arguments.table)
+    done: list[dict[str, Any]] = content.get("rows", [])
     if arguments.table:
         print(table(done))
         return
@@ -219,9 +221,9 @@ def main() -> None:
         except TimeoutError:
             print(f"time is up in {row}: the same command goes on", flush=True)
             return
-        write(arguments.json, {**header("features first"), "rows": done})
+        write(arguments.json, {**header(THEME, content.get("also", [])), "rows": done})
         print(done[-1], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,7 +32,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from arms import ALL, BLOCKS, FOUR, LENGTH, MORE_BLOCKS, PLAIN, STORES, STUDENT, Arm
-from common import header, write
+from common import MIX as MIX_HELP
+from common import header, run, write
 from effect import Study, kdcache, percent, run_name, scores, summary
 from features_first import FEATURE_STEPS, LABEL_STEPS, FeatureFolders, Row
 from kdcache.analysis.statistics import Difference, adjust, difference
@@ -144,6 +145,8 @@ ARMS: dict[str, list[Arm]] = {
 class FewLabels(Study):
     """The rows of the study, stage by stage, every arm once before any twice."""
 
+    theme = "few labels"
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__(arguments)
         camvid, out = Path(arguments.data).resolve(), Path(arguments.out).resolve()
@@ -224,7 +227,7 @@ class FewLabels(Study):
         self.rows.append(row)
         compared = {name: gap.to_json() for name, gap in differences(self.rows).items()}
         content = {"trials": trials_of(self.rows), "summary": summary(self.rows), "differences": compared}
-        write(self.json, {**header("few labels"), **content, "rows": self.rows})
+        write(self.json, {**header(self.theme, self.also), **content, "rows": self.rows})
         print(f"{row['stage']} {row['arm']}, seed {row['seed']}: {row['miou']:.2f}", flush=True)
 
 
@@ -363,11 +366,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what the rows say")
     parser.add_argument("--plot", type=Path, help="file for the label curve")
     parser.add_argument("--weights", type=Path, help="folder for the final weights")
+    parser.add_argument("--mix", action="store_true", help=MIX_HELP)
     arguments = parser.parse_args()
     stages = arguments.stages.split(",")
     if unknown := [name for name in stages if name not in ARMS]:
         parser.error(f"unknown stage {unknown[0]}: choose from {', '.join(ARMS)}")
     trains, arguments.data = arguments.data is not None, arguments.data or "."
+    arguments.mix |= not trains  # nothing is added
     study = FewLabels(arguments)
     try:
         for name in stages if trains else ():
@@ -383,4 +388,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -50,13 +50,13 @@ if [ -n "$dry" ]; then
   data=${data:-scenes:48x64,train=16,val=4,seed=0}
   results=${results:-$work/results}
   check=(--dtype fp32)
-  shapes=(--shapes 1x3x16x16/4 --repeats 2 --no-memory) all=(--shapes 1x3x16x16/4 --case trained)
+  shapes=(--shapes 1x3x16x16/4 --repeats 3 --no-memory) all=(--shapes 1x3x16x16/4 --case trained)
   tuned=(--shapes 1x3x16x16/4) profiled=("${tuned[@]}") main=("${shapes[@]}")
   cases=("${shapes[@]}")
   arch=(--arch sm_90) pytest=(--collect-only)
-  build=(--records 8 --repeats 1 --teachers kdcache:tiny) gradients=(--batches 1) steps=(--seconds 0.05 --repeats 1 --size 48x64)
-  step=(--teacher kdcache:base --student kdcache:tiny --size 36x48 --steps 1 --repeats 1 --no-bounds)
-  loader=(--against direct inline --records 8 --repeats 1 --steps 2) live=(--pairs 1 --iterations 8)
+  build=(--records 8 --repeats 3 --teachers kdcache:tiny) gradients=(--batches 1) steps=(--seconds 0.05 --repeats 3 --size 48x64)
+  step=(--teacher kdcache:base --student kdcache:tiny --size 36x48 --steps 1 --repeats 3 --no-bounds)
+  loader=(--against direct inline --records 8 --repeats 3 --steps 3) live=(--pairs 1 --iterations 8)
 else
   "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable GPU; --dry needs none")' || exit 1
   gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')

@@ -9,6 +9,7 @@ for a student at initialisation and 5e-3 for a trained one. Exits with 1 when a 
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from common import header, write
+from common import header, run, write
 from kdcache.data import IGNORE_INDEX, Augmentation, render
 from kdcache.distill import Batch, DistillLoss
 from kdcache.models import SegmentationModel, build_model
@@ -77,14 +78,19 @@ def from_teacher(
 
 
 def compare(names: list[str], store: list[Tensor], live: list[Tensor]) -> tuple[float, str]:
-    """Return largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and that layer's name."""
+    """Return largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and that layer's name. NaN is the largest."""
     total = torch.stack([g.double().square().sum() for g in live]).sum().sqrt()
-    worst, where = 0.0, ""
-    for name, a, b in zip(names, store, live, strict=True):
-        error = (a.double() - b.double()).norm() / (b.double().norm() + 1e-3 * total)
-        if float(error) > worst:
-            worst, where = float(error), name
-    return worst, where
+    errors = {
+        name: float((a.double() - b.double()).norm() / (b.double().norm() + 1e-3 * total))
+        for name, a, b in zip(names, store, live, strict=True)
+    }
+    where = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    return errors[where], where
+
+
+def is_met(rows: list[dict[str, Any]]) -> bool:
+    """Return whether every error is within its bound. One that is no number is not."""
+    return all(row["worst"] <= row["bound"] for row in rows)
 
 
 def main() -> None:
@@ -117,7 +123,7 @@ def main() -> None:
         student.to(device).train()
         names = [name for name, _ in student.named_parameters()]
         for temperature in (1.0, 2.0, 4.0):
-            worst, where = 0.0, ""
+            found = []
             for views in order.reshape(arguments.batches, -1):
                 drawn = [(int(view) % len(dataset), int(view) // len(dataset)) for view in views]  # sample, epoch
                 batch = default_collate([dataset.draw(*each, np.random.default_rng(0)) for each in drawn])
@@ -125,7 +131,8 @@ def main() -> None:
                 pixels, shown, taught = (tensor.to(device) for tensor in afresh)
                 stored = from_store(student, cache, batch.to(device), temperature)
                 live = from_teacher(student, teacher, pixels, shown, taught, temperature)
-                worst, where = max((worst, where), compare(names, stored, live))
+                found.append(compare(names, stored, live))
+            worst, where = max(found, key=lambda of: math.inf if math.isnan(of[0]) else of[0])
             rows.append(
                 {
                     "student": state,
@@ -138,8 +145,8 @@ def main() -> None:
             print(f"{state} student, T = {temperature:.0f}: {worst:.2e} at {where} (bound {TOLERANCE[state]:.0e})")
     if arguments.json:
         write(arguments.json, {**header("gradients"), "rows": rows})
-    sys.exit(any(row["worst"] > row["bound"] for row in rows))
+    sys.exit(not is_met(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import header, write
+from common import check_equal, header, write
+from common import run as run_script
 from kdcache.analysis.statistics import t_quantile
+from kdcache.bench.timing import LEAST_REPEATS
 from kdcache.data import open_split
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
@@ -89,7 +91,7 @@ def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, 
 
 
 def paired(differences: list[float]) -> dict[str, float]:
-    """Return mean and 95 % interval of paired differences."""
+    """Return mean and 95 % interval of paired differences, which a single pair does not have (NaN)."""
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1)) if len(differences) > 1 else np.nan
     half = t_quantile(len(differences) - 1) * spread / len(differences) ** 0.5 if len(differences) > 1 else np.nan
     return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
@@ -100,6 +102,21 @@ def at_equal_time(cached: dict[str, Any], live: dict[str, Any]) -> float:
     share = min(1.0, cached["seconds"] / live["seconds"])
     steps = [step for step in live["by_step"] if step <= share * max(live["by_step"])]
     return float(live["by_step"][max(steps)]) if steps else 0.0
+
+
+def compare(pairs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Return paired differences of mIoU, at the end and at equal time, and the median ratio of the times.
+
+    Raises: RecipeError for runs that were judged at different iterations.
+    """
+    for pair in pairs:
+        check_equal("iterations", {name: tuple(sorted(run["by_step"])) for name, run in pair.items()})
+    ratios = [pair["live"]["seconds"] / pair["cached"]["seconds"] for pair in pairs]
+    return {
+        "cached_minus_live": paired([pair["cached"]["miou"] - pair["live"]["miou"] for pair in pairs]),
+        "at_equal_time": paired([p["cached"]["miou"] - at_equal_time(p["cached"], p["live"]) for p in pairs]),
+        "live_over_cached_seconds": round(float(np.median(ratios)), 3) if len(pairs) >= LEAST_REPEATS else None,
+    }
 
 
 def main() -> None:
@@ -127,13 +144,7 @@ def main() -> None:
         pairs.append({"cached": cached, "live": live})
         print(f"seed {seed}: cached {cached['miou']:.2f} in {cached['seconds']:.0f} s, live {live['miou']:.2f} in "
               f"{live['seconds']:.0f} s", flush=True)  # fmt: skip
-    results = {
-        "cached_minus_live": paired([pair["cached"]["miou"] - pair["live"]["miou"] for pair in pairs]),
-        "at_equal_time": paired([p["cached"]["miou"] - at_equal_time(p["cached"], p["live"]) for p in pairs]),
-        "live_over_cached_seconds": round(
-            float(np.median([p["live"]["seconds"] / p["cached"]["seconds"] for p in pairs])), 3
-        ),
-    }
+    results = compare(pairs)
     print(json.dumps(results))
     if arguments.json is not None:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
@@ -142,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,17 +20,21 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from common import header, random_cache, student_step, synchronise, write
+from common import header, random_cache, run, student_step, synchronise, write
+from kdcache.bench.kernels import memory
+from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
 from kdcache.data.folds import SplitPart
 from kdcache.distill import AnyBatch, StreamLoss
+from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions
@@ -45,6 +49,7 @@ from turns import Contestant, Pace, in_turn
 KINDS = ("none", "kl", "two", "live")
 RECORDS = 32  # of the store: the clock does not care which
 MANY = 10**6  # steps that a loader offers
+WARM_UPS = 2
 BOUNDS = {"cpu": 1.10, "cuda": 1.05}
 STREAMS_BOUND = 1.05
 """The most that a step of two streams may cost, as a multiple of one stream's with as many rows."""
@@ -65,9 +70,15 @@ def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[Any]:
-    """Yield batches for a kind of step. The kind `two` gets half of each from each of two streams."""
+    """Yield batches for a kind of step. The kind `two` gets half of each from each of two streams.
+
+    Raises: RecipeError for a batch that has no half.
+    """
     device = torch.device(arguments.device)
     count = 2 if kind == "two" else 1
+    if arguments.batch_size % count:
+        problem = f"Cannot share a batch of {arguments.batch_size} rows equally between two streams"
+        raise RecipeError(problem, fix="Use an even --batch-size.")
     streams = [
         StreamDraws(
             f"s{number}" if count > 1 else "",
@@ -94,32 +105,50 @@ def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace
     return make_step(way, eager, batch, print)
 
 
-def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Callable[[int], None]:
-    """Return a function that takes so many steps."""
-    source = batches(cache, kind, arguments)
-    step = make(cache, kind, next_batch(source), arguments)
+@dataclass
+class Learner:
+    """Takes so many steps when it is called. It is warm from the start.
 
-    def learn(count: int) -> None:
+    Attributes:
+        size: shape of the pixels of a batch, (B, H, W, 3).
+    """
+
+    step: Step
+    source: Iterator[Any]
+    size: tuple[int, ...]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self(WARM_UPS)
+
+    def __call__(self, count: int) -> None:
+        """Take steps, and wait until the device has done them."""
         for _ in range(count):
-            step(next_batch(source))
-        synchronise(torch.device(arguments.device))
+            self.step(next_batch(self.source))
+        synchronise(self.device)
 
-    learn(2)
-    return learn
+    def contestant(self, kind: str, steps: int) -> Contestant:
+        """Return a contestant whose turn is so many steps, timed by the step."""
+        return Contestant(kind, partial(self, steps), steps, size=self.size)
+
+
+def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Learner:
+    """Return what takes steps of a kind."""
+    source = batches(cache, kind, arguments)
+    batch = next_batch(source)
+    assert batch.pixels is not None
+    size, step = tuple(batch.pixels.shape), make(cache, kind, batch, arguments)
+    return Learner(step, source, size, torch.device(arguments.device))
 
 
 def peak_mib(cache: Cache, kind: str, arguments: argparse.Namespace) -> float:
     """Return the most memory that steps take of this process, which does nothing else."""
-    cuda = arguments.device == "cuda"
-    before = 0 if cuda else psutil.Process().memory_info().rss
-    learner(cache, kind, arguments)(4)
-    peak = torch.cuda.max_memory_allocated() if cuda else _peak_rss() - before
-    return round(peak / 2**20, 1)
 
+    def work() -> None:
+        learner(cache, kind, arguments)(4)
 
-def _peak_rss() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    peak = memory.peak_on_device if arguments.device == "cuda" else memory.peak_in_process
+    return round(peak(work), 1)
 
 
 def peak_elsewhere(store: Path, kind: str) -> float:
@@ -132,11 +161,7 @@ def peak_elsewhere(store: Path, kind: str) -> float:
 def race(store: Path, kinds: Sequence[str], arguments: argparse.Namespace) -> dict[str, Pace]:
     """Let the contestants take turns, and return the pace of each."""
     learners = {kind: learner(open_cache(store), kind, arguments) for kind in kinds}
-    contestants = [
-        Contestant(kind, lambda learn=learn: learn(arguments.steps), arguments.steps)  # type: ignore[misc]
-        for kind, learn in learners.items()
-    ]
-    return in_turn(contestants, arguments.repeats)
+    return in_turn([of.contestant(kind, arguments.steps) for kind, of in learners.items()], arguments.repeats)
 
 
 def compare_streams(paces: dict[str, Pace]) -> dict[str, Any]:
@@ -155,11 +180,18 @@ def compare_streams(paces: dict[str, Pace]) -> dict[str, Any]:
 def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return milliseconds and peak memory of a step of each kind, and whether the bound is met."""
     paces = race(store, KINDS, arguments)
+    peaks = {kind: peak_elsewhere(store, kind) for kind in KINDS}
+    return result(paces, peaks, BOUNDS[arguments.device])
+
+
+def result(paces: dict[str, Pace], peaks: dict[str, float], bound: float) -> dict[str, Any]:
+    """Return the result of milliseconds a step and peaks in MiB. Ratios are of medians, those of two streams of best.
+
+    `bound` is the most that a step from the store may cost, as a multiple of a step without targets.
+    """
     ms = {kind: pace.time.p50 for kind, pace in paces.items()}
-    memory = {kind: peak_elsewhere(store, kind) for kind in KINDS}
-    for kind in KINDS:
-        print(f"{kind}: {ms[kind]:.1f} ms a step, {ms[kind] / ms['none']:.3f} of none, peak {memory[kind]} MiB")
-    bound = BOUNDS[arguments.device]
+    for kind, peak in peaks.items():
+        print(f"{kind}: {ms[kind]:.1f} ms a step, {ms[kind] / ms['none']:.3f} of none, peak {peak} MiB")
     return {
         "ms_per_step": {kind: vars(pace.time) for kind, pace in paces.items()},
         "kl_over_none": round(ms["kl"] / ms["none"], 4),
@@ -168,7 +200,7 @@ def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         **compare_streams(paces),
         "live_over_none": round(ms["live"] / ms["none"], 3),
         "live_over_kl": round(ms["live"] / ms["kl"], 3),
-        "peak_mib": memory,
+        "peak_mib": peaks,
     }
 
 
@@ -190,6 +222,7 @@ def main() -> None:
     parser.add_argument("--no-bounds", action="store_true", help="exit with 0 whatever was measured, for dry runs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    check_repeats(arguments.repeats)
     if arguments.weigh:
         print(peak_mib(open_cache(arguments.store), arguments.weigh, arguments))
         return
@@ -203,8 +236,13 @@ def main() -> None:
     if arguments.json is not None:
         settings = {"teacher": arguments.teacher, "student": arguments.student, "size": list(arguments.size)}
         write(arguments.json, {**header("step"), **settings, "batch_size": arguments.batch_size, **results})
-    sys.exit(0 if arguments.no_bounds or (results.get("met", True) and results["streams_met"]) else 1)
+    sys.exit(0 if arguments.no_bounds or is_met(results) else 1)
+
+
+def is_met(results: dict[str, Any]) -> bool:
+    """Return whether all bounds that were measured are met."""
+    return bool(results.get("met", True) and results["streams_met"])
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,7 +22,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 
-from common import header, random_cache, spread, student_step, synchronise, write
+from common import header, random_cache, run, spread, student_step, synchronise, write
+from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
 from kdcache.distill import Batch
 from kdcache.store import Cache, open_cache
@@ -71,13 +72,18 @@ def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str,
     for _ in range(arguments.repeats):
         for values, step, count in zip(rates, steps, counts, strict=True):
             values.append(rate(step, batch, device, count))
+    return [row | figures for row, figures in zip(rows, compare(rows, rates), strict=True)]
+
+
+def compare(rows: list[dict[str, Any]], rates: list[list[float]]) -> list[dict[str, Any]]:
+    """Return steps a second of each kind, and their median over the first kind's, which is eager."""
+    found = []
     for row, values in zip(rows, rates, strict=True):
-        row["steps_per_s"] = spread(values)
-        row["over_eager"] = round(row["steps_per_s"]["p50"] / rows[0]["steps_per_s"]["p50"], 3)
-        print(
-            f"{row['step']}: {row['steps_per_s']['p50']:.1f} steps/s, {row['over_eager']:.2f} of eager", *row["notes"]
-        )
-    return rows
+        rate_of = spread(values)
+        over = round(rate_of["p50"] / spread(rates[0])["p50"], 3)
+        print(f"{row['step']}: {rate_of['p50']:.1f} steps/s, {over:.2f} of eager", *row["notes"])
+        found.append({"steps_per_s": rate_of, "over_eager": over})
+    return found
 
 
 def kinds(device: torch.device) -> tuple[str, ...]:
@@ -115,7 +121,11 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
         torch.autograd.backward(logits_of(eager, batch), gradient)
 
     parts = {"student": student, "loss": loss, "optimizer": eager.optimizer.step}
-    times = {name: busy_ms(part, device) for name, part in parts.items()}
+    return shares(impl, {name: busy_ms(part, device) for name, part in parts.items()})
+
+
+def shares(impl: str, times: dict[str, float]) -> dict[str, Any]:
+    """Return milliseconds by part of a step, and the loss's share of their sum."""
     share = times["loss"] / sum(times.values())
     shown = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
     print(f"impl={impl}: {shown}; the loss is {100 * share:.1f} %")
@@ -161,6 +171,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its default")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    check_repeats(arguments.repeats)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,16 +17,17 @@ see, so that a store of these, of whose targets nothing is learnt, comes before 
 """
 
 import argparse
-import json
-import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import header, write
+from common import MIX, earlier, header, run, write
 from effect import interval, kdcache
+from kdcache.bench.timing import Spread, check_repeats
 from kdcache.metrics.cost import WARM_UP, count_flops
 from kdcache.metrics.timing import no_garbage_collection
 from kdcache.models import build_model
@@ -70,7 +71,8 @@ class Queue:
         self.data = FEW if arguments.few else DATA
         self.iterations = arguments.iterations
         self.ends = time.monotonic() + 60 * arguments.minutes
-        content = json.loads(self.json.read_text()) if self.json.is_file() else {}
+        content = earlier(self.json, "tasks", mix=arguments.mix)
+        self.also: list[Any] = content.get("also", [])
         self.rows: list[dict[str, Any]] = content.get("rows", [])
         self.cost: dict[str, Any] = content.get("cost", {})
         self.teacher: dict[str, Any] = content.get("teacher", {})
@@ -107,7 +109,7 @@ class Queue:
     def write(self) -> None:
         """Write the result file with the rows and the cost that there are."""
         result = {"data": self.data, "teacher": self.teacher, "cost": self.cost, "summary": summary(self.rows)}
-        write(self.json, {**header("tasks"), **result, "rows": self.rows})
+        write(self.json, {**header("tasks", self.also), **result, "rows": self.rows})
 
     def _trained(self, arm: str, store: Path, seed: int) -> Path:
         """Return the run of an arm, which is trained where it is not there."""
@@ -149,28 +151,38 @@ def cost(repeats: int) -> dict[str, Any]:
     heads = {"segmentation": [SEGMENTATION], "depth": [DEPTH], "both": [SEGMENTATION, DEPTH]}
     models = {name: build_model(MODELS[name], CLASSES).eval().to(memory_format=torch.channels_last) for name in heads}
     image = torch.rand(1, 3, *SIZE).contiguous(memory_format=torch.channels_last)
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode(), no_garbage_collection():
-        for _ in range(WARM_UP + repeats):
-            for name, model in models.items():
-                began = time.perf_counter()
-                outputs = model(image)
-                for head in heads[name]:
-                    model.upsample(outputs.heads[head], SIZE)
-                samples[name].append(1e3 * (time.perf_counter() - began))
-    over = lambda of: round(of["both"] / (of["segmentation"] + of["depth"]), 4)  # noqa: E731
+
+    def predict(name: str) -> None:
+        outputs = models[name](image)
+        for head in heads[name]:
+            models[name].upsample(outputs.heads[head], SIZE)
+
+    with torch.inference_mode():
+        paces = time_calls({name: partial(predict, name) for name in models}, repeats)
     macs = {name: count_flops(model, SIZE) // 2 for name, model in models.items()}
-    best, median = ({name: of(ms[WARM_UP:]) for name, ms in samples.items()} for of in (min, statistics.median))
+    here = header("tasks")
+    return {"date": here["date"], "machine": here["machine"], "repeats": repeats, **costs(macs, paces)}
+
+
+def time_calls(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, Spread]:
+    """Time calls in milliseconds, one of each per turn. The first WARM_UP of each do not count."""
+    check_repeats(repeats)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with no_garbage_collection():
+        for _ in range(WARM_UP + repeats):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                samples[name].append(1e3 * (time.perf_counter() - began))
+    return {name: Spread.of(ms[WARM_UP:]) for name, ms in samples.items()}
+
+
+def costs(macs: dict[str, int], paces: dict[str, Spread]) -> dict[str, Any]:
+    """Return multiply-adds and milliseconds by network, and those of the shared one over the sum of the two."""
+    best, median = ({name: getattr(pace, of) for name, pace in paces.items()} for of in ("best", "p50"))
+    over = lambda of: round(of["both"] / (of["segmentation"] + of["depth"]), 4)  # noqa: E731
     ratios = {"macs_over_two": over(macs), "best_ms_over_two": over(best), "median_ms_over_two": over(median)}
-    return {
-        "date": header("tasks")["date"],
-        "machine": header("tasks")["machine"],
-        "repeats": repeats,
-        "macs": macs,
-        "best_ms": best,
-        "median_ms": median,
-        **ratios,
-    }
+    return {"macs": macs, "best_ms": best, "median_ms": median, **ratios}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,7 +221,9 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="measure the networks' cost, and train nothing")
     parser.add_argument("--repeats", type=int, default=1000, help="timed calls of each network")
     parser.add_argument("--few", action="store_true", help="a few images: to try the queue")
+    parser.add_argument("--mix", action="store_true", help=MIX)
     arguments = parser.parse_args()
+    check_repeats(arguments.repeats)
     queue = Queue(arguments)
     if arguments.cost:
         torch.set_num_threads(1)
@@ -222,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from kdcache.bench.timing import Spread
+from common import check_equal
+from kdcache.bench.timing import Spread, check_repeats
 from kdcache.metrics.timing import no_garbage_collection
 
 POLL_S, MOST_POLLS = 0.03, 30
@@ -28,6 +29,7 @@ class Contestant:
         samples: number of samples that a turn yields.
         before: work at the start of a turn, off the clock.
         processes: ids of its worker processes, whose CPU time counts.
+        size: shape of a batch, which all contestants share. None is not compared.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Contestant:
     samples: int
     before: Callable[[], Any] = lambda: None
     processes: tuple[int, ...] = ()
+    size: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ class Pace:
 
 
 def in_turn(contestants: Sequence[Contestant], rounds: int) -> dict[str, Pace]:
-    """Time contestants in turns after a warm-up. Return the pace by name."""
+    """Time contestants in turns after a warm-up of their own. Return the pace by name.
+
+    Raises: RecipeError for too few rounds, and for contestants of different sizes.
+    """
+    check_repeats(rounds)
+    check_equal("sizes", {one.name: one.size for one in contestants})
     clock: dict[str, list[float]] = {one.name: [] for one in contestants}
     spent: dict[str, list[float]] = {one.name: [] for one in contestants}
     with no_garbage_collection():

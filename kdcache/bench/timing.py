@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 
+from kdcache.errors import RecipeError
 from kdcache.metrics.timing import no_garbage_collection
 
 CUDA_WARM_UPS, CPU_WARM_UPS = 25, 2
 CUDA_REPEATS, CPU_REPEATS = 100, 15
 ROUNDS = 5
 """Turns that each contestant gets on the CPU."""
+LEAST_REPEATS = 3
+"""Repeats that a published median needs."""
 LEAST_FLUSH_BYTES = 2**28
 
 
@@ -51,6 +54,12 @@ class Spread:
             p80=ordered[round(0.8 * last)],
             repeats=len(ordered),
         )
+
+
+def check_repeats(count: int, flag: str = "--repeats") -> None:
+    """Check that a median of so many repeats says something. Raises: RecipeError."""
+    if count < LEAST_REPEATS:
+        raise RecipeError(f"Too few repeats for a median: {count}", fix=f"Use {flag} {LEAST_REPEATS} or more.")
 
 
 def default_repeats(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.training import CacheDataset
 
-SMALL = "--records 8 --batch-size 2 --repeats 2 --steps 2"
+SMALL = "--records 8 --batch-size 2 --repeats 3 --steps 3"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_readers_are_compared_with_zarr_python(tables, loader) -> None:
     rows = figures(table)
     assert {"direct", "zarr"} <= set(rows)
     for row in rows.values():
-        assert row["pace"]["time"]["repeats"] == 2
+        assert row["pace"]["time"]["repeats"] == 3
         assert row["ratio"]["zarr"] == pytest.approx(row["per_second"] / rows["zarr"]["per_second"])
     assert all(row["problem"] for row in table["rows"] if "pace" not in row)
 
@@ -204,9 +204,9 @@ def test_contestants_take_turns(script) -> None:
     def contestant(name: str, *processes: int) -> Any:
         return turns.Contestant(name, lambda: seen.append(name), 4, lambda: seen.append(f"before {name}"), processes)
 
-    paces = turns.in_turn([contestant("a"), contestant("b", 2**30)], 2)
-    assert seen == 2 * ["before a", "a", "before b", "b"]
-    assert paces["a"].time.repeats == 2
+    paces = turns.in_turn([contestant("a"), contestant("b", 2**30)], 3)
+    assert seen == 3 * ["before a", "a", "before b", "b"]
+    assert paces["a"].time.repeats == 3
     assert paces["a"].cpu is not None
     assert paces["b"].cpu is None, "no such process, no figure"
     mine, both = turns.cpu_seconds(()), turns.cpu_seconds((os.getpid(),))

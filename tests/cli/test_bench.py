@@ -10,7 +10,7 @@ import torch
 
 from kdcache.bench import kernels
 
-SMALL = "bench-kernels --device cpu --shapes 1x3x16x16/4 --repeats 2 --no-memory"
+SMALL = "bench-kernels --device cpu --shapes 1x3x16x16/4 --repeats 3 --no-memory"
 
 
 @pytest.fixture(autouse=True)

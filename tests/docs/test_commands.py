@@ -55,7 +55,7 @@ SUBSTITUTIONS = [
     # Nothing is measured for half a minute.
     (r" --measure-disk", ""),
     # Benchmarks look at little, once.
-    (r"--shapes camvid|(?<=bench-kernels) (?=--against)", " --shapes 1x3x16x16/4 --repeats 1 "),
+    (r"--shapes camvid|(?<=bench-kernels) (?=--against)", " --shapes 1x3x16x16/4 --repeats 3 "),
     (r"--against eager,compile,chunked", "--against eager,chunked"),
     (r"bench-kernels --check", "bench-kernels --check --dtype fp32"),
 ]

@@ -76,7 +76,7 @@ def test_a_row_is_kept_and_not_repeated(
     arms = [effect.Arm("E1", name, "base", f"--method {name} --augment replay", 2) for name in ("none", "dist")]
     live = effect.Arm("E1", "live", "base", "--method dist --augment replay --jitter 0", 2, live="base")
     files = effect.Arm("E1", "files", "", "", 2)
-    where = argparse.Namespace(data=camvid, out=tmp_path / "out", json=tmp_path / "study.json", minutes=60)
+    where = argparse.Namespace(data=camvid, out=tmp_path / "out", json=tmp_path / "study.json", minutes=60, mix=False)
     study = effect.Study(where)
     study.teach("E2", "base", "base", "dev")
     for arm in (*arms, live, files):

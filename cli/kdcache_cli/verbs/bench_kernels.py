@@ -48,7 +48,7 @@ def bench_kernels(
         _Option("--against", help="eager, compile, compile-max-autotune, chunked (image by image), liger; or none."),
     ] = "eager,compile,liger",
     repeats: Annotated[
-        int | None, _Option("--repeats", min=1, help="Samples of each (default: 15; 100 on CUDA).")
+        int | None, _Option("--repeats", help="Samples of each, at least 3 (default: 15; 100 on CUDA).")
     ] = None,
     memory: Annotated[bool, _Option(help="Measure peak memory; on a CPU in a fresh process each.")] = True,
     threads: shared_flags.Threads = MachineSettings.threads,
@@ -66,6 +66,7 @@ def bench_kernels(
     import torch
 
     from kdcache.bench.kernels import DTYPES, KINDS, RIVALS, Settings, parse_names, parse_shapes
+    from kdcache.bench.timing import check_repeats
     from kdcache.training import pick_device
 
     _check_removed("--case", case)
@@ -75,6 +76,8 @@ def bench_kernels(
     where = pick_device(device)
     cuda = where.type == "cuda"
     check_json(json_file)
+    if repeats is not None:
+        check_repeats(repeats)
     if check:
         raise typer.Exit(1 if _check(where, dtype, json_file) else 0)
     settings = Settings(
