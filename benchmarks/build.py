@@ -39,7 +39,7 @@ from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_cache, open_writer, summarise
 from kdcache.store.format.manifest_models import DepthLabels, View
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import DEPTH
 from kdcache.teacher import BuildOptions, Teacher, TeacherProbe, build_cache, plan_manifest
 from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.cost_estimate import estimate
@@ -53,27 +53,11 @@ FEATURES_BOUND, BYTES_BOUND = 0.9, 0.01
 """The least speed of a build of features over bare inference, and the most that its planned bytes may be off."""
 
 
-class Cycled(Split):
-    """The first `count` samples of a split, repeated when it has fewer."""
-
-    def __init__(self, inner: Split, count: int) -> None:
-        self.data, self.split, self.classes = inner.data, inner.split, inner.classes
-        self.ids = tuple(f"{index:06d}" for index in range(count))
-        self._inner = inner
-
-    def image(self, index: int) -> np.ndarray[Any, Any]:
-        """Return the image of the sample that stands at this place of the repeated split."""
-        return self._inner.image(index % len(self._inner))
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the sample that stands at this place of the repeated split has a label."""
-        return self._inner.has_label(index % len(self._inner), task)
-
-    def _segmentation(self, index: int) -> np.ndarray[Any, Any] | None:
-        return self._inner.label(index % len(self._inner))
-
-    def _depth(self, index: int) -> np.ndarray[Any, Any] | None:
-        return self._inner.label(index % len(self._inner), DEPTH)
+def cycled(split: Split, count: int) -> Split:
+    """Return the first `count` samples of a split, repeated when it has fewer."""
+    samples = itertools.islice(itertools.cycle(split.samples), count)
+    named = tuple(replace(sample, id=f"{number:06d}") for number, sample in enumerate(samples))
+    return Split(split.data, split.split, split.classes, named)
 
 
 class Measured(NamedTuple):
@@ -146,7 +130,7 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
     inner = open_split(arguments.data, arguments.split)
     count = arguments.records if spec.startswith("kdcache:") else max(arguments.batch_size, arguments.records // 8)
-    split = Cycled(inner, count)
+    split = cycled(inner, count)
     torch.manual_seed(0)
     taps = tuple(arguments.features_only or ())
     teacher = Teacher(build_model(spec, len(split.classes)).eval(), spec)
@@ -246,7 +230,7 @@ def build_and_report_memory(arguments: argparse.Namespace) -> None:
     """Build a cache of `--peak-memory` images and print the process's peak memory in MiB."""
     height, width = map(int, arguments.size.split("x"))
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
-    split = Cycled(open_split(arguments.data, arguments.split), arguments.peak_memory)
+    split = cycled(open_split(arguments.data, arguments.split), arguments.peak_memory)
     teacher = Teacher(build_model("kdcache:tiny", len(split.classes)).eval().to(device), "kdcache:tiny")
     options = BuildOptions(size=(height, width), views=1, shard_records=32, device=device)
     build_cache(split, teacher, arguments.out, options)

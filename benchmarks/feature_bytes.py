@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from common import header, write
 from kdcache.data import Split, open_split
-from kdcache.data.concat import Joined
-from kdcache.data.folds import Excerpt
+from kdcache.data.concat import join
+from kdcache.data.folds import excerpt
 from kdcache.store import evenly_spread, open_cache, summarise
 from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
 from kdcache.teacher.build.cost_estimate import estimate
@@ -83,10 +83,10 @@ def main() -> None:
     parser.add_argument("--take", type=int, help="so many images, evenly spread (default: all)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    split: Split = Joined(arguments.data, [open_split(arguments.data, name) for name in arguments.split])
+    split = join(arguments.data, [open_split(arguments.data, name) for name in arguments.split])
     whole = len(split)
     if arguments.take is not None:
-        split = Excerpt(split, evenly_spread(whole, arguments.take))
+        split = excerpt(split, evenly_spread(whole, arguments.take))
     teacher = load_teacher(Tokens(), split, classified=False)
     rows = {}
     with tempfile.TemporaryDirectory() as work:

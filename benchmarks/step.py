@@ -32,7 +32,7 @@ from common import header, random_cache, run, student_step, synchronise, write
 from kdcache.bench.kernels import memory
 from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
-from kdcache.data.folds import SplitPart
+from kdcache.data.folds import subset
 from kdcache.distill import AnyBatch, StreamLoss
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel, build_model
@@ -64,7 +64,7 @@ def teacher_of(spec: str, classes: int) -> SegmentationModel:
 def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
     """Build a store of a part of the data, with a teacher of random weights, and return its path."""
     whole = open_split(arguments.data, "train")
-    split = SplitPart(whole, range(min(RECORDS, len(whole))))
+    split = subset(whole, range(min(RECORDS, len(whole))))
     options = BuildOptions(size=arguments.size, views=1, device=torch.device(arguments.device), fidelity=False)
     return random_cache(split, arguments.teacher, folder, options)
 

@@ -1,6 +1,7 @@
 """Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
 
-    open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); for a folder, VOC, ...
+    open_split(data, split) -> Split          samples, ids, classes, image(i), label(i, task); for a folder, VOC, ...
+    Sample, Source, Numbered                  a sample, and how its image and labels are read, to make a split yourself
     from_dataset(dataset, classes)            the same for a data set in memory: PyTorch's, Hugging Face's
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
@@ -28,8 +29,8 @@ from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.converted import DataWarning
-from kdcache.data.match_classes import ClassesByName, classes_by_name
-from kdcache.data.memory import DatasetSplit, from_dataset
+from kdcache.data.match_classes import classes_by_name
+from kdcache.data.memory import from_dataset
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import (
     Augmentation,
@@ -43,7 +44,7 @@ from kdcache.data.rendering.depth import render_depth, zoom_of
 from kdcache.data.rendering.fit import Fit, choose_fit, fitted_share, whole_window
 from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
-from kdcache.data.sample import ClassList, Split
+from kdcache.data.sample import ClassList, Numbered, Sample, Source, Split, ids_digest
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
 from kdcache.data.tracing import traced
@@ -57,17 +58,18 @@ __all__ = [
     "Changes",
     "CheckReport",
     "ClassList",
-    "ClassesByName",
     "Contents",
     "Converted",
     "ConvertedSplit",
     "DataWarning",
-    "DatasetSplit",
     "DepthReport",
     "Fit",
     "Fold",
+    "Numbered",
     "RandAugment",
+    "Sample",
     "SharedSequence",
+    "Source",
     "Split",
     "SplitReport",
     "Window",
@@ -88,6 +90,7 @@ __all__ = [
     "folds_of",
     "from_dataset",
     "id_hash",
+    "ids_digest",
     "inside_rectangle",
     "list_splits",
     "open_split",

@@ -9,13 +9,14 @@ them together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import DerivedSplit, Pixels, Split
+from kdcache.data.sample import Pixels, Split
 from kdcache.data.sequences import folds_of
 from kdcache.errors import RecipeError
 
@@ -54,7 +55,7 @@ def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> 
 
     Raises: RecipeError for folds that the split cannot have.
     """
-    return SplitPart(split, np.flatnonzero(split.folds(folds, by) == number).tolist())
+    return subset(split, np.flatnonzero(split.folds(folds, by) == number).tolist())
 
 
 def check_folds(split: Split, folds: int, by: str | None = None) -> None:
@@ -96,22 +97,12 @@ def check_fold_labels(
         )
 
 
-class SplitPart(DerivedSplit):
-    """Some samples of a split, in its order."""
-
-    def __init__(self, whole: Split, numbers: Sequence[int]) -> None:
-        self.data, self.split, self.classes = whole.data, whole.split, whole.classes
-        self.label_map = whole.label_map
-        self.ids = tuple(whole.ids[number] for number in numbers)
-        self._whole, self._numbers = whole, list(numbers)
-
-    def _at(self, index: int) -> tuple[Split, int]:
-        return self._whole, self._numbers[index]
+def subset(split: Split, numbers: Iterable[int]) -> Split:
+    """Return a split of some samples, in the order of `numbers`. Its digest and its folds go by these samples."""
+    samples = tuple(split.samples[number] for number in numbers)
+    return Split(split.data, split.split, split.classes, samples, split.label_map, split.match)
 
 
-class Excerpt(SplitPart):
-    """Some samples of a split, to estimate the cost of all. Each stays in its fold of the whole split."""
-
-    def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-        """Return the fold of every sample (N,) in the whole split. Raises RecipeError as `Split.folds`."""
-        return self._whole.folds(folds, by)[self._numbers]
+def excerpt(split: Split, numbers: Iterable[int]) -> Split:
+    """Return some samples of a split, to estimate the cost of all. Each stays in its fold of the whole split."""
+    return replace(subset(split, numbers), fold_ids=split.fold_ids or split.ids)

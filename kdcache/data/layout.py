@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 
-from kdcache.data.concat import Joined, OneTask, parts_of, task_of
+from kdcache.data.concat import join, one_task, parts_of, task_of
 from kdcache.data.layouts.converted import DataWarning, source_changes
 from kdcache.data.layouts.registry import LayoutRoot, convert_command, find_layout
 from kdcache.data.memory import opened
 from kdcache.data.sample import Split
-from kdcache.data.scenes.generate import ScenesSpec, ScenesSplit, is_scenes
+from kdcache.data.scenes.generate import ScenesSpec, is_scenes, open_scenes
 from kdcache.errors import DataError
 
 
@@ -39,12 +39,12 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
     """
     data = os.fspath(data)
     if len(parts := parts_of(data)) > 1:
-        return Joined(data, [open_split(part, split) for part in parts])
+        return join(data, [open_split(part, split) for part in parts])
     task, data = task_of(data)
     if task is not None:
-        return OneTask(open_split(data, split), task)
+        return one_task(open_split(data, split), task)
     if is_scenes(data):
-        return ScenesSplit(data, split)
+        return open_scenes(data, split)
     if opened.is_memory(data):
         return opened.find(data, split)
     layout, root, images = _find(data, exports)

@@ -2,71 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 
-from kdcache.data.sample import ClassList, DerivedSplit, Pixels, Split
+from kdcache.data.sample import ClassList, ClassMatch, FileDigest, Pixels, Source, Split
 from kdcache.errors import MismatchError
-from kdcache.tasks import IGNORE_INDEX
+from kdcache.tasks import IGNORE_INDEX, SEGMENTATION
 
 
-class ClassesByName(DerivedSplit):
-    """The samples of a split with labels mapped by name to other classes. Classes without an equal name are void.
+@dataclass(frozen=True, slots=True, eq=False)
+class Mapped(Source[Pixels]):
+    """A label with its class ids mapped by a table, uint8 (256,). Its digest is the label's."""
 
-    Names are compared without case, unless a list has two that differ only in case.
+    label: Source[Pixels]
+    table: Pixels
 
-    Args:
-        classes: the target classes, such as a model's.
+    def read(self) -> Pixels:
+        """Return the mapped label."""
+        return self.table.take(self.label.read())
 
-    Attributes:
-        shared: names that both lists have, in the order of `classes`.
-        missing: names of `classes` that the split does not have.
-        void: names of the split's classes that `classes` do not have.
+    def raw(self) -> Pixels:
+        """Return the mapped label, not checked."""
+        return self.table.take(self.label.raw())
 
-    Raises: MismatchError if no name is shared.
-    """
-
-    def __init__(self, whole: Split, classes: ClassList) -> None:
-        own = whole.classes.names
-        self.data, self.split, self.ids, self.classes = whole.data, whole.split, whole.ids, classes
-        class_of = {
-            i: number for i, name in enumerate(own) if (number := _number_of(name, own, classes.names)) is not None
-        }
-        self.shared = tuple(name for number, name in enumerate(classes.names) if number in class_of.values())
-        self.missing = tuple(name for name in classes.names if name not in self.shared)
-        self.void = tuple(name for i, name in enumerate(own) if i not in class_of)
-        if not self.shared:
-            raise MismatchError(
-                f"No common class: {', '.join(own)} in {whole.data}, split {whole.split!r}, "
-                f"and {', '.join(classes.names)} in the model",
-                fix="Rename the classes in the data's classes.txt, or name the model's with --class-map.",
-            )
-        table = np.full(256, IGNORE_INDEX, np.uint8)
-        table[list(class_of)] = list(class_of.values())
-        self._whole, self._table = whole, table
-        files = whole.label_map
-        self.label_map = table if files is None else table.take(files)
-
-    def _at(self, index: int) -> tuple[Split, int]:
-        return self._whole, index
-
-    def raw_label(self, index: int) -> Pixels | None:
-        """Return the unchecked label, mapped to the target classes."""
-        label = self._whole.raw_label(index)
-        return None if label is None else self._table.take(label)
-
-    def _segmentation(self, index: int) -> Pixels | None:
-        label = self._whole.label(index)
-        return None if label is None else self._table.take(label)
+    def digest(self, of_file: FileDigest | None = None) -> str:
+        """Return the label's digest."""
+        return self.label.digest(of_file)
 
 
 def classes_by_name(split: Split, classes: ClassList) -> Split:
-    """Return a split in the classes of a model, unchanged if names are equal or one of the two has no classes.
+    """Return a split with labels mapped by name to a model's classes. Classes without an equal name are void.
+
+    Names are compared without case, unless a list has two that differ only in case. The split is unchanged if names are
+    equal or one of the two has no classes.
 
     Raises: MismatchError if no name is shared.
     """
     if not len(classes) or split.classes.names in (classes.names, ()):
         return split
-    return ClassesByName(split, classes)
+    own = split.classes.names
+    class_of = {i: number for i, name in enumerate(own) if (number := _number_of(name, own, classes.names)) is not None}
+    shared = tuple(name for number, name in enumerate(classes.names) if number in class_of.values())
+    if not shared:
+        raise MismatchError(
+            f"No common class: {', '.join(own)} in {split.data}, split {split.split!r}, "
+            f"and {', '.join(classes.names)} in the model",
+            fix="Rename the classes in the data's classes.txt, or name the model's with --class-map.",
+        )
+    match = ClassMatch(
+        shared,
+        missing=tuple(name for name in classes.names if name not in shared),
+        void=tuple(name for i, name in enumerate(own) if i not in class_of),
+    )
+    table = np.full(256, IGNORE_INDEX, np.uint8)
+    table[list(class_of)] = list(class_of.values())
+    samples = tuple(replace(sample, labels=_mapped(sample.labels, table)) for sample in split.samples)
+    label_map = table if split.label_map is None else table.take(split.label_map)
+    return Split(split.data, split.split, classes, samples, label_map, match)
+
+
+def _mapped(labels: Mapping[str, Source[Any]], table: Pixels) -> Mapping[str, Source[Any]]:
+    if SEGMENTATION not in labels:
+        return labels
+    return {**labels, SEGMENTATION: Mapped(labels[SEGMENTATION], table)}
 
 
 def _number_of(name: str, own: tuple[str, ...], others: tuple[str, ...]) -> int | None:

@@ -1,8 +1,11 @@
 """The data set interface of kdcache: class names and, per split, samples with stable ids.
 
-The teacher pass, the trainer and the checks all read from a `Split`. It holds paths or seeds, never pixels, so it is
-small, picklable (DataLoader workers use forkserver) and quick to open. `image` and `label` return new arrays, which a
-caller may modify.
+The teacher pass, the trainer and the checks all read from a `Split`: a tuple of samples and their classes. A sample
+holds sources, which hold paths or seeds, never pixels. So a split is small, picklable (DataLoader workers use
+forkserver) and quick to open. `image` and `label` return new arrays, which a caller may modify.
+
+Other splits are made of the same samples: a fold (folds.py), several data sets joined and the labels of one task
+(concat.py), labels in other classes (match_classes.py).
 
 A sample may have a label of every task, of some or of none. Segmentation labels are uint8 with 255 for void, which
 limits a class list to 255 classes: every published benchmark in use fits, and the label of a 1024 x 2048 image takes
@@ -15,22 +18,23 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.sequences import folds_of
 from kdcache.errors import DataError
-from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION, TASKS
+from kdcache.tasks import IGNORE_INDEX, SEGMENTATION, TASKS
 
 Pixels = npt.NDArray[np.uint8]
 FileDigest = Callable[[Path], str]
 Depth = npt.NDArray[np.float32]
+Values = TypeVar("Values", bound=npt.NDArray[Any])
 
 
 @dataclass(frozen=True)
@@ -88,45 +92,146 @@ class ClassList:
             )
 
 
-class Split(ABC):
-    """One split of a data set: an ordered list of samples.
+@dataclass(frozen=True)
+class ClassMatch:
+    """The classes of a data set and of a model that have equal names.
+
+    Attributes:
+        shared: names that both have, in the model's order.
+        missing: names of the model that the data do not have.
+        void: names of the data that the model does not have.
+    """
+
+    shared: tuple[str, ...]
+    missing: tuple[str, ...]
+    void: tuple[str, ...]
+
+
+class Pickled:
+    """A frozen data class with slots that is pickled as its fields: three times faster than by default."""
+
+    __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__match_args__)
+
+
+class Source(Pickled, ABC, Generic[Values]):
+    """An array of a sample, an image or a label, that is read when it is asked for.
+
+    It holds a path, or a reader and a number, never pixels. Subclasses define `read`, and the rest if it differs.
+    """
+
+    __slots__ = ()
+
+    @property
+    def path(self) -> Path | None:
+        """The file that holds this array, or None for an array of another origin."""
+        return None
+
+    @abstractmethod
+    def read(self) -> Values:
+        """Return a new contiguous array, as `Split.image` and `Split.label` describe it. Raises: as they do."""
+
+    def raw(self) -> Values:
+        """Return the array, not checked against image and classes, for reports on broken data."""
+        return self.read()
+
+    def size(self) -> tuple[int, int]:
+        """Return (H, W), from the file's header if possible. Raises: as `read`."""
+        height, width, *_ = self.read().shape
+        return height, width
+
+    def digest(self, of_file: FileDigest | None = None) -> str:
+        """Return the SHA-256 of the file, by `of_file` if given, or of the array if no file holds it."""
+        array = self.read()
+        return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Numbered(Source[Values]):
+    """The array that a function returns for a number, such as a reader's method for an item of a data set."""
+
+    function: Callable[[int], Values]
+    number: int
+
+    def read(self) -> Values:
+        """Return the function's array. Raises: as the function."""
+        return self.function(self.number)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample(Pickled):
+    """An image with its labels.
+
+    Attributes:
+        id: stable and unique in its split.
+        image: uint8 (H, W, 3), RGB, EXIF-upright.
+        labels: the sources of labels by task, of the tasks that the sample has a label of.
+        origin: a name of the image that another split's image has only if it is the same.
+    """
+
+    id: str
+    image: Source[Pixels]
+    labels: Mapping[str, Source[Any]]
+    origin: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Split:
+    """One split of a data set: its samples and classes.
 
     Attributes:
         data: the spec or folder as the user gave it.
         split: the split's name.
         classes: names and colours of the label ids.
-        ids: stable unique sample ids, sorted. `index` below counts in this order.
+        samples: in the order of their ids. `index` below counts in this order.
         label_map: uint8 (256,), the class id of every number in the label files, or None if they are class ids already.
-
-    Subclasses set these and define `image`, `has_label` and `_segmentation`. Subclasses with depth also define
-    `_depth`.
+        match: how labels were mapped to these classes, or None if they were not.
+        fold_ids: the ids whose folds count, of the split that this is an excerpt of. None: the split's own.
+        known_digest: what `digest` returns, if not the digest of this split's names.
+        id_rule: what the ids are made of, in words, and so which changes `digest` can notice. Empty for files.
     """
 
     data: str
     split: str
     classes: ClassList
-    ids: tuple[str, ...]
+    samples: tuple[Sample, ...]
     label_map: Pixels | None = None
+    match: ClassMatch | None = None
+    fold_ids: tuple[str, ...] | None = None
+    known_digest: str | None = None
+    id_rule: str = ""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.samples)
+
+    def __repr__(self) -> str:
+        tasks = " and ".join(self.tasks) or "no labels"
+        ids = f"; ids are {self.id_rule}" if self.id_rule else ""
+        return f"<{self.data}, split {self.split}: {len(self)} samples, {tasks}{ids}>"
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The stable unique sample ids, sorted."""
+        return tuple(sample.id for sample in self.samples)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The tasks with a label of any sample, in the order of `TASKS`. Reads no file."""
-        return tuple(task for task in TASKS if any(self.has_label(index, task) for index in range(len(self))))
+        return tuple(task for task in TASKS if any(task in sample.labels for sample in self.samples))
 
-    @abstractmethod
     def image(self, index: int) -> Pixels:
         """Return the image as a new contiguous array: uint8 (H, W, 3), RGB, EXIF-upright.
 
         Raises: DataError naming the file.
         """
+        return self.samples[index].image.read()
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Return (H, W) of an image, from the file's header if possible. Raises: as `image`."""
-        height, width, _ = self.image(index).shape
-        return height, width
+        return self.samples[index].image.size()
 
     @overload
     def label(self, index: int, task: Literal["segmentation"] = ...) -> Pixels | None: ...
@@ -142,116 +247,61 @@ class Split(ABC):
         Raises: DataError for a file that does not fit this image, ids beyond the classes, or impossible depths;
             ValueError for another task.
         """
-        check_task(task)
-        return self._depth(index) if task == DEPTH else self._segmentation(index)
+        source = self._source(index, task)
+        return None if source is None else source.read()
 
-    @abstractmethod
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         """Return whether the sample has a label of a task. Reads no file."""
+        return task in self.samples[index].labels
 
-    def raw_label(self, index: int) -> Pixels | None:
-        """Return the segmentation label, not checked against image and classes, for reports on broken data.
+    def raw_label(self, index: int, task: str = SEGMENTATION) -> Any:
+        """Return the label of a task or None, not checked against image and classes, for reports on broken data.
 
-        Numbers without a class stay unchanged.
+        Numbers without a class stay unchanged. Depths may be negative or without a unit.
+
+        Raises: DataError for a file that cannot be read; ValueError for another task.
         """
-        return self._segmentation(index)
-
-    def raw_depth(self, index: int) -> Depth | None:
-        """Return the unchecked depth label for reports. Its numbers may be negative or without a unit."""
-        return self._depth(index)
+        source = self._source(index, task)
+        return None if source is None else source.raw()
 
     def origin(self, index: int) -> str:
         """Return a name of the image that another split's image has only if it is the same. Reads no file."""
-        return f"{self.data} {self.split} {self.ids[index]}"
+        return self.samples[index].origin
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
         """Return the SHA-256 of the image, of the label (or None) and, if any, of the depth.
 
-        Here they are digests of the arrays. A split of files returns digests of the files' bytes, by `of_file` if
-        given.
+        A digest is of the file's bytes, by `of_file` if given, or of the array if no file holds it.
         """
-        segmentation, depth = self._segmentation(index), self._depth(index)
-        return (
-            _array_digest(self.image(index)),
-            None if segmentation is None else _array_digest(segmentation),
-            *(() if depth is None else (_array_digest(depth),)),
-        )
-
-    @abstractmethod
-    def _segmentation(self, index: int) -> Pixels | None:
-        """Return the label of segmentation, as `label` describes it. Raises: as it does."""
-
-    def _depth(self, index: int) -> Depth | None:
-        """Return the label of depth, as `label` describes it. Raises: as it does."""
-        return None
+        sample = self.samples[index]
+        labels = [sample.labels[task].digest(of_file) if task in sample.labels else None for task in TASKS]
+        while labels[-1] is None and len(labels) > 1:
+            labels.pop()
+        return sample.image.digest(of_file), *labels
 
     def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
         """Return the fold of every sample (N,) by `folds_of`. Raises RecipeError as it does."""
-        return folds_of(self.ids, folds, by)
+        if self.fold_ids is None:
+            return folds_of(self.ids, folds, by)
+        of_id = dict(zip(self.fold_ids, folds_of(self.fold_ids, folds, by).tolist(), strict=True))
+        return np.array([of_id[sample] for sample in self.ids], np.int64)
 
     def digest(self) -> str:
         """Return the SHA-256 over class names, sample ids and `label_map`. It reads no file, so ignores contents."""
-        content: list[list[str] | list[int]] = [list(self.classes.names), list(self.ids)]
-        if self.label_map is not None:
-            content.append(self.label_map.tolist())
-        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
+        return self.known_digest or ids_digest(self.classes.names, self.ids, self.label_map)
+
+    def _source(self, index: int, task: str) -> Source[Any] | None:
+        if task not in TASKS:
+            raise ValueError(f"a task is one of {', '.join(TASKS)}, got {task!r}")
+        return self.samples[index].labels.get(task)
 
 
-class DerivedSplit(Split):
-    """A split with samples of other splits. Subclasses say where each comes from, and what differs."""
-
-    @abstractmethod
-    def _at(self, index: int) -> tuple[Split, int]:
-        """Return the split that a sample comes from, and its number there."""
-
-    def image(self, index: int) -> Pixels:
-        """Return the image of the source's sample."""
-        source, number = self._at(index)
-        return source.image(number)
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return (H, W) of the source's image."""
-        source, number = self._at(index)
-        return source.image_size(number)
-
-    def origin(self, index: int) -> str:
-        """Return the origin of the source's sample."""
-        source, number = self._at(index)
-        return source.origin(number)
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the source's sample has a label of the task."""
-        source, number = self._at(index)
-        return source.has_label(number, task)
-
-    def raw_label(self, index: int) -> Pixels | None:
-        """Return the source's unchecked segmentation label."""
-        source, number = self._at(index)
-        return source.raw_label(number)
-
-    def raw_depth(self, index: int) -> Depth | None:
-        """Return the source's unchecked depth label."""
-        source, number = self._at(index)
-        return source.raw_depth(number)
-
-    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the digests of the source's sample."""
-        source, number = self._at(index)
-        return source.content_digests(number, of_file)
-
-    def _segmentation(self, index: int) -> Pixels | None:
-        source, number = self._at(index)
-        return source.label(number)
-
-    def _depth(self, index: int) -> Depth | None:
-        source, number = self._at(index)
-        return source.label(number, DEPTH)
-
-
-def check_task(task: str) -> None:
-    """Raise ValueError for an unknown task."""
-    if task not in TASKS:
-        raise ValueError(f"a task is one of {', '.join(TASKS)}, got {task!r}")
+def ids_digest(class_names: Sequence[str], ids: Sequence[str], label_map: Pixels | None = None) -> str:
+    """Return the SHA-256 of class names, ids and, if given, a label map: `Split.digest`, and a manifest's digest."""
+    content: list[list[str] | list[int]] = [list(class_names), list(ids)]
+    if label_map is not None:
+        content.append(label_map.tolist())
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
@@ -271,7 +321,3 @@ def voc_colour(index: int) -> tuple[int, int, int]:
     """Return an id's RGB in the PASCAL VOC colour map. Bits 0, 3, 6 are red's high bits; 1, 4, 7 are green's."""
     r, g, b = (sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
     return r, g, b
-
-
-def _array_digest(array: Pixels | Depth) -> str:
-    return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()

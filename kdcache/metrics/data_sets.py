@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdcache.data import ClassesByName, Split
+from kdcache.data import Split
 from kdcache.metrics.confusion import Metrics, mean_of
 from kdcache.metrics.evaluate import TaskMetrics
 from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, iou_listing, markdown_table, percent
@@ -33,11 +33,11 @@ class OnDataSet:
     @classmethod
     def of(cls, split: Split, metrics: TaskMetrics) -> "OnDataSet":
         """Return the metrics of a pass over a split from `classes_by_name`, without the classes that it lacks."""
-        if not isinstance(split, ClassesByName):
+        if (match := split.match) is None:
             return cls(split.data, split.split, metrics)
         if metrics.segmentation is not None:
-            metrics = replace(metrics, segmentation=metrics.segmentation.over(split.shared))
-        return cls(split.data, split.split, metrics, split.missing, split.void)
+            metrics = replace(metrics, segmentation=metrics.segmentation.over(match.shared))
+        return cls(split.data, split.split, metrics, match.missing, match.void)
 
     def to_json(self) -> dict[str, Any]:
         """Return the metrics, and the classes that are not shared, as JSON values."""

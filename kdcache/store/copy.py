@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from kdcache.data import ids_digest
 from kdcache.errors import MismatchError, StoreError, suggest
 from kdcache.store.backend.open import open_place
 from kdcache.store.format.codec import Array, round_targets
@@ -34,7 +35,7 @@ from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Dataset, Feature, Fidelity
 from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.reader import Cache
-from kdcache.store.subset import SAMPLE_RECORDS, evenly_spread, ids_digest
+from kdcache.store.subset import SAMPLE_RECORDS, evenly_spread
 from kdcache.store.worker import Worker
 from kdcache.store.writer import StoreWriter, open_writer
 

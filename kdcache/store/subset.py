@@ -1,8 +1,4 @@
-"""The samples of a part of a store, and the digest of their ids."""
-
-import hashlib
-import json
-from collections.abc import Sequence
+"""The samples of a part of a store."""
 
 import numpy as np
 
@@ -26,9 +22,3 @@ def spread_samples(source: Cache, count: int) -> list[int]:
             f"Cannot copy {count} of {samples} samples of {source.place}", fix=f"Give a number from 1 to {samples}."
         )
     return evenly_spread(samples, count)
-
-
-def ids_digest(class_names: Sequence[str], ids: Sequence[str]) -> str:
-    """Return the SHA-256 of class names and ids, which is the manifest's digest and `Split.digest`."""
-    text = json.dumps([list(class_names), list(ids)], ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -6,12 +6,11 @@ was trained on other samples, elsewhere or from another list, is assumed to have
 
 import numpy as np
 
-from kdcache.data import Fold
+from kdcache.data import Fold, ids_digest
 from kdcache.errors import KDCacheError, MismatchError
 from kdcache.store import Cache, open_caches, seal_of
 from kdcache.store.format.flags import Flags, unpack_flags
 from kdcache.store.format.teacher_models import Training
-from kdcache.store.subset import ids_digest
 from kdcache.training.config import TrainConfig
 
 

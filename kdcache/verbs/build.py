@@ -31,7 +31,7 @@ from kdcache.teacher import (
 )
 from kdcache.teacher import build_cache as build
 from kdcache.teacher.audit.verify import Score
-from kdcache.teacher.build.render import StoredViews
+from kdcache.teacher.build.render import LikeSplit
 from kdcache.verbs.build_parts import Note, Origin, check_source, check_views, plan_like, plan_reuse, prepare
 from kdcache.verbs.keywords import Data, checked, keywords
 
@@ -137,7 +137,7 @@ def _scored(built: Built, source: Split, out: str | Path) -> Built:
     built = replace(built, summary=summarise(cache))
     if cache.manifest.segmentation is None:
         return built
-    like = JoinedCache({"": source.like, "out": cache}) if isinstance(source, StoredViews) else None
+    like = JoinedCache({"": source.like, "out": cache}) if isinstance(source, LikeSplit) and source.stored else None
     score = score_cache(Records(cache, source) if like is None else Records(like))  # which has pixels and labels
     if score is not None and (nothing := at_chance(score.metrics)) is not None:
         warn(

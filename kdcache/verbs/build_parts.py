@@ -30,7 +30,7 @@ from kdcache.teacher import (
     options_of,
 )
 from kdcache.teacher.build.manifest import libraries
-from kdcache.teacher.build.render import LikeSplit, StoredViews
+from kdcache.teacher.build.render import split_like, stored_split
 from kdcache.teacher.load.ensemble import check_computable
 from kdcache.training import pick_device
 from kdcache.verbs.keywords import Data, open_data
@@ -170,9 +170,10 @@ def plan_like(
             fix="Leave these flags out: --like copies them.",
         )
     own = {name: value for name, value in own.items() if value is not None}
-    source: Split = (
-        StoredViews(cache) if data is None else LikeSplit(cache, open_data(data, split or manifest.dataset.split))
-    )
+    if data is None:
+        source = stored_split(cache)
+    else:
+        source = split_like(cache, open_data(data, split or manifest.dataset.split))
     pixels = given.get("pixels", "source")
     return plan_build(source, teacher, {**settings, **own, "pixels": pixels}, out, note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.analysis.per_image import best_and_worst, ranked, score_images
-from kdcache.data import Split, open_split
+from kdcache.data import Numbered, Split, open_split
 from kdcache.errors import DataError
 from kdcache.metrics import evaluate_model, predictions
 from kdcache.models import SegmentationModel
@@ -70,9 +71,10 @@ def test_predictions_are_not_kept(model: SegmentationModel, monkeypatch: pytest.
     assert 2 <= most <= 4
 
 
-def test_an_image_of_void_has_no_score(model: SegmentationModel, split: Split, monkeypatch) -> None:
-    monkeypatch.setattr(split, "label", lambda index: np.full(split.image(index).shape[:2], 255, np.uint8))
-    found = score_images(model, split, SIZE)
+def test_an_image_of_void_has_no_score(model: SegmentationModel, split: Split) -> None:
+    void = Numbered(lambda index: np.full(split.image_size(index), 255, np.uint8), 0)
+    samples = tuple(replace(sample, labels={"segmentation": void}) for sample in split.samples)
+    found = score_images(model, replace(split, samples=samples), SIZE)
     assert found.known() == []
     assert ranked([found]) == []
     assert found.to_json()["images"][0]["miou"] is None

@@ -20,7 +20,7 @@ def test_one_task_hides_the_labels_of_the_others() -> None:
     depth, classes = (open_split(f"{task}:{FAR}", "val") for task in ("depth", "segmentation"))
     assert (depth.tasks, classes.tasks) == (("depth",), ("segmentation",))
     assert (depth.classes.names, classes.classes) == ((), whole.classes)
-    assert [depth.label(1), depth.raw_label(1), classes.label(1, "depth"), classes.raw_depth(1)] == [None] * 4
+    assert [depth.label(1), depth.raw_label(1), classes.label(1, "depth"), classes.raw_label(1, "depth")] == [None] * 4
     np.testing.assert_array_equal(depth.label(1, "depth"), whole.label(1, "depth"))
     np.testing.assert_array_equal(classes.label(1), whole.label(1))
     np.testing.assert_array_equal(depth.image(1), whole.image(1))

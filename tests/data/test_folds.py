@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.data import check_folds, fold_alone, folds_of, open_split, parse_fold, write_scenes
-from kdcache.data.folds import Excerpt
+from kdcache.data.folds import excerpt
 from kdcache.errors import RecipeError
 
 
@@ -55,7 +55,7 @@ def test_folds_are_parts_of_a_split() -> None:
         assert part.has_label(0)
 
 
-@pytest.mark.parametrize("parted", [lambda split: fold_alone(split, 1, 3), lambda split: Excerpt(split, [4, 6])])
+@pytest.mark.parametrize("parted", [lambda split: fold_alone(split, 1, 3), lambda split: excerpt(split, [4, 6])])
 def test_a_part_gives_what_the_whole_has(tmp_path, parted) -> None:
     """Image, label, the numbers in the label's file, and digests of the files, each of the sample with that id."""
     split = open_split(write_scenes(tmp_path / "data", "scenes:36x52,train=8,val=1"), "train")
@@ -78,10 +78,10 @@ def test_a_part_gives_what_the_whole_has(tmp_path, parted) -> None:
 def test_an_excerpt_keeps_the_folds_of_the_whole() -> None:
     split = open_split("scenes:36x52,train=9", "train")
     numbers = [1, 4, 8]
-    assert Excerpt(split, numbers).folds(5).tolist() == folds_of(split.ids, 5)[numbers].tolist()
-    assert len(Excerpt(split, [3]).folds(9)) == 1
+    assert excerpt(split, numbers).folds(5).tolist() == folds_of(split.ids, 5)[numbers].tolist()
+    assert len(excerpt(split, [3]).folds(9)) == 1
     with pytest.raises(RecipeError, match="folds"):
-        Excerpt(split, numbers).folds(10)
+        excerpt(split, numbers).folds(10)
 
 
 def test_a_class_in_one_fold_alone(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from kdcache.data import IGNORE_INDEX, check, fold_alone
 from kdcache.data import list_splits as list_any_splits
 from kdcache.data import open_split as open_any_split
-from kdcache.data.folds import SplitPart
+from kdcache.data.folds import subset
 from kdcache.data.layouts.label_ids import id_table
 from kdcache.data.layouts.registry import LAYOUTS, find_layout, split_prefix
 
@@ -86,7 +87,7 @@ def test_a_layout_is_found_and_every_number_mapped(layout, tiny, tmp_path) -> No
             assert label.flags.writeable
             assert label.flags.c_contiguous
             assert opened.has_label(index)
-            with Image.open(opened.image_path(index)) as image:
+            with Image.open(opened.samples[index].image.path) as image:
                 assert np.array_equal(opened.image(index), np.array(image.convert("RGB")))
 
 
@@ -161,7 +162,7 @@ def test_torchvision_reads_the_same_cityscapes(tiny, tmp_path) -> None:
     root = tiny.write("cityscapes", tmp_path / "set")
     theirs = Cityscapes(str(root), split="train", mode="fine", target_type="semantic")
     ours = open_split(root, "train")
-    pairs = {(str(ours.image_path(i)), str(ours.label_path(i))) for i in range(len(ours))}
+    pairs = {(str(sample.image.path), str(sample.labels["segmentation"].path)) for sample in ours.samples}
     assert pairs == {(image, targets[0]) for image, targets in zip(theirs.images, theirs.targets, strict=True)}
 
 
@@ -188,7 +189,7 @@ def test_train_ids_are_used_as_they_are_where_there_are_no_label_ids(tiny, tmp_p
 
 def test_a_part_of_a_split_is_mapped_as_the_whole(tiny, tmp_path) -> None:
     split = open_split(tiny.write("cityscapes", tmp_path), "train")
-    every = SplitPart(split, range(len(split)))
+    every = subset(split, range(len(split)))
     assert every.digest() == split.digest()
     assert fold_alone(split, 0, 2).label_map is split.label_map is not None
 
@@ -203,9 +204,9 @@ def test_the_digest_covers_the_mapping_and_is_what_it_was_without_one(tiny, tmp_
         other = pickle.loads(pickle.dumps(split))
         assert other.digest() == split.digest()
         if other.label_map is not None:
-            other.label_map = other.label_map.copy()
-            other.label_map[7] = IGNORE_INDEX if other.label_map[7] != IGNORE_INDEX else 0
-            assert other.digest() != split.digest()
+            table = other.label_map.copy()
+            table[7] = IGNORE_INDEX if table[7] != IGNORE_INDEX else 0
+            assert replace(other, label_map=table).digest() != split.digest()
 
 
 def test_a_split_survives_pickling_and_a_change_of_directory(tiny, tmp_path, monkeypatch) -> None:
@@ -293,7 +294,9 @@ def test_paths_of_other_machines_count_by_their_last_two_parts(parts, absolute, 
     tiny.write_list(root / "train.txt", [line.replace("/", "\\") if backslashes else line])
     split = open_split(root, "train")
     assert split.ids == ("a",)
-    assert (split.image_path(0), split.label_path(0)) == (root / "train/a.png", root / "trainannot/a.png")
+    sample = split.samples[0]
+    assert sample.image.path == root / "train/a.png"
+    assert sample.labels["segmentation"].path == root / "trainannot/a.png"
 
 
 def test_paths_that_exist_are_used_as_they_are(tiny, tmp_path) -> None:
@@ -301,7 +304,7 @@ def test_paths_that_exist_are_used_as_they_are(tiny, tmp_path) -> None:
     tiny.save_image(tmp_path / "else_where/train/z.png")
     tiny.write_list(root / "train.txt", [f"{tmp_path}/else_where/train/z.png trainannot/a.png"])
     split = open_split(root, "train")
-    assert (split.ids, split.image_path(0)) == (("z",), tmp_path / "else_where/train/z.png")
+    assert (split.ids, split.samples[0].image.path) == (("z",), tmp_path / "else_where/train/z.png")
     assert split.has_label(0)
 
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdcache.data import ClassList, Split
+from kdcache.data import ClassList, Numbered, Sample, Split
 from kdcache.data.sample import default_colours, ids_out_of_range
 from kdcache.errors import DataError
 
 
-class OnlyIds(Split):
-    def __init__(self, names: tuple[str, ...], ids: tuple[str, ...]) -> None:
-        self.data, self.split, self.classes, self.ids = "memory", "train", ClassList(names), ids
-
-    def image(self, index: int) -> np.ndarray:
-        return np.full((2, 3, 3), index, np.uint8)
-
-    def has_label(self, index: int, task: str = "segmentation") -> bool:
-        return index == 0 and task == "segmentation"
-
-    def _segmentation(self, index: int) -> np.ndarray | None:
-        return np.zeros((2, 3), np.uint8) if self.has_label(index) else None
+def only_ids(names: tuple[str, ...], ids: tuple[str, ...]) -> Split:
+    """Return a split in memory. Only its first sample has a label."""
+    image = lambda number: np.full((2, 3, 3), number, np.uint8)  # noqa: E731
+    label = Numbered(lambda number: np.zeros((2, 3), np.uint8), 0)
+    samples = tuple(
+        Sample(name, Numbered(image, number), {} if number else {"segmentation": label}, name)
+        for number, name in enumerate(ids)
+    )
+    return Split("memory", "train", ClassList(names), samples)
 
 
 def test_default_colours_are_distinct_and_kept_through_json() -> None:
@@ -55,17 +52,17 @@ def test_malformed_class_lists_are_refused(names, colours, rule) -> None:
 
 def test_digest_sees_names_and_ids_and_where_they_end() -> None:
     splits = [
-        OnlyIds(("a", "b"), ("1", "2")),
-        OnlyIds(("a", "c"), ("1", "2")),
-        OnlyIds(("a", "b"), ("12",)),
-        OnlyIds(("a", "b", "1"), ("2",)),
+        only_ids(("a", "b"), ("1", "2")),
+        only_ids(("a", "c"), ("1", "2")),
+        only_ids(("a", "b"), ("12",)),
+        only_ids(("a", "b", "1"), ("2",)),
     ]
     assert len({split.digest() for split in splits}) == len(splits)
-    assert splits[0].digest() == OnlyIds(("a", "b"), ("1", "2")).digest()
+    assert splits[0].digest() == only_ids(("a", "b"), ("1", "2")).digest()
 
 
 def test_default_content_digests_cover_arrays() -> None:
-    split = OnlyIds(("a", "b"), ("1", "2"))
+    split = only_ids(("a", "b"), ("1", "2"))
     (image0, label0), (image1, label1) = split.content_digests(0), split.content_digests(1)
     assert image0 != image1
     assert label0 is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from kdcache.data import ClassList, Split, open_split
+from kdcache.data import ClassList, Numbered, Split, open_split
 from kdcache.errors import DataError
 from kdcache.metrics import DepthMetrics, DepthRange, TaskMetrics, evaluate_model, evaluate_tasks, metrics_markdown
 from kdcache.metrics.tables import depth_figure
@@ -22,26 +23,19 @@ SCENES = "scenes:40x56,train=4,val=5,depth=exact"
 SIZE = (24, 40)
 
 
-class OnlyDepth(Split):
-    """A split that has depth alone, of another split; its first image has no label, its second no valid pixel."""
+def only_depth(of: Split, change: Callable[[np.ndarray], np.ndarray] = lambda depth: depth) -> Split:
+    """Return a split with depth only, of another split: its first image has no label, its second no valid pixel."""
 
-    def __init__(self, of: Split, change: Callable[[np.ndarray], np.ndarray] = lambda depth: depth) -> None:
-        self._of, self._change = of, change
-        self.data, self.split, self.classes, self.ids = of.data, of.split, ClassList(()), of.ids
+    def depth(number: int) -> np.ndarray:
+        metres = of.label(number, "depth")
+        assert metres is not None
+        return np.full_like(metres, np.nan) if number == 1 else change(metres)
 
-    def image(self, index: int) -> np.ndarray:
-        return self._of.image(index)
-
-    def has_label(self, index: int, task: str = "segmentation") -> bool:
-        return task == "depth" and index > 0
-
-    def _segmentation(self, index: int) -> None:
-        return None
-
-    def _depth(self, index: int) -> np.ndarray | None:
-        depth = self._of.label(index, "depth")
-        assert depth is not None
-        return None if index == 0 else np.full_like(depth, np.nan) if index == 1 else self._change(depth)
+    samples = tuple(
+        replace(sample, labels={"depth": Numbered(depth, number)} if number else {})
+        for number, sample in enumerate(of.samples)
+    )
+    return Split(of.data, of.split, ClassList(()), samples)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +85,7 @@ def test_both_tasks_score_as_each_written_out(model: SegmentationModel, split: S
 
 
 def test_depth_alone_is_judged_where_it_is_known(model: SegmentationModel, split: Split) -> None:
-    only = OnlyDepth(split)
+    only = only_depth(split)
     scored = evaluate_tasks(model, only, SIZE)
     assert scored.segmentation is None
     assert scored.depth is not None
@@ -116,12 +110,12 @@ def test_one_task_alone_is_as_before(split: Split) -> None:
 
 def test_what_cannot_be_judged_is_refused(model: SegmentationModel, split: Split) -> None:
     with pytest.raises(DataError, match=r"predicts segmentation, and .* has labels of depth"):
-        evaluate_tasks(build_model("kdcache:tiny", 7), OnlyDepth(split), SIZE)
+        evaluate_tasks(build_model("kdcache:tiny", 7), only_depth(split), SIZE)
     with pytest.raises(DataError, match="Cannot use --min-depth"):
         evaluate_tasks(build_model("kdcache:tiny", 7), split, SIZE, depth=DepthSettings(max_depth=10))
     for change in (lambda depth: depth * np.nan, lambda depth: depth + 100):
         with pytest.raises(DataError, match="has depth from"):
-            evaluate_tasks(model, OnlyDepth(split, change), SIZE)
+            evaluate_tasks(model, only_depth(split, change), SIZE)
 
 
 def test_a_range_ends_at_the_models_own_maximum(model: SegmentationModel) -> None:

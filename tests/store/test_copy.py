@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.data import ClassList, Split
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, StoreError
 from kdcache.store import (
     CopyChanges,
@@ -26,7 +25,6 @@ from kdcache.store import (
     spread_samples,
     verify_files,
 )
-from kdcache.store.subset import ids_digest
 
 CODECS = ("default", "small", "none")
 
@@ -299,15 +297,6 @@ def test_choosing_samples(store) -> None:
     for count in (0, 11):
         with pytest.raises(StoreError, match=f"{count} of 10"):
             spread_samples(cache, count)
-
-
-def test_the_digest_is_that_of_a_split(monkeypatch) -> None:
-    class Two(Split):
-        classes, ids = ClassList(("Straße", "sky")), ("a", "ü/b")
-        image = label = has_label = None
-
-    Two.__abstractmethods__ = frozenset()
-    assert Two().digest() == ids_digest(("Straße", "sky"), ("a", "ü/b"))
 
 
 def test_to_an_object_store_and_back(s3, store, tree, tmp_path) -> None:

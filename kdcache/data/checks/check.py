@@ -25,14 +25,14 @@ from kdcache.data.concat import parts_of, task_of
 from kdcache.data.files import label_kind
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.converted import source_changes
-from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
+from kdcache.data.layouts.file_split import describe_sizes, describe_some, file_split
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.view import pixel_checksum
 from kdcache.data.sample import ClassList, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.errors import DataError, RecipeError
-from kdcache.tasks import DEPTH, IGNORE_INDEX
+from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION
 
 WeightKind = Literal["none", "median", "sqrt"]
 Progress = Callable[[str, int, int], None]
@@ -181,13 +181,12 @@ def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: We
 def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, SplitReport]:
     """Return the split, opened in spite of defects in its file names, which go into the report."""
     report = SplitReport(name)
-    split: Split
     if layout_root is None:
         split = open_split(data, name)
     else:
         layout, root, images = layout_root
         scan = layout.scan(root, name, images)
-        split = FileSplit(data, name, layout.classes(root), root, scan)
+        split = file_split(data, name, layout.classes(root), root, scan)
         report.clashes = [path for _, _, path in scan.clashes]
         report.without_image = scan.orphans + scan.foreign
         report.depth.without_image = [] if scan.depth is None else scan.depth.orphans
@@ -247,7 +246,9 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
         reading.size = (image.shape[0], image.shape[1])
         reading.pixels = pixel_checksum(image)
         label = split.raw_label(index)
-        if isinstance(split, FileSplit) and (path := split.label_path(index)) is not None:
+        source = split.samples[index].labels.get(SEGMENTATION)
+        path = None if source is None else source.path
+        if path is not None:
             reading.kind = label_kind(path)
         if label is not None and label.shape != reading.size:
             reading.defects["mismatched"] = describe_sizes(label.shape, reading.size)
@@ -255,9 +256,9 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
             reading.counts = np.bincount(label.reshape(-1), minlength=256).astype(np.int64)
             strays = ids_out_of_range(label, len(split.classes))
             reading.defects["out_of_range"] = {str(number): count for number, count in strays.items()}
-            if isinstance(split, FileSplit):
-                reading.defects["palettes"] = wrong_palette(split, index)
-        depth = split.raw_depth(index)
+            if path is not None:
+                reading.defects["palettes"] = wrong_palette(path, split.classes, split.label_map)
+        depth = split.raw_label(index, DEPTH)
         if depth is not None:
             fits = depth.shape == reading.size
             reading.depth = DepthCounts.of(depth, max_depth) if fits else describe_sizes(depth.shape, reading.size)

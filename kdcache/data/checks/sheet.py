@@ -99,7 +99,7 @@ def _tile(split: Split, index: int, seen: np.ndarray) -> Image.Image:
             ids = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
             seen += np.bincount(ids.reshape(-1), minlength=256)
             return Image.fromarray(overlay(small, ids, split.classes))
-        metres = split.raw_depth(index)
+        metres = split.raw_label(index, DEPTH)
         if metres is not None:
             return Image.fromarray(_near_is_bright(metres)).resize(size, Image.Resampling.NEAREST)
         return Image.fromarray(small)

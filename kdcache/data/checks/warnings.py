@@ -8,19 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from kdcache.data.checks.split_report import SplitReport
 from kdcache.data.classes import CLASSES_FILE, VOID_NAMES, says_numbers
 from kdcache.data.files import label_palette, read_label
-from kdcache.data.layouts.file_split import FileSplit, describe_some
+from kdcache.data.layouts.file_split import describe_some
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS, Folder
 from kdcache.data.layouts.published.cityscapes import CLASSES as CITYSCAPES
 from kdcache.data.layouts.published.cityscapes import MOST_LABEL_ID, to_classes
 from kdcache.data.layouts.registry import LayoutRoot
 from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
-from kdcache.data.sample import ClassList, default_colours
+from kdcache.data.sample import ClassList, Pixels, default_colours
 from kdcache.tasks import IGNORE_INDEX
 
 MOST_VOID = 0.9
@@ -97,14 +98,13 @@ def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, d
         )
 
 
-def wrong_palette(split: FileSplit, index: int) -> str:
+def wrong_palette(path: Path, classes: ClassList, label_map: Pixels | None) -> str:
     """Return how the colours of a palette label contradict its indices, mapped or not, or ''."""
-    path = split.label_path(index)
-    palette = None if path is None else label_palette(path)
-    if path is None or palette is None:
+    palette = label_palette(path)
+    if palette is None:
         return ""
-    names, colours = split.classes.names, split.classes.colours
-    class_of = np.arange(256) if split.label_map is None else split.label_map
+    names, colours = classes.names, classes.colours
+    class_of = np.arange(256) if label_map is None else label_map
     used = [int(i) for i in np.unique(read_label(path)) if i != IGNORE_INDEX and i < len(palette)]
     class_of_colour = {colour: number for number, colour in enumerate(colours)}
     if colours != default_colours(len(colours)):

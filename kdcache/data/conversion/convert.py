@@ -36,7 +36,7 @@ from kdcache.data.files import channel_bits, read_image
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.base import VALIDATION
 from kdcache.data.layouts.converted import SETTINGS, open_defective
-from kdcache.data.layouts.file_split import FileSplit, describe_sizes
+from kdcache.data.layouts.file_split import describe_sizes
 from kdcache.data.layouts.registry import LayoutRoot, find_layout, split_images, split_prefix
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import Pixels, Split, ids_out_of_range
@@ -239,7 +239,7 @@ def _write_split(
 def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> _Written | str:
     """Write a sample, its image last. Return how it was written, `kept`, or why it is left out."""
     split = writer.source
-    own = split.image_path(index) if isinstance(split, FileSplit) else None
+    own = split.samples[index].image.path
     scaled = own is not None and bits is not None and channel_bits(own) > 8
     path = writer.image_file(index, ".png" if own is None or scaled else own.suffix)
     if path.exists():

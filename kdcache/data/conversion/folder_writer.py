@@ -12,19 +12,19 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from kdcache.data.classes import write_classes
 from kdcache.data.files import is_plain_label
-from kdcache.data.layouts.depth import DEPTH_FILE
-from kdcache.data.layouts.file_split import FileSplit
+from kdcache.data.layouts.depth import DEPTH_FILE, DepthUnit
+from kdcache.data.layouts.file_split import DepthFile
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
-from kdcache.data.sample import Pixels, Split
+from kdcache.data.sample import Pixels, Source, Split
 from kdcache.files import replacing, write_whole
-from kdcache.tasks import DEPTH
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 Link = Literal["hard link", "link", "copy"]
 
@@ -41,7 +41,8 @@ class FolderWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         if len(self.source.classes):
             write_classes(self.out, self.source.classes)
-        if (unit := self._unit_text()) is not None:
+        depths = (sample.labels[DEPTH] for sample in self.source.samples if DEPTH in sample.labels)
+        if (unit := _unit_text(next(depths, None))) is not None:
             write_whole(self.out / DEPTH_FILE, unit)
 
     def image_file(self, index: int, suffix: str = ".png") -> Path:
@@ -65,20 +66,22 @@ class FolderWriter:
         path = self.label_file(index)
         if path is None or path.exists():
             return None
-        own = self.source.label_path(index) if isinstance(self.source, FileSplit) else None
+        source = self.source.samples[index].labels[SEGMENTATION]
+        own = source.path
         if own is not None and label is None and self.source.label_map is None and is_plain_label(own):
             return link_file(own, path)
         # A defect of the source's stays for `data check` to name.
-        save_png(np.asarray(self.source.raw_label(index)) if label is None else label, path)
+        save_png(source.raw() if label is None else label, path)
         return "file"
 
     def write_depth(self, index: int) -> None:
         """Write or link a sample's depth unless it exists or the sample has none."""
-        if not self.source.has_label(index, DEPTH):
+        source = self.source.samples[index].labels.get(DEPTH)
+        if source is None:
             return
         folder, sample = self.out / DEPTHS / self.source.split, self.source.ids[index]
-        own = self.source.depth_path(index) if isinstance(self.source, FileSplit) else None
-        if own is not None and self._unit_text() is not None:
+        own = source.path
+        if own is not None and _unit_text(source) is not None:
             if not (path := folder / f"{sample}{own.suffix}").exists():
                 link_file(own, path)
             return
@@ -87,7 +90,7 @@ class FolderWriter:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, np.asarray(self.source.raw_depth(index)))
+            np.save(file, source.raw())
 
     def publish(self) -> None:
         """Rename the hidden folder to the split's name once it has all images."""
@@ -95,13 +98,14 @@ class FolderWriter:
         if not folder.exists():
             folder.with_name(f".{folder.name}.unfinished").replace(folder)
 
-    def _unit_text(self) -> str | None:
-        """Return `depth.toml` for linkable depth files, or None for disparity and depth without files."""
-        unit = self.source.depth_unit if isinstance(self.source, FileSplit) else None
-        if unit is None:
-            return None
-        per_metre = "" if unit.per_metre is None else f"units_per_metre = {unit.per_metre!r}\n"
-        return f"{per_metre}invalid = {json.dumps(list(unit.invalid))}\n"
+
+def _unit_text(depth: Source[Any] | None) -> str | None:
+    """Return `depth.toml` for a depth file that can be linked, or None for disparity and depth without a file."""
+    if not (isinstance(depth, DepthFile) and isinstance(depth.metres, DepthUnit)):
+        return None
+    unit = depth.metres
+    per_metre = "" if unit.per_metre is None else f"units_per_metre = {unit.per_metre!r}\n"
+    return f"{per_metre}invalid = {json.dumps(list(unit.invalid))}\n"
 
 
 def save_png(pixels: Pixels, path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import ClassVar
 from kdcache.data.classes import CLASSES_FILE, read_classes, read_colour_codes, read_numbers
 from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.files import IMAGE_SUFFIXES
-from kdcache.data.layouts.file_split import FileSplit, describe_some, saved_as_png
+from kdcache.data.layouts.file_split import describe_some, file_split, saved_as_png
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
 from kdcache.data.layouts.scan import WHOLE, Scan, composed, replace_images
-from kdcache.data.sample import ClassList
+from kdcache.data.sample import ClassList, Split
 from kdcache.errors import DataError, suggest
 from kdcache.tasks import IGNORE_INDEX
 
@@ -183,7 +183,7 @@ class Layout(ABC):
             )
         return scan
 
-    def open(self, data: str, root: Path, split: str, images: Path | None = None) -> FileSplit:
+    def open(self, data: str, root: Path, split: str, images: Path | None = None) -> Split:
         """Open a split for use. `images` is as in `scan`.
 
         Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels without an image, or
@@ -216,7 +216,7 @@ class Layout(ABC):
                 f"Depth files without an image in {root / scan.depth.place}: {describe_some(scan.depth.orphans)}",
                 fix=f"Give each one its image's name, as in {next(iter(scan.images))!r}. Remove the others.",
             )
-        return FileSplit(data, split, self.classes(root), root, scan)
+        return file_split(data, split, self.classes(root), root, scan)
 
     def may_share(self, one: str, other: str) -> bool:
         """Return whether two splits may hold the same images: `trainval` is train and val, `trainaug` holds train."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from kdcache.data.changes import digest_changes
 from kdcache.data.contents import Contents, read_contents
-from kdcache.data.layouts.file_split import FileSplit
+from kdcache.data.layouts.file_split import file_split
 from kdcache.data.layouts.registry import LAYOUTS, LayoutRoot
+from kdcache.data.sample import Split
 from kdcache.errors import DataError
 from kdcache.files import read_object
 
@@ -18,7 +19,7 @@ class DataWarning(UserWarning):
     """A data set can be used, but may not be what the user expects."""
 
 
-def open_defective(place: LayoutRoot, name: str) -> tuple[FileSplit, dict[str, str]]:
+def open_defective(place: LayoutRoot, name: str) -> tuple[Split, dict[str, str]]:
     """Open a split despite defects in its file names.
 
     Returns: the split, and what was left out: file -> why.
@@ -33,7 +34,7 @@ def open_defective(place: LayoutRoot, name: str) -> tuple[FileSplit, dict[str, s
     if scan.depth is not None:
         dropped |= dict.fromkeys(scan.depth.orphans, "no image has this depth's name")
     # One name, whatever folder the user is in: the private index of digests goes by it.
-    return FileSplit(f"{layout.name}:{root.resolve()}", name, layout.classes(root), root, scan), dropped
+    return file_split(f"{layout.name}:{root.resolve()}", name, layout.classes(root), root, scan), dropped
 
 
 def source_changes(folder: Path, split: str) -> str:

@@ -3,143 +3,170 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from kdcache.data.files import LABEL_SUFFIXES, file_digest, image_size, read_image, read_label
-from kdcache.data.layouts.depth import DepthUnit, check_depth
-from kdcache.data.layouts.label_ids import numbers_in
-from kdcache.data.layouts.scan import Scan
-from kdcache.data.sample import ClassList, Depth, FileDigest, Pixels, Split, ids_out_of_range
+from kdcache.data.layouts.depth import DepthReader, check_depth
+from kdcache.data.layouts.label_ids import LabelIds, numbers_in
+from kdcache.data.layouts.scan import DrawnLabels, Scan
+from kdcache.data.sample import ClassList, Depth, FileDigest, Pixels, Sample, Source, Split, Values, ids_out_of_range
 from kdcache.errors import DataError
 from kdcache.tasks import DEPTH, SEGMENTATION
 
 
-class FileSplit(Split):
-    """One split of a data set on disk. Each file is read only when its sample is read.
+@dataclass(frozen=True, slots=True, eq=False)
+class FileSource(Source[Values]):
+    """An array in a file, which is read only when the array is.
 
-    Args:
-        data: the data set as the user gave it.
-        root: the data set's folder, which the paths of `scan` are relative to.
+    Attributes:
+        file: an absolute path, because a worker process may run in another directory.
     """
 
-    def __init__(self, data: str, split: str, classes: ClassList, root: Path, scan: Scan) -> None:
-        self.data = data
-        self.split = split
-        self.classes = classes
-        self.ids = tuple(scan.images)
-        self.label_map = scan.label_ids.table
-        # Absolute, because a worker process may run in another directory.
-        self._root = root.absolute()
-        self._label_ids = scan.label_ids
-        self._drawn = scan.drawn
-        self._image_files = tuple(scan.images.values())
-        self._label_files = tuple(scan.labels.get(sample) for sample in self.ids)
-        self._read_depth = None if scan.depth is None else scan.depth.read
-        self._depth_files = tuple(None if scan.depth is None else scan.depth.files.get(sample) for sample in self.ids)
-        self._sizes: dict[int, tuple[int, int]] = {}
-
-    def image_path(self, index: int) -> Path:
-        """Return the absolute path of the image's file."""
-        return self._root / self._image_files[index]
-
-    def origin(self, index: int) -> str:
-        """Return the path of the image file."""
-        return str(self.image_path(index))
-
-    def label_path(self, index: int) -> Path | None:
-        """Return the absolute path of the label's file, or None without one, and for drawn labels."""
-        name = None if self._drawn is not None else self._label_files[index]
-        return None if name is None else self._root / name
-
-    def image(self, index: int) -> Pixels:
-        """Decode the image file and remember its size."""
-        pixels = read_image(self.image_path(index))
-        self._sizes[index] = (pixels.shape[0], pixels.shape[1])
-        return pixels
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return the remembered (H, W), or read it from the file's header."""
-        return self._sizes.get(index) or image_size(self.image_path(index), header_only=True)
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the sample has a label file of the task."""
-        files = {SEGMENTATION: self._label_files, DEPTH: self._depth_files}.get(task)
-        return files is not None and files[index] is not None
-
-    def _segmentation(self, index: int) -> Pixels | None:
-        """See `Split.label`. Raises: DataError for a label of another size than its image, or ids of no class."""
-        label = self.raw_label(index)
-        if label is None:
-            return None
-        path = self._root / str(self._label_files[index])
-        self._check_size(index, label.shape, path)
-        if bad := ids_out_of_range(label, len(self.classes)):
-            raise DataError(
-                f"Unknown ids in label {path}: {describe_ids(bad)}",
-                fix=self._label_ids.fix,
-                rule=self._label_ids.rule.format(last=len(self.classes) - 1),
-            )
-        return label
-
-    def raw_label(self, index: int) -> Pixels | None:
-        """Draw the label, or decode its file and map its numbers."""
-        if self._drawn is not None and self._label_files[index] is not None:
-            return self._drawn.label(self.ids[index])
-        path = self.label_path(index)
-        if path is None:
-            return None
-        label = read_label(path, self._label_ids.colours)
-        if self._label_ids.check is not None:
-            self._label_ids.check(numbers_in(label), path)
-        return label if self.label_map is None else self.label_map.take(label)
-
-    def depth_path(self, index: int) -> Path | None:
-        """Return the absolute path of the depth's file, or None without one."""
-        name = self._depth_files[index]
-        return None if name is None else self._root / name
+    file: str
 
     @property
-    def depth_unit(self) -> DepthUnit | None:
-        """The unit of the numbers in depth files, or None without such files or with a camera for each."""
-        return self._read_depth if isinstance(self._read_depth, DepthUnit) else None
+    def path(self) -> Path | None:
+        """The path of the file."""
+        return Path(self.file)
 
-    def raw_depth(self, index: int) -> Depth | None:
-        """Read the depth file in metres."""
-        path = self.depth_path(index)
-        return None if path is None or self._read_depth is None else self._read_depth(path)
+    def digest(self, of_file: FileDigest | None = None) -> str:
+        """Return the SHA-256 of the file, by `of_file` if given."""
+        return (of_file or file_digest)(Path(self.file))
 
-    def _depth(self, index: int) -> Depth | None:
-        """See `Split.label`. Raises: DataError for depth of another size than its image, or that cannot be metres."""
-        depth, path = self.raw_depth(index), self.depth_path(index)
-        if depth is None or path is None:
-            return None
-        self._check_size(index, depth.shape, path)
-        check_depth(depth, path)
-        return depth
 
-    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the SHA-256 of the image file, of the label file (or None) and, if any, of the depth file."""
-        digest_of = of_file or file_digest
-        path, depth = self.label_path(index), self.depth_path(index)
-        label = None if path is None else digest_of(path)
-        if self._drawn is not None and self._label_files[index] is not None:
-            label = self._drawn.digest(self.ids[index])
-        digests = digest_of(self.image_path(index)), label
-        return digests if depth is None else (*digests, digest_of(depth))
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageFile(FileSource[Pixels]):
+    """An image file.
 
-    def _check_size(self, index: int, shape: tuple[int, ...], path: Path | None) -> None:
-        if shape != (size := self._size(index)):
+    Attributes:
+        sizes: (H, W) of the files of the split that were decoded. All images of a split share it.
+    """
+
+    sizes: dict[str, tuple[int, int]]
+
+    def read(self) -> Pixels:
+        """Decode the image and remember its size."""
+        pixels = read_image(Path(self.file))
+        self.sizes[self.file] = (pixels.shape[0], pixels.shape[1])
+        return pixels
+
+    def size(self) -> tuple[int, int]:
+        """Return the remembered (H, W), or read it from the file's header."""
+        return self.sizes.get(self.file) or image_size(Path(self.file), header_only=True)
+
+    def check_size(self, shape: tuple[int, ...], label: str) -> None:
+        """Raise DataError if a label, the file `label`, has another shape than the image."""
+        # Remembered from `read`, because a PNG's rotation is stored behind its pixels.
+        if (size := self.sizes.get(self.file)) is None:
+            size = self.sizes[self.file] = image_size(Path(self.file))
+        if shape != size:
             raise DataError(
-                f"Label {path} does not fit image {self.image_path(index)}: {describe_sizes(shape, size)}",
+                f"Label {label} does not fit image {self.file}: {describe_sizes(shape, size)}",
                 fix="Resize the labels (nearest), or restore the images they were drawn on. Images of images= need the "
                 "size of the data set's own.",
             )
 
-    def _size(self, index: int) -> tuple[int, int]:
-        """Return (height, width), remembered from `image`, because a PNG's rotation is stored behind its pixels."""
-        if index not in self._sizes:
-            self._sizes[index] = image_size(self.image_path(index))
-        return self._sizes[index]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelFile(FileSource[Pixels]):
+    """The class ids of an image in a file.
+
+    Attributes:
+        image: the image of the same sample.
+        label_ids: what the numbers in the file mean.
+        classes: the number of classes.
+    """
+
+    image: ImageFile
+    label_ids: LabelIds
+    classes: int
+
+    def raw(self) -> Pixels:
+        """Decode the file and map its numbers."""
+        path = Path(self.file)
+        label = read_label(path, self.label_ids.colours)
+        if self.label_ids.check is not None:
+            self.label_ids.check(numbers_in(label), path)
+        table = self.label_ids.table
+        return label if table is None else table.take(label)
+
+    def read(self) -> Pixels:
+        """Return the label. Raises: DataError for a label of another size than its image, or ids of no class."""
+        label = self.raw()
+        self.image.check_size(label.shape, self.file)
+        if bad := ids_out_of_range(label, self.classes):
+            raise DataError(
+                f"Unknown ids in label {self.file}: {describe_ids(bad)}",
+                fix=self.label_ids.fix,
+                rule=self.label_ids.rule.format(last=self.classes - 1),
+            )
+        return label
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawnLabel(LabelFile):
+    """Class ids that are drawn from annotations. `file` is their file, which has those of other samples too."""
+
+    drawn: DrawnLabels
+    sample: str
+
+    @property
+    def path(self) -> None:
+        """No file holds the label."""
+        return None
+
+    def raw(self) -> Pixels:
+        """Draw the label."""
+        return self.drawn.label(self.sample)
+
+    def digest(self, of_file: FileDigest | None = None) -> str:
+        """Return the SHA-256 of everything that the label is drawn from."""
+        return self.drawn.digest(self.sample)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DepthFile(FileSource[Depth]):
+    """The depth of an image in a file. `metres` reads such a file as metres."""
+
+    image: ImageFile
+    metres: DepthReader
+
+    def raw(self) -> Depth:
+        """Read the file in metres."""
+        return self.metres(Path(self.file))
+
+    def read(self) -> Depth:
+        """Return the depth. Raises: DataError for another size than the image's, or numbers that cannot be metres."""
+        depth = self.raw()
+        self.image.check_size(depth.shape, self.file)
+        check_depth(depth, Path(self.file))
+        return depth
+
+
+def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan) -> Split:
+    """Return one split of a data set on disk.
+
+    Args:
+        data: the data set as the user gave it.
+        split: the split's name.
+        classes: its classes.
+        root: the data set's folder, which the paths of `scan` are relative to.
+        scan: its files.
+    """
+    root, sizes = root.absolute(), dict[str, tuple[int, int]]()
+    depth, depth_files = (None, {}) if scan.depth is None else (scan.depth.read, scan.depth.files)
+    samples = []
+    for name, file in scan.images.items():
+        image = ImageFile(str(root / file), sizes)
+        labels: dict[str, Source[Pixels] | Source[Depth]] = {}
+        if (label := scan.labels.get(name)) is not None:
+            of_file = str(root / label), image, scan.label_ids, len(classes)
+            labels[SEGMENTATION] = LabelFile(*of_file) if scan.drawn is None else DrawnLabel(*of_file, scan.drawn, name)
+        if depth is not None and (far := depth_files.get(name)) is not None:
+            labels[DEPTH] = DepthFile(str(root / far), image, depth)
+        samples.append(Sample(name, image, labels, image.file))
+    return Split(data, split, classes, tuple(samples), scan.label_ids.table)
 
 
 def describe_ids(bad: dict[int, int]) -> str:

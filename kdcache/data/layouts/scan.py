@@ -265,7 +265,8 @@ def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tu
     """Yield (composed id, posix path) below `top`, through links but each folder once."""
     for folder, folders, names in walk_once(top):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = Path(folder).relative_to(top)
+        begin = "" if below == Path() else f"{below.as_posix()}/"
         for name in names:
             if name.lower().endswith(suffixes) and not name.startswith("."):
-                path = (Path(folder) / name).relative_to(top).as_posix()
-                yield composed(path[: path.rindex(".")]), path
+                yield composed(begin + name[: name.rindex(".")]), begin + name

@@ -5,6 +5,6 @@ items.py          an item as image and labels
 opened.py         the splits that this process has made, by the name that stands for them in recipes
 """
 
-from kdcache.data.memory.from_dataset import DatasetSplit, from_dataset
+from kdcache.data.memory.from_dataset import from_dataset
 
-__all__ = ["DatasetSplit", "from_dataset"]
+__all__ = ["from_dataset"]

@@ -14,7 +14,7 @@ from annotated_types import Ge, Le
 
 from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, naming_item, part_of
 from kdcache.data.memory.opened import PREFIX, register
-from kdcache.data.sample import ClassList, Depth, Pixels, Split
+from kdcache.data.sample import ClassList, Depth, Numbered, Pixels, Sample, Split, Values, ids_digest
 from kdcache.errors import DataError
 from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION
 
@@ -23,34 +23,20 @@ _READINGS = 5
 """Times that three items are read, to see whether they change: a flip of every other image escapes once in 4,096."""
 
 
-class DatasetSplit(Split):
-    """The samples of a data set that the program holds. `from_dataset` makes it.
+class Items:
+    """The items of a data set that the program holds, as arrays by their numbers there.
 
-    Attributes:
-        id_rule: what the ids are made of, in words, and so what changes the digest of the split can notice.
+    Args:
+        items: the data set.
+        keys: where an item has its parts.
+        classes: names in the order of the ids.
+        void: the number in labels that means no class.
+        data: the data set's name in messages.
     """
 
-    def __init__(
-        self,
-        items: Any,
-        classes: ClassList,
-        keys: Keys,
-        ids: Sequence[str],
-        order: Sequence[int],
-        *,
-        name: str,
-        split: str,
-        void: int,
-        labelled: dict[str, list[bool]],
-        id_rule: str,
-    ) -> None:
-        self.split, self.classes, self.ids = split, classes, tuple(ids)
-        self.id_rule = id_rule
-        self._items, self._order, self._keys, self._void = items, list(order), keys, void
-        self._labelled = labelled
+    def __init__(self, items: Any, keys: Keys, classes: ClassList, void: int, data: str) -> None:
+        self._items, self._keys, self._classes, self._void, self._data = items, keys, classes, void, data
         self._start()
-        self.data = f"{PREFIX}{name}@{self.digest()[:12]}"
-        register(self)
 
     def _start(self) -> None:
         self._lock, self._last = threading.Lock(), threading.local()
@@ -62,61 +48,52 @@ class DatasetSplit(Split):
         vars(self).update(state)
         self._start()
 
-    def __repr__(self) -> str:
-        tasks = " and ".join(self.tasks) or "no labels"
-        return f"<{self.data}, split {self.split}: {len(self)} samples, {tasks}; ids are {self.id_rule}>"
-
-    def image(self, index: int) -> Pixels:
+    def image(self, number: int) -> Pixels:
         """Return the image of an item as RGB pixels."""
-        with naming_item(self._where(index)):
-            return image_of(part_of(self._item(index), self._keys.image), self._where(index))
+        value, where = self._part(number, self._keys.image), self._where(number)
+        with naming_item(where):
+            return image_of(value, where)
 
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the item has a label of the task."""
-        return task in self._labelled and self._labelled[task][index]
+    def label(self, number: int) -> Pixels:
+        """Return the class ids of an item."""
+        value, where, size = self._part(number, self._keys.label), self._where(number), self._size(number)
+        with naming_item(where):
+            return self._there(label_of(value, size, self._classes.names, self._void, where), where)
 
-    def _segmentation(self, index: int) -> Pixels | None:
-        if not self.has_label(index):
-            return None
-        value, size = self._part(index, SEGMENTATION), self.image(index).shape[:2]
-        with naming_item(self._where(index)):
-            label = label_of(value, size, self.classes.names, self._void, self._where(index))
-        if label is None:
-            raise self._lost(index)
-        return label
+    def depth(self, number: int) -> Depth:
+        """Return the depth of an item."""
+        value, where, size = self._part(number, self._keys.depth), self._where(number), self._size(number)
+        with naming_item(where):
+            return self._there(depth_of(value, size, where), where)
 
-    def _depth(self, index: int) -> Depth | None:
-        if not self.has_label(index, DEPTH):
-            return None
-        with naming_item(self._where(index)):
-            metres = depth_of(self._part(index, DEPTH), self.image(index).shape[:2], self._where(index))
-        if metres is None:
-            raise self._lost(index)
-        return metres
+    def _size(self, number: int) -> tuple[int, int]:
+        height, width, _ = self.image(number).shape
+        return height, width
 
-    def _part(self, index: int, task: str) -> Any:
-        with naming_item(self._where(index)):
-            return part_of(self._item(index), self._keys.label if task == SEGMENTATION else self._keys.depth)
-
-    def _item(self, index: int) -> Any:
-        """Return an item, which is kept until this thread reads another one: an image and its label are one item.
+    def _part(self, number: int, key: Key | None) -> Any:
+        """Return a part of an item, which is kept until this thread reads another one: its parts are read together.
 
         One at a time: a data set of torch is read by one thread of a process.
         """
-        if getattr(self._last, "index", None) != index:
+        where = self._where(number)
+        if getattr(self._last, "number", None) != number:
             with self._lock:
-                self._last.item = read_item(self._items, self._order[index], self._where(index))
-            self._last.index = index
-        return self._last.item
+                self._last.item = read_item(self._items, number, where)
+            self._last.number = number
+        with naming_item(where):
+            return part_of(self._last.item, key)
 
-    def _where(self, index: int) -> str:
-        return f"item {self._order[index]} of {getattr(self, 'data', 'the data set')}"
+    def _where(self, number: int) -> str:
+        return f"item {number} of {self._data}"
 
-    def _lost(self, index: int) -> DataError:
-        return DataError(
-            f"{self._where(index)} has no label, though it had one before",
-            fix="Leave ids out: kdcache then reads all samples once, and knows those without a label.",
-        )
+    @staticmethod
+    def _there(label: Values | None, where: str) -> Values:
+        if label is None:
+            raise DataError(
+                f"{where} has no label, though it had one before",
+                fix="Leave ids out: kdcache then reads all samples once, and knows those without a label.",
+            )
+        return label
 
 
 def from_dataset(
@@ -131,7 +108,7 @@ def from_dataset(
     depth: Key | None = None,
     void: Annotated[int, Ge(0), Le(255)] = IGNORE_INDEX,
     progress: Progress | None = None,
-) -> DatasetSplit:
+) -> Split:
     """Turn a data set in memory into a split, for builds, trainings and evaluations.
 
     >>> import kdcache
@@ -172,18 +149,22 @@ def from_dataset(
         texts, labelled = _ids_of_contents(dataset, keys, count, classes, void, progress)
         rule = "numbers and digests of contents: every sample was read once"
     order = sorted(range(count), key=texts.__getitem__)
-    return DatasetSplit(
-        dataset,
-        classes,
-        keys,
-        [texts[number] for number in order],
-        order,
-        name=name,
-        split=split,
-        void=void,
-        labelled={task: [flags[number] for number in order] for task, flags in labelled.items() if any(flags)},
-        id_rule=rule,
+    data = f"{PREFIX}{name}@{ids_digest(classes.names, [texts[number] for number in order])[:12]}"
+    items = Items(dataset, keys, classes, void, data)
+    read_image = items.image
+    read: dict[str, Callable[[int], Any]] = {SEGMENTATION: items.label, DEPTH: items.depth}
+    samples = tuple(
+        Sample(
+            id=texts[number],
+            image=Numbered(read_image, number),
+            labels={task: Numbered(read[task], number) for task, flags in labelled.items() if flags[number]},
+            origin=f"{data} {split} {texts[number]}",
+        )
+        for number in order
     )
+    made = Split(data, split, classes, samples, id_rule=rule)
+    register(made)
+    return made
 
 
 def read_item(dataset: Any, number: int, where: str) -> Any:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from kdcache.data.classes import write_classes
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
-from kdcache.data.sample import Depth, Pixels, Split
+from kdcache.data.sample import Sample, Source, Split
 from kdcache.data.scenes.street import CLASSES, draw_street
 from kdcache.data.scenes.styles import STYLES
 from kdcache.errors import DataError
@@ -44,6 +44,8 @@ _WORDS = {
 }
 """Parts of a spec that are one of some words."""
 _LEAST_SIDE, _MOST_SIDE = 16, 8192
+_IMAGE, _LABEL, _DEPTH = range(3)
+"""Places in the arrays of a drawn sample."""
 
 
 def is_scenes(data: str) -> bool:
@@ -110,68 +112,69 @@ class ScenesSpec:
         """Return the number of samples of a split, or 0 for an unknown name."""
         return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
 
+    def labels(self, split: str, number: int) -> list[tuple[str, int]]:
+        """Return the tasks that a sample has labels of, and their places in what is drawn."""
+        both = [(SEGMENTATION, _LABEL), (DEPTH, _DEPTH)]
+        if split == _UNLABELLED:
+            return []
+        if self.depth == "none":
+            return both[:1]
+        if split != "train" or self.tasks == "both":
+            return both
+        return both[:1] if self.tasks == "halves" and number % 2 == 0 else both[1:]
 
-class ScenesSplit(Split):
-    """One split of the procedural data set.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SceneArray(Source[Any]):
+    """An array of a drawn sample of a split, by its place: the image, the label or the depth."""
+
+    spec: ScenesSpec
+    split: str
+    number: int
+    place: int
+
+    def read(self) -> Any:
+        """Return a copy of the drawn array, of a LiDAR's depth only the points that it hit."""
+        spec, depth = self.spec, self.spec.depth != "none"
+        arrays = SCENES.get(spec.height, spec.width, spec.seed, self.split, self.number, depth=depth, style=spec.style)
+        array = arrays[self.place].copy()
+        if self.place == _DEPTH and spec.depth == "sparse" and self.split == "train":
+            seed = [spec.seed, zlib.crc32(b"lidar"), self.number]
+            array[~lidar_points(np.random.default_rng(seed), array.shape)] = np.nan
+        return array
+
+    def size(self) -> tuple[int, int]:
+        """Return (H, W) of the spec."""
+        return self.spec.height, self.spec.width
+
+
+def open_scenes(data: str, split: str) -> Split:
+    """Return one split of the procedural data set.
 
     Args:
         data: the spec, such as `scenes:96x128,train=64`.
         split: `train`, `val` or `unlabelled`.
     Raises: DataError for a malformed spec or a split without samples.
     """
-
-    def __init__(self, data: str, split: str) -> None:
-        self.spec = ScenesSpec.parse(data)
-        if split not in self.spec.splits():
-            raise DataError(
-                f"Unknown split {split!r} of {data!r}, which has {', '.join(self.spec.splits()) or 'none'}",
-                fix=f"Name train, val or unlabelled, with samples, as in scenes:{_UNLABELLED}=32",
-            )
-        self.data = data
-        self.split = split
-        self.classes = CLASSES
-        # Seed and style are part of the id: another one is other pictures, and the digest must differ.
-        style = "" if self.spec.style == "default" else f"-{self.spec.style}"
-        prefix = f"{self.spec.height}x{self.spec.width}-seed{self.spec.seed}{style}/{split}"
-        self.ids = tuple(f"{prefix}-{index:06d}" for index in range(self.spec.samples(split)))
-
-    def image(self, index: int) -> Pixels:
-        """Return a copy of the drawn image."""
-        pixels: Pixels = self._sample(index)[0].copy()
-        return pixels
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return (H, W) of the spec."""
-        return self.spec.height, self.spec.width
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the spec gives the sample a label of the task."""
-        if self.split == _UNLABELLED or (task == DEPTH and self.spec.depth == "none"):
-            return False
-        if self.split != "train" or self.spec.tasks == "both":
-            return True
-        even = range(len(self))[index] % 2 == 0
-        return (task == DEPTH) != (self.spec.tasks == "halves" and even)
-
-    def _segmentation(self, index: int) -> Pixels | None:
-        if not self.has_label(index):
-            return None
-        label: Pixels = self._sample(index)[1].copy()
-        return label
-
-    def _depth(self, index: int) -> Depth | None:
-        if not self.has_label(index, DEPTH):
-            return None
-        metres: Depth = self._sample(index)[2].copy()
-        if self.spec.depth == "sparse" and self.split == "train":
-            seed = [self.spec.seed, zlib.crc32(b"lidar"), range(len(self))[index]]
-            metres[~lidar_points(np.random.default_rng(seed), metres.shape)] = np.nan
-        return metres
-
-    def _sample(self, index: int) -> tuple[Any, ...]:
-        spec, index = self.spec, range(len(self))[index]
-        depth = spec.depth != "none"
-        return SCENES.get(spec.height, spec.width, spec.seed, self.split, index, depth=depth, style=spec.style)
+    spec = ScenesSpec.parse(data)
+    if split not in spec.splits():
+        raise DataError(
+            f"Unknown split {split!r} of {data!r}, which has {', '.join(spec.splits()) or 'none'}",
+            fix=f"Name train, val or unlabelled, with samples, as in scenes:{_UNLABELLED}=32",
+        )
+    # Seed and style are part of the id: another one is other pictures, and the digest must differ.
+    style = "" if spec.style == "default" else f"-{spec.style}"
+    prefix = f"{spec.height}x{spec.width}-seed{spec.seed}{style}/{split}"
+    samples = tuple(
+        Sample(
+            id=(name := f"{prefix}-{number:06d}"),
+            image=SceneArray(spec, split, number, _IMAGE),
+            labels={task: SceneArray(spec, split, number, place) for task, place in spec.labels(split, number)},
+            origin=f"{data} {split} {name}",
+        )
+        for number in range(spec.samples(split))
+    )
+    return Split(data, split, CLASSES, samples)
 
 
 def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -195,7 +198,7 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
     root.mkdir(parents=True, exist_ok=True)
     write_classes(root, CLASSES)
     for name in ScenesSpec.parse(data).splits():
-        split = ScenesSplit(data, name)
+        split = open_scenes(data, name)
         (root / IMAGES / name).mkdir(parents=True, exist_ok=True)
         for index, sample in enumerate(split.ids):
             stem = sample.rpartition("/")[2]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import metadata
 from typing import Any
@@ -11,6 +11,8 @@ import numpy as np
 
 from kdcache.data import (
     ClassList,
+    Sample,
+    Source,
     Split,
     Window,
     draw_view,
@@ -23,7 +25,7 @@ from kdcache.data import (
     whole_window,
     zoom_of,
 )
-from kdcache.data.sample import DerivedSplit, FileDigest
+from kdcache.data.sample import FileDigest
 from kdcache.errors import MismatchError
 from kdcache.store import Cache, Manifest
 from kdcache.store.format.manifest_models import DepthLabels, View
@@ -31,7 +33,8 @@ from kdcache.store.join import check_ids, other_view, pillow_of
 from kdcache.tasks import DEPTH, SEGMENTATION
 
 Array = np.ndarray[Any, Any]
-DIGESTS = ("records/image_digest", "records/label_digest", "records/depth_digest")
+_LABEL_DIGESTS = {SEGMENTATION: "records/label_digest", DEPTH: "records/depth_digest"}
+DIGESTS = ("records/image_digest", *_LABEL_DIGESTS.values())
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,24 @@ class Rendered:
     fold: int | None = None
 
 
-class LikeSplit(DerivedSplit):
-    """A data set whose views must equal a cache's.
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class LikeSplit(Split):
+    """A data set whose views must equal a cache's, record by record.
 
-    Raises: MismatchError for other samples than the cache has.
+    Attributes:
+        like: the cache.
+        stored: whether the views are read from the cache, which stores their pixels, instead of rendered.
     """
 
-    def __init__(self, like: Cache, whole: Split) -> None:
-        check_ids(like, whole.ids, f"{whole.data}, split {whole.split!r}")
-        self.like, self._whole = like, whole
-        self.data, self.split, self.classes, self.ids = whole.data, whole.split, whole.classes, whole.ids
-        self.label_map = whole.label_map
+    like: Cache
+    stored: bool
 
     @cached_property
     def checksums(self) -> Array:
         """The checksum of the pixels of every view, (R,) uint64."""
         return self.like.column("pixel_checksum")
 
-    def digest(self) -> str:
-        """Return the digest of the data set."""
-        return self._whole.digest()
-
-    def check(self, rendered: Iterable["Rendered"]) -> None:
+    def check(self, rendered: Iterable[Rendered]) -> None:
         """Check that views equal the cache's. Raises: MismatchError naming the first that differs."""
         for item in rendered:
             if item.checksum != int(self.checksums[item.record]):
@@ -92,76 +91,91 @@ class LikeSplit(DerivedSplit):
                 fix += ", or leave --data out to use the stored pixels." if self.like.pixels_stored else "."
                 raise other_view(self.like, item.record, self.data, metadata.version("pillow"), fix=fix)
 
-    def _at(self, index: int) -> tuple[Split, int]:
-        return self._whole, index
+
+def split_like(like: Cache, split: Split) -> LikeSplit:
+    """Return a data set whose views must equal a cache's. Raises: MismatchError for other samples than its."""
+    check_ids(like, split.ids, f"{split.data}, split {split.split!r}")
+    content = {field.name: getattr(split, field.name) for field in fields(Split)}
+    return LikeSplit(**content, like=like, stored=False)
 
 
-class StoredViews(Split):
-    """The samples of a cache with pixels, which need no rendering.
+def stored_split(like: Cache) -> LikeSplit:
+    """Return the samples of a cache with pixels, which need no rendering.
 
     Raises: MismatchError for a cache without pixels, or without digests of its images.
     """
+    dataset = like.manifest.dataset
+    if not (like.pixels_stored and like.manifest.records_contents):
+        raise MismatchError(
+            f"{like.place} does not store {'digests of its images' if like.pixels_stored else 'pixels'}",
+            fix=f"Add --data (the folder of {dataset.name!r}).",
+        )
+    has_label = {SEGMENTATION: like.has_label, DEPTH: like.has_depth}
+    samples = tuple(
+        Sample(
+            id=name,
+            image=StoredArray(like, number, "pixels/image", "records/image_digest"),
+            labels={
+                task: StoredArray(like, number, f"labels/{task}", digest)
+                for task, digest in _LABEL_DIGESTS.items()
+                if has_label[task][number]
+            },
+            origin=f"{dataset.name} {dataset.split} {name}",
+        )
+        for number, name in enumerate(like.ids)
+    )
+    classes = ClassList(dataset.class_names, dataset.class_colours)
+    digest = dataset.ids_digest
+    return LikeSplit(dataset.name, dataset.split, classes, samples, known_digest=digest, like=like, stored=True)
 
-    def __init__(self, like: Cache) -> None:
-        dataset = like.manifest.dataset
-        if not (like.pixels_stored and like.manifest.records_contents):
-            raise MismatchError(
-                f"{like.place} does not store {'digests of its images' if like.pixels_stored else 'pixels'}",
-                fix=f"Add --data (the folder of {dataset.name!r}).",
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredArray(Source[Any]):
+    """An array of a sample's first view in a cache, and the path of its digest there."""
+
+    cache: Cache
+    number: int
+    array: str
+    of_content: str
+
+    def read(self) -> Array:
+        """Return the array of the view. Raises: CorruptError as `Cache.read`."""
+        return self._first(self.array)
+
+    def digest(self, of_file: FileDigest | None = None) -> str:
+        """Return the first half of the digest, which is all that a cache has."""
+        return self._first(self.of_content).tobytes().hex()
+
+    def _first(self, path: str) -> Array:
+        return self.cache.read(self.cache.manifest.record(self.number), [path])[path]
+
+
+def stored_views(split: LikeSplit, records: Sequence[int]) -> list[Rendered]:
+    """Return the views of the cache. Raises: CorruptError as `Cache.read`."""
+    like, read = split.like, []
+    paths = [path for path in like.specs if path.startswith(("pixels/", "labels/", "records/"))]
+    for record in records:
+        row, (sample, view) = like.read(record, paths), divmod(record, like.manifest.view.views_per_sample)
+        read.append(
+            Rendered(
+                record=record,
+                sample=sample,
+                view=view,
+                pixels=row["pixels/image"],
+                taught=row["pixels/image"],
+                label=row["labels/segmentation"],
+                window=Window(*row["records/window"].tolist()),
+                flip=bool(row["records/flip"]),
+                source_size=tuple(row.get("records/source_size", np.zeros(2, np.int32)).tolist()),
+                checksum=int(row["records/pixel_checksum"]),
+                digests=np.stack([row.get(path, np.zeros(16, np.uint8)) for path in DIGESTS]),
+                label_checksum=int(row["records/label_checksum"]),
+                labelled=split.has_label(sample),
+                depth=row.get("labels/depth"),
+                depth_labelled=split.has_label(sample, DEPTH),
             )
-        self.like, self.data, self.split, self.ids = like, dataset.name, dataset.split, tuple(like.ids)
-        self.classes = ClassList(dataset.class_names, dataset.class_colours)
-
-    def digest(self) -> str:
-        """Return the digest of the cache's data set."""
-        return self.like.manifest.dataset.ids_digest
-
-    def image(self, index: int) -> Array:
-        """Return the pixels of a sample's first view."""
-        return self._first(index, "pixels/image")
-
-    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the cache has a label of the task for the sample."""
-        return bool((self.like.has_depth if task == DEPTH else self.like.has_label)[index])
-
-    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the first half of each digest, which is all that a cache has."""
-        names = [name for name in DIGESTS if name in self.like.specs]
-        found = [self._first(index, name).tobytes() for name in names]
-        return tuple(digest.hex() if any(digest) else None for digest in found)
-
-    def rendered(self, records: Sequence[int]) -> list["Rendered"]:
-        """Return the views of the cache. Raises: CorruptError as `Cache.read`."""
-        views, read = self.like.manifest.view.views_per_sample, []
-        paths = [path for path in self.like.specs if path.startswith(("pixels/", "labels/", "records/"))]
-        for record in records:
-            row, (sample, view) = self.like.read(record, paths), divmod(record, views)
-            read.append(
-                Rendered(
-                    record=record,
-                    sample=sample,
-                    view=view,
-                    pixels=row["pixels/image"],
-                    taught=row["pixels/image"],
-                    label=row["labels/segmentation"],
-                    window=Window(*row["records/window"].tolist()),
-                    flip=bool(row["records/flip"]),
-                    source_size=tuple(row.get("records/source_size", np.zeros(2, np.int32)).tolist()),
-                    checksum=int(row["records/pixel_checksum"]),
-                    digests=np.stack([row.get(path, np.zeros(16, np.uint8)) for path in DIGESTS]),
-                    label_checksum=int(row["records/label_checksum"]),
-                    labelled=self.has_label(sample),
-                    depth=row.get("labels/depth"),
-                    depth_labelled=self.has_label(sample, DEPTH),
-                )
-            )
-        return read
-
-    def _segmentation(self, index: int) -> Array | None:
-        return self._first(index, "labels/segmentation") if self.has_label(index) else None
-
-    def _first(self, index: int, path: str) -> Array:
-        return self.like.read(self.like.manifest.record(index), [path])[path]
+        )
+    return read
 
 
 def render_records(
@@ -178,8 +192,8 @@ def render_records(
     Raises: DataError as `Split.image` and `Split.label`.
     """
     numbers = list(records)
-    if isinstance(split, StoredViews):
-        return split.rendered(numbers)
+    if isinstance(split, LikeSplit) and split.stored:
+        return stored_views(split, numbers)
     sample = numbers[0] // view.views_per_sample
     image, label = split.image(sample), split.label(sample)
     depth_labelled = depth is not None and split.has_label(sample, DEPTH)

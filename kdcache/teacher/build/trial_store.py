@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kdcache.data import Split
-from kdcache.data.folds import Excerpt
+from kdcache.data.folds import excerpt
 from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
 from kdcache.store.format.eight_bits import StoredAs, feature_dtype, stored_features
 from kdcache.store.format.shard import ShardArray
@@ -128,7 +128,7 @@ class Trial:
         """Return samples evenly spread over those with and without depth labels, with at least one labelled."""
         has_depth = [self._split.has_label(index, DEPTH) for index in range(len(self._split))]
         order = np.argsort(np.logical_not(has_depth), kind="stable")
-        return Excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
+        return excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
         """Return a store of evenly spread samples in one shard or more, and how long its pass took."""

@@ -36,10 +36,10 @@ def test_a_layout_becomes_a_folder_of_the_same_samples(layout, tiny, tmp_path) -
         for index in range(len(before)):
             assert np.array_equal(after.image(index), before.image(index))
             assert np.array_equal(after.label(index), before.label(index))
-            assert os.path.samefile(after.image_path(index), before.image_path(index))
+            assert os.path.samefile(after.samples[index].image.path, before.samples[index].image.path)
     assert check(tmp_path / "out").problems == []
     plain = layout in ("folder", "mmseg", "voc")
-    assert (after.label_path(0).stat().st_nlink > 1) == plain
+    assert (after.samples[0].labels["segmentation"].path.stat().st_nlink > 1) == plain
 
 
 def test_procedural_scenes_become_files(tmp_path) -> None:

@@ -107,7 +107,7 @@ def test_a_malformed_sidecar_is_refused(deep, toml) -> None:
 
 def test_an_unreadable_file_is_named(deep) -> None:
     split = deep(".npy", METRES)
-    split.depth_path(0).write_bytes(b"\x93NUMPY nothing")
+    split.samples[0].labels["depth"].path.write_bytes(b"\x93NUMPY nothing")
     with pytest.raises(DataError, match=r"Cannot read depth file .*a\.npy"):
         split.label(0, "depth")
 
@@ -115,7 +115,7 @@ def test_an_unreadable_file_is_named(deep) -> None:
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".png", ".tiff"])
 def test_a_file_cut_short_is_named(deep, suffix) -> None:
     split = deep(suffix, in_units(256) if suffix == ".png" else METRES, "units_per_metre = 256")
-    path = split.depth_path(0)
+    path = split.samples[0].labels["depth"].path
     whole = path.read_bytes()
     for length in (0, 7, 60, len(whole) - 30):
         path.write_bytes(whole[:length])

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from safetensors.torch import save_file
 
 import kdcache
 from kdcache.data import ClassList, Window, open_split, render
-from kdcache.data.folds import SplitPart
 from kdcache.errors import MismatchError, ModelError, RecipeError, StoreError
 from kdcache.heads import RegressionHead
 from kdcache.models import Tta, build_model
@@ -435,11 +435,10 @@ def test_data_without_classes_have_a_store_of_depth(tmp_path, options, origins) 
 
 @pytest.mark.parametrize("few", [range(1, 15, 2), [7]])
 def test_a_plan_sees_labels_of_depth_that_only_some_samples_have(tmp_path, options, origins, few) -> None:
-    class Few(SplitPart):
-        def has_label(self, index: int, task: str = "segmentation") -> bool:
-            return index in few if task == "depth" else True
-
-    split = Few(open_split("scenes:32x48,train=15,val=2,depth=exact", "train"), range(15))
+    whole = open_split("scenes:32x48,train=15,val=2,depth=exact", "train")
+    classes_only = open_split("segmentation:scenes:32x48,train=15,val=2,depth=exact", "train")
+    samples = (whole if number in few else classes_only for number in range(15))
+    split = replace(whole, samples=tuple(of.samples[number] for number, of in enumerate(samples)))
     teacher = load_teachers([origins["classes"]], split.classes)
     planned = estimate(split, teacher, options(views=2, depth_zoom="divide", shard_records=4), records=8)
     build_cache(split, teacher, tmp_path / "store", options(views=2, depth_zoom="divide", shard_records=4))

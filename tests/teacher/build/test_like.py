@@ -116,15 +116,15 @@ def test_a_build_goes_on_and_is_repaired(tmp_path: Path, make: Any, monkeypatch:
     make(tmp_path / "main", **VIEWS["views"])
     settings = {"like": tmp_path / "main", "data": None, "features": ("stage2",), "features_only": True}
     make(tmp_path / "whole", **settings)
-    read, calls = render.StoredViews.rendered, []
+    read, calls = render.stored_views, []
 
-    def failing(self: Any, records: Any) -> Any:
+    def failing(split: Any, records: Any) -> Any:
         calls.append(records)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return read(self, records)
+        return read(split, records)
 
-    monkeypatch.setattr(render.StoredViews, "rendered", failing)
+    monkeypatch.setattr(render, "stored_views", failing)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "torn", **settings)
     monkeypatch.undo()

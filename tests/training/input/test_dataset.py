@@ -255,7 +255,7 @@ def test_a_drifted_image_is_refused_at_its_first_visit_by_name(
     dataset = CacheDataset(Records(open_cache(path), split), targets=targets)
     changed = split.image(1)
     changed[5, 5, 0] ^= 64
-    Image.fromarray(changed).save(split.image_path(1))
+    Image.fromarray(changed).save(split.samples[1].image.path)
     rng = np.random.default_rng(0)
     dataset.draw(0, 0, rng)
     dataset.draw(2, 0, rng)
