@@ -72,8 +72,10 @@ def test_predictions_are_not_kept(model: SegmentationModel, monkeypatch: pytest.
 
 
 def test_an_image_of_void_has_no_score(model: SegmentationModel, split: Split) -> None:
-    void = Numbered(lambda index: np.full(split.image_size(index), 255, np.uint8), 0)
-    samples = tuple(replace(sample, labels={"segmentation": void}) for sample in split.samples)
+    void = lambda number: np.full(split.image_size(number), 255, np.uint8)  # noqa: E731
+    samples = tuple(
+        replace(sample, labels={"segmentation": Numbered(void, number)}) for number, sample in enumerate(split.samples)
+    )
     found = score_images(model, replace(split, samples=samples), SIZE)
     assert found.known() == []
     assert ranked([found]) == []
