@@ -40,7 +40,9 @@ STORES = {
     "sparse.zarr": "--views full --top-k 3 --pixels source",
 }
 COMMON = "--model kdcache:tiny --batch-size 8 --log-every 1 --gradients-every 40 --no-flip --device cpu"
-STUDENT = "--cache dense.zarr --resident off"
+STUDENT = "--resident off"
+DENSE = "--cache dense.zarr"
+"""The cache of a case that names none. A second cache would be joined to it."""
 STARTED = "--iterations 60 --val-every 60 --method kl --out started"
 STILL = "--init started/last.safetensors --lr 1e-12 --gradients-every 1"
 """Settings for `--within`: its steps move no weight and log every norm."""
@@ -112,9 +114,11 @@ def make_stores(checkout: Path, folder: Path) -> None:
 
 def train(checkout: Path, case: str, steps: int, run: Path, more: str = "") -> None:
     """Train a case into the folder `run`, next to the stores. Of flags that are given twice, the last counts."""
-    verb = ["train-teacher"] if case.startswith("teacher/") else ["train-student", *STUDENT.split()]
+    flags = cases()[case]
+    cache = "" if "--cache" in flags else DENSE
+    verb = ["train-teacher"] if case.startswith("teacher/") else ["train-student", *STUDENT.split(), *cache.split()]
     length = ["--iterations", str(steps), "--val-every", str(steps)]
-    words = [*verb, *COMMON.split(), *length, *cases()[case].split(), *more.split(), "--out", run.name]
+    words = [*verb, *COMMON.split(), *length, *flags.split(), *more.split(), "--out", run.name]
     command(checkout, words, run.parent, PROCESSES if "processes" in case else 1)
 
 
@@ -200,7 +204,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         make_stores(arguments.before, Path(name))
         if arguments.within:
-            words = ["train-student", *STUDENT.split(), *COMMON.split(), *STARTED.split()]
+            words = ["train-student", *STUDENT.split(), *DENSE.split(), *COMMON.split(), *STARTED.split()]
             command(arguments.before, words, Path(name))
         for case in wanted:
             began = time.perf_counter()
