@@ -43,7 +43,7 @@ from kdcache_cli.verbs import (
 _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"demo": demo.demo, "models": models.models},
     "Data": {},
-    "Teacher and store": {
+    "Teacher and cache": {
         "train-teacher": train_teacher.train_teacher,
         "plan": plan.plan,
         "build-teacher-cache": build_teacher_cache.build_teacher_cache,
@@ -53,7 +53,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "export-pseudo-labels": export_pseudo_labels.export_pseudo_labels,
     },
     "Train": {"train-student": train_student.train_student, "sweep": sweep.sweep},
-    "Judge": {
+    "Evaluate": {
         "evaluate": evaluate.evaluate,
         "compare": compare.compare,
         "report": report.report,
@@ -97,7 +97,7 @@ class _Verbs(TyperGroup):
             with parse_errors(ctx):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            ERRORS.print("\nInterrupted. What was finished is kept: run the same command again to go on.")
+            ERRORS.print("\nInterrupted. Finished work is kept: run the same command again to continue.")
             raise typer.Exit(130) from None
 
 
@@ -108,8 +108,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
-    help="Pay for the teacher once: run a segmentation teacher one time, keep its outputs in a Zarr store, "
-    "train any number of students from it.\n\n"
+    help="Pay for the teacher once: run a segmentation teacher one time, keep its outputs in a cache, "
+    "and train any number of students from it.\n\n"
     "The usual way: [bold]train-teacher[/], [bold]build-teacher-cache[/], [bold]train-student[/], "
     "[bold]evaluate[/]. New here? [bold]kdcache demo[/] does all of it in three minutes.",
 )

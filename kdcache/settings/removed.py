@@ -61,7 +61,7 @@ SETTINGS: Mapping[str, Removed] = {
 
 KEYS: Mapping[str, Removed] = {
     "rounds": Removed(
-        "Write each round as a store and an arm, as the recipe self-train does. Write audit = true into [store]."
+        "Write each round as a cache and an arm, as the recipe self-train does. Write audit = true into [store]."
     ),
 }
 """Keys of a recipe that are no flags."""

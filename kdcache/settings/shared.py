@@ -35,7 +35,7 @@ class DataSettings:
 class SourceSettings:
     """The data of a cache that may hold no pixels."""
 
-    data: str | None = _data(None, "Data folder; needed for a store built with --pixels source.")
+    data: str | None = _data(None, "Data folder, needed for a cache built with --pixels source.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,13 +230,13 @@ class FeatureTerm(LossTerm):
 
     compares = "features"
     stored: ClassVar[tuple[str, str]] = ("features/{}", "--features {}")
-    """What a store has of a tap, and the flag that stores it."""
+    """What a cache has of a tap, and the flag that stores it."""
 
     student_tap: Name | None = setting(None, "The student's tap (default: the one with the nearest grid).")
-    teacher_tap: Name | None = setting(None, "The teacher's tap (default: the last that the store has).")
+    teacher_tap: Name | None = setting(None, "The teacher's tap (default: the cache's last tap).")
 
     def _grid(self, manifest: Any, tap: str) -> tuple[int, int]:
-        """Return (h, w) of what the store has of a tap."""
+        """Return (h, w) of what the cache has of a tap."""
         stored = manifest.features.get(tap) or next(v for k, v in manifest.statistics.items() if k.endswith(f".{tap}"))
         height, width = stored.size
         return height, width
@@ -415,7 +415,7 @@ def _check_logits_alone(terms: Sequence[LossTerm]) -> None:
 
 
 def _missing_head(manifest: Any, name: str) -> list[Missing]:
-    """Return the head of a task that a store lacks, or has of another kind."""
+    """Return the head of a task that a cache lacks, or has of another kind."""
     kind, head = TASKS[name].head, manifest.heads.get(name)
     if head is not None and _kind(head) == kind:
         return []

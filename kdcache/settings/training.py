@@ -138,7 +138,7 @@ class Data(SourceSettings, ImageSettings, CopySettings):
     )
     stream: tuple[Any, ...] = _data(
         (),
-        "One of several sources: NAME,cache=STORE,share=0.5. May be repeated.",
+        "One of several sources: NAME,cache=CACHE,share=0.5. May be repeated.",
         metavar="NAME,X=Y",
         repeated=True,
     )

@@ -35,13 +35,13 @@ def store_card(store: StoreSummary, *, address: str | None = None, licence: str 
     parts = [
         "" if licence is None else _front_matter(m, title, licence),
         f"# {_line(title)}",
-        f"A store of kdcache: the outputs of one teacher on the {m.dataset.samples:,} samples of "
+        f"A kdcache cache: the outputs of one teacher on the {m.dataset.samples:,} samples of "
         f"{_line(m.dataset.name)}, split {_line(m.dataset.split)}, written once, so that any number of students are "
         "trained from them without teacher weights, a teacher's forward pass or its memory. A Zarr v3 group, which "
         "zarr-python reads, too.",
         "" if licence is None else _licence(m, licence),
         "## What it holds",
-        _table(fact for fact in store.facts() if fact[0] != "store"),
+        _table(fact for fact in store.facts() if fact[0] != "cache"),
         "## Train from it",
         _train_from(m, name, address, store.seal),
         "## Build it again",
@@ -68,7 +68,7 @@ def run_card(run: Run) -> str:
         ("size", display.size_text(model.size)),
         ("seed", str(recipe.get("seed", "not recorded"))),
         ("trained on", f"{_source(recipe)}, digest {model.trained_on}" if model.trained_on else _source(recipe)),
-        *(("learnt from the store", f"seal sha256:{seal}") for seal in model.stores),
+        *(("learnt from the cache", f"seal sha256:{seal}") for seal in model.stores),
         *((("validated on", f"split of digest {model.validated_on}"),) if model.validated_on else ()),
         *((f"{which}.safetensors", f"sha256:{digest}") for which, digest in digests.items()),
     ]
@@ -117,7 +117,7 @@ def _licence(manifest: Manifest, licence: str) -> str:
 
 
 def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | None) -> str:
-    """Return the commands that fetch, check and use a store."""
+    """Return the commands that fetch, check and use a cache."""
     store = f"{name.removesuffix('.zarr')}.zarr"
     fetch = (
         ["pip install '.[hub]'   # once, in a clone of kdcache", f"kdcache copy {address} {store}"] if address else []

@@ -22,7 +22,7 @@ def build_command(manifest: Manifest) -> str:
         *_teachers(manifest.teacher),
         *(word for name, value in _values(manifest).items() for word in _flag(table[name], value)),
     ]
-    return " \\\n  ".join(["kdcache build-teacher-cache --data DATA", *words, "--out STORE.zarr"])
+    return " \\\n  ".join(["kdcache build-teacher-cache --data DATA", *words, "--out CACHE.zarr"])
 
 
 def _teachers(teacher: Fingerprint) -> Iterator[str]:

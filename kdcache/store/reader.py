@@ -63,10 +63,10 @@ class Cache:
         return self.manifest.records
 
     def __repr__(self) -> str:
-        return line("Cache", {"store": self.place, **self.manifest.facts})
+        return line("Cache", {"cache": self.place, **self.manifest.facts})
 
     def _repr_html_(self) -> str:
-        return facts_table("Cache", {"store": self.place, **self.manifest.facts})
+        return facts_table("Cache", {"cache": self.place, **self.manifest.facts})
 
     def __reduce__(self) -> tuple[object, ...]:
         return Cache, (self.place, self.manifest, self.ledger)
@@ -444,5 +444,5 @@ def _read_root(place: Place) -> Manifest:
     content = attributes.get("kdcache") if isinstance(attributes, dict) else None
     ours = isinstance(content, dict) and content.get("format") == "kdcache"
     if not group or (not ours and place.exists(*_REMAINS)):
-        raise damaged_metadata(file, "it is not the metadata of a store's Zarr group")
+        raise damaged_metadata(file, "it is not the metadata of a cache's Zarr group")
     return parse_manifest(attributes, file)

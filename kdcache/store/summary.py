@@ -89,9 +89,9 @@ class StoreSummary:
     def facts(self) -> list[tuple[str, str]]:
         """Return (name, value) rows to print."""
         m = self.manifest
-        state = "complete" if self.complete else "half built: run the same command again to go on"
+        state = "complete" if self.complete else "incomplete: run the same command again to continue"
         rows = [
-            ("store", f"{self.path} (format {m.version}, {m.created_by}, {m.created})"),
+            ("cache", f"{self.path} (format {m.version}, {m.created_by}, {m.created})"),
             ("state", f"{state}; {self.shards_written} of {m.shards} shards, {self.records_written} records"),
             ("data", f"{m.dataset.name}, split {m.dataset.split}: {m.dataset.samples} samples, "
                      f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),

@@ -67,7 +67,7 @@ def verify_files(
         report.bytes += sum(entry.bytes for entry in record.files.values())
         report.damaged += examined.damaged
         if not ledger.is_of(manifest, record.shard, record):
-            raise damaged_metadata(place.describe(ledger.WHOLE), f"line {record.shard} is of no shard of this store")
+            raise damaged_metadata(place.describe(ledger.WHOLE), f"line {record.shard} belongs to no shard of this cache")
         if not examined.damaged and examined.record != record:  # its files are whole, its checksums are not theirs
             report.damaged += [ledger.WHOLE, ledger.record_key(record.shard)]
         elif not ledger.is_published(place, record):

@@ -294,7 +294,7 @@ class _Planner:
                     places.append(str(text))
                     continue
                 if store not in (STORE, *self._recipe.stores) or name not in self._of_streams:
-                    raise unknown("store in '@NAME' of a stream", store, [STORE, *self._recipe.stores])
+                    raise unknown("cache in '@NAME' of a stream", store, [STORE, *self._recipe.stores])
                 place, job = self._store(store, name, fold, seed)
                 needs.append(job)
                 of_store = {**self._recipe.store, **self._recipe.stores.get(store, {})}

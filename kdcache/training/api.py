@@ -317,7 +317,7 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
             if config.augmentation.augment == "replay"
             else "only the whole images are used"
         )
-        yield f"the store has {views} views of a sample; with --augment {config.augmentation.augment} {rest}"
+        yield f"the cache has {views} views of a sample; with --augment {config.augmentation.augment} {rest}"
     if cache is not None and config.augmentation.augment == "warp":
         changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
         yield f"augmentation warp {changed}, and moves the targets alike"

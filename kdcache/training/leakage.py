@@ -26,9 +26,9 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
     names = cache.manifest.dataset.class_names
     if theirs is None:
         return (
-            f"whether {run} left out fold {config.data.fold} of these very samples is not known: "
-            f"{', '.join(config.data.cache or ())}, the store that it was trained from, is gone or another. If its "
-            "samples were others, train it again on this store."
+            f"cannot tell whether {run} left out fold {config.data.fold} of these samples: its cache "
+            f"{', '.join(config.data.cache or ())} is missing or has changed. If its samples were others, train it again "
+            "on this cache."
         )
     if theirs not in (cache.manifest.dataset.ids_digest, ids_digest(names, cache.ids)):
         raise MismatchError(
@@ -52,8 +52,8 @@ def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list
     fold, notes = config.left_out, [_check_labels(cache, config, labels_used)]
     if fold is not None and (text := _fold_seen(cache, fold)) is not None:
         notes.append(
-            f"{text}: the targets may have brought its labels to the student, whose score there is too high then. "
-            f"Remedy: train the teacher with {_flags_of(fold)} too and build its store"
+            f"{text}. The targets may contain its labels, so the student's score there may be too high. "
+            f"Fix: train the teacher with {_flags_of(fold)} and build its cache"
         )
     return [note for note in notes if note is not None]
 
@@ -62,19 +62,19 @@ def doubt(cache: Cache, fold: Fold) -> str | None:
     """Return a note that the teacher may have seen the fold that it is compared on, or None if it cannot have."""
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None
-    fix = f"train the teacher with {_flags_of(fold)} too and build its cache, or build with --folds K"
+    fix = f"train the teacher with {_flags_of(fold)} and build its cache, or build with --folds K"
     if (text := _fold_seen(cache, fold)) is not None:
-        return f"{text}, on which it is compared with the plain run: trust in it is too generous. Fix: {fix}"
+        return f"{text}. Class trust is measured on this fold, so it is too generous. Fix: {fix}"
     if len(_on_these_samples(cache)) < len(_trainings(cache)):
         return (
-            f"the store does not say whether its teacher was trained on fold {fold}, on which it is compared with the "
-            f"plain run. If it was, trust in it is too generous: {fix}"
+            f"the cache does not say whether its teacher was trained on fold {fold}. If it was, class trust is "
+            f"too generous, because it is measured on this fold. Fix: {fix}"
         )
     return None
 
 
 def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str | None:
-    """Refuse a teacher of labels that the run goes without: by its settings, or because the store has none.
+    """Refuse a teacher of labels that the run goes without: by its settings, or because the cache has none.
 
     Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
     """
@@ -93,8 +93,8 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
     if len(known) == len(trainings):
         return None
     return (
-        "the store does not say which labels its teacher was trained on. If it had labels of these samples that this "
-        f"run goes without, the run does not show what {labels_used.sum()} labels can do. Remedy: build the store of a "
+        "the cache does not say which labels its teacher was trained on. If it had labels of these samples that this "
+        f"run goes without, the run does not show what {labels_used.sum()} labels can do. Fix: build the cache of a "
         "run of train-teacher on the same labels"
     )
 
@@ -104,7 +104,7 @@ def _hidden_labels(cache: Cache, config: TrainConfig, used: int, hidden: list[st
     limit = config.data.limit_labels
     flag = _limit(config)
     some = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
-    teacher = "the data set as it was when the store was built"
+    teacher = "the data set as it was when the cache was built"
     if flag is not None:
         same = flag if limit is None else f"--limit-samples {used if limit < 1 else limit:g}"
         fold = "" if config.left_out is None else f" {_flags_of(config.left_out)}"

@@ -19,7 +19,7 @@ Model = Annotated[
     str,
     Fix(
         "Give model='path/to/file.py:function', a function of num_classes that returns the module. Or train the module "
-        "in your own loop with DistillLoss (docs/loops.md)."
+        "in your own loop with DistillLoss (docs: Use your own training loop)."
     ),
 ]
 
@@ -96,5 +96,5 @@ def _places(data: Data | None, val: Data | None, settings: dict[str, Any]) -> di
 
 
 def _has_store(stream: Any) -> bool:
-    """Return whether a stream, a table or a line, has a store."""
+    """Return whether a stream, a table or a line, has a cache."""
     return "cache" in stream if isinstance(stream, dict) else "cache=" in str(stream)

@@ -11,7 +11,7 @@ SHORTER = {"scale": "view-scale", "flip": "view-flip", "no-flip": "no-view-flip"
 """Other names of the flags of views; a training has flags of these names for what it draws."""
 ALSO_SHORTER = {"token_normalize_func": lambda token: SHORTER.get(token, token)}
 Out = Annotated[
-    str, typer.Option("--out", help="Store to write, a folder or s3://BUCKET/PREFIX; an interrupted one is continued.")
+    str, typer.Option("--out", help="Cache to write: a folder or s3://BUCKET/PREFIX. Continues an interrupted build.")
 ]
 ORDER = (
     *("teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid", "class_map", "mean", "std"),

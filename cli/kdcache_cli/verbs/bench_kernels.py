@@ -54,12 +54,11 @@ def bench_kernels(
     threads: shared_flags.Threads = MachineSettings.threads,
     json_file: JsonFile = None,
 ) -> None:
-    """Time, weigh and check the loss kernels on this machine.
+    """Measure time and memory of the loss kernels on this machine, and check their results.
 
-    Forward and backward of cross-entropy plus KL, or of the term dist, against rivals that run in
-    the same minutes on the same tensors. Rows are printed, and written to --json, as they come: Ctrl-C keeps those
-    that were measured. On a GPU the first figure is that of a CUDA graph, the device's own time; [bold]host ms[/] is
-    what the CPU takes to issue a step.
+    Measures forward and backward of cross-entropy plus KL, or of the term dist. Other implementations run in the same
+    minutes on the same tensors. Each row is printed and written to --json at once, so Ctrl-C keeps the finished rows.
+    On a GPU, the first figure is the device time of a CUDA graph. [bold]host ms[/] is the CPU time to issue a step.
 
     [dim]kdcache bench-kernels --shapes camvid --against eager,compile --json kernels-cpu.json[/]
     """

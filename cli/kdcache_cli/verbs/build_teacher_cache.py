@@ -44,17 +44,19 @@ def build_teacher_cache(
 ) -> None:
     """Run a teacher over a split once and keep its outputs.
 
-    Interrupted, the same command continues; a finished store is checked and left
-    as it is. Started several times on one disk, the processes share the work. On
-    an object store, or to divide it beforehand, number them with --worker;
-    torchrun does so by itself, and a scheduler with --worker auto. The last one
-    finishes the store; shards of a worker that died are written by the same
-    command with its number, or by any other with --take-over.
+    The same command continues an interrupted build. It checks a finished cache and does
+    not change it.
+
+    Several processes share the work if you start the command several times on one disk.
+    For an object store, or to divide the work beforehand, number the processes with
+    --worker. torchrun numbers them itself, and --worker auto takes a scheduler's
+    numbers. The last process finishes the cache. If a worker died, run its command
+    again, or add --take-over to another one.
 
     --from OLD builds a new cache with more samples, views, taps or statistics, or
     after labels have changed. Images that render as in OLD keep its targets. The
     teacher runs on the others. A new tap sends every image through the teacher
-    once more. OLD is only read.
+    again. OLD does not change.
 
     --like CACHE builds the cache of another teacher for the same views, so that
     train-student can join both. Without --data the teacher sees the pixels that
@@ -82,18 +84,18 @@ def build_teacher_cache(
         **typed,
     )
     if built.damaged:
-        OUT.print(f"{built.damaged} records of the earlier store are damaged: their targets were computed again")
+        OUT.print(f"{built.damaged} records of the earlier cache are damaged: their targets were computed again")
     if built.repair is not None:
         OUT.print(
             f"shards {', '.join(map(str, built.repair.shards))} were damaged and computed again with "
             f"{built.repair.describe()}: their pixels and the teacher's outputs are those of the first build, and "
             "the manifest's `repairs` records it"
         )
-    taken = f" ({built.records:,} taught, {built.reused:,} taken over)" if reuse is not None else ""
+    taken = f" ({built.records:,} computed, {built.reused:,} copied)" if reuse is not None else ""
     if built.summary is None:
         OUT.print(
             f"[bold]{escape(out)}[/]: {built.worker.describe('done')}{taken}; "
-            "the store is finished by the worker that ends last"
+            "the worker that ends last finishes the cache"
         )
         return
     _print_cache(built, built.summary, taken)
@@ -102,7 +104,7 @@ def build_teacher_cache(
 def _print_cache(built: "Built", summary: "StoreSummary", taken: str) -> None:
     from kdcache.store.format.eight_bits import describe
 
-    earlier = f" ({built.kept} were there)" if built.kept else ""
+    earlier = f" ({built.kept} from before)" if built.kept else ""
     speed = f" in {built.seconds:.1f} s" if built.records or built.reused else ""
     speed += f", {built.images_per_second:.1f} images/s" if built.records else ""
     OUT.print(f"[bold]{escape(built.out)}[/]: {summary.manifest.records} records{earlier}{taken}{speed}")
@@ -118,7 +120,7 @@ def _print_cache(built: "Built", summary: "StoreSummary", taken: str) -> None:
     )
     manifest = summary.manifest
     if manifest.fidelity is not None:
-        OUT.print(f"what codec {manifest.codec} stored, beside the teacher: {manifest.fidelity.describe()}")
+        OUT.print(f"stored with codec {manifest.codec}, against the teacher: {manifest.fidelity.describe()}")
     for line in describe(manifest.features, manifest.feature_fidelity, wanted=built.feature_dtype):
         OUT.print(f"features: {line}", markup=False)
     if manifest.segmentation is not None:
@@ -133,6 +135,6 @@ def _print_score(built: "Built") -> None:
         return
     metrics = built.score.metrics
     OUT.print(
-        f"the teacher on these {built.of}, read back from the store: mIoU {percent(metrics.miou)}, "
+        f"the teacher on these {built.of}, read back from the cache: mIoU {percent(metrics.miou)}, "
         f"aAcc {percent(metrics.aacc)}, mean top probability {built.score.confidence:.3f}"
     )

@@ -39,8 +39,8 @@ def compare(
 ) -> None:
     """Compare runs: IoU per class, distance to the baseline and its noise, cost.
 
-    Runs that differ only in seed and fold are one row, with mean and standard
-    deviation. Evaluations are kept in the run folders and used again while
+    Runs that differ only in seed and fold make one row, with mean and standard
+    deviation. The run folders keep the evaluations. kdcache uses them again while
     weights and data are the same.
 
     [dim]kdcache compare runs/ --teacher teacher --markdown comparison.md[/]

@@ -1,4 +1,4 @@
-"""`kdcache copy`: a store into another place, codec or part."""
+"""`kdcache copy`: a cache into another place, codec or part."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ def copy(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A complete store: a folder, s3://BUCKET/PREFIX (gs://, az://) or hf://datasets/USER/NAME.",
+            help="A complete cache: a folder, s3://BUCKET/PREFIX (gs://, az://) or hf://datasets/USER/NAME.",
         ),
     ],
     destination: Annotated[
@@ -33,7 +33,7 @@ def copy(
         int | None, _Option("--shard-records", min=1, max=65536, help="Records per shard file (default: the source's).")
     ] = None,
     samples: Annotated[
-        int | None, _Option("--samples", min=1, help="Only so many samples, evenly spread over the source.")
+        int | None, _Option("--samples", min=1, help="Only N samples, evenly spread over the source.")
     ] = None,
     features: Annotated[
         str | None, _Option("--features", help="Only these taps, comma-separated; '' for none (default: all).")
@@ -58,15 +58,14 @@ def copy(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Copy a store to another disk, object store or the Hub, whole or in part, also into another codec or other shards.
+    """Copy a cache to another disk, an object store or the Hub, also in part or with another codec.
 
-    What stays as it is, is copied byte for byte, and every file is compared with
-    its digest: fast, and exact. Interrupted, the same command continues; a
-    finished copy is checked and left as it is. --codec small rounds targets, and
-    the copy prints what that loses; nothing brings back what was rounded.
+    The copy takes unchanged arrays byte for byte and compares every file with its digest.
+    The same command continues an interrupted copy. It checks a finished copy and does
+    not change it. --codec small rounds targets for good. The copy prints the error.
 
-    On the Hub a store is a data set with a card. It needs the extra
-    hub of kdcache, and a token to push (HF_TOKEN, or hf auth login).
+    On the Hub, a cache is a data set with a card. This needs the extra hub of kdcache.
+    To push, it also needs a token (HF_TOKEN, or hf auth login).
 
     [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
     [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]
@@ -95,19 +94,19 @@ def copy(
     )
     name = f"[bold]{escape(done.destination)}[/]"
     if (pushed := done.pushed) is not None:
-        earlier = f" ({pushed.files - pushed.sent} were there)" if pushed.sent < pushed.files else ""
+        earlier = f" ({pushed.files - pushed.sent} from before)" if pushed.sent < pushed.files else ""
         OUT.print(f"{name}: {pushed.files} files{earlier}, pixels {done.changes.pixels or 'source'}")
         OUT.print(f"seal {pushed.seal}", highlight=False, soft_wrap=True)
     elif done.result is not None and done.result.complete:
         _print(done, done.result)
     else:
-        OUT.print(f"{name}: {done.worker.describe('done')}; the copy is finished by the worker that ends last")
+        OUT.print(f"{name}: {done.worker.describe('done')}; the worker that ends last finishes the copy")
 
 
 def _print(done: "Copied", result: "CopyResult") -> None:
     from kdcache.store.format.eight_bits import describe
 
-    earlier = f" ({result.skipped} were there)" if result.skipped else ""
+    earlier = f" ({result.skipped} from before)" if result.skipped else ""
     speed = f" in {result.seconds:.1f} s, {result.records / result.seconds:.0f} records/s" if result.records else ""
     OUT.print(
         f"[bold]{escape(done.destination)}[/]: {result.manifest.records} records{earlier}{speed}; "
@@ -115,10 +114,10 @@ def _print(done: "Copied", result: "CopyResult") -> None:
     )
     if result.manifest.fidelity is not None:
         OUT.print(
-            f"what codec {result.manifest.codec} stored, beside the teacher: {result.manifest.fidelity.describe()}"
+            f"stored with codec {result.manifest.codec}, against the teacher: {result.manifest.fidelity.describe()}"
         )
     elif done.source.fidelity is not None:
-        OUT.print("what is lost beside the teacher is not known: the source itself has lost some of the targets")
+        OUT.print("the error against the teacher is unknown: the source already lost some of the targets")
     wanted = done.changes.feature_dtype or "fp16"
     for line in describe(result.manifest.features, result.manifest.feature_fidelity, wanted=wanted):
         OUT.print(f"features: {line}", markup=False)

@@ -35,12 +35,13 @@ def check(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
 ) -> None:
-    """Read a data set once and list what is in it and what is wrong with it.
+    """Read a data set once, and list its content and its problems.
 
-    Its layout and why it is taken for one, classes and their share of pixels, ids that are no class, sizes, a digest;
-    of depth its range, the share of pixels that have one, a histogram, and what cannot be metres; twelve samples with
-    their labels as a picture. The last line is the command to run next.
-    Exits with 1 where a training would fail or learn nothing; warnings are of what is seldom meant.
+    Lists the layout and how it was recognised, the classes with their share of pixels, unknown ids, sizes and a digest.
+    For depth, it lists the range, the share of pixels with depth, a histogram, and values that cannot be metres. --sheet
+    draws twelve samples with their labels. The last line is the command to run next.
+
+    The exit code is 1 if a training would fail or learn nothing. Warnings point at likely mistakes.
 
     [dim]kdcache data check photos --sheet sheet.png[/]
     """
@@ -96,9 +97,9 @@ def convert(
     It also reads COCO's annotations, masks as on Kaggle, and the exports of CVAT, Label Studio, LabelMe, Roboflow and
     YOLO. Other verbs then use DST.
 
-    Images are links to the files of SRC (hard ones on the same disk, which outlive SRC; copies where no link is
-    possible), and so are labels that hold class ids already; polygons, colours and other numbers become class ids.
-    Samples that no training could use are left out, with the reason in DST/converted/SPLIT.csv. DST is new or empty, or
+    Images are links to the files of SRC. On the same disk they are hard links, which stay if you delete SRC. If no link
+    is possible, they are copies. Labels that already hold class ids are also links. Polygons, colours and other numbers
+    become class ids. Unusable samples are left out. DST/converted/SPLIT.csv gives the reason. DST must be new, empty, or
     an earlier conversion of the same data.
 
     [dim]kdcache data convert coco:/data/coco coco-folder[/]

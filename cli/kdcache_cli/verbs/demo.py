@@ -36,10 +36,10 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of every training.")] = 0,
     device: shared_flags.Device = MachineSettings.device,
 ) -> None:
-    """Try the whole way, teacher, cache, students and a page, in about three minutes on two cores.
+    """Try every step in about three minutes on two cores: teacher, cache, two students, report page.
 
-    Uses street-like scenes made on the spot; nothing is downloaded. One student learns from the cache, another without
-    it.
+    The scenes look like streets and are made on the spot. Nothing is downloaded. One student learns from the cache, the
+    other one from labels only.
     """
     teacher, cache, none, dist = (out / name for name in ("teacher", "scenes.zarr", "student-none", "student-dist"))
     common = {"iterations": iterations, "seed": seed, "device": device, "lr": 4e-3, "warmup": 20}

@@ -67,13 +67,16 @@ def evaluate(
 ) -> None:
     """Measure mIoU, mAcc, aAcc and IoU per class by mmsegmentation's convention, and depth by KITTI's.
 
-    Every task is judged that the model predicts and the split has labels of, at the
-    labels' own size. Classes: one confusion matrix over the split, void left out.
-    Depth: rmse, abs rel, silog and the like of each image, then their mean.
-    A run's tables are written into its folder, those of SPEC@FILE into the current
-    one; each kind (split, fold, weights, size, class map, depths) has files of its own.
-    Several data sets are judged by the classes that each shares with the model, by
-    name; a class map is to those of the first. evaluations-KIND.json has all of them.
+    Measures each task that the model predicts and the split has labels for, at the
+    labels' own size. Classes: one confusion matrix over the split, without void pixels.
+    Depth: rmse, abs rel, silog and others for each image, then their mean.
+
+    A run's tables go into its folder. Tables of SPEC@FILE go into the current folder.
+    Each kind (split, fold, weights, size, class map, depths) has its own files.
+
+    Several data sets are compared on the classes that each shares with the model, by
+    name. A class map must map to the classes of the first data set.
+    evaluations-KIND.json has all results.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate runs/student --data camvid --window 288x288 --stride 192x192[/]

@@ -31,13 +31,13 @@ def export(
 ) -> None:
     """Write a model for deployment and check it.
 
-    [bold].onnx[/] and [bold].pt2[/] (torch.export) are graphs: float32 RGB in 0..1
-    (B, 3, H, W) in, logits (B, C, H, W) out, the normalisation and the resize
-    inside, any batch and size where the model allows it.
-    [bold].safetensors[/] holds the weights alone, for SPEC@FILE. Class names and
-    colours, mean, std, size and spec travel in all of them. [bold].pt[/] is YOLO26's,
-    for YOLO("best.pt"). What was written is run beside the model before it gets
-    its name.
+    [bold].onnx[/] and [bold].pt2[/] (torch.export) are graphs. They take float32 RGB in
+    0..1 (B, 3, H, W) and return logits (B, C, H, W). Normalisation and resize are inside.
+    Batch and size are free if the model allows it. [bold].safetensors[/] holds only the
+    weights, for SPEC@FILE. [bold].pt[/] is YOLO26's, for YOLO("best.pt").
+
+    Every file has class names, colours, mean, std, size and spec. kdcache compares each
+    file's outputs with the model before the file gets its name.
 
     [dim]kdcache export runs/student --out student.onnx[/]
     """

@@ -19,7 +19,7 @@ _LITTLE = 0.5
 
 
 def export_pseudo_labels(
-    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder or s3://BUCKET/PREFIX.")],
     out: Annotated[Path, _Option("--out", help="Data folder to write; an interrupted export is continued.")],
     threshold: Annotated[
         float | None, _Option("--threshold", help="Keep pixels whose probability is at least this, in (0, 1).")
@@ -27,21 +27,23 @@ def export_pseudo_labels(
     quantile: Annotated[
         float | None, _Option("--quantile", help="Keep this share of every class, its surest pixels, in (0, 1).")
     ] = None,
-    images: Annotated[bool, _Option("--images", help="Write the images at view size, too.")] = False,
+    images: Annotated[bool, _Option("--images", help="Also write the images at view size.")] = False,
     data: shared_flags.OptionalData = None,
-    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    split: Annotated[str | None, _Option("--split", help="The split of --data (default: the cache's).")] = None,
     json_file: Annotated[Path | None, _Option("--json", help="Write the coverage table here too.")] = None,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
     """Write the teacher's classes as labels: PNG files of class ids, 255 where the teacher is not confident.
 
-    One file per sample at view size, OUT/labels/SPLIT/ID.png, and OUT/classes.txt.
-    The files hold ids and show the classes' colours. One threshold for all classes
-    starves those that the teacher is never sure of; --quantile keeps a share of
-    each (pixels that are equally sure go together, so it may be more). See kdcache
-    inspect --teacher-report for what thresholds keep. The table shows what was
-    kept and, where there are labels, how much of it is right.
+    Writes OUT/labels/SPLIT/ID.png for each sample at view size, and OUT/classes.txt.
+    The files hold class ids and show the classes' colours.
+
+    With one --threshold for all classes, classes that the teacher is unsure of get few
+    pixels. --quantile keeps a share of each class instead. It may keep more, because
+    pixels with equal confidence stay together. To choose a threshold, see kdcache
+    inspect --teacher-report. The table shows the share of pixels that were kept. If the
+    cache has labels, it also shows the share that is right.
 
     [dim]kdcache export-pseudo-labels camvid.zarr --out camvid-pseudo --threshold 0.7[/]
     [dim]kdcache export-pseudo-labels street.zarr --out street-pseudo --quantile 0.5 --images[/]
@@ -51,7 +53,7 @@ def export_pseudo_labels(
     from kdcache.verbs import export_pseudo_labels as export
 
     exported = export(
-        store,
+        cache,
         out,
         threshold=threshold,
         quantile=quantile,
@@ -67,10 +69,10 @@ def export_pseudo_labels(
             f"[yellow]the teacher is sure of {percent(exported.coverage.total_share)} % of the pixels: --threshold "
             f"{exported.half:.2g} would keep half, --quantile 0.5 half of every class[/]"
         )
-    earlier = f" ({exported.kept} were there)" if exported.kept else ""
+    earlier = f" ({exported.kept} from before)" if exported.kept else ""
     OUT.print(f"[bold]{escape(str(out))}[/]: {exported.written} label files written{earlier}")
     if json_file is not None:
-        header = {"store": store, "threshold": threshold, "quantile": quantile}
+        header = {"store": cache, "threshold": threshold, "quantile": quantile}
         content = {**header, **coverage_json(exported.class_names, exported.coverage)}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""`kdcache inspect`: what a store is, and with --teacher-report an audit of its teacher."""
+"""`kdcache inspect`: the facts of a cache, and with --teacher-report an audit of its teacher."""
 
 import json as json_module
 from pathlib import Path
@@ -15,34 +15,36 @@ _Option = typer.Option
 
 
 def inspect(
-    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX; with --card also a run.")],
+    cache: Annotated[
+        str, typer.Argument(metavar="CACHE", help="A cache: a folder or s3://BUCKET/PREFIX. With --card also a run.")
+    ],
     json: Annotated[bool, _Option("--json", help="Machine-readable.")] = False,
     card: Annotated[
         bool, _Option("--card", help="Print its card in Markdown: train from it, build it, cite it.")
     ] = False,
     teacher_report: Annotated[
-        bool, _Option("--teacher-report", help="Audit the teacher by what the store holds; writes pictures.")
+        bool, _Option("--teacher-report", help="Audit the teacher from the cached targets, with pictures.")
     ] = False,
     data: shared_flags.OptionalData = None,
-    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    split: Annotated[str | None, _Option("--split", help="The split of --data (default: the cache's).")] = None,
     out: Annotated[
         Path | None,
-        _Option("--out", help="Folder of the report (default: STORE-report beside the cache)."),
+        _Option("--out", help="Folder of the report (default: CACHE-report next to the cache)."),
     ] = None,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Show what a store is: from what, how big, complete or not, compression, top-k mass.
+    """Show the facts of a cache: its source, size, state, compression and top-k mass.
 
-    With --teacher-report, audit its teacher on whole images at view size: IoU and
-    accuracy per class, confusions, calibration, what thresholds of pseudo labels
-    keep, what --top-k loses; of depth its errors, by distance too. Tables here;
-    report.json and pictures in --out. Needs the labels: those in the store, or --data
-    for a store built with --pixels source.
+    --teacher-report audits the teacher on whole images at view size. It prints IoU and
+    accuracy per class, confusions and calibration. It also shows the pixels that each
+    threshold of pseudo labels keeps, and the error of smaller --top-k. For depth, it
+    prints the errors, also by distance. report.json and pictures go to --out. The audit
+    needs labels. They are in the cache, or in --data if it was built with --pixels source.
 
-    With --card, a page in Markdown that goes with a store, or with a run: what it is, its
-    digests, the commands that train from it and make it again, versions and seeds, an
-    entry for a bibliography. The card of a data set on the Hub is the same page.
+    --card prints a page in Markdown about a cache or a run. It has the digests, the
+    commands that train from it and build it again, versions, seeds, and a citation. It
+    is also the card of a data set on the Hub.
 
     [dim]kdcache inspect camvid.zarr[/]
     [dim]kdcache inspect runs/student --card > runs/student/README.md[/]
@@ -54,15 +56,15 @@ def inspect(
         _refuse_alone({"--data": data, "--split": split, "--out": out})
     if card:
         _refuse_beside_card({"--json": json, "--teacher-report": teacher_report})
-        typer.echo(verbs.card(store, cache_dir=cache_dir, cache_bytes=cache_bytes), nl=False)
+        typer.echo(verbs.card(cache, cache_dir=cache_dir, cache_bytes=cache_bytes), nl=False)
         return
     if teacher_report:
         from kdcache_cli.verbs.inspect_teacher import print_audit
 
-        audited = verbs.audit(store, data=data, split=split, out=out, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        audited = verbs.audit(cache, data=data, split=split, out=out, cache_dir=cache_dir, cache_bytes=cache_bytes)
         print_audit(audited, json)
         return
-    report = verbs.inspect(store, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    report = verbs.inspect(cache, cache_dir=cache_dir, cache_bytes=cache_bytes)
     if json:
         typer.echo(json_module.dumps(report.to_json(), indent=1))
         return

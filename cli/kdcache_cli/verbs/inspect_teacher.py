@@ -29,7 +29,7 @@ def print_audit(audited: "Audited", json: bool) -> None:
     for regression in audit.regressions:
         _print_regression(regression)
     if audit.parents:
-        OUT.print(f"The teacher is a student of the store {', '.join(audit.parents)}", highlight=False)
+        OUT.print(f"The teacher was trained from a cache: seal {', '.join(audit.parents)}", highlight=False)
     OUT.print(f"\n[bold]{escape(str(audited.folder))}[/]: report.json and {len(audited.pictures)} pictures")
 
 

@@ -28,8 +28,8 @@ def models(
 ) -> None:
     """List model specs: parameters, native stride, feature taps.
 
-    Beside these, [bold]module:function[/] or [bold]path/to/file.py:function[/] names a function of yours that
-    takes num_classes and returns a torch module. Nothing is downloaded.
+    For your own model, give [bold]module:function[/] or [bold]path/to/file.py:function[/]. The function takes
+    num_classes and returns a torch module. Nothing is downloaded.
     """
     infos, missing = list_models(pattern), missing_models(pattern)
     if not infos and not missing:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 _Option = typer.Option
 _EXACT = 0.005  # of two standard errors, 1 %
 ADVICE = (
-    "[dim]Before you pay: with few labels a store of all images helped most on CamVid (46 labels, a teacher that began "
-    "from ImageNet: 2 to 13 points of mIoU over these labels alone). With a label on every image it gained less than "
-    "seeds differ, while --lr of the student alone was worth 7 points: tune that first, then compare one store with "
-    "its control (docs/compare.md).[/]"
+    "[dim]Before you build: on CamVid, a cache of all images helped most with few labels. With 46 labels and a teacher "
+    "that began from ImageNet, it gained 2 to 13 points of mIoU over labels only. With a label on every image, the gain "
+    "was smaller than the spread of the seeds. The student's --lr was worth 7 points. Tune --lr first, then compare "
+    "with the control (docs: Compare runs).[/]"
 )
 
 
@@ -47,12 +47,12 @@ def plan(
     epochs: Annotated[int, _Option("--epochs", min=1, help="Epochs of that training.")] = 100,
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
-    """Estimate what build-teacher-cache costs: bytes, files, hours, and after how many epochs it has paid for itself.
+    """Estimate the cost of build-teacher-cache: bytes, files, hours, and the epochs until it breaks even.
 
-    Takes the flags of build-teacher-cache, which explains them. The teacher runs on
-    a few images, evenly spread over the data; what they take in a small store,
-    which is removed again, is scaled to all. Below the chosen setting stand others
-    that differ from it in one thing.
+    Takes the flags of build-teacher-cache. Its help explains them. The teacher runs on a
+    few images that are evenly spread over the data. They go into a small temporary
+    cache. kdcache scales its size and time to all images. The second table shows
+    settings that differ from yours in one flag.
 
     [dim]kdcache plan --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache plan --data ade20k --teacher runs/b5 --views 4 --student kdcache:tiny --epochs 50[/]
@@ -88,7 +88,7 @@ def _print_settings(estimate: "Estimate") -> None:
     share = "all" if planned.setting.k == estimate.classes else f"the top {planned.setting.k} of"
     off = ""
     if estimate.error > _EXACT:
-        off = f", which differ: the bytes may be off by {200 * estimate.error:.1f} %. --records measures more of them"
+        off = f". These differ, so the bytes may be off by {200 * estimate.error:.1f} %. --records N measures more of them"
     kept = "" if planned.setting.k is None else f", keeping {share} {estimate.classes} classes"
     OUT.print(
         f"[bold]{bytes_text(planned.bytes)}[/] in {planned.files:,} files, {planned.records:,} records of "
@@ -126,10 +126,10 @@ def _print_time(estimate: "Estimate") -> None:
         + f"; a student reads its target in {_time(each.read)}."
     )
     if estimate.payback_epochs == float("inf"):
-        OUT.print("[yellow]Reading takes as long as this teacher does: the store saves memory, and no time.[/]")
+        OUT.print("[yellow]Reading a target takes as long as running this teacher: the cache saves memory, but no time.[/]")
         return
     epochs = f"{estimate.payback_epochs:.1f}"
-    OUT.print(f"Beside a teacher in every step it has paid for itself after [bold]{epochs}[/] epochs of students.")
+    OUT.print(f"Against a teacher in every step, the cache breaks even after [bold]{epochs}[/] epochs of students.")
 
 
 def _print_disk(disk: "DiskRate", bound: "Bound") -> None:
@@ -153,14 +153,14 @@ def _print_training(estimate: "Estimate", student: str, learning: float, epochs:
     live, cached = estimate.training_seconds(epochs, learning)
     OUT.print(
         f"{epochs} epochs of {student} ({_time(learning)} an image, forward and backward): {_time(live)} with the "
-        f"teacher in every step, {_time(cached)} from the store with its build: {live / cached:.1f} times as fast. "
+        f"teacher in every step, {_time(cached)} from the cache, its build included: {live / cached:.1f} times as fast. "
         f"Every further student: {_time(cached - estimate.chosen.seconds)}."
     )
 
 
 def _print_room(estimate: "Estimate", free: int | None, out: str) -> None:
     if free is None:
-        OUT.print(f"How much is free at {out} is not known here.", markup=False)
+        OUT.print(f"The free space at {out} is unknown.", markup=False)
     elif estimate.chosen.bytes <= free:
         OUT.print(f"{bytes_text(free)} are free where it would go.")
     else:

@@ -34,11 +34,11 @@ def predict(
 ) -> None:
     """Predict classes and depth of images that are in no data set.
 
-    For every image a label PNG, whose pixels are class ids and whose palette shows
-    their colours, and an overlay; of a model with a depth head its depth, and that
-    in colours with a bar in metres. All are of the image's own size, upright as its
-    camera meant it. The model sees the image at --size (default: the size that it
-    was trained at).
+    Writes an overlay and a label PNG for every image. The label's pixels are class ids,
+    and its palette shows the class colours. A model with a depth head also writes the
+    depth, and a coloured depth map with a bar in metres. All files have the image's own
+    size and its upright orientation. The model sees the image at --size. The default is
+    the training size.
 
     [dim]kdcache predict runs/student photos --out predicted[/]
     [dim]kdcache predict runs/student photos --window 512x512 --stride 341x341 --out predicted[/]

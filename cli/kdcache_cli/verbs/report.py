@@ -56,7 +56,7 @@ def report(
     ] = None,
     formats: Annotated[
         str | None,
-        _Option("--format", metavar="png,svg,pdf", help="Formats of --draw beside PNG, whose text stays text."),
+        _Option("--format", metavar="png,svg,pdf", help="Further formats of --draw. Their text stays text."),
     ] = None,
     audit: Annotated[
         list[Path] | None,
@@ -72,13 +72,12 @@ def report(
 ) -> None:
     """Write a comparison as one HTML page: did it help, scores, curves, pictures, recipes.
 
-    The page is one file that opens without network or server. Rows and baseline
-    are those of [bold]kdcache compare[/]; evaluations are kept and used again.
+    The page is one file that opens without network or server. It has the rows and the
+    baseline of [bold]kdcache compare[/], and uses the same kept evaluations.
 
-    --draw writes a folder for the first run of each row: its best and worst images
-    with the teacher and a named --baseline next to it, a contact sheet, how scores
-    are spread, the confusion matrix and the curves. Several rows are also drawn side
-    by side.
+    --draw writes a folder for the first run of each row. It has the best and worst images
+    next to the teacher and a named --baseline, a contact sheet, a histogram of scores,
+    the confusion matrix and the curves. Several rows are also drawn side by side.
 
     [dim]kdcache report runs/ --teacher teacher --out report.html[/]
     [dim]kdcache report runs/ --teacher teacher --baseline none --draw paper --layout row --format pdf[/]

@@ -60,10 +60,10 @@ def sweep(
     num_gpus: Annotated[float, flag(EngineSettings, "num_gpus")] = 0.0,
     address: Annotated[str | None, flag(EngineSettings, "address")] = None,
 ) -> None:
-    """Do many runs from one store: teachers, stores, students, then table, pictures and page.
+    """Do all runs of a recipe: teachers, caches and students, then a table, pictures and a page.
 
-    With --parallel several runs share this machine, each on one of its GPUs; with
-    --engine ray they go wherever a Ray cluster has room for --num-gpus.
+    With --parallel, several runs share this machine, each on one of its GPUs. With
+    --engine ray, each run goes to a node of a Ray cluster with --num-gpus free.
 
     [dim]kdcache sweep voc-compare --smoke --out try[/]
 

@@ -1,4 +1,4 @@
-"""`kdcache train-student`: a model from a store."""
+"""`kdcache train-student`: a model from a cache."""
 
 from typing import Any
 
@@ -35,14 +35,14 @@ def train_student(
     preset: shared_flags.Preset = None,
     recipe: shared_flags.Recipe = None,
 ) -> None:
-    """Train a student from a store: no teacher is loaded or run.
+    """Train a student from a cache, without loading or running the teacher.
 
-    With --method none the student sees identical pixels in identical order, so
-    that two runs differ by the targets alone; with --teacher labels it learns by
-    the same terms, from the labels.
+    --method none trains on labels only. It sees the same pixels in the same order, so
+    the two runs differ only in the targets. --teacher labels is the control: the same
+    terms learn from the labels.
 
-    Several processes share every batch and train as one would: torchrun
-    --nproc-per-node 2 -m kdcache_cli train-student and the same flags.
+    Several processes share every batch and train the same student as one process:
+    torchrun --nproc-per-node 2 -m kdcache_cli train-student and the same flags.
 
     [dim]kdcache train-student --cache camvid.zarr --model kdcache:tiny --val camvid --out runs/student[/]
     """

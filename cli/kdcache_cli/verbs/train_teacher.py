@@ -40,10 +40,10 @@ def train_teacher(
     resume: Resume = False,
     recipe: shared_flags.Recipe = None,
 ) -> None:
-    """Train a model on labels alone: the teacher, or a baseline.
+    """Train a model on labels only: the teacher, or a baseline.
 
-    Random scale, crop, flip and colour jitter; validated by mIoU at the labels'
-    own size, best and last kept.
+    Trains with random scale, crop, flip and colour jitter. Validates by mIoU at the
+    labels' own size. Keeps the best and the last weights.
 
     [dim]kdcache train-teacher --data camvid --model kdcache:base --size 288x384 --iterations 8000 --out runs/teacher[/]
     """

@@ -1,4 +1,4 @@
-"""`kdcache verify`: every byte of a store, and its teacher."""
+"""`kdcache verify`: every byte of a cache, and its teacher."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ _Option = typer.Option
 
 
 def verify(
-    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder or s3://BUCKET/PREFIX.")],
     teacher: Annotated[
         list[str] | None,
         _Option("--teacher", help="Run the teacher again on some records. Repeat it for an ensemble."),
@@ -25,10 +25,10 @@ def verify(
     records: Annotated[int, _Option("--records", min=1, help="How many records to run it on.")] = 16,
     seal: Annotated[
         str | None,
-        _Option("--seal", metavar="DIGEST", help="What the seal's digest must be, as it was published elsewhere."),
+        _Option("--seal", metavar="DIGEST", help="The seal's digest, as it was published elsewhere."),
     ] = None,
     data: shared_flags.OptionalData = None,
-    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    split: Annotated[str | None, _Option("--split", help="The split of --data (default: the cache's).")] = None,
     class_map: Annotated[Path | None, _Option("--class-map", help="As at the build.")] = None,
     device: shared_flags.Device = MachineSettings.device,
     cache_dir: shared_flags.CacheDir = None,
@@ -39,18 +39,18 @@ def verify(
     With --data, it checks that the data set is what the cache was built from. With
     --teacher, it checks that the cache holds that teacher's targets.
 
-    Who may write to a store can change a file and the digests with it. Against
-    that, publish the seal's digest, which this verb prints, in another place, and
-    give it with --seal.
+    Anyone who can write to a cache can change a file together with its digests. To
+    notice this, publish the seal's digest, which this command prints, elsewhere.
+    Give it with --seal.
 
-    Exits with 1 when a file is damaged, the data have changed or the teacher is
-    another, with 2 when the seal is not the one that was published.
+    The exit code is 1 if a file is damaged, the data have changed, or the teacher is
+    another one. It is 2 if the seal differs from --seal.
     """
     from kdcache.store.format.eight_bits import describe
     from kdcache.verbs import verify as verify_cache
 
     done = verify_cache(
-        store,
+        cache,
         teacher=teacher,
         records=records,
         seal=seal,
@@ -115,7 +115,7 @@ def _print_agreement(done: "Verified") -> None:
     for line in describe(manifest.features, agreement.features):
         OUT.print(f"features against the teacher: {line}", markup=False)
     OUT.print(
-        "[green]the store holds the targets of this teacher[/]"
+        "[green]the cache holds the targets of this teacher[/]"
         if agreement.ok
-        else "[red]the store does not hold the targets of this teacher[/]"
+        else "[red]the cache does not hold the targets of this teacher[/]"
     )

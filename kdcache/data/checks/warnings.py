@@ -169,7 +169,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
         elif name == "train" and any(other.labelled or other.depth.labelled for other in reports.values()):
             doubts.problems.append(
                 f"{name}: none of {report.images} images has a label: a training on labels learns nothing; add labels, "
-                "or train from a store of a teacher's targets"
+                "or train from a cache of a teacher's targets"
             )
     if (
         whole
@@ -180,7 +180,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
     ):
         doubts.problems.append(
             f"none of {total} images has a label: a training on labels learns nothing; add labels, or train from a "
-            "store of a teacher's targets"
+            "cache of a teacher's targets"
         )
     if place is not None and isinstance(place.layout, Folder) and folders_in(images := place.root / IMAGES):
         loose = sum(is_picture(path.name) for path in images.iterdir())

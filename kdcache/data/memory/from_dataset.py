@@ -283,5 +283,5 @@ def _check_still(dataset: Any, keys: Keys, count: int, classes: ClassList, void:
             raise DataError(
                 f"{where} differs from one reading to the next",
                 fix="Take the augmentation out of the data set, as the build and the training draw views. Or keep it "
-                "in your own loop, with Cache.targets_for (docs/loops.md).",
+                "in your own loop, with Cache.targets_for (docs: Use your own training loop).",
             )

@@ -49,7 +49,7 @@ class Folder(Place):
         """Return the content of a sealed file on the disk after checking its digest."""
         content = self.read(key, most=MAX_SEALED_BYTES)
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError("it was changed after the store was sealed")
+            raise ValueError("it was changed after the cache was sealed")
         return content
 
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:

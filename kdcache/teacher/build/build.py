@@ -106,11 +106,11 @@ class BuildResult:
     def _facts(self) -> dict[str, object]:
         speed = f"{self.records:,} in {self.seconds:.1f} s, {self.images_per_second:.1f} images/s"
         return {
-            "store": self.out,
-            "taught": speed if self.records else None,
-            "there before": self.kept or None,
-            "taken over": self.reused or None,
-            "state": "finished" if self.complete else "unfinished: other workers have shards to write",
+            "cache": self.out,
+            "computed": speed if self.records else None,
+            "from before": self.kept or None,
+            "copied": self.reused or None,
+            "state": "finished" if self.complete else "unfinished: other workers still write shards",
             **self.manifest.facts,
         }
 

@@ -210,9 +210,9 @@ class _ShardTeacher:
         except (OSError, ImportError) as error:
             raise _lacks(node, str(error)) from error
         if not store_exists(task.store) or read_manifest(open_place(task.store)).created != manifest.created:
-            raise _lacks(node, f"{task.store} there is not the store that the driver began")
+            raise _lacks(node, f"{task.store} there is not the cache that the driver began")
         if (device := device_name(options.device)) != manifest.build.device:
-            raise _differs(node, f"{device}, and {manifest.build.device} where the store was begun")
+            raise _differs(node, f"{device}, and {manifest.build.device} where the cache was begun")
         place(teacher.model, options.device)
         self._writer = StoreWriter(open_place(task.store), manifest, Worker())
         self._reuse = Reuse(earlier[0], manifest) if earlier else None
@@ -233,7 +233,7 @@ def check_libraries(manifest: Manifest, node: str) -> None:
     """Compare the libraries of this node with the build's. Raises: MismatchError if they differ."""
     here, begun = libraries(), manifest.build.libraries
     others = [
-        f"{name} {here.get(name)} (the store: {version})"
+        f"{name} {here.get(name)} (the cache: {version})"
         for name, version in begun.items()
         if here.get(name) != version
     ]

@@ -101,7 +101,7 @@ def _keep_in_memory(
     copies = processes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed, half = copies * decoded_bytes(cache, dataset.paths), free_bytes() // 2 // among
     if not needed:
-        note("resident: off, no record is read from this store")
+        note("resident: off, no record is read from this cache")
         return
     what = f"{_gib(needed)} of decoded records" + (f" in {copies} processes" if copies > 1 else "")
     if needed <= half:

@@ -109,7 +109,7 @@ def check_folder(
         check_samples(run, samples)
     model = Run.open(run).model if (run / MODEL).is_file() else None
     if model is not None and model.trained_on not in ("", identity):
-        changed.append("another store or data set than it was begun with")
+        changed.append("another cache or data set than it was begun with")
     elif model is not None and labels is not None and model.labels not in (None, labels):
         changed.append("the labels of other samples than it was begun with")
     if changed:

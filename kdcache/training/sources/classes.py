@@ -90,7 +90,7 @@ def _check_mapped_targets(source: Source, path: Path) -> None:
     raw = [term.kind for term in config.terms if term.raw_logits and term.reads_logits]
     lacks = [f"the {head.k} largest of {head.classes} classes in {source.cache.place}"] if not head.dense else []
     lacks += [f"{kind}, which reads raw logits" for kind in raw]
-    lacks += [f"--class-trust {config.loss.class_trust}, of the store's classes"] if config.loss.class_trust else []
+    lacks += [f"--class-trust {config.loss.class_trust}, of the cache's classes"] if config.loss.class_trust else []
     if lacks:
         raise MismatchError(
             f"Cannot use class-map {path} with {', '.join(lacks)}: it sums the probabilities of all classes",

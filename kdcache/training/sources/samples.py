@@ -163,7 +163,7 @@ def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) ->
     return dataset
 
 
-_LABELLED_SPLIT = "give a labelled split with --split; or bring the labels to where docs/data.md says they lie"
+_LABELLED_SPLIT = "give a labelled split with --split, or put the labels where the docs page Data layouts says"
 _OTHER_LABELS = "leave --labels out, or use a --method that learns without labels"
 
 
@@ -255,7 +255,7 @@ def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
         raise RecipeError(
             f"--labels-from {path} lists more labels than there are: {len(bare)} of its {len(selection.labelled)} ids "
             f"have none, such as {ids[bare[0]]!r}",
-            fix="Take these ids out of the list, or bring their labels to where docs/data.md says.",
+            fix="Take these ids out of the list, or put their labels where the docs page Data layouts says.",
         )
     if config.reads_targets and len(selection.labelled) == len(selection.samples):
         raise RecipeError(

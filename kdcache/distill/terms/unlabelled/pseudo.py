@@ -143,7 +143,7 @@ _LOWEST = -60000.0
 _WHOSE = {
     "student": "the student's own, by one more forward of every step without gradient",
     "ema": "those of its moving average (--ema), by one more forward of every step without gradient",
-    "store": "those of the store's teacher",
+    "store": "those of the cache's teacher",
 }
 _DIVIDED = {
     "all": "the confident pixels, divided by all",
