@@ -1,4 +1,4 @@
-"""A SegFormer of transformers trained from a store by its Trainer.
+"""A SegFormer of transformers trained from a cache by its Trainer.
 
 Three lines, marked `distilled`, are all that a teacher takes; without --cache the network learns from labels alone. The
 Trainer takes batches apart by their names, so they travel as dictionaries.

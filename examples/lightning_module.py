@@ -1,4 +1,4 @@
-"""A student trained from a store by Lightning; any network that maps images to class logits will do.
+"""A student trained from a cache by Lightning; any network that maps images to class logits will do.
 
 Three lines, marked `distilled`, are all that a teacher takes; without --cache the network learns from labels alone. Its
 logits may be of any size: the loss resizes them to that of the labels on the fly.

@@ -1,4 +1,4 @@
-"""A student trained from a store, in a loop of one's own.
+"""A student trained from a cache, in a loop of one's own.
 
 Three lines, marked `distilled`, are all that a teacher takes; without --cache the loop learns from labels alone.
 Batches and losses are those of `kdcache train-student --class-weights none` with the same settings.

@@ -15,5 +15,5 @@
     visualise.py            all of them, as a folder: `report --draw`
     report/                 the page
 
-This room imports neither stores nor trainings: a run is a folder of files.
+This room imports neither caches nor trainings: a run is a folder of files.
 """

@@ -14,7 +14,7 @@
     cost.py          parameters, arithmetic, time per image
     timing.py        time without the garbage collector's, and the processor
 
-This room imports no stores, no runs and no trainings.
+This room imports no caches, no runs and no trainings.
 """
 
 from kdcache.metrics.chance import at_chance

@@ -5,7 +5,7 @@
     term.py        a term of the loss, and what every kind says of itself
     terms.py       the terms of the loss, each kind once
     parse.py       values that are written as text: 288x384, 0.5:2.0, 50GiB
-    shared.py      tables that several verbs share: data, the machine, copies of a remote store
+    shared.py      tables that several verbs share: data, the machine, copies of a remote cache
     training.py    the tables of a training, by their owner
     streams.py     a training from several sources: their tables and rows
     building.py    the tables of a build

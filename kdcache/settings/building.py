@@ -63,7 +63,9 @@ class BuildSettings:
     )
     features_only: bool = _stored(False, "Store only the taps of --features, without a head.")
     features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")
-    feature_dtype: Literal["fp16", "uint8"] = _stored("fp16", "fp16, or uint8 at half the bytes. Docs: Choose what to store.")
+    feature_dtype: Literal["fp16", "uint8"] = _stored(
+        "fp16", "fp16, or uint8 at half the bytes. Docs: Choose what to store."
+    )
     statistics: Words = _stored((), "Comma-separated at:TAP (attention) or similarity:TAP (between tokens).")
     raw_logits: bool = _stored(False, "Keep every pixel's largest logit too, for terms over positions (cwd).")
     pixels: Literal["stored", "source"] = _stored(

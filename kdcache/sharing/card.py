@@ -48,7 +48,7 @@ def store_card(store: StoreSummary, *, address: str | None = None, licence: str 
         _rebuild(m),
         "## Cite it",
         _bibtex(_key(name, store.seal or m.dataset.ids_digest), title, m.created[:4], m.created_by, address,
-                "half built" if store.seal is None else f"seal sha256:{store.seal}"),
+                "incomplete" if store.seal is None else f"seal sha256:{store.seal}"),
     ]  # fmt: skip
     return _joined(parts)
 

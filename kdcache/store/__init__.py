@@ -1,18 +1,18 @@
-"""The store: a Zarr v3 group that holds a teacher's outputs, with a manifest and a ledger.
+"""The cache: a Zarr v3 group that holds a teacher's outputs, with a manifest and a ledger.
 
     format/         what lies in it: manifest, arrays, codec, shards
     backend/        where its files are: a folder, an object store
     ledger.py       which shards are finished, and the seal
-    worker.py       the numbers of processes that write a store together
-    freshness.py    whether a data set still is what a store was built from
+    worker.py       the numbers of processes that write a cache together
+    freshness.py    whether a data set still is what a cache was built from
     writer.py       whole shards by one owner
-    recovery.py     what a build makes good in a damaged store
-    copy.py         a store into another codec, other shards, in part
+    recovery.py     what a build makes good in a damaged cache
+    copy.py         a cache into another codec, other shards, in part
     subset.py       which samples a part has
     reader.py       open_cache, Cache
     join.py         open_caches: several caches of the same views as one
     targets.py      targets through windows of an augmentation of one's own
-    records.py      Records: a store with the data set that it was built from
+    records.py      Records: a cache with the data set that it was built from
     sample_ids.py   the ids
     verify.py       every byte against the ledger
     summary.py      what `kdcache inspect` prints

@@ -1,10 +1,10 @@
-"""Copy a store: into another codec or other shards, in part, without some arrays, to and from object stores.
+"""Copy a cache: into another codec or other shards, in part, without some arrays, to and from object stores.
 
 An array with unchanged shards is copied file by file, and each file is compared with the ledger's digest. Any other
 array is read row by row, rounded if the codec asks for it, and encoded again.
 
-A copy is written like any store: it continues after an interruption, and several workers may share it. It keeps the
-source's `created`, the time when its teacher ran, which distinguishes it from a copy of another store. A copy names
+A copy is written like any cache: it continues after an interruption, and several workers may share it. It keeps the
+source's `created`, the time when its teacher ran, which distinguishes it from a copy of another cache. A copy names
 the teacher's code without the folder that caches of earlier versions have.
 """
 
@@ -82,7 +82,7 @@ def copy_store(
     worker: Worker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CopyResult:
-    """Copy an open store. After an interruption the same call continues. A finished copy is only checked.
+    """Copy an open cache. After an interruption the same call continues. A finished copy is only checked.
 
     `changes` names what differs from `source`. A codec that rounds needs `fidelity`, the figures of what rounding loses
     (see `rounds`). `worker` is this process's part of a shared copy (default: all of it). `progress` is called with
@@ -91,7 +91,7 @@ def copy_store(
 
     Raises:
         CorruptError: a file of the source is damaged. Its shard does not count as copied.
-        StoreError, MismatchError: for impossible changes, or another store in the destination.
+        StoreError, MismatchError: for impossible changes, or another cache in the destination.
     """
     changes = changes or CopyChanges()
     _check_elsewhere(source, destination)
@@ -119,7 +119,7 @@ def copy_store(
 
 
 def _check_elsewhere(source: Cache, destination: str | Path) -> None:
-    """Check that source and destination differ: a damaged store copied onto itself would lose its seal."""
+    """Check that source and destination differ: a damaged cache copied onto itself would lose its seal."""
     place = open_place(destination)
     same = str(place).rstrip("/") == str(source.place).rstrip("/")
     if same or (not place.remote and not source.remote and place.folder.resolve() == source.path.resolve()):

@@ -1,4 +1,4 @@
-"""The one comparison that every command makes between a data set and the store that was built from it.
+"""The one comparison that every command makes between a data set and the cache that was built from it.
 
 A file with another digest is not yet a change: it is rendered again, and counts as changed only if its pixels or its
 label differ.
@@ -21,7 +21,7 @@ COLUMNS = ("image_digest", "label_digest", "label_checksum", "pixel_checksum", "
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a store's records say about the data set that they were made from.
+    """What a cache's records say about the data set that they were made from.
 
     Attributes:
         ids: the samples' ids. class_names: their labels' class names.
@@ -53,7 +53,7 @@ class BuiltFrom:
 
 
 def recorded_in(cache: Cache) -> Recorded:
-    """Return what a complete store records about its data set."""
+    """Return what a complete cache records about its data set."""
     manifest = cache.manifest
     names = columns_of(manifest)
     return Recorded(
@@ -67,7 +67,7 @@ def recorded_in(cache: Cache) -> Recorded:
 
 
 def columns_of(manifest: Manifest) -> tuple[str, ...]:
-    """Return the columns that a comparison needs, or none if the store does not record contents."""
+    """Return the columns that a comparison needs, or none if the cache does not record contents."""
     if not manifest.records_contents:
         return ()
     return (*COLUMNS, "depth_digest") if manifest.depth is not None and manifest.depth.labelled else COLUMNS
@@ -85,12 +85,12 @@ def data_changes(
     indexed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Changes:
-    """Compare a data set with what a store was built from.
+    """Compare a data set with what a cache was built from.
 
     `indexed` allows digests from the index of unchanged files (see `read_contents`). False reads every file. `progress`
     is called with (samples read, samples).
 
-    Raises: DataError for a file that cannot be read; CorruptError for a damaged store.
+    Raises: DataError for a file that cannot be read; CorruptError for a damaged cache.
     """
     recorded = recorded_in(source) if isinstance(source, Cache) else source
     changes = name_changes(recorded.class_names, recorded.ids, split)

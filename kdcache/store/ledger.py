@@ -43,7 +43,7 @@ class FileRecord(Part):
 
 
 class ShardRecord(Part):
-    """The files of a finished shard, keyed by path below the store."""
+    """The files of a finished shard, keyed by path below the cache."""
 
     noun: ClassVar = "the ledger record"
     shard: Annotated[int, Field(ge=0)]
@@ -52,7 +52,7 @@ class ShardRecord(Part):
 
 
 class Completion(Part):
-    """The seal of a finished store. `ledger_sha256` also identifies the content of a store."""
+    """The seal of a finished cache. `ledger_sha256` also identifies the content of a cache."""
 
     noun: ClassVar = "the seal"
     shards: Annotated[int, Field(ge=0)]
@@ -66,7 +66,7 @@ class Completion(Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the seal, and so of every byte of the store. Publish it to reveal any change."""
+        """SHA-256 of the seal, and so of every byte of the cache. Publish it to reveal any change."""
         return hashlib.sha256(self.content).hexdigest()
 
 
@@ -74,7 +74,7 @@ R = TypeVar("R", ShardRecord, Completion)
 
 
 class Ledger:
-    """The ledger of a sealed store, read when it is first used."""
+    """The ledger of a sealed cache, read when it is first used."""
 
     def __init__(self, place: Place, completion: Completion) -> None:
         self.place = place
@@ -137,7 +137,7 @@ def _has_size(place: Place, key: str, size: int | None, expected: int) -> bool:
 
 
 def record_key(shard: int) -> str:
-    """Return the path of a shard's ledger record below the store."""
+    """Return the path of a shard's ledger record below the cache."""
     return f"ledger/{shard:08d}.json"
 
 
@@ -158,7 +158,7 @@ def publish_shard(place: Place, record: ShardRecord) -> None:
 
 
 def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
-    """Return whether a record belongs to a shard of this store."""
+    """Return whether a record belongs to a shard of this cache."""
     keys = {shard_key(spec, shard) for spec in record_arrays(manifest)}
     return (record.shard, record.records, set(record.files)) == (shard, manifest.shard_range(shard), keys)
 
@@ -262,9 +262,9 @@ def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -
 
 
 def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
-    """Write complete.json, which makes the store complete. Return False if a shard is not finished.
+    """Write complete.json, which makes the cache complete. Return False if a shard is not finished.
 
-    An equal file is left untouched, because a finished store may be on a read-only disk.
+    An equal file is left untouched, because a finished cache may be on a read-only disk.
     Raises: CorruptError for a metadata file that is missing.
     """
     records = [read_shard_record(place, shard) for shard in range(shards)]

@@ -1,4 +1,4 @@
-"""Open and read a store.
+"""Open and read a cache.
 
 Opening checks the manifest, the seal, all metadata and the layout of every array. The first use of a shard checks its
 ledger record and its files' sizes, and every read checks a crc32c. `check_files` looks for every file beforehand, and
@@ -40,14 +40,14 @@ _REMAINS = (SPARE, ledger.COMPLETE, ledger.WHOLE, ledger.record_key(0))  # of wh
 
 
 class Cache:
-    """A complete store, open for reading.
+    """A complete cache, open for reading.
 
     Many threads may read at once. It is safe to fork and to pickle: a worker process opens it again.
 
     Attributes:
         place: where its files are.
         manifest: who made it, from what and how.
-        ledger: size and digests of its files, or None for a store that is not sealed.
+        ledger: size and digests of its files, or None for a cache that is not sealed.
     """
 
     def __init__(self, place: Place | Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
@@ -78,12 +78,12 @@ class Cache:
 
     @property
     def path(self) -> Path:
-        """The store's folder. For a remote store it is the folder of its local copies."""
+        """The cache's folder. For a remote cache it is the folder of its local copies."""
         return self.place.folder
 
     @property
     def head(self) -> Head:
-        """The segmentation head. Raises: StoreError if the store does not have one."""
+        """The segmentation head. Raises: StoreError if the cache does not have one."""
         if self.manifest.segmentation is None:
             raise StoreError(
                 f"{self.place} has no {SEGMENTATION} head, only {', '.join(self.manifest.heads) or 'features'}",
@@ -109,7 +109,7 @@ class Cache:
 
     @property
     def pixels_stored(self) -> bool:
-        """Whether the store holds images and labels."""
+        """Whether the cache holds images and labels."""
         return self.manifest.view.pixels == "stored"
 
     @property
@@ -142,7 +142,7 @@ class Cache:
             self._array(path)
 
     def _check_place(self) -> None:
-        """Raise StoreError if the store is gone, which is not damage."""
+        """Raise StoreError if the cache is gone, which is not damage."""
         if not self.remote and not self.path.is_dir():
             raise StoreError(
                 f"Cache not found: {self.place} was moved or deleted since it was opened",
@@ -239,7 +239,7 @@ class Cache:
             flips: (B,), whether the pixels are mirrored left to right. None mirrors nothing.
             heads: the heads to read. Default: all.
             depth_zoom: what a zooming window does to targets in metres: divide, or keep.
-        Raises: DataError for unknown ids and invalid windows; RecipeError for a store of crops, for an unknown head,
+        Raises: DataError for unknown ids and invalid windows; RecipeError for a cache of crops, for an unknown head,
             and for zoomed windows without a rule for metres; CorruptError as `read`.
         """
         if self.manifest.view.kind == "crop":
@@ -285,9 +285,9 @@ class Cache:
         return rows
 
     def _forget(self, path: str, shards: Sequence[int]) -> bool:
-        """Drop the local copies of damaged remote shards, or return False if the store's own files are damaged.
+        """Drop the local copies of damaged remote shards, or return False if the cache's own files are damaged.
 
-        Raises: StoreError if the store itself is gone.
+        Raises: StoreError if the cache itself is gone.
         """
         self._check_place()
         dropped = [self.place.forget(shard_key(self.specs[path], shard)) for shard in shards]
@@ -328,7 +328,7 @@ def open_cache(
     cache_dir: str | Path | None = None,
     cache_bytes: Annotated[int, Ge(1)] | None = None,
 ) -> Cache:
-    """Open a complete store.
+    """Open a complete cache.
 
     >>> import kdcache
     >>> cache = kdcache.open_cache("streets.zarr")
@@ -337,14 +337,14 @@ def open_cache(
 
     Args:
         location: its folder, or an address such as s3://bucket/prefix.
-        cache_dir: folder for local copies of a remote store's shards. Default: kdcache in the user's cache folder.
+        cache_dir: folder for local copies of a remote cache's shards. Default: kdcache in the user's cache folder.
         cache_bytes: bound on the bytes of these copies. Default: half of the free space there.
 
     Raises:
         IncompleteError: the build is not finished (the message says how far it came).
         CorruptError: the seal or metadata were changed.
         VersionError: its format, or the layout of an array, is not supported.
-        StoreError: it is not a store.
+        StoreError: it is not a cache.
     """
     place = open_place(location, None if cache_dir is None else Path(cache_dir), cache_bytes)
     manifest = read_manifest(place)
@@ -357,7 +357,7 @@ def open_cache(
 
 
 def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
-    """Return the seal of a finished store. Raises IncompleteError with the number of finished shards."""
+    """Return the seal of a finished cache. Raises IncompleteError with the number of finished shards."""
     completion = ledger.read_completion(place)
     if completion is None:
         sizes = place.sizes(ledger.record_key(shard) for shard in range(manifest.shards))
@@ -375,7 +375,7 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
 
 
 def store_opens(place: Place) -> bool:
-    """Return whether a store opens with its ledger. Only this reveals a seal with a wrong digest."""
+    """Return whether a cache opens with its ledger. Only this reveals a seal with a wrong digest."""
     try:
         sealed = open_cache(place).ledger
         assert sealed is not None
@@ -386,7 +386,7 @@ def store_opens(place: Place) -> bool:
 
 
 def not_continued(place: Place, statistics: str) -> MismatchError:
-    """Return the error for a store with statistics of an earlier version, whose build cannot continue."""
+    """Return the error for a cache with statistics of an earlier version, whose build cannot continue."""
     kept = f" Add --from {place} to keep its targets." if store_opens(place) else ""
     fix = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out folder."
     return MismatchError(
@@ -396,12 +396,12 @@ def not_continued(place: Place, statistics: str) -> MismatchError:
 
 
 def store_exists(location: str | Path | Place) -> bool:
-    """Return whether a store was begun there."""
+    """Return whether a cache was begun there."""
     return open_place(location).exists(ROOT, SPARE, ledger.COMPLETE)
 
 
 def read_manifest(location: str | Path | Place) -> Manifest:
-    """Return the manifest of a store, complete or not. Raises StoreError."""
+    """Return the manifest of a cache, complete or not. Raises StoreError."""
     place = open_place(location)
     with suppress(CorruptError, VersionError):
         return _read_root(place)
@@ -414,7 +414,7 @@ def read_manifest(location: str | Path | Place) -> Manifest:
 
 
 def begun_manifest(location: str | Path | Place) -> Manifest | None:
-    """Return the manifest of a begun store, from its spare if zarr.json is damaged, or None if both are lost."""
+    """Return the manifest of a begun cache, from its spare if zarr.json is damaged, or None if both are lost."""
     place = open_place(location)
     if not store_exists(place):
         return None

@@ -1,6 +1,6 @@
-"""The records of a store, and the data set behind it if the store keeps no pixels.
+"""The records of a cache, and the data set behind it if the cache keeps no pixels.
 
-Record n of a store is a view of one sample of its data set. Another data set is an error, and so is an image that no
+Record n of a cache is a view of one sample of its data set. Another data set is an error, and so is an image that no
 longer renders to the pixels that the teacher saw.
 """
 
@@ -16,7 +16,7 @@ from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 class Records:
-    """Pixels, label and target of every record, from the store or from its data set.
+    """Pixels, label and target of every record, from the cache or from its data set.
 
     >>> import kdcache
     >>> records = kdcache.Records(kdcache.open_cache("streets.zarr"))
@@ -24,9 +24,9 @@ class Records:
     ((48, 64, 3), (7, 12, 16))
 
     Args:
-        cache: an open store.
-        split: the data set that it was built from, which a store without pixels needs.
-    Raises: MismatchError for a data set that the store was not built from.
+        cache: an open cache.
+        split: the data set that it was built from, which a cache without pixels needs.
+    Raises: MismatchError for a data set that the cache was not built from.
     """
 
     def __init__(self, cache: Cache, split: Split | None = None) -> None:
@@ -41,9 +41,9 @@ class Records:
 
     @classmethod
     def open(cls, store: str | Path | Place, data: str | None = None, split: str | None = None) -> "Records":
-        """Open the records of the store at a path or address.
+        """Open the records of the cache at a path or address.
 
-        `data` and `split` name its data set. The default split is the one that the store was built from.
+        `data` and `split` name its data set. The default split is the one that the cache was built from.
 
         Raises: as `open_cache` and `open_split`; MismatchError.
         """
@@ -64,7 +64,7 @@ class Records:
         return self.cache.pixels_stored or self.split is not None
 
     def check_complete(self) -> None:
-        """Raise MismatchError for a store without pixels and without its data set."""
+        """Raise MismatchError for a cache without pixels and without its data set."""
         if not self.complete:
             raise MismatchError(
                 f"Missing --data: {self.cache.place} was built with --pixels source, so it has no pixels",
@@ -88,7 +88,7 @@ class Records:
     def label(self, record: int, task: str = SEGMENTATION) -> Array:
         """Return the view's label of a task: uint8 (H, W) with void 255, or float32 metres with NaN for unknown depth.
 
-        Raises: as `pixels`; StoreError for a store with pixels but no label of the task.
+        Raises: as `pixels`; StoreError for a cache with pixels but no label of the task.
         """
         if self.cache.pixels_stored:
             return self.cache.read(record, [f"labels/{task}"])[f"labels/{task}"]
@@ -100,7 +100,7 @@ class Records:
         """Return the stored target: `values` (k, h, w) float16, for top-k also `indices` (k, h, w) and `tail` (h, w).
 
         A regression has `values` (c, h, w) in the head's unit, float16 or float32.
-        Raises: CorruptError as `Cache.read`; StoreError for a head that the store does not have.
+        Raises: CorruptError as `Cache.read`; StoreError for a head that the cache does not have.
         """
         if head not in self.cache.manifest.heads:
             raise StoreError(
@@ -128,7 +128,7 @@ class Records:
         return render(image, label, window, flip=flip, size=size or self.cache.view_size)
 
     def _rendered_depth(self, record: int) -> Array:
-        """Render the depth label from the data set, in the form of a store with pixels."""
+        """Render the depth label from the data set, in the form of a cache with pixels."""
         self.check_complete()
         assert self.split is not None
         manifest = self.cache.manifest

@@ -1,4 +1,4 @@
-"""Repair of a damaged store by a build, after an accident, an interrupted copy or a failing disk.
+"""Repair of a damaged cache by a build, after an accident, an interrupted copy or a failing disk.
 
 Everything except the shards can be written again without the teacher. Array metadata and ids follow from the manifest
 and the command. The manifest has a spare (`manifest.json`, with its digest). A ledger record is also in `ledger.jsonl`.
@@ -75,7 +75,7 @@ def is_intact(place: Place, completion: Completion | None) -> bool:
 
 
 def restore_root(place: Place, wanted: Manifest) -> None:
-    """Write the root's zarr.json again from its spare if it is lost or differs from the store's first one.
+    """Write the root's zarr.json again from its spare if it is lost or differs from the cache's first one.
 
     `wanted` is the manifest that the command would begin, used if neither file matches the seal.
     """
@@ -107,7 +107,7 @@ def restore_metadata(
     """Write metadata files again if they match neither the seal nor what the build would write.
 
     `files` has what the build would write, and `completion` is the seal. `same_libraries` says whether this Zarr began
-    the store: another version may write the same content differently.
+    the cache: another version may write the same content differently.
 
     Raises: MismatchError for a file that only the library which wrote it can make again.
     """
@@ -129,7 +129,7 @@ def restore_metadata(
 
 
 def restore_spare(place: Place, completion: Completion | None) -> None:
-    """Write the spare again if it differs from the root. A seal without a spare belongs to a store without one."""
+    """Write the spare again if it differs from the root. A seal without a spare belongs to a cache without one."""
     if completion is not None and SPARE not in completion.metadata:
         return
     root = place.read(ROOT)

@@ -1,4 +1,4 @@
-"""The ids of a store's samples: UTF-8, end to end, in two flat arrays of one chunk each."""
+"""The ids of a cache's samples: UTF-8, end to end, in two flat arrays of one chunk each."""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ _MOST_ID_BYTES = 4096
 
 
 class SampleIds(Sequence[str]):
-    """The ids of a store in their stored form, because a tuple of short strings would take ten times the memory.
+    """The ids of a cache in their stored form, because a tuple of short strings would take ten times the memory.
 
     It equals any tuple of the same strings.
 
@@ -71,9 +71,9 @@ class SampleIds(Sequence[str]):
 
 
 def read_ids(place: Place, manifest: Manifest, sealed: Mapping[str, str] = MappingProxyType({})) -> SampleIds:
-    """Read the sample ids of a store, in sample order, also from an unfinished one.
+    """Read the sample ids of a cache, in sample order, also from an unfinished one.
 
-    `sealed` has the SHA-256 of files by key, because another build may have replaced the store.
+    `sealed` has the SHA-256 of files by key, because another build may have replaced the cache.
 
     Raises: CorruptError.
     Memory: at most three times the index, whatever it claims.

@@ -1,4 +1,4 @@
-"""The samples of a part of a store."""
+"""The samples of a part of a cache."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def evenly_spread(total: int, most: int) -> list[int]:
 
 
 def spread_samples(source: Cache, count: int) -> list[int]:
-    """Return `count` sample numbers, evenly spread over a store. Raises StoreError if it has fewer."""
+    """Return `count` sample numbers, evenly spread over a cache. Raises StoreError if it has fewer."""
     samples = source.manifest.dataset.samples
     if not 1 <= count <= samples:
         raise StoreError(

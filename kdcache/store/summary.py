@@ -1,4 +1,4 @@
-"""The summary of a store, complete or not, that `kdcache inspect` prints."""
+"""The summary of a cache, complete or not, that `kdcache inspect` prints."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,11 +39,11 @@ class ArraySummary:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """Sizes of a store. Bytes per record count what is on disk.
+    """Sizes of a cache. Bytes per record count what is on disk.
 
     Attributes:
         topk_mass: mean probability inside the top k, or None for dense targets.
-        seal: digest of the seal, or None for an unfinished store.
+        seal: digest of the seal, or None for an unfinished cache.
         missing: shards that are not written, in order.
     """
 
@@ -146,7 +146,7 @@ class StoreSummary:
 
 
 def inspect_store(location: str | Path | Place) -> StoreSummary:
-    """Summarise a store that may be unfinished.
+    """Summarise a cache that may be unfinished.
 
     Raises: StoreError, VersionError, CorruptError.
     """
@@ -161,7 +161,7 @@ def inspect_store(location: str | Path | Place) -> StoreSummary:
 
 
 def summarise(cache: Cache) -> StoreSummary:
-    """Summarise an open store with all its files."""
+    """Summarise an open cache with all its files."""
     cache.check_files()
     records = [] if cache.ledger is None else [cache.ledger.record(shard) for shard in range(len(cache.ledger))]
     return _summary(str(cache.place), cache.manifest, records, cache)

@@ -38,7 +38,7 @@ class SampleTargets:
 
 
 def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object) -> list[int]:
-    """Return the number of each id among a store's samples. Raises: DataError for unknown ids."""
+    """Return the number of each id among a cache's samples. Raises: DataError for unknown ids."""
     if isinstance(ids, str):
         raise DataError(
             f"targets_for takes a list of ids, not the text {ids!r}", fix=f"Give a list: targets_for([{ids!r}], ...)"

@@ -1,4 +1,4 @@
-"""Check every byte of a store against its ledger."""
+"""Check every byte of a cache against its ledger."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class VerifyReport:
     """The result of `verify_files`.
 
     Attributes:
-        damaged: files below the store with other bytes than were written. fix: how to repair them.
+        damaged: files below the cache with other bytes than were written. fix: how to repair them.
         seal: the digest of its seal, which covers all files.
     """
 
@@ -38,9 +38,9 @@ def verify_files(
     """Compare the digest of every file with the ledger's, and the ledger's checksums with every chunk's.
 
     Args:
-        location: where a complete store lies.
+        location: where a complete cache lies.
         progress: called with (shards done, shards).
-        seal: the expected digest of its seal, as published elsewhere. Someone who changes a store can also change its
+        seal: the expected digest of its seal, as published elsewhere. Someone who changes a cache can also change its
             ledger and its seal.
     Raises: IncompleteError, CorruptError (ledger or metadata), VersionError, StoreError, MismatchError (the seal).
     """
@@ -67,7 +67,9 @@ def verify_files(
         report.bytes += sum(entry.bytes for entry in record.files.values())
         report.damaged += examined.damaged
         if not ledger.is_of(manifest, record.shard, record):
-            raise damaged_metadata(place.describe(ledger.WHOLE), f"line {record.shard} belongs to no shard of this cache")
+            raise damaged_metadata(
+                place.describe(ledger.WHOLE), f"line {record.shard} belongs to no shard of this cache"
+            )
         if not examined.damaged and examined.record != record:  # its files are whole, its checksums are not theirs
             report.damaged += [ledger.WHOLE, ledger.record_key(record.shard)]
         elif not ledger.is_published(place, record):

@@ -11,7 +11,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Worker:
-    """Number `index` of `count` processes that write a store together. Worker k mod count owns shard k.
+    """Number `index` of `count` processes that write a cache together. Worker k mod count owns shard k.
 
     Attributes:
         take_over: whether it also writes the missing shards of the others, after its own.

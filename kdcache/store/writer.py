@@ -1,11 +1,11 @@
-"""Write a store: whole shards by one owner, synced before the ledger lists them.
+"""Write a cache: whole shards by one owner, synced before the ledger lists them.
 
 The order makes a crash harmless: array files, fsync, ledger record, and `complete.json` last. A killed process leaves
 finished shards, which a later one keeps, and at most one unfinished shard, which is written again.
 
-Any number of processes may build one store. On a disk each takes the next shard that no process has claimed, and a
+Any number of processes may build one cache. On a disk each takes the next shard that no process has claimed, and a
 claim ends with its process. Numbered workers (`Worker`) keep to their own shards and need no claims, which object
-stores do not have. The process that finishes the last shard seals the store.
+caches do not have. The process that finishes the last shard seals the cache.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ _POLL_SECONDS = 0.5  # between checks of the shards of others
 
 
 class StoreWriter:
-    """Writes one store, which `open_writer` created or continues.
+    """Writes one cache, which `open_writer` created or continues.
 
     Attributes:
         manifest: the manifest on disk (its `created` is the time of the first start).
@@ -128,7 +128,7 @@ class StoreWriter:
             release()
 
     def seal(self) -> bool:
-        """Seal the store if every worker has finished its shards. This worker must have finished its own."""
+        """Seal the cache if every worker has finished its shards. This worker must have finished its own."""
         assert not self.missing, self.missing
         keys = [*metadata_keys(self.manifest), *([recovery.SPARE] if self.place.exists(recovery.SPARE) else [])]
         return ledger.seal(self.place, self.manifest.shards, keys)
@@ -165,7 +165,7 @@ class StoreWriter:
     def _check_rendered(
         self, path: str, shard: int, record: ShardRecord | None, rendered: Array, other: Sequence[str]
     ) -> dict[str, bytes]:
-        """Compare the checksums of a shard's pixels or labels with the stored ones, if the store has them.
+        """Compare the checksums of a shard's pixels or labels with the stored ones, if the cache has them.
 
         `other` lists how this environment differs from the first one.
 
@@ -298,7 +298,7 @@ def open_writer(
     worker: Worker | None = None,
     data: BuiltFrom | None = None,
 ) -> StoreWriter:
-    """Create the store, or continue one that an equal command began.
+    """Create the cache, or continue one that an equal command began.
 
     Damage is repaired: metadata and ledger at once, and this worker's shards with damaged files count as missing
     (recovery.py). Libraries and device may differ from the first start if only finished shards are written again. The
@@ -307,7 +307,7 @@ def open_writer(
 
     Raises:
         StoreError: the place holds something else.
-        MismatchError: the store there was begun with other inputs, or pixels differ now. It is left unchanged.
+        MismatchError: the cache there was begun with other inputs, or pixels differ now. It is left unchanged.
         VersionError: the installed zarr-python writes arrays that `open_cache` cannot read.
     """
     place = open_place(location)
@@ -339,7 +339,7 @@ def open_writer(
 
 
 def _check_dataset(writer: StoreWriter, split: Split, completion: ledger.Completion | None) -> None:
-    """Refuse a data set with other classes, samples or labels than the store's. Raises: MismatchError."""
+    """Refuse a data set with other classes, samples or labels than the cache's. Raises: MismatchError."""
     place, manifest = writer.place, writer.manifest
     try:
         shards = sorted(writer.worker.shards(manifest.shards))
@@ -350,7 +350,7 @@ def _check_dataset(writer: StoreWriter, split: Split, completion: ledger.Complet
 
 
 def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
-    """Refuse a data set that is not what a store was begun with. Raises: MismatchError."""
+    """Refuse a data set that is not what a cache was begun with. Raises: MismatchError."""
     if not changes:
         return
     place = writer.place
@@ -364,7 +364,7 @@ def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
-    """Return the error for a store that another command began. `intact` says whether its manifest looks unchanged."""
+    """Return the error for a cache that another command began. `intact` says whether its manifest looks unchanged."""
     spare = ""
     fix = (
         "Repeat the first command exactly, with the same teacher, data, libraries and device. Or give another --out "
@@ -413,7 +413,7 @@ class Encoder:
 
 
 def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
-    """Every file of a store that has no shards yet; the one that makes it a store is the last.
+    """Every file of a cache that has no shards yet; the one that makes it a cache is the last.
 
     Raises: VersionError when this zarr-python writes arrays that no reader of ours would take.
     """

@@ -278,7 +278,7 @@ class _Planner:
         }
 
     def _streams(self, arm: Arm, fold: int | None, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the streams of an arm with their data and stores in place, and the jobs that build those."""
+        """Return the streams of an arm with their data and caches in place, and the jobs that build those."""
         tables, needs = [], []
         for own in arm.flags.get("stream", ()):
             table = {key: value for key, value in own.items() if value != ""}
@@ -395,7 +395,7 @@ class _Planner:
 
 
 def _named_store(cache: str) -> tuple[str, str | None]:
-    """Return ('NAME=', store) of '@STORE' or 'NAME=@STORE' in a recipe. The store of a path is None."""
+    """Return ('NAME=', store) of '@STORE' or 'NAME=@STORE' in a recipe. The cache of a path is None."""
     match = re.fullmatch(r"((?:[^@=/]+=)?)@(.+)", cache)
     return (match[1], match[2]) if match else ("", None)
 

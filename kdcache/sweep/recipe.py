@@ -11,7 +11,7 @@
     [teacher]                      flags of train-teacher, or spec = "torchvision:fcn_resnet50@default"; stream =
                                    ["NAME"] lets it learn from the labels of those streams
     [teachers.NAME]                another one, by its difference to [teacher], such as seed = 1
-    [store]                        flags of build-teacher-cache; audit = true compares the teacher of every store with
+    [store]                        flags of build-teacher-cache; audit = true compares the teacher of every cache with
                                    the labels of its data
     [stores.NAME]                  another one, by its difference to [store]; teacher = ["@teacher", "@NAME"], a
                                    teacher or the run of an arm (of the same seed); "@NAME@last-ema" are its weights
@@ -27,9 +27,9 @@ In a name, {kl-weight} stands for the flag's value. The value "@NAME" of a flag 
 fold and seed, which is trained before. "" leaves a flag out. An arm's model = "+aux" is that of [student], with a head.
 
 In [teacher] and [store] the value "{limit-labels}" is the arm's own: arms with other values have other teachers and
-stores.
+caches.
 
-A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a store of that stream's data. A list of them is joined, as
+A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a cache of that stream's data. A list of them is joined, as
 ["@store", "depth=@NAME"]. An arm changes a stream by
 its name, `stream.kitti.share = [0.25, 0.5]` ({kitti.share} in its own), and leaves it out by `stream.kitti = false`.
 """
@@ -61,7 +61,7 @@ _KEYS = {
 }
 _REPEATED = ("term", "stream")
 TEACHER, STORE = "teacher", "store"
-"""The names of the teacher and of the store that every recipe has."""
+"""The names of the teacher and of the cache that every recipe has."""
 AUDIT = "audit"
 """The key of [store] that is no flag of build-teacher-cache."""
 SMOKE_TITLE = "Smoke run: "
@@ -337,7 +337,7 @@ def _check_named(kind: str, tables: Any) -> None:
 
 
 def _check_tables(content: dict[str, Any]) -> None:
-    """Check the streams, and the tables of further teachers and stores. Raises: RecipeError."""
+    """Check the streams, and the tables of further teachers and caches. Raises: RecipeError."""
     if "stream" in content:
         _check_named("stream", content["stream"])
         for table in content["stream"]:

@@ -27,8 +27,8 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
     if theirs is None:
         return (
             f"cannot tell whether {run} left out fold {config.data.fold} of these samples: its cache "
-            f"{', '.join(config.data.cache or ())} is missing or has changed. If its samples were others, train it again "
-            "on this cache."
+            f"{', '.join(config.data.cache or ())} is missing or has changed. If its samples were others, train it "
+            "again on this cache."
         )
     if theirs not in (cache.manifest.dataset.ids_digest, ids_digest(names, cache.ids)):
         raise MismatchError(

@@ -27,11 +27,11 @@ class Planned:
     """The cost of a build.
 
     Attributes:
-        estimate: bytes, files and seconds of the build, and of others that differ in one setting.
-        free: free bytes at its place. None if unknown.
-        disk, bound: the rate of that disk, and the bottleneck of the build. None if the disk was not measured.
-        student: a student whose training was estimated. epochs: its length.
-        student_seconds: its time per image, forward and backward.
+        estimate: bytes, files and seconds of the build, and of builds that differ in one setting.
+        free: free bytes at the cache's place, or None if unknown.
+        disk, bound: the disk's rate and the build's bottleneck. None if the disk was not measured.
+        student: the student that was estimated, or None. epochs: the length of its training.
+        student_seconds: seconds per image of the student, forward and backward.
     """
 
     estimate: Estimate
@@ -80,17 +80,24 @@ def plan(
     >>> planned.estimate.chosen.bytes > 0
     True
 
+    Call it with the arguments that you will give to `kdcache.build_cache`. It runs the teacher on a few records and
+    scales their bytes and seconds to the whole split. Nothing is kept.
+
     Args:
-        data: as of `kdcache.build_cache`.
-        teacher: as of `kdcache.build_cache`.
-        out: the place for the cache.
-        split: as of `kdcache.build_cache`.
-        measure_disk: write at most 2 GB to that disk and delete them.
-        records: number of records to measure.
-        student: a model whose training is also estimated.
-        epochs: length of that training.
-        progress: show bars, or lines without a terminal.
-        settings: as of `kdcache.build_cache`.
+        data: the data set, as in `kdcache.build_cache`.
+        teacher: the teacher, as in `kdcache.build_cache`.
+        out: the place for the cache. Only its free space is read.
+        split: the split, as in `kdcache.build_cache`.
+        measure_disk: also write at most 2 GB to the disk of `out`, measure its speed, and delete them.
+        records: number of records to measure. More make the estimate more precise.
+        student: model spec of a student. Its training is then also estimated, with the cache and with a live teacher.
+        epochs: length of the student's training, in passes over the images.
+        progress: show progress bars, or lines without a terminal.
+        settings: the other settings of `kdcache.build_cache`, such as `size`, `views` and `top_k`.
+
+    Returns:
+        The cost. `estimate.chosen.bytes` and `estimate.chosen.seconds` belong to the whole cache. `free` is the
+        free space at `out` in bytes.
     Raises: KDCacheError of every kind.
     """
     check_views(settings)

@@ -34,7 +34,7 @@ def test_the_command_builds_the_same_store_again(made, cli, tree, tmp_path, flag
     assert first.code == 0, first.err
     places = {"DATA": made / "data", "TEACHER": made / "teacher", "TEACHER_1": made / "teacher"}
     words = command(cli("inspect", tmp_path / "first.zarr", "--card").out)
-    words = [str({**places, "STORE.zarr": tmp_path / "second.zarr"}.get(word, word)) for word in words]
+    words = [str({**places, "CACHE.zarr": tmp_path / "second.zarr"}.get(word, word)) for word in words]
     second = cli(*words)
     assert second.code == 0, second.err
     one, other = (open_cache(tmp_path / name).manifest for name in ("first.zarr", "second.zarr"))

@@ -37,7 +37,7 @@ def completed(verb: str, name: str, begun: str) -> list[str]:
 
 def test_verbs_stand_in_the_order_of_work(cli) -> None:
     told = cli("-h").out
-    headings = ["Start", "Data", "Teacher and store", "Train", "Judge", "Ship", "Bench"]
+    headings = ["Start", "Data", "Teacher and cache", "Train", "Evaluate", "Ship", "Bench"]
     places = [told.index(f"─ {heading} ─") for heading in headings]
     assert places == sorted(places)
     assert told == cli("--help").out

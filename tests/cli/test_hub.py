@@ -65,7 +65,7 @@ def test_again_sends_nothing(pushed, made, cli) -> None:
     pushed.sent.clear()
     ended = cli("copy", made / "store.zarr", PLACE, "--license", "mit")
     assert ended.code == 0, ended.err
-    assert "44 files (44 were there), pixels source" in ended.out
+    assert "44 files (44 from before), pixels source" in ended.out
     assert pushed.sent == []
     assert len(pushed.repositories[NAME].commits) == commits
 

@@ -25,7 +25,7 @@ def test_a_further_cache_is_built_and_joined(world: Path, typed: Any) -> None:
     built = typed(f"{LIKE} --out {{w}}/taps.zarr")
     assert built.code == 0, built.err
     assert "6 records" in built.out
-    assert "6 records (6 were there)" in typed(f"{LIKE} --out {{w}}/taps.zarr").out
+    assert "6 records (6 from before)" in typed(f"{LIKE} --out {{w}}/taps.zarr").out
     ended = typed(f"{TRAIN} --cache sam={{w}}/taps.zarr {TERM}")
     assert ended.code == 0, ended.err
     recipe = world / "run/recipe.toml"
@@ -58,7 +58,7 @@ def test_a_further_cache_may_be_in_an_object_store(world: Path, typed: Any, s3: 
 def test_a_head_of_a_cache_without_data_is_judged_on_stored_labels(typed: Any) -> None:
     ended = typed("build-teacher-cache --like {w}/store.zarr --teacher {w}/teacher --out {w}/again.zarr")
     assert ended.code == 0, ended.err
-    assert "the teacher on these labels, read back from the store: mIoU" in ended.out
+    assert "the teacher on these labels, read back from the cache: mIoU" in ended.out
 
 
 @pytest.mark.parametrize(

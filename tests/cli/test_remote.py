@@ -23,13 +23,13 @@ def test_the_whole_way_through_a_bucket(world, cli, tree, s3, tmp_path) -> None:
     assert f"{address}: 6 records" in built.out
     assert "mIoU" in built.out
     assert s3.objects(address).keys() == tree(world / "store.zarr").keys()
-    assert "(6 were there)" in cli(*build, address).out
+    assert "(6 from before)" in cli(*build, address).out
 
     inspected = cli("inspect", address, "--json")
     assert json.loads(inspected.out)["path"] == address
     verified = cli("verify", address, "--teacher", world / "teacher", "--cache-dir", copies, "--cache-bytes", "1MiB")
     assert verified.code == 0, verified.err
-    assert "the store holds the targets of this teacher" in verified.out
+    assert "the cache holds the targets of this teacher" in verified.out
 
     shutil.rmtree(copies)
     s3.reset()

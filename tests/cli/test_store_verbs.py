@@ -37,10 +37,10 @@ def test_a_copy(world, cli, tree) -> None:
     copied = cli(*COPY.format(w=world).split())
     assert copied.code == 0, copied.err
     assert "6 records in" in copied.out
-    assert "beside the teacher: KL" in copied.out
+    assert "against the teacher: KL" in copied.out
     assert tree(world / "new") == tree(world / "store.zarr")
     again = cli(*COPY.format(w=world).split())
-    assert "6 records (6 were there);" in again.out
+    assert "6 records (6 from before);" in again.out
     shutil.rmtree(world / "store.zarr")
     words = f"train-student --cache {world}/new --model kdcache:tiny --iterations 1 --batch-size 2 --out {world}/run"
     assert cli(*words.split()).code == 0
@@ -71,14 +71,14 @@ def test_what_a_copy_lost_may_be_unknown(world, cli) -> None:
     build = f"build-teacher-cache --data {world}/data --teacher {world}/teacher --top-k 3 --out {world}/topk"
     assert cli(*build.split()).code == 0
     copied = cli("copy", world / "topk", world / "new", "--codec", "small")
-    assert "not known" in copied.out
+    assert "unknown" in copied.out
     assert manifest(cli, world / "new")["fidelity"] is None
 
 
 def test_workers_copy_together(world, cli) -> None:
     words = COPY.format(w=world).split()
     first = cli(*words, "--worker", "0/2")
-    assert (first.code, "finished by the worker that ends last" in first.out) == (0, True)
+    assert (first.code, "the worker that ends last finishes the copy" in first.out) == (0, True)
     last = cli(*words, "--worker", "1/2")
     assert "6 records (" not in first.out
     assert "6 records" in last.out
@@ -95,13 +95,13 @@ def test_a_build_from_an_earlier_one(world, cli, tree) -> None:
     words = FROM.format(w=world).split()
     larger = cli(*words)
     assert larger.code == 0, larger.err
-    assert "9 records (3 taught, 6 taken over) in" in larger.out
+    assert "9 records (3 computed, 6 copied) in" in larger.out
     again = cli(*words)
-    assert "9 records (9 were there) (0 taught, 0 taken over)" in again.out
+    assert "9 records (9 from before) (0 computed, 0 copied)" in again.out
     words = FROM.replace("store.zarr", "new", 1).replace("--out {w}/new", "--out {w}/more.zarr").format(w=world).split()
     richer = cli(*words, "--views", 2, "--features", "head", "--codec", "small", "--batch-size", 5)
     assert richer.code == 0, richer.err
-    assert "18 records (18 taught, 9 taken over)" in richer.out
+    assert "18 records (18 computed, 9 copied)" in richer.out
     about = manifest(cli, world / "more.zarr")
     assert (about["codec"], about["build"]["batch_size"], list(about["features"])) == ("small", 5, ["head"])
     assert about["view"]["drawn"] == {"seed": 0, "scale": [1.0, 2.0], "flip": True}
@@ -227,7 +227,7 @@ def test_interrupted_at_the_keyboard(tmp_path, spawn, cli, tree) -> None:
     assert "run the same command again" in err
     ended = cli(*words)
     assert ended.code == 0
-    assert "were there)" in ended.out
+    assert "from before)" in ended.out
     cli("copy", tmp_path / "s", tmp_path / "clean", "--codec", "none", "--shard-records", 1)
     assert tree(tmp_path / "c") == tree(tmp_path / "clean")
 

@@ -43,7 +43,7 @@ def test_an_ensemble_from_one_command(teachers, cli) -> None:
     assert "kdcache:tiny + kdcache:tiny" in shown
     assert "statistics/at.head" in shown
     again = cli(*f"{TWO} {flags}".format(w=teachers).split())
-    assert "6 records (6 were there)" in again.out
+    assert "6 records (6 from before)" in again.out
     extend = (
         "build-teacher-cache --from {w}/new --data {w}/data --teacher {w}/teacher --teacher {w}/other --out {w}/more"
     )

@@ -30,14 +30,14 @@ def test_the_whole_way(world, cli, tree) -> None:
     build = f"build-teacher-cache --data {data} --teacher {teacher} --out {store} --shard-records 4 --views full"
     again = cli(*build.split())
     assert again.code == 0
-    assert "(6 were there)" in again.out
+    assert "(6 from before)" in again.out
     assert "mIoU" in again.out
     assert tree(store) == before
 
     checked = cli("verify", store, "--teacher", teacher, "--data", data)
     assert checked.code == 0, checked.out
     assert "as written" in checked.out
-    assert "the store holds the targets of this teacher" in checked.out
+    assert "the cache holds the targets of this teacher" in checked.out
 
     inspected = cli("inspect", store, "--json")
     assert inspected.code == 0
@@ -190,5 +190,5 @@ def test_interrupted_at_the_keyboard(tmp_path, world, spawn, cli) -> None:
     assert "Traceback" not in err
     ended = cli(*words)
     assert ended.code == 0
-    assert "were there)" in ended.out
+    assert "from before)" in ended.out
     assert os.listdir(tmp_path / "s.zarr" / "ledger")

@@ -169,7 +169,7 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
     ("loader-cpu.json", pace("steps", "default", "memory"), "1.02", (BENCHMARKS, BOTTLENECK)),
     ("loader-cpu-288.json", pace("steps", "default", "memory"), "1.06", (BENCHMARKS, BOTTLENECK)),
     ("crash-cpu.json", lambda d: len(d["builds"]["kills"]), "50 kills", (BENCHMARKS, SCALE)),
-    ("crash-cpu.json", lambda d: d["builds"]["finished"], "14 stores", (SCALE,)),
+    ("crash-cpu.json", lambda d: d["builds"]["finished"], "14 caches", (SCALE,)),
     ("crash-cpu.json", lambda d: len(d["trainings"]["kills"]), "6 kills", (BENCHMARKS, SCALE)),
     ("crash-ray-cpu.json", lambda d: len(d["builds"]["kills"]), "20 kills", (SCALE,)),
     ("crash-ray-bucket-cpu.json", lambda d: len(d["builds"]["kills"]), "20 kills", (SCALE,)),

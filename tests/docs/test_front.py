@@ -55,8 +55,9 @@ def test_the_break_even_is_of_the_study(text: str) -> None:
     views, steps, batch = 16, 4500, 8
     assert {(row["store"], row["iterations"]) for row in _runs("live, all")} == {(f"final-{views}-raw", steps)}
     words = " ".join(text.split())
-    assert f"{IMAGES} images are {views * IMAGES:,} teacher forwards" in words
-    assert f"{steps:,} steps of {batch} images is {steps * batch:,}" in words
+    assert re.search(rf"\b{views} views of each\b.*?\b{views * IMAGES:,}\b", words)
+    assert re.search(rf"{steps:,} steps of {batch} images\b.*?\b{steps * batch:,}\b", words)
+    assert f"{IMAGES} training images" in words
 
 
 def _runs(arm: str) -> list[dict[str, Any]]:
@@ -101,11 +102,17 @@ def test_the_table_of_methods_is_of_the_test_split() -> None:
     assert rows == expected
 
 
-@pytest.mark.parametrize("text", FRONT.values(), ids=FRONT)
-def test_46_labels_with_distillation_equal_92_without(text: str) -> None:
+def test_46_labels_with_distillation_equal_92_without() -> None:
     with_46, without_92 = fmean(score("distilled", "Seq05VD", "46")), fmean(score("plain", "Seq05VD", "92"))
-    assert f"46 labels with distillation equal 92 without: {with_46:.1f} and {without_92:.1f}" in " ".join(text.split())
-    assert f"reached {fmean(score('control', 'Seq05VD', 'all')):.1f}." in FRONT["README.md"]
+    assert abs(with_46 - without_92) < 0.5
+    words = " ".join(FRONT["README.md"].split())
+    assert (
+        f"with distillation scored {with_46:.1f} on average, and 92 labels without it scored {without_92:.1f}" in words
+    )
+    assert f"it scored {fmean(score('control', 'Seq05VD', 'all')):.1f}." in words
+    words = " ".join(FRONT["docs/index.md"].split())
+    assert f"With 46 labels, distillation scored {with_46:.1f}. Without it, 92 labels" in words
+    assert f"the same score: {without_92:.1f} (" in words
 
 
 def test_the_test_split_names_weights_and_commands_that_exist() -> None:

@@ -141,4 +141,6 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     )
     assert "open_cache" in (tmp_path / "site" / "api" / "store.html").read_text(encoding="utf-8")
     assert "--cache" in (tmp_path / "site" / "cli" / "train-student.html").read_text(encoding="utf-8")
+    tutorial = (tmp_path / "site" / "tutorial.html").read_text(encoding="utf-8")
+    assert re.search(r'(?s)href="index.html".*load_teacher', tutorial), "the notebook is a page of the site"
     assert not (tmp_path / "site" / "dev").exists()

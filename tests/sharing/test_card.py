@@ -62,5 +62,5 @@ def test_a_store_that_is_half_built(made, tmp_path) -> None:
     source = open_cache(made / "store.zarr")
     open_writer(tmp_path / "half.zarr", source.manifest, source.ids).close()
     card = store_card(inspect_store(tmp_path / "half.zarr"))
-    assert "half built" in card.split("@misc")[1]
+    assert "incomplete" in card.split("@misc")[1]
     assert "--seal" not in card

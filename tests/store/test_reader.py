@@ -394,5 +394,5 @@ def test_ids_of_another_build_in_the_same_place_are_not_read(store, plan, tmp_pa
     shutil.rmtree(store)
     shutil.move(tmp_path / "other.zarr", store)
     assert open_cache(store).ids[0] == "another"
-    with pytest.raises(CorruptError, match="changed after the store was sealed"):
+    with pytest.raises(CorruptError, match="changed after the cache was sealed"):
         list(cache.ids)

@@ -217,7 +217,7 @@ def test_a_run_from_the_data_or_another_store_of_it(
     assert noted(cross_fitted, tmp_path / "store") == []
     other.rename(tmp_path / "moved.zarr")
     (text,) = noted(cross_fitted, tmp_path / "store")
-    assert "not known" in text
+    assert "cannot tell whether" in text
     assert str(other) in text
 
 

@@ -86,7 +86,7 @@ def test_a_join_resumes_with_its_own_caches(
     again = make_cache(model=model, views=2, features_only=True, pixels="source", shard_records=2, **TAPS)
     with pytest.raises(RecipeError) as caught:
         train(make_config(**long | {"cache": [long["cache"][0], f"sam={again}"]}), tmp_path / "killed", resume=True)
-    assert "another store or data set than it was begun with" in str(caught.value)
+    assert "another cache or data set than it was begun with" in str(caught.value)
     train(make_config(**long), tmp_path / "killed", resume=True)
     nursery.start(long, tmp_path / "whole")
     assert nursery.wait() == 0

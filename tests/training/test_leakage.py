@@ -141,7 +141,7 @@ def test_a_fold_that_the_teacher_has_seen_is_noted(
     assert len(texts) == (0 if seen is None else 1)
     for text in texts:
         assert f"trained on {seen}" in text
-        assert "train the teacher with --fold 0/3 too" in text
+        assert "train the teacher with --fold 0/3 and build" in text
 
 
 def test_a_fold_whose_labels_the_teacher_had_not(cache: Cache, taught: Callable[..., Cache], notes: Notes) -> None:
@@ -209,7 +209,7 @@ def test_labels_that_the_store_lacks(stored: Callable[..., Cache], data: Path, n
         notes(cache)
     assert caught.value.problem.startswith("The teacher saw more labels than the student: 2 labels, and")
     assert "4 more of its samples (train-000002" in caught.value.problem
-    assert "the data set as it was when the store was built" in caught.value.fix
+    assert "the data set as it was when the cache was built" in caught.value.fix
     assert notes(cache, method="none") == []
     (training,) = cache.manifest.teacher.trainings
     assert training is not None

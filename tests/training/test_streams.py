@@ -405,7 +405,7 @@ def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(
         ({"stream": ["a", "b,class-map={w}/map.txt,term=cwd"]}, "cwd, which reads raw logits|--raw-logits"),
         (
             {"stream": ["a", "b,class-map={w}/map.txt,class-trust={w}/trust"]},
-            "--class-trust .*, of the store's classes",
+            "--class-trust .*, of the cache's classes",
         ),
         ({"stream": ["a,method=none", "b,method=none,class-map={w}/void.txt"]}, "makes void of all 7 classes"),
         ({"stream": ["a", "b,method=none,labels=none"]}, "none of 6 samples has a label that --labels none leaves"),

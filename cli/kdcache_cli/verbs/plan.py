@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 _Option = typer.Option
 _EXACT = 0.005  # of two standard errors, 1 %
 ADVICE = (
-    "[dim]Before you build: on CamVid, a cache of all images helped most with few labels. With 46 labels and a teacher "
-    "that began from ImageNet, it gained 2 to 13 points of mIoU over labels only. With a label on every image, the gain "
-    "was smaller than the spread of the seeds. The student's --lr was worth 7 points. Tune --lr first, then compare "
+    "[dim]Before you build: on CamVid, a cache of all images helped most with few labels. With 46 labels and a "
+    "teacher that began from ImageNet, it gained 2 to 13 points of mIoU over labels only. With a label on every image, "
+    "the gain was smaller than the spread of the seeds. The student's --lr was worth 7 points. Tune --lr first, then compare "
     "with the control (docs: Compare runs).[/]"
 )
 
@@ -88,7 +88,7 @@ def _print_settings(estimate: "Estimate") -> None:
     share = "all" if planned.setting.k == estimate.classes else f"the top {planned.setting.k} of"
     off = ""
     if estimate.error > _EXACT:
-        off = f". These differ, so the bytes may be off by {200 * estimate.error:.1f} %. --records N measures more of them"
+        off = f". These differ, so the bytes may be off by {200 * estimate.error:.1f} %. --records N measures more"
     kept = "" if planned.setting.k is None else f", keeping {share} {estimate.classes} classes"
     OUT.print(
         f"[bold]{bytes_text(planned.bytes)}[/] in {planned.files:,} files, {planned.records:,} records of "
@@ -126,7 +126,9 @@ def _print_time(estimate: "Estimate") -> None:
         + f"; a student reads its target in {_time(each.read)}."
     )
     if estimate.payback_epochs == float("inf"):
-        OUT.print("[yellow]Reading a target takes as long as running this teacher: the cache saves memory, but no time.[/]")
+        OUT.print(
+            "[yellow]Reading a target takes as long as running this teacher: the cache saves memory, but no time.[/]"
+        )
         return
     epochs = f"{estimate.payback_epochs:.1f}"
     OUT.print(f"Against a teacher in every step, the cache breaks even after [bold]{epochs}[/] epochs of students.")
@@ -153,7 +155,7 @@ def _print_training(estimate: "Estimate", student: str, learning: float, epochs:
     live, cached = estimate.training_seconds(epochs, learning)
     OUT.print(
         f"{epochs} epochs of {student} ({_time(learning)} an image, forward and backward): {_time(live)} with the "
-        f"teacher in every step, {_time(cached)} from the cache, its build included: {live / cached:.1f} times as fast. "
+        f"teacher in every step, {_time(cached)} from the cache with its build: {live / cached:.1f} times as fast. "
         f"Every further student: {_time(cached - estimate.chosen.seconds)}."
     )
 

@@ -13,7 +13,7 @@ import torch
 from kdcache.errors import RecipeError, suggest
 
 MOST_DENSE = 32
-"""Classes up to which a store keeps all of them."""
+"""Classes up to which a cache keeps all of them."""
 KEPT = 8
 """Classes kept above."""
 

@@ -1,4 +1,4 @@
-"""Where the files of a store are.
+"""Where the files of a cache are.
 
 base.py           what every place answers
 durable.py        writes that survive a power cut

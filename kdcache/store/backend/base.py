@@ -1,7 +1,7 @@
-"""Where the files of a store are: a folder, or a prefix of an object store. Keys are paths below it.
+"""Where the files of a cache are: a folder, or a prefix of an object store. Keys are paths below it.
 
 The rest of the room works on a `Place` alone. What it promises: `publish` is whole or not at all, and on return on
-the disk; `read` and `open` follow no link below the store's own folder; `claim` gives a shard to one process at a time.
+the disk; `read` and `open` follow no link below the cache's own folder; `claim` gives a shard to one process at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -17,11 +17,11 @@ MAX_SEALED_BYTES = 2**30
 
 
 class Place(ABC):
-    """The files of one store.
+    """The files of one cache.
 
     Attributes:
-        folder: where `open` finds files on this machine. For a remote store it holds a partial copy.
-        remote: whether the store is elsewhere, so reads in random order are slow.
+        folder: where `open` finds files on this machine. For a remote cache it holds a partial copy.
+        remote: whether the cache is elsewhere, so reads in random order are slow.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Place(ABC):
         return f"{str(self).rstrip('/')}/{key}"
 
     def at(self, version: str) -> "Place":
-        """Return this place, bound to the store that `version` identifies, so copies of another store do not count."""
+        """Return this place, bound to the cache that `version` identifies, so copies of another cache do not count."""
         return self
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Place(ABC):
 
     @property
     def room(self) -> int | None:
-        """The bytes reserved for local copies of remote files, or None for a local store."""
+        """The bytes reserved for local copies of remote files, or None for a local cache."""
         return None
 
     def forget(self, key: str) -> bool:
@@ -85,7 +85,7 @@ class Place(ABC):
 
     @abstractmethod
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Create the store from its metadata files unless it exists. If several processes try, one succeeds.
+        """Create the cache from its metadata files unless it exists. If several processes try, one succeeds.
 
         Raises: StoreError if the place holds something else.
         """
@@ -111,5 +111,5 @@ class Place(ABC):
         """Remove the remains of interrupted writes. Call it only while nobody writes."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait until no other process holds this lock. Places that create a store in one request need no waiting."""
+        """Wait until no other process holds this lock. Places that create a cache in one request need no waiting."""
         return nullcontext()

@@ -1,7 +1,7 @@
 """Writes that survive a power cut: temporary file, fsync, rename, fsync of the folder.
 
 zarr-python renames its files into place but never syncs them, so a machine that loses power can keep
-the name and lose the bytes. The store's ledger is only worth something when what it lists is on disk.
+the name and lose the bytes. The cache's ledger is only worth something when what it lists is on disk.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""A store in a folder on a disk."""
+"""A cache in a folder on a disk."""
 
 import errno
 import hashlib
@@ -28,7 +28,7 @@ LOCK = ".lock"
 
 
 class Folder(Place):
-    """A store on a disk."""
+    """A cache on a disk."""
 
     remote = False
 
@@ -90,7 +90,7 @@ class Folder(Place):
         return handle
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Create the folder with its metadata under a lock, unless the store exists."""
+        """Create the folder with its metadata under a lock, unless the cache exists."""
         with disk_space_errors(self.folder):
             self._check_place()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class Folder(Place):
             )
 
     def _make(self, files: Mapping[str, bytes]) -> None:
-        """Create the store next to its place and move it there, so a crash leaves no half-made folder."""
+        """Create the cache next to its place and move it there, so a crash leaves no half-made folder."""
         begun = beside(self.folder.with_name(f".{self.folder.name}"), ".begun")
         shutil.rmtree(begun, ignore_errors=True)
         try:
@@ -150,7 +150,7 @@ class Folder(Place):
         return path
 
     def _sync_above(self, folder: Path) -> None:
-        """Sync the folders between a file and the store's top, once per process."""
+        """Sync the folders between a file and the cache's top, once per process."""
         while folder != self.folder and folder not in self._synced:
             sync_path(folder.parent)
             self._synced.add(folder)

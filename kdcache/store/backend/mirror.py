@@ -52,7 +52,7 @@ class Mirror:
     def open(self, store: Path, key: str, size: int | None, download: Download) -> int:
         """Return a file descriptor for the local copy of a file, downloading it first if needed.
 
-        `store` is the folder of the store's copies. A copy whose size differs from a known `size` is downloaded again.
+        `store` is the folder of the cache's copies. A copy whose size differs from a known `size` is downloaded again.
 
         Raises: OSError; ValueError as `download`; StoreError for a full disk, or a file beyond the bound.
         """

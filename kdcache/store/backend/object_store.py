@@ -1,4 +1,4 @@
-"""A store in an object store (S3, Google Cloud, Azure), through obstore: the extra `remote`.
+"""A cache in an object store (S3, Google Cloud, Azure), through obstore: the extra `remote`.
 
 Objects appear completely or not at all. There are no locks, so workers must be numbered (see writer.py). Reads fetch
 whole files into a bounded folder of copies (mirror.py): a shard costs one request instead of two per record.
@@ -57,11 +57,11 @@ _users = set[int]()  # processes that have a client, this one or those that it w
 
 
 class Bucket(Place):
-    """A store below an address such as s3://bucket/prefix.
+    """A cache below an address such as s3://bucket/prefix.
 
     Args:
         mirror: where copies for reading are kept.
-        version: identifies the store, so that copies of an earlier store at this address do not count. See `at`.
+        version: identifies the cache, so that copies of an earlier cache at this address do not count. See `at`.
     Raises: StoreError for an address that is not understood.
     """
 
@@ -228,7 +228,7 @@ class Bucket(Place):
             return None
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        """Yield the key and the size in bytes of every object of the store."""
+        """Yield the key and the size in bytes of every object of the cache."""
         for page in self._ask("", lambda: list(obstore.list(self._client, chunk_size=1000))):
             yield from ((meta["path"], meta["size"]) for meta in page)
 

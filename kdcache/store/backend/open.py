@@ -11,7 +11,7 @@ from kdcache.store.backend.local import Folder
 def open_place(location: "str | Path | Place", cache_dir: Path | None = None, cache_bytes: int | None = None) -> Place:
     """Open a folder, or a prefix in an object store (s3://bucket/prefix, gs://, az://).
 
-    Copies of a remote store lie in `cache_dir`, by default kdcache in the user's cache folder. They take at most
+    Copies of a remote cache lie in `cache_dir`, by default kdcache in the user's cache folder. They take at most
     `cache_bytes`, by default half of its free space.
 
     Raises: StoreError for an address that is not understood, an address on the Hub, or a missing extra `remote`.

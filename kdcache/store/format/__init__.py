@@ -1,4 +1,4 @@
-"""The contents of a store.
+"""The contents of a cache.
 
 manifest.py          who made it, from what, how
 manifest_models.py   the parts of that: data set, view, heads, features

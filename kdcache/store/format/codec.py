@@ -38,7 +38,7 @@ def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
 
 
 def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]:
-    """Return the rows that a store keeps: the codec `small` rounds float16 logits, other codecs change nothing.
+    """Return the rows that a cache keeps: the codec `small` rounds float16 logits, other codecs change nothing.
 
     `arrays` maps paths to finite rows. Rounding is to the nearest, ties to even, and keeps order: the largest class
     stays at 0 and top-k values stay sorted, but unequal values may become equal. Changed arrays are new.

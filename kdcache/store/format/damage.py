@@ -12,7 +12,7 @@ AGAIN = f"Run {_COMMAND} again"
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
-    """Return the error for a store whose zarr.json is lost and has no spare copy to restore it from."""
+    """Return the error for a cache whose zarr.json is lost and has no spare copy to restore it from."""
     before = error.fix.partition(AGAIN)[0]
     return type(error)(f"{error.problem}, and zarr.json has no spare copy", fix=before + restored(store))
 

@@ -99,7 +99,7 @@ def restore(bytes_Rchw: Array, scales_R2c: Array) -> Array:
 
 
 def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) -> dict[str, Array]:
-    """Return rows with their features as a store keeps them: in bytes with scales, or in float16."""
+    """Return rows with their features as a cache keeps them: in bytes with scales, or in float16."""
     stored = dict(rows)
     for tap, feature in features.items():
         path = f"{_FEATURES}{tap}"

@@ -1,4 +1,4 @@
-"""The manifest: who made a store, from what and how. It is JSON in the attributes of the store's Zarr group."""
+"""The manifest: who made a cache, from what and how. It is JSON in the attributes of the cache's Zarr group."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from kdcache.store.format.teacher_models import Fingerprint
 from kdcache.tasks import SEGMENTATION
 
 FORMAT_VERSION: Final = 3
-"""The version of every store that is built now: its records hold digests of image and labels."""
+"""The version of every cache that is built now: its records hold digests of image and labels."""
 # What a claim of more would ask of memory is an attack or an accident.
 MAX_SHARDS = 2**20
 MAX_RECORD_BYTES = 2**28
@@ -29,10 +29,10 @@ _NAMES = ("name",)
 
 
 class Manifest(parts.Part):
-    """Everything about a store except its ids and arrays. `fidelity` is None if nothing was measured.
+    """Everything about a cache except its ids and arrays. `fidelity` is None if nothing was measured.
 
     Attributes:
-        depth: of a store with depth labels or a head in metres, else None. Also None in the first stores.
+        depth: of a cache with depth labels or a head in metres, else None. Also None in the first caches.
         feature_fidelity: of taps in 8 bits. Empty if nothing was measured.
         repairs: shards that were computed again with other versions than `build` names.
     """
@@ -111,7 +111,7 @@ class Manifest(parts.Part):
 
     @property
     def facts(self) -> dict[str, str]:
-        """The store in a few words, by topic."""
+        """The cache in a few words, by topic."""
         heads = []
         for name, head in self.heads.items():
             kept = f", {head.k} of {head.classes} classes" if isinstance(head, parts.Head) else f" in {head.unit}"
@@ -215,7 +215,7 @@ def _bytes_of(statistic: parts.Statistic) -> tuple[int, ...]:
 
 
 def _first_version(heads: Mapping[str, parts.Head | parts.Regression], *, depth: bool) -> int:
-    """Return the version, 1 or 2, that a store with these heads had before records had digests."""
+    """Return the version, 1 or 2, that a cache with these heads had before records had digests."""
     return 1 if set(heads) == {SEGMENTATION} and not depth else 2
 
 

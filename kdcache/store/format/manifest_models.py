@@ -63,7 +63,7 @@ class Dataset(Part):
 
 
 class DepthLabels(Part):
-    """The depth of a store, from its labels or from a head in metres.
+    """The depth of a cache, from its labels or from a head in metres.
 
     Attributes:
         labelled: number of samples with a depth label.
@@ -104,7 +104,7 @@ class View(Part):
         kind: `full`: view 0 is the whole image resized, the others are drawn. `crop`: all are drawn, each a crop of
             `size` pixels out of the image at s times `image_size`.
         fit: how an image of another shape is fitted into `size` or `image_size`: squashed (the only way in the first
-            stores), cropped, or padded with grey.
+            caches), cropped, or padded with grey.
         teacher_size: (H, W) of the same windows as the teacher saw them, if it was another size.
     """
 

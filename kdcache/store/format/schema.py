@@ -1,4 +1,4 @@
-"""The arrays of a store: names, shapes, types, chunks. One table; writer and reader both use it.
+"""The arrays of a cache: names, shapes, types, chunks. One table; writer and reader both use it.
 
     targets/<head>/values    (R, k, h, w)   float16   logit minus the pixel's maximum over classes; of a regression
                                                       (R, c, h, w), its values, float32 where the range needs it
@@ -19,7 +19,7 @@
     samples/id_bytes, id_ends                         the ids, UTF-8, end to end
 
 Chunks hold one record in image-sized arrays and a whole shard in small ones, so that a random read decodes
-one record and opening a large store does not read millions of tiny chunks.
+one record and opening a large cache does not read millions of tiny chunks.
 """
 
 from collections.abc import Sequence
@@ -122,7 +122,7 @@ def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
 
 
 def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
-    """Create every array of an empty store, and write the sample ids.
+    """Create every array of an empty cache, and write the sample ids.
 
     Returns: the arrays with a row per record, by path. They also write chunks of zeros, unlike arrays opened again.
     """
@@ -155,7 +155,7 @@ def metadata_keys(manifest: Manifest) -> list[str]:
 
 
 def shard_key(spec: ArraySpec, shard: int) -> str:
-    """Return the path of a shard's file below the store."""
+    """Return the path of a shard's file below the cache."""
     return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
 
 

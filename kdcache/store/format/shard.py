@@ -45,11 +45,11 @@ _ZSTD_MAGIC = 0xFD2FB528
 
 
 class ShardArray:
-    """One array of a store, open for direct reads. It is thread-safe and fork-safe. It pickles as its path and reopens.
+    """One array of a cache, open for direct reads. It is thread-safe and fork-safe. It pickles as its path and reopens.
 
     Args:
         path: the array's folder.
-        open_shard: a store's function that opens a shard by its number and its path below the folder. It returns a
+        open_shard: a cache's function that opens a shard by its number and its path below the folder. It returns a
             descriptor and the 4 bytes that each chunk must end with (empty if they are not known).
         name: how messages name the folder. Default: its path.
 

@@ -31,11 +31,11 @@ class Training(Part):
     """The training of a teacher that is a run on a data set.
 
     Attributes:
-        ids_digest: digest of its samples and classes, as `Dataset` has for the store.
+        ids_digest: digest of its samples and classes, as `Dataset` has for the cache.
         fold: (i, K) if it left out fold i of K, else None.
         folds_by: pattern of the sequences that its folds keep together, or None for folds by id.
         labels: the samples with labels in its training, as `pack_flags` text in the order of the digest's ids. None in
-            stores and runs from before it was recorded.
+            caches and runs from before it was recorded.
     """
 
     ids_digest: str
@@ -96,7 +96,7 @@ class Fingerprint(Part):
         folds: members predict instead of averaging: each predicted the samples of the fold that it had not seen.
         folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
         trainings: of each member or of the one teacher, several if it learnt from several data sets. None stands for an
-            unknown one. Empty in stores from before it was recorded. Not part of the teacher's identity.
+            unknown one. Empty in caches from before it was recorded. Not part of the teacher's identity.
         parents: digests of the seals of the caches that its students learnt from, such as the previous round of
             self-training. Not part of the identity.
         probe_size: (H, W) of the two fixed images. None is 96x128.

@@ -116,7 +116,7 @@ class BuildResult:
 
 
 class _Batch(NamedTuple):
-    """Records of one shard and the rows that the store keeps of the teacher's outputs for them, by path."""
+    """Records of one shard and the rows that the cache keeps of the teacher's outputs for them, by path."""
 
     items: list[Rendered]
     rows: dict[str, Array]
@@ -265,7 +265,7 @@ class TeacherPass:
             yield launched()
 
     def _sorted_out(self, shards: Iterable[int]) -> Iterator[tuple[list[Rendered], bool]]:
-        """Yield batches for the teacher (True), each of one fold, and batches that an earlier store knows."""
+        """Yield batches for the teacher (True), each of one fold, and batches that an earlier cache knows."""
         manifest, reuse, options = self._manifest, self._reuse, self._options
         waiting: dict[tuple[bool, int | None], list[Rendered]] = {}
         ahead = options.device.type != "cpu"

@@ -50,7 +50,7 @@ def measure_fidelity(
 
 
 def _as_stored(raw_Chw: Tensor, k: int, codec: Codec) -> Tensor:
-    """Return dense logits (C, h, w), as a reader of the store would make them."""
+    """Return dense logits (C, h, w), as a reader of the cache would make them."""
     parts = zip(("values", "indices", "tail"), pack(raw_Chw[None], k), strict=True)
     rows = {f"targets/segmentation/{name}": part.cpu().numpy() for name, part in parts if part is not None}
     values, *others = (torch.from_numpy(part).to(raw_Chw.device) for part in round_targets(rows, codec).values())

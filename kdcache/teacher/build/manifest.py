@@ -103,7 +103,7 @@ def libraries() -> dict[str, str]:
 
 
 def _depth(probe: TeacherProbe) -> DepthLabels | None:
-    """Return the labels of depth of a store that has to do with metres."""
+    """Return the labels of depth of a cache that has to do with metres."""
     if not probe.metres:
         return None
     drawn = probe.view.drawn

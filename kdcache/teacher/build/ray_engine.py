@@ -33,7 +33,7 @@ from kdcache.teacher.load.forward import place
 from kdcache.teacher.load.load import Teacher
 
 Parts = Callable[[], tuple[Split, Teacher, BuildOptions] | tuple[Split, Teacher, BuildOptions, Cache]]
-"""Makes what a build consists of, and the earlier store that it takes over, if any."""
+"""Makes what a build consists of, and the earlier cache that it takes over, if any."""
 MOST_DEATHS = 5
 """Processes that one shard may cost before it counts as their cause."""
 

@@ -50,7 +50,7 @@ class Trial:
 
     Args:
         records: number of records to predict, evenly spread over the split (or all, if there are fewer).
-        folder: where the store is written.
+        folder: where the cache is written.
 
     Attributes:
         taught: number of predicted records. taps: those with known sizes.
@@ -131,7 +131,7 @@ class Trial:
         return excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
-        """Return a store of evenly spread samples in one shard or more, and how long its pass took."""
+        """Return a cache of evenly spread samples in one shard or more, and how long its pass took."""
         part, out = self._part(samples), self._folder / what.replace(" ", "-")
         # An index has a place for every chunk of a full shard: with smaller ones a record bears as much of it.
         options = replace(options, shard_records=min(self._shard_records, samples * options.views))
@@ -182,7 +182,7 @@ class Trial:
 
 
 def _classes_of(cache: Cache) -> int | None:
-    """Return the number of classes that a store keeps, or None without a head of classes."""
+    """Return the number of classes that a cache keeps, or None without a head of classes."""
     head = cache.manifest.segmentation
     return None if head is None else head.k
 
@@ -193,7 +193,7 @@ def _rows(cache: Cache, records: Sequence[int]) -> dict[str, Array]:
 
 
 def _keep(rows: dict[str, Array], k: int, classes: int) -> dict[str, Array]:
-    """Return rows of a dense store with k classes of their targets."""
+    """Return rows of a dense cache with k classes of their targets."""
     parts = pack(densify(torch.from_numpy(rows[_TARGET + "values"]), None, None, classes), k)
     names = ("values", "indices", "tail")
     return rows | {_TARGET + name: part.numpy() for name, part in zip(names, parts, strict=True) if part is not None}

@@ -28,7 +28,7 @@ from .threads import run
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 """With Python's error model a division checks for a zero, and the loop around it does not vectorise.
 
-The loss has other options: values here may be infinite, and a store holds the sign of a zero.
+The loss has other options: values here may be infinite, and a cache holds the sign of a zero.
 """
 exact_kernel = partial(kernel, options=OPTIONS)
 """`math.kernel` without the liberties that the loss takes with floats."""

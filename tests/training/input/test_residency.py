@@ -209,7 +209,7 @@ def test_off_keeps_nothing_and_nothing_to_keep_is_told(top_k: Cache, source_path
     notes: list[str] = []
     bare = CacheDataset(Records(open_cache(source_path), open_split(scenes, "train")), targets=False)
     keep_records(bare, "ram", CPU, note=notes.append)
-    assert notes == ["resident: off, no record is read from this store"]
+    assert notes == ["resident: off, no record is read from this cache"]
 
 
 def test_free_is_what_the_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
