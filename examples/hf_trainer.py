@@ -1,7 +1,7 @@
-"""A SegFormer of transformers trained from a cache by its Trainer.
+"""Train a SegFormer of transformers from a cache, with the Trainer of transformers.
 
-Three lines, marked `distilled`, are all that a teacher takes; without --cache the network learns from labels alone. The
-Trainer takes batches apart by their names, so they travel as dictionaries.
+Distillation needs the three lines that are marked `distilled`. Without --cache, the network learns from labels only. The
+Trainer needs batches as dictionaries.
 
     python examples/hf_trainer.py --cache camvid.zarr --data camvid --iterations 1000
 """
@@ -45,12 +45,12 @@ class LossTrainer(Trainer):
 
 def main() -> None:
     """Train a SegFormer as the arguments ask, and validate it."""
-    parser = argparse.ArgumentParser(description="Train a small SegFormer on labels and on a store's targets.")
+    parser = argparse.ArgumentParser(description="Train a small SegFormer on labels and on a cache's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--val", help="labelled images to validate on at the end")
-    parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
+    parser.add_argument("--cache", help="cache that build-teacher-cache wrote (default: train on labels only)")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
+        "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a cache"
     )
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -1,7 +1,7 @@
-"""A student trained from a cache by Lightning; any network that maps images to class logits will do.
+"""Train a student from a cache with Lightning. Any network that maps images to class logits works.
 
-Three lines, marked `distilled`, are all that a teacher takes; without --cache the network learns from labels alone. Its
-logits may be of any size: the loss resizes them to that of the labels on the fly.
+Distillation needs the three lines that are marked `distilled`. Without --cache, the network learns from labels only. Its
+logits may have any size, because the loss resizes them to the size of the labels.
 
     python examples/lightning_module.py --cache camvid.zarr --data camvid --iterations 1000
 """
@@ -57,12 +57,12 @@ def small_network(classes: int) -> nn.Module:
 
 def main() -> None:
     """Train the student as the arguments ask, and validate it."""
-    parser = argparse.ArgumentParser(description="Train a small network on labels and on a store's targets.")
+    parser = argparse.ArgumentParser(description="Train a small network on labels and on a cache's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--val", help="labelled images to validate on at the end")
-    parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
+    parser.add_argument("--cache", help="cache that build-teacher-cache wrote (default: train on labels only)")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
+        "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a cache"
     )
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)

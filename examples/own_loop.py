@@ -1,7 +1,7 @@
-"""Somebody's own loop: its own data set with its own augmentation, CE + Dice, a validation. Undistilled.
+"""A training loop without distillation: its own data set, augmentation, CE + Dice loss, and validation.
 
-The data set, the network and the loss are as one writes them with segmentation_models_pytorch, mmsegmentation or
-transformers. docs/loops.md shows the few lines that a teacher takes, and a test applies and runs them.
+It looks like a loop with segmentation_models_pytorch, mmsegmentation or transformers. docs/loops.md shows the lines that
+add distillation. A test applies and runs them.
 
     python examples/own_loop.py --data camvid --iterations 1000
 """
@@ -69,7 +69,7 @@ def mean_iou(model, loader, classes):
 
 def main():
     """Train the network as the arguments ask, and print its mIoU."""
-    parser = argparse.ArgumentParser(description="Train a small network on labels, in a loop of one's own.")
+    parser = argparse.ArgumentParser(description="Train a small network on labels, in your own loop.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--size", type=int, nargs=2, default=(288, 384), help="height and width of the crops")
     parser.add_argument("--iterations", type=int, default=1000)

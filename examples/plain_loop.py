@@ -1,7 +1,7 @@
-"""A student trained from a cache, in a loop of one's own.
+"""Train a student from a cache in your own loop.
 
-Three lines, marked `distilled`, are all that a teacher takes; without --cache the loop learns from labels alone.
-Batches and losses are those of `kdcache train-student --class-weights none` with the same settings.
+Distillation needs the three lines that are marked `distilled`. Without --cache, the loop learns from labels only.
+`kdcache train-student --class-weights none` with the same settings has the same batches and losses.
 
     kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr
     python examples/plain_loop.py --cache camvid.zarr --data camvid --iterations 1000
@@ -14,12 +14,12 @@ import torch
 from kdcache import CacheDataset, DistillLoss, LabelledDataset, build_model, evaluate_model, open_cache, open_split
 from kdcache.training import sample_loader
 
-parser = argparse.ArgumentParser(description="Train kdcache:tiny on labels and on a store's targets.")
+parser = argparse.ArgumentParser(description="Train kdcache:tiny on labels and on a cache's targets.")
 parser.add_argument("--data", default="scenes", help="labelled images")
 parser.add_argument("--val", help="labelled images to validate on at the end")
-parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
+parser.add_argument("--cache", help="cache that build-teacher-cache wrote (default: train on labels only)")
 parser.add_argument(
-    "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
+    "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a cache"
 )
 parser.add_argument("--iterations", type=int, default=1000)
 parser.add_argument("--batch-size", type=int, default=8)

@@ -97,10 +97,12 @@ def convert(
     It also reads COCO's annotations, masks as on Kaggle, and the exports of CVAT, Label Studio, LabelMe, Roboflow and
     YOLO. Other verbs then use DST.
 
-    Images are links to the files of SRC. On the same disk they are hard links, which stay if you delete SRC.
-    If no link is possible, they are copies. Labels that already hold class ids are also links. Polygons, colours and other
-    numbers become class ids. Unusable samples are left out. DST/converted/SPLIT.csv gives the reason. DST must be new,
-    empty, or an earlier conversion of the same data.
+    Images are links to the files of SRC. On the same disk they are hard links, which stay if you delete SRC. If no
+    link is possible, they are copies. Labels that already hold class ids are also links. Polygons, colours and other
+    numbers become class ids.
+
+    Unusable samples are left out. DST/converted/SPLIT.csv gives the reason. DST must be new, empty, or an earlier
+    conversion of the same data.
 
     [dim]kdcache data convert coco:/data/coco coco-folder[/]
     [dim]kdcache data convert masks masks-folder --binary[/]

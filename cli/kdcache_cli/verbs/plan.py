@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 _Option = typer.Option
 _EXACT = 0.005  # of two standard errors, 1 %
 ADVICE = (
-    "[dim]Before you build: on CamVid, a cache of all images helped most with few labels. With 46 labels and a "
-    "teacher that began from ImageNet, it gained 2 to 13 points of mIoU over labels only. With a label on every image, "
-    "the gain was smaller than the spread of the seeds. The student's --lr was worth 7 points. Tune --lr first, then compare "
-    "with the control (docs: Compare runs).[/]"
+    "[dim]Before you build: on CamVid, a cache of all images helped most with few labels. With 46 labels and a teacher "
+    "that began from ImageNet, it gained 2 to 13 points of mIoU over labels only. With a label on every image, it "
+    "gained less than seeds differ. The student's --lr was worth 7 points. Tune --lr first, then compare with the "
+    "control (docs: Compare runs).[/]"
 )
 
 
