@@ -1,7 +1,7 @@
 """Train a SegFormer of transformers from a cache, with the Trainer of transformers.
 
-Distillation needs the three lines that are marked `distilled`. Without --cache, the network learns from labels only. The
-Trainer needs batches as dictionaries.
+Distillation needs the three lines that are marked `distilled`. Without --cache, the network learns from labels only.
+The Trainer needs batches as dictionaries.
 
     python examples/hf_trainer.py --cache camvid.zarr --data camvid --iterations 1000
 """

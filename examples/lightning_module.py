@@ -1,7 +1,7 @@
 """Train a student from a cache with Lightning. Any network that maps images to class logits works.
 
-Distillation needs the three lines that are marked `distilled`. Without --cache, the network learns from labels only. Its
-logits may have any size, because the loss resizes them to the size of the labels.
+Distillation needs the three lines that are marked `distilled`. Without --cache, the network learns from labels only.
+Its logits may have any size, because the loss resizes them to the size of the labels.
 
     python examples/lightning_module.py --cache camvid.zarr --data camvid --iterations 1000
 """

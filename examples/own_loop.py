@@ -1,7 +1,7 @@
 """A training loop without distillation: its own data set, augmentation, CE + Dice loss, and validation.
 
-It looks like a loop with segmentation_models_pytorch, mmsegmentation or transformers. docs/loops.md shows the lines that
-add distillation. A test applies and runs them.
+It looks like a loop with segmentation_models_pytorch, mmsegmentation or transformers. docs/loops.md shows the lines
+that add distillation. A test applies and runs them.
 
     python examples/own_loop.py --data camvid --iterations 1000
 """
