@@ -13,7 +13,7 @@ import torch
 from kdcache.bench.header import header as bench_header
 from kdcache.bench.timing import Spread, check_repeats
 from kdcache.data import Split
-from kdcache.distill import DistillLoss
+from kdcache.distill import Criterion, DistillLoss
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.models import build_model
 from kdcache.store import Cache
@@ -124,9 +124,9 @@ def student_step(
     config = make_config(verb="train-student", model=spec, cache=str(cache.path), method="kl")
     torch.manual_seed(0)
     model = build_model(spec, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
-    criterion = DistillLoss(cache, kl_weight=kl_weight, impl=impl, align_corners=model.align_corners).to(device)
+    loss = DistillLoss(cache, kl_weight=kl_weight, impl=impl, align_corners=model.align_corners)
     optimizer = make_optimizer(model, config.optimizer, capturable=capturable)
-    return EagerStep(model, criterion, optimizer, device=device, bf16=device.type == "cuda")
+    return EagerStep(model, Criterion([loss]).to(device), optimizer, device=device, bf16=device.type == "cuda")
 
 
 def synchronise(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch.nn import functional as F
 
 from kdcache.data import ClassList
-from kdcache.distill import SEGMENTATION, Batch, Target
+from kdcache.distill import SEGMENTATION, Streams, Target
 from kdcache.models import SegmentationModel
 from kdcache.run_folder import Run
 from kdcache.settings.term import MAXIMUM
@@ -44,11 +44,11 @@ class LiveStep(EagerStep):
         place(teacher, eager.device)
         self._teacher, self._precision, self._size = teacher, precision, size
 
-    def to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Streams) -> Streams:
         """Return the batch on the device, with the teacher's logits of all classes as its target."""
-        batch = super().to_device(batch)
-        assert batch.pixels is not None
-        pixels, grid = batch.pixels, None
+        (rows,) = super().to_device(batch)
+        assert rows.pixels is not None
+        pixels, grid = rows.pixels, None
         if self._size not in (None, tuple(pixels.shape[1:3])):
             stride = self._teacher.stride
             grid = pixels.shape[1] // stride, pixels.shape[2] // stride
@@ -57,9 +57,9 @@ class LiveStep(EagerStep):
         logits = teach(self._teacher, pixels, (), self._precision, self.device, grid).logits
         values, _, _ = pack(logits, logits.shape[1])
         arrays = {
-            path: logits.amax(1).to(array.dtype) if path == MAXIMUM else array for path, array in batch.arrays.items()
+            path: logits.amax(1).to(array.dtype) if path == MAXIMUM else array for path, array in rows.arrays.items()
         }
-        return replace(batch, targets={SEGMENTATION: Target(values)}, arrays=arrays, window=None, flip=None)
+        return (replace(rows, targets={SEGMENTATION: Target(values)}, arrays=arrays, window=None, flip=None),)
 
 
 def main() -> None:

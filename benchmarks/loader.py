@@ -299,11 +299,11 @@ def measure_steps(cache: Cache, names: Sequence[str], augment: str, arguments: a
     device = torch.device(arguments.device)
     batch = drawn(Draws(CacheDataset(cache, augment=augment), 0), 0, arguments.batch_size)
     kind = choose_step("auto", device)
-    step = make_step(kind, student_step(cache, STUDENT, device, capturable=kind == "graphed"), batch, print)
+    step = make_step(kind, student_step(cache, STUDENT, device, capturable=kind == "graphed"), (batch,), print)
     memory = feed(repeat(batch.pin_memory() if device.type == "cuda" else batch), device)
 
     def learn(take: Callable[[], Batch], count: int) -> None:
-        losses = [step(take()) for _ in range(count)]
+        losses = [step((take(),)) for _ in range(count)]
         losses[-1].tolist()  # waits for a GPU
 
     rounds = min(arguments.repeats, arguments.steps)

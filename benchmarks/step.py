@@ -33,7 +33,8 @@ from kdcache.bench.kernels import memory
 from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
 from kdcache.data.folds import subset
-from kdcache.distill import AnyBatch, StreamLoss
+from kdcache.distill import Criterion, Streams
+from kdcache.distill.batch import pixels_of
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
@@ -90,7 +91,7 @@ def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[
     return feed_streams(streams, device, first=0, last=MANY, workers=arguments.workers)
 
 
-def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace) -> Step:
+def make(cache: Cache, kind: str, batch: Streams, arguments: argparse.Namespace) -> Step:
     """Return the step of a kind: without a teacher, from the store, from two streams, or with a live teacher."""
     device = torch.device(arguments.device)
     way = choose_step("auto", device)
@@ -98,8 +99,8 @@ def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace
     kl_weight = 0.0 if kind == "none" else 1.0
     eager = student_step(cache, arguments.student, device, kl_weight=kl_weight, capturable=capturable)
     if kind == "two":
-        criteria = [eager.criterion, copy.deepcopy(eager.criterion)]
-        eager.criterion = StreamLoss(criteria, ["s0", "s1"], [0.5, 0.5]).to(device)
+        (loss,) = eager.criterion.losses
+        eager.criterion = Criterion([loss, copy.deepcopy(loss)], ["s0", "s1"], [0.5, 0.5]).to(device)
     if kind == "live":
         return LiveStep(eager, teacher_of(arguments.teacher, cache.num_classes))
     return make_step(way, eager, batch, print)
@@ -136,8 +137,7 @@ def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Learner:
     """Return what takes steps of a kind."""
     source = batches(cache, kind, arguments)
     batch = next_batch(source)
-    assert batch.pixels is not None
-    size, step = tuple(batch.pixels.shape), make(cache, kind, batch, arguments)
+    size, step = tuple(pixels_of(batch).shape), make(cache, kind, batch, arguments)
     return Learner(step, source, size, torch.device(arguments.device))
 
 

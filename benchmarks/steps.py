@@ -25,7 +25,8 @@ from torch.utils.data import default_collate
 from common import header, random_cache, run, spread, student_step, synchronise, write
 from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
-from kdcache.distill import Batch
+from kdcache.distill import Batch, Streams
+from kdcache.distill.batch import pixels_of
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions
 from kdcache.training import CacheDataset
@@ -38,11 +39,11 @@ PROFILED = 5
 """Repetitions of a part under the profiler."""
 
 
-def first_batch(cache: Cache, batch_size: int) -> Batch:
+def first_batch(cache: Cache, batch_size: int) -> Streams:
     """Return the first batch that a training with seed 0 draws from a cache."""
     draws = Draws(CacheDataset(cache), 0)
     batch: Batch = default_collate([draws[number] for number in range(batch_size)])
-    return batch
+    return (batch,)
 
 
 def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto", graphed: bool = False) -> EagerStep:
@@ -91,7 +92,7 @@ def kinds(device: torch.device) -> tuple[str, ...]:
     return ("eager", "compiled", "graphed") if device.type == "cuda" else ("eager", "compiled")
 
 
-def rate(step: Step, batch: Batch, device: torch.device, count: int) -> float:
+def rate(step: Step, batch: Streams, device: torch.device, count: int) -> float:
     """Return steps per second over `count` steps after a first one."""
     step(batch)
     synchronise(device)
@@ -133,9 +134,9 @@ def shares(impl: str, times: dict[str, float]) -> dict[str, Any]:
     return {"impl": impl, "ms": rounded, "loss_share": round(share, 4)}
 
 
-def logits_of(eager: EagerStep, batch: Batch) -> torch.Tensor:
+def logits_of(eager: EagerStep, batch: Streams) -> torch.Tensor:
     """Return the student's logits at native stride, under autocast as in `fresh_step`."""
-    x_B3HW = eager.model.normalise(batch.pixels)
+    x_B3HW = eager.model.normalise(pixels_of(batch))
     with torch.autocast(eager.device.type, torch.bfloat16, enabled=eager.device.type == "cuda"):
         return eager.model(x_B3HW).logits
 

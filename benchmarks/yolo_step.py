@@ -26,7 +26,7 @@ from ultralytics.utils.torch_utils import ModelEMA
 
 from common import header, run, write
 from kdcache.bench.timing import check_repeats
-from kdcache.distill import SEGMENTATION, AnyBatch, Batch
+from kdcache.distill import SEGMENTATION, Streams
 from kdcache.store import Cache, open_cache
 from step import Learner, batches, learner, make_store
 from turns import Pace, in_turn
@@ -46,8 +46,8 @@ def plain(cache: Cache, arguments: argparse.Namespace) -> Learner:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     average = ModelEMA(network)
 
-    def step(batch: AnyBatch) -> Tensor:
-        assert isinstance(batch, Batch)
+    def step(streams: Streams) -> Tensor:
+        (batch,) = streams
         assert batch.pixels is not None
         image = batch.pixels.permute(0, 3, 1, 2).float() / 255
         loss, _ = network.loss({"img": image, "semantic_mask": batch.labels[SEGMENTATION].to(torch.int32)})

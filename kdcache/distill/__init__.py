@@ -1,7 +1,7 @@
 """Losses of a student. Tensors in, tensors out: no store, no data.
 
     loss.py           cross-entropy next to KL, fused, and what comes next to them
-    streams.py        the losses of several streams, each on its rows of a batch
+    streams.py        the loss of a training step: the sum over its streams
     terms/            the other terms
     gate.py           weights per pixel of the teacher's terms
     depth.py          losses between maps of depth
@@ -19,21 +19,20 @@ The format of the targets comes from a store, or from anything with the attribut
 """
 
 from kdcache.distill.balance import Balance, FixedBalance, UncertaintyBalance
-from kdcache.distill.batch import SEGMENTATION, Batch
+from kdcache.distill.batch import SEGMENTATION, Batch, Streams
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.label_targets import LabelTargets
 from kdcache.distill.loss import DistillLoss
 from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.outputs import Losses
-from kdcache.distill.streams import AnyBatch, Criterion, StreamBatch, StreamLoss
+from kdcache.distill.streams import Criterion
 from kdcache.distill.target import Target, TargetFormat
 from kdcache_kernels import KernelError
 from kdcache_kernels.ops import choose_implementation
 
 __all__ = [
     "SEGMENTATION",
-    "AnyBatch",
     "Balance",
     "Batch",
     "Counts",
@@ -46,8 +45,7 @@ __all__ = [
     "LabelTargets",
     "Losses",
     "MergedTargets",
-    "StreamBatch",
-    "StreamLoss",
+    "Streams",
     "Target",
     "TargetFormat",
     "UncertaintyBalance",

@@ -21,7 +21,7 @@ Source: Kendall, Gal and Cipolla 2018, arXiv 1705.07115, section 3.2; the absolu
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class FixedBalance(nn.Module):
         weights: the weight of each head, finite and at least 0.
     Raises: RecipeError for another weight, or none.
     """
+
+    reads_counts: ClassVar[bool] = False
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
@@ -80,6 +82,8 @@ class UncertaintyBalance(nn.Module):
         forms: the form of each head's loss.
     Raises: RecipeError for an unknown form, or no head.
     """
+
+    reads_counts: ClassVar[bool] = True
 
     def __init__(self, forms: Mapping[str, Form]) -> None:
         super().__init__()

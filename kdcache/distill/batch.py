@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,32 +12,6 @@ from kdcache.distill.target import Target, TargetFormat
 from kdcache.tasks import SEGMENTATION as SEGMENTATION
 from kdcache_kernels import target_argmax_confidence
 from kdcache_kernels.window import ViewPositions, view_positions
-
-
-class Tensors:
-    """Tensors by name, with samples along the first axis. A pytree."""
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return a copy with `change` applied to every tensor."""
-        changed: Self = pytree.tree_map_only(Tensor, change, self)
-        return changed
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return a copy with its tensors on another device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def empty_like(self, device: torch.device) -> Self:
-        """Allocate tensors of the same shapes on a device."""
-        return self.map(lambda tensor: torch.empty_like(tensor, device=device))
-
-    def copy_from(self, other: "Tensors") -> None:
-        """Queue copies of another batch into this one's tensors. Torch keeps pinned memory until it was read."""
-        for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
-            tensor.copy_(source, non_blocking=True)
-
-    def pin_memory(self) -> Self:
-        """Return a copy in pinned memory, for copies to a GPU. `DataLoader` calls it."""
-        return self.map(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -78,8 +52,8 @@ class StoredTargets(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch(Tensors):
-    """Tensors of B samples, by name. Absent tensors are None or missing keys. A pytree.
+class Batch:
+    """Tensors of B samples of one stream, by name. Absent tensors are None or missing keys. A pytree.
 
     >>> import kdcache
     >>> dataset = kdcache.CacheDataset(kdcache.open_cache("streets.zarr"))
@@ -159,9 +133,27 @@ class Batch(Tensors):
     def __len__(self) -> int:
         return len(tensors_of(self)[0])
 
-    def each(self, change: "Callable[[Batch], Batch]") -> "Batch":
-        """Return `change` applied to the batch. `StreamBatch` applies it to each of its streams."""
-        return change(self)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a copy with `change` applied to every tensor."""
+        changed: Batch = pytree.tree_map_only(Tensor, change, self)
+        return changed
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return a copy with its tensors on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def empty_like(self, device: torch.device) -> "Batch":
+        """Allocate tensors of the same shapes on a device."""
+        return self.map(lambda tensor: torch.empty_like(tensor, device=device))
+
+    def copy_from(self, other: "Batch") -> None:
+        """Queue copies of another batch into this one's tensors. Torch keeps pinned memory until it was read."""
+        for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
+            tensor.copy_(source, non_blocking=True)
+
+    def pin_memory(self) -> "Batch":
+        """Return a copy in pinned memory, for copies to a GPU. `DataLoader` calls it."""
+        return self.map(lambda tensor: tensor.pin_memory())
 
     def rows(self, count: int, first: int = 0) -> "Batch":
         """Return `count` samples from `first` on, as views of the batch's memory."""
@@ -244,9 +236,25 @@ pytree.register_dataclass(PseudoLabels)
 pytree.register_dataclass(Batch)
 
 
-def tensors_of(batch: Tensors) -> list[Tensor]:
+Streams = tuple[Batch, ...]
+"""The batch of a training step: the rows of every stream, in order, equally many at every step."""
+
+
+def tensors_of(batch: Batch | Streams) -> list[Tensor]:
     """Return the tensors of a batch, in an order that equal batches share."""
     return pytree.tree_leaves(batch)
+
+
+def pixels_of(streams: Streams) -> Tensor:
+    """Return the pixels of all streams (B, H, W, 3). Several streams are copied into one tensor."""
+    pixels = [batch.pixels for batch in streams if batch.pixels is not None]
+    return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+
+
+def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
+    """Return each stream's share of `count` samples from `first` on, at least one each."""
+    whole = sum(map(len, streams))
+    return tuple(batch.rows(max(1, len(batch) * count // whole), len(batch) * first // whole) for batch in streams)
 
 
 def _scaled(edges_B4: Tensor | None, scale: tuple[float, float]) -> Tensor | None:

@@ -1,40 +1,23 @@
-"""The denominators of a loss, as a value that the processes and accumulated parts of one batch share."""
+"""The denominators of a loss, as a value that the processes and accumulated parts of one batch share.
+
+If losses of n parts are divided by the mean denominator, their average is the whole batch's loss.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-
-class Denominators:
-    """Denominators of a batch on its device, or their mean over the parts of a larger batch. A pytree.
-
-    If losses of n parts are divided by the mean denominator, their average is the whole batch's loss.
-    """
-
-    def averaged(self, average: Callable[[Tensor], Tensor]) -> Self:
-        """Return the mean over processes by one exchange. `average` averages a tensor over the processes."""
-        own, spec = pytree.tree_flatten(self)
-        mean = average(torch.cat([count.double().flatten() for count in own]))
-        means = torch.split(mean, [count.numel() for count in own])
-        counts: Self = pytree.tree_unflatten(
-            [mean.view_as(count).to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
-        )
-        return counts
-
-    @classmethod
-    def mean(cls, parts: Sequence[Self]) -> Self:
-        """Return the mean over the equal parts of a batch."""
-        counts: Self = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
-        return counts
+T = TypeVar("T")
+"""The counts of a stream, or those of every stream in a tuple."""
 
 
 @dataclass(frozen=True)
-class Counts(Denominators):
-    """Denominators of the terms of one loss.
+class Counts:
+    """Denominators of the terms of one stream's loss on its device. A pytree.
 
     Attributes:
         ce: sum of the class weights of labelled pixels, 0-dimensional.
@@ -47,12 +30,21 @@ class Counts(Denominators):
     terms: tuple[Tensor, ...] = ()
 
 
-@dataclass(frozen=True)
-class StreamCounts(Denominators):
-    """Denominators of the losses of several streams, in their order."""
-
-    streams: tuple[Counts, ...]
-
-
 pytree.register_dataclass(Counts)
-pytree.register_dataclass(StreamCounts)
+
+
+def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
+    """Return the mean over processes by one exchange. `average` averages a tensor over the processes."""
+    own, spec = pytree.tree_flatten(counts)
+    mean = average(torch.cat([count.double().flatten() for count in own]))
+    means = torch.split(mean, [count.numel() for count in own])
+    averaged: T = pytree.tree_unflatten(
+        [mean.view_as(count).to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
+    )
+    return averaged
+
+
+def mean_counts(parts: Sequence[T]) -> T:
+    """Return the mean over the equal parts of a batch."""
+    counts: T = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
+    return counts

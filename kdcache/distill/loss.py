@@ -3,10 +3,10 @@
 `loss = ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t)/T) || softmax(up(z)/T)) + sum of weight * term`.
 The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and weights belong to the training.
 
-Depth terms belong to the task `depth`, all others to `segmentation`. A balance weighs the sums of the two.
+Depth terms belong to the task `depth`, all others to `segmentation`. A `Criterion` weighs and balances such losses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.balance import Balance, FixedBalance, weigh_parts
 from kdcache.distill.batch import SEGMENTATION, Batch, StoredTargets
 from kdcache.distill.checks import (
     Size,
@@ -72,7 +71,6 @@ class DistillLoss(nn.Module):
         scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
         size: (H, W) of the labels of a whole view, if it has another aspect ratio than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
-        balance: how the losses of two tasks are balanced. None adds them up.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
     """
 
@@ -97,11 +95,10 @@ class DistillLoss(nn.Module):
         scheduled: bool = False,
         size: Size | None = None,
         impl: str = "auto",
-        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         check_weights(temperature, impl, ce_weight=ce_weight, kl_weight=kl_weight)
-        self.targets, self.balance = targets, balance
+        self.targets = targets
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.temperature = temperature
         self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
@@ -117,39 +114,44 @@ class DistillLoss(nn.Module):
         # On the device, and changed in place: a CUDA graph reads this very tensor.
         self.register_buffer("distill_weight_scale", torch.ones(()) if scheduled else None, persistent=False)
 
+    @property
+    def terms(self) -> "list[Term]":
+        """The further terms."""
+        return list(self.further)  # type: ignore[arg-type]
+
     def extra_repr(self) -> str:
         """Return weights and temperature, for printing the module."""
         return f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}, temperature={self.temperature}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the terms, in the order of `Losses` without loss and tasks. Repeated kinds are numbered."""
-        kinds = [term.kind for term in self._terms()]
+        """Names of the terms, in the order of `Losses.terms`. Repeated kinds are numbered."""
+        kinds = [term.kind for term in self.terms]
         before = (kinds[:at].count(kind) for at, kind in enumerate(kinds))
         return ("ce", "kl", *(f"{kind}_{n + 1}" if n else kind for kind, n in zip(kinds, before, strict=True)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks with a term of weight above 0."""
-        learnt = {term.task for term in self._terms() if term.weight > 0}
+        learnt = {term.task for term in self.terms if term.weight > 0}
         learnt |= {SEGMENTATION} if self.ce_weight > 0 or self.kl_weight > 0 else set()
         return tuple(task for task in TASKS if task in learnt)
 
     @property
     def part_tasks(self) -> dict[str, str]:
         """The task of each term, by its name."""
-        tasks = (SEGMENTATION, SEGMENTATION, *(term.task for term in self._terms()))
+        tasks = (SEGMENTATION, SEGMENTATION, *(term.task for term in self.terms))
         return dict(zip(self.names, tasks, strict=True))
 
     @property
     def student_taps(self) -> tuple[str, ...]:
         """Names of the student's features that the terms read."""
-        return tuple(dict.fromkeys(tap for term in self._terms() for tap in term.student_taps()))
+        return tuple(dict.fromkeys(tap for term in self.terms for tap in term.student_taps()))
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Paths of the arrays that the terms read from `Batch.arrays`."""
-        return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
+        return tuple(dict.fromkeys(path for term in self.terms for path in term.arrays()))
 
     def set_distill_weight_scale(self, scale: float) -> None:
         """Multiply the weights of KL and further teacher terms by `scale` from now on. Needs `scheduled`."""
@@ -159,21 +161,12 @@ class DistillLoss(nn.Module):
     @property
     def heads(self) -> tuple[str, ...]:
         """Names of the student's heads, other than segmentation, that the terms read."""
-        return tuple(dict.fromkeys(term.head for term in self._terms() if term.head is not None))
-
-    def describe(self) -> list[str]:
-        """Return descriptions of what the terms resize or project. They are complete after the first batch."""
-        return [text for term in self._terms() if (text := term.describe())]
-
-    def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Let terms that compare a whole batch read all processes' rows, in order, by `gather`."""
-        for term in self._terms():
-            term.gather = gather
+        return tuple(dict.fromkeys(term.head for term in self.terms if term.head is not None))
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
         """Let terms, such as the ring of `queue`, remember a batch that a step has learnt from."""
-        for term in (term for term in self._terms() if _active(term, batch)):
+        for term in (term for term in self.terms if _active(term, batch)):
             term.after_step(batch)
 
     @torch.no_grad()
@@ -190,12 +183,12 @@ class DistillLoss(nn.Module):
         no_logits = torch.empty((len(batch.any_label), 0, 1, 1), dtype=dtype, device=batch.any_label.device)
         term_batch = self.term_batch(StudentOutputs(no_logits), batch, None)
         zero = no_logits.new_zeros(())
-        terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self._terms())
+        terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self.terms)
         return Counts(ce, kl, terms)
 
     def counted(self, counts: Counts) -> dict[str, Tensor]:
         """Return a 0-dimensional number per learnt task, above 0 if any of its terms counts something."""
-        weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self._terms()))
+        weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self.terms))
         parts = list(zip(self.part_tasks.values(), weights, (counts.ce, counts.kl, *counts.terms), strict=False))
         counted = {own: [n.sum() for task, weight, n in parts if task == own and weight > 0] for own in self.tasks}
         return {task: torch.stack(numbers).sum() for task, numbers in counted.items()}
@@ -245,33 +238,26 @@ class DistillLoss(nn.Module):
         """
         if labels is not None or not isinstance(batch, Batch):
             batch = labelled_batch(batch, labels, unpacked(outputs).logits.device)
-        by_task, losses = self.by_task(outputs, batch, counts)
-        if self.balance is None:
-            return losses
-        balanced = {task: by_task[task] for task in self.balance.heads}
-        fixed = isinstance(self.balance, FixedBalance)
-        counted = None if fixed else self.counted(counts or self.counts(batch))
-        own = tuple(loss.detach() for loss in balanced.values())
-        return losses._replace(loss=self.balance(balanced, counted), tasks=own)
+        by_task, terms = self.by_task(outputs, batch, counts)
+        return Losses(total(by_task), terms)
 
     def by_task(
         self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None
-    ) -> tuple[dict[str, Tensor], Losses]:
-        """Return the differentiable weighted sum per task, and the losses. Args, Raises: as `forward`."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the differentiable weighted sum per task, and `Losses.terms`. Args, Raises: as `forward`."""
         own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
         gate = self.gate_of(batch)
         fused, ce, kl = self._fused(own.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
         by_task: dict[str, Tensor] = {SEGMENTATION: fused}
-        values: list[Tensor] = []
+        values = [ce, kl]
         for term, value in self._values(own, batch, gate, counts):
             values.append(torch.zeros_like(ce) if value is None else value.detach())
             if value is not None and not term.measured:
                 weighted = self._weight(term) * value
                 by_task[term.task] = by_task[term.task] + weighted if term.task in by_task else weighted
-        loss, *others = by_task.values()
-        return by_task, Losses(sum(others, loss), ce, kl, tuple(values))
+        return by_task, dict(zip(self.names, values, strict=True))
 
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
         """Return active terms by name, weighted and differentiable, for gradient norms. Args, Raises: as `forward`."""
@@ -288,13 +274,13 @@ class DistillLoss(nn.Module):
         for name, (term, value) in zip(self.names[2:], values, strict=True):
             if value is not None and term.teaches_student:
                 parts[name] = self._weight(term) * value
-        return parts if self.balance is None else weigh_parts(parts, self.part_tasks, self.balance)
+        return parts
 
     def _values(
         self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None, counts: Counts | None
     ) -> "Iterator[tuple[Term, Tensor | None]]":
         """Return the further terms, each with its value, not weighted, or None for one that does not count."""
-        terms = self._terms()
+        terms = self.terms
         if not terms:
             return
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
@@ -314,8 +300,8 @@ class DistillLoss(nn.Module):
         """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
             return
-        active = [term for term in self._terms() if _active(term, batch)]
-        terms = [term for term in self._terms() if term.weight > 0 and term.reads_teacher]
+        active = [term for term in self.terms if _active(term, batch)]
+        terms = [term for term in self.terms if term.weight > 0 and term.reads_teacher]
         kl = ["kl"] if self.kl_weight > 0 else []
         check_targets(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
         check_rows(None if outputs is None else outputs.logits, batch)
@@ -339,9 +325,6 @@ class DistillLoss(nn.Module):
 
     def _weight(self, term: "Term") -> Tensor | float:
         return self._now(term.weight) if term.scheduled else term.weight
-
-    def _terms(self) -> "list[Term]":
-        return list(self.further)  # type: ignore[arg-type]
 
     def _teaches(self, batch: Batch) -> bool:
         return self.targets is not None and batch.target is not None
@@ -370,7 +353,7 @@ class DistillLoss(nn.Module):
             flip=batch.flip,
             zoom=batch.zoom,
             own=batch.own,
-            shown=self._masks.shown(batch) if any(term.reads_shown for term in self._terms()) else None,
+            shown=self._masks.shown(batch) if any(term.reads_shown for term in self.terms) else None,
             heads={n: HeadBatch(outputs.heads.get(n), batch.labels.get(n), targets.get(n)) for n in self.heads},
             others=outputs.others,
             pseudo=batch.pseudo,
@@ -435,6 +418,12 @@ class DistillLoss(nn.Module):
             impl=self.impl,
         )
         return loss, ce.detach(), kl.detach()
+
+
+def total(by_task: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the losses of all tasks."""
+    loss, *others = by_task.values()
+    return sum(others, loss)
 
 
 def _active(term: "Term", batch: Batch) -> bool:

@@ -41,15 +41,24 @@ class Losses(NamedTuple):
     """Scalars, float32: the loss, which is the only one with a gradient, and its terms before weighting.
 
     Attributes:
-        terms: the further terms' losses in the order of DistillLoss.further.
+        terms: every term's loss by its name: ce, kl and the further terms. With named streams the name is STREAM/TERM,
+            and STREAM/loss is a stream's weighted sum.
         tasks: the weighted sum of each task's terms, before the balance. Empty without a balance.
     """
 
     loss: Tensor
-    ce: Tensor
-    kl: Tensor
-    terms: tuple[Tensor, ...] = ()
-    tasks: tuple[Tensor, ...] = ()
+    terms: Mapping[str, Tensor]
+    tasks: Mapping[str, Tensor] = {}
+
+    @property
+    def ce(self) -> Tensor:
+        """The cross-entropy. Raises: KeyError with named streams."""
+        return self.terms["ce"]
+
+    @property
+    def kl(self) -> Tensor:
+        """The KL divergence. Raises: KeyError with named streams."""
+        return self.terms["kl"]
 
 
 def unpacked(outputs: Outputs | StudentOutputs | Tensor) -> StudentOutputs:

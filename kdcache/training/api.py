@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdcache.data import Fit, Split
-from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
+from kdcache.distill import Criterion, DistillLoss, choose_implementation
 from kdcache.distill.terms import labellers
 from kdcache.errors import DataError, RecipeError
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
@@ -266,14 +266,11 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
         return criterion
 
 
-def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
-    """Return the loss of all streams (of a single source its own loss), with the balance of two tasks."""
+def _combined(losses: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
+    """Return the loss of all streams, with the balance of two tasks."""
     balance = make_balance(config.loss.balance, config.loss.task_weight, config.tasks)
-    if len(criteria) == 1 and not sources[0].stream.name:
-        criteria[0].balance = balance
-        return criteria[0]
     streams = [source.stream for source in sources]
-    return StreamLoss(criteria, [stream.name for stream in streams], [stream.weight for stream in streams], balance)
+    return Criterion(losses, [stream.name for stream in streams], [stream.weight for stream in streams], balance)
 
 
 def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
@@ -371,9 +368,8 @@ def _feature_judge(
     """Return the judge of `--val-share`, or None without it."""
     if config.data.val_share is None:
         return None
-    assert isinstance(criterion, DistillLoss)
     assert isinstance(source.dataset, CacheDataset)
-    return FeatureJudge(source.dataset, criterion, config.optimizer.batch_size, device, world)
+    return FeatureJudge(source.dataset, criterion.losses[0], config.optimizer.batch_size, device, world)
 
 
 def make_validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:

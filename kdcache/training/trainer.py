@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kdcache.distill import AnyBatch, Criterion, DistillLoss, StreamLoss
+from kdcache.distill import Criterion, Streams
+from kdcache.distill.batch import rows_of
 from kdcache.errors import KDCacheError
 from kdcache.faults import network_fault
 from kdcache.metrics import DepthMetrics, Metrics
@@ -197,13 +198,13 @@ class Trainer:
             return SEGMENTATION
         return DEPTH if self._validate_depth is not None else FEATURES if self._validate_features else SEGMENTATION
 
-    def one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
+    def one_step(self, step: int, batches: Iterator[Streams | KDCacheError], stop: bool) -> bool:
         """Take a step, and return whether any process received a request to stop before it."""
         config = self.config
         began, cpu_began = time.perf_counter(), time.process_time()
         try:
             with self._world.together(stop=stop) as agreed:
-                batch = cast("AnyBatch", next_batch(batches))
+                batch = next_batch(batches)
         except KDCacheError:  # of a damaged sample: no step that was taken is lost
             if step > self._first:
                 self.watch.check_finite()
@@ -211,7 +212,7 @@ class Trainer:
             raise
         waited = time.perf_counter() - began
         prepared, losses, norms = self._learn(step, batch)
-        self.criterion.after_step(batch)  # type: ignore[arg-type] # both are of one stream, or of several
+        self.criterion.after_step(batch)
         if self._ema is not None:
             self._ema.update(step + 1)
         self._describe()
@@ -274,15 +275,14 @@ class Trainer:
             _note_all(self.watch.lopsided(step, norms.terms), self.observer.note)
             _note_all(self.watch.starving(tasks), self.observer.note)
 
-    def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, Norms | None]:
+    def _learn(self, step: int, batch: Streams) -> tuple[float, Tensor, Norms | None]:
         """Learn from a batch. Return the seconds of preparation, the losses and, at times, gradient norms."""
         measured = measures_norms(step, self.config.run.gradients_every)
         try:
             labelled = self.weak_view(batch)
             prepared = self._prepare(labelled)
-            if self.criterion.distill_weight_scale is not None:
-                schedule = self.config.loss.distill_schedule
-                self.criterion.set_distill_weight_scale(distill_weight_scale(schedule, step, self._iterations))
+            schedule = self.config.loss.distill_schedule
+            self.criterion.set_distill_weight_scale(distill_weight_scale(schedule, step, self._iterations))
             if measured:
                 return prepared, *self.eager.with_norms(labelled)
             assert self._step is not None
@@ -298,7 +298,10 @@ class Trainer:
         self._step = None
         held, together = self.eager.held(batch), 1 if self.config.augmentation.mix is None else 2
         fits = largest_fitting(
-            lambda size: self.eager.attempt(self.weak_view(held.rows(size)), measured), len(held), self.device, together
+            lambda size: self.eager.attempt(self.weak_view(rows_of(held, size)), measured),
+            sum(map(len, held)),
+            self.device,
+            together,
         )
         raise memory_error(self.config, self.device, requested, fits)
 
@@ -309,7 +312,7 @@ class Trainer:
             for text in self.criterion.describe():
                 self.observer.note(text)
 
-    def _prepare(self, batch: AnyBatch) -> float:
+    def _prepare(self, batch: Streams) -> float:
         """Make the step from the first batch. Return the seconds, which do not count as training."""
         if self._step is not None:
             return 0.0
@@ -411,7 +414,7 @@ def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
         note(text)
 
 
-def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[AnyBatch], AnyBatch] | None:
+def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[Streams], Streams] | None:
     """Return what to paste in every batch, within each stream or between streams, or None for nothing."""
     if config.augmentation.mix is not None:
         return Mix(config.augmentation.mix)
@@ -419,8 +422,7 @@ def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[AnyBatch], 
     pastes = []
     for number, stream in enumerate(config.streams):
         if stream.paste is not None and stream.paste_from is not None:
-            assert isinstance(criterion, StreamLoss)
             source = names.index(stream.paste_from)
-            losses = [cast("DistillLoss", criterion.streams[place]) for place in (number, source)]
-            pastes.append(Paste(number, source, Mix(stream.paste), *(loss.targets for loss in losses)))
+            forms = (criterion.losses[place].targets for place in (number, source))
+            pastes.append(Paste(number, source, Mix(stream.paste), *forms))
     return Pastes(pastes) if pastes else None

@@ -10,7 +10,8 @@ from target_oracle import LABEL, C
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.distill import Batch, DistillLoss, LabelTargets, StreamBatch, StreamLoss
+from kdcache.distill import Batch, Criterion, DistillLoss, LabelTargets, Streams
+from kdcache.distill.batch import pixels_of
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import discriminator_parameters, loss_term, make_term, with_companions
 from kdcache.distill.terms.unlabelled.predictions import Discriminator
@@ -33,26 +34,26 @@ class Student(nn.Module):
         return x
 
 
-def batches(steps: int) -> list[StreamBatch]:
+def batches(steps: int) -> list[Streams]:
     g = torch.Generator().manual_seed(5)
 
     def rows(count: int) -> Batch:
         pixels = torch.randint(0, 256, (count, *LABEL, 3), generator=g, dtype=torch.uint8)
         return Batch(pixels, {"segmentation": torch.randint(0, C, (count, *LABEL), generator=g).byte()})
 
-    return [StreamBatch((rows(3), rows(2))) for _ in range(steps)]
+    return [(rows(3), rows(2)) for _ in range(steps)]
 
 
-def criterion(**options: Any) -> StreamLoss:
+def criterion(**options: Any) -> Criterion:
     term = make_term(loss_term("adversarial", **options), targets=TARGETS, student_taps={})
     losses = [
         DistillLoss(ce_weight=1.0, kl_weight=0.0, impl="reference"),
         DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_companions([term])),
     ]
-    return StreamLoss(losses, ["source", "target"], [1.0, 1.0]).double()
+    return Criterion(losses, ["source", "target"], [1.0, 1.0]).double()
 
 
-def published(student: nn.Module, d: nn.Module, steps: list[StreamBatch], weight: float, square: bool) -> list[float]:
+def published(student: nn.Module, d: nn.Module, steps: list[Streams], weight: float, square: bool) -> list[float]:
     """As in the authors' train_gta2cityscapes_multi.py, for one level; returns the discriminator's losses."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0)
     optimizer_d = torch.optim.Adam(d.parameters(), lr=1e-3, betas=BETAS)
@@ -63,7 +64,7 @@ def published(student: nn.Module, d: nn.Module, steps: list[StreamBatch], weight
 
     losses = []
     for step in steps:
-        source, target = step.streams
+        source, target = step
         optimizer.zero_grad()
         optimizer_d.zero_grad()
         for parameter in d.parameters():
@@ -106,12 +107,12 @@ def test_it_trains_both_networks_as_the_authors_do(loss: str) -> None:
         weight_decay=0,
     )
     for step, discriminator_loss in zip(steps, expected, strict=True):
-        outputs = student(step.pixels)
+        outputs = student(pixels_of(step))
         losses = own_loss(outputs, step)
-        adversarial, discriminator = losses.streams[1].terms
+        adversarial, discriminator = losses.terms["target/adversarial"], losses.terms["target/discriminator"]
         assert discriminator.item() == pytest.approx(discriminator_loss, rel=1e-9)
         assert losses.loss.item() == pytest.approx(
-            (losses.streams[0].ce + 0.3 * adversarial + discriminator).item(), rel=1e-9
+            (losses.terms["source/ce"] + 0.3 * adversarial + discriminator).item(), rel=1e-9
         )
         optimizer.zero_grad()
         losses.loss.backward()
@@ -124,7 +125,7 @@ def test_it_trains_both_networks_as_the_authors_do(loss: str) -> None:
 def test_parts_are_the_student_s_alone() -> None:
     torch.manual_seed(0)
     own_loss, (step,) = criterion(), batches(1)
-    outputs = Student().double()(step.pixels)
+    outputs = Student().double()(pixels_of(step))
     assert set(own_loss.parts(outputs, step)) == {"source/loss", "source/ce", "target/loss", "target/adversarial"}
     assert own_loss.names[-2:] == ("target/adversarial", "target/discriminator")
     counted = own_loss(outputs, step, own_loss.counts(step))
@@ -170,7 +171,7 @@ def test_two_levels_are_trained_as_the_authors_do() -> None:
     weights = {"segmentation": 0.3, "auxiliary": 0.06}
     terms = [make_term(loss_term("adversarial", head=head, weight=own), **options) for head, own in weights.items()]
     assert [term.head for term in with_companions(terms)] == [None, None, "auxiliary", "auxiliary"]
-    own_loss = StreamLoss(
+    own_loss = Criterion(
         [
             DistillLoss(kl_weight=0.0, impl="reference", further=[make_term(loss_term("auxiliary"), **options)]),
             DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_companions(terms)),
@@ -202,10 +203,10 @@ def test_two_levels_are_trained_as_the_authors_do() -> None:
 
     for step in batches(3):
         optimizer.zero_grad()
-        own_loss(student(step.pixels), step).loss.backward()
+        own_loss(student(pixels_of(step)), step).loss.backward()
         optimizer.step()
 
-        source, target = step.streams
+        source, target = step
         for one in (optimizer_twin, *optimizers_d):
             one.zero_grad()
         at_source, at_target = levels(source), levels(target)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets
+from kdcache.distill.counts import mean_counts
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import LossTerm, loss_term, make_term
 from kdcache.errors import RecipeError
@@ -77,8 +78,8 @@ def test_it_is_torch_s_cross_entropy_of_the_second_head(options: dict[str, Any],
     second = outputs.heads[AUXILIARY]
     oracle = expected(second, batch.label, **options)
     assert loss.names == ("ce", "kl", "auxiliary")
-    assert losses.terms[0].item() == pytest.approx(oracle.item(), rel=rel)
-    assert losses.loss.item() == pytest.approx((losses.ce + 0.1 * losses.terms[0]).item(), rel=rel)
+    assert losses.terms["auxiliary"].item() == pytest.approx(oracle.item(), rel=rel)
+    assert losses.loss.item() == pytest.approx((losses.ce + 0.1 * losses.terms["auxiliary"]).item(), rel=rel)
     own = torch.autograd.grad(losses.loss, [outputs.logits, second])
     torch.testing.assert_close(own[1], 0.1 * torch.autograd.grad(oracle, second)[0], rtol=rel, atol=rel * 1e-2)
     torch.testing.assert_close(
@@ -99,11 +100,12 @@ def test_parts_of_a_batch_add_up_to_it(smoothing: float) -> None:
     )
     counts = loss.counts(batch, torch.float64)
     assert counts.terms[0].item() == pytest.approx(counts.ce.item())
-    shared = type(counts).mean([loss.counts(batch.rows(2, first), torch.float64) for first in (0, 2)])
-    whole, parts = loss(outputs, batch).terms[0], []
+    shared = mean_counts([loss.counts(batch.rows(2, first), torch.float64) for first in (0, 2)])
+    whole, parts = loss(outputs, batch).terms["auxiliary"], []
     for first in (0, 2):
         heads = {name: output[first : first + 2] for name, output in outputs.heads.items()}
-        parts.append(loss(StudentOutputs(heads[SEGMENTATION], heads), batch.rows(2, first), shared).terms[0])
+        losses = loss(StudentOutputs(heads[SEGMENTATION], heads), batch.rows(2, first), shared)
+        parts.append(losses.terms["auxiliary"])
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-12)
 
 
@@ -111,7 +113,7 @@ def test_without_a_labelled_pixel_it_is_0() -> None:
     outputs = outputs_of(2)
     losses = criterion().double()(outputs, Batch(None, {SEGMENTATION: torch.full((2, *LABEL), 255).byte()}))
     losses.loss.backward()
-    assert losses.terms[0] == 0
+    assert losses.terms["auxiliary"] == 0
     gradient = outputs.heads[AUXILIARY].grad
     assert gradient is not None
     assert not gradient.any()

@@ -11,8 +11,9 @@ from target_oracle import LABEL, C, Format, dense_target, inputs, labelled
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, LabelTargets
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets
 from kdcache.distill.batch import PseudoLabels
+from kdcache.distill.counts import mean_counts
 from kdcache.distill.terms import TermBatch, labellers, loss_term, make_term, pseudo_labels, with_companions
 from kdcache.distill.terms.unlabelled.pseudo import Consistency
 from kdcache.errors import RecipeError
@@ -165,14 +166,14 @@ def test_parts_of_a_batch_add_up_and_the_share_is_no_part_of_the_loss(normalise:
     criterion = DistillLoss(ce_weight=0.0, kl_weight=0.0, further=terms, impl="reference")
     assert criterion.names == ("ce", "kl", "consistency", "confident")
     whole = criterion(student, batch)
-    assert whole.terms[1].item() == 0.5
-    assert whole.loss.item() == pytest.approx(0.3 * whole.terms[0].item(), rel=1e-12)
+    assert whole.terms["confident"].item() == 0.5
+    assert whole.loss.item() == pytest.approx(0.3 * whole.terms["consistency"].item(), rel=1e-12)
     assert list(criterion.parts(student, batch)) == ["consistency"]
     (expected,) = torch.autograd.grad(whole.loss, student)
     parts = [batch.rows(2), batch.rows(2, 2)]
-    counts = Counts.mean([criterion.counts(part, torch.float64) for part in parts])
+    counts = mean_counts([criterion.counts(part, torch.float64) for part in parts])
     losses = [criterion(student[2 * at : 2 * at + 2], part, counts) for at, part in enumerate(parts)]
-    assert torch.stack([part.terms[1] for part in losses]).mean().item() == 0.5
+    assert torch.stack([part.terms["confident"] for part in losses]).mean().item() == 0.5
     (actual,) = torch.autograd.grad(torch.stack([part.loss for part in losses]).mean(), student)
     assert (actual - expected).norm() <= 1e-12 * expected.norm()
 

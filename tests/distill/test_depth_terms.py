@@ -15,7 +15,8 @@ from target_oracle import GRID, LABEL, VIEW, C
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, Gate, GateSpec, LabelTargets, Target
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, LabelTargets, Target
+from kdcache.distill.counts import mean_counts
 from kdcache.distill.terms import Term, check_terms, loss_term, make_term, parse_method, parse_term
 from kdcache.errors import DataError, RecipeError
 from kdcache.heads import CategoricalHead, Parameterisation, RegressionHead
@@ -150,7 +151,7 @@ def oracle(kind: str, outputs: Outputs, pairs: list[tuple[Map, Mask]]) -> float:
 
 def loss_of(term: Term, outputs: Outputs, batch: Batch, targets: Any = None) -> Tensor:
     criterion = DistillLoss(targets or Store(), ce_weight=0.0, kl_weight=0.0, further=[term], impl="reference")
-    return criterion(outputs, batch).terms[0]
+    return criterion(outputs, batch).terms[term.kind]
 
 
 @pytest.mark.parametrize("reference", ["labels", "teacher"])
@@ -209,7 +210,7 @@ def test_parts_of_a_batch_learn_what_the_batch_does(kind: str, reference: str) -
     (expected,) = torch.autograd.grad(criterion(outputs, batch).loss, raw)
     assert expected.norm() > 0
     parts = [batch.rows(2), batch.rows(2, 2)]
-    counts = Counts.mean([criterion.counts(part, torch.float64) for part in parts])
+    counts = mean_counts([criterion.counts(part, torch.float64) for part in parts])
     rows = [Outputs({head: out[at : at + 2] for head, out in outputs.heads.items()}, {}) for at in (0, 2)]
     losses = [criterion(own, part, counts).loss for own, part in zip(rows, parts, strict=True)]
     assert torch.stack(losses).mean().item() == pytest.approx(criterion(outputs, batch).loss.item(), rel=1e-12)
@@ -322,10 +323,12 @@ def test_gates_void_and_schedules_of_classes_leave_labels_of_depth_alone() -> No
     other.set_distill_weight_scale(0.25)
     expected, actual = plain(outputs, batch), other(outputs, batch)
     assert actual.terms == expected.terms
-    assert actual.loss.item() == pytest.approx((actual.terms[0] + 0.25 * actual.terms[1]).item())
+    assert actual.loss.item() == pytest.approx(
+        (actual.terms["depth-silog"] + 0.25 * actual.terms["depth-silog_2"]).item()
+    )
     parts = other.parts(outputs, batch)
     assert list(parts) == ["depth-silog", "depth-silog_2"]
-    assert other(outputs, replace(batch, targets=None)).terms[1] == 0
+    assert other(outputs, replace(batch, targets=None)).terms["depth-silog_2"] == 0
 
 
 def test_labels_teach_depth_without_a_store() -> None:
@@ -334,7 +337,8 @@ def test_labels_teach_depth_without_a_store() -> None:
     term = term_of("depth-silog", "labels", labels)
     expected = oracle("depth-silog", outputs, references(batch, "labels"))
     criterion = DistillLoss(ce_weight=0.0, kl_weight=0.0, further=[term], impl="reference")
-    assert criterion(outputs, replace(batch, targets=None)).terms[0].item() == pytest.approx(expected, rel=1e-9)
+    losses = criterion(outputs, replace(batch, targets=None))
+    assert losses.terms["depth-silog"].item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -353,7 +357,8 @@ def test_nothing_waits_on_a_gpu(kind: str) -> None:
         losses.loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [loss.item() for loss in losses.terms] == pytest.approx([loss.item() for loss in expected], rel=1e-9)
+    own = losses.terms[kind].item(), losses.terms[f"{kind}_2"].item()
+    assert own == pytest.approx([loss.item() for loss in expected], rel=1e-9)
 
 
 def test_methods_name_terms_of_depth() -> None:

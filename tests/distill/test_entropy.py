@@ -11,7 +11,8 @@ from target_oracle import LABEL, C, Format, dense_target, inputs
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, LabelTargets
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets
+from kdcache.distill.counts import mean_counts
 from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
@@ -83,10 +84,10 @@ def test_void_counts_and_parts_of_a_batch_add_up() -> None:
     shown = batch.shown(Format(), LABEL)
     assert shown is not None
     assert not shown[3].all()
-    assert whole.terms[0].item() == pytest.approx(oracle(student.detach(), shown.numpy()), rel=1e-12)
+    assert whole.terms["entropy"].item() == pytest.approx(oracle(student.detach(), shown.numpy()), rel=1e-12)
     (expected,) = torch.autograd.grad(whole.loss, student)
     parts = [batch.rows(2), batch.rows(2, 2)]
-    counts = Counts.mean([criterion.counts(part, torch.float64) for part in parts])
+    counts = mean_counts([criterion.counts(part, torch.float64) for part in parts])
     losses = [criterion(student[2 * at : 2 * at + 2], part, counts) for at, part in enumerate(parts)]
     (actual,) = torch.autograd.grad(torch.stack([part.loss for part in losses]).mean(), student)
     assert (actual - expected).norm() <= 1e-12 * expected.norm()

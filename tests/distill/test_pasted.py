@@ -11,7 +11,8 @@ from target_oracle import LABEL, VIEW, Format, dense_target, inputs, kl_pixels, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, Counts, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
+from kdcache.distill import SEGMENTATION, Batch, Counts, Criterion, DistillLoss, Gate, GateSpec
+from kdcache.distill.batch import rows_of
 from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.terms import TermSetup
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
@@ -55,10 +56,9 @@ def mixed(source: Batch, into: Batch, forms: tuple[Format, Format] = (Format(), 
     """The second stream after pasting; the source's windows are given in pixels of views of half the size."""
     assert source.window is not None
     small = replace(source, window=source.window / 2) if isinstance(forms[1], Half) else source
-    pasted = Pastes([Paste(1, 0, Mix("classmix"), *forms)])(StreamBatch((small, into)))
-    assert isinstance(pasted, StreamBatch)
-    assert pasted.streams[0] is small
-    return pasted.streams[1]
+    first, second = Pastes([Paste(1, 0, Mix("classmix"), *forms)])((small, into))
+    assert first is small
+    return second
 
 
 def pseudo_of(into: Batch, z: Tensor, counted: Tensor) -> tuple[Tensor, float]:
@@ -91,13 +91,13 @@ def test_what_each_pixel_is_taught_by(weight: float) -> None:
         specs.Pseudo(threshold=threshold, normalise="share", weight=0.7), TermSetup(Format(), impl="reference")
     )
     target_loss = DistillLoss(Format(), kl_weight=0.4, further=[term], impl="reference")
-    criterion = StreamLoss([DistillLoss(impl="reference"), target_loss], ["source", "into"], [1.0, weight])
-    batch = StreamBatch((replace(source, targets=None), mixed(source, into)))
+    criterion = Criterion([DistillLoss(impl="reference"), target_loss], ["source", "into"], [1.0, weight])
+    batch = (replace(source, targets=None), mixed(source, into))
     first = inputs(8, 2)[0].double()
     losses = criterion(Outputs({SEGMENTATION: torch.cat([first, logits])}, {}), batch)
-    assert losses.streams[1].ce.item() == pytest.approx(ce.item(), rel=1e-9)
-    assert losses.streams[1].kl.item() == pytest.approx(kl.item(), rel=1e-9)
-    assert losses.streams[1].terms[0].item() == pytest.approx(pseudo.item(), rel=1e-9)
+    assert losses.terms["into/ce"].item() == pytest.approx(ce.item(), rel=1e-9)
+    assert losses.terms["into/kl"].item() == pytest.approx(kl.item(), rel=1e-9)
+    assert losses.terms["into/pseudo"].item() == pytest.approx(pseudo.item(), rel=1e-9)
     alone = F.cross_entropy(F.interpolate(first, LABEL, mode="bilinear"), source.label.long(), ignore_index=255)
     mixed_loss = ce + 0.4 * kl + 0.7 * pseudo
     assert losses.loss.item() == pytest.approx(alone.item() + weight * mixed_loss.item(), rel=1e-9)
@@ -121,10 +121,7 @@ def test_a_source_without_targets_teaches_by_its_labels_alone() -> None:
 def test_equal_parts_paste_and_count_as_the_whole() -> None:
     source, into = streams()
     whole = mixed(source, into, (Format(), Format()))
-    parts = []
-    for part in (0, 1):
-        rows = StreamBatch((source, into)).rows(3, 3 * part)
-        parts.append(mixed(*rows.streams, (Format(), Format())))
+    parts = [mixed(*rows_of((source, into), 3, 3 * part), (Format(), Format())) for part in (0, 1)]
     for part, batch in enumerate(parts):
         assert batch.pixels is not None
         assert torch.equal(batch.label, whole.label[2 * part : 2 * part + 2])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import Batch, DistillLoss, StreamBatch, StreamLoss, Target
+from kdcache.distill import Batch, Criterion, DistillLoss, Target
 from kdcache.distill.terms import Term, TermBatch, loss_term, make_term, parse_term
 from kdcache.errors import RecipeError
 from tests.distill.terms_oracle import DEEP, FEATURE, STUDENT_CHANNELS, Store, batch_of, resized, shares, softmax
@@ -249,7 +249,7 @@ def test_the_ring_is_that_of_one_process_and_of_a_run_that_resumes() -> None:
 
 
 def test_a_loss_restores_bytes_and_remembers() -> None:
-    """Through `DistillLoss` and `StreamLoss`, from a batch as the loader gives it."""
+    """Through `DistillLoss` and `Criterion`, from a batch as the loader gives it."""
 
     class Eight(Kept):
         @property
@@ -281,12 +281,12 @@ def test_a_loss_restores_bytes_and_remembers() -> None:
     outputs = SimpleNamespace(logits=logits, heads=heads, features=features)
     losses = criterion(outputs, given)
     plain = replace(made, logits=outputs.logits, features=outputs.features, stored=floats, counted=None)
-    assert losses.terms[0].item() == pytest.approx(terms[0](plain).item(), rel=1e-5)
-    assert losses.terms[1].item() == 0
-    both = StreamLoss([criterion], ["a"], [1.0])
-    both.after_step(StreamBatch((given,)))
+    assert losses.terms["hint"].item() == pytest.approx(terms[0](plain).item(), rel=1e-5)
+    assert losses.terms["queue"].item() == 0
+    both = Criterion([criterion], ["a"], [1.0])
+    both.after_step((given,))
     assert int(terms[1].seen_images) == B
-    assert criterion(outputs, given).terms[1].item() > 0
+    assert criterion(outputs, given).terms["queue"].item() > 0
     assert "further.1.ring" in criterion.state_dict()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import default_collate
 
 from kdcache.data import open_split
-from kdcache.distill import Batch, DistillLoss
+from kdcache.distill import Criterion, DistillLoss, Streams
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
@@ -143,10 +143,10 @@ def begin(student: dict[str, Any], tmp_path: Path) -> Callable[..., Trainer]:
 
 
 @pytest.fixture(scope="session")
-def batches(cache: Cache) -> list[Batch]:
-    """Six batches of two records."""
+def batches(cache: Cache) -> list[Streams]:
+    """Six batches of two records of a single stream."""
     draws = Draws(CacheDataset(cache), 0)
-    return [default_collate([draws[2 * number], draws[2 * number + 1]]) for number in range(6)]
+    return [(default_collate([draws[2 * number], draws[2 * number + 1]]),) for number in range(6)]
 
 
 @pytest.fixture
@@ -158,7 +158,8 @@ def eager_step(cache: Cache, config: Callable[..., TrainConfig]) -> Callable[...
         torch.manual_seed(3)
         model = build_model(spec, cache.num_classes).to(place).train().to(memory_format=torch.channels_last)
         optimizer = make_optimizer(model, run_config.optimizer, capturable=capturable)
-        return EagerStep(model, DistillLoss(cache), optimizer, device=place, clip_grad=run_config.optimizer.clip_grad)
+        criterion, clip_grad = Criterion([DistillLoss(cache)]), run_config.optimizer.clip_grad
+        return EagerStep(model, criterion, optimizer, device=place, clip_grad=clip_grad)
 
     return make
 

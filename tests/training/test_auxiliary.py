@@ -77,16 +77,16 @@ def test_it_learns_beside_cross_entropy_and_is_gone_afterwards(
 def test_its_gradient_is_that_of_a_second_cross_entropy(alone: dict[str, Any], tmp_path: Path) -> None:
     """The first step, by hand: weighted classes and the shared denominator of both heads."""
     trainer = begun(alone | {"weight_decay": 0.0}, tmp_path / "run")
-    batch = next(iter(feed_streams(trainer.streams, torch.device("cpu"), first=0, last=1, workers=0)))
+    (batch,) = next(iter(feed_streams(trainer.streams, torch.device("cpu"), first=0, last=1, workers=0)))
     model = trainer.model.train()
     outputs = model(model.normalise(batch.pixels))
-    weight = trainer.criterion.class_weight
+    weight = trainer.criterion.losses[0].class_weight
     assert weight is not None
     assert len(weight.unique()) > 1
     ups = [F.interpolate(outputs.heads[name], (32, 48), mode="bilinear") for name in ("segmentation", "auxiliary")]
     ce, second = (F.cross_entropy(up, batch.label.long(), weight, ignore_index=255) for up in ups)
-    losses = trainer.criterion(outputs, batch)
-    assert losses.terms[0].item() == pytest.approx(second.item(), rel=1e-5)
+    losses = trainer.criterion(outputs, (batch,))
+    assert losses.terms["auxiliary"].item() == pytest.approx(second.item(), rel=1e-5)
     parameters = list(model.parameters())
     own = torch.autograd.grad(losses.loss, parameters, retain_graph=True)
     byhand = torch.autograd.grad(ce + 0.1 * second, parameters)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdcache.distill import SEGMENTATION, StreamLoss
+from kdcache.distill import SEGMENTATION
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.tasks import DEPTH
 from kdcache.training import Observer, make_config, train
@@ -69,12 +69,10 @@ def test_the_balance_weighs_the_sum_of_each_task(kind: str, streams: dict[str, A
     weights = {"task_weight": ["depth=0.25"]} if kind == "fixed" else {"balance": kind}
     trainer = begun(streams | weights, tmp_path / "run")
     criterion = trainer.criterion
-    assert isinstance(criterion, StreamLoss)
     inputs, _ = first_step(trainer)
     losses = criterion(*inputs)
-    classes, metres = losses.streams
-    segmentation, depth = 2.0 * classes.ce, 0.1 * metres.terms[0]
-    torch.testing.assert_close(torch.stack(losses.tasks), torch.stack([segmentation, depth]))
+    segmentation, depth = 2.0 * losses.terms["classes/ce"], 0.1 * losses.terms["metres/depth-silog"]
+    torch.testing.assert_close(dict(losses.tasks), {SEGMENTATION: segmentation.detach(), DEPTH: depth.detach()})
     if kind == "fixed":
         torch.testing.assert_close(losses.loss, 0.5 * segmentation + 0.25 * depth)
     else:  # log-variances of 0 add nothing
@@ -92,9 +90,9 @@ def test_norms_are_over_the_parameters_that_both_tasks_reach(
     inputs, _ = first_step(trainer)
     parameters = list(trainer.model.parameters())
     losses = trainer.criterion(*inputs)
-    parts = {SEGMENTATION: 0.5 * losses.ce, DEPTH: 0.05 * losses.terms[0]}
+    parts = {SEGMENTATION: 0.5 * losses.ce, DEPTH: 0.05 * losses.terms["depth-silog"]}
     assert parts  # the parts are detached: their gradients come from the loss's own parts
-    own = trainer.criterion.parts(*inputs)  # type: ignore[arg-type]
+    own = trainer.criterion.parts(*inputs)
     gradients = {
         task: torch.autograd.grad(own[name], parameters, retain_graph=True, allow_unused=True)
         for task, name in ((SEGMENTATION, "ce"), (DEPTH, "depth-silog"))
@@ -112,7 +110,7 @@ def test_norms_are_over_the_parameters_that_both_tasks_reach(
         assert line[task]["norm"] == pytest.approx(norms[task], rel=1e-3)
         assert line[task]["ratio"] == pytest.approx(norms[task] / norms[other], rel=1e-3)
         assert line[task]["weight"] == later[task]["weight"] == 0.5
-    assert line[DEPTH]["loss"] == pytest.approx(0.1 * losses.terms[0].item(), rel=1e-4)
+    assert line[DEPTH]["loss"] == pytest.approx(0.1 * losses.terms["depth-silog"].item(), rel=1e-4)
     assert seen.tasks[0] == (1, line)
     assert seen.tasks[1] == (1, read_metrics(tmp_path / "run", "train")[0]["tasks"])
 

@@ -152,7 +152,7 @@ def test_a_stream_without_the_labels_of_its_terms_is_named(both: dict[str, Any],
     far = {"name": "far", "data": f"{EXACT},tasks=depth", "method": "depth-l1"}
     streams = [{"name": "near", "data": EXACT, "method": "none"}, far]
     settings = both | {"data": None, "val": None, "batch_size": 4}
-    assert begun(settings | {"stream": streams}, tmp_path / "run").criterion.tasks == ("segmentation", "depth")
+    assert begun(settings | {"stream": streams}, tmp_path / "run").config.tasks == ("segmentation", "depth")
     with pytest.raises(RecipeError, match="stream far: Cannot learn dice: the data have labels of depth"):
         begun(settings | {"stream": [streams[0], far | {"method": "dice+depth-l1"}]}, tmp_path / "refused")
     with pytest.raises(RecipeError, match="Add --ce-weight 0"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcache.data import open_split
-from kdcache.distill import DistillLoss, StreamBatch, StreamLoss
+from kdcache.distill import Streams
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.models import build_model
 from kdcache.training import Interrupted, Observer, make_config, train
@@ -47,12 +47,10 @@ def changed(settings: dict[str, Any], old: str, new: str) -> dict[str, Any]:
     return settings | {"stream": [game, camera.replace(old, new)]}
 
 
-def first_batch(trainer: Trainer) -> StreamBatch:
+def first_batch(trainer: Trainer) -> Streams:
     """The first batch after pasting."""
     with_errors = feed_streams(trainer.streams, trainer.device, first=0, last=1, workers=0)
-    batch = trainer.eager.mixed(next_batch(with_errors))
-    assert isinstance(batch, StreamBatch)
-    return batch
+    return trainer.eager.mixed(next_batch(with_errors))
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
@@ -61,7 +59,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 
 def test_images_without_labels_get_labels_where_others_are_pasted(pasted: dict[str, Any], tmp_path: Path) -> None:
     trainer = begun(pasted, tmp_path / "run")
-    game, camera = first_batch(trainer).streams
+    game, camera = first_batch(trainer)
     assert game.own is None
     assert camera.own is not None
     assert game.pixels is not None
@@ -70,9 +68,7 @@ def test_images_without_labels_get_labels_where_others_are_pasted(pasted: dict[s
     assert camera.own.any()
     assert torch.equal(camera.label, torch.where(camera.own, 255, game.label))
     assert torch.equal(camera.pixels[~camera.own], game.pixels[~camera.own])
-    criterion = trainer.criterion
-    assert isinstance(criterion, StreamLoss)
-    losses = [loss for loss in criterion.streams if isinstance(loss, DistillLoss)]
+    losses = trainer.criterion.losses
     assert losses[0].class_weight is not None
     assert losses[1].class_weight is not None  # of the labels that are pasted, for it has none of its own
     assert torch.equal(losses[0].class_weight, losses[1].class_weight)

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from kdcache.data import Augmentation, open_split, write_scenes
-from kdcache.distill import StreamLoss
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.models import build_model
 from kdcache.settings.recipe import settings_of
@@ -159,7 +158,6 @@ def test_a_compiled_step_takes_streams(
 def test_samples_are_pasted_within_a_stream(taught: dict[str, Any], tmp_path: Path) -> None:
     streams = [taught["stream"][0].replace("kl+dist", "kl"), taught["stream"][1]]
     trainer = begun(taught | {"mix": "cutmix", "stream": streams, "val": None}, tmp_path / "run")
-    assert isinstance(trainer.criterion, StreamLoss)
     assert [stream.draws.dataset.dice for stream in trainer.streams] == [4, 4]
     result = trainer.train(resume=False)
     assert result["iterations"] == 6

@@ -111,7 +111,7 @@ def test_both_terms_are_learnt_and_a_run_resumes_with_its_ring(short: dict[str, 
     assert torch.load(died / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
     train(make_config(**settings), died, resume=True)
     states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, died)]
-    assert int(states[0]["criterion"]["further.1.seen_images"]) == 12
+    assert int(states[0]["criterion"]["streams.0.further.1.seen_images"]) == 12
     for name in states[0]["criterion"]:
         assert torch.equal(states[0]["criterion"][name], states[1]["criterion"][name]), name
     assert (whole / "last.safetensors").read_bytes() == (died / "last.safetensors").read_bytes()
@@ -123,5 +123,7 @@ def test_parts_of_a_batch_learn_as_the_whole(short: dict[str, Any], tmp_path: Pa
     for name, changes in (("whole", {}), ("parts", {"accumulate": 2})):
         settings = short | {"term": ("queue,length=5",), "iterations": 3, "val_every": 3} | changes
         train(make_config(**settings), tmp_path / name)
-        rings.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["criterion"]["further.0.ring"])
+        rings.append(
+            torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["criterion"]["streams.0.further.0.ring"]
+        )
     assert torch.equal(*rings)

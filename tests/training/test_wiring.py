@@ -68,7 +68,7 @@ def test_a_setting_reaches_the_loss(name: str, begin: Begin, cache: Cache, tmp_p
     if "model" in changes:
         (tmp_path / "aligned.py").write_text(_ALIGNED)
         changes = changes | {"model": f"{tmp_path}/aligned.py:build"}
-    criterion = begin(**changes).eager.criterion
+    (criterion,) = begin(**changes).criterion.losses
     batch = default_collate([CacheDataset(cache, augment="none")[number] for number in range(4)])
     batch.label[:, :9] = 255
     student = 2 * torch.randn(4, 7, 8, 12, generator=torch.Generator().manual_seed(1))
@@ -91,7 +91,7 @@ def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path
         term=["pseudo,threshold=0.4,weight=0.6", "dist,weight=0"],
         gate="confidence:0.5",
     )
-    assert trainer.eager.criterion.names == ("ce", "kl", "pseudo")
+    assert trainer.criterion.names == ("ce", "kl", "pseudo")
     batch = default_collate([CacheDataset(cache, augment="none")[number] for number in range(4)])
     student = 2 * torch.randn(4, 7, 8, 12, generator=torch.Generator().manual_seed(1))
     values = []
@@ -102,23 +102,24 @@ def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path
         gate = Gate(GateSpec("confidence", 0.5))
         expected = DistillLoss(cache, kl_weight=0.0, align_corners=True, gate=gate, further=[term])
         values.append(expected(student, batch).loss.item())
-    actual = trainer.eager.criterion(student, batch).loss.item()
+    actual = trainer.criterion(student, (batch,)).loss.item()
     assert actual == pytest.approx(values[0], rel=1e-6)
     assert actual != pytest.approx(values[1], rel=1e-4)
 
 
 def test_pseudo_labels_are_weighed_as_often_as_their_classes_are_targets(begin: Begin, cache: Cache) -> None:
     trainer = begin(method="none", term=["pseudo,class_weights=median"])
-    (term,) = trainer.criterion.further
+    (loss,) = trainer.criterion.losses
+    (term,) = loss.terms
     best = [cache.read(number, ["targets/segmentation/values"]) for number in range(len(cache.ids))]
     counts = np.bincount(np.stack([row["targets/segmentation/values"].argmax(0) for row in best]).ravel(), minlength=7)
     assert torch.equal(term.class_weight, torch.tensor(class_weights(counts, "median"), dtype=torch.float32))
-    assert trainer.criterion.class_weight is None
+    assert loss.class_weight is None
 
 
 def test_labels_of_other_proportions_than_the_view_are_learnt_from(begin: Begin) -> None:
     trainer = begin(size="24x24")
-    trainer.eager(first_batch(trainer))
+    trainer.eager((first_batch(trainer),))
 
 
 @pytest.mark.parametrize("source", ["store", "store of views", "store without pixels", "folder"])
@@ -139,8 +140,9 @@ def test_class_weights_are_those_of_the_labels_that_are_used(
     assert used not in ([0, 1], list(range(6))), "the test could not tell"
     counts = sum(np.bincount(np.asarray(split.label(number)).ravel(), minlength=256)[:7] for number in used)
     expected = class_weights(counts, "median")
-    assert trainer.eager.criterion.class_weight is not None
-    assert trainer.eager.criterion.class_weight.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    (loss,) = trainer.criterion.losses
+    assert loss.class_weight is not None
+    assert loss.class_weight.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 # --- the step ----------------------------------------------------------------------------------------------
@@ -150,11 +152,11 @@ def test_mixed_pixels_are_learnt_with_their_labels_and_targets(begin: Begin, cac
     trainer = begin(mix="cutmix", augment="warp")
     batch, model = first_batch(trainer), trainer.model
     model.train()
-    mixed = Mix("cutmix")(batch)
+    (mixed,) = Mix("cutmix")((batch,))
     assert mixed.own is not None
     assert 0 < mixed.own.float().mean() < 1
     logits = model(model.normalise(mixed.pixels)).logits
-    actual = trainer.eager.forward(batch)
+    actual = trainer.eager.forward((batch,))
     assert torch.equal(actual.loss, DistillLoss(cache)(logits, mixed).loss)
     assert actual.loss != DistillLoss(cache)(logits, replace(mixed, own=None)).loss
 
@@ -163,7 +165,7 @@ def test_mixed_pixels_are_learnt_with_their_labels_and_targets(begin: Begin, cac
 def test_a_model_runs_in_the_precision_that_was_asked_for(amp: str, dtype: torch.dtype, begin: Begin) -> None:
     trainer, seen = begin(amp=amp), list[torch.dtype]()
     trainer.model.register_forward_hook(lambda model, given, answer: seen.append(answer.logits.dtype))
-    trainer.eager(first_batch(trainer))
+    trainer.eager((first_batch(trainer),))
     assert seen == [dtype]
 
 
@@ -180,7 +182,7 @@ def test_the_gradient_of_all_that_learns_is_clipped_as_one(
     learning = [list(part.parameters()) for part in (trainer.model, trainer.criterion)]
     before = [[tensor.detach().clone() for tensor in part] for part in learning]
     trainer.model.train()
-    trainer.eager(first_batch(trainer))
+    trainer.eager((first_batch(trainer),))
     moved = [
         torch.cat([(new.detach() - old).flatten() for new, old in zip(part, was, strict=True)])
         for part, was in zip(learning, before, strict=True)

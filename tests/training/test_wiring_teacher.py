@@ -61,7 +61,7 @@ def kl_of(trainer: Trainer, weight: Tensor) -> tuple[float, float]:
     batch = default_collate([dataset[number] for number in range(len(dataset))])
     generator = torch.Generator().manual_seed(4)
     student = 2 * torch.randn(len(dataset), len(weight), 8, 12, generator=generator)
-    actual = trainer.eager.criterion(student, batch).kl.item()
+    actual = trainer.criterion(student, (batch,)).kl.item()
     size, T = batch.label.shape[1:], trainer.config.loss.temperature
     s, t = (F.interpolate(x.double(), size, mode="bilinear") for x in (student, batch.target.values))
     kl = F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="none").sum(1)
@@ -78,7 +78,7 @@ def test_class_balance_goes_by_the_teacher_s_classes(
     assert isinstance(dataset, CacheDataset)
     assert len(dataset) == (limit or SAMPLES)
     weight = balanced(of_teacher(cache, dataset.indices), kind)
-    assert trainer.eager.criterion.gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
+    assert trainer.criterion.losses[0].gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
     actual, expected = kl_of(trainer, weight)
     assert actual == pytest.approx(expected, rel=1e-4)
     by_labels = balanced(of_labels(scenes, dataset.indices, cache.num_classes), kind)
@@ -90,7 +90,7 @@ def test_class_balance_of_a_top_k_store(begin: Callable[..., Trainer], source_pa
     """Where the place of a value does not say its class."""
     trainer = begin(cache=str(source_path), data=scenes, class_balance="sqrt")
     weight = balanced(of_teacher(open_cache(source_path), list(range(SAMPLES))), "sqrt")
-    assert trainer.eager.criterion.gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
+    assert trainer.criterion.losses[0].gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
 
 
 def test_class_balance_of_a_store_of_views_goes_by_the_whole_images(
@@ -101,7 +101,7 @@ def test_class_balance_of_a_store_of_views_goes_by_the_whole_images(
     path = make_cache(views=2)
     trainer = begin(cache=str(path), augment="replay", class_balance="sqrt")
     weight = balanced(of_teacher(open_cache(path), [0, 2, 5]), "sqrt")
-    assert trainer.eager.criterion.gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
+    assert trainer.criterion.losses[0].gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
 
 
 def test_measured_trust_weighs_the_kl_that_trains(
@@ -113,7 +113,7 @@ def test_measured_trust_weighs_the_kl_that_trains(
     trust = torch.tensor(trust_from_run(Records(cache), str(plain), torch.device("cpu"), lambda _: None))
     assert 0 < trust.double().mean() < 1, "the test could not tell"
     trainer = begin(class_trust="auto", trust_against=str(plain))
-    assert trainer.eager.criterion.gate.class_weight.tolist() == trust.tolist()
+    assert trainer.criterion.losses[0].gate.class_weight.tolist() == trust.tolist()
     actual, expected = kl_of(trainer, trust.double())
     assert actual == pytest.approx(expected, rel=1e-4)
     assert actual != pytest.approx(kl_of(trainer, torch.ones_like(trust))[1], rel=0.02)

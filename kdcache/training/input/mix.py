@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.distill import SEGMENTATION, AnyBatch, Batch, LabelTargets, MergedTargets, StreamBatch
+from kdcache.distill import SEGMENTATION, Batch, LabelTargets, MergedTargets, Streams
 from kdcache.distill.batch import PseudoLabels, neighbours
 from kdcache.distill.target import TargetFormat
 from kdcache.errors import RecipeError
@@ -57,9 +57,10 @@ class Mix:
             )
         self.dice = NUMBERS[self.kind]
 
-    def __call__(self, batch: AnyBatch) -> AnyBatch:
+    def __call__(self, streams: Streams) -> Streams:
         """Return the batch with mixed pixels and labels within each stream, and `own`, a sample's own pixels."""
-        return batch.each(lambda own: self.paste(own, Batch(own.pixels, own.labels, pseudo=own.pseudo).map(neighbours)))
+        others = (Batch(batch.pixels, batch.labels, pseudo=batch.pseudo).map(neighbours) for batch in streams)
+        return tuple(map(self.paste, streams, others))
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
@@ -126,13 +127,12 @@ class Pastes:
     def __init__(self, pastes: Sequence[Paste]) -> None:
         self._pastes = tuple(pastes)
 
-    def __call__(self, batch: AnyBatch) -> AnyBatch:
+    def __call__(self, streams: Streams) -> Streams:
         """Return the batch after every paste between its streams."""
-        assert isinstance(batch, StreamBatch)
-        streams = list(batch.streams)
+        pasted = list(streams)
         for paste in self._pastes:
-            streams[paste.into] = paste(batch.streams[paste.into], batch.streams[paste.source])
-        return StreamBatch(tuple(streams))
+            pasted[paste.into] = paste(streams[paste.into], streams[paste.source])
+        return tuple(pasted)
 
 
 def _pasted(own: PseudoLabels, other: PseudoLabels | None, own_BHW: Tensor) -> PseudoLabels:

@@ -2,7 +2,7 @@
 
 A stream has its own loader and order: draw n of stream i is a pure function of the seed, i and n, the same for any
 number of processes. Step s takes draws s*R to (s+1)*R of a stream with R rows, so a resumed run needs no history, and a
-stream's order does not depend on the others. A single stream's batches are the steps' batches.
+stream's order does not depend on the others.
 """
 
 from collections.abc import Generator, Sequence
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdcache.distill import AnyBatch, Batch, StreamBatch
+from kdcache.distill import Batch, Streams
 from kdcache.errors import KDCacheError
 from kdcache.training.input.device_prefetch import feed
 from kdcache.training.input.loader import Draws, make_loader
 
-Drawn = AnyBatch | KDCacheError
+Drawn = Streams | KDCacheError
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def feed_streams(
         )
         for stream in streams
     ]
-    return _joined(feeds) if len(feeds) > 1 or streams[0].name else feeds[0]
+    return _joined(feeds)
 
 
 def _joined(feeds: Sequence[Generator[Batch | KDCacheError, None, None]]) -> Generator[Drawn, None, None]:
@@ -85,7 +85,7 @@ def _joined(feeds: Sequence[Generator[Batch | KDCacheError, None, None]]) -> Gen
     try:
         for parts in zip(*feeds, strict=True):
             error = next((part for part in parts if isinstance(part, KDCacheError)), None)
-            yield StreamBatch(tuple(part for part in parts if isinstance(part, Batch))) if error is None else error
+            yield tuple(part for part in parts if isinstance(part, Batch)) if error is None else error
     finally:
         for of_stream in feeds:
             of_stream.close()

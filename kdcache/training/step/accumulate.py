@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.distill import AnyBatch
-from kdcache.distill.counts import Denominators
+from kdcache.distill import Counts, Streams
+from kdcache.distill.batch import rows_of
+from kdcache.distill.counts import average_counts, mean_counts
 from kdcache.training.step.eager import EagerStep, row
 from kdcache.training.step.gradient_norms import Norms, add_gradients
 
@@ -36,22 +37,22 @@ class AccumulatedStep(EagerStep):
         super().__init__(*others, **named)
         self._parts = parts
 
-    def __call__(self, batch: AnyBatch) -> Tensor:
+    def __call__(self, batch: Streams) -> Tensor:
         """Learn from a batch in parts, and return the losses."""
         return self._learn_parts(batch, None)
 
-    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
+    def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
         """Learn from a batch in parts, and return the losses and the norms of the summed gradients."""
         total: dict[str, list[Tensor | None]] = {}
         weights = {} if self.criterion.balance is None else self.criterion.balance.weights()
         losses = self._learn_parts(batch, total)
         return losses, self._norms(total.items())._replace(weights=weights)
 
-    def held(self, batch: AnyBatch) -> AnyBatch:
+    def held(self, batch: Streams) -> Streams:
         """Return the first part of a batch, the most that goes through the model at once."""
         return self.part_of(batch, 0)
 
-    def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor | None]] | None) -> Tensor:
+    def _learn_parts(self, batch: Streams, total: dict[str, list[Tensor | None]] | None) -> Tensor:
         """Take the step, and add each term's gradient to `total` unless that is None."""
         whole, criterion, rows = self.to_device(batch), self.criterion, []
         counts = self._shared_counts(whole)
@@ -66,16 +67,16 @@ class AccumulatedStep(EagerStep):
         self._update()
         return torch.stack(rows).mean(0)
 
-    def part_of(self, batch: AnyBatch, number: int) -> AnyBatch:
+    def part_of(self, batch: Streams, number: int) -> Streams:
         """Return a part of a batch by its number."""
-        size = len(batch) // self._parts
-        return batch.rows(size, number * size)
+        size = sum(map(len, batch)) // self._parts
+        return rows_of(batch, size, number * size)
 
-    def _shared_counts(self, whole: AnyBatch) -> Any:
+    def _shared_counts(self, whole: Streams) -> tuple[Counts, ...]:
         """Return the denominators of every part's loss: the mean over the parts, and over the processes."""
         parts = [self.mixed(self.part_of(whole, number)) for number in range(self._parts)]
-        counts = Denominators.mean([self._count(part) for part in parts])
-        return counts if self.average is None else counts.averaged(self.average)
+        counts = mean_counts([self.criterion.counts(part) for part in parts])
+        return counts if self.average is None else average_counts(counts, self.average)
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Inside, gradients are not yet exchanged between processes."""

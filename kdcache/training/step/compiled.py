@@ -19,12 +19,12 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcache.distill import AnyBatch, KernelError
+from kdcache.distill import KernelError, Losses, Streams
+from kdcache.distill.batch import pixels_of
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.training.step.eager import EagerStep, Step
 
@@ -61,8 +61,8 @@ class CompiledStep:
     Raises: any error of the compiler for a model that it cannot trace as a whole, or would compile at every step.
     """
 
-    def __init__(self, eager: EagerStep, batch: AnyBatch) -> None:
-        def forward(batch: AnyBatch) -> Any:
+    def __init__(self, eager: EagerStep, batch: Streams) -> None:
+        def forward(batch: Streams) -> Losses:
             return eager.forward(batch)
 
         # The compiler keeps its programs, and counts them against a limit, by code object: each run has its own.
@@ -70,24 +70,23 @@ class CompiledStep:
         self._eager = eager
         self._compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND)
         on_device = eager.to_device(batch)
-        assert on_device.pixels is not None
-        eager.model.normalise(on_device.pixels)  # copies its constants to the device: not a part of the program
+        eager.model.normalise(pixels_of(on_device))  # copies its constants to the device: not a part of the program
         with eager.rehearsal():
             torch.autograd.backward(self._compiled(on_device).loss)
             with torch.compiler.set_stance("fail_on_recompile"):
                 torch.autograd.backward(self._compiled(on_device).loss)
 
-    def __call__(self, batch: AnyBatch) -> Tensor:
+    def __call__(self, batch: Streams) -> Tensor:
         """Learn from a batch with the compiled forward and backward, and return the losses."""
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
-    def forward(self, batch: AnyBatch) -> Any:
+    def forward(self, batch: Streams) -> Losses:
         """Return the losses of a batch, compiled, or eagerly for other shapes."""
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 
 
-def make_step(kind: str, eager: EagerStep, batch: AnyBatch, note: Callable[[str], None]) -> Step:
+def make_step(kind: str, eager: EagerStep, batch: Streams, note: Callable[[str], None]) -> Step:
     """Return the step of a kind (eager, compiled, graphed) after trying it, or the next simpler one that runs.
 
     It is tried on `batch`, the first batch, which has the shapes of all others. `note` receives what was made, how long

@@ -11,12 +11,11 @@ values.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcache.distill import AnyBatch
+from kdcache.distill import Losses, Streams
 from kdcache.distill.batch import tensors_of
 from kdcache.training.step.eager import EagerStep
 
@@ -33,11 +32,12 @@ class GraphedStep:
     Raises: RuntimeError if the step waits for the device, or does anything else that a graph cannot hold.
     """
 
-    def __init__(self, eager: EagerStep, forward: Callable[[AnyBatch], Any], batch: AnyBatch) -> None:
+    def __init__(self, eager: EagerStep, forward: Callable[[Streams], Losses], batch: Streams) -> None:
         self._eager = eager
         with torch.cuda.device(eager.device), eager.rehearsal():
-            self._inputs = batch.empty_like(eager.device)  # the very tensors that the graph reads
-            self._inputs.copy_from(batch)
+            # The very tensors that the graph reads.
+            self._inputs = tuple(rows.empty_like(eager.device) for rows in batch)
+            self._fill(batch)
 
             def run() -> Tensor:
                 return eager.learn(forward(self._inputs))
@@ -47,14 +47,18 @@ class GraphedStep:
             warm_up(run)
             self._replay, self._losses = record(run, eager.device)
 
-    def __call__(self, batch: AnyBatch) -> Tensor:
+    def __call__(self, batch: Streams) -> Tensor:
         """Copy a batch into the graph's inputs, replay it and return the losses."""
         if not _fits(batch, self._inputs):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):
-            self._inputs.copy_from(batch)  # mostly from a slot on the device (device_prefetch.py)
+            self._fill(batch)  # mostly from a slot on the device (device_prefetch.py)
             self._replay()
             return self._losses.clone()  # the next replay overwrites them
+
+    def _fill(self, batch: Streams) -> None:
+        for own, rows in zip(self._inputs, batch, strict=True):
+            own.copy_from(rows)
 
 
 def warm_up(run: Callable[[], Tensor]) -> None:
@@ -88,7 +92,7 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
     return graph.replay, result
 
 
-def _fits(batch: AnyBatch, static: AnyBatch) -> bool:
+def _fits(batch: Streams, static: Streams) -> bool:
     """Return whether a batch has the shapes and types that the graph reads."""
     pairs = zip(tensors_of(batch), tensors_of(static), strict=True)
     return all(part.shape == own.shape and part.dtype == own.dtype for part, own in pairs)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.distill import AnyBatch
+from kdcache.distill import Streams
 from kdcache.training.distributed import World
 from kdcache.training.step.eager import EagerStep
 
 
-def distribute(eager: EagerStep, batch: AnyBatch, world: World) -> None:
+def distribute(eager: EagerStep, batch: Streams, world: World) -> None:
     """Turn a step into this process's part of one.
 
     `batch` is this process's part of a batch. It is tried to find parameters without a gradient, because letting

@@ -3,18 +3,20 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kdcache.distill import AnyBatch, Criterion
+from kdcache.distill import Counts, Criterion, Losses, Streams
+from kdcache.distill.batch import pixels_of
+from kdcache.distill.counts import average_counts
 from kdcache.distill.terms import discriminator_parameters
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.training.step.gradient_norms import Gradient, Norms, TaskGradients, l2_norm
 
-Step = Callable[[AnyBatch], Tensor]
+Step = Callable[[Streams], Tensor]
 """Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
 
 
@@ -22,8 +24,8 @@ class LossInputs(NamedTuple):
     """The arguments of the loss, in its order."""
 
     outputs: Outputs
-    batch: AnyBatch
-    counts: Any  # Counts, or StreamCounts; None
+    streams: Streams
+    counts: tuple[Counts, ...] | None
 
 
 class EagerStep:
@@ -50,7 +52,7 @@ class EagerStep:
         device: torch.device,
         bf16: bool = False,
         clip_grad: float = 0.0,
-        mix: Callable[[AnyBatch], AnyBatch] | None = None,
+        mix: Callable[[Streams], Streams] | None = None,
     ) -> None:
         self.model = model
         self.network: nn.Module = model
@@ -66,11 +68,11 @@ class EagerStep:
         parameters = [*model.parameters(), *criterion.parameters()]
         self._student_parameters = [parameter for parameter in parameters if id(parameter) not in apart]
 
-    def __call__(self, batch: AnyBatch) -> Tensor:
+    def __call__(self, batch: Streams) -> Tensor:
         """Learn from a batch, and return the losses."""
         return self.learn(self.forward(self.to_device(batch)))
 
-    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
+    def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
         """Take the same step, and also return the norms of each weighted term's and task's gradient."""
         inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))
@@ -79,7 +81,7 @@ class EagerStep:
     def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, Gradient]]:
         """Yield each weighted term's gradients over the model's parameters, and keep the graph."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for name, term in self.criterion.parts(*inputs).items():  # type: ignore[arg-type]
+        for name, term in self.criterion.parts(*inputs).items():
             yield name, torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
 
     def _norms(self, gradients: Iterable[tuple[str, Gradient]]) -> Norms:
@@ -90,42 +92,39 @@ class EagerStep:
             tasks.add(name, gradient)
         return tasks.norms(terms, lambda gradient: l2_norm(gradient, self.average))
 
-    def to_device(self, batch: AnyBatch) -> AnyBatch:
+    def to_device(self, batch: Streams) -> Streams:
         """Copy a batch to the step's device."""
-        return batch.to(self.device, non_blocking=True)
+        return tuple(rows.to(self.device, non_blocking=True) for rows in batch)
 
-    def forward(self, batch: AnyBatch) -> Any:
-        """Return the losses of a batch on the device, `Losses` or `StreamLosses`. The first is differentiable."""
-        return self.criterion(*self.loss_inputs(batch))
+    def forward(self, batch: Streams) -> Losses:
+        """Return the losses of a batch on the device. The first is differentiable."""
+        losses: Losses = self.criterion(*self.loss_inputs(batch))
+        return losses
 
-    def loss_inputs(self, batch: AnyBatch, counts: Any = None) -> LossInputs:
+    def loss_inputs(self, batch: Streams, counts: tuple[Counts, ...] | None = None) -> LossInputs:
         """Return the inputs of the loss: the model's outputs, and the batch that they are compared with.
 
         `counts` are the denominators of the larger batch that this is a part of, or None for a whole batch.
         """
         batch = self.mixed(batch)
-        assert batch.pixels is not None
-        x_B3HW = self.model.normalise(batch.pixels)
+        x_B3HW = self.model.normalise(pixels_of(batch))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             outputs = self.network(x_B3HW, self._taps)
         return LossInputs(outputs, batch, self._counts(batch) if counts is None else counts)
 
-    def _counts(self, batch: AnyBatch) -> Any:
+    def _counts(self, batch: Streams) -> tuple[Counts, ...] | None:
         """Return the loss's denominators if several processes share a batch, or None if the loss counts itself."""
-        return None if self.average is None else self._count(batch).averaged(self.average)
+        return None if self.average is None else average_counts(self.criterion.counts(batch), self.average)
 
-    def _count(self, batch: AnyBatch) -> Any:
-        return self.criterion.counts(batch)  # type: ignore[arg-type] # both are of one stream, or of several
-
-    def mixed(self, batch: AnyBatch) -> AnyBatch:
+    def mixed(self, batch: Streams) -> Streams:
         """Return the batch after pasting."""
         return batch if self._mix is None else self._mix(batch)
 
-    def held(self, batch: AnyBatch) -> AnyBatch:
+    def held(self, batch: Streams) -> Streams:
         """Return the part of a batch that goes through the model at once, here all of it."""
         return batch
 
-    def learn(self, losses: Any) -> Tensor:
+    def learn(self, losses: Losses) -> Tensor:
         """Run backward and the optimizer's step, clear the gradients and return `row(losses)`."""
         torch.autograd.backward(losses.loss)
         self._update()
@@ -142,7 +141,7 @@ class EagerStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def attempt(self, batch: AnyBatch, norms: bool) -> None:
+    def attempt(self, batch: Streams, norms: bool) -> None:
         """Rehearse a step on a batch that goes through the model at once, to see whether it fits into memory."""
         with self.rehearsal():
             inputs = self.loss_inputs(self.to_device(batch))
@@ -184,7 +183,7 @@ class EagerStep:
             set_random_state(self.device, random)
 
 
-def row(losses: Any) -> Tensor:
+def row(losses: Losses) -> Tensor:
     """Stack the loss and its parts, detached, into one tensor (1 + names,), in the order of the criterion's names."""
     return torch.stack([part.detach() for part in pytree.tree_leaves(losses)])
 

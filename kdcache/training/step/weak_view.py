@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from kdcache.distill import AnyBatch, Batch, Criterion, StreamBatch, StreamLoss
+from kdcache.distill import Criterion, Streams
 from kdcache.distill.batch import PseudoLabels
 from kdcache.distill.terms import labellers, pseudo_labels
 from kdcache.models import SegmentationModel
@@ -49,8 +49,7 @@ class WeakView:
     ) -> None:
         self._model, self._ema, self._device = model, ema, device
         self._bf16, self._parts, self._impl = bf16, parts, impl
-        losses = criterion.streams if isinstance(criterion, StreamLoss) else [criterion]
-        self._wanted = [labellers(loss) for loss in losses]
+        self._wanted = list(map(labellers, criterion.losses))
         self.forwards = 0
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -69,20 +68,16 @@ class WeakView:
         self._events.clear()
         return self._seconds
 
-    def __call__(self, batch: AnyBatch) -> AnyBatch:
+    def __call__(self, streams: Streams) -> Streams:
         """Return the batch on the device with pseudo labels instead of its weak views."""
         if not self.needed:
-            return batch
-        batch = batch.to(self._device, non_blocking=True)
-        streams = batch.streams if isinstance(batch, StreamBatch) else (batch,)
+            return streams
+        streams = tuple(batch.to(self._device, non_blocking=True) for batch in streams)
         with self._timed():
             made = self._made(streams)
-        labelled = tuple(
-            replace(stream, weak=None, pseudo=pseudo) for stream, pseudo in zip(streams, made, strict=True)
-        )
-        return StreamBatch(labelled) if isinstance(batch, StreamBatch) else labelled[0]
+        return tuple(replace(batch, weak=None, pseudo=pseudo) for batch, pseudo in zip(streams, made, strict=True))
 
-    def _made(self, streams: tuple[Batch, ...]) -> list[dict[str, PseudoLabels]]:
+    def _made(self, streams: Streams) -> list[dict[str, PseudoLabels]]:
         """Return the pseudo labels of each stream, by who made them."""
         made: list[dict[str, PseudoLabels]] = [{} for _ in streams]
         for by in dict.fromkeys(by for wanted in self._wanted for by in wanted):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.distill import SEGMENTATION, Batch, StreamBatch
+from kdcache.distill import SEGMENTATION, Batch
 from kdcache.errors import RecipeError
 from kdcache.training.input.mix import Mix, Paste, Pastes
 
@@ -29,7 +29,7 @@ def dice(mix: Mix, seed: int = 1) -> torch.Tensor:
 
 def paste(mix: Mix, pixels: torch.Tensor, label: torch.Tensor, dice: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Pixels, labels and owners of a batch that was mixed."""
-    mixed = mix(Batch(pixels=pixels, labels={SEGMENTATION: label}, dice=dice))
+    (mixed,) = mix((Batch(pixels=pixels, labels={SEGMENTATION: label}, dice=dice),))
     assert mixed.pixels is not None
     assert mixed.own is not None
     return mixed.pixels, mixed.label, mixed.own
@@ -52,7 +52,7 @@ def test_labels_of_depth_are_pasted_alike() -> None:
     mix = Mix("classmix")
     pixels, label = batch()
     metres = torch.where(torch.rand(B, H, W) < 0.5, torch.nan, pixels[..., 0].float())
-    mixed = mix(Batch(pixels=pixels, labels={SEGMENTATION: label, "depth": metres}, dice=dice(mix)))
+    (mixed,) = mix((Batch(pixels=pixels, labels={SEGMENTATION: label, "depth": metres}, dice=dice(mix)),))
     assert mixed.pixels is not None
     assert mixed.own is not None
     depth = mixed.labels["depth"]
@@ -107,9 +107,7 @@ def test_a_stream_is_pasted_into_another_without_its_labels() -> None:
     metres = pixels[..., 0].float()
     into = Batch(pixels=pixels, labels={SEGMENTATION: label, "depth": metres}, dice=dice(mix))
     source = Batch(pixels=255 - pixels[: B // 4], labels={SEGMENTATION: label[: B // 4].flip(0)})
-    mixed = Pastes([Paste(0, 1, mix)])(StreamBatch((into, source)))
-    assert isinstance(mixed, StreamBatch)
-    first, second = mixed.streams
+    first, second = Pastes([Paste(0, 1, mix)])((into, source))
     assert second is source
     assert first.own is not None
     assert first.pixels is not None

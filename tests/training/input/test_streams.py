@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kdcache.data import open_split
-from kdcache.distill import StreamBatch
 from kdcache.errors import DataError
 from kdcache.training import LabelledDataset
 from kdcache.training.input.loader import Draws
@@ -25,10 +24,10 @@ def stream(name: str, count: int, rows: int, seed: int) -> StreamDraws:
 def test_processes_draw_together_what_one_draws_alone(workers: int) -> None:
     streams = [stream("a", 5, 4, 7), stream("b", 3, 2, stream_seed(7, 1))]
     whole = list(feed_streams(streams, CPU, first=3, last=5, workers=0))
-    assert [list(map(len, batch.streams)) for batch in whole] == [[4, 2]] * 2
-    wanted = [[part.pixels.clone() for part in batch.streams] for batch in whole]
+    assert [list(map(len, batch)) for batch in whole] == [[4, 2]] * 2
+    wanted = [[part.pixels.clone() for part in batch] for batch in whole]
     again = [
-        [[part.pixels.clone() for part in batch.streams] for batch in feed_streams(
+        [[part.pixels.clone() for part in batch] for batch in feed_streams(
             streams, CPU, first=3, last=5, workers=workers if rank else 0, rank=rank, world=2)]
         for rank in range(2)
     ]  # fmt: skip
@@ -39,11 +38,10 @@ def test_processes_draw_together_what_one_draws_alone(workers: int) -> None:
 
 def test_a_stream_s_order_does_not_depend_on_the_others() -> None:
     alone = stream("a", 5, 4, 7)
-    (batch,) = feed_streams([alone], CPU, first=2, last=3, workers=0)
+    ((batch,),) = feed_streams([alone], CPU, first=2, last=3, workers=0)
     first = batch.pixels.clone()
     (both,) = feed_streams([alone, stream("b", 3, 2, 1)], CPU, first=2, last=3, workers=0)
-    assert isinstance(both, StreamBatch)
-    assert torch.equal(both.streams[0].pixels, first)
+    assert torch.equal(both[0].pixels, first)
     assert alone.sample_ids(2) == [f"a:{sample}" for sample in alone.draws.sample_ids(2, 4)]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation
-from kdcache.distill import Batch
+from kdcache.distill import Batch, Criterion, Streams
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
@@ -46,10 +46,10 @@ def rich(make_cache: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[EagerStep, EagerStep, Batch]]:
+def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[EagerStep, EagerStep, Streams]]:
     """(step of the whole, step in parts, batch of 4 of which one part has hardly a label) for settings of a run."""
 
-    def make(parts: int, **changes: Any) -> tuple[EagerStep, EagerStep, Batch]:
+    def make(parts: int, **changes: Any) -> tuple[EagerStep, EagerStep, Streams]:
         cache = open_cache(rich)
         chosen = config(verb="train-student", data=None, cache=str(rich), size="32x48", **changes)
         torch.manual_seed(5)
@@ -58,7 +58,7 @@ def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[
         dataset = CacheDataset(
             cache, extras=needed_arrays(chosen, cache, model), augmentation=Augmentation(scale=(0.3, 2.0))
         )
-        criterion = make_criterion(chosen, model, dataset, CPU, lambda _: None)
+        criterion = Criterion([make_criterion(chosen, model, dataset, CPU, lambda _: None)])
         mix = None if chosen.augmentation.mix is None else Mix(chosen.augmentation.mix)
         dataset.dice = 0 if mix is None else mix.dice
         draws = Draws(dataset, 0)
@@ -69,7 +69,7 @@ def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[
             learning = torch.nn.ModuleList([model, criterion])
             optimizer = Keeping(learning.parameters(), lr=1.0)
             steps.append(kind(model, criterion, optimizer, device=CPU, mix=mix, **more))
-        return steps[0], steps[1], batch
+        return steps[0], steps[1], (batch,)
 
     return make
 
@@ -99,8 +99,8 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
 )
 def test_parts_are_the_whole(changes: dict[str, Any], parts: int, norms: bool, both: Callable[..., Any]) -> None:
     whole, parted, batch = both(parts, **changes)
-    if whole.criterion.distill_weight_scale is not None:
-        whole.criterion.set_distill_weight_scale(0.3)
+    for step in (whole, parted):
+        step.criterion.set_distill_weight_scale(0.3)  # of those with a schedule
     agree(whole, parted, batch, norms)
 
 
@@ -109,7 +109,7 @@ def test_mixed_parts_are_the_whole(mix: str, both: Callable[..., Any]) -> None:
     agree(*both(2, method="kl", mix=mix, distill_void=False), True)
 
 
-def agree(whole: EagerStep, parted: EagerStep, batch: Batch, norms: bool) -> None:
+def agree(whole: EagerStep, parted: EagerStep, batch: Streams, norms: bool) -> None:
     if norms:
         (losses, own_norms), (expected, of_whole) = parted.with_norms(batch), whole.with_norms(batch)
         assert own_norms.terms == pytest.approx(of_whole.terms, rel=1e-5)

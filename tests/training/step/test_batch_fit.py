@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.distill import Batch
+from kdcache.distill import Streams
 from kdcache.errors import ModelError
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.training import Observer, make_config, train
@@ -128,7 +128,7 @@ def test_real_errors_are_known() -> None:
 
 
 @pytest.mark.parametrize("norms", [False, True])
-def test_an_attempt_leaves_no_trace(norms: bool, eager_step: Any, batches: list[Batch]) -> None:
+def test_an_attempt_leaves_no_trace(norms: bool, eager_step: Any, batches: list[Streams]) -> None:
     eager, same = eager_step(), eager_step()
     torch.manual_seed(4)
     before = torch.get_rng_state()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.distill import Batch
+from kdcache.distill import Streams
+from kdcache.distill.batch import rows_of
 from kdcache.training import Observer, TrainConfig, make_config, train
 from kdcache.training.step import cuda_graph
 from kdcache.training.step.compiled import CompiledStep, make_step
@@ -97,9 +98,9 @@ def deterministic() -> Iterator[None]:
     torch.backends.cudnn.deterministic = before
 
 
-def part_of(batch: Batch) -> Batch:
+def part_of(batch: Streams) -> Streams:
     """The first record of a batch."""
-    return batch.rows(1)
+    return rows_of(batch, 1)
 
 
 def state_of(eager: EagerStep) -> list[Tensor]:
@@ -108,7 +109,7 @@ def state_of(eager: EagerStep) -> list[Tensor]:
 
 
 def losses_of(
-    step: Callable[[Batch], Tensor], eager: EagerStep, batches: list[Batch], config: TrainConfig
+    step: Callable[[Streams], Tensor], eager: EagerStep, batches: list[Streams], config: TrainConfig
 ) -> list[Tensor]:
     """Ten steps with a schedule, one batch of another size and two steps with gradient norms among them."""
     schedule = Schedule(eager.optimizer, config.optimizer)
@@ -129,7 +130,7 @@ def losses_of(
 def test_a_replay_gets_batch_rate_and_random_numbers_and_leaves_the_rest_alone(
     optimizer: str,
     eager_step: Make,
-    batches: list[Batch],
+    batches: list[Streams],
     config: Callable[..., TrainConfig],
     model_file: Callable[[str], str],
     paper: list[int | str],
@@ -153,7 +154,7 @@ def test_a_replay_gets_batch_rate_and_random_numbers_and_leaves_the_rest_alone(
 
 
 def test_a_step_that_waits_is_not_recorded_and_says_why(
-    eager_step: Make, batches: list[Batch], paper: list[int | str], backend: Any, monkeypatch: pytest.MonkeyPatch
+    eager_step: Make, batches: list[Streams], paper: list[int | str], backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, other = eager_step(capturable=True), eager_step(capturable=True)
     learn = other.learn
@@ -185,7 +186,7 @@ def test_a_step_that_waits_is_not_recorded_and_says_why(
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", False), ("adam", False), ("sgd", False), ("sgd", True)])
 def test_ten_replays_are_ten_eager_steps(
-    optimizer: str, compiled: bool, eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig]
+    optimizer: str, compiled: bool, eager_step: Make, batches: list[Streams], config: Callable[..., TrainConfig]
 ) -> None:
     options = {"optimizer": optimizer, "iterations": 10, "warmup": 3, "clip_grad": 0.5, "lr": 1e-3}
     plain, other = (eager_step(device="cuda", capturable=True, **options) for _ in range(2))
@@ -202,7 +203,7 @@ def test_ten_replays_are_ten_eager_steps(
 @gpu
 @pytest.mark.usefixtures("deterministic")
 def test_replays_draw_the_random_numbers_of_eager_steps(
-    eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig], model_file: Callable[[str], str]
+    eager_step: Make, batches: list[Streams], config: Callable[..., TrainConfig], model_file: Callable[[str], str]
 ) -> None:
     plain, other = (eager_step(model_file("dropout"), "cuda", capturable=True) for _ in range(2))
     torch.cuda.manual_seed(5)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kdcache.distill import SEGMENTATION, Batch
+from kdcache.distill import SEGMENTATION, Streams
+from kdcache.distill.batch import rows_of
 from kdcache.errors import RecipeError
 from kdcache.training import Observer, TrainConfig, make_config, train, trainer
 from kdcache.training.step.compiled import CompiledStep, choose_step, make_step
@@ -141,10 +142,10 @@ def test_the_compiler_s_own_code_is_the_eager_step(student: dict[str, Any], tmp_
 
 
 def test_a_batch_of_another_size_runs_eagerly_and_right(
-    eager_step: Callable[..., EagerStep], batches: list[Batch], backend: Any
+    eager_step: Callable[..., EagerStep], batches: list[Streams], backend: Any
 ) -> None:
-    def part(batch: Batch) -> Batch:
-        return batch.rows(1)
+    def part(batch: Streams) -> Streams:
+        return rows_of(batch, 1)
 
     mixed = [batches[0], part(batches[1]), batches[2], part(batches[3])]
     plain, other = eager_step(), eager_step()
@@ -156,7 +157,7 @@ def test_a_batch_of_another_size_runs_eagerly_and_right(
 
 
 def test_a_process_may_train_more_models_than_the_compiler_s_limit(
-    eager_step: Callable[..., EagerStep], batches: list[Batch], backend: Any, model_file: Callable[[str], str]
+    eager_step: Callable[..., EagerStep], batches: list[Streams], backend: Any, model_file: Callable[[str], str]
 ) -> None:
     for _ in range(12):
         CompiledStep(eager_step(model_file("dropout")), batches[0])(batches[1])
@@ -174,7 +175,7 @@ def test_a_rehearsal_leaves_no_trace(
     trained: int,
     optimizer: str,
     eager_step: Callable[..., EagerStep],
-    batches: list[Batch],
+    batches: list[Streams],
     model_file: Callable[[str], str],
 ) -> None:
     rehearsed, plain = (eager_step(model_file("dropout"), optimizer=optimizer) for _ in range(2))
@@ -239,7 +240,7 @@ def resumes_bitwise(settings: dict[str, Any], folder: Path, read_metrics: Read) 
 def test_preparing_is_no_training_time(
     student: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(kind: str, eager: EagerStep, batch: Batch, note: Callable[[str], None]) -> EagerStep:
+    def slow(kind: str, eager: EagerStep, batch: Streams, note: Callable[[str], None]) -> EagerStep:
         time.sleep(3)
         return eager
 
@@ -315,7 +316,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_why(
 
 
 def test_a_compiler_that_breaks_is_named(
-    eager_step: Callable[..., EagerStep], batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+    eager_step: Callable[..., EagerStep], batches: list[Streams], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise OSError("no such compiler: c++\nand 200 lines more")
@@ -332,9 +333,10 @@ def test_a_compiler_that_breaks_is_named(
 
 
 def test_a_faulty_batch_is_no_fault_of_the_compiler(
-    eager_step: Callable[..., EagerStep], batches: list[Batch], backend: Any
+    eager_step: Callable[..., EagerStep], batches: list[Streams], backend: Any
 ) -> None:
-    wrong = replace(batches[0], labels={SEGMENTATION: torch.full_like(batches[0].label, 77)})
+    (batch,) = batches[0]
+    wrong = (replace(batch, labels={SEGMENTATION: torch.full_like(batch.label, 77)}),)
     notes: list[str] = []
     with pytest.raises(KernelError, match="77"):
         make_step("compiled", eager_step(), wrong, notes.append)
