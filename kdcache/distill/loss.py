@@ -158,11 +158,6 @@ class DistillLoss(nn.Module):
         assert self.distill_weight_scale is not None
         self.distill_weight_scale.fill_(scale)
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Names of the student's heads, other than segmentation, that the terms read."""
-        return tuple(dict.fromkeys(term.head for term in self.terms if term.head is not None))
-
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
         """Let terms, such as the ring of `queue`, remember a batch that a step has learnt from."""
@@ -337,28 +332,15 @@ class DistillLoss(nn.Module):
 
     def term_batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
         """Return the inputs of the further terms."""
-        from kdcache.distill.terms import HeadBatch, TermBatch
+        from kdcache.distill.terms import TermBatch
 
-        targets = batch.targets or {}
-        made = TermBatch(
-            logits=outputs.logits,
-            features=outputs.features,
-            labels=batch.labels.get(SEGMENTATION),
-            target=batch.target,
-            stored=batch.numbers if outputs.features else batch.arrays,
+        return TermBatch(
+            outputs,
+            replace(batch, arrays=batch.numbers) if outputs.features else batch,
             pixel_weight=gate,
-            size=batch.size,
             counted=self._masks.counted(batch),
-            window=batch.window,
-            flip=batch.flip,
-            zoom=batch.zoom,
-            own=batch.own,
             shown=self._masks.shown(batch) if any(term.reads_shown for term in self.terms) else None,
-            heads={n: HeadBatch(outputs.heads.get(n), batch.labels.get(n), targets.get(n)) for n in self.heads},
-            others=outputs.others,
-            pseudo=batch.pseudo,
         )
-        return made if batch.pasted is None else replace(made, pasted=made.with_targets(batch.pasted))
 
     def _fused(
         self,

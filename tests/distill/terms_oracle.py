@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import Target
+from kdcache.distill import Batch, Target
+from kdcache.distill.batch import PseudoLabels
+from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 
 Array = np.ndarray[Any, Any]
@@ -73,6 +75,48 @@ def term_of(name: str, dtype: torch.dtype = torch.float64) -> Term:
     return make_term(SPECS[name], targets=Store(), student_taps=taps, moments=moments).to(dtype)
 
 
+def term_batch(
+    logits: Tensor,
+    features: dict[str, Tensor],
+    labels: Tensor | None,
+    target: Target | None,
+    arrays: dict[str, Tensor],
+    pixel_weight: Tensor | None,
+    size: tuple[int, int],
+    counted: Tensor | None = None,
+    window: Tensor | None = None,
+    flip: Tensor | None = None,
+    *,
+    shown: Tensor | None = None,
+    pseudo: dict[str, PseudoLabels] | None = None,
+) -> TermBatch:
+    """The inputs of a term, of rows with labels of depth alone if `labels` is None."""
+    depth = torch.full((len(logits), *size), math.nan, device=logits.device)
+    rows = Batch(
+        labels={"depth": depth} if labels is None else {"segmentation": labels},
+        targets={} if target is None else {"segmentation": target},
+        arrays=arrays,
+        window=window,
+        flip=flip,
+        pseudo=pseudo or {},
+    )
+    return TermBatch(StudentOutputs(logits, {}, features), rows, pixel_weight, counted, shown)
+
+
+def changed(batch: TermBatch, **changes: Any) -> TermBatch:
+    """The inputs of a term with other fields, by the names of `term_batch`."""
+    rows, student = batch.rows, batch.student
+    inner = ("labels", "target", "arrays", "size", "window", "flip", "pseudo")
+    if not changes.keys().isdisjoint(inner):
+        given = {"labels": rows.labels.get("segmentation"), "target": rows.target, "arrays": rows.arrays}
+        given |= {"size": rows.size, "window": rows.window, "flip": rows.flip, "pseudo": rows.pseudo}
+        given |= {name: changes.pop(name) for name in inner if name in changes}
+        logits = changes.get("logits", student.logits)
+        rows = term_batch(logits, {}, pixel_weight=None, **given).rows
+    outputs = {name: changes.pop(name) for name in ("logits", "features") if name in changes}
+    return replace(batch, student=student._replace(**outputs), rows=rows, **changes)
+
+
 def batch_of(
     *,
     moved: bool = True,
@@ -109,7 +153,7 @@ def batch_of(
     logits = normal(B, C, *STUDENT, scale=2.0).to(dtype)
     counts = torch.rand(B, *SIZE, generator=generator) < 0.75
     counts[:, 5:, 20:] = False
-    return TermBatch(
+    return term_batch(
         logits,
         features,
         labels,
@@ -128,14 +172,14 @@ def batch_of(
 
 def sampled(image: Tensor, batch: TermBatch, sample: int, grid: tuple[int, int]) -> Array:
     """(c, h, w): a map of the view at the cells of a window, tap by tap."""
-    assert batch.window is not None
-    assert batch.flip is not None
+    assert batch.rows.window is not None
+    assert batch.rows.flip is not None
     result = np.zeros((image.shape[0], *grid))
-    (y0, x0, y1, x1), values = batch.window[sample].tolist(), image.double().numpy()
+    (y0, x0, y1, x1), values = batch.rows.window[sample].tolist(), image.double().numpy()
     _, height, width = values.shape
     for i in range(grid[0]):
         for j in range(grid[1]):
-            column = grid[1] - 1 - j if batch.flip[sample] else j
+            column = grid[1] - 1 - j if batch.rows.flip[sample] else j
             y = (y0 + (i + 0.5) * (y1 - y0) / grid[0]) * height / VIEW[0] - 0.5
             x = (x0 + (column + 0.5) * (x1 - x0) / grid[1]) * width / VIEW[1] - 0.5
             y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
@@ -149,13 +193,13 @@ def sampled(image: Tensor, batch: TermBatch, sample: int, grid: tuple[int, int])
 
 def shares(batch: TermBatch, sample: int, grid: tuple[int, int]) -> tuple[Array, Array]:
     """(h, w) twice: the counted share of every cell, and that times the gate, pixel by pixel."""
-    assert batch.window is not None
-    assert batch.flip is not None
-    y0, x0, y1, x1 = batch.window[sample].tolist()
+    assert batch.rows.window is not None
+    assert batch.rows.flip is not None
+    y0, x0, y1, x1 = batch.rows.window[sample].tolist()
     counted, gated = np.zeros(grid), np.zeros(grid)
     for row in range(SIZE[0]):
         for column in range(SIZE[1]):
-            x = (SIZE[1] - 1 - column if batch.flip[sample] else column) + 0.5
+            x = (SIZE[1] - 1 - column if batch.rows.flip[sample] else column) + 0.5
             inside = 0 <= y0 + (row + 0.5) * (y1 - y0) / SIZE[0] <= VIEW[0]
             inside = inside and 0 <= x0 + x * (x1 - x0) / SIZE[1] <= VIEW[1]
             inside = inside and (batch.counted is None or bool(batch.counted[sample, row, column]))
@@ -201,11 +245,11 @@ def oracle(term: Term, batch: TermBatch) -> float:
 
 
 def logits_of(batch: TermBatch, sample: int, raw: bool = False) -> tuple[Array, Array]:
-    assert batch.target is not None
-    teacher = batch.target.values[sample].double()
+    assert batch.rows.target is not None
+    teacher = batch.rows.target.values[sample].double()
     if raw:
-        teacher = teacher + batch.stored[MAXIMUM][sample].double()
-    return resized(batch.logits[sample], GRID), sampled(teacher, batch, sample, GRID)
+        teacher = teacher + batch.rows.arrays[MAXIMUM][sample].double()
+    return resized(batch.student.logits[sample], GRID), sampled(teacher, batch, sample, GRID)
 
 
 def projected(term: Term, batch: TermBatch, sample: int) -> Array:
@@ -219,10 +263,10 @@ def projected(term: Term, batch: TermBatch, sample: int) -> Array:
         return np.stack(sums) + bias[:, None, None]
 
     if getattr(term.spec, "projector", None) == "mlp":
-        hidden = layer(batch.features["head"][sample].detach().double().numpy(), "projection.0")
+        hidden = layer(batch.student.features["head"][sample].detach().double().numpy(), "projection.0")
         gelu = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
         return resized(torch.from_numpy(layer(gelu, "projection.2")), FEATURE)
-    features = resized(batch.features["head"][sample], FEATURE)
+    features = resized(batch.student.features["head"][sample], FEATURE)
     return layer(features, "projection") if parameters else features
 
 
@@ -233,12 +277,12 @@ def smooth_l1(s: Array, t: Array) -> Array:
 
 def pseudo_oracle(term: Term, batch: TermBatch) -> float:
     """From sums over all counted pixels, and over those among them where the teacher is confident."""
-    assert batch.target is not None
+    assert batch.rows.target is not None
     weight = np.ones(C) if term.class_weight is None else np.asarray(term.class_weight, np.float64)
     numbers, weights, totals = np.zeros(2), np.zeros(2), np.zeros(2)
-    for sample in range(len(batch.logits)):
-        p = softmax(sampled(batch.target.values[sample], batch, sample, SIZE))
-        q = softmax(resized(batch.logits[sample], SIZE))
+    for sample in range(len(batch.student.logits)):
+        p = softmax(sampled(batch.rows.target.values[sample], batch, sample, SIZE))
+        q = softmax(resized(batch.student.logits[sample], SIZE))
         inside, gate = shares(batch, sample, SIZE)
         for i, j in np.argwhere(inside > 0.5):
             c = p[:, i, j].argmax()
@@ -256,11 +300,11 @@ def at_oracle(term: Term, batch: TermBatch) -> float:
     total = count = 0.0
     for sample in range(B):
         if "statistics/at.seen" in term.arrays():
-            teacher = batch.stored[MAP][sample].double()
+            teacher = batch.rows.arrays[MAP][sample].double()
         else:
-            teacher = batch.stored[DEEP][sample].double().square().sum(0)
+            teacher = batch.rows.arrays[DEEP][sample].double().square().sum(0)
         t = sampled(teacher[None], batch, sample, FEATURE)[0]
-        s = resized(batch.features["head"][sample].double().square().sum(0, keepdim=True), FEATURE)[0]
+        s = resized(batch.student.features["head"][sample].double().square().sum(0, keepdim=True), FEATURE)[0]
         counted, gated = shares(batch, sample, FEATURE)
         s, t = (a / math.sqrt((counted * a * a).sum()) for a in (s, t))
         total += (gated * (s - t) ** 2).sum()
@@ -273,9 +317,9 @@ def sp_oracle(term: Term, batch: TermBatch) -> float:
     for side in ("student", "teacher"):
         rows = []
         for sample in range(B):
-            own = batch.features["head"][sample].double().detach()
+            own = batch.student.features["head"][sample].double().detach()
             grid = STUDENT_FEATURE if side == "student" else FEATURE
-            q = own.numpy() if side == "student" else sampled(batch.stored[DEEP][sample], batch, sample, FEATURE)
+            q = own.numpy() if side == "student" else sampled(batch.rows.arrays[DEEP][sample], batch, sample, FEATURE)
             rows.append((q * np.sqrt(shares(batch, sample, grid)[1])).ravel())
         gram = np.array([[np.dot(a, b) for b in rows] for a in rows])
         grams.append(np.array([row / np.sqrt((row**2).sum()) for row in gram]))
@@ -286,7 +330,7 @@ def projected_oracle(term: Term, batch: TermBatch, distance: Callable[[Array, Ar
     total = count = 0.0
     for sample in range(B):
         counted, gated = shares(batch, sample, FEATURE)
-        t = sampled(batch.stored[DEEP][sample], batch, sample, FEATURE)
+        t = sampled(batch.rows.arrays[DEEP][sample], batch, sample, FEATURE)
         if term.spec.standardise == "channels":
             mean, std = (moment.double().numpy()[:, None, None] for moment in MOMENTS)
             t = (t - mean) / std
@@ -300,7 +344,7 @@ def cwd_oracle(term: Term, batch: TermBatch) -> float:
     for sample in range(B):
         if term.student_taps():
             s = projected(term, batch, sample)
-            t = sampled(batch.stored[DEEP][sample], batch, sample, FEATURE)
+            t = sampled(batch.rows.arrays[DEEP][sample], batch, sample, FEATURE)
         else:
             s, t = logits_of(batch, sample, raw=True)
         _, gated = shares(batch, sample, (s.shape[1], s.shape[2]))
@@ -342,11 +386,11 @@ def dkd_oracle(term: Term, batch: TermBatch) -> float:
         for i in range(GRID[0]):
             for j in range(GRID[1]):
                 y = int(t[:, i, j].argmax())
-                if batch.labels is not None:
+                if "segmentation" in batch.rows.labels:
                     row, column = (
                         int((n + 0.5) * size / cells) for n, size, cells in zip((i, j), SIZE, GRID, strict=True)
                     )
-                    label = int(batch.labels[sample, row, column])
+                    label = int(batch.rows.label[sample, row, column])
                     y = y if label == 255 else label
                 p, q = (softmax(x[:, i, j] / T) for x in (t, s))
                 tckd = p[y] * math.log(p[y] / q[y]) + (1 - p[y]) * math.log((1 - p[y]) / (1 - q[y]))
@@ -360,7 +404,7 @@ def dkd_oracle(term: Term, batch: TermBatch) -> float:
 
 
 def inputs_of(term: Term, batch: TermBatch) -> list[Tensor]:
-    return [batch.features["head"]] if term.student_taps() else [batch.logits]
+    return [batch.student.features["head"]] if term.student_taps() else [batch.student.logits]
 
 
 def gradients(term: Term, batch: TermBatch, count: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -371,17 +415,16 @@ def gradients(term: Term, batch: TermBatch, count: Tensor | None = None) -> tupl
 
 
 def part_of(batch: TermBatch, part: slice) -> TermBatch:
-    assert batch.target is not None
-    assert batch.labels is not None
-    return TermBatch(
-        batch.logits.detach()[part],
-        {tap: maps.detach()[part] for tap, maps in batch.features.items()},
-        batch.labels[part],
-        Target(batch.target.values[part]),
-        {path: array[part] for path, array in batch.stored.items()},
+    assert batch.rows.target is not None
+    return term_batch(
+        batch.student.logits.detach()[part],
+        {tap: maps.detach()[part] for tap, maps in batch.student.features.items()},
+        batch.rows.label[part],
+        Target(batch.rows.target.values[part]),
+        {path: array[part] for path, array in batch.rows.arrays.items()},
         None if batch.pixel_weight is None else batch.pixel_weight[part],
         SIZE,
         None if batch.counted is None else batch.counted[part],
-        None if batch.window is None else batch.window[part],
-        None if batch.flip is None else batch.flip[part],
+        None if batch.rows.window is None else batch.rows.window[part],
+        None if batch.rows.flip is None else batch.rows.flip[part],
     )

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from target_oracle import LABEL, C, Format, dense_target, inputs, labelled
+from terms_oracle import changed, term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets
 from kdcache.distill.batch import PseudoLabels
 from kdcache.distill.counts import mean_counts
-from kdcache.distill.terms import TermBatch, labellers, loss_term, make_term, pseudo_labels, with_companions
+from kdcache.distill.terms import labellers, loss_term, make_term, pseudo_labels, with_companions
 from kdcache.distill.terms.unlabelled.pseudo import Consistency
 from kdcache.errors import RecipeError
 
@@ -77,8 +78,8 @@ def test_it_is_its_definition(normalise: str, masked: bool) -> None:
     }[normalise]
     term = consistency(threshold=threshold, normalise=normalise)
     # A gate is of the teacher of a store, and labels do not matter.
-    batch = TermBatch(student, {}, VOID, None, {}, torch.zeros(2, *LABEL), LABEL, shown=shown if masked else None)
-    batch = replace(batch, pseudo={"student": pseudo_labels(weak, LABEL)})
+    batch = term_batch(student, {}, VOID, None, {}, torch.zeros(2, *LABEL), LABEL, shown=shown if masked else None)
+    batch = changed(batch, pseudo={"student": pseudo_labels(weak, LABEL)})
     value = term(batch)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     gradient, wanted = (torch.autograd.grad(loss, student)[0] for loss in (value, expected))
@@ -114,7 +115,9 @@ def test_by_a_quantile_the_surest_of_each_class_are_confident(normalise: str, ma
         "share": share * (ce * shown).sum() / shown.sum(),
     }[normalise]
     term = consistency(by="ema", quantile=0.4, normalise=normalise)
-    batch = TermBatch(student, {}, VOID, None, {}, None, LABEL, shown=shown if masked else None, pseudo={"ema": pseudo})
+    batch = term_batch(
+        student, {}, VOID, None, {}, None, LABEL, shown=shown if masked else None, pseudo={"ema": pseudo}
+    )
     value = term(batch)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     gradient, wanted = (torch.autograd.grad(loss, student)[0] for loss in (value, expected))
@@ -129,7 +132,7 @@ def test_a_quantile_keeps_a_class_of_which_nothing_is_sure() -> None:
     label[:, : LABEL[0] // 4] = 1
     pseudo = PseudoLabels(label, torch.where(label == 1, 0.4, 0.9).half())
     student = inputs(batch=2)[0].double().requires_grad_()
-    batch = TermBatch(student, {}, VOID, None, {}, None, LABEL, pseudo={"student": pseudo})
+    batch = term_batch(student, {}, VOID, None, {}, None, LABEL, pseudo={"student": pseudo})
     pulls = []
     for options in ({"threshold": 0.7}, {"quantile": 0.5}):
         (gradient,) = torch.autograd.grad(consistency(**options)(batch), student)
@@ -182,7 +185,7 @@ def test_parts_of_a_batch_add_up_and_the_share_is_no_part_of_the_loss(normalise:
 def test_without_a_confident_pixel_there_is_no_gradient(normalise: str) -> None:
     student = inputs(batch=2)[0].requires_grad_()
     unsure = pseudo_labels(torch.zeros(2, C, 6, 9), LABEL)
-    batch = TermBatch(student, {}, VOID, None, {}, None, LABEL, pseudo={"student": unsure})
+    batch = term_batch(student, {}, VOID, None, {}, None, LABEL, pseudo={"student": unsure})
     loss = consistency(normalise=normalise)(batch)
     (gradient,) = torch.autograd.grad(loss, student)
     assert (loss.item(), gradient.abs().sum().item()) == (0, 0)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from target_oracle import LABEL, C, Format, dense_target, inputs
+from terms_oracle import term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets
 from kdcache.distill.counts import mean_counts
-from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
+from kdcache.distill.terms import Term, loss_term, make_term
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
 
@@ -38,12 +39,12 @@ def test_it_is_its_definition() -> None:
     shown = torch.rand(2, *LABEL, generator=torch.Generator().manual_seed(1)) > 0.4
     leaf = student.double().requires_grad_()
     for mask in (None, shown):
-        batch = TermBatch(leaf, {}, label, None, {}, None, LABEL, shown=mask)
+        batch = term_batch(leaf, {}, label, None, {}, None, LABEL, shown=mask)
         expected = oracle(student, None if mask is None else mask.numpy())
         assert 0 < expected < 1
         assert entropy()(batch).item() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.gradcheck(
-        lambda x: entropy()(TermBatch(x, {}, label, None, {}, None, LABEL, shown=shown)), (leaf,), fast_mode=True
+        lambda x: entropy()(term_batch(x, {}, label, None, {}, None, LABEL, shown=shown)), (leaf,), fast_mode=True
     )
 
 
@@ -53,7 +54,7 @@ def test_the_ends_of_its_range(logit: float) -> None:
     student = torch.zeros(1, C, 6, 9, dtype=torch.float16)
     student[:, 0] = logit
     student.requires_grad_()
-    loss = entropy()(TermBatch(student, {}, None, None, {}, None, LABEL))
+    loss = entropy()(term_batch(student, {}, None, None, {}, None, LABEL))
     expected = {0.0: 1.0, 60000.0: 0.0, -60000.0: math.log(C - 1) / math.log(C)}[logit]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, abs=1e-6)
@@ -65,7 +66,7 @@ def test_the_ends_of_its_range(logit: float) -> None:
 def test_what_shows_no_image_counts_nothing() -> None:
     student = inputs(batch=1)[0].double().requires_grad_()
     loss = entropy()(
-        TermBatch(student, {}, None, None, {}, None, LABEL, shown=torch.zeros(1, *LABEL, dtype=torch.bool))
+        term_batch(student, {}, None, None, {}, None, LABEL, shown=torch.zeros(1, *LABEL, dtype=torch.bool))
     )
     (gradient,) = torch.autograd.grad(loss, student)
     assert (loss.item(), gradient.abs().sum().item()) == (0, 0)

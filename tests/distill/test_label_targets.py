@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from terms_oracle import GRID, MAXIMUM, SIZE, VIEW, Array, B, C, oracle
+from terms_oracle import GRID, MAXIMUM, SIZE, VIEW, Array, B, C, oracle, term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets, Target
 from kdcache.distill.counts import mean_counts
 from kdcache.distill.label_targets import LOG_FLOOR
-from kdcache.distill.terms import LossTerm, Term, TermBatch, loss_term, make_term
+from kdcache.distill.terms import LossTerm, Term, loss_term, make_term
 from kdcache.errors import RecipeError
 
 LABELS = LabelTargets(C, SIZE, GRID)
@@ -91,7 +91,7 @@ def expected_of(term: Term, logits: Tensor, labels: Tensor) -> float:
     flip = torch.zeros(len(labels), dtype=torch.bool)
     return oracle(
         term,
-        TermBatch(logits, {}, labels, Target(values), stored, None, SIZE, labels != 255, window, flip),
+        term_batch(logits, {}, labels, Target(values), stored, None, SIZE, labels != 255, window, flip),
     )
 
 

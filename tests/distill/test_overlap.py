@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from target_oracle import LABEL, C, Format, dense_target, inputs
+from terms_oracle import term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ def term_of(kind: str) -> Term:
 
 
 def batch_of(logits: Tensor, label: Tensor) -> TermBatch:
-    return TermBatch(logits, {}, label, None, {}, None, LABEL)
+    return term_batch(logits, {}, label, None, {}, None, LABEL)
 
 
 def images() -> tuple[Tensor, Tensor]:

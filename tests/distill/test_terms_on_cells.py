@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from terms_oracle import DEEP, GRID, MAXIMUM, SIZE, B, C, Store, batch_of, oracle, term_of
+from terms_oracle import DEEP, GRID, MAXIMUM, SIZE, B, C, Store, batch_of, changed, oracle, term_of
 from torch import Tensor
 
 from kdcache.distill import Target
@@ -18,7 +16,7 @@ every_term = pytest.mark.parametrize("name", TERMS)
 
 
 def leaf_of(term: Term, batch: TermBatch) -> Tensor:
-    return batch.features["head"] if term.student_taps() else batch.logits
+    return batch.student.features["head"] if term.student_taps() else batch.student.logits
 
 
 def learn(term: Term, batch: TermBatch, autocast: bool = False) -> tuple[Tensor, Tensor]:
@@ -31,7 +29,11 @@ def learn(term: Term, batch: TermBatch, autocast: bool = False) -> tuple[Tensor,
 
 def cast(batch: TermBatch, dtype: torch.dtype) -> TermBatch:
     """The batch with the student's outputs in a dtype."""
-    return replace(batch, logits=batch.logits.to(dtype), features={k: x.to(dtype) for k, x in batch.features.items()})
+    return changed(
+        batch,
+        logits=batch.student.logits.to(dtype),
+        features={k: x.to(dtype) for k, x in batch.student.features.items()},
+    )
 
 
 @every_term
@@ -64,7 +66,7 @@ def test_any_number_of_classes(kind: str, classes: int) -> None:
     logits = 8 * torch.randn(B, classes, *GRID, generator=generator)
     values = (8 * torch.randn(B, classes, *GRID, generator=generator)).half()
     logits[:, 1] += 40
-    batch = replace(batch, logits=logits, target=Target(values))
+    batch = changed(batch, logits=logits, target=Target(values))
     loss, gradient = learn(term, batch)
     expected, wanted = learn(term, cast(batch, torch.float64))
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
@@ -75,22 +77,21 @@ def test_any_number_of_classes(kind: str, classes: int) -> None:
 @pytest.mark.parametrize("how", ["none counted", "gate shut", "beside the view", "no image"])
 def test_where_there_is_nothing_to_learn(name: str, how: str) -> None:
     batch = batch_of(dtype=torch.float32)
-    assert batch.target is not None
-    assert batch.labels is not None
+    assert batch.rows.target is not None
     if how == "none counted":
-        batch = replace(batch, counted=torch.zeros(B, *SIZE, dtype=torch.bool))
+        batch = changed(batch, counted=torch.zeros(B, *SIZE, dtype=torch.bool))
     elif how == "gate shut":
-        batch = replace(batch, pixel_weight=torch.zeros(B, *SIZE))
+        batch = changed(batch, pixel_weight=torch.zeros(B, *SIZE))
     elif how == "beside the view":
-        batch = replace(batch, window=torch.tensor([[23.0, 0, 31, 9]] * B, dtype=torch.float64))
+        batch = changed(batch, window=torch.tensor([[23.0, 0, 31, 9]] * B, dtype=torch.float64))
     else:
-        batch = replace(
+        batch = changed(
             batch,
-            logits=batch.logits[:0],
-            features={tap: x[:0] for tap, x in batch.features.items()},
-            labels=batch.labels[:0],
-            target=Target(batch.target.values[:0]),
-            stored={path: x[:0] for path, x in batch.stored.items()},
+            logits=batch.student.logits[:0],
+            features={tap: x[:0] for tap, x in batch.student.features.items()},
+            labels=batch.rows.label[:0],
+            target=Target(batch.rows.target.values[:0]),
+            arrays={path: x[:0] for path, x in batch.rows.arrays.items()},
             window=None,
             flip=None,
         )
@@ -102,8 +103,8 @@ def test_where_there_is_nothing_to_learn(name: str, how: str) -> None:
 def test_one_class_has_no_rest() -> None:
     """`dkd` of one class is exactly 0, as is its gradient."""
     batch = batch_of(dtype=torch.float32)
-    assert batch.target is not None
-    batch = replace(batch, logits=batch.logits[:, :1], target=Target(batch.target.values[:, :1]))
+    assert batch.rows.target is not None
+    batch = changed(batch, logits=batch.student.logits[:, :1], target=Target(batch.rows.target.values[:, :1]))
     loss, gradient = learn(make_term(loss_term("dkd"), targets=Store(1, 1), student_taps={}), batch)
     assert loss == 0
     assert (gradient == 0).all()
@@ -130,8 +131,8 @@ def test_what_is_not_finite_shows_where_it_counts(name: str, where: str, value: 
     counted[0, :12, :20] = False
 
     def spoilt(at: int | None) -> TermBatch:
-        batch = replace(batch_of(moved=False, gated=True, dtype=torch.float32), counted=counted)
-        assert batch.target is not None
+        batch = changed(batch_of(moved=False, gated=True, dtype=torch.float32), counted=counted)
+        assert batch.rows.target is not None
         assert batch.pixel_weight is not None
         if at is None:
             return batch
@@ -139,7 +140,7 @@ def test_what_is_not_finite_shows_where_it_counts(name: str, where: str, value: 
             batch.pixel_weight[0, 22 * at, 36 * at] = value
         else:
             term = term_of(name)
-            teacher = batch.stored[DEEP] if term.student_taps() else batch.target.values
+            teacher = batch.rows.arrays[DEEP] if term.student_taps() else batch.rows.target.values
             (leaf_of(term, batch) if where == "student" else teacher)[0, 2, -at, -at] = value
         return batch
 
@@ -156,19 +157,18 @@ def test_what_is_not_finite_shows_where_it_counts(name: str, where: str, value: 
 def test_labels_of_any_integer(dtype: torch.dtype) -> None:
     """Below 0 and from C on there is no label; strides are any."""
     batch, term = batch_of(), term_of("dkd")
-    assert batch.labels is not None
-    labels = torch.where(batch.labels == 255, -100, batch.labels.long()).to(dtype)
+    labels = torch.where(batch.rows.label == 255, -100, batch.rows.label.long()).to(dtype)
     labels[labels == 1] = C
     apart = torch.stack([labels, labels], -1).flatten(2)[:, :, ::2]
     void = torch.where((labels < 0) | (labels >= C), 255, labels.long()).to(torch.uint8)
-    assert term(replace(batch, labels=apart)).item() == term(replace(batch, labels=void)).item()
+    assert term(changed(batch, labels=apart)).item() == term(changed(batch, labels=void)).item()
 
 
 def test_of_equal_logits_the_first_is_the_target() -> None:
     batch, term = batch_of(moved=False), term_of("dkd")
-    assert batch.target is not None
-    even = replace(batch, target=Target(torch.zeros_like(batch.target.values)), labels=None)
-    first = replace(even, labels=torch.zeros(B, *SIZE, dtype=torch.uint8))
+    assert batch.rows.target is not None
+    even = changed(batch, target=Target(torch.zeros_like(batch.rows.target.values)), labels=None)
+    first = changed(even, labels=torch.zeros(B, *SIZE, dtype=torch.uint8))
     assert term(even).item() == term(first).item() != 0
 
 
@@ -176,10 +176,10 @@ def test_of_equal_logits_the_first_is_the_target() -> None:
 def test_a_student_near_its_teacher_keeps_its_digits(name: str) -> None:
     """The value is a few thousandths of a nat, the difference of numbers that are a thousand times as large."""
     batch = batch_of(moved=False, gated=True, dtype=torch.float32)
-    assert batch.target is not None
-    raw = batch.target.values.float() + batch.stored[MAXIMUM][:, None]
+    assert batch.rows.target is not None
+    raw = batch.rows.target.values.float() + batch.rows.arrays[MAXIMUM][:, None]
     noise = torch.randn(raw.shape, generator=torch.Generator().manual_seed(6))
-    near = replace(batch, logits=raw + 0.02 * noise)
+    near = changed(batch, logits=raw + 0.02 * noise)
     loss, gradient = learn(term_of(name, torch.float32), near)
     expected, wanted = learn(term_of(name), cast(near, torch.float64))
     assert loss.item() == pytest.approx(expected.item(), rel=2e-4)
@@ -190,11 +190,11 @@ def test_a_student_near_its_teacher_keeps_its_digits(name: str) -> None:
 def test_equal_logits_teach_nothing(name: str) -> None:
     """Not even a rounding: no loss, no gradient."""
     batch = batch_of(moved=False, dtype=torch.float32)
-    assert batch.target is not None
-    same = batch.target.values.float()
-    zero = torch.zeros_like(batch.stored[MAXIMUM])
-    deep = batch.stored[DEEP].float()
-    batch = replace(batch, logits=same, features={"head": deep}, stored=batch.stored | {MAXIMUM: zero})
+    assert batch.rows.target is not None
+    same = batch.rows.target.values.float()
+    zero = torch.zeros_like(batch.rows.arrays[MAXIMUM])
+    deep = batch.rows.arrays[DEEP].float()
+    batch = changed(batch, logits=same, features={"head": deep}, arrays=batch.rows.arrays | {MAXIMUM: zero})
     spec = term_of(name).spec
     term = make_term(spec, targets=Store(), student_taps={"head": deep.shape[1]})
     loss, gradient = learn(term, batch)
@@ -207,4 +207,4 @@ def test_students_of_other_classes_are_refused(name: str) -> None:
     batch = batch_of(dtype=torch.float32)
     term = term_of(name, torch.float32)
     with pytest.raises(ShapeError, match="class list"):
-        term(replace(batch, logits=batch.logits[:, :-1]))
+        term(changed(batch, logits=batch.student.logits[:, :-1]))

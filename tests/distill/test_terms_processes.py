@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import default_collate
 
+from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import TermBatch, loss_term, make_term
 from kdcache.models import build_model
 from kdcache.store import Cache
@@ -22,7 +24,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import nn
-from kdcache.distill import Target
+from kdcache.distill import Batch, Target
+from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import TermBatch, LossTerm, loss_term, make_term
 from kdcache.training.distributed import World
 
@@ -51,9 +54,14 @@ for kind in ("at", "sp", "hint", "dist", "dkd"):
     z = student(images[part])
     packed = (values - values.amax(1, keepdim=True)).half()[part]
     stored = {"features/deep": teacher[part].half()}
-    batch = TermBatch(
-        z, {"deep": z}, None, Target(packed), stored, None, (24, 36), window=window[part], flip=flip[part]
+    rows = Batch(
+        labels={"depth": torch.zeros(len(z), 24, 36)},
+        targets={"segmentation": Target(packed)},
+        arrays=stored,
+        window=window[part],
+        flip=flip[part],
     )
+    batch = TermBatch(StudentOutputs(z, {}, {"deep": z}), rows)
     loss = term(batch, world.mean(term.count(batch)))
     gradients = torch.autograd.grad(loss, [*student.parameters(), *term.parameters()])
     found[kind] = [world.mean(x) for x in (loss, *gradients)]
@@ -104,18 +112,7 @@ def test_a_student_learns_from_a_store_with_features(make_cache: Callable[..., C
             path: torch.stack([torch.from_numpy(cache.read(index, [path])[path]) for index in range(4)])
             for path in term.arrays()
         }
-        looked_at = TermBatch(
-            out.logits,
-            out.features,
-            batch.label,
-            batch.target,
-            stored,
-            None,
-            dataset.size,
-            window=batch.window,
-            flip=batch.flip,
-        )
-        loss = term(looked_at)
+        loss = term(TermBatch(StudentOutputs(out.logits, {}, out.features), replace(batch, arrays=stored)))
         gradient = torch.autograd.grad(loss, list(student.encoder["stem"].parameters()))
         assert loss > 0
         assert all(part.isfinite().all() for part in gradient)

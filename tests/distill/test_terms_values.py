@@ -21,18 +21,20 @@ from terms_oracle import (
     C,
     Store,
     batch_of,
+    changed,
     dkd_oracle,
     gradients,
     inputs_of,
     oracle,
     part_of,
+    term_batch,
     term_of,
 )
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Gate, GateSpec, Target
-from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
+from kdcache.distill.terms import Term, loss_term, make_term
 from kdcache.distill.terms.unlabelled.pseudo import most_confident
 from kdcache.metrics.calibration import ConfidenceCounts
 
@@ -47,7 +49,9 @@ def test_a_term_is_its_formula(name: str, moved: bool, gated: bool, counted: boo
     assert expected > 1e-4
     assert term(batch).item() == pytest.approx(expected, rel=1e-6 if term.kind == "dist" else 1e-9)
     single = term_of(name, torch.float32)
-    batch = replace(batch, logits=batch.logits.float(), features={"head": batch.features["head"].float()})
+    batch = changed(
+        batch, logits=batch.student.logits.float(), features={"head": batch.student.features["head"].float()}
+    )
     loss = single(batch)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=3e-5)
@@ -64,7 +68,7 @@ def test_a_gradient_is_that_of_the_value(name: str, gated: bool, counted: bool) 
         actual: Tensor = torch.func.functional_call(
             term,
             dict(zip(dict(term.named_parameters()), parameters, strict=True)),
-            replace(batch, features={"head": x}) if term.student_taps() else replace(batch, logits=x),
+            changed(batch, features={"head": x}) if term.student_taps() else changed(batch, logits=x),
         )
         return actual
 
@@ -84,7 +88,9 @@ def test_single_precision_gradients_are_those_of_double(name: str) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_narrow_inputs_are_added_up_in_single_precision(name: str, dtype: torch.dtype) -> None:
     batch = batch_of(dtype=dtype)
-    exact = replace(batch, logits=batch.logits.double(), features={"head": batch.features["head"].double()})
+    exact = changed(
+        batch, logits=batch.student.logits.double(), features={"head": batch.student.features["head"].double()}
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss, (gradient, *_) = gradients(term_of(name, torch.float32), batch)
     assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
@@ -95,14 +101,14 @@ def test_narrow_inputs_are_added_up_in_single_precision(name: str, dtype: torch.
 @pytest.mark.parametrize("name", SPECS)
 def test_without_counted_pixels_there_is_nothing_to_learn(name: str, how: str) -> None:
     batch = batch_of()
-    assert batch.target is not None
+    assert batch.rows.target is not None
     if how == "gate shut":
-        batch = replace(batch, pixel_weight=torch.zeros(B, *SIZE))
+        batch = changed(batch, pixel_weight=torch.zeros(B, *SIZE))
     elif how == "none counted":
-        batch = replace(batch, counted=torch.zeros(B, *SIZE, dtype=torch.bool))
+        batch = changed(batch, counted=torch.zeros(B, *SIZE, dtype=torch.bool))
     else:
         away = torch.tensor([VIEW[0] + 1.0, 0.0, VIEW[0] + 9.0, 9.0], dtype=torch.float64).repeat(B, 1)
-        batch = replace(batch, window=away)
+        batch = changed(batch, window=away)
     loss, actual = gradients(term_of(name), batch)
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in actual)
@@ -112,10 +118,10 @@ def test_without_counted_pixels_there_is_nothing_to_learn(name: str, how: str) -
 @pytest.mark.parametrize("name", SPECS)
 def test_an_image_without_counted_pixels_is_as_one_that_is_not_there(name: str, how: str) -> None:
     batch, term = batch_of(counted=how == "not counted"), term_of(name)
-    assert batch.target is not None
+    assert batch.rows.target is not None
     if batch.counted is None:
-        assert batch.window is not None
-        batch.window[3] = torch.tensor([0.0, -20.0, 10.0, -1.0])
+        assert batch.rows.window is not None
+        batch.rows.window[3] = torch.tensor([0.0, -20.0, 10.0, -1.0])
     else:
         batch.counted[3] = False
     rows = 4**2 / 3**2 if name == "sp" else 1  # it divides by the square of the batch, however little that shows
@@ -126,17 +132,17 @@ def test_an_image_without_counted_pixels_is_as_one_that_is_not_there(name: str, 
 def test_maps_of_zeros_have_finite_gradients(name: str) -> None:
     for student, teacher in ((0, 1), (1, 0), (0, 0)):
         batch = batch_of(dtype=torch.float32)
-        assert batch.target is not None
-        batch = TermBatch(
-            student * batch.logits,
-            {"head": student * batch.features["head"]},
-            batch.labels,
-            Target(teacher * batch.target.values),
-            {path: teacher * array for path, array in batch.stored.items()},
+        assert batch.rows.target is not None
+        batch = term_batch(
+            student * batch.student.logits,
+            {"head": student * batch.student.features["head"]},
+            batch.rows.label,
+            Target(teacher * batch.rows.target.values),
+            {path: teacher * array for path, array in batch.rows.arrays.items()},
             None,
             SIZE,
-            window=batch.window,
-            flip=batch.flip,
+            window=batch.rows.window,
+            flip=batch.rows.flip,
         )
         term = term_of(name, torch.float32)
         torch.nn.init.zeros_(list(term.parameters())[-1]) if list(term.parameters()) else None
@@ -150,18 +156,17 @@ def test_maps_of_zeros_have_finite_gradients(name: str) -> None:
 def test_a_mirrored_image_learns_the_mirrored_thing(name: str) -> None:
     """Mirroring student, labels and the flag leaves the loss as it is."""
     batch = batch_of(moved=False, gated=True)
-    assert batch.target is not None
-    assert batch.labels is not None
+    assert batch.rows.target is not None
     assert batch.pixel_weight is not None
-    mirrored = TermBatch(
-        batch.logits.flip(-1),
-        {"head": batch.features["head"].flip(-1)},
-        batch.labels.flip(-1),
-        batch.target,
-        batch.stored,
+    mirrored = term_batch(
+        batch.student.logits.flip(-1),
+        {"head": batch.student.features["head"].flip(-1)},
+        batch.rows.label.flip(-1),
+        batch.rows.target,
+        batch.rows.arrays,
         batch.pixel_weight.flip(-1),
         SIZE,
-        window=batch.window,
+        window=batch.rows.window,
         flip=torch.ones(B, dtype=torch.bool),
     )
     term = term_of(name)
@@ -184,30 +189,30 @@ def test_channels_from_a_store_are_those_of_live_logits() -> None:
     generator = torch.Generator().manual_seed(9)
     live = 6 * torch.randn(B, C, *GRID, generator=generator, dtype=torch.float64) + 11
     batch = batch_of(moved=False)
-    assert batch.target is not None
+    assert batch.rows.target is not None
     top = live.amax(1)
     target = Target((live - top[:, None]).half())
-    batch = replace(batch, target=target, stored={MAXIMUM: top.float()})
+    batch = changed(batch, target=target, arrays={MAXIMUM: top.float()})
     loss, (gradient,) = gradients(term_of("cwd"), batch)
-    student = batch.logits.detach().requires_grad_()
+    student = batch.student.logits.detach().requires_grad_()
     s, t = ((x.flatten(2) / 4).log_softmax(-1) for x in (F.interpolate(student, GRID, mode="bilinear"), live))
     expected = 16 * F.kl_div(s, t, reduction="sum", log_target=True) / (B * C)
     (wanted,) = torch.autograd.grad(expected, student)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     assert (gradient - wanted).norm() <= 1e-3 * wanted.norm()
-    shifted = replace(batch, stored={MAXIMUM: torch.zeros_like(batch.stored[MAXIMUM])})
+    shifted = changed(batch, arrays={MAXIMUM: torch.zeros_like(batch.rows.arrays[MAXIMUM])})
     assert term_of("cwd")(shifted).item() != pytest.approx(expected.item(), rel=0.05)
 
 
 def test_a_top_k_target_serves_relations() -> None:
     batch, k = batch_of(), C - 1
-    assert batch.target is not None
-    values, indices = batch.target.values.double().topk(k, 1)
-    rest = batch.target.values.double().scatter(1, indices, -math.inf)
+    assert batch.rows.target is not None
+    values, indices = batch.rows.target.values.double().topk(k, 1)
+    rest = batch.rows.target.values.double().scatter(1, indices, -math.inf)
     tail = rest.logsumexp(1) - values.logsumexp(1)
     packed = Target(values.half(), indices.to(torch.uint8), tail.half())
     term = make_term(SPECS["dist"], targets=Store(k=k), student_taps={})
-    assert term(replace(batch, target=packed)).item() == pytest.approx(term_of("dist")(batch).item(), rel=1e-3)
+    assert term(changed(batch, target=packed)).item() == pytest.approx(term_of("dist")(batch).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -255,14 +260,14 @@ def test_pseudo_labels_by_quantile_learn() -> None:
 def test_pseudo_labels_meet_the_student_as_it_is_resized(aligned: bool, gated: bool) -> None:
     """And the teacher as its own head is, which does the opposite here."""
     batch = batch_of(moved=False)
-    assert batch.target is not None
+    assert batch.rows.target is not None
     store = Store(align_corners=not aligned)
     term = make_term(loss_term("pseudo", threshold=0.6), targets=store, student_taps={}, align_corners=aligned).double()
     weight = torch.full((B, *VIEW), 0.5, dtype=torch.float64) if gated else None
-    batch = replace(batch, size=VIEW, pixel_weight=weight)
+    batch = changed(batch, labels=None, size=VIEW, pixel_weight=weight)
     t, z = (
         F.interpolate(x.double(), VIEW, mode="bilinear", align_corners=corners)
-        for x, corners in ((batch.target.values, not aligned), (batch.logits, aligned))
+        for x, corners in ((batch.rows.target.values, not aligned), (batch.student.logits, aligned))
     )
     confidence, best = t.softmax(1).max(1)
     sure = confidence.half() >= 0.6
@@ -274,10 +279,10 @@ def test_pseudo_labels_meet_the_student_as_it_is_resized(aligned: bool, gated: b
 def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
     """Two classes alike: both have one half. Other voids than 255 are no labels to a gate either."""
     batch = batch_of(moved=False)
-    assert batch.target is not None
-    values = torch.full_like(batch.target.values, -1000)
+    assert batch.rows.target is not None
+    values = torch.full_like(batch.rows.target.values, -1000)
     values[:, :2] = 0
-    batch = replace(batch, target=Target(values))
+    batch = changed(batch, target=Target(values))
     at, above = (
         make_term(loss_term("pseudo", threshold=threshold), targets=Store(), student_taps={})
         for threshold in (0.5, 0.51)
@@ -286,7 +291,10 @@ def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
     assert above.double()(batch) == 0
     labels = torch.full((B, *SIZE), void, dtype=torch.uint8)
     gated = Batch(
-        labels={SEGMENTATION: labels}, targets={SEGMENTATION: Target(values)}, window=batch.window, flip=batch.flip
+        labels={SEGMENTATION: labels},
+        targets={SEGMENTATION: Target(values)},
+        window=batch.rows.window,
+        flip=batch.rows.flip,
     )
     weights = [
         Gate(GateSpec(kind, threshold), ignore_index=void)(gated, Store())
@@ -298,9 +306,8 @@ def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
 @pytest.mark.parametrize("labels", ["none", "void"])
 def test_decoupled_without_labels_takes_the_teachers_class(labels: str) -> None:
     batch, term = batch_of(), term_of("dkd")
-    assert batch.labels is not None
-    batch = replace(batch, labels=None if labels == "none" else torch.full_like(batch.labels, 255))
-    assert term(batch).item() == pytest.approx(dkd_oracle(term, replace(batch, labels=None)), rel=1e-9)
+    batch = changed(batch, labels=None if labels == "none" else torch.full_like(batch.rows.label, 255))
+    assert term(batch).item() == pytest.approx(dkd_oracle(term, changed(batch, labels=None)), rel=1e-9)
 
 
 class Crew:
@@ -348,8 +355,8 @@ def test_the_user_is_told_what_is_resized_and_projected(name: str) -> None:
     assert ("projected from 4 to 6 channels" in description) == (kind in ("hint", "cosine") or name == "cwd of a tap")
     assert ("7x10 to the teacher's 6x9" in description) == (kind in ("dist", "dkd") or name == "cwd")
     assert ("4x11 to the teacher's 5x8" in description) == (resizes and bool(term.student_taps()))
-    assert batch.target is not None
-    alike = replace(batch, logits=batch.logits[:, :, :6, :9], features={"head": torch.zeros(B, 6, *FEATURE)})
+    assert batch.rows.target is not None
+    alike = changed(batch, logits=batch.student.logits[:, :, :6, :9], features={"head": torch.zeros(B, 6, *FEATURE)})
     term.prepare(alike)
     if not list(term.parameters()):
         assert term.describe() is None
@@ -377,14 +384,14 @@ def test_a_gpu_says_what_the_cpu_says_without_waiting(name: str) -> None:
     device = torch.device("cuda")
     batch = batch_of(gated=True, counted=True, dtype=torch.float32)
     expected = term_of(name)(batch_of(gated=True, counted=True)).item()
-    moved = TermBatch(
-        batch.logits.to(device).requires_grad_(),
-        {tap: feature.to(device) for tap, feature in batch.features.items()},
-        None if batch.labels is None else batch.labels.to(device),
-        None if batch.target is None else batch.target.to(device),
-        {path: array.to(device) for path, array in batch.stored.items()},
+    moved = term_batch(
+        batch.student.logits.to(device).requires_grad_(),
+        {tap: feature.to(device) for tap, feature in batch.student.features.items()},
+        batch.rows.label.to(device),
+        None if batch.rows.target is None else batch.rows.target.to(device),
+        {path: array.to(device) for path, array in batch.rows.arrays.items()},
         None if batch.pixel_weight is None else batch.pixel_weight.to(device),
-        batch.size,
+        batch.rows.size,
         None if batch.counted is None else batch.counted.to(device),
     )
     term = term_of(name, torch.float32).to(device)

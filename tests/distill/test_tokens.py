@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,17 @@ from torch.nn import functional as F
 from kdcache.distill import Batch, Criterion, DistillLoss, Target
 from kdcache.distill.terms import Term, TermBatch, loss_term, make_term, parse_term
 from kdcache.errors import RecipeError
-from tests.distill.terms_oracle import DEEP, FEATURE, STUDENT_CHANNELS, Store, batch_of, resized, shares, softmax
+from tests.distill.terms_oracle import (
+    DEEP,
+    FEATURE,
+    STUDENT_CHANNELS,
+    Store,
+    batch_of,
+    changed,
+    resized,
+    shares,
+    softmax,
+)
 
 CELLS = FEATURE[0] * FEATURE[1]
 STORED, SUMMARY = "statistics/similarity.deep", "features/summary"
@@ -50,7 +59,7 @@ def batch(seed: int = 0, **changes: Any) -> TermBatch:
     generator = torch.Generator().manual_seed(seed + 90)
     pairs = torch.randint(60, 256, (B, CELLS * (CELLS - 1) // 2), generator=generator, dtype=torch.uint8)
     summary = torch.randn(B, WIDTH, 1, 1, generator=generator).half()
-    return replace(made, window=None, flip=None, stored={**made.stored, STORED: pairs, SUMMARY: summary})
+    return changed(made, window=None, flip=None, arrays={**made.rows.arrays, STORED: pairs, SUMMARY: summary})
 
 
 def matrix(row: Tensor) -> np.ndarray[Any, Any]:
@@ -77,13 +86,13 @@ def similarity_oracle(term: Term, batch: TermBatch, *, features: bool = False) -
     T = term.spec.temperature
     view = whole(batch)
     for sample in range(B):
-        own = tokens(resized(batch.features["head"][sample], FEATURE))
+        own = tokens(resized(batch.student.features["head"][sample], FEATURE))
         student = own @ own.T
         if features:
-            deep = tokens(batch.stored[DEEP][sample].double().numpy())
+            deep = tokens(batch.rows.arrays[DEEP][sample].double().numpy())
             teacher = deep @ deep.T
         else:
-            teacher = matrix(batch.stored[STORED][sample])
+            teacher = matrix(batch.rows.arrays[STORED][sample])
         counted, gated = (part.ravel() for part in shares(view, sample, FEATURE))
         inside = np.flatnonzero(counted > 0)
         for i in range(CELLS):
@@ -96,7 +105,7 @@ def similarity_oracle(term: Term, batch: TermBatch, *, features: bool = False) -
 def whole(batch: TermBatch) -> TermBatch:
     """The same with the windows that None stands for."""
     window = torch.tensor([0.0, 0.0, *Store().view_size], dtype=torch.float64).repeat(B, 1)
-    return replace(batch, window=window, flip=torch.zeros(B, dtype=torch.bool))
+    return changed(batch, window=window, flip=torch.zeros(B, dtype=torch.bool))
 
 
 def queue_oracle(term: Term, batch: TermBatch, ring: list[np.ndarray[Any, Any]]) -> float:
@@ -104,10 +113,10 @@ def queue_oracle(term: Term, batch: TermBatch, ring: list[np.ndarray[Any, Any]])
     T, view = term.spec.temperature, whole(batch)
     weight, bias = (p.detach().double().numpy() for p in (term.projection.weight, term.projection.bias))
     for sample in range(B):
-        maps = batch.features["head"][sample].detach().double().numpy()
+        maps = batch.student.features["head"][sample].detach().double().numpy()
         gated = shares(view, sample, maps.shape[1:])[1]
         pooled = np.array([(channel * gated).sum() / gated.sum() for channel in maps])
-        student, teacher = weight @ pooled + bias, batch.stored[SUMMARY][sample].double().numpy().ravel()
+        student, teacher = weight @ pooled + bias, batch.rows.arrays[SUMMARY][sample].double().numpy().ravel()
         p, q = (
             softmax(np.array([x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in ring]) / T)
             for x in (teacher, student)
@@ -139,7 +148,7 @@ def test_similarity_by_lightlytrains_formula() -> None:
     term, made = term_of("similarity", Features()), batch()
     s, t = (
         F.normalize(x.double().flatten(2).mT, dim=-1)
-        for x in (F.interpolate(made.features["head"], FEATURE, mode="bilinear"), made.stored[DEEP])
+        for x in (F.interpolate(made.student.features["head"], FEATURE, mode="bilinear"), made.rows.arrays[DEEP])
     )
     wanted = F.kl_div(
         F.log_softmax((s @ s.mT).flatten(0, 1) / 0.07, -1),
@@ -156,16 +165,18 @@ def test_gradients(kind: str) -> None:
     made = batch(counted=True)
 
     def loss(features: Tensor) -> Tensor:
-        return term(replace(made, features={"head": features}))
+        return term(changed(made, features={"head": features}))
 
-    assert torch.autograd.gradcheck(loss, made.features["head"][:, :, :2, :3].clone().requires_grad_(), eps=1e-6)
+    assert torch.autograd.gradcheck(
+        loss, made.student.features["head"][:, :, :2, :3].clone().requires_grad_(), eps=1e-6
+    )
 
 
 def test_a_student_like_its_teacher_has_no_loss() -> None:
     term, made = term_of("similarity", Features()), batch()
-    same = replace(made, features={"head": made.stored[DEEP].double().requires_grad_()})
+    same = changed(made, features={"head": made.rows.arrays[DEEP].double().requires_grad_()})
     loss = term(same)
-    (gradient,) = torch.autograd.grad(loss, same.features["head"])
+    (gradient,) = torch.autograd.grad(loss, same.student.features["head"])
     assert abs(loss.item()) < 1e-12
     assert float(gradient.abs().max()) < 1e-10
 
@@ -175,11 +186,11 @@ def test_nothing_counted_and_cells_of_zeros(kind: str) -> None:
     term = term_of(kind)
     term.after_step(stored(3))
     made = batch()
-    none = replace(made, counted=torch.zeros(B, *made.size, dtype=torch.bool))
-    zeros = replace(made, features={"head": torch.zeros_like(made.features["head"])})
+    none = changed(made, counted=torch.zeros(B, *made.rows.size, dtype=torch.bool))
+    zeros = changed(made, features={"head": torch.zeros_like(made.student.features["head"])})
     for each, value in ((none, 0.0), (zeros, None)):
-        features = each.features["head"].detach().requires_grad_()
-        loss = term(replace(each, features={"head": features}))
+        features = each.student.features["head"].detach().requires_grad_()
+        loss = term(changed(each, features={"head": features}))
         (gradient,) = torch.autograd.grad(loss, features)
         assert loss.isfinite()
         assert gradient.isfinite().all()
@@ -192,13 +203,13 @@ def test_parts_of_a_batch_average_to_the_whole() -> None:
         term.after_step(stored(3))
         made = batch(counted=True, gated=True)
         halves = [
-            replace(
+            changed(
                 made,
-                logits=made.logits[part],
-                features={"head": made.features["head"][part]},
+                logits=made.student.logits[part],
+                features={"head": made.student.features["head"][part]},
                 labels=None,
                 target=None,
-                stored={path: array[part] for path, array in made.stored.items()},
+                arrays={path: array[part] for path, array in made.rows.arrays.items()},
                 pixel_weight=made.pixel_weight[part],
                 counted=made.counted[part],
             )
@@ -259,14 +270,16 @@ def test_a_loss_restores_bytes_and_remembers() -> None:
             return about
 
     made, generator = batch(), torch.Generator().manual_seed(8)
-    bytes_ = torch.randint(0, 256, made.stored[DEEP].shape, generator=generator, dtype=torch.uint8)
+    bytes_ = torch.randint(0, 256, made.rows.arrays[DEEP].shape, generator=generator, dtype=torch.uint8)
     scales = torch.rand(B, 2, WIDTH, generator=generator).half()
-    arrays = {DEEP: bytes_, "scales/deep": scales, SUMMARY: made.stored[SUMMARY]}
+    arrays = {DEEP: bytes_, "scales/deep": scales, SUMMARY: made.rows.arrays[SUMMARY]}
     low, step = scales.double()[..., None, None].unbind(1)
     floats = {"features/deep": (low + step * bytes_).float(), SUMMARY: arrays[SUMMARY]}
-    assert made.target is not None
+    assert made.rows.target is not None
     given = Batch(
-        labels={"segmentation": made.labels}, targets={"segmentation": Target(made.target.values)}, arrays=arrays
+        labels={"segmentation": made.rows.label},
+        targets={"segmentation": Target(made.rows.target.values)},
+        arrays=arrays,
     )
     numbers = given.numbers
     assert numbers.keys() == floats.keys()
@@ -276,11 +289,11 @@ def test_a_loss_restores_bytes_and_remembers() -> None:
     terms = [make_term(spec, targets=Eight(), student_taps={"head": STUDENT_CHANNELS}) for spec in specs]
     assert terms[0].arrays() == (DEEP, "scales/deep")
     criterion = DistillLoss(Eight(), kl_weight=0, further=terms)
-    logits = made.logits.float()
-    heads, features = {"segmentation": logits}, {"head": made.features["head"].float()}
+    logits = made.student.logits.float()
+    heads, features = {"segmentation": logits}, {"head": made.student.features["head"].float()}
     outputs = SimpleNamespace(logits=logits, heads=heads, features=features)
     losses = criterion(outputs, given)
-    plain = replace(made, logits=outputs.logits, features=outputs.features, stored=floats, counted=None)
+    plain = changed(made, logits=outputs.logits, features=outputs.features, arrays=floats, counted=None)
     assert losses.terms["hint"].item() == pytest.approx(terms[0](plain).item(), rel=1e-5)
     assert losses.terms["queue"].item() == 0
     both = Criterion([criterion], ["a"], [1.0])

@@ -2,10 +2,10 @@
 
 check_terms(specs, cache.manifest)
 term = make_term(loss_term("cosine"), targets=cache, student_taps={"head": 32})
-loss = loss + term.weight * term(TermBatch(logits, features, labels, target, stored, pixel_weight, size))
+loss = loss + term.weight * term(TermBatch(StudentOutputs(logits), batch))
 """
 
-from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermSetup, TermTargets
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, TermTargets
 from kdcache.distill.terms.registry import make_term, term_modules, with_companions
 from kdcache.distill.terms.unlabelled.predictions import discriminator_parameters
 from kdcache.distill.terms.unlabelled.pseudo import labellers, pseudo_labels
@@ -14,7 +14,6 @@ from kdcache.settings.terms import KINDS, loss_term, parse_method, parse_term
 
 __all__ = [
     "KINDS",
-    "HeadBatch",
     "LossTerm",
     "Term",
     "TermBatch",

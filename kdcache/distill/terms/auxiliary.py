@@ -28,12 +28,10 @@ class Auxiliary(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean cross-entropy of the auxiliary logits over labelled pixels."""
-        logits, labels = batch.heads[AUXILIARY].output, batch.labels
-        assert logits is not None, "the student's outputs have the head (check_heads)"
-        assert labels is not None, "a batch has the labels of its terms (check_heads)"
+        logits = batch.student.heads[AUXILIARY]
         return distill_loss(
             logits,
-            labels,
+            batch.rows.label,
             ce_denominator=count,
             class_weight=self.class_weight,
             label_smoothing=self.setup.label_smoothing,
@@ -44,6 +42,5 @@ class Auxiliary(Term):
     @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
         """Return the sum of the class weights of the labelled pixels, 0-dimensional."""
-        assert batch.labels is not None, "a batch has the labels of its terms (check_heads)"
         classes = self.targets.num_classes
-        return distill_denominators(batch.labels, num_classes=classes, class_weight=self.class_weight).ce
+        return distill_denominators(batch.rows.label, num_classes=classes, class_weight=self.class_weight).ce

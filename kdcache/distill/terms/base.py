@@ -1,15 +1,15 @@
 """The base of all terms: one unweighted loss between a student and the arrays of a cache."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.batch import Batch, PseudoLabels
+from kdcache.distill.batch import Batch
 from kdcache.distill.outputs import StudentOutputs
-from kdcache.distill.target import Target, TargetFormat
+from kdcache.distill.target import TargetFormat
 from kdcache.heads import HeadKind
 from kdcache.settings.term import FeatureTerm, LossTerm
 from kdcache.tasks import SEGMENTATION
@@ -54,69 +54,25 @@ class TermSetup:
 
 
 @dataclass(frozen=True)
-class HeadBatch:
-    """The data of a batch for a head other than segmentation, or None for missing ones.
-
-    Attributes:
-        output: (B, c, h, w) of the student at its native stride, raw, with the gradient.
-        label: (B, H, W) of the task of the same name.
-        target: the teacher's values.
-    """
-
-    output: Tensor | None = None
-    label: Tensor | None = None
-    target: Target | None = None
-
-
-@dataclass(frozen=True)
 class TermBatch:
-    """The inputs of a term. Shapes: B batch, C classes, H W the student's image, c channels of a feature.
+    """The inputs of a term.
 
     Attributes:
-        logits: (B, C, h, w) of the student at its native stride, with the gradient.
-        features: student's tap -> (B, c, h', w'), with the gradient.
-        labels: (B, H, W) uint8, 255 is void, or None for an unlabelled batch.
-        target: the teacher's packed logits.
-        stored: other arrays of the cache by path: features/<tap> (B, c, h, w) floats, statistics/at.<tap> (B, h, w),
-            statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
+        student: the student's outputs, each at its native stride, with the gradient.
+        rows: the samples. `arrays` holds features as numbers: features/<tap> (B, c, h, w), statistics/at.<tap>
+            (B, h, w), statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
         pixel_weight: (B, H, W) gate of the teacher's terms, or None for 1. It does not change the denominator of a
             mean.
-        size: (H, W).
         counted: (B, H, W) bool, the view's pixels that means are over (those that show the image, those with a label).
             None is all.
-        window, flip, zoom, own: the fields of `Batch`.
-        pasted: this batch with the targets of another stream's pasted samples, or None if neighbours, if any, were
-            pasted.
         shown: (B, H, W) bool, pixels that show the image, or a pasted one, for terms that read it. None is all.
-        heads: heads other than segmentation, by name.
-        others: outputs for the rows of other streams of the batch, by the stream's name.
-        pseudo: pseudo labels of the weak view, by their predictor.
     """
 
-    logits: Tensor
-    features: Mapping[str, Tensor]
-    labels: Tensor | None
-    target: Target | None
-    stored: Mapping[str, Tensor]
-    pixel_weight: Tensor | None
-    size: Size
+    student: StudentOutputs
+    rows: Batch
+    pixel_weight: Tensor | None = None
     counted: Tensor | None = None
-    window: Tensor | None = None
-    flip: Tensor | None = None
-    zoom: Tensor | None = None
-    own: Tensor | None = None
-    pasted: "TermBatch | None" = None
     shown: Tensor | None = None
-    heads: Mapping[str, HeadBatch] = field(default_factory=dict)
-    others: Mapping[str, StudentOutputs] = field(default_factory=dict)
-    pseudo: Mapping[str, PseudoLabels] = field(default_factory=dict)
-
-    def with_targets(self, batch: Batch) -> "TermBatch":
-        """Return a copy with the targets of another batch, if that has them."""
-        targets = batch.targets or {}
-        heads = {name: replace(head, target=targets.get(name)) for name, head in self.heads.items()}
-        at = batch.window, batch.flip, batch.zoom
-        return replace(self, target=batch.target, heads=heads, window=at[0], flip=at[1], zoom=at[2])
 
 
 class Term(nn.Module):
@@ -170,12 +126,12 @@ class Term(nn.Module):
         return ()
 
     def arrays(self) -> tuple[str, ...]:
-        """Return the paths of the cache that `TermBatch.stored` must hold."""
+        """Return the paths of the cache that `Batch.arrays` must hold."""
         return self._arrays
 
     @property
     def reads_target(self) -> bool:
-        """Whether `TermBatch.target` must hold the teacher's logits."""
+        """Whether `Batch.target` must hold the teacher's logits."""
         return self.spec.reads_logits
 
     @property
@@ -245,7 +201,7 @@ class Term(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self.prepare(batch)
-        with torch.autocast(batch.logits.device.type, enabled=False):
+        with torch.autocast(batch.student.logits.device.type, enabled=False):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
@@ -257,32 +213,32 @@ class Term(nn.Module):
 
         A term whose formula has several sums over the batch returns several numbers.
         """
-        return self.cells(batch, self.grid(batch), wide(batch.logits)).counted.sum()
+        return self.cells(batch, self.grid(batch), wide(batch.student.logits)).counted.sum()
 
     def grid(self, batch: TermBatch) -> Size:
         """Return (h, w) of the teacher's cells."""
         if self.reads_target:
-            assert batch.target is not None
-            return grid_of(batch.target.values)
-        return grid_of(batch.stored[self._arrays[0]])
+            assert batch.rows.target is not None
+            return grid_of(batch.rows.target.values)
+        return grid_of(batch.rows.arrays[self._arrays[0]])
 
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
         """Return how much every cell of a grid over the student's image counts."""
         return lay_cells(
-            batch.window,
-            batch.flip,
+            batch.rows.window,
+            batch.rows.flip,
             batch.pixel_weight,
             batch.counted,
-            batch_size=batch.logits.shape[0],
+            batch_size=batch.student.logits.shape[0],
             view_size=self.targets.view_size,
-            size=batch.size,
+            size=batch.rows.size,
             grid=grid,
             like=like,
         )
 
     def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a map of the view as the student's image shows it, on equally many cells."""
-        return sample_view(map_Bchw, batch.window, batch.flip, self.targets.view_size, dtype)
+        return sample_view(map_Bchw, batch.rows.window, batch.rows.flip, self.targets.view_size, dtype)
 
     def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:
         """Return the mean of a loss (B, h, w) over the counted cells, or over `count` of them."""

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from kdcache.distill import depth
-from kdcache.distill.batch import neighbours
-from kdcache.distill.target import Target
-from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermSetup, divide, grid_of, wide
+from kdcache.distill.batch import Batch, neighbours
+from kdcache.distill.terms.base import Term, TermBatch, TermSetup, divide, grid_of, wide
 from kdcache.heads import RegressionHead, clip, raw_of
 from kdcache.settings import terms as specs
 from kdcache.tasks import DEPTH, METRES
 from kdcache_kernels.target_cells import resample, resize
-from kdcache_kernels.window import view_positions
+from kdcache_kernels.window import Size, view_positions
 
 MIN_DEPTH = 1e-3
 """The smallest depth in metres that counts, of labels, teachers and students: logarithms and inverses stay finite."""
@@ -57,9 +56,7 @@ class DepthTerm(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean over images of `of_images` on prediction and reference."""
-        own = batch.heads[DEPTH]
-        assert own.output is not None, "the student's outputs have the head (check_heads)"
-        raw_B1HW = resize(wide(own.output), batch.size, self.student_align_corners)
+        raw_B1HW = resize(wide(batch.student.heads[DEPTH]), batch.rows.size, self.student_align_corners)
         prediction_BHW = self.compared(self.student.values(raw_B1HW)[:, 0], self.student)
         reference_BHW, mask_BHW = self._reference(batch, prediction_BHW.dtype)
         weight_B = self.image_weight(mask_BHW, prediction_BHW.dtype)
@@ -68,7 +65,7 @@ class DepthTerm(Term):
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return the number of images with a valid pixel (`depth-l1`: valid pixels), 0-dimensional."""
-        dtype = wide(batch.logits).dtype
+        dtype = wide(batch.student.logits).dtype
         return self.image_weight(self._reference(batch, dtype)[1], dtype).sum()
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,42 +83,38 @@ class DepthTerm(Term):
     @torch.no_grad()
     def _reference(self, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the map to compare the student with, and its valid pixels: (B, H, W) each."""
-        own = batch.heads[DEPTH]
         if self.teacher is None:
-            values_BHW, mask_BHW = self._label(own)
+            values_BHW = batch.rows.labels[DEPTH]
+            mask_BHW = (values_BHW >= MIN_DEPTH) & (values_BHW <= (self.student.max_depth or torch.inf))
         else:
-            assert own.target is not None, "a batch has the targets of its terms (check_heads)"
-            values_BHW, mask_BHW = self._with_pasted(self._taught(own.target, batch, dtype), batch, dtype)
+            values_BHW, mask_BHW = self._taught(batch.rows, batch.rows.size, dtype)
+            if batch.rows.own is not None:
+                values_BHW, mask_BHW = self._with_pasted(values_BHW, mask_BHW, batch.rows, dtype)
         if batch.shown is not None:
             mask_BHW = mask_BHW & batch.shown
         return self.compared(values_BHW.to(dtype), self.teacher), mask_BHW
 
-    def _label(self, own: HeadBatch) -> tuple[Tensor, Tensor]:
-        assert own.label is not None, "a batch has the labels of its terms (check_heads)"
-        return own.label, (own.label >= MIN_DEPTH) & (own.label <= (self.student.max_depth or torch.inf))
-
     def _with_pasted(
-        self, taught: tuple[Tensor, Tensor], batch: TermBatch, dtype: torch.dtype
+        self, values_BHW: Tensor, mask_BHW: Tensor, rows: Batch, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return a teacher's map and its valid pixels, replaced by the pasted samples' at their pixels."""
-        (values_BHW, mask_BHW), own_BHW = taught, batch.own
-        if own_BHW is None:
-            return taught
-        if batch.pasted is None:
+        assert rows.own is not None, "samples were pasted"
+        if rows.pasted is None:
             others = neighbours(values_BHW), neighbours(mask_BHW)
+        elif DEPTH not in (rows.pasted.targets or {}):  # nothing is known of what was pasted
+            return values_BHW, mask_BHW & rows.own
         else:
-            target = batch.pasted.heads[DEPTH].target
-            if target is None:  # nothing is known of what was pasted
-                return values_BHW, mask_BHW & own_BHW
-            others = self._taught(target, batch.pasted, dtype)
-        return torch.where(own_BHW, values_BHW, others[0]), torch.where(own_BHW, mask_BHW, others[1])
+            others = self._taught(rows.pasted, rows.size, dtype)
+        return torch.where(rows.own, values_BHW, others[0]), torch.where(rows.own, mask_BHW, others[1])
 
-    def _taught(self, target: Target, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _taught(self, batch: Batch, size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the map of a batch's teacher at the student's image of `size`, and its valid pixels."""
         assert self.teacher is not None, "only against a teacher"
-        values_B1hw = wide(target.values).to(dtype)
+        assert batch.targets is not None, "a batch has the targets of its terms (check_heads)"
+        values_B1hw = wide(batch.targets[DEPTH].values).to(dtype)
         raw_B1hw = raw_of(_above_zero(values_B1hw, self.teacher), self.teacher.parameterisation)
         known_B1hw = raw_B1hw.isfinite() & values_B1hw.isfinite()
-        positions = view_positions(batch.window, batch.flip, self.targets.view_size, batch.size, values_B1hw.device)
+        positions = view_positions(batch.window, batch.flip, self.targets.view_size, size, values_B1hw.device)
         matrices = positions.hat_matrices(grid_of(raw_B1hw), self.teacher_align_corners, dtype)
         raw_B1HW = resample(torch.where(known_B1hw, raw_B1hw, 0), *matrices)
         unknown_B1HW = resample((~known_B1hw).to(dtype), *matrices)

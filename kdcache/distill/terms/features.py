@@ -50,14 +50,14 @@ class Projected(Term):
 
     def prepare(self, batch: TermBatch) -> None:
         """Record the projection and resize of the student's features for `describe`."""
-        student, teacher = batch.features[self._student_tap], batch.stored[self._arrays[0]]
+        student, teacher = batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]]
         projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
         """Return student's and teacher's features (B, c, h, w) on the teacher's cells, and the cells' weights."""
-        student_Bchw = wide(batch.features[self._student_tap])
-        teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
+        student_Bchw = wide(batch.student.features[self._student_tap])
+        teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)
         teacher_Bchw = self.standardised(teacher_Bchw, student_Bchw.dtype)
         grid = grid_of(teacher_Bchw)
         cells = self.cells(batch, grid, student_Bchw)
@@ -146,12 +146,14 @@ class Attention(Term):
 
     def prepare(self, batch: TermBatch) -> None:
         """Record the resize of the student's attention for `describe`."""
-        self.note_resize(batch.features[self._student_tap], batch.stored[self._arrays[0]], "the attention of ")
+        self.note_resize(
+            batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]], "the attention of "
+        )
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean squared difference of normalised attention maps over cells."""
-        student_Bhw = energy(wide(batch.features[self._student_tap]))
-        stored = batch.stored[self._arrays[0]].to(student_Bhw.dtype)
+        student_Bhw = energy(wide(batch.student.features[self._student_tap]))
+        stored = batch.rows.arrays[self._arrays[0]].to(student_Bhw.dtype)
         teacher_Bhw = stored if stored.ndim == 3 else energy(stored)
         teacher_Bhw = self.seen(batch, teacher_Bhw[:, None], student_Bhw.dtype)[:, 0]
         grid = grid_of(teacher_Bhw)

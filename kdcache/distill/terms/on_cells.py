@@ -9,6 +9,7 @@ from kdcache.distill.terms.base import Term, TermBatch, TermSetup, grid_of, shar
 from kdcache.distill.terms.features import Projected, tap_channels
 from kdcache.settings import terms as specs
 from kdcache.settings.term import MAXIMUM
+from kdcache.tasks import SEGMENTATION
 from kdcache_kernels import average_moments, densify, relation_loss, relation_moments
 from kdcache_kernels.on_cells.reference import Seen, lay_logits
 from kdcache_kernels.on_cells.relations import check_logits
@@ -24,8 +25,8 @@ class OnCells(Term):
 
     def prepare(self, batch: TermBatch) -> None:
         """Record the resize of the student's logits for `describe`."""
-        if batch.target is not None:
-            self.note_resize(batch.logits, batch.target.values)
+        if batch.rows.target is not None:
+            self.note_resize(batch.student.logits, batch.rows.target.values)
 
 
 def seen_on_cells(
@@ -42,8 +43,8 @@ def seen_on_cells(
         term.cells(batch, grid_of(teacher_BChw), wide(student_BCxx)),
         temperature=term.spec.temperature,
         view_size=term.targets.view_size,
-        window_B4=batch.window,
-        flip_B=batch.flip,
+        window_B4=batch.rows.window,
+        flip_B=batch.rows.flip,
     )
 
 
@@ -81,15 +82,15 @@ class Decoupled(OnCells):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the weighted KL of target and other classes, averaged over cells."""
-        assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
-        seen = seen_on_cells(self, batch, batch.logits, batch.target.values)
+        assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
+        seen = seen_on_cells(self, batch, batch.student.logits, batch.rows.target.values)
         classes_C11 = torch.arange(seen.teacher.shape[1], device=seen.teacher.device)[:, None, None]
-        is_target_BChw = classes_C11 == _target_class(batch.labels, seen.teacher)
+        is_target_BChw = classes_C11 == _target_class(batch.rows.labels.get(SEGMENTATION), seen.teacher)
         log_t, log_s = (_split(x, is_target_BChw) for x in (seen.teacher, seen.student))
         tckd_Bhw, nckd_Bhw = (divergence(p, q).sum(1) for p, q in zip(log_t, log_s, strict=True))
         total = ((self.spec.alpha * tckd_Bhw + self.spec.beta * nckd_Bhw) * seen.cells.weight).sum()
         count = seen.cells.counted.sum() if count is None else count
-        return self.spec.temperature**2 * mean_of(total, count, seen.spoilt, batch.logits)
+        return self.spec.temperature**2 * mean_of(total, count, seen.spoilt, batch.student.logits)
 
 
 def _target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:
@@ -142,25 +143,25 @@ class Relations(OnCells):
 
     def _logits(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits of all classes, each on its own grid."""
-        target = batch.target
+        target = batch.rows.target
         assert target is not None  # by `reads_target`
         if target.indices is None:
-            return batch.logits, target.values
-        num_classes, dtype = self.targets.num_classes, compute_dtype(batch.logits.dtype)
+            return batch.student.logits, target.values
+        num_classes, dtype = self.targets.num_classes, compute_dtype(batch.student.logits.dtype)
         impl = self._options(batch)["impl"]
-        return batch.logits, densify(target.values, target.indices, target.tail, num_classes, dtype, impl=impl)
+        return batch.student.logits, densify(target.values, target.indices, target.tail, num_classes, dtype, impl=impl)
 
     def _options(self, batch: TermBatch) -> dict[str, Any]:
         """Return the arguments of both operations."""
         return {
             "view_size": self.targets.view_size,
-            "size": batch.size,
+            "size": batch.rows.size,
             "temperature": self.spec.temperature,
-            "window_B4": batch.window,
-            "flip_B": batch.flip,
+            "window_B4": batch.rows.window,
+            "flip_B": batch.rows.flip,
             "pixel_weight_BHW": batch.pixel_weight,
             "counted_BHW": batch.counted,
-            "impl": "reference" if batch.logits.dtype == torch.float64 else self.impl,
+            "impl": "reference" if batch.student.logits.dtype == torch.float64 else self.impl,
         }
 
 
@@ -180,8 +181,8 @@ class Similarity(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the squared difference of the normalised similarities of all images, over b^2."""
-        student_Bchw = wide(batch.features[self._student_tap])
-        teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
+        student_Bchw = wide(batch.student.features[self._student_tap])
+        teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)
         own = student_Bchw.shape[0]
         student_bx, teacher_bx = (self.of_all(self._rows(batch, maps)) for maps in (student_Bchw, teacher_Bchw))
         b = student_bx.shape[0]
@@ -190,7 +191,7 @@ class Similarity(Term):
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return 1, because `loss` divides by the squared number of images of all processes itself."""
-        return wide(batch.logits).new_ones(())
+        return wide(batch.student.logits).new_ones(())
 
     def _rows(self, batch: TermBatch, features_Bchw: Tensor) -> Tensor:
         """Return Q of the own images: with the root of the share in both factors, the product carries the share."""
@@ -200,7 +201,7 @@ class Similarity(Term):
 
 def images_counted(term: Term, batch: TermBatch) -> Tensor:
     """Return the number of images with a counted pixel, 0-dimensional."""
-    counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.logits)).counted
+    counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.student.logits)).counted
     return _images_of(counted_Bhw)
 
 
@@ -260,11 +261,11 @@ class ChannelLogits(OnCells):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the KL over positions of the raw logits' channels."""
-        assert batch.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
-        teacher_BChw = batch.target.values.to(compute_dtype(batch.logits.dtype))
+        assert batch.rows.target is not None  # by `reads_target`; all classes are kept, by `check_terms`
+        teacher_BChw = batch.rows.target.values.to(compute_dtype(batch.student.logits.dtype))
         if MAXIMUM in self._arrays:
-            teacher_BChw = teacher_BChw + batch.stored[MAXIMUM][:, None].to(teacher_BChw.dtype)
-        return compare_channels(self, batch, batch.logits, teacher_BChw, count)
+            teacher_BChw = teacher_BChw + batch.rows.arrays[MAXIMUM][:, None].to(teacher_BChw.dtype)
+        return compare_channels(self, batch, batch.student.logits, teacher_BChw, count)
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return the number of images with a counted pixel, 0-dimensional."""
@@ -287,8 +288,8 @@ class ChannelFeatures(Projected):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the KL over positions of the features' channels."""
-        student_Bchw = self.projection(wide(batch.features[self._student_tap]))
-        teacher_Bchw = self.standardised(batch.stored[self._arrays[0]], student_Bchw.dtype)
+        student_Bchw = self.projection(wide(batch.student.features[self._student_tap]))
+        teacher_Bchw = self.standardised(batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)
         return compare_channels(self, batch, student_Bchw, teacher_Bchw, count)
 
     def count(self, batch: TermBatch) -> Tensor:

@@ -18,9 +18,9 @@ class Overlap(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean over labelled images of the mean over their classes of `of_classes`."""
-        logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
+        logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         probability_BCP = logits_BCHW.softmax(1).flatten(2)
-        label_B1P = _labels(batch).flatten(1)[:, None]
+        label_B1P = batch.rows.label.flatten(1)[:, None]
         shown_BCP = label_B1P == torch.arange(logits_BCHW.shape[1], device=label_B1P.device)[:, None]
         labelled_B1P = shown_BCP.any(1, keepdim=True)
         present_BC = shown_BCP.any(2)
@@ -30,8 +30,8 @@ class Overlap(Term):
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return the number of images with a labelled pixel, 0-dimensional."""
-        labelled_BHW = _labels(batch) < self.targets.num_classes
-        return labelled_BHW.flatten(1).any(1).to(wide(batch.logits).dtype).sum()
+        labelled_BHW = batch.rows.label < self.targets.num_classes
+        return labelled_BHW.flatten(1).any(1).to(wide(batch.student.logits).dtype).sum()
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
         """Return the loss (B, C) of each class. Values of classes that a label does not show are ignored.
@@ -103,8 +103,3 @@ def jaccard_steps(shown_BCP: Tensor) -> Tensor:
     union_BCP = total_BC1 + (1 - shown_BCP).cumsum(2)
     jaccard_BCP = 1 - intersection_BCP / union_BCP
     return jaccard_BCP.diff(dim=2, prepend=torch.zeros_like(jaccard_BCP[..., :1]))
-
-
-def _labels(batch: TermBatch) -> Tensor:
-    assert batch.labels is not None, "a batch has labels (check_rows)"
-    return batch.labels

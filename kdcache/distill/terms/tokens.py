@@ -48,7 +48,7 @@ class TokenSimilarity(Term):
 
     def prepare(self, batch: TermBatch) -> None:
         """Record the resize of the student's features for `describe`."""
-        student = batch.features[self._student_tap]
+        student = batch.student.features[self._student_tap]
         self.note_resize(student, student.new_empty(self._grid, device="meta"))
 
     def grid(self, batch: TermBatch) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class TokenSimilarity(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean over cells of the KL of similarities."""
-        student_Bchw = wide(batch.features[self._student_tap])
+        student_Bchw = wide(batch.student.features[self._student_tap])
         cells = self.cells(batch, self._grid, student_Bchw)
         student_Bnn = cosines(resize(student_Bchw, self._grid))
         log_s, log_t = (
@@ -69,7 +69,7 @@ class TokenSimilarity(Term):
 
     def _teacher(self, batch: TermBatch, like: Tensor) -> Tensor:
         """Return the teacher's cosines (B, n, n)."""
-        stored = batch.stored[self._arrays[0]].to(like.dtype)
+        stored = batch.rows.arrays[self._arrays[0]].to(like.dtype)
         if stored.ndim == 4:
             return cosines(stored)
         values = torch.cat([stored * (2 / 255) - 1, stored.new_ones(len(stored), 1)], 1)
@@ -121,10 +121,10 @@ class Queue(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean over images of the KL of similarities to the ring."""
-        student_Bchw = wide(batch.features[self._student_tap])
+        student_Bchw = wide(batch.student.features[self._student_tap])
         weight_Bhw = self.cells(batch, grid_of(student_Bchw), student_Bchw).weight
         pooled_Bc = divide((student_Bchw * weight_Bhw[:, None]).sum((2, 3)), weight_Bhw.sum((1, 2))[:, None])
-        both = self.projection(pooled_Bc), batch.stored[self._arrays[0]].to(student_Bchw.dtype).flatten(1)
+        both = self.projection(pooled_Bc), batch.rows.arrays[self._arrays[0]].to(student_Bchw.dtype).flatten(1)
         log_s, log_t = (self._log_rows(unit(x_Bc, 1)) for x_Bc in both)
         loss_B = divergence(log_t, log_s).sum(1).masked_fill(weight_Bhw.sum((1, 2)) == 0, 0)
         return divide(loss_B.sum(), self.count(batch) if count is None else count)

@@ -28,7 +28,7 @@ class Entropy(Term):
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the mean normalised entropy over pixels that show the image."""
-        logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
+        logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         log_BCHW = logits_BCHW.log_softmax(1)
         entropy_BHW = -(log_BCHW.exp() * log_BCHW).sum(1) / math.log(logits_BCHW.shape[1])
         if batch.shown is not None:
@@ -37,9 +37,9 @@ class Entropy(Term):
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return the number of pixels that show the image, 0-dimensional."""
-        like = wide(batch.logits)
+        like = wide(batch.student.logits)
         if batch.shown is None:
-            return like.new_full((), len(like) * batch.size[0] * batch.size[1])
+            return like.new_full((), len(like) * batch.rows.size[0] * batch.rows.size[1])
         return batch.shown.sum().to(like.dtype)
 
 
@@ -94,29 +94,29 @@ class Adversarial(Term):
         """Return how far the fixed discriminator is from accepting this stream's predictions."""
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passes = torch.func.functional_call(
-            self.discriminator, fixed, (self._probabilities(self._own(batch), batch.size),)
+            self.discriminator, fixed, (self._probabilities(self._own(batch), batch.rows.size),)
         )
         return self._distance(passes, 1.0)
 
     def discrimination(self, batch: TermBatch) -> Tensor:
         """Return the discriminator's loss, halved over both streams. The student gets no gradient from it."""
         rows = (self._own(batch), self._against(batch))
-        own, other = (self.discriminator(self._probabilities(logits.detach(), batch.size)) for logits in rows)
+        own, other = (self.discriminator(self._probabilities(logits.detach(), batch.rows.size)) for logits in rows)
         return (self._distance(own, 0.0) + self._distance(other, 1.0)) / 2
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return 1: images have equally many patches, so the mean over batch parts is the whole batch's."""
-        return wide(batch.logits).new_ones(())
+        return wide(batch.student.logits).new_ones(())
 
     def _own(self, batch: TermBatch) -> Tensor:
         """Return the logits of the stream's rows."""
-        output = batch.logits if self.head is None else batch.heads[self.head].output
-        assert output is not None, "the student's outputs have the head (check_heads)"
-        return output
+        return batch.student.logits if self.head is None else batch.student.heads[self.head]
 
     def _against(self, batch: TermBatch) -> Tensor:
         """Return the logits of the other stream's rows."""
-        others = batch.others[self.spec.against] if self.spec.against else next(iter(batch.others.values()))
+        others = (
+            batch.student.others[self.spec.against] if self.spec.against else next(iter(batch.student.others.values()))
+        )
         return others.logits if self.head is None else others.heads[self.head]
 
     def _probabilities(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -148,7 +148,7 @@ class Discrimination(Term):
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return 1, as for `Adversarial`."""
-        return wide(batch.logits).new_ones(())
+        return wide(batch.student.logits).new_ones(())
 
 
 def discriminator_parameters(criterion: nn.Module) -> list[nn.Parameter]:

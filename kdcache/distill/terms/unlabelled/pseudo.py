@@ -59,14 +59,14 @@ class Pseudo(Term):
             confident, counted = count.unbind()
             count = torch.where(confident > 0, counted * counted / confident, 0)
         return distill_loss(
-            batch.logits,
+            batch.student.logits,
             pseudo_BHW,
             ignore_index=NONE,
             ce_denominator=count,
             class_weight=self.class_weight,
             ce_pixel_weight_BHW=self._pixel_weight(batch),
             align_corners=self.student_align_corners,
-            impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
+            impl="reference" if batch.student.logits.dtype == torch.float64 else self.impl,
         ).loss
 
     @torch.no_grad()
@@ -95,11 +95,11 @@ class Pseudo(Term):
 
     def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """Return the most likely class of each pixel, (B, H, W), and its probability, 0 if it does not count."""
-        assert batch.target is not None  # by `reads_target`
+        assert batch.rows.target is not None  # by `reads_target`
         argmax_BHW, confidence_BHW = target_argmax_confidence(
-            batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
+            batch.rows.target.packed(self.targets), batch.rows.size, batch.rows.window, batch.rows.flip, impl=self.impl
         )
-        for mask_BHW in (batch.counted, batch.own):
+        for mask_BHW in (batch.counted, batch.rows.own):
             if mask_BHW is not None:
                 confidence_BHW = confidence_BHW.masked_fill(~mask_BHW, 0)  # as outside the view
         return argmax_BHW, confidence_BHW
@@ -204,7 +204,7 @@ class Consistency(Pseudo):
     def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         if self.by == "store":
             return super()._best(batch)
-        own = batch.pseudo[self.by]
+        own = batch.rows.pseudo[self.by]
         return own.label, own.confidence if batch.shown is None else own.confidence.masked_fill(~batch.shown, 0)
 
     def _pixel_weight(self, batch: TermBatch) -> Tensor | None:
@@ -230,7 +230,7 @@ class Confident(Term):
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """Return the share of confident pixels."""
         confident, counted = self._consistency[0].confident_and_counted(batch)
-        return divide(confident, counted if count is None else count.double()).to(wide(batch.logits).dtype)
+        return divide(confident, counted if count is None else count.double()).to(wide(batch.student.logits).dtype)
 
     def count(self, batch: TermBatch) -> Tensor:
         """Return the number of counted pixels, float64."""
