@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation
-from kdcache.distill import Batch, Criterion, Streams
+from kdcache.distill import Batch, Criterion, DistillLoss, Streams
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
@@ -247,14 +247,12 @@ def test_an_uneven_batch_is_refused_before_anything_is_written(student: dict[str
 def test_the_trainer_makes_the_step_that_was_asked_for(
     cache: Any, config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    from kdcache.distill import DistillLoss
-
     for parts, kind in ((1, EagerStep), (2, AccumulatedStep)):
         chosen = config(batch_size=4, accumulate=parts, val=None)
         made = Trainer(
             build_model("kdcache:tiny", cache.num_classes),
             [StreamDraws("", Draws(CacheDataset(cache), 0), 4)],
-            DistillLoss(cache),
+            Criterion([DistillLoss(cache)]),
             chosen,
             tmp_path,
             device=CPU,
