@@ -58,6 +58,7 @@ VARIANTS = {
 }
 IMPOSSIBLE = ("dist/mix", "kl+at/mix", "dist/accumulate")
 """Refused by the settings: these terms follow no pasted pixels, or compare a whole batch."""
+STREAMS = f'--stream taught,method=kl,weight=0.7 --stream labelled,"data={SCENES}",method=none'
 FURTHER = {
     "kl/mix+accumulate": "--method kl --mix classmix:0.7 --accumulate 2",
     "kl/mix+processes": "--method kl --mix cutmix",
@@ -77,6 +78,10 @@ FURTHER = {
     "kl/sparse+source": f"--method kl --cache sparse.zarr --data {SCENES} --workers 1",
     "teacher/mix": f"--data {SCENES} --size 48x64 --mix classmix",
     "kl/compiled": "--method kl --step compiled",
+    "streams/plain": STREAMS,
+    "streams/accumulate": f"{STREAMS} --accumulate 2",
+    "streams/processes": STREAMS,
+    "streams/paste": f"{STREAMS},paste=classmix,paste-from=taught",
 }
 
 
