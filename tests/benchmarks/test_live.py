@@ -141,7 +141,8 @@ def test_a_teacher_of_another_size_answers_on_the_students_grid(script, store, s
     batch = next(iter(torch.utils.data.DataLoader(CacheDataset(cache, augment="none", targets=False), batch_size=2)))
     for size in (None, (64, 96)):
         step = module.LiveStep(eager, teacher, size=size)
-        (target,) = step.to_device(batch).targets.values()
+        (taught,) = step.to_device((batch,))
+        (target,) = taught.targets.values()
         assert target.values.shape == (2, cache.num_classes, 8, 12)
     wide = target.values.float().softmax(1)
     with torch.no_grad():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kdcache.distill import DistillLoss
+from kdcache.distill.batch import pixels_of
 from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
 from kdcache.training.input.loader import next_batch
@@ -68,7 +69,7 @@ def test_every_contestant_learns_from_as_many_rows_of_one_size(step, store, argu
     learner = step.learner(open_cache(store), kind, arguments)
     batches = taken(learner)
     learner(3)
-    assert [tuple(batch.pixels.shape) for batch in batches] == 3 * [(4, 32, 48, 3)]
+    assert [tuple(pixels_of(batch).shape) for batch in batches] == 3 * [(4, 32, 48, 3)]
     assert learner.size == (4, 32, 48, 3)
     contestant = learner.contestant(kind, 5)
     assert (contestant.samples, contestant.size) == (5, learner.size)
@@ -80,8 +81,8 @@ def test_every_contestant_learns_from_as_many_rows_of_one_size(step, store, argu
 def test_all_contestants_see_the_same_pixels_and_labels(step, store, arguments, kind) -> None:
     """Of the first stream: the second one of `two` has an order of its own."""
     plain, other = (next_batch(step.batches(open_cache(store), of, arguments)) for of in ("none", kind))
-    rows = len(other.streams[0].pixels) if kind == "two" else 4
-    first = other.streams[0] if kind == "two" else other
+    (plain,), first = plain, other[0]
+    rows = len(first.pixels)
     assert rows == (2 if kind == "two" else 4)
     assert torch.equal(first.pixels, plain.pixels[:rows])
     assert torch.equal(first.labels["segmentation"], plain.labels["segmentation"][:rows])
@@ -100,9 +101,10 @@ def losses(step: ModuleType, store: Path, kind: str, arguments: Any) -> tuple[An
 def test_the_loss_is_cross_entropy_and_as_much_of_the_teacher(step, store, arguments, kind, weight) -> None:
     made, _, inputs = losses(step, store, kind, arguments)
     expected = DistillLoss(open_cache(store), ce_weight=1.0, kl_weight=weight, align_corners=made.model.align_corners)
-    assert made.forward(inputs.batch).loss.item() == pytest.approx(expected(inputs.outputs, inputs.batch).loss.item())
+    (batch,) = inputs.batch
+    assert made.forward(inputs.batch).loss.item() == pytest.approx(expected(inputs.outputs, batch).loss.item())
     without = DistillLoss(open_cache(store), ce_weight=1.0, kl_weight=0.0, align_corners=made.model.align_corners)
-    gap = made.forward(inputs.batch).loss.item() - without(inputs.outputs, inputs.batch).loss.item()
+    gap = made.forward(inputs.batch).loss.item() - without(inputs.outputs, batch).loss.item()
     assert (gap > 1e-4) == (weight > 0)
 
 
@@ -110,7 +112,7 @@ def test_two_streams_weigh_half_each_and_both_have_a_teacher(step, store, argume
     made, batch, inputs = losses(step, store, "two", arguments)
     parts = made.forward(inputs.batch)
     alone = []
-    for place, stream in enumerate(batch.streams):
+    for place, stream in enumerate(batch):
         rows = inputs.outputs.logits[2 * place : 2 * place + 2]
         criterion = DistillLoss(open_cache(store), kl_weight=1.0, align_corners=made.model.align_corners)
         alone.append(criterion(rows, stream).loss.item())
@@ -123,9 +125,10 @@ def test_a_live_teacher_runs_on_the_pixels_of_the_step(step, store, arguments, m
     cache = open_cache(store)
     batch = next_batch(step.batches(cache, "live", arguments))
     made = step.make(cache, "live", batch, arguments)
-    (target,) = made.to_device(batch).targets.values()
+    (taught,) = made.to_device(batch)
+    (target,) = taught.targets.values()
     with torch.no_grad():
-        logits = teacher(teacher.normalise(batch.pixels)).logits
+        logits = teacher(teacher.normalise(taught.pixels)).logits
     expected = logits - logits.logsumexp(1, keepdim=True)
     found = target.values.float() - target.values.float().logsumexp(1, keepdim=True)
     assert torch.allclose(found, expected, atol=2e-2)
@@ -143,7 +146,7 @@ def test_steps_change_weights_and_are_warm_before_the_first_turn(step, store, ar
         calls = made[-1].calls = []
 
         def counted(batch: Any) -> Any:
-            calls.append(len(batch.pixels))
+            calls.append(len(pixels_of(batch)))
             return made[-1](batch)
 
         return counted

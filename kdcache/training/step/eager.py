@@ -24,7 +24,7 @@ class LossInputs(NamedTuple):
     """The arguments of the loss, in its order."""
 
     outputs: Outputs
-    streams: Streams
+    batch: Streams
     counts: tuple[Counts, ...] | None
 
 
