@@ -120,7 +120,7 @@ def test_tests_that_fail_anyway_kill_nothing(root: Path) -> None:
     (root / "tests/tiny/test_code.py").write_text(TESTS.replace("== 2", "== 3"))
     code, said = mutate(root, KILLED)
     assert code == 1
-    assert "The tests of tiny fail without a mutation: tests/tiny/test_code.py::test_larger" in said
+    assert "A test fails without a mutation: tests/tiny/test_code.py::test_larger" in said
 
 
 def test_a_pattern_without_rows(root: Path) -> None:
