@@ -33,8 +33,7 @@ from kdcache.bench.kernels import memory
 from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
 from kdcache.data.folds import subset
-from kdcache.distill import Criterion, Streams
-from kdcache.distill.batch import pixels_of
+from kdcache.distill import Criterion, Streams, pixels_of
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache

@@ -25,8 +25,7 @@ from torch.utils.data import default_collate
 from common import header, random_cache, run, spread, student_step, synchronise, write
 from kdcache.bench.timing import check_repeats
 from kdcache.data import open_split
-from kdcache.distill import Batch, Streams
-from kdcache.distill.batch import pixels_of
+from kdcache.distill import Batch, Streams, pixels_of
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions
 from kdcache.training import CacheDataset

@@ -19,8 +19,8 @@ The format of the targets comes from a store, or from anything with the attribut
 """
 
 from kdcache.distill.balance import Balance, FixedBalance, UncertaintyBalance
-from kdcache.distill.batch import SEGMENTATION, Batch, Streams
-from kdcache.distill.counts import Counts
+from kdcache.distill.batch import SEGMENTATION, Batch, Streams, pixels_of, rows_of
+from kdcache.distill.counts import Counts, average_counts, mean_counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.label_targets import LabelTargets
 from kdcache.distill.loss import DistillLoss
@@ -49,6 +49,10 @@ __all__ = [
     "Target",
     "TargetFormat",
     "UncertaintyBalance",
+    "average_counts",
     "choose_implementation",
+    "mean_counts",
     "parse_gate",
+    "pixels_of",
+    "rows_of",
 ]

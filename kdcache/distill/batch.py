@@ -28,27 +28,10 @@ class PseudoLabels:
 
 
 class StoredTargets(Protocol):
-    """Targets without pixels or labels, as numpy arrays from `Cache.targets_for`, shaped as in `Batch`."""
+    """Targets without pixels or labels, as numpy arrays from `Cache.targets_for`."""
 
-    @property
-    def arrays(self) -> Mapping[str, Any]:
-        """Rows of the cache's arrays, by path."""
-
-    @property
-    def window(self) -> Any:
-        """The window of each sample, or None."""
-
-    @property
-    def flip(self) -> Any:
-        """Whether each window is mirrored, or None."""
-
-    @property
-    def inside(self) -> Any:
-        """The part of each view that shows its image, or None."""
-
-    @property
-    def zoom(self) -> Any:
-        """The divisor of each sample's metres, or None."""
+    def to_dict(self) -> Mapping[str, Any]:
+        """Return the arrays by the flat names of `Batch.to_dict`."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +190,8 @@ class Batch:
     @classmethod
     def of_targets(cls, targets: StoredTargets, device: torch.device | str = "cpu") -> "Batch":
         """Return a batch of stored targets, without pixels and labels, on a device."""
-        named = {**targets.arrays, "window": targets.window, "flip": targets.flip}
-        named |= {name: getattr(targets, name) for name in ("inside", "zoom") if getattr(targets, name) is not None}
-        tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in named.items()}
-        return cls.from_dict(tensors)
+        tensors = {name: torch.from_numpy(array) for name, array in targets.to_dict().items()}
+        return cls.from_dict(tensors).to(device, non_blocking=True)
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":

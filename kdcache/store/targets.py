@@ -36,6 +36,11 @@ class SampleTargets:
     def __len__(self) -> int:
         return len(self.window)
 
+    def to_dict(self) -> dict[str, Array]:
+        """Return the arrays by name, as a batch names its tensors. Absent ones are left out."""
+        geometry = {"window": self.window, "flip": self.flip, "inside": self.inside, "zoom": self.zoom}
+        return self.arrays | {name: array for name, array in geometry.items() if array is not None}
+
 
 def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object) -> list[int]:
     """Return the number of each id among a cache's samples. Raises: DataError for unknown ids."""

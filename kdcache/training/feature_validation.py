@@ -97,8 +97,7 @@ class FeatureJudge:
 
 def _feature_terms(criterion: DistillLoss) -> Iterator[tuple[str, Term]]:
     """Yield the terms of features that have a weight, by name. No schedule and no balance changes their weights."""
-    for name, term in zip(criterion.names[2:], criterion.further, strict=True):
-        assert isinstance(term, Term)
+    for name, term in zip(criterion.names[2:], criterion.terms, strict=True):
         if term.spec.reads_taps and term.weight > 0 and not term.measured:
             yield name, term
 
@@ -106,7 +105,7 @@ def _feature_terms(criterion: DistillLoss) -> Iterator[tuple[str, Term]]:
 @contextmanager
 def _alone(criterion: DistillLoss) -> Iterator[None]:
     """Inside, no term reads the rows of other processes."""
-    terms = [term for term in criterion.further if isinstance(term, Term)]
+    terms = criterion.terms
     gathers = [term.gather for term in terms]
     try:
         for term in terms:

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kdcache.distill import Criterion, Streams
-from kdcache.distill.batch import rows_of
+from kdcache.distill import Criterion, Streams, rows_of
 from kdcache.errors import KDCacheError
 from kdcache.faults import network_fault
 from kdcache.metrics import DepthMetrics, Metrics

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdcache.distill import DistillLoss
-from kdcache.distill.batch import pixels_of
+from kdcache.distill import DistillLoss, pixels_of
 from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
 from kdcache.training.input.loader import next_batch

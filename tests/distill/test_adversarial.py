@@ -10,8 +10,7 @@ from target_oracle import LABEL, C
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.distill import Batch, Criterion, DistillLoss, LabelTargets, Streams
-from kdcache.distill.batch import pixels_of
+from kdcache.distill import Batch, Criterion, DistillLoss, LabelTargets, Streams, pixels_of
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import discriminator_parameters, loss_term, make_term, with_companions
 from kdcache.distill.terms.unlabelled.predictions import Discriminator

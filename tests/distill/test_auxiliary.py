@@ -10,8 +10,7 @@ from target_oracle import LABEL, C
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import Batch, DistillLoss, LabelTargets
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import Batch, DistillLoss, LabelTargets, mean_counts
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import LossTerm, loss_term, make_term
 from kdcache.errors import RecipeError

@@ -12,9 +12,8 @@ from terms_oracle import changed, term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets, mean_counts
 from kdcache.distill.batch import PseudoLabels
-from kdcache.distill.counts import mean_counts
 from kdcache.distill.terms import labellers, loss_term, make_term, pseudo_labels, with_companions
 from kdcache.distill.terms.unlabelled.pseudo import Consistency
 from kdcache.errors import RecipeError

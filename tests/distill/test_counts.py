@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdcache.distill import Counts
-from kdcache.distill.counts import average_counts, mean_counts
+from kdcache.distill import Counts, average_counts, mean_counts
 
 
 def test_counts_of_any_shape_are_exchanged_at_once_and_keep_their_dtype() -> None:

@@ -15,8 +15,7 @@ from target_oracle import GRID, LABEL, VIEW, C
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, LabelTargets, Target
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, LabelTargets, Target, mean_counts
 from kdcache.distill.terms import Term, check_terms, loss_term, make_term, parse_method, parse_term
 from kdcache.errors import DataError, RecipeError
 from kdcache.heads import CategoricalHead, Parameterisation, RegressionHead

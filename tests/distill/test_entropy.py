@@ -12,8 +12,7 @@ from terms_oracle import term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets, mean_counts
 from kdcache.distill.terms import Term, loss_term, make_term
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))

@@ -12,8 +12,7 @@ from terms_oracle import GRID, MAXIMUM, SIZE, VIEW, Array, B, C, oracle, term_ba
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets, Target
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, LabelTargets, Target, mean_counts
 from kdcache.distill.label_targets import LOG_FLOOR
 from kdcache.distill.terms import LossTerm, Term, loss_term, make_term
 from kdcache.errors import RecipeError

@@ -10,8 +10,7 @@ from terms_oracle import term_batch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, LabelTargets
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, LabelTargets, mean_counts
 from kdcache.distill.terms import Term, TermBatch, loss_term, make_term
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))

@@ -11,8 +11,7 @@ from target_oracle import LABEL, VIEW, Format, dense_target, inputs, kl_pixels, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, Counts, Criterion, DistillLoss, Gate, GateSpec
-from kdcache.distill.batch import rows_of
+from kdcache.distill import SEGMENTATION, Batch, Counts, Criterion, DistillLoss, Gate, GateSpec, rows_of
 from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.terms import TermSetup
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo

@@ -8,8 +8,7 @@ from target_oracle import LABEL, Format, dense_target, inputs, labelled
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import SEGMENTATION, Batch, DistillLoss
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, mean_counts
 
 CLASS_WEIGHT = torch.tensor([0.2, 3.0, 1.0, 0.0, 0.5])
 

@@ -6,9 +6,17 @@ import pytest
 import torch
 from terms_oracle import Store
 
-from kdcache.distill import Batch, Criterion, DistillLoss, LabelTargets, Streams, UncertaintyBalance
-from kdcache.distill.batch import pixels_of, rows_of
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import (
+    Batch,
+    Criterion,
+    DistillLoss,
+    LabelTargets,
+    Streams,
+    UncertaintyBalance,
+    mean_counts,
+    pixels_of,
+    rows_of,
+)
 from kdcache.distill.terms import loss_term, make_term
 from kdcache.models import Outputs
 

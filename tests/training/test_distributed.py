@@ -25,8 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache.data import open_split, write_scenes
-from kdcache.distill import Batch, DistillLoss, Streams
-from kdcache.distill.counts import mean_counts
+from kdcache.distill import Batch, DistillLoss, Streams, mean_counts
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.distill import Counts, Streams
-from kdcache.distill.batch import rows_of
-from kdcache.distill.counts import average_counts, mean_counts
+from kdcache.distill import Counts, Streams, average_counts, mean_counts, rows_of
 from kdcache.training.step.eager import EagerStep, row
 from kdcache.training.step.gradient_norms import Norms, add_gradients
 

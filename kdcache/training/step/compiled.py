@@ -23,8 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdcache.distill import KernelError, Losses, Streams
-from kdcache.distill.batch import pixels_of
+from kdcache.distill import KernelError, Losses, Streams, pixels_of
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.training.step.eager import EagerStep, Step
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kdcache.distill import Counts, Criterion, Losses, Streams
-from kdcache.distill.batch import pixels_of
-from kdcache.distill.counts import average_counts
+from kdcache.distill import Counts, Criterion, Losses, Streams, average_counts, pixels_of
 from kdcache.distill.terms import discriminator_parameters
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.training.step.gradient_norms import Gradient, Norms, TaskGradients, l2_norm

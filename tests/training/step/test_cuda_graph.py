@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.distill import Streams
-from kdcache.distill.batch import rows_of
+from kdcache.distill import Streams, rows_of
 from kdcache.training import Observer, TrainConfig, make_config, train
 from kdcache.training.step import cuda_graph
 from kdcache.training.step.compiled import CompiledStep, make_step

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kdcache.distill import SEGMENTATION, Streams
-from kdcache.distill.batch import rows_of
+from kdcache.distill import SEGMENTATION, Streams, rows_of
 from kdcache.errors import RecipeError
 from kdcache.training import Observer, TrainConfig, make_config, train, trainer
 from kdcache.training.step.compiled import CompiledStep, choose_step, make_step
