@@ -74,9 +74,8 @@ class Contents:
 
 def short_digests(split: Split, index: int, of_file: FileDigest | None = None) -> npt.NDArray[np.uint8]:
     """Return the digests of a sample's image, label and depth, uint8 (3, 16), zeros without a label."""
-    image, label, *depth = split.content_digests(index, of_file)
     rows = np.zeros((3, DIGEST_BYTES), np.uint8)
-    for row, digest in zip(rows, (image, label, depth[0] if depth else None), strict=True):
+    for row, digest in zip(rows, split.content_digests(index, of_file), strict=False):
         if digest is not None:
             row[:] = np.frombuffer(bytes.fromhex(digest[: 2 * DIGEST_BYTES]), np.uint8)
     return rows

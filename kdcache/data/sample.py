@@ -264,10 +264,6 @@ class Split:
         source = self._source(index, task)
         return None if source is None else source.raw()
 
-    def origin(self, index: int) -> str:
-        """Return a name of the image that another split's image has only if it is the same. Reads no file."""
-        return self.samples[index].origin
-
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
         """Return the SHA-256 of the image, of the label (or None) and, if any, of the depth.
 

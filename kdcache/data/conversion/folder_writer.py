@@ -20,7 +20,7 @@ from PIL import Image
 from kdcache.data.classes import write_classes
 from kdcache.data.files import is_plain_label
 from kdcache.data.layouts.depth import DEPTH_FILE, DepthUnit
-from kdcache.data.layouts.file_split import DepthFile
+from kdcache.data.layouts.file_split import LabelFile
 from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.sample import Pixels, Source, Split
 from kdcache.files import replacing, write_whole
@@ -52,21 +52,15 @@ class FolderWriter:
             folder = folder.with_name(f".{folder.name}.unfinished")
         return folder / f"{self.source.ids[index]}{suffix}"
 
-    def label_file(self, index: int) -> Path | None:
-        """Return the path of a sample's label, or None without one."""
-        if not self.source.has_label(index):
-            return None
-        return self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
-
     def write_label(self, index: int, label: Pixels | None = None) -> Link | Literal["file"] | None:
         """Write or link a sample's label unless it exists. Return whether it is a link, a copy or a new file, or None.
 
         `label` has class ids (H, W) if they differ from the file's numbers. None takes the source's label.
         """
-        path = self.label_file(index)
-        if path is None or path.exists():
+        source = self.source.samples[index].labels.get(SEGMENTATION)
+        path = self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
+        if source is None or path.exists():
             return None
-        source = self.source.samples[index].labels[SEGMENTATION]
         own = source.path
         if own is not None and label is None and self.source.label_map is None and is_plain_label(own):
             return link_file(own, path)
@@ -101,9 +95,9 @@ class FolderWriter:
 
 def _unit_text(depth: Source[Any] | None) -> str | None:
     """Return `depth.toml` for a depth file that can be linked, or None for disparity and depth without a file."""
-    if not (isinstance(depth, DepthFile) and isinstance(depth.metres, DepthUnit)):
+    unit = depth.decode if isinstance(depth, LabelFile) else None
+    if not isinstance(unit, DepthUnit):
         return None
-    unit = depth.metres
     per_metre = "" if unit.per_metre is None else f"units_per_metre = {unit.per_metre!r}\n"
     return f"{per_metre}invalid = {json.dumps(list(unit.invalid))}\n"
 

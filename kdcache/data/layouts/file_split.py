@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdcache.data.files import LABEL_SUFFIXES, file_digest, image_size, read_image, read_label
-from kdcache.data.layouts.depth import DepthReader, check_depth
+from kdcache.data.layouts.depth import check_depth
 from kdcache.data.layouts.label_ids import LabelIds, numbers_in
 from kdcache.data.layouts.scan import DrawnLabels, Scan
-from kdcache.data.sample import ClassList, Depth, FileDigest, Pixels, Sample, Source, Split, Values, ids_out_of_range
+from kdcache.data.sample import ClassList, FileDigest, Pixels, Sample, Source, Split, Values, ids_out_of_range
 from kdcache.errors import DataError
 from kdcache.tasks import DEPTH, SEGMENTATION
 
@@ -69,43 +70,33 @@ class ImageFile(FileSource[Pixels]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LabelFile(FileSource[Pixels]):
-    """The class ids of an image in a file.
+class LabelFile(FileSource[Values]):
+    """A label of an image in a file.
 
     Attributes:
         image: the image of the same sample.
-        label_ids: what the numbers in the file mean.
-        classes: the number of classes.
+        decode: reads such a file as class ids or metres.
+        check: raises DataError for a label, from this file, that no training could use.
     """
 
     image: ImageFile
-    label_ids: LabelIds
-    classes: int
+    decode: Callable[[Path], Values]
+    check: Callable[[Values, Path], None]
 
-    def raw(self) -> Pixels:
-        """Decode the file and map its numbers."""
-        path = Path(self.file)
-        label = read_label(path, self.label_ids.colours)
-        if self.label_ids.check is not None:
-            self.label_ids.check(numbers_in(label), path)
-        table = self.label_ids.table
-        return label if table is None else table.take(label)
+    def raw(self) -> Values:
+        """Return what the file holds."""
+        return self.decode(Path(self.file))
 
-    def read(self) -> Pixels:
-        """Return the label. Raises: DataError for a label of another size than its image, or ids of no class."""
+    def read(self) -> Values:
+        """Return the label. Raises: DataError for another size than the image's, or for what `check` finds."""
         label = self.raw()
         self.image.check_size(label.shape, self.file)
-        if bad := ids_out_of_range(label, self.classes):
-            raise DataError(
-                f"Unknown ids in label {self.file}: {describe_ids(bad)}",
-                fix=self.label_ids.fix,
-                rule=self.label_ids.rule.format(last=self.classes - 1),
-            )
+        self.check(label, Path(self.file))
         return label
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DrawnLabel(LabelFile):
+class DrawnLabel(LabelFile[Pixels]):
     """Class ids that are drawn from annotations. `file` is their file, which has those of other samples too."""
 
     drawn: DrawnLabels
@@ -125,23 +116,29 @@ class DrawnLabel(LabelFile):
         return self.drawn.digest(self.sample)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DepthFile(FileSource[Depth]):
-    """The depth of an image in a file. `metres` reads such a file as metres."""
+@dataclass(frozen=True, eq=False)
+class ClassIds:
+    """The class ids in label files: what their numbers mean, and the number of classes."""
 
-    image: ImageFile
-    metres: DepthReader
+    label_ids: LabelIds
+    classes: int
 
-    def raw(self) -> Depth:
-        """Read the file in metres."""
-        return self.metres(Path(self.file))
+    def decode(self, path: Path) -> Pixels:
+        """Decode a file and map its numbers. Raises: DataError."""
+        label = read_label(path, self.label_ids.colours)
+        if self.label_ids.check is not None:
+            self.label_ids.check(numbers_in(label), path)
+        table = self.label_ids.table
+        return label if table is None else table.take(label)
 
-    def read(self) -> Depth:
-        """Return the depth. Raises: DataError for another size than the image's, or numbers that cannot be metres."""
-        depth = self.raw()
-        self.image.check_size(depth.shape, self.file)
-        check_depth(depth, Path(self.file))
-        return depth
+    def check(self, label: Pixels, path: Path) -> None:
+        """Raise DataError for ids of no class."""
+        if bad := ids_out_of_range(label, self.classes):
+            raise DataError(
+                f"Unknown ids in label {path}: {describe_ids(bad)}",
+                fix=self.label_ids.fix,
+                rule=self.label_ids.rule.format(last=self.classes - 1),
+            )
 
 
 def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan) -> Split:
@@ -155,16 +152,16 @@ def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan
         scan: its files.
     """
     root, sizes = root.absolute(), dict[str, tuple[int, int]]()
-    depth, depth_files = (None, {}) if scan.depth is None else (scan.depth.read, scan.depth.files)
-    samples = []
+    ids = ClassIds(scan.label_ids, len(classes))
+    decode, check, samples = ids.decode, ids.check, []
     for name, file in scan.images.items():
         image = ImageFile(str(root / file), sizes)
-        labels: dict[str, Source[Pixels] | Source[Depth]] = {}
+        labels: dict[str, Source[Any]] = {}
         if (label := scan.labels.get(name)) is not None:
-            of_file = str(root / label), image, scan.label_ids, len(classes)
+            of_file = str(root / label), image, decode, check
             labels[SEGMENTATION] = LabelFile(*of_file) if scan.drawn is None else DrawnLabel(*of_file, scan.drawn, name)
-        if depth is not None and (far := depth_files.get(name)) is not None:
-            labels[DEPTH] = DepthFile(str(root / far), image, depth)
+        if scan.depth is not None and (far := scan.depth.files.get(name)) is not None:
+            labels[DEPTH] = LabelFile(str(root / far), image, scan.depth.read, check_depth)
         samples.append(Sample(name, image, labels, image.file))
     return Split(data, split, classes, tuple(samples), scan.label_ids.table)
 

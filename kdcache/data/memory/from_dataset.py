@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from annotated_types import Ge, Le
 
 from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, naming_item, part_of
 from kdcache.data.memory.opened import PREFIX, register
-from kdcache.data.sample import ClassList, Depth, Numbered, Pixels, Sample, Split, Values, ids_digest
+from kdcache.data.sample import ClassList, Numbered, Pixels, Sample, Split, ids_digest
 from kdcache.errors import DataError
-from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION
+from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION, TASKS
 
 Progress = Callable[[int, int], None]
 _READINGS = 5
@@ -31,11 +32,20 @@ class Items:
         keys: where an item has its parts.
         classes: names in the order of the ids.
         void: the number in labels that means no class.
-        data: the data set's name in messages.
+
+    Attributes:
+        place: ` of DATA` for messages, once the data set has a name.
+        tasks: the tasks that items have a place for.
     """
 
-    def __init__(self, items: Any, keys: Keys, classes: ClassList, void: int, data: str) -> None:
-        self._items, self._keys, self._classes, self._void, self._data = items, keys, classes, void, data
+    def __init__(self, items: Any, keys: Keys, classes: ClassList, void: int) -> None:
+        self._items, self._keys, self.place = items, keys, ""
+        readers: dict[str, tuple[Key | None, Callable[..., Any]]] = {
+            SEGMENTATION: (keys.label, partial(label_of, classes=classes.names, void=void)),
+            DEPTH: (keys.depth, depth_of),
+        }
+        self._readers = {task: (key, read) for task, (key, read) in readers.items() if key is not None}
+        self.tasks = tuple(self._readers)
         self._start()
 
     def _start(self) -> None:
@@ -50,50 +60,51 @@ class Items:
 
     def image(self, number: int) -> Pixels:
         """Return the image of an item as RGB pixels."""
-        value, where = self._part(number, self._keys.image), self._where(number)
+        item, where = self._item(number), self._where(number)
         with naming_item(where):
-            return image_of(value, where)
+            return image_of(part_of(item, self._keys.image), where)
 
-    def label(self, number: int) -> Pixels:
-        """Return the class ids of an item."""
-        value, where, size = self._part(number, self._keys.label), self._where(number), self._size(number)
-        with naming_item(where):
-            return self._there(label_of(value, size, self._classes.names, self._void, where), where)
-
-    def depth(self, number: int) -> Depth:
-        """Return the depth of an item."""
-        value, where, size = self._part(number, self._keys.depth), self._where(number), self._size(number)
-        with naming_item(where):
-            return self._there(depth_of(value, size, where), where)
-
-    def _size(self, number: int) -> tuple[int, int]:
-        height, width, _ = self.image(number).shape
-        return height, width
-
-    def _part(self, number: int, key: Key | None) -> Any:
-        """Return a part of an item, which is kept until this thread reads another one: its parts are read together.
-
-        One at a time: a data set of torch is read by one thread of a process.
-        """
-        where = self._where(number)
-        if getattr(self._last, "number", None) != number:
-            with self._lock:
-                self._last.item = read_item(self._items, number, where)
-            self._last.number = number
-        with naming_item(where):
-            return part_of(self._last.item, key)
-
-    def _where(self, number: int) -> str:
-        return f"item {number} of {self._data}"
-
-    @staticmethod
-    def _there(label: Values | None, where: str) -> Values:
+    def label(self, task: str, number: int) -> Any:
+        """Return the label of an item that has one. Raises: DataError if it is gone."""
+        label = self._label(task, number, self.image(number))
         if label is None:
             raise DataError(
-                f"{where} has no label, though it had one before",
+                f"{self._where(number)} has no label, though it had one before",
                 fix="Leave ids out: kdcache then reads all samples once, and knows those without a label.",
             )
         return label
+
+    def contents(self, number: int) -> tuple[str, tuple[str, ...]]:
+        """Read an item again. Return the digest of its image and labels, and the tasks that it has a label of."""
+        self._last.number = None
+        image = self.image(number)
+        labels = {task: self._label(task, number, image) for task in self.tasks}
+        digest = hashlib.sha256()
+        for array in (image, *(labels.get(task) for task in TASKS)):
+            digest.update(
+                b"none" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()
+            )
+        return digest.hexdigest(), tuple(task for task, label in labels.items() if label is not None)
+
+    def _label(self, task: str, number: int, image: Pixels) -> Any:
+        key, read = self._readers[task]
+        item, where = self._item(number), self._where(number)
+        with naming_item(where):
+            return read(part_of(item, key), image.shape[:2], where=where)
+
+    def _item(self, number: int) -> Any:
+        """Return an item, which is kept until this thread reads another one: an image and its label are one item.
+
+        One at a time: a data set of torch is read by one thread of a process.
+        """
+        if getattr(self._last, "number", None) != number:
+            with self._lock:
+                self._last.item = read_item(self._items, number, self._where(number))
+            self._last.number = number
+        return self._last.item
+
+    def _where(self, number: int) -> str:
+        return f"item {number}{self.place}"
 
 
 def from_dataset(
@@ -141,23 +152,23 @@ def from_dataset(
     keys = find_keys(first, image, label, depth, "item 0")
     split = split or str(getattr(dataset, "split", None) or "train").partition("[")[0]
     name = _plain(name or _own_name(dataset))
-    _check_still(dataset, keys, count, classes, void)
-    labelled = {SEGMENTATION: [keys.label is not None] * count, DEPTH: [keys.depth is not None] * count}
+    items = Items(dataset, keys, classes, void)
+    _check_still(items, count)
     if ids is not None:
-        texts, rule = _given_ids(dataset, ids, count), "as given" if not isinstance(ids, str) else f"of column {ids}"
+        texts, tasks = _given_ids(dataset, ids, count), [items.tasks] * count
+        rule = f"of column {ids}" if isinstance(ids, str) else "as given"
     else:
-        texts, labelled = _ids_of_contents(dataset, keys, count, classes, void, progress)
+        texts, tasks = _ids_of_contents(items, count, progress)
         rule = "numbers and digests of contents: every sample was read once"
     order = sorted(range(count), key=texts.__getitem__)
     data = f"{PREFIX}{name}@{ids_digest(classes.names, [texts[number] for number in order])[:12]}"
-    items = Items(dataset, keys, classes, void, data)
-    read_image = items.image
-    read: dict[str, Callable[[int], Any]] = {SEGMENTATION: items.label, DEPTH: items.depth}
+    items.place = f" of {data}"
+    read_image, readers = items.image, {task: partial(items.label, task) for task in items.tasks}
     samples = tuple(
         Sample(
             id=texts[number],
             image=Numbered(read_image, number),
-            labels={task: Numbered(read[task], number) for task, flags in labelled.items() if flags[number]},
+            labels={task: Numbered(readers[task], number) for task in tasks[number]},
             origin=f"{data} {split} {texts[number]}",
         )
         for number in order
@@ -245,43 +256,24 @@ def _column(item: Any, column: str, number: int) -> Any:
         ) from error
 
 
-def _contents(item: Any, keys: Keys, classes: ClassList, void: int, where: str) -> tuple[str, bool, bool]:
-    """Return (Digest of an item's image and labels, whether it has a label of classes, and of depth)."""
-    with naming_item(where):
-        pixels = image_of(part_of(item, keys.image), where)
-        size = (pixels.shape[0], pixels.shape[1])
-        label = label_of(part_of(item, keys.label), size, classes.names, void, where)
-        metres = depth_of(part_of(item, keys.depth), size, where)
-    digest = hashlib.sha256()
-    for array in (pixels, label, metres):
-        digest.update(b"none" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest(), label is not None, metres is not None
-
-
-def _ids_of_contents(
-    dataset: Any, keys: Keys, count: int, classes: ClassList, void: int, progress: Progress | None
-) -> tuple[list[str], dict[str, list[bool]]]:
-    """Return ids of number and digest, and which samples have labels of each task. Reads every item."""
-    texts, labelled = list[str](), {SEGMENTATION: list[bool](), DEPTH: list[bool]()}
+def _ids_of_contents(items: Items, count: int, progress: Progress | None) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return ids of number and digest, and the tasks that each sample has a label of. Reads every item."""
+    texts, tasks = list[str](), list[tuple[str, ...]]()
     for number in range(count):
-        item = read_item(dataset, number, f"item {number}")
-        digest, has_label, has_depth = _contents(item, keys, classes, void, f"item {number}")
+        digest, labelled = items.contents(number)
         texts.append(f"{number:07d}-{digest[:16]}")
-        labelled[SEGMENTATION].append(has_label)
-        labelled[DEPTH].append(has_depth)
+        tasks.append(labelled)
         if progress is not None:
             progress(number + 1, count)
-    return texts, labelled
+    return texts, tasks
 
 
-def _check_still(dataset: Any, keys: Keys, count: int, classes: ClassList, void: int) -> None:
+def _check_still(items: Items, count: int) -> None:
     """Raise DataError if items change from one reading to the next."""
     for number in sorted({0, count // 2, count - 1}):
-        where = f"item {number}"
-        digests = {_contents(read_item(dataset, number, where), keys, classes, void, where) for _ in range(_READINGS)}
-        if len(digests) > 1:
+        if len({items.contents(number) for _ in range(_READINGS)}) > 1:
             raise DataError(
-                f"{where} differs from one reading to the next",
+                f"item {number} differs from one reading to the next",
                 fix="Take the augmentation out of the data set, as the build and the training draw views. Or keep it "
                 "in your own loop, with Cache.targets_for (docs: Use your own training loop).",
             )

@@ -106,7 +106,7 @@ def image_of(value: Any, where: str) -> Pixels:
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)), order="C")
 
 
-def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: int, where: str) -> Pixels | None:
+def label_of(value: Any, size: tuple[int, ...], classes: tuple[str, ...], void: int, where: str) -> Pixels | None:
     """Return a label as uint8 (H, W) class ids with 255 for void, or None for None.
 
     `size` is (H, W) of its image. `void` also means no class, in addition to 255.
@@ -142,7 +142,7 @@ def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: 
     return ids.astype(np.uint8)
 
 
-def depth_of(value: Any, size: tuple[int, int], where: str) -> Depth | None:
+def depth_of(value: Any, size: tuple[int, ...], where: str) -> Depth | None:
     """Return a depth label as float32 (H, W) metres, NaN if it is not above 0, or None for None.
 
     Raises: DataError for one of another size or kind.

@@ -135,11 +135,9 @@ class SceneArray(Source[Any]):
 
     def read(self) -> Any:
         """Return a copy of the drawn array, of a LiDAR's depth only the points that it hit."""
-        spec, depth = self.spec, self.spec.depth != "none"
-        arrays = SCENES.get(spec.height, spec.width, spec.seed, self.split, self.number, depth=depth, style=spec.style)
-        array = arrays[self.place].copy()
-        if self.place == _DEPTH and spec.depth == "sparse" and self.split == "train":
-            seed = [spec.seed, zlib.crc32(b"lidar"), self.number]
+        array = SCENES.get(self.spec, self.split, self.number)[self.place].copy()
+        if self.place == _DEPTH and self.spec.depth == "sparse" and self.split == "train":
+            seed = [self.spec.seed, zlib.crc32(b"lidar"), self.number]
             array[~lidar_points(np.random.default_rng(seed), array.shape)] = np.nan
         return array
 
@@ -220,31 +218,22 @@ class SceneCache:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
-        self.samples: OrderedDict[tuple[int, int, int, str, int, bool, str], tuple[Any, ...]] = OrderedDict()
+        self.samples: OrderedDict[tuple[Any, ...], tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(
-        self,
-        height: int,
-        width: int,
-        seed: int,
-        split: str,
-        index: int,
-        *,
-        depth: bool = False,
-        style: str = "default",
-    ) -> tuple[Any, ...]:
-        """Return pixels and label of a sample, and with `depth` its depth, which takes twice the memory."""
-        key = (height, width, seed, split, index, depth, style)
+    def get(self, spec: ScenesSpec, split: str, index: int) -> tuple[Any, ...]:
+        """Return pixels and label of a sample, and its depth if the spec has any, which takes twice the memory."""
+        depth = spec.depth != "none"
+        key = (spec.height, spec.width, spec.seed, spec.style, depth, split, index)
         with self._lock:
             if key in self.samples:
                 self.samples.move_to_end(key)
                 return self.samples[key]
         # Drawn outside the lock; two threads may draw the same sample once each, to the same result.
         # A style has streets of its own, or two domains would show the same ones.
-        name = split if style == "default" else f"{split}-{style}"
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
-        sample = draw_street(rng, height, width, STYLES[style])[: 3 if depth else 2]
+        name = split if spec.style == "default" else f"{split}-{spec.style}"
+        rng = np.random.default_rng([spec.seed, zlib.crc32(name.encode()), index])
+        sample = draw_street(rng, spec.height, spec.width, STYLES[spec.style])[: 3 if depth else 2]
         with self._lock:
             if key not in self.samples:
                 self.samples[key] = sample

@@ -110,23 +110,18 @@ def stored_split(like: Cache) -> LikeSplit:
             f"{like.place} does not store {'digests of its images' if like.pixels_stored else 'pixels'}",
             fix=f"Add --data (the folder of {dataset.name!r}).",
         )
-    has_label = {SEGMENTATION: like.has_label, DEPTH: like.has_depth}
-    samples = tuple(
-        Sample(
-            id=name,
-            image=StoredArray(like, number, "pixels/image", "records/image_digest"),
-            labels={
-                task: StoredArray(like, number, f"labels/{task}", digest)
-                for task, digest in _LABEL_DIGESTS.items()
-                if has_label[task][number]
-            },
-            origin=f"{dataset.name} {dataset.split} {name}",
-        )
-        for number, name in enumerate(like.ids)
-    )
-    classes = ClassList(dataset.class_names, dataset.class_colours)
-    digest = dataset.ids_digest
-    return LikeSplit(dataset.name, dataset.split, classes, samples, known_digest=digest, like=like, stored=True)
+    has_label, samples = {SEGMENTATION: like.has_label, DEPTH: like.has_depth}, []
+    for number, name in enumerate(like.ids):
+        first = like.manifest.record(number)
+        image = StoredArray(like, first, "pixels/image", DIGESTS[0])
+        labels = {
+            task: StoredArray(like, first, f"labels/{task}", digest)
+            for task, digest in _LABEL_DIGESTS.items()
+            if has_label[task][number]
+        }
+        samples.append(Sample(name, image, labels, f"{dataset.name} {dataset.split} {name}"))
+    classes, digest = ClassList(dataset.class_names, dataset.class_colours), dataset.ids_digest
+    return LikeSplit(dataset.name, dataset.split, classes, tuple(samples), known_digest=digest, like=like, stored=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,25 +129,22 @@ class StoredArray(Source[Any]):
     """An array of a sample's first view in a cache, and the path of its digest there."""
 
     cache: Cache
-    number: int
+    record: int
     array: str
     of_content: str
 
     def read(self) -> Array:
         """Return the array of the view. Raises: CorruptError as `Cache.read`."""
-        return self._first(self.array)
+        return self.cache.read(self.record, [self.array])[self.array]
 
     def digest(self, of_file: FileDigest | None = None) -> str:
         """Return the first half of the digest, which is all that a cache has."""
-        return self._first(self.of_content).tobytes().hex()
-
-    def _first(self, path: str) -> Array:
-        return self.cache.read(self.cache.manifest.record(self.number), [path])[path]
+        return self.cache.read(self.record, [self.of_content])[self.of_content].tobytes().hex()
 
 
 def stored_views(split: LikeSplit, records: Sequence[int]) -> list[Rendered]:
     """Return the views of the cache. Raises: CorruptError as `Cache.read`."""
-    like, read = split.like, []
+    like, read = split.like, list[Rendered]()
     paths = [path for path in like.specs if path.startswith(("pixels/", "labels/", "records/"))]
     for record in records:
         row, (sample, view) = like.read(record, paths), divmod(record, like.manifest.view.views_per_sample)

@@ -190,11 +190,11 @@ def test_written_out_it_is_a_folder_data_set(tmp_path) -> None:
 
 
 def test_the_cache_is_bounded_and_keeps_what_is_used() -> None:
-    cache = SceneCache(limit_bytes=3 * 16 * 16 * 4)
-    first = cache.get(16, 16, 0, "train", 0)
+    cache, spec = SceneCache(limit_bytes=3 * 16 * 16 * 4), ScenesSpec(16, 16)
+    first = cache.get(spec, "train", 0)
     for index in range(1, 10):
-        cache.get(16, 16, 0, "train", index)
-        assert cache.get(16, 16, 0, "train", 0)[0] is first[0]
+        cache.get(spec, "train", index)
+        assert cache.get(spec, "train", 0)[0] is first[0]
         assert len(cache.samples) <= 3
     assert cache.held_bytes == sum(a.nbytes for sample in cache.samples.values() for a in sample)
 
