@@ -16,7 +16,7 @@ from kdcache.settings.setting import describe_values, entries
 from kdcache.settings.training import TRAINING
 from kdcache.settings.validate import ALL_FLAGS, check_names
 
-_FLAG = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<flag>[a-z][a-z-]*)(?: (?P<value>[^\s;]+?)(?=[.,:)]*(?:\s|$)))?")
+_FLAG = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<flag>[a-z][a-z-]*)(?: (?P<value>[^\s;(][^\s;]*?)(?=[.,:)]*(?:\s|$)))?")
 _COMMAND = re.compile(r"\bkdcache [a-z]")
 _PLACEHOLDER = re.compile("[A-Z]+(x[A-Z]+)?")
 _IN_PYTHON = {"from": "reuse", "json": "json_file"}

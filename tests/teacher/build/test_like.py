@@ -108,7 +108,7 @@ def test_the_teacher_may_see_larger_images_of_the_data(tmp_path: Path, make: Any
     assert open_caches([tmp_path / "main", tmp_path / "large"]).manifest.joined == ("main", "large")
     with pytest.raises(RecipeError, match="Cannot show the teacher pixels of 64x96") as caught:
         make(tmp_path / "none", like=main, data=None, teacher_size=(64, 96))
-    assert "--data" in caught.value.fix
+    assert "data=" in caught.value.fix
 
 
 def test_a_build_goes_on_and_is_repaired(tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,18 +150,18 @@ def test_another_image_is_named_with_both_versions_of_pillow(tmp_path: Path, mak
         make(tmp_path / "none", like=main, data=str(moved), features=("stage2",), features_only=True)
     assert f"view 0 of sample {main.ids[3]!r} shows other pixels" in caught.value.problem
     assert f"built with Pillow {pillow} against {pillow}" in caught.value.problem
-    assert "leave --data out to use the stored pixels" in caught.value.fix
+    assert "leave data= out to use the stored pixels" in caught.value.fix
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "size": ({"size": (64, 96)}, "--size 64x96 (there 32x48)"),
-    "views": ({"views": 2}, "--views 2 (there 3)"),
-    "seed": ({"view_seed": 7}, "--view-seed 7 (there 0)"),
-    "scale": ({"view_scale": (1.0, 3.0)}, "--view-scale 1:3 (there 1:2)"),
-    "shards": ({"shard_records": 8}, "--shard-records 8 (there 4)"),
-    "fit": ({"fit": "pad"}, "--fit pad (there squash)"),
-    "crop": ({"crop": (16, 16)}, "--crop 16x16 (there none)"),
-    "split": ({"split": "val", "data": None}, "--split val (there train)"),
+    "size": ({"size": (64, 96)}, "size='64x96' (there 32x48)"),
+    "views": ({"views": 2}, "views=2 (there 3)"),
+    "seed": ({"view_seed": 7}, "view_seed=7 (there 0)"),
+    "scale": ({"view_scale": (1.0, 3.0)}, "view_scale='1:3' (there 1:2)"),
+    "shards": ({"shard_records": 8}, "shard_records=8 (there 4)"),
+    "fit": ({"fit": "pad"}, "fit='pad' (there squash)"),
+    "crop": ({"crop": (16, 16)}, "crop='16x16' (there none)"),
+    "split": ({"split": "val", "data": None}, "val (there train)"),
 }
 
 
@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_flags_that_contradict_the_cache_are_named(tmp_path: Path, make: Any, name: str) -> None:
     main = make(tmp_path / "main", **VIEWS["views"])
     changes, words = WRONG[name]
-    with pytest.raises(RecipeError, match="with --like") as caught:
+    with pytest.raises(RecipeError, match="with like=") as caught:
         make(tmp_path / "none", like=main, **{"shard_records": 4, **changes})
     assert words in caught.value.problem
     assert not (tmp_path / "none").exists()
@@ -188,10 +188,10 @@ def test_caches_that_nothing_can_be_like(tmp_path: Path, make: Any) -> None:
         make(tmp_path / "none", like=tmp_path / "nowhere")
     with pytest.raises(MismatchError, match="bare does not store pixels") as caught:
         make(tmp_path / "none", like=bare, data=None)
-    assert "Add --data (the folder of 'data')" in caught.value.fix
-    with pytest.raises(RecipeError, match="Missing --data"):
+    assert "Add data= (the folder of 'data')" in caught.value.fix
+    with pytest.raises(RecipeError, match="Missing data="):
         make(tmp_path / "none", data=None)
-    with pytest.raises(RecipeError, match=r"Use either --from .* or --like .*, not both"):
+    with pytest.raises(RecipeError, match=r"Use either reuse=.* or like=.*, not both"):
         make(tmp_path / "none", like=main, reuse=main)
     with pytest.raises(RecipeError, match=r"Cannot build .* from itself"):
         make(tmp_path / "main", like=main)
