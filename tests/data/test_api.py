@@ -23,6 +23,6 @@ def test_importing_stays_light_and_one_way() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == [
-        "['kdcache', 'kdcache.bounded', 'kdcache.data', 'kdcache.errors', 'kdcache.files']",
+        "['kdcache', 'kdcache.bounded', 'kdcache.data', 'kdcache.errors', 'kdcache.files', 'kdcache.tasks']",
         "[]",
     ]
