@@ -16,7 +16,7 @@ from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.store import Records
 from kdcache.training.distributed import World
-from kdcache.training.input.batch import Row
+from kdcache.training.input.batch import row_of
 from kdcache.training.input.cache_dataset import CacheDataset
 
 
@@ -91,7 +91,7 @@ class FeatureJudge:
             numbers = range(first, min(first + self._batch_size, len(self)))
             batch = self._dataset.empty(len(numbers))
             for place, number in enumerate(numbers):
-                self._dataset.draw_into(number, 0, np.random.default_rng(number), Row.of(batch, place))
+                self._dataset.draw_into(number, 0, np.random.default_rng(number), row_of(batch, place))
             yield batch
 
 

@@ -4,8 +4,7 @@ A sample is drawn into memory that the caller gives, usually a row of a batch (`
 tensors of single samples would cost as much as reading.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,50 +16,15 @@ from kdcache.distill import SEGMENTATION, Batch
 from kdcache.tasks import DEPTH
 
 Array = np.ndarray[Any, Any]
-_STORED = ("targets/", "arrays/")
+Row = Mapping[str, Array]
+"""Arrays to draw one sample into, by the names of `Batch.to_dict`: the memory of a batch without its first axis."""
+CLASS_LABEL, DEPTH_LABEL = f"labels/{SEGMENTATION}", f"labels/{DEPTH}"
 
 
-@dataclass(frozen=True)
-class Row:
-    """Arrays to draw one sample into: the memory of a `Batch` without its first axis.
-
-    Attributes:
-        label: segmentation labels.
-        depth: depth labels, or None if none are drawn.
-        stored: (path, memory for a row of that array of the cache): targets and further arrays.
-        others: the fields of `Batch`. Absent fields are None.
-    """
-
-    pixels: Array
-    label: Array
-    stored: list[tuple[str, Array]]
-    window: Array | None
-    flip: Array | None
-    inside: Array | None
-    dice: Array | None
-    record: Array | None
-    zoom: Array | None = None
-    depth: Array | None = None
-    weak: Array | None = None
-
-    @classmethod
-    def of(cls, batch: Batch, *at: int) -> "Row":
-        """Return the memory of a single sample, or of the sample at index `at` of a batch."""
-        place: Any = (*at, ...)
-        arrays = {name: tensor.numpy()[place] for name, tensor in batch.to_dict().items()}
-        return cls(
-            pixels=arrays["pixels"],
-            label=arrays[f"labels/{SEGMENTATION}"],
-            stored=[(name.removeprefix("arrays/"), a) for name, a in arrays.items() if name.startswith(_STORED)],
-            window=arrays.get("window"),
-            flip=arrays.get("flip"),
-            inside=arrays.get("inside"),
-            dice=arrays.get("dice"),
-            record=arrays.get("record"),
-            zoom=arrays.get("zoom"),
-            depth=arrays.get(f"labels/{DEPTH}"),
-            weak=arrays.get("weak"),
-        )
+def row_of(batch: Batch, *at: int) -> Row:
+    """Return the memory of a single sample, or of the sample at index `at` of a batch."""
+    place: Any = (*at, ...)
+    return {name: tensor.numpy()[place] for name, tensor in batch.to_dict().items()}
 
 
 def collate(samples: Sequence[Batch], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Batch:

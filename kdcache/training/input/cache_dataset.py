@@ -24,7 +24,7 @@ from kdcache.distill import SEGMENTATION
 from kdcache.errors import RecipeError, suggest
 from kdcache.store import Cache, Records, seal_of
 from kdcache.tasks import DEPTH
-from kdcache.training.input.batch import Array, Row
+from kdcache.training.input.batch import CLASS_LABEL, DEPTH_LABEL, Array, Row
 from kdcache.training.input.dataset import DepthZoom, DrawnDataset, Field, Size
 from kdcache.training.input.resident_records import DEPTH_PATH, PIXEL_PATHS, RamRecords, RecordSource, target_paths
 from kdcache.training.input.subset import Part, Selection
@@ -201,29 +201,30 @@ class CacheDataset(DrawnDataset):
         window, flip = self._window(rng, height, width) if warped else (Window.full(height, width), False)
         if self.split is None:
             image, label = self._read(record, PIXEL_PATHS[0]), self._read(record, PIXEL_PATHS[1])
-            render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
-            if out.depth is not None:
+            render(image, label, window, flip=flip, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
+            if DEPTH_LABEL in out:
                 metres = self._read(record, DEPTH_PATH)
                 zoom = zoom_of(window, (height, width)) if self.depth_zoom == "divide" else 1.0
-                render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
+                render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out[DEPTH_LABEL])
         else:
             self._from_source(index, record, window, flip, out)
         self._jitter(rng, out)
-        if out.window is not None and out.flip is not None:
-            out.window[...] = (window.y0, window.x0, window.y1, window.x1)
-            out.flip[...] = flip
-        if out.inside is not None and self._inside is not None:
-            out.inside[...] = self._inside[record]
-        if out.zoom is not None:
-            out.zoom[...] = zoom_of(window, (height, width))
-        if out.record is not None:
-            out.record[...] = record
+        if "window" in out:
+            out["window"][...] = (window.y0, window.x0, window.y1, window.x1)
+            out["flip"][...] = flip
+        if self._inside is not None:
+            out["inside"][...] = self._inside[record]
+        if "zoom" in out:
+            out["zoom"][...] = zoom_of(window, (height, width))
+        if "record" in out:
+            out["record"][...] = record
         if not self._has_label(self.indices[index], SEGMENTATION):
-            out.label[...] = IGNORE_INDEX
-        if out.depth is not None and not self._has_label(self.indices[index], DEPTH):
-            out.depth[...] = np.nan
-        for path, array in out.stored:
-            self.records.read_into(record, path, array)
+            out[CLASS_LABEL][...] = IGNORE_INDEX
+        if DEPTH_LABEL in out and not self._has_label(self.indices[index], DEPTH):
+            out[DEPTH_LABEL][...] = np.nan
+        for name, array in out.items():
+            if name.startswith(("targets/", "arrays/")):
+                self.records.read_into(record, name.removeprefix("arrays/"), array)
         self._finish(rng, out)
 
     def _has_label(self, number: int, task: str | None = None) -> bool:
@@ -260,13 +261,13 @@ class CacheDataset(DrawnDataset):
             height, width = image_size[0] * fitted[0], image_size[1] * fitted[1]
             moved, mirrored = window.scaled(height / view_height, width / view_width), flip
             shown = moved if fitted == (1.0, 1.0) else moved.moved(shown.y0, shown.x0)
-        render(image, label, shown, flip=mirrored, size=self.size, out=(out.pixels, out.label))
-        if out.depth is not None:
+        render(image, label, shown, flip=mirrored, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
+        if DEPTH_LABEL in out:
             share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
             share = share[0] * fitted[0], share[1] * fitted[1]
             zoom = zoom_of(shown, image_size, share) if self.depth_zoom == "divide" else 1.0
             metres = self.split.label(number, "depth")
-            render_depth(metres, shown, flip=mirrored, size=self.size, zoom=zoom, out=out.depth)
+            render_depth(metres, shown, flip=mirrored, size=self.size, zoom=zoom, out=out[DEPTH_LABEL])
 
 
 def _views(cache: Cache, limit: int | None) -> int:

@@ -31,7 +31,7 @@ from kdcache.data import (
 from kdcache.distill import SEGMENTATION, Batch
 from kdcache.store import Cache
 from kdcache.tasks import DEPTH
-from kdcache.training.input.batch import Row
+from kdcache.training.input.batch import CLASS_LABEL, DEPTH_LABEL, Row, row_of
 from kdcache.training.input.resident_records import DeviceTargets, RecordSource
 from kdcache.training.input.subset import Part
 
@@ -199,10 +199,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         """Return the fields of a sample, named as in `Batch.to_dict`."""
         fields: dict[str, Field] = {
             "pixels": ((*self.size, 3), torch.uint8),
-            f"labels/{SEGMENTATION}": (self.size, torch.uint8),
+            CLASS_LABEL: (self.size, torch.uint8),
         }
         if DEPTH in self.tasks:
-            fields[f"labels/{DEPTH}"] = (self.size, torch.float32)
+            fields[DEPTH_LABEL] = (self.size, torch.float32)
         if self.weak:
             fields["weak"] = ((*self.size, 3), torch.uint8)
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
@@ -219,7 +219,7 @@ class DrawnDataset(Dataset[Batch], ABC):
     def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
         """Draw a new sample, as `draw_into` does. Raises: as `draw_into`."""
         sample = self.empty()
-        self.draw_into(index, epoch, rng, Row.of(sample))
+        self.draw_into(index, epoch, rng, row_of(sample))
         return sample
 
     def __getitem__(self, index: int) -> Batch:
@@ -230,16 +230,17 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     def _jitter(self, rng: np.random.Generator, out: Row) -> None:
         """Change the colours of the pixels, which are kept as they were where the weak view is wanted."""
-        if out.weak is not None:
-            out.weak[...] = out.pixels
-        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+        pixels = out["pixels"]
+        if "weak" in out:
+            out["weak"][...] = pixels
+        colour_jitter(rng, pixels, self.augmentation.jitter, out=pixels)
 
     def _finish(self, rng: np.random.Generator, out: Row) -> None:
         """Map the label's classes and draw the dice last, so no other draw depends on them."""
         if self.mapped is not None:
-            self.mapped[1].take(out.label, out=out.label)
-        if out.dice is not None:
-            rng.random(out=out.dice, dtype=np.float32)
+            self.mapped[1].take(out[CLASS_LABEL], out=out[CLASS_LABEL])
+        if "dice" in out:
+            rng.random(out=out["dice"], dtype=np.float32)
 
     def _window(
         self, rng: np.random.Generator, height: int, width: int, share: tuple[float, float] = (1.0, 1.0)
@@ -315,10 +316,10 @@ class LabelledDataset(DrawnDataset):
         image_size = image.shape[0], image.shape[1]
         share = fitted_share(self.fit, image_size, self.size)
         window, flip = self._window(rng, *image_size, share)
-        render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
-        if out.depth is not None:
+        render(image, label, window, flip=flip, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
+        if DEPTH_LABEL in out:
             zoom = zoom_of(window, image_size, share) if self.depth_zoom == "divide" else 1.0
             metres = self._label(source, DEPTH)
-            render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
+            render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out[DEPTH_LABEL])
         self._jitter(rng, out)
         self._finish(rng, out)

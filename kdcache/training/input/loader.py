@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdcache.distill import Batch
 from kdcache.errors import KDCacheError
-from kdcache.training.input.batch import Row
+from kdcache.training.input.batch import Row, row_of
 from kdcache.training.input.dataset import DrawnDataset
 from kdcache.training.input.ring_buffer import Ring
 from kdcache.training.input.sampler import Interleaved, Order, Rare, Steps, choose_labelled_share, choose_shuffle
@@ -80,7 +80,7 @@ class Draws(Dataset[Batch | KDCacheError]):
     def __getitem__(self, draw: int) -> Batch | KDCacheError:
         """Return the draw, or its error: DataLoader can raise a worker's error again only as a RuntimeError."""
         sample = self.empty()
-        return self.draw_into(draw, Row.of(sample)) or sample
+        return self.draw_into(draw, row_of(sample)) or sample
 
 
 def make_loader(

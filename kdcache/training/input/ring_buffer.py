@@ -20,7 +20,7 @@ import torch
 
 from kdcache.distill import Batch
 from kdcache.errors import KDCacheError
-from kdcache.training.input.batch import Row
+from kdcache.training.input.batch import Row, row_of
 from kdcache.training.input.sampler import Steps
 
 DEPTH = 4
@@ -108,7 +108,7 @@ class _Buffer:
         self._copied: Any = None
         self.batch = draws.empty(rows, pin_memory=pin_memory)
         # numpy's rows: torch's copies would bring threads of their own, which take the cores from the step's.
-        self._rows = [Row.of(self.batch, row) for row in range(rows)]
+        self._rows = [row_of(self.batch, row) for row in range(rows)]
 
     def draw(self, draws: range, part: int = 0, parts: int = 1) -> KDCacheError | None:
         """Draw every `parts`-th row, from `part` on, up to the first error, which is returned."""
