@@ -114,7 +114,7 @@ def changed(batch: TermBatch, **changes: Any) -> TermBatch:
         logits = changes.get("logits", student.logits)
         rows = term_batch(logits, {}, pixel_weight=None, **given).rows
     outputs = {name: changes.pop(name) for name in ("logits", "features") if name in changes}
-    return replace(batch, student=student._replace(**outputs), rows=rows, **changes)
+    return replace(batch, **{"student": student._replace(**outputs), "rows": rows} | changes)
 
 
 def batch_of(

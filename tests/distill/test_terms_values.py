@@ -384,15 +384,13 @@ def test_a_gpu_says_what_the_cpu_says_without_waiting(name: str) -> None:
     device = torch.device("cuda")
     batch = batch_of(gated=True, counted=True, dtype=torch.float32)
     expected = term_of(name)(batch_of(gated=True, counted=True)).item()
-    moved = term_batch(
-        batch.student.logits.to(device).requires_grad_(),
-        {tap: feature.to(device) for tap, feature in batch.student.features.items()},
-        batch.rows.label.to(device),
-        None if batch.rows.target is None else batch.rows.target.to(device),
-        {path: array.to(device) for path, array in batch.rows.arrays.items()},
-        None if batch.pixel_weight is None else batch.pixel_weight.to(device),
-        batch.rows.size,
-        None if batch.counted is None else batch.counted.to(device),
+    moved = changed(
+        batch,
+        logits=batch.student.logits.to(device).requires_grad_(),
+        features={tap: feature.to(device) for tap, feature in batch.student.features.items()},
+        rows=batch.rows.to(device),
+        pixel_weight=batch.pixel_weight.to(device),
+        counted=batch.counted.to(device),
     )
     term = term_of(name, torch.float32).to(device)
     term(moved)  # first uses may wait: constants are copied, kernels compiled
