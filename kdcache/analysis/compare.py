@@ -9,9 +9,9 @@ or from a new one on the same data.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
+from kdcache.analysis.comparison import Comparison, Gaps, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs
 from kdcache.analysis.runs import Entry, check_judged, check_same_data, find_runs, regressions_of, validated_split
 from kdcache.analysis.statistics import Blocks, Difference, Key, Spread, adjust, choose_blocks, difference, resample
@@ -26,12 +26,13 @@ from kdcache.analysis.stored_evaluations import (
 from kdcache.data import Split, fold_alone, open_split, read_contents
 from kdcache.errors import DataError, MismatchError, RecipeError, suggest
 from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
-from kdcache.metrics.depth import DEPTH_METRICS, DepthRange
+from kdcache.metrics.depth import DepthRange
+from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.models import not_logits
 from kdcache.models.registry import is_listed
 from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import METRES, TASKS
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -102,10 +103,13 @@ def compare(
     controls = {group.name: choose_control(group, groups) for group in groups}
     used = {rival.name for rival in (*baselines.values(), *controls.values()) if rival is not None}
     rows = [
-        replace(
-            _row(group, scores, costs[group.name], baselines[group.name], blocks, group.name in used),
-            control=_difference(scores, group, controls[group.name], blocks, SEGMENTATION),
-            depth_control=_difference(scores, group, controls[group.name], blocks, DEPTH),
+        _row(
+            group,
+            scores,
+            costs[group.name],
+            (baselines[group.name], controls[group.name]),
+            blocks,
+            used=group.name in used,
         )
         for group in groups
     ]
@@ -130,7 +134,8 @@ def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> 
 
     Raises: DataError if no depth is judged in the range.
     """
-    heads = [regressions_of(entry, split.classes, judging.which) for entry in members if DEPTH in split.tasks]
+    needed = any(TASKS[task].unit == METRES for task in split.tasks)
+    heads = [regressions_of(entry, split.classes, judging.which) for entry in members if needed]
     ranges = [own for each in heads if (own := judged_range(each, split, judging.depth)) is not None]
     if not ranges:
         if judging.depth != DepthSettings():
@@ -206,38 +211,26 @@ def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Adjust the verdicts of rows for multiple comparisons: all on mIoU together, all on single classes together.
+    """Adjust the verdicts of rows for multiple comparisons: all on one task together, all on single classes together.
 
-    Differences to controls are adjusted together with differences to baselines. Verdicts on depth are adjusted
-    separately.
+    Differences to controls are adjusted together with differences to baselines.
     The teacher's verdicts count separately, so they make no other verdict harder to reach.
     """
-    places = [place for place, row in enumerate(rows) if row.difference is not None and not row.teacher]
-    controlled = [place for place, row in enumerate(rows) if row.control is not None]
-    gaps = [*(rows[place].difference for place in places), *(rows[place].control for place in controlled)]
-    totals = iter(adjust([gap for gap in gaps if gap is not None]))
-    classes = iter(adjust([gap for place in places for gap in rows[place].class_differences]))
     adjusted = list(rows)
+    for task in TASKS:
+        slots = [
+            (place, name, gap)
+            for place, row in enumerate(rows)
+            for name, gap in zip(("baseline", "control"), row.differences(task), strict=True)
+            if gap is not None and not row.teacher
+        ]
+        for (place, name, _), gap in zip(slots, adjust([gap for *_, gap in slots]), strict=True):
+            adjusted[place] = adjusted[place].with_gaps(task, **{name: gap})
+    places = [place for place, row in enumerate(rows) if not row.teacher]
+    classes = iter(adjust([gap for place in places for gap in rows[place].class_differences]))
     for place in places:
         own = tuple(next(classes) for _ in rows[place].class_differences)
-        adjusted[place] = replace(rows[place], difference=next(totals), class_differences=own)
-    for place in controlled:
-        adjusted[place] = replace(adjusted[place], control=next(totals))
-    return _adjust_depth(adjusted)
-
-
-def _adjust_depth(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Adjust the verdicts on depth together."""
-    slots = [
-        (place, name)
-        for place, row in enumerate(rows)
-        for name in ("depth_difference", "depth_control")
-        if getattr(row, name) is not None and not row.teacher
-    ]
-    adjusted = list(rows)
-    for (place, name), gap in zip(slots, adjust([getattr(rows[place], name) for place, name in slots]), strict=True):
-        changes: dict[str, Any] = {name: gap}
-        adjusted[place] = replace(adjusted[place], **changes)
+        adjusted[place] = replace(adjusted[place], class_differences=own)
     return tuple(adjusted)
 
 
@@ -370,7 +363,7 @@ def _once(read: Callable[[Split], _Read]) -> Callable[[Split], _Read]:
 def _difference(
     scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None, blocks: Mapping[str, Blocks], task: str
 ) -> Difference | None:
-    """Return the difference in mIoU or depth rmse, with its intervals over seeds and over images or sequences.
+    """Return the difference in a task's score, with its intervals over seeds and over images or sequences.
 
     None without a rival, and for a task that neither is judged in.
     """
@@ -378,8 +371,8 @@ def _difference(
     if rival is None or not judged:
         return None
     own, theirs = scores[group.name], scores[rival.name]
-    value: Callable[[RunScore], float] = _rmse if task == DEPTH else _miou
-    gap = difference(_by_key(own, value), _by_key(theirs, value), rival.name)
+    values = [_by_key(row, lambda score: score.value(task)) for row in (own, theirs)]
+    gap = difference(values[0], values[1], rival.name)
     if gap.paired:
         common = {score.key for score in own} & {score.key for score in theirs}
         own, theirs = (tuple(score for score in row if score.key in common) for row in (own, theirs))
@@ -393,42 +386,34 @@ def _difference(
     )
 
 
-def _miou(score: RunScore) -> float:
-    return score.metrics.miou
-
-
-def _rmse(score: RunScore) -> float:
-    return score.depth("rmse")
-
-
 def _row(
     group: Group,
     scores: dict[str, tuple[RunScore, ...]],
     cost: Cost,
-    baseline: Group | None,
+    rivals: tuple[Group | None, Group | None],
     blocks: Mapping[str, Blocks],
+    *,
     used: bool,
 ) -> Row:
-    own = scores[group.name]
-    classes = len(own[0].metrics.class_names)
-    judged = any(score.tasks.depth is not None for score in own)
+    """Return the row of a group. `rivals` are its baseline and its control. `used`: others are measured against it."""
+    own, baseline = scores[group.name], rivals[0]
+    judged = [task for task in TASKS if any(task in score.tasks.by_task for score in own)]
+    iou = [_iou(number) for number in range(len(own[0].metrics.class_names))]
     gaps: list[Difference] = []
     if baseline is not None:
         theirs = scores[baseline.name]
-        columns = map(_iou, range(classes))
-        gaps = [difference(_by_key(own, column), _by_key(theirs, column), baseline.name) for column in columns]
+        gaps = [difference(_by_key(own, column), _by_key(theirs, column), baseline.name) for column in iou]
     return Row(
         name=group.name,
         model=group.model,
         differs=dict(group.differs),
         runs=own,
-        miou=Spread.of(score.metrics.miou for score in own),
-        macc=Spread.of(score.metrics.macc for score in own),
-        aacc=Spread.of(score.metrics.aacc for score in own),
-        iou=tuple(Spread.of(score.metrics.iou[number] for score in own) for number in range(classes)),
-        difference=_difference(scores, group, baseline, blocks, SEGMENTATION),
-        depth_difference=_difference(scores, group, baseline, blocks, DEPTH),
-        depth={name: Spread.of(score.depth(name) for score in own) for name in DEPTH_METRICS} if judged else {},
+        scores={
+            task: {name: Spread.of(score.value(task, name) for score in own) for name in EVALUATORS[task].figures}
+            for task in judged
+        },
+        iou=tuple(Spread.of(map(column, own)) for column in iou),
+        gaps={task: Gaps(*(_difference(scores, group, rival, blocks, task) for rival in rivals)) for task in TASKS},
         class_differences=tuple(gaps),
         cost=cost,
         teacher=group.teacher,

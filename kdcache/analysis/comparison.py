@@ -5,11 +5,12 @@ against the data.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kdcache.analysis.statistics import Difference, Images, Key, Spread, plain
+from kdcache.analysis.statistics import Difference, Key, Spread, plain
+from kdcache.analysis.task_views import FURTHER, VIEWS
 from kdcache.data.concat import parts_of, task_of
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.display import html_table, private_places, public, public_names, without_places
@@ -17,7 +18,8 @@ from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.metrics.evaluators import EVALUATORS, Images
+from kdcache.tasks import SEGMENTATION, TASKS
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,13 @@ class RunScore:
 
     def images(self, task: str) -> Images | None:
         """Return the per-image numbers of a task, or None if they were not stored."""
-        metrics = self.tasks.segmentation if task == SEGMENTATION else self.tasks.depth
+        metrics = self.tasks.by_task.get(task)
         return None if metrics is None else metrics.images
 
-    def depth(self, name: str) -> float:
-        """Return a depth metric by name, or NaN if depth is not judged."""
-        return math.nan if self.tasks.depth is None else float(getattr(self.tasks.depth, name))
+    def value(self, task: str, name: str | None = None) -> float:
+        """Return a figure of a task, by default its score, or NaN if the task is not judged."""
+        metrics = self.tasks.by_task.get(task)
+        return math.nan if metrics is None else float(getattr(metrics, name or TASKS[task].score))
 
     @property
     def key(self) -> Key:
@@ -61,8 +64,26 @@ class RunScore:
     def to_json(self) -> dict[str, Any]:
         """Return the run's seed, fold and metrics as JSON values."""
         origin = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
-        depth = {} if self.tasks.depth is None else {"depth": self.tasks.depth.to_json()}
-        return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json(), **depth}
+        further = {task: own.to_json() for task, own in self.tasks.by_task.items() if task in FURTHER}
+        return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json(), **further}
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The differences of a row in the score of a task.
+
+    Attributes:
+        baseline: the difference to the baseline, or None for a baseline and for a row without one.
+        control: the difference to the row with the same terms but labels in the teacher's place, or None without one.
+    """
+
+    baseline: Difference | None = None
+    control: Difference | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return both as JSON values."""
+        gaps = {"difference": self.baseline, "control": self.control}
+        return {name: None if gap is None else gap.to_json() for name, gap in gaps.items()}
 
 
 @dataclass(frozen=True)
@@ -71,45 +92,54 @@ class Row:
 
     Attributes:
         model: the recipe's spec. differs: the settings that distinguish it from other rows.
+        scores: the figures of each judged task, by task and name.
         iou: per class, in the order of `Comparison.class_names`.
-        difference: in mIoU, or None for a baseline and for a row without one. class_differences: in each class's IoU.
+        gaps: the differences to other rows, by task. class_differences: in each class's IoU, to the baseline.
         cost: the cost of one image with the first run's model.
         teacher: it is the teacher's row, outside the ranking. baseline: others are measured against it.
         distilled: it learnt from a teacher's targets, or has no recipe to tell.
-        control: difference in mIoU to the row with the same terms but labels in the teacher's place, or None without
-            one.
-        depth: depth metrics by name, means over images, or {} if depth is not judged.
-        depth_difference, depth_control: differences in depth rmse, in metres, to the same rows.
     """
 
     name: str
     model: str
     differs: dict[str, Any]
     runs: tuple[RunScore, ...]
-    miou: Spread
-    macc: Spread
-    aacc: Spread
-    iou: tuple[Spread, ...]
-    difference: Difference | None
-    class_differences: tuple[Difference, ...]
     cost: Cost
     teacher: bool
     baseline: bool
+    scores: Mapping[str, Mapping[str, Spread]] = field(default_factory=dict)
+    iou: tuple[Spread, ...] = ()
+    gaps: Mapping[str, Gaps] = field(default_factory=dict)
+    class_differences: tuple[Difference, ...] = ()
     distilled: bool = True
-    control: Difference | None = None
-    depth: dict[str, Spread] = field(default_factory=dict)
-    depth_difference: Difference | None = None
-    depth_control: Difference | None = None
 
-    def depth_spread(self, name: str) -> Spread:
-        """Return a depth metric by name, or NaN if depth is not judged."""
-        return self.depth.get(name, Spread.of(()))
+    def spread(self, task: str, name: str | None = None) -> Spread:
+        """Return a figure of a task, by default its score, or NaN if the task is not judged."""
+        return self.scores.get(task, {}).get(name or TASKS[task].score, Spread.of(()))
 
     def differences(self, task: str) -> tuple[Difference | None, Difference | None]:
-        """Return the differences to baseline and control in a task, in mIoU or in metres of rmse."""
-        if task == DEPTH:
-            return self.depth_difference, self.depth_control
-        return self.difference, self.control
+        """Return the differences to baseline and control in the score of a task."""
+        gaps = self.gaps.get(task, Gaps())
+        return gaps.baseline, gaps.control
+
+    def with_gaps(self, task: str, **gaps: Difference | None) -> "Row":
+        """Return the row with another `baseline` or `control` difference in a task."""
+        return replace(self, gaps={**self.gaps, task: replace(self.gaps.get(task, Gaps()), **gaps)})
+
+    @property
+    def miou(self) -> Spread:
+        """The mIoU."""
+        return self.spread(SEGMENTATION)
+
+    @property
+    def difference(self) -> Difference | None:
+        """The difference in mIoU to the baseline."""
+        return self.differences(SEGMENTATION)[0]
+
+    @property
+    def control(self) -> Difference | None:
+        """The difference in mIoU to the control."""
+        return self.differences(SEGMENTATION)[1]
 
     @property
     def collapsed(self) -> tuple[tuple[str, str], ...]:
@@ -125,26 +155,20 @@ class Row:
             "teacher": self.teacher,
             "baseline": self.baseline,
             "differs": self.differs,
-            "miou": self.miou.to_json(),
-            "macc": self.macc.to_json(),
-            "aacc": self.aacc.to_json(),
-            "difference": None if self.difference is None else self.difference.to_json(),
-            "control": None if self.control is None else self.control.to_json(),
+            **{name: self.spread(SEGMENTATION, name).to_json() for name in EVALUATORS[SEGMENTATION].figures},
+            **self.gaps.get(SEGMENTATION, Gaps()).to_json(),
             "classes": [
                 {"name": name, "iou": iou.to_json(), "difference": None if gap is None else gap.to_json()}
                 for name, iou, gap in zip(class_names, self.iou, gaps, strict=True)
             ],
-            **self._depth_json(),
+            **{task: self._further_json(task) for task in FURTHER if task in self.scores},
             "cost": self.cost.to_json(),
             "runs": [score.to_json() for score in self.runs],
         }
 
-    def _depth_json(self) -> dict[str, Any]:
-        if not self.depth:
-            return {}
-        gaps = {"difference": self.depth_difference, "control": self.depth_control}
-        shown = {name: None if gap is None else gap.to_json() for name, gap in gaps.items()}
-        return {"depth": {**{name: spread.to_json() for name, spread in self.depth.items()}, **shown}}
+    def _further_json(self, task: str) -> dict[str, Any]:
+        spreads = {name: spread.to_json() for name, spread in self.scores[task].items()}
+        return spreads | self.gaps.get(task, Gaps()).to_json()
 
 
 def collapse(row: Row, name: str) -> str | None:
@@ -216,8 +240,7 @@ class Comparison:
         return f"<Comparison on {self.data}, split {self.split}, {self.images} images: {scores}>"
 
     def _repr_html_(self) -> str:
-        scores = {SEGMENTATION: "mIoU %", DEPTH: "depth rmse m"}
-        judged = [name for task, name in scores.items() if task in self.tasks]
+        judged = [VIEWS[task].short[0] for task in self.tasks]
         header = ("", *judged, "beside", "verdict", "parameters M", "ms per image")
         title = f"{public(self.data)}, split {self.split}, {self.images} images"
         return html_table(title if self.banner is None else f"{title}. {self.banner}", header, self._score_rows)
@@ -227,9 +250,8 @@ class Comparison:
         """Rows of name, score per task, baseline, verdict and cost. The full tables are in `tables`."""
         rows = []
         for row in self.rows:
-            scores = [_figure(row.miou, 100, 1)] if SEGMENTATION in self.tasks else []
-            scores += [_figure(row.depth_spread("rmse"), 1, 3)] if DEPTH in self.tasks else []
-            gap = row.difference if row.difference is not None else row.depth_difference
+            scores = [_figure(row.spread(task), *VIEWS[task].short[1:]) for task in self.tasks]
+            gap = next((gap for task in VIEWS if (gap := row.differences(task)[0]) is not None), None)
             beside = ["", ""] if gap is None else [gap.baseline, gap.verdict]
             time = "" if row.cost.latency is None else f"{row.cost.latency.median_ms:.1f}"
             name = f"{row.name} (teacher)" if row.teacher and "teacher" not in row.name else row.name
@@ -265,12 +287,8 @@ class Comparison:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that runs are judged on."""
-        scores = [score.tasks for row in self.rows for score in row.runs]
-        judged = {
-            SEGMENTATION: any(one.segmentation is not None for one in scores),
-            DEPTH: any(one.depth is not None for one in scores),
-        }
-        return tuple(task for task, known in judged.items() if known)
+        judged = {task for row in self.rows for score in row.runs for task in score.tasks.by_task}
+        return tuple(task for task in TASKS if task in judged)
 
     @property
     def latency(self) -> Latency | None:
@@ -288,11 +306,14 @@ class Comparison:
         all_equal = len(values) > 1 and len(set(values)) == 1
         return not row.teacher and not all_equal and value(row) == self.best(value, least=least)
 
-    def _best_depth(self) -> dict[str, Any]:
-        if DEPTH not in self.tasks:
-            return {}
-        rmse = self.best(lambda row: row.depth_spread("rmse").mean, least=True)
-        return {"best_depth_rmse": plain(rmse), "depth_range": self.depth_range}
+    def best_score(self, task: str) -> float:
+        """Return the best score in a task without the teacher, or NaN if there is none."""
+        return self.best(lambda row: row.spread(task).mean, least=VIEWS[task].less)
+
+    def _further_json(self) -> dict[str, Any]:
+        judged = [task for task in self.tasks if task in FURTHER]
+        best = {f"best_{task}_{TASKS[task].score}": plain(self.best_score(task)) for task in judged}
+        return best | ({"depth_range": self.depth_range} if judged else {})
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as JSON values with NaN as null, without folders of this machine."""
@@ -308,8 +329,8 @@ class Comparison:
                 {"name": name, "colour": list(colour)}
                 for name, colour in zip(self.class_names, self.class_colours, strict=True)
             ],
-            "best_miou": plain(self.best(lambda row: row.miou.mean)),
-            **self._best_depth(),
+            "best_miou": plain(self.best_score(SEGMENTATION)),
+            **self._further_json(),
             "rows": [row.to_json(self.class_names) for row in self.rows],
             "notes": list(self.notes),
         }

@@ -25,39 +25,31 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from kdcache.analysis.per_image import MIOU, RMSE, ImageScores, Score, best_and_worst
-from kdcache.analysis.predict import overlay
-from kdcache.data import IGNORE_INDEX, Split
-from kdcache.metrics.depth_figures import UNKNOWN_RGB, DepthMap, absolute_error, bar_end
+from kdcache.analysis.per_image import MIOU, ImageScores, Score, best_and_worst
+from kdcache.analysis.task_views import FURTHER, VIEWS, Legend, Panel
+from kdcache.data import Split
+from kdcache.metrics.depth_figures import DepthMap
 from kdcache.metrics.figures import (
-    VOID_RGB,
     Array,
     Format,
     Layout,
     colour_ids,
-    error_colour,
     file_part,
-    mark_wrong,
     panels,
     save_figure,
 )
 from kdcache.metrics.predictions import Predicted, predicted_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION, TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OPACITY = 0.55
 SHEET = "contact_sheet.png"
 _THUMB_WIDTH = 240
 SUCCESSES, FAILURES = "successful_cases", "failure_cases"
 SIDE_BY_SIDE = "side_by_side"
-Panel = tuple[str, Array | DepthMap]
-"""A picture, with its title."""
-Legend = list[tuple[str, tuple[int, int, int]]]
-"""Names and their colours."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +65,9 @@ class Shown:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The tasks to draw: judged classes, and depth in metres with or without a label."""
+        """The tasks to draw: judged classes, and numbers such as depth with or without a label."""
         own = predicted_tasks(self.model)
-        return tuple(task for task in own if task == DEPTH or task in self.scores.tasks)
+        return tuple(task for task in own if task in FURTHER or task in self.scores.tasks)
 
     def predict(self, split: Split, number: int) -> Predicted:
         """Return the prediction for one image, at its labels' size, and its labels."""
@@ -183,40 +175,24 @@ class Gallery:
             others[name if self.layout == "row" else f"baseline: {name}"] = self.baseline.predict(self.split, number)
         name = shorten(shown.name, 40) if self.layout == "row" else "prediction"
         pictures: list[Panel] = [("image", pixels)]
-        if SEGMENTATION in own.answers:
-            pictures += self._classes(pixels, own, others, name)
-        if DEPTH in own.answers:
-            pictures += self._depth(own, others, name)
+        for task in own.answers:
+            pictures += self._panels(task, pixels, own, others, name)
         return pictures, self._legend([own, *others.values()], own.answers)
 
-    def _classes(self, pixels: Array, own: Predicted, others: Mapping[str, Predicted], name: str) -> list[Panel]:
-        """Return the class panels of one image: ground truth, others, prediction, in a grid overlay and errors."""
-        label, pictures = own.labels.get(SEGMENTATION), list[Panel]()
-        if label is not None:
-            pictures.append(("ground truth", self._coloured(label)))
-        pictures += [
-            (other, self._coloured(taught.argmax)) for other, taught in others.items() if SEGMENTATION in taught.answers
-        ]
-        pictures.append((name, self._coloured(own.argmax)))
-        if self.layout == "row":
-            return pictures
-        pictures.append(("overlay", overlay(pixels, own.argmax.numpy(), self.split.classes, OPACITY)))
-        return pictures if label is None else [*pictures, *self._wrong(pixels, own)]
-
-    def _depth(self, own: Predicted, others: Mapping[str, Predicted], name: str) -> list[Panel]:
-        """Return the depth panels of one image with one bar: ground truth, others, prediction, in a grid the error."""
-        maps = {"depth, ground truth": own.labels.get(DEPTH)}
-        maps |= {f"depth, {other}": taught.answers.get(DEPTH) for other, taught in others.items()}
-        maps[f"depth, {name}"] = own.answers[DEPTH]
-        known = {title: metres.numpy() for title, metres in maps.items() if metres is not None}
-        high = bar_end(known.values())
-        pictures: list[Panel] = [(title, DepthMap(metres, high)) for title, metres in known.items()]
-        if (label := own.labels.get(DEPTH)) is not None and self.layout == "grid":
-            error = absolute_error(own.answers[DEPTH].numpy(), label.numpy())
-            pictures.append(
-                (f"depth, absolute error: {_mean_error(error)}", DepthMap(error, bar_end([error]), "error"))
-            )
-        return pictures
+    def _panels(
+        self, task: str, pixels: Array, own: Predicted, others: Mapping[str, Predicted], name: str
+    ) -> list[Panel]:
+        """Return the panels of a task at one scale: ground truth, others, prediction, in a grid overlay and errors."""
+        view, answer, label = VIEWS[task], own.answers[task].numpy(), own.labels.get(task)
+        maps = {"ground truth": label} | {other: taught.answers.get(task) for other, taught in others.items()}
+        known = {title: values.numpy() for title, values in maps.items() if values is not None} | {name: answer}
+        scale, classes = view.scale(known.values()), self.split.classes
+        panels = [(title, view.picture(values, classes, scale)) for title, values in known.items()]
+        if self.layout == "grid":
+            panels += view.overlay(pixels, answer, classes)
+            if label is not None:
+                panels.append(view.error(pixels, answer, label.numpy(), classes))
+        return [(f"{view.prefix}{title}", picture) for title, picture in panels]
 
     def side_by_side(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
         """Draw the image, its labels, then panels for each model and task.
@@ -227,61 +203,48 @@ class Gallery:
         pixels, in_row = self.split.image(number), self.layout == "row"
         predicted = [shown.predict(self.split, number) for shown in models]
         labels = {task: label for own in predicted for task, label in own.labels.items()}
-        metres = [own.answers[DEPTH].numpy() for own in predicted if DEPTH in own.answers]
-        depth = labels[DEPTH].numpy() if DEPTH in labels else None
-        high = bar_end(metres if depth is None else [*metres, depth])
-        worst = bar_end([] if depth is None else [absolute_error(one, depth) for one in metres])
+        scales = {task: self._scales(task, predicted, labels.get(task)) for task in TASKS}
         pictures: list[Panel] = [("image", pixels)]
-        if SEGMENTATION in labels:
-            pictures.append(("ground truth", self._coloured(labels[SEGMENTATION])))
-        if depth is not None:
-            pictures.append(("depth, ground truth", DepthMap(depth, high)))
+        for task in (task for task in TASKS if task in labels):
+            truth = VIEWS[task].picture(labels[task].numpy(), self.split.classes, scales[task][0])
+            pictures.append((f"{VIEWS[task].prefix}ground truth", truth))
         if in_row and self.teacher is not None and SEGMENTATION in self.teacher.heads:
-            pictures.append(("teacher", self._coloured(self.teacher.predict(self.split, number).argmax)))
+            ids = self.teacher.predict(self.split, number).argmax.numpy()
+            pictures.append(("teacher", colour_ids(ids, self.split.classes.colours)))
         if not in_row:  # each model's two panels stand in one row
             pictures += [("", np.full_like(pixels, 255))] * (len(pictures) % 2)
         for shown, own in zip(models, predicted, strict=True):
             position = next(image for image in shown.scores.images if image.number == number)
-            name = shorten(shown.name, 40)
-            if SEGMENTATION in own.answers:
-                drawn = score if score.task == SEGMENTATION else MIOU
-                pictures.append((f"{name}: {drawn.text(drawn.of(position))}", self._coloured(own.argmax)))
-                pictures += [] if in_row else self._wrong(pixels, own)
-            if DEPTH in own.answers:
-                judged = "depth" if depth is None else RMSE.text(RMSE.of(position))
-                pictures.append((f"{name}: {judged}", DepthMap(own.answers[DEPTH].numpy(), high)))
-                pictures += [] if in_row else [self._error(pixels, own, worst)]
+            for task, answer in own.answers.items():
+                view, score, (scale, worst) = VIEWS[task], Score(task), scales[task]
+                judged = score.text(score.of(position)) if task in labels else view.no_score
+                picture = view.picture(answer.numpy(), self.split.classes, scale)
+                pictures.append((f"{shorten(shown.name, 40)}: {judged}", picture))
+                pictures += [] if in_row else [self._error(task, pixels, own, worst)]
         legend = self._legend(predicted, {task for own in predicted for task in own.answers})
         return panels(title, pictures, legend, self.layout)
 
-    def _wrong(self, pixels: Array, own: Predicted) -> list[Panel]:
-        label = own.labels.get(SEGMENTATION)
+    def _scales(self, task: str, predicted: Sequence[Predicted], label: Tensor | None) -> tuple[float, float]:
+        """Return the scale of all maps of a task, and of all its errors."""
+        view, answers = VIEWS[task], [own.answers[task].numpy() for own in predicted if task in own.answers]
         if label is None:
-            return [("no label", np.full_like(pixels, 255))]
-        red = error_colour(self.split.classes.colours)
-        return [("errors", mark_wrong(pixels, label.numpy(), own.argmax.numpy(), red))]
+            return view.scale(answers), 1.0
+        truth = label.numpy()
+        return view.scale([*answers, truth]), view.error_scale([(answer, truth) for answer in answers])
 
-    def _error(self, pixels: Array, own: Predicted, high: float) -> Panel:
-        label = own.labels.get(DEPTH)
+    def _error(self, task: str, pixels: Array, own: Predicted, scale: float) -> Panel:
+        view, label = VIEWS[task], own.labels.get(task)
         if label is None:
-            return "no label of depth", np.full_like(pixels, 255)
-        error = absolute_error(own.answers[DEPTH].numpy(), label.numpy())
-        return f"absolute error: {_mean_error(error)}", DepthMap(error, high, "error")
-
-    def _coloured(self, ids: Tensor) -> Array:
-        return colour_ids(ids.numpy(), self.split.classes.colours)
+            return view.no_label, np.full_like(pixels, 255)
+        return view.error(pixels, own.answers[task].numpy(), label.numpy(), self.split.classes, scale)
 
     def _legend(self, shown: Sequence[Predicted], tasks: Collection[str]) -> Legend:
-        """Return the visible classes, void and wrong, and the colour of unknown depth."""
+        """Return the meaning of the colours of tasks, in their order."""
         entries: Legend = []
-        if SEGMENTATION in tasks:
-            maps = [own[SEGMENTATION] for one in shown for own in (one.answers, one.labels) if SEGMENTATION in own]
-            present = sorted({int(number) for ids in maps for number in np.unique(ids)} - {IGNORE_INDEX})
-            classes = self.split.classes
-            entries += [(classes.names[number], classes.colours[number]) for number in present]
-            entries.append(("void", VOID_RGB))
-            entries += [("wrong", error_colour(classes.colours))] if self.layout == "grid" else []
-        return [*entries, ("unknown depth", UNKNOWN_RGB)] if DEPTH in tasks else entries
+        for task in (task for task in TASKS if task in tasks):
+            maps = [own[task].numpy() for one in shown for own in (one.answers, one.labels) if task in own]
+            entries += VIEWS[task].legend(maps, self.split.classes, errors=self.layout == "grid")
+        return entries
 
     def _save(self, figure: "Figure", folder: Path, case: Case, sample: str, value: float) -> None:
         path = folder / f"{case.prefix}_{file_part(sample)}_{case.score.stem(value)}.png"
@@ -291,8 +254,8 @@ class Gallery:
 def strip(pictures: Sequence[Panel]) -> Array:
     """Return image, ground truth and last prediction (classes, else depth) side by side, small, uint8 (H, W, 3)."""
     named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
-    of_depth = [name for name in named if name.startswith("depth, ")]
-    answers = [name for name in named if name != "image" and name not in of_depth] or of_depth
+    further = [name for name in named if name.startswith(tuple(VIEWS[task].prefix for task in FURTHER))]
+    answers = [name for name in named if name != "image" and name not in further] or further
     wanted = ["image", *(name for name in answers[:-1] if name.endswith("ground truth")), *answers[-1:]]
     arrays = [one.rgb() if isinstance(one := named[name], DepthMap) else one for name in wanted]
     small = []
@@ -324,12 +287,6 @@ def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
-def _mean_error(error: Array) -> str:
-    """Return the mean of the known errors in words."""
-    known = error[np.isfinite(error)]
-    return f"mean {known.mean():.3g} m" if known.size else "no label"
-
-
 def _rank(case: Case) -> str:
     """Return `success_rank1` in words: best 1."""
     for prefix, word in (("success_rank", "best "), ("failure_rank", "worst ")):
@@ -346,8 +303,9 @@ def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
 
 def _pictures(folder: Path) -> Iterator[Path]:
     for prefix in ("success_rank", "failure_rank"):
-        for score in ("iou", "rmse"):
-            yield from (path for kind in get_args(Format) for path in folder.glob(f"{prefix}[0-9]*_{score}*.{kind}"))
+        for view in VIEWS.values():
+            files = (f"{prefix}[0-9]*_{view.stem}*.{kind}" for kind in get_args(Format))
+            yield from (path for file in files for path in folder.glob(file))
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:

@@ -7,58 +7,73 @@ prediction, without void. The mean over images differs from the mIoU of the set,
 
 import math
 import statistics
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kdcache.analysis.statistics import plain
+from kdcache.analysis.task_views import VIEWS
 from kdcache.data import Split
-from kdcache.metrics.confusion import ConfusionMatrix, Metrics
-from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
-from kdcache.metrics.evaluate import Progress, check_tasks, labelled_images
-from kdcache.metrics.predictions import Predicted, predictions
+from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
+from kdcache.metrics.evaluate import Progress, accumulate, check_tasks, labelled_images
+from kdcache.metrics.evaluators import ClassCounts, TaskMetric
 from kdcache.metrics.sliding import Framing
-from kdcache.metrics.tables import depth_figure, percent
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import DEPTH, SEGMENTATION, TASKS
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One image: `number` in its split, mIoU, IoU per class, rmse in metres, or NaN if there is nothing to score."""
+    """One image: `number` in its split, its score by task, and IoU per class. Both are NaN or absent if unknown."""
 
     number: int
     sample: str
-    miou: float
+    scores: Mapping[str, float]
     iou: tuple[float, ...]
-    rmse: float = math.nan
+
+    def score(self, task: str = SEGMENTATION) -> float:
+        """Return the score in a task, or NaN if there is nothing to score."""
+        return self.scores.get(task, math.nan)
+
+    @property
+    def miou(self) -> float:
+        """The mean IoU over the image's classes."""
+        return self.score()
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score that ranks images: mIoU, or the rmse of depth (less is better)."""
+    """The score that ranks images in a task: mIoU, or the rmse of depth (less is better)."""
 
-    name: str = "mIoU"
     task: str = SEGMENTATION
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return VIEWS[self.task].score
+
+    @property
+    def unit(self) -> str:
+        """Its unit, as text."""
+        return VIEWS[self.task].unit
 
     def of(self, image: ImageScore) -> float:
         """Return the score of an image."""
-        return image.rmse if self.task == DEPTH else image.miou
+        return image.score(self.task)
 
     def text(self, value: float) -> str:
         """Return the score with its name and its unit."""
-        return f"{self.name} " + (f"{depth_figure('rmse', value)} m" if self.task == DEPTH else f"{percent(value)} %")
+        return f"{self.name} {VIEWS[self.task].score_text(value)} {self.unit}"
 
     def stem(self, value: float) -> str:
         """Return the score as a part of a file name."""
-        return f"{'rmse' if self.task == DEPTH else 'iou'}{value:.4f}"
+        return f"{VIEWS[self.task].stem}{value:.4f}"
 
 
-MIOU, RMSE = Score(), Score("rmse", DEPTH)
+MIOU, RMSE = Score(), Score(DEPTH)
 
 
 @dataclass(frozen=True)
@@ -66,14 +81,18 @@ class ImageScores:
     """All labelled images of a split, and the metrics over them. Memory: 8 bytes per image and class.
 
     Attributes:
-        confusion: the matrix over all images. depth: depth metrics, or None if depth is not judged.
-        tasks: the judged tasks.
+        confusion: the matrix over all images.
+        by_task: the metrics of each judged task.
     """
 
     images: tuple[ImageScore, ...]
     confusion: ConfusionMatrix
-    depth: DepthMetrics | None = None
-    tasks: tuple[str, ...] = (SEGMENTATION,)
+    by_task: Mapping[str, TaskMetric]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The judged tasks."""
+        return tuple(self.by_task)
 
     @property
     def metrics(self) -> Metrics:
@@ -86,13 +105,15 @@ class ImageScores:
 
     def to_json(self) -> dict[str, Any]:
         """Return the metrics over the split and of every image as JSON values."""
-        classes = self.metrics.to_json() if SEGMENTATION in self.tasks else {}
-        depth = {} if self.depth is None else {"depth": self.depth.to_json()}
-        return {**classes, **depth, "images": [self._image_json(image) for image in self.images]}
+        own = {task: metrics.to_json() for task, metrics in self.by_task.items()}
+        return {**own.pop(SEGMENTATION, {}), **own, "images": [self._image_json(image) for image in self.images]}
 
     def _image_json(self, image: ImageScore) -> dict[str, Any]:
-        classes = {"miou": plain(image.miou), "iou": list(map(plain, image.iou))} if SEGMENTATION in self.tasks else {}
-        return {"sample": image.sample, **classes, **({} if self.depth is None else {"rmse": plain(image.rmse)})}
+        own: dict[str, Any] = {"sample": image.sample}
+        for task in self.tasks:
+            own[TASKS[task].score] = plain(image.score(task))
+            own |= {"iou": list(map(plain, image.iou))} if task == SEGMENTATION else {}
+        return own
 
 
 def score_images(
@@ -115,24 +136,43 @@ def score_images(
     """
     labelled = labelled_images(split, split.tasks)
     tasks = check_tasks(model, split)
-    total = ConfusionMatrix(split.classes.names)
-    errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
-    images: list[ImageScore] = []
-    batches = predictions(
-        model, split, labelled, size, tasks=tasks, device=device, batch_size=batch_size, framing=framing
+    found = accumulate(
+        model,
+        split,
+        labelled,
+        size,
+        tasks,
+        depth=depth,
+        device=device,
+        batch_size=batch_size,
+        framing=framing,
+        progress=progress,
     )
-    with closing(batches):
-        for batch in batches:
-            images += [_score(prediction, split, total, errors) for prediction in batch]
-            if progress is not None:
-                progress(len(images), len(labelled))
-    return ImageScores(tuple(images), total, None if errors is None else errors.metrics(), tasks)
+    by_task = {task: metrics for task, one in found.items() if (metrics := one.result()) is not None}
+    scores, counts = dict[str, dict[str, float]](), dict[str, list[float]]()
+    for task, metrics in by_task.items():
+        own = metrics.images
+        assert own is not None
+        scores[task] = dict(zip(own.ids, own.scores, strict=True))
+        counts |= dict(zip(own.ids, own.iou.tolist(), strict=True)) if isinstance(own, ImageCounts) else {}
+    nothing = (math.nan,) * len(split.classes)
+    images = [
+        ImageScore(
+            number,
+            sample := split.ids[number],
+            {task: own[sample] for task, own in scores.items() if sample in own},
+            tuple(counts.get(sample, nothing)),
+        )
+        for number in labelled
+    ]
+    of_classes = found.get(SEGMENTATION)
+    total = of_classes.confusion if isinstance(of_classes, ClassCounts) else ConfusionMatrix(split.classes.names)
+    return ImageScores(tuple(images), total, by_task)
 
 
 def shared_score(scores: Sequence[ImageScores]) -> Score | None:
     """Return the score that ranks images for several models: mIoU if all have it, else rmse, else None."""
-    shared = [score for score in (MIOU, RMSE) if all(score.task in one.tasks for one in scores)]
-    return shared[0] if shared else None
+    return next((Score(task) for task in TASKS if all(task in one.tasks for one in scores)), None)
 
 
 def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int, float]]:
@@ -143,7 +183,7 @@ def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int
     rows = zip(*([score.of(image) for image in of_model.images] for of_model in scores), strict=True)
     means = [(position, statistics.fmean(row)) for position, row in enumerate(rows)]
     scored = [(position, mean) for position, mean in means if not math.isnan(mean)]
-    return sorted(scored, key=lambda pair: pair[1] if score.task == DEPTH else -pair[1])
+    return sorted(scored, key=lambda pair: -TASKS[score.task].best(pair[1]))
 
 
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
@@ -152,22 +192,3 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
     lower = min(worst, len(ranking) - upper)
     positions = [position for position, _ in ranking]
     return positions[:upper], positions[::-1][:lower]
-
-
-def _score(prediction: Predicted, split: Split, total: ConfusionMatrix, errors: DepthErrors | None) -> ImageScore:
-    """Return the scores of an image, which is added to the matrix and to the errors of depth."""
-    sample, rmse = split.ids[prediction.number], math.nan
-    if errors is not None and DEPTH in prediction.labels:
-        one = DepthErrors(errors.range)
-        one.update(prediction.answers[DEPTH], prediction.labels[DEPTH], sample)
-        errors.add(one)
-        rmse = one.metrics().rmse
-    own = ConfusionMatrix(split.classes.names)
-    if SEGMENTATION in prediction.labels:
-        own.update(prediction.argmax, prediction.label)
-        total.counts += own.counts
-    if not own.counts.any():  # nothing but void
-        nothing = (math.nan,) * len(split.classes)
-        return ImageScore(prediction.number, sample, math.nan, nothing, rmse)
-    metrics = own.metrics()
-    return ImageScore(prediction.number, sample, metrics.miou, metrics.iou, rmse)

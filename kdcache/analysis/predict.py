@@ -2,12 +2,13 @@
 
 import glob
 import io
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -52,6 +53,10 @@ class _Picture:
     whole: Array  # uint8 (H, W, 3), upright
     small: Array  # uint8 (H, W, 3), at the size that the model sees, or that it is cut into windows at
     view: Window  # what that shows, in pixels of the image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.whole.shape[0], self.whole.shape[1]
 
 
 def find_images(paths: Sequence[str]) -> list[Input]:
@@ -129,10 +134,8 @@ def predict_images(
             f"Cannot predict with {model.spec}: it has features only, and none of its heads has learnt",
             fix="Train the task from it first, with train-student --init RUN. For its features, export it.",
         )
-    depth = model.regressions.get(DEPTH) if DEPTH in model.learnt_heads else None
-    units = None if depth is None or options.depth_format != "png" else units_per_metre(depth)
-    _prepare(out, classes if SEGMENTATION in model.learnt_heads else None, units)
-    writer = _Writer(out, classes, options, units, METRES if depth is None else depth.unit)
+    files = {task: FILES[task](model, classes, options) for task in FILES if task in model.learnt_heads}
+    _prepare(out, list(files.values()))
     model = model.to(device).eval()
     counts = np.zeros(len(classes), np.int64)
     done = 0
@@ -144,9 +147,17 @@ def predict_images(
             outputs = _outputs(model, batch, size, framing, device, batch_size)
             if not all(bool(torch.isfinite(head).all()) for heads in outputs for head in heads.values()):
                 _refuse_outputs(model, batch)
-            answers = [_answers(model, heads, picture, size) for heads, picture in zip(outputs, batch, strict=True)]
+            answers = [
+                {
+                    task: own.answer(model, heads[task], picture, size).cpu().numpy()
+                    for task, own in files.items()
+                    if task in heads
+                }
+                for heads, picture in zip(outputs, batch, strict=True)
+            ]
             writing = [
-                writers.submit(writer.write, picture, answer) for picture, answer in zip(batch, answers, strict=True)
+                writers.submit(_write, out, files, picture, answer)
+                for picture, answer in zip(batch, answers, strict=True)
             ]
             for answer, written in zip(answers, writing, strict=True):
                 written.result()
@@ -191,18 +202,6 @@ def _outputs(
     pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
     heads = model(model.normalise(pixels)).heads
     return [{name: heads[name][place].float() for name in names} for place in range(len(batch))]
-
-
-def _answers(
-    model: SegmentationModel, heads: dict[str, Tensor], picture: _Picture, seen: tuple[int, int]
-) -> dict[str, Array]:
-    """Return class ids and depth (H, W) of one image, by task."""
-    answers, size = dict[str, Array](), picture.whole.shape[:2]
-    if SEGMENTATION in heads:
-        answers[SEGMENTATION] = argmax_at(model, heads[SEGMENTATION], size, picture.view, seen).cpu().numpy()
-    if DEPTH in heads:
-        answers[DEPTH] = answer_of(model, DEPTH, heads[DEPTH], size, picture.view, seen).cpu().numpy()
-    return answers
 
 
 def argmax_at(
@@ -255,7 +254,7 @@ def _matches(text: str) -> list[Input]:
     return images
 
 
-def _prepare(out: Path, classes: ClassList | None, units: int | None) -> None:
+def _prepare(out: Path, files: Sequence["_Files"]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(
             f"Cannot write predictions here: {out} {'holds something' if out.is_dir() else 'is a file'}",
@@ -265,10 +264,8 @@ def _prepare(out: Path, classes: ClassList | None, units: int | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"Cannot create the folder of --out: {error}", fix="Give another --out") from error
-    if classes is not None:
-        write_classes(out, classes)
-    if units is not None:
-        write_whole(out / DEPTH_FILE, f"units_per_metre = {units}\n")
+    for own in files:
+        own.describe(out)
 
 
 def _refuse_outputs(model: SegmentationModel, batch: Sequence[_Picture]) -> NoReturn:
@@ -287,33 +284,78 @@ def _load(image: Input, size: tuple[int, int], framing: Framing) -> _Picture:
     return _Picture(image, whole_HW3, small_HW3, view)
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """Writes the files of predictions below a folder. `unit` is the depth's unit, `units` the PNG units per metre."""
+class _Files(ABC):
+    """The files of a task's answers below a folder.
 
-    out: Path
-    classes: ClassList
-    options: PredictOptions
-    units: int | None
-    unit: str
+    Attributes:
+        folders: where they are.
+    """
 
-    def write(self, picture: _Picture, answers: dict[str, Array]) -> None:
-        """Write the files of one image, each whole or not at all."""
-        if (ids_HW := answers.get(SEGMENTATION)) is not None:
-            shown = Image.fromarray(overlay(picture.whole, ids_HW, self.classes, OPACITY))
-            self._write(LABELS, picture, "png", palette_png(ids_HW, self.classes.colours))
-            self._write(OVERLAYS, picture, "png", png_bytes(shown))
-        if (depth_HW := answers.get(DEPTH)) is not None:
-            suffix = self.options.depth_format
-            self._write(DEPTHS, picture, suffix, _npy(depth_HW) if self.units is None else _png(depth_HW, self.units))
-            coloured = DepthMap(depth_HW, bar_end([depth_HW]), unit=self.unit).picture()
-            self._write(DEPTH_COLOURS, picture, "png", png_bytes(coloured))
+    folders: ClassVar[tuple[str, ...]]
 
-    def _write(self, folder: str, picture: _Picture, suffix: str, content: bytes) -> None:
-        path = self.out / folder / f"{picture.input.name}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_bytes(content)
+    def __init__(self, model: SegmentationModel, classes: ClassList, options: PredictOptions) -> None:
+        self.classes = classes
+
+    @abstractmethod
+    def answer(self, model: SegmentationModel, output_Chw: Tensor, picture: _Picture, seen: tuple[int, int]) -> Tensor:
+        """Return the answer (H, W) at the image's size, from a head's output."""
+
+    @abstractmethod
+    def describe(self, out: Path) -> None:
+        """Write what a reader of the files must know."""
+
+    @abstractmethod
+    def of(self, picture: _Picture, answer_HW: Array) -> Iterator[tuple[str, str, bytes]]:
+        """Yield folder, suffix and content of each file of an image."""
+
+
+class _ClassFiles(_Files):
+    folders = (LABELS, OVERLAYS)
+
+    def answer(self, model: SegmentationModel, output_Chw: Tensor, picture: _Picture, seen: tuple[int, int]) -> Tensor:
+        return argmax_at(model, output_Chw, picture.size, picture.view, seen)
+
+    def describe(self, out: Path) -> None:
+        write_classes(out, self.classes)
+
+    def of(self, picture: _Picture, answer_HW: Array) -> Iterator[tuple[str, str, bytes]]:
+        yield LABELS, "png", palette_png(answer_HW, self.classes.colours)
+        shown = overlay(picture.whole, answer_HW, self.classes, OPACITY)
+        yield OVERLAYS, "png", png_bytes(Image.fromarray(shown))
+
+
+class _DepthFiles(_Files):
+    folders = (DEPTHS, DEPTH_COLOURS)
+
+    def __init__(self, model: SegmentationModel, classes: ClassList, options: PredictOptions) -> None:
+        head, self.suffix = model.regressions[DEPTH], options.depth_format
+        self.unit, self.units = head.unit, units_per_metre(head) if self.suffix == "png" else None
+
+    def answer(self, model: SegmentationModel, output_Chw: Tensor, picture: _Picture, seen: tuple[int, int]) -> Tensor:
+        return answer_of(model, DEPTH, output_Chw, picture.size, picture.view, seen)
+
+    def describe(self, out: Path) -> None:
+        if self.units is not None:
+            write_whole(out / DEPTH_FILE, f"units_per_metre = {self.units}\n")
+
+    def of(self, picture: _Picture, answer_HW: Array) -> Iterator[tuple[str, str, bytes]]:
+        yield DEPTHS, self.suffix, _npy(answer_HW) if self.units is None else _png(answer_HW, self.units)
+        coloured = DepthMap(answer_HW, bar_end([answer_HW]), unit=self.unit).picture()
+        yield DEPTH_COLOURS, "png", png_bytes(coloured)
+
+
+FILES: Mapping[str, type[_Files]] = {SEGMENTATION: _ClassFiles, DEPTH: _DepthFiles}
+"""What is written of each task, in the order of `TASKS`."""
+
+
+def _write(out: Path, files: Mapping[str, _Files], picture: _Picture, answers: Mapping[str, Array]) -> None:
+    """Write the files of one image, each whole or not at all."""
+    for task, answer_HW in answers.items():
+        for folder, suffix, content in files[task].of(picture, answer_HW):
+            path = out / folder / f"{picture.input.name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                partial.write_bytes(content)
 
 
 def _png(depth_HW: Array, units: int) -> bytes:

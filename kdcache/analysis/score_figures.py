@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.analysis.per_image import MIOU, RMSE, ImageScores, Score, ranked
+from kdcache.analysis.per_image import MIOU, ImageScores, Score, ranked
 from kdcache.errors import one_line
+from kdcache.metrics.confusion import Metrics
+from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.metrics.figures import INK, Colours, dress, hex_colours, new_figure
-from kdcache.metrics.tables import class_rows, depth_rows, percent
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.metrics.tables import class_rows, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,18 +52,19 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str) -> "Fig
     return figure
 
 
-def draw_rmse(scores: ImageScores, title: str) -> "Figure":
-    """Draw the distribution of depth rmse over images."""
+def draw_scores(scores: ImageScores, score: Score, title: str) -> "Figure":
+    """Draw the distribution of a score over images."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8, 4.8, title)
-    values = np.array(scores.known(RMSE))
-    axes = dress(figure.add_subplot(), f"rmse, {len(values)} images", "rmse m", "images")
+    values = np.array(scores.known(score))
+    axes = dress(figure.add_subplot(), f"{score.name}, {len(values)} images", f"{score.name} {score.unit}", "images")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if values.size:
         axes.hist(values, bins=20, color="#1b6ca8", edgecolor="white", linewidth=0.8)
         for value, style, name in ((values.mean(), "-", "mean"), (np.median(values), "--", "median")):
-            axes.axvline(value, color="#d1661f", linestyle=style, linewidth=1.6, label=f"{name} {value:.3g} m")
+            label = f"{name} {value:.3g} {score.unit}"
+            axes.axvline(value, color="#d1661f", linestyle=style, linewidth=1.6, label=label)
         axes.legend(fontsize=9, frameon=False)
     return figure
 
@@ -73,15 +75,16 @@ def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], score: S
     `about` says what was evaluated, as (name, value). The best and the worst images are listed by `score`.
     """
     lines = [f"{name + ':':<12} {value}" for name, value in about]
-    if SEGMENTATION in scores.tasks:
-        lines += _class_lines(scores)
-    if scores.depth is not None:
-        rows = depth_rows(scores.depth)
-        lines += ["", f"Depth: metrics of each image, then the mean of {scores.depth.counted_images} images"]
+    for task, metrics in scores.by_task.items():
+        if isinstance(metrics, Metrics):
+            lines += _class_lines(scores)
+            continue
+        lines += ["", f"{task.capitalize()}: metrics of each image, then the mean of {metrics.counted_images} images"]
+        _, (_, rows) = EVALUATORS[task].table(metrics)
         lines += [f"{name:<10} {value:>10}" for name, value in rows]
     order = [scores.images[position] for position, _ in ranked([scores], score)]
     for title, images in (("best", order[:_LISTED]), ("worst", order[::-1][:_LISTED])):
-        lines += ["", f"The {title} images by {score.name}, {'m' if score.task == DEPTH else '%'}"]
+        lines += ["", f"The {title} images by {score.name}, {score.unit}"]
         lines += [f"{score.text(score.of(image)).split()[-2]:>7}  {image.sample}" for image in images]
     return "\n".join(lines) + "\n"
 

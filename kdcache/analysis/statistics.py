@@ -29,12 +29,9 @@ import numpy.typing as npt
 from kdcache.data import Split
 from kdcache.data.sequences import sequences_of
 from kdcache.errors import RecipeError
-from kdcache.metrics.confusion import ImageCounts
-from kdcache.metrics.depth import DepthImages
+from kdcache.metrics.evaluators import Images
 from kdcache.tasks import SEGMENTATION
 
-Images = ImageCounts | DepthImages
-"""The numbers of single images of one run."""
 Key = tuple[Any, ...]
 """The key of a run in its row: seed and fold."""
 CONFIDENCE = 0.95
@@ -112,12 +109,8 @@ class Blocks:
         return len(set(self.number_of.values()))
 
     def totals(self, images: Images) -> npt.NDArray[np.float64]:
-        """Return hits and unions of every block, (2, blocks, C). For depth: the sum of rmse and the image count."""
-        if isinstance(images, DepthImages):
-            rmse = images.values[:, :1]
-            parts: list[npt.NDArray[Any]] = [rmse, np.ones_like(rmse)]
-        else:
-            parts = [images.hits, images.unions]
+        """Return the sums of the images' `parts` in every block, (2, blocks, C)."""
+        parts = images.parts
         totals = np.zeros((2, self.count, parts[0].shape[1]))
         places = np.array([self.number_of[sample] for sample in images.ids], np.int64)
         for total, counts in zip(totals, parts, strict=True):

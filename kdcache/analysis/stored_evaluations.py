@@ -10,7 +10,6 @@ segmentation (`ids`, `hits` and `unions`, a row per image, a column per class) a
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,11 +26,11 @@ from kdcache.display import public
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
 from kdcache.heads import RegressionHead
-from kdcache.metrics.confusion import ImageCounts, Metrics, without_nan
+from kdcache.metrics.confusion import without_nan
 from kdcache.metrics.data_sets import OnDataSet, common_classes, common_mious
-from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
+from kdcache.metrics.depth import DepthRange
 from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
-from kdcache.metrics.predictions import metric_depth
+from kdcache.metrics.evaluators import EVALUATORS, metric_head
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
@@ -40,7 +39,6 @@ from kdcache.models.weights import split_choice
 from kdcache.run_folder import Run, RunModel
 from kdcache.run_samples import judging_notes
 from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
-from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 @dataclass(frozen=True)
@@ -330,34 +328,25 @@ def write_evaluations(records: Sequence[Record], path: Path, run: str, results: 
 
 def _arrays_of_images(metrics: TaskMetrics) -> dict[str, Any]:
     """Return the numbers of single images, as the file next to an evaluation has them, or {} if they were not kept."""
-    arrays: dict[str, Any] = {}
-    if metrics.segmentation is not None and (counts := metrics.segmentation.images) is not None:
-        arrays |= {"ids": np.array(counts.ids), "hits": counts.hits.astype(np.uint32)}
-        arrays["unions"] = counts.unions.astype(np.uint32)
-    if metrics.depth is not None and (images := metrics.depth.images) is not None:
-        arrays |= {"depth_ids": np.array(images.ids), "depth": images.values}
-    return arrays
+    images = [own.images for own in metrics.by_task.values() if own.images is not None]
+    return {name: array for own in images for name, array in own.arrays.items()}
 
 
 def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
     """Return metrics with the per-image numbers of the .npz file. Raises: OSError, ValueError, KeyError."""
     if not path.is_file() or file_digest(path) != sha256:
         raise ValueError(f"{path} is of another evaluation")
-    segmentation, depth = metrics.segmentation, metrics.depth
     check_unpacked(path)
     with np.load(path) as content:
-        if segmentation is not None:
-            hits, unions = (content[name].astype(np.int64) for name in ("hits", "unions"))
-            segmentation = replace(segmentation, images=ImageCounts(tuple(content["ids"].tolist()), hits, unions))
-        if depth is not None:
-            depth = replace(depth, images=DepthImages(tuple(content["depth_ids"].tolist()), content["depth"]))
-    return TaskMetrics(segmentation, depth)
+        images: dict[str, Any] = {task: EVALUATORS[task].images.of_arrays(content) for task in metrics.by_task}
+    own: dict[str, Any] = {task: replace(one, images=images[task]) for task, one in metrics.by_task.items()}
+    return TaskMetrics(**own)
 
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
     """Return the range of depths that count for a model, or None if its depth is not judged on this split."""
-    head = metric_depth(heads)
-    return None if head is None or DEPTH not in split.tasks else DepthRange.of(head, settings)
+    judged = [head for task in split.tasks if (head := metric_head(heads, task)) is not None]
+    return DepthRange.of(judged[0], settings) if judged else None
 
 
 def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progress | None) -> TaskMetrics:
@@ -374,33 +363,6 @@ def _evaluate(entry: Entry, split: Split, judging: EvalSettings, progress: Progr
             framing=judging.framing(description.fit),
             progress=progress,
         )
-
-
-def metrics_of(content: Mapping[str, Any]) -> TaskMetrics:
-    """Return the metrics from the JSON of `TaskMetrics.to_json`. Raises: KeyError, TypeError for other content."""
-    if "tasks" not in content:
-        return TaskMetrics(_segmentation_of(content))
-    segmentation, depth = (content["tasks"].get(task) for task in (SEGMENTATION, DEPTH))
-    own = None if segmentation is None else _segmentation_of(segmentation)
-    return TaskMetrics(own, None if depth is None else _depth_of(depth))
-
-
-def _segmentation_of(content: Mapping[str, Any]) -> Metrics:
-    classes = content["classes"]
-    return Metrics(
-        class_names=tuple(str(row["name"]) for row in classes),
-        iou=tuple(_number(row["iou"]) for row in classes),
-        acc=tuple(_number(row["acc"]) for row in classes),
-        label_pixels=tuple(int(row["label_pixels"]) for row in classes),
-        miou=_number(content["miou"]),
-        macc=_number(content["macc"]),
-        aacc=_number(content["aacc"]),
-    )
-
-
-def _depth_of(content: Mapping[str, Any]) -> DepthMetrics:
-    values: dict[str, Any] = {name: _number(content[name]) for name in DEPTH_METRICS}
-    return DepthMetrics(**values, counted_images=int(content["counted_images"]), pixels=int(content["pixels"]))
 
 
 @contextmanager
@@ -427,13 +389,9 @@ def kept_metrics(folder: Path, record: Record, class_names: tuple[str, ...]) -> 
         try:
             same = all(content[key] == value for key, value in identity.items())
             if same and content.get("framing") == identity.get("framing"):
-                metrics = metrics_of(content)
+                metrics = TaskMetrics.of_json(content)
                 if metrics.segmentation is None or metrics.segmentation.class_names == class_names:
                     return _with_images(metrics, path.with_suffix(IMAGES), content["images_sha256"])
         except _UNREADABLE:
             continue
     return None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -8,24 +8,22 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
+from functools import partial
 
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.groups import CONTROL
 from kdcache.analysis.statistics import RESAMPLES, Difference, Spread
+from kdcache.analysis.task_views import FURTHER, VIEWS
 from kdcache.errors import one_line
-from kdcache.metrics.depth import DEPTH_METRICS
-from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, markdown_table, percent
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.metrics.evaluators import EVALUATORS
+from kdcache.metrics.tables import Table, markdown_table, percent
+from kdcache.tasks import SEGMENTATION, TASKS
 
 Mark = tuple[str, str]
 """What stands before and after a cell that is best."""
 BOLD: Mark = ("**", "**")
 FEW_BLOCKS = 10
 """Sequences below which their interval is too narrow to go without a note."""
-Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
-_SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("macc"), attrgetter("aacc"))
 
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
@@ -36,46 +34,21 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
     """
     header, cells = ["row", "runs"], [[row_name(row), str(len(row.runs))] for row in comparison.rows]
     for task in comparison.tasks or (SEGMENTATION,):
-        header += [*_COLUMNS[task], *_distance_header(comparison, task)]
+        view, seeds = VIEWS[task], interval_spans(comparison, task)[0]
+        of = f" of {view.score}" if task in comparison.tasks[1:] else ""
+        header += [view.figures[name].head for name in view.columns]
+        header += [f"to baseline{of}", f"95 % over {seeds}", "verdict"]
         for row, own in zip(comparison.rows, cells, strict=True):
-            own += _task_cells(comparison, row, task, mark)
+            own += [_marked(comparison, row, task, name, mark) for name in view.columns]
             own += _difference(row.differences(task)[0], task)
     return header, cells
-
-
-_DEPTH_SCORES = ("rmse", "abs_rel", "delta1")
-_COLUMNS = {
-    SEGMENTATION: ["mIoU %", "mAcc %", "aAcc %"],
-    DEPTH: [DEPTH_HEADS[name] for name in _DEPTH_SCORES],
-}
-
-
-def _distance_header(comparison: Comparison, task: str) -> list[str]:
-    seeds = interval_spans(comparison, task)[0]
-    of = " of rmse" if task == DEPTH and SEGMENTATION in comparison.tasks else ""
-    return [f"to baseline{of}", f"95 % over {seeds}", "verdict"]
-
-
-def _task_cells(comparison: Comparison, row: Row, task: str, mark: Mark) -> list[str]:
-    if task == SEGMENTATION:
-        return [_marked(comparison, row, column, mark) for column in _SCORES]
-    return [_marked_depth(comparison, row, name, mark) for name in _DEPTH_SCORES]
-
-
-def _marked_depth(comparison: Comparison, row: Row, name: str, mark: Mark) -> str:
-    spread = row.depth_spread(name)
-    text = depth_figure(name, spread.mean)
-    if not math.isnan(spread.std):
-        text += f" ± {depth_figure(name, spread.std)}"
-    is_best = comparison.is_best(row, lambda other: other.depth_spread(name).mean, least=not name.startswith("delta"))
-    return f"{mark[0]}{text}{mark[1]}" if is_best else text
 
 
 def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
     """Return differences of rows to baseline and control, with intervals, pair correlation and p-values."""
     seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
-    header = ["row", "to", DISTANCES[task], *intervals, "correlation", "p", "p by Holm", "verdict"]
+    header = ["row", "to", VIEWS[task].distance, *intervals, "correlation", "p", "p by Holm", "verdict"]
     rows = []
     for row, gap in ((each, gap) for each in comparison.rows for gap in each.differences(task)):
         if gap is not None and not math.isnan(gap.mean):
@@ -84,7 +57,7 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
                 [
                     row_name(row),
                     gap.baseline,
-                    distance(gap.mean, task),
+                    VIEWS[task].gap_text(gap.mean),
                     paired,
                     interval(gap.unpaired.low, gap.unpaired.high, task),
                     "-" if gap.resampled is None else interval(gap.resampled.low, gap.resampled.high, task),
@@ -97,20 +70,6 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
     return header, rows
 
 
-DISTANCES = {SEGMENTATION: "points", DEPTH: "metres"}
-"""The unit of distances in a task: hundredths of mIoU, metres of rmse."""
-_DISTANCE_WORDS = {SEGMENTATION: "points of mIoU", DEPTH: "metres of rmse"}
-DISTANCE_TITLES = {
-    SEGMENTATION: "Distance to the baseline, points of mIoU",
-    DEPTH: "Distance to the baseline in depth, metres of rmse (less is better)",
-}
-
-
-def distance(gap: float, task: str = SEGMENTATION) -> str:
-    """Return a signed difference: points with two digits, metres with three."""
-    return f"{gap:+.3f}" if task == DEPTH else f"{100 * gap:+.2f}"
-
-
 def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[str, str]:
     """Return what the intervals span, as text: seeds (and folds), and images or sequences."""
     gaps = [gap for row in comparison.rows if (gap := row.differences(task)[0]) is not None]
@@ -120,7 +79,8 @@ def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[st
 
 def interval(low: float, high: float, task: str = SEGMENTATION) -> str:
     """Return the ends of an interval in points or metres, or '-' if unknown."""
-    return "-" if math.isnan(low) else f"{distance(low, task)} to {distance(high, task)}"
+    text = VIEWS[task].gap_text
+    return "-" if math.isnan(low) else f"{text(low)} to {text(high)}"
 
 
 def p_value(value: float) -> str:
@@ -146,12 +106,13 @@ def cost_table(comparison: Comparison) -> Table:
 
 def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
     """Return the IoU of every class per row, then mIoU, mAcc and aAcc."""
-    columns = (*map(_iou, range(len(comparison.class_names))), *_SCORES)
     header = ["row", *comparison.class_names, "mIoU", "mAcc", "aAcc"]
-    rows = [
-        [row_name(row), *(_marked(comparison, row, column, mark, deviation=False) for column in columns)]
-        for row in comparison.rows
-    ]
+    columns = [_iou(number) for number in range(len(comparison.class_names))]
+    columns += [partial(_mean, name=name) for name in VIEWS[SEGMENTATION].columns]
+    rows = []
+    for row in comparison.rows:
+        cells = [(percent(column(row)), comparison.is_best(row, column)) for column in columns]
+        rows.append([row_name(row), *(f"{mark[0]}{text}{mark[1]}" if best else text for text, best in cells)])
     return header, rows
 
 
@@ -191,9 +152,9 @@ def to_markdown(comparison: Comparison) -> str:
     """Return the tables and their explanations as Markdown."""
     scores, classes, cost = score_table(comparison), class_table(comparison), cost_table(comparison)
     distances = ""
-    for task, title in DISTANCE_TITLES.items():
+    for task, view in VIEWS.items():
         header, gaps = difference_table(comparison, task)
-        distances += f"## {title}\n\n{markdown_table(header, gaps)}\n" if gaps else ""
+        distances += f"## {view.title}\n\n{markdown_table(header, gaps)}\n" if gaps else ""
     per_class = f"## IoU per class, %\n\n{markdown_table(*classes)}\n" if SEGMENTATION in comparison.tasks else ""
     notes = "".join(f"- {text}\n" for text in legend(comparison))
     above = "" if comparison.banner is None else f"> **{comparison.banner}**\n\n"
@@ -220,30 +181,37 @@ def to_csv(comparison: Comparison) -> str:
     header += ["height", "width", "parameters", "flops", "macs"]
     header += ["latency_mean_ms", "latency_std_ms", "latency_median_ms", "fps", "device", "threads"]
     header += [f"iou_{part}:{name}" for name in names for part in ("mean", "std")]
-    depth = DEPTH in comparison.tasks
-    header += _csv_depth_header() if depth else []
+    further = [task for task in comparison.tasks if task in FURTHER]
+    header += [column for task in further for column in _csv_header(task)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(one_line, header))
     for row in comparison.rows:
-        scores, classes = _mean_and_std(column(row) for column in _SCORES), _mean_and_std(row.iou)
+        scores, classes = _csv_spreads(row, SEGMENTATION), _mean_and_std(row.iou)
         counts = [int(row.teacher), int(row.baseline), len(row.runs), len(row.collapsed)]
         head = [one_line(row.name), one_line(row.model), *counts]
-        own = [*_mean_and_std(map(row.depth_spread, DEPTH_METRICS)), *_csv_difference(row.depth_difference)]
+        own = [
+            cell for task in further for cell in (*_csv_spreads(row, task), *_csv_difference(row.differences(task)[0]))
+        ]
         cells = [*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes]
-        writer.writerow([*cells, *(own if depth else [])])
+        writer.writerow([*cells, *own])
     return comparison.without_folders(text.getvalue())
 
 
-def _csv_depth_header() -> list[str]:
-    scores = [f"depth_{name}_{part}" for name in DEPTH_METRICS for part in ("mean", "std")]
-    return [*scores, *(f"depth_{name}" for name in _CSV_DIFFERENCE)]
+def _csv_header(task: str) -> list[str]:
+    scores = [f"{task}_{name}_{part}" for name in EVALUATORS[task].figures for part in ("mean", "std")]
+    return [*scores, *(f"{task}_{name}" for name in _CSV_DIFFERENCE)]
+
+
+def _csv_spreads(row: Row, task: str) -> list[str]:
+    return _mean_and_std(row.spread(task, name) for name in EVALUATORS[task].figures)
 
 
 def to_text(comparison: Comparison) -> str:
     """Return the small table of a report: method, mIoU as a fraction, parameters, milliseconds per image."""
-    depth = f"{'Depth RMSE (m)':<20}" if DEPTH in comparison.tasks else ""
-    header = f"{'Knowledge Distillation':<36}{'mIoU':<20}{depth}{'# Parameters':<19}{'Inference Speed (ms)':<25}"
+    tasks = [task for task in comparison.tasks if task in FURTHER]
+    further = "".join(f"{_text_head(task):<20}" for task in tasks)
+    header = f"{'Knowledge Distillation':<36}{'mIoU':<20}{further}{'# Parameters':<19}{'Inference Speed (ms)':<25}"
     lines = [header.rstrip()]
     lines.append("-" * 100)
     for row in comparison.rows:
@@ -251,14 +219,19 @@ def to_text(comparison: Comparison) -> str:
         speed = "-" if latency is None else _plus_minus(latency.mean_ms, latency.std_ms)
         miou = "-" if math.isnan(row.miou.mean) else f"{row.miou.mean:.4f}"
         miou += "" if math.isnan(row.miou.std) else f" ± {row.miou.std:.4f}"
-        rmse = f"{_marked_depth(comparison, row, 'rmse', ('', '')):<19} " if depth else ""
+        others = "".join(f"{_marked(comparison, row, task, TASKS[task].score, ('', '')):<19} " for task in tasks)
         name, parameters = row_name(row), _millions(row.cost.parameters).replace(" ", "")
-        lines.append(f"{name:<35} {miou:<19} {rmse}{parameters:<18} {speed}")
+        lines.append(f"{name:<35} {miou:<19} {others}{parameters:<18} {speed}")
     rule = "=" * 100
     notes = "\n".join(legend(comparison))
     body = "\n".join(lines)
     above = "" if comparison.banner is None else f"{comparison.banner}\n\n"
     return comparison.without_folders(f"{rule}\nCOMPARISON TABLE\n{rule}\n\n{above}{body}\n\n{notes}\n")
+
+
+def _text_head(task: str) -> str:
+    view = VIEWS[task]
+    return f"{task.capitalize()} {view.score.upper()} ({view.unit})"
 
 
 def row_name(row: Row) -> str:
@@ -268,24 +241,27 @@ def row_name(row: Row) -> str:
     return f"{name} (baseline)" if row.baseline and not marked else name
 
 
-def _iou(number: int) -> Callable[[Row], Spread]:
-    return lambda row: row.iou[number]
+def _iou(number: int) -> Callable[[Row], float]:
+    return lambda row: row.iou[number].mean
 
 
-def _marked(
-    comparison: Comparison, row: Row, column: Callable[[Row], Spread], mark: Mark, *, deviation: bool = True
-) -> str:
-    spread = column(row)
-    text = percent(spread.mean)
-    if deviation and not math.isnan(spread.std):
-        text += f" ± {percent(spread.std)}"
-    is_best = comparison.is_best(row, lambda other: column(other).mean)
-    return f"{mark[0]}{text}{mark[1]}" if is_best else text
+def _mean(row: Row, name: str) -> float:
+    return row.spread(SEGMENTATION, name).mean
+
+
+def _marked(comparison: Comparison, row: Row, task: str, name: str, mark: Mark) -> str:
+    """Return a figure of a row with its deviation, marked if it is the best."""
+    figure, spread = EVALUATORS[task].figures[name], row.spread(task, name)
+    text = figure.text(spread.mean)
+    if not math.isnan(spread.std):
+        text += f" ± {figure.text(spread.std)}"
+    best = comparison.is_best(row, lambda other: other.spread(task, name).mean, least=figure.less)
+    return f"{mark[0]}{text}{mark[1]}" if best else text
 
 
 def _about_differences(comparison: Comparison) -> list[str]:
     """Describe how differences to baselines were judged, and how many at once."""
-    by_task = {task: [gap for row in comparison.rows if (gap := row.differences(task)[0])] for task in DISTANCES}
+    by_task = {task: [gap for row in comparison.rows if (gap := row.differences(task)[0])] for task in VIEWS}
     gaps = [gap for own in by_task.values() for gap in own]
     if not gaps:
         return []
@@ -293,9 +269,9 @@ def _about_differences(comparison: Comparison) -> list[str]:
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
     baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
     over = max((interval_spans(comparison, task)[0] for task, own in by_task.items() if own), key=len)
-    units = " and ".join(_DISTANCE_WORDS[task] for task, own in by_task.items() if own)
+    units = " and ".join(VIEWS[task].words for task, own in by_task.items() if own)
     sentences = [f"{units} to {baselines}, {pairs}; 95 % interval over {over} by Student's t"]
-    if any(row.differences(task)[1] is not None for row in comparison.rows for task in DISTANCES):
+    if any(row.differences(task)[1] is not None for row in comparison.rows for task in VIEWS):
         sentences.append(
             f"a row named '{CONTROL}' learnt by the same terms without a teacher: what it has over the baseline is the "
             "loss's own, and the distance of a row to it is what the teacher adds"
@@ -337,7 +313,7 @@ def _about_images(gaps: Sequence[Difference]) -> list[str]:
 def _difference(gap: Difference | None, task: str) -> list[str]:
     if gap is None or math.isnan(gap.mean):
         return ["-", "-", "-"]
-    return [distance(gap.mean, task), interval(gap.low, gap.high, task), gap.verdict]
+    return [VIEWS[task].gap_text(gap.mean), interval(gap.low, gap.high, task), gap.verdict]
 
 
 def _csv_difference(difference: Difference | None) -> list[str]:

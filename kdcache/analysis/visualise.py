@@ -21,22 +21,25 @@ from kdcache.analysis.gallery import (
     shorten,
     summary_json,
 )
-from kdcache.analysis.per_image import MIOU, RMSE, Score, ranked, score_images, shared_score
+from kdcache.analysis.per_image import MIOU, Score, ranked, score_images, shared_score
 from kdcache.analysis.runs import Entry
-from kdcache.analysis.score_figures import draw_distribution, draw_rmse, metrics_text
+from kdcache.analysis.score_figures import draw_distribution, draw_scores, metrics_text
 from kdcache.analysis.stored_evaluations import EvalSettings, memory_errors
+from kdcache.analysis.task_views import VIEWS
 from kdcache.data import Split
 from kdcache.display import public
 from kdcache.files import check_own_folder, replacing_in
+from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
-from kdcache.tasks import SEGMENTATION
+from kdcache.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUMMARY = "visualise.json"
 SIDE_BEST, SIDE_WORST = 2, 1
-_FIGURES = ("iou_distribution.png", "confusion.png", "rmse_distribution.png", "curves.png")
+CONFUSION, CURVES = "confusion.png", "curves.png"
+_FIGURES = (CONFUSION, CURVES, *(f"{view.stem}_distribution.png" for view in VIEWS.values()))
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Galle
             score = shared_score([model.scores]) or MIOU
             cases = best_cases(ranked([model.scores], score), drawing.num, drawing.num, score)
             _draw_run(run, model, gallery, cases, score, folder / name, progress)
-            if not (folder / name / "curves.png").is_file():
+            if not (folder / name / CURVES).is_file():
                 notes.append(f"{run.text} keeps no metrics.jsonl: no curves")
         notes += _draw_side_by_side(list(shown.values()), gallery, folder, progress)
         header = {"data": public(gallery.split.data), "split": gallery.split.split, "banner": gallery.above}
@@ -142,7 +145,7 @@ def _draw_run(
     curves = None if run.run is None else read_curves(run.run)
     if curves is not None:
         batch_size = run.settings.get("batch-size")
-        figures["curves.png"] = draw_curves(curves, f"The training of {shorten(shown.name)}", batch_size)
+        figures[CURVES] = draw_curves(curves, f"The training of {shorten(shown.name)}", batch_size)
     for file, figure in figures.items():
         save_figure(figure, folder / file, above, formats)
     header = [
@@ -161,11 +164,13 @@ def _score_figures(shown: Shown, split: Split) -> dict[str, "Figure"]:
     """Return the distribution of scores per task and the confusion matrix, as figures by file name."""
     scores, name = shown.scores, shorten(shown.name)
     title, figures = f"{name} on {shorten(public(split.data), 40)}, {split.split}", dict[str, "Figure"]()
-    if SEGMENTATION in scores.tasks:
-        metrics, counts = scores.metrics, scores.confusion.counts.numpy()
-        spread = draw_distribution(scores, split.classes.colours, f"{title}: {MIOU.text(metrics.miou)}")
-        confusion = draw_confusion(counts, metrics.class_names, f"{name}: prediction per label, %")
-        figures |= {_FIGURES[0]: spread, _FIGURES[1]: confusion}
-    if scores.depth is not None:
-        figures[_FIGURES[2]] = draw_rmse(scores, f"{title}: {RMSE.text(scores.depth.rmse)}")
+    for task, metrics in scores.by_task.items():
+        score, file = Score(task), f"{VIEWS[task].stem}_distribution.png"
+        titled = f"{title}: {score.text(getattr(metrics, TASKS[task].score))}"
+        if isinstance(metrics, Metrics):
+            counts = scores.confusion.counts.numpy()
+            figures[file] = draw_distribution(scores, split.classes.colours, titled)
+            figures[CONFUSION] = draw_confusion(counts, metrics.class_names, f"{name}: prediction per label, %")
+        else:
+            figures[file] = draw_scores(scores, score, titled)
     return figures

@@ -3,6 +3,7 @@
     confusion.py     one confusion matrix over a whole set, and the metrics that follow from it
     depth.py         errors of depth maps: rmse, abs_rel, silog, delta
     chance.py        whether a model has learnt anything
+    evaluators.py    how each task is evaluated: the table of tasks
     predictions.py   a model's answers to every task, at the labels' size
     sliding.py       how a model sees images of another shape, and in windows
     evaluate.py      a model on a labelled split
@@ -21,9 +22,9 @@ from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.data_sets import OnDataSet
 from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
-from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks
+from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks, metrics_markdown
 from kdcache.metrics.sliding import Framing
-from kdcache.metrics.tables import class_rows, comparison_rows, iou_listing, markdown_table, metrics_markdown, percent
+from kdcache.metrics.tables import class_rows, comparison_rows, iou_listing, markdown_table, percent
 
 __all__ = [
     "DEPTH_METRICS",

@@ -7,7 +7,7 @@ never a mean over images.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,34 @@ class ImageCounts:
         hits = np.diagonal(matrices, axis1=1, axis2=2).copy()
         return cls(tuple(ids), hits, matrices.sum(1) + matrices.sum(2) - hits)
 
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Any]) -> "ImageCounts":
+        """Return the counts from their `arrays`. Raises: KeyError."""
+        hits, unions = (arrays[name].astype(np.int64) for name in ("hits", "unions"))
+        return cls(tuple(arrays["ids"].tolist()), hits, unions)
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a file that holds them."""
+        hits, unions = (counts.astype(np.uint32) for counts in (self.hits, self.unions))
+        return {"ids": np.array(self.ids), "hits": hits, "unions": unions}
+
+    @property
+    def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Arrays (N, C), of which the sums over any images have the score as the mean of their ratios."""
+        return self.hits, self.unions
+
+    @property
+    def iou(self) -> Tensor:
+        """IoU of each image and class, (N, C) float64, NaN if a class is neither in its label nor predicted."""
+        hits, unions = (torch.from_numpy(counts).to(torch.float64) for counts in (self.hits, self.unions))
+        return hits / unions
+
+    @property
+    def scores(self) -> list[float]:
+        """MIoU of each image, over its own classes."""
+        return [iou.nanmean().item() for iou in self.iou]
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -60,6 +88,20 @@ class Metrics:
         rows = zip(self.class_names, self.iou, self.acc, self.label_pixels, strict=True)
         classes = [dict(zip(("name", "iou", "acc", "label_pixels"), row, strict=True)) for row in rows]
         return without_nan({"miou": self.miou, "macc": self.macc, "aacc": self.aacc, "classes": classes})
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> "Metrics":
+        """Return the metrics from the JSON of `to_json`. Raises: KeyError, TypeError for other content."""
+        classes = content["classes"]
+        return cls(
+            class_names=tuple(str(row["name"]) for row in classes),
+            iou=tuple(number_of(row["iou"]) for row in classes),
+            acc=tuple(number_of(row["acc"]) for row in classes),
+            label_pixels=tuple(int(row["label_pixels"]) for row in classes),
+            miou=number_of(content["miou"]),
+            macc=number_of(content["macc"]),
+            aacc=number_of(content["aacc"]),
+        )
 
     def over(self, names: Sequence[str]) -> "Metrics":
         """Return the metrics of some classes only, if no other class is labelled. Means are over these classes.
@@ -124,6 +166,11 @@ def mean_of(values: Sequence[float]) -> float:
     """Return the mean of the values that are not NaN, or NaN without any."""
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def number_of(value: float | None) -> float:
+    """Return a number from JSON, where None is NaN."""
+    return math.nan if value is None else float(value)
 
 
 def without_nan(content: dict[str, Any]) -> dict[str, Any]:

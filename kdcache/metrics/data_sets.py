@@ -8,10 +8,10 @@ from typing import Any
 from kdcache.data import Split
 from kdcache.metrics.confusion import Metrics, mean_of
 from kdcache.metrics.evaluate import TaskMetrics
-from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, iou_listing, markdown_table, percent
+from kdcache.metrics.evaluators import EVALUATORS
+from kdcache.metrics.tables import Table, iou_listing, markdown_table, percent
+from kdcache.tasks import SEGMENTATION
 
-Table = tuple[list[str], list[list[str]]]
-"""Header and rows."""
 NOT_SHARED = "not shared"
 
 
@@ -79,21 +79,21 @@ def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Tab
     return ["IoU %", *(titles[number] for number in columns)], rows
 
 
-def depth_table(results: Sequence[OnDataSet]) -> Table:
-    """Return depth metrics, a column per data set with depth labels."""
-    depths = {number: one.metrics.depth for number, one in enumerate(results) if one.metrics.depth is not None}
+def figure_table(results: Sequence[OnDataSet], task: str) -> Table:
+    """Return the figures of a task, a column per data set with labels of it."""
+    found = {number: own for number, one in enumerate(results) if (own := one.metrics.by_task.get(task)) is not None}
     rows = [
-        [head, *(depth_figure(name, getattr(depth, name)) for depth in depths.values())]
-        for name, head in DEPTH_HEADS.items()
+        [one.head, *(one.text(getattr(own, name)) for own in found.values())]
+        for name, one in EVALUATORS[task].figures.items()
     ]
     titles = _titles(results)
-    return ["depth", *(titles[number] for number in depths)], rows
+    return [task, *(titles[number] for number in found)], rows
 
 
 def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
-    """Return the table of classes and the table of depth, each if a data set has such labels."""
-    both = (class_table(results, class_names), depth_table(results))
-    return [table for table in both if len(table[0]) > 1]
+    """Return the table of classes and a table of each other task, each if a data set has such labels."""
+    others = (figure_table(results, task) for task in EVALUATORS if task != SEGMENTATION)
+    return [table for table in (class_table(results, class_names), *others) if len(table[0]) > 1]
 
 
 def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:

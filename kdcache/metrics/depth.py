@@ -20,7 +20,7 @@ development kit; the crop Garg et al. 2016, arXiv 1603.04992, in the numbers of 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kdcache.errors import DataError
 from kdcache.heads import RegressionHead
-from kdcache.metrics.confusion import without_nan
+from kdcache.metrics.confusion import number_of, without_nan
 from kdcache.settings.shared import Crop, DepthSettings
 
 DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "silog", "delta1", "delta2", "delta3")
@@ -47,6 +47,28 @@ class DepthImages:
 
     ids: tuple[str, ...]
     values: npt.NDArray[np.float64]
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Any]) -> "DepthImages":
+        """Return the metrics from their `arrays`. Raises: KeyError."""
+        return cls(tuple(arrays["depth_ids"].tolist()), arrays["depth"])
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a file that holds them."""
+        return {"depth_ids": np.array(self.ids), "depth": self.values}
+
+    @property
+    def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Arrays (N, 1), of which the sums over any images have the score as their ratio."""
+        rmse = self.values[:, :1]
+        return rmse, np.ones_like(rmse)
+
+    @property
+    def scores(self) -> list[float]:
+        """The rmse of each image."""
+        rmse: list[float] = self.values[:, 0].tolist()
+        return rmse
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,12 @@ class DepthMetrics:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values with null for NaN."""
         return without_nan({name: value for name, value in asdict(self).items() if name != "images"})
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> "DepthMetrics":
+        """Return the metrics from the JSON of `to_json`. Raises: KeyError, TypeError for other content."""
+        values: dict[str, Any] = {name: number_of(content[name]) for name in DEPTH_METRICS}
+        return cls(**values, counted_images=int(content["counted_images"]), pixels=int(content["pixels"]))
 
 
 @dataclass(frozen=True)

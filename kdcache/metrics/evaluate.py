@@ -1,24 +1,25 @@
 """Evaluate a model on a labelled split, at the labels' own size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX, Split
 from kdcache.display import html_table
 from kdcache.errors import DataError, RecipeError
-from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
-from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
+from kdcache.metrics.confusion import ConfusionMatrix, Metrics
+from kdcache.metrics.depth import DepthMetrics
+from kdcache.metrics.evaluators import EVALUATORS, Accumulator, TaskMetric
 from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
 from kdcache.metrics.sliding import Framing
+from kdcache.metrics.tables import markdown_table
 from kdcache.models import SegmentationModel
 from kdcache.settings.parse import Count
 from kdcache.settings.shared import DepthSettings, JudgeSettings
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import METRES, SEGMENTATION, TASKS
 
 Progress = Callable[[int, int], None]
 
@@ -30,27 +31,38 @@ class TaskMetrics:
     segmentation: Metrics | None = None
     depth: DepthMetrics | None = None
 
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> "TaskMetrics":
+        """Return the metrics from the JSON of `to_json`. Raises: KeyError, TypeError for other content."""
+        tasks = content.get("tasks", {SEGMENTATION: content})
+        return cls(**{task: EVALUATORS[task].metrics.of_json(own) for task, own in tasks.items() if own is not None})
+
+    @property
+    def by_task(self) -> dict[str, TaskMetric]:
+        """The metrics of each judged task."""
+        return {task: own for task in TASKS if (own := getattr(self, task)) is not None}
+
     def __repr__(self) -> str:
-        shown = [] if self.segmentation is None else [f"mIoU {100 * self.segmentation.miou:.2f} %"]
-        shown += [] if self.depth is None else [f"depth rmse {self.depth.rmse:.3g} m"]
+        shown = [EVALUATORS[task].words(own) for task, own in self.by_task.items()]
         return f"<TaskMetrics: {', '.join(shown) or 'nothing judged'}>"
 
     def _repr_html_(self) -> str:
-        rows = []
-        if (own := self.segmentation) is not None:
-            figures = {"mIoU": own.miou, "mAcc": own.macc, "aAcc": own.aacc}
-            figures |= dict(zip(own.class_names, own.iou, strict=True))
-            rows += [(name, f"{100 * value:.2f} %") for name, value in figures.items()]
-        if self.depth is not None:
-            rows += [("depth rmse", f"{self.depth.rmse:.3g} m"), ("depth abs rel", f"{self.depth.abs_rel:.3g}")]
+        rows = [row for task, own in self.by_task.items() for row in EVALUATORS[task].rows(own)]
         return html_table("Metrics; IoU by class", ("", ""), rows)
 
     def to_json(self) -> dict[str, Any]:
         """Return segmentation alone as in `Metrics`, else each task's numbers by name in `tasks`."""
-        if self.depth is None:
-            return {} if self.segmentation is None else self.segmentation.to_json()
-        own = {SEGMENTATION: self.segmentation, DEPTH: self.depth}
-        return {"tasks": {task: metrics.to_json() for task, metrics in own.items() if metrics is not None}}
+        own = {task: metrics.to_json() for task, metrics in self.by_task.items()}
+        return own.get(SEGMENTATION, {}) if set(own) <= {SEGMENTATION} else {"tasks": own}
+
+
+def metrics_markdown(title: str, metrics: TaskMetrics) -> str:
+    """Return one evaluation as Markdown: a summary and a table per task."""
+    parts = [f"# {title}\n"]
+    for task, own in metrics.by_task.items():
+        summary, table = EVALUATORS[task].table(own)
+        parts += [f"{summary}\n", markdown_table(*table)]
+    return "\n".join(parts)
 
 
 def evaluate_model(
@@ -91,25 +103,23 @@ def evaluate_model(
         torch.device(device)
     except RuntimeError as error:
         raise RecipeError(f"Unknown --device {device!r}", fix="Use cpu or cuda.") from error
-    ids, counts = list[str](), list[Tensor]()
-
-    def count_image(prediction: Predicted, own: Tensor) -> None:
-        ids.append(split.ids[prediction.number])
-        counts.append(own)
-
-    confusion = count_pixels(
+    labelled = labelled_images(split, (SEGMENTATION,))
+    found = accumulate(
         model,
         split,
+        labelled,
         size,
+        (SEGMENTATION,),
         device=device,
         batch_size=batch_size,
         at_size=at_size,
         threads=threads,
         framing=framing,
         progress=progress,
-        each=count_image,
     )
-    return replace(confusion.metrics(), images=ImageCounts.of(ids, counts))
+    metrics = found[SEGMENTATION].result()
+    assert isinstance(metrics, Metrics)
+    return metrics
 
 
 def count_pixels(
@@ -124,19 +134,16 @@ def count_pixels(
     framing: Framing | None = None,
     progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
-    each: Callable[[Predicted, Tensor], None] | None = None,
 ) -> ConfusionMatrix:
     """Return the confusion matrix of `evaluate_model`, which several processes can share and add up.
 
-    `part` (i, n) takes every n-th labelled sample from the i-th on. `each` is called with every prediction and its own
-    counts, (C, C).
+    `part` (i, n) takes every n-th labelled sample from the i-th on. It keeps no counts of single images.
 
     Raises: DataError for a split without labels.
     """
-    labelled = labelled_images(split, (SEGMENTATION,))
+    mine = labelled_images(split, (SEGMENTATION,))[part[0] :: part[1]]
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
-    mine = labelled[part[0] :: part[1]]
-    predicted_batches = predictions(
+    batches = predictions(
         model,
         split,
         mine,
@@ -147,16 +154,8 @@ def count_pixels(
         threads=threads,
         framing=framing,
     )
-    done = 0
-    with closing(predicted_batches):
-        for batch in predicted_batches:
-            for prediction in batch:
-                own = confusion.update(prediction.argmax, prediction.label)
-                if each is not None:
-                    each(prediction, own)
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(mine))
+    for prediction in _each(batches, len(mine), progress):
+        confusion.update(prediction.argmax, prediction.label)
     return confusion
 
 
@@ -181,13 +180,45 @@ def evaluate_tasks(
     Raises: DataError without a task to judge, for depth settings without depth, and for an image that cannot be read.
     """
     tasks = check_tasks(model, split, depth)
-    confusion, ids, counts = ConfusionMatrix(split.classes.names, IGNORE_INDEX), list[str](), list[Tensor]()
-    errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
-    labelled = labelled_images(split, tasks)
+    own = accumulate(
+        model,
+        split,
+        labelled_images(split, tasks),
+        size,
+        tasks,
+        depth=depth,
+        device=device,
+        batch_size=batch_size,
+        at_size=at_size,
+        threads=threads,
+        framing=framing,
+        progress=progress,
+    )
+    found: dict[str, Any] = {task: one.result() for task, one in own.items()}
+    return TaskMetrics(**found)
+
+
+def accumulate(
+    model: SegmentationModel,
+    split: Split,
+    numbers: Sequence[int],
+    size: tuple[int, int],
+    tasks: Sequence[str],
+    *,
+    depth: DepthSettings | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = JudgeSettings.batch_size,
+    at_size: bool = False,
+    threads: int = 2,
+    framing: Framing | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Accumulator]:
+    """Return the accumulators of tasks after one pass over samples of a split. Arguments as of `evaluate_tasks`."""
+    found = {task: EVALUATORS[task].begin(model, split, depth) for task in tasks}
     batches = predictions(
         model,
         split,
-        labelled,
+        numbers,
         size,
         tasks=tasks,
         device=device,
@@ -196,21 +227,23 @@ def evaluate_tasks(
         threads=threads,
         framing=framing,
     )
+    for prediction in _each(batches, len(numbers), progress):
+        for task, label in prediction.labels.items():
+            found[task].update(prediction.answers[task], label, split.ids[prediction.number])
+    return found
+
+
+def _each(
+    batches: Generator[list[Predicted], None, None], total: int, progress: Progress | None
+) -> Iterator[Predicted]:
+    """Yield the predictions of batches, and report every finished batch."""
     done = 0
     with closing(batches):
         for batch in batches:
-            for one in batch:
-                sample = split.ids[one.number]
-                if SEGMENTATION in one.labels:
-                    ids.append(sample)
-                    counts.append(confusion.update(one.argmax, one.label))
-                if errors is not None and DEPTH in one.labels:
-                    errors.update(one.answers[DEPTH], one.labels[DEPTH], sample)
+            yield from batch
             done += len(batch)
             if progress is not None:
-                progress(done, len(labelled))
-    segmentation = replace(confusion.metrics(), images=ImageCounts.of(ids, counts)) if ids else None
-    return TaskMetrics(segmentation, None if errors is None else _judged(errors, split))
+                progress(done, total)
 
 
 def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | None = None) -> tuple[str, ...]:
@@ -232,7 +265,7 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
             else "Use a model with a head of segmentation, or of depth in metres. To teach a "
             "backbone a task: train-student --init RUN",
         )
-    if depth not in (None, DepthSettings()) and DEPTH not in tasks:
+    if depth not in (None, DepthSettings()) and not any(TASKS[task].unit == METRES for task in tasks):
         raise DataError(
             f"Cannot use --min-depth, --max-depth or --depth-crop: {facts}",
             fix="Leave these flags out, or give a model that predicts depth in metres and data with labels of depth.",
@@ -249,16 +282,3 @@ def labelled_images(split: Split, tasks: Sequence[str]) -> list[int]:
             fix="Give a labelled split with --split",
         )
     return labelled
-
-
-def _judged(errors: DepthErrors, split: Split) -> DepthMetrics:
-    """Return the metrics of depth. Raises: DataError where no pixel counts."""
-    metrics = errors.metrics()
-    if not metrics.counted_images:
-        raise DataError(
-            f"No label of {split.data}, split {split.split!r}, has depth from {errors.range.min_depth:g} to "
-            f"{errors.range.max_depth:g} m" + (" inside the crop" if errors.range.crop != "none" else ""),
-            fix="Show the range of the labels with kdcache data check. Then give --min-depth and --max-depth that "
-            "fit, or correct the unit in depth.toml",
-        )
-    return metrics

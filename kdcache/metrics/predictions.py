@@ -1,20 +1,21 @@
 """Predictions of a model for samples of a split, for every task that both have, at the size of the labels."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.data import Split, Window, prefetch, render, render_depth
-from kdcache.heads import RegressionHead
+from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
-from kdcache.tasks import DEPTH, METRES, SEGMENTATION, TASKS
+from kdcache.tasks import SEGMENTATION, TASKS
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,9 @@ class _Sample:
     size: tuple[int, int]  # of the labels and of the predictions
 
 
-def metric_depth(heads: Mapping[str, RegressionHead]) -> RegressionHead | None:
-    """Return the model's depth head, if it is in metres, or None."""
-    head = heads.get(DEPTH)
-    return head if head is not None and head.unit == METRES else None
-
-
 def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
     """Return the tasks of a model's learnt heads: classes, and depth if it is in metres."""
-    own = {SEGMENTATION: SEGMENTATION in model.head_kinds, DEPTH: metric_depth(model.regressions) is not None}
-    return tuple(task for task in TASKS if own[task] and task not in model.untrained)
+    return tuple(task for task, one in EVALUATORS.items() if one.predicted_by(model) and task not in model.untrained)
 
 
 def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:
@@ -162,8 +156,7 @@ def answer_of(
 
     `view` and `seen` are the part of the image that the model saw, and the size of its input, as of `at_image`.
     """
-    full_CHW = at_image(model, output_Chw, size, view, seen)
-    return full_CHW.argmax(0).to(torch.uint8) if task == SEGMENTATION else model.regressions[task].values(full_CHW)[0]
+    return EVALUATORS[task].answer(model, at_image(model, output_Chw, size, view, seen))
 
 
 def _load(
@@ -176,12 +169,16 @@ def _load(
         size = framing.scaled(image_size, size)
     elif (seen := framing.view(image_size, size)) != window:
         window, view = seen, None if at_size else seen
-    label = split.label(index) if SEGMENTATION in tasks else None
-    pixels, small = render(image, label, window, flip=False, size=size)
-    labels: dict[str, Tensor] = {}
-    if label is not None:
-        labels[SEGMENTATION] = torch.from_numpy(small if at_size else np.ascontiguousarray(label))
-    if DEPTH in tasks and (metres := split.label(index, DEPTH)) is not None:
-        small_metres = render_depth(metres, window, flip=False, size=size) if at_size else np.ascontiguousarray(metres)
-        labels[DEPTH] = torch.from_numpy(small_metres)
-    return _Sample(index, torch.from_numpy(pixels), view, labels, size if at_size else image_size)
+    labels: dict[str, Any] = {task: label for task in tasks if (label := split.label(index, task)) is not None}
+    pixels, ids = render(image, labels.get(SEGMENTATION), window, flip=False, size=size)
+    if at_size:
+        labels = {task: _small(task, label, ids, window) for task, label in labels.items()}
+    tensors = {task: torch.from_numpy(np.ascontiguousarray(label)) for task, label in labels.items()}
+    return _Sample(index, torch.from_numpy(pixels), view, tensors, size if at_size else image_size)
+
+
+def _small(task: str, label_HW: Any, ids: Any, window: Window) -> Any:
+    """Return a label at the size of `ids`, the class ids that were rendered with the image. Numbers never mix."""
+    if TASKS[task].head == "categorical":
+        return ids
+    return render_depth(label_HW, window, flip=False, size=ids.shape)

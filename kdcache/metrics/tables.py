@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from kdcache.errors import one_line
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.depth import DepthMetrics
-from kdcache.metrics.evaluate import TaskMetrics
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
 
 
 def percent(value: float) -> str:
@@ -69,20 +71,6 @@ def depth_figure(name: str, value: float) -> str:
 def depth_rows(metrics: DepthMetrics) -> list[tuple[str, str]]:
     """Return (metric with its unit, value) of one depth evaluation."""
     return [(head, depth_figure(name, getattr(metrics, name))) for name, head in DEPTH_HEADS.items()]
-
-
-def metrics_markdown(title: str, metrics: TaskMetrics) -> str:
-    """Return one evaluation as Markdown: per task a table, for segmentation a summary and rows per class."""
-    parts = [f"# {title}\n"]
-    if (segmentation := metrics.segmentation) is not None:
-        parts.append(
-            f"mIoU {percent(segmentation.miou)}, mAcc {percent(segmentation.macc)}, aAcc {percent(segmentation.aacc)}\n"
-        )
-        parts.append(markdown_table(("class", "IoU %", "Acc %", "pixels %"), class_rows(segmentation)))
-    if (depth := metrics.depth) is not None:
-        parts.append(f"Depth of {depth.counted_images} images, {depth.pixels} pixels\n")
-        parts.append(markdown_table(("depth", "mean of images"), depth_rows(depth)))
-    return "\n".join(parts)
 
 
 def comparison_rows(

@@ -7,15 +7,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from kdcache.analysis.predict import (
-    DEPTH_COLOURS,
-    DEPTHS,
-    LABELS,
-    OVERLAYS,
-    PredictOptions,
-    find_images,
-    predict_images,
-)
+from kdcache.analysis.predict import FILES, PredictOptions, find_images, predict_images
 from kdcache.data import ClassList
 from kdcache.errors import RecipeError
 from kdcache.metrics import Framing
@@ -114,6 +106,5 @@ def predict(
         )
     order = sorted(range(len(named)), key=lambda number: -pixels_C[number])
     pixels = {named.names[number]: int(pixels_C[number]) for number in order} if SEGMENTATION in heads else {}
-    folders = [LABELS, OVERLAYS] if SEGMENTATION in heads else []
-    folders += [DEPTHS, DEPTH_COLOURS] if DEPTH in heads else []
+    folders = [folder for task, files in FILES.items() if task in heads for folder in files.folders]
     return Predicted(len(inputs), pixels, tuple(Path(out) / folder for folder in folders))

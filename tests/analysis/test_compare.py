@@ -30,6 +30,7 @@ from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, R
 from kdcache.metrics import evaluate_model, evaluate_tasks
 from kdcache.metrics.cost import Cost
 from kdcache.models.run import load_run
+from kdcache.tasks import SEGMENTATION
 
 QUICK = CompareOptions(repeats=0)
 
@@ -231,13 +232,10 @@ def test_verdicts_of_all_rows_are_adjusted_together() -> None:
 
     def judged(name: str, *p: float, teacher: bool = False) -> Row:
         total, *classes = (Difference(0.1, 0.05, one, "none", 3, paired=True, adjusted=one) for one in p)
-        nothing = Spread(0.5, math.nan, 1)
-        cost = Cost((1, 1), 1, 2, None)
-        return Row(
-            name, "m", {}, (), nothing, nothing, nothing, (nothing,) * 2, total, tuple(classes), cost, teacher, False
-        )
+        row = Row(name, "m", {}, (), Cost((1, 1), 1, 2, None), teacher, False, class_differences=tuple(classes))
+        return row.with_gaps(SEGMENTATION, baseline=total)
 
-    none = replace(judged("none", 1.0), difference=None, class_differences=())
+    none = judged("none", 1.0).with_gaps(SEGMENTATION, baseline=None)
     rows = (
         judged("a", 0.01, 0.01, 0.2),
         none,
@@ -274,7 +272,7 @@ def test_a_row_is_measured_against_its_own_control(world: Path, derive: Callable
     assert table.count(f"| dist | {control} |") == 1
     assert "what the teacher adds" in table
     assert "(baseline)" not in next(line for line in table.splitlines() if line.startswith(f"| {control}"))
-    best = replace(found["dist"], miou=Spread.of([0.9]))
+    best = replace(found["dist"], scores={SEGMENTATION: {"miou": Spread.of([0.9])}})
     _, _, reservations = headline(replace(comparison, rows=(found["none"], best, found[control])))
     assert any("its control, the same loss with labels in the teacher's place" in text for text in reservations)
 

@@ -34,6 +34,7 @@ from kdcache.models import build_model
 from kdcache.models.run import load_run
 from kdcache.run_folder import RunModel
 from kdcache.settings.shared import DepthSettings
+from kdcache.tasks import DEPTH
 
 DATA = "scenes:40x56,train=2,val=5,depth=exact"
 SIZE = (24, 40)
@@ -105,11 +106,11 @@ def test_of_depth_the_least_is_best_and_who_has_none_has_a_dash(compared: Compar
     header, rows = score_table(compared)
     column = header.index("rmse m")
     shown = {cells[0]: cells[column] for cells in rows}
-    least = min((row for row in compared.rows if row.depth), key=lambda row: row.depth["rmse"].mean)
+    least = min((row for row in compared.rows if DEPTH in row.scores), key=lambda row: row.spread(DEPTH).mean)
     best = [name for name, cell in shown.items() if cell.startswith(BOLD[0])]
     assert len(best) == 1
     assert least.name in best[0]
-    plain = next(row for row in compared.rows if not row.depth)
+    plain = next(row for row in compared.rows if DEPTH not in row.scores)
     assert shown[plain.name] == "-" or shown[f"{plain.name} (baseline)"] == "-"
     assert "-" in [cells[header.index("δ1 %")] for cells in rows]
 
@@ -133,12 +134,12 @@ def test_table_and_page_mark_the_smallest_errors_and_the_largest_delta(compared:
 
 def test_the_distance_in_depth_is_that_of_the_pairs(compared: Comparison) -> None:
     taught = next(row for row in compared.rows if row.differs.get("method") == "kl")
-    gap = taught.depth_difference
+    gap = taught.differences(DEPTH)[0]
     assert gap is not None
     assert gap.paired
     baseline = next(row for row in compared.rows if row.name == gap.baseline)
     pairs = [
-        one.depth("rmse") - two.depth("rmse") for one in taught.runs for two in baseline.runs if one.seed == two.seed
+        one.value(DEPTH) - two.value(DEPTH) for one in taught.runs for two in baseline.runs if one.seed == two.seed
     ]
     assert gap.mean == pytest.approx(np.mean(pairs))
     assert gap.resampled is not None
@@ -229,9 +230,9 @@ def test_runs_of_depth_alone_have_a_best_and_a_verdict_and_no_word_of_classes(tm
     assert sum(cells[header.index("rmse m")].startswith(BOLD[0]) for cells in rows) == 1
     taught = next(row for row in alone.rows if row.differs.get("method") == "kl")
     assert taught.difference is None
-    assert taught.depth_difference is not None
-    assert taught.depth_difference.verdict in ("above noise", "within noise")
-    assert any(taught.depth_difference.verdict in cells for cells in rows)
+    assert taught.differences(DEPTH)[0] is not None
+    assert taught.differences(DEPTH)[0].verdict in ("above noise", "within noise")
+    assert any(taught.differences(DEPTH)[0].verdict in cells for cells in rows)
     words = " ".join(legend(alone))
     assert "metres of rmse to" in words
     assert not any(term in words for term in ("confusion", "mIoU", "void"))
@@ -267,7 +268,7 @@ def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_
     judged = evaluate_tasks(model, split, description.size).depth
     assert judged is not None
     assert judged.images is not None
-    assert [image.rmse for image in shown.scores.images] == judged.images.values[:, 0].tolist()
+    assert [image.score(DEPTH) for image in shown.scores.images] == judged.images.values[:, 0].tolist()
     best, worst = min(shown.scores.known(RMSE)), max(shown.scores.known(RMSE))
     own = {path.name.rpartition("_")[2] for path in folder.glob("metres-none/*_cases/*.png")}
     assert own == {f"rmse{best:.4f}.png", f"rmse{worst:.4f}.png"}

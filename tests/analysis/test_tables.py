@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from kdcache.analysis.comparison import Comparison, Row, RunScore
+from kdcache.analysis.comparison import Comparison, Gaps, Row, RunScore
 from kdcache.analysis.statistics import Difference, Interval, Resampled, Spread, adjust, difference
 from kdcache.analysis.tables import (
     class_table,
@@ -25,6 +25,7 @@ from kdcache.analysis.tables import (
 )
 from kdcache.metrics import Metrics, TaskMetrics
 from kdcache.metrics.cost import Cost, Latency
+from kdcache.tasks import SEGMENTATION
 
 NAMES = ("road", "car|bus", "never")
 LATENCY = Latency(15.234, 1.2, 15.1, 50, 10, "a CPU", 2)
@@ -45,11 +46,11 @@ def row(name: str, *runs: Metrics, gap: Difference | None = None, latency: Laten
         runs=tuple(
             RunScore(f"{name}-{seed}", seed, None, TaskMetrics(one), reused=False) for seed, one in enumerate(runs)
         ),
-        miou=Spread.of(one.miou for one in runs),
-        macc=Spread.of(one.macc for one in runs),
-        aacc=Spread.of(one.aacc for one in runs),
+        scores={
+            SEGMENTATION: {name: Spread.of(getattr(one, name) for one in runs) for name in ("miou", "macc", "aacc")}
+        },
         iou=tuple(Spread.of(one.iou[place] for one in runs) for place in range(3)),
-        difference=gap,
+        gaps={SEGMENTATION: Gaps(gap)},
         class_differences=(gap,) * 3 if gap else (),
         cost=Cost((48, 64), 2_520_000, 1_000_000_000, latency),
         **{"teacher": False, "baseline": False, **more},

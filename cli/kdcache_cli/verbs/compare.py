@@ -70,13 +70,13 @@ def _to_json(comparison: "Comparison") -> str:
 def _show(comparison: "Comparison") -> None:
     from kdcache.analysis.report.summary import headline
     from kdcache.analysis.tables import (
-        DISTANCE_TITLES,
         class_table,
         cost_table,
         difference_table,
         legend,
         score_table,
     )
+    from kdcache.analysis.task_views import VIEWS
     from kdcache.tasks import SEGMENTATION
 
     if comparison.banner is not None:
@@ -84,10 +84,10 @@ def _show(comparison: "Comparison") -> None:
     answer, sentence, _ = headline(comparison)
     OUT.print(f"[bold]{answer}[/] {escape(sentence)}\n", highlight=False)
     _print("Scores and what is noise", comparison, *score_table(comparison))
-    for task, title in DISTANCE_TITLES.items():
+    for task, view in VIEWS.items():
         header, rows = difference_table(comparison, task)
         if rows:
-            _print_rows(title, header, rows)
+            _print_rows(view.title, header, rows)
     header, rows = class_table(comparison)
     (_, *names), *columns = zip(header, *rows, strict=True)
     for first in range(0, len(names) if SEGMENTATION in comparison.tasks else 0, _WIDEST):

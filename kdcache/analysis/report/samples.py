@@ -15,15 +15,16 @@ from PIL import Image
 from kdcache.analysis.compare import Progress
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.gallery import Shown
-from kdcache.analysis.per_image import RMSE, Score, best_and_worst, ranked, shared_score
+from kdcache.analysis.per_image import MIOU, Score, best_and_worst, ranked, shared_score
 from kdcache.analysis.runs import Entry
 from kdcache.analysis.stored_evaluations import EvalSettings, memory_errors
+from kdcache.analysis.task_views import FURTHER, VIEWS, Picture
 from kdcache.analysis.visualise import score_run
-from kdcache.data import IGNORE_INDEX, Split, fold_alone
-from kdcache.metrics.depth_figures import DepthMap, absolute_error, bar_end
+from kdcache.data import IGNORE_INDEX, ClassList, Split, fold_alone
+from kdcache.metrics.depth_figures import DepthMap
 from kdcache.metrics.figures import VOID_RGB, Array, error_colour
 from kdcache.metrics.predictions import Predicted
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION
 
 MOST_PIXELS = 640
 _QUALITY = 85
@@ -58,7 +59,7 @@ class Sample:
         size: (H, W) on the page.
         present: classes in its label, the largest first.
         image: JPEG. label: PNG, or None for an image without a segmentation label.
-        depth: (title, JPEG) of the depth label, and of each row's depth and error, with bars in metres.
+        maps: (title, JPEG) of the labels of further tasks, and of each row's answer and error, such as depth in metres.
     """
 
     sample: str
@@ -70,7 +71,7 @@ class Sample:
     image: bytes
     label: bytes | None
     predictions: tuple[RowPrediction, ...]
-    depth: tuple[tuple[str, bytes], ...] = ()
+    maps: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def score_first_runs(
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
     """Return the best and the worst images by the mean of all rows, then one for each class that these do not show.
 
-    If these lack depth labels and all rows predict depth, the best and the worst in depth follow. `count` is the number
-    of images among the best, among the worst, and at most among the others.
+    If these lack labels of another task and all rows predict it, the best and the worst in that task follow. `count` is
+    the number of images among the best, among the worst, and at most among the others.
 
     Returns: none if some rows have only classes and others only depth, so they share no score.
     """
@@ -127,14 +128,15 @@ def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progres
     if score is None:
         return ()
     chosen = _extremes(contestants, score, count)
-    if score.task == SEGMENTATION:
+    if score == MIOU:
         means = dict(ranked([shown.scores for shown in contestants], score))
         for position, name in _for_classes(contestants[0], split, means, [position for position, _ in chosen], count):
             chosen.append((position, (name, score, means[position])))
         numbers = [contestants[0].scores.images[position].number for position, _ in chosen]
-        in_depth = all(DEPTH in shown.scores.tasks for shown in contestants)
-        if in_depth and not any(split.has_label(number, DEPTH) for number in numbers):
-            chosen += _extremes(contestants, RMSE, count, " in depth")
+        for task in FURTHER:
+            judged = all(task in shown.scores.tasks for shown in contestants)
+            if judged and not any(split.has_label(number, task) for number in numbers):
+                chosen += _extremes(contestants, Score(task), count, f" in {task}")
     samples = []
     with memory_errors(models[0][1].device, 1):
         for done, (position, why) in enumerate(chosen, 1):
@@ -255,23 +257,31 @@ def _sample(
         encode_image(pixels, size),
         None if label is None else encode_classes(label, colours, size),
         tuple(predictions),
-        tuple(_depth(answers, size)),
+        tuple(map_ for task in FURTHER for map_ in _maps(task, answers, size, split.classes)),
     )
 
 
-def _depth(answers: Sequence[tuple[str, Predicted]], size: tuple[int, int]) -> Iterator[tuple[str, bytes]]:
-    """Yield the depth label and each row's depth and error as JPEGs, with one bar for depths and one for errors."""
-    metres = {name: own.answers[DEPTH].numpy() for name, own in answers if DEPTH in own.answers}
-    label = next((own.labels[DEPTH].numpy() for _, own in answers if DEPTH in own.labels), None)
-    high = bar_end(metres.values() if label is None else [*metres.values(), label])
-    errors = {} if label is None else {name: absolute_error(one, label) for name, one in metres.items()}
-    worst = bar_end(errors.values())
-    if label is not None and metres:
-        yield "depth, ground truth", encode_depth(DepthMap(label, high), size)
-    for name, one in metres.items():
-        yield f"depth, {name}", encode_depth(DepthMap(one, high), size)
-        if name in errors:
-            yield f"error of depth, {name}", encode_depth(DepthMap(errors[name], worst, "error"), size)
+def _maps(
+    task: str, answers: Sequence[tuple[str, Predicted]], size: tuple[int, int], classes: ClassList
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the label of a task and each row's answer and error as JPEGs, at one scale for maps and one for errors."""
+    view = VIEWS[task]
+    maps = {name: own.answers[task].numpy() for name, own in answers if task in own.answers}
+    label = next((own.labels[task].numpy() for _, own in answers if task in own.labels), None)
+    scale = view.scale(maps.values() if label is None else [*maps.values(), label])
+    worst = view.error_scale([] if label is None else [(answer, label) for answer in maps.values()])
+    if label is not None and maps:
+        yield f"{view.prefix}ground truth", encode_map(view.picture(label, classes, scale), size)
+    for name, answer in maps.items():
+        yield f"{view.prefix}{name}", encode_map(view.picture(answer, classes, scale), size)
+        if label is not None:
+            _, error = view.error(answer, answer, label, classes, worst)
+            yield f"error of {task}, {name}", encode_map(error, size)
+
+
+def encode_map(picture: Picture, size: tuple[int, int]) -> bytes:
+    """Return a picture of a task as a JPEG, with a bar below if it has one."""
+    return encode_depth(picture, size) if isinstance(picture, DepthMap) else encode_image(picture, size)
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:

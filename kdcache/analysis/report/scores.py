@@ -10,10 +10,11 @@ from markupsafe import Markup
 
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.report.render import number, render
-from kdcache.analysis.statistics import Difference, Spread
-from kdcache.analysis.tables import DISTANCE_TITLES, difference_table, distance, interval_spans, legend
-from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, percent
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.analysis.statistics import Difference
+from kdcache.analysis.tables import difference_table, interval_spans, legend
+from kdcache.analysis.task_views import VIEWS
+from kdcache.metrics.tables import percent
+from kdcache.tasks import SEGMENTATION
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Column:
 
 def scores(comparison: Comparison) -> Markup:
     """Return the section of the two tables and their explanations."""
-    tables = [(title, *difference_table(comparison, task)) for task, title in DISTANCE_TITLES.items()]
+    tables = [(view.title, *difference_table(comparison, task)) for task, view in VIEWS.items()]
     return render(
         "scores.html",
         table=sortable(comparison, _columns(comparison)),
@@ -74,7 +75,7 @@ def class_scores(comparison: Comparison) -> dict[str, Any]:
     columns = [
         Column(name, f"IoU of {name}, %", _iou(place), ranked=True) for place, name in enumerate(comparison.class_names)
     ]
-    columns.append(Column("mIoU", "mean over the classes that occur, %", _spread(lambda row: row.miou), ranked=True))
+    columns.append(Column("mIoU", "mean over the classes that occur, %", _figure(SEGMENTATION, "miou"), ranked=True))
     return sortable(comparison, columns)
 
 
@@ -100,20 +101,7 @@ def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any
 
 
 def _columns(comparison: Comparison) -> list[Column]:
-    seeds, images = interval_spans(comparison)
-    columns = [
-        Column("mIoU %", "mean IoU over the classes that occur", _spread(lambda row: row.miou), ranked=True),
-        Column(
-            f"to baseline, over {seeds}", f"points of mIoU, with their 95 % interval over {seeds}", _gap(SEGMENTATION)
-        ),
-        Column("mAcc %", "mean share of a class's pixels that is found", _spread(lambda row: row.macc), ranked=True),
-        Column("aAcc %", "share of all pixels that is right", _spread(lambda row: row.aacc), ranked=True),
-    ]
-    if any(row.difference is not None and row.difference.resampled is not None for row in comparison.rows):
-        explanation = f"of the points to the baseline: their 95 % interval over resampled {images}"
-        columns.insert(2, Column(f"over {images}", explanation, _resampled(SEGMENTATION)))
-    columns = columns if SEGMENTATION in comparison.tasks else []
-    columns += _depth_columns(comparison) if DEPTH in comparison.tasks else []
+    columns = [column for task in comparison.tasks for column in _task_columns(comparison, task)]
     columns += [
         Column("parameters", "of the network", _parameters),
         Column("GFLOPs", "of one image, 2 per multiply-add", _flops),
@@ -125,55 +113,44 @@ def _columns(comparison: Comparison) -> list[Column]:
     return columns
 
 
-def _spread(of_row: Callable[[Row], Spread]) -> Callable[[Row], Cell]:
-    def cell(row: Row) -> Cell:
-        spread = of_row(row)
-        return Cell(
-            spread.mean, percent(spread.mean), "" if math.isnan(spread.std) else f"\u00b1 {percent(spread.std)}"
-        )
-
-    return cell
-
-
 def _iou(place: int) -> Callable[[Row], Cell]:
     return lambda row: Cell(row.iou[place].mean, percent(row.iou[place].mean))
 
 
-def _depth_columns(comparison: Comparison) -> list[Column]:
-    """Return metrics of depth, and the distance to the baseline in metres of rmse."""
-    seeds, images = interval_spans(comparison, DEPTH)
-    columns = [
-        Column("rmse m", "of depth, root mean square error in metres; less is better", _depth("rmse"), ranked=True),
-        Column(
-            f"rmse to baseline, over {seeds}", "metres of rmse, with their 95 % interval; less is better", _gap(DEPTH)
-        ),
-        Column("abs rel", "error of depth as a part of the depth; less is better", _depth("abs_rel"), ranked=True),
-        Column(DEPTH_HEADS["delta1"], "share of pixels within a factor of 1.25", _depth("delta1"), ranked=True),
+def _task_columns(comparison: Comparison, task: str) -> list[Column]:
+    """Return the figures of a task, and the distance of its score to the baseline."""
+    view, (seeds, images) = VIEWS[task], interval_spans(comparison, task)
+    first, *rest = [
+        Column(view.figures[name].head, view.figures[name].about, _figure(task, name), ranked=True)
+        for name in view.columns
     ]
-    if any(gap is not None and gap.resampled is not None for row in comparison.rows for gap in row.differences(DEPTH)):
-        explanation = f"of the metres to the baseline: their 95 % interval over resampled {images}"
-        columns.insert(2, Column(f"rmse over {images}", explanation, _resampled(DEPTH)))
-    return columns
+    gaps = [Column(f"{view.before}to baseline, over {seeds}", view.spans.format(seeds=seeds), _gap(task))]
+    if any(gap is not None and gap.resampled is not None for row in comparison.rows for gap in row.differences(task)):
+        explanation = f"of the {view.distance} to the baseline: their 95 % interval over resampled {images}"
+        gaps.append(Column(f"{view.before}over {images}", explanation, _resampled(task)))
+    return [first, *gaps, *rest]
 
 
-def _depth(name: str) -> Callable[[Row], Cell]:
+def _figure(task: str, name: str) -> Callable[[Row], Cell]:
+    figure = VIEWS[task].figures[name]
+
     def cell(row: Row) -> Cell:
-        spread = row.depth_spread(name)
-        small = "" if math.isnan(spread.std) else f"\u00b1 {depth_figure(name, spread.std)}"
-        return Cell(spread.mean, depth_figure(name, spread.mean), small, less=not name.startswith("delta"))
+        spread = row.spread(task, name)
+        small = "" if math.isnan(spread.std) else f"\u00b1 {figure.text(spread.std)}"
+        return Cell(spread.mean, figure.text(spread.mean), small, less=figure.less)
 
     return cell
 
 
 def signed(gap: float, task: str) -> str:
     """Return a difference in points or metres, with a real minus sign."""
-    return "-" if math.isnan(gap) else distance(gap, task).replace("-", "\N{MINUS SIGN}")
+    return "-" if math.isnan(gap) else VIEWS[task].gap_text(gap).replace("-", "\N{MINUS SIGN}")
 
 
 def _gap(task: str) -> Callable[[Row], Cell]:
     def cell(row: Row) -> Cell:
         gap, _ = row.differences(task)
-        less = task == DEPTH
+        less = VIEWS[task].less
         if gap is None or math.isnan(gap.mean):
             return Cell(math.nan, "baseline" if row.baseline else "-", less=less)
         ends = "" if math.isnan(gap.half_width) else f"{signed(gap.low, task)} to {signed(gap.high, task)}"

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import class_scores
 from kdcache.analysis.report.summary import gap_words, measured
 from kdcache.analysis.runs import Entry
-from kdcache.metrics.tables import depth_figure, percent
+from kdcache.analysis.task_views import VIEWS
+from kdcache.metrics.tables import percent
 from kdcache.run_folder import RECIPE, VERBS
 from kdcache.settings.recipe import source_of
 from kdcache.settings.streams import rows_of, shares_of
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import TASKS
 
 _SHOWN = 24
 """Classes before the rest is folded away."""
@@ -163,11 +164,6 @@ def _copied(lost: Sequence[int], students: Sequence[Row]) -> str:
     return f" Of the students' {len(finite_gaps)} IoUs in these classes {fell} {verb} below the baseline."
 
 
-_SCORES: dict[str, tuple[str, Callable[[RunScore], str]]] = {
-    SEGMENTATION: ("mIoU %", lambda score: percent(score.metrics.miou)),
-    DEPTH: ("rmse m", lambda score: depth_figure("rmse", score.depth("rmse"))),
-}
-"""The score of a run in a task: its header, and its text."""
 _MACHINE = {"platform": "system", "python": "Python", "cpus": "CPUs", "threads": "threads", "gpu": "GPU"}
 
 
@@ -178,7 +174,7 @@ def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | No
         command=command,
         rows=[(place, row, _row(row, runs, comparison.tasks)) for place, row in enumerate(comparison.rows)],
         machines=_machines(comparison, runs),
-        tasks=[_SCORES[task][0] for task in comparison.tasks],
+        tasks=[VIEWS[task].figures[TASKS[task].score].head for task in comparison.tasks],
     )
 
 
@@ -222,7 +218,8 @@ def streams(settings: Mapping[str, Any]) -> list[list[str]]:
 def _run(score: RunScore, entry: Entry | None, tasks: Sequence[str]) -> list[str]:
     result = entry.run.result if entry is not None and entry.run is not None else {}
     results = [result.get(key) for key in ("best_step", "iterations", "seconds", "images_per_second")]
-    cells = [score.run, score.seed, score.fold or None, *(_SCORES[task][1](score) for task in tasks), *results]
+    scores = [VIEWS[task].score_text(score.value(task)) for task in tasks]
+    cells = [score.run, score.seed, score.fold or None, *scores, *results]
     return ["-" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
 
 

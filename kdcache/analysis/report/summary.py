@@ -13,8 +13,9 @@ from kdcache.analysis.report.render import number, points, quoted, render
 from kdcache.analysis.report.scores import signed
 from kdcache.analysis.statistics import Difference
 from kdcache.analysis.tables import interval_spans
-from kdcache.metrics.tables import depth_figure, percent
-from kdcache.tasks import DEPTH
+from kdcache.analysis.task_views import FURTHER, VIEWS
+from kdcache.metrics.tables import percent
+from kdcache.tasks import SEGMENTATION, TASKS
 
 _MOST_TICKS = 6
 Measured = tuple[Row, Difference]
@@ -42,9 +43,9 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
     """
     every = measured(comparison)
     rows = [pair for pair in every if pair[0].distilled] or every
-    depth = _depth_sentence(comparison)
-    if not rows and depth is not None:
-        answer, sentence = depth
+    further = {task: found for task in FURTHER if (found := _task_sentence(comparison, task)) is not None}
+    if not rows and further:
+        answer, sentence = next(iter(further.values()))
         return answer, sentence[0].upper() + sentence[1:], []
     if not rows:
         fix = "A baseline is a run of the same model that learnt from labels alone (--method none)"
@@ -61,45 +62,40 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
         same = all(is_nothing(gap.mean) for gap in gaps)
         word = "No difference." if same else "Unknown: nothing was learnt."
         return word, " ".join([*nothing, sentence]), _teacher(comparison, best)
-    more = [*nothing, *more, *(() if depth is None else (f"Depth: {depth[1]}",))]
+    more = [*nothing, *more, *(f"{task.capitalize()}: {words}" for task, (_, words) in further.items())]
     if not best.distilled:
         return "Unknown.", f"No row that has a baseline learnt from a teacher. {sentence}", more
     return _answer(gaps, _of_the_loss(rows)), sentence, more
 
 
-def _depth_sentence(comparison: Comparison) -> tuple[str, str] | None:
-    """Return the answer and a sentence on depth: the row with the least rmse of those measured against a baseline.
+def _task_sentence(comparison: Comparison, task: str) -> tuple[str, str] | None:
+    """Return the answer and a sentence on a task: the row with the best score of those measured against a baseline.
 
     None if there is no such row.
     """
-    every = [row for row in comparison.contestants if (gap := row.depth_difference) and not math.isnan(gap.mean)]
+    every = measured(comparison, task)
     if not every:
         return None
-    rows = [row for row in every if row.distilled] or every
-    gaps = [gap for row in rows if (gap := row.depth_difference)]
-    best = min(rows, key=lambda row: row.depth_spread("rmse").mean)
-    gap = best.depth_difference
-    assert gap is not None
-    # In rmse less is better: the sign that the words go by is turned round.
-    answer = _answer([replace(one, mean=-one.mean) for one in gaps])
-    words = "as much as" if gap.mean == 0 else f"{abs(gap.mean):.3f} m {'less' if gap.mean < 0 else 'more'} than"
+    rows, view = [pair for pair in every if pair[0].distilled] or every, VIEWS[task]
+    best, gap = max(rows, key=lambda pair: TASKS[task].best(pair[0].spread(task).mean))
+    # Where less is better, the sign that the words go by is turned round.
+    answer = _answer([replace(one, mean=TASKS[task].best(one.mean)) for _, one in rows])
+    size = view.gap_text(abs(gap.mean)).removeprefix("+")
+    words = "as much as" if gap.mean == 0 else f"{size} {view.unit} {'less' if gap.mean < 0 else 'more'} than"
     ends = (
         ""
         if math.isnan(gap.half_width)
-        else (f" (95 % interval over {gap.over} {signed(gap.low, DEPTH)} to {signed(gap.high, DEPTH)})")
+        else (f" (95 % interval over {gap.over} {signed(gap.low, task)} to {signed(gap.high, task)})")
     )
-    rmse = depth_figure("rmse", best.depth_spread("rmse").mean)
-    sentence = f"the best row, {quoted(best.name)}, has an rmse of {rmse} m, {words} {quoted(gap.baseline)}{ends}: "
+    score = f"{view.called} of {view.score_text(best.spread(task).mean)} {view.unit}"
+    sentence = f"the best row, {quoted(best.name)}, has {score}, {words} {quoted(gap.baseline)}{ends}: "
     return answer, f"{sentence}{gap.verdict}."
 
 
-def measured(comparison: Comparison) -> list[Measured]:
-    """Return the contestants with a known difference to a baseline."""
-    return [
-        (row, row.difference)
-        for row in comparison.contestants
-        if row.difference is not None and not math.isnan(row.difference.mean)
-    ]
+def measured(comparison: Comparison, task: str = SEGMENTATION) -> list[Measured]:
+    """Return the contestants with a known difference to a baseline in a task."""
+    gaps = ((row, row.differences(task)[0]) for row in comparison.contestants)
+    return [(row, gap) for row, gap in gaps if gap is not None and not math.isnan(gap.mean)]
 
 
 def _answer(every: Sequence[Difference], of_the_loss: int = 0) -> str:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.analysis.comparison import Comparison, Row, RunScore
+from kdcache.analysis.comparison import Comparison, Gaps, Row, RunScore
 from kdcache.analysis.report.charts import Line, line_chart, thin
 from kdcache.analysis.report.page import page
 from kdcache.analysis.report.sections import lost_classes
@@ -27,6 +27,7 @@ from kdcache.analysis.statistics import Difference, Interval, Resampled, Spread,
 from kdcache.metrics import Metrics, TaskMetrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.run_folder import Run
+from kdcache.tasks import SEGMENTATION
 
 CLASSES = ("road", "car", "sky")
 NAN = math.nan
@@ -87,11 +88,15 @@ def row(
         model="kdcache:tiny",
         differs={"method": name, "term": [{"kind": "at"}]},
         runs=(score,),
-        miou=Spread(miou, NAN, 1),
-        macc=Spread(0.5, 0.01, 1),
-        aacc=Spread(0.9, NAN, 1),
+        scores={
+            SEGMENTATION: {
+                "miou": Spread(miou, NAN, 1),
+                "macc": Spread(0.5, 0.01, 1),
+                "aacc": Spread(0.9, NAN, 1),
+            }
+        },
         iou=tuple(Spread(value, NAN, 1) for value in iou),
-        difference=None if gap is None else Difference(gap, half, NAN, baseline, 2, paired=True),
+        gaps={SEGMENTATION: Gaps(gaps[0] if gaps else None)},
         class_differences=gaps,
         cost=Cost((48, 64), 140_000, 2_000_000_000, Latency(3.0, 0.1, 2.9, 10, 2, "a processor", 1)),
         teacher=about.get("teacher", False),
@@ -201,7 +206,7 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
         replace(one, name=HOSTILE + one.name, model=HOSTILE, differs={HOSTILE: HOSTILE, "list": [HOSTILE]})
         for one in ROWS
     ]
-    rows[0] = replace(rows[0], difference=replace(rows[0].difference, baseline=HOSTILE))
+    rows[0] = rows[0].with_gaps(SEGMENTATION, baseline=replace(rows[0].difference, baseline=HOSTILE))
     rows[1] = replace(rows[1], runs=(replace(rows[1].runs[0], run=HOSTILE, fold=HOSTILE),))
     names = tuple(f"{HOSTILE}{number}" for number in range(3))
     found = comparison(rows, class_names=names, notes=(HOSTILE,), data=HOSTILE, split=HOSTILE)
@@ -260,7 +265,7 @@ def test_the_headline_is_honest(gap: float, half: float, answer: str, words: str
 def test_one_run_looks_like_nothing_where_other_images_may_turn_it_round(low: float, answer: str) -> None:
     kl = row("kl", (0.9, 0.5, 0.4), 0.02, NAN)
     gap = replace(kl.difference, resampled=Resampled("images", 30, low, 0.05))
-    assert headline(comparison((replace(kl, difference=gap), ROWS[2])))[0] == answer
+    assert headline(comparison((kl.with_gaps(SEGMENTATION, baseline=gap), ROWS[2])))[0] == answer
 
 
 def many(*gaps: tuple[float, float]) -> Comparison:
@@ -274,7 +279,7 @@ def many(*gaps: tuple[float, float]) -> Comparison:
         ]
     )
     rows = [
-        replace(row(f"kl{place}", (0.9 - 0.01 * place, 0.5, 0.4), 0.0), difference=gap)
+        row(f"kl{place}", (0.9 - 0.01 * place, 0.5, 0.4), 0.0).with_gaps(SEGMENTATION, baseline=gap)
         for place, gap in enumerate(found)
     ]
     return comparison((*rows, ROWS[2]))
@@ -321,7 +326,7 @@ CONTROL = replace(row("control", (0.95, 0.6, 0.5), 0.06, 0.01), distilled=False)
 def test_a_gain_that_the_control_has_too_is_none_of_the_teacher(
     gap: float, half: float, answer: str, words: str
 ) -> None:
-    best = replace(ROWS[0], control=Difference(gap, half, NAN, "control", 2, paired=True))
+    best = ROWS[0].with_gaps(SEGMENTATION, control=Difference(gap, half, NAN, "control", 2, paired=True))
     found, sentence, more = headline(comparison((best, CONTROL, ROWS[2])))
     assert found == answer
     assert "\u201ckl\u201d, reaches" in sentence
@@ -331,7 +336,7 @@ def test_a_gain_that_the_control_has_too_is_none_of_the_teacher(
 def test_rows_above_their_baseline_but_not_their_control_are_counted() -> None:
     within = Difference(0.005, 0.01, NAN, "control", 2, paired=True)
     answer, sentence, _ = headline(
-        comparison((replace(ROWS[0], control=within), row("at", (0.8, 0.6, 0.3), 0.02, 0.01), ROWS[2]))
+        comparison((ROWS[0].with_gaps(SEGMENTATION, control=within), row("at", (0.8, 0.6, 0.3), 0.02, 0.01), ROWS[2]))
     )
     assert answer == "Yes, in 1 of 2 rows."
     assert "2 above. Of those above, 1 is not above its control." in sentence
@@ -389,7 +394,7 @@ def test_one_collapsed_row_is_named_beside_the_answer() -> None:
 def test_one_row_says_what_pairing_bought() -> None:
     free = Interval(0.02, 0.015, 0.03)
     gap = Difference(0.02, 0.01, 0.01, "none", 3, paired=True, correlation=0.1234, unpaired=free, adjusted=0.01)
-    _, _, more = headline(comparison((replace(ROWS[0], difference=gap), ROWS[2])))
+    _, _, more = headline(comparison((ROWS[0].with_gaps(SEGMENTATION, baseline=gap), ROWS[2])))
     told = " ".join(more)
     assert "3 pairs of runs" in told
     assert "Not paired by seed, the interval is +0.50 to +3.50. The correlation of the pairs is 0.12" in told
@@ -398,7 +403,7 @@ def test_one_row_says_what_pairing_bought() -> None:
 def test_every_interval_says_what_it_spans() -> None:
     drawn = Resampled("sequences", 4, 0.005, 0.045)
     gap = Difference(0.02, 0.01, 0.01, "none", 3, paired=True, adjusted=0.01, over="seeds and folds", resampled=drawn)
-    found = comparison((replace(ROWS[0], difference=gap), ROWS[2]))
+    found = comparison((ROWS[0].with_gaps(SEGMENTATION, baseline=gap), ROWS[2]))
     _, sentence, _ = headline(found)
     assert "(95 % interval over seeds and folds +1.00 to +3.00, over sequences +0.50 to +4.50)" in sentence
     shown = parsed(found)

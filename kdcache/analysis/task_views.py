@@ -1,0 +1,192 @@
+"""How each task is compared and drawn: one entry per task in `VIEWS`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdcache.analysis.predict import overlay as blend
+from kdcache.data import ClassList
+from kdcache.metrics.depth_figures import UNKNOWN_RGB, DepthMap, absolute_error, bar_end
+from kdcache.metrics.evaluators import EVALUATORS, Figure
+from kdcache.metrics.figures import VOID_RGB, Array, colour_ids, error_colour, mark_wrong
+from kdcache.tasks import DEPTH, IGNORE_INDEX, SEGMENTATION, TASKS
+
+Picture = Array | DepthMap
+Panel = tuple[str, Picture]
+"""A picture, with its title."""
+Legend = list[tuple[str, tuple[int, int, int]]]
+"""Names and their colours."""
+
+
+OPACITY = 0.55
+"""Opacity of the colours of classes over an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskView(ABC):
+    """How a task is compared and drawn. Subclasses draw.
+
+    Attributes:
+        task: its name.
+        score: the name of its score. called: the same, with an article.
+        unit: the unit of the score as text.
+        stem: the score in file names.
+        columns: its figures in a table of scores, the score first.
+        short: the score's header in a small table, and the factor and digits of its values there.
+        distance: the unit of distances between scores. times, digits: how they are written.
+        words: that unit with the score's name. spans: the same, with its interval over `{seeds}`.
+        title: the title of a table of distances.
+        prefix: what stands before the titles of panels. before: what stands before a column's title.
+        no_label: the title of errors without a label. no_score: what stands for the score then.
+    """
+
+    task: str
+    score: str
+    called: str
+    unit: str
+    stem: str
+    columns: tuple[str, ...]
+    short: tuple[str, int, int]
+    distance: str
+    times: int
+    digits: int
+    words: str
+    spans: str
+    title: str
+    no_label: str
+    no_score: str
+    prefix: str = ""
+    before: str = ""
+
+    @property
+    def figures(self) -> Mapping[str, Figure]:
+        """Its figures by name."""
+        return EVALUATORS[self.task].figures
+
+    @property
+    def less(self) -> bool:
+        """Whether less of its score is better."""
+        return TASKS[self.task].less
+
+    def score_text(self, value: float) -> str:
+        """Return a score without its unit."""
+        return self.figures[TASKS[self.task].score].text(value)
+
+    def gap_text(self, gap: float) -> str:
+        """Return a signed distance between scores."""
+        return f"{self.times * gap:+.{self.digits}f}"
+
+    def scale(self, maps: Iterable[Array]) -> float:
+        """Return the scale at which several maps are drawn."""
+        return 1.0
+
+    def error_scale(self, pairs: Iterable[tuple[Array, Array]]) -> float:
+        """Return the scale at which the errors of several (answer, label) are drawn."""
+        return 1.0
+
+    def overlay(self, pixels: Array, answer: Array, classes: ClassList) -> list[Panel]:
+        """Return panels of an answer over its image."""
+        return []
+
+    @abstractmethod
+    def picture(self, values: Array, classes: ClassList, scale: float) -> Picture:
+        """Return a map (H, W) of answers or labels in colours."""
+
+    @abstractmethod
+    def error(
+        self, pixels: Array, answer: Array, label: Array, classes: ClassList, scale: float | None = None
+    ) -> Panel:
+        """Return the errors of an answer, by default at their own scale, with their title."""
+
+    @abstractmethod
+    def legend(self, maps: Sequence[Array], classes: ClassList, *, errors: bool) -> Legend:
+        """Return the meaning of the colours of maps. `errors` tells whether errors are drawn."""
+
+
+class _Segmentation(TaskView):
+    def overlay(self, pixels: Array, answer: Array, classes: ClassList) -> list[Panel]:
+        return [("overlay", blend(pixels, answer, classes, OPACITY))]
+
+    def picture(self, values: Array, classes: ClassList, scale: float) -> Picture:
+        return colour_ids(values, classes.colours)
+
+    def error(
+        self, pixels: Array, answer: Array, label: Array, classes: ClassList, scale: float | None = None
+    ) -> Panel:
+        return "errors", mark_wrong(pixels, label, answer, error_colour(classes.colours))
+
+    def legend(self, maps: Sequence[Array], classes: ClassList, *, errors: bool) -> Legend:
+        present = sorted({int(number) for ids in maps for number in np.unique(ids)} - {IGNORE_INDEX})
+        entries: Legend = [(classes.names[number], classes.colours[number]) for number in present]
+        entries.append(("void", VOID_RGB))
+        return [*entries, ("wrong", error_colour(classes.colours))] if errors else entries
+
+
+class _Depth(TaskView):
+    def scale(self, maps: Iterable[Array]) -> float:
+        return bar_end(maps)
+
+    def error_scale(self, pairs: Iterable[tuple[Array, Array]]) -> float:
+        return bar_end(absolute_error(answer, label) for answer, label in pairs)
+
+    def picture(self, values: Array, classes: ClassList, scale: float) -> Picture:
+        return DepthMap(values, scale)
+
+    def error(
+        self, pixels: Array, answer: Array, label: Array, classes: ClassList, scale: float | None = None
+    ) -> Panel:
+        error = absolute_error(answer, label)
+        known = error[np.isfinite(error)]
+        mean = f"mean {known.mean():.3g} m" if known.size else "no label"
+        return f"absolute error: {mean}", DepthMap(error, bar_end([error]) if scale is None else scale, "error")
+
+    def legend(self, maps: Sequence[Array], classes: ClassList, *, errors: bool) -> Legend:
+        return [("unknown depth", UNKNOWN_RGB)]
+
+
+VIEWS: Mapping[str, TaskView] = {
+    view.task: view
+    for view in (
+        _Segmentation(
+            task=SEGMENTATION,
+            score="mIoU",
+            called="a mIoU",
+            unit="%",
+            stem="iou",
+            columns=("miou", "macc", "aacc"),
+            short=("mIoU %", 100, 1),
+            distance="points",
+            times=100,
+            digits=2,
+            words="points of mIoU",
+            spans="points of mIoU, with their 95 % interval over {seeds}",
+            title="Distance to the baseline, points of mIoU",
+            no_label="no label",
+            no_score="mIoU - %",
+        ),
+        _Depth(
+            task=DEPTH,
+            score="rmse",
+            called="an rmse",
+            unit="m",
+            stem="rmse",
+            columns=("rmse", "abs_rel", "delta1"),
+            short=("depth rmse m", 1, 3),
+            distance="metres",
+            times=1,
+            digits=3,
+            words="metres of rmse",
+            spans="metres of rmse, with their 95 % interval; less is better",
+            title="Distance to the baseline in depth, metres of rmse (less is better)",
+            no_label="no label of depth",
+            no_score="depth",
+            prefix="depth, ",
+            before="rmse ",
+        ),
+    )
+}
+"""How each task is compared and drawn, in the order of `TASKS`."""
+FURTHER = tuple(task for task in VIEWS if task != SEGMENTATION)
+"""The tasks that have tables and pictures after those of segmentation."""
