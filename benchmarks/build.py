@@ -39,7 +39,7 @@ from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_cache, open_writer, summarise
 from kdcache.store.format.manifest_models import DepthLabels, View
-from kdcache.tasks import DEPTH
+from kdcache.tasks import in_metres
 from kdcache.teacher import BuildOptions, Teacher, TeacherProbe, build_cache, plan_manifest
 from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.cost_estimate import estimate
@@ -81,7 +81,7 @@ class Stopwatch:
 
 def _rendered(split: Split, index: int, options: BuildOptions) -> Rendered:
     """Return the whole image of a sample and its labels, of depth where the split has any, as a build renders them."""
-    depth = DepthLabels(labelled=len(split), zoom="none") if DEPTH in split.tasks else None
+    depth = DepthLabels(labelled=len(split), zoom="none") if in_metres(split.tasks) else None
     return render_records(split, View(size=options.size, pixels="stored"), [index], depth)[0]
 
 

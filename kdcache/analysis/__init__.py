@@ -4,6 +4,7 @@
     stored_evaluations.py   evaluations that are stored with the weights
     groups.py               rows: runs that differ only in seed and fold
     statistics.py           means, and whether two rows differ by more than noise
+    task_views.py           how each task is compared and drawn: the table of tasks
     comparison.py           a comparison as data
     compare.py              how it is made
     tables.py               a comparison as Markdown, CSV and text

@@ -32,7 +32,7 @@ from kdcache.models import not_logits
 from kdcache.models.registry import is_listed
 from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings
-from kdcache.tasks import METRES, TASKS
+from kdcache.tasks import TASKS, in_metres
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -134,8 +134,7 @@ def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> 
 
     Raises: DataError if no depth is judged in the range.
     """
-    needed = any(TASKS[task].unit == METRES for task in split.tasks)
-    heads = [regressions_of(entry, split.classes, judging.which) for entry in members if needed]
+    heads = [regressions_of(entry, split.classes, judging.which) for entry in members if in_metres(split.tasks)]
     ranges = [own for each in heads if (own := judged_range(each, split, judging.depth)) is not None]
     if not ranges:
         if judging.depth != DepthSettings():

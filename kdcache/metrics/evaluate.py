@@ -19,7 +19,7 @@ from kdcache.metrics.tables import markdown_table
 from kdcache.models import SegmentationModel
 from kdcache.settings.parse import Count
 from kdcache.settings.shared import DepthSettings, JudgeSettings
-from kdcache.tasks import METRES, SEGMENTATION, TASKS
+from kdcache.tasks import SEGMENTATION, TASKS, in_metres
 
 Progress = Callable[[int, int], None]
 
@@ -265,7 +265,7 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
             else "Use a model with a head of segmentation, or of depth in metres. To teach a "
             "backbone a task: train-student --init RUN",
         )
-    if depth not in (None, DepthSettings()) and not any(TASKS[task].unit == METRES for task in tasks):
+    if depth not in (None, DepthSettings()) and not in_metres(tasks):
         raise DataError(
             f"Cannot use --min-depth, --max-depth or --depth-crop: {facts}",
             fix="Leave these flags out, or give a model that predicts depth in metres and data with labels of depth.",

@@ -1,7 +1,7 @@
 """How each task is evaluated: one entry per task in `EVALUATORS`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -78,6 +78,10 @@ class Evaluator(ABC, Generic[Of]):
         """Return an empty accumulator. `depth` selects the depth labels that count."""
 
     @abstractmethod
+    def merged(self, parts: Sequence[Any]) -> Of:
+        """Return the metrics of what several processes counted (confusion matrices, or errors). NaN without a pixel."""
+
+    @abstractmethod
     def words(self, metrics: Of) -> str:
         """Return the score with its name and unit."""
 
@@ -126,6 +130,11 @@ class _Segmentation(Evaluator[Metrics]):
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> ClassCounts:
         return ClassCounts(split)
 
+    def merged(self, parts: Sequence[ConfusionMatrix]) -> Metrics:
+        whole = ConfusionMatrix(parts[0].class_names)
+        whole.counts = torch.stack([part.counts for part in parts]).sum(0)
+        return whole.metrics()
+
     def words(self, metrics: Metrics) -> str:
         return f"mIoU {100 * metrics.miou:.2f} %"
 
@@ -144,14 +153,13 @@ class _Depths(DepthErrors):
 
     def __init__(self, depth_range: DepthRange, split: Split) -> None:
         super().__init__(depth_range)
-        self._split = split
+        self._where = f"{split.data}, split {split.split!r}"
 
     def result(self) -> DepthMetrics:
         metrics = self.metrics()
         if not metrics.counted_images:
             raise DataError(
-                f"No label of {self._split.data}, split {self._split.split!r}, has depth from "
-                f"{self.range.min_depth:g} to {self.range.max_depth:g} m"
+                f"No label of {self._where}, has depth from {self.range.min_depth:g} to {self.range.max_depth:g} m"
                 + (" inside the crop" if self.range.crop != "none" else ""),
                 fix="Show the range of the labels with kdcache data check. Then give --min-depth and --max-depth that "
                 "fit, or correct the unit in depth.toml",
@@ -181,6 +189,9 @@ class _Depth(Evaluator[DepthMetrics]):
 
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> _Depths:
         return _Depths(DepthRange.of(model.regressions[DEPTH], depth), split)
+
+    def merged(self, parts: Sequence[DepthErrors]) -> DepthMetrics:
+        return DepthErrors.merged(parts).metrics()
 
     def words(self, metrics: DepthMetrics) -> str:
         return f"depth rmse {metrics.rmse:.3g} m"

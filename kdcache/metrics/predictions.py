@@ -15,7 +15,7 @@ from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
-from kdcache.tasks import SEGMENTATION, TASKS
+from kdcache.tasks import SEGMENTATION, numeric
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,4 @@ def _load(
 
 def _small(task: str, label_HW: Any, ids: Any, window: Window) -> Any:
     """Return a label at the size of `ids`, the class ids that were rendered with the image. Numbers never mix."""
-    if TASKS[task].head == "categorical":
-        return ids
-    return render_depth(label_HW, window, flip=False, size=ids.shape)
+    return render_depth(label_HW, window, flip=False, size=ids.shape) if numeric([task]) else ids

@@ -38,6 +38,7 @@ from kdcache.store.reader import Cache
 from kdcache.store.subset import SAMPLE_RECORDS, evenly_spread
 from kdcache.store.worker import Worker
 from kdcache.store.writer import StoreWriter, open_writer
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | No
             "dataset": manifest.dataset if changes.samples is None else _part_of_dataset(source, numbers),
             "depth": manifest.depth
             if changes.samples is None or manifest.depth is None
-            else manifest.depth.model_copy(update={"labelled": int(np.count_nonzero(source.has_depth[numbers]))}),
+            else manifest.depth.model_copy(update={"labelled": int(np.count_nonzero(source.labelled[DEPTH][numbers]))}),
             "view": manifest.view.model_copy(update={"pixels": pixels}),
             "features": features,
             "feature_fidelity": _feature_fidelity(source, features),
@@ -193,7 +194,7 @@ def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
     return manifest.dataset.model_copy(
         update={
             "samples": len(numbers),
-            "labelled": int(np.count_nonzero(source.has_label[numbers])),
+            "labelled": int(np.count_nonzero(source.labelled[SEGMENTATION][numbers])),
             "ids_digest": ids_digest(manifest.dataset.class_names, [source.ids[number] for number in numbers]),
         }
     )

@@ -28,7 +28,7 @@ from kdcache.store.format.damage import AGAIN, damaged_metadata, unreadable, unr
 from kdcache.store.format.eight_bits import restore
 from kdcache.store.format.manifest import Manifest, parse_manifest
 from kdcache.store.format.manifest_models import Head
-from kdcache.store.format.schema import LABELLED, LABELLED_DEPTH, metadata_keys, record_arrays, shard_key
+from kdcache.store.format.schema import LABEL_BITS, metadata_keys, record_arrays, shard_key
 from kdcache.store.format.shard import ShardArray
 from kdcache.store.ledger import Ledger
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
@@ -160,20 +160,10 @@ class Cache:
             return self._array(path).read_all()
 
     @cached_property
-    def has_label(self) -> Array:
-        """Whether each sample has a segmentation label, (N,) bool. It holds for all views of a sample. Read once."""
-        flags: Array = np.not_equal(self._labelled & LABELLED, 0)
-        return flags
-
-    @cached_property
-    def has_depth(self) -> Array:
-        """Whether each sample has a depth label, (N,) bool."""
-        flags: Array = np.not_equal(self._labelled & LABELLED_DEPTH, 0)
-        return flags
-
-    @cached_property
-    def _labelled(self) -> Array:
-        return self.column("labelled")[:: self.manifest.view.views_per_sample]
+    def labelled(self) -> dict[str, Array]:
+        """By task, whether each sample has a label, (N,) bool. It holds for all views of a sample. Read once."""
+        bits = self.column("labelled")[:: self.manifest.view.views_per_sample]
+        return {task: np.not_equal(bits & bit, 0) for task, bit in LABEL_BITS.items()}
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
         """Return the rows of one record as new arrays of the schema's shape and type, by path.

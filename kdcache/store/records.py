@@ -5,6 +5,7 @@ longer renders to the pixels that the teacher saw.
 """
 
 from pathlib import Path
+from typing import Any
 
 from kdcache.data import Split, Window, open_split, pixel_checksum, render, render_depth, zoom_of
 from kdcache.errors import MismatchError, StoreError
@@ -12,7 +13,7 @@ from kdcache.store.backend.base import Place
 from kdcache.store.format.codec import Array
 from kdcache.store.freshness import renewal
 from kdcache.store.reader import Cache, open_cache
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION, numeric
 
 
 class Records:
@@ -92,8 +93,8 @@ class Records:
         """
         if self.cache.pixels_stored:
             return self.cache.read(record, [f"labels/{task}"])[f"labels/{task}"]
-        if task == DEPTH:
-            return self._rendered_depth(record)
+        if numeric([task]):
+            return self._rendered_numbers(record, task)
         return self._checked_view(record)[1]
 
     def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
@@ -127,8 +128,8 @@ class Records:
         image, label = self.split.image(sample), self.split.label(sample)
         return render(image, label, window, flip=flip, size=size or self.cache.view_size)
 
-    def _rendered_depth(self, record: int) -> Array:
-        """Render the depth label from the data set, in the form of a cache with pixels."""
+    def _rendered_numbers(self, record: int, task: str) -> Array:
+        """Render the label of a numeric task from the data set, in the form of a cache with pixels."""
         self.check_complete()
         assert self.split is not None
         manifest = self.cache.manifest
@@ -137,7 +138,7 @@ class Records:
         if manifest.depth is not None and manifest.depth.zoom == "divide":
             height, width = self.split.image(sample).shape[:2]
             zoom = zoom_of(window, (height, width), manifest.view.share or (1.0, 1.0))
-        metres = self.split.label(sample, "depth")
+        metres: Any = self.split.label(sample, task)
         return render_depth(metres, window, flip=flip, size=self.cache.view_size, zoom=zoom)
 
     def is_same(self, record: int, pixels: Array) -> bool:

@@ -11,7 +11,7 @@ This room imports no other.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -61,3 +61,13 @@ TASKS: Mapping[str, Task] = {
     )
 }
 """Every task by its name, in the order of tables."""
+
+
+def numeric(names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of some tasks or heads that are tasks of numbers, and not of classes."""
+    return tuple(name for name in names if name in TASKS and TASKS[name].head == "regression")
+
+
+def in_metres(names: Iterable[str]) -> bool:
+    """Return whether any of some tasks or heads is a task in metres."""
+    return any(TASKS[name].unit == METRES for name in numeric(names))

@@ -10,7 +10,7 @@
     leakage.py       whether the teacher has seen the fold or the labels that a run goes without
     pseudo_labels.py  how many pixels of a teacher a threshold keeps
     trainer.py       the loop
-    depth_validation.py  metrics of a depth head
+    numeric_labels.py  whether labels of numbers, such as depth, fit the range of a head
     feature_validation.py  the feature loss of held-out records
     distributed.py   the processes of torchrun, and what they agree on
     interrupt.py     requests to stop a training

@@ -13,9 +13,9 @@ from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, choose_implementation
 from kdcache.distill.terms import labellers
 from kdcache.errors import DataError, RecipeError
-from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
-from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
+from kdcache.metrics.evaluate import Progress, accumulate, check_tasks, count_pixels
+from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.metrics.sliding import Framing
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
@@ -23,7 +23,7 @@ from kdcache.run_folder import RECIPE
 from kdcache.run_samples import SAMPLES
 from kdcache.store import JoinedCache
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION, numeric
 from kdcache.training.checks import (
     check_adversaries,
     check_auxiliary,
@@ -37,7 +37,6 @@ from kdcache.training.checks import (
 )
 from kdcache.training.config import TrainConfig, read_config
 from kdcache.training.criterion import make_criterion, needed_arrays, rare_order
-from kdcache.training.depth_validation import check_depth_labels, check_first_depth, depth_errors
 from kdcache.training.distributed import World, pick_device, processes
 from kdcache.training.feature_validation import FeatureJudge
 from kdcache.training.input.cache_dataset import CacheDataset
@@ -47,9 +46,11 @@ from kdcache.training.input.sampler import choose_labelled_share, choose_shuffle
 from kdcache.training.input.shard_prefetch import check_room
 from kdcache.training.input.streams import StreamDraws, stream_seed
 from kdcache.training.leakage import check_teacher
+from kdcache.training.numeric_labels import check_first, check_labels
 from kdcache.training.pseudo_labels import collapse_note, pseudo_notes
 from kdcache.training.run.beginning import begin_model, model_notes
 from kdcache.training.run.checkpoint_file import FILE as CHECKPOINT
+from kdcache.training.run.checkpointing import FEATURES
 from kdcache.training.run.folder import (
     check_folder,
     hold_folder,
@@ -58,7 +59,7 @@ from kdcache.training.run.folder import (
     write_beginning,
 )
 from kdcache.training.run.lock import RunLock
-from kdcache.training.run.metrics_log import Observer, Observers
+from kdcache.training.run.metrics_log import Observer, Observers, Score
 from kdcache.training.run.sample_panels import sample_panels
 from kdcache.training.run.trackers import Loggers, check_loggers
 from kdcache.training.sources import (
@@ -158,8 +159,9 @@ def make_trainer(
         for source in sources:
             model.check_size(source.dataset.size)
         judged = () if val is None else _judged(model, val, config)
-        if val is not None and DEPTH in judged:
-            check_first_depth(val)
+        if val is not None:
+            for task in numeric(judged):
+                check_first(val, task)
         criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources, config)
         for source in sources:
             with source.named():
@@ -199,9 +201,8 @@ def make_trainer(
             config,
             run,
             device=device,
-            validate=make_validator(val, config, device, observer, world) if val and SEGMENTATION in judged else None,
-            validate_depth=_depth_validator(val, config, device, world) if val and DEPTH in judged else None,
-            validate_features=_feature_judge(config, sources[0], criterion, device, world),
+            validate=_validators(judged, val, config, device, observer, world)
+            or _feature_judge(config, sources[0], criterion, device, world),
             observer=watching,
             world=world,
         )
@@ -261,8 +262,8 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
         pasted = None if source.pasted is None else source.pasted.dataset
         criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note), pasted)
         source.dataset.weak = bool(labellers(criterion))
-        if source.config.reads_depth:
-            check_depth_labels(source.dataset, model.regressions[DEPTH])
+        for task in numeric(source.config.label_tasks):
+            check_labels(source.dataset, task, model.regressions[task])
         return criterion
 
 
@@ -347,29 +348,57 @@ def _fit(config: TrainConfig) -> Fit:
     return "squash" if config.data.fit == "auto" else config.data.fit
 
 
-def _depth_validator(
-    val: Split, config: TrainConfig, device: torch.device, world: World
-) -> Callable[[SegmentationModel], DepthMetrics]:
-    """Return a function that validates depth on this process's part of the samples."""
+def _validators(
+    judged: Sequence[str],
+    val: Split | None,
+    config: TrainConfig,
+    device: torch.device,
+    observer: Observer,
+    world: World,
+) -> dict[str, Callable[[SegmentationModel], Score]]:
+    """Return a function per judged task that validates a model."""
+    if val is None:
+        return {}
+    numbers = {task: _numeric_validator(task, val, config, device, world) for task in numeric(judged)}
+    classes = {SEGMENTATION: make_validator(val, config, device, observer, world)} if SEGMENTATION in judged else {}
+    return classes | numbers
 
-    def validate(model: SegmentationModel) -> DepthMetrics:
+
+def _numeric_validator(
+    task: str, val: Split, config: TrainConfig, device: torch.device, world: World
+) -> Callable[[SegmentationModel], Score]:
+    """Return a function that validates a task, such as depth, on this process's part of the samples."""
+    labelled = [index for index in range(len(val)) if val.has_label(index, task)]
+
+    def validate(model: SegmentationModel) -> Score:
         assert config.data.size is not None
         with world.together():
-            part = (world.rank, world.size)
-            errors = depth_errors(model, val, config.data.size, device=device, part=part, framing=Framing(_fit(config)))
-        return DepthErrors.merged(world.gather(errors)).metrics()
+            found = accumulate(
+                model,
+                val,
+                labelled[world.rank :: world.size],
+                config.data.size,
+                (task,),
+                device=device,
+                batch_size=1,
+                threads=0,
+                framing=Framing(_fit(config)),
+            )
+        merged: Score = EVALUATORS[task].merged(world.gather(found[task]))
+        return merged
 
     return validate
 
 
 def _feature_judge(
     config: TrainConfig, source: Source, criterion: Criterion, device: torch.device, world: World
-) -> FeatureJudge | None:
-    """Return the judge of `--val-share`, or None without it."""
+) -> dict[str, Callable[[SegmentationModel], Score]]:
+    """Return the judge of `--val-share`, or nothing without it."""
     if config.data.val_share is None:
-        return None
+        return {}
     assert isinstance(source.dataset, CacheDataset)
-    return FeatureJudge(source.dataset, criterion.losses[0], config.optimizer.batch_size, device, world)
+    loss = criterion.losses[0]
+    return {FEATURES: FeatureJudge(source.dataset, loss, config.optimizer.batch_size, device, world)}
 
 
 def make_validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
@@ -409,10 +438,10 @@ def make_validator(val: Split, config: TrainConfig, device: torch.device, observ
         # Here, where the handler no longer holds what was made; each process on its own, for none waits for another.
         raise memory_error(config, device, requested, largest_fitting(attempt, at_once, device, together), world.size)
 
-    def validate(model: SegmentationModel) -> Metrics:
+    def validate(model: SegmentationModel) -> Score:
         with world.together():
             confusion = count_mine(model)
-        confusion.counts = world.total(confusion.counts)
-        return confusion.metrics()
+        merged: Score = EVALUATORS[SEGMENTATION].merged(world.gather(confusion))
+        return merged
 
     return validate

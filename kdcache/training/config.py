@@ -192,11 +192,6 @@ class TrainConfig:
         return self.reads_targets and any(term.reads_logits for term in self.active)
 
     @property
-    def reads_depth(self) -> bool:
-        """Whether it reads depth labels."""
-        return any(term.numeric and term.reads_labels for term in self.active)
-
-    @property
     def target_heads(self) -> tuple[str, ...]:
         """The heads whose targets it reads from a cache that has them."""
         if not self.reads_targets:
@@ -361,7 +356,8 @@ def _check_depth(config: TrainConfig) -> None:
     terms = ", ".join(term.kind for term in config.all_terms if term.numeric)
     if not config.compares_metres:
         return
-    if config.reads_depth and config.data.labels != "all" and "depth" not in config.data.labels.split("+"):
+    read = {term.task for term in config.active if term.numeric and term.reads_labels}
+    if config.data.labels != "all" and not read <= set(config.data.labels.split("+")):
         raise RecipeError(
             f"Cannot learn {terms} with --labels {config.data.labels}: they read labels of depth",
             fix="Use --labels all or segmentation+depth, or compare with a cache: --term depth-silog,reference=teacher",

@@ -79,7 +79,7 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
     Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
     """
     limited = _limit(config) is not None
-    without = ~(labels_used if limited else cache.has_label | cache.has_depth)
+    without = ~(labels_used if limited else np.any([*cache.labelled.values()], axis=0))
     if not without.any():
         return None
     if config.left_out is not None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,19 @@ from torch import Tensor
 from kdcache.distill import Criterion, Streams, rows_of
 from kdcache.errors import KDCacheError
 from kdcache.faults import network_fault
-from kdcache.metrics import DepthMetrics, Metrics
+from kdcache.metrics import Metrics
 from kdcache.metrics.timing import is_out_of_memory
 from kdcache.models import SegmentationModel
 from kdcache.settings.parse import warmup_steps
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION
 from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
-from kdcache.training.feature_validation import FeatureScore
 from kdcache.training.input.loader import next_batch
 from kdcache.training.input.mix import Mix, Paste, Pastes
 from kdcache.training.input.streams import StreamDraws, feed_streams
 from kdcache.training.interrupt import Interrupted, stop_requests
-from kdcache.training.run.checkpointing import FEATURES, RunState
-from kdcache.training.run.metrics_log import MetricsLog, Observer
+from kdcache.training.run.checkpointing import JUDGES, RunState
+from kdcache.training.run.metrics_log import MetricsLog, Observer, Score
 from kdcache.training.run.monitor import Watch, measures_norms, outcome
 from kdcache.training.step.accumulate import AccumulatedStep
 from kdcache.training.step.batch_fit import largest_fitting, memory_error, requested_memory
@@ -37,8 +36,6 @@ from kdcache.training.step.gradient_norms import Norms, task_lines
 from kdcache.training.step.optim import Schedule, distill_weight_scale, make_optimizer
 from kdcache.training.step.weak_view import WeakView
 
-Score = TypeVar("Score", DepthMetrics, FeatureScore)
-
 
 class Trainer:
     """Trains `model` on the rows of its streams until `config.optimizer.iterations`.
@@ -46,9 +43,8 @@ class Trainer:
     Args:
         streams: the sources of every batch, in the order of the criterion's.
         criterion: gives the loss and its terms from native-stride logits and features.
-        validate: metrics of the current model, or None to train without validation.
-        validate_depth: the same for depth, or None.
-        validate_features: the feature loss of held-out records, or None. Used if the others are None.
+        validate: for each task that is validated, or for `FEATURES`, what returns the score of a model. The first
+            chooses the best weights.
         run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
         world: the processes that train together, each with its part of every batch. The first writes the run.
 
@@ -65,9 +61,7 @@ class Trainer:
         run: Path,
         *,
         device: torch.device,
-        validate: Callable[[SegmentationModel], Metrics] | None = None,
-        validate_depth: Callable[[SegmentationModel], DepthMetrics] | None = None,
-        validate_features: Callable[[SegmentationModel], FeatureScore] | None = None,
+        validate: Mapping[str, Callable[[SegmentationModel], Score]] | None = None,
         observer: Observer | None = None,
         world: World | None = None,
     ) -> None:
@@ -83,9 +77,7 @@ class Trainer:
         self.run = run
         self.device = device
         self.observer = observer or Observer()
-        self._validate = validate
-        self._validate_depth = validate_depth
-        self._validate_features = validate_features
+        self._validate = dict(validate or {})
         self._world = world or World()
         self._kind = choose_step(config.machine.step, device, self._world.size)
         if settings.accumulate > 1 and self._kind != "eager":
@@ -193,9 +185,7 @@ class Trainer:
     @property
     def _judged(self) -> str:
         """The task, or the features, whose score chooses the best weights."""
-        if self._validate is not None:
-            return SEGMENTATION
-        return DEPTH if self._validate_depth is not None else FEATURES if self._validate_features else SEGMENTATION
+        return next(iter(self._validate), SEGMENTATION)
 
     def one_step(self, step: int, batches: Iterator[Streams | KDCacheError], stop: bool) -> bool:
         """Take a step, and return whether any process received a request to stop before it."""
@@ -339,69 +329,29 @@ class Trainer:
         The rate of `plateau` follows the weights, so a training is the same with and without an average.
         Everything is measured before anything changes.
         """
-        watcher = self.observer
-        if self._judged == DEPTH and self._validate_depth is not None:
-            shown = watcher.validated_depth, watcher.validated_ema_depth
-            self._judge_least(self._validate_depth, lambda metrics: metrics.rmse, "depth_", *shown)
-        elif self._judged == FEATURES and self._validate_features is not None:
-            shown_features = watcher.validated_features, watcher.validated_ema_features
-            self._judge_least(self._validate_features, lambda score: score.loss, "feature_", *shown_features)
-        elif self._validate is not None:
-            step, metrics = self._state.now.step, self._validate(self.model)
-            depth = None if self._validate_depth is None else self._validate_depth(self.model)
-            averaged, ema_depth = self._validate_ema()
-            best = self._state.keep_best(metrics.miou)
-            self._schedule.after_validation(metrics.miou)
-            beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
-            for prefix, own in (("depth", depth), ("ema_depth", ema_depth)):
-                beside |= {} if own is None else {f"{prefix}_{name}": value for name, value in own.to_json().items()}
-            self._write_line("validation", step, metrics.to_json() | beside)
-            self.observer.validated(step, metrics, best)
-            if depth is not None:
-                self.observer.validated_depth(step, depth)
-            if averaged is not None:
-                self.observer.validated_ema(step, averaged, self._state.keep_best(averaged.miou, ema=True))
-            if ema_depth is not None:
-                self.observer.validated_ema_depth(step, ema_depth)
-            if step == self._iterations and (text := outcome(metrics)) is not None:
-                self.observer.note(text)
-
-    def _judge_least(
-        self,
-        validate: Callable[[SegmentationModel], Score],
-        least: Callable[[Score], float],
-        prefix: str,
-        show: Callable[[int, Score], None],
-        show_ema: Callable[[int, Score], None],
-    ) -> None:
-        """Validate without segmentation: the best weights have the least error.
-
-        `least` turns a score into the error. `prefix` names its values in the log. `show` and `show_ema` are the
-        observer's.
-        """
-        step, score = self._state.now.step, validate(self.model)
-        averaged = None
+        if not self._validate:
+            return
+        step, judged, averaged = self._state.now.step, self._judged, dict[str, Score]()
+        scores = {name: validate(self.model) for name, validate in self._validate.items()}
         if self._ema is not None:
             with self._ema.in_place():
-                averaged = validate(self.model)
-        line = {f"{prefix}{name}": value for name, value in score.to_json().items()}
-        self._state.keep_best(-least(score))
-        self._schedule.after_validation(-least(score))
-        if averaged is not None:
-            line |= {f"ema_{prefix}{name}": value for name, value in averaged.to_json().items()}
-            self._state.keep_best(-least(averaged), ema=True)
+                averaged = {name: validate(self.model) for name, validate in self._validate.items()}
+        value = JUDGES[judged].value(scores[judged])
+        best = self._state.keep_best(value)
+        self._schedule.after_validation(value)
+        ema_best = bool(averaged) and self._state.keep_best(JUDGES[judged].value(averaged[judged]), ema=True)
+        line = dict[str, Any]()
+        for name in scores:
+            for whose, found in (("", scores), ("ema_", averaged)):
+                values = found[name].to_json() if name in found else {}
+                line |= {f"{whose}{JUDGES[name].prefix}{key}": value for key, value in values.items()}
         self._write_line("validation", step, line)
-        show(step, score)
-        if averaged is not None:
-            show_ema(step, averaged)
-
-    def _validate_ema(self) -> tuple[Metrics | None, DepthMetrics | None]:
-        """Return metrics of the weights' moving average, and of its depth, or None without one."""
-        if self._ema is None or self._validate is None:
-            return None, None
-        with self._ema.in_place():
-            depth = None if self._validate_depth is None else self._validate_depth(self.model)
-            return self._validate(self.model), depth
+        for found, is_best, ema in ((scores, best, False), (averaged, ema_best, True)):
+            for name, score in found.items():
+                self.observer.validated(step, name, score, best=is_best and name == judged, ema=ema)
+        metrics = scores.get(SEGMENTATION)
+        if step == self._iterations and isinstance(metrics, Metrics) and (text := outcome(metrics)) is not None:
+            self.observer.note(text)
 
     def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:

@@ -21,6 +21,7 @@ from kdcache.training import CacheDataset, LabelledDataset, Observer, make_confi
 from kdcache.training.api import make_trainer
 from kdcache.training.distributed import World
 from kdcache.training.input.loader import Draws
+from kdcache.training.run.metrics_log import Score
 
 EXACT = "scenes:32x48,train=6,val=3,depth=exact"
 HALVES = "scenes:32x48,train=6,val=3,depth=exact,tasks=halves"
@@ -33,8 +34,9 @@ class Depths(Observer):
     def __init__(self) -> None:
         self.validations: list[DepthMetrics] = []
 
-    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
-        self.validations.append(metrics)
+    def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
+        if isinstance(score, DepthMetrics):
+            self.validations.append(score)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from kdcache.store import Cache, inspect_store, open_cache
 from kdcache.store.format.flags import pack_flags, unpack_flags
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.teacher_models import Training
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.teacher import BuildOptions, build_cache, load_teacher, load_teachers
 from kdcache.training import Observer, make_config, train
 from kdcache.training.input.subset import Part
@@ -228,7 +229,7 @@ def test_a_teacher_of_two_tasks_learnt_from_no_more_samples_than_have_a_label_of
 ) -> None:
     """Half of the samples have classes, the others depth: none is without a label."""
     cache = open_cache(make_cache("scenes:32x48,train=6,val=2,depth=exact,tasks=halves"))
-    assert cache.has_label.sum() == cache.has_depth.sum() == 3
+    assert cache.labelled[SEGMENTATION].sum() == cache.labelled[DEPTH].sum() == 3
     training = Training(ids_digest=cache.manifest.dataset.ids_digest, labels=pack_flags(np.ones(6, np.bool_)))
     assert notes(with_trainings(cache, training)) == []
 

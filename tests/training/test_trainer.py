@@ -19,13 +19,14 @@ from torch.utils.data import default_collate
 
 from kdcache.data import class_weights, open_split, write_scenes
 from kdcache.errors import DataError, MismatchError, ModelError, RecipeError
-from kdcache.metrics import Metrics, evaluate_model
+from kdcache.metrics import evaluate_model
 from kdcache.models import SegmentationModel, build_model, trusting
 from kdcache.models.run import load_run
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, build_cache, load_teacher
 from kdcache.training import CacheDataset, Observer, make_config, pick_device, train
 from kdcache.training.input.loader import Draws
+from kdcache.training.run.metrics_log import Score
 from kdcache.training.trainer import Trainer
 
 Read = Callable[..., list[dict[str, Any]]]
@@ -208,8 +209,8 @@ def test_observers_see_everything(student: dict[str, Any], tmp_path: Path) -> No
         def validating(self, done: int, total: int) -> None:
             self.calls.append(("validating", done, total))
 
-        def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-            self.calls.append(("validated", step, best))
+        def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
+            self.calls.append(("validated", step, task, best, ema))
 
     seen = Seen()
     go(student | {"log_every": 2}, tmp_path, observer=seen)
@@ -218,7 +219,9 @@ def test_observers_see_everything(student: dict[str, Any], tmp_path: Path) -> No
     assert seen.calls[1] == ("gradients", 1, "ce", "kl")
     steps = [call for call in seen.calls if call[0] == "stepped"]
     assert steps == [("stepped", n, "loss", "ce", "kl", "lr", "images_per_second", "wait_share") for n in (2, 4, 6)]
-    assert [call[:2] for call in seen.calls if call[0] == "validated"] == [("validated", 3), ("validated", 6)]
+    validations = [call for call in seen.calls if call[0] == "validated"]
+    assert [call[:3] for call in validations] == [("validated", 3, "segmentation"), ("validated", 6, "segmentation")]
+    assert validations[0][3:] == (True, False)
     assert ("validating", 3, 3) in seen.calls
 
 

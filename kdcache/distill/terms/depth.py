@@ -51,7 +51,7 @@ class DepthTerm(Term):
         assert isinstance(student, RegressionHead), "check_student refuses another kind"
         self.student, self.teacher, self.teacher_align_corners = student, None, False
         if spec.reads_teacher:
-            self.teacher = depth_head(setup.targets.manifest)
+            self.teacher = stored_head(setup.targets.manifest, DEPTH)
             self.teacher_align_corners = setup.targets.manifest.heads[DEPTH].align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
@@ -196,8 +196,8 @@ def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
     return values if head.parameterisation == "identity" else values.clamp_min(MIN_DEPTH)
 
 
-def depth_head(manifest: Any) -> RegressionHead:
-    """Return a cache's depth head in the form of a model's."""
-    head = manifest.heads[DEPTH]
+def stored_head(manifest: Any, task: str) -> RegressionHead:
+    """Return a cache's head of a numeric task in the form of a model's."""
+    head = manifest.heads[task]
     largest = None if head.range is None else head.range[1]
     return RegressionHead(head.channels, head.unit, head.parameterisation, largest)

@@ -35,10 +35,11 @@ from kdcache.store.format.codec import compressors
 from kdcache.store.format.eight_bits import pairs
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Regression
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 SAMPLE_ARRAYS = ("samples/id_bytes", "samples/id_ends")
-LABELLED, LABELLED_DEPTH = 1, 2
-"""The bits of `records/labelled`: a label of segmentation, one of depth."""
+LABEL_BITS = {SEGMENTATION: 1, DEPTH: 2}
+"""The bit of `records/labelled` by task."""
 SMALL_BYTES = 1024  # per record: below, a chunk holds a whole shard
 
 

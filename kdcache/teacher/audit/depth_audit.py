@@ -22,7 +22,7 @@ from kdcache.metrics.confusion import without_nan
 from kdcache.metrics.depth import MAX_DEPTH, DepthErrors, DepthMetrics, DepthRange
 from kdcache.store import Records
 from kdcache.store.format.manifest_models import Regression
-from kdcache.tasks import DEPTH, METRES
+from kdcache.tasks import DEPTH, TASKS
 from kdcache.teacher.audit.first_views import Progress, inside_view, whole_records
 from kdcache.teacher.build.render import Array
 
@@ -106,7 +106,7 @@ def audit_regression(
     records.check_complete()
     cache = records.cache
     head, numbers = cache.manifest.regressions[name], whole_records(cache)
-    compared = name == DEPTH and head.unit == METRES
+    compared = name in TASKS and TASKS[name].unit == head.unit
     counts = _Counts(_bins_end(records, head, name, numbers))
     errors = (
         DepthErrors(DepthRange(max_depth=counts.high if head.range is None else head.range[1])) if compared else None
@@ -160,7 +160,7 @@ def map_at_view(records: Records, record: int, name: str) -> Tensor:
 
 def depth_label(records: Records, record: int) -> Array | None:
     """Return the depth label of a record, float32 (H, W) metres, or None if its sample has none."""
-    labelled = records.cache.has_depth[record // records.cache.manifest.view.views_per_sample]
+    labelled = records.cache.labelled[DEPTH][record // records.cache.manifest.view.views_per_sample]
     return records.label(record, DEPTH) if labelled else None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdcache.data import inside_rectangle
 from kdcache.errors import CorruptError
 from kdcache.store import Cache, Records
+from kdcache.tasks import SEGMENTATION
 from kdcache.teacher.audit.verify import packed_target
 from kdcache.teacher.build.render import Array
 from kdcache_kernels import PackedTarget, target_argmax_confidence
@@ -70,7 +71,7 @@ def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
 
 def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
     """Yield every whole image of a cache in order, with its label if `labels` is true. Raises: as `read_whole`."""
-    labelled, views = records.cache.has_label, records.cache.manifest.view.views_per_sample
+    labelled, views = records.cache.labelled[SEGMENTATION], records.cache.manifest.view.views_per_sample
     for record in whole_records(records.cache):
         yield read_whole(records, record, labelled=labels and bool(labelled[record // views]))
 

@@ -12,6 +12,7 @@ from kdcache.metrics import ConfusionMatrix, Metrics
 from kdcache.models.foreign.wrapped import answer_as
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.store.format.eight_bits import FeatureFidelity, Loss
+from kdcache.tasks import SEGMENTATION
 from kdcache.teacher.build.render import Array
 from kdcache.teacher.build.statistics import measure
 from kdcache.teacher.load.fingerprint import fingerprint
@@ -94,7 +95,7 @@ def score_cache(records: Records, limit: int = 512) -> Score | None:
     sure, counted = 0.0, 0
     for sample in evenly_spread(cache.manifest.dataset.samples, limit):
         record = cache.manifest.record(sample)
-        if not cache.has_label[sample]:
+        if not cache.labelled[SEGMENTATION][sample]:
             continue
         argmax, confidence = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
         label = torch.from_numpy(records.label(record))

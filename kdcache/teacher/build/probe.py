@@ -9,7 +9,7 @@ from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError, suggest
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store.format.manifest import well_formed_parts
-from kdcache.tasks import DEPTH, METRES, SEGMENTATION
+from kdcache.tasks import METRES, SEGMENTATION, in_metres
 from kdcache.teacher.build.options import BuildOptions, view_of, with_zoom
 from kdcache.teacher.build.render import Array, render_records
 from kdcache.teacher.build.statistics import taps_of
@@ -97,7 +97,7 @@ class TeacherProbe:
     def __init__(self, split: Split, teacher: Teacher, options: BuildOptions) -> None:
         self.heads = heads_of(options, teacher)
         kinds = [teacher.model.head_kinds[name] for name in self.heads]
-        self.metres = DEPTH in split.tasks or any(getattr(kind, "unit", None) == METRES for kind in kinds)
+        self.metres = in_metres(split.tasks) or any(getattr(kind, "unit", None) == METRES for kind in kinds)
         self.split, self.teacher, self.options = split, teacher, with_zoom(options, metres=self.metres)
         self.view = view_of(self.options)
         _check_images(teacher, options)

@@ -110,14 +110,14 @@ def stored_split(like: Cache) -> LikeSplit:
             f"{like.place} does not store {'digests of its images' if like.pixels_stored else 'pixels'}",
             fix=f"Add --data (the folder of {dataset.name!r}).",
         )
-    has_label, samples = {SEGMENTATION: like.has_label, DEPTH: like.has_depth}, []
+    samples = []
     for number, name in enumerate(like.ids):
         first = like.manifest.record(number)
         image = StoredArray(like, first, "pixels/image", DIGESTS[0])
         labels = {
             task: StoredArray(like, first, f"labels/{task}", digest)
             for task, digest in _LABEL_DIGESTS.items()
-            if has_label[task][number]
+            if like.labelled[task][number]
         }
         samples.append(Sample(name, image, labels, f"{dataset.name} {dataset.split} {name}"))
     classes, digest = ClassList(dataset.class_names, dataset.class_colours), dataset.ids_digest

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.store import Manifest
-from kdcache.store.format.schema import LABELLED, LABELLED_DEPTH, record_arrays
+from kdcache.store.format.schema import LABEL_BITS, record_arrays
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.teacher.build.render import Array, Rendered
 
 
@@ -64,7 +65,9 @@ def _record_rows(batch: Sequence[Rendered], manifest: Manifest) -> dict[str, Any
         "records/window": [item.window.as_tuple() for item in batch],
         "records/flip": [item.flip for item in batch],
         "records/pixel_checksum": np.array([item.checksum for item in batch], np.uint64),
-        "records/labelled": [LABELLED * item.labelled + LABELLED_DEPTH * item.depth_labelled for item in batch],
+        "records/labelled": [
+            LABEL_BITS[SEGMENTATION] * item.labelled + LABEL_BITS[DEPTH] * item.depth_labelled for item in batch
+        ],
     }
     if manifest.records_contents:
         image, label, depth = np.stack([item.digests for item in batch], axis=1)

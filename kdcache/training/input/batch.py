@@ -13,12 +13,11 @@ from torch.utils.data._utils.collate import collate as collate_parts
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from kdcache.distill import SEGMENTATION, Batch
-from kdcache.tasks import DEPTH
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Array]
 """Arrays to draw one sample into, by the names of `Batch.to_dict`: the memory of a batch without its first axis."""
-CLASS_LABEL, DEPTH_LABEL = f"labels/{SEGMENTATION}", f"labels/{DEPTH}"
+CLASS_LABEL = f"labels/{SEGMENTATION}"
 
 
 def row_of(batch: Batch, *at: int) -> Row:

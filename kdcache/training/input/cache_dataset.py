@@ -1,6 +1,7 @@
 """The samples of a cache as a dataset: warped, replayed or unchanged."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,10 @@ from kdcache.data import (
 from kdcache.distill import SEGMENTATION
 from kdcache.errors import RecipeError, suggest
 from kdcache.store import Cache, Records, seal_of
-from kdcache.tasks import DEPTH
-from kdcache.training.input.batch import CLASS_LABEL, DEPTH_LABEL, Array, Row
+from kdcache.tasks import TASKS, in_metres, numeric
+from kdcache.training.input.batch import CLASS_LABEL, Array, Row
 from kdcache.training.input.dataset import DepthZoom, DrawnDataset, Field, Size
-from kdcache.training.input.resident_records import DEPTH_PATH, PIXEL_PATHS, RamRecords, RecordSource, target_paths
+from kdcache.training.input.resident_records import PIXEL_PATHS, RamRecords, RecordSource, target_paths
 from kdcache.training.input.subset import Part, Selection
 
 AUGMENTS = ("auto", "warp", "replay", "none")
@@ -131,7 +132,7 @@ class CacheDataset(DrawnDataset):
         view = cache.manifest.view
         grey = view.fit == "pad" or (augment == "replay" and view.reaches_beyond)
         self._inside = _inside(cache) if grey else None
-        self._zooms = augment == "warp" and depth_zoom == "divide" and DEPTH in self.heads
+        self._zooms = augment == "warp" and depth_zoom == "divide" and in_metres(self.heads)
 
     @property
     def fit(self) -> Fit:
@@ -157,7 +158,7 @@ class CacheDataset(DrawnDataset):
     @property
     def paths(self) -> tuple[str, ...]:
         """The arrays of the cache that a sample is read from: targets, extras and stored pixels."""
-        pixels = PIXEL_PATHS if DEPTH not in self.tasks else (*PIXEL_PATHS, DEPTH_PATH)
+        pixels = (*PIXEL_PATHS, *(f"labels/{task}" for task in numeric(self.tasks)))
         return (*self.target_paths, *self.extras, *(() if self.split else pixels))
 
     def sample_id(self, index: int) -> str:
@@ -202,10 +203,10 @@ class CacheDataset(DrawnDataset):
         if self.split is None:
             image, label = self._read(record, PIXEL_PATHS[0]), self._read(record, PIXEL_PATHS[1])
             render(image, label, window, flip=flip, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
-            if DEPTH_LABEL in out:
-                metres = self._read(record, DEPTH_PATH)
-                zoom = zoom_of(window, (height, width)) if self.depth_zoom == "divide" else 1.0
-                render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out[DEPTH_LABEL])
+            zoom = zoom_of(window, (height, width)) if self.depth_zoom == "divide" else 1.0
+            for task in numeric(self.tasks):
+                path = f"labels/{task}"
+                render_depth(self._read(record, path), window, flip=flip, size=self.size, zoom=zoom, out=out[path])
         else:
             self._from_source(index, record, window, flip, out)
         self._jitter(rng, out)
@@ -220,8 +221,9 @@ class CacheDataset(DrawnDataset):
             out["record"][...] = record
         if not self._has_label(self.indices[index], SEGMENTATION):
             out[CLASS_LABEL][...] = IGNORE_INDEX
-        if DEPTH_LABEL in out and not self._has_label(self.indices[index], DEPTH):
-            out[DEPTH_LABEL][...] = np.nan
+        for task in numeric(self.tasks):
+            if not self._has_label(self.indices[index], task):
+                out[f"labels/{task}"][...] = TASKS[task].void
         for name, array in out.items():
             if name.startswith(("targets/", "arrays/")):
                 self.records.read_into(record, name.removeprefix("arrays/"), array)
@@ -233,9 +235,9 @@ class CacheDataset(DrawnDataset):
 
     def _of_task(self, task: str) -> npt.NDArray[np.bool_]:
         """Return whether each sample of the store has a label of a task, (N,)."""
-        if self.split is not None and task == DEPTH:
-            return np.array([self.split.has_label(number, DEPTH) for number in range(len(self.split))], np.bool_)
-        return self.cache.has_depth if task == DEPTH else self.cache.has_label
+        if self.split is not None and numeric([task]):
+            return np.array([self.split.has_label(number, task) for number in range(len(self.split))], np.bool_)
+        return self.cache.labelled[task]
 
     def _read(self, record: int, path: str) -> Array:
         """Read a row that is not to be written to."""
@@ -262,12 +264,13 @@ class CacheDataset(DrawnDataset):
             moved, mirrored = window.scaled(height / view_height, width / view_width), flip
             shown = moved if fitted == (1.0, 1.0) else moved.moved(shown.y0, shown.x0)
         render(image, label, shown, flip=mirrored, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
-        if DEPTH_LABEL in out:
-            share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
-            share = share[0] * fitted[0], share[1] * fitted[1]
-            zoom = zoom_of(shown, image_size, share) if self.depth_zoom == "divide" else 1.0
-            metres = self.split.label(number, "depth")
-            render_depth(metres, shown, flip=mirrored, size=self.size, zoom=zoom, out=out[DEPTH_LABEL])
+        share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
+        share = share[0] * fitted[0], share[1] * fitted[1]
+        zoom = zoom_of(shown, image_size, share) if self.depth_zoom == "divide" else 1.0
+        for task in numeric(self.tasks):
+            numbers: Any = self.split.label(number, task)
+            memory = out[f"labels/{task}"]
+            render_depth(numbers, shown, flip=mirrored, size=self.size, zoom=zoom, out=memory)
 
 
 def _views(cache: Cache, limit: int | None) -> int:

@@ -30,8 +30,8 @@ from kdcache.data import (
 )
 from kdcache.distill import SEGMENTATION, Batch
 from kdcache.store import Cache
-from kdcache.tasks import DEPTH
-from kdcache.training.input.batch import CLASS_LABEL, DEPTH_LABEL, Row, row_of
+from kdcache.tasks import numeric
+from kdcache.training.input.batch import CLASS_LABEL, Row, row_of
 from kdcache.training.input.resident_records import DeviceTargets, RecordSource
 from kdcache.training.input.subset import Part
 
@@ -201,8 +201,7 @@ class DrawnDataset(Dataset[Batch], ABC):
             "pixels": ((*self.size, 3), torch.uint8),
             CLASS_LABEL: (self.size, torch.uint8),
         }
-        if DEPTH in self.tasks:
-            fields[DEPTH_LABEL] = (self.size, torch.float32)
+        fields |= {f"labels/{task}": (self.size, torch.float32) for task in numeric(self.tasks)}
         if self.weak:
             fields["weak"] = ((*self.size, 3), torch.uint8)
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
@@ -317,9 +316,9 @@ class LabelledDataset(DrawnDataset):
         share = fitted_share(self.fit, image_size, self.size)
         window, flip = self._window(rng, *image_size, share)
         render(image, label, window, flip=flip, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
-        if DEPTH_LABEL in out:
-            zoom = zoom_of(window, image_size, share) if self.depth_zoom == "divide" else 1.0
-            metres = self._label(source, DEPTH)
-            render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out[DEPTH_LABEL])
+        zoom = zoom_of(window, image_size, share) if self.depth_zoom == "divide" else 1.0
+        for task in numeric(self.tasks):
+            memory = out[f"labels/{task}"]
+            render_depth(self._label(source, task), window, flip=flip, size=self.size, zoom=zoom, out=memory)
         self._jitter(rng, out)
         self._finish(rng, out)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.distill import SEGMENTATION, Batch, LabelTargets, MergedTargets, Streams
+from kdcache.distill import Batch, LabelTargets, MergedTargets, Streams
 from kdcache.distill.batch import PseudoLabels, neighbours
 from kdcache.distill.target import TargetFormat
 from kdcache.errors import RecipeError
+from kdcache.tasks import TASKS
 
 CLASSES = 256
 NUMBERS = {"cutmix": 4, "classmix": 1 + CLASSES}
@@ -79,7 +80,7 @@ class Mix:
         own_BHW = ~(pasted_BHW & (dice_BN[:, 0] < self._share)[:, None, None])
         pixels = torch.where(own_BHW[..., None], batch.pixels, other.pixels)
         labels = {
-            task: torch.where(own_BHW, label, other.labels.get(task, _unlabelled(task)))
+            task: torch.where(own_BHW, label, other.labels.get(task, TASKS[task].void))
             for task, label in batch.labels.items()
         }
         pseudo = {by: _pasted(own, other.pseudo.get(by), own_BHW) for by, own in batch.pseudo.items()}
@@ -143,11 +144,6 @@ def _pasted(own: PseudoLabels, other: PseudoLabels | None, own_BHW: Tensor) -> P
         torch.where(own_BHW, one, two) for one, two in ((own.label, other.label), (own.confidence, other.confidence))
     )
     return PseudoLabels(label, confidence)
-
-
-def _unlabelled(task: str) -> float:
-    """Return the label of a pixel without one."""
-    return IGNORE_INDEX if task == SEGMENTATION else math.nan
 
 
 def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:

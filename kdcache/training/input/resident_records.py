@@ -19,7 +19,6 @@ from kdcache.training.input.batch import Array
 TARGET_PARTS = ("values", "indices", "tail")
 """Parts of a target, in their order; the last two are absent from a dense one."""
 PIXEL_PATHS = ("pixels/image", "labels/segmentation")
-DEPTH_PATH = "labels/depth"
 
 
 class RecordSource(Protocol):

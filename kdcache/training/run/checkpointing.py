@@ -14,17 +14,45 @@ from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
 from kdcache.run_folder import RESULT
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import SEGMENTATION, TASKS
 from kdcache.training.config import TrainConfig
 from kdcache.training.distributed import World
 from kdcache.training.run.checkpoint_file import EMA, keep_checkpoint, load_checkpoint, save_checkpoint
-from kdcache.training.run.metrics_log import write_json
+from kdcache.training.run.metrics_log import Score, write_json
 from kdcache.training.step.eager import EagerStep, random_state
 from kdcache.training.step.ema import ModelEma
 from kdcache.training.step.optim import Schedule, load_optimizer
 
 FEATURES = "features"
 """What judges a training without labels."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What chooses the best weights.
+
+    Attributes:
+        prefix: what stands before its figures in logs. score: the figure that chooses. less: whether less is better.
+    """
+
+    prefix: str
+    score: str
+    less: bool
+
+    def value(self, score: Score) -> float:
+        """Return the figure that chooses, with the sign that makes the largest the best."""
+        value = float(getattr(score, self.score))
+        return -value if self.less else value
+
+    def figure(self, value: float) -> dict[str, float]:
+        """Return the figure again from `value`, by its name in result.json."""
+        return {f"best_{self.prefix}{self.score}": -value if self.less else value}
+
+
+JUDGES = {
+    task.name: Judge("" if task.name == SEGMENTATION else f"{task.name}_", task.score, task.less)
+    for task in TASKS.values()
+} | {FEATURES: Judge("feature_", "loss", less=True)}
 
 
 @dataclass
@@ -34,7 +62,7 @@ class Progress:
     Attributes:
         seconds: seconds of training.
         cpu_seconds: CPU time of the steps, of all threads of this process.
-        best_score: mIoU, or for depth only the negative rmse, or for features only the negative loss.
+        best_score: the value of the judge: mIoU, or without it a negative error, as rmse or the loss of features.
         waited: part of `seconds` spent waiting for data.
         prepared: seconds of preparing a step, which do not count as training.
         unjudged: whether the validation of the last step is still due because a damaged sample stopped it.
@@ -165,7 +193,7 @@ class RunState:
             self._write_weights("best")
         result = {
             "iterations": now.step,
-            "best_miou": now.best_score if now.best_step and judged == SEGMENTATION else None,
+            "best_miou": None,
             "best_step": now.best_step or now.step,
             "seconds": round(now.seconds, 3),
             "cpu_seconds": round(now.cpu_seconds, 3),
@@ -173,17 +201,14 @@ class RunState:
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),
         }
-        least = {DEPTH: "best_depth_rmse", FEATURES: "best_feature_loss"}.get(judged)
-        if least is not None and now.best_step:
-            result[least] = -now.best_score
+        result |= JUDGES[judged].figure(now.best_score) if now.best_step else {}
         if self._ema is not None:
-            if least is not None and now.ema_best_step:
-                result[f"ema_{least}"] = -now.ema_best_score
+            ema = JUDGES[judged].figure(now.ema_best_score) if now.ema_best_step else {}
+            result |= {f"ema_{name}": value for name, value in ema.items()}
             self._write_weights("last", ema=True)
             if not now.ema_best_step:
                 self._write_weights("best", ema=True)
-            scored = now.ema_best_step and judged == SEGMENTATION
-            result["ema_best_miou"] = now.ema_best_score if scored else None
+            result.setdefault("ema_best_miou", None)
             result["ema_best_step"] = now.ema_best_step or now.step
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:

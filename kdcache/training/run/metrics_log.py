@@ -13,10 +13,13 @@ import torch
 
 from kdcache.bounded import parse_json, read_bytes
 from kdcache.files import write_whole
-from kdcache.metrics import DepthMetrics, Metrics
+from kdcache.metrics.evaluators import TaskMetric
 from kdcache.run_folder import METRICS, MOST_LOG_BYTES, no_log
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.training.feature_validation import FeatureScore
+
+Score = TaskMetric | FeatureScore
+"""The score of a validation."""
 
 
 class Observer:
@@ -49,23 +52,12 @@ class Observer:
     def validating(self, done: int, total: int) -> None:
         """Receive the number of images validated so far."""
 
-    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-        """Receive the metrics of a validation."""
+    def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
+        """Receive the score of a task in a validation, or the feature score (`features`) in trainings with `val_share`.
 
-    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
-        """Receive the metrics of the weights' moving average, after `validated`, in trainings with `ema`."""
-
-    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """Receive the depth metrics of a validation, after `validated`, if the data have depth labels."""
-
-    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """Receive the depth metrics of the moving average, after `validated_ema`."""
-
-    def validated_features(self, step: int, score: FeatureScore) -> None:
-        """Receive the feature score of a validation, in trainings with `val_share`."""
-
-    def validated_ema_features(self, step: int, score: FeatureScore) -> None:
-        """Receive the feature score of the moving average, after `validated_features`."""
+        `best`: no earlier one was better, by the task that chooses the best weights. `ema`: the score is of the
+        weights' moving average, and follows the model's own scores.
+        """
 
     def ended(self, *, completed: bool) -> None:
         """Take notice that the training ended: completed, or stopped by an error or by the user."""
@@ -95,11 +87,6 @@ class Observers(Observer):
     balanced = _of_all("balanced")
     validating = _of_all("validating")
     validated = _of_all("validated")
-    validated_ema = _of_all("validated_ema")
-    validated_depth = _of_all("validated_depth")
-    validated_ema_depth = _of_all("validated_ema_depth")
-    validated_features = _of_all("validated_features")
-    validated_ema_features = _of_all("validated_ema_features")
     ended = _of_all("ended")
 
 

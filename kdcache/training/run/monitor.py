@@ -11,7 +11,7 @@ from kdcache.errors import MismatchError, ModelError
 from kdcache.metrics import Metrics, at_chance
 from kdcache.run_folder import LITTLE, MUCH
 from kdcache.store import Cache
-from kdcache.tasks import DEPTH
+from kdcache.tasks import numeric
 from kdcache.training.distributed import World
 
 MUCH_AT_FIRST = 100.0
@@ -118,12 +118,16 @@ class Watch:
         terms = [name for name in wrong if name in self._part_tasks]
         streams = {f"{stream}:" for stream, slash, _ in (name.rpartition("/") for name in terms) if slash}
         ids = [own for own in self._sample_ids(step) if not streams or own.startswith(tuple(streams))]
-        depth = any(self._part_tasks[name] == DEPTH for name in terms)
+        numbers = numeric(self._part_tasks[name] for name in terms)
         return ModelError(
             f"The loss is not finite: {' and '.join(map(self._term, terms)) or 'the loss'} is "
             f"{values[(terms or wrong)[0]]} at iteration {step + 1}, records {', '.join(ids)}",
             fix="Clip the gradient, --clip-grad 1. Then lower --lr, or add --warmup. Then look at "
-            + ("the depth of those records, its unit and range: kdcache data check" if depth else "those records")
+            + (
+                f"the {numbers[0]} of those records, its unit and range: kdcache data check"
+                if numbers
+                else "those records"
+            )
             + ". The last checkpoint is untouched.",
         )
 

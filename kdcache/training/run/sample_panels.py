@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.data import Fit, Split
+from kdcache.data import ClassList, Fit, Split
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.figures import Array, colour_ids, error_colour, mark_wrong
 from kdcache.metrics.predictions import Predicted, judged_tasks, predictions
 from kdcache.metrics.sliding import Framing
 from kdcache.models import SegmentationModel
-from kdcache.tasks import DEPTH
+from kdcache.tasks import DEPTH, SEGMENTATION
 
 SAMPLES = 4
 _GAP = 4
@@ -66,16 +66,24 @@ def _panel(split: Split, own: Predicted, task: str, size: tuple[int, int], fit: 
         size = Framing("pad", window=(1, 1), whole=size).scaled((image.shape[0], image.shape[1]), size)
         answer, label = _at(answer, size), None if label is None else _at(label, size)
     pixels = _resized(image, size)
-    if task == DEPTH:
-        high = bar_end([answer] if label is None else [label, answer])
-        pictures = [pixels, *(DepthMap(metres, high).rgb() for metres in (label, answer) if metres is not None)]
-    else:
-        colours = split.classes.colours
-        pictures = [pixels, *(colour_ids(ids, colours) for ids in (label, answer) if ids is not None)]
-        if label is not None:
-            pictures.append(mark_wrong(pixels, label, answer, error_colour(colours)))
+    pictures = [pixels, *_DRAWN[task](pixels, answer, label, split.classes)]
     gap = np.full((size[0], _GAP, 3), 255, np.uint8)
     return np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
+
+
+def _classes(pixels: Array, answer: Array, label: Array | None, classes: ClassList) -> list[Array]:
+    """Return the label, the prediction and the errors in the colours of classes."""
+    pictures = [colour_ids(ids, classes.colours) for ids in (label, answer) if ids is not None]
+    return pictures if label is None else [*pictures, mark_wrong(pixels, label, answer, error_colour(classes.colours))]
+
+
+def _depths(pixels: Array, answer: Array, label: Array | None, classes: ClassList) -> list[Array]:
+    """Return the label and the prediction in the colours of depth, with one scale."""
+    maps = [metres for metres in (label, answer) if metres is not None]
+    return [DepthMap(metres, bar_end(maps)).rgb() for metres in maps]
+
+
+_DRAWN = {SEGMENTATION: _classes, DEPTH: _depths}
 
 
 def _at(values_HW: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:

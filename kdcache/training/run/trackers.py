@@ -31,11 +31,12 @@ from typing import Any, Protocol
 
 from kdcache.display import public_values
 from kdcache.errors import RecipeError
-from kdcache.metrics import DepthMetrics, Metrics
-from kdcache.metrics.depth import DEPTH_METRICS
+from kdcache.metrics import Metrics
+from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.metrics.figures import Array
+from kdcache.tasks import TASKS
 from kdcache.training.feature_validation import FeatureScore
-from kdcache.training.run.metrics_log import Observer
+from kdcache.training.run.metrics_log import Observer, Score
 
 PROJECT = "kdcache"
 WANDB_ID = "wandb-id.txt"
@@ -139,31 +140,12 @@ class Loggers(Observer):
             step, {f"train/{room}/{task}": own[key] for room, key in rooms.items() for task, own in tasks.items()}
         )
 
-    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-        """Send segmentation scores as `val/<name>`, and pictures."""
-        self._write_scores("val", step, metrics)
-        self._draw(step)
-
-    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
-        """Send the moving average's segmentation scores as `val_ema/<name>`."""
-        self._write_scores("val_ema", step, metrics)
-
-    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """Send depth metrics as `val/depth_<name>`, and pictures."""
-        self._write(step, {f"val/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
-        self._draw(step)
-
-    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """Send the moving average's depth metrics as `val_ema/depth_<name>`."""
-        self._write(step, {f"val_ema/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
-
-    def validated_features(self, step: int, score: FeatureScore) -> None:
-        """Send the feature loss as `val/feature_loss`."""
-        self._write(step, {"val/feature_loss": score.loss})
-
-    def validated_ema_features(self, step: int, score: FeatureScore) -> None:
-        """Send the moving average's feature loss as `val_ema/feature_loss`."""
-        self._write(step, {"val_ema/feature_loss": score.loss})
+    def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
+        """Send a score as `val/<name>`, or `val_ema/<name>` of the moving average, and pictures of a task."""
+        place = "val_ema" if ema else "val"
+        self._write(step, {f"{place}/{name}": value for name, value in _figures(task, score).items()})
+        if task in TASKS and not ema:
+            self._draw(step)
 
     def ended(self, *, completed: bool) -> None:
         """Close every logger."""
@@ -183,11 +165,6 @@ class Loggers(Observer):
             return
         self._each(lambda sink: sink.draw(step, pictures))
 
-    def _write_scores(self, place: str, step: int, metrics: Metrics) -> None:
-        scores = {"miou": metrics.miou, "seg_miou": metrics.miou, "acc": metrics.aacc, "macc": metrics.macc}
-        classes = {f"iou/{name}": iou for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
-        self._write(step, {f"{place}/{name}": value for name, value in (scores | classes).items()})
-
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         # What is not a number has no place in a plot: a class that does not occur.
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
@@ -203,6 +180,16 @@ class Loggers(Observer):
 
     def _failed(self, name: str, error: Exception) -> None:
         self._note(f"--log {name} failed and is left out from now on; metrics.jsonl goes on ({_reason(error)})")
+
+
+def _figures(task: str, score: Score) -> dict[str, float]:
+    """Return the figures of a score, by the names that loggers show."""
+    if isinstance(score, Metrics):
+        classes = {f"iou/{name}": iou for name, iou in zip(score.class_names, score.iou, strict=True)}
+        return {"miou": score.miou, "seg_miou": score.miou, "acc": score.aacc, "macc": score.macc} | classes
+    if isinstance(score, FeatureScore):
+        return {"feature_loss": score.loss}
+    return {f"{task}_{name}": getattr(score, name) for name in EVALUATORS[task].figures}
 
 
 def _reason(error: Exception) -> str:

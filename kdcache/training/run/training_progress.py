@@ -1,10 +1,14 @@
 """The progress of a training on the console: a bar, notes, a line per validation."""
 
+from collections.abc import Callable
+from typing import Any
+
 from rich.progress import Progress, TaskID
 
-from kdcache.metrics import DepthMetrics, Metrics
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.training import Observer
-from kdcache.training.feature_validation import FeatureScore
+from kdcache.training.run.checkpointing import FEATURES
+from kdcache.training.run.metrics_log import Score
 
 
 class TrainingProgress(Observer):
@@ -68,36 +72,22 @@ class TrainingProgress(Observer):
         assert self._task is not None
         self._bar.update(self._task, note=self._note(f"validating {done}/{total}"))
 
-    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-        """Print the mIoU of a validation."""
-        assert self._task is not None
-        self._scores["mIoU"] = f"{100 * metrics.miou:.2f}"
-        self._bar.update(self._task, completed=step, note=self._note(""))
-        self._bar.console.print(f"  iteration {step}: mIoU {self._scores['mIoU']}{' (best)' if best else ''}")
+    def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
+        """Print the score of a validation."""
+        name, value, more = _SHOWN[task](score)
+        mark = " (best)" if best and task == SEGMENTATION else ""
+        if not ema:
+            self._scores[name] = value
+        elif task == SEGMENTATION:
+            self._scores["EMA"] = value
+        if not ema and self._task is not None:
+            self._bar.update(self._task, completed=step, note=self._note(""))
+        self._bar.console.print(f"  iteration {step}: {name} {value}{' of the EMA' if ema else more}{mark}")
 
-    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """Print the depth rmse of a validation."""
-        self._scores["depth rmse"] = f"{metrics.rmse:.3g} m"
-        self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m, abs_rel {metrics.abs_rel:.3g}")
 
-    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
-        """Print the depth rmse of the moving average."""
-        self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m of the EMA")
-
-    def validated_features(self, step: int, score: FeatureScore) -> None:
-        """Print the feature loss of a validation."""
-        self._scores["feature loss"] = f"{score.loss:.4g}"
-        self._bar.console.print(
-            f"  iteration {step}: feature loss {score.loss:.4g} on {score.samples} held-out samples"
-        )
-
-    def validated_ema_features(self, step: int, score: FeatureScore) -> None:
-        """Print the feature loss of the moving average."""
-        self._bar.console.print(f"  iteration {step}: feature loss {score.loss:.4g} of the EMA")
-
-    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
-        """Print the mIoU of the moving average."""
-        self._scores["EMA"] = f"{100 * metrics.miou:.2f}"
-        self._bar.console.print(
-            f"  iteration {step}: mIoU {100 * metrics.miou:.2f} of the EMA{' (best)' if best else ''}"
-        )
+_SHOWN: dict[str, Callable[[Any], tuple[str, str, str]]] = {
+    SEGMENTATION: lambda own: ("mIoU", f"{100 * own.miou:.2f}", ""),
+    DEPTH: lambda own: ("depth rmse", f"{own.rmse:.3g} m", f", abs_rel {own.abs_rel:.3g}"),
+    FEATURES: lambda own: ("feature loss", f"{own.loss:.4g}", f" on {own.samples} held-out samples"),
+}
+"""The name of a score, its text, and what follows it."""

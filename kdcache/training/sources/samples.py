@@ -17,7 +17,7 @@ from kdcache.data import (
 from kdcache.errors import DataError, RecipeError
 from kdcache.settings.parse import rand_augment
 from kdcache.store import Cache, Records, open_caches
-from kdcache.tasks import DEPTH, SEGMENTATION
+from kdcache.tasks import DEPTH, SEGMENTATION, TASKS, numeric
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.batch import Array
 from kdcache.training.input.cache_dataset import CacheDataset
@@ -208,7 +208,7 @@ def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDa
 def _stored_tasks(cache: Cache) -> tuple[str, ...]:
     """Return the tasks with labels in a cache with pixels."""
     classes = (SEGMENTATION,) if cache.manifest.dataset.class_names else ()
-    return (*classes, DEPTH) if "labels/depth" in cache.specs else classes
+    return (*classes, *(task for task in numeric(TASKS) if f"labels/{task}" in cache.specs))
 
 
 def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Iterator[tuple[int, Array]]]:
@@ -218,7 +218,7 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
     come in a second round. A cache of crops gives all views at once, because each crop shows a random part.
     """
     fold_of = folds_of(cache.ids, folds, by).tolist()
-    labelled, view = cache.has_label, cache.manifest.view
+    labelled, view = cache.labelled[SEGMENTATION], cache.manifest.view
 
     def labels(views: Sequence[int]) -> Iterator[tuple[int, Array]]:
         used = np.flatnonzero(labelled).tolist()
@@ -264,16 +264,20 @@ def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
         )
 
 
+_EXAMPLES = {DEPTH: ", for instance --data scenes:96x128,depth=exact"}
+"""Where to find labels of a task that few data sets have."""
+
+
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
     """Raise RecipeError for terms on labels of a task that is not among `offered`, the source's tasks."""
     named = () if config.data.labels in ("all", "none") else config.data.labels.split("+")
     terms = [term for term in config.terms if term.needs_labels]
-    for task in (SEGMENTATION, DEPTH):
+    for task in TASKS:
         kinds = [term.kind for term in terms if term.task == task]
         if task in offered or not (kinds or task in named):
             continue
         asked = [f"--labels {config.data.labels}"] if task in named else []
-        example = ", for instance --data scenes:96x128,depth=exact" if task == DEPTH else ""
+        example = _EXAMPLES.get(task, "")
         raise RecipeError(
             f"Cannot learn {', '.join([*asked, *kinds])}: the data have labels of {', '.join(offered) or 'no task'}, "
             f"and not of {task}",

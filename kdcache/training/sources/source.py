@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from kdcache.data import Fit, Split, choose_fit
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
-from kdcache.distill.terms.depth import depth_head
+from kdcache.distill.terms.depth import stored_head
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.store import Cache
-from kdcache.tasks import DEPTH, METRES, SEGMENTATION, TASKS
+from kdcache.tasks import SEGMENTATION, TASKS
 from kdcache.training.checks import check_replays, check_whole_views
 from kdcache.training.config import TrainConfig
 from kdcache.training.input.cache_dataset import choose_augment
@@ -136,7 +136,11 @@ def _shows_classes(source: Source) -> bool:
         return source.stream.weight > 0
     if SEGMENTATION not in config.label_tasks or config.data.labels == "none":
         return False
-    return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())
+    return (
+        SEGMENTATION in split.tasks
+        if split is not None
+        else cache is not None and bool(cache.labelled[SEGMENTATION].any())
+    )
 
 
 def taught_tasks(sources: Sequence[Source]) -> tuple[str, ...]:
@@ -227,17 +231,18 @@ def _check_labels(source: Source, pasted: Source) -> None:
 def _check_forms(source: Source, pasted: Source) -> None:
     """Check that a target and what is pasted into it mean the same. Raises: RecipeError."""
     cache, other = source.cache, pasted.cache
-    depth = any(term.numeric and term.reads_teacher for term in source.config.active)
-    differs = []
-    unit = depth_head(cache.manifest).unit if depth and cache is not None else METRES
-    if unit != METRES:
-        differs.append(f"depth in unit {unit!r}, known up to a scale of each image")
+    differs, read = [], {term.task for term in source.config.active if term.numeric and term.reads_teacher}
+    own = {} if cache is None else {task: stored_head(cache.manifest, task) for task in read}
+    for task, head in own.items():
+        if head.unit != TASKS[task].unit:
+            differs.append(f"{task} in unit {head.unit!r}, known up to a scale of each image")
     if cache is not None and other is not None:
         shared = set(source.dataset.heads) & set(pasted.dataset.heads)
         if SEGMENTATION in shared and cache.align_corners != other.align_corners:
             differs.append(f"logits resized with align_corners={other.align_corners} into {cache.align_corners}")
-        if depth and DEPTH in shared and depth_head(cache.manifest) != depth_head(other.manifest):
-            differs.append(f"depth as {depth_head(other.manifest)} into {depth_head(cache.manifest)}")
+        for task in shared & set(own):
+            if (theirs := stored_head(other.manifest, task)) != own[task]:
+                differs.append(f"{task} as {theirs} into {own[task]}")
     if differs:
         raise RecipeError(
             f"Cannot use paste-from {pasted.stream.name}: its targets mean something else ({'; '.join(differs)})",

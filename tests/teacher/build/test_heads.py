@@ -26,6 +26,7 @@ from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
 from kdcache.sharing import build_command
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache.teacher import (
     TeacherProbe,
     build_cache,
@@ -308,7 +309,7 @@ def test_labels_of_depth_are_stored(tmp_path, options, origins, way) -> None:
     assert (manifest.version, manifest.depth.labelled, manifest.depth.zoom) == (3, 2, how)
     assert manifest.dataset.labelled == 3
     assert manifest.view.drawn.scale == ((1.0, 1.0) if way == "whole" else ZOOMS[way]["view_scale"])
-    assert cache.has_depth.tolist() == [not flag for flag in cache.has_label]
+    assert cache.labelled[DEPTH].tolist() == [not flag for flag in cache.labelled[SEGMENTATION]]
     counted = 0
     for record in range(len(cache)):
         label = Records(cache).label(record, "depth")
@@ -329,7 +330,10 @@ def test_labels_of_depth_are_stored(tmp_path, options, origins, way) -> None:
     build_cache(split, teacher, tmp_path / "source", options(**ZOOMS[way], pixels="source"))
     other = Records.open(tmp_path / "source", DEPTHS)
     assert "labels/depth" not in other.cache.specs
-    assert (other.cache.manifest.depth, other.cache.has_depth.tolist()) == (manifest.depth, cache.has_depth.tolist())
+    assert (other.cache.manifest.depth, other.cache.labelled[DEPTH].tolist()) == (
+        manifest.depth,
+        cache.labelled[DEPTH].tolist(),
+    )
     for record in range(len(cache)):
         np.testing.assert_array_equal(other.label(record, "depth"), Records(cache).label(record, "depth"))
 
@@ -342,14 +346,14 @@ def test_copies_and_extended_stores_have_the_labels_of_depth(tmp_path, options, 
     numbers = [0, 1, 3]
     copy_store(old, tmp_path / "part", CopyChanges(samples=numbers, codec="small", shard_records=4))
     part = open_cache(tmp_path / "part")
-    assert part.manifest.depth.labelled == int(old.has_depth[numbers].sum()) == 2
+    assert part.manifest.depth.labelled == int(old.labelled[DEPTH][numbers].sum()) == 2
     assert part.manifest.dataset.labelled == 1
     for place, number in enumerate(numbers):
         for view in range(3):
             mine, its = part.manifest.record(place, view), old.manifest.record(number, view)
             for path in ("labels/depth", "targets/depth/values"):
                 np.testing.assert_array_equal(part.read(mine, [path])[path], old.read(its, [path])[path])
-    none = [number for number in range(5) if not old.has_depth[number]]
+    none = [number for number in range(5) if not old.labelled[DEPTH][number]]
     copy_store(old, tmp_path / "none", CopyChanges(samples=none))
     assert "labels/depth" not in open_cache(tmp_path / "none").specs
     copy_store(old, tmp_path / "bare", CopyChanges(pixels="source"))

@@ -13,10 +13,10 @@ import pytest
 
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
-from kdcache.metrics import DepthErrors, Metrics
+from kdcache.metrics import Metrics
 from kdcache.metrics.figures import colour_ids
+from kdcache.tasks import SEGMENTATION
 from kdcache.training import Observer, make_config, train
-from kdcache.training.feature_validation import FeatureScore
 from kdcache.training.run import trackers
 from kdcache.training.run.metrics_log import Observers
 from kdcache.training.run.trackers import Beginning, Loggers
@@ -160,8 +160,8 @@ def test_a_class_that_does_not_occur_is_not_plotted(memory: list[Memory], tmp_pa
     logger.started(step=0, iterations=1, parameters=1)
     nan = float("nan")
     metrics = Metrics(("sky", "bus"), (0.5, nan), (0.5, nan), (10, 0), 0.5, 0.5, 0.6)
-    logger.validated(1, metrics, True)
-    logger.validated_ema(1, metrics, True)
+    for ema in (False, True):
+        logger.validated(1, SEGMENTATION, metrics, best=True, ema=ema)
     scores = {"miou": 0.5, "seg_miou": 0.5, "acc": 0.6, "macc": 0.5, "iou/sky": 0.5}
     assert memory[0].rows == [
         (1, {f"{place}/{name}": score for name, score in scores.items()}) for place in ("val", "val_ema")
@@ -224,7 +224,8 @@ def test_samples_that_cannot_be_drawn_end_no_training(tmp_path: Path, memory: li
     logger = Loggers(["wandb"], tmp_path, {}, notes.append, fail)
     logger.started(step=0, iterations=2, parameters=1)
     for step in (1, 2):
-        logger.validated(step, Metrics(("sky",), (0.5,), (0.5,), (10,), 0.5, 0.5, 0.6), True)
+        metrics = Metrics(("sky",), (0.5,), (0.5,), (10,), 0.5, 0.5, 0.6)
+        logger.validated(step, SEGMENTATION, metrics, best=True, ema=False)
     assert notes == ["no pictures of samples from now on: MemoryError: no room"]
     assert [step for step, _ in memory[0].rows] == [1, 2]
 
@@ -298,12 +299,7 @@ def test_observers_are_told_in_their_order() -> None:
     both.gradients(1, {"ce": 1.0})
     both.balanced(1, {"depth": {"loss": 1.0, "weight": 0.5}})
     both.validating(1, 2)
-    both.validated(1, metrics, True)
-    both.validated_ema(1, metrics, False)
-    both.validated_depth(1, DepthErrors().metrics())
-    both.validated_ema_depth(1, DepthErrors().metrics())
-    both.validated_features(1, FeatureScore(1.0, {"cosine": 1.0}, 2))
-    both.validated_ema_features(1, FeatureScore(1.0, {"cosine": 1.0}, 2))
+    both.validated(1, SEGMENTATION, metrics, best=True, ema=False)
     both.ended(completed=True)
     events = [event for event in vars(Observer) if not event.startswith("_")]
     assert [(name, event) for name, event, _ in calls] == [(name, event) for event in events for name in ("one", "two")]

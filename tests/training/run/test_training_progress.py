@@ -25,10 +25,10 @@ def test_scores_stand_first_and_are_those_of_the_last_validation() -> None:
         assert bar.tasks[0].fields["note"] == "loss 1.500 ce 1.000 kl 0.500 9.0 img/s, 25 % waiting"
         for rmse in (4.0, 3.0):
             watched.validating(1, 2)
-            watched.validated_depth(2, score(rmse=rmse, abs_rel=0.1))
+            watched.validated(2, "depth", score(rmse=rmse, abs_rel=0.1), best=True, ema=False)
         watched.validating(1, 2)
         assert bar.tasks[0].fields["note"] == "depth rmse 3 m validating 1/2"
-        watched.validated(3, score(miou=0.5), best=True)
-        watched.validated_ema(3, score(miou=0.6), best=True)
+        watched.validated(3, "segmentation", score(miou=0.5), best=True, ema=False)
+        watched.validated(3, "segmentation", score(miou=0.6), best=True, ema=True)
         watched.stepped(4, STEP)
         assert bar.tasks[0].fields["note"].startswith("depth rmse 3 m, mIoU 50.00, EMA 60.00 loss 1.500")
