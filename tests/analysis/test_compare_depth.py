@@ -29,7 +29,7 @@ from kdcache.analysis.visualise import Drawing, score_run
 from kdcache.data import open_split
 from kdcache.errors import DataError
 from kdcache.metrics import evaluate_tasks
-from kdcache.metrics.depth import DepthImages
+from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.models import build_model
 from kdcache.models.run import load_run
 from kdcache.run_folder import RunModel
@@ -155,8 +155,8 @@ def test_the_bootstrap_over_images_is_that_of_the_mean_of_rmse() -> None:
     generator = np.random.default_rng(0)
     ids = tuple("abcdef")
     ours, theirs = (
-        [DepthImages(ids, generator.uniform(1, 5, (6, 8))) for _ in range(2)],
-        [DepthImages(ids, generator.uniform(2, 6, (6, 8))) for _ in range(3)],
+        [EVALUATORS[DEPTH].images(ids, generator.uniform(1, 5, (6, 8))) for _ in range(2)],
+        [EVALUATORS[DEPTH].images(ids, generator.uniform(2, 6, (6, 8))) for _ in range(3)],
     )
     drawn = resample(ours, theirs, Blocks.of({name: name for name in ids}, "images"))
     own = np.mean([one.values[:, 0] for one in ours], 0) - np.mean([one.values[:, 0] for one in theirs], 0)

@@ -240,9 +240,8 @@ def _check_forms(source: Source, pasted: Source) -> None:
         shared = set(source.dataset.heads) & set(pasted.dataset.heads)
         if SEGMENTATION in shared and cache.align_corners != other.align_corners:
             differs.append(f"logits resized with align_corners={other.align_corners} into {cache.align_corners}")
-        for task in shared & set(own):
-            if (theirs := stored_head(other.manifest, task)) != own[task]:
-                differs.append(f"{task} as {theirs} into {own[task]}")
+        theirs = {task: stored_head(other.manifest, task) for task in shared & set(own)}
+        differs += [f"{task} as {head} into {own[task]}" for task, head in theirs.items() if head != own[task]]
     if differs:
         raise RecipeError(
             f"Cannot use paste-from {pasted.stream.name}: its targets mean something else ({'; '.join(differs)})",
