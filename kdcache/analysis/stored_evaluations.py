@@ -39,6 +39,7 @@ from kdcache.models.weights import split_choice
 from kdcache.run_folder import Run, RunModel
 from kdcache.run_samples import judging_notes
 from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
+from kdcache.tasks import in_metres
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,8 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
 
 def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
     """Return the range of depths that count for a model, or None if its depth is not judged on this split."""
-    judged = [head for task in split.tasks if (head := metric_head(heads, task)) is not None]
+    tasks = [task for task in split.tasks if in_metres([task])]
+    judged = [head for task in tasks if (head := metric_head(heads, task)) is not None]
     return DepthRange.of(judged[0], settings) if judged else None
 
 

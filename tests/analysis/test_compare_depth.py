@@ -118,11 +118,11 @@ def test_of_depth_the_least_is_best_and_who_has_none_has_a_dash(compared: Compar
 def test_table_and_page_mark_the_smallest_errors_and_the_largest_delta(compared: Comparison) -> None:
     """Of three rows, each the best by another metric."""
     values = {"rmse": (3.0, 1.25, 2.0), "abs_rel": (0.2, 0.3, 0.125), "delta1": (0.75, 0.25, 0.5)}
-    judged = next(row for row in compared.rows if row.depth)
-    rows = [
-        replace(judged, name=f"row {place}", depth={name: Spread.of([own[place]]) for name, own in values.items()})
-        for place in range(3)
-    ]
+    judged = next(row for row in compared.rows if DEPTH in row.scores)
+    rows = []
+    for place in range(3):
+        own = {name: Spread.of([of_row[place]]) for name, of_row in values.items()}
+        rows.append(replace(judged, name=f"row {place}", scores=judged.scores | {DEPTH: own}))
     three = replace(compared, rows=tuple(rows))
     header, cells = score_table(three)
     marked = {name: [row[0] for row in cells if row[header.index(name)].startswith("**")] for name in header}

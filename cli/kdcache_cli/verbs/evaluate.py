@@ -7,6 +7,7 @@ import typer
 
 from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import Data
+from kdcache.tasks import DEPTH, SEGMENTATION
 from kdcache_cli.console import OUT, figure_table
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import Weights
@@ -120,21 +121,35 @@ def evaluate(
 
 
 def _show(done: "Evaluated") -> None:
-    from kdcache.metrics import class_rows, percent
-    from kdcache.metrics.tables import depth_rows
+    from kdcache.metrics.evaluators import EVALUATORS
 
-    if (classes := done.segmentation) is not None:
-        table = figure_table("class", "IoU %", "Acc %", "pixels %")
-        for row in class_rows(classes):
-            table.add_row(*row)
-        OUT.print(table)
-        OUT.print(f"[bold]mIoU {percent(classes.miou)}[/]  mAcc {percent(classes.macc)}  aAcc {percent(classes.aacc)}")
-    if (depth := done.depth) is not None:
-        table = figure_table("depth", "mean of images")
-        for cells in depth_rows(depth):
+    for task, metrics in done.metrics.by_task.items():
+        _, (header, rows) = EVALUATORS[task].table(metrics)
+        table = figure_table(*header)
+        for cells in rows:
             table.add_row(*cells)
         OUT.print(table)
-        OUT.print(f"[bold]rmse {depth.rmse:.4g} m[/]  {depth.counted_images} images, labels of {done.depth_range}")
+        if task in _SUMMARIES:
+            OUT.print(_SUMMARIES[task](done))
+
+
+def _of_classes(done: "Evaluated") -> str:
+    from kdcache.metrics import percent
+
+    own = done.segmentation
+    return (
+        "" if own is None else f"[bold]mIoU {percent(own.miou)}[/]  mAcc {percent(own.macc)}  aAcc {percent(own.aacc)}"
+    )
+
+
+def _of_depth(done: "Evaluated") -> str:
+    own = done.depth
+    images = "" if own is None else f"[bold]rmse {own.rmse:.4g} m[/]  {own.counted_images} images"
+    return f"{images}, labels of {done.depth_range}"
+
+
+_SUMMARIES = {SEGMENTATION: _of_classes, DEPTH: _of_depth}
+"""The line below the table of a task."""
 
 
 def _show_several(done: "Evaluated") -> None:
