@@ -6,7 +6,7 @@
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     choose_fit, fitted_share, whole_window    squashed, cropped or padded into a size
-    render_depth, zoom_of                     the same for depth labels, and the zoom of a view
+    RENDERERS, render_depth, zoom_of          the same for labels of numbers, and the zoom of a view
     draw_window, colour_jitter, RandAugment   random changes for the student
     draw_view, id_hash, inside_rectangle      random views of a cache, drawn once
     convert                                   any data set as a folder
@@ -40,7 +40,7 @@ from kdcache.data.rendering.augment import (
     id_hash,
     inside_rectangle,
 )
-from kdcache.data.rendering.depth import render_depth, zoom_of
+from kdcache.data.rendering.depth import RENDERERS, render_depth, zoom_of
 from kdcache.data.rendering.fit import Fit, choose_fit, fitted_share, whole_window
 from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
@@ -53,6 +53,7 @@ from kdcache.tasks import IGNORE_INDEX
 __all__ = [
     "IGNORE_INDEX",
     "OUTSIDE_RGB",
+    "RENDERERS",
     "UNRECORDED",
     "Augmentation",
     "Changes",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.data import Split, Window, prefetch, render, render_depth
+from kdcache.data import RENDERERS, Split, Window, prefetch, render
 from kdcache.metrics.evaluators import EVALUATORS
 from kdcache.metrics.sliding import Framing, at_image, slide
 from kdcache.models import SegmentationModel
@@ -179,4 +179,4 @@ def _load(
 
 def _small(task: str, label_HW: Any, ids: Any, window: Window) -> Any:
     """Return a label at the size of `ids`, the class ids that were rendered with the image. Numbers never mix."""
-    return render_depth(label_HW, window, flip=False, size=ids.shape) if numeric([task]) else ids
+    return RENDERERS[task](label_HW, window, flip=False, size=ids.shape) if numeric([task]) else ids

@@ -7,7 +7,7 @@ longer renders to the pixels that the teacher saw.
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import Split, Window, open_split, pixel_checksum, render, render_depth, zoom_of
+from kdcache.data import RENDERERS, Split, Window, open_split, pixel_checksum, render, zoom_of
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store.backend.base import Place
 from kdcache.store.format.codec import Array
@@ -138,8 +138,8 @@ class Records:
         if manifest.depth is not None and manifest.depth.zoom == "divide":
             height, width = self.split.image(sample).shape[:2]
             zoom = zoom_of(window, (height, width), manifest.view.share or (1.0, 1.0))
-        metres: Any = self.split.label(sample, task)
-        return render_depth(metres, window, flip=flip, size=self.cache.view_size, zoom=zoom)
+        numbers: Any = self.split.label(sample, task)
+        return RENDERERS[task](numbers, window, flip=flip, size=self.cache.view_size, zoom=zoom)
 
     def is_same(self, record: int, pixels: Array) -> bool:
         """Return whether pixels equal the view that the teacher saw, bit for bit."""

@@ -13,11 +13,13 @@ of their distance. No network can tell the difference, so metric depth is drawn 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from kdcache.data.rendering.view import MOST_PIXELS, Window
 from kdcache.data.sample import Depth
+from kdcache.tasks import DEPTH
 
 
 def render_depth(
@@ -58,6 +60,10 @@ def render_depth(
     if zoom != 1.0:
         metres /= np.float32(zoom)
     return metres
+
+
+RENDERERS: Mapping[str, Callable[..., Depth]] = {DEPTH: render_depth}
+"""How the label of each numeric task is rendered, with the arguments of `render_depth`. `render` renders class ids."""
 
 
 def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, float] = (1.0, 1.0)) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from kdcache.data import (
     IGNORE_INDEX,
+    RENDERERS,
     Augmentation,
     ClassList,
     Fit,
@@ -18,7 +19,6 @@ from kdcache.data import (
     inside_rectangle,
     prefetch,
     render,
-    render_depth,
     zoom_of,
 )
 from kdcache.distill import SEGMENTATION
@@ -206,7 +206,7 @@ class CacheDataset(DrawnDataset):
             zoom = zoom_of(window, (height, width)) if self.depth_zoom == "divide" else 1.0
             for task in numeric(self.tasks):
                 path = f"labels/{task}"
-                render_depth(self._read(record, path), window, flip=flip, size=self.size, zoom=zoom, out=out[path])
+                RENDERERS[task](self._read(record, path), window, flip=flip, size=self.size, zoom=zoom, out=out[path])
         else:
             self._from_source(index, record, window, flip, out)
         self._jitter(rng, out)
@@ -270,7 +270,7 @@ class CacheDataset(DrawnDataset):
         for task in numeric(self.tasks):
             numbers: Any = self.split.label(number, task)
             memory = out[f"labels/{task}"]
-            render_depth(numbers, shown, flip=mirrored, size=self.size, zoom=zoom, out=memory)
+            RENDERERS[task](numbers, shown, flip=mirrored, size=self.size, zoom=zoom, out=memory)
 
 
 def _views(cache: Cache, limit: int | None) -> int:

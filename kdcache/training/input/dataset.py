@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kdcache.data import (
+    RENDERERS,
     Augmentation,
     ClassList,
     Fit,
@@ -25,7 +26,6 @@ from kdcache.data import (
     fitted_share,
     prefetch,
     render,
-    render_depth,
     zoom_of,
 )
 from kdcache.distill import SEGMENTATION, Batch
@@ -319,6 +319,6 @@ class LabelledDataset(DrawnDataset):
         zoom = zoom_of(window, image_size, share) if self.depth_zoom == "divide" else 1.0
         for task in numeric(self.tasks):
             memory = out[f"labels/{task}"]
-            render_depth(self._label(source, task), window, flip=flip, size=self.size, zoom=zoom, out=memory)
+            RENDERERS[task](self._label(source, task), window, flip=flip, size=self.size, zoom=zoom, out=memory)
         self._jitter(rng, out)
         self._finish(rng, out)
