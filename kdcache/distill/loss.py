@@ -33,7 +33,7 @@ from kdcache.distill.checks import (
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
 from kdcache.distill.label_targets import LabelTargets
-from kdcache.distill.masks import TeacherMasks, gated
+from kdcache.distill.masks import TeacherMasks, gated, union
 from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.outputs import Losses, Outputs, StudentOutputs, unpacked
 from kdcache.distill.target import TargetFormat
@@ -194,7 +194,7 @@ class DistillLoss(nn.Module):
             zero = torch.zeros((), device=batch.any_label.device)
             return zero, zero
         teaching = self.kl_weight > 0 and self._teaches(batch)
-        counted_BHW = self._masks.counted_by_kl(batch).all if teaching else None
+        counted_BHW = union(self._masks.counted_by_kl(batch)) if teaching else None
         target = batch.target if teaching and counted_BHW is None else None
         num_classes = self.targets.num_classes if self.targets is not None else 256
         ce, kl = distill_denominators(
@@ -357,15 +357,16 @@ class DistillLoss(nn.Module):
             return zero, zero, zero
         if not by_teacher:
             return self._call(logits, replace(batch, targets=None), None, counts, ce_weight, kl_weight)
-        counted = self._masks.counted_by_kl(batch)
-        count = counted.all.sum(dtype=torch.float32) if counts is None and counted.all is not None else None
+        (_, own_BHW), *pasted = taught = self._masks.counted_by_kl(batch)
+        counted_BHW = union(taught) if counts is None else None
+        count = None if counted_BHW is None else counted_BHW.sum(dtype=torch.float32)
         call = partial(self._call, logits, counts=counts, kl_weight=kl_weight, kl_count=count)
-        parts = call(batch, gated(gate, counted.own), ce_weight=ce_weight)
-        if counted.other is None:
-            return parts
+        loss, ce, kl = call(batch, gated(gate, own_BHW), ce_weight=ce_weight)
         # Where pixels were pasted, another target teaches: the KL of both adds up, by a denominator that both share.
-        loss, _, kl = call(counted.other, gated(self.gate_of(counted.other), counted.pasted), ce_weight=0.0)
-        return parts[0] + loss, parts[1], parts[2] + kl
+        for other, mask_BHW in pasted:
+            of_other = call(other, gated(self.gate_of(other), mask_BHW), ce_weight=0.0)
+            loss, kl = loss + of_other[0], kl + of_other[2]
+        return loss, ce, kl
 
     def _call(
         self,

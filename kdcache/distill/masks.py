@@ -1,32 +1,14 @@
 """The pixels of a batch that the teacher's terms count: in the view, showing the image, with the right target."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.target import TargetFormat
-
-
-class CountedByKL(NamedTuple):
-    """The pixels (B, H, W) that KL counts, bool.
-
-    Attributes:
-        own: mask of the batch's own targets, or None if the fused loss finds them by itself.
-        pasted: mask of the targets of pasted pixels, or None.
-        other: the batch with these targets, or None.
-    """
-
-    own: Tensor | None
-    pasted: Tensor | None = None
-    other: Batch | None = None
-
-    @property
-    def all(self) -> Tensor | None:
-        """The pixels of both targets, which do not overlap."""
-        return self.own if self.own is None or self.pasted is None else self.own | self.pasted
 
 
 @dataclass(frozen=True)
@@ -42,15 +24,17 @@ class TeacherMasks:
     distill_void: bool
     ignore_index: int
 
-    def counted_by_kl(self, batch: Batch) -> CountedByKL:
-        """Find the pixels that KL counts, for each target, unless the fused loss finds them by itself."""
+    def counted_by_kl(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
+        """Return the batch and, where samples were pasted, the batch of their targets, each with the pixels of KL.
+
+        The masks (B, H, W) do not overlap. None leaves finding the pixels to the fused loss.
+        """
         if batch.inside is None and batch.own is None:
-            return CountedByKL(None)
-        own_BHW = self._counted(batch, batch.own)
-        other = None if batch.own is None else batch.with_pasted_targets()
-        if batch.own is None or other is None or other.target is None:
-            return CountedByKL(own_BHW)
-        return CountedByKL(own_BHW, self._counted(other, ~batch.own), other)
+            return [(batch, None)]
+        taught: list[tuple[Batch, Tensor | None]] = [(batch, self._counted(batch, batch.own))]
+        if batch.own is not None and (other := batch.with_pasted_targets()).target is not None:
+            taught.append((other, self._counted(other, ~batch.own)))
+        return taught
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Return the mask (B, H, W) of the view's pixels that the teacher's terms count. None is all."""
@@ -81,6 +65,12 @@ class TeacherMasks:
         inside_BHW = batch.in_view(self.targets, batch.size).expand_as(batch.label)
         counted_BHW = self.counted(batch, own_BHW)
         return inside_BHW if counted_BHW is None else inside_BHW & counted_BHW
+
+
+def union(taught: Iterable[tuple[Batch, Tensor | None]]) -> Tensor | None:
+    """Return all pixels (B, H, W) that KL counts, or None if the fused loss finds them."""
+    masks = [mask_BHW for _, mask_BHW in taught if mask_BHW is not None]
+    return reduce(torch.logical_or, masks) if masks else None
 
 
 def gated(gate_BHW: Tensor | None, counted_BHW: Tensor | None) -> Tensor | None:
