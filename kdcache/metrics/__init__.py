@@ -24,7 +24,7 @@ from kdcache.metrics.data_sets import OnDataSet
 from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks, metrics_markdown
 from kdcache.metrics.sliding import Framing
-from kdcache.metrics.tables import class_rows, comparison_rows, iou_listing, markdown_table, percent
+from kdcache.metrics.tables import class_rows, iou_listing, markdown_table, percent
 
 __all__ = [
     "DEPTH_METRICS",
@@ -38,7 +38,6 @@ __all__ = [
     "TaskMetrics",
     "at_chance",
     "class_rows",
-    "comparison_rows",
     "evaluate_model",
     "evaluate_tasks",
     "iou_listing",

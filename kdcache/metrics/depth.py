@@ -192,10 +192,6 @@ class DepthErrors:
             whole._rows += part._rows
         return whole
 
-    def add(self, other: "DepthErrors") -> None:
-        """Add the images of other errors with the same settings."""
-        self._rows += other._rows
-
     def metrics(self) -> DepthMetrics:
         """Return the means over all images, bit-identical for any order and any division among processes."""
         values = np.stack([row for _, _, row in self._rows]) if self._rows else np.empty((0, len(DEPTH_METRICS)))

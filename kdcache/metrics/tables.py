@@ -1,11 +1,10 @@
 """Metrics as rows for a terminal and as Markdown: percent with two digits, '-' for a class that does not occur."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kdcache.errors import one_line
 from kdcache.metrics.confusion import Metrics
-from kdcache.metrics.depth import DepthMetrics
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
@@ -66,39 +65,3 @@ def depth_figure(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
     return percent(value) if name.startswith("delta") else f"{value:#.4g}".rstrip(".")
-
-
-def depth_rows(metrics: DepthMetrics) -> list[tuple[str, str]]:
-    """Return (metric with its unit, value) of one depth evaluation."""
-    return [(head, depth_figure(name, getattr(metrics, name))) for name, head in DEPTH_HEADS.items()]
-
-
-def comparison_rows(
-    results: Mapping[str, Metrics], best: tuple[str, str] = ("**", "**")
-) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of runs: mIoU, mAcc, aAcc and the IoU of every class, the best of each marked.
-
-    The class names come from the metrics themselves, so a column cannot be mislabelled.
-
-    Raises: ValueError for runs of other classes.
-    """
-    names = next(iter(results.values())).class_names
-    if any(metrics.class_names != names for metrics in results.values()):
-        raise ValueError("runs are compared over the same classes")
-    header = ["run", "mIoU", "mAcc", "aAcc", *names]
-    columns = {run: [m.miou, m.macc, m.aacc, *m.iou] for run, m in results.items()}
-    tops = [
-        max((v for v in column if not math.isnan(v)), default=math.nan)
-        for column in zip(*columns.values(), strict=True)
-    ]
-    rows = [
-        [
-            run,
-            *(
-                f"{best[0]}{percent(v)}{best[1]}" if v == top else percent(v)
-                for v, top in zip(values, tops, strict=True)
-            ),
-        ]
-        for run, values in columns.items()
-    ]
-    return header, rows

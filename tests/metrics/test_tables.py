@@ -14,7 +14,6 @@ from kdcache.metrics import (
     Metrics,
     TaskMetrics,
     class_rows,
-    comparison_rows,
     markdown_table,
     metrics_markdown,
     percent,
@@ -41,11 +40,6 @@ def test_rows_are_permuted_with_the_class_ids(order: list[int]) -> None:
     assert class_rows(moved) != class_rows(plain)
     assert sorted(class_rows(moved)) == sorted(class_rows(plain))
     assert moved.miou == pytest.approx(plain.miou)
-    columns = []
-    for metrics in (plain, moved):
-        header, rows = comparison_rows({"run": metrics})
-        columns.append(dict(zip(header, rows[0], strict=True)))
-    assert columns[0] == columns[1]
 
 
 def test_a_class_that_does_not_occur_is_a_dash() -> None:
@@ -59,25 +53,6 @@ def test_a_class_that_does_not_occur_is_a_dash() -> None:
 def metrics(*iou: float) -> Metrics:
     mean = float(np.nanmean(iou))
     return Metrics(("x", "y")[: len(iou)], iou, iou, (1,) * len(iou), mean, mean, 0.5)
-
-
-def test_the_best_of_each_column_is_marked() -> None:
-    header, rows = comparison_rows({"a": metrics(0.2, 0.6), "b": metrics(0.4, math.nan), "c": metrics(0.3, 0.6)})
-    assert header == ["run", "mIoU", "mAcc", "aAcc", "x", "y"]
-    assert rows[0] == ["a", "40.00", "40.00", "**50.00**", "20.00", "**60.00**"]
-    assert rows[1] == ["b", "40.00", "40.00", "**50.00**", "**40.00**", "-"]
-    assert rows[2] == ["c", "**45.00**", "**45.00**", "**50.00**", "30.00", "**60.00**"]
-    assert comparison_rows({"a": metrics(0.2, 0.6)}, ("<", ">"))[1][0][1] == "<40.00>"
-
-
-def test_a_column_of_nan_has_no_best() -> None:
-    _, rows = comparison_rows({"a": metrics(0.2, math.nan), "b": metrics(0.4, math.nan)})
-    assert [row[-1] for row in rows] == ["-", "-"]
-
-
-def test_runs_over_other_classes_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="same classes"):
-        comparison_rows({"a": measure([0, 1, 2, 3]), "b": measure([1, 0, 2, 3])})
 
 
 def cells(line: str) -> list[str]:

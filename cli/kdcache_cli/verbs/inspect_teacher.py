@@ -120,7 +120,8 @@ def _print_gradient(audit: "Audit") -> None:
 
 
 def _print_regression(audit: "RegressionAudit") -> None:
-    from kdcache.metrics.tables import depth_figure, depth_rows, percent
+    from kdcache.metrics.evaluators import EVALUATORS
+    from kdcache.metrics.tables import depth_figure, percent
 
     if audit.metrics is None:
         why = "no label" if audit.unit == "m" else f"values in {audit.unit!r}, which are known up to a scale"
@@ -129,7 +130,8 @@ def _print_regression(audit: "RegressionAudit") -> None:
     title = f"The teacher's {audit.name} on {audit.labelled} labelled images of {audit.images}, {audit.depth_range}"
     OUT.print(f"\n[bold]{escape(title)}[/]", highlight=False)
     table = figure_table("metric", "mean of images")
-    for cells in depth_rows(audit.metrics):
+    _, (_, rows) = EVALUATORS[audit.name].table(audit.metrics)
+    for cells in rows:
         table.add_row(*cells)
     OUT.print(table)
     total = sum(part.pixels for part in audit.ranges)
