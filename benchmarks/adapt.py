@@ -30,6 +30,7 @@ from adapt_cost import measure_cost
 from common import MIX, earlier, header, run, write
 from effect import interval
 from kdcache.analysis.statistics import difference
+from kdcache.bench.timing import LEAST_REPEATS
 from kdcache.data import Split, open_split, write_scenes
 from kdcache.data.classes import write_classes
 from kdcache.data.scenes.street import CLASSES
@@ -282,7 +283,7 @@ def main() -> None:
     queue, out = Queue(arguments), arguments.out.resolve()
     if arguments.cost:
         data = Stage("final", arguments.data, out, few=arguments.few).data
-        short = {"turns": 2, "steps": 8} if arguments.few else {}
+        short = {"turns": LEAST_REPEATS, "steps": 8} if arguments.few else {}
         queue.cost = measure_cost(kdcache, data["source"], data["target"], out / "cost", **short)
     else:
         for name in arguments.stages.split(","):

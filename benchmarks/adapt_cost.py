@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kdcache.bench.timing import check_repeats
 from kdcache.models import build_model
 from kdcache.run_folder import Run
 
@@ -95,9 +96,12 @@ def forward_ms(repeats: int = 50) -> float:
 def result(ms: dict[str, list[float]], weak: dict[str, list[float]], forward: float) -> dict[str, Any]:
     """Return milliseconds by training, its step over the plain one's, and what weak views cost in forwards.
 
+    Raises: RecipeError for too few turns.
+
     `extra` is the step's time beyond a round's, which has the same rows and a pseudo label of every target row, too;
     `logged` is `weak_view_seconds` of metrics.jsonl. Both are milliseconds.
     """
+    check_repeats(len(ms["plain"]), "turns")
     best = {name: min(own) for name, own in ms.items()}
     median = {name: statistics.median(own) for name, own in ms.items()}
     rows = {}

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from common import header, spread, write
+from common import run as run_script
+from kdcache.bench.timing import check_repeats
 from kdcache.store import open_cache
 
 BOUND = 0.9
@@ -78,6 +80,13 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "size": arguments.size,
         "shards": len({key.rsplit("/", 1)[-1] for key in first}),
         "files": len(first),
+        **compare(whole, taught),
+    }
+
+
+def compare(whole: dict[str, list[float]], taught: dict[str, list[float]]) -> dict[str, Any]:
+    """Return seconds and images a second, and the throughput of Ray's actors over torchrun's, best over best."""
+    return {
         "seconds": {name: spread(values) | {"best": min(values)} for name, values in whole.items()},
         "images_per_s": {name: spread(values) | {"best": max(values)} for name, values in taught.items()},
         "ratio": max(taught["ray"]) / max(taught["torchrun"]),
@@ -96,6 +105,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    check_repeats(arguments.repeats)
     with tempfile.TemporaryDirectory() as scratch:
         row = measure(arguments, Path(scratch))
     print(
@@ -107,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import header, write
+from common import header, run, write
 from kdcache.metrics import markdown_table
 from kdcache.run_folder import Run
 from kdcache.store import inspect_store
@@ -28,24 +28,24 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = {}
     for recipe in sorted(arguments.out.glob("*/recipe.toml")):
-        run = Run(recipe.parent)
-        settings = {key: value for key, value in (run.recipe or {}).items() if key not in ("data", "val", "cache")}
-        runs[run.folder.name] = {
+        finished = Run(recipe.parent)
+        settings = {key: value for key, value in (finished.recipe or {}).items() if key not in ("data", "val", "cache")}
+        runs[finished.folder.name] = {
             "recipe": settings,
-            "result": run.result or None,
-            "evaluation": read(run.folder / "evaluation-val.json"),
+            "result": finished.result or None,
+            "evaluation": read(finished.folder / "evaluation-val.json"),
         }
     store = inspect_store(arguments.out / "camvid.zarr").to_json()
     for key in ("path", "arrays", "manifest"):
         store.pop(key)
     rows = []
-    for name, run in runs.items():
-        if run["evaluation"]:
-            run["evaluation"] = {k: v for k, v in run["evaluation"].items() if k not in ("run", "data")}
-            rows.append([name, *(f"{100 * run['evaluation'][key]:.2f}" for key in ("miou", "macc", "aacc"))])
+    for name, found in runs.items():
+        if found["evaluation"]:
+            found["evaluation"] = {k: v for k, v in found["evaluation"].items() if k not in ("run", "data")}
+            rows.append([name, *(f"{100 * found['evaluation'][key]:.2f}" for key in ("miou", "macc", "aacc"))])
     print(markdown_table(("run", "mIoU", "mAcc", "aAcc"), rows))
     write(arguments.json, {**header("training"), "made_by": "benchmarks/camvid.sh", "store": store, "runs": runs})
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

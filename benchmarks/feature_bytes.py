@@ -17,13 +17,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common import header, write
+from common import header, run, write
 from kdcache.data import Split, open_split
 from kdcache.data.concat import join
 from kdcache.data.folds import excerpt
-from kdcache.store import evenly_spread, open_cache, summarise
+from kdcache.store import StoreSummary, evenly_spread, open_cache, summarise
 from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
-from kdcache.teacher.build.cost_estimate import estimate
+from kdcache.teacher.build.cost_estimate import Estimate, estimate
 
 TAP, SIZE = "last", (224, 224)
 JOBS: dict[str, dict[str, Any]] = {
@@ -57,9 +57,13 @@ def network(num_classes: int = 0) -> nn.Module:
 def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
     """Compare the bytes that `kdcache plan` predicts for a cache with the bytes that a build writes."""
     plan = estimate(split, teacher, options)
-    planned = plan.chosen
     result = build_cache(split, teacher, out, options)
-    summary = summarise(open_cache(out))
+    return compare(plan, result.seconds, summarise(open_cache(out)))
+
+
+def compare(plan: Estimate, seconds: float, summary: StoreSummary) -> dict[str, Any]:
+    """Return planned and written bytes and seconds, and their ratio."""
+    planned = plan.chosen
     lost = {tap: figures.model_dump() for tap, figures in summary.manifest.feature_fidelity.items()}
     return {
         "planned_bytes": planned.bytes,
@@ -69,7 +73,7 @@ def job(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dic
         "planned_over_built": round(planned.bytes / summary.bytes_on_disk, 4),
         "bytes_per_record": round(summary.bytes_per_record),
         "planned_seconds": round(planned.seconds, 1),
-        "seconds": round(result.seconds, 1),
+        "seconds": round(seconds, 1),
         "arrays": {array.path: array.bytes_on_disk for array in summary.arrays},
         "fidelity": lost,
     }
@@ -107,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

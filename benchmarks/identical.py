@@ -162,9 +162,15 @@ def largest_differences(before: Path, after: Path) -> dict[str, float]:
         for name, value in a.items():
             if isinstance(value, float):
                 key = name if a["kind"] == "train" else f"gradient of {name}"
-                largest = max(abs(value), abs(b[name]), sys.float_info.min)
-                found[key] = max(found.get(key, 0.0), abs(value - b[name]) / largest)
+                found[key] = max(found.get(key, 0.0), relative_difference(value, b[name]))
     return found
+
+
+def relative_difference(a: float, b: float) -> float:
+    """Return |a - b| relative to the larger one. It is infinite if only one is a number, and 0 if neither is."""
+    if math.isnan(a) or math.isnan(b):
+        return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
+    return abs(a - b) / max(abs(a), abs(b), sys.float_info.min)
 
 
 def same_bits(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -34,7 +34,8 @@ import zarr
 from torch.utils.data import default_collate
 from zarr.core import codec_pipeline
 
-from common import header, student_step, write
+from common import header, run, student_step, write
+from kdcache.bench.timing import check_repeats
 from kdcache.distill import Batch
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError
@@ -367,6 +368,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the steps")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    for count, flag in ((arguments.repeats, "--repeats"), (arguments.steps, "--steps")):
+        check_repeats(count, flag)
     cache = open_cache(arguments.cache)
     readers = [name for name in READERS if name in arguments.against]
     loaders = [name for name in LOADERS if name in arguments.against]
@@ -392,4 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from common import header, spread, write
+from common import header, run, spread, write
+from kdcache.bench.timing import check_repeats
 from kdcache.store import Manifest, open_cache, open_writer
 from kdcache.store.format.manifest_models import Build, Dataset, Head, View
 from kdcache.store.format.schema import record_arrays
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_repeats(arguments.repeats)
     if arguments.store:
         print(json.dumps(measure_opening(arguments.store)))
         return
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

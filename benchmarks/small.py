@@ -77,6 +77,25 @@ def best(timed: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: 1e6 * seconds for name, seconds in least.items()}
 
 
+def add(rows: dict[str, dict[str, float]], name: str, found: dict[str, dict[str, float]]) -> None:
+    """Keep the least of each time in microseconds. Both checkouts share the rival's.
+
+    Raises: SystemExit if the checkout has other cases than the rows.
+    """
+    if rows and set(rows) != set(found):
+        sys.exit(f"error: {name} has other cases: {', '.join(sorted(set(rows) ^ set(found)))}")
+    for case, times in found.items():
+        row = rows.setdefault(case, {})
+        for key, value in times.items():
+            place = "eager" if key == "eager" else f"{name}_{key}"
+            row[place] = round(min(row.get(place, value), value), 1)
+
+
+def ratios(row: dict[str, float]) -> dict[str, float]:
+    """Return how many times as long eager PyTorch takes as each checkout, forward and backward."""
+    return {f"eager_over_{name}": round(row["eager"] / row[f"{name}_both"], 2) for name in ("before", "after")}
+
+
 def main() -> None:
     """Time both checkouts in worker processes that take turns, print the table, and write the result file."""
     if sys.argv[1:] == ["--worker"]:
@@ -101,16 +120,11 @@ def main() -> None:
             assert worker.stdin is not None
             assert worker.stdout is not None
             print(file=worker.stdin, flush=True)
-            for case, times in json.loads(worker.stdout.readline()).items():
-                row = rows.setdefault(case, {})
-                for key, value in times.items():
-                    place = "eager" if key == "eager" else f"{name}_{key}"
-                    row[place] = round(min(row.get(place, value), value), 1)
+            add(rows, name, json.loads(worker.stdout.readline()))
     for worker in workers.values():
         worker.communicate()
     for case, row in rows.items():
-        row["eager_over_before"] = round(row["eager"] / row["before_both"], 2)
-        row["eager_over_after"] = round(row["eager"] / row["after_both"], 2)
+        row |= ratios(row)
         print(f"{case:36}", *(f"{key} {value:.6g}" for key, value in row.items()), sep="  ")
     if arguments.json is not None:
         from common import header, write

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import BLOCKS
-from common import RESULTS, header, write
+from common import RESULTS, header, run, write
 from effect import Folders, run_name
 from kdcache.analysis.statistics import Blocks, resample
 from kdcache.data import Split, open_split
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from common import header, write
+from common import header, run, write
 from kdcache.data import Split, open_split
 from kdcache.models.foreign.readings import Universal
 from kdcache.store import evenly_spread
@@ -130,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import importlib
 import os
 import shutil
@@ -67,15 +69,41 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
-def _fail_unless_allowed(report: pytest.TestReport | pytest.CollectReport) -> None:
-    expected_failure: str | None = getattr(report, "wasxfail", None)
-    if "CI" not in os.environ or not (report.skipped or expected_failure is not None):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases were skipped, by reason, and which of these allowed-skips.toml lists."""
+    reports = [report for kind in ("skipped", "xfailed") for report in terminalreporter.getreports(kind)]
+    found = collections.Counter((_is_allowed(report), _reason(report)) for report in reports)
+    if not found:
         return
+    allowed = sum(count for (is_allowed, _), count in found.items() if is_allowed)
+    others = found.total() - allowed
+    terminalreporter.write_line(f"\nskipped: {allowed} allowed by {_ALLOWED_SKIPS.name}, {others} not listed there")
+    for (is_allowed, reason), count in sorted(found.items(), key=lambda item: (item[0][0], -item[1], item[0][1])):
+        terminalreporter.write_line(f"{count:6d}  {'' if is_allowed else 'NOT LISTED: '}{reason}")
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    expected_failure = getattr(report, "wasxfail", None)
     reason = str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else f"xfail: {expected_failure}"
-    reason, test = reason.removeprefix("Skipped: "), report.nodeid.partition("[")[0]
-    allowed = tomllib.loads(_ALLOWED_SKIPS.read_text(encoding="utf-8"))
-    if not any(fnmatchcase(reason, pattern) and test in tests for pattern, tests in allowed.items()):
-        report.outcome, report.longrepr = "failed", f"{test} is skipped and not in {_ALLOWED_SKIPS.name}: {reason}"
+    return reason.removeprefix("Skipped: ")
+
+
+def _is_allowed(report: pytest.TestReport | pytest.CollectReport) -> bool:
+    reason, test = _reason(report), report.nodeid.partition("[")[0]
+    return any(fnmatchcase(reason, pattern) and test in tests for pattern, tests in _allowed().items())
+
+
+@functools.cache
+def _allowed() -> dict[str, set[str]]:
+    content = tomllib.loads(_ALLOWED_SKIPS.read_text(encoding="utf-8"))
+    return {reason: set(tests) for reason, tests in content.items()}
+
+
+def _fail_unless_allowed(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if "CI" not in os.environ or not (report.skipped or hasattr(report, "wasxfail")) or _is_allowed(report):
+        return
+    reason, test = _reason(report), report.nodeid.partition("[")[0]
+    report.outcome, report.longrepr = "failed", f"{test} is skipped and not in {_ALLOWED_SKIPS.name}: {reason}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,6 +38,14 @@ LIST = """
 "no GPU" = ["test_skips.py::test_listed", "test_skips.py::test_another_reason"]
 "zarr * lacks it" = ["test_skips.py::test_listed_with_any_version"]
 """
+COUNTED = [
+    "skipped: 3 allowed by allowed-skips.toml, 4 not listed there",
+    "     1  NOT LISTED: no browser",
+    "     1  NOT LISTED: no network",
+    "     1  NOT LISTED: xfail: broken",
+    "     2  zarr 9.9 lacks it",
+    "     1  no GPU",
+]
 FAILURES = [
     "test_skips.py::test_another_reason is skipped and not in allowed-skips.toml: no network",
     "test_skips.py::test_expected_to_fail is skipped and not in allowed-skips.toml: xfail: broken",
@@ -66,10 +74,13 @@ def test_a_skip_that_is_not_listed_fails_in_ci(project: Path, more: tuple[str, .
     assert "3 skipped" in ended.stdout
 
 
-def test_elsewhere_every_skip_passes(project: Path) -> None:
+def test_elsewhere_every_skip_passes_and_is_counted(project: Path) -> None:
     ended = run(project)
     assert ended.returncode == 0
     assert "6 skipped, 1 xfailed" in ended.stdout
+    told = ended.stdout.splitlines()
+    assert [line for line in told if line in COUNTED] == COUNTED
+    assert sum("NOT LISTED" in line for line in told) == 4
 
 
 def test_the_list_names_tests_that_there_are() -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,77 @@ def test_a_closed_stream_has_no_threads(loader, store) -> None:
     for thread in ours:
         thread.join(10)
     assert not any(thread.is_alive() for thread in ours)
+
+
+def test_ratios_are_how_many_times_as_fast_and_of_steps_as_slow(loader) -> None:
+    turns = sys.modules["turns"]
+    spread = sys.modules["kdcache.bench.timing"].Spread
+
+    def pace(p50: float, cpu: float | None = None) -> Any:
+        return turns.Pace(spread.of([p50 / 2, p50, 9 * p50]), None if cpu is None else spread.of([0.0, cpu, 9.0]))
+
+    paces = {"direct": pace(0.5, 0.25), "zarr": pace(4.0), "fused": "not installed"}
+    found = loader.table("readers", dict.fromkeys(paces, "a title"), paces)
+    direct, slow, absent = found["rows"]
+    assert (direct["ratio"], slow["ratio"]) == ({"zarr": 8}, {"zarr": 1})
+    assert (direct["per_second"], direct["cpu_us"], slow["cpu_us"]) == (2000, 250, None)
+    assert absent == {"name": "fused", "title": "a title", "problem": "not installed"}
+    steps = {"memory": pace(100.0), "ring": pace(102.0), "inline": pace(99.0)}
+    rows = loader.table("steps", dict.fromkeys(steps, "a title"), steps)["rows"]
+    assert [row["ratio"] for row in rows] == [{"memory": 1}, {"memory": 1.02}, {"memory": 0.99}], "not clipped"
+
+
+def test_buffers_are_emptied_before_a_turn_and_a_turn_is_over_its_samples(loader, store, monkeypatch) -> None:
+    """Of each loader: at least as many batches are taken off the clock as it can hold ready."""
+    taken: dict[str, list[int]] = {}
+    contestants: list[Any] = []
+
+    def take(self: Any, count: int = 1) -> Any:
+        taken.setdefault(self.title, []).append(count)
+        return original(self, count)
+
+    original = loader.Stream.take
+    monkeypatch.setattr(loader.Stream, "take", take)
+
+    def turns(given: Any, rounds: int) -> dict[str, Any]:
+        for one in given:
+            taken.clear()
+            one.before()
+            one.work()
+            contestants.append((one, *next(iter(taken.values()), ())))
+        return {one.name: "no time" for one in given}
+
+    monkeypatch.setattr(loader, "in_turn", turns)
+    given = SimpleNamespace(batch_size=2, records=10, repeats=3, steps=7, device="cpu")
+    names = ["inline", "ring", "resident", "default"]
+    loader.measure_loaders(open_cache(store), names, "none", given)
+    for one, emptied, timed in contestants:
+        assert emptied > loader.LOADERS[one.name][3], "what is held ready, and the one in the making"
+        assert (timed, one.samples) == (5, 10)
+    contestants.clear()
+    loader.measure_steps(open_cache(store), names, "none", given)
+    assert [(one.name, one.samples) for one, *_ in contestants] == [(name, 3) for name in ("memory", *names)]
+    for one, *counts in contestants[1:]:
+        assert counts == [1, *counts[1:]]
+        assert len(counts) - 3 > loader.LOADERS[one.name][3]
+
+
+def test_a_pass_over_records_that_is_too_short_is_repeated(loader, monkeypatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loader, "LEAST_TURN_S", 0.1)
+    monkeypatch.setattr(loader, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    read: list[int] = []
+
+    def reader(record: int) -> None:
+        read.append(record)
+        clock.now += 0.01
+
+    contestant = loader.reading("direct", reader, (4, 5, 6, 7))
+    assert read == [4, 5, 6, 7], "a first pass warms it up"
+    contestant.before()
+    assert read[4:] == [4]
+    contestant.work()
+    assert contestant.samples == len(read[5:]) == 12
 
 
 def test_contestants_take_turns(script) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -102,3 +103,13 @@ def test_a_student_has_the_same_weights_each_time(common, store) -> None:
     pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
     assert first.model.training
+
+
+def test_every_script_is_in_the_table_with_tests_that_run_it() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
+    table = dict(re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", "\n".join(lines), re.MULTILINE))
+    assert set(table) == {path.stem for path in (root / "benchmarks").glob("*.py")}
+    for name, tests in table.items():
+        for test in re.findall(r"`([^`]+)`", tests):
+            assert re.search(rf"\b{name}\b", (root / test).read_text(encoding="utf-8")), f"{test} does not name {name}"

@@ -145,6 +145,7 @@ WRONG = {
     "dtype of a check": ("--check --dtype fp8", "'fp8'"),
     "case": ("--case trainde", "Did you mean trained?"),
     "folder": ("--json {tmp}/nowhere/k.json", "nowhere"),
+    "repeats": ("--repeats 2", "Too few repeats for a median: 2"),
 }
 
 

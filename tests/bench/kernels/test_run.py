@@ -24,8 +24,10 @@ from kdcache.bench.kernels import (
     measure,
     measure_ceilings,
     memory,
+    run,
 )
-from kdcache.bench.kernels.rivals import OURS, UnavailableError
+from kdcache.bench.kernels.rivals import OURS, Contestant, UnavailableError
+from kdcache.errors import RecipeError
 from kdcache_kernels import ValueRangeError
 
 CPU = torch.device("cpu")
@@ -57,6 +59,47 @@ def test_collections_wait_until_the_samples_are_taken() -> None:
     timing.in_turn({"a": lambda: seen.append(gc.isenabled())}, 1)
     assert seen == [False]
     assert gc.isenabled()
+
+
+class Clock:
+    """Stands for the module `time`: steps move it, and nothing else."""
+
+    def __init__(self) -> None:
+        self.seconds = 10.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+    def work(self, milliseconds: float) -> None:
+        self.seconds += milliseconds / 1e3
+
+
+def test_samples_are_milliseconds_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    ms = {"a": iter([5.0, 1.0, 9.0, 7.0]), "b": iter([20.0, 40.0, 30.0, 50.0])}
+    found = timing.in_turn({name: lambda name=name: clock.work(next(ms[name])) for name in ms}, 4)
+    assert (found["a"].best, found["a"].p50) == (pytest.approx(1), pytest.approx(6))
+    assert (found["b"].best, found["b"].p50) == (pytest.approx(20), pytest.approx(35))
+
+
+def test_every_contestant_is_warm_before_the_first_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(run, "prepare", lambda name, *_: Contestant(lambda: calls.append(name), name))
+    monkeypatch.setattr(timing, "in_turn", lambda steps, repeats: calls.append(f"{repeats} samples") or {})
+    next(measure(replace(TINY_RUN, against=("eager", "chunked"), repeats=9)))
+    warm = [OURS, "eager", "chunked"]
+    assert calls == [*(name for name in warm for _ in range(timing.CPU_WARM_UPS)), "9 samples"]
+    assert timing.CPU_WARM_UPS >= 1
+
+
+@pytest.mark.parametrize(("count", "problem"), [(0, "0"), (2, "2"), (3, "")])
+def test_a_median_needs_repeats(count: int, problem: str) -> None:
+    if not problem:
+        timing.check_repeats(count)
+        return
+    with pytest.raises(RecipeError, match=f"Too few repeats for a median: {problem}"):
+        timing.check_repeats(count)
 
 
 # Memory
