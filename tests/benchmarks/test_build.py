@@ -87,7 +87,7 @@ def test_memory_is_compared_between_n_and_four_n_records(build) -> None:
 @pytest.fixture
 def parts(build, scenes, monkeypatch) -> Any:
     """A teacher, options, a split of six images, and the numbers of images that rates are over."""
-    split = build.Cycled(open_split(scenes, "train"), 6)
+    split = build.cycled(open_split(scenes, "train"), 6)
     torch.manual_seed(0)
     teacher = Teacher(build_model("kdcache:tiny", len(split.classes)).eval(), "kdcache:tiny")
     over: list[int] = []
@@ -116,7 +116,7 @@ def test_each_part_is_over_the_images_that_it_takes(build, parts, tmp_path, monk
 
 def test_a_split_is_repeated_until_it_is_long_enough(build, scenes) -> None:
     inner = open_split(scenes, "train")
-    split = build.Cycled(inner, 11)
+    split = build.cycled(inner, 11)
     assert len(split) == len(set(split.ids)) == 11
     assert (split.image(9) == inner.image(1)).all()
     assert (split.label(9) == inner.label(1)).all()

@@ -73,8 +73,8 @@ def test_kinds_of_steps_take_turns_on_one_batch(steps, store, arguments, monkeyp
     timed: list[tuple[str, int]] = []
 
     def rate(step: str, batch: Any, device: Any, count: int) -> float:
-        assert batch.pixels.shape == (3, 32, 48, 3)
-        assert batch.targets
+        assert batch[0].pixels.shape == (3, 32, 48, 3)
+        assert batch[0].targets
         timed.append((step, count))
         return 200.0 if step == "compiled" else 100.0
 
