@@ -190,11 +190,13 @@ class _CountsOnCpu(TorchFunctionMode):
 
 def describe_model(spec: str) -> ModelInfo:
     """Return what the table says of a model, computed without memory or arithmetic."""
-    with torch.device("meta"), _CountsOnCpu():
+    device = "cpu" if is_hub(spec) else "meta"  # these are probed with numbers
+    with torch.device(device), _CountsOnCpu():
         model = build_model(spec, _LISTED_CLASSES).eval()
+    height, width = model.probe_size if is_hub(spec) else (_LISTED_PX, _LISTED_PX)
     with torch.inference_mode():
-        features = model(torch.empty(1, 3, _LISTED_PX, _LISTED_PX, device="meta"), model.taps).features
-    taps = {tap: TapInfo(f.shape[1], _LISTED_PX // f.shape[2]) for tap, f in features.items()}
+        features = model(torch.zeros(1, 3, height, width, device=device), model.taps).features
+    taps = {tap: TapInfo(f.shape[1], height // f.shape[2]) for tap, f in features.items()}
     return ModelInfo(
         spec=spec,
         parameters=sum(p.numel() for p in model.parameters()),

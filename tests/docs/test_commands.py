@@ -42,7 +42,9 @@ SUBSTITUTIONS = [
     (r"(?m)^(kdcache (?:train-\w+ (?!.*--iterations)|demo)(?:[^#\n]*[^#\s])?)", r"\1 --iterations 2"),
     (r"--iterations \d+", "--iterations 2"),
     (r"(?m)^iterations = \d+", "iterations = 2"),
-    (r"(--size |size = \")\d+x\d+", r"\g<1>48x64"),
+    # An encoder of stride 32 takes multiples of 32.
+    (r"--size 160x224", r"--size 64x96"),
+    (r"(--size |size = \")(?!64x96)\d+x\d+", r"\g<1>48x64"),
     (r"--(crop|window) \d+x\d+", r"--\1 32x32"),
     (r"--stride \d+x\d+", "--stride 16x16"),
     # Scenes have no sequences: the last digit stands for one.

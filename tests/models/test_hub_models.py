@@ -290,3 +290,13 @@ def test_a_backbone_is_told_how_it_gets_classes(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="Nothing to learn: timm:resnet18") as raised:
         kdcache.train(tmp_path / "run", model="timm:resnet18", data="scenes:64x64,train=4,val=2", size=(64, 64))
     assert "smp:unet-tu-resnet18" in raised.value.fix
+
+
+def test_a_file_of_timm_may_have_its_classifier(tmp_path: Path) -> None:
+    """As the files that timm publishes."""
+    whole = timm.create_model("resnet18", num_classes=1000)
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    model = build_model(f"timm:resnet18,weights={tmp_path / 'whole.pth'}", None, weights="default")
+    own = model.state_dict()
+    assert not any(name.startswith("fc.") for name in own)
+    assert torch.equal(own["layer4.1.conv2.weight"], whole.state_dict()["layer4.1.conv2.weight"])

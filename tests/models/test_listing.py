@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from kdcache import model_table
-from kdcache.models.registry import describe_models
+from kdcache.models.registry import describe_model, describe_models
 
 
 def test_the_table_is_what_the_models_are() -> None:
@@ -18,6 +18,16 @@ def test_the_table_is_what_the_models_are() -> None:
 @pytest.mark.parametrize(("pattern", "specs"), [("SEGFORMER:B0", ["segformer:b0"]), ("nothing of this name", [])])
 def test_a_pattern_is_part_of_the_spec(pattern: str, specs: list[str]) -> None:
     assert [info.spec for info in model_table.list_models(pattern)] == specs
+
+
+def test_a_backbone_of_timm_is_described() -> None:
+    pytest.importorskip("timm")
+    info = describe_model("timm:resnet18")
+    assert info.heads == ()
+    assert {tap: (t.channels, t.stride) for tap, t in info.taps.items() if tap in ("stage1", "stage5")} == {
+        "stage1": (64, 2),
+        "stage5": (512, 32),
+    }
 
 
 def test_the_verb_imports_no_torch() -> None:

@@ -13,16 +13,20 @@ from kdcache_cli.console import OUT
 
 _NOTES = (
     "Yours: [bold]module:function[/] or [bold]path/to/file.py:function[/], called with num_classes=...",
-    "[bold]MODEL+depth[/] is any of them with a depth head: MODEL+depth,tap=NAME,as=exp,max=10 names the tap (default "
-    "the last), softplus (the default) or exp of the raw output, and the largest depth in metres (80).",
-    "smp: any ARCH-ENCODER of segmentation_models_pytorch, also tu-* encoders of timm.",
+    "[bold]MODEL+depth[/] adds a depth head. In MODEL+depth,tap=NAME,as=exp,max=10, tap is its input (default: the "
+    "last tap), as is softplus (default) or exp, and max is the largest depth in metres (default: 80).",
+    "smp: any ARCH-ENCODER of segmentation_models_pytorch, also with tu-ENCODER of timm.",
+    "timm: any NAME of timm, as a backbone. [bold]kdcache models timm:NAME[/] lists its taps.",
     "Weights 'default' of segformer:* and of mit_* encoders are NVIDIA's: for research, not for commerce.",
 )
+
+_OPEN = ("smp:", "timm:")
+"""Families with more models than the table lists."""
 
 
 def models(
     pattern: Annotated[
-        str, typer.Argument(help="A part of the names to list, e.g. b0 or smp:.", show_default=False)
+        str, typer.Argument(help="A part of the names, or one spec: timm:resnet18.", show_default=False)
     ] = "",
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -32,7 +36,11 @@ def models(
     num_classes and returns a torch module. Nothing is downloaded.
     """
     infos, missing = list_models(pattern), missing_models(pattern)
-    if not infos and not missing:
+    if not infos and not missing and pattern.startswith(_OPEN) and pattern not in _OPEN:
+        from kdcache.models.registry import describe_model
+
+        infos = [describe_model(pattern)]
+    if not infos and not missing and not pattern.startswith(("timm", "hf")):
         raise ModelError(f"No model matches {pattern!r}", fix="List all names: kdcache models")
     if json:
         rows = [
@@ -53,8 +61,11 @@ def models(
     table.columns[0].no_wrap = True
     table.columns[1].justify = table.columns[2].justify = "right"
     for info in infos:
-        taps = ", ".join(f"{tap} {t.channels}@{t.stride}" for tap, t in info.taps.items())
-        table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride), taps)
+        taps = ", ".join(
+            f"{tap} {t.channels}" if tap == "summary" else f"{tap} {t.channels}@{t.stride}"
+            for tap, t in info.taps.items()
+        )
+        table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride) if info.heads else "-", taps)
     if infos:
         OUT.print(table)
     for command, specs in missing.items():

@@ -35,6 +35,10 @@ NAMES = (
 )
 
 
+_SIMPLE = ("unet", "fpn")
+"""Architectures that take every encoder with a pyramid of features."""
+
+
 class SmpModel(SegmentationModel):
     """Any of the library's models except DPT.
 
@@ -103,10 +107,15 @@ def check_name(name: str) -> None:
         hint = encoder if has_encoder else f"tu-{near}"
     else:
         hint = encoder if has_encoder else _nearest(encoder, encoders, "resnet18")
-    raise ModelError(
-        f"Unknown model 'smp:{name}': write smp:ARCH-ENCODER with one of {', '.join(architectures)}",
-        fix=f"Did you mean smp:{better}-{hint}?",
-    )
+    if not encoder:
+        problem, choice = f"Missing encoder in 'smp:{name}'", "Write smp:ARCH-ENCODER."
+    elif architecture not in architectures:
+        problem = f"Unknown architecture {architecture!r} in 'smp:{name}'"
+        choice = f"Architectures: {', '.join(architectures)}."
+    else:
+        problem = f"Unknown encoder {encoder!r} in 'smp:{name}'"
+        choice = "Encoders of timm have the prefix tu-."
+    raise ModelError(problem, fix=f"Did you mean smp:{better}-{hint}? {choice}")
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
@@ -167,7 +176,8 @@ def _create(name: str, num_classes: int, encoder_weights: Any) -> Any:
         reason = str(error.args[0] if error.args else error).splitlines()[0]
         raise ModelError(
             f"Cannot build smp:{name}: {reason}",
-            fix=f"Use another encoder or architecture, for example smp:unet-{encoder} or smp:fpn-{encoder}",
+            fix=f"Use another encoder, for example smp:{architecture}-resnet18"
+            + ("." if architecture in _SIMPLE else f", or another architecture: smp:unet-{encoder}"),
         ) from error
 
 

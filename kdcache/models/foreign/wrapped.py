@@ -107,6 +107,12 @@ class WrappedModel(SegmentationModel):
         self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
+    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors without the classifier of a network of timm, which is built without one."""
+        names = (getattr(self.network, "pretrained_cfg", None) or {}).get("classifier") or ()
+        prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        return state if self.head_kinds else {k: v for k, v in state.items() if not k.startswith(prefixes)}
+
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Run the network. Raises: ModelError for an unknown tap, or one that gives neither a map nor tokens."""
         self.check_taps(taps)

@@ -117,6 +117,7 @@ def test_learns_in_channels_last() -> None:
         ("fpn-tu-convnext_ato", "smp:fpn-tu-convnext_atto"),
         ("dpt-tu-vit_tiny_patch16_224", "another architecture: unet"),
         ("unetplusplus-mit_b0", "smp:unet-mit_b0"),
+        ("unet-tu-vit_tiny_patch16_224", "another encoder, for example smp:unet-resnet18."),
     ],
 )
 def test_wrong_names_name_the_nearest(name: str, near: str) -> None:
