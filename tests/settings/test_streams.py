@@ -89,6 +89,20 @@ def test_rows_are_those_of_the_shares_within_a_unit(parts: list[int], units: int
         assert abs(own / together - share * units) < 1 + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("shares", "batch_size", "together", "rows"),
+    [
+        ((0.5, 0.3, 0.2), 8, 1, [4, 2, 2]),  # 4, 2.4 and 1.6
+        ((0.7, 0.15, 0.15), 9, 1, [6, 2, 1]),  # 6.3, 1.35 and 1.35: of equal remainders the first
+        ((0.5, 0.3, 0.2), 16, 2, [8, 4, 4]),
+    ],
+)
+def test_rows_that_are_left_go_to_the_largest_remainders(
+    shares: tuple[float, ...], batch_size: int, together: int, rows: list[int]
+) -> None:
+    assert rows_of(shares, batch_size, together) == rows
+
+
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(1, 40),

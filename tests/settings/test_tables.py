@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, names, read, read_values, setting
 from kdcache.settings.building import BUILD, BuildSettings
-from kdcache.settings.parse import Size, TopK, Words, parse_bytes
+from kdcache.settings.parse import Size, TopK, Words, lr_scales, parse_bytes, task_weights
 from kdcache.settings.setting import REQUIRED
 from kdcache.settings.training import TRAINING, Loss
 from kdcache.teacher import BuildOptions
@@ -57,6 +57,15 @@ def test_values_are_read_from_text() -> None:
     bread = read(Bread, typed)
     assert (bread.flour, bread.tin, bread.seeds, bread.slices, bread.hours) == ("rye", (3, 4), ("a", "b"), 7, 1.5)
     assert read_values({"slices": "auto", "hours": None}, Bread) == {"slices": None}
+
+
+def test_numbers_by_name_are_read_up_to_their_ends() -> None:
+    """A weight of 0 leaves its task out. A factor of 0 would freeze what it scales."""
+    assert task_weights(("depth=0", "segmentation=2")) == {"depth": 0, "segmentation": 2}
+    assert lr_scales(("encoder=0.1", "head=10")) == {"encoder": 0.1, "head": 10}
+    for read_numbers, texts in ((task_weights, ("depth=-1",)), (task_weights, ("depth=inf",)), (lr_scales, ("a=0",))):
+        with pytest.raises(ValueError, match="^$"):
+            read_numbers(texts)
 
 
 @pytest.mark.parametrize(
