@@ -64,7 +64,7 @@ def test_numbers_by_name_are_read_up_to_their_ends() -> None:
     assert task_weights(("depth=0", "segmentation=2")) == {"depth": 0, "segmentation": 2}
     assert lr_scales(("encoder=0.1", "head=10")) == {"encoder": 0.1, "head": 10}
     for read_numbers, texts in ((task_weights, ("depth=-1",)), (task_weights, ("depth=inf",)), (lr_scales, ("a=0",))):
-        with pytest.raises(ValueError, match="^$"):
+        with pytest.raises(ValueError, match=r"^$"):
             read_numbers(texts)
 
 
