@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, names, read, read_values, setting
 from kdcache.settings.building import BUILD, BuildSettings
-from kdcache.settings.parse import Size, TopK, Words, lr_scales, parse_bytes, task_weights
+from kdcache.settings.parse import Size, TopK, Words, lr_scales, parse_bytes, parse_views, task_weights
 from kdcache.settings.setting import REQUIRED
 from kdcache.settings.training import TRAINING, Loss
 from kdcache.teacher import BuildOptions
@@ -63,6 +63,7 @@ def test_numbers_by_name_are_read_up_to_their_ends() -> None:
     """A weight of 0 leaves its task out. A factor of 0 would freeze what it scales."""
     assert task_weights(("depth=0", "segmentation=2")) == {"depth": 0, "segmentation": 2}
     assert lr_scales(("encoder=0.1", "head=10")) == {"encoder": 0.1, "head": 10}
+    assert [parse_views(text) for text in ("full", "1", "4")] == [1, 1, 4]
     for read_numbers, texts in ((task_weights, ("depth=-1",)), (task_weights, ("depth=inf",)), (lr_scales, ("a=0",))):
         with pytest.raises(ValueError, match=r"^$"):
             read_numbers(texts)
