@@ -7,6 +7,7 @@ import torch
 
 from kdcache.errors import ModelError
 from kdcache.models import ClassMapped, build_model, read_class_map, state_digest
+from kdcache.models.class_map import count_sources
 
 NAMES = ["Sky", "Traffic light", "Road"]
 TEXT = """# teacher to data
@@ -50,6 +51,10 @@ def test_reads_text_and_json(tmp_path: Path, text: str) -> None:
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_class_map(_write(tmp_path / "map", text), 5, NAMES)
+
+
+def test_a_map_has_a_class_more_than_its_largest_id(tmp_path: Path) -> None:
+    assert count_sources(_write(tmp_path / "map.txt", TEXT)) == 5
 
 
 def test_missing_file(tmp_path: Path) -> None:

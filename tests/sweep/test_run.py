@@ -16,6 +16,7 @@ from test_plan import RECIPE
 
 from kdcache.data import write_scenes
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.run_folder import MODEL
 from kdcache.sweep import Job, Sweep, Watcher, run_jobs
 from kdcache.sweep.curve import write_curve
 from kdcache.sweep.inputs import INPUTS
@@ -112,6 +113,21 @@ def test_a_file_is_no_proof_that_a_job_was_done(tmp_path: Path) -> None:
     again = Doing()
     run_jobs(sweep, again)
     assert again.done == ["run"]
+
+
+def test_a_training_that_lost_its_model_is_done_again(tmp_path: Path) -> None:
+    run = tmp_path / "out" / "runs" / "kl"
+    run.mkdir(parents=True)
+    sweep = Sweep(RECIPE, tmp_path / "out", (Job("kl", ("train-student",), run / "result.json"),), {})
+    (tmp_path / "out" / INPUTS).write_text("{}")
+    (run / MODEL).write_text("{}")
+    run_jobs(sweep, Doing())
+    kept = Doing()
+    run_jobs(sweep, kept)
+    (run / MODEL).unlink()
+    again = Doing()
+    run_jobs(sweep, again)
+    assert (kept.done, again.done) == ([], ["kl"])
 
 
 def test_changed_data_is_named_with_its_samples(tmp_path: Path) -> None:

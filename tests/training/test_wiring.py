@@ -238,12 +238,12 @@ def test_the_rate_follows_the_depth_of_the_weights(
     """Without classes to judge: the sixth validation without a smaller rmse halves the rate."""
     rmses = iter(rmse for step in range(9) for rmse in (2.0 + (step != 1), 9 - step))  # of the weights, the average
 
-    def errors(*_: Any, **__: Any) -> DepthErrors:
+    def accumulated(*_: Any, **__: Any) -> dict[str, DepthErrors]:
         measured = DepthErrors()
         measured.update(torch.full((2, 2), 20.0), torch.full((2, 2), 20.0 - next(rmses)))
-        return measured
+        return {"depth": measured}
 
-    monkeypatch.setattr(api, "depth_errors", errors)
+    monkeypatch.setattr(api, "accumulate", accumulated)
     data = "scenes:32x48,train=6,val=3,depth=exact,tasks=depth"
     settings = student | {"cache": None, "data": data, "val": data, "size": "32x48", "model": "kdcache:tiny+depth"}
     settings |= {"method": "depth-silog", "ce_weight": 0, "ema": 0.5, "schedule": "plateau", "lr": 0.01}

@@ -42,6 +42,12 @@ def test_zoomed_out_windows_hold_the_view() -> None:
         assert window.x0 <= 0 < 80 <= window.x1 + 1e-9
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.8, 2.0])
+def test_a_window_is_the_view_divided_by_the_scale(scale: float) -> None:
+    window, _ = draw_window(generator(), (60, 80), (scale, scale), False)
+    assert (window.y1 - window.y0, window.x1 - window.x0) == pytest.approx((60 / scale, 80 / scale))
+
+
 def test_scale_one_is_the_full_view() -> None:
     assert draw_window(generator(), (60, 80), (1.0, 1.0), False) == (Window.full(60, 80), False)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.models import WrappedModel
+from kdcache.models.foreign.processor import Processor
 from kdcache.teacher import Teacher, fingerprint
 from kdcache.teacher.load.forward import teach
 
@@ -70,6 +71,12 @@ def test_patches_make_sizes_multiples() -> None:
     with pytest.raises(ModelError, match=r"144x192[\s\S]*multiples of 14[\s\S]*--size 140x196"):
         model.check_size((144, 192))
     assert WrappedModel("own:net", Picky(lambda h, w: True), 4).multiple == 1  # padded: every pixel is seen
+
+
+def test_networks_that_see_the_same_images_share_a_common_multiple() -> None:
+    both = Processor.of_all([Processor(multiple=4), Processor(multiple=6, pads=True)])
+    assert (both.multiple, both.fixed_size, both.pads) == (12, None, True)
+    assert Processor.of_all([Processor(multiple=4), Processor(fixed_size=(8, 8))]).fixed_size == (8, 8)
 
 
 def test_a_failure_is_the_networks_with_its_size_and_one_that_works() -> None:
