@@ -77,9 +77,9 @@ class Evaluator(ABC, Generic[Of]):
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> Accumulator:
         """Return an empty accumulator. `depth` selects the depth labels that count."""
 
-    @abstractmethod
     def merged(self, parts: Sequence[Any]) -> Of:
-        """Return the metrics of what several processes counted (confusion matrices, or errors). NaN without a pixel."""
+        """Return the metrics of the errors of several processes. NaN without a pixel. Counts of classes are summed."""
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def words(self, metrics: Of) -> str:
@@ -129,11 +129,6 @@ class _Segmentation(Evaluator[Metrics]):
 
     def begin(self, model: SegmentationModel, split: Split, depth: DepthSettings | None) -> ClassCounts:
         return ClassCounts(split)
-
-    def merged(self, parts: Sequence[ConfusionMatrix]) -> Metrics:
-        whole = ConfusionMatrix(parts[0].class_names)
-        whole.counts = torch.stack([part.counts for part in parts]).sum(0)
-        return whole.metrics()
 
     def words(self, metrics: Metrics) -> str:
         return f"mIoU {100 * metrics.miou:.2f} %"

@@ -133,7 +133,7 @@ class Darker(CacheDataset):
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Any) -> None:
         super().draw_into(index, epoch, rng, out)
         if index == 3:
-            out.pixels[-1, -1, -1] ^= 1
+            out["pixels"][-1, -1, -1] ^= 1
 
 
 @pytest.mark.parametrize("name", ["ring", "inline"])

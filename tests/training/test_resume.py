@@ -468,7 +468,7 @@ def test_another_store_or_a_dropped_validation_is_refused(
 ) -> None:
     settings, run = finished
     before = content(run)
-    for changes, what in (({"cache": str(make_cache(top_k=3))}, "another store"), ({"val": None}, "--val None")):
+    for changes, what in (({"cache": str(make_cache(top_k=3))}, "another cache"), ({"val": None}, "--val None")):
         with pytest.raises(RecipeError) as caught:
             go(settings | changes, run, resume=True)
         assert what in caught.value.problem
