@@ -26,7 +26,7 @@ _TYPES: dict[Any, Any] = {int: Integral, float: Real, tuple: tuple | list}
 
 @dataclass(frozen=True)
 class Fix:
-    """A mark in the annotation of an argument: the fix for a value of another type, in the imperative."""
+    """The fix, in the imperative, that the error for a value of another type has. It annotates an argument's type."""
 
     text: str
 

@@ -52,7 +52,7 @@ class Lock:
         return True
 
     def outlive(self) -> bool:
-        """Wait for a lease that `acquire` did not get, and return True if it becomes free in its lifetime."""
+        """Wait for a lease that `acquire` did not get. Return True if it becomes free within a lease's lifetime."""
         if self._lease is not None:
             with suppress(Timeout):
                 self._lease.acquire(timeout=STALE_S + 2)

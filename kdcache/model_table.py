@@ -51,7 +51,10 @@ def list_models(pattern: str = "") -> list[ModelInfo]:
 
 
 def missing_models(pattern: str = "") -> dict[str, list[str]]:
-    """Return specs that need an extra, by the pip command that installs it, or {} if none does."""
+    """Return the specs of models without an installed library: pip command that installs it -> specs.
+
+    `pattern` is a part of the spec, in any case.
+    """
     missing: dict[str, list[str]] = {}
     for info in _table(pattern):
         family = info.spec.partition(":")[0]
@@ -61,7 +64,7 @@ def missing_models(pattern: str = "") -> dict[str, list[str]]:
 
 
 def listed_specs() -> list[str]:
-    """Return the specs of all models of the table, also without their library installed."""
+    """Return the specs of all models of the table, even if their library is not installed."""
     return [info.spec for info in _all_models()]
 
 

@@ -26,7 +26,7 @@ def import_ray() -> Any:
 def cluster(address: str | None) -> Iterator[Any]:
     """Connect Ray in a with block, and yield its module. A cluster that was started for this ends with it.
 
-    `address` is as of `ray.init`. None and "auto" are RAY_ADDRESS, else the cluster that `ray start` began on this
+    `address` is as in `ray.init`. None and "auto" are RAY_ADDRESS, else the cluster that `ray start` began on this
     machine.
     None without such a cluster starts one.
 

@@ -53,7 +53,7 @@ VERBS = ("train-teacher", "train-student")
 
 
 class RunStream(BaseModel):
-    """The samples of one of several streams that a run learnt from.
+    """One of several streams that a run learnt from.
 
     Attributes:
         ids_digest: digest of their classes and ids, as in a cache's manifest.
@@ -259,7 +259,7 @@ class Run:
         return read_object(self.folder / LOCAL)
 
     def weights(self, which: str = "best") -> Path:
-        """Return the file of the weights named with the run, else of `which`. Raises: RecipeError without it."""
+        """Return the weights file: as named in `RUN@WEIGHTS`, else of `which`. Raises: RecipeError if it is missing."""
         which = self.which or which
         path = weights_path(self.folder, which)
         if not path.is_file():
@@ -392,7 +392,7 @@ def _no_recipe(path: Path, error: Exception) -> RecipeError:
 
 
 def train_again(folder: Path) -> str:
-    """Return the fix for a run that lost a file that only training writes. The folder is kept, renamed."""
+    """Return the fix for a run without a file that only training writes. It renames the folder and trains again."""
     return f"Restore it from a copy, or move the run away and repeat the command that trained it: {moved_away(folder)}"
 
 

@@ -47,7 +47,7 @@ class Terminal(Console):
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Print under --quiet too in a `with` block."""
+        """Print even under --quiet, in a `with` block."""
         quiet, self.quiet = self.quiet, False
         try:
             yield

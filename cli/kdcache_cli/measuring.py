@@ -90,7 +90,7 @@ class GrowingResult:
         self._written = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take a row, and write it unless the file was written a moment ago."""
+        """Add a row, and write the file unless it was written a moment ago."""
         self._rows.append(row)
         if time.monotonic() - self._written > WRITE_EVERY_S:
             self.write()

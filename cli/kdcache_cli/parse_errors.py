@@ -23,7 +23,7 @@ _ANYWHERE = ("--quiet", "--debug", "--trust")
 
 @contextmanager
 def parse_errors(context: Any = None) -> Iterator[None]:
-    """Raise a RecipeError in a `with` block for words that are no command.
+    """Raise a RecipeError, in a `with` block, for words that are not a command.
 
     Args:
         context: the parser's; errors that name no verb are about this context's verb.

@@ -21,16 +21,16 @@ MOST_DEATHS = 5
 
 
 class RayRunner:
-    """Does jobs on a cluster that is connected.
+    """Runs jobs on a connected cluster.
 
     Args:
         ray: the module, of `kdcache.ray_cluster.cluster`.
         sweep: the planned sweep, for its folder of logs.
         parallel: how many jobs at the same time. Each gets its share of the cluster's CPUs, but at most those of a
             node.
-        num_gpus: GPUs of each job, also a part of one.
+        num_gpus: GPUs of each job. Fractions such as 0.5 share a GPU.
 
-    Raises: RecipeError where no job has room.
+    Raises: RecipeError if no node has room for a job.
     """
 
     def __init__(self, ray: Any, sweep: Sweep, parallel: int, num_gpus: float) -> None:

@@ -18,7 +18,7 @@ GRACE_S = 10
 def numbered() -> tuple[int, int]:
     """Return (number, count) of the processes that share the work, as torchrun or another launcher sets it, or (0, 1).
 
-    Raises: RecipeError for values that are no such numbers.
+    Raises: RecipeError for other values.
     """
     texts = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     try:
@@ -59,7 +59,7 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Raise an error of kdcache inside on every process, so that the first one's panel is enough."""
+    """Let only the first process show an error that all raise in the with block. The others exit with code 2."""
     try:
         yield
     except KDCacheError:

@@ -130,7 +130,7 @@ def compare(
 
 
 def one_range(judging: EvalSettings, members: Sequence[Entry], split: Split) -> tuple[EvalSettings, DepthRange | None]:
-    """Return settings that judge all depth by one range, up to the largest depth of any model, and that range.
+    """Return `settings` with one depth range for all models, up to their largest depth, and that range.
 
     Raises: DataError if no depth is judged in the range.
     """
@@ -210,7 +210,7 @@ def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Adjust the verdicts of rows for multiple comparisons: all on one task together, all on single classes together.
+    """Adjust the verdicts of rows for multiple comparisons: those of each task together, and those of all classes.
 
     Differences to controls are adjusted together with differences to baselines.
     The teacher's verdicts count separately, so they make no other verdict harder to reach.

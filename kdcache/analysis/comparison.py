@@ -218,7 +218,7 @@ class Comparison:
         data_sha256: digest of classes, ids, images and labels of the split.
         images: number of labelled images that every run was judged on (with `own_fold`: each on its own fold's).
         notes: what a reader could misread.
-        smoke: the runs come from a shortened recipe and are no result.
+        smoke: the runs come from a shortened recipe, so their scores mean nothing.
         depth_range: the depth labels that count, in words, or None if depth is not judged.
     """
 

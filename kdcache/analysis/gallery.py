@@ -138,7 +138,7 @@ class Gallery:
     ) -> None:
         """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors, and depth below.
 
-        A contact sheet has all of them, small.
+        A contact sheet shows all images, small.
         """
         strips = list[Panel]()
         for done, case in enumerate(cases, 1):
@@ -296,7 +296,7 @@ def _rank(case: Case) -> str:
 
 
 def earlier_pictures(out: Path, runs: Iterable[str]) -> Iterator[Path]:
-    """Yield the image pictures that an earlier call drew, of these runs and side by side."""
+    """Yield the pictures of images from an earlier call: those of these runs, and those side by side."""
     for folder in (SIDE_BY_SIDE, *(f"{run}/{name}" for run in runs for name in (SUCCESSES, FAILURES))):
         yield from _pictures(out / folder)
 

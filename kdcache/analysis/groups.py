@@ -48,7 +48,7 @@ _BARE = ("model", "method", "verb")
 
 @dataclass(frozen=True)
 class Group:
-    """A row: its runs, and the settings that distinguish it from other rows (None if it does not have one of them).
+    """A row: its runs, and the settings that distinguish it from other rows. A setting that it lacks is None.
 
     Attributes:
         teacher: it is the teacher's row, outside the ranking.
@@ -96,9 +96,9 @@ class Group:
         return is_control(self.settings)
 
     def likeness(self, other: "Group") -> float:
-        """Return the number of settings that differ between two rows, of those that separate rows. 0 is equal.
+        """Return how many settings differ between two rows, among the settings that separate rows. 0 is equal.
 
-        Streams of the same names count by the share of settings that differ. A setting of the whole training does not
+        Two streams of one name add the share of their settings that differ. A setting of the whole training does not
         count if every stream sets it.
         """
         streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]

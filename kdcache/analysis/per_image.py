@@ -176,7 +176,7 @@ def shared_score(scores: Sequence[ImageScores]) -> Score | None:
 
 
 def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int, float]]:
-    """Return (position in `images`, score), the best first. Several models rank by their mean, if all have a score.
+    """Return (position in `images`, score), the best first. With several models it is the mean score, if all have one.
 
     Equal scores keep the order of the split.
     """

@@ -41,7 +41,7 @@ _WILD = frozenset("*?[")
 
 @dataclass(frozen=True)
 class Input:
-    """An image, and the name of its results: a path without suffix, below --out."""
+    """An image, and the name of its result files: a path below --out, without suffix."""
 
     path: Path
     name: str
@@ -214,7 +214,7 @@ def argmax_at(
     """Return the class of every pixel, uint8 (H, W), of logits upsampled to `size`.
 
     It works class by class: a photograph of 12 megapixels takes 0.1 GB, not 1 GB for 20 classes. `view` and `seen` are
-    the part of the image that the model saw, and the size of its input, as of `at_image`.
+    the part of the image that the model saw, and the size of its input, as in `at_image`.
     """
     best_HW = at_image(model, logits_Chw[:1], size, view, seen)[0]
     argmax_HW = torch.zeros(best_HW.shape, dtype=torch.uint8, device=best_HW.device)

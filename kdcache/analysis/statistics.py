@@ -149,8 +149,8 @@ class Difference(Interval):
         paired: whether runs of equal seed and fold were compared one by one.
         correlation: correlation of the pairs, or NaN for fewer than three, and if one side does not vary.
         unpaired: the same difference by Welch, over all runs of both rows.
-        comparisons: verdicts that are adjusted together, including this one. adjusted: p by Holm over them.
-        over: what the intervals above span: seeds, or seeds and folds.
+        comparisons: number of verdicts that are adjusted together. adjusted: its p-value after Holm's adjustment.
+        over: what the runs differ in: seeds, or seeds and folds.
         resampled: the interval over images or sequences, or None if their counts are not known.
     """
 

@@ -234,7 +234,7 @@ class Record:
         return {"weights": fields.pop("which"), **fields, "fold": fold}
 
     def name(self, *, own_size: bool) -> str:
-        """Return its file name without an ending. `own_size`: the model sees images at its training's size."""
+        """Return the file name without an ending. `own_size`: the model sees images at its training size."""
         parts = [f"evaluation-{self.split}"]
         if self.fold is not None:
             parts += [f"fold-{self.fold.number}-of-{self.fold.folds}"]
@@ -254,7 +254,7 @@ class Record:
 
 
 def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_size: bool = True) -> str | None:
-    """Write an evaluation into a folder over the last of its kind. Return a note if it cannot be written.
+    """Write an evaluation into a folder, replacing the earlier one of its kind. Return a note if that fails.
 
     `run` is its name as the user wrote it.
     """
@@ -267,7 +267,7 @@ def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_si
 
 
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
-    """Return the file of an evaluation without an ending: its kind's name, with a suffix if another data set has it.
+    """Return an evaluation's file name without an ending. It gets a suffix if another data set has the name.
 
     An evaluation replaces an earlier one of the same data set and run. The labels and the weights may have changed.
     """
@@ -308,7 +308,7 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
 
 
 def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
-    """Return the file of an evaluation on several data sets, without an ending. It is never a reusable file of one.
+    """Return the file name of an evaluation on several data sets, without an ending. It is never reused for one.
 
     `run` is its name as the user wrote it, and `own_size` is as in `Record.name`.
     """

@@ -235,7 +235,7 @@ def _text_head(task: str) -> str:
 
 
 def row_name(row: Row) -> str:
-    """Return the name of a row, marked as the baseline unless its name already says so, or that it is a control."""
+    """Return the name of a row. A baseline is marked, unless its name already says baseline or control."""
     name = one_line(row.name)
     marked = "baseline" in name.lower() or name.endswith(CONTROL)
     return f"{name} (baseline)" if row.baseline and not marked else name

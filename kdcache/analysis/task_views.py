@@ -35,8 +35,8 @@ class TaskView(ABC):
         stem: the score in file names.
         columns: its figures in a table of scores, the score first.
         short: the score's header in a small table, and the factor and digits of its values there.
-        distance: the unit of distances between scores. times, digits: how they are written.
-        words: that unit with the score's name. spans: the same, with its interval over `{seeds}`.
+        distance: the unit of distances between scores. times, digits: their factor and their digits as text.
+        words: the unit of distances with the score's name. spans: the same, with its interval over `{seeds}`.
         title: the title of a table of distances.
         prefix: what stands before the titles of panels. before: what stands before a column's title.
         no_label: the title of errors without a label. no_score: what stands for the score then.

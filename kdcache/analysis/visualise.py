@@ -63,7 +63,7 @@ class Drawing:
 
 
 def draw(drawing: Drawing, models: Sequence[tuple[Entry, Shown]], gallery: Gallery, progress: Progress) -> list[str]:
-    """Draw runs that have scored every image of the gallery's split, each alone and side by side.
+    """Draw runs, each alone and all side by side. They must have scored every image of the gallery's split.
 
     Returns: notes.
     """

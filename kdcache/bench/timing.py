@@ -44,7 +44,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> "Spread":
-        """Reduce samples. The percentiles are samples themselves, except the median."""
+        """Summarise samples. Every percentile except the median is one of the samples."""
         ordered = sorted(samples_ms)
         last = len(ordered) - 1
         return cls(
@@ -76,7 +76,7 @@ def warm_up(step: Callable[[], Any], device: torch.device) -> None:
 
 
 def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spread]:
-    """Time steps on the CPU, warmed up before, in rounds."""
+    """Time steps on the CPU in rounds, in which each step has its turn. They must be warmed up already."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     rounds = min(ROUNDS, repeats)
     with no_garbage_collection():
@@ -91,7 +91,7 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, S
 
 
 def on_device(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step on the current CUDA device between events, warmed up before."""
+    """Time a step on the current CUDA device between events. It must be warmed up already."""
     flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
     event: Any = torch.cuda.Event
     events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
@@ -106,7 +106,7 @@ def on_device(step: Callable[[], Any], repeats: int) -> Spread:
 
 
 def on_host(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time how long the CPU takes to issue a step to the current CUDA device, warmed up before."""
+    """Time how long the CPU takes to issue a step to the current CUDA device. It must be warmed up already."""
     samples = []
     with no_garbage_collection():
         for _ in range(repeats):

@@ -63,7 +63,7 @@ class Changes:
 
 
 def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -> dict[str, Any]:
-    """Return the fields of `Changes` that names alone show: classes, added, removed."""
+    """Return the changes that follow from ids and class names only: classes, added, removed."""
     before, now = set(ids), set(split.ids)
     return {
         "classes": class_changes(tuple(class_names), split.classes.names),
@@ -87,7 +87,7 @@ def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def changed_data(what: object, changes: Changes, split: Split | None, fix: str) -> MismatchError:
-    """Return the error for data that changed since `what` was made. `split` is the present data set, if it is one."""
+    """Return the error for data that changed since `what` was made. `split` names the data set in it."""
     where = "" if split is None else f" ({split.data}, split {split.split!r})"
     if split is not None and len(changes.added) == len(split.ids):
         return MismatchError(f"Not the data set that {what} was made from: no sample is the same{where}", fix=fix)

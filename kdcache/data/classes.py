@@ -100,7 +100,7 @@ def says_numbers(folder: Path) -> bool:
 def read_colour_codes(folder: Path) -> ColourCodes | None:
     """Read the colours of RGB labels from `classes.txt`, or return None if a class has no unique colour.
 
-    They map to the numbers of the classes.
+    The colours map to the classes' numbers in the file.
 
     Raises: DataError for an invalid `classes.txt`.
     """
@@ -120,7 +120,7 @@ def colour_codes(
 ) -> ColourCodes | None:
     """Return the map from colours to class ids and void, or None if a class has no unique colour.
 
-    `classes` has a colour for each class id, `void` the colours of void. `where` names their file for messages.
+    `classes` is the colour of each class id, `void` the colours of void. `where` names their file for messages.
     `numbers` replace the class ids.
     """
     colours = [colour for colour in classes if colour is not None]

@@ -26,7 +26,7 @@ def parts_of(data: str) -> list[str]:
 
 
 def task_of(data: str) -> tuple[str | None, str]:
-    """Split `depth:DATA` or `segmentation:DATA` into the only task to use and the data set. None: all tasks."""
+    """Split `depth:DATA` or `segmentation:DATA` into the task and the data set. The task is None for all tasks."""
     task, colon, rest = data.partition(":")
     return (task, rest) if colon and task in TASKS else (None, data)
 

@@ -168,8 +168,8 @@ class Sample(Pickled):
     Attributes:
         id: stable and unique in its split.
         image: uint8 (H, W, 3), RGB, EXIF-upright.
-        labels: the sources of labels by task, of the tasks that the sample has a label of.
-        origin: a name of the image that another split's image has only if it is the same.
+        labels: task -> source of the label, for the tasks that have one.
+        origin: a name that images of two splits share only if they are the same image.
     """
 
     id: str
@@ -189,8 +189,8 @@ class Split:
         samples: in the order of their ids. `index` below counts in this order.
         label_map: uint8 (256,), the class id of every number in the label files, or None if they are class ids already.
         match: how labels were mapped to these classes, or None if they were not.
-        fold_ids: the ids whose folds count, of the split that this is an excerpt of. None: the split's own.
-        known_digest: what `digest` returns, if not the digest of this split's names.
+        fold_ids: in an excerpt, the ids of the whole split, which decide the folds. None: this split's ids.
+        known_digest: what `digest` returns. None: the digest of this split's names.
         id_rule: what the ids are made of, in words, and so which changes `digest` can notice. Empty for files.
     """
 
@@ -265,9 +265,9 @@ class Split:
         return None if source is None else source.raw()
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the SHA-256 of the image, of the label (or None) and, if any, of the depth.
+        """Return the SHA-256 of the image, of the label (None without one) and, if there is depth, of the depth.
 
-        A digest is of the file's bytes, by `of_file` if given, or of the array if no file holds it.
+        A digest covers the file's bytes (`of_file` computes it, if given), or the array if no file holds it.
         """
         sample = self.samples[index]
         labels = [sample.labels[task].digest(of_file) if task in sample.labels else None for task in TASKS]

@@ -24,7 +24,7 @@ _LAST_NUMBER = re.compile(r"(.*[^0-9]|)([0-9]{1,18})([^0-9]*)", re.DOTALL)
 
 
 class SharedSequence(NamedTuple):
-    """A sequence with samples in both training and validation, and the numbers of both."""
+    """A sequence with samples in both training and validation: `trained` and `judged` count them."""
 
     name: str
     judged: int

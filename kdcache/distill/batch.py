@@ -59,7 +59,7 @@ class Batch:
         zoom: (B,) float64, how many times nearer the window looks than the teacher's view. Targets in metres are
             divided by it. None divides nothing.
         own: (B, H, W) bool, False for pixels pasted from another sample, whose target counts there. None is all.
-        pasted: targets only, of the pasted samples, with windows in pixels of this batch's views. None is the
+        pasted: the targets of the pasted samples, with windows in pixels of this batch's views. None is the
             neighbours' (rows 2n and 2n + 1 are neighbours).
         dice: (B, N) float32 random numbers in 0..1, for draws on the batch's device.
         record: (B,) int64 record numbers, to gather `targets` that a device keeps.
@@ -139,13 +139,13 @@ class Batch:
         return self.map(lambda tensor: tensor.pin_memory())
 
     def rows(self, count: int, first: int = 0) -> "Batch":
-        """Return `count` samples from `first` on, as views of the batch's memory."""
+        """Return `count` samples from number `first` on, as views of the batch's memory."""
         return self.map(lambda tensor: tensor[first : first + count])
 
     def targets_alone(self, view_scale: tuple[float, float] = (1.0, 1.0)) -> "Batch":
         """Return a batch with only the targets and their geometry.
 
-        `view_scale` is the change of height and width of the views whose pixels windows count.
+        `view_scale` multiplies the windows' (y, x), for views of another size.
         """
         window, inside = (_scaled(edges_B4, view_scale) for edges_B4 in (self.window, self.inside))
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)

@@ -181,11 +181,11 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 
 
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
-    """Return whether labels cannot show the windows of a batch.
+    """Return whether the shape of labels contradicts the windows of a batch, so the labels were cut differently.
 
-    A window with the view's aspect ratio gives labels with the ratio of `whole`, (H, W) of a whole view's labels, up to
-    a pixel. Any other window shows how the labels were cut. All windows of a batch must contradict, because a random
-    one may by chance.
+    Labels in a window with the view's aspect ratio have the ratio of `whole`, (H, W) of a whole view's labels, up to a
+    pixel. A window of another ratio contradicts nothing. All windows of a batch must contradict, because a single
+    random window may do so by chance.
     """
     (height, width), (rows, columns) = whole or form.view_size, batch.size
     if abs(rows - columns * height / width) < 1 or abs(columns - rows * width / height) < 1:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Counts:
-    """Denominators of the terms of one stream's loss on its device. A pytree.
+    """Denominators of the terms of one stream's loss, on the loss's device. A pytree.
 
     Attributes:
         ce: sum of the class weights of labelled pixels, 0-dimensional.

@@ -54,7 +54,7 @@ def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tenso
 def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """Return the reverse Huber loss (B,): absolute for small errors, squared for large ones.
 
-    The bound c is a fifth of an image's largest error, and constant for the gradient. Args: as of `l1`.
+    The bound c is a fifth of an image's largest error, and constant for the gradient. Args: as in `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW).abs()
     c_B11 = BERHU_SHARE * error_BHW.detach().amax((1, 2), keepdim=True)
@@ -67,7 +67,7 @@ def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """Return the scale-invariant logarithmic loss (B,), 10 sqrt(mean g^2 - 0.85 (mean g)^2).
 
-    If all errors are 0, its gradient is 0. Args: as of `l1`, both maps above 0.
+    If all errors are 0, its gradient is 0. Args: as in `l1`, both maps above 0.
     """
     p_BHW, r_BHW = _filled(prediction_BHW, reference_BHW, mask_BHW)
     g_BHW = p_BHW.log() - r_BHW.log()
@@ -109,7 +109,7 @@ def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: T
     """Return the gradient-matching loss (B,): differences of an error's steps at strides 1, 2, 4 and 8.
 
     At each scale the sum over pairs of valid neighbours is divided by the number of valid pixels of that scale, as in
-    the authors' code. The scales are added. Args: as of `l1`.
+    the authors' code. The scales are added. Args: as in `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))

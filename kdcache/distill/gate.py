@@ -53,7 +53,7 @@ class Gate(nn.Module):
 
     Args:
         spec: which pixels pass.
-        class_weight: (C,) of the teacher's best class, at least 0. None weighs all equally.
+        class_weight: (C,) weights of pixels by the teacher's best class, at least 0. None weighs all equally.
     """
 
     class_weight: Tensor | None

@@ -69,7 +69,7 @@ class DistillLoss(nn.Module):
         gate: which pixels the teacher's terms count, and how much. Default: all equally.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
         scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
-        size: (H, W) of the labels of a whole view, if it has another aspect ratio than the view.
+        size: (H, W) of the labels of a whole view, if their aspect ratio differs from the view's.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
     """
@@ -220,9 +220,8 @@ class DistillLoss(nn.Module):
         """Return loss, and its terms before weighting: all scalars, float32.
 
         Args:
-            outputs: the student's: logits (B, C, h, w) and the outputs of the heads that `heads` names, each at its
-                native stride, with the gradient, and the features (B, c, h, w) that `student_taps` names. Or logits
-                only. A student of depth only has no logits.
+            outputs: the student's logits (B, C, h, w) and other heads at native stride, and the features (B, c, h, w)
+                of `student_taps`, all with their gradient. Or logits only. A student of depth only has no logits.
             batch: labels, with `ignore_index` as void, and targets of the same samples. If `targets` is None there is
                 no teacher, and its terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
             counts: denominators, as the mean over the parts of a batch that several processes or steps share. Their

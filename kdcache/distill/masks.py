@@ -25,7 +25,7 @@ class TeacherMasks:
     ignore_index: int
 
     def counted_by_kl(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
-        """Return the batch and, where samples were pasted, the batch of their targets, each with the pixels of KL.
+        """Return pairs of a batch and its pixels that KL counts: `batch`, and the targets of pasted samples, if any.
 
         The masks (B, H, W) do not overlap. None leaves finding the pixels to the fused loss.
         """

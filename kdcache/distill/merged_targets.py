@@ -23,7 +23,7 @@ class MergedTargets(nn.Module):
     """The targets of a cache in a training's classes. They replace the cache in `DistillLoss`.
 
     Args:
-        store: an open cache, whose targets have all of its classes.
+        store: an open cache whose targets keep all classes.
         merge: logits (B, store's classes, h, w) -> (B, num_classes, h, w), float32.
         num_classes: how many classes the training has.
     """

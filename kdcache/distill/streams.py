@@ -28,7 +28,7 @@ class Criterion(nn.Module):
         losses: the loss of each stream.
         names: the streams' names, which precede their terms' names: `kitti/ce`.
         weights: at least 0. Each stream's loss has its own denominators, so its share of the batch is not a weight.
-        balance: balances two tasks' losses, each the weighted sum over the streams with it. None adds up the streams.
+        balance: balances the losses of two tasks, each summed over streams by weight. None adds up the streams.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Criterion(nn.Module):
                 loss.set_distill_weight_scale(scale)
 
     def describe(self) -> list[str]:
-        """Return what the terms resize or project, after the stream's name. Complete after the first batch."""
+        """Return what each stream's terms resize or project, with its name. It is complete after the first batch."""
         texts = ((name, term.describe()) for name, loss in self._named() for term in loss.terms)
         return [f"{name}: {text}" if name else text for name, text in texts if text]
 

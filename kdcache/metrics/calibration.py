@@ -23,7 +23,7 @@ VALUES_V = np.arange(int(np.float16(1).view(np.uint16)) + 1, dtype=np.uint16).vi
 
 @dataclass(frozen=True)
 class Reliability:
-    """Pixels with a confidence in (low, high]: their share, mean confidence, share of right ones (NaN for none)."""
+    """Pixels with a confidence in (low, high]: their share, mean confidence and accuracy (NaN without pixels)."""
 
     low: float
     high: float
@@ -37,7 +37,7 @@ class Calibration:
     """Expected calibration error: mean over labelled pixels of |confidence - accuracy| of their bin.
 
     Attributes:
-        confidence, precision: per class, mean confidence of the pixels predicted as it, and the share of them that is
+        confidence, precision: per predicted class, the mean confidence of its pixels, and the share of them that is
             right, or NaN for a class that is never predicted.
     """
 
@@ -49,11 +49,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The pixels that thresholds select, per predicted class, as shares of all pixels predicted as that class.
+    """The share of each predicted class's pixels that thresholds select.
 
     Attributes:
         thresholds: the least selected confidence of each class.
-        predicted, selected: numbers of pixels predicted as each class, and of those selected.
+        predicted, selected: number of pixels predicted as each class, and how many of them thresholds select.
         precision: share of the selected, labelled pixels that are right, or NaN without any.
     """
 

@@ -51,7 +51,7 @@ class ImageCounts:
 
     @property
     def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Arrays (N, C), of which the sums over any images have the score as the mean of their ratios."""
+        """Two arrays (N, C). Sum both over some images: the mean ratio of the sums is their score."""
         return self.hits, self.unions
 
     @property

@@ -38,7 +38,7 @@ MOST_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per image at batch size 1, over `repeats` calls after `warm_up` others, with CPU threads."""
+    """Milliseconds per image at batch size 1, over `repeats` calls after `warm_up` untimed calls."""
 
     mean_ms: float
     std_ms: float
@@ -167,7 +167,7 @@ class CostKey:
 
 
 def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
-    """Return the cost that an earlier comparison measured with as many calls, or None if missing or damaged."""
+    """Return the cost that an earlier comparison measured with `repeats` calls, or None if missing or damaged."""
     content = read_object(key.path(folder))
     try:
         if content["key"] != json.loads(json.dumps(asdict(key))) or content["asked"] < repeats:

@@ -32,7 +32,7 @@ class OnDataSet:
 
     @classmethod
     def of(cls, split: Split, metrics: TaskMetrics) -> "OnDataSet":
-        """Return the metrics of a pass over a split from `classes_by_name`, without the classes that it lacks."""
+        """Return the metrics of a pass over `split`, made by `classes_by_name`, without classes that it lacks."""
         if (match := split.match) is None:
             return cls(split.data, split.split, metrics)
         if metrics.segmentation is not None:

@@ -60,7 +60,7 @@ class DepthImages:
 
     @property
     def parts(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Arrays (N, 1), of which the sums over any images have the score as their ratio."""
+        """Two arrays (N, 1). Sum both over some images: the ratio of the sums is their score."""
         rmse = self.values[:, :1]
         return rmse, np.ones_like(rmse)
 
@@ -126,7 +126,7 @@ class DepthRange:
 
     @classmethod
     def of(cls, head: RegressionHead | None, settings: DepthSettings | None = None) -> "DepthRange":
-        """Return the range of some settings. The default maximum is where the head clips, or 80 metres."""
+        """Return the range that settings describe. The default maximum is where the head clips, or 80 metres."""
         chosen = settings or DepthSettings()
         own = MAX_DEPTH if head is None or head.max_depth is None else head.max_depth
         return cls(chosen.min_depth, own if chosen.max_depth is None else chosen.max_depth, chosen.depth_crop)

@@ -29,7 +29,7 @@ class DepthMap:
     """Depths, or depth errors, (H, W), to draw. Values that are not finite are unknown.
 
     Attributes:
-        high: the value at the upper end of the colours, which begin at 0. Larger ones have its colour.
+        high: the value at the upper end of the colours, which begin at 0. Larger values have its colour.
     """
 
     values: npt.NDArray[np.floating]

@@ -213,7 +213,7 @@ def accumulate(
     framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Accumulator]:
-    """Return the accumulators of tasks after one pass over samples of a split. Arguments as of `evaluate_tasks`."""
+    """Return the accumulators of tasks after one pass over samples of a split. Arguments as in `evaluate_tasks`."""
     found = {task: EVALUATORS[task].begin(model, split, depth) for task in tasks}
     batches = predictions(
         model,

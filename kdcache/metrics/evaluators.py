@@ -50,7 +50,7 @@ class Accumulator(Protocol):
         """Add the answer and the label of an image, (H, W) each."""
 
     def result(self) -> TaskMetric | None:
-        """Return the metrics of all images, or None if there were none. Raises: DataError where no pixel counts."""
+        """Return the metrics of all images, or None without images. Raises: DataError if no pixel counts."""
 
 
 class Evaluator(ABC, Generic[Of]):
@@ -95,7 +95,7 @@ class Evaluator(ABC, Generic[Of]):
 
 
 class ClassCounts:
-    """Counts of classes over all images of a split, `confusion`, and in each of them."""
+    """Counts of classes: `confusion` over all images of a split, and the counts of each image."""
 
     def __init__(self, split: Split) -> None:
         self.confusion = ConfusionMatrix(split.classes.names)

@@ -154,7 +154,7 @@ def answer_of(
 ) -> Tensor:
     """Return the answer (H, W) to a task at `size` from a head's output: argmax uint8, or values in the head's unit.
 
-    `view` and `seen` are the part of the image that the model saw, and the size of its input, as of `at_image`.
+    `view` and `seen` are the part of the image that the model saw, and the size of its input, as in `at_image`.
     """
     return EVALUATORS[task].answer(model, at_image(model, output_Chw, size, view, seen))
 

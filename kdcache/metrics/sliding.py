@@ -32,7 +32,7 @@ class Framing:
         fit: how the image is fitted into the model's size. `crop` cuts it into windows of that size.
         window: (H, W) of sliding windows, in pixels of the image, or of the image at `whole`.
         stride: (H, W) from a window to the next, at most the window. Default: two thirds of it.
-        whole: (H, W) that the image is resized to before windows are cut, by `fit`. Default: its own size.
+        whole: (H, W) that the image is resized to, by `fit`, before windows are cut. Default: its own size.
 
     Raises: RecipeError for a stride without windows, or beyond them.
     """
@@ -152,8 +152,8 @@ def at_image(
 ) -> Tensor:
     """Resize a head's output bilinearly to an image's own size, (C, H, W).
 
-    `view` is the part of the image that the model saw, in the image's pixels (None: all), and `size` (H, W) of its
-    input.
+    `view` is the part of the image that the model saw, in the image's pixels. None is the whole image. `size` is (H, W)
+    of the model's input.
     """
     if view is None or view == Window.full(*image_size) or size is None:
         return model.upsample(output_Chw[None], image_size)[0]

@@ -33,7 +33,7 @@ from kdcache.tasks import SEGMENTATION
 def build(spec: str, num_classes: int | None) -> SegmentationModel:
     """Import the function that `spec` names and build its model.
 
-    With `num_classes` of None it is called without it, and must have a default.
+    If `num_classes` is None, the function is called without it and must have a default.
 
     Raises: ModelError if the import fails, if the name is missing, cannot be called or returns no module, if the model
         fails on an image, or if it has another number of classes.

@@ -38,7 +38,7 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
 
     `theirs` is () if unknown. A single name of a network with one logit is the second class's.
 
-    Returns: a warning for other names in the same places, or another number of them, or None if nothing differs.
+    Returns: a warning if a name or the number of names differs, else None.
     Raises: MismatchError, with the class map to write, if a name of the data stands for another class.
     """
     theirs = _of_two(theirs, ours)

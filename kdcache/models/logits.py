@@ -54,7 +54,7 @@ class AsLogits(Wrapper):
 
 
 def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) -> str | None:
-    """Return a note on the class that a single logit stands for, or None for a model of several."""
+    """Return a note on the class that a single logit stands for, or None if the model has several logits."""
     if not isinstance(model, AsLogits) or model.num_classes == model.model.num_classes:
         return None
     return f"{origin} has one logit for two classes: it is that of {names[1]}, and {names[0]} has 0"

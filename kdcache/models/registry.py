@@ -151,14 +151,14 @@ def _build_hub(
 
 
 def is_listed(spec: str) -> bool:
-    """Return whether a spec belongs to a family that comes with kdcache, whatever its name there."""
+    """Return whether a spec begins with a family of kdcache's models. The name after it is not checked."""
     return base_of(spec).rpartition(":")[0] in _FAMILIES
 
 
 def is_function(spec: str) -> bool:
     """Return whether a spec names a user's function, `module:function` or `path/to/file.py:function`.
 
-    Nothing is imported. Raises: ModelError for a spec that is neither that nor a listed one.
+    Nothing is imported. Raises: ModelError for a spec that is neither such a function nor listed.
     """
     base = base_of(spec)
     return not is_hub(base) and _home(base)[0] is None
@@ -173,7 +173,7 @@ def is_shipped(spec: str) -> bool:
 
 
 def describe_models() -> list[ModelInfo]:
-    """Compute the content of `kdcache.model_table` from models without memory or arithmetic (meta device).
+    """Compute the content of `kdcache.model_table` on torch's meta device, which allocates and computes nothing.
 
     Imports the models' libraries, and leaves out models whose library is not installed.
     """
@@ -189,7 +189,7 @@ class _CountsOnCpu(TorchFunctionMode):
 
 
 def describe_model(spec: str) -> ModelInfo:
-    """Return what the table says of a model, computed without memory or arithmetic."""
+    """Return a model's line of the table, computed on torch's meta device, or on the CPU for a hub model."""
     device = "cpu" if is_hub(spec) else "meta"  # these are probed with numbers
     with torch.device(device), _CountsOnCpu():
         model = build_model(spec, _LISTED_CLASSES).eval()

@@ -126,8 +126,8 @@ def open_model(
     Args:
         text: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere, or written by
             `kdcache export`) or `SPEC@default` (the library's own, downloaded now). Every tensor must be there.
-        classes: of the data, or without data a function from their number to them. A run and an exported file keep
-            their own unless they are mapped (see `RunModel.check_classes`).
+        classes: the data's. Without data, a function that returns classes for a number of them. A run and an exported
+            file keep their own unless they are mapped (see `RunModel.check_classes`).
         size: (H, W) of the pixels in use. Default: the size of a run or an exported file.
         which: of a run's weights, as in `load_run`.
         class_map: file with the data class that each of its classes becomes (see `read_class_map`).

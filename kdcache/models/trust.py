@@ -21,7 +21,7 @@ _FIX = "Name a model that `kdcache models` lists, or restore the file from a cop
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Import names that files bring, in a with block. `trust=False` changes nothing."""
+    """Allow importing functions that runs and recipes name as models, in a with block. False changes nothing."""
     token = CODE_ALLOWED.set(trust or CODE_ALLOWED.get())
     try:
         yield
@@ -36,7 +36,7 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Name the file `where` in errors about a spec from it, and give the fix for such files, in a with block."""
+    """Turn errors about a model spec into errors that name its file `where`, with a fix, in a with block."""
     try:
         yield
     except ModelError as error:
@@ -44,7 +44,7 @@ def named_by(where: str) -> Iterator[None]:
 
 
 def check_present(spec: str, where: str) -> None:
-    """Check that a model's .py file exists, as runs do not contain it. `where` names it. Raises ModelError."""
+    """Check that the .py file of a spec in the file `where` exists: runs do not contain it. Raises: ModelError."""
     with named_by(where):
         place = base_of(spec).rpartition(":")[0]
     if place.endswith(".py") and not Path(place).is_file():
@@ -55,7 +55,7 @@ def check_present(spec: str, where: str) -> None:
 
 
 def check_trusted(spec: str, where: str) -> None:
-    """Check that a function to import, which the file or folder `where` names, is trusted.
+    """Check that importing the function of a spec, found in the file or folder `where`, is allowed.
 
     Raises: ModelError saying what would have been imported, and how to allow it.
     """

@@ -54,7 +54,7 @@ class Weights(NamedTuple):
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file onto the CPU. Arguments and errors are as of `read_weights`."""
+    """Read the tensors of a weights file onto the CPU. Arguments and errors are as in `read_weights`."""
     return read_weights(path).state
 
 

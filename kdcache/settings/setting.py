@@ -86,7 +86,7 @@ class Entry:
 
     Attributes:
         hint: the whole annotation.
-        type: without its marks and without None. For choices, `Literal[...]`.
+        type: the type without marks and without None. For choices, `Literal[...]`.
         optional: the value may be None.
         default: `dataclasses.MISSING` if the setting is required.
         marks: everything else in the annotation, such as ranges of annotated-types.

@@ -51,11 +51,11 @@ class LossTerm:
         fused: it is computed by `DistillLoss` itself, and set only by flags.
         learns_from: labels, teacher or predictions.
         compares: logits, features, similarity, or the task of a regression, such as depth.
-        whole_batch: whether its value is no mean over the samples of a batch.
+        whole_batch: whether its value is not a mean over the samples of a batch.
         follows_mix, follows_paste: its data are pasted together with the pixels of a sample of the same stream, of
             another one.
         whole_view: it needs whole stored views, so views are replayed and no window moves them.
-        head: the student's head that it compares. Segmentation for features also.
+        head: the student's head that it compares. Terms of features also have `segmentation`.
         all_classes: it reads the teacher's logits of all classes.
         raw_logits: it reads them unnormalised.
         partly_labelled: it learns from labels, but also runs on data without labels.
@@ -190,7 +190,7 @@ class LossTerm:
         """Check the unit of a head that it compares. Raises: RecipeError."""
 
     def check_student(self, heads: Mapping[str, Any]) -> None:
-        """Check that a student has the head that it compares, of the right kind. `heads` are the student's in training.
+        """Check that `heads`, of a student in training, have the head that the term compares, with the right kind.
 
         Raises: RecipeError.
         """
@@ -349,7 +349,7 @@ def untaken(given: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
 
 
 def no_effect(idle: Mapping[str, Any], loss: str) -> RecipeError:
-    """Return the error for settings that no term of `loss`, a description, takes."""
+    """Return the error for settings that no term of a loss takes. `loss` describes the loss."""
     owners: dict[str, list[str]] = {}
     for name in idle:
         takers = _takers(name)

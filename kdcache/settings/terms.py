@@ -339,7 +339,7 @@ class DepthSilog(Depth):
 
 
 class DepthSsi(Depth):
-    """Compares depth after aligning scale and shift, for teachers, whose depth often has neither."""
+    """Compares depth after aligning scale and shift, because many teachers' depths have no unit."""
 
     kind = "depth-ssi"
     weight: Weight | None = setting(0.3, "Factor on the term.")
@@ -418,7 +418,7 @@ def parse_method(text: str) -> tuple[LossTerm, ...]:
 
 
 def auto_method(*, parted: bool) -> str:
-    """Return the method `auto`: `dist` helps more, but not if a batch is `parted` (pasted pixels, or parts)."""
+    """Return the method that `auto` means: `kl` if a batch is `parted` (pasted pixels, or parts), else `dist`."""
     return "kl" if parted else "dist"
 
 

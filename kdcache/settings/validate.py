@@ -41,7 +41,7 @@ def read(table: type[Table], settings: Mapping[str, Any], wording: Wording = FLA
 
 
 def read_values(settings: Mapping[str, Any], *tables: type, wording: Wording = FLAGS) -> dict[str, Any]:
-    """Return the checked values of those `settings` that are in the tables, without automatic ones that are None.
+    """Return the checked values of the `settings` that the tables declare. Automatic settings of None are left out.
 
     Raises: RecipeError for the first wrong value.
     """

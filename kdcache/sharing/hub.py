@@ -114,7 +114,7 @@ def opened(
 
 @dataclass(frozen=True)
 class PushResult:
-    """The result of a push: files of the cache, number of files sent now, and the digest of the seal."""
+    """The result of a push: number of the cache's files, number of files sent now, and the digest of the seal."""
 
     files: int
     sent: int

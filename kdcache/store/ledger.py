@@ -110,7 +110,7 @@ class Ledger:
         return content.split(b"\n")[:-1]
 
     def check_lines(self) -> None:
-        """Check that the ledger is the one that was sealed. Raises CorruptError."""
+        """Check that the ledger's digest is the digest in the seal. Raises: CorruptError."""
         len(self._lines)
 
     def file(self, shard: int, key: str) -> FileRecord:
@@ -164,7 +164,7 @@ def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
 
 
 def is_published(place: Place, record: ShardRecord) -> bool:
-    """Return whether the shard's ledger record exists and is equal."""
+    """Return whether the shard's ledger record exists and equals `record`."""
     try:
         return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):

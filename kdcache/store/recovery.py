@@ -49,7 +49,7 @@ def read_seal(place: Place) -> Completion | None:
 
 
 def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:
-    """Check that manifest, array metadata and ids are the sealed ones.
+    """Check that manifest, array metadata and ids match the digests in the seal.
 
     Raises: CorruptError naming the file and the seal: a digest does not show which of the two was changed.
     """
@@ -68,7 +68,7 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Return whether the root's zarr.json is unchanged, as far as spare and seal show."""
+    """Return whether the root's zarr.json matches its spare and the seal, if these exist."""
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)
     return read_spare(place) is not None or sealed in (None, hashlib.sha256(root).hexdigest())

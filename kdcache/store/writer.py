@@ -51,7 +51,7 @@ class StoreWriter:
     Attributes:
         manifest: the manifest on disk (its `created` is the time of the first start).
         finished: shards that are complete on disk.
-        repaired: what the manifest says of shards that are written again in another environment, or None.
+        repaired: the manifest's note on shards that are written again in another environment, or None.
     """
 
     def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
@@ -134,7 +134,7 @@ class StoreWriter:
         return ledger.seal(self.place, self.manifest.shards, keys)
 
     def repair(self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], data: BuiltFrom | None) -> None:
-        """Prepare to write damaged shards again. All checks run before anything is given up.
+        """Prepare to write damaged shards again. All checks run before any file is removed.
 
         Args:
             now: the manifest that the command would begin, with the current libraries and device.
@@ -202,7 +202,7 @@ class StoreWriter:
     def recorded(self, state: recovery.State) -> Recorded:
         """Return what finished shards, and intact files of damaged ones, record about the data set.
 
-        `state` is of this worker's shards. Shards that other workers have finished are read as well.
+        `state` describes this worker's shards. Shards that other workers have finished are read as well.
 
         Raises: as `read_ids`.
         """

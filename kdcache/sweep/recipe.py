@@ -184,13 +184,13 @@ def unknown(what: str, name: str, allowed: Iterable[str]) -> RecipeError:
 
 
 def named_flag(value: Any) -> str | None:
-    """Return the flag of an arm that a value of another table names, "{flag}", or None for other values."""
+    """Return the flag that a value such as "{flag}" names, or None for other values."""
     match = re.fullmatch(r"{([a-z-]+)}", value) if isinstance(value, str) else None
     return None if match is None else match[1]
 
 
 def filled(table: Flags, own: Flags) -> dict[str, Any]:
-    """Return the table with an arm's values for the flags that it names, or "" for those that the arm lacks."""
+    """Return the table with each "{flag}" replaced by the arm's value of that flag, or by "" if the arm has none."""
     return {key: value if (name := named_flag(value)) is None else own.get(name, "") for key, value in table.items()}
 
 

@@ -32,16 +32,16 @@ Runner = Callable[[Job], None]
 
 
 class Watcher:
-    """Watches a sweep. Every method may be overridden."""
+    """Receives the progress of a sweep. Override any of its methods."""
 
     def started(self, job: Job, number: int, total: int) -> None:
-        """Take notice that a job begins."""
+        """Handle the start of a job."""
 
     def kept(self, job: Job, number: int, total: int) -> None:
-        """Take notice that a job was done before, and is left unchanged."""
+        """Handle a job that was done before and is left unchanged."""
 
     def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
-        """Take notice that a job is done."""
+        """Handle the end of a job."""
 
 
 def run_jobs(

@@ -64,10 +64,10 @@ TASKS: Mapping[str, Task] = {
 
 
 def numeric(names: Iterable[str]) -> tuple[str, ...]:
-    """Return those of some tasks or heads that are tasks of numbers, and not of classes."""
+    """Return those of some tasks' or heads' `names` that stand for numbers, such as depth, and not for classes."""
     return tuple(name for name in names if name in TASKS and TASKS[name].head == "regression")
 
 
 def in_metres(names: Iterable[str]) -> bool:
-    """Return whether any of some tasks or heads is a task in metres."""
+    """Return whether any of some tasks' or heads' `names` stands for numbers in metres."""
     return any(TASKS[name].unit == METRES for name in numeric(names))

@@ -100,7 +100,7 @@ class TrainConfig:
         return {name: value for owner in owners for name, value in vars(owner).items()}
 
     def changed(self, **settings: Any) -> "TrainConfig":
-        """Return a copy with other values of some settings, without checking each again."""
+        """Return a copy with other values of some settings. The values are not checked again."""
         return replace(self, **_by_owner(self.settings | settings))
 
     @property
@@ -116,7 +116,7 @@ class TrainConfig:
         return tuple(replace(stream, share=share) for stream, share in zip(made, shares, strict=True))
 
     def rows(self, parts: int = 1) -> list[int]:
-        """Return each stream's rows of a batch, which `parts` processes and parts share. Raises: RecipeError."""
+        """Return each stream's rows of a batch. `parts` is processes times accumulation parts. Raises: RecipeError."""
         named = {stream.name: cast("float", stream.share) for stream in self.streams}
         return check_rows(named, self.optimizer.batch_size, 1 if self.augmentation.mix is None else 2, parts)
 
@@ -159,7 +159,7 @@ class TrainConfig:
 
     @property
     def teaches(self) -> bool:
-        """Whether anything is learnt from a teacher, or from labels in its place."""
+        """Whether a term learns from a teacher, or from labels instead of the teacher."""
         return any(term.reads_teacher for term in self.all_terms)
 
     @property
@@ -201,7 +201,7 @@ class TrainConfig:
 
     @property
     def compares_metres(self) -> bool:
-        """Whether it compares metres, of labels or a teacher. `depth-ssi` ignores a teacher's scale and shift."""
+        """Whether it compares depths in metres. `depth-ssi` does so with labels only."""
         return any(term.in_metres and (term.reads_labels or self.reads_targets) for term in self.active)
 
     @property

@@ -112,7 +112,7 @@ def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
 
 
 def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return pixels per class (N, C), and all pixels (N,), of the N labels that `label_counts` counts.
+    """Return the pixels per class (N, C) and all pixels (N,) of each label that `label_counts` counts.
 
     They are counted once, because this takes as long as reading all labels for an epoch.
     """

@@ -32,7 +32,7 @@ _POLL_S = 0.02
 
 @dataclass
 class Agreement:
-    """The result of an exchange between the processes, set when `World.together` ends."""
+    """The result of an exchange between processes. `World.together` sets `stop` if any was asked to stop."""
 
     stop: bool = False
 

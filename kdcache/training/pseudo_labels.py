@@ -32,10 +32,10 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
     """Yield notes on thresholds that keep less than half of the pixels, over the first views of some samples.
 
     Args:
-        config: of a training of one source, or of a stream.
-        dataset: has the training's classes. If a class map merges a cache's classes, their probabilities are summed.
+        config: the settings of a training of one source, or of a stream.
+        dataset: the samples, in the training's classes. If a class map merges classes, their probabilities are summed.
         pasted: whether samples of another stream, with labels, are pasted into it.
-    Raises: RecipeError for a threshold that keeps no pixel of any sample, if nothing else is learnt from these.
+    Raises: RecipeError for a threshold that keeps no pixel, if nothing else is learnt from the samples.
     """
     cache = dataset.cache
     if cache is None or not config.reads_targets:
@@ -93,7 +93,7 @@ def _keeps_any(
 
 
 def none_confident(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
-    """Return the error of a threshold that no pixel of the cache reaches."""
+    """Return the error for a threshold that no pixel of the cache reaches."""
     dataset = cache.manifest.dataset
     return RecipeError(
         f"No pseudo labels from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "

@@ -46,7 +46,7 @@ class Stream(Generic[Config]):
 
     Attributes:
         name: "" for the only source of a training without streams.
-        share: its share of every batch, or None for the rest of the batch.
+        share: its share of every batch. Streams of None divide the rest evenly.
         weight: weight of its loss.
         class_map: file that maps each class of its labels to a class of the training.
         paste, paste_from: how samples of another stream are pasted into it, and that stream's name, or None.
@@ -70,7 +70,7 @@ def make_stream(
     """Return the stream of a table, whose settings replace the training's.
 
     A stream that names its source takes nothing of the training's source. A stream without a teacher takes nothing that
-    weighs targets. `make` makes checked settings.
+    weighs targets. `make` checks settings and makes a config of them.
 
     Raises: KDCacheError that names the stream.
     """

@@ -98,7 +98,7 @@ def _fixed(weights: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
 
 
 def check_val_share(share: float | None, val: str | None, streams: bool, method: str, *, reads_taps: bool) -> None:
-    """Check that `--val-share` is the only validation, of a cache whose features are learnt (`reads_taps`).
+    """Check that `--val-share` is the only validation, and that the training learns features (`reads_taps`).
 
     Raises: RecipeError.
     """

@@ -43,13 +43,12 @@ class Trainer:
     Args:
         streams: the sources of every batch, in the order of the criterion's.
         criterion: gives the loss and its terms from native-stride logits and features.
-        validate: for each task that is validated, or for `FEATURES`, what returns the score of a model. The first
-            chooses the best weights.
+        validate: task, or `FEATURES` -> a function that returns a model's score. The first chooses the best weights.
         run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
         world: the processes that train together, each with its part of every batch. The first writes the run.
 
     Attributes:
-        eager: the step that the others are made from.
+        eager: the eager step, from which other kinds of step are made.
     """
 
     def __init__(

@@ -48,9 +48,9 @@ class Built(BuildResult):
     Attributes:
         worker: this process's part of the build.
         feature_dtype: the requested storage of features.
-        summary: of the cache. None until it is complete.
-        score: the teacher's, read back from the cache. None without labels of classes.
-        of: what the score was measured on.
+        summary: the cache's summary. None until the cache is complete.
+        score: the teacher's score, read back from the cache. None without labels of classes.
+        of: what the score was measured on, in words.
     """
 
     worker: Worker = Worker()

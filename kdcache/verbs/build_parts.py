@@ -81,7 +81,7 @@ def plan_reuse(
 ) -> tuple[Split, Teacher, BuildOptions, Cache]:
     """Return the split, the teacher and the options of a build that copies from an earlier cache, and that cache.
 
-    Sets torch's threads. The split defaults to that of `reuse`, the earlier cache. Settings other than the `given` ones
+    Sets torch's threads. The split defaults to that of `reuse`, the earlier cache. Settings other than `given`
     are the earlier cache's. `note` is called with what the user should know.
 
     Raises: RecipeError for settings that the earlier cache decides, and if `out` is that cache; as `load_like`.
@@ -138,13 +138,13 @@ def plan_like(
 
     Args:
         like: that cache.
-        data: whose images are rendered. None takes the pixels that the cache stores.
+        data: the data set whose images are rendered. None takes the pixels that the cache stores.
         split: default: the cache's.
-        teacher: as of `plan_build`.
-        settings: as of `plan_build`.
-        given: the settings that were given, by name. Pixels are not stored unless they ask for it.
-        out: as of `plan_build`.
-        note: as of `plan_build`.
+        teacher: as in `plan_build`.
+        settings: as in `plan_build`.
+        given: the settings that the user gave, by name. Pixels are not stored unless a given setting asks for it.
+        out: as in `plan_build`.
+        note: as in `plan_build`.
     Raises: as `open_cache` and `plan_build`; RecipeError for settings of views that the cache does not have;
         MismatchError for other samples.
     """

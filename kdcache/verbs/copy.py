@@ -42,7 +42,7 @@ class Copied:
         worker: this process's part of the copy.
         result: the copy to a folder or an object store, None for the Hub.
         pushed: the copy to the Hub.
-        bytes, source_bytes: of the copy and of the source on disk. 0 until the copy is complete, and for the Hub.
+        bytes, source_bytes: size of the copy and of the source on disk. 0 until the copy is complete, and for the Hub.
     """
 
     destination: str
@@ -93,10 +93,10 @@ def copy(
         pixels: "source" leaves out images and labels, which is the default for the Hub.
         license: the licence of a copy on the Hub.
         private: whether a copy on the Hub is private.
-        worker: as of `kdcache.build_cache`.
-        take_over: as of `kdcache.build_cache`.
+        worker: as in `kdcache.build_cache`.
+        take_over: as in `kdcache.build_cache`.
         cache_dir: the folder for copies of a remote cache's files.
-        cache_bytes: its limit in bytes.
+        cache_bytes: the limit of that folder in bytes.
         progress: show a bar, or lines without a terminal.
     Raises: KDCacheError of every kind.
     """

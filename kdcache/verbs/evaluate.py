@@ -61,7 +61,7 @@ class Evaluated:
 
     Attributes:
         data_sets: the metrics on each data set, for the classes that it shares with the model.
-        class_names: the model's.
+        class_names: the model's class names.
         depth_range: the judged depths on the first data set. None without depth.
         reused: True if all metrics come from an earlier evaluation.
         files: the files that were written.
@@ -144,7 +144,7 @@ def evaluate(
         json_file: a file for the metrics. Default: a file in the run's folder.
         markdown: a file for the tables. Default: a file in the run's folder.
         listing: a text file with a line per class.
-        folder: for the tables of a model that is not a run. Without it they are not written.
+        folder: a folder for the tables of a model that is not a run. Without it they are not written.
         progress: show a bar, or lines without a terminal.
         settings: as the flags of the verb, with their defaults: `help(kdcache.evaluate)` lists them.
     Raises: KDCacheError of every kind.

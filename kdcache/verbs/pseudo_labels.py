@@ -41,7 +41,7 @@ def export_pseudo_labels(
         data: the data set, to compare with its labels. Default: the cache's labels.
         split: its split. Default: the cache's.
         cache_dir: the folder for copies of a remote cache.
-        cache_bytes: its limit in bytes.
+        cache_bytes: the limit of that folder in bytes.
         progress: show a bar, or lines without a terminal.
     Raises: KDCacheError of every kind.
     """

@@ -47,11 +47,11 @@ def report(
     4
 
     Args:
-        runs: as of `kdcache.compare`.
+        runs: as in `kdcache.compare`.
         out: the page, an .html file, which is replaced.
-        data: as of `kdcache.compare`.
-        split: as of `kdcache.compare`.
-        teacher: as of `kdcache.compare`.
+        data: as in `kdcache.compare`.
+        split: as in `kdcache.compare`.
+        teacher: as in `kdcache.compare`.
         title: default: from the data's name.
         num: number of best and worst images. Default: 3, with `draw` 10 of each run.
         draw: a folder for pictures, curves and matrices as files.
@@ -61,7 +61,7 @@ def report(
         figure: a PNG to show, such as the curve of a sweep.
         command: the command that the page shows as its origin.
         progress: show a bar, or lines without a terminal.
-        settings: as of `kdcache.compare`.
+        settings: as in `kdcache.compare`.
     Raises: KDCacheError of every kind.
     """
     chosen = checked(report, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}

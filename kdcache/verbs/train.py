@@ -50,7 +50,7 @@ def train(
 
     Args:
         out: the run folder: new, empty, or with `resume` the run itself.
-        model: its spec, such as kdcache:tiny or path/to/file.py:function.
+        model: a model spec, such as kdcache:tiny or path/to/file.py:function.
         data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
         val: the validation data, in the same form.
         preset: a name for settings of a training, such as few-labels. `settings` have priority.

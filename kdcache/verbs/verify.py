@@ -23,11 +23,11 @@ class Verified:
     """What was checked of a cache. True if all of it is right.
 
     Attributes:
-        files: the files, and the damaged ones. With damaged files nothing else is checked.
-        manifest: the cache's. None with damaged files.
+        files: the result for the cache's files. If a file is damaged, nothing else is checked.
+        manifest: the cache's manifest. None with damaged files.
         changes: how the data set differs from the cache's at its build. None without data.
         samples: number of samples compared.
-        agreement: the stored targets compared with the teacher's. None without a teacher.
+        agreement: the stored targets compared with the teacher's outputs. None without a teacher.
     """
 
     place: Place
@@ -72,7 +72,7 @@ def verify(
         class_map: as at the build.
         device: auto, cpu or cuda.
         cache_dir: the folder for copies of a remote cache.
-        cache_bytes: its limit in bytes.
+        cache_bytes: the limit of that folder in bytes.
         progress: show a bar, or lines without a terminal.
     Raises: MismatchError for another seal, RecipeError for a setting without effect, KDCacheError of every kind.
     """

@@ -33,7 +33,7 @@ def takes(
         order: names of the verb's flags as its help lists them: settings of the tables, and the verb's other
             parameters, which hide settings of the same name.
         required: the settings that this verb needs, though the table has a default.
-        unset: the settings that are None here without their flag.
+        unset: the settings that are None in this verb unless their flag is given.
         wording: attributes of a `Setting` that this verb replaces, by the setting's name.
     """
 
@@ -111,7 +111,7 @@ def option(entry: Entry) -> Any:
 
 
 def show_plain_types(parameters: Iterable[Any]) -> None:
-    """Show a word in capitals for the value of each click option, and no type beside switches and arguments."""
+    """Show a word in capitals for the value of each click option, and no type next to switches and arguments."""
     for parameter in parameters:
         if parameter.param_type_name == "argument":
             parameter.display_type = lambda context: ""

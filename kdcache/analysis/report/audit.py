@@ -30,9 +30,9 @@ class TeacherAudit:
         tables: tables of numeric heads, such as depth.
         ece: expected calibration error, or NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
-        sure, right: per class, mean confidence of the pixels predicted as it, and the share of them that is right.
+        sure, right: per predicted class, the mean confidence of its pixels, and the share of them that is right.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
-        kept: (threshold, share of pixels, share of these that is right, their mIoU) of pseudo labels.
+        kept: (threshold, share of pixels kept, share of kept pixels that is right, their mIoU) of pseudo labels.
         miou: the teacher's mIoU, or NaN without labels.
     """
 

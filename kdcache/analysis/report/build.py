@@ -30,7 +30,7 @@ class ReportOptions:
         drawing: a folder for pictures of each row's first run, which the page mentions. None draws none.
         figure: a PNG with its own section, such as the curve of a sweep, or None.
         command: the command that the user typed.
-        size_of_cache: what a cache holds, by its place.
+        size_of_cache: returns the size of the cache at a place, or None.
     """
 
     compare: CompareOptions = field(default_factory=CompareOptions)

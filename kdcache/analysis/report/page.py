@@ -93,7 +93,7 @@ def page(
         title: default: from the data's name.
         samples: images to show (see `choose_samples`), or None for a page without images.
         matrices: confusion matrices of first runs, by place of their row.
-        size_of_cache: what a cache holds, by its place.
+        size_of_cache: returns the size of the cache at a place, or None.
         audits: audits of the teachers.
         figure: a PNG of scores, such as the curve of a sweep.
         pictures: a folder of further pictures to mention.
@@ -144,7 +144,7 @@ def _title(data: str) -> str:
 
 
 def curve(png: bytes) -> Markup:
-    """Return the section of a picture."""
+    """Return the section that shows a PNG, such as the curve of a sweep."""
     return render("curve.html", png=base64.b64encode(png).decode("ascii"))
 
 

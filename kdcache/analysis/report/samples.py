@@ -115,12 +115,12 @@ def score_first_runs(
 
 
 def choose_samples(comparison: Comparison, first: FirstRuns, count: int, progress: Progress) -> tuple[Sample, ...]:
-    """Return the best and the worst images by the mean of all rows, then one for each class that these do not show.
+    """Return the best and the worst images by the mean score of all rows, then an image for each class not yet shown.
 
-    If these lack labels of another task and all rows predict it, the best and the worst in that task follow. `count` is
-    the number of images among the best, among the worst, and at most among the others.
+    If none of them has a label of another task that all rows predict, the best and the worst images in that task
+    follow. There are `count` best images, `count` worst, and at most `count` for classes.
 
-    Returns: none if some rows have only classes and others only depth, so they share no score.
+    Returns: () if some rows have only classes and others only depth, so they share no score.
     """
     split, models = first.split, [(place, shown) for place, _, shown in first.models]
     contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
@@ -285,7 +285,7 @@ def encode_map(picture: Picture, size: tuple[int, int]) -> bytes:
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
-    """Return depth, or its error, as a JPEG with a bar below. Resizing never mixes neighbouring depths."""
+    """Return depths or depth errors as a JPEG with a colour bar below. Resizing takes the nearest pixel."""
     factor = math.ceil(depth.bar(size[1]).width / size[1])
     shown = factor * size[1], factor * size[0]
     small = Image.fromarray(depth.values.astype(np.float32)).resize(shown, Image.Resampling.NEAREST)

@@ -24,7 +24,7 @@ class Cell:
     Attributes:
         value: the sort key of the column. NaN is unknown, and stays last.
         small: its spread, in small print after the text.
-        gap: the difference whose verdict follows it.
+        gap: the difference whose verdict is shown after the number.
         less: whether less is better, for the value and the gap.
         best: whether it is the best of its column.
     """

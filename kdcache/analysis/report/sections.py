@@ -135,7 +135,7 @@ def strongest_baseline(comparison: Comparison) -> Row | None:
 
 
 def lost_classes(teacher_row: Row, rival: Row) -> list[int]:
-    """Return the classes in which the teacher has the lower IoU, largest loss first. Rounding is no loss."""
+    """Return the classes in which the teacher's IoU is lower by more than 0.00 points, the largest loss first."""
     gaps = [theirs.mean - own.mean for own, theirs in zip(teacher_row.iou, rival.iou, strict=True)]
     lost = [place for place, gap in enumerate(gaps) if gap > 5e-5]
     return sorted(lost, key=lambda place: -gaps[place])

@@ -37,7 +37,7 @@ def summary(comparison: Comparison, device: str | None) -> Markup:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """Return a word, a sentence and its reservations on all rows that a teacher taught and that have a baseline.
+    """Return a word, a sentence and its reservations on all rows that learnt from a teacher and have a baseline.
 
     Controls, and rows of other losses on labels, count only if there are no such rows.
     """

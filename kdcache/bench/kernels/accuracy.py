@@ -63,7 +63,7 @@ class CheckSettings:
     every: int = 1
 
     def points(self) -> Iterator["Point"]:
-        """Yield all combinations, or those with a sum of positions on the axes that `every` divides."""
+        """Yield all combinations, or with `every` those whose sum of positions on the axes is a multiple of it."""
         grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
         for combination in itertools.product(*map(enumerate, grid)):
             positions, values = zip(*combination, strict=True)
@@ -164,7 +164,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
 
 
 def launch(point: Point, device: torch.device) -> None:
-    """Launch the kernels that a check of a point launches, without a look at their results."""
+    """Launch the kernels that a check of a point launches, without reading their results."""
     student, arguments = draw(point, device)
     _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)
 

@@ -37,7 +37,7 @@ ZOOM = (0.5, 2.0)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one case, or None if its kind has none.
+    """The tensors of one case. Those that its kind does not use are None.
 
     Attributes:
         student: (B, C, h, w), the leaf that receives the gradient.

@@ -81,7 +81,7 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
 
 
 def weigh(request: str) -> None:
-    """Warm a contestant up on a tiny shape, weigh one step, and print the peak last, in the fresh process."""
+    """Warm up a contestant on a tiny shape, measure the memory of one step, and print the peak as the last line."""
     words = json.loads(request)
     case = Case(**{**words["case"], "shape": Shape(**words["case"]["shape"])})
     name, impl, cpu = words["name"], words["impl"], torch.device("cpu")

@@ -74,7 +74,7 @@ def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
 
 
 def resolved(impl: str, device: torch.device) -> str:
-    """Return the implementation for "auto" on a device. Raises: ValueRangeError for one that it cannot run."""
+    """Return the implementation that `impl` names on a device. Raises: ValueRangeError if the device cannot run it."""
     return choose_implementation(impl, device, torch.float32, has_torch=True)
 
 

@@ -64,7 +64,7 @@ class Measured:
         time: forward and backward, launches included, between events on a GPU.
         graph: the same as a CUDA graph, without the host's time.
         host: the CPU's time to issue it to a GPU.
-        peak_mib: above the inputs.
+        peak_mib: peak memory above the inputs.
         floors: for ours, the fractions of the three floors.
         problem: why numbers are missing.
     """

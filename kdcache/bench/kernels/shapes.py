@@ -73,7 +73,7 @@ class Shape:
 
     @property
     def native(self) -> tuple[int, int]:
-        """(h, w) in pixels. 500 pixels at stride 8 are 63."""
+        """(h, w) of the logits: the size divided by the stride, rounded up."""
         return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
 
     @property

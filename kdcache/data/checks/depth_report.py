@@ -30,7 +30,7 @@ class DepthReport:
         pixels, known: pixels of all readable labels, and those with a depth above 0.
         least, most: metres, or None if none is known.
         edges, histogram: lower edges of the bins in metres (the last is open), and the known pixels in each.
-        impossible: sample -> why its depths cannot be metres: negative, all unknown, numbers of a file.
+        impossible: sample -> why its depths cannot be metres, for instance because they are negative or all unknown.
         beyond: sample -> pixels beyond `max_depth`, if one was given.
         mismatched: sample -> both sizes, if label and image differ in size.
         without_image: files without an image, or of an image that has another depth file already.

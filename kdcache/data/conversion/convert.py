@@ -57,7 +57,7 @@ class ConvertedSplit:
 
     Attributes:
         written, kept: images written now, and existing from before.
-        links: number of written images that are hard links, links, copies.
+        links: how many of the written images are hard links, symbolic links and copies.
         labels: the same for the labels written now. "file" counts labels that were drawn, mapped or decoded.
         dropped: sample or file -> why it was left out.
         one_class: the name of the only class in the labels written now, or None.

@@ -105,9 +105,9 @@ def read_unit(root: Path) -> DepthUnit:
 
 
 def read_disparity(path: Path) -> Depth:
-    """Return the depth of a Cityscapes disparity: baseline * fx / ((number - 1) / 256), by the sample's camera file.
+    """Return metres from a Cityscapes disparity: baseline * fx / ((number - 1) / 256), NaN for the numbers 0 and 1.
 
-    0 is unknown, and so is 1, a disparity of 0. Source: the README of cityscapesScripts.
+    The sample's camera file has baseline and fx. Source: the README of cityscapesScripts.
 
     Raises: DataError for a file that cannot be read, or a camera without baseline and fx.
     """

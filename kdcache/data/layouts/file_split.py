@@ -97,7 +97,7 @@ class LabelFile(FileSource[Values]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DrawnLabel(LabelFile[Pixels]):
-    """Class ids that are drawn from annotations. `file` is their file, which has those of other samples too."""
+    """Class ids that are drawn from annotations. Their `file` may also have annotations of other samples."""
 
     drawn: DrawnLabels
     sample: str
@@ -185,6 +185,6 @@ def saved_as_png(labels: Iterable[str]) -> str:
 
 
 def describe_some(names: list[str], most: int = 3) -> str:
-    """Return the first few names and the number of further ones."""
+    """Return the first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + rest

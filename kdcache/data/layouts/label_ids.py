@@ -25,7 +25,7 @@ class LabelIds:
         fix: what to do about other numbers.
         table: uint8 (256,), the class id of every number, or None if they are class ids already.
         colours: class ids of the colours in RGB labels. None fails on such labels.
-        check: raises DataError if the numbers in a file, bool (256,), contradict the file's name. It also gets the
+        check: raises DataError if the numbers that occur, bool (256,), contradict the file's name. It also gets the
             path.
     """
 

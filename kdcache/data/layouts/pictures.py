@@ -25,14 +25,14 @@ class Pictures:
         self._root, self._place = root, place
 
     def find(self, name: str, *folders: str) -> str | None:
-        """Return the path of an image below the root, or None if no file, or more than one, matches.
+        """Return the path, below the root, of the only image that a name fits, or None.
 
-        A backslash is a separator, unless a file has it in its name. The name is looked up below each folder, then as
-        the end of the path of a picture.
+        A backslash is a separator, unless a file has it in its name. The name may be a path below one of `folders`, or
+        the last parts of an image's path. If several images fit equally well, there is no result.
 
         Args:
-            name: the annotation file's name of the image.
-            folders: where it may begin, below the root.
+            name: the image's name in an annotation file.
+            folders: folders below the root. Default: the root.
         """
         plain = name if "\\" not in name else name.replace("\\", "/")
         tail = posixpath.basename(plain)

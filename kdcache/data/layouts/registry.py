@@ -59,7 +59,7 @@ def find_layout(data: str) -> LayoutRoot:
 
     Args:
         data: a folder, or LAYOUT:FOLDER. `,images=FOLDER` after it names a folder with other images.
-    Raises: DataError if a folder or the layout does not exist, or if none or several of them fit.
+    Raises: DataError if a folder or the layout does not exist, or if none or several layouts fit.
     """
     data, images = split_images(data)
     return _layout_of(data)._replace(images=images)

@@ -78,8 +78,8 @@ def scan_folders(
     """Pair the images below one folder with the labels below another, by their paths without suffix.
 
     `image_begin`, `image_end` and `label_end` are the beginning and the endings of names before the suffix. Other files
-    are ignored. A label's path with `image_end` for `label_end` is the id of its image. With `together` both lie in one
-    folder, in which files that end with `label_end` are labels.
+    are ignored. An image's id is its label's path with `image_end` instead of `label_end`. With `together` both lie in
+    one folder, in which files that end with `label_end` are labels.
     """
     scan = Scan({}, {}, label_ids, image_place, label_place, label_end=label_end)
     for sample, path in sorted(_files(root / image_place)):

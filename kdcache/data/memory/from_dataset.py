@@ -25,11 +25,11 @@ _READINGS = 5
 
 
 class Items:
-    """The items of a data set that the program holds, as arrays by their numbers there.
+    """The items of a data set in memory, read as arrays by their numbers.
 
     Args:
         items: the data set.
-        keys: where an item has its parts.
+        keys: where image and labels lie in an item.
         classes: names in the order of the ids.
         void: the number in labels that means no class.
 

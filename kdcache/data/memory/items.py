@@ -23,7 +23,7 @@ Key = str | int
 
 @dataclass(frozen=True)
 class Keys:
-    """Where an item has its parts: keys of a mapping, or places in a tuple, or None for missing parts."""
+    """Where image and labels lie in an item: keys of a mapping, or places in a tuple. None for missing ones."""
 
     image: Key
     label: Key | None

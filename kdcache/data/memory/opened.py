@@ -24,7 +24,7 @@ def is_memory(data: str) -> bool:
 
 
 def register(split: Split) -> None:
-    """Register a split under its `data` and name for `find`, as long as somebody else holds it."""
+    """Register a split for `find`, by its `data` and name. It stays registered while the program refers to it."""
     _OPENED[split.data, split.split] = split
 
 

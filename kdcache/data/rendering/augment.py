@@ -67,7 +67,7 @@ def draw_window(
     """Draw a window with a view's aspect ratio, and whether to flip.
 
     The scale s is uniform in `scale` (as in mmsegmentation). The window measures (H/s, W/s). Along an axis where it is
-    smaller than the view it lies uniformly inside the view, along another the view lies uniformly inside it.
+    smaller than the view, its place inside the view is uniform. Along the others, so is the view's place inside it.
 
     Args:
         rng: the only source of randomness.
@@ -103,12 +103,12 @@ def draw_view(
     Args:
         seed: the build's seed.
         sample: the sample's id.
-        view: drawn as in `draw_window`, each from its own generator. Without `share`, 0 is the whole image.
+        view: the view's number. It seeds the generator for `draw_window`. Without `share`, 0 is the whole image.
         image_size: (H, W) of the source, in whose pixels the window counts.
         scale: range of the zoom.
         flip: whether flips are drawn at all.
-        share: for crops, the part of the image's height and width that one shows at scale 1.
-        fitted: for whole images, their size in the view as a part of themselves (`fitted_share`).
+        share: for crops, the part of the image's height and width that a crop shows at scale 1.
+        fitted: for whole images, the size of a view at zoom 1, as a part of the image's size (`fitted_share`).
     Returns: the window, and whether the view is flipped after the resize.
     """
     if view == 0 and share is None:

@@ -37,7 +37,7 @@ def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that compiles a function for these argument types, and keeps the machine code on disk."""
+    """Return a decorator that compiles a function for given argument types, and keeps the machine code on disk."""
 
     def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
         try:

@@ -75,7 +75,7 @@ def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, flo
     Args:
         window: in pixels of the image, or of the view that the window is cut from.
         image_size: (H, W) of that image or view.
-        share: for crops, the part of the image's height and width that one shows at scale 1.
+        share: for crops, the part of the image's height and width that a crop shows at scale 1.
     """
     height, width = window.y1 - window.y0, window.x1 - window.x0
     return math.sqrt(image_size[0] * share[0] / height * image_size[1] * share[1] / width)

@@ -71,7 +71,7 @@ def middle_window(image_size: tuple[int, int], share: tuple[float, float]) -> Wi
 
 
 def squashed(image_size: tuple[int, int], size: tuple[int, int]) -> float:
-    """Return how much two shapes differ: 0 for equal ones, 0.05 for 5 % in either direction."""
+    """Return how much two aspect ratios differ: 0 if they are equal, 0.05 for 5 % in either direction."""
     ratio = image_size[0] * size[1] / (image_size[1] * size[0])
     return round(max(ratio, 1 / ratio) - 1, 9)  # so that 105 to 100 is 0.05
 

@@ -21,7 +21,7 @@ _Operation = Callable[[Image.Image, float], Image.Image]
 
 @dataclass(frozen=True)
 class RandAugment:
-    """A number of colour operations in turn, each drawn from nine, all of one magnitude.
+    """Colour operations that are applied in turn. Each is drawn from nine, and all have the same magnitude.
 
     Args:
         operations: their number, at least 1.

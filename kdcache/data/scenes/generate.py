@@ -134,7 +134,7 @@ class SceneArray(Source[Any]):
     place: int
 
     def read(self) -> Any:
-        """Return a copy of the drawn array, of a LiDAR's depth only the points that it hit."""
+        """Return a copy of the drawn array. LiDAR depth is NaN except at the points that the LiDAR hit."""
         array = SCENES.get(self.spec, self.split, self.number)[self.place].copy()
         if self.place == _DEPTH and self.spec.depth == "sparse" and self.split == "train":
             seed = [self.spec.seed, zlib.crc32(b"lidar"), self.number]

@@ -27,7 +27,8 @@ class Style:
         tile: side in pixels of the repeated texture of ground and leaves. 0 does not repeat.
         trees, vehicles, people, poles: their numbers, half-open.
         built: the part of the skyline that is built up.
-        horizon: its place, as a part of the height. road_half: the road's half-width at the lower edge, of the width.
+        horizon: its place, as a part of the height. road_half: half the road's width at the lower edge, as a part of
+            the image's.
         camera_height: metres above the ground.
         light, tint: brightness of the day, and of each channel. saturation: 1 leaves it.
         shade: the part of the light that is lost in the corners. blurs: how often the lens softens. noise: the sensor's

@@ -118,7 +118,7 @@ class Term(nn.Module):
         return cls(spec, setup)
 
     def labellers(self) -> tuple[str, ...]:
-        """Return who makes the pseudo labels of weak views that it reads."""
+        """Return the predictors (student, ema) whose pseudo labels of weak views it reads."""
         return ()
 
     def companions(self) -> "tuple[Term, ...]":
@@ -156,7 +156,7 @@ class Term(nn.Module):
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether it learns from a teacher, or labels in its place. False for a term on labels only."""
+        """Whether it learns from a teacher, or from labels instead of the teacher. False for a term on labels only."""
         return self.spec.reads_teacher
 
     @property
@@ -184,7 +184,7 @@ class Term(nn.Module):
         """Read the shapes of a batch for `describe`."""
 
     def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
-        """Record for `describe` how a student's map of another size than the teacher's is resized."""
+        """Record, for `describe`, how a student's map is resized to the teacher's size."""
         changes = [then] if then else []
         if grid_of(student) != grid_of(teacher):
             changes.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
@@ -237,7 +237,7 @@ class Term(nn.Module):
         )
 
     def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a map of the view as the student's image shows it, on equally many cells."""
+        """Return the part of a view's map (B, c, h, w) that the student's image shows, resized to the same (h, w)."""
         return sample_view(map_Bchw, batch.rows.window, batch.rows.flip, self.targets.view_size, dtype)
 
     def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:

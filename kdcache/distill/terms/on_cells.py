@@ -32,7 +32,7 @@ class OnCells(Term):
 def seen_on_cells(
     term: "OnCells | ChannelFeatures", batch: TermBatch, student_BCxx: Tensor, teacher_BChw: Tensor
 ) -> Seen:
-    """Place the student's and the teacher's maps over the student's image, on the teacher's cells, both over T.
+    """Place the student's and the teacher's maps over the student's image, on the teacher's cells, divided by T.
 
     Raises: ShapeError for maps of unequal channels.
     """

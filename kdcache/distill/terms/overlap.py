@@ -11,7 +11,7 @@ from kdcache_kernels.target_cells import resize
 class Overlap(Term):
     """A loss per image and class: mean over the classes in an image's label, then over labelled images.
 
-    Dice and Lovasz are no sums over pixels, so each image is computed separately, whatever the processes and
+    Dice and Lovasz are not sums over pixels, so each image is computed separately, whatever the processes and
     accumulated parts. Void pixels never count, and an image with only void does not count. Gates and masks of a
     teacher's terms do not apply.
     """

@@ -52,11 +52,11 @@ class TokenSimilarity(Term):
         self.note_resize(student, student.new_empty(self._grid, device="meta"))
 
     def grid(self, batch: TermBatch) -> tuple[int, int]:
-        """Return the teacher's (h, w), which 8-bit cosines do not show."""
+        """Return the teacher's (h, w), because cosines stored in 8 bits do not show it."""
         return self._grid
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over cells of the KL of similarities."""
+        """Return the mean over cells of KL(p_t || p_s), p from a cell's similarities to all cells of its image."""
         student_Bchw = wide(batch.student.features[self._student_tap])
         cells = self.cells(batch, self._grid, student_Bchw)
         student_Bnn = cosines(resize(student_Bchw, self._grid))
@@ -120,7 +120,7 @@ class Queue(Term):
         )
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over images of the KL of similarities to the ring."""
+        """Return the mean over images of KL(p_t || p_s), p from an image's similarities to the ring's summaries."""
         student_Bchw = wide(batch.student.features[self._student_tap])
         weight_Bhw = self.cells(batch, grid_of(student_Bchw), student_Bchw).weight
         pooled_Bc = divide((student_Bchw * weight_Bhw[:, None]).sum((2, 3)), weight_Bhw.sum((1, 2))[:, None])

@@ -36,7 +36,7 @@ class AuxiliarySpec:
     """The auxiliary head of a spec.
 
     Attributes:
-        tap: its tap, or None for the last stage of the network but one.
+        tap: its tap, or None for the network's second to last stage.
     """
 
     tap: str | None = None
@@ -92,7 +92,7 @@ class WithAuxiliary(WithHead):
 
     @property
     def training_heads(self) -> dict[str, HeadKind]:
-        """The auxiliary head, of the model's classes."""
+        """The auxiliary head, which has the model's classes."""
         return {AUXILIARY: CategoricalHead(self.num_classes)}
 
     @property

@@ -40,7 +40,7 @@ _SIMPLE = ("unet", "fpn")
 
 
 class SmpModel(SegmentationModel):
-    """Any of the library's models except DPT.
+    """Any model of segmentation_models_pytorch except DPT.
 
     Taps: `stage1`, `stage2`, ... are the encoder's features (of strides 2, 4, ...; a Mix Transformer has no stage1).
     `head` is the decoder's output, which the classifier reads. The library upsamples with align_corners.

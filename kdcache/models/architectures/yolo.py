@@ -66,7 +66,7 @@ class _About:
 
 
 class YoloModel(WrappedModel):
-    """A network of the package behind kdcache's interface, without its auxiliary head.
+    """An Ultralytics network as a kdcache model, without its auxiliary head.
 
     Its head gives the same output in training as in use: logits, or depth in metres with its calibration. Taps are the
     layers that other layers read. The head's taps are last.

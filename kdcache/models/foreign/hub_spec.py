@@ -31,7 +31,7 @@ class HubSpec:
 
     Attributes:
         place: a folder, a repository, or a name of timm.
-        task: its use, or None to derive it from its architecture.
+        task: what the network predicts, or None to derive it from the architecture.
         revision: the repository's revision. weights: a file of weights.
     """
 

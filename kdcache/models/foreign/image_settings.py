@@ -38,7 +38,7 @@ class ImageSettings:
 
 
 def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
-    """Read the settings of the processor in a model's folder, and notes on missing ones.
+    """Read the processor's settings in a model's folder. Return them with notes on missing settings.
 
     Raises: ModelError for a processor with steps other than scaling, normalising, resizing and padding.
     """

@@ -17,7 +17,7 @@ class Processor:
 
     Attributes:
         multiple: both sides are multiples of it, such as the patch of a transformer.
-        fixed_size: (H, W), if the network takes no other.
+        fixed_size: the only (H, W) that the network takes, or None.
         native_size: (H, W) of its training, if known.
         pads: whether its training images were padded to that size, so squashed images are new to it.
         channels: the order of colours that its first layer reads.

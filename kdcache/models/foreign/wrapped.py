@@ -156,7 +156,7 @@ class WrappedModel(SegmentationModel):
 
 
 def answer_as(model: nn.Module, stored: Mapping[str, Head], size: tuple[int, int]) -> None:
-    """Make a teacher answer as in an earlier cache: heads stored at the image's size keep their resize.
+    """Make a teacher answer as for an earlier cache. Heads that it stored at the image's size keep their last resize.
 
     `stored` has that cache's heads by name, and `size` is (H, W) of the teacher's images in it.
     """

@@ -60,7 +60,7 @@ class Place(ABC):
         """Yield the size of each file in bytes, or None if it is missing."""
 
     def exists(self, *keys: str) -> bool:
-        """Return whether any of these files is there."""
+        """Return whether any of the files `keys` exists."""
         return any(size is not None for size in self.sizes(keys))
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Place(ABC):
         return None
 
     def forget(self, key: str) -> bool:
-        """Drop the damaged local copy of a file. Return False if there is no copy, so the file itself is damaged."""
+        """Delete the damaged local copy of a file. Return False if there is no copy, so the file itself is damaged."""
         return False
 
     @abstractmethod
@@ -111,5 +111,5 @@ class Place(ABC):
         """Remove the remains of interrupted writes. Call it only while nobody writes."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Wait until no other process holds this lock. Places that create a cache in one request need no waiting."""
+        """Return a lock of the whole place, for a with block. Places that create a cache in one request need none."""
         return nullcontext()

@@ -181,7 +181,7 @@ class Folder(Place):
         return lock.release
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return the lock of the whole folder."""
+        """Return the lock of the whole folder, for a with block."""
         return Lock(self.folder)
 
     def tidy(self) -> None:

@@ -38,7 +38,8 @@ class Mirror:
 
     Args:
         base: the folder of `--cache-dir`.
-        most_bytes: the bytes of `--cache-bytes`. None is half of what is free on its disk, copies included.
+        most_bytes: the limit of all copies in bytes, `--cache-bytes`. None is half of what the disk would have
+            free without them.
     """
 
     base: Path

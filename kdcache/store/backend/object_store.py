@@ -197,7 +197,7 @@ class Bucket(Place):
         return sink.hexdigest(), _MD5.fullmatch(result.meta["e_tag"] or "")
 
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
-        """Return the content of an object after proving its bytes."""
+        """Return the content of an object after checking its bytes."""
         file = BytesIO()
         self._fetch(key, file, sha256, most)
         return file.getvalue()

@@ -113,11 +113,11 @@ def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) 
 
 
 class Loss:
-    """Accumulates what 8 bits lose of a tap, record by record.
+    """Accumulates the errors of a tap stored in 8 bits, record by record.
 
     Attributes:
         records: number of records added.
-        beyond: whether a value was outside float16's range, which the scales then cannot hold.
+        beyond: whether a value was outside the range of float16, in which the scales are stored.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class Loss:
 
 
 def measure(maps: Iterable[Array]) -> FeatureFidelity:
-    """Return what 8 bits lose of a tap, given the teacher's finite features (c, h, w) of some records."""
+    """Measure the errors of a tap stored in 8 bits, given the teacher's finite features (c, h, w) of some records."""
     loss = Loss()
     for map_chw in maps:
         loss.add(map_chw)

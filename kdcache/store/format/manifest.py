@@ -145,7 +145,7 @@ class Manifest(parts.Part):
         return last - first
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Describe what keeps `other` from continuing this build. Times, figures and repairs do not count."""
+        """Describe the differences that keep `other` from continuing this build, except times, figures and repairs."""
         differences = [f"teacher.{text}" for text in self.teacher.differences(other.teacher)]
         if self.depth != other.depth:
             differences.append(f"depth: {self.depth} against {other.depth}")

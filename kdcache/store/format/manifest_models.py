@@ -67,7 +67,7 @@ class DepthLabels(Part):
 
     Attributes:
         labelled: number of samples with a depth label.
-        zoom: how the zoom of drawn views changed the labels: no view is zoomed, labels are divided by it, or kept.
+        zoom: what a drawn view's zoom does to the labels: they are divided by it, or kept. Or no view is zoomed.
     """
 
     labelled: Count
@@ -105,7 +105,7 @@ class View(Part):
             `size` pixels out of the image at s times `image_size`.
         fit: how an image of another shape is fitted into `size` or `image_size`: squashed (the only way in the first
             caches), cropped, or padded with grey.
-        teacher_size: (H, W) of the same windows as the teacher saw them, if it was another size.
+        teacher_size: (H, W) at which the teacher saw the same windows, if it differs from `size`.
     """
 
     kind: Literal["full", "crop"] = "full"
@@ -263,7 +263,7 @@ class Fidelity(Part):
     """What storing loses on a few records: the stored target against the teacher's raw logits, at the view's size.
 
     Attributes:
-        kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel.
+        kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel, T = 1.
         argmax_agreement: share of pixels with the same best class.
     """
 

@@ -53,7 +53,7 @@ class ArraySpec:
 
     @property
     def record_bytes(self) -> int:
-        """The size of one record in memory, in bytes."""
+        """The size of a record of the array in memory, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 

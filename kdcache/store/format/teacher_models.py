@@ -93,9 +93,9 @@ class Fingerprint(Part):
 
     Attributes:
         members: models of an ensemble with averaged probabilities. `weights` is then the digest of all together.
-        folds: members predict instead of averaging: each predicted the samples of the fold that it had not seen.
+        folds: number of folds. Each member predicted the samples of the fold that it had not seen. None: they averaged.
         folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
-        trainings: of each member or of the one teacher, several if it learnt from several data sets. None stands for an
+        trainings: what each member or the one teacher learnt from, one entry per data set. None stands for an
             unknown one. Empty in caches from before it was recorded. Not part of the teacher's identity.
         parents: digests of the seals of the caches that its students learnt from, such as the previous round of
             self-training. Not part of the identity.

@@ -57,8 +57,8 @@ class RegressionAudit:
 
     Attributes:
         high: the end of the bins. Larger values are in the last bin.
-        predicted, labels: (JOINT_BINS,), pixels by value, of the teacher and of the labels.
-        joint: (JOINT_BINS, JOINT_BINS), labelled pixels by label and by prediction.
+        predicted, labels: (JOINT_BINS,), number of pixels by the teacher's value, and by the label's value.
+        joint: (JOINT_BINS, JOINT_BINS), number of labelled pixels by label and by prediction.
         ranges: errors by the label's distance.
         worst: images by rmse, the largest first.
     """

@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Whole:
-    """One record of a whole image, or the first crop of one.
+    """One record: a whole image, or the first crop of an image.
 
     Attributes:
         argmax: (H, W), the most likely class of every pixel. confidence: its probability at T = 1, float16.

@@ -22,7 +22,7 @@ class PseudoQuality:
 
     Attributes:
         kept: share of the pixels of each labelled class with a pseudo label. `total_kept`: of all labelled pixels.
-        precision: share of right ones among each class's pseudo labels. The total is `metrics.aacc`.
+        precision: share of each class's pseudo labels that is right. Over all classes it is `metrics.aacc`.
         metrics: IoU and accuracy over the pixels that have both.
     """
 

@@ -46,8 +46,8 @@ def gradient_errors(
 ) -> GradientErrors:
     """Measure every candidate k at T = 1, 2 and 4.
 
-    `logits` (C, h, w) of each record are dense, and `kept` classes of them are available to a smaller k. `size` is (H,
-    W) of the view in pixels. `align_corners` is of the head's resize.
+    `logits` (C, h, w) of each record are dense. The cache keeps `kept` classes, from which a smaller k chooses. `size`
+    is (H, W) of the view in pixels. `align_corners` belongs to the head's resize.
 
     Memory: O(C*H*W).
     """

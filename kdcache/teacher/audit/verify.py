@@ -39,7 +39,7 @@ class Agreement:
         kl: mean KL(teacher || stored) in nats at T = 1. largest_error: of any logit that affects a probability.
         values: largest error of each array (regressions, similarities, features in 8 bits or without a head), as a part
             of its largest magnitude in the record.
-        features: tap in 8 bits -> what is stored of it, compared with the teacher.
+        features: tap in 8 bits -> its stored features compared with the teacher's.
     """
 
     records: int

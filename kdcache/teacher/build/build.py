@@ -76,7 +76,7 @@ class BuildResult:
         records: records that the teacher predicted now. kept: records that were finished before.
         reused: records copied from an earlier cache. If there is a new tap, they also count as predicted.
         complete: False if other workers have still to finish their shards. The last one seals the cache.
-        repair: of damaged records that were predicted again with other versions than the rest.
+        repair: the manifest's note on damaged records that were predicted again with other versions, or None.
         damaged: unreadable records of the earlier cache, which were predicted again.
         out: the cache.
     """

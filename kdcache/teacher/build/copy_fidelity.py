@@ -12,7 +12,7 @@ _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of manti
 
 
 def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
-    """Return the fidelity of a copy into `codec` (None: the source's), or None if it is unknown.
+    """Return the fidelity of a copy into `codec`, or None if it is unknown. A `codec` of None is the source's.
 
     A copy with the same numbers, decoded or not, has the source's fidelity. A copy that rounds is measured against the
     source, if that keeps all classes and has lost almost nothing itself. Otherwise the sum of two losses is unknown.

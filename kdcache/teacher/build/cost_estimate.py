@@ -78,7 +78,7 @@ class Estimate:
     """The cost of a build, and of settings that differ in one choice.
 
     Attributes:
-        taught: records predicted for the estimate. seconds: of one record, with the chosen setting.
+        taught: number of records predicted for the estimate. seconds: seconds of one record, with the chosen setting.
         classes: how many classes the head of classes has, or 0.
         error: relative standard error of the bytes of a record, with the chosen setting.
     """

@@ -26,7 +26,7 @@ class DiskRate:
 
     Attributes:
         folder: where it was measured.
-        bytes: written and deleted again. seconds: the time of that.
+        bytes: how many were written and deleted again. seconds: how long that took.
         first, last: bytes per second of the first and of the last part.
     """
 

@@ -45,7 +45,7 @@ class RayEngine:
     Args:
         parts: a picklable function that is called on every node.
         actors: their number. None is as many as the cluster has room for.
-        num_gpus: GPUs of each actor, also a part of one.
+        num_gpus: GPUs of each actor. Fractions such as 0.5 share a GPU.
         address: the cluster's address, as in `kdcache.ray_cluster.cluster`.
     Raises: RecipeError without Ray, and for parts that cannot be pickled.
     """

@@ -179,7 +179,7 @@ def render_records(
 ) -> list[Rendered]:
     """Return views of one sample, which is read once.
 
-    `depth` says how depth labels are stored (None: not at all). `of_file` is as in `Split.content_digests`.
+    `depth` says how depth labels are stored. None stores none. `of_file` is as in `Split.content_digests`.
 
     Raises: DataError as `Split.image` and `Split.label`.
     """

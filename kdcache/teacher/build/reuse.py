@@ -49,7 +49,7 @@ class Reuse:
             old.ledger.check_lines()
 
     def find(self, item: Rendered, sample: str) -> int | None:
-        """Return the equal record of the earlier cache, and read it for `rows`, or None.
+        """Return the equal record of the earlier cache and read it for `rows`, or return None if there is none.
 
         `sample` is the item's sample id.
         """

@@ -53,7 +53,7 @@ class Trial:
         folder: where the cache is written.
 
     Attributes:
-        taught: number of predicted records. taps: those with known sizes.
+        taught: number of predicted records. taps: the taps whose sizes are known.
     """
 
     def __init__(self, probe: TeacherProbe, records: int, folder: Path, progress: Progress) -> None:

@@ -33,9 +33,9 @@ def load_teachers(
 ) -> Teacher:
     """Load one teacher, or several as one.
 
-    `weights` are of their probabilities (default: equal). `tta` averages predictions over renderings of every image.
+    `weights` weigh their probabilities (default: equal). `tta` averages predictions over renderings of every image.
     With `folds`, teacher i predicts the samples of fold i instead (see `check_cross_fit`), and `folds_by` is the
-    pattern of the sequences that folds keep together. Other arguments are as of `load_teacher`, for each teacher.
+    pattern of the sequences that folds keep together. Other arguments are as in `load_teacher`, for each teacher.
 
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """

@@ -46,8 +46,8 @@ class Teacher:
         notes: what a user should know, such as auxiliary heads that were left out.
         folds: number of folds that the members of an ensemble divide, or None if their probabilities are averaged.
         folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
-        trainings: of each member, or of the one model, on each of its streams, if it is a run that records them. Empty
-            if not looked up.
+        trainings: what each member or the one model learnt from, an entry per stream, if it is a run that records it.
+            Empty if not looked up.
         parents: seals of the caches that it learnt from, if it is a run that records them.
         fit: how images of another shape were fitted into `size` in its training.
     """
@@ -169,7 +169,7 @@ def load_teacher(
 
 @dataclass
 class _Loaded:
-    """A loaded model, with fields as of `Teacher`."""
+    """A loaded model, with fields as in `Teacher`."""
 
     model: SegmentationModel
     origin: str

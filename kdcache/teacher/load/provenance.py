@@ -12,8 +12,7 @@ from kdcache.store.format.teacher_models import Training
 def trainings_of(run: Run) -> tuple[Training | None, ...]:
     """Return the trainings of a run: on its data set, or on each of its streams.
 
-    None stands for unrecorded ones: of a run from a cache, and, after the streams that learn from caches, the trainings
-    of these caches' teachers.
+    None stands for what is not recorded, for instance what the teachers of the run's caches learnt from.
     """
     kind, _, digest = run.model.trained_on.partition(" ")
     try:  # a teacher needs no recipe: it is only not known then

@@ -63,7 +63,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         on_device: the targets, if a GPU keeps them. Samples then bring the number of their record instead.
         dice: number of random numbers in 0..1 that a sample brings, for draws on the batch's device (mix.py).
         weak: whether a sample also brings its pixels before the colour jitter.
-        mapped: the classes that its labels become, and the class of each number in them (256,) uint8, or None.
+        mapped: the classes after a class map, and the new id of each label value (256,) uint8. None without a map.
     """
 
     cache: Cache | None = None
@@ -159,11 +159,11 @@ class DrawnDataset(Dataset[Batch], ABC):
         return len(self.indices)
 
     def record(self, index: int, epoch: int) -> int:
-        """Return the number of the row, of the cache or of the data set, that a visit of a sample reads."""
+        """Return the number of the row that a visit of a sample reads, in the cache or the data set."""
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the segmentation labels of `labelled`, each once, at the data set's size (or as stored first views).
+        """Yield the segmentation label of each sample in `labelled`, in its own size or as the stored first view.
 
         Raises: KDCacheError for a label that cannot be read.
         """
@@ -257,7 +257,7 @@ class LabelledDataset(DrawnDataset):
 
     Args:
         part: which samples of the split. Default: all.
-        tasks, depth_zoom: as of `DrawnDataset`.
+        tasks, depth_zoom: as in `DrawnDataset`.
         labelled_only: whether samples without a label of any of the tasks are left out.
         fit: how images of another shape are fitted into `size`. A grey margin has no labels.
     """

@@ -42,8 +42,8 @@ class Items(Protocol):
 class Ring:
     """Iterates over the batches of some steps, in order.
 
-    A batch belongs to the caller until it takes the next one. Then its memory is drawn into again, on a GPU after the
-    work that the current stream has until then. The error of a sample comes instead of its batch.
+    A batch belongs to the caller until it takes the next one. Then new samples are drawn into its memory. On a GPU
+    this waits for the work that is queued until then. The error of a sample comes instead of its batch.
 
     Args:
         steps: draw numbers of each batch.

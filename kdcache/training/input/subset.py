@@ -32,7 +32,7 @@ class Part:
         samples, labels: a number, or below 1 a share. None is all. Labels may be 0.
         labels_from: a file with the ids of the samples with used labels, one a line, instead of a number.
         without: the fold that is left out.
-        held_out: share of the samples that judge the training and are left out of it. None is none.
+        held_out: share of the samples that judge the training and are left out of it. None holds out nothing.
         judging: takes the held-out samples instead of the others.
         views: replays the first `views` views of a cache. None is all.
     """
@@ -88,7 +88,7 @@ def held_out(ids: Sequence[str], share: float) -> list[bool]:
 
 
 def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
-    """Read the ids that a file lists, one a line. `ids` are the existing ones.
+    """Read the ids that a file lists, one a line. `ids` are the ids that exist.
 
     Raises: RecipeError for a file that cannot be read or lists nothing, and for unknown or repeated ids.
     """

@@ -16,8 +16,8 @@ from kdcache.training.run.folder import untrained_heads
 def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> SegmentationModel:
     """Build the model of a training with its initial weights.
 
-    Random weights are drawn from torch's global generator. `classes` is the data's number, `tasks` those that heads
-    learn.
+    Random weights are drawn from torch's global generator. `classes` is the data's number of classes,
+    and heads learn `tasks`.
 
     Raises: ModelError for weights that do not fit, for a model that these data cannot train, and for validation labels
         for a model without heads; RecipeError for a run without weights.

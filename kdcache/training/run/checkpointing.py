@@ -32,7 +32,7 @@ class Judge:
     """What chooses the best weights.
 
     Attributes:
-        prefix: what stands before its figures in logs. score: the figure that chooses. less: whether less is better.
+        prefix: the beginning of its names in logs. score: the figure that chooses. less: whether less is better.
     """
 
     prefix: str
@@ -45,7 +45,7 @@ class Judge:
         return -value if self.less else value
 
     def figure(self, value: float) -> dict[str, float]:
-        """Return the figure again from `value`, by its name in result.json."""
+        """Reverse `value`. Return the figure by its name in result.json."""
         return {f"best_{self.prefix}{self.score}": -value if self.less else value}
 
 
@@ -110,7 +110,7 @@ class RunState:
         self.now = Progress()
 
     def restore(self) -> dict[str, Tensor] | None:
-        """Continue from the checkpoint. Return this process's random state, or None if it has none of this rank.
+        """Continue from the checkpoint. Return this rank's random state, or None if it was not saved.
 
         Raises: ModelError if the checkpoint is of another model; RecipeError if it cannot be read.
         """

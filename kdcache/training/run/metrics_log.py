@@ -23,10 +23,10 @@ Score = TaskMetric | FeatureScore
 
 
 class Observer:
-    """Watches a training. Every method may be overridden. The command line's progress is an observer."""
+    """Receives the progress of a training. Override any of its methods. The command line's progress is an observer."""
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        """Take notice that training begins or resumes at `step`."""
+        """Handle the start of training, or its resume at `step`."""
 
     def note(self, text: str) -> None:
         """Receive a note about this run for its user."""
@@ -60,7 +60,7 @@ class Observer:
         """
 
     def ended(self, *, completed: bool) -> None:
-        """Take notice that the training ended: completed, or stopped by an error or by the user."""
+        """Handle the end of the training: completed, or stopped by an error or by the user."""
 
 
 def _of_all(name: str) -> Any:

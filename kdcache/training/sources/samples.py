@@ -100,7 +100,7 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
-    """Return the zoom range to draw. The default is no zoom for metric depth that must keep its meaning."""
+    """Return the zoom range to draw. The default is no zoom if depths in metres must keep their meaning."""
     still = config.compares_metres and config.augmentation.depth_zoom == "none"
     return config.augmentation.scale or ((1.0, 1.0) if still else Augmentation.scale)
 

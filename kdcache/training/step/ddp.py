@@ -60,7 +60,7 @@ class HostBatchNorm(_BatchNorm):
         """Accept any number of dimensions: the class it was converted from has its own check."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` (N, C, ...) with the statistics of all processes in training, else with running ones."""
+        """Normalise `x` (N, C, ...) by statistics over all processes, or in eval mode by running statistics."""
         if not self.training:
             return super().forward(x)
         channels, shape = x.shape[1], [1, -1, *[1] * (x.ndim - 2)]

@@ -71,7 +71,7 @@ class EagerStep:
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Take the same step, and also return the norms of each weighted term's and task's gradient."""
+        """Take a step, and return its losses and the norms of the gradients of all weighted terms and tasks."""
         inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))
         return self.learn(self.criterion(*inputs)), norms
@@ -100,7 +100,7 @@ class EagerStep:
         return losses
 
     def loss_inputs(self, batch: Streams, counts: tuple[Counts, ...] | None = None) -> LossInputs:
-        """Return the inputs of the loss: the model's outputs, and the batch that they are compared with.
+        """Return the inputs of the loss: the model's outputs, and the batch to compare them with.
 
         `counts` are the denominators of the larger batch that this is a part of, or None for a whole batch.
         """

@@ -16,9 +16,9 @@ class Norms(NamedTuple):
     """L2 norms of a step's gradients, and the weights of the tasks.
 
     Attributes:
-        terms: of each term of the loss, over all parameters.
-        tasks: of each of two tasks, over the parameters that both reach, or {} for a single task.
-        weights: of each task, in its balance.
+        terms: the norm of each loss term's gradient, over all parameters.
+        tasks: the norm of each of two tasks' gradients, over the parameters that both reach, or {} for a single task.
+        weights: the weight of each task, from the balance.
     """
 
     terms: dict[str, float]

@@ -33,7 +33,7 @@ class WeakView:
         impl: the implementation that finds the best classes.
 
     Attributes:
-        forwards: of the model, since this was made.
+        forwards: number of forward passes so far.
     """
 
     def __init__(

@@ -279,7 +279,7 @@ def decompressed(counts: str) -> list[int]:
     """Return the run lengths of COCO's compressed text, or [-1] for invalid text.
 
     Each character, from 48 on, has five bits and a sixth for continuation. From the fourth number on, a number is the
-    difference to the one two before. Source: rleFrString of the COCO API.
+    difference to the number two places before. Source: rleFrString of the COCO API.
     """
     runs, value, shift = list[int](), 0, 0
     for character in counts:

@@ -52,7 +52,7 @@ class Kaggle(Layout):
     pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has images with masks in one of these structures."""
+        """Return whether the folder has images with masks in a structure that Kaggle data sets use."""
         return bool(self._places(root))
 
     def splits(self, root: Path) -> list[str]:

@@ -58,7 +58,7 @@ class Item:
         file: its annotation file, below the data set's folder.
         shapes: in drawing order, or None for an image that nobody labelled.
         size: (H, W) in the export, or None.
-        folders: where the name may begin, below the data set's folder.
+        folders: folders below the data set's folder in which the image may lie.
         place: the only folder of images, which is not part of ids, or None for any folder.
     """
 

@@ -53,7 +53,7 @@ def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelI
 
 
 def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = False) -> Ends:
-    """Return the endings (without suffix) of images and labels that pair most of them, or ("", "").
+    """Return the name endings (before the suffix) of images and labels that pair most images with labels, or ("", "").
 
     With `together`, both lie in one folder, so the labels' names must have an ending.
     """

@@ -67,12 +67,12 @@ class Discriminator(nn.Sequential):
 class Adversarial(Term):
     """`adversarial`: how well the student's predictions on this stream imitate those on another one.
 
-    `loss=vanilla`: mean over patches of -log D(q); `least-squares`: of (D(q) - 1)^2. q are the student's probabilities
-    at the label's size. D says how much they look like those on the stream `against`. The student learns to deceive D.
-    In the same step and at the same weights, D learns to tell the two apart (`discrimination`). With `head=auxiliary`,
-    q are the probabilities of the auxiliary head: a second level of the network, with its own D.
+    With `loss=vanilla` it is the mean over patches of -log D(q), with `least-squares` of (D(q) - 1)^2. q are the
+    student's probabilities at the label's size. D says how much they look like those on the stream `against`. The
+    student learns to deceive D. In the same step and at the same weights, D learns to tell the two streams apart
+    (`discrimination`). With `head=auxiliary`, q are the auxiliary head's probabilities, judged by their own D.
 
-    Default weight 0.001, of least squares 0.01; of the auxiliary head a fifth of these (the authors' 0.0002).
+    Default weight 0.001, or 0.01 with least squares. On the auxiliary head it is a fifth (the authors' 0.0002).
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv
     1611.04076, which the authors' code has for one level only.
     """

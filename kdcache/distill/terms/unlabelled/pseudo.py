@@ -22,9 +22,9 @@ class Pseudo(Term):
 
     | normalise | labelled | divided by |
     | --- | --- | --- |
-    | `kept` | the confident pixels | the class weights of these |
+    | `kept` | the confident pixels | the class weights of the confident pixels |
     | `all` | the confident pixels | all counted pixels (FixMatch) |
-    | `share` | all counted pixels | all counted pixels, times the share of the confident ones (DACS, DAFormer) |
+    | `share` | all counted pixels | all counted pixels, times the share of confident pixels (DACS, DAFormer) |
 
     With `quantile` instead of a threshold, the confident pixels are the most confident share of each class: of the
     counted pixels of this process's batch that the teacher gives to the class. Equal confidences are kept or dropped
@@ -250,6 +250,6 @@ def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = Fals
 
 
 def labellers(criterion: nn.Module) -> tuple[str, ...]:
-    """Return who makes pseudo labels of weak views for a loss by a forward in every step: student, ema."""
+    """Return the predictors (student, ema) that label weak views for a loss in every step."""
     terms = (term for term in criterion.modules() if isinstance(term, Term) and term.weight > 0)
     return tuple(dict.fromkeys(by for term in terms for by in term.labellers()))
