@@ -21,7 +21,7 @@ _FIX = "Name a model that `kdcache models` lists, or restore the file from a cop
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Allow importing functions that runs and recipes name as models, in a with block. False changes nothing."""
+    """Allow code that files name or bring, such as a run's model function, in a with block. False changes nothing."""
     token = CODE_ALLOWED.set(trust or CODE_ALLOWED.get())
     try:
         yield

@@ -68,7 +68,7 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Return whether the root's zarr.json matches its spare and the seal, if these exist."""
+    """Return whether the root's zarr.json can be trusted: its spare is intact, or the seal does not contradict it."""
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)
     return read_spare(place) is not None or sealed in (None, hashlib.sha256(root).hexdigest())
