@@ -273,6 +273,14 @@ KEYS = [
 ]
 
 
+def test_a_ledger_in_another_order(store, forger) -> None:
+    """Every record is right, and stands in the place of another."""
+    first, second, *rest = (json.loads(path.read_bytes()) for path in sorted((store / "ledger").iterdir()))
+    forger.write_ledger(store, [second, first, *rest])
+    with pytest.raises(CorruptError, match="line 0 is of shard 1"):
+        open_cache(store).check_files()
+
+
 def test_a_ledger_leads_nowhere_else(store, forger) -> None:
     records = [json.loads((store / f"ledger/0000000{n}.json").read_bytes()) for n in range(3)]
     for key in KEYS:
