@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdcache.data import Augmentation, Window, colour_jitter, draw_window
+from kdcache.data import Augmentation, Window, colour_jitter, draw_window, inside_rectangle
 from kdcache.data.rendering.augment import LUMA
 
 
@@ -123,3 +123,10 @@ def test_augmentation_checks_its_values() -> None:
     for wrong in ({"scale": (0.0, 1.0)}, {"scale": (2.0, 1.0)}, {"jitter": -0.1}, {"jitter": 1.5}):
         with pytest.raises(ValueError, match="got"):
             Augmentation(**wrong)
+
+
+def test_a_flip_mirrors_where_a_view_shows_its_image() -> None:
+    """A window that begins left of the image shows it at the right, and mirrored at the left."""
+    plain, mirrored = inside_rectangle([[0, -10, 20, 10]] * 2, np.array([False, True]), [[20, 20]] * 2, (40, 40))
+    assert plain.tolist() == [0, 20, 40, 40]
+    assert mirrored.tolist() == [0, 0, 40, 20]
