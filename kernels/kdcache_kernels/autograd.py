@@ -28,10 +28,12 @@ _NEED_GRADIENT = _OTHERS.index(LOSS_ARGUMENTS.index("need_gradient"))
 
 
 def call_distill_loss(problem: LossProblem, family: str, *, traced: bool) -> LossParts:
-    """Compute a problem's loss and terms, all differentiable. Autocast has no effect: the kernels choose precision.
+    """Compute a problem's loss and terms, all differentiable. Autocast has no effect on the kernels' precision.
 
-    `traced` is from `library.is_traced`. The operator is for traced programs. Elsewhere it would cost more than a small
-    problem takes.
+    Args:
+        problem: the checked arguments.
+        family: "numba" or "triton".
+        traced: whether to call the registered operator, from `library.is_traced`. It slows small problems down.
     """
     if traced:
         kind = problem.student.device.type

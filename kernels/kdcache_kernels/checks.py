@@ -25,14 +25,14 @@ SHOWN = 8
 
 
 def debugging() -> bool:
-    """Return whether KDCACHE_DEBUG=1 is set, which also checks values on a device."""
+    """Return True if KDCACHE_DEBUG=1 is set, which checks values on every device."""
     return os.environ.get("KDCACHE_DEBUG", "0") not in ("", "0")
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Return whether a tensor's values may be read: free on the CPU, a wait elsewhere, impossible while tracing.
+    """Return True if checks may read a tensor's values: on the CPU, or on any device with KDCACHE_DEBUG=1.
 
-    It is also impossible under `torch.func`, where a tensor may stand for a batch.
+    Never read while PyTorch traces, or under `torch.func`, where a tensor may stand for a batch.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -40,7 +40,7 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether a value is a finite number, or a tensor with one."""
+    """Return True if a value is a finite number, or a tensor with one element that is finite."""
     try:
         return math.isfinite(value)
     except (TypeError, ValueError, RuntimeError):
@@ -48,7 +48,7 @@ def is_finite(value: Any) -> bool:
 
 
 def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
-    """Raise ValueRangeError for a value that is not a finite number, or negative, or not above zero if it must be."""
+    """Raise ValueRangeError unless a value is a finite number of at least 0, or with `above_zero` greater than 0."""
     if not is_finite(value) or value < 0 or (above_zero and value == 0):
         wanted = (
             "above 0. 1 leaves the distributions as they are." if above_zero else "from 0 on. 0 leaves its term out."
@@ -57,7 +57,7 @@ def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
 
 
 def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
-    """Raise ValueRangeError for a share outside [0, 1), a negative exponent, or both terms at once."""
+    """Raise ValueRangeError for a smoothing outside [0, 1), a negative gamma, or both of them above 0."""
     if not (is_finite(label_smoothing) and 0 <= label_smoothing < 1):
         raise ValueRangeError(
             f"Invalid label_smoothing: {label_smoothing!r}",
@@ -76,7 +76,7 @@ def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
 
 
 def check_ignore_index(ignore_index: int) -> None:
-    """Raise ValueRangeError for a value other than an integer, such as None."""
+    """Raise ValueRangeError unless the void id is an integer."""
     if not hasattr(ignore_index, "__index__"):
         raise ValueRangeError(
             f"Invalid ignore_index: {ignore_index!r}", fix="Pass an integer, such as -1 if no pixel is void."
@@ -91,7 +91,10 @@ def check_tensor(
     device: torch.device,
     fix: str,
 ) -> None:
-    """Raise ShapeError unless a tensor is dense with this shape, dtype (none: any real) and device. None passes."""
+    """Raise ShapeError unless a tensor is dense and has this shape, device and one of `dtypes`. None passes.
+
+    If `dtypes` is empty, every real dtype passes. `name` and `fix` (the step to take) are for the message.
+    """
     if tensor is None:
         return
     if (
@@ -121,7 +124,10 @@ def check_student(logits: Tensor) -> None:
 
 
 def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the label size (H, W) from the labels or from `size`, which must agree. Raises: ShapeError."""
+    """Return the label size (H, W) in pixels, from the labels or from `size`.
+
+    Raises: ShapeError if both are missing, or if they differ.
+    """
     if labels is not None and not (is_dense(labels) and labels.dim() == 3):
         raise misfit(
             "labels_BHW",
@@ -147,7 +153,7 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
 
 
 def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueRangeError for a class id that is neither below C nor `ignore_index`."""
+    """Raise ValueRangeError for a label that is neither in 0 to num_classes - 1 nor `ignore_index`."""
     if not may_read(labels):
         return
     wrong = (labels < 0) | (labels >= num_classes) if labels.dtype.is_signed else labels >= num_classes
@@ -162,7 +168,7 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
-    """Raise ShapeError for class weights that are not C floats."""
+    """Raise ShapeError unless class weights are (C,) floats on `device`. None passes."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     fix = "Pass one weight for each of the student's classes."
     check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, fix)
@@ -181,7 +187,7 @@ def check_class_weight_values(class_weight: Tensor | None) -> None:
 
 
 def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
-    """Raise ShapeError for windows that are not (B, 4) float64, or flips that are not (B,) bool."""
+    """Raise ShapeError unless windows are (B, 4) float64 and flips (B,) bool, on `device`. None passes."""
     fix = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
     check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, fix)
     check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
@@ -210,7 +216,7 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
 
 
 def check_packed_target(target: PackedTarget) -> None:
-    """Raise ShapeError for anything but a packed target, such as raw logits."""
+    """Raise ShapeError unless the target is a `PackedTarget`. The message for raw logits says how to pack them."""
     if not isinstance(target, PackedTarget):
         raise misfit(
             "target",
@@ -221,7 +227,7 @@ def check_packed_target(target: PackedTarget) -> None:
 
 
 def check_target(target: PackedTarget, num_classes: int, batch: int, device: torch.device) -> None:
-    """Raise ShapeError unless a target is packed and has these classes, this batch size and this device."""
+    """Raise ShapeError unless a target is packed and has `num_classes` classes, `batch` images and this device."""
     check_packed_target(target)
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
@@ -239,9 +245,11 @@ def check_target(target: PackedTarget, num_classes: int, batch: int, device: tor
 def check_scalar(
     name: str, value: Tensor | float | None, device: torch.device, example: str, *, optional: bool = False
 ) -> None:
-    """Check a number of at least 0, or a 0-dimensional tensor on the device, or an optional None.
+    """Check that a value is a finite number of at least 0, or a 0-dimensional tensor on `device`.
 
-    Raises: ShapeError, ValueRangeError.
+    With `optional`, None also passes. `name` and `example` are for the message.
+
+    Raises: ShapeError for a tensor, ValueRangeError for another value.
     """
     if isinstance(value, Tensor):
         check_tensor(name, value, (), (), device, f"Pass a 0-dimensional tensor, such as {example}.")
@@ -250,9 +258,9 @@ def check_scalar(
 
 
 def check_values(problem: LossProblem, *, ids: bool = True) -> None:
-    """Check readable values inside tensors that no kernel can use. Raises: ValueRangeError.
+    """Raise ValueRangeError for values inside tensors that the loss cannot use, if `may_read` allows reading them.
 
-    `ids` includes class ids of labels and targets, which some kernels check themselves.
+    With `ids`, check class ids of labels and targets also. The numba kernels check these themselves.
     """
     check_class_weight_values(problem.class_weight)
     if problem.use_ce and ids:
@@ -266,9 +274,9 @@ def check_values(problem: LossProblem, *, ids: bool = True) -> None:
 
 
 def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
-    """Raise for a loss that is not finite, with KDCACHE_DEBUG=1.
+    """With KDCACHE_DEBUG=1, raise for a loss that is not finite.
 
-    Raises: ValueRangeError with the position of the first value that made it so.
+    Raises: ValueRangeError with the position of the first value that caused it.
     """
     if not debugging() or not may_read(loss) or bool(loss.isfinite()):
         return

@@ -36,20 +36,20 @@ class KernelError(ValueError):
 
 
 class ShapeError(KernelError):
-    """A tensor has the wrong shape, dtype, layout or device."""
+    """Raised for a tensor with the wrong shape, dtype, layout or device."""
 
 
 class ValueRangeError(KernelError):
-    """A number, a class id or a name is outside its range."""
+    """Raised for a number, a class id or a name that is outside its range."""
 
 
 def misfit(name: str, value: Any, wanted: str, fix: str) -> ShapeError:
-    """Return the error for an argument that is not a tensor of the wanted shape and dtype."""
+    """Return the error for an argument that is not a tensor of the `wanted` shape and dtype."""
     return ShapeError(f"Invalid {name}: {describe(value)}, not {wanted}", fix=fix)
 
 
 def describe(value: Any) -> str:
-    """Return a tensor's shape, dtype, strides and (unless CPU) device as text, or the type of another value."""
+    """Return a tensor's shape, dtype, strides and device (unless CPU) as text, or the type's name of another value."""
     if not isinstance(value, Tensor):
         return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
     strides = f"strides {value.stride()}" if value.layout == torch.strided else str(value.layout)

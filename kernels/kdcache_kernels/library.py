@@ -41,7 +41,7 @@ PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 @cache
 def module_of(family: str, operation: str) -> Any:
-    """Return the module of a family that computes an operation: loss, counts, topk or argmax."""
+    """Return the module of a family ("numba", "triton", "torch") for "loss", "counts", "topk" or "argmax"."""
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
 
@@ -80,13 +80,13 @@ _ARGMAX_SCHEMA = f"(str family, {_TARGET_SCHEMA}, Tensor? window, Tensor? flip, 
 
 
 def is_traced(*tensors: Any) -> bool:
-    """Return True if somebody follows the operators of a call, so that it has to be made of operators.
+    """Return True if PyTorch records or transforms the operations of a call, so that it must use registered operators.
 
-    `torch.compile`, `torch.export`, `make_fx`, fake tensors and other modes of dispatch, `torch.func` and forward-mode
-    derivatives do. Else a family may be called directly, which saves 0.1 ms per call.
+    This is so under `torch.compile`, `torch.export`, `make_fx`, fake tensors and other dispatch modes, `torch.func` and
+    forward-mode derivatives. Otherwise a family can be called directly, which saves 0.1 ms per call.
 
     Args:
-        tensors: the tensors of the call. A tensor of a subclass may follow what is done with it.
+        tensors: the tensors of the call. A tensor of a subclass counts as recorded.
     """
     return (
         torch.compiler.is_compiling()
@@ -98,7 +98,7 @@ def is_traced(*tensors: Any) -> bool:
 
 
 def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
-    """Return a target's field values for the operators. Only the student gets a gradient."""
+    """Return the values of a target's fields in order, detached, or None for each field without a target."""
     if target is None:
         return _NO_TARGET
     values = [getattr(target, name) for name in _TARGET_TYPES]
@@ -106,7 +106,7 @@ def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
 
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
-    """Return a problem's values of `LOSS_ARGUMENTS`, in order, for the operator."""
+    """Return a problem's values for the operator, in the order of `LOSS_ARGUMENTS`."""
     return (*[getattr(problem, name) for name in _PROBLEM_TYPES], *target_arguments(problem.target))
 
 
@@ -116,7 +116,7 @@ def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
 
 
 def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
-    """Return the problem of `loss_arguments`."""
+    """Rebuild the problem from the arguments of an operator, the inverse of `loss_arguments`."""
     values = _with_tuples(arguments)
     fields = dict(zip(_PROBLEM_TYPES, values, strict=False))
     target = dict(zip(_TARGET_TYPES, values[len(fields) :], strict=True))
@@ -125,14 +125,14 @@ def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
 
 @torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)
 def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, ce, kl, gradient). See `LossProblem` and `LossResult`."""
+    """Compute (loss, ce, kl, gradient), see `LossResult`, from the family's name and `loss_arguments`."""
     # The values are checked within the operator: a compiled program does not run what stands around it.
     result = checked_loss(loss_problem(arguments), family)
     return result.loss, result.ce, result.kl, result.gradient
 
 
 def checked_loss(problem: LossProblem, family: str) -> LossResult:
-    """Check the values of a problem, and compute it by a family. Raises: ValueRangeError."""
+    """Check the values of a problem, then compute it with a family. Raises: ValueRangeError."""
     checks.check_values(problem, ids=family != "numba")
     result = computed(problem, family)
     if result.loss.device.type != "cpu" or not math.isfinite(result.loss.item()):
@@ -141,7 +141,7 @@ def checked_loss(problem: LossProblem, family: str) -> LossResult:
 
 
 def computed(problem: LossProblem, family: str) -> LossResult:
-    """Compute a problem by a family. With one class there is no gradient."""
+    """Compute a problem with a family. If there is only one class, set loss and gradient to exactly 0 (or NaN)."""
     result: LossResult = module_of(family, "loss").distill_loss(problem)
     if problem.student.shape[1] > 1:
         return result
@@ -162,12 +162,17 @@ def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("kdcache::distill_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
 def distill_gradient(family: str, *arguments: Any) -> Tensor:
-    """Return d loss / d student in its dtype, contiguous, and NaN everywhere if the loss is not finite."""
+    """Compute the gradient by the student in its dtype, contiguous. It is NaN everywhere if the loss is not finite.
+
+    Args:
+        family: "numba" or "triton".
+        arguments: the problem, as `loss_arguments` returns it.
+    """
     return direct_gradient(family, *arguments)
 
 
 def direct_gradient(family: str, *arguments: Any) -> Tensor:
-    """Compute the result of `distill_gradient` without the operator."""
+    """Compute the result of `distill_gradient` without calling the registered operator."""
     problem = loss_problem(arguments)
     result = computed(problem, family)
     return scaled(result.gradient, torch.ones_like(result.loss), result.loss, problem.student.dtype)
@@ -181,16 +186,16 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("kdcache::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` in `dtype`, NaN where the loss is not finite.
+    """Return gradient * factor in `dtype`, contiguous, or NaN everywhere if the loss is not finite.
 
-    It is multiplied in float32: a factor rounded to bfloat16 would bias it. The result is contiguous, whatever the
-    gradient is.
+    The product is computed in float32, because a factor rounded to bfloat16 would bias it. `factor` and `loss` are
+    0-dimensional.
     """
     return scaled(gradient, factor, loss, dtype)
 
 
 def scaled(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the result of `scale_gradient` without the operator."""
+    """Compute the result of `scale_gradient` without calling the registered operator."""
     if gradient.device.type != "cpu":
         result: Tensor = module_of("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return result
@@ -222,9 +227,10 @@ def denominators(
     flip: Tensor | None,
     anchor: Tensor,
 ) -> Tensor:
-    """Return the counts of CE and KL of `kdcache_kernels.distill_denominators`, (2,) float64, on `anchor`'s device.
+    """Compute `kdcache_kernels.distill_denominators`, (CE, KL) as (2,) float64, on the device of `anchor`.
 
-    `view_size` is the target's, or None without one. `anchor` has as many rows as the batch.
+    `family` is "numba" or "triton". `size` is (H, W) of the labels in pixels. `view_size` is (height, width) of the
+    target's view in pixels, or None without a target. `anchor` is a tensor with B rows.
     """
     view = None if view_size is None else tuple(view_size)
     counted = Counted(
@@ -242,9 +248,9 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())
 def pack(logits: Tensor, k: int, family: str) -> list[Tensor]:
-    """Return [values, indices, tail] of `kdcache_kernels.pack`, or only values for k = C.
+    """Return [values, indices, tail] of `kdcache_kernels.pack`, or [values] for k = C.
 
-    An operator may take None, but not return it.
+    A registered operator cannot return None.
     """
     return [part for part in module_of(family, "topk").pack(logits, k) if part is not None]
 
@@ -261,7 +267,7 @@ def _(logits: Tensor, k: int, family: str) -> list[Tensor]:
 
 @torch.library.custom_op("kdcache::densify", mutates_args=())
 def densify(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: str) -> Tensor:
-    """Return (B, C, h, w) float32 as `kdcache_kernels.densify` does for k < C."""
+    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify`, for k < C."""
     dense: Tensor = module_of(family, "topk").densify(values, indices, tail, num_classes)
     return dense
 
@@ -274,7 +280,12 @@ def _(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: s
 
 @torch.library.custom_op("kdcache::argmax_confidence", mutates_args=(), schema=_ARGMAX_SCHEMA)
 def argmax_confidence(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return (argmax, confidence) as `kdcache_kernels.target_argmax_confidence` does."""
+    """Return (argmax, confidence) of `kdcache_kernels.target_argmax_confidence`.
+
+    Args:
+        family: "numba" or "triton".
+        arguments: the target's fields, window, flip and size (H, W), in order.
+    """
     *fields, window, flip, size = _with_tuples(arguments)
     ids, confidence = module_of(family, "argmax").argmax_confidence(PackedTarget(*fields), size, window, flip)
     return ids, confidence

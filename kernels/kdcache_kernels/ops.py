@@ -44,7 +44,7 @@ INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVIC
 
 
 class ReferenceWarning(UserWarning):
-    """`impl="auto"` computes with the reference, for a reason that the message gives."""
+    """Warn that `impl="auto"` computes with the slow reference, for the reason in the message."""
 
 
 def distill_loss(
@@ -218,11 +218,12 @@ def distill_denominators(
     If each part's `distill_loss` gets the sums over all parts of a batch, the parts' losses add up to the loss of the
     whole batch. (DistributedDataParallel averages gradients: multiply the loss by the number of ranks.)
 
-    Args: as in `distill_loss`; num_classes is the student's. One of labels_BHW and target is needed.
-    Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target. A class id out of range does not
+    The arguments are as in `distill_loss`. `num_classes` is the student's. Pass labels_BHW, target or both.
+
+    Returns: (ce, kl), 0-dimensional float64 on the device, 0 without labels or target. A class id out of range does not
         count.
     Raises: ShapeError, ValueRangeError naming the argument.
-    Memory: fused, nothing of label size; the reference several times the labels in int64.
+    Memory: nothing of label size. The reference needs several times the labels in int64.
     """
     size = checks.check_size(labels_BHW, size)
     if target is not None:
@@ -366,8 +367,9 @@ def densify(
 def constant(value: float, device: torch.device, *, traced: bool) -> Tensor:
     """Return a number as a 0-dimensional float64 tensor on a device. Do not write to it.
 
-    The first values are cached, as filling one element costs more than a small kernel, but not when `traced`. A cached
-    tensor is for the stream that filled it, and for CUDA graphs: a capture begins when all streams are done.
+    Unless `traced`, the tensors of the first values are cached, because filling one costs more than a small kernel. A
+    cached tensor is valid on the stream that filled it, and in CUDA graphs, because a capture starts when all streams
+    are done.
     """
     if traced:
         return torch.full((), value, dtype=torch.float64, device=device)
@@ -390,9 +392,10 @@ def choose_implementation(
 ) -> str:
     """Return "triton", "numba", "torch" or "reference" for tensors of this device and dtype.
 
-    `has_torch`: the operation is in the family torch, else the reference computes it. `arguments`: the named tensor.
+    With "auto", `impl` is the fused family of the device, or the reference with a warning. Without `has_torch`, "torch"
+    selects the reference. `arguments` are tensors to name in an error message.
 
-    Raises: ValueRangeError for an implementation that does not exist or cannot take them.
+    Raises: ValueRangeError for an unknown implementation, or for tensors that it cannot take.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueRangeError(f"Unknown impl {impl!r}", fix=f"Choose one of {', '.join(IMPLEMENTATIONS)}.")

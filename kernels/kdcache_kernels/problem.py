@@ -65,21 +65,24 @@ class LossProblem:
 
     @property
     def use_kl(self) -> bool:
-        """Whether KL is computed."""
+        """Return True if KL is computed, which needs a target."""
         return self.target is not None
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """The dtype of the gradient that a family returns. An averaged gradient in float16 would flush to 0."""
+        """Return the dtype of a family's gradient: bfloat16 for a bfloat16 student, else float32.
+
+        It is never float16, in which small gradients would become 0.
+        """
         return gradient_dtype(self.student)
 
 
 class Counted(NamedTuple):
-    """The labels and the geometry of a batch to count denominators for.
+    """The labels and the geometry of a batch whose denominators are to be counted.
 
     Attributes:
         labels, class_weight, num_classes, ignore_index, distill_void, size, window, flip: as in `LossProblem`.
-        view_size: of the target, or None without one.
+        view_size: (height, width) of the target's view in pixels, or None without a target.
         batch: B.
     """
 
@@ -96,17 +99,17 @@ class Counted(NamedTuple):
 
 
 def gradient_dtype(student: Tensor) -> torch.dtype:
-    """Return the dtype of the gradient that a family returns for these logits."""
+    """Return the dtype of a family's gradient: bfloat16 for a bfloat16 student, else float32."""
     return torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
 
 
 class LossResult(NamedTuple):
-    """The result of a family.
+    """The loss, its terms and its gradient, as a family computes them.
 
     Attributes:
-        loss, ce, kl: 0-dimensional float32, or NaN if a counted pixel is lost.
-        gradient: (B, C, h, w) contiguous in `gradient_dtype`, d loss / d student, meaningless where the loss is NaN;
-            (0,) without `need_gradient`.
+        loss, ce, kl: 0-dimensional float32, or NaN if a counted pixel depends on an unusable logit.
+        gradient: (B, C, h, w) contiguous in `gradient_dtype`, the gradient of the loss by the student. It is
+            meaningless if the loss is NaN, and (0,) without `need_gradient`.
     """
 
     loss: Tensor

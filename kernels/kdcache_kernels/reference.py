@@ -36,7 +36,7 @@ class LossParts(NamedTuple):
     0.0
 
     Attributes:
-        loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on.
+        loss: ce_weight * ce + kl_weight * kl. Call `backward` on it.
         ce: cross-entropy with the labels, nats per pixel.
         kl: T^2 * KL(teacher || student) at temperature T, nats per pixel.
     """
@@ -67,7 +67,7 @@ class Denominators(NamedTuple):
 def distill_loss_reference(problem: LossProblem) -> LossParts:
     """Compute `kdcache_kernels.distill_loss` from checked arguments.
 
-    It computes in float32 also under autocast, and in float64 for float64 logits. A class id out of range makes CE NaN.
+    Compute in float32 even under autocast, and in float64 for float64 logits. A class id out of range makes CE NaN.
     """
     logits_BChw, labels_BHW, target = problem.student, problem.labels, problem.target
     size, temperature = problem.size, problem.temperature
@@ -98,10 +98,10 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
 
 
 class NanReachesAll(torch.autograd.Function):
-    """The loss, with a gradient that is NaN at every logit if the loss is not finite.
+    """Return the loss unchanged, and make its gradient NaN at every logit if the loss is not finite.
 
-    Autograd itself leaves 0 at logits that were taken out, and in images without counted pixels: an optimiser would
-    continue with half a gradient.
+    Autograd alone gives 0 at logits that were replaced and in images without counted pixels. An optimiser would then
+    continue with a partial gradient.
     """
 
     generate_vmap_rule = True
@@ -113,14 +113,14 @@ class NanReachesAll(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Keep the loss, and the shape and dtype of the logits."""
+        """Save the loss, and the shape and dtype of the logits, for the backward."""
         loss, logits_BChw = inputs
         ctx.save_for_backward(loss)
         ctx.shape, ctx.dtype = logits_BChw.shape, logits_BChw.dtype
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of the loss, and NaN (or 0) for every logit."""
+        """Return the gradient by the loss, and for the logits NaN if the loss is not finite, else 0."""
         (loss,) = ctx.saved_tensors
         return gradients[0], (0 * loss.detach()).to(ctx.dtype).expand(ctx.shape)
 
@@ -244,7 +244,10 @@ def _kl_divergence(
 def argmax_confidence_reference(
     target: PackedTarget, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.target_argmax_confidence` in O(C*H*W), one image at a time."""
+    """Compute `kdcache_kernels.target_argmax_confidence` with PyTorch operations.
+
+    Memory: O(C*H*W), because it computes one image at a time.
+    """
     shape = (target.batch_size, *size)
     argmax_BHW = torch.empty(shape, dtype=argmax_dtype(target.num_classes), device=target.device)
     confidence_BHW = torch.empty(shape, dtype=torch.float16, device=target.device)
@@ -269,7 +272,7 @@ def kl_pixels(
     flip_B: Tensor | None,
     distill_void: bool,
 ) -> tuple[Tensor, ViewPositions]:
-    """Return the (B, H, W) bool pixels that the KL term counts, and where they lie in the target's view."""
+    """Return the (B, H, W) bool mask of pixels that KL counts, and the pixels' positions in the target's view."""
     positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)
     counted_BHW = positions.inside().expand(target.batch_size, *size)
     if not distill_void and labels_BHW is not None:
@@ -278,7 +281,7 @@ def kl_pixels(
 
 
 def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:
-    """Return the sum of the class weights of the labelled pixels, or without weights their number, 0-dimensional."""
+    """Return the sum of the labelled pixels' class weights, or their number without class weights, 0-dimensional."""
     counted_BHW = (labels_BHW != ignore_index) & (labels_BHW >= 0) & (labels_BHW < num_classes)
     if class_weight is None:
         return counted_BHW.sum()
@@ -287,7 +290,7 @@ def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index:
 
 
 def divide(total: Tensor, denominator: Tensor, spoilt: Tensor) -> Tensor:
-    """Return total / denominator, anything / 0 being 0, or NaN in value and gradient when spoilt."""
+    """Return total / denominator, or 0 if the denominator is 0. If `spoilt` is True, value and gradient are NaN."""
     divisor = denominator.to(torch.float64)
     scale = divisor.reciprocal().masked_fill(divisor == 0, 0).masked_fill(spoilt, torch.nan)
     return total * scale.to(total.dtype)

@@ -24,11 +24,12 @@ from .window import resample as resample_eagerly
 
 
 class Cells(NamedTuple):
-    """How much every cell of a grid counts, 0 to 1.
+    """How much every cell of a grid counts and weighs in a mean over cells.
 
     Attributes:
-        counted: (B, h, w) share of the cell's pixels that count, the denominator of a mean over cells.
-        weight: the same, with every pixel times its gate.
+        counted: (B, h, w), 0 to 1, the share of the cell's area whose pixels count. Its sum is the denominator of the
+            mean.
+        weight: (B, h, w), the same share with every pixel multiplied by its gate.
     """
 
     counted: Tensor
@@ -47,11 +48,18 @@ def lay_cells(
     grid: Size,
     like: Tensor,
 ) -> Cells:
-    """Count the pixels of an image's cells.
+    """Compute how much each of the h x w cells that tile the student's image counts and weighs.
 
-    `window_B4`, `flip_B` and `view_size` are as in `kdcache_kernels.distill_loss`. `pixel_weight_BHW` is a gate (None:
-    1). `counted_BHW`, bool, are the pixels that count inside the view (None: all). `size` is (H, W) of the student's
-    image, and `grid` (h, w). `like` has the device and dtype of the result.
+    Args:
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
+        flip_B: (B,) bool, whether to mirror the window left to right, or None.
+        pixel_weight_BHW: gate of every pixel, or None for ones.
+        counted_BHW: bool, the pixels of the view that count, or None for all of them.
+        batch_size: B.
+        view_size: (height, width) of the view in pixels.
+        size: (H, W) of the student's image in pixels.
+        grid: (h, w), the number of cells.
+        like: a tensor with the device and dtype of the result.
     """
     counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
     if counted_BHW is not None:
@@ -65,7 +73,7 @@ def lay_cells(
 
 
 def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
-    """Return (B, c, h, w): the mean of a map over the area of each of h x w cells that tile it."""
+    """Return the mean of a map over the area of each of h x w cells that tile it, (B, c, h, w). `grid` is (h, w)."""
     pixels = map_BcHW.shape[2:]
     return resample(map_BcHW, *(area_matrix(n, of, map_BcHW)[None] for n, of in zip(grid, pixels, strict=True)))
 
@@ -73,7 +81,10 @@ def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
 def sample_view(
     map_Bchw: Tensor, window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, dtype: torch.dtype
 ) -> Tensor:
-    """Sample a map of the view at the centres of the window's cells, (B, c, h, w), without a gradient."""
+    """Interpolate a map of the view at the centres of the window's cells, (B, c, h, w) in `dtype`, without gradient.
+
+    The window has as many cells as the map. `window_B4`, `flip_B` and `view_size` are as in `lay_cells`.
+    """
     grid = (map_Bchw.shape[2], map_Bchw.shape[3])
     positions = view_positions(window_B4, flip_B, view_size, grid, map_Bchw.device)
     view_Bchw = map_Bchw.detach().to(dtype)
@@ -81,7 +92,7 @@ def sample_view(
 
 
 def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
-    """Resize a student's map bilinearly to (h, w) = `grid`, with gradient, in float32 or float64."""
+    """Resize a student's map bilinearly to `grid` = (h, w), differentiably, in float32 or float64."""
     own = (map_Bchw.shape[2], map_Bchw.shape[3])
     if own == grid:
         return map_Bchw
@@ -91,10 +102,10 @@ def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
 
 
 def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-    """Return `rows @ map @ columns^T`, (B, c, H, W), as `kdcache_kernels.window.resample` does.
+    """Return `rows @ map @ columns^T`, (B, c, H, W), like `kdcache_kernels.window.resample`.
 
-    Its change of the precision of products cannot be traced: a compiled program multiplies with the precision of its
-    process, which is also float32 by torch's default.
+    A compiled program multiplies with the precision set for the process (float32 by default), because the change of
+    precision cannot be traced.
     """
     if torch.compiler.is_compiling():
         return torch.einsum("bcij,bhi,bwj->bchw", map_Bchw, rows_BHh, columns_BWw)

@@ -44,7 +44,7 @@ class PackedTarget:
         tail: (B, h, w) float16, log-odds of the mass outside the top k, or None if k = C.
         num_classes: C.
         view_size: (H, W), pixels of the view that the h x w target pixels cover.
-        align_corners: of the final resize of the teacher's head.
+        align_corners: whether the final resize of the teacher's head aligns corners.
     Raises: ShapeError, ValueRangeError naming the attribute.
     """
 
@@ -63,17 +63,17 @@ class PackedTarget:
 
     @property
     def k(self) -> int:
-        """Classes kept per target pixel."""
+        """Return the number of kept classes per target pixel."""
         return self.values.shape[1]
 
     @property
     def batch_size(self) -> int:
-        """Records in the batch."""
+        """Return B, the number of images."""
         return self.values.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """The device of the tensors."""
+        """Return the device of the tensors."""
         return self.values.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTarget":
@@ -87,12 +87,12 @@ class PackedTarget:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def densify(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return (B, C, h, w) logits. See `kdcache_kernels.densify`."""
+        """Return (B, C, h, w) logits of every class in `dtype`, see `kdcache_kernels.densify`."""
         return densify(self.values, self.indices, self.tail, self.num_classes, dtype)
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` by the reference, on any device, and float64 in float64."""
+    """Compute `kdcache_kernels.pack` with PyTorch operations, on any device, in float64 for float64 logits."""
     check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
     logits_BChw = logits_BChw.detach().to(compute_dtype(logits_BChw.dtype))
@@ -115,7 +115,7 @@ def densify(
     num_classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute `kdcache_kernels.densify` by the reference, on any device, in any dtype."""
+    """Compute `kdcache_kernels.densify` with PyTorch operations, on any device, in any dtype."""
     check_packed(values, indices, tail, num_classes)
     values = values.to(dtype)
     if indices is None or tail is None:
@@ -134,34 +134,34 @@ def densify(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, float32 for every narrower float."""
+    """Return the dtype to compute in: float64 for float64, float32 for every narrower float."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def index_dtype(num_classes: int) -> torch.dtype:
-    """Return the dtype of stored class ids."""
+    """Return the dtype of stored class ids: uint8 for up to 256 classes, else uint16."""
     return torch.uint8 if num_classes <= 256 else torch.uint16
 
 
 def argmax_dtype(num_classes: int) -> torch.dtype:
-    """Return a dtype for class ids that supports comparison, unlike uint16."""
+    """Return the smallest of uint8, int16 and int32 that holds the class ids. uint16 does not support comparison."""
     if num_classes <= 256:
         return torch.uint8
     return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
 def is_dense(value: Any) -> bool:
-    """Return whether a value is a strided tensor with every element stored, as all kernels need."""
+    """Return True if a value is a strided tensor that stores every element, as all kernels need."""
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def is_logits(value: Any) -> bool:
-    """Return whether a value is a dense tensor of floats with four axes."""
+    """Return True if a value is a dense tensor of floats with four axes."""
     return is_dense(value) and value.dim() == 4 and value.is_floating_point()
 
 
 def check_logits(logits_BChw: Tensor, k: int) -> None:
-    """Raise ShapeError for logits that are not (B, C, h, w) floats, ValueRangeError for k outside 1 to C."""
+    """Raise ShapeError for logits that are not (B, C, h, w) floats, and ValueRangeError for a k outside 1 to C."""
     if not is_logits(logits_BChw):
         raise misfit("logits_BChw", logits_BChw, FLOATS_BCHW, "Pass the raw output of one head, before any softmax.")
     check_device("logits_BChw", logits_BChw)
@@ -175,7 +175,7 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
 
 
 def check_view_size(view_size: tuple[int, int]) -> None:
-    """Raise ValueRangeError for a size that is not a pair of pixel counts."""
+    """Raise ValueRangeError unless a size is a pair of pixel counts."""
     if not hasattr(view_size, "__len__") or len(view_size) != 2 or min(view_size) < 1:
         raise ValueRangeError(
             f"Invalid view_size: {view_size!r}",
@@ -184,7 +184,7 @@ def check_view_size(view_size: tuple[int, int]) -> None:
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Raise ShapeError for a tensor on a device without float64, which every implementation needs."""
+    """Raise ShapeError for a tensor on a device without float64, such as MPS. Every implementation needs float64."""
     if tensor.device.type in NO_FLOAT64:
         raise ShapeError(
             f"Invalid {name}: {describe(tensor)}, a device without float64",
@@ -193,7 +193,7 @@ def check_device(name: str, tensor: Tensor) -> None:
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
-    """Check shapes, dtypes and devices, never values, so nothing waits for a device. Raises: ShapeError."""
+    """Raise ShapeError for wrong shapes, dtypes or devices of a packed target. Values are not read."""
     if not is_logits(values):
         raise misfit("values", values, FLOATS_BCHW, "Pass the values that kdcache_kernels.pack returned.")
     check_device("values", values)
@@ -246,7 +246,7 @@ def _check_part(
 
 
 def check_ids(ids: Tensor, num_classes: int) -> None:
-    """Raise ValueRangeError for class ids of num_classes or more. Waits for the device."""
+    """Raise ValueRangeError for class ids of `num_classes` or more. This waits for the device."""
     ids = ids.long()  # uint16 has no comparisons
     if ids.numel() and int(ids.max()) >= num_classes:
         wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]

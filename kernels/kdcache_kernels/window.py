@@ -19,13 +19,13 @@ Size = tuple[int, int]
 
 
 class ViewPositions(NamedTuple):
-    """The positions of the output pixels' centres in a view.
+    """Where the centres of the label pixels lie in a view.
 
     Attributes:
-        y, x: (B, H) and (B, W) float64 edge coordinates, in pixels of the view. The centre of its first pixel is at
-            0.5.
+        y, x: (B, H) and (B, W) float64 positions in pixels of the view, with 0 at its edge: the centre of its first
+            pixel is at 0.5.
         view_size: (height, width) of the view in pixels.
-        is_whole_view: whether it is the whole view, unflipped, judged by the arguments and not by their values.
+        is_whole_view: True if neither a window nor a flip was given, whatever their values.
     """
 
     y: Tensor
@@ -34,17 +34,14 @@ class ViewPositions(NamedTuple):
     is_whole_view: bool
 
     def inside(self) -> Tensor:
-        """Return the mask (B, H, W) of pixels in the view or on its edges.
-
-        It is written as 'not outside', so a NaN window counts and shows in the loss.
-        """
+        """Return the mask (B, H, W) of pixels that lie in the view or on its edges. A NaN position counts as inside."""
         height, width = self.view_size
         outside_y_BH = (self.y < 0) | (self.y > height)
         outside_x_BW = (self.x < 0) | (self.x > width)
         return ~(outside_y_BH[:, :, None] | outside_x_BW[:, None, :])
 
     def hat_matrices(self, grid: Size, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return (B, H, h) and (B, W, w): the resampling of a grid of h x w cells that covers the view."""
+        """Return the bilinear weights (B, H, h) and (B, W, w) that resample `grid` = (h, w) cells of the view."""
         return (
             hat_matrix(self.y, self.view_size[0], grid[0], align_corners, dtype),
             hat_matrix(self.x, self.view_size[1], grid[1], align_corners, dtype),
@@ -54,16 +51,16 @@ class ViewPositions(NamedTuple):
 def view_positions(
     window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, size: Size, device: torch.device
 ) -> ViewPositions:
-    """Return the positions in the view of every row and column of a label-sized image.
+    """Return where the rows and columns of an image lie in the view.
 
     Args:
-        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges in pixels of the view; None is the whole
-            view.
-        flip_B: (B,) bool; column j of the image is column W - 1 - j of the window. None flips nothing.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) of what the image shows, in pixels of the view. None is the
+            whole view.
+        flip_B: (B,) bool. If True, column j of the image is column W - 1 - j of the window. None flips nothing.
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the image in pixels.
         device: the device of the positions.
-    Returns: positions with a batch axis of B, or of 1 when neither a window nor a flip is given.
+    Returns: positions with a batch axis of B, or of 1 without a window and a flip.
     """
     H, W = size
     # Divided in this order, not multiplied by a ratio: at H == height the centres come out exact.
@@ -83,13 +80,20 @@ def view_positions(
 
 
 def window_misses_view(window_B4: Tensor, view_size: Size) -> Tensor:
-    """Return (B,) bool: the windows that show no part of a view of `view_size` (height, width) pixels."""
+    """Return (B,) bool, whether a window shows no part of a view of `view_size` (height, width) pixels."""
     y0_B, x0_B, y1_B, x1_B = window_B4.unbind(-1)
     return (y0_B >= view_size[0]) | (x0_B >= view_size[1]) | (y1_B <= 0) | (x1_B <= 0)
 
 
 def source_cells(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool) -> Tensor:
-    """Convert positions in pixels of the view to cells of an axis. Arguments are as in `hat_matrix`."""
+    """Convert positions in pixels of the view to cells of an axis, where an integer is a cell's centre.
+
+    Args:
+        position_BN: float64, in pixels of the view.
+        n_view: pixels of the view along this axis.
+        n_in: cells that cover the view along this axis.
+        align_corners: whether the centres of the first and last pixel lie on the centres of the first and last cell.
+    """
     if not align_corners:
         return position_BN * n_in / n_view - 0.5
     if n_view == 1:
@@ -98,17 +102,16 @@ def source_cells(position_BN: Tensor, n_view: int, n_in: int, align_corners: boo
 
 
 def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """Return the (B, N, n) bilinear weights of positions on one axis of a view.
+    """Return the (B, N, n) bilinear weights of n cells at N positions, along one axis of a view.
 
     Args:
-        position_BN: float64 edge coordinates in pixels of the view.
+        position_BN: float64, in pixels of the view, with 0 at its edge.
         n_view: pixels of the view along this axis.
-        n_in: cells that cover the view along this axis.
-        align_corners: as in `torch.nn.functional.interpolate`: whether the centres of the first and last
-            pixel fall on the centres of the first and last cell, or the outer edges fall on the outer edges.
-        dtype: dtype of the result; the arithmetic before it is float64.
-    Returns: rows that sum to 1 with at most two entries that are not 0; beyond the last centre the edge
-        repeats.
+        n_in: n, the cells that cover the view along this axis.
+        align_corners: as in `torch.nn.functional.interpolate`: whether the centres of the first and last pixel lie on
+            the centres of the first and last cell. Otherwise outer edges lie on outer edges.
+        dtype: dtype of the result. The positions are computed in float64 before.
+    Returns: rows that sum to 1, with at most two nonzero entries. Beyond the last centre the edge repeats.
     """
     source_BN = source_cells(position_BN, n_view, n_in, align_corners)
     cell_n = torch.arange(n_in, dtype=torch.float64, device=position_BN.device)
@@ -117,7 +120,7 @@ def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool,
 
 
 def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """Return the share of each cell that each pixel has along an axis, (cells, pixels), with rows that sum to 1.
+    """Return the share of each cell that each pixel fills along an axis, (cells, pixels), with rows that sum to 1.
 
     Cells and pixels cover the same length, in any ratio. `like` has the device and dtype of the result. The arithmetic
     is float64.
@@ -182,9 +185,9 @@ def _contract(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Forbid TF32 and bfloat16 in float32 matrix products, which keep 10 and 7 bits of a logit, in a with block.
+    """Use full float32 precision for matrix products in a with block, instead of TF32 (10 bits) or bfloat16 (7 bits).
 
-    The settings belong to the process, so they are restored at once, and not changed if they are right already.
+    The settings belong to the process. They are restored at the end, and not touched if they are right already.
     """
     mkldnn: Any = torch.backends.mkldnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)

@@ -91,7 +91,15 @@ def _sum_exponentials(block, largest, total):
 
 @exact_kernel
 def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
-    """Compute the label rows `first` to `last`. logits (B, C, h, w), lost (B, h, w)."""
+    """Compute the class and its probability in the label rows `first` to `last`, numbered image by image.
+
+    Shapes and units:
+        logits: (B, C, h, w) float32 of the target, with 0 at lost pixels.
+        lost: (B, h, w) bool, whether a class of the target pixel is NaN or too large to use.
+        rows, columns: taps of the label rows and columns in the target.
+        width: label columns of a block.
+        argmax, confidence: (B, H, W) results.
+    """
     _, num_classes, _, w = logits.shape
     H, W = argmax.shape[1:]
     blend, block = np.empty((num_classes, w), np.float32), np.empty((num_classes, width), np.float32)
@@ -123,9 +131,9 @@ def argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confid
 def argmax_confidence(
     target: PackedTarget, size: tuple[int, int], window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.target_argmax_confidence`, bitwise equal for any number of threads.
+    """Compute `kdcache_kernels.target_argmax_confidence` on the CPU, bitwise equal for any number of threads.
 
-    For a NaN window the confidence is NaN. Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.
+    A NaN window gives a confidence of NaN. Memory: the result in int32 and float32, and 4 * B*C*h*w bytes.
     """
     logits_BChw = densify(target.values, target.indices, target.tail, target.num_classes)
     B, num_classes, h, w = logits_BChw.shape

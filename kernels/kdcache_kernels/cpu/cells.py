@@ -193,18 +193,26 @@ def cells(
     first, last, student, target, ids, weight, gate, spread, starts, fractions, target_rows, target_fractions,
     form, temperature, factors, class_weight, gamma, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
-    """Do the cell rows `first` to `last`, numbered image by image.
+    """Compute the loss and its gradient in the cell rows `first` to `last`, numbered image by image.
+
+    Cell row i holds the label rows between the logit rows i and i + 1. Nodes are places on a logit row, four label
+    pixels apart. P = 4 phases: phase p holds pixel p between every two nodes.
 
     Shapes and units:
-        student, target: (B, h, tiles, C, n) base-2 logits at T on the nodes, at most 0.
-        ids, weight, gate, spread: (B, H, tiles, P, n), as `prepare.count_pixels` makes them; spread may be empty.
-        starts: (h + 1,) the first label row of each cell row. fractions: (H,) the weight of the row below.
-        target_rows, target_fractions: (Bt, H) row of the target and weight of the next; Bt = B or 1.
-        form: ONE, SQUARE or TWO. temperature: for TWO.
-        factors: what CE and KL of a pixel weigh in the gradient, in nats.
-        class_weight: (C,), read where labels are smoothed. gamma: of the focal loss, or 0.
-        upper, lower: (B, h, tiles, C, n) results: gradient of cell row i by the nodes of row i and of row i + 1.
-        losses: (B, h, 2) results: sums of CE and KL in bits.
+        student, target: (B, h, tiles, C, n) logits on the nodes times log2(e) / T, minus their maximum, so at most 0.
+        ids, weight, gate: (B, H, tiles, P, n) class ids and weights in CE and in KL, from `prepare.count_pixels`.
+        spread: the same shape, each class's share of a smoothed label, or empty without label smoothing.
+        starts: (h + 1,) the first label row of each cell row.
+        fractions: (H,) weight of the lower logit row in each label row.
+        target_rows, target_fractions: (Bt, H) upper row of the target and weight of its next row. Bt is B or 1.
+        form: how to get exponentials at T = 1: ONE (equal to those at T), SQUARE (their squares) or TWO (compute both).
+        temperature: T.
+        factors: (weight of CE / its denominator, weight of KL * T / its denominator), gradient in nats.
+        class_weight: (C,) float32, read with label smoothing.
+        gamma: exponent of the focal loss, or 0.
+        use_kl, need_gradient: what to compute besides CE.
+        upper, lower: (B, h, tiles, C, n) results, gradient by the nodes of logit row i and of row i + 1.
+        losses: (B, h, 2) results, sums of weighted CE and KL in bits.
     """
     _, h, tiles, C, n = student.shape
     ht = target.shape[1]

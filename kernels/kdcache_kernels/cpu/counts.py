@@ -14,9 +14,17 @@ _f = np.float32
 
 @kernel
 def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside_x, use_kl, skip_void, counts):
-    """Count the label rows `first` to `last`, numbered image by image. Arguments are as of `prepare.count_pixels`.
+    """Count the denominators of CE and KL in the label rows `first` to `last`, numbered image by image.
 
-    `counts`: (B, H, 2) float64 results: sum of the class weights, pixels that KL counts.
+    Shapes and units:
+        labels: (B, H, W) of any integers, or (B, 0, 0) without labels.
+        ignore_index: the label of void pixels, which CE does not count.
+        class_weight: (C,) float32.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the target's view. Bt is B, or 1 if all
+            images are equal.
+        use_kl: whether to count for KL.
+        skip_void: whether KL leaves out void pixels.
+        counts: (B, H, 2) float64 results: sum of the class weights of labelled pixels, number of pixels that KL counts.
     """
     H, W = inside_y.shape[1], inside_x.shape[1]
     has_labels = labels.shape[1] > 0
@@ -35,7 +43,7 @@ def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute `kdcache_kernels.distill_denominators`, (2,) float64."""
+    """Compute `kdcache_kernels.distill_denominators` on the CPU and return (CE, KL) on `device`, (2,) float64."""
     H, W = counted.size
     view = counted.size if counted.view_size is None else counted.view_size
     shown = view_positions(counted.window, counted.flip, (view[0], view[1]), (H, W), device)

@@ -33,39 +33,55 @@ SCRATCH_FLOATS = 96 * 1024
 
 
 class Taps(NamedTuple):
-    """The two cells that a position lies between: index of the first (uint32), weight of the next (float32)."""
+    """The two cells that a position on an axis lies between: position = (1 - fraction) * low + fraction * (low + 1).
+
+    Attributes:
+        low: uint32, index of the first cell.
+        fraction: float32 in [0, 1], weight of the next cell.
+    """
 
     low: Array
     fraction: Array
 
     @classmethod
     def of(cls, source: Array, n_in: int) -> "Taps":
-        """Make taps of positions in cells. The outermost cells repeat beyond their centres. NaN has NaN weight."""
+        """Return the taps of positions `source`, in cells of an axis with `n_in` cells.
+
+        Positions before the first or after the last cell's centre are moved to that centre. A NaN position has weight
+        NaN.
+        """
         clamped = np.clip(source, 0, n_in - 1)
         low = np.floor(clamped)
         index = np.nan_to_num(low).astype(np.uint32)
         return cls(index, (clamped - low).astype(np.float32))
 
     def reaches(self, marked_hw: Array, axis: int) -> Array:
-        """Spread marks from the cells of an axis to the positions that they affect with a weight above 0."""
+        """Return which positions read a marked cell with a weight above 0.
+
+        `marked_hw` is a bool array of cells. `axis` is the axis of the cells, which becomes the axis of the positions.
+        """
         following = self.low + (self.fraction > 0)
         spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)
         return spread
 
 
 class Plan(NamedTuple):
-    """All positions that one call needs. Taps of the target and insides have a leading Bt.
+    """All positions that one call of the loss needs. See the module for tiles, phases and the two layouts.
+
+    The taps of the target and the masks have a leading axis Bt, which is B, or 1 if all images are equal.
 
     Attributes:
-        student_rows, student_columns, target_rows, target_columns: of single label pixels.
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool.
+        student_rows, student_columns, target_rows, target_columns: where each label row or column lies in the logits.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether label rows and columns lie in the target's view.
         first_target_rows: (Bt, H) int64, the indices of `target_rows`.
         starts: (h + 1,) int64, the first label row of each cell row.
-        phases, tiles, pitch, offset, n: column of pixel k of a tile and phase p:
-            phases * (tile * pitch + k) + p - offset, for k < pitch.
-        student_nodes, target_nodes: (Bt, tiles, n) in cells; for pixels, the cells themselves and one more.
-        student_runs, target_runs: (Bt, tiles, 2) int64, nodes that are consecutive cells.
-        columns: (tiles, n) and (Bt, tiles, n) index and fraction of pixels, or None for cells.
+        phases, tiles, pitch, offset, n: pixel k < pitch of a tile and phase p (n places each) is label column
+            phases * (tile * pitch + k) + p - offset.
+        student_nodes, target_nodes: (Bt, tiles, n) where each node lies in a row of logits. In the layout by pixels,
+            nodes are the logit pixels and one more.
+        student_runs, target_runs: (Bt, tiles, 2) int64, first and end of the nodes that are neighbouring logit pixels.
+        columns: index and fraction of each label column in the student's nodes, (tiles, n), and in the target's, (Bt,
+            tiles, n), for the layout by pixels. None for the layout by cells.
     """
 
     student_rows: Taps
@@ -89,7 +105,15 @@ class Plan(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Sizes that determine positions. Hashable."""
+    """The sizes that determine all positions of a problem without a window or flip. Hashable, as a key of a cache.
+
+    Attributes:
+        classes: C.
+        size: (H, W) of the labels.
+        student, target: (rows, columns) of the student's and the target's logits.
+        align_corners, target_align_corners: whether each resize aligns corners.
+        view_size: (height, width) of the target's view in pixels.
+    """
 
     classes: int
     size: Size
@@ -101,7 +125,13 @@ class Geometry(NamedTuple):
 
 
 def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -> Iterator[Plan]:
-    """Yield the ways to lay out the columns, the fastest first."""
+    """Yield the plans that suit a problem, the fastest first: by cells if possible, then by pixels.
+
+    Args:
+        geometry: the sizes of the problem.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
+        flip_B: (B,) bool, whether to mirror left to right, or None.
+    """
     for for_cells in (True, False):
         if window_B4 is None and flip_B is None:
             plan = plan_of_whole_view(geometry, for_cells)
@@ -113,7 +143,7 @@ def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -
 
 @lru_cache(maxsize=32)
 def plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
-    """Return the plan of a problem without windows, computed once."""
+    """Return the cached plan of a problem without window and flip, or None if it does not suit the layout by cells."""
     return _plan(geometry, for_cells, None, None)
 
 

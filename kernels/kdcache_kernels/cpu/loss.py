@@ -62,11 +62,11 @@ class _Pixels(NamedTuple):
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute `kdcache_kernels.distill_loss` and its gradient.
+    """Compute the loss, its terms and its gradient of a checked problem on the CPU.
 
     Raises: ValueRangeError for class ids out of range, also in top-k targets.
-    Memory: the low-resolution logits four times in float32 (the student's and the target's, and the gradient of the
-        student's in three parts), 12 bytes per label pixel, and per thread 400 KiB.
+    Memory: the student's and the target's logits and the student's gradient in two halves and in whole, all in float32
+        at low resolution, 12 bytes per label pixel, and 400 KiB per thread.
     """
     student_BChw = _floats(problem.student)
     if student_BChw.shape[0] == 0 or not (problem.use_ce or problem.use_kl):

@@ -40,9 +40,10 @@ _SOURCES = digest_of("cpu/**/*.py", "topk.py")
 
 
 class KernelCache(FunctionCache):
-    """numba's cache on disk, valid until any source changes. Entries that cannot be read or written are compiled again.
+    """numba's cache of machine code on disk, discarded when any source of this package changes.
 
-    numba itself watches only the file of the function, and would keep old copies of the functions that it calls.
+    Kernels are compiled again if the cache cannot be read or written. (numba itself would watch only the kernel's own
+    file, and keep old copies of the functions that it calls.)
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -50,7 +51,7 @@ class KernelCache(FunctionCache):
         self._cache_file._source_stamp = _SOURCES
 
     def load_overload(self, sig, target_context):
-        """Load machine code, or return None for a damaged file."""
+        """Load a compiled kernel from disk, or return None if its file is missing or damaged."""
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # pickle raises anything over a damaged file
@@ -59,7 +60,7 @@ class KernelCache(FunctionCache):
             return None
 
     def save_overload(self, sig, data):
-        """Save machine code, if the disk has room."""
+        """Save a compiled kernel to disk. Do nothing if the disk is full."""
         with suppress(OSError):  # a full disk
             super().save_overload(sig, data)
 
@@ -75,7 +76,7 @@ def _compiling() -> Iterator[None]:
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile by numba's njit, also under NUMBA_DISABLE_JIT, because Python cannot run the intrinsics."""
+    """Compile with numba's njit, even if NUMBA_DISABLE_JIT is set, because Python cannot run the intrinsics."""
 
     @_compiling()
     def dispatched(function: Callable[..., Any]) -> Any:
@@ -87,9 +88,9 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Any:
-    """Compile a kernel, and keep the machine code on disk if there is a writable place.
+    """Compile a kernel, and keep its machine code on disk if there is a writable place.
 
-    CPU kernels are cached only in this way. Functions that they call are compiled into them.
+    Only kernels are cached on disk. The functions that they call are compiled into them.
     """
     dispatcher = njit(**options)(function)
     with suppress(RuntimeError):  # a read-only install and an unwritable home
@@ -138,7 +139,7 @@ _mantissa = _on_bits(
 
 @njit(**OPTIONS)
 def exp2(x):
-    """Return 2**x for x < 127.5, to 1e-7 relative, and exactly 0 below -127."""
+    """Return 2**x for x < 127.5, with a relative error of 1e-7, and exactly 0 for x < -127."""
     x = max(x, _LOWEST)
     shifted = x + _SHIFT
     d = x - (shifted - _SHIFT)
@@ -147,7 +148,7 @@ def exp2(x):
 
 @njit(**OPTIONS)
 def log2(x):
-    """Return the logarithm of a normal float above 0, to 2e-7 relative, also near 1."""
+    """Return the base-2 logarithm of a normal float above 0, with a relative error of 2e-7, even near 1."""
     m = _mantissa(x) - _f(1)
     p = ((((((_L8 * m + _L7) * m + _L6) * m + _L5) * m + _L4) * m + _L3) * m + _L2) * m + _L1
     return _exponent(x) + m * (m * p + _L0)
@@ -155,7 +156,7 @@ def log2(x):
 
 @njit(**SUMS)
 def total(x, start, n):
-    """Return the float64 sum of n elements. LLVM fixes its order when it compiles."""
+    """Return the float64 sum of n elements of x from `start` on, in an order that LLVM fixes when it compiles."""
     part = x[start : start + n]
     result = 0.0
     for k in range(n):

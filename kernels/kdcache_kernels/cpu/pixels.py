@@ -123,15 +123,18 @@ def pixels(
     first, last, student, target, ids, weight, gate, spread, taps, starts, fractions, target_rows, target_fractions,
     form, temperature, factors, class_weight, gamma, wide, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
-    """Do the cell rows `first` to `last`, numbered image by image.
+    """Compute the loss and its gradient in the cell rows `first` to `last`, numbered image by image.
+
+    Cell row i holds the label rows between the logit rows i and i + 1. The arguments not listed are as in
+    `cells.cells`.
 
     Shapes and units:
-        student, target: (B, h, 1, C, w + 1) base-2 logits at T; the last column repeats.
-        ids, weight, gate, spread: (B, H, tiles, 1, n), as `prepare.count_pixels` makes them; spread may be empty.
-        taps: index (tiles, n) of the cell to the left of a column and fraction of the next, of student columns; the
-            same with a leading Bt of target columns. Bt is B or 1.
-        wide: whether the logits span so much that a pixel's maximum must be subtracted.
-        The others are those of `cells.cells`.
+        student, target: (B, h, 1, C, w + 1) logits times log2(e) / T, minus their maximum. The last column repeats.
+        ids, weight, gate: (B, H, tiles, 1, n) class ids and weights in CE and in KL, from `prepare.count_pixels`.
+        spread: the same shape, each class's share of a smoothed label, or empty without label smoothing.
+        taps: (index, fraction, index, fraction): the logit pixel to the left of each label column and the weight of the
+            next one, (tiles, n) in the student and (Bt, tiles, n) in the target. Bt is B, or 1 if all images are equal.
+        wide: whether to subtract each pixel's maximum, because its logits span so much that exponentials would vanish.
     """
     _, h, _, C, _ = student.shape
     ht = target.shape[1]

@@ -14,17 +14,21 @@ _f = np.float32
 
 @kernel
 def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lost, ranges):
-    """Centre, scale and clean rows of logits, and resample them to nodes.
+    """Normalise the logit rows `first` to `last`, numbered image by image, and resample each to its nodes.
+
+    A node is a place on a logit row where the loss kernels need a value. A logit pixel is lost if a class exceeds
+    `limit` in magnitude or is NaN: all its classes become 0.
 
     Shapes and units:
         logits: (B, C, h, w) float32.
-        scale: of the result.
-        limit: a logit pixel with a class beyond it (or NaN) is lost: all its classes become 0.
-        index, fraction: (Bt, tiles, n) left cell of a node and weight of the next one; Bt is B or 1.
-        runs: (Bt, tiles, 2) first and end of the nodes that are cells, one after the other.
-        nodes: (B, h, tiles, C, n) result: scale * (logit - maximum over classes).
+        scale: factor of the result, log2(e) / T.
+        limit: the largest magnitude of a usable logit.
+        index, fraction: (Bt, tiles, n) logit pixel to the left of each node, and the weight of the next pixel. Bt is B,
+            or 1 if all images are equal.
+        runs: (Bt, tiles, 2) first node and end of a run of nodes that are neighbouring logit pixels, which is copied.
+        nodes: (B, h, tiles, C, n) float32 result, scale * (logit - maximum over classes), at most 0.
         lost: (B, h, w) bool result.
-        ranges: (B, h) result, the largest maximum - minimum over classes; -1 minus it where a pixel of the row is lost.
+        ranges: (B, h) result, the largest (maximum - minimum over classes) of a row, or -1 minus it if a pixel is lost.
     """
     _, C, h, w = logits.shape
     _, _, tiles, _, n = nodes.shape
@@ -69,10 +73,15 @@ def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lo
 
 @kernel
 def from_nodes(first, last, upper, lower, index, fraction, gradient):
-    """Apply the transpose of `to_nodes` to the rows of a gradient, after adding its two halves.
+    """Carry a gradient from the nodes back to the logits, in the logit rows `first` to `last`, numbered image by image.
 
-    `upper`, `lower`: (B, h, tiles, C, n) from the loss kernels. `index`, `fraction`: (tiles, n). `gradient`: (B, C, h,
-    w) result.
+    This is the transpose of the resampling of `to_nodes`. Row i gets upper[i] + lower[i - 1].
+
+    Shapes and units:
+        upper, lower: (B, h, tiles, C, n) gradient that the pixels between the logit rows i and i + 1 give row i (upper)
+            and row i + 1 (lower).
+        index, fraction: (tiles, n) logit pixel to the left of each node, and the weight of the next pixel.
+        gradient: (B, C, h, w) result.
     """
     _, h, tiles, C, n = upper.shape
     w = gradient.shape[3]
@@ -98,20 +107,26 @@ def count_pixels(
     first, last, labels, ignore_index, class_weight, label_weight, share, pixel_weight, inside_y, inside_x,
     use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, spread, counts,
 ):  # fmt: skip
-    """Write the weight of each label pixel in each term, tile by tile and phase by phase.
+    """Write every label pixel's class and its weights in CE and KL, for the label rows `first` to `last`.
 
-    Pixel k of a tile and phase p is column P * (tile * pitch + k) + p - offset, if there is one and k < pitch.
+    Rows are numbered image by image. Results are stored tile by tile, in P phases of n pixels: pixel k of a tile and
+    phase p is column P * (tile * pitch + k) + p - offset. Places with k >= pitch or without a column get 0.
 
     Shapes and units:
-        labels: (B, H, W) of any integers, or with H = 0 no labels.
+        labels: (B, H, W) of any integers, or (B, 0, 0) without labels.
+        ignore_index: the label of void pixels, which CE does not count.
         class_weight: (C,) float32.
-        label_weight, pixel_weight: of CE and of KL, (B, H, W) float32, or with H = 0 ones.
-        share: of a label, which is spread over all classes.
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool; Bt is B or 1.
-        skip_void: whether void pixels do not count in KL.
-        ids, weight, gate: (B, H, tiles, P, n) results: class id, weight of CE, weight of KL, or 0 if not counted.
-        spread: the same, a class's part of the share times the weight of the pixel; of no element without a share.
-        counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, ids out of range.
+        label_weight, pixel_weight: (B, H, W) float32 weights of pixels in CE and in KL, or (B, 0, 0) for ones.
+        share: the part of a label that label smoothing distributes over all classes, in [0, 1).
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the target's view. Bt is B, or 1 if all
+            images are equal.
+        use_ce, use_kl: which terms to count.
+        skip_void: whether KL leaves out void pixels.
+        ids: (B, H, tiles, P, n) result, class ids, 0 if CE does not count the pixel.
+        weight: the same shape, result: class weight * (1 - share) * label weight, or 0 if CE does not count the pixel.
+        gate: the same shape, result: pixel weight, or 0 if KL does not count the pixel.
+        spread: the same shape, result: share / C * label weight, or 0. Empty without label smoothing.
+        counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, class ids out of range.
     """
     _, H, tiles, P, n = ids.shape
     C, W = class_weight.size, inside_x.shape[1]

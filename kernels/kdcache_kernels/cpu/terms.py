@@ -26,16 +26,20 @@ def any_counts(weight_Pn):
 def pixel_terms(
     n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
 ):
-    """Compute the losses of a row of pixels, and the factors of its gradient, from sums over classes.
+    """Add the losses of a row of pixels to `loss`, and compute the factors of their gradient, from sums over classes.
+
+    The gradient by a class's logit is slope_1 * e_1 + slope_T * e_T - slope_v * v, minus hot for the label's class. e_1
+    and e_T are the student's exponentials at T = 1 and at T, and v is the target's at T.
 
     Shapes and units:
-        sum_1, sum_T, sum_v: sums of the exponentials of the student at T = 1 and at T, and of the target at T.
-        cross: sum of target exponential * (target - student), base-2 logits at T.
-        own: base-2 logarithm of the exponential at T = 1 of the pixel's label.
-        weight_Pn, gate_Pn: factors of CE and KL, or 0 if a pixel is not counted.
-        slope_1, slope_T, slope_v, hot: results; the gradient by a student logit is
-            slope_1 * exponential at 1 + slope_T * exponential at T - slope_v * target's exponential [- hot].
-        loss: (2 * 4 * TILE,) float64, CE and KL in bits, to which is added.
+        n: pixels of each phase.
+        sum_1, sum_T, sum_v: sums over classes of e_1, e_T and v.
+        cross: sum over classes of v * (target - student), with logits times log2(e) / T.
+        own: log2 of e_1 of the label's class.
+        weight_Pn, gate_Pn: weights in CE and in KL, 0 if the term does not count the pixel.
+        ce_factor, kl_factor: factors of the terms in the gradient.
+        slope_1, slope_T, slope_v, hot: results, one number per pixel.
+        loss: (2 * 4 * TILE,) float64, CE of all pixels and then KL, in bits.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE
@@ -52,14 +56,21 @@ def pixel_terms(
 
 @njit(**OPTIONS)
 def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, even, loss):
-    """Add what smoothed labels ask of every class next to a label's own: `spread` of each class's weight.
+    """Add label smoothing's part of CE, which all classes share, to `loss` and to the factors of the gradient.
+
+    Run it after `pixel_terms`. The part is the sum over classes of spread * class weight * cross-entropy with that
+    class.
 
     Shapes and units:
-        mix: sum over the classes of class weight * base-2 logit at T = 1, relative as `sum_1` is.
+        n: pixels of each phase.
+        sum_1: sum over classes of the student's exponentials at T = 1.
+        mix: sum over classes of class weight * log2 of the same exponential.
         total_weight: sum of the class weights.
-        spread_Pn: the share of one class, times the pixel's weight, or 0 if it is not labelled.
-        even: result, to be subtracted from the gradient by a logit, times the class's weight.
-        slope_1, loss: as in `pixel_terms`, which came before; to these is added.
+        spread_Pn: spread, the share of a label that each class gets times the pixel's weight, 0 if not labelled.
+        ce_factor: factor of CE in the gradient.
+        slope_1: factor of the exponentials at T = 1 in the gradient, increased.
+        even: result. Subtract even * class weight from the gradient by every class's logit.
+        loss: (2 * 4 * TILE,) float64, its CE increased, in bits.
     """
     for p in range(spread_Pn.shape[0]):
         start = p * TILE
@@ -72,9 +83,17 @@ def smoothing_terms(n, sum_1, mix, total_weight, spread_Pn, ce_factor, slope_1, 
 
 @njit(**OPTIONS)
 def focal_terms(n, sum_1, own, weight_Pn, gamma, slope_1, hot, loss):
-    """Multiply the cross-entropy of `pixel_terms`, which ran before, by (1 - p)**gamma of the label's probability p.
+    """Turn the cross-entropy of `pixel_terms` into the focal loss: multiply it by (1 - p)**gamma.
 
-    The gradient by a logit is the cross-entropy's times (1 - p)**gamma - gamma (1 - p)**(gamma - 1) p log p.
+    p is the probability of the pixel's label. Run it after `pixel_terms`. The factors of the gradient, `slope_1` and
+    `hot`, are multiplied by (1 - p)**gamma - gamma (1 - p)**(gamma - 1) p log p.
+
+    Shapes and units:
+        n: pixels of each phase.
+        sum_1: sum over classes of the student's exponentials at T = 1. own: log2 of the label's exponential.
+        weight_Pn: weight in CE, 0 if not counted.
+        gamma: exponent, > 0.
+        loss: (2 * 4 * TILE,) float64, its CE corrected, in bits.
     """
     for p in range(weight_Pn.shape[0]):
         start = p * TILE

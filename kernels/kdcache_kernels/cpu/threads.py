@@ -25,10 +25,12 @@ CHUNKS_PER_THREAD = 4
 def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any, nanoseconds: float = math.inf) -> None:
     """Run the tasks 0, ..., num_tasks - 1 on as many threads as torch uses, and return when all are done.
 
-    `kernel` is called as kernel(first, last, *arguments), concurrently, and its result is dropped. 0 tasks do nothing.
-    `nanoseconds` is about how long one thread takes for all of them.
-
-    Raises: the first error of a call, after the running calls have ended. The others are dropped.
+    Args:
+        kernel: called concurrently as kernel(first, last, *arguments) for ranges of tasks. Its result is dropped.
+        num_tasks: the number of tasks. 0 does nothing.
+        arguments: further arguments of the kernel.
+        nanoseconds: the estimated time of all tasks on one thread, to choose the number of threads.
+    Raises: the first error of a call, after the running calls have ended. Later errors are dropped.
     """
     if num_tasks == 0:
         return

@@ -45,10 +45,10 @@ LOG2_E = _f(math.log2(math.e))
 
 @njit(**OPTIONS)
 def larger(x, y):
-    """Return the larger of two numbers, and y for a NaN in x.
+    """Return the larger of two numbers, or y if x is NaN.
 
-    Write y[j] = larger(x, y[j]). "+ 0" keeps LLVM from storing only the new ones through a mask, which is five times
-    slower on a Zen.
+    Write it as y[j] = larger(x, y[j]). The added 0 makes LLVM store every element instead of only the changed ones
+    through a mask, which is five times slower on a Zen processor.
     """
     return _f((x if x > y else y) + _f(0))
 
@@ -125,7 +125,13 @@ def _write_tail(block, nearest, mass, largest, n, rest, out):
 
 @exact_kernel
 def pack_tasks(first, last, logits, strides, shape, width, values, indices, tail):
-    """Pack the blocks `first` to `last` of `width` pixels of a row. values (B, k, N), indices the same, tail (B, N)."""
+    """Pack the blocks `first` to `last` of `width` pixels each, numbered image by image.
+
+    Shapes and units:
+        logits, strides, shape: (B, C, h, w) float32 logits with these element strides.
+        values, indices: (B, k, N) results: kept logits minus the pixel's largest, and their class ids.
+        tail: (B, N) result, log-odds of the mass of the dropped classes.
+    """
     num_classes, h, w = shape
     k = values.shape[1]
     blocks = (w + width - 1) // width
@@ -178,7 +184,13 @@ def _spread_tail(values, tail, n, log_missing, largest, fill):
 
 @exact_kernel
 def densify_tasks(first, last, values, indices, tail, width, out):
-    """Densify the blocks `first` to `last` of `width` pixels. out (B, C, N)."""
+    """Write logits of all classes for the blocks `first` to `last` of `width` pixels each, numbered image by image.
+
+    Shapes and units:
+        values, indices: (B, k, N) kept logits minus the pixel's largest, and their class ids.
+        tail: (B, N) log-odds of the mass of the dropped classes.
+        out: (B, C, N) result.
+    """
     k, pixels = values.shape[1:]
     num_classes = out.shape[1]
     blocks = (pixels + width - 1) // width
@@ -199,9 +211,9 @@ def densify_tasks(first, last, values, indices, tail, width, out):
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` in float32, bitwise equal for any number of threads.
+    """Compute `kdcache_kernels.pack` in float32 on the CPU, bitwise equal for any number of threads.
 
-    Memory: the result in float32 and int32. Logits in another dtype, or with gaps in memory, are copied to float32.
+    Memory: the result in float32 and int32, and a float32 copy of logits in another dtype or with gaps in memory.
     """
     check_logits(logits_BChw, k)
     B, num_classes, h, w = shape = logits_BChw.shape
@@ -228,7 +240,7 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Compute `kdcache_kernels.densify` for float32: a new, contiguous tensor.
+    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on the CPU, a new, contiguous tensor.
 
     Memory: the result, and 8 bytes per stored value.
     """
@@ -250,6 +262,6 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
 
 
 def block_width(num_classes: int, pixels: int) -> int:
-    """Return the pixels of a block: a power of two from 16 to 256 that fits the cache, or all pixels."""
+    """Return the number of pixels of a block: a power of two from 16 to 256 that fits the cache, at most all pixels."""
     width = 1 << max(4, min(8, (_SCRATCH // num_classes).bit_length() - 1))
     return int(min(width, pixels))

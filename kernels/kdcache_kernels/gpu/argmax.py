@@ -126,9 +126,9 @@ def _argmax_kernel(
 def argmax_confidence(
     target: PackedTarget, size: tuple[int, int], window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.target_argmax_confidence`.
+    """Compute `kdcache_kernels.target_argmax_confidence` on CUDA, without waiting for the device.
 
-    For a NaN window the confidence is NaN. Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.
+    A NaN window gives a confidence of NaN. Memory: the result, and 4 * B*C*h*w bytes for a target with k < C.
     """
     B, num_classes, device = target.batch_size, target.num_classes, target.device
     H, W = size

@@ -196,10 +196,11 @@ def cells_kernel(
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute NC - 1 columns of cells of one image per program, down their strips.
+    """Compute the loss and its gradient in NC - 1 columns of cells per program, walking down a strip of an image.
 
-    `edges` is (B, strips, PLANES, C, w): plane 0 is the strip's share of the row of logits above it, planes 1 and up
-    its last row of cells' share of the row below, see `_spread`.
+    Only images with route 1 are computed, see `Prepared.route`. `edges` is (B, strips, PLANES, C, w): plane 0 is the
+    strip's share of the row of logits above it, the others are shares of the row below its last row of cells, see
+    `_spread`.
     """
     take_turn(DEPENDENT)
     ROWS: tl.constexpr = 2 if S == 8 else S
@@ -358,9 +359,8 @@ class Tiling(NamedTuple):
     """The sizes of the pieces of work. They change no bit of the gradient.
 
     Attributes:
-        rows: rows of cells per strip. An image has h + 1: each row of logits is the lower edge of one and the upper of
-            the next.
-        lanes: lanes of a program, a power of two; one of them is the halo.
+        rows: rows of cells per strip. An image has h + 1 rows of cells, one more than rows of logits.
+        lanes: lanes of a program, a power of two. One of them repeats a cell of the program before.
     """
 
     rows: int
@@ -368,7 +368,7 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """Return the rows, at most 16, that finish the GPU's busiest scheduler first.
+    """Choose the rows of cells per strip, at most 16, that minimise the modelled time of the GPU's busiest scheduler.
 
     A single warp leaves half of a scheduler's cycles unused, so short strips of several warps beat a long one.
     """
@@ -389,7 +389,7 @@ def choose_tiling(problem: LossProblem) -> Tiling:
 
 
 class Seams(NamedTuple):
-    """The rows of logits where strips meet: strips of an image, their rows of cells, turns for a row of cells."""
+    """What to add up where strips meet: strips per image, rows of cells per strip, turns of the loop per row."""
 
     strips: int
     rows: int
@@ -408,14 +408,14 @@ def _groups(stride: int) -> int:
 
 
 def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
-    """Return the needs of `launch`: 8 bytes per class, strip and logit column (16 at stride 8) for the edges."""
+    """Return the memory that `launch` needs: 8 bytes per class, strip and logit column (16 at stride 8) for edges."""
     B, C, _, w = problem.student.shape
     strips, blocks = _cut(problem, tiling)
     return Needs(B * blocks, B * strips * (2 if _groups(stride) == 1 else 4) * C * w)
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """Return the seams to add up after `launch`."""
+    """Return the seams, where strips meet, whose gradient is to be added up after `launch`."""
     return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 
 
@@ -428,12 +428,11 @@ def launch(
     *,
     stride: int,
 ) -> None:
-    """Run the kernel on the images whose route is 1.
+    """Run the kernel on the images with route 1, see `Prepared.route`.
 
     Shapes and units:
-        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images, but for their seams. None leaves it
-            out.
-        buffers: with what `needs` says.
+        gradient: (B, C, h, w) contiguous result, written for those images except where strips meet. None computes none.
+        buffers: the memory that `needs` asks for.
         stride: label pixels per student cell, 2, 4 or 8.
     """
     (B, _, h, w), device = problem.student.shape, problem.student.device

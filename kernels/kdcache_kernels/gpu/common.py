@@ -21,18 +21,18 @@ from ..problem import LossProblem
 
 
 def cdiv(n: int, size: int) -> int:
-    """Return n / size, rounded up. Triton's own is also made for kernels, and takes the host ten times as long."""
+    """Return n / size, rounded up. Triton's own function, made for kernels also, takes the host ten times as long."""
     return -(-n // size)
 
 
 def power_of_2(n: int) -> int:
-    """Return the lowest power of two from n on."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 @lru_cache(typed=True)
 def constant(value: Any) -> tl.constexpr:
-    """Return a constant for a kernel, always the same object, so Triton's look-up of variants is free."""
+    """Return a constant for a kernel, the same object for equal values, so Triton finds its variant quickly."""
     return tl.constexpr(value)
 
 
@@ -43,7 +43,7 @@ WRONG = tl.constexpr(-2)
 
 @triton.jit
 def power(x, POWER: tl.constexpr):
-    """Return x to the POWER, 1 to 4."""
+    """Return x ** POWER, for POWER of 1 to 4."""
     tl.static_assert(POWER >= 1 and POWER <= 4)
     if POWER == 1:
         return x
@@ -57,10 +57,11 @@ def power(x, POWER: tl.constexpr):
 
 @triton.jit
 def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
-    """Return class ids of a block of pixels, int32: VOID if ignored or not there, WRONG if out of range.
+    """Return the int32 class ids of a block of pixels: VOID (-1) if ignored or not there, WRONG (-2) if out of range.
 
-    `label_ptrs` is a block of pointers of any integer type. `exists` tells whether the pixel lies in the image and
-    belongs to this program.
+    Shapes and units:
+        label_ptrs: block of pointers to any integer type.
+        exists: bool block, whether the pixel lies in the image and belongs to this program.
     """
     ids = tl.load(label_ptrs, mask=exists)
     if ids.dtype.primitive_bitwidth == 64:
@@ -75,18 +76,20 @@ def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
 
 
 class Pixels(NamedTuple):
-    """The label pixels of a problem as every kernel takes them; what is None at a launch is no part of its variant.
+    """The labels and pixel weights of a problem, as every kernel takes them.
+
+    Triton compiles a separate variant of a kernel for each combination of fields that are None.
 
     Attributes:
-        labels, gate, label_gate: tensors (pointers in a kernel) of labels and of KL's and CE's weights of pixels; None
-            without.
-        label_strides, gate_strides, label_gate_strides: (batch, row, column), or None if a kernel takes them by
-            themselves.
-        class_weight: contiguous, or None without.
+        labels: (B, H, W) class ids, or None.
+        gate, label_gate: (B, H, W) weights of pixels in KL and in CE, or None for ones.
+        label_strides, gate_strides, label_gate_strides: (batch, row, column) strides of these tensors, or None if the
+            kernel takes the strides as separate arguments.
+        class_weight: (C,) contiguous floats, or None for ones.
         num_classes: C.
         USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: constants, as in `LossProblem`.
-        SMOOTH, FOCAL: constants, whether labels are smoothed and the loss is focal; see `label_terms`.
-        WEIGHED: constant, whether what a label pulls at its logit is more than its class weight.
+        SMOOTH, FOCAL: constants, True with label smoothing and with the focal loss.
+        WEIGHED: constant, True if the gradient at a label's logit is scaled by more than its class weight.
     """
 
     labels: Any
@@ -107,11 +110,12 @@ class Pixels(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a loss kernel needs next to its problem.
+    """The memory that a loss kernel needs in addition to its problem.
 
     Attributes:
-        programs: each of which leaves its sums of CE and KL.
-        scratch: float32 elements for a gradient, while it runs (of cells, until its edges are added up).
+        programs: number of programs. Each writes a sum of CE and a sum of KL.
+        scratch: number of float32 elements that computing a gradient needs. Those of the kernel for cells are needed
+            until its edges have been added up.
     """
 
     programs: int
@@ -119,12 +123,14 @@ class Needs(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """What the loss kernels of a call share.
+    """The memory that the loss kernels of one call share.
 
     Attributes:
-        partials: (P, 2) float64, partial sums of the pixels' weighted CE and KL, in nats.
-        scratch: float32, of the largest need: kernels use it one after the other. Empty without a gradient.
-        first: the row of `partials` that is the kernel's first.
+        partials: (P, 2) float64, each program's sums of weighted CE and KL in nats. P counts the programs of all
+            kernels.
+        scratch: float32, of the largest size that a kernel needs, because they use it one after the other. Empty
+            without a gradient.
+        first: the first row of `partials` that belongs to the kernel.
     """
 
     partials: Tensor
@@ -134,9 +140,10 @@ class Buffers(NamedTuple):
 
 @triton.jit
 def load_label_factors(pixels, factors_ptr):
-    """Return the label's share after smoothing, each class's part, the sum of the parts over the classes, and gamma.
+    """Return (kept, part, parts, gamma), the constants of label smoothing and of the focal loss.
 
-    The first three are 1, 0 and 0 without smoothing.
+    kept is the share that a label keeps, part the share that each class gets, parts the sum over the classes of part
+    times class weight, and gamma the exponent of the focal loss. Without smoothing, the first three are 1, 0 and 0.
     """
     kept = 1.0
     part = 0.0
@@ -153,14 +160,18 @@ def load_label_factors(pixels, factors_ptr):
 
 @triton.jit
 def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix):
-    """Return cross-entropy of a block of pixels in units of log2, and the factors of its gradient.
+    """Return the weighted cross-entropy of a block of pixels in bits, and the factors of its gradient.
+
+    The gradient by the logit of class c is whole * probability[c] - class_weight[c] * (even + (pull if c is the
+    label)).
 
     Shapes and units:
-        ce_weight, label_gate: as `load_pixel` returns them.
-        log_sum, own, mix: log2 of the sum of the exponentials, the label's logit, and the sum over the classes of class
-            weight * logit where labels are smoothed; base 2 at T = 1, relative to the same.
-    Returns: the loss; what multiplies the probabilities; what pulls at the label's logit, but for its class weight and
-        what smoothing takes of it; what pulls at every class, but for its weight.
+        label_factors: (kept, part, parts, gamma) from `load_label_factors`.
+        ce_weight, label_gate: class weight and weight in CE of each pixel, from `load_pixel`.
+        log_sum: log2 of the sum over classes of the exponentials of the logits at T = 1.
+        own: the label's logit times log2(e), minus the same maximum as in log_sum.
+        mix: sum over classes of class weight * such a logit, read with label smoothing.
+    Returns: (cross-entropy, whole, pull, even), a block each.
     """
     whole = ce_weight
     if pixels.label_gate is not None:
@@ -188,18 +199,18 @@ def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix)
 
 @triton.jit
 def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
-    """Return the weights of a block of pixels in both terms.
+    """Return the label and the weights in both terms of a block of pixels.
 
     Shapes and units:
-        label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape; unused where there are none.
-        exists: bool block: the pixel lies in the image and is this program's.
-        in_view: bool block: its centre lies in the target's view.
+        label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape, ignored for a tensor that is None.
+        exists: bool block, whether the pixel lies in the image and belongs to this program.
+        in_view: bool block, whether the pixel's centre lies in the target's view.
     Returns: blocks
         label: int32, the class id, or 0 if the pixel is not labelled or its id is out of range.
         ce_weight: float32, class weight of a labelled pixel, else 0, or NaN if the id is out of range.
-        label_gate: float32, CE's weight of a labelled pixel, else 0.
-        kl_weight: float32, gate of a pixel that KL counts, else 0.
-        ce_counted, kl_counted: bool, whether the terms count the pixel, whatever it weighs.
+        label_gate: float32, weight in CE of a labelled pixel, else 0.
+        kl_weight: float32, weight in KL of a pixel that KL counts, else 0.
+        ce_counted, kl_counted: bool, whether each term counts the pixel, even with a weight of 0.
     """
     label = tl.zeros(exists.shape, tl.int32)
     ce_counted = exists != exists
@@ -236,7 +247,7 @@ def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
 
 @triton.jit
 def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
-    """Return the sums over a (num_pairs, 2) float64 tensor of the programs' CE and KL."""
+    """Return the sums of the two columns, CE and KL, of a (num_pairs, 2) float64 tensor."""
     ce = tl.zeros((BLOCK,), tl.float64)
     kl = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, num_pairs, BLOCK):
@@ -249,11 +260,11 @@ def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
 
 @triton.jit
 def take_turn(DEPENDENT: tl.constexpr):
-    """Wait for the kernels before this one, then let the next one be launched.
+    """Wait for the kernels before this one, then let the next kernel start.
 
-    This is the first statement of every kernel of a call. A kernel with DEPENDENT may start before the one before it
-    has ended, so it must read and write nothing earlier. As each one waits, the last one waits for all of them.
-    "memory" keeps the compiler from moving a read up.
+    Make it the first statement of every kernel of a call. With DEPENDENT, a kernel may start before the previous one
+    has ended, so it must not read or write anything earlier. As each kernel waits, the last one waits for all of them.
+    The "memory" clobber keeps the compiler from moving a read up.
     """
     if DEPENDENT:
         tl.inline_asm_elementwise(
@@ -265,7 +276,7 @@ def take_turn(DEPENDENT: tl.constexpr):
 
 
 def gpu(device: torch.device) -> GPUTarget:
-    """Return the target of compilation: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
+    """Return the compilation target of a device: backend ("cuda" or "hip"), architecture and lanes per warp."""
     if device.type == "cpu":  # the interpreter
         return GPUTarget("cuda", 90, 32)
     target: GPUTarget = triton.runtime.driver.active.get_current_target()
@@ -273,14 +284,14 @@ def gpu(device: torch.device) -> GPUTarget:
 
 
 def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
-    """Return launch options: a thread per lane, with a limit of registers (which AMD's compiler lacks)."""
+    """Return launch options for one thread per lane, with at most `registers` registers each on NVIDIA's compiler."""
     target = gpu(device)
     options = {"num_warps": max(1, lanes // target.warp_size)}
     return options | {"maxnreg": registers} if target.backend == "cuda" else options
 
 
 def dependent(device: torch.device) -> dict[str, Any]:
-    """Return options of a launch whose kernel takes its turn: programmatic dependent launch, from sm_90 on."""
+    """Return launch options for a kernel that calls `take_turn`: dependent launch on sm_90 or newer, else none."""
     return _dependent_on(device) if device.type == "cuda" else _dependent(None if device.type == "cpu" else gpu(device))
 
 
@@ -296,9 +307,11 @@ def _dependent(target: GPUTarget | None) -> dict[str, Any]:
 
 
 def register_limit(default: int) -> int:
-    """Return the registers of a lane of the kernel for aligned cells, at most: of the environment, or the default.
+    """Return the most registers that a lane of the kernel for aligned cells may use.
 
-    Raises: ValueRangeError for one that no GPU has.
+    The environment variable KDCACHE_CELLS_REGISTERS sets it. Without it, return `default`.
+
+    Raises: ValueRangeError if the variable is not an integer from 32 to 255.
     """
     text = os.environ.get("KDCACHE_CELLS_REGISTERS", "")
     if not text:
@@ -312,19 +325,19 @@ def register_limit(default: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of the GPU, or an H200's for the interpreter."""
+    """Return the number of multiprocessors of the GPU. On the CPU (Triton's interpreter), return the 132 of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def integer_power(temperature: float) -> int:
-    """Return POWER: T if exp(u) = exp(u / T) ** T saves an exponential at acceptable rounding, else 0."""
+    """Return POWER: T if it is 1, 2, 3 or 4, else 0. exp(u) = exp(u / T) ** POWER then saves an exponential."""
     return int(temperature) if temperature in (1, 2, 3, 4) else 0
 
 
 def strides_of(problem: LossProblem) -> tuple[int, ...]:
-    """Return strides (batch, row, column) of the labels and the two gates, or 0, to pass separately from `Pixels`.
+    """Return the strides (batch, row, column) of the labels, CE's pixel weights and KL's, nine numbers, 0 if absent.
 
-    Triton makes a variant for every divisibility of an integer in a tuple, but not for these.
+    Pass them to a kernel one by one. Inside a tuple, Triton would compile a variant for each divisibility of a stride.
     """
     tensors = (problem.labels, problem.ce_pixel_weight, problem.pixel_weight)
     return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
@@ -334,7 +347,7 @@ def label_pixels(
     labels: Tensor | None, class_weight: Tensor | None, num_classes: int, ignore_index: int,
     *, use_ce: bool, use_kl: bool, distill_void: bool,
 ) -> Pixels:  # fmt: skip
-    """Return label pixels without weights in the form of the kernels."""
+    """Return `Pixels` without pixel weights, label smoothing and focal loss."""
     return Pixels(
         labels=labels,
         label_strides=None if labels is None else labels.stride(),
@@ -355,7 +368,7 @@ def label_pixels(
 
 
 def pixels_of(problem: LossProblem) -> Pixels:
-    """Return the label pixels of a problem in the form of the kernels."""
+    """Return the `Pixels` of a problem."""
     gate, label_gate = problem.pixel_weight, problem.ce_pixel_weight
     pixels = label_pixels(
         problem.labels, problem.class_weight, problem.student.shape[1], problem.ignore_index,

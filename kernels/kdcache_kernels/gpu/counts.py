@@ -18,7 +18,11 @@ def count_kernel(
     pixels, window_ptr, flip_ptr, counts_ptr, H, W, view_height, view_width, blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Count a block of rows of an image per program."""
+    """Count the denominators of CE and KL in one block of label rows of an image per program.
+
+    Each program writes two float64 numbers to `counts_ptr`: the sum of the class weights of labelled pixels, and the
+    number of pixels that KL counts.
+    """
     image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     count_block(
         pixels, window_ptr, flip_ptr, counts_ptr + 2 * tl.program_id(0), image, block, H, W, view_height, view_width,
@@ -27,7 +31,7 @@ def count_kernel(
 
 
 def count(counted: Counted, device: torch.device) -> Tensor:
-    """Compute `kdcache_kernels.distill_denominators`, (2,) float64, without waiting for the device."""
+    """Compute `kdcache_kernels.distill_denominators` without waiting for the device, (CE, KL) as (2,) float64."""
     H, W = counted.size
     use_kl = counted.view_size is not None
     view = counted.view_size or (1, 1)

@@ -24,12 +24,12 @@ ALIGNED = tl.constexpr(1e-9)
 
 
 class Taps(NamedTuple):
-    """One axis of a bilinear resize: output pixel n reads cells `index` and, with weight `fraction`, `index + 1`.
+    """Tables of one axis of a bilinear resize: pixel n is (1 - fraction) * cell[index] + fraction * cell[index + 1].
 
     Attributes:
-        index: int32, the lower cell; the upper one is `index + (fraction > 0)`, so never outside the grid.
-        fraction: float32 in [0, 1], weight of the upper cell; NaN (and index 0) from a NaN window.
-        inside: uint8, whether the pixel's centre lies in the view along this axis; the student's are unused.
+        index: int32, the lower cell. The upper one is index + 1 if fraction > 0, else index, so it lies in the grid.
+        fraction: float32 in [0, 1], weight of the upper cell. A NaN window gives NaN, with index 0.
+        inside: uint8, 1 if the pixel's centre lies in the target's view along this axis. Not used for the student.
     """
 
     index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody calls
@@ -38,7 +38,7 @@ class Taps(NamedTuple):
 
     @classmethod
     def empty(cls, device: torch.device, *shape: int) -> "Taps":
-        """Return tables of a shape, to be written."""
+        """Return uninitialised tables of a shape on `device`."""
         kinds = (torch.int32, torch.float32, torch.uint8)
         return cls(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
 
@@ -52,13 +52,13 @@ def _table(tables_ptr, first, size):
 
 @triton.jit
 def student_tables(tables_ptr, H, W):
-    """Return the taps of rows and of columns in the student's grid."""
+    """Return the taps of the H label rows and the W label columns in the student's logits."""
     return _table(tables_ptr, 0, H), _table(tables_ptr, 3 * H, W)
 
 
 @triton.jit
 def target_tables(tables_ptr, H, W, target_batch):
-    """Return the taps of rows and of columns in the target's grid, of each of `target_batch` images."""
+    """Return the taps of the label rows and columns in the target's logits, for `target_batch` images each."""
     first = 3 * (H + W)
     return _table(tables_ptr, first, target_batch * H), _table(
         tables_ptr, first + 3 * target_batch * H, target_batch * W
@@ -66,7 +66,7 @@ def target_tables(tables_ptr, H, W, target_batch):
 
 
 def tables_size(H: int, W: int, target_batch: int) -> int:
-    """Return the elements of all tables. `target_batch` is 0 without KL."""
+    """Return the int32 elements of all tables, for `target_batch` images with target tables (0 without KL)."""
     return 3 * (H + W) * (1 + target_batch)
 
 
@@ -78,7 +78,10 @@ def _double(x):
 
 @triton.jit
 def load_window(window_ptr, image, view_height, view_width):
-    """Return (y0, x0, y1, x1) of an image, or NaN if it shows no part of the view, so the loss shows it."""
+    """Return the edges (y0, x0, y1, x1) of an image's window in view pixels, float64. None is the whole view.
+
+    If the window shows no part of the view, y0 and x0 are NaN, which makes the loss NaN.
+    """
     if window_ptr is not None:
         window_ptr += image * 4
         y0 = tl.load(window_ptr)
@@ -98,14 +101,21 @@ def load_window(window_ptr, image, view_height, view_width):
 
 @triton.jit
 def view_positions(offs_n, size, view, start, end, HAS_WINDOW: tl.constexpr):
-    """Return positions in the view of pixels `offs_n` of an axis of `size` pixels that shows `start` to `end`."""
+    """Return where the centres of pixels on one axis of the labels lie in the view, float64 in view pixels.
+
+    Shapes and units:
+        offs_n: indices of the pixels. size: number of pixels on the axis.
+        view: pixels of the view along the axis.
+        start, end: edges of the window in view pixels, read only with HAS_WINDOW. Without it, the axis shows the whole
+            view.
+    """
     centre = offs_n.to(tl.float64) + 0.5
     return start + centre * (end - start) / _double(size) if HAS_WINDOW else centre * _double(view) / _double(size)
 
 
 @triton.jit
 def is_inside(position, view):
-    """Return whether positions lie in the view or on its edges. NaN counts as inside, so the loss shows it."""
+    """Return whether positions lie in 0 to `view` pixels, the edges included. NaN does, which makes the loss NaN."""
     return ((position < 0) | (position > _double(view))) == 0
 
 
@@ -114,7 +124,14 @@ def store_taps(
     taps, first, size, view, cells, view_start, view_end, flip,
     HAS_WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the taps of an axis of `size` pixels, from entry `first` of the tables on."""
+    """Write the taps of an axis with `size` label pixels to the tables `taps`, from entry `first` on.
+
+    Shapes and units:
+        view: pixels of the view along the axis. cells: cells of the logits that cover the view.
+        view_start, view_end: edges of the window in view pixels, read only with HAS_WINDOW.
+        flip: whether to mirror the axis.
+        ALIGN: whether the resize aligns corners. BLOCK: entries written at once.
+    """
     for start in range(0, size, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         exists = offs_n < size
@@ -241,11 +258,18 @@ def geometry_kernel(
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
     BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the factors in program 0, the route of an image in the next B programs, and a table in each further one.
+    """Compute what the loss kernels read besides logits and labels.
 
-    A table has one program, because most of its time is one division in float64 after the other. With FAST, an image
-    takes the fast kernel if the target's grid, seen through its window, meets the student's cell by cell and, with
-    GUARD_RANGE, no pixel's logits span too much.
+    Program 0 writes the factors of loss and gradient. Each of the next B programs writes the route of one image: which
+    loss kernel computes it. Each further program writes one table of taps, because a table is mostly dependent float64
+    divisions.
+
+    With FAST, an image takes the fast kernel if the student's cells match whole target cells through its window. With
+    GUARD_RANGE, the range of its logits must also be small enough for exponentials without a maximum.
+
+    Results:
+        factors_ptr, route_ptr: as `Prepared.factors` and `Prepared.route` in `prep`.
+        tables_ptr: as `student_tables` and `target_tables` read it.
     """
     take_turn(DEPENDENT)
     program = tl.program_id(0)

@@ -67,7 +67,11 @@ def totals_kernel(
     route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Sum (P, 2) partial sums to the terms and the loss in float64 in program 0, and seams in the others."""
+    """Add the (num_partials, 2) partial sums to the loss, CE and KL in float64 in program 0.
+
+    The other programs add both halves of the gradient on the rows of logits where two strips of cells meet, from
+    `edges_ptr`.
+    """
     take_turn(DEPENDENT)
     if tl.program_id(0) > 0:
         if edges_ptr is not None:
@@ -86,7 +90,7 @@ def totals_kernel(
 def scale_kernel(
     gradient_ptr, factor_ptr, loss_ptr, out_ptr, num_elements, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
-    """Compute out = gradient * factor in float32, or NaN if the loss is not finite."""
+    """Compute out = gradient * factor in float32, or NaN everywhere if the loss is not finite."""
     take_turn(DEPENDENT)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < num_elements
@@ -96,11 +100,11 @@ def scale_kernel(
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Return loss, terms and gradient of a checked problem, bit-identical every time.
+    """Compute the loss, its terms and its gradient of a checked problem on CUDA, bit-identical every time.
 
-    Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
-    Memory: 4 bytes per logit of the student, and of the target unless it is read directly; the gradient; the larger of
-    the edges of cells and the scratch of tiles; nothing of label size times C.
+    Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
+    Memory: 4 bytes per logit of the student, and of the target unless it is read directly. The gradient. The larger of
+        the `Needs.scratch` of the kernels. Nothing of label size times C.
     """
     student, device = problem.student, problem.student.device
     check_offsets(problem)
@@ -115,7 +119,7 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
 
 def check_offsets(problem: LossProblem) -> None:
-    """Raise ShapeError for an image too large: kernels count the elements of one image in 32 bits, of a batch in 64."""
+    """Raise ShapeError for an image whose elements cannot be counted in 32 bits, as the kernels count them."""
     h, w = problem.student.shape[2:]
     target = (0, 0) if problem.target is None else problem.target.values.shape[2:]
     num_classes = problem.student.shape[1]
@@ -168,7 +172,7 @@ def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, 
 
 
 def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
-    """Return memory for the kernels of a call: rows of partial sums for each in turn, and scratch that they share."""
+    """Return a `Buffers` for each kernel of a call: its own rows of partial sums, and scratch memory that all share."""
     device = problem.student.device
     partials = torch.empty((sum(need.programs for need in needs), 2), dtype=torch.float64, device=device)
     scratch = max(need.scratch for need in needs) if problem.need_gradient else 0
@@ -178,7 +182,7 @@ def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
 def add_up(
     problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, seams: cells.Seams | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, CE and KL, and complete the gradient of cells."""
+    """Return (loss, CE, KL) from the partial sums, and complete the gradient where strips of cells meet."""
     loss, ce, kl = (torch.empty((), dtype=torch.float32, device=problem.student.device) for _ in range(3))
     partials, (B, C, h, w) = buffers.partials, problem.student.shape
     strips, rows, groups = cells.Seams(1, 1, 1) if seams is None or gradient is None else seams
@@ -192,10 +196,10 @@ def add_up(
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` in `dtype`, multiplied in float32, or NaN if the loss is not finite. Contiguous.
+    """Return gradient * factor in `dtype`, multiplied in float32, or NaN if the loss is not finite. Contiguous.
 
-    `gradient` has any floating dtype and strides. `factor` and `loss` are 0-dimensional floats on the same device,
-    `loss` float32.
+    `gradient` has any floating dtype and strides. `factor` is a 0-dimensional float and `loss` a 0-dimensional float32
+    on the same device.
     """
     gradient = gradient.contiguous()
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)

@@ -43,14 +43,14 @@ class _Driver:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Return the target of a name: sm_90, or AMD's gfx942 (gfx9 has 64 lanes per warp, later ones 32)."""
+    """Return the compilation target of a name: "sm_90" for NVIDIA, or AMD's "gfx942"."""
     if name.startswith("gfx"):
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
 def compile_instead(target: GPUTarget) -> Launched:
-    """Compile every launch from now on for `target` without running it, and return the results' list."""
+    """Replace kernel launches by compilation for `target`, from now on. Return the list that collects results."""
     kernels: Launched = []
 
     def launch(self: Any, grid: Any) -> Callable[..., None]:
@@ -65,7 +65,7 @@ def compile_instead(target: GPUTarget) -> Launched:
 
 
 def launch_from_meta_tensors() -> None:
-    """Let the public functions launch Triton kernels for meta tensors from now on, forward and backward."""
+    """Let the public functions launch Triton kernels for meta tensors, from now on, forward and backward."""
     ops._DEVICES["triton"] = "meta"
     for operator in (*vars(library).values(), *vars(on_cells).values()):
         if isinstance(operator, CustomOpDef):

@@ -141,7 +141,10 @@ def pixels_kernel(
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute every num_programs-th block of pixels of the images whose route is 1, per program."""
+    """Compute the loss and its gradient in blocks of pixels. A program takes every num_programs-th block.
+
+    Only images with route 1 (see `Prepared.route`) are computed. SINGLE: an image has one pixel.
+    """
     take_turn(DEPENDENT)
     pid = tl.program_id(0)
     k_ce = tl.load(factors_ptr)
@@ -236,8 +239,8 @@ class Tiling(NamedTuple):
 
     Attributes:
         classes, pixels: classes and pixels of a block, a power of two each.
-        programs: the most programs.
-        num_warps: warps of a program.
+        programs: the most programs to launch.
+        num_warps: warps per program.
     """
 
     classes: int
@@ -247,7 +250,10 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """Return one warp with four neighbouring pixels per lane, or for contiguous classes four warps along them."""
+    """Choose the tiling: for images of several pixels, one warp per block with four neighbouring pixels per lane.
+
+    For images of one pixel, whose classes are contiguous in memory, four warps share a block along the classes.
+    """
     C, h, w = problem.student.shape[1:]
     classes = power_of_2(C)
     processors = multiprocessors(problem.student.device)
@@ -267,16 +273,16 @@ def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the needs of `launch`."""
+    """Return the memory that `launch` needs."""
     return Needs(min(_blocks(problem, tiling)[1], tiling.programs))
 
 
 def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, tiling: Tiling) -> None:
-    """Run the kernel on the images whose route is 1.
+    """Run the kernel on the images with route 1, see `Prepared.route`.
 
     Shapes and units:
-        prepared: the problem after `prepare`, with stride 1.
-        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
+        prepared: the result of `prepare` for the problem, with stride 1.
+        gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
         buffers: the memory that `needs` asks for.
     """
     B, _, h, w = problem.student.shape

@@ -37,23 +37,23 @@ TABLE = 512
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both sets of logits in the form that every loss kernel reads, and where each pixel lies in them.
+    """Both sets of logits in the form that every loss kernel reads, and where each label pixel lies in them.
 
     Attributes:
         student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T, or 0 if lost.
-        student_lost: (B, h, w) uint8.
-        target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same; one element each when KL is off.
-        target_scale: where `target` is float16 as it was packed, what takes it to base 2 at T: log2(e) / T. Else None.
-        tables: int32, the taps that `geometry.student_tables` and `target_tables` find in it.
-        target_batch: B with a window or a flip, else 1, or 0 if KL is off.
-        route: (B, 4) int32: 1 where the fast kernel takes the image and 0 where tiles does; row, column, flip (0 or 1):
-            student cell (i, j) meets target cell (row + i, column + j), flipped (row + i, column + w - 1 - j), clamped
-            to the target's grid. The three where the first is 1 and KL is on.
-        mix: (B, h, w) float32, the sum over the classes of class weight * student, or None if labels are not smoothed.
-        factors: (8,) float32: ce_weight / ce_denominator, kl_weight * T / kl_denominator (of the gradient),
-            1 / ce_denominator, T^2 / kl_denominator (of the terms), or 0 if the denominator is 0; and what
-            `common.load_label_factors` reads.
-        stride: label pixels per student cell when the fast kernel may run (1, 2, 4 or 8), else 0.
+        student_lost: (B, h, w) uint8, 1 if a logit of the pixel is unusable.
+        target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same for the target. One element each without KL.
+        target_scale: log2(e) / T if `target` holds packed float16 logits, which kernels multiply by it. Otherwise None.
+        tables: int32, read by `geometry.student_tables` and `geometry.target_tables`.
+        target_batch: images with tables of the target: B with a window or a flip, else 1, and 0 without KL.
+        route: (B, 4) int32. Element 0 is 1 if the fast kernel computes the image, 0 if `tiles` does. With 1 and KL, the
+            others are row, column and flip: student cell (i, j) meets target cell (row + i, column + j), or
+            (row + i, column + w - 1 - j) if flip is 1, clamped to the target's logits.
+        mix: (B, h, w) float32, the sum over classes of class weight * student, or None without label smoothing.
+        factors: (8,) float32. 0 and 1, of the gradient: ce_weight / ce_denominator and kl_weight * T / kl_denominator.
+            2 and 3, of the terms: 1 / ce_denominator and T^2 / kl_denominator. All are 0 if the denominator is 0. The
+            rest is read by `common.load_label_factors`.
+        stride: label pixels per student cell if the fast kernel may run (1, 2, 4 or 8), else 0.
     """
 
     student: Tensor
@@ -198,7 +198,10 @@ def count_block(
     pixels, window_ptr, flip_ptr, counts_ptr, image, block, H, W, view_height, view_width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return class weights of labelled pixels, and the number that KL counts, in a block of an image's rows."""
+    """Count the denominators in a block of label rows of an image.
+
+    Return the sum of the class weights of labelled pixels, and the number of pixels that KL counts.
+    """
     offs_y = block * ROWS + tl.arange(0, ROWS)
     y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
     flip = image < 0
@@ -244,7 +247,7 @@ def prepare_kernel(
     FLAT: tl.constexpr, STUDENT_C: tl.constexpr, TARGET_C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Run, for every image, programs for the student's pixels, then the target's, then the labels' counts."""
+    """Normalise an image's student and target logits, and count its label pixels, in separate programs."""
     take_turn(DEPENDENT)
     programs = student_blocks + target_blocks + count_blocks
     image = tl.program_id(0) // programs
@@ -288,7 +291,10 @@ def prepare_kernel(
 
 
 def fast_stride(problem: LossProblem) -> int:
-    """Return the label pixels per student cell if cells (2, 4, 8) or pixels (1) may run, as the host knows."""
+    """Return the label pixels per student cell if kernel `cells` (2, 4, 8) or `pixels` (1) may run, else 0.
+
+    It judges by sizes and arguments. Values on the device can still send an image to `tiles`.
+    """
     (H, W), (C, h, w), target = problem.size, problem.student.shape[1:], problem.target
     stride = H // h
     if stride not in (1, 2, 4, 8) or (h * stride, w * stride) != (H, W) or problem.align_corners:
@@ -318,14 +324,17 @@ def _reads_packed(problem: LossProblem) -> bool:
 
 
 def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
-    """Return the classes of a block of PIXELS pixels: one if pixels are contiguous, so lanes stay separate."""
+    """Return the number of classes in a block of PIXELS pixels. It is 1 if each lane takes one pixel."""
     if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
         return 1
     return max(4, min(32, power_of_2(num_classes)))
 
 
 def prepare(problem: LossProblem) -> Prepared:
-    """Launch the two kernels, for B of at least 1. Memory: O(B C (h w + ht wt)), 4 bytes each."""
+    """Normalise the logits of a problem with at least one image, and compute its geometry, in two launches.
+
+    Memory: 4 bytes per logit of the student and, unless it is read directly, of the target.
+    """
     target = problem.target
     window = None if target is None or problem.window is None else problem.window.to(torch.float64).contiguous()
     flip = None if target is None or problem.flip is None else problem.flip.contiguous().view(torch.uint8)

@@ -30,13 +30,16 @@ VALUES = tl.constexpr(8)
 
 @triton.jit
 def cell_of(index, fraction):
-    """Return a pixel's cell: -1 before the first centre, where both taps are pixel 0."""
+    """Return the cell of label pixels from their `geometry.Taps`: the index, but -1 before the first logit's centre."""
     return tl.where((index == 0) & (fraction == 0), -1, index)
 
 
 @triton.jit
 def first_pixel(taps, cell_n, size, steps):
-    """Return the first of `size` < 2^steps pixels in or after the cell, by bisection of the monotone table."""
+    """Return the first label pixel on an axis that lies in cell `cell_n` or after it, found by bisection.
+
+    The table `taps` (see `geometry.Taps`) has `size` entries, which increase and number fewer than 2 ** steps.
+    """
     low_n = cell_n * 0
     high_n = low_n + size
     for _ in range(steps):
@@ -51,7 +54,7 @@ def first_pixel(taps, cell_n, size, steps):
 
 @triton.jit
 def load_logits(ptrs):
-    """Return prepared logits. Packed ones, which are read directly, have 0 for values that are not finite."""
+    """Load prepared logits as float32. Non-finite values of float16 targets, which are read directly, become 0."""
     x = tl.load(ptrs)
     if x.dtype == tl.float16:
         x = x.to(tl.float32)
@@ -61,7 +64,13 @@ def load_logits(ptrs):
 
 @triton.jit
 def along_row(row_n, columns, offset_c):
-    """Return logits on a low-resolution row per label column. `columns`: left and right pixel, fraction."""
+    """Interpolate a low-resolution row at each lane's label column, for a block of classes. Return (c, n) logits.
+
+    Shapes and units:
+        row_n: pointers to the row, per lane.
+        columns: (left pixel, right pixel, weight of the right one), per lane.
+        offset_c: offset of each class in elements.
+    """
     left_cn = load_logits((row_n + columns[0])[None, :] + offset_c[:, None])
     right_cn = load_logits((row_n + columns[1])[None, :] + offset_c[:, None])
     return left_cn + columns[2][None, :] * (right_cn - left_cn)
@@ -69,7 +78,7 @@ def along_row(row_n, columns, offset_c):
 
 @triton.jit
 def of_rows(x_n):
-    """Return a tuple with the same block for each row of a group."""
+    """Return a tuple that repeats a block for each of the ROWS label rows of a group."""
     rows = ()
     for _ in tl.static_range(ROWS):
         rows += (x_n,)
@@ -78,7 +87,7 @@ def of_rows(x_n):
 
 @triton.jit
 def replaced(rows, at: tl.constexpr, x_n):
-    """Return the tuple with another block for one row."""
+    """Return a copy of the tuple `rows` in which element `at` is `x_n`."""
     new = ()
     for q in tl.static_range(ROWS):
         new += (x_n if q == at else rows[q],)
@@ -87,7 +96,7 @@ def replaced(rows, at: tl.constexpr, x_n):
 
 @triton.jit
 def choose(masks, a, b):
-    """Return a where the mask holds, else b, for each row of a group."""
+    """Return, for each element of three tuples, a if the mask is true, else b."""
     rows = ()
     for q in tl.static_range(ROWS):
         rows += (tl.where(masks[q], a[q], b[q]),)
@@ -96,13 +105,16 @@ def choose(masks, a, b):
 
 @triton.jit
 def student_logits(top_cn, bottom_cn, blend_q):
-    """Return the student's logits between two of its rows, for one row of a group."""
+    """Return the student's (c, n) logits in one label row, between its rows `top_cn` and `bottom_cn`.
+
+    `blend_q[0]` is the weight of the bottom row, per lane.
+    """
     return top_cn + blend_q[0][None, :] * (bottom_cn - top_cn)
 
 
 @triton.jit
 def along_rows(rows, columns, offset_c):
-    """Return logits on the target's three rows, at one label column per lane."""
+    """Interpolate three target rows at each lane's label column. Return a (c, n) block for each, see `along_row`."""
     return (
         along_row(rows[0], columns, offset_c),
         along_row(rows[1], columns, offset_c),
@@ -112,9 +124,10 @@ def along_rows(rows, columns, offset_c):
 
 @triton.jit
 def target_logits(lines, blend_q):
-    """Return the target's logits from three rows. A row of weight 0 has no effect, however large its logits.
+    """Return the target's (c, n) logits in one label row, from three of its rows. A row of weight 0 has no effect.
 
-    It is spelt out like every sum of products here, because the fusion of products must not depend on the context.
+    `lines` is from `along_rows`. `blend_q[1:4]` are the weights of the rows, per lane. The products are written out as
+    fused operations, so that the result does not depend on where the function is inlined.
     """
     v_cn = tl.fma(blend_q[2][None, :], lines[1], blend_q[1][None, :] * lines[0])
     return tl.fma(blend_q[3][None, :], lines[2], v_cn)
@@ -125,7 +138,17 @@ def softmax_sums(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels,
     POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u), of each row. BLOCK divides the number of classes."""
+    """Return the sums over all classes of 2^(T u), 2^u, 2^v and 2^v (v - u), a tuple of ROWS blocks each.
+
+    u and v are the student's and the target's logits times log2(e) / T at a label pixel.
+
+    Shapes and units:
+        student_rows, student_columns, target_rows, target_columns: rows and columns to interpolate, see `along_row`.
+        blend: for each label row, the weights of the student's lower row and of three target rows.
+        sizes: (number of classes, elements of a student class, elements of a target class).
+        temperature: T. POWER: T if it is an integer up to 4, else 0.
+        BLOCK: classes at once, a divisor of the number of classes.
+    """
     s1 = of_rows(tl.zeros(blend[0][0].shape, tl.float32))
     su = s1
     sv = s1
@@ -159,9 +182,9 @@ def softmax_sums(
 def softmax_sums_below_peaks(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels
 ):
-    """Compute the sums of `softmax_sums` for logits of any range, relative to the largest u and v.
+    """Compute the sums of `softmax_sums` relative to the largest u and v of each pixel, for logits of any range.
 
-    Returns: the four sums, the last in units of 2^12, and the largest u and v, of each row.
+    Returns: the four sums, the last one times 2^-12, then the largest u and the largest v, a tuple of ROWS blocks each.
     """
     zero = tl.zeros(blend[0][0].shape, tl.float32)
     s1 = of_rows(zero)
@@ -202,7 +225,10 @@ def softmax_sums_below_peaks(
 
 @triton.jit
 def student_group(y_n, cell_n, taps, H):
-    """Return which of the next ROWS label rows from y on lie in the cell (they come first), and fractions."""
+    """Return which of the ROWS label rows from `y_n` on lie in cell `cell_n`, and their weights of the lower row.
+
+    Rows of the cell come before the others. `taps` is the table of label rows, H its length. Both results are tuples.
+    """
     live = ()
     fractions = ()
     for q in tl.static_range(ROWS):
@@ -216,13 +242,17 @@ def student_group(y_n, cell_n, taps, H):
 
 @triton.jit
 def target_row(at_n, first_n, taps, scale):
-    """Find where a label row lies between three target rows from `first_n` on.
+    """Find where a label row lies between three neighbouring rows of the target, `first_n` to `first_n + 2`.
 
     Shapes and units:
-        at_n: the label row's entry in the table.
-        scale: what multiplies the target's logits, or None for 1.
-    Returns: whether it lies there (a group's first always does), whether inside the view; whether between the last two
-        rows, with the fraction; and the weights of the three rows.
+        at_n: the label row's entry in the table `taps`.
+        scale: factor of the target's logits, or None for 1.
+    Returns: (reached, inside, (fraction, below), weights)
+        reached: whether the row lies between them.
+        inside: whether it lies in the target's view.
+        fraction: weight of the lower of the two rows around it.
+        below: whether these are the last two rows, else the first two.
+        weights: the weights of the three rows, times `scale`.
     """
     index_n = tl.load(taps.index + at_n)
     fraction_n = tl.load(taps.fraction + at_n)
@@ -241,21 +271,31 @@ def target_row(at_n, first_n, taps, scale):
 
 @triton.jit
 def load_columns(at_n, taps, width):
-    """Return the pixels left and right of a label column, and its fraction."""
+    """Return (left pixel, right pixel, weight of the right one) of the label column at entry `at_n` of `taps`."""
     left_n = tl.load(taps.index + at_n)
     return left_n, tl.minimum(left_n + 1, width - 1), tl.load(taps.fraction + at_n)
 
 
 @triton.jit
 def lost_on_row(lost_n, columns):
-    """Return whether a lost pixel enters with weight > 0."""
+    """Return 1 if a lost pixel of a low-resolution row enters a label column with a weight above 0, else 0.
+
+    `lost_n` points to the row's marks. `columns` is from `load_columns`.
+    """
     left_n = tl.load(lost_n + columns[0]).to(tl.int32)
     return left_n | tl.load(lost_n + columns[1], mask=columns[2] > 0, other=0).to(tl.int32)
 
 
 @triton.jit
 def label_logit(rows, columns, fraction_n, offset_n):
-    """Return u of the label's class."""
+    """Return the student's prepared logit (times log2(e) / T) of the label's class at a label pixel, interpolated.
+
+    Shapes and units:
+        rows: pointers to the student's rows above and below the pixel, per lane.
+        columns: (left pixel, right pixel, weight of the right one), per lane.
+        fraction_n: weight of the row below.
+        offset_n: offset of the label's class in elements.
+    """
     left_n, right_n, column_n = columns
     top_n = tl.load(rows[0] + left_n + offset_n)
     top_n += column_n * (tl.load(rows[0] + right_n + offset_n) - top_n)
@@ -272,11 +312,24 @@ def visit(
     k_kl, label_factors, sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the terms of the pixels in column r of each lane's cell, and the factors of their gradient.
+    """Compute the loss of a group of label pixels, column r of each lane's cell, and store the factors of its gradient.
+
+    A lane has one label column and up to ROWS label rows from `y_n` on. u and v are the student's and the target's
+    logits times log2(e) / T at a label pixel.
 
     Shapes and units:
-        live, in_view: of each row, whether the lane has the pixel, and whether the target's view has its row.
-    Returns: CE and KL of each lane in nats, weighted, or 1 if the gradient needs the maxima, else 0.
+        student_rows, target_rows: pointers to the two student rows and three target rows around the group, per lane.
+        student_lost_rows, target_lost_rows: pointers to the same rows of the masks of lost pixels.
+        blend, target_places: each label row's weights of these rows, and its place in the target, from `target_row`.
+        left_n, right_n, first_n: student pixels to the left and right of the cell, and the cell's first label column.
+        live, in_view: for each label row, whether it belongs to the lane's cell and whether it lies in the target's
+            view.
+        label_n, label_gate_n, gate_n: pointers to the image's labels and weights in CE and in KL, or None.
+        value_ptrs: where to store VALUES numbers per pixel for the gradient, if HAS_GRADIENT.
+        k_ce, k_kl: factors of the terms in the gradient.
+        sizes: (number of classes, elements of a student class, elements of a target class).
+    Returns: each lane's weighted CE and KL in nats, and 1 if the stored factors are relative to the largest u and v,
+        else 0.
     """
     x_n = tl.minimum(first_n + r, W - 1)
     columns = (left_n, right_n, tl.load(taps.fraction + x_n))

@@ -22,10 +22,10 @@ from .common import VOID, load_label, power
 
 @triton.jit
 def reciprocal(x):
-    """Return 1 / x to an ulp for 2^-126 < x < 2^126, in 7 instructions without a special function or a predicate.
+    """Return 1 / x to within one unit in the last place, for 2^-126 < x < 2^126, in 7 instructions.
 
-    The exponent's sign flipped in the bits is off by at most 12%; each cubic step cubes that. A division costs 9
-    instructions and predicates, which are scarcer than registers here.
+    The first estimate is at most 12% off, and each of two cubic steps cubes that error. A division costs 9 instructions
+    and predicates, which are scarcer than registers here.
     """
     estimate = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     error = tl.fma(-x, estimate, 1.0)
@@ -36,12 +36,12 @@ def reciprocal(x):
 
 @triton.jit
 def interpolation(low, width, flip, S: tl.constexpr):
-    """Return the column and the fractions with which the pixels of a cell from column `low` to `low + 1` read a grid.
+    """Return where the S pixels of a cell from student column `low` to `low + 1` lie in a grid of `width` columns.
 
-    Shapes and units:
-        width: columns of the grid, at least 2.
-    Returns: column, first, step: pixel r reads `(1 - f) x[column] + f x[column + 1]` with f = first + r step; both
-        columns lie in the grid, and beyond its edge f is 0 or 1 throughout. A flipped cell is read from the right.
+    Pixel r reads (1 - f) * x[column] + f * x[column + 1] with f = first + r * step. Before the first and after the last
+    column, f is 0 or 1 for all pixels. With `flip`, the pixels run from right to left.
+
+    Returns: (column, first, step). column and column + 1 lie in the grid, which has at least 2 columns.
     """
     inner = (low >= 0) & (low < width - 1)
     first = tl.where(flip, 1.0 - 0.5 / S, 0.5 / S)
@@ -52,7 +52,7 @@ def interpolation(low, width, flip, S: tl.constexpr):
 
 @triton.jit
 def load_corners(grid, c):
-    """Return class c at the four corners of every lane's cell: top left and right, bottom left and right."""
+    """Return class c's values at the corners of every lane's cell: top left, top right, bottom left, bottom right."""
     offset = c * grid[2]
     return (
         tl.load(grid[0] + offset),
@@ -64,7 +64,11 @@ def load_corners(grid, c):
 
 @triton.jit
 def make_surface(corners, grid, y_first, S: tl.constexpr):
-    """Return (value, dx, dy, dxy): the logit at the first pixel and its increments. Rows start at `y_first`."""
+    """Return (value, dx, dy, dxy), a class's bilinear logits in a cell: the value at pixel (0, 0) and its steps.
+
+    The logit of pixel (q, r) is value + r * dx + q * (dy + r * dxy). `y_first` is how far the first row of pixels lies
+    from the upper corners to the lower, 0 to 1. `corners` is from `load_corners`, and the module defines `grid`.
+    """
     first, step, scale = grid[3], grid[4], grid[5]
     # Converted here and not where they are loaded, classes ahead.
     top_left = corners[0].to(tl.float32)
@@ -84,25 +88,25 @@ def make_surface(corners, grid, y_first, S: tl.constexpr):
 
 @triton.jit
 def exponentials(surface):
-    """Return exp2 of a surface as a geometric sequence: value, x ratio, y ratio, ratio of two rows' x ratios."""
+    """Return exp2 of a surface (value, dx, dy, dxy) as (first, x ratio, y ratio, ratio of two rows' x ratios)."""
     return tl.exp2(surface[0]), tl.exp2(surface[1]), tl.exp2(surface[2]), tl.exp2(surface[3])
 
 
 @triton.jit
 def scaled(surface, factor):
-    """Return the surface times a scalar."""
+    """Return the surface (value, dx, dy, dxy) times a scalar."""
     return surface[0] * factor, surface[1] * factor, surface[2] * factor, surface[3] * factor
 
 
 @triton.jit
 def difference(a, b):
-    """Return the surface a - b."""
+    """Return the surface a - b, each (value, dx, dy, dxy)."""
     return a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]
 
 
 @triton.jit
 def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return sums + sequence ** POWER, pixel by pixel."""
+    """Return `sums` (a tuple with each pixel) plus `sequence` (see `exponentials`) to the power POWER."""
     row, ratio, row_ratio, twist = sequence
     new = ()
     for q in tl.static_range(ROWS):
@@ -125,9 +129,12 @@ def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return moments of G = linear e (if LINEAR) + higher e ** HIGHER (if HIGHER > 0), e being the sequence.
+    """Return the four moments over a cell's pixels (q, r) of G = linear * e + higher * e ** HIGHER.
 
-    Returns: the sums over the pixels of G, (S - 1 - r) G, (ROWS - 1 - q) G and (S - 1 - r) (ROWS - 1 - q) G.
+    e is the pixel's value of `sequence` (see `exponentials`). LINEAR turns the first summand on, HIGHER > 0 the second.
+    `linear` and `higher` are tuples with a factor for each pixel.
+
+    Returns: the sums of G, (S - 1 - r) G, (ROWS - 1 - q) G and (S - 1 - r) (ROWS - 1 - q) G.
     """
     row, ratio, row_ratio, twist = sequence
     for q in tl.static_range(ROWS):
@@ -171,7 +178,7 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
 
 @triton.jit
 def unpack(labels, index: tl.constexpr):
-    """Return one of the class ids packed in pairs of 16 bits. VOID and WRONG stay negative."""
+    """Return the class id of pixel `index` from `labels`, two ids of 16 bits each. VOID and WRONG stay negative."""
     if index % 2 == 0:
         return (labels[index // 2] << 16) >> 16
     return labels[index // 2] >> 16
@@ -181,11 +188,11 @@ def unpack(labels, index: tl.constexpr):
 def label_moments(
     labels, gate_ptrs, gate_stride_h, gate_stride_w, c, ANY: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return moments, as above, of G = the weight of the pixels labelled c (with ANY, at all), else 0.
+    """Return the four moments (see `moments`) of G, the CE weight of each pixel with label c, and 0 at other pixels.
 
-    Shapes and units:
-        gate_ptrs: to the first pixel's weight, or None for weights of 1. They are read here again: kept, they would
-            cost a register for each pixel.
+    With ANY, take the labelled pixels of every class. `labels` is from `read_labels`. `gate_ptrs` points to the first
+    pixel's weight, or is None for weights of 1. (Weights are loaded again, because keeping them costs a register per
+    pixel.)
     """
     for q in tl.static_range(ROWS):
         for r in tl.static_range(S):
@@ -218,7 +225,7 @@ def label_moments(
 
 @triton.jit
 def subtract(a, factor, b):
-    """Return the moments a - factor b."""
+    """Return a - factor * b for two tuples of four moments (see `moments`)."""
     return (
         tl.fma(-factor, b[0], a[0]),
         tl.fma(-factor, b[1], a[1]),
@@ -229,9 +236,10 @@ def subtract(a, factor, b):
 
 @triton.jit
 def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return the sum over the pixels of the surface times G, from the moments of G.
+    """Return the sum over a cell's pixels of surface * G, from the surface (value, dx, dy, dxy) and the moments m of G.
 
-    The moments weigh by the distance to the last pixel, so the surface is written from there.
+    The moments weigh a pixel by its distance to the last one, so the surface is first expressed relative to the last
+    pixel.
     """
     value, dx, dy, dxy = surface
     last_dx = tl.fma(dxy, ROWS - 1.0, dx)
@@ -243,7 +251,7 @@ def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return whether pixel (q, r) of a cell lies in the image: cells at the edge are half outside."""
+    """Return whether pixel (q, r) of turn g of cell (i, j) lies in the image. Half of an edge cell does not."""
     column = j >= 0 if r < S // 2 else j < w - 1
     if ROWS == S:
         row = i >= 0 if q < S // 2 else i < h - 1
@@ -254,7 +262,11 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
 
 @triton.jit
 def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
-    """Return a cell's labels in pairs (see `unpack`), a bit for each modulo 32, and the lowest and highest."""
+    """Load the labels of a cell's pixels in one turn.
+
+    Returns: tuple of int32 with two class ids each (see `unpack`), an int32 with a bit for each label modulo 32, and
+        the lowest and the highest label.
+    """
     labels = ()
     seen = active.to(tl.int32) * 0
     lowest = seen
@@ -290,10 +302,15 @@ def pixel_factors(
     gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, label_factors, active,
     i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the factors of every pixel's exponentials in the gradient, and its part of the loss.
+    """Return the factors of every pixel's exponentials in the gradient, and the cell's sums of the loss.
 
-    Returns: tuples for the student at T = 1 and at T and for the target (its gate over its sum, without k_kl); the
-        cell's sums of ce weight * log2(ce) and of gate * log2(kl / teacher); whether KL counts a pixel of it.
+    Shapes and units:
+        ce, kl, teacher: tuples with each pixel's sum of exponentials, from `softmax_denominators`.
+        labels: from `read_labels`.
+        k_ce, k_kl: factors of the terms in the gradient.
+    Returns: three tuples with a factor per pixel: k_ce * weight / ce, k_kl * gate / kl, and gate / teacher. Then the
+        cell's sums of weight * log2(ce) and of gate * log2(kl / teacher), and whether KL counts any of its pixels.
+        weight and gate are the pixel's weights in CE and in KL, 0 if not counted.
     """
     ce_factors = ()
     kl_factors = ()
@@ -359,7 +376,7 @@ def pixel_factors(
 def softmax_denominators(
     student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
 ):
-    """Return softmax denominators of every pixel: student at T = 1, student at T, target at T."""
+    """Return each pixel's sum of exponentials over classes: student at T = 1, student at T, target at T."""
     ce = ()
     kl = ()
     teacher = ()
@@ -397,7 +414,15 @@ def class_moments(
     surface, sequence, share, ce, kl, k_kl, pixels, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """Return a class's moments of the gradient without labels. `share` is the target's probability's part."""
+    """Return the four moments (see `moments`) of a class's gradient at a cell's pixels, without the part of its labels.
+
+    Shapes and units:
+        surface: the student's logits in the cell times log2(e) / T, (value, dx, dy, dxy).
+        sequence: their exponentials, from `exponentials`.
+        share: the moments of the target's probability of the class times the pixel's gate.
+        ce, kl: tuples with the factor of each pixel's exponentials in CE and in KL, from `pixel_factors`.
+        k_kl: factor of KL in the gradient, applied to `share`.
+    """
     if pixels.USE_CE and POWER == 0:
         m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
         if pixels.USE_KL:
@@ -413,9 +438,10 @@ def class_moments(
 
 @triton.jit
 def any_lost(lost_ptr, top, bottom, low, width):
-    """Return whether one of a cell's corners is lost. `top` and `bottom` are row offsets, `low` is its left column.
+    """Return whether one of a cell's four corners is lost, which affects all pixels of the cell.
 
-    Each corner affects all of the cell's pixels: at strides of 2 and more no pixel lies on a corner.
+    `top` and `bottom` are the offsets of the upper and the lower row in `lost_ptr`, `low` is the left column, and
+    `width` the number of columns. Columns outside are clamped.
     """
     left = tl.minimum(tl.maximum(low, 0), width - 1)
     right = tl.minimum(tl.maximum(low + 1, 0), width - 1)

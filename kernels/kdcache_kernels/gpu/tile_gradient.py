@@ -73,7 +73,16 @@ def add_gradient(
     next_ptr, taps, target_taps, pixels, k_ce, sizes, W, wt, temperature,
     POWER: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Add a group of rows' gradient at its cells' corners to the sums of this row of cells and the next."""
+    """Add the gradient of a group of label rows to the corners of their cells.
+
+    Half of it goes to the sums `now_ptr` of the student row above the cell, the other to `next_ptr` of the row below.
+
+    Shapes and units:
+        values_ptr: the numbers per pixel that `sample.visit` stored.
+        columns: label columns of a cell, at most.
+        PEAKS: whether the stored factors are relative to the largest logits.
+        BLOCK, UNROLL: classes of a block, and blocks at once. The others are as in `sample.visit`.
+    """
     lane = tl.arange(0, LANES)
     shift_cn = tl.zeros((BLOCK, LANES), tl.int32) + tl.maximum(lane - 1, 0)[None, :]
     zero_cn = tl.zeros((BLOCK, LANES), tl.float32)
@@ -155,7 +164,7 @@ def finish_row(
     sums_ptr, gradient_n, writes_n, num_classes, plane,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write out the sums of a row of student pixels and set them to 0."""
+    """Write the sums of a row of student pixels to `gradient_n`, for lanes with `writes_n`, and set the sums to 0."""
     for start in range(0, num_classes, BLOCK * UNROLL):
         for k in tl.static_range(UNROLL):
             c = start + k * BLOCK + tl.arange(0, BLOCK)

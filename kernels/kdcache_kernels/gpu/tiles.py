@@ -78,7 +78,11 @@ def tiles_kernel(
     ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute every num_programs-th block of lanes, the cell columns -1 to w - 1 of all strips, per program."""
+    """Compute the loss and its gradient in blocks of lanes. A program takes every num_programs-th block.
+
+    A lane owns one of the cell columns -1 to w - 1 of a strip. Unless ALL_IMAGES, only images with route 0 are
+    computed, see `Prepared.route`.
+    """
     take_turn(DEPENDENT)
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
     row_taps, column_taps = student_tables(tables_ptr, H, W)
@@ -228,16 +232,15 @@ def tiles_kernel(
 
 
 class Tiling(NamedTuple):
-    """The sizes of the pieces of work. Only the class blocks can change a bit of the result.
+    """The sizes of the pieces of work. Only the two numbers of classes can change a bit of the result.
 
     Attributes:
         strip_rows: rows of student pixels per strip.
         lanes: lanes per program, one warp of them on a GPU.
-        block_sums: classes that are summed at once, a divisor of their number.
-        block_classes: classes of a block whose gradient is computed at once. On a GPU it is one, so each lane is a
-            thread in every block, whatever layouts the compiler chooses.
-        unroll: such blocks at once.
-        programs: at most; each has a scratch buffer of 21 KiB at stride 4 and 21 classes.
+        block_sums: classes that are summed at once, a divisor of C.
+        block_classes: classes whose gradient is computed at once. It is 1 on a GPU, so that each lane is one thread.
+        unroll: blocks of block_classes per turn of the loop.
+        programs: the most programs to launch. Each has a scratch buffer, 21 KiB at stride 4 and 21 classes.
     """
 
     strip_rows: int
@@ -249,10 +252,11 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
-    """Return one wave of ten warps per multiprocessor, or large blocks for the interpreter.
+    """Choose the tiling: on a GPU, strips short enough for ten warps per multiprocessor, in a single wave of programs.
 
-    If the fast kernel takes whole views, only images with widely spanning logits come here. Two warps per
-    multiprocessor suffice for them, so the others do not pay the memory of a wave.
+    If not `all_images`, the fast kernel takes most images, and only those with widely spanning logits are computed
+    here. Two warps per multiprocessor then suffice and save scratch memory. The interpreter on the CPU gets large
+    blocks.
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device
@@ -267,7 +271,7 @@ def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
 
 
 def most_columns(w: int, W: int, align_corners: bool) -> int:
-    """Return the most of W label columns that lie in one of the cells -1 to w - 1."""
+    """Return the largest number of label columns, of W, in one of the cells between w student columns, -1 to w - 1."""
     if w == 1:
         return W
     return max(1, -(-(W - 1) // (w - 1))) if align_corners else -(-W // w)
@@ -288,7 +292,7 @@ def _scratch_size(problem: LossProblem, tiling: Tiling) -> int:
 
 
 def needs(problem: LossProblem, tiling: Tiling) -> Needs:
-    """Return the needs of `launch`."""
+    """Return the memory that `launch` needs."""
     programs = min(_blocks(problem, tiling)[1], tiling.programs)
     return Needs(programs, programs * _scratch_size(problem, tiling))
 
@@ -302,11 +306,11 @@ def launch(
     *,
     all_images: bool,
 ) -> None:
-    """Run the kernel on all images, or on those whose route is 0.
+    """Run the kernel on all images, or unless `all_images` only on those with route 0, see `Prepared.route`.
 
     Shapes and units:
-        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
-        buffers: with what `needs` says.
+        gradient: (B, C, h, w) contiguous result, written for those images. None computes no gradient.
+        buffers: the memory that `needs` asks for.
     """
     h, w = problem.student.shape[2:]
     (H, W), device = problem.size, problem.student.device

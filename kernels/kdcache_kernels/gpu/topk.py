@@ -31,7 +31,10 @@ RANKS = tl.constexpr(4)
 
 @triton.jit
 def pixels(num_pixels, total, BLOCK: tl.constexpr):
-    """Return this program's lanes: image, pixel, whether it exists, in int64 because offsets outgrow int32."""
+    """Return (image, pixel, exists) of this program's lanes, in int64, because offsets can exceed int32.
+
+    An image has `num_pixels` pixels, and all images together have `total`.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs < total
     offs = tl.where(exists, offs, 0)
@@ -41,7 +44,7 @@ def pixels(num_pixels, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_class(logits_ptr, strides, image, pixel, w):
-    """Return pointers to class 0 of each lane's pixel, and the step from a class to the next."""
+    """Return pointers to class 0 of each lane's pixel, and the stride from one class to the next."""
     return logits_ptr + image * strides[0] + (pixel // w) * strides[2] + (pixel % w) * strides[3], strides[1]
 
 
@@ -164,9 +167,12 @@ def _pack_kernel(
 
 @triton.jit
 def tail_fill(largest, mass, tail, num_classes, k):
-    """Return the logit of a class that was not kept, float64. The caller rounds it once, as C - k share the error.
+    """Return the float64 logit of each class that was not kept: these share the tail's mass evenly.
 
-    `largest` is of the kept logits, `mass` the sum of their exponentials relative to it, `tail` the others' log-odds.
+    Shapes and units:
+        largest: the largest kept logit. mass: sum over kept logits of exp(logit - largest).
+        tail: log-odds of the mass of the classes that were not kept.
+        num_classes, k: C, and the number of kept classes.
     """
     one = tl.full((), 1.0, tl.float64)
     fill = largest.to(tl.float64) + tl.log(mass.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * one)
@@ -213,9 +219,9 @@ def _densify_kernel(
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute `kdcache_kernels.pack` in float32.
+    """Compute `kdcache_kernels.pack` in float32 on CUDA.
 
-    Memory: the result. (Dtypes other than float32, float16 and bfloat16 are copied to float32.)
+    Memory: the result. Dtypes other than float32, float16 and bfloat16 are first copied to float32.
     """
     check_logits(logits_BChw, k)
     logits_BChw = logits_BChw.detach()
@@ -237,9 +243,9 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 
 
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
-    """Compute `kdcache_kernels.densify` for float32: a new, contiguous tensor.
+    """Return the (B, C, h, w) float32 logits of `kdcache_kernels.densify` on CUDA, a new, contiguous tensor.
 
-    A pixel with a class id out of range is NaN in every class, because a check would wait for the device.
+    A pixel with a class id out of range is NaN in every class. Checking the ids would wait for the device.
     """
     check_packed(values, indices, tail, num_classes)
     if indices is None or tail is None:

@@ -22,12 +22,15 @@ _INPUTS = ", ".join(("str family", *(f"{_TYPES[name]} {name}" for name in _NAMES
 
 
 def arguments_of(problem: RelationProblem) -> tuple[Any, ...]:
-    """Return the problem as the operators take it: the values of its fields."""
+    """Return the values of a problem's fields in order, as the operators take them."""
     return tuple(getattr(problem, name) for name in _NAMES)
 
 
 def call_relation_loss(problem: RelationProblem, family: str) -> Tensor:
-    """Compute the differentiable loss of a problem, without an operator unless it is traced."""
+    """Compute the differentiable loss of a problem with a family, "numba" or "triton".
+
+    The registered operator is called only while PyTorch traces the call, see `kdcache_kernels.library.is_traced`.
+    """
     arguments = arguments_of(problem)
     loss: Tensor
     if is_traced(*arguments):
@@ -62,7 +65,10 @@ def _computed(problem: RelationProblem, family: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kdcache::relation_loss", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def relation_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the loss, 0-dimensional, and its gradient by the student, (0,) if it is not needed. Both are float32."""
+    """Compute the loss and its gradient by the student's logits, with a family, "numba" or "triton".
+
+    Returns: the loss, 0-dimensional float32, and the gradient, float32 of the student's shape, or (0,) if not needed.
+    """
     return _computed(_problem(arguments), family)
 
 
@@ -118,7 +124,7 @@ class _DirectLoss(torch.autograd.Function):
 
 @torch.library.custom_op("kdcache::relation_moments", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def relation_moments(family: str, *arguments: Any) -> Tensor:
-    """Return the moments (6, C) of this batch's cells, float64. See `RelationProblem.moments`."""
+    """Return the (6, C) float64 moments of this batch's cells, as in `RelationProblem.moments`."""
     return _moments(_problem(arguments), family)
 
 

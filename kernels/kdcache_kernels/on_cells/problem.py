@@ -17,24 +17,25 @@ MOMENTS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class RelationProblem:
-    """The arguments of `kdcache_kernels.relation_loss`, checked.
+    """The checked arguments of `kdcache_kernels.relation_loss`.
 
     Attributes:
-        student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides; float64 only for the reference.
+        student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides. float64 only for the reference.
         teacher: (B, C, h, w) logits of the view, any float dtype and strides.
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the student's image in pixels.
-        temperature: > 0.
-        window: (B, 4) float64, any strides, pixels of the view. None is the whole view.
+        temperature: > 0, dimensionless.
+        window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, any strides. None is the whole view.
         flip: (B,) bool, any stride. None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides. None weighs every pixel 1.
-        counted: (B, H, W) bool, any strides, the view's pixels that count. None is all.
-        count: 0-dimensional float on the device of the student. None is this batch's own.
+        counted: (B, H, W) bool, any strides, which pixels of the view count. None counts all of them.
+        count: 0-dimensional float on the student's device, the number of counted cells to divide by. None counts this
+            batch.
         need_gradient: whether to compute the gradient.
-        beta, gamma: weights of the parts over classes and over cells.
-        moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
-            probabilities, and the weighted sums of products of these minus their means: student with teacher, student
-            with itself, teacher with itself. None is this batch's own.
+        beta, gamma: >= 0, weights of the correlation over the classes of a cell and over the cells of a class.
+        moments: (6, C) float64. For each class: the weight of all cells, the means of the student's and the teacher's
+            probabilities, and three weighted sums of products of probabilities minus their means (student with teacher,
+            student with student, teacher with teacher). None computes the moments of this batch.
     """
 
     student: Tensor
@@ -54,32 +55,32 @@ class RelationProblem:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) of the teacher's cells."""
+        """Return (h, w), the numbers of the teacher's cells."""
         return self.teacher.shape[2], self.teacher.shape[3]
 
     @property
     def is_resized(self) -> bool:
-        """Whether the student's logits lie on another grid than the teacher's."""
+        """Return True if the student's logits have another height or width than the teacher's."""
         return tuple(self.student.shape[2:]) != self.grid
 
     @property
     def is_moved(self) -> bool:
-        """Whether the teacher's are seen through a window or mirrored, judged by the arguments, not by values."""
+        """Return True if a window or a flip is given, whatever its values."""
         return self.window is not None or self.flip is not None
 
     @property
     def is_weighted(self) -> bool:
-        """Whether cells may weigh unequally, judged by the arguments, not by their values. Else each counts 1."""
+        """Return True if a window, flip, gate or mask is given, so cells may weigh unequally. Else each weighs 1."""
         return self.is_moved or self.pixel_weight is not None or self.counted is not None
 
 
 def largest_logit(temperature: float) -> float:
-    """Return the largest logit with every difference over the temperature in float32. Larger ones are lost."""
+    """Return the largest usable |logit|: differences of usable logits / temperature do not overflow float32."""
     return torch.finfo(torch.float32).max / 8 * min(1.0, temperature)
 
 
 def average_moments(moments_P6C: Tensor) -> Tensor:
-    """Combine the moments (6, C) of several processes or parts, with weights and sums as means over them.
+    """Combine the moments of several processes or batch parts into the moments of all their cells.
 
     >>> import kdcache_kernels
     >>> moments = torch.ones(2, 6, 3, dtype=torch.float64)
@@ -87,7 +88,8 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
     torch.Size([6, 3])
 
     Args:
-        moments_P6C: float64, of each part, from `relation_moments`.
+        moments_P6C: (P, 6, C) float64, the result of `relation_moments` for each part.
+    Returns: (6, C) float64, as `relation_moments`, but with the weight and the sums divided by P.
     """
     weight_PC, *means_2PC = moments_P6C[:, :3].unbind(1)
     all_C = weight_PC.sum(0)
@@ -100,5 +102,11 @@ def average_moments(moments_P6C: Tensor) -> Tensor:
 
 
 def correlation(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
-    """Return Pearson's correlation from sums of centred products, near 0 if one side hardly varies."""
+    """Return Pearson's correlation from sums of products of centred values, near 0 if one variable hardly varies.
+
+    Args:
+        st: sum of the products of both variables.
+        ss: sum of the squares of the first variable.
+        tt: sum of the squares of the second variable.
+    """
     return st * (ss + EPS).rsqrt() * (tt + EPS).rsqrt()

@@ -17,12 +17,13 @@ from .problem import RelationProblem, correlation, largest_logit
 
 
 class Seen(NamedTuple):
-    """Both sets of logits on the teacher's cells.
+    """The student's and the teacher's logits on the teacher's cells.
 
     Attributes:
-        student, teacher: (B, C, h, w) logits over the temperature.
-        cells: how much each cell counts.
-        spoilt: 0-dimensional bool, whether a logit that is not finite enters a cell that counts.
+        student, teacher: (B, C, h, w) logits divided by the temperature.
+        cells: how much each cell counts and weighs.
+        spoilt: 0-dimensional bool tensor. It is True if a counted cell depends on a logit that is NaN, infinite or
+            above `largest_logit`. The loss must then be NaN.
     """
 
     student: Tensor
@@ -32,7 +33,7 @@ class Seen(NamedTuple):
 
     @property
     def predictions(self) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's probabilities."""
+        """Return the student's and the teacher's probabilities, (B, C, h, w) each."""
         return self.student.softmax(1), self.teacher.softmax(1)
 
 
@@ -46,16 +47,19 @@ def lay_logits(
     window_B4: Tensor | None,
     flip_B: Tensor | None,
 ) -> Seen:
-    """Place both sets of logits under the teacher's cells, in float32, or float64 for a student of float64.
+    """Resample the student's and the teacher's logits to the teacher's cells, and divide them by the temperature.
+
+    Unusable logits (NaN, infinite or above `largest_logit`) are replaced by 0 and reported in `Seen.spoilt`.
 
     Args:
-        student_BCxx: at its own size.
-        teacher_BChw: of the view.
-        cells: how much each cell counts.
-        temperature: as in `kdcache_kernels.relation_loss`.
-        view_size: as in `kdcache_kernels.relation_loss`.
-        window_B4: as in `kdcache_kernels.relation_loss`.
-        flip_B: as in `kdcache_kernels.relation_loss`.
+        student_BCxx: (B, C, hs, ws) logits. The result has a gradient by them.
+        teacher_BChw: (B, C, h, w) logits of the view, without a gradient.
+        cells: how much each cell counts, to decide whether an unusable logit matters.
+        temperature: > 0, dimensionless.
+        view_size: (height, width) of the view in pixels.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
+        flip_B: (B,) bool, whether to mirror the window left to right, or None.
+    Returns: float64 results for a float64 student, else float32.
     """
     dtype, grid = compute_dtype(student_BCxx.dtype), (teacher_BChw.shape[2], teacher_BChw.shape[3])
 
@@ -73,7 +77,7 @@ def lay_logits(
 
 
 def logits_on_cells(problem: RelationProblem) -> Seen:
-    """Lay both sets of logits of a problem under the teacher's cells."""
+    """Weigh the teacher's cells of a problem, and resample both sets of logits to them."""
     cells = lay_cells(
         problem.window,
         problem.flip,
@@ -97,9 +101,9 @@ def logits_on_cells(problem: RelationProblem) -> Seen:
 
 
 def relation_loss_reference(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_loss` from checked arguments.
+    """Compute `kdcache_kernels.relation_loss` from checked arguments, a 0-dimensional tensor.
 
-    It computes in float32 also under autocast, and in float64 for float64 logits.
+    Compute in float32 even under autocast, and in float64 for float64 logits.
     """
     with torch.autocast(problem.student.device.type, enabled=False):
         seen = logits_on_cells(problem)
@@ -118,7 +122,7 @@ def relation_loss_reference(problem: RelationProblem) -> Tensor:
 
 @torch.no_grad()
 def relation_moments_reference(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments`."""
+    """Compute `kdcache_kernels.relation_moments` from checked arguments, (6, C) float64."""
     with torch.autocast(problem.student.device.type, enabled=False):
         seen = logits_on_cells(problem)
         predictions, weight_Bhw = seen.predictions, seen.cells.weight

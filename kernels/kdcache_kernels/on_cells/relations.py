@@ -38,7 +38,7 @@ def relation_loss(
     moments_6C: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Return how differently student and teacher relate classes, and cells, to each other on the target's cells.
+    """Return 1 - the correlation of student and teacher over classes, plus the same over cells, on the target's cells.
 
     >>> import kdcache_kernels
     >>> logits = torch.randn(2, 3, 4, 4, requires_grad=True)
@@ -64,14 +64,15 @@ def relation_loss(
         temperature: > 0, dimensionless.
         beta: >= 0, weight of inter.
         gamma: >= 0, weight of intra.
-        window_B4: as in `distill_loss`. A window outside the view counts nothing.
-        flip_B: as in `distill_loss`.
+        window_B4: (B, 4) float64 edges (y0, x0, y1, x1) of what the image shows, in pixels of the view. None is the
+            whole view. A window outside the view has no counted cells.
+        flip_B: (B,) bool, whether the window is mirrored left to right. None mirrors nothing.
         pixel_weight_BHW: gate, any dtype, taken as a number. It does not shrink the denominator.
         counted_BHW: bool, which pixels of the view count. None is all.
-        count: replaces the counted cells of this batch as the denominator of inter: the mean over the parts of a larger
-            batch, so the losses average to its own.
-        moments_6C: of the whole batch instead of this part: `average_moments` of the results of `relation_moments` for
-            every part. The loss is then the whole batch's intra on every part.
+        count: denominator of inter instead of this batch's counted cells. If a batch has several parts, pass the mean
+            of their counts. The losses of the parts then average to the loss of the batch.
+        moments_6C: moments of the whole batch, to use instead of this part's: `average_moments` of every part's
+            `relation_moments`. Every part's intra is then the whole batch's.
         impl: "auto", "triton", "numba" or "reference", as in `distill_loss`.
     Returns: 0-dimensional, float32 (float64). Differentiable once; with the reference any number of times.
     Raises: ShapeError, ValueRangeError naming the argument.
@@ -129,10 +130,11 @@ def relation_moments(
     >>> kdcache_kernels.relation_moments(student, teacher, view_size=(16, 16), size=(16, 16)).shape
     torch.Size([6, 3])
 
-    Args, Raises: as `relation_loss`.
-    Returns: (6, C) float64: weight of the cells, means of the student's and the teacher's probabilities, weighted sums
-        of the products of these minus their means (student with teacher, with itself; teacher with itself). NaN if a
-        logit that is not finite enters a counted cell.
+    Arguments and errors are as in `relation_loss`.
+
+    Returns: (6, C) float64. For each class: the weight of all cells, the means of the student's and the teacher's
+        probabilities, and three weighted sums of products of probabilities minus their means (student with teacher,
+        student with student, teacher with teacher). NaN if a counted cell depends on a logit that is not finite.
     """
     check_logits(student_logits_BChw, teacher_logits_BChw)
     family, problem = _checked(
@@ -159,7 +161,7 @@ def relation_moments(
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:
-    """Raise ShapeError for logits that are not (B, C, h, w) floats of the same images and classes."""
+    """Raise ShapeError unless both are dense floats with four axes and have equal numbers of images and classes."""
     checks.check_student(student)
     B, C = student.shape[:2]
     if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:

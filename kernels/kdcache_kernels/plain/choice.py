@@ -23,7 +23,7 @@ FILE = Path(__file__).parent / "choice.json"
 
 
 def prefers_torch(problem: LossProblem) -> bool:
-    """Return True if torch is the faster family for a problem. Windows and flips were not measured."""
+    """Return True if torch is the faster family for a problem. It is never chosen for windows and flips."""
     if problem.window is not None or problem.flip is not None:
         return False
     B, C, h, w = problem.student.shape
@@ -35,7 +35,13 @@ def prefers_torch(problem: LossProblem) -> bool:
 
 @lru_cache(maxsize=256)
 def torch_is_faster(kind: str, classes: int, pixels: int) -> bool:
-    """Look a problem up in the table: its kind, its classes and the label pixels of its batch."""
+    """Look up in the table of measured times whether torch is the faster family.
+
+    Args:
+        kind: label pixels of a cell along an axis, or "one cell" for images of one pixel.
+        classes: C.
+        pixels: label pixels of the batch.
+    """
     table = _table()
     measured = table["kinds"].get(kind)
     if measured is None or (kind != ONE_CELL and classes * pixels > MOST):

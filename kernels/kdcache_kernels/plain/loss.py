@@ -83,7 +83,7 @@ class _Logits(NamedTuple):
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
-    """Compute `kdcache_kernels.distill_loss` and its gradient.
+    """Compute the loss, its terms and its gradient of a checked problem with PyTorch operations.
 
     Memory: up to eight float32 tensors of label size times classes, which are small in the cases of `impl="auto"`.
     """
@@ -213,7 +213,7 @@ def _kl(problem: LossProblem, student: Softmax, lost_BP: Tensor | None) -> tuple
 
 
 def in_pixels(x: Tensor, axis: int = 1) -> Tensor:
-    """Return a tensor with the rows and columns from `axis` on as one axis, and without it for one pixel."""
+    """Return a tensor with the axes of rows and columns, from `axis` on, merged, or dropped for one pixel."""
     return x.flatten(axis) if x.shape[axis:].numel() > 1 else x.flatten(axis - 1)
 
 

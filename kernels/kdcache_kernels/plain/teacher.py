@@ -20,7 +20,7 @@ Smaller tensors are not worth halving."""
 
 
 def largest(x_BCP: Tensor) -> Tensor:
-    """Return the maximum over the classes, (B, P). For few pixels, halves of the classes are compared first."""
+    """Return the maximum over the classes, (B, P). For few pixels, compare halves of the classes, which is faster."""
     while x_BCP.dim() == 3 and x_BCP.shape[2] < FEW_PIXELS and x_BCP.numel() > FEW_ELEMENTS and x_BCP.shape[1] > 1:
         half = (x_BCP.shape[1] + 1) // 2
         x_BCP = torch.maximum(x_BCP[:, :half], x_BCP[:, -half:])
@@ -28,10 +28,12 @@ def largest(x_BCP: Tensor) -> Tensor:
 
 
 class Softmax(NamedTuple):
-    """A distribution. No logarithm of every probability is taken, which would cost as much as the softmax.
+    """A probability for every class in each pixel.
+
+    The logarithms of the probabilities are not stored, because computing them costs as much as the softmax.
 
     Attributes:
-        logits, p: (B, C, P).
+        logits, p: (B, C, P), logits at the temperature and their probabilities.
         total: (B, P), the logarithm of the sum of the exponentials of the logits.
     """
 
@@ -41,24 +43,24 @@ class Softmax(NamedTuple):
 
     @classmethod
     def of(cls, logits_BCP: Tensor, *, centred: bool = False) -> "Softmax":
-        """Take the softmax of logits. Centred ones have a maximum of 0 in each pixel."""
+        """Compute the softmax over classes. With `centred`, the logits have a maximum of 0 in each pixel."""
         p_BCP = logits_BCP.softmax(1)
         total_BP = largest(p_BCP).log_().neg_()
         return cls(logits_BCP, p_BCP, total_BP if centred else total_BP.add_(largest(logits_BCP)))
 
 
 class Teacher(Protocol):
-    """A distribution in every pixel."""
+    """The teacher's distribution over the classes in every pixel."""
 
     def divergence(self, student: Softmax) -> Tensor:
         """Return KL(teacher || student) in nats, (B, P)."""
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Return (p - q) * factor, written over p."""
+        """Return (p - q) * factor, written over p, the student's probabilities, with q the teacher's."""
 
 
 class DenseTeacher(NamedTuple):
-    """A distribution with a separate probability for every class."""
+    """The teacher's distribution with a separate probability for every class."""
 
     softmax: Softmax
 
@@ -69,17 +71,18 @@ class DenseTeacher(NamedTuple):
         return cross_BP + (student.total - total_BP)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Return (p - q) * factor, written over p."""
+        """Return (p - q) * factor, written over p, the student's probabilities, with q the teacher's."""
         return p_BCP.sub_(self.softmax.p).mul_(factor_B1P)
 
 
 class SparseTeacher(NamedTuple):
-    """A distribution of single kept classes and one probability for all others, for images of one pixel.
+    """The teacher's distribution from top-k logits, for images of one pixel. All dropped classes share one probability.
 
     Attributes:
-        ids: (B, k) int64 class ids.
-        log_q, rest: (B, k) and (B, 1) logarithms of the probability of a kept class, and of one of the others.
-        missing: C - k.
+        ids: (B, k) int64 ids of the kept classes.
+        log_q: (B, k) logarithms of their probabilities.
+        rest: (B, 1) logarithm of the probability of each dropped class.
+        missing: C - k, the number of dropped classes.
     """
 
     ids: Tensor
@@ -89,7 +92,7 @@ class SparseTeacher(NamedTuple):
 
     @classmethod
     def of(cls, target: PackedTarget, temperature: float) -> "SparseTeacher":
-        """Make one from a target of one cell with finite values."""
+        """Compute the distribution at a temperature from a packed target of one cell per image, with finite values."""
         assert target.indices is not None
         assert target.tail is not None
         missing = target.num_classes - target.k
@@ -102,14 +105,14 @@ class SparseTeacher(NamedTuple):
         return cls(target.indices.flatten(1).long(), log_q_Bk, rest_B1, missing)
 
     def divergence(self, student: Softmax) -> Tensor:
-        """Return KL(teacher || student) in nats, (B,), from the kept classes and the rest."""
+        """Return KL(teacher || student) in nats, (B,), over the kept and the dropped classes."""
         kept_Bk, rest_B = student.logits.gather(1, self.ids), self.rest[:, 0]
         others_B = student.logits.sum(1) - kept_Bk.sum(1)
         of_kept_B = (self.log_q.exp() * (self.log_q - kept_Bk + student.total[:, None])).sum(1)
         return of_kept_B + rest_B.exp() * (self.missing * (rest_B + student.total) - others_B)
 
     def gradient(self, p_BCP: Tensor, factor_B1P: Tensor) -> Tensor:
-        """Return (p - q) * factor, written over p."""
+        """Return (p - q) * factor, written over p, the student's probabilities, with q the teacher's."""
         rest_B1 = self.rest.exp()
         gradient_BC = p_BCP.sub_(rest_B1).mul_(factor_B1P)
         return gradient_BC.scatter_add_(1, self.ids, (rest_B1 - self.log_q.exp()) * factor_B1P)

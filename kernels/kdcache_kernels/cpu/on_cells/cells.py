@@ -45,10 +45,11 @@ class _Sampling(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The position of an array under the target's cells.
+    """How to read an array of logits at the target's cells.
 
     Attributes:
-        moved: whether it is resampled, or read directly.
+        rows, columns: the two rows (columns) of the array around each cell's centre, and the second's weight.
+        moved: True if the array is interpolated, False if its elements are the cells.
     """
 
     rows: _Sampling
@@ -57,7 +58,15 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, window: Tensor | None, flip: Tensor | None, view_size: Size, array: Size, grid: Size) -> "Grid":
-        """Compute an array's position from a window and a flip of the view."""
+        """Compute where the cells of a view lie in an array that covers the view.
+
+        Args:
+            window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the view, or None for the whole view.
+            flip: (B,) bool, whether to mirror left to right, or None.
+            view_size: (height, width) of the view in pixels.
+            array: (rows, columns) of the array.
+            grid: (h, w), the number of cells.
+        """
         at = view_positions(window, flip, view_size, grid, torch.device("cpu"))
         rows = _Sampling.of(at.y, view_size[0], array[0])
         columns = _Sampling.of(at.x, view_size[1], array[1])
@@ -65,19 +74,22 @@ class Grid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """The fields one by one, because numba takes longer to find the type of a tuple than for the call."""
+        """Return the fields in a flat tuple, because numba is slow to find the type of a nested one."""
         return (*self.rows, *self.columns, self.moved)
 
 
 @lru_cache(maxsize=32)
 def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
-    """Return the position of an array for a whole, unmirrored view."""
+    """Return the `Grid` of an array (rows, columns) for `grid` = (h, w) cells of a whole, unmirrored view."""
     return Grid.of(None, None, view_size, array, grid)
 
 
 @njit(**OPTIONS)
 def read_row(c, row, start, limit, n, line, largest, usable):
-    """Read n logits into row c of `line`, from a row of an array on the cells' grid."""
+    """Copy n logits of class c from `row`, starting at element `start`, to `line[c]`.
+
+    Raise `largest[j]` to the logit of cell j. Set `usable[j]` to 0 if its magnitude exceeds `limit` or is NaN.
+    """
     own = row[start : start + n]
     for j in range(n):
         x = own[j]
@@ -88,7 +100,14 @@ def read_row(c, row, start, limit, n, line, largest, usable):
 
 @njit(**OPTIONS)
 def sample_row(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
-    """Read n logits into row c of `line`, between two rows of an array."""
+    """Interpolate n logits of class c between the rows `upper` and `lower` of an array, and write them to `line[c]`.
+
+    Raise `largest[j]` to the logit of cell j. Set `usable[j]` to 0 if its magnitude exceeds `limit` or is NaN.
+
+    Shapes and units:
+        down: weight of `lower`, a number in [0, 1].
+        left, following, right: (n,) columns to the left and right of each cell's centre, and the right column's weight.
+    """
     for j in range(n):
         k, m, f = left[j], following[j], right[j]
         a = upper[k] + f * (upper[m] - upper[k])
@@ -101,7 +120,19 @@ def sample_row(c, upper, lower, down, left, following, right, limit, n, line, la
 
 @njit(**OPTIONS)
 def read_tile(b, i, start, n, logits, above, below, down, left, following, right, moved, limit, line, largest, usable):
-    """Read the logits of all classes of n cells of row i of image b. Note the largest, and unusable cells."""
+    """Read the logits of n neighbouring cells of one row, all classes, interpolating them if `moved`.
+
+    Shapes and units:
+        b, i, start: image, row of cells, and first cell of the tile.
+        logits: (B, C, rows, columns) float32.
+        above, below, down: (Bt, h) rows of the array around each row of cells, and the lower row's weight. Bt is B, or
+            1 if all images are equal.
+        left, following, right: (Bt, w) columns of the array around each cell, and the right column's weight.
+        limit: the largest magnitude of a usable logit.
+        line: (C, TILE) result, the logits.
+        largest: (TILE,) result, raised to each cell's largest logit.
+        usable: (TILE,) uint8 result, set to 0 where a logit exceeds `limit` or is NaN.
+    """
     bt = b if above.shape[0] > 1 else 0
     if moved:
         here = slice(start, start + n)
@@ -116,7 +147,11 @@ def read_tile(b, i, start, n, logits, above, below, down, left, following, right
 
 @njit(**OPTIONS)
 def weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n cells. A lost cell gets 0 if it does not count, and NaN if it counts."""
+    """Write the weights of n cells of row i of image b, from cell `start` on, to `own`.
+
+    A cell that is not `usable` gets NaN if it counts, else 0. If not `weighted`, every cell counts and weighs 1.
+    `counted` and `weight` are the results of `weigh_rows`.
+    """
     if not weighted:
         for j in range(n):
             own[j] = _f(1) if usable[j] != 0 else _f(np.nan)
@@ -134,9 +169,14 @@ def _share(cell, cells, pixel, pixels):
 
 @kernel
 def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
-    """Write how much the rows of cells `first` to `last` count, and that times the gate, each (B, h, w).
+    """Compute how much each cell counts and weighs, for the rows of cells `first` to `last`, numbered image by image.
 
-    `inside_y`, `inside_x`: (Bt, H) and (Bt, W) bool. `counts`, `gate`: (B, H, W) uint8 and float32, or with H = 0 ones.
+    Shapes and units:
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the view along each axis.
+        counts: (B, H, W) uint8, 0 for pixels to leave out, or (B, 0, 0) to count all pixels inside.
+        gate: (B, H, W) float32 pixel weights, or (B, 0, 0) for weights of 1.
+        counted: (B, h, w) float32 result, the share of each cell's area whose pixels count, 0 to 1.
+        weight: (B, h, w) float32 result, the same share with each pixel multiplied by its gate.
     """
     _, h, w = counted.shape
     H, W = inside_y.shape[1], inside_x.shape[1]
@@ -174,9 +214,13 @@ def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
 
 @kernel
 def gather_cells(first, last, cells, above, below, down, left, following, right, gradient):
-    """Apply the transpose of the student's resize, for the planes `first` to `last`, numbered image by image.
+    """Apply the transpose of the student's resize to the planes `first` to `last`, numbered b * C + c.
 
-    `cells`: (B, C, h, w). `gradient`: (B, C, hs, ws) result.
+    Shapes and units:
+        cells: (B, C, h, w) gradient by the logits on the cells.
+        above, below, down: (1, h) rows of the student's array around each row of cells, and the lower row's weight.
+        left, following, right: (1, w) columns around each cell, and the right column's weight.
+        gradient: (B, C, hs, ws) result.
     """
     _, C, h, w = cells.shape
     line = np.empty(gradient.shape[3], _f)
@@ -197,7 +241,7 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
 
 
 def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
-    """Return how much cells count and weigh, (B, h, w) each, or (0, h, w) if all count 1."""
+    """Return how much each cell counts and weighs, see `weigh_rows`: (B, h, w) each, or (0, h, w) if all are 1."""
     B, (h, w) = problem.student.shape[0], problem.grid
     ones = np.empty((0, h, w), _f)
     if not problem.is_weighted:
@@ -215,12 +259,14 @@ def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
 
 
 class Laid(NamedTuple):
-    """Both sets of logits under the target's cells.
+    """The student's and the teacher's logits, with where the target's cells lie in each.
 
     Attributes:
-        student, teacher: their positions.
-        logits_s, logits_t: (B, C, hs, ws) and (B, C, ht, wt), float32 and contiguous.
-        counted, weight: (B, h, w) how much cells count and weigh, or with B = 0 ones.
+        student, teacher: where the cells lie in each array of logits.
+        logits_s: (B, C, hs, ws) float32, the student's logits, contiguous.
+        logits_t: (B, C, h, w) float32, the teacher's logits, contiguous.
+        counted, weight: (B, h, w) float32, how much each cell counts (0 to 1) and weighs (that times the gate), or
+            (0, h, w) if every cell counts and weighs 1.
     """
 
     student: Grid
@@ -232,19 +278,19 @@ class Laid(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Array | bool, ...]:
-        """Both arrays of logits, each with its position under the cells, then the weights."""
+        """Return the arguments of every kernel: each array of logits with its `Grid`, then `counted` and `weight`."""
         student = self.logits_s.numpy(), *self.student.arguments
         return *student, self.logits_t.numpy(), *self.teacher.arguments, self.counted, self.weight
 
     @property
     def cells_counted(self) -> float:
-        """The sum of the shares of all cells that count."""
+        """Return the sum of `counted` over all cells, the denominator of a mean over cells."""
         B, _, h, w = self.logits_t.shape
         return float(self.counted.sum(dtype=np.float64)) if len(self.counted) else float(B * h * w)
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Lay both sets of logits of a problem under its cells."""
+    """Convert both sets of logits to float32, locate the target's cells in them, and weigh the cells."""
     own = (problem.student.shape[2], problem.student.shape[3])
     student = whole_grid(problem.grid, own, problem.grid)
     if problem.is_moved:
@@ -256,9 +302,12 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...] | None) -> Tensor:
-    """Return memory (B, C, h, w) for results of classes and cells: the copy of the logits, if it may be overwritten.
+    """Return a float32 tensor of `shape` (B, C, h, w) to write results to, reusing `floats` if that is safe.
 
-    A row of cells that is not resampled is read only by the task that writes it. A `shape` of None needs no results.
+    `floats` holds `logits` in float32. It is reused if it is a copy of `logits` and `grid` does not interpolate it: a
+    task then reads only the row of cells that it overwrites.
+
+    Returns: `floats`, a new uninitialised tensor, or an empty tensor if `shape` is None.
     """
     if shape is None:
         return torch.empty((0,) * 4)
@@ -267,7 +316,7 @@ def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...]
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Carry a gradient (B, C, h, w) on the cells back to the student's own grid."""
+    """Turn a gradient (B, C, h, w) by the logits on the cells into one by the student's (B, C, hs, ws) logits."""
     if not problem.is_resized:
         return cells
     gradient = torch.empty(problem.student.shape)

@@ -102,20 +102,26 @@ def relate(
     teacher, t_above, t_below, t_down, t_left, t_next, t_right, t_moved,
     counted, weight, scale, limit, keep, p_student, p_teacher, weights, slope, pull, inter, blocks,
 ):  # fmt: skip
-    """Do the rows of cells `first` to `last`, numbered image by image.
+    """Run the forward pass on the rows of cells `first` to `last`, numbered image by image.
+
+    In each cell, p and q are the student's and the teacher's probabilities of a class, and r is their correlation over
+    the C classes. The derivative of r by p is slope * ((q - 1/C) - pull * (p - 1/C)). A lost cell has a logit beyond
+    `limit`.
 
     Shapes and units:
-        student, teacher: (B, C, hs, ws) and (B, C, ht, wt) float32 logits; a row of cells lies between those above and
-            below, a cell between those on its left and next to it, by shares of the latter; see `Grid`.
-        counted, weight: (B, h, w), or with B = 0 ones.
-        scale: 1 / T in base 2. limit: of usable logits.
-        keep: whether the probabilities are written, with what the gradient needs next to them.
-        p_student, p_teacher: (B, C, h, w) results.
-        weights: (B, h, w) result: 0 where a cell is lost and does not count, NaN where it counts.
-        slope, pull: (B, h, w) results: r's derivative by a teacher's centred probability; what of the student's own
-            is subtracted there.
-        inter: (B, h) float64 result: weighted sum of 1 - r.
-        blocks: (B, h, tiles, 6, C) result: moments of the tiles, see `RelationProblem`.
+        student, teacher: (B, C, hs, ws) and (B, C, h, w) float32 logits.
+        s_above, s_below, s_down, t_above, t_below, t_down: (Bt, h) rows of each array around a row of cells, and the
+            lower row's weight. Bt is B, or 1 if all images are equal.
+        s_left, s_next, s_right, t_left, t_next, t_right: (Bt, w) columns around a cell, and the right column's weight.
+        s_moved, t_moved: whether to interpolate the array with these tables, or read its elements as the cells.
+        counted, weight: (B, h, w), how much each cell counts and weighs, or B = 0 if each is 1.
+        scale: log2(e) / T. limit: the largest magnitude of a usable logit.
+        keep: whether to write p_student and p_teacher.
+        p_student, p_teacher: (B, C, h, w) results, p and q.
+        weights: (B, h, w) result, `weight`, but for a lost cell NaN if it counts, else 0.
+        slope, pull: (B, h, w) results, the factors of the derivative above.
+        inter: (B, h) float64 result, the sum of weights * (1 - r) over a row.
+        blocks: (B, h, tiles, 6, C) result, each tile's moments as in `RelationProblem.moments`.
     """
     _, h, tiles, _, C = blocks.shape
     w = weights.shape[2]
@@ -187,12 +193,19 @@ def _add_up(blocks, moments):
 
 @kernel
 def learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means, by_teacher, by_student):
-    """Write the gradient of the rows of cells `first` to `last` over the student's probabilities, both (B, C, h, w).
+    """Overwrite the student's probabilities by the gradient, in the rows of cells `first` to `last`, image by image.
+
+    In each cell, p and q are the student's and the teacher's probabilities of a class.
 
     Shapes and units:
-        weights, slope, pull: (B, h, w), as `relate` writes them.
-        factor: of inter, over T.
-        means: (2, C). by_teacher, by_student: (C,) factors of intra over T, of the centred probabilities.
+        gradient: (B, C, h, w), p on entry. The result is the gradient by the student's logits on the cells.
+        p_teacher: (B, C, h, w), q.
+        weights, slope, pull: (B, h, w), the cells' weights and the factors of the derivative of the correlation over
+            the classes: slope * ((q - 1/C) - pull * (p - 1/C)).
+        factor: beta * T / count, with beta the weight of the correlation over the classes and count the counted cells.
+        means: (2, C), the means of p and of q over the cells.
+        by_teacher, by_student: (C,) factors of q and of p, minus their means, in the derivative of the correlation over
+            the cells. They include gamma * T / C, with gamma its weight.
     """
     _, C, h, w = gradient.shape
     g, dot, steep, own = np.empty((C, TILE), _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
@@ -242,9 +255,12 @@ class _Walked(NamedTuple):
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.relation_loss` and its gradient, both float32.
+    """Compute `kdcache_kernels.relation_loss` of a checked problem.
 
-    Memory: the logits in float32 if they have another dtype, and both probabilities, of which one becomes the gradient.
+    Returns: the loss, a 0-dimensional float32 tensor, and its gradient by the student's (B, C, hs, ws) logits in
+        float32.
+    Memory: a float32 copy of logits in another dtype, and both (B, C, h, w) probabilities. The gradient overwrites the
+        student's probabilities.
     """
     if problem.student.shape[0] == 0:
         return torch.zeros(()), torch.zeros(problem.student.shape if problem.need_gradient else 0)
@@ -272,7 +288,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments`."""
+    """Compute `kdcache_kernels.relation_moments` of a checked problem, (6, C) float64."""
     if problem.student.shape[0] == 0:
         return torch.zeros((MOMENTS, problem.student.shape[1]), dtype=torch.float64)
     return torch.from_numpy(_walk(problem, keep=False).moments)

@@ -27,10 +27,11 @@ BLOCKS = (128, 32)
 
 
 class Samples(NamedTuple):
-    """Logits under the target's cells, in the form of the kernels.
+    """An array of logits and where the target's cells lie in it, as the kernels take them.
 
     Attributes:
-        rows, columns: `Taps` of the cells, or None if these are the array's own.
+        logits: tensor (pointer in a kernel).
+        rows, columns: `geometry.Taps`, where the cells lie in the array, or None if its elements are the cells.
     """
 
     logits: Any
@@ -47,7 +48,10 @@ def tables_kernel(
     h, w, hs, ws, H, W, view_height, view_width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the places of pixels (if any) and cells in an image's view, and of cells in the student's array."""
+    """Write where an image's pixels and cells lie in the view, and where its cells lie in the student's array.
+
+    The tables are `geometry.Taps`. Those that are None are left out.
+    """
     image = tl.program_id(0)
     flip = image < 0
     if student_rows is not None:  # every program writes the same
@@ -73,7 +77,10 @@ def tables_kernel(
 
 @triton.jit
 def cells_of_program(plane, blocks, BLOCK: tl.constexpr):
-    """Return this program's image, its cells, and which of them exist."""
+    """Return this program's image, the indices of its BLOCK cells in it, and which of these cells exist.
+
+    An image has `plane` cells and `blocks` programs. Cells that do not exist have index 0.
+    """
     image = tl.program_id(0) // blocks
     offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return image, tl.where(offs_n < plane, offs_n, 0), offs_n < plane
@@ -98,7 +105,17 @@ def weights_kernel(
     gate_stride_h, gate_stride_w, counted_ptr, weight_ptr, totals_ptr, h, w, H, W, rows, columns, blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute how much each cell counts and weighs, (B, h, w) each, and the counts' sums per program."""
+    """Compute how much each cell counts and weighs, (B, h, w) float32 each, and the sum of the counts per program.
+
+    A cell counts by the share of its area whose pixels are inside the view and not masked out. Its weight is that share
+    with each pixel multiplied by its gate.
+
+    Shapes and units:
+        inside_y_ptr, inside_x_ptr: (B, H) and (B, W), whether pixels lie in the view, or None.
+        mask_ptr, gate_ptr: (B, H, W) with strides, which pixels count and their weights, or None.
+        counted_ptr, weight_ptr: (B, h, w) results. totals_ptr: one float64 result per program.
+        rows, columns: the most pixels of a cell along each axis. blocks: programs of an image.
+    """
     image, cell_n, exists = cells_of_program(h * w, blocks, BLOCK)
     image64 = image.to(tl.int64)
     i_n, j_n = cell_n // w, cell_n % w
@@ -140,7 +157,11 @@ def weights_kernel(
 
 @triton.jit
 def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.constexpr):
-    """Return offsets of the four logits around each cell, and the shares of the lower and the right ones."""
+    """Return where to read the logits of cells: the offsets of the four array elements around each, and two weights.
+
+    Returns: (top left, top right, bottom left, bottom right, weight of the bottom, weight of the right). All four
+        offsets are equal if the array is not resampled.
+    """
     i_n, j_n = cell_n // w, cell_n % w
     # With an else: the compiler also compiles what stands behind a return.
     if samples.rows is None:
@@ -160,7 +181,7 @@ def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.
 
 @triton.jit
 def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
-    """Return the logit of a class at each cell."""
+    """Return one class's float32 logit at each cell, interpolated between its `corners` if SAMPLED."""
     x = tl.load(ptr + corners[0], mask=exists, other=0.0).to(tl.float32)
     if SAMPLED:
         next_x = tl.load(ptr + corners[1], mask=exists, other=0.0).to(tl.float32)
@@ -173,7 +194,11 @@ def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
 
 @triton.jit
 def take(x, limit, scale, top, total, lost):
-    """Add one class to a softmax: the largest logit, the sum of exponentials relative to it, lost logits."""
+    """Add one class's logits x to a running softmax over classes, and return its state (top, total, lost).
+
+    top is the largest logit, total the sum of exp2((logit - top) * scale), and lost 1 if a logit exceeded `limit` or
+    was NaN. Such a logit is replaced by 0.
+    """
     usable = tl.abs(x) <= limit
     x = tl.where(usable, x, 0.0)
     e = tl.exp2(-tl.abs(x - top) * scale)
@@ -183,7 +208,10 @@ def take(x, limit, scale, top, total, lost):
 
 @triton.jit
 def weigh(counted_ptr, weight_ptr, offs, exists, lost):
-    """Return the weights of cells. A lost cell has NaN if it counts, and 0 otherwise."""
+    """Return the float32 weights of cells. A lost cell has NaN if it counts, else 0. Cells that do not exist have 0.
+
+    `lost` is nonzero for cells with an unusable logit. Without `weight_ptr`, every cell counts and weighs 1.
+    """
     weight = tl.where(exists, 1.0, 0.0)
     counts = exists
     if weight_ptr is not None:
@@ -204,9 +232,13 @@ def _weight_of(taps, cell_n, pixel_n, exists):
 def gather_kernel(
     cells_ptr, row_taps, column_taps, gradient_ptr, h, w, hs, ws, rows, columns, blocks, BLOCK: tl.constexpr
 ):
-    """Apply the transpose of the student's resize, one pixel of its array per lane, `blocks` programs per plane.
+    """Apply the transpose of the student's resize: sum the gradient of all cells that read a lane's pixel.
 
-    `rows` and `columns` are the most cells that one pixel affects along each axis.
+    Shapes and units:
+        cells_ptr: (B, C, h, w) gradient by the logits on the cells. gradient_ptr: (B, C, hs, ws) result.
+        row_taps, column_taps: where the cells lie in the student's array.
+        rows, columns: the most cells that read a student pixel along each axis.
+        blocks: programs for each of the B * C planes.
     """
     offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < hs * ws
@@ -236,7 +268,11 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 
 
 def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
-    """Return the taps of pixels and of cells in the view, and of cells in the student's array, or None if not moved."""
+    """Compute where pixels and cells lie in the view, and where cells lie in the student's array.
+
+    Returns: three pairs (rows, columns) of `geometry.Taps`. The first two are (None, None) without window and flip, the
+        third if the student's logits lie on the cells.
+    """
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
     def taps(*shape: int) -> Taps:
@@ -260,7 +296,11 @@ def launch_tables(problem: RelationProblem) -> tuple[Axes, Axes, Axes]:
 def launch_weights(
     problem: RelationProblem, pixel_taps: Axes, block: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """Return how much cells count and weigh, (B, h, w), and partial sums of the first, or None if each counts 1."""
+    """Compute how much cells count and weigh, see `weights_kernel`.
+
+    Returns: (counted, weight, counts), or three times None if each cell counts 1. counted and weight are (B, h, w),
+        counts is float64 with the sum of counted over each program's cells.
+    """
     if not problem.is_weighted:
         return None, None, None
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
@@ -281,16 +321,17 @@ def launch_weights(
 
 
 class Laid(NamedTuple):
-    """Both sets of logits under the target's cells.
+    """The student's and the teacher's logits with the tables and weights of the target's cells, for the kernels.
 
     Attributes:
-        samples: the kernels' arguments for the logits: student, its strides, teacher, its strides, whether images
-            differ in position.
-        taps: of the student's rows and columns, or None if its grid is the cells'.
-        flat: constants, whether rows of cells follow each other in memory.
+        samples: arguments of the kernels: the student's `Samples` and strides, the teacher's `Samples` and strides, and
+            1 if the teacher's tables differ between images, else 0.
+        taps: rows and columns of the cells in the student's array, or (None, None) if its elements are the cells.
+        flat: constants S_FLAT and T_FLAT: whether rows of the student's and the teacher's logits follow each other
+            without a gap.
         block, blocks: cells of a program, and programs of an image.
         counted, weight: (B, h, w) how much cells count and weigh, or None if each counts 1.
-        counts: (B blocks,) float64 sums of `counted` over the programs' cells.
+        counts: (B * blocks,) float64, sum of `counted` over the cells of each program, or None.
     """
 
     samples: tuple[Any, ...]
@@ -304,7 +345,7 @@ class Laid(NamedTuple):
 
 
 def lay(problem: RelationProblem) -> Laid:
-    """Lay both sets of logits of a problem under its cells."""
+    """Compute the tables and weights of a problem's cells, and choose the sizes of the launches."""
     student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
     B, (h, w) = student.shape[0], problem.grid
     if teacher.dtype == torch.float64:
@@ -323,7 +364,7 @@ def lay(problem: RelationProblem) -> Laid:
 
 
 def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
-    """Carry a gradient (B, C, h, w) on the cells back to the student's own grid."""
+    """Turn a gradient (B, C, h, w) by the logits on the cells into one by the student's (B, C, hs, ws) logits."""
     if not problem.is_resized:
         return cells
     gradient = torch.empty(problem.student.shape, device=cells.device)
@@ -338,7 +379,7 @@ def on_own_grid(problem: RelationProblem, laid: Laid, cells: Tensor) -> Tensor:
 
 
 def check_offsets(problem: RelationProblem) -> None:
-    """Raise ShapeError for an image too large: kernels count its elements in 32 bits, a batch's in 64."""
+    """Raise ShapeError for an image whose elements cannot be counted in 32 bits, as the kernels count them."""
     for name, tensor in (("student_logits_BChw", problem.student), ("teacher_logits_BChw", problem.teacher)):
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if (elements := max(reach, tensor[0].numel())) >= OFFSETS:

@@ -43,14 +43,22 @@ def relations_kernel(
     limit, scale,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute what both correlations need of each cell, and of each block of cells, in the first pass.
+    """Run the forward pass: compute what the gradient needs of each cell, and the moments of each block of cells.
+
+    In each cell, p and q are the student's and the teacher's probabilities of a class, and r is their correlation over
+    the C classes. The derivative of r by p is slope * ((q - 1/C) - pull * (p - 1/C)).
 
     Shapes and units:
-        cells_ptr: (B, 7, h w) result: largest logit and inverse sum of exponentials of the student and of the teacher;
-            weight (NaN where a lost cell counts); r's derivative by a teacher's centred probability; how much of the
-            student's own is subtracted there.
-        blocks_ptr: (6, C, N) result: moments, see `RelationProblem`; of the weights only the first class's.
-        inter_ptr: (N,) float64 result: weighted sums of 1 - r.
+        student, teacher: `Samples`, with strides (image, class, row, column). t_batched: 1 if the teacher's tables
+            differ between images, else 0.
+        counted_ptr, weight_ptr: (B, h, w), how much cells count and weigh, or None if each is 1.
+        cells_ptr: (B, 7, h w) result: the student's largest logit and 1 / its sum of exponentials, the same two of the
+            teacher, weight (NaN if a lost cell counts), slope, pull.
+        blocks_ptr: (6, C, N) result, each block's moments as in `RelationProblem.moments`. The weights are written for
+            class 0 only.
+        inter_ptr: (N,) float64 result, weighted sum of 1 - r of each block.
+        plane: cells of an image. blocks: blocks of an image. num_blocks: N.
+        limit: the largest magnitude of a usable logit. scale: log2(e) / T.
     """
     image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
     image64, program = image.to(tl.int64), tl.program_id(0)
@@ -123,14 +131,20 @@ def classes_kernel(
     num_classes, num_blocks, num_counts, cells, gamma,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute a class's moments and what its gradient needs in programs 0 to C - 1. Program C adds up the cells.
+    """Combine the moments of all blocks, for class c in program c, and add up the cells' losses in program C.
+
+    r is the correlation of the student's and the teacher's probabilities of a class over the cells.
 
     Shapes and units:
-        shared_ptr: (6, C) moments of the whole batch, or None if this process has all of it.
+        blocks_ptr, inter_ptr: results of `relations_kernel`.
+        counts_ptr: sums of counted cells to add up, or None to use `cells`. count_ptr: the count to use instead, or
+            None.
+        shared_ptr: (6, C) moments of the whole batch, or None if this process has the whole batch.
         moments_ptr: (6, C) float64 result, the moments of this process's cells.
-        factors_ptr: (4, C) float32 result: both means; gamma / C by the derivatives of the correlation.
-        intra_ptr: (C,) float64 result: 1 - r.
-        sums_ptr: (2,) float64 result: the weighted sum of 1 - r over the cells, 1 / their count.
+        factors_ptr: (4, C) float32 result: the student's and the teacher's mean probability, and gamma / C times the
+            factors of teacher - its mean and student - its mean in the derivative of r.
+        intra_ptr: (C,) float64 result, 1 - r.
+        sums_ptr: (2,) float64 result: the weighted sum of 1 - correlation over the cells, and 1 / the count.
     """
     c = tl.program_id(0)
     step = num_classes * num_blocks
@@ -222,7 +236,7 @@ def relations_gradient_kernel(
     temperature,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient by the student's logits on the cells, (B, C, h, w) float32, in the second pass."""
+    """Compute the gradient by the student's logits on the cells, (B, C, h, w) float32, in a second pass."""
     image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
     image64 = image.to(tl.int64)
     S_SAMPLED: tl.constexpr = student.rows is not None
@@ -266,7 +280,7 @@ def relations_gradient_kernel(
 
 @triton.jit(do_not_specialize=["num_classes", "beta", "gamma", "temperature"])
 def relations_totals_kernel(sums_ptr, intra_ptr, loss_ptr, num_classes, beta, gamma, temperature, BLOCK: tl.constexpr):
-    """Combine the sums over cells and over classes to the loss."""
+    """Compute the loss T^2 * (beta * inter + gamma * intra) from the sums over cells and the values of the classes."""
     intra = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(0, num_classes, BLOCK):
         offs_c = start + tl.arange(0, BLOCK)
@@ -294,10 +308,12 @@ class _Walked(NamedTuple):
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
-    """Compute `kdcache_kernels.relation_loss` and its gradient, both float32, bit-identical every time.
+    """Compute `kdcache_kernels.relation_loss` of a checked problem on CUDA, bit-identical every time.
 
-    Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
-    Memory: the gradient on the cells and on the student's grid, 28 bytes per cell, 20 per class and block of cells.
+    Returns: the loss, 0-dimensional float32, and its gradient by the student's logits in float32.
+    Raises: ShapeError for an image of 2^31 logits or more, or whose strides reach as many elements.
+    Memory: the gradient on the cells and on the student's grid, 28 bytes per cell, 20 bytes per class and block of
+        cells.
     """
     student, device = problem.student, problem.student.device
     shape = student.shape if problem.need_gradient else (0,)
@@ -324,7 +340,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
-    """Compute `kdcache_kernels.relation_moments`."""
+    """Compute `kdcache_kernels.relation_moments` of a checked problem on CUDA, (6, C) float64."""
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=problem.student.device)
