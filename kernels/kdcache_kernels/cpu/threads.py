@@ -29,7 +29,7 @@ def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any, nanoseconds
         kernel: called concurrently as kernel(first, last, *arguments) for ranges of tasks. Its result is dropped.
         num_tasks: the number of tasks. 0 does nothing.
         arguments: further arguments of the kernel.
-        nanoseconds: the estimated time of all tasks on one thread, to choose the number of threads.
+        nanoseconds: the estimated time of all tasks on one thread, to choose how many chunks to cut.
     Raises: the first error of a call, after the running calls have ended. Later errors are dropped.
     """
     if num_tasks == 0:

@@ -324,7 +324,7 @@ def _reads_packed(problem: LossProblem) -> bool:
 
 
 def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
-    """Return the number of classes in a block of PIXELS pixels. It is 1 if each lane takes one pixel."""
+    """Return the number of classes in a block of PIXELS pixels. It is 1 on a GPU if each lane takes a pixel."""
     if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
         return 1
     return max(4, min(32, power_of_2(num_classes)))

@@ -75,7 +75,8 @@ def add_gradient(
 ):  # fmt: skip
     """Add the gradient of a group of label rows to the corners of their cells.
 
-    Half of it goes to the sums `now_ptr` of the student row above the cell, the other to `next_ptr` of the row below.
+    `now_ptr` holds the sums of the student row above the cell and gets the shares of the upper corners. `next_ptr`
+    holds the sums of the row below and gets the shares of the lower corners.
 
     Shapes and units:
         values_ptr: the numbers per pixel that `sample.visit` stored.

@@ -167,7 +167,7 @@ def _pack_kernel(
 
 @triton.jit
 def tail_fill(largest, mass, tail, num_classes, k):
-    """Return the float64 logit of each class that was not kept: these share the tail's mass evenly.
+    """Return the float64 logit of each class that was not kept: these share the tail's mass evenly. Clamp it to +-6e4.
 
     Shapes and units:
         largest: the largest kept logit. mass: sum over kept logits of exp(logit - largest).
