@@ -17,7 +17,7 @@ from torch import nn
 
 import kdcache
 from kdcache import progress
-from kdcache.data import open_split
+from kdcache.data import open_split, write_scenes
 from kdcache.errors import ModelError, RecipeError
 from kdcache.progress import Bar
 
@@ -115,6 +115,14 @@ def test_evaluations_are_kept_and_modules_are_judged(world: dict[str, Any]) -> N
         kdcache.evaluate(world["module"], SCENES, progress=False)
 
 
+def test_a_fresh_evaluation_is_measured_again(world: dict[str, Any]) -> None:
+    run = world["runs"][1]
+    first, again = (kdcache.evaluate(run, SCENES, device="cpu", progress=False) for _ in range(2))
+    fresh = kdcache.evaluate(run, SCENES, fresh=True, device="cpu", progress=False)
+    assert (first.reused, again.reused, fresh.reused) == (False, True, False)
+    assert first == again == fresh
+
+
 def test_a_comparison_shows_its_rows(world: dict[str, Any]) -> None:
     comparison = kdcache.compare(world["runs"], repeats=0, device="cpu", progress=False)
     assert comparison.data == world["val"].data
@@ -129,6 +137,7 @@ def test_a_teacher_by_itself_is_trained_on_labels(world: dict[str, Any], tmp_pat
     run = kdcache.train(tmp_path / "t", model="kdcache:tiny", data=SCENES, size=(32, 48), progress=False, **SHORT)
     assert run.recipe is not None
     assert (run.recipe["verb"], run.recipe["val"]) == ("train-teacher", SCENES)
+    assert run.recipe.get("val_split", "val") == "val"
     unjudged = kdcache.train(
         tmp_path / "u", model="kdcache:tiny", data=world["data"], size="32x48", progress=False, **SHORT
     )
@@ -136,6 +145,24 @@ def test_a_teacher_by_itself_is_trained_on_labels(world: dict[str, Any], tmp_pat
     assert "val" not in unjudged.recipe
     result = kdcache.build_cache(SCENES, run.folder, tmp_path / "s.zarr", views=1, device="cpu", progress=False)
     assert result.records == 6
+
+
+def test_what_is_given_goes_before_a_preset(world: dict[str, Any], tmp_path: Path) -> None:
+    cache = world["folder"] / "s.zarr"
+    run = kdcache.train(tmp_path / "p", model="kdcache:tiny", cache=cache, preset="few-labels", progress=False, **SHORT)
+    assert run.recipe is not None
+    assert (run.recipe["iterations"], run.recipe["batch-size"]) == (SHORT["iterations"], SHORT["batch_size"])
+    assert (run.recipe["method"], run.recipe["augment"]) == ("dist", "replay")
+
+
+def test_changed_data_fails_a_verification(world: dict[str, Any], tmp_path: Path) -> None:
+    data, cache = write_scenes(tmp_path / "data", "scenes:32x48,train=2,val=1"), tmp_path / "s.zarr"
+    kdcache.build_cache(data, world["module"], cache, size=(32, 48), views=1, device="cpu", progress=False)
+    assert kdcache.verify(cache, data=data, progress=False)
+    one, other = sorted((tmp_path / "data/labels/train").iterdir())
+    one.write_bytes(other.read_bytes())
+    assert kdcache.verify(cache, progress=False)
+    assert not kdcache.verify(cache, data=data, progress=False)
 
 
 def test_what_a_training_cannot_take_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
