@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.analysis.per_image import best_and_worst, ranked, score_images
+from kdcache.analysis.per_image import ImageScore, Score, best_and_worst, ranked, score_images
 from kdcache.data import Numbered, Split, open_split
 from kdcache.errors import DataError
 from kdcache.metrics import evaluate_model, predictions
@@ -94,6 +95,13 @@ def test_ranks_are_those_of_the_mean_over_models(model: SegmentationModel, split
     order = [image for image, _ in ranked([one, other])]
     means = [(a.miou + b.miou) / 2 for a, b in zip(one.images, other.images, strict=True)]
     assert order == sorted(range(5), key=lambda place: -means[place])
+
+
+def test_the_smallest_error_of_depth_is_the_best(model: SegmentationModel, split: Split) -> None:
+    errors = {"a": 2.0, "b": 0.5, "c": math.nan, "d": 1.0}
+    images = tuple(ImageScore(n, name, {"depth": one}, (one,)) for n, (name, one) in enumerate(errors.items()))
+    found = replace(score_images(model, split, SIZE), images=images)
+    assert ranked([found], Score("depth")) == [(1, 0.5), (3, 1.0), (0, 2.0)]
 
 
 @given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 12))
