@@ -132,7 +132,13 @@ class RunModel(BaseModel):
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
-        """Reverse `metadata`, or return None for a foreign file. Raises: ModelError for a damaged file."""
+        """Return the description that an exported file holds, or None if kdcache did not export the file.
+
+        Args:
+            metadata: the result of the method `metadata`, as read from the file.
+            path: the file, for the error message.
+        Raises: ModelError for fields that cannot be read.
+        """
         if not {"spec", "class_names"} <= set(metadata):
             return None
         fields = {name: metadata[name] for name in cls.model_fields if name in metadata}

@@ -48,10 +48,12 @@ class EvalSettings:
 
     Attributes:
         which: weights of a run, such as `best`.
-        size: (H, W) that the models see. None takes each run's size.
+        size: (H, W) in pixels that the models see. None takes each run's size.
         fresh: evaluate again instead of reusing stored evaluations.
         depth: the depth labels that count.
-        fit, window, stride: how models see images of another shape, or in windows. auto takes each run's training.
+        fit: how an image of another shape fills `size`: squash, crop or pad. auto takes the fit of each run's training.
+        window: (H, W) in pixels of the parts in which the models see an image. None is without windows.
+        stride: (H, W) in pixels from one window to the next. None takes two thirds of the window.
     """
 
     which: str = JudgeSettings.weights

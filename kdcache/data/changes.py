@@ -101,7 +101,13 @@ def named(ids: Sequence[str]) -> str:
 
 
 def digest_changes(before: Contents, now: Contents, classes: str = "") -> Changes:
-    """Compare the digests of two times. `classes` is the result of `class_changes`."""
+    """Return how a split's samples differ from an earlier state, by the digests of their pixels and labels.
+
+    Args:
+        before: the digests that a cache or run recorded.
+        now: the digests of the data set as it is.
+        classes: how the class list differs, in words (see `class_changes`). It becomes `Changes.classes`.
+    """
     at_now = {sample: number for number, sample in enumerate(now.ids)}
     at_before = {sample: number for number, sample in enumerate(before.ids)}
     shared = [sample for sample in before.ids if sample in at_now]

@@ -195,7 +195,7 @@ class Batch:
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """Return the batch from a `to_dict`, also with tensors on another device."""
+        """Return the batch for a result of `to_dict`. It keeps the given tensors, on whatever device they are."""
         groups: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
         plain: dict[str, Any] = {}
         for name, tensor in tensors.items():

@@ -37,7 +37,11 @@ class TeacherMasks:
         return taught
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
-        """Return the mask (B, H, W) of the view's pixels that the teacher's terms count. None is all."""
+        """Return the bool mask (B, H, W) of the pixels that the teacher's terms count, or None if all count.
+
+        `own_BHW` (B, H, W) is True for pixels that `batch.targets` belong to, and False for pixels pasted from another
+        sample. Without it, the targets belong to all pixels.
+        """
         shown_BHW = self._shown_of_view(batch)
         label_BHW = batch.labels.get(SEGMENTATION)
         labelled_BHW = None if self.distill_void or label_BHW is None else label_BHW != self.ignore_index

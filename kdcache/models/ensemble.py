@@ -130,9 +130,15 @@ class EnsembleModel(SegmentationModel):
         self.parts[0].check_taps(taps)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return the log of mean probabilities (B, C, h, w), the raw output of mean depth (B, 1, h', w'), and features.
+        """Return the members' weighted mean prediction, in the same form as one model's outputs.
 
-        `x_B3HW` is RGB in 0..1 (see `normalise`). `taps` are the first member's.
+        Args:
+            x_B3HW: float RGB in 0..1. Each member normalises it as in its training.
+            taps: names of taps of the first member.
+        Returns: Outputs. `heads` has the log of the mean probabilities (B, C, h, w) of segmentation. A regression, such
+            as depth, is the number (B, 1, h', w') that the head's activation turns into the mean value. `features` has
+            the first member's features of the image, neither mirrored nor scaled.
+        Raises: ModelError for unknown taps.
         """
         self.check_taps(taps)
         answers: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.parts] for name in self.head_kinds}

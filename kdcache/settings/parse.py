@@ -168,7 +168,7 @@ def rand_augment(text: str) -> tuple[int, int] | None:
 
 
 RARE_TEMPERATURE = 0.01
-"""That of DAFormer."""
+"""The temperature of `rare` sampling without a number, as in DAFormer (Hoyer et al. 2022, arXiv 2111.14887)."""
 
 
 def parse_sampling(text: str) -> str:
@@ -180,7 +180,7 @@ def parse_sampling(text: str) -> str:
 
 
 def rare_temperature(sampling: str) -> float | None:
-    """Return the temperature of sampling by rare classes (DAFormer's by default), or None for even sampling."""
+    """Return the temperature T of 'rare:T' (0.01 for 'rare'), or None for 'even'."""
     kind, _, temperature = sampling.partition(":")
     return None if kind == "even" else float(temperature or RARE_TEMPERATURE)
 

@@ -131,13 +131,16 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
         for number in np.argsort(-shares[1], kind="stable").tolist()
     )
     return (
-        f"{dataset.cache.place}: {of_teacher:.1f} classes beside {of_labels:.1f} of the labels, by entropy; targets "
-        f"(labels): {table}. Remedy: look at the teacher's mIoU on such images; teach with an earlier round or a "
-        "higher threshold"
+        f"{dataset.cache.place}: the teacher predicts {of_teacher:.1f} classes, and the labels have {of_labels:.1f} "
+        f"(by entropy). Targets (labels): {table}. Remedy: check the teacher's mIoU on such images, and use an earlier "
+        "round's teacher or a higher threshold"
     )
 
 
 def effective_classes(counts: npt.NDArray[np.int64]) -> float:
-    """Return the number of equally frequent classes with the entropy of these counts, or 0 without counts."""
+    """Return the effective number of classes: exp of the entropy of their shares, in nats, or 0 if all counts are 0.
+
+    `counts` (C,) has the pixels of each class. N equally frequent classes give N.
+    """
     p = counts[counts > 0] / max(1, counts.sum())
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0

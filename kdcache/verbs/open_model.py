@@ -23,10 +23,15 @@ def open_model(
 ) -> tuple[SegmentationModel, RunModel]:
     """Return a model and its description. Warn if its weights are incomplete or its outputs are not logits.
 
-    `size` and `window` are (H, W), or texts such as "288x384". A window is the size of SPEC@FILE without one. `classes`
-    is a folder with classes.txt, the class names of SPEC@FILE.
-
-    Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError, MismatchError.
+    Args:
+        model: a run, its folder, `RUN@WEIGHTS`, or `SPEC@FILE`: a model spec with a file of weights.
+        size: (H, W) of the pixels that the model sees, or a text such as "288x384". None takes the recorded size of a
+            run or an exported file.
+        weights: which weights of a run, such as "best".
+        classes: a folder with classes.txt, only for `SPEC@FILE`.
+        window: like `size`. It replaces a `size` of None, only for `SPEC@FILE`.
+    Raises: RecipeError without a model or a size, or for `classes` of a run. ModelError for weights that do not fit.
+        MismatchError for classes that differ from the file's.
     """
     text = str(model)
     which = read_value(entries(JudgeSettings)["weights"], weights)

@@ -139,7 +139,7 @@ def test_a_teacher_that_knows_few_classes_is_noted(cache: Cache, pseudo: Any, mo
     counts[np.arange(len(counts)) != most] //= 1000
     note = collapse_note(config, target, [labelled])
     assert note is not None
-    shares = rf"1\.0 classes beside [2-7]\.\d of the labels.* {labelled.classes.names[most]} 99\.\d % "
+    shares = rf"predicts 1\.0 classes, and the labels have [2-7]\.\d .* {labelled.classes.names[most]} 99\.\d % "
     assert re.search(shares, note), note
     assert collapse_note(config, target, []) is None
     assert collapse_note(pseudo(method="none", term=[]), target, [labelled]) is None

@@ -85,15 +85,15 @@ def page(
     device: str | None = None,
     command: str | None = None,
 ) -> str:
-    """Return the whole document.
+    """Return the whole page as HTML text.
 
     Args:
         comparison: what to show.
         runs: the compared runs. Curves, recipes and versions are read from their folders.
         title: default: from the data's name.
         samples: images to show (see `choose_samples`), or None for a page without images.
-        matrices: confusion matrices of first runs, by place of their row.
-        size_of_cache: returns the size of the cache at a place, or None.
+        matrices: pairs of an index into `comparison.rows` and the confusion matrix of that row's first run.
+        size_of_cache: function from a cache's place to its `CacheSize`, or to None if it cannot be read.
         audits: audits of the teachers.
         figure: a PNG of scores, such as the curve of a sweep.
         pictures: a folder of further pictures to mention.

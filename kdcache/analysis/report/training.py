@@ -30,7 +30,15 @@ Norms = list[tuple[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Training:
-    """The log of one run of a row: `norms` of its terms' gradients by step, and its curves by task."""
+    """The log of one run, with its row of the comparison: runs that differ only in seed and fold.
+
+    Attributes:
+        row: the run's row. place: its index in `Comparison.rows`, which selects the colour.
+        run: the run.
+        curves: the points of loss and validation scores.
+        norms: pairs of a step and the gradient norm of each loss term by name.
+        tasks: metric (`loss`, `norm` or `weight`) -> task -> points (step, value).
+    """
 
     row: Row
     place: int

@@ -222,7 +222,11 @@ class SceneCache:
         self._lock = threading.Lock()
 
     def get(self, spec: ScenesSpec, split: str, index: int) -> tuple[Any, ...]:
-        """Return pixels and label of a sample, and its depth if the spec has any, which takes twice the memory."""
+        """Return a sample's image and label, from memory if it is there. Else draw and keep it.
+
+        Returns: uint8 (H, W, 3) RGB and uint8 (H, W) class ids, 255 for void. If the spec has depth, also float32
+            (H, W) metres, NaN in the sky. Depth doubles the memory of a sample.
+        """
         depth = spec.depth != "none"
         key = (spec.height, spec.width, spec.seed, spec.style, depth, split, index)
         with self._lock:

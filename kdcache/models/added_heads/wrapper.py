@@ -14,14 +14,16 @@ _PREFIX = "model."
 
 
 class Wrapper(SegmentationModel):
-    """A model with other heads, whose state dict keeps the names of the model without them.
+    """Base of models that add heads to another model or remove them.
+
+    The tensors of the wrapped model keep their names in the state dict, so its weights load with and without a wrapper.
 
     Attributes:
         model: the wrapped model.
         prefix: the prefix of added names in the state dict, or "".
 
     Args:
-        num_classes, head_kinds, classifier_keys: the properties that the model has with its wrapper.
+        num_classes, head_kinds, classifier_keys: the properties of the new model, after the change of heads.
     """
 
     prefix = ""

@@ -139,11 +139,13 @@ def reading_of(network: nn.Module) -> Reading | None:
 
 
 def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Reading | None:
-    """Return the reading of a transformers network for a task, or None for logits.
+    """Return the adapter that calls a transformers network and reads its output, or None if it returns logits.
 
-    `sentence` has the tokens (1, N) that name the task, for networks that read them.
-
-    Raises: ModelError for such a network without them.
+    Args:
+        task: semantic, depth, universal or features (see `task_of`).
+        network: the transformers model.
+        sentence: the tokens (1, N) of the sentence that names the task. Only OneFormer reads it.
+    Raises: ModelError for a OneFormer without `sentence`.
     """
     if task == "semantic":
         return None

@@ -214,7 +214,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
-        """Add pictures to the event file."""
+        """Add pictures to the event file: name (`samples/<sample>/<task>`) -> uint8 RGB (H, W, 3)."""
         for name, picture in pictures.items():
             self._writer.add_image(name, picture, step, dataformats="HWC")
 

@@ -258,15 +258,27 @@ def geometry_kernel(
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
     BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute what the loss kernels read besides logits and labels.
+    """Compute the factors, the choice of kernel per image, and the interpolation tables that the loss kernels read.
 
     Program 0 writes the factors of loss and gradient. Each of the next B programs writes the route of one image: which
-    loss kernel computes it. Each further program writes one table of taps, because a table is mostly dependent float64
-    divisions.
+    loss kernel computes it. Each further program writes one table of interpolation taps: for each label row or column,
+    the first of the two logits around it, the weight of the second, and whether it lies in the view.
 
-    With FAST, an image takes the fast kernel if the student's cells match whole target cells through its window. With
-    GUARD_RANGE, the range of its logits must also be small enough for exponentials without a maximum.
+    With FAST, an image takes the fast kernel if each student logit meets exactly one target logit through its window.
+    With GUARD_RANGE, its logits must also vary so little that their exponentials stay normal float32 numbers.
 
+    Shapes and units:
+        window_ptr: (B, 4) float64, y0, x0, y1, x1 in pixels of the view, or None for the whole view.
+        flip_ptr: (B,) uint8, 1 for a mirrored image, or None.
+        ranges_ptr: (B, num_ranges) float32, the widest span of one pixel's logits in each block, over min(T, 1).
+        counts_ptr: (num_counts, 2) float64, sums to divide CE and KL by, one row per program of `prepare_kernel`.
+        ce_weight_ptr, kl_weight_ptr: one float each, the weights of the terms.
+        ce_denominator_ptr, kl_denominator_ptr: one float each, replaces the sum of counts, or None.
+        class_weight_ptr: (num_classes,) floats, or None for ones.
+        H, W, h, w, ht, wt: sizes of labels, student's logits and target's logits.
+        smoothing, gamma: of label smoothing and of the focal loss, or 0.
+        target_batch: images with their own tables of the target.
+        pixel_count: B * H * W, the count of KL without COUNTS_KL.
     Results:
         factors_ptr, route_ptr: as `Prepared.factors` and `Prepared.route` in `prep`.
         tables_ptr: as `student_tables` and `target_tables` read it.

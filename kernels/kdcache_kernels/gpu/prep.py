@@ -331,9 +331,13 @@ def classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: b
 
 
 def prepare(problem: LossProblem) -> Prepared:
-    """Normalise the logits of a problem with at least one image, and compute its geometry, in two launches.
+    """Prepare the input of the loss kernels for at least one image, in two launches.
 
-    Memory: 4 bytes per logit of the student and, unless it is read directly, of the target.
+    The first launch normalises logits: it subtracts the largest of the pixel and multiplies by log2(e) / T. The second
+    finds which logits surround each label pixel, and which loss kernel computes each image.
+
+    Memory: 4 bytes for each logit of the student, and 4 for each of the target. A target that the kernels read in place
+        needs none.
     """
     target = problem.target
     window = None if target is None or problem.window is None else problem.window.to(torch.float64).contiguous()

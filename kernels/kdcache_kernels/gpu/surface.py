@@ -262,8 +262,9 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
 
 @triton.jit
 def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
-    """Load the labels of a cell's pixels in one turn.
+    """Load labels for turn g of cell (i, j): ROWS of its S pixel rows. A cell's S x S pixels lie between four logits.
 
+    `label_ptrs` has the address of each cell's first pixel of the turn. Strides are in elements. `active` masks cells.
     Returns: tuple of int32 with two class ids each (see `unpack`), an int32 with a bit for each label modulo 32, and
         the lowest and the highest label.
     """

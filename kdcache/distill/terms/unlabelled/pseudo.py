@@ -189,7 +189,7 @@ class Consistency(Pseudo):
         return True
 
     def describe(self) -> str:
-        """Return who makes the pseudo labels, what is divided by, and what counts as confident."""
+        """Return one line for the log: who makes the pseudo labels, how the loss is normalised, and the threshold."""
         return (
             f"{self.kind}: pseudo labels of the weak view, without jitter, are {_WHOSE[self.by]}; learnt are "
             f"{_DIVIDED[self.normalise]}; confident is "

@@ -169,10 +169,13 @@ def _share(cell, cells, pixel, pixels):
 
 @kernel
 def weigh_rows(first, last, inside_y, inside_x, counts, gate, counted, weight):
-    """Compute how much each cell counts and weighs, for the rows of cells `first` to `last`, numbered image by image.
+    """Compute how much each cell counts and weighs. A cell is the area of one target logit.
+
+    It does the rows of cells `first` to `last` - 1. Row i of image b has the number b * h + i.
 
     Shapes and units:
-        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the view along each axis.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool, whether a pixel lies in the view along each axis. Bt is B, or 1 if
+            all images share one view.
         counts: (B, H, W) uint8, 0 for pixels to leave out, or (B, 0, 0) to count all pixels inside.
         gate: (B, H, W) float32 pixel weights, or (B, 0, 0) for weights of 1.
         counted: (B, h, w) float32 result, the share of each cell's area whose pixels count, 0 to 1.

@@ -321,12 +321,16 @@ def launch_weights(
 
 
 class Laid(NamedTuple):
-    """The student's and the teacher's logits with the tables and weights of the target's cells, for the kernels.
+    """The arguments that the kernels on cells share. A cell is the area of one target logit.
+
+    An interpolation table has, for each row or column of cells, the first of the two logits around it and the second's
+    weight.
 
     Attributes:
-        samples: arguments of the kernels: the student's `Samples` and strides, the teacher's `Samples` and strides, and
-            1 if the teacher's tables differ between images, else 0.
-        taps: rows and columns of the cells in the student's array, or (None, None) if its elements are the cells.
+        samples: the student's `Samples` and strides, the teacher's `Samples` and strides, and 1 if the teacher's
+            interpolation tables differ between images, else 0.
+        taps: interpolation tables of the rows and columns of cells in the student's logits, or (None, None) if the
+            student's grid equals the target's.
         flat: constants S_FLAT and T_FLAT: whether rows of the student's and the teacher's logits follow each other
             without a gap.
         block, blocks: cells of a program, and programs of an image.

@@ -236,7 +236,21 @@ def relations_gradient_kernel(
     temperature,
     S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient by the student's logits on the cells, (B, C, h, w) float32, in a second pass."""
+    """Compute the gradient of the relation loss (`relations_totals_kernel`) by the student's logits, in a second pass.
+
+    A cell is the area of one target logit, and the student's logits are resized to the cells.
+
+    Shapes and units:
+        student, teacher: `Samples`, with strides (image, class, row, column) in elements.
+        t_batched: 1 if the teacher's interpolation tables differ between images, else 0.
+        cells_ptr: (B, 7, h w) float32, seven numbers per cell from `relations_kernel`.
+        factors_ptr: (4, C) float32, and sums_ptr: (2,) float64, both from `classes_kernel`.
+        gradient_ptr: (B, C, h, w) float32 result, without the gradient of the resize.
+        plane: h * w, the cells of an image. blocks: programs of an image, each for BLOCK cells.
+        limit: the largest magnitude of a usable logit. scale: log2(e) / T. temperature: T.
+        beta: weight of the correlation over the classes.
+        S_FLAT, T_FLAT: whether rows of the student's and the teacher's logits follow each other without a gap.
+    """
     image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
     image64 = image.to(tl.int64)
     S_SAMPLED: tl.constexpr = student.rows is not None
