@@ -81,7 +81,7 @@ class RayBuilds:
                 break
             if not killed:
                 raise DifferenceError(f"{name}: the driver ended with {code}: {driver.log_end()}")
-        self._compare(store)
+        self.compare(store)
         tally.finished += 1
 
     def _kill(self, kind: str, driver: Driver, cluster: Any) -> bool:
@@ -101,7 +101,7 @@ class RayBuilds:
         cluster.add_node(num_cpus=1)
         return True
 
-    def _compare(self, store: str) -> None:
+    def compare(self, store: str) -> None:
         cache = open_cache(store)
         cache.check_files()
         created = {"created"}

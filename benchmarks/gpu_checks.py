@@ -117,17 +117,17 @@ def other_operators(classes: int, kept: int) -> Iterator[tuple[str, float, float
     exact = PackedTarget(values, indices, tail, classes, (20, 28))
     target = exact.to(DEVICE)
     packed = _twice(lambda: pack(teacher.to(DEVICE), kept, impl="triton")[0])
-    yield "pack", _error(packed, values), 1e-3
+    yield "pack", relative_error(packed, values), 1e-3
     dense = densify(values, indices, tail, classes, torch.float64, impl="reference")
     densified = _twice(lambda: densify(target.values, target.indices, target.tail, classes, impl="triton"))
-    yield "densify", _error(densified, dense), 1e-6
+    yield "densify", relative_error(densified, dense), 1e-6
     _, confidence = target_argmax_confidence(exact, (20, 28), impl="reference")
     found = _twice(lambda: target_argmax_confidence(target, (20, 28), impl="triton")[1])
-    yield "confidence", _error(found, confidence), 1e-3
+    yield "confidence", relative_error(found, confidence), 1e-3
     labels = torch.randint(0, classes, (2, 20, 28), generator=generator).to(torch.uint8)
     counted = distill_denominators(labels, exact, num_classes=classes, impl="reference")
     counts = _twice(partial(_denominators, labels.to(DEVICE), target, classes))
-    yield "denominators", _error(counts, torch.stack(counted)), 1e-6
+    yield "denominators", relative_error(counts, torch.stack(counted)), 1e-6
     window = torch.tensor([[3.0, 2.0, 18.0, 25.0]] * 2, dtype=torch.float64)
     for name, logits, place in (
         ("relations", student, None),
@@ -135,7 +135,7 @@ def other_operators(classes: int, kept: int) -> Iterator[tuple[str, float, float
         ("relations of another size", student[..., 1:, 1:].contiguous(), None),
     ):
         gradient = _twice(partial(_relations, logits.to(DEVICE), dense.float().to(DEVICE), place, "triton"))
-        yield name, _error(gradient, _relations(logits.double(), dense, place, "reference")), 1e-4
+        yield name, relative_error(gradient, _relations(logits.double(), dense, place, "reference")), 1e-4
 
 
 def _denominators(labels: Tensor, target: PackedTarget, classes: int) -> Tensor:
@@ -155,7 +155,7 @@ def _twice(compute: Callable[[], Tensor]) -> Tensor:
     return first if torch.equal(first, second) else torch.full_like(first, float("inf"))
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest error divided by the largest value. NaN counts as infinite."""
     error = (actual.cpu().double() - expected.double()).abs().max() / expected.double().abs().max()
     return float(error.nan_to_num(nan=float("inf")))

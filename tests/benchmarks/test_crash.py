@@ -119,11 +119,11 @@ def builds(ray: ModuleType, crash: ModuleType, store: Path, tmp_path: Path) -> A
 
 def test_a_store_of_a_cluster_is_compared_with_one_process_s(builds, ray, store, tmp_path) -> None:
     copy = shutil.copytree(store, tmp_path / "copy.zarr")
-    builds._compare(str(copy))
+    builds.compare(str(copy))
     assert ray.written(str(copy)) == ray.written(str(store)) == 2
     builds.rows["labels/segmentation"] = builds.rows["labels/segmentation"] + 1
     with pytest.raises(ray.DifferenceError, match="served wrong records of"):
-        builds._compare(str(copy))
+        builds.compare(str(copy))
 
 
 def test_actors_nodes_and_drivers_are_killed(builds, ray, monkeypatch) -> None:

@@ -190,9 +190,9 @@ def checks(script: Callable[[str], ModuleType]) -> ModuleType:
 
 def test_an_error_is_relative_to_the_largest_value_and_no_number_is_infinite(checks) -> None:
     right = torch.tensor([4.0, -8.0])
-    assert checks._error(right, right) == 0
-    assert checks._error(torch.tensor([4.0, -6.0]), right) == 0.25
-    assert checks._error(torch.tensor([math.nan, -8.0]), right) == math.inf
+    assert checks.relative_error(right, right) == 0
+    assert checks.relative_error(torch.tensor([4.0, -6.0]), right) == 0.25
+    assert checks.relative_error(torch.tensor([math.nan, -8.0]), right) == math.inf
 
 
 def test_results_that_differ_between_two_calls_are_infinite(checks) -> None:
