@@ -168,6 +168,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         show_error(_explained(error))
         sys.exit(2)
+    finally:
+        ERRORS.quiet = False
 
 
 def _trusting(trust: bool) -> AbstractContextManager[None]:

@@ -137,7 +137,7 @@ def test_a_teacher_by_itself_is_trained_on_labels(world: dict[str, Any], tmp_pat
     run = kdcache.train(tmp_path / "t", model="kdcache:tiny", data=SCENES, size=(32, 48), progress=False, **SHORT)
     assert run.recipe is not None
     assert (run.recipe["verb"], run.recipe["val"]) == ("train-teacher", SCENES)
-    assert run.recipe.get("val_split", "val") == "val"
+    assert run.recipe.get("val-split", "val") == "val"
     unjudged = kdcache.train(
         tmp_path / "u", model="kdcache:tiny", data=world["data"], size="32x48", progress=False, **SHORT
     )
