@@ -102,6 +102,7 @@ class RayBuilds:
         return True
 
     def compare(self, store: str) -> None:
+        """Compare a cache with one that a single process built. Raises: DifferenceError for another record."""
         cache = open_cache(store)
         cache.check_files()
         created = {"created"}
