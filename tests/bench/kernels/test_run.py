@@ -105,7 +105,7 @@ def test_a_median_needs_repeats(count: int, problem: str) -> None:
 # Memory
 
 
-@pytest.mark.parametrize("mib", [24, 80])
+@pytest.mark.parametrize("mib", [40, 80])  # glibc maps what is above 32 MiB, and so gives it back
 def test_memory_sees_what_a_step_allocates(mib: int) -> None:
     before = torch.ones(64 * memory.MIB, dtype=torch.uint8)  # resident already: not of the step
 
