@@ -14,6 +14,8 @@ import tomllib
 import pytest
 from safetensors.torch import load_file
 
+from kdcache.training.run.training_progress import TrainingProgress
+
 STUDENT = "--model kdcache:tiny --iterations 3 --batch-size 2 --val-every 3 --log-every 1"
 
 
@@ -192,3 +194,23 @@ def test_interrupted_at_the_keyboard(tmp_path, world, spawn, cli) -> None:
     assert ended.code == 0
     assert "from before)" in ended.out
     assert os.listdir(tmp_path / "s.zarr" / "ledger")
+
+
+def test_an_interrupted_training_is_no_success(tmp_path, world, cli, monkeypatch) -> None:
+    """130, a sentence, and the same run with --resume."""
+    words = f"train-student --cache {world}/store.zarr {STUDENT} --method kl --out {tmp_path}/run".split()
+    advanced = TrainingProgress.advanced
+
+    def interrupt(self: TrainingProgress, step: int) -> None:
+        advanced(self, step)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingProgress, "advanced", interrupt)
+        stopped = cli(*words)
+    assert stopped.code == 130, stopped.err
+    assert "Stopped after 2 iterations" in stopped.err
+    resumed = cli(*words, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "iterations 2 to 3" in resumed.out + resumed.err

@@ -95,9 +95,10 @@ def test_class_ids_end_at_sixteen_bits(device):
     assert pack(many, 70000)[0].argmax().item() == 69999
 
 
-def test_tail_is_the_log_odds_of_the_rest(device):
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_tail_is_the_log_odds_of_the_rest(impl, device):
     logits = random_logits((1, 30, 2, 2), device)
-    _, indices, tail = pack(logits, 4)
+    _, indices, tail = pack(logits, 4, impl=impl)
     p_in = logits.double().softmax(1).gather(1, indices.long()).sum(1)
     torch.testing.assert_close(tail.double(), ((1 - p_in) / p_in).log(), rtol=1e-3, atol=1e-3)
 
