@@ -43,7 +43,17 @@ _VOID_COLON = re.compile(rf"(?:{'|'.join(VOID_NAMES)})\s*[:=].*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line. `number` is its number, if any. `marked` tells whether a colon or the like marks the number."""
+    """A line of `classes.txt`.
+
+    Attributes:
+        line: the line's number, from 1.
+        text: the line without colour and comment.
+        name: the class name.
+        colour: the colour, or None.
+        number: the number that the line gives, or None.
+        marked: whether punctuation, such as a colon, separates the number from the name.
+        void: whether the line defines void instead of a class.
+    """
 
     line: int
     text: str
@@ -56,7 +66,14 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Listed:
-    """The classes in the order of their numbers, each with its number, the lines of void, and whether any says one."""
+    """The content of `classes.txt`.
+
+    Attributes:
+        classes: lines of classes, sorted by number.
+        numbers: the number of each class.
+        void: lines that define void.
+        numbered: whether any line gives a number.
+    """
 
     classes: tuple[_Entry, ...]
     numbers: tuple[int, ...]
@@ -65,9 +82,9 @@ class _Listed:
 
 
 def read_classes(folder: Path) -> ClassList:
-    """Read `classes.txt` of a data folder: names in the order of the ids, or of the numbers if lines have numbers.
+    """Return the classes in the `classes.txt` of a data folder, in the order of their ids.
 
-    A class without a colour gets a unique one.
+    If lines have numbers, the ids follow the order of the numbers. Classes without a colour get a unique one.
 
     Raises: DataError if the file is missing, empty or not text, repeats a name or number, or numbers only some classes.
     """
@@ -79,10 +96,11 @@ def read_classes(folder: Path) -> ClassList:
 
 
 def read_numbers(folder: Path) -> dict[int, int] | None:
-    """Read the meaning of the numbers in labels from `classes.txt`: class ids, or 255 for void.
+    """Return number in label files -> class id, or 255 for void, as `classes.txt` of a data folder defines it.
 
-    Returns: the id by number, or None if every number is its class id, or without the file.
-    Raises: DataError as `read_classes`.
+    Return None if every number is its own class id, or if the file does not exist.
+
+    Raises: DataError for an invalid file, like `read_classes`.
     """
     if not (folder / CLASSES_FILE).is_file():
         return None
@@ -93,16 +111,19 @@ def read_numbers(folder: Path) -> dict[int, int] | None:
 
 
 def says_numbers(folder: Path) -> bool:
-    """Return whether a line of `classes.txt` gives a number. Raises: DataError as `read_classes`."""
+    """Return whether at least one line of `classes.txt` in a data folder gives a number.
+
+    Raises: DataError for an invalid file, like `read_classes`.
+    """
     return (folder / CLASSES_FILE).is_file() and _read(folder).numbered
 
 
 def read_colour_codes(folder: Path) -> ColourCodes | None:
-    """Read the colours of RGB labels from `classes.txt`, or return None if a class has no unique colour.
+    """Return the map from colours in RGB labels to numbers, as `classes.txt` of a data folder defines it.
 
-    The colours map to the classes' numbers in the file.
+    Return None if the file does not exist, or if a class has no unique colour.
 
-    Raises: DataError for an invalid `classes.txt`.
+    Raises: DataError for an invalid file, like `read_classes`.
     """
     if not (folder / CLASSES_FILE).is_file():
         return None
@@ -118,10 +139,13 @@ def read_colour_codes(folder: Path) -> ColourCodes | None:
 def colour_codes(
     classes: Sequence[Colour | None], void: Sequence[Colour | None], where: str, numbers: Sequence[int] | None = None
 ) -> ColourCodes | None:
-    """Return the map from colours to class ids and void, or None if a class has no unique colour.
+    """Return the map from colours in RGB labels to class ids, or None if a class has no unique colour.
 
-    `classes` is the colour of each class id, `void` the colours of void. `where` names their file for messages.
-    `numbers` replace the class ids.
+    Args:
+        classes: the (r, g, b) of each class, in the order of the ids, or None for a class without a colour.
+        void: colours that mean void. None entries are ignored.
+        where: the file that lists the colours, for messages.
+        numbers: replacements for the class ids, in the order of `classes`. None keeps the ids.
     """
     colours = [colour for colour in classes if colour is not None]
     voids = [colour for colour in void if colour is not None]
@@ -132,7 +156,7 @@ def colour_codes(
 
 
 def write_classes(folder: Path, classes: ClassList) -> None:
-    """Write `classes.txt`, for `read_classes`."""
+    """Write the `classes.txt` of a data folder. `read_classes` returns the same classes."""
     lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in zip(classes.names, classes.colours, strict=True)]
     if _names(lines) != classes.names:  # some begin or end with a number
         lines = [f"{number}: {line}" for number, line in enumerate(lines)]
@@ -140,7 +164,7 @@ def write_classes(folder: Path, classes: ClassList) -> None:
 
 
 def _names(lines: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the names that lines are read as, or None for lines that are refused."""
+    """Return the class names that `read_classes` would find in the lines, or None for invalid lines."""
     try:
         return tuple(entry.name for entry in _listed(_parsed(lines, Path()), Path()).classes)
     except DataError:
@@ -148,7 +172,7 @@ def _names(lines: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _read(folder: Path) -> _Listed:
-    """Return the lines of the file. Raises: DataError as `read_classes`."""
+    """Return the content of a folder's `classes.txt`. Raises: DataError like `read_classes`."""
     path = folder / CLASSES_FILE
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -168,7 +192,7 @@ def _read(folder: Path) -> _Listed:
 
 
 def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
-    """Return the lines as classes with numbers. Raises: DataError for numbers that are not 0 to 254, each once."""
+    """Return the lines as classes with numbers. Raises: DataError for numbers outside 0 to 254, or repeated ones."""
     void = tuple(entry for entry in entries if entry.void)
     classes = [entry for entry in entries if not entry.void]
     counted = any(entry.number is None for entry in classes)
@@ -191,16 +215,16 @@ def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
 
 
 def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path) -> None:
-    seen: dict[int, _Entry] = {}
+    entry_of: dict[int, _Entry] = {}
     for entry in (*classes, *void):
         if entry.number is None:
             continue
-        other = seen.setdefault(entry.number, entry)
+        first = entry_of.setdefault(entry.number, entry)
         last = IGNORE_INDEX if entry.void else IGNORE_INDEX - 1
         if not 0 <= entry.number <= last:
             fault = f"line {entry.line} has {entry.number}"
-        elif other is not entry and not (other.void and entry.void):
-            fault = f"lines {other.line} and {entry.line} have {entry.number}"
+        elif first is not entry and not (first.void and entry.void):
+            fault = f"lines {first.line} and {entry.line} have {entry.number}"
         else:
             continue
         raise DataError(
@@ -211,7 +235,10 @@ def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path
 
 
 def _plain(entry: _Entry) -> str:
-    """Return the name of a class in a file that numbers none: a number in front of it is a part of it."""
+    """Return a class's name in a file that does not number its classes.
+
+    A number at the beginning is part of the name.
+    """
     return entry.name if entry.number is None else entry.text
 
 
@@ -255,5 +282,5 @@ def _parse(path: Path, line: int, text: str) -> _Entry | None:
 
 def _complete(colours: list[Colour | None]) -> tuple[Colour, ...]:
     listed = [colour for colour in colours if colour is not None]
-    made = iter(default_colours(len(colours), taken=listed))
-    return tuple(colour if colour is not None else next(made) for colour in colours)
+    defaults = iter(default_colours(len(colours), taken=listed))
+    return tuple(colour if colour is not None else next(defaults) for colour in colours)

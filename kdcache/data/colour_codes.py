@@ -21,10 +21,12 @@ MOST_SHOWN = 4
 
 
 class ColourCodes:
-    """The class id of every colour in RGB labels. Other colours are errors, never matched to the nearest.
+    """A map from the colours of RGB labels to class ids.
+
+    Unknown colours are errors and never map to the nearest colour.
 
     Args:
-        id_of_colour: class ids, and 255 for void. Black is also void, unless a class has it.
+        id_of_colour: (r, g, b) -> class id, or 255 for void. Black is also void unless a class has it.
         where: the file that lists the colours, for messages.
     """
 
@@ -36,9 +38,9 @@ class ColourCodes:
         self._where = where
 
     def ids(self, rgb_HW3: Pixels, path: Path) -> Pixels:
-        """Return class ids (H, W) of an RGB label, uint8 (H, W, 3). `path` names it for messages.
+        """Return the class ids, uint8 (H, W), of an RGB label, uint8 (H, W, 3).
 
-        Raises: DataError for colours without a class, with their pixel counts.
+        Raises: DataError for colours without a class. It names `path`, the colours and their pixel counts.
         """
         wide = rgb_HW3.astype(np.uint32)
         codes_HW = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
@@ -68,5 +70,5 @@ def _code(colour: Colour) -> int:
 def _describe(codes: npt.NDArray[np.uint32]) -> str:
     values, counts = np.unique(codes, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:MOST_SHOWN]
-    shown = [f"{c >> 16} {c >> 8 & 255} {c & 255} in {counts[i]} pixels" for i in order if (c := int(values[i])) >= 0]
-    return ", ".join(shown) + (f", and {len(values) - MOST_SHOWN} more colours" if len(values) > MOST_SHOWN else "")
+    listed = [f"{c >> 16} {c >> 8 & 255} {c & 255} in {counts[i]} pixels" for i in order if (c := int(values[i])) >= 0]
+    return ", ".join(listed) + (f", and {len(values) - MOST_SHOWN} more colours" if len(values) > MOST_SHOWN else "")

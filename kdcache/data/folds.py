@@ -22,7 +22,13 @@ from kdcache.errors import RecipeError
 
 
 class Fold(NamedTuple):
-    """Fold `number`, from 0, of `folds`. `by` is the pattern of the sequences that stay together, or None."""
+    """One fold of a split.
+
+    Attributes:
+        number: the fold's number, from 0 to `folds` - 1.
+        folds: the number of folds of the split.
+        by: a regular expression whose match in an id names a sequence that stays in one fold, or None.
+    """
 
     number: int
     folds: int
@@ -32,13 +38,24 @@ class Fold(NamedTuple):
         return f"{self.number}/{self.folds}" + ("" if self.by is None else f" by {self.by}")
 
     def holds(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Return whether each sample is in the fold, (N,), by all ids of a split. Raises: RecipeError as `folds_of`."""
+        """Return whether each sample is in this fold, bool (N,). `ids` are all ids of the split.
+
+        Raises: RecipeError if the split cannot have these folds.
+        """
         held: npt.NDArray[np.bool_] = folds_of(ids, self.folds, self.by) == self.number
         return held
 
 
 def parse_fold(text: str, by: str | None = None, flag: str = "--fold") -> Fold:
-    """Read '1/4' as the second of four folds. Raises: RecipeError for another form, which names the flag."""
+    """Parse a fold: "1/4" is fold 1 of 4, counted from 0.
+
+    Args:
+        text: the fold.
+        by: a regular expression whose match in an id names a sequence that stays in one fold, or None.
+        flag: the command-line flag that errors name.
+
+    Raises: RecipeError for another form.
+    """
     first, _, second = text.partition("/")
     numbers = first.isdecimal() and second.isdecimal()
     if not numbers or not int(first) < int(second) or int(second) < 2:
@@ -51,17 +68,29 @@ def parse_fold(text: str, by: str | None = None, flag: str = "--fold") -> Fold:
 
 
 def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> Split:
-    """Return the samples of one fold, to judge a model that was trained without it.
+    """Return a split with only the samples of one fold, to evaluate a model that was trained without that fold.
 
-    Raises: RecipeError for folds that the split cannot have.
+    Args:
+        split: the whole split.
+        number: the fold, counted from 0.
+        folds: the number of folds.
+        by: a regular expression whose match in an id names a sequence that stays in one fold, or None.
+
+    Raises: RecipeError if the split cannot have these folds.
     """
     return subset(split, np.flatnonzero(split.folds(folds, by) == number).tolist())
 
 
 def check_folds(split: Split, folds: int, by: str | None = None) -> None:
-    """Check that leaving out any fold keeps labelled pixels of every class, so each teacher knows every class.
+    """Check that every class has labelled pixels in at least two folds.
 
-    Reads every label. Raises: RecipeError for such folds; DataError for a label that cannot be read.
+    Then a teacher that leaves one out sees every class.
+
+    Reads every label. `folds` is the number of folds, and `by` is as in `fold_alone`.
+
+    Raises:
+        RecipeError: a class has pixels in one fold only, or the split cannot have these folds.
+        DataError: a label cannot be read.
     """
     fold_of = split.folds(folds, by)
     labelled = [index for index in range(len(split)) if split.has_label(index)]
@@ -72,10 +101,13 @@ def check_folds(split: Split, folds: int, by: str | None = None) -> None:
 def check_fold_labels(
     rounds: Iterable[Iterable[tuple[int, Pixels | None]]], folds: int, class_names: Sequence[str]
 ) -> None:
-    """Check folds as `check_folds` does, for labels that the caller reads.
+    """Check folds like `check_folds`, with labels that the caller reads.
 
-    `rounds` are iterables of (fold, label), with labels uint8 (H, W) or None. A further round is read only if the
-    rounds before it would fail.
+    Args:
+        rounds: iterables of (fold number, label). A label is uint8 (H, W) or None. The check reads the next iterable
+            only if it fails with all labels so far.
+        folds: the number of folds.
+        class_names: the classes in the order of their ids.
 
     Raises: RecipeError if a class has pixels in one fold only.
     """
@@ -98,11 +130,17 @@ def check_fold_labels(
 
 
 def subset(split: Split, numbers: Iterable[int]) -> Split:
-    """Return a split of some samples, in the order of `numbers`. Its digest and its folds go by these samples."""
+    """Return a split with the samples at the positions `numbers`, in that order.
+
+    Its digest and its folds depend only on these samples. `excerpt` keeps the folds of the whole split.
+    """
     samples = tuple(split.samples[number] for number in numbers)
     return Split(split.data, split.split, split.classes, samples, split.label_map, split.match)
 
 
 def excerpt(split: Split, numbers: Iterable[int]) -> Split:
-    """Return some samples of a split, to estimate the cost of all. Each stays in its fold of the whole split."""
+    """Return a split with the samples at the positions `numbers`.
+
+    Each sample keeps the fold that it has in the whole split.
+    """
     return replace(subset(split, numbers), fold_ids=split.fold_ids or split.ids)

@@ -15,47 +15,62 @@ from kdcache.tasks import IGNORE_INDEX, SEGMENTATION
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mapped(Source[Pixels]):
-    """A label with its class ids mapped by a table, uint8 (256,). Its digest is the label's."""
+    """A source of a label with its class ids mapped by a table.
+
+    Attributes:
+        label: the source of the original label.
+        table: uint8 (256,), the new class id of each id.
+    """
 
     label: Source[Pixels]
     table: Pixels
 
     def read(self) -> Pixels:
-        """Return the mapped label."""
+        """Return the label with mapped class ids, uint8 (H, W). Raises: DataError like the original label."""
         return self.table.take(self.label.read())
 
     def raw(self) -> Pixels:
-        """Return the mapped label, not checked."""
+        """Return the label with mapped class ids, uint8 (H, W), without checks."""
         return self.table.take(self.label.raw())
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the label's digest."""
+        """Return the digest of the original label. The table does not count."""
         return self.label.digest(of_file)
 
 
 def classes_by_name(split: Split, classes: ClassList) -> Split:
-    """Return a split with labels mapped by name to a model's classes. Classes without an equal name are void.
+    """Return a split whose labels have a model's class ids.
 
-    Names are compared without case, unless a list has two that differ only in case. The split is unchanged if names are
-    equal or one of the two has no classes.
+    Classes are matched by name, and unmatched classes become void.
 
-    Raises: MismatchError if no name is shared.
+    Case does not matter, unless a list has two names that differ only in case. If the names are equal, or one list is
+    empty, the split is returned unchanged.
+
+    Args:
+        split: the split to map.
+        classes: the model's classes.
+
+    Raises: MismatchError if no name matches.
     """
     if not len(classes) or split.classes.names in (classes.names, ()):
         return split
-    own = split.classes.names
-    class_of = {i: number for i, name in enumerate(own) if (number := _number_of(name, own, classes.names)) is not None}
+    source_names = split.classes.names
+    class_of = {
+        i: number
+        for i, name in enumerate(source_names)
+        if (number := _number_of(name, source_names, classes.names)) is not None
+    }
     shared = tuple(name for number, name in enumerate(classes.names) if number in class_of.values())
     if not shared:
         raise MismatchError(
-            f"No common class: {', '.join(own)} in {split.data}, split {split.split!r}, "
+            f"No common class: {', '.join(source_names)} in {split.data}, split {split.split!r}, "
             f"and {', '.join(classes.names)} in the model",
             fix="Rename the classes in the data's classes.txt, or name the model's with --class-map.",
         )
     match = ClassMatch(
         shared,
         missing=tuple(name for name in classes.names if name not in shared),
-        void=tuple(name for i, name in enumerate(own) if i not in class_of),
+        void=tuple(name for i, name in enumerate(source_names) if i not in class_of),
     )
     table = np.full(256, IGNORE_INDEX, np.uint8)
     table[list(class_of)] = list(class_of.values())
@@ -70,10 +85,13 @@ def _mapped(labels: Mapping[str, Source[Any]], table: Pixels) -> Mapping[str, So
     return {**labels, SEGMENTATION: Mapped(labels[SEGMENTATION], table)}
 
 
-def _number_of(name: str, own: tuple[str, ...], others: tuple[str, ...]) -> int | None:
-    """Return the place of a name of `own` among others, in any case where both lists have it once, or None without."""
+def _number_of(name: str, names: tuple[str, ...], others: tuple[str, ...]) -> int | None:
+    """Return the position of a name in `others`, or None.
+
+    If the name differs only in case and both lists have it once, it also matches.
+    """
     if name in others:
         return others.index(name)
-    lowered = [other.lower() for other in others]
-    once = lowered.count(name.lower()) == 1 == [other.lower() for other in own].count(name.lower())
+    lowered = [candidate.lower() for candidate in others]
+    once = lowered.count(name.lower()) == 1 == [candidate.lower() for candidate in names].count(name.lower())
     return lowered.index(name.lower()) if once else None

@@ -39,13 +39,13 @@ Values = TypeVar("Values", bound=npt.NDArray[Any])
 
 @dataclass(frozen=True)
 class ClassList:
-    """Class names in the order of their ids, and a colour for each.
+    """Class names in the order of their ids, and a colour for each class.
 
     Args:
-        names: 2 to 255 unique, non-empty names. The position is the id. Empty for data without segmentation.
-        colours: RGB, 0 to 255, one per name. Default: distinct colours.
+        names: 2 to 255 unique, non-empty names. A name's position is its class id. Empty for data without segmentation.
+        colours: one RGB triple for each name, each value 0 to 255. Empty means distinct default colours.
 
-    Raises: DataError for a list or colours that break these rules.
+    Raises: DataError for invalid names or colours.
     """
 
     names: tuple[str, ...]
@@ -61,12 +61,12 @@ class ClassList:
         return len(self.names)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values. `from_json` reverses it."""
+        """Return {"names": list of str, "colours": list of [r, g, b]}. `from_json` reads it."""
         return {"names": list(self.names), "colours": [list(colour) for colour in self.colours]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ClassList:
-        """Return the class list from the JSON of `to_json`. Raises: DataError as the constructor does."""
+        """Return the class list for a dict from `to_json`. Raises: DataError for invalid names or colours."""
         colours = tuple((r, g, b) for r, g, b in value.get("colours", ()))
         return cls(tuple(value["names"]), colours)
 
@@ -94,12 +94,12 @@ class ClassList:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """The classes of a data set and of a model that have equal names.
+    """The result of comparing a data set's class names with a model's class names.
 
     Attributes:
-        shared: names that both have, in the model's order.
-        missing: names of the model that the data do not have.
-        void: names of the data that the model does not have.
+        shared: names that are in both lists, in the model's order.
+        missing: names that only the model has.
+        void: names that only the data set has. Labels of these classes become void.
     """
 
     shared: tuple[str, ...]
@@ -108,7 +108,10 @@ class ClassMatch:
 
 
 class Pickled:
-    """A frozen data class with slots that is pickled as its fields: three times faster than by default."""
+    """A base class that pickles a frozen dataclass with slots as its fields.
+
+    That is three times faster than the default.
+    """
 
     __slots__ = ()
     __match_args__: ClassVar[tuple[str, ...]]
@@ -118,46 +121,59 @@ class Pickled:
 
 
 class Source(Pickled, ABC, Generic[Values]):
-    """An array of a sample, an image or a label, that is read when it is asked for.
+    """A sample's image or label, which is read from its origin on request.
 
-    It holds a path, or a reader and a number, never pixels. Subclasses define `read`, and the rest if it differs.
+    A source holds a path, or a function and a number, but never pixels. Subclasses define `read`, and override other
+    methods if needed.
     """
 
     __slots__ = ()
 
     @property
     def path(self) -> Path | None:
-        """The file that holds this array, or None for an array of another origin."""
+        """The file that holds this array, or None if no file does."""
         return None
 
     @abstractmethod
     def read(self) -> Values:
-        """Return a new contiguous array, as `Split.image` and `Split.label` describe it. Raises: as they do."""
+        """Return the array as a new contiguous copy.
+
+        An image is uint8 (H, W, 3). A segmentation label is uint8 (H, W), a depth label float32 (H, W) in metres.
+
+        Raises: DataError for a file that cannot be read or does not fit the sample.
+        """
 
     def raw(self) -> Values:
-        """Return the array, not checked against image and classes, for reports on broken data."""
+        """Return the array like `read`, but without checking a label against its image and classes. Reports use it."""
         return self.read()
 
     def size(self) -> tuple[int, int]:
-        """Return (H, W), from the file's header if possible. Raises: as `read`."""
+        """Return the array's (height, width) in pixels, from the file's header if possible.
+
+        Raises: DataError like `read`.
+        """
         height, width, *_ = self.read().shape
         return height, width
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the SHA-256 of the file, by `of_file` if given, or of the array if no file holds it."""
+        """Return the SHA-256 (hex) of the file's bytes, or of the array if no file holds it.
+
+        Args:
+            of_file: computes a file's SHA-256, for example from a store of known digests. None reads the file.
+        """
         array = self.read()
         return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Numbered(Source[Values]):
-    """The array that a function returns for a number, such as a reader's method for an item of a data set."""
+    """A source whose array is `function(number)`, for example item `number` of a data set in memory."""
 
     function: Callable[[int], Values]
     number: int
 
     def read(self) -> Values:
-        """Return the function's array. Raises: as the function."""
+        """Return `function(number)`. Raises: the function's errors."""
         return self.function(self.number)
 
 
@@ -166,10 +182,10 @@ class Sample(Pickled):
     """An image with its labels.
 
     Attributes:
-        id: stable and unique in its split.
-        image: uint8 (H, W, 3), RGB, EXIF-upright.
-        labels: task -> source of the label, for the tasks that have one.
-        origin: a name that images of two splits share only if they are the same image.
+        id: a name that is unique in its split and stays the same when the split is opened again.
+        image: source of the image, uint8 (H, W, 3), RGB, rotated as its EXIF data say.
+        labels: task ("segmentation" or "depth") -> source of the label. Tasks without a label are absent.
+        origin: a name of the image itself, equal in two splits only if both have the same image.
     """
 
     id: str
@@ -183,15 +199,15 @@ class Split:
     """One split of a data set: its samples and classes.
 
     Attributes:
-        data: the spec or folder as the user gave it.
+        data: the data set's folder or spec, as the user gave it.
         split: the split's name.
         classes: names and colours of the label ids.
-        samples: in the order of their ids. `index` below counts in this order.
-        label_map: uint8 (256,), the class id of every number in the label files, or None if they are class ids already.
-        match: how labels were mapped to these classes, or None if they were not.
-        fold_ids: in an excerpt, the ids of the whole split, which decide the folds. None: this split's ids.
-        known_digest: what `digest` returns. None: the digest of this split's names.
-        id_rule: what the ids are made of, in words, and so which changes `digest` can notice. Empty for files.
+        samples: sorted by id. The methods' `index` is a position in it.
+        label_map: uint8 (256,), the class id for every number in the label files. None if the numbers are class ids.
+        match: how class names were mapped to a model's classes, or None if they were not mapped.
+        fold_ids: all ids of the split from which this one was taken, so that folds stay the same. None means `ids`.
+        known_digest: the result of `digest`. None means that `digest` computes it.
+        id_rule: how the ids were derived, in words. Empty if ids are file names.
     """
 
     data: str
@@ -214,23 +230,26 @@ class Split:
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
-        """The stable unique sample ids, sorted."""
+        """The unique ids of all samples, in the order of `samples`."""
         return tuple(sample.id for sample in self.samples)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks with a label of any sample, in the order of `TASKS`. Reads no file."""
+        """The tasks for which at least one sample has a label: "segmentation", "depth", both or none. Reads no file."""
         return tuple(task for task in TASKS if any(task in sample.labels for sample in self.samples))
 
     def image(self, index: int) -> Pixels:
-        """Return the image as a new contiguous array: uint8 (H, W, 3), RGB, EXIF-upright.
+        """Return a sample's image as a new contiguous array: uint8 (H, W, 3), RGB, rotated as its EXIF data say.
 
-        Raises: DataError naming the file.
+        Raises: DataError for a file that cannot be read.
         """
         return self.samples[index].image.read()
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Return (H, W) of an image, from the file's header if possible. Raises: as `image`."""
+        """Return an image's (height, width) in pixels, from the file's header if possible.
+
+        Raises: DataError like `image`.
+        """
         return self.samples[index].image.size()
 
     @overload
@@ -240,34 +259,43 @@ class Split:
     @overload
     def label(self, index: int, task: str) -> Pixels | Depth | None: ...
     def label(self, index: int, task: str = SEGMENTATION) -> Pixels | Depth | None:
-        """Return the label of a task, of the image's size, or None without one.
+        """Return a sample's label for a task, or None if it has no such label. The label has the image's size.
 
-        Segmentation is uint8 (H, W) class ids, 255 for void. Depth is float32 (H, W) metres above 0, NaN for unknown.
+        "segmentation" gives class ids, uint8 (H, W), 255 for void. "depth" gives metres above 0, float32 (H, W), NaN
+        for unknown.
 
-        Raises: DataError for a file that does not fit this image, ids beyond the classes, or impossible depths;
-            ValueError for another task.
+        Raises:
+            DataError: the label does not fit the image, has ids without a class, or has impossible depths.
+            ValueError: for an unknown task.
         """
         source = self._source(index, task)
         return None if source is None else source.read()
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        """Return whether the sample has a label of a task. Reads no file."""
+        """Return whether the sample has a label for the task, "segmentation" or "depth". Reads no file."""
         return task in self.samples[index].labels
 
     def raw_label(self, index: int, task: str = SEGMENTATION) -> Any:
-        """Return the label of a task or None, not checked against image and classes, for reports on broken data.
+        """Return a sample's label for a task as `label` does, but without checks. Return None if it has no such label.
 
-        Numbers without a class stay unchanged. Depths may be negative or without a unit.
+        Reports on broken data use it. The label may have ids without a class, impossible depths, or another size.
 
-        Raises: DataError for a file that cannot be read; ValueError for another task.
+        Raises:
+            DataError: for a file that cannot be read.
+            ValueError: for an unknown task.
         """
         source = self._source(index, task)
         return None if source is None else source.raw()
 
     def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
-        """Return the SHA-256 of the image, of the label (None without one) and, if there is depth, of the depth.
+        """Return the SHA-256 (hex) of a sample's image, segmentation label and depth label, in this order.
 
-        A digest covers the file's bytes (`of_file` computes it, if given), or the array if no file holds it.
+        A missing segmentation label gives None. If the depth label is missing, the tuple has only two items. Each
+        digest covers the file's bytes, or the array if no file holds it.
+
+        Args:
+            index: the sample's position in the split.
+            of_file: computes a file's SHA-256. None reads the file.
         """
         sample = self.samples[index]
         labels = [sample.labels[task].digest(of_file) if task in sample.labels else None for task in TASKS]
@@ -276,14 +304,21 @@ class Split:
         return sample.image.digest(of_file), *labels
 
     def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-        """Return the fold of every sample (N,) by `folds_of`. Raises RecipeError as it does."""
+        """Return the fold number of every sample, int64 (N,), as `folds_of` assigns it.
+
+        Args:
+            folds: the number of folds.
+            by: a regular expression whose match in an id names a sequence that must stay in one fold, or None.
+
+        Raises: RecipeError like `folds_of`.
+        """
         if self.fold_ids is None:
             return folds_of(self.ids, folds, by)
         of_id = dict(zip(self.fold_ids, folds_of(self.fold_ids, folds, by).tolist(), strict=True))
         return np.array([of_id[sample] for sample in self.ids], np.int64)
 
     def digest(self) -> str:
-        """Return the SHA-256 over class names, sample ids and `label_map`. It reads no file, so ignores contents."""
+        """Return the SHA-256 (hex) of class names, sample ids and `label_map`. File contents do not count."""
         return self.known_digest or ids_digest(self.classes.names, self.ids, self.label_map)
 
     def _source(self, index: int, task: str) -> Source[Any] | None:
@@ -293,7 +328,10 @@ class Split:
 
 
 def ids_digest(class_names: Sequence[str], ids: Sequence[str], label_map: Pixels | None = None) -> str:
-    """Return the SHA-256 of class names, ids and, if given, a label map: `Split.digest`, and a manifest's digest."""
+    """Return the SHA-256 (hex) of class names, sample ids and an optional label map, uint8 (256,).
+
+    `Split.digest` returns this value, and a cache's manifest stores it.
+    """
     content: list[list[str] | list[int]] = [list(class_names), list(ids)]
     if label_map is not None:
         content.append(label_map.tolist())
@@ -301,19 +339,25 @@ def ids_digest(class_names: Sequence[str], ids: Sequence[str], label_map: Pixels
 
 
 def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
-    """Return ids of a uint8 label that are neither a class nor void, with their pixel counts."""
+    """Return id -> number of its pixels, for the label ids that are neither void nor below `classes`.
+
+    `label` is uint8 of any shape, and `classes` is the number of classes.
+    """
     counts = np.bincount(label.reshape(-1), minlength=256)
     return {int(i): int(counts[i]) for i in np.flatnonzero(counts[:IGNORE_INDEX]) if i >= classes}
 
 
 def default_colours(count: int, taken: Iterable[tuple[int, int, int]] = ()) -> tuple[tuple[int, int, int], ...]:
-    """Return `count` distinct RGB colours: the PASCAL VOC colour map from 1 on (0 is black), without `taken`."""
+    """Return `count` distinct RGB colours that are not in `taken`.
+
+    They come from the PASCAL VOC colour map, from index 1 on. Index 0, black, is left out.
+    """
     used = set(taken)
     free = [colour for colour in (voc_colour(i) for i in range(1, 256 + len(used))) if colour not in used]
     return tuple(free[:count])
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:
-    """Return an id's RGB in the PASCAL VOC colour map. Bits 0, 3, 6 are red's high bits; 1, 4, 7 are green's."""
+    """Return the (r, g, b) at an index of the PASCAL VOC colour map. For example, 1 gives (128, 0, 0)."""
     r, g, b = (sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
     return r, g, b

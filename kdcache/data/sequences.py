@@ -24,7 +24,13 @@ _LAST_NUMBER = re.compile(r"(.*[^0-9]|)([0-9]{1,18})([^0-9]*)", re.DOTALL)
 
 
 class SharedSequence(NamedTuple):
-    """A sequence with samples in both training and validation: `trained` and `judged` count them."""
+    """A sequence, such as a video, with samples in both the training data and the validation data.
+
+    Attributes:
+        name: the sequence's name.
+        judged: the number of its samples in the validation data.
+        trained: the number of its samples in the training data.
+    """
 
     name: str
     judged: int
@@ -32,7 +38,12 @@ class SharedSequence(NamedTuple):
 
 
 def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
-    """Compile the pattern of a flag. Raises: RecipeError for an invalid regular expression."""
+    """Compile a regular expression that names sequences in sample ids.
+
+    `flag` is the command-line flag that errors name.
+
+    Raises: RecipeError for an invalid regular expression.
+    """
     try:
         return re.compile(text)
     except re.error as error:
@@ -43,7 +54,10 @@ def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
 
 
 def check_folds_by(by: str | None, *, folds: bool) -> None:
-    """Check `--folds-by`. Raises: RecipeError for an invalid regular expression, or without folds."""
+    """Check the value of `--folds-by`, or None without the flag. `folds` tells whether folds are also requested.
+
+    Raises: RecipeError for an invalid regular expression, or for `--folds-by` without folds.
+    """
     if by is not None:
         sequence_pattern(by)
         if not folds:
@@ -54,9 +68,15 @@ def check_folds_by(by: str | None, *, folds: bool) -> None:
 
 
 def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[str]:
-    """Return the sequence of every sample: the first group of the pattern in its id, or the whole match.
+    """Return the name of every sample's sequence, which a pattern finds in the sample's id.
 
-    `flag` names the pattern in errors.
+    The name is the pattern's first group, or the whole match without a group. For example, the pattern `^(.+)_` gives
+    "drive1" for the id "drive1_0042".
+
+    Args:
+        ids: the sample ids.
+        by: the pattern, a regular expression.
+        flag: the command-line flag that errors name.
 
     Raises: RecipeError for an invalid regular expression, or one that does not match every id.
     """
@@ -72,15 +92,18 @@ def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[
 
 
 def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
-    """Return the fold of every sample, (N,).
+    """Return the fold number of every sample, int64 (N,), from 0 to `folds` - 1.
 
-    Without a pattern, ids are ranked by a hash and assigned to folds in turn, so sizes differ by at most one. With a
-    pattern, whole sequences are assigned, the largest first, each to the fold with the fewest samples. Then the largest
-    fold exchanges sequences with others as long as that brings their sizes closer. The hash, which also orders
-    sequences of one size, is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id or name in UTF-8: neither the
-    order of the ids nor their form matters. A further sample may move others into another fold.
+    Without `by`, a hash ranks the ids, and each next id goes to the next fold. So fold sizes differ by at most one.
 
-    Raises: RecipeError unless there are 2 to 255 folds, and a sample or sequence for each; as `sequences_of` does.
+    With `by`, a regular expression that names each id's sequence, sequences stay whole. The largest sequence comes
+    first, and each goes to the fold with the fewest samples. Then the largest fold exchanges sequences with others
+    while that evens out their sizes.
+
+    The hash is BLAKE2b with 8 bytes and the key `kdcache folds`, over the id or sequence name in UTF-8. The order of
+    the ids does not matter. One more sample may move other samples to another fold.
+
+    Raises: RecipeError unless there are 2 to 255 folds and a sample or sequence for each, or if `by` is invalid.
     """
     if not 2 <= folds <= min(MOST_FOLDS, len(ids)):
         raise RecipeError(
@@ -108,17 +131,21 @@ def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArr
 def shared_sequences(
     data: Sequence[str], used: Sequence[int], judged: Sequence[str], by: str | None = None
 ) -> list[SharedSequence]:
-    """Return the sequences with samples in both training and validation.
+    """Return the sequences that have samples in both the training data and the validation data.
 
-    A pattern names the sequences. Ids without a match have none. Without a pattern, ids that differ only in their last
-    number are a sequence if these numbers look like frame numbers:
+    With `by`, a regular expression names each id's sequence, and ids without a match have none. Without `by`, ids that
+    differ only in their last number form a sequence if these numbers look like frame numbers:
 
-    - the training data or the validation data have four or more of them, and at least half of the steps from one to the
-      next are equal (photographs out of a larger collection have irregular numbers);
-    - they are more than a running count of the training data, which rises by 1 through all of it;
-    - no id is in both training and validation (a count that begins anew in every split).
+    - The training data or the validation data have at least four of them, and at least half of the steps between them
+      are equal. Photographs from a larger collection have irregular numbers.
+    - They are not a plain count that rises by 1 through all training data.
+    - No id is in both training and validation. Otherwise the count probably restarts in every split.
 
-    `data` are ids of the training data, and `used` the numbers of those to train on. `judged` are ids to validate on.
+    Args:
+        data: all ids of the training data.
+        used: positions in `data` of the samples to train on.
+        judged: ids of the samples to validate on.
+        by: a regular expression, or None.
 
     Raises: RecipeError for an invalid regular expression.
     """
@@ -142,7 +169,10 @@ def _named(ids: set[str], by: str) -> dict[str, str]:
 
 
 def _numbered(data: Sequence[str], trained: set[str], judged: Sequence[str]) -> dict[str, str]:
-    """Sample -> its sequence, an id with * for its last number, of ids in both that number frames."""
+    """Return sample id -> its sequence, for ids that share numbered frames between training and validation.
+
+    A sequence's name is an id with * instead of its last number.
+    """
     of_data, of_judge = _by_last_number(data), _by_last_number(judged)
     sequence_of: dict[str, str] = {}
     for before, after in of_data.keys() & of_judge.keys():
@@ -156,7 +186,7 @@ def _numbered(data: Sequence[str], trained: set[str], judged: Sequence[str]) -> 
 
 
 def _by_last_number(ids: Sequence[str]) -> dict[tuple[str, str], dict[str, int]]:
-    """Return (text before the last number, text after it) -> sample -> that number."""
+    """Return (text before the last number, text after it) -> {sample id -> that number}."""
     numbers: dict[tuple[str, str], dict[str, int]] = {}
     for sample in ids:
         if (match := _LAST_NUMBER.fullmatch(sample)) is not None:
@@ -165,7 +195,10 @@ def _by_last_number(ids: Sequence[str]) -> dict[tuple[str, str], dict[str, int]]
 
 
 def _usual_step(numbers: Collection[int]) -> int | None:
-    """Return the step between at least half of the numbers, or None if irregular or fewer than four."""
+    """Return the step that at least half of the sorted numbers have, or None.
+
+    Fewer than four numbers give None.
+    """
     if len(numbers) < 4:
         return None
     step, times = Counter(second - first for first, second in pairwise(sorted(numbers))).most_common(1)[0]
@@ -173,7 +206,7 @@ def _usual_step(numbers: Collection[int]) -> int | None:
 
 
 def _deal(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
-    """Return the sequences of each fold, from the samples of each sequence."""
+    """Return the names of the sequences in each fold. `sizes` maps a sequence to its number of samples."""
     parts: list[list[str]] = [[] for _ in range(folds)]
     fullness = [(0, fold) for fold in range(folds)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], *_rank(name))):
@@ -187,7 +220,10 @@ def _deal(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
 
 
 def _exchange(sizes: Mapping[str, int], large: list[str], small: list[str]) -> bool:
-    """Exchange a sequence of the large part for a smaller one, or none, of the small part, or False if none helps."""
+    """Move a sequence from the large fold to the small one, perhaps in exchange for a smaller one.
+
+    `large` and `small` are names of sequences and change in place. Return False if no exchange evens out the sizes.
+    """
     gap = sum(sizes[name] for name in large) - sum(sizes[name] for name in small)
     outgoing, incoming = ({sizes[name]: name for name in reversed(part)} for part in (large, small))
     exchanges = [

@@ -53,14 +53,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ConvertedSplit:
-    """The result for one split.
+    """The result of converting one split.
 
     Attributes:
-        written, kept: images written now, and existing from before.
-        links: how many of the written images are hard links, symbolic links and copies.
-        labels: the same for the labels written now. "file" counts labels that were drawn, mapped or decoded.
-        dropped: sample or file -> why it was left out.
-        one_class: the name of the only class in the labels written now, or None.
+        written: the number of images written now.
+        kept: the number of images that an earlier, interrupted conversion had written.
+        links: "hard link", "link" (symbolic) or "copy" -> number of the images written now.
+        labels: "hard link", "link", "copy" or "file" -> number of the labels written now. "file" means that the label
+            was drawn, mapped or decoded.
+        dropped: sample id or file -> why it was left out.
+        one_class: the only class's name if the labels written now have just one class and void, else None.
     """
 
     written: int
@@ -73,7 +75,13 @@ class ConvertedSplit:
 
 @dataclass(frozen=True)
 class _Written:
-    """How a sample's image and label were written, and the numbers in its label."""
+    """How a sample was written.
+
+    Attributes:
+        image: whether the image is a link or a copy.
+        label: the same for the label, or None without a label.
+        ids: the class ids in the label.
+    """
 
     image: Link
     label: str | None
@@ -82,7 +90,14 @@ class _Written:
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion, by split. `unused` names the splits that were left out."""
+    """The result of a conversion.
+
+    Attributes:
+        layout: the name of the source's layout.
+        why: what identified the layout, in words.
+        splits: split name -> its result.
+        unused: names of splits that were not converted.
+    """
 
     layout: str
     why: str
@@ -100,19 +115,25 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Write a data set as a `folder` layout. After an interruption, the same call continues.
+    """Write a data set into a folder with images/SPLIT/, labels/SPLIT/ and classes.txt.
+
+    After an interruption, the same call continues. Samples that no training can use are left out and reported.
 
     Args:
         source: one data set, as for `open_split`.
-        out: a new folder, or one that the same data were converted into.
-        splits: their names. Default: train, val and test, or all if these do not exist.
-        binary: masks of two classes in which 0 is the first, and every other number (even 255) the second.
-        bits: the significant bits, 9 to 16, of images of 16 bits per channel, which become PNGs of 8 bits. None leaves
-            such images out.
-        threads: working threads. Default: one per core, at most 8.
-        progress: called with (split, samples done, samples).
-    Raises: DataError for data that cannot be opened, or without any usable sample; RecipeError for a folder that holds
-        something else, for `binary` with more or fewer than two classes, and for `bits` that do not fit.
+        out: a new folder, or a folder into which the same data were converted.
+        splits: names of the splits to convert. None takes train, val and test, or all splits if none of these exists.
+        binary: whether labels are masks of two classes: 0 is the first class, and every other number (even 255) is the
+            second.
+        bits: the number of significant bits, 9 to 16, in images with 16 bits per channel. They become PNGs with 8 bits.
+            None leaves such images out.
+        threads: the number of threads. None means one per core, at most 8.
+        progress: called with (split name, samples done, samples in the split).
+
+    Raises:
+        DataError: data that cannot be opened, or without a usable sample.
+        RecipeError: `out` holds something else, `binary` without exactly two classes, or invalid `bits`.
+        MismatchError: the data have changed since `out` was begun.
     """
     data, folder = os.fspath(source), Path(out)
     if bits is not None and not 8 < bits <= 16:
@@ -123,8 +144,8 @@ def convert(
     _check_source(data, folder)
     place = None if is_scenes(data) else find_layout(data)
     names = list_splits(data, exports=True)
-    wanted = list(splits) if splits is not None else [name for name in names if name in USUAL] or names
-    opened = [_open(data, name, place) for name in wanted]
+    selected = list(splits) if splits is not None else [name for name in names if name in USUAL] or names
+    opened = [_open(data, name, place) for name in selected]
     classes = opened[0][0].classes
     if binary and len(classes) != 2:
         raise RecipeError(
@@ -168,9 +189,10 @@ def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[s
 def _prepare(folder: Path, settings: dict[str, Any], origin: dict[str, str], splits: list[Split], threads: int) -> None:
     """Begin the folder, or check that this conversion began it.
 
-    `settings` must be equal to continue. `origin` says where the data are and how they are read, seen from the folder.
+    `settings` must be equal to continue an interrupted conversion. `origin` has the source's location and the command,
+    with paths relative to the folder.
 
-    Raises: RecipeError for other settings; MismatchError for data that changed since.
+    Raises: RecipeError for other settings. MismatchError for data that have changed since.
     """
     before = read_object(folder / SETTINGS)
     changed = [name for name, value in settings.items() if before and before.get(name) != value]
@@ -237,17 +259,17 @@ def _write_split(
 
 
 def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> _Written | str:
-    """Write a sample, its image last. Return how it was written, `kept`, or why it is left out."""
+    """Write a sample, its image last. Return how it was written, "kept" if it exists, or why it is left out."""
     split = writer.source
-    own = split.samples[index].image.path
-    scaled = own is not None and bits is not None and channel_bits(own) > 8
-    path = writer.image_file(index, ".png" if own is None or scaled else own.suffix)
+    file = split.samples[index].image.path
+    scaled = file is not None and bits is not None and channel_bits(file) > 8
+    path = writer.image_file(index, ".png" if file is None or scaled else file.suffix)
     if path.exists():
         return "kept"
     if ".." in (parts := PurePosixPath(split.ids[index])).parts or parts.is_absolute():
         return "its name leads out of the folder"
     try:
-        image = read_image(own, bits) if own is not None and scaled else split.image(index)
+        image = read_image(file, bits) if file is not None and scaled else split.image(index)
         label = split.raw_label(index)
         if label is not None:
             label = (label != 0).astype(np.uint8) if binary else label
@@ -258,14 +280,14 @@ def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> 
     except DataError as error:
         return error.problem + (f". {error.fix}" if "--bits" in error.fix else "")
     ids = frozenset() if label is None else frozenset(np.unique(label).tolist())
-    if own is None or scaled:
+    if file is None or scaled:
         save_png(image, path)
         return _Written("copy", labelled, ids)
-    return _Written(link_file(own, path), labelled, ids)
+    return _Written(link_file(file, path), labelled, ids)
 
 
 def _unusable(label: Pixels, image: Pixels, classes: int) -> str:
-    """Return why a label cannot be used, or ''."""
+    """Return in words why a label cannot be used, or ''."""
     if label.shape != image.shape[:2]:
         return f"the label has another size: {describe_sizes(label.shape, image.shape[:2])}"
     strays = ids_out_of_range(label, classes)
@@ -273,7 +295,7 @@ def _unusable(label: Pixels, image: Pixels, classes: int) -> str:
 
 
 def _relative(place: LayoutRoot, folder: Path) -> str:
-    """Return the spec of a data set, its folders seen from another one: no path of the user's is written down."""
+    """Return the spec of a data set with paths relative to `folder`, so that no absolute path is stored."""
 
     def seen(path: Path) -> str:
         try:

@@ -31,13 +31,18 @@ Link = Literal["hard link", "link", "copy"]
 
 @dataclass(frozen=True)
 class FolderWriter:
-    """Writes the samples of a split below a folder."""
+    """A writer of one split into a data folder.
+
+    Attributes:
+        source: the split to write.
+        out: the data folder.
+    """
 
     source: Split
     out: Path
 
     def write_beginning(self) -> None:
-        """Write `classes.txt` and `depth.toml`, if the source has classes and depth."""
+        """Write `classes.txt` if the split has classes, and `depth.toml` if it has depth files in a known unit."""
         self.out.mkdir(parents=True, exist_ok=True)
         if len(self.source.classes):
             write_classes(self.out, self.source.classes)
@@ -46,38 +51,43 @@ class FolderWriter:
             write_whole(self.out / DEPTH_FILE, unit)
 
     def image_file(self, index: int, suffix: str = ".png") -> Path:
-        """Return the path of a sample's image, in the hidden folder until `publish`."""
+        """Return the path for a sample's image. It lies in a hidden folder until `publish` renames that folder."""
         folder = self.out / IMAGES / self.source.split
         if not folder.exists():
             folder = folder.with_name(f".{folder.name}.unfinished")
         return folder / f"{self.source.ids[index]}{suffix}"
 
     def write_label(self, index: int, label: Pixels | None = None) -> Link | Literal["file"] | None:
-        """Write or link a sample's label unless it exists. Return whether it is a link, a copy or a new file, or None.
+        """Write a sample's segmentation label, or link to its file, unless the label exists already.
 
-        `label` has class ids (H, W) if they differ from the file's numbers. None takes the source's label.
+        Args:
+            index: the sample's position in the split.
+            label: class ids, uint8 (H, W), to write. None takes the source's label.
+
+        Returns: "hard link", "link" or "copy" for the source's file, "file" for a new file, or None if nothing was
+            written.
         """
         source = self.source.samples[index].labels.get(SEGMENTATION)
         path = self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
         if source is None or path.exists():
             return None
-        own = source.path
-        if own is not None and label is None and self.source.label_map is None and is_plain_label(own):
-            return link_file(own, path)
+        file = source.path
+        if file is not None and label is None and self.source.label_map is None and is_plain_label(file):
+            return link_file(file, path)
         # A defect of the source's stays for `data check` to name.
         save_png(source.raw() if label is None else label, path)
         return "file"
 
     def write_depth(self, index: int) -> None:
-        """Write or link a sample's depth unless it exists or the sample has none."""
+        """Write or link a sample's depth label, unless it exists already or the sample has none."""
         source = self.source.samples[index].labels.get(DEPTH)
         if source is None:
             return
         folder, sample = self.out / DEPTHS / self.source.split, self.source.ids[index]
-        own = source.path
-        if own is not None and _unit_text(source) is not None:
-            if not (path := folder / f"{sample}{own.suffix}").exists():
-                link_file(own, path)
+        depth_file = source.path
+        if depth_file is not None and _unit_text(source) is not None:
+            if not (path := folder / f"{sample}{depth_file.suffix}").exists():
+                link_file(depth_file, path)
             return
         path = folder / f"{sample}.npy"
         if path.exists():
@@ -87,14 +97,17 @@ class FolderWriter:
             np.save(file, source.raw())
 
     def publish(self) -> None:
-        """Rename the hidden folder to the split's name once it has all images."""
+        """Rename the hidden folder of images to the split's name. Call it when all images are written."""
         folder = self.out / IMAGES / self.source.split
         if not folder.exists():
             folder.with_name(f".{folder.name}.unfinished").replace(folder)
 
 
 def _unit_text(depth: Source[Any] | None) -> str | None:
-    """Return `depth.toml` for a depth file that can be linked, or None for disparity and depth without a file."""
+    """Return the text of `depth.toml` for a depth file that can be linked.
+
+    Return None for disparity, and for depth that is not in a file.
+    """
     unit = depth.decode if isinstance(depth, LabelFile) else None
     if not isinstance(unit, DepthUnit):
         return None
@@ -103,14 +116,20 @@ def _unit_text(depth: Source[Any] | None) -> str | None:
 
 
 def save_png(pixels: Pixels, path: Path) -> None:
-    """Write an array as a PNG, completely or not at all, and create its folder."""
+    """Write an array, uint8 (H, W) or (H, W, 3), as a PNG file, and create its folder.
+
+    An interruption leaves no partial file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def link_file(file: Path, path: Path) -> Link:
-    """Link to a file and create its folder: a hard link to outlive the source, else a symbolic link, else a copy."""
+    """Link `path` to a file, and create the folder of `path`. Return the kind of link.
+
+    A hard link is tried first, then a symbolic link ("link"), then a copy.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # a link to what is no longer there
     try:

@@ -33,14 +33,14 @@ def _numbers_of_lines(layout: str) -> LabelIds:
 
 
 def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
-    """Return the meaning of labels that hold the numbers of `classes.txt`: a class id or void for each."""
+    """Return how to map labels that hold the numbers of `classes.txt`. `numbers` maps them to class ids or 255."""
     classes = {index for index in numbers.values() if index != IGNORE_INDEX}
     # Numbers that are not listed stay as they are, so they are no class; those that would pass for one are refused.
     unlisted = sorted(classes - numbers.keys())
     fix = f"Add a line for it to {CLASSES_FILE}: `NAME: NUMBER`, or `void: NUMBER` if it means no class."
 
-    def check(seen: Seen, path: Path) -> None:
-        if strange := [number for number in unlisted if seen[number]]:
+    def check(occurring: Seen, path: Path) -> None:
+        if strange := [number for number in unlisted if occurring[number]]:
             raise DataError(
                 f"Cannot read {path}: {CLASSES_FILE} does not list its number {', '.join(map(str, strange))}", fix=fix
             )
@@ -50,19 +50,19 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
 
 
 class Layout(ABC):
-    """One way in which data sets lie on disk. Stateless: `root` is the folder that `find` returned.
+    """One way in which data sets lie on disk. A layout has no state. `root` is always the folder that `find` returned.
 
     Attributes:
-        name: the prefix of `--data`.
-        looks_for: what identifies a folder of this layout, for messages.
-        homes: where the root may be below the folder that the user names. The first match counts.
-        split_is: what a split is, for messages.
-        pairing: which label belongs to which image, for messages.
-        listed: splits are lists that may name an image twice on purpose.
-        live: verbs open it directly. Other layouts are read only by `data convert` and `data check`.
-        of_file: a data set is named by a file instead of a folder.
-        has_labels: its data sets may have labels. A layout without them is found if no other fits.
-        restore: the fix for missing files of a split, without the full stop.
+        name: the prefix in `--data`, as in `voc:/data/VOC2012`.
+        looks_for: what identifies a folder of this layout, in words for messages.
+        homes: folders below the user's folder in which the data set may begin. The first that matches counts.
+        split_is: what a split is in this layout, in words for messages.
+        pairing: which label belongs to which image, in words for messages.
+        listed: whether splits are lists of names. Several lists may name the same image on purpose.
+        live: whether all commands read it directly. Other layouts are for `data convert` and `data check` only.
+        of_file: whether a file instead of a folder identifies a data set.
+        has_labels: whether its data sets may have labels. A layout without labels is tried last.
+        restore: the fix for missing files of a split, without a full stop, for messages.
     """
 
     name: ClassVar[str]
@@ -78,33 +78,40 @@ class Layout(ABC):
 
     @abstractmethod
     def matches(self, root: Path) -> bool:
-        """Return whether a data set of this layout begins in `root`. This lists folders but reads no files."""
+        """Return whether a data set of this layout begins in the folder `root`."""
 
     @abstractmethod
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the splits, sorted."""
+        """Return the names of the data set's splits, sorted."""
 
     @abstractmethod
     def _classes(self, root: Path) -> ClassList:
-        """Return the layout's names and colours. Raises: DataError if their file is malformed."""
+        """Return the class names and colours that the layout defines. Raises: DataError if their file is malformed."""
 
     @abstractmethod
     def _scan(self, root: Path, split: str) -> Scan:
-        """Return the files of a split that `splits` names. Raises: DataError for a list that cannot be read."""
+        """Return the files of a split from `splits`. Raises: DataError for a list that cannot be read."""
 
     def find(self, folder: Path) -> Path | None:
-        """Return the root of the data set (`folder` or one of its `homes`), or None for another layout."""
+        """Return the folder in which the data set begins, or None if `folder` does not have this layout.
+
+        It is `folder` itself or one of its subfolders in `homes`.
+        """
         return next((folder / home for home in self.homes if self.matches(folder / home)), None)
 
     def classes(self, root: Path) -> ClassList:
-        """Return names and colours: from a `classes.txt` whose names differ from the layout's, else the layout's.
+        """Return the data set's class names and colours.
+
+        They come from `classes.txt` in `root` if it lists other names than the layout defines, else from the layout.
 
         Raises: DataError for a malformed file.
         """
         return read_classes(root) if self.lists_classes(root) else self._classes(root)
 
     def lists_classes(self, root: Path) -> bool:
-        """Return whether a `classes.txt` in the root has other names than the layout. Labels then hold its numbers.
+        """Return whether a `classes.txt` in `root` lists other names than the layout defines.
+
+        If so, the numbers in label files are ids in that file.
 
         Raises: DataError for an invalid `classes.txt`.
         """
@@ -117,9 +124,9 @@ class Layout(ABC):
             return True
 
     def why(self, root: Path) -> str:
-        """Return why a folder has this layout, and where its classes come from, for messages.
+        """Describe for messages what identifies a folder as this layout, and which file its classes come from.
 
-        Raises: DataError as `classes`.
+        Raises: DataError for a malformed class file.
         """
         if self.lists_classes(root):
             classes = f"the classes of {CLASSES_FILE}"
@@ -129,19 +136,25 @@ class Layout(ABC):
 
     @property
     def requirement(self) -> str:
-        """Describe what a folder of this layout has, and where, for messages."""
+        """The files and folders that a data set of this layout has, in words for messages."""
         below = " or ".join(f"{home}/" for home in self.homes if home)
         return f"{self.looks_for}, here or in {below}" if below else self.looks_for
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """Return the colours of RGB labels from `classes.txt`, or None if a class has none there.
+        """Return the map from label colours to class ids that `classes.txt` defines.
+
+        Return None if a class has no unique colour there. Then labels cannot be RGB images.
 
         Raises: DataError for an invalid `classes.txt`.
         """
         return read_colour_codes(root)
 
     def split_named(self, root: Path, split: str) -> str:
-        """Return the split that a name means: itself if it exists, else for `val` also `valid` and `validation`."""
+        """Return the name of the existing split that the user means.
+
+        A name that exists stays the same. "val", "valid" and "validation" mean each other. An unknown name is returned
+        unchanged.
+        """
         names = self.splits(root)
         if split in names:
             return split
@@ -150,11 +163,16 @@ class Layout(ABC):
         return next((name for name in VALIDATION if name in names), split)
 
     def scan(self, root: Path, split: str, images: Path | None = None) -> Scan:
-        """Find the images and labels of a split. Only a missing split or one without images fails.
+        """Find the image and label files of a split, without reading them.
 
-        `images` is a folder with other images of the same samples, such as translated ones.
+        Defects such as labels without an image are part of the result, not errors.
 
-        Raises: DataError for such a split, or a list that cannot be read.
+        Args:
+            root: the data set's folder.
+            split: the split's name.
+            images: a folder with other images for the same samples, such as translated ones, or None.
+
+        Raises: DataError for an unknown split, a split without images, or a list that cannot be read.
         """
         split = self.split_named(root, split)
         if split not in (names := self.splits(root)):
@@ -184,10 +202,16 @@ class Layout(ABC):
         return scan
 
     def open(self, data: str, root: Path, split: str, images: Path | None = None) -> Split:
-        """Open a split for use. `images` is as in `scan`.
+        """Return a split that is ready for use.
 
-        Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels without an image, or
-            missing files that a list names.
+        Args:
+            data: the data set as the user named it.
+            root: the data set's folder.
+            split: the split's name.
+            images: a folder with other images for the same samples, such as translated ones, or None.
+
+        Raises: DataError for an unknown split, no images, an invalid class list, repeated ids, labels without an image,
+            or missing files.
         """
         split = self.split_named(root, split)
         scan = self.scan(root, split, images)
@@ -219,7 +243,11 @@ class Layout(ABC):
         return file_split(data, split, self.classes(root), root, scan)
 
     def may_share(self, one: str, other: str) -> bool:
-        """Return whether two splits may hold the same images: `trainval` is train and val, `trainaug` holds train."""
+        """Return whether two splits may have images in common on purpose.
+
+        For example, the list "trainval" contains the images of "train", and "trainaug" extends "train". If splits are
+        folders, the result is always False.
+        """
         if not self.listed:
             return False
         names = {one, other}

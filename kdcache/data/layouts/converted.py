@@ -16,13 +16,17 @@ SETTINGS = "converted.json"
 
 
 class DataWarning(UserWarning):
-    """A data set can be used, but may not be what the user expects."""
+    """A warning that a data set can be used, but may differ from what the user expects."""
 
 
 def open_defective(place: LayoutRoot, name: str) -> tuple[Split, dict[str, str]]:
-    """Open a split despite defects in its file names.
+    """Open a split although files are missing, repeated or without a partner. `open_split` would raise an error.
 
-    Returns: the split, and what was left out: file -> why.
+    Args:
+        place: the data set's layout and folder.
+        name: the split's name.
+
+    Returns: the split, and a dict of what was left out: file -> reason.
     """
     layout, root, images = place
     name = layout.split_named(root, name)
@@ -38,9 +42,13 @@ def open_defective(place: LayoutRoot, name: str) -> tuple[Split, dict[str, str]]
 
 
 def source_changes(folder: Path, split: str) -> str:
-    """Return in a sentence how the source of a converted split has changed since.
+    """Describe in words how a converted split's source has changed since the conversion.
 
-    Returns: '' for a folder that was not converted, or a source that is unchanged or gone.
+    Args:
+        folder: the folder that `data convert` wrote.
+        split: the split's name.
+
+    Returns: '' if the source is unchanged or no longer exists, or if `folder` was not converted.
     """
     record = read_object(folder / SETTINGS)
     name, _, rest = str(record.get("source", "")).partition(":")

@@ -37,10 +37,10 @@ class DepthScan:
     """The depth files of a split on disk.
 
     Attributes:
-        files: id -> path below the data set's folder, of ids that have an image.
-        place: the folder that was searched, below the data set's folder.
-        read: reads such a file as metres.
-        orphans: files without an image, below `place`.
+        files: sample id -> path below the data set's folder, for samples that have an image.
+        place: the searched folder, below the data set's folder.
+        read: reads a depth file as metres, float32 (H, W).
+        orphans: depth files without an image, below `place`.
     """
 
     files: dict[str, str]
@@ -51,18 +51,22 @@ class DepthScan:
 
 @dataclass(frozen=True)
 class DepthUnit:
-    """The unit of the numbers in depth files.
+    """A reader of depth files that converts their numbers to metres.
 
-    Args:
-        per_metre: divisor of the numbers, or None if it is unknown, so files of whole numbers fail.
-        invalid: numbers that mean "unknown", in addition to NaN and infinite ones.
+    Attributes:
+        per_metre: the number that means one metre, such as 1000 for millimetres. None accepts only files with floats,
+            in metres.
+        invalid: numbers that mean "unknown", in addition to NaN and infinity.
     """
 
     per_metre: float | None = None
     invalid: tuple[float, ...] = (0.0,)
 
     def __call__(self, path: Path) -> Depth:
-        """Read the depth in a file. Raises: DataError for an unreadable file, or whole numbers without a unit."""
+        """Return a file's depth in metres, float32 (H, W), NaN where unknown.
+
+        Raises: DataError for a file that cannot be read, or integers without a unit.
+        """
         numbers = read_numbers(path)
         if self.per_metre is None and numbers.dtype.kind in "ui":
             raise DataError(
@@ -83,9 +87,11 @@ KITTI_UNIT, NYU_UNIT = DepthUnit(256.0), DepthUnit(1000.0)
 
 
 def read_unit(root: Path) -> DepthUnit:
-    """Read the unit from a data folder's `depth.toml`. Without that file, only float metres are read.
+    """Return the unit that a data folder's `depth.toml` states.
 
-    Raises: DataError for a malformed file.
+    Without that file, depth files must hold floats in metres.
+
+    Raises: DataError for a malformed `depth.toml`.
     """
     path = root / DEPTH_FILE
     if not path.is_file():
@@ -105,11 +111,12 @@ def read_unit(root: Path) -> DepthUnit:
 
 
 def read_disparity(path: Path) -> Depth:
-    """Return metres from a Cityscapes disparity: baseline * fx / ((number - 1) / 256), NaN for the numbers 0 and 1.
+    """Return the depth for a Cityscapes disparity file in metres, float32 (H, W), NaN for the numbers 0 and 1.
 
-    The sample's camera file has baseline and fx. Source: the README of cityscapesScripts.
+    Depth is baseline * fx / ((number - 1) / 256). The sample's camera file has baseline (metres) and fx (pixels).
+    Source: the README of cityscapesScripts.
 
-    Raises: DataError for a file that cannot be read, or a camera without baseline and fx.
+    Raises: DataError for a file that cannot be read, or a camera file without baseline and fx.
     """
     numbers = read_numbers(path).astype(np.float32)
     camera = camera_of(path)
@@ -128,14 +135,20 @@ def read_disparity(path: Path) -> Depth:
 
 
 def camera_of(disparity: Path) -> Path:
-    """Return the camera file of DIR/disparity/SPLIT/CITY/NAME_disparity.png: DIR/camera/SPLIT/CITY/NAME_camera.json."""
+    """Return the camera file that belongs to a Cityscapes disparity file.
+
+    DIR/disparity/SPLIT/CITY/NAME_disparity.png has the camera file DIR/camera/SPLIT/CITY/NAME_camera.json.
+    """
     folders = list(disparity.parent.parts)
     folders[len(folders) - 1 - folders[::-1].index("disparity")] = "camera"
     return Path(*folders, disparity.stem.removesuffix("_disparity") + "_camera.json")
 
 
 def impossible_depth(depth: Depth) -> str:
-    """Return why depths cannot be metres along a camera's axis, or ''. Unknown depths are fine."""
+    """Return in words why a depth label, float32 (H, W), cannot be in metres, or '' if it can.
+
+    NaN pixels (unknown depth) are ignored, but a label with only NaN is an error.
+    """
     known, wrong = (int(np.count_nonzero(mask)) for mask in (~np.isnan(depth), depth <= 0))
     if not known:
         return "no pixel has a known depth"
@@ -151,7 +164,7 @@ def impossible_depth(depth: Depth) -> str:
 
 
 def check_depth(depth: Depth, path: Path) -> None:
-    """Raise DataError for depths that cannot be metres, and for a label without a known depth."""
+    """Raise DataError if a depth label, float32 (H, W), cannot be in metres or has only NaN. `path` is its file."""
     if reason := impossible_depth(depth):
         raise DataError(
             f"Cannot use depth file {path}: {reason}",

@@ -18,10 +18,10 @@ from kdcache.tasks import DEPTH, SEGMENTATION
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileSource(Source[Values]):
-    """An array in a file, which is read only when the array is.
+    """A source whose array is in a file. The file is read only when the array is requested.
 
     Attributes:
-        file: an absolute path, because a worker process may run in another directory.
+        file: the absolute path, because a worker process may run in another directory.
     """
 
     file: str
@@ -32,32 +32,38 @@ class FileSource(Source[Values]):
         return Path(self.file)
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the SHA-256 of the file, by `of_file` if given."""
+        """Return the SHA-256 (hex) of the file's bytes. `of_file` computes it, or None reads the file."""
         return (of_file or file_digest)(Path(self.file))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFile(FileSource[Pixels]):
-    """An image file.
+    """A source that reads an image file.
 
     Attributes:
-        sizes: (H, W) of the files of the split that were decoded. All images of a split share it.
+        sizes: file -> (height, width) of the images that were decoded so far. All images of a split share this dict.
     """
 
     sizes: dict[str, tuple[int, int]]
 
     def read(self) -> Pixels:
-        """Decode the image and remember its size."""
+        """Decode the image and remember its size. Return uint8 (H, W, 3), RGB.
+
+        Raises: DataError for a file that cannot be read.
+        """
         pixels = read_image(Path(self.file))
         self.sizes[self.file] = (pixels.shape[0], pixels.shape[1])
         return pixels
 
     def size(self) -> tuple[int, int]:
-        """Return the remembered (H, W), or read it from the file's header."""
+        """Return the image's (height, width) in pixels: the remembered size, or the size in the file's header."""
         return self.sizes.get(self.file) or image_size(Path(self.file), header_only=True)
 
     def check_size(self, shape: tuple[int, ...], label: str) -> None:
-        """Raise DataError if a label, the file `label`, has another shape than the image."""
+        """Raise DataError if a label's shape (H, W) differs from the image's size.
+
+        `label` is the label file, for the message.
+        """
         # Remembered from `read`, because a PNG's rotation is stored behind its pixels.
         if (size := self.sizes.get(self.file)) is None:
             size = self.sizes[self.file] = image_size(Path(self.file))
@@ -71,12 +77,12 @@ class ImageFile(FileSource[Pixels]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelFile(FileSource[Values]):
-    """A label of an image in a file.
+    """A source that reads a label file of an image.
 
     Attributes:
         image: the image of the same sample.
-        decode: reads such a file as class ids or metres.
-        check: raises DataError for a label, from this file, that no training could use.
+        decode: reads a label file as class ids, uint8 (H, W), or as metres, float32 (H, W).
+        check: called with a decoded label and its file. It raises DataError for a label that no training can use.
     """
 
     image: ImageFile
@@ -84,11 +90,14 @@ class LabelFile(FileSource[Values]):
     check: Callable[[Values, Path], None]
 
     def raw(self) -> Values:
-        """Return what the file holds."""
+        """Return the decoded label without checks."""
         return self.decode(Path(self.file))
 
     def read(self) -> Values:
-        """Return the label. Raises: DataError for another size than the image's, or for what `check` finds."""
+        """Return the decoded label.
+
+        Raises: DataError if its size differs from the image's size, or if `check` raises it.
+        """
         label = self.raw()
         self.image.check_size(label.shape, self.file)
         self.check(label, Path(self.file))
@@ -97,34 +106,50 @@ class LabelFile(FileSource[Values]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DrawnLabel(LabelFile[Pixels]):
-    """Class ids that are drawn from annotations. Their `file` may also have annotations of other samples."""
+    """A source that draws class ids from annotations.
+
+    Attributes:
+        drawn: draws the labels of all samples of the split.
+        sample: the id of this label's sample.
+    """
 
     drawn: DrawnLabels
     sample: str
 
     @property
     def path(self) -> None:
-        """No file holds the label."""
+        """None, because no file holds the label itself."""
         return None
 
     def raw(self) -> Pixels:
-        """Draw the label."""
+        """Return the drawn label, uint8 (H, W), without checks. Raises: DataError for a shape that cannot be drawn."""
         return self.drawn.label(self.sample)
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the SHA-256 of everything that the label is drawn from."""
+        """Return the SHA-256 (hex) of the annotations and class ids that the label is drawn from.
+
+        `of_file` is unused.
+        """
         return self.drawn.digest(self.sample)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassIds:
-    """The class ids in label files: what their numbers mean, and the number of classes."""
+    """A reader of label files that returns class ids.
+
+    Attributes:
+        label_ids: how to map the numbers in label files to class ids.
+        classes: the number of classes.
+    """
 
     label_ids: LabelIds
     classes: int
 
     def decode(self, path: Path) -> Pixels:
-        """Decode a file and map its numbers. Raises: DataError."""
+        """Return the class ids in a label file, uint8 (H, W). Ids may still be out of range, which `check` finds.
+
+        Raises: DataError for a file that cannot be read, or whose numbers contradict its name.
+        """
         label = read_label(path, self.label_ids.colours)
         if self.label_ids.check is not None:
             self.label_ids.check(numbers_in(label), path)
@@ -132,7 +157,7 @@ class ClassIds:
         return label if table is None else table.take(label)
 
     def check(self, label: Pixels, path: Path) -> None:
-        """Raise DataError for ids of no class."""
+        """Raise DataError if a label, uint8 (H, W), has ids that are neither a class nor void. `path` is its file."""
         if bad := ids_out_of_range(label, self.classes):
             raise DataError(
                 f"Unknown ids in label {path}: {describe_ids(bad)}",
@@ -142,14 +167,14 @@ class ClassIds:
 
 
 def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan) -> Split:
-    """Return one split of a data set on disk.
+    """Return a split of a data set on disk.
 
     Args:
-        data: the data set as the user gave it.
+        data: the data set as the user named it.
         split: the split's name.
-        classes: its classes.
-        root: the data set's folder, which the paths of `scan` are relative to.
-        scan: its files.
+        classes: the data set's classes.
+        root: the data set's folder. Paths in `scan` are relative to it.
+        scan: the split's files.
     """
     root, sizes = root.absolute(), dict[str, tuple[int, int]]()
     ids = ClassIds(scan.label_ids, len(classes))
@@ -167,17 +192,17 @@ def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan
 
 
 def describe_ids(bad: dict[int, int]) -> str:
-    """Return ids with their counts in words: `id 11 in 250 pixels, id 12 in 3 pixels`."""
+    """Describe counts in words: {11: 250, 12: 3} becomes "id 11 in 250 pixels, id 12 in 3 pixels"."""
     return ", ".join(f"id {i} in {count} pixel{'s' * (count != 1)}" for i, count in bad.items())
 
 
 def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
-    """Return the sizes (H, W) of a label and its image that do not match, in words."""
+    """Describe in words that a label's size (H, W) differs from its image's size (H, W)."""
     return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
 
 
 def saved_as_png(labels: Iterable[str]) -> str:
-    """Return a fix for labels whose names are not PNGs or TIFFs, or ''."""
+    """Return advice for label files that are neither PNG nor TIFF, or '' if all names end with .png, .tif or .tiff."""
     others = [name.lower() for name in labels if not name.lower().endswith(LABEL_SUFFIXES)]
     if any(name.endswith((".jpg", ".jpeg")) for name in others):
         return "A JPEG changes numbers and colours: save the original labels as .png."
@@ -185,6 +210,6 @@ def saved_as_png(labels: Iterable[str]) -> str:
 
 
 def describe_some(names: list[str], most: int = 3) -> str:
-    """Return the first few names, and how many more there are."""
+    """Describe a list in words: its first `most` names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + rest

@@ -20,13 +20,13 @@ Seen = npt.NDArray[np.bool_]
 class LabelIds:
     """The meaning of the numbers in label files.
 
-    Args:
-        rule: the possible numbers, for messages. `{last}` is the last class id.
-        fix: what to do about other numbers.
-        table: uint8 (256,), the class id of every number, or None if they are class ids already.
-        colours: class ids of the colours in RGB labels. None fails on such labels.
-        check: raises DataError if the numbers that occur, bool (256,), contradict the file's name. It also gets the
-            path.
+    Attributes:
+        rule: the valid numbers in words, for messages. `{last}` stands for the last class id.
+        fix: what the user can do about invalid numbers, for messages.
+        table: uint8 (256,), the class id or 255 for every number. None if the numbers are class ids already.
+        check: called with bool (256,), whether each number occurs in a label, and with the label's path. It raises
+            DataError if these numbers contradict the file's name.
+        colours: the class id of each colour in RGB labels, or None if RGB labels are errors.
     """
 
     rule: str
@@ -40,9 +40,12 @@ NO_LABELS = LabelIds("The layout has no labels of segmentation.", "Use the folde
 
 
 def id_table(class_of_number: Mapping[int, int]) -> Pixels:
-    """Return a read-only table of 256 uint8 entries. `class_of_number` maps numbers to class ids or void.
+    """Return a read-only table, uint8 (256,), from the numbers in label files to class ids.
 
-    Other numbers stay unchanged, so errors show the file's numbers. 255 is void in any file.
+    Numbers that are not in `class_of_number` stay unchanged, so errors can name them. 255 always means void.
+
+    Args:
+        class_of_number: number -> class id, or 255 for void.
     """
     table = np.arange(256, dtype=np.uint8)
     table[list(class_of_number)] = list(class_of_number.values())
@@ -54,7 +57,7 @@ def id_table(class_of_number: Mapping[int, int]) -> Pixels:
 
 
 def numbers_in(label: Pixels) -> Seen:
-    """Return whether each of the 256 numbers occurs in a label (uint8, any shape), bool (256,)."""
-    seen = np.zeros(256, np.bool_)
-    seen[label.reshape(-1)] = True
-    return seen
+    """Return whether each number from 0 to 255 occurs in a label, bool (256,). The label is uint8 of any shape."""
+    occurs = np.zeros(256, np.bool_)
+    occurs[label.reshape(-1)] = True
+    return occurs

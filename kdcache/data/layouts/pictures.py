@@ -14,25 +14,25 @@ MASKS = {"labels", "label", "masks", "mask", "annotations", "ann_dir", "segmenta
 
 
 class Pictures:
-    """The images below a folder of a data set, found by their names in annotation files.
+    """A lookup of the images below a data set's folder by the names in annotation files.
 
     Args:
-        root: the data set's folder. No name leads out of it.
-        place: the folder below it that is searched for bare file names. Empty for all of it.
+        root: the data set's folder. Results are always inside it.
+        place: the folder below `root` in which bare file names are searched. Empty means all of `root`.
     """
 
     def __init__(self, root: Path, place: str = "") -> None:
         self._root, self._place = root, place
 
     def find(self, name: str, *folders: str) -> str | None:
-        """Return the path, below the root, of the only image that a name fits, or None.
+        """Return the image that a name refers to, as a path below the root, or None.
 
-        A backslash is a separator, unless a file has it in its name. The name may be a path below one of `folders`, or
-        the last parts of an image's path. If several images fit equally well, there is no result.
+        The name may be a path below one of `folders`, or the last parts of an image's path. If several images fit
+        equally well, the result is None.
 
         Args:
-            name: the image's name in an annotation file.
-            folders: folders below the root. Default: the root.
+            name: the image's name in an annotation file. Backslashes count as slashes unless such a file exists.
+            folders: folders below the root to look in first. Default: the root.
         """
         plain = name if "\\" not in name else name.replace("\\", "/")
         tail = posixpath.basename(plain)
@@ -58,17 +58,17 @@ class Pictures:
 
 
 def is_inside(path: str) -> bool:
-    """Return True if a normalised path below a folder stays below it."""
+    """Return whether a normalised relative path stays inside its folder. "../a.png" and "/a.png" do not."""
     return not path.startswith(("/", "../")) and path != ".."
 
 
 def is_mask(path: str) -> bool:
-    """Return True if a picture lies in a folder of labels."""
+    """Return whether a picture's path has a folder for labels, such as masks/ or annotations/."""
     return not MASKS.isdisjoint(part.lower() for part in path.split("/")[:-1])
 
 
 def holds_masks(root: Path) -> bool:
-    """Return True if label pictures lie below a folder, so other annotations there are not its labels."""
+    """Return whether a picture lies in a folder for labels, such as masks/ or annotations/, anywhere below `root`."""
     for folder, folders, names in walk_once(root):
         folders.sort(key=lambda name: (name.lower() not in MASKS, name))  # where the first one lies, if any does
         parts = Path(folder).relative_to(root).parts
@@ -77,6 +77,8 @@ def holds_masks(root: Path) -> bool:
     return False
 
 
-def _common(one: list[str], other: list[str]) -> int:
-    """Return the number of equal items that two lists begin with."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common(first: list[str], second: list[str]) -> int:
+    """Return how many items at the beginning of two lists are equal."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

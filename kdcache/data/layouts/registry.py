@@ -22,7 +22,7 @@ from kdcache.errors import DataError, suggest
 
 
 def _layouts() -> Iterator[Layout]:
-    """Make the layouts of all files in the folders own, published and exports."""
+    """Yield one instance of each layout class in the packages own, published and exports."""
     for package in (own, published, exports):
         for file in iter_modules(package.__path__, f"{package.__name__}."):
             module = import_module(file.name)
@@ -41,13 +41,22 @@ _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
 
 
 def convert_command(data: str) -> str:
-    """Return the command that converts a data set into a folder next to it."""
+    """Return the shell command that converts a data set into the new folder NAME-folder in the current directory.
+
+    `data` is the data set as the user named it.
+    """
     out = f"{split_prefix(split_images(data)[0])[1].resolve().name or 'data'}-folder"
     return f"kdcache data convert {shlex.quote(data)} {shlex.quote(out)}"
 
 
 class LayoutRoot(NamedTuple):
-    """A layout, the folder in which a data set of it begins, and the folder of other images for it."""
+    """A data set on disk.
+
+    Attributes:
+        layout: its layout.
+        root: the folder in which it begins.
+        images: a folder with other images for its samples, or None.
+    """
 
     layout: Layout
     root: Path
@@ -55,20 +64,21 @@ class LayoutRoot(NamedTuple):
 
 
 def find_layout(data: str) -> LayoutRoot:
-    """Find the layout of a data set on disk, and its root.
+    """Find the layout of a data set on disk, and the folder in which it begins.
 
     Args:
-        data: a folder, or LAYOUT:FOLDER. `,images=FOLDER` after it names a folder with other images.
-    Raises: DataError if a folder or the layout does not exist, or if none or several layouts fit.
+        data: FOLDER or LAYOUT:FOLDER, perhaps with `,images=FOLDER` for a folder with other images.
+
+    Raises: DataError if the folder or layout does not exist, or if no layout or several layouts fit.
     """
     data, images = split_images(data)
     return _layout_of(data)._replace(images=images)
 
 
 def split_images(data: str) -> tuple[str, Path | None]:
-    """Split `DATA,images=FOLDER` into the data set and the folder, or None without one. An existing path stays whole.
+    """Split "DATA,images=FOLDER" into ("DATA", FOLDER). Without `,images=`, return (data, None).
 
-    Raises: DataError if the folder does not exist.
+    A path that exists is never split. Raises: DataError if FOLDER does not exist.
     """
     match = None if Path(data).expanduser().exists() else _OTHER_IMAGES.fullmatch(data)
     if match is None:
@@ -83,7 +93,7 @@ def split_images(data: str) -> tuple[str, Path | None]:
 
 
 def _layout_of(data: str) -> LayoutRoot:
-    """Return the layout and the root of a folder or LAYOUT:FOLDER. Raises: DataError as `find_layout`."""
+    """Return the layout and the root for FOLDER or LAYOUT:FOLDER. Raises: DataError like `find_layout`."""
     name, folder = split_prefix(data)
     if not folder.is_dir() and not (name and LAYOUTS[name].of_file and folder.is_file()):
         raise _no_folder(folder)
@@ -92,17 +102,21 @@ def _layout_of(data: str) -> LayoutRoot:
     candidates = _fitting(folder)
     if not candidates or not holds_masks(folder):  # what annotates masks besides is not their labels
         candidates = _fitting(folder, drawn=True) or candidates
-    if any(isinstance(one.layout, Folder) for one in candidates):
+    if any(isinstance(candidate.layout, Folder) for candidate in candidates):
         # A classes.txt beside images/ and labels/ makes them one's own data: GTA5's release has none.
         candidates = [
-            one for one in candidates if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()
+            candidate
+            for candidate in candidates
+            if not isinstance(candidate.layout, Gta5) or not (candidate.root / CLASSES_FILE).is_file()
         ]
     if len(candidates) == 1:
         return _with_its_classes(candidates[0], folder)
     if candidates:
         raise DataError(
-            f"Several layouts fit {folder}: " + ", ".join(f"{one.layout.name} ({one.root})" for one in candidates),
-            fix="Name the one that is meant: " + " or ".join(f"{one.layout.name}:{folder}" for one in candidates),
+            f"Several layouts fit {folder}: "
+            + ", ".join(f"{candidate.layout.name} ({candidate.root})" for candidate in candidates),
+            fix="Name the one that is meant: "
+            + " or ".join(f"{candidate.layout.name}:{folder}" for candidate in candidates),
         )
     hint = _nearly_a_folder(folder) or _inside(folder) or _around(folder)
     pictures = [
@@ -134,20 +148,20 @@ def _no_folder(folder: Path) -> DataError:
 
 
 def _fitting(folder: Path, *, drawn: bool = False) -> list[LayoutRoot]:
-    """Return the layouts that fit a folder: those with label files, or with `drawn` those with drawn labels."""
+    """Return the layouts that fit a folder: layouts with label files, or exports with drawn labels if `drawn`."""
     layouts = (layout for layout in LAYOUTS.values() if layout.has_labels and isinstance(layout, Export) == drawn)
     return [LayoutRoot(layout, root) for layout in layouts if (root := layout.find(folder)) is not None]
 
 
 def split_prefix(data: str) -> tuple[str | None, Path]:
-    """Split `LAYOUT:FOLDER` into the layout, or None, and the folder. An existing path stays whole.
+    """Split "LAYOUT:FOLDER" into ("LAYOUT", FOLDER). Without a prefix, return (None, FOLDER).
 
-    Raises: DataError for a prefix that is not a layout, or one without a folder.
+    A path that exists is never split. Raises: DataError for an unknown layout, or a prefix without a folder.
     """
-    whole = Path(data).expanduser()
+    folder = Path(data).expanduser()
     match = _PREFIXED.fullmatch(data)
-    if match is None or whole.exists():
-        return None, whole
+    if match is None or folder.exists():
+        return None, folder
     name, path = match["name"], match["path"]
     if name not in LAYOUTS:
         raise DataError(
@@ -163,7 +177,7 @@ def split_prefix(data: str) -> tuple[str | None, Path]:
 
 
 def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
-    """Refuse a class list above the folder where the data begin: nobody would read it. Raises DataError."""
+    """Return `place`, or raise DataError if `folder`, above the data set, has a class list that would be ignored."""
     above = folder / CLASSES_FILE
     if place.root == folder or not above.is_file() or (place.root / CLASSES_FILE).is_file():
         return place
@@ -176,7 +190,7 @@ def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
 
 
 def _nearly_a_folder(folder: Path) -> str:
-    """Return a fix for a folder with `images/` that almost has the folder layout, or ''."""
+    """Return advice for a folder that has `images/` but misses parts of the folder layout, or ''."""
     if not (folder / IMAGES).is_dir():
         return ""
     others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
@@ -191,14 +205,14 @@ def _nearly_a_folder(folder: Path) -> str:
 
 
 def _inside(folder: Path) -> str:
-    """Return a fix that names data sets up to two levels below the folder, or ''."""
+    """Return advice that names data sets up to two levels below the folder, or ''."""
     children = [folder / name for name in folders_in(folder)[:_MOST_FOLDERS]]
     grandchildren = [child / name for child in children for name in folders_in(child)[:_MOST_FOLDERS]]
     for level in (children, grandchildren):
         fits = [
-            f"{one} ({names[0]})"
-            for one in level
-            if (names := [k for k, v in LAYOUTS.items() if v.has_labels and v.find(one)])
+            f"{subfolder} ({names[0]})"
+            for subfolder in level
+            if (names := [k for k, v in LAYOUTS.items() if v.has_labels and v.find(subfolder)])
         ]
         if fits:
             return f"Name the folder where the data begin: {', '.join(fits[:3])}."
@@ -206,10 +220,10 @@ def _inside(folder: Path) -> str:
 
 
 def _around(folder: Path) -> str:
-    """Return a fix that names the data set, up to three levels above, that contains this folder, or ''."""
+    """Return advice that names the data set around this folder, up to three levels above it, or ''."""
     folder = folder.absolute()
     for above in folder.parents[:3]:
-        fits = [one.layout.name for one in _fitting(above) if folder.is_relative_to(one.root)]
+        fits = [candidate.layout.name for candidate in _fitting(above) if folder.is_relative_to(candidate.root)]
         if fits:
             return f"Name the folder where the data begin: {above} ({fits[0]})."
     return ""
@@ -219,7 +233,7 @@ def _named(layout: Layout, folder: Path) -> LayoutRoot:
     root = layout.find(folder)
     if root is not None:
         return LayoutRoot(layout, root)
-    fits = [other.name for other in LAYOUTS.values() if other.find(folder) is not None]
+    fits = [candidate.name for candidate in LAYOUTS.values() if candidate.find(folder) is not None]
     raise DataError(
         f"{folder} is not of layout {layout.name}" + (f", but of layout {fits[0]}" if fits else ""),
         fix=f"Name it {fits[0]}:{folder}" if fits else "Check the path, or restore what is missing.",

@@ -23,13 +23,13 @@ Line = tuple[int, list[str]]
 
 
 class DrawnLabels(Protocol):
-    """Segmentation labels that are drawn from annotations, by the samples' ids."""
+    """The interface of objects that draw segmentation labels from annotations. `sample` is a sample's id."""
 
     def label(self, sample: str) -> Pixels:
-        """Return the label, uint8 (H, W). Raises: DataError for annotations that cannot be drawn."""
+        """Return a sample's label, uint8 (H, W). Raises: DataError for annotations that cannot be drawn."""
 
     def digest(self, sample: str) -> str:
-        """Return the SHA-256 of everything that the label is drawn from."""
+        """Return the SHA-256 (hex) of the annotations and class ids that a sample's label is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,18 @@ class Scan:
     """The files of a split on disk.
 
     Attributes:
-        images: id -> path below the data set's folder, sorted by id.
-        labels: id -> path, of ids that have an image.
-        label_ids: what the numbers in the labels mean.
-        image_place, label_place: the folders that were searched, below the data set's folder.
+        images: sample id -> image path below the data set's folder, sorted by id.
+        labels: sample id -> label path below the data set's folder, for samples that have an image.
+        label_ids: how to map the numbers in labels to class ids.
+        image_place: the folder that was searched for images, below the data set's folder.
+        label_place: the folder that was searched for labels, below the data set's folder.
         orphans: labels without an image, below `label_place`.
-        foreign: pictures below `label_place` that are neither PNG nor TIFF. Without any label, also other files.
-        clashes: (id, first, second) of images with one id. The first is in `images`.
-        missing: missing files that a list names, or that belong to existing ones.
-        depth: the depth files, or None if the layout or the split has none.
-        drawn: labels that are drawn from the annotation files of `labels`, or None if each file is a label.
-        label_end: what the names of labels end with in addition to their images' names.
+        foreign: pictures below `label_place` that are neither PNG nor TIFF. If no label was found, also other files.
+        clashes: (id, first file, second file) of images with the same id. The first one is in `images`.
+        missing: files that do not exist, but that a list names or an existing file needs.
+        depth: the depth files, or None if there are none.
+        drawn: draws the labels from annotation files, which are the paths in `labels`. None if each file is a label.
+        label_end: the ending that label names have in addition to the image names, such as "_mask".
     """
 
     images: dict[str, str]
@@ -75,11 +76,21 @@ def scan_folders(
     label_end: str = "",
     together: bool = False,
 ) -> Scan:
-    """Pair the images below one folder with the labels below another, by their paths without suffix.
+    """Find the images below one folder and the labels below another.
 
-    `image_begin`, `image_end` and `label_end` are the beginning and the endings of names before the suffix. Other files
-    are ignored. An image's id is its label's path with `image_end` instead of `label_end`. With `together` both lie in
-    one folder, in which files that end with `label_end` are labels.
+    Files with equal paths, except the suffix, belong together.
+
+    An image's path without suffix is its id. Files without the required beginning or ending are ignored.
+
+    Args:
+        root: the data set's folder.
+        image_place: the folder of images, below `root`.
+        label_place: the folder of labels, below `root`.
+        label_ids: how to map the numbers in labels to class ids.
+        image_begin: the beginning of image names.
+        image_end: the ending of image names, before the suffix. The label's name has `label_end` instead.
+        label_end: the ending of label names, before the suffix.
+        together: whether both lie in one folder. Then files that end with `label_end` are labels.
     """
     scan = Scan({}, {}, label_ids, image_place, label_place, label_end=label_end)
     for sample, path in sorted(_files(root / image_place)):
@@ -116,10 +127,16 @@ def scan_depth(
     depth_end: str = "",
     image_of: Callable[[str], str] | None = None,
 ) -> Scan:
-    """Add the depth files below the folder `place` to a scan, paired by path, or by `image_of`.
+    """Return the scan with the depth files below a folder added. Other files are ignored.
 
-    `read` converts a file to metres. `depth_begin` and `depth_end` are the beginning and ending of names before the
-    suffix. Other files are ignored. `image_of` returns the id of the image for a depth file's path without suffix.
+    Args:
+        scan: the images and labels of the split.
+        root: the data set's folder.
+        place: the folder of depth files, below `root`.
+        read: reads a depth file as metres, float32 (H, W).
+        depth_begin: the beginning of depth files' names.
+        depth_end: the ending of depth files' names, before the suffix.
+        image_of: returns an image's id for a depth file's path without suffix. None means that both are equal.
     """
     files: dict[str, str] = {}
     orphans = []
@@ -135,9 +152,15 @@ def scan_depth(
 
 
 def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
-    """Keep the samples of a scan that a list names, one a line: by id, file name, or path (and its label's path).
+    """Return the scan with only those samples that a list names.
 
-    If one listed sample has a label, the other samples' labels count as missing. A test list has no labels at all.
+    Each line names a sample by its id, file name or path. If a listed sample has a label, listed samples without a
+    label are recorded as missing.
+
+    Args:
+        scan: all samples.
+        root: the data set's folder.
+        listing: the list's file name, below `root`.
 
     Raises: DataError for a list that cannot be read.
     """
@@ -158,16 +181,28 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
 
 
 def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
-    """Return pictures directly in one folder: those that a split's list names, or all if `root` has no list."""
+    """Return the files of a split whose list divides one folder of pictures.
+
+    If `root` has no list, return all pictures.
+
+    Args:
+        root: the data set's folder.
+        split: the split's name. Its list is SPLIT.txt.
+        images: the folder of images, below `root`.
+        labels: the folder of labels, below `root`.
+        label_ids: how to map the numbers in labels to class ids.
+        lists: names of the splits that may have a list.
+
+    Raises: DataError for a list that cannot be read.
+    """
     everything = scan_folders(root, images, labels, label_ids)
     return keep_listed(everything, root, f"{split}.txt") if lists_in(root, lists) else everything
 
 
 def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
-    """Take the images of a scan from another folder, by sample id: FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
+    """Return the scan with each image replaced by FOLDER/SPLIT/ID.png or FOLDER/ID.png, or with another picture suffix.
 
-    A sample without an image there is missing. Other pictures are ignored. If FOLDER/SPLIT is a folder, only it is
-    searched.
+    If FOLDER/SPLIT/ exists, only that folder is searched. Samples without an image there are recorded as missing.
     """
     top = folder.absolute()
     top = top / split if (top / split).is_dir() else top
@@ -186,7 +221,10 @@ def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
 
 
 def read_list(path: Path) -> list[Line]:
-    """Return the non-blank lines of a list, as words. Raises: DataError for a file that is not UTF-8 text."""
+    """Return (line number, words) for each line of a text file that is not blank. Line numbers start at 1.
+
+    Raises: DataError for a file that is not UTF-8 text.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -197,7 +235,10 @@ def read_list(path: Path) -> list[Line]:
 
 
 def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
-    """Return the sorted names of the lists (`<name>.txt`) in a folder, or only those in `names`."""
+    """Return the sorted names, without .txt, of the text files in a folder.
+
+    `names` limits the result to these names.
+    """
     if not folder.is_dir():
         return []
     lists = (path.stem for path in folder.iterdir() if path.suffix == ".txt" and not path.name.startswith("."))
@@ -205,7 +246,10 @@ def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Return the sorted names of the folders in a folder, or [] if it does not exist."""
+    """Return the sorted names of the folders in a folder, or [] if the folder does not exist.
+
+    Hidden folders do not count.
+    """
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:  # one call for 25,000 pictures, without a stat of each
@@ -213,7 +257,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def holds_pictures(folder: Path) -> bool:
-    """Return whether a picture lies directly in the folder. Stops at the first one."""
+    """Return whether at least one picture lies directly in the folder."""
     if not folder.is_dir():
         return False
     with os.scandir(folder) as entries:
@@ -221,7 +265,10 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def pictures_in(folder: Path) -> dict[str, str]:
-    """Return the pictures directly in a folder by name without suffix, sorted, or {} if it does not exist."""
+    """Return name without suffix -> file name, sorted, for the pictures directly in a folder.
+
+    A folder that does not exist gives {}.
+    """
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
@@ -230,39 +277,54 @@ def pictures_in(folder: Path) -> dict[str, str]:
 
 
 def names_below(folder: Path) -> dict[str, str]:
-    """Return the pictures below a folder, through links, by path without suffix, or {} if it does not exist."""
+    """Return path without suffix -> path, for the pictures at any depth below a folder. Paths are relative to it.
+
+    Symbolic links are followed. A folder that does not exist gives {}.
+    """
     return dict(_files(folder))
 
 
 def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield what `os.walk` yields through links, but each folder once. The caller may sort or shorten the folders."""
-    seen: set[str] = set()
+    """Yield (folder, subfolder names, file names) like `os.walk`, following links, but each real folder only once.
+
+    The caller may sort or shorten the subfolder names to control the walk.
+    """
+    visited: set[str] = set()
     for folder, folders, names in os.walk(top, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
+        if (real := os.path.realpath(folder)) in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         yield folder, folders, names
 
 
 def is_picture(name: str) -> bool:
-    """Return whether a suffix is a picture's. Hidden files never count: macOS leaves `._a.jpg` next to `a.jpg`."""
+    """Return whether a file name ends like a picture's.
+
+    Hidden files do not count: macOS writes `._a.jpg` next to `a.jpg`.
+    """
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _listed_id(word: str) -> str:
-    """Return the id of `a`, `a.png` or `/images/a.png`, which is `a`. Other kinds of names keep their dots."""
+    """Return the id that a word of a list names: `a`, `a.png` and `/images/a.png` give `a`.
+
+    Only picture suffixes are removed. Other names keep their dots.
+    """
     name = word.replace("\\", "/").rpartition("/")[2]
     return composed(name[: name.rindex(".")] if is_picture(name) else name)
 
 
 def composed(name: str) -> str:
-    """Return a name in Unicode's normal form C, because macOS writes é as two characters."""
+    """Return a name in Unicode's normal form C. macOS writes é as two characters, and form C has one."""
     return unicodedata.normalize("NFC", name)
 
 
 def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tuple[str, str]]:
-    """Yield (composed id, posix path) below `top`, through links but each folder once."""
+    """Yield (id in normal form C, path) of the files below `top` with one of the suffixes.
+
+    Each real folder counts once.
+    """
     for folder, folders, names in walk_once(top):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(folder).relative_to(top)

@@ -20,9 +20,13 @@ _IN_PLACE = (
 
 
 class TracedCompose:
-    """A composition whose result also has `window` and `flip`. Picklable if the composition is.
+    """An albumentations composition whose result also has the shown window and flip. Picklable if the composition is.
 
-    Raises: DataError for another kind of transform, or a part after which pixels do not show a window.
+    Args:
+        transform: an `albumentations.Compose`.
+
+    Raises: DataError for another kind of transform, or for a part that moves pixels other than by cropping, resizing,
+        padding or flipping left to right.
     """
 
     def __init__(self, transform: Any) -> None:
@@ -38,7 +42,7 @@ class TracedCompose:
         self.transform.save_applied_params = True
 
     def __call__(self, *unnamed: Any, **named: Any) -> dict[str, Any]:
-        """Apply the composition to image=..., and add `window` and `flip` to its result. Raises: DataError."""
+        """Return the composition's result for image=..., with "window" and "flip" added. Raises: DataError."""
         image = named.get("image")
         if unnamed or image is None or getattr(image, "ndim", 0) not in (2, 3):
             raise DataError(
@@ -50,46 +54,49 @@ class TracedCompose:
         applied = result.pop("applied_transforms")
         kinds = {type(part).__name__: type(part) for part in _parts(self.transform)}
         sizes = [params["shape"][:2] for _, params in applied] + [_size(result["image"])]
-        shown = Footprint.whole(_size(image))
+        footprint = Footprint.whole(_size(image))
         for (name, params), size in zip(applied, sizes[1:], strict=True):
-            shown = _moved(shown, name, kinds.get(name), params, (int(size[0]), int(size[1])))
-        return {**result, "window": shown.array, "flip": shown.flip}
+            footprint = _moved(footprint, name, kinds.get(name), params, (int(size[0]), int(size[1])))
+        return {**result, "window": footprint.array, "flip": footprint.flip}
 
     def __repr__(self) -> str:
         return f"traced({self.transform!r})"
 
 
 def _may_show_window(part: Any) -> bool:
-    """Return whether `_moved` knows a transform, or can follow it: crops report their windows when applied."""
+    """Return whether `_moved` can follow a transform. Crops qualify because they report their windows when applied."""
     known = type(part).__name__ in ("HorizontalFlip", "PadIfNeeded", "Pad", *_RESIZES, *_IN_PLACE)
     crops = any(kind.__module__ == A.RandomCrop.__module__ for kind in type(part).__mro__)
     return known or crops or isinstance(part, (A.BaseCompose, A.ImageOnlyTransform))
 
 
-def _moved(shown: Footprint, name: str, kind: Any, params: Mapping[str, Any], size: tuple[int, int]) -> Footprint:
-    """Return the footprint after a transform that made (H, W) pixels. Raises: DataError for other movements."""
+def _moved(footprint: Footprint, name: str, kind: Any, params: Mapping[str, Any], size: tuple[int, int]) -> Footprint:
+    """Return the footprint after the transform `name` with output size (H, W).
+
+    Raises: DataError for other movements.
+    """
     if name == "HorizontalFlip":
-        return shown.mirror()
+        return footprint.mirror()
     if "crop_coords" in params:
         left, top, right, bottom = map(int, params["crop_coords"])
-        padded = _padded(shown, params.get("pad_params") or {})
+        padded = _padded(footprint, params.get("pad_params") or {})
         return padded.crop(top, left, bottom - top, right - left).resize(size)
     if name in ("PadIfNeeded", "Pad"):
-        moved = _padded(shown, params)
+        moved = _padded(footprint, params)
     elif name in _RESIZES:
-        moved = shown.resize(size)
+        moved = footprint.resize(size)
     elif name in _IN_PLACE or (isinstance(kind, type) and issubclass(kind, A.ImageOnlyTransform)):
-        moved = shown
+        moved = footprint
     else:
         raise no_window(name)
     if moved.size != size:
-        raise no_window(f"{name}, which made {size[0]}x{size[1]} pixels of {shown.size[0]}x{shown.size[1]}")
+        raise no_window(f"{name}, which made {size[0]}x{size[1]} pixels of {footprint.size[0]}x{footprint.size[1]}")
     return moved
 
 
-def _padded(shown: Footprint, params: Mapping[str, Any]) -> Footprint:
+def _padded(footprint: Footprint, params: Mapping[str, Any]) -> Footprint:
     left, top, right, bottom = (int(params.get(f"pad_{side}") or 0) for side in ("left", "top", "right", "bottom"))
-    return shown.pad(left, top, right, bottom)
+    return footprint.pad(left, top, right, bottom)
 
 
 def _parts(compose: Any) -> Iterator[Any]:

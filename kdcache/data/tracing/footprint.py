@@ -17,9 +17,9 @@ class Footprint:
     """The part of the original image that a transformed image shows.
 
     Attributes:
-        window: edges (y0, x0, y1, x1) in pixels of the original image. Padding lies beyond them.
-        flip: whether the window is mirrored left to right.
-        size: (H, W) of the current pixels.
+        window: edges (y0, x0, y1, x1) in pixels of the original image. With padding, edges lie outside the image.
+        flip: whether the transformed image is mirrored left to right.
+        size: (height, width) of the transformed image in pixels.
     """
 
     window: Edges
@@ -28,16 +28,19 @@ class Footprint:
 
     @classmethod
     def whole(cls, size: tuple[int, int]) -> Footprint:
-        """Return the footprint of an untransformed image of (H, W)."""
+        """Return the footprint of an untransformed image of this size, (height, width) in pixels."""
         return cls((0.0, 0.0, float(size[0]), float(size[1])), False, size)
 
     @property
     def array(self) -> npt.NDArray[np.float64]:
-        """The window as an array (4,), which a loader collates to (B, 4)."""
+        """The window (y0, x0, y1, x1) as float64 (4,). A DataLoader collates such arrays to (B, 4)."""
         return np.array(self.window)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Footprint:
-        """Return the footprint of a crop, in current pixels. A crop beyond them pads."""
+        """Return the footprint after a crop, given in pixels of the transformed image.
+
+        A crop outside the image pads it.
+        """
         y0, x0, y1, x1 = self.window
         rows, columns = self.size
         if self.flip:
@@ -47,20 +50,20 @@ class Footprint:
         return Footprint(window, self.flip, (height, width))
 
     def pad(self, left: int, top: int, right: int, bottom: int) -> Footprint:
-        """Return the footprint with a margin around the pixels."""
+        """Return the footprint after padding each side by this number of pixels."""
         return self.crop(-top, -left, self.size[0] + top + bottom, self.size[1] + left + right)
 
     def resize(self, size: tuple[int, int]) -> Footprint:
-        """Return the footprint of the pixels at another size (H, W)."""
+        """Return the footprint after a resize to (height, width) pixels."""
         return replace(self, size=size)
 
     def mirror(self) -> Footprint:
-        """Return the footprint of the mirrored pixels."""
+        """Return the footprint after mirroring left to right."""
         return replace(self, flip=not self.flip)
 
 
 def no_window(transform: str) -> DataError:
-    """Return the error for a transform after which pixels do not show a window of their image."""
+    """Return the DataError for a transform that moves pixels other than by cropping, resizing, padding or flipping."""
     return DataError(
         f"Cannot trace {transform}: it moves pixels in other ways than crops, resizes, padding and horizontal flips",
         fix="Leave it out of what is traced. Changes of colour may stay.",

@@ -20,41 +20,47 @@ _REFUSED = ("rotate", "affine", "perspective", "elastic", "vertical_flip", "five
 
 
 class FootprintTensor(tv_tensors.TVTensor):  # type: ignore[misc]
-    """A footprint as (7,) float64: the window's edges, the flip, height and width."""
+    """A `Footprint` as a float64 tensor (7,): the window's four edges, the flip, height and width.
+
+    torchvision's v2 transforms update it together with the image.
+    """
 
     @classmethod
     def of(cls, footprint: Footprint) -> FootprintTensor:
-        """Return a footprint as a tensor."""
+        """Return a footprint as a tensor, float64 (7,)."""
         numbers = [*footprint.window, float(footprint.flip), *map(float, footprint.size)]
         return torch.tensor(numbers, dtype=torch.float64).as_subclass(cls)
 
 
 def footprint_of(tensor: torch.Tensor) -> Footprint:
-    """Return a tensor as a footprint."""
+    """Return the footprint that a tensor (7,) holds: the window's four edges, the flip, height and width."""
     y0, x0, y1, x1, flip, height, width = tensor.as_subclass(torch.Tensor).tolist()
     return Footprint((y0, x0, y1, x1), bool(flip), (int(height), int(width)))
 
 
 class TracedTransform:
-    """A v2 transform whose results are followed by the window and the flip. Picklable if the transform is.
+    """A torchvision v2 transform that also returns the shown window and flip. Picklable if the transform is.
 
-    Raises: DataError for a transform that makes plain tensors before its last step.
+    Raises: DataError if `ToPureTensor` is not the last step.
     """
 
     def __init__(self, transform: v2.Transform) -> None:
         self.transform = transform
-        before_last = [part for whole in _composes(transform) for part in list(whole.transforms)[:-1]]
+        before_last = [part for compose in _composes(transform) for part in list(compose.transforms)[:-1]]
         if any(isinstance(part, v2.ToPureTensor) for part in before_last):
             raise DataError("Cannot trace ToPureTensor before other transforms", fix="Put it last.")
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        """Apply the transform, and append window and flip to its results. Raises: DataError."""
+        """Apply the transform to the inputs, and return its results followed by the window and the flip.
+
+        Raises: DataError for inputs without an image, or a transform that moves pixels in other ways than a crop.
+        """
         height, width = _size_of(inputs)
         *results, footprint = self.transform(*inputs, FootprintTensor.of(Footprint.whole((height, width))))
-        shown = footprint_of(footprint)
-        if (now := _size_of(results)) != shown.size:
-            raise no_window(f"a transform that made {now[0]}x{now[1]} pixels of {shown.size[0]}x{shown.size[1]} unseen")
-        return (*results, shown.array, shown.flip)
+        moved = footprint_of(footprint)
+        if (now := _size_of(results)) != moved.size:
+            raise no_window(f"a transform that made {now[0]}x{now[1]} pixels of {moved.size[0]}x{moved.size[1]} unseen")
+        return (*results, moved.array, moved.flip)
 
     def __repr__(self) -> str:
         return f"traced({self.transform!r})"
@@ -74,7 +80,7 @@ def _size_of(inputs: Any) -> tuple[int, int]:
 
 
 def _composes(transform: Any) -> Iterator[Any]:
-    """Yield a transform and those inside it that have others in a list."""
+    """Yield the composed transforms, such as v2.Compose, in a transform: the transform itself and nested ones."""
     if hasattr(transform, "transforms"):
         yield transform
         for part in transform.transforms:
@@ -82,7 +88,7 @@ def _composes(transform: Any) -> Iterator[Any]:
 
 
 def _moves(functional: Any) -> Callable[[Callable[..., Footprint]], Callable[..., Footprint]]:
-    """Register a change of footprints as torchvision's kernel of a functional."""
+    """Register a function that changes a footprint as torchvision's kernel of a functional such as `F.crop`."""
 
     def register(change: Callable[..., Footprint]) -> Callable[..., Footprint]:
         @F.register_kernel(functional, FootprintTensor)  # type: ignore[untyped-decorator]
@@ -124,10 +130,10 @@ def _center_crop(footprint: Footprint, output_size: Any) -> Footprint:
     height, width = sides[0], sides[-1]
     rows, columns = footprint.size
     # As torchvision: what is too small is padded first, the smaller half before, and then cropped at a rounded place.
-    before = [max((side - own) // 2, 0) for side, own in ((height, rows), (width, columns))]
-    after = [max((side - own + 1) // 2, 0) for side, own in ((height, rows), (width, columns))]
+    before = [max((side - length) // 2, 0) for side, length in ((height, rows), (width, columns))]
+    after = [max((side - length + 1) // 2, 0) for side, length in ((height, rows), (width, columns))]
     padded = footprint.pad(before[1], before[0], after[1], after[0])
-    top, left = (round((own - side) / 2.0) for own, side in zip(padded.size, (height, width), strict=True))
+    top, left = (round((length - side) / 2.0) for length, side in zip(padded.size, (height, width), strict=True))
     return padded.crop(top, left, height, width)
 
 

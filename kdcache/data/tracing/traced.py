@@ -9,7 +9,7 @@ from kdcache.errors import DataError
 
 
 def traced(transform: Any) -> Callable[..., Any]:
-    """Wrap a transform to also return what its pixels show, for `Cache.targets_for`.
+    """Wrap a transform so that it also returns the window and the flip that its pixels show, for `Cache.targets_for`.
 
     >>> import kdcache
     >>> from torchvision.transforms import v2
@@ -20,13 +20,13 @@ def traced(transform: Any) -> Callable[..., Any]:
 
     With albumentations, `augment(image=image, mask=mask)` returns a dict that also has "window" and "flip".
 
-    The random numbers are the transform's own. Changes of colour are allowed, but a rotation is an error.
-
     Args:
-        transform: a `torchvision.transforms.v2` transform, or `albumentations.Compose`.
-    Returns: a function that takes what the transform takes. The window is an array (y0, x0, y1, x1) in pixels of the
-        given image, the flip a bool. Torchvision's follow the other results, albumentations' are in the result by name.
-    Raises: DataError for another transform. The function raises it for one that moves pixels otherwise.
+        transform: a `torchvision.transforms.v2` transform, or an `albumentations.Compose`. Changes of colour are
+            allowed.
+    Returns: a function with the transform's arguments. It returns the transform's results, then the window and the
+        flip. The window is float64 (4,), y0, x0, y1, x1 in pixels of the given image. The flip is a bool. Raises:
+        DataError for another kind of transform. The returned function raises it for transforms such as rotations, which
+        cannot be described by a window and a flip.
     """
     homes = [kind.__module__ for kind in type(transform).__mro__]
     if any(home.startswith("torchvision.transforms.v2") for home in homes):

@@ -42,7 +42,7 @@ LABEL_IDS = LabelIds(
 
 
 class Export(Layout):
-    """An export whose labels are drawn."""
+    """A labelling tool's export. kdcache draws its labels from shapes in annotation files."""
 
     live: ClassVar[bool] = False
     split_is: ClassVar[str] = f"a folder or a subset of the export ({', '.join(SPLITS)}); all else is {WHOLE}"
@@ -51,27 +51,30 @@ class Export(Layout):
 
     @abstractmethod
     def found(self, root: Path) -> str:
-        """Return the file below the root that identifies this export, or ''."""
+        """Return the file that identifies this export, as a path below `root`, or '' if `root` has none."""
 
     @abstractmethod
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return the images of every split. Raises: DataError for a file that cannot be read."""
+        """Return split name -> its images with their shapes. Raises: DataError for a file that cannot be read."""
 
     def names(self, root: Path) -> list[str]:
-        """Return the names of the classes in the tool's order. Default: the shapes' classes, sorted."""
+        """Return the class names in the tool's order. By default, they are the classes of all shapes, sorted."""
         items = (item for split in self.items(root).values() for item in split)
         return sorted({shape.label for item in items for shape in item.shapes or ()})
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has a file of this export."""
+        """Return whether `root` has the file that identifies this export."""
         return bool(self.found(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits of the export's images, sorted."""
+        """Return the names of the splits with images, sorted."""
         return sorted(self.items(root))
 
     def why(self, root: Path) -> str:
-        """Return the file that identifies the export, the source of its classes, and the rule for overlaps."""
+        """Describe for messages which file identifies the export, and where its classes come from.
+
+        The text also says which of several overlapping shapes counts.
+        """
         classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else f"{BACKGROUND} and its classes"
         return f"{self.found(root)}; {classes}; {self.overlap}"
 
@@ -83,11 +86,19 @@ class Export(Layout):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
-        """Return the object that draws the labels of a split. See `ShapeLabels`."""
+        """Return the object that draws the labels of one split.
+
+        Args:
+            root: the export's folder.
+            items: sample id -> image with its shapes.
+            images: sample id -> image file.
+            class_of: class name -> class id.
+            background: the class id of pixels outside all shapes, or 255.
+        """
         return ShapeLabels(items, images, class_of, background)
 
     def lists_classes(self, root: Path) -> bool:
-        """Return whether the root has a `classes.txt`."""
+        """Return whether `root` has a `classes.txt`."""
         return (root / CLASSES_FILE).is_file()
 
     def _classes(self, root: Path) -> ClassList:
@@ -127,7 +138,14 @@ class Export(Layout):
 
 
 def sample_id(path: str, split: str) -> str:
-    """Return the id of an image: its path without the folders of images and of the split, and without its suffix."""
+    """Return an image's sample id: its path without suffix and without folders such as images/train/ at its beginning.
+
+    For example, `images/train/city/a.jpg` becomes `city/a`.
+
+    Args:
+        path: the image, relative to the data set's folder.
+        split: the split's name. A folder of this name is also left out.
+    """
     parts = PurePosixPath(path).parts
     while len(parts) > 1 and parts[0].lower() in (*IMAGES, *SPLITS, split.lower()):
         parts = parts[1:]
@@ -135,31 +153,37 @@ def sample_id(path: str, split: str) -> str:
 
 
 def stem_of(path: str) -> str:
-    """Return a path without its suffix, in normal form C."""
+    """Return a path without its suffix, in Unicode's normal form C."""
     return composed(path.rpartition(".")[0])
 
 
 def split_of(path: str) -> str:
-    """Return the split of a file by its first folders: images/train/a.json and train/a.json are in `train`."""
+    """Return the split that a file's folders name, or "train".
+
+    For example, `images/val/a.json` gives "val", and `images/a.json` gives "train".
+    """
     return next((part.lower() for part in PurePosixPath(path).parts[:-1] if part.lower() in SPLITS), WHOLE)
 
 
 def files_of(root: Path, suffix: str, depth: int = 2) -> Iterator[Path]:
-    """Yield the files with a suffix in a folder and its folders, sorted within each."""
+    """Yield the files that end with `suffix` in a folder and its subfolders, sorted within each folder.
+
+    `depth` is how many levels of subfolders are searched. 0 searches only the folder itself.
+    """
     yield from sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
     for name in folders_in(root) if depth else ():
         yield from files_of(root / name, suffix, depth - 1)
 
 
 def is_part(path: Path, root: Path) -> bool:
-    """Return True if a file belongs to an export with this root, not to one with a deeper root."""
+    """Return whether an annotation file belongs to the export in `root`, and not to another export in a subfolder."""
     strange = [name for name in path.relative_to(root).parts[:-1] if name.lower() not in PARTS]
     images_above = holds_pictures(root) or any(name.lower() in IMAGES for name in folders_in(root))
     return not strange or (len(strange) == 1 and images_above)
 
 
 def head_of(path: Path) -> str:
-    """Return the first 64 KiB of a text file, without a byte-order mark, or '' if it cannot be read."""
+    """Return the first 64 KiB of a file as text, without a byte-order mark, or '' if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(1 << 16).decode("utf-8-sig", "replace").lstrip()
@@ -168,13 +192,13 @@ def head_of(path: Path) -> str:
 
 
 def head_has(path: Path, begin: str, *keys: str) -> bool:
-    """Return True if a JSON file begins with this bracket, and its head has all the keys."""
+    """Return whether the first 64 KiB of a JSON file begin with the bracket `begin` and contain all the keys."""
     head = head_of(path)
     return head.startswith(begin) and all(re.search(rf'"{key}"\s*:', head) for key in keys)
 
 
 def read_text(path: Path) -> str:
-    """Read a file of annotations. Raises: DataError if it cannot be read, or is larger than 1 GiB."""
+    """Return the text of an annotation file. Raises: DataError if it cannot be read or is larger than 1 GiB."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it is larger than {MOST_BYTES >> 30} GiB")
@@ -184,7 +208,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises: DataError for another kind of file."""
+    """Return the content of a JSON file. Raises: DataError if it cannot be read or is not JSON."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -192,7 +216,7 @@ def read_json(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: Exception | str) -> DataError:
-    """Return the error for an annotation file that its tool would not write."""
+    """Return the DataError for an annotation file with invalid content. `error` says what is wrong."""
     kind = "" if isinstance(error, str) else f"{type(error).__name__} "
     return DataError(
         f"Cannot read the annotations in {path}: {kind}{str(error)[:160]}", fix="Export again, or remove the file."

@@ -41,7 +41,7 @@ _KEYS = ("id", "category_id", "segmentation", "iscrowd")
 
 
 class Coco(Export):
-    """The layout of COCO's annotations."""
+    """The layout of COCO's object annotations."""
 
     name: ClassVar[str] = "coco"
     looks_for: ClassVar[str] = (
@@ -52,19 +52,22 @@ class Coco(Export):
     overlap: ClassVar[str] = "of objects that overlap the smaller one counts"
 
     def found(self, root: Path) -> str:
-        """Return the names of up to four annotation files."""
+        """Return the paths of up to four annotation files, separated by commas, or ''."""
         return ", ".join(file.relative_to(root).as_posix() for file in list(_files(root).values())[:4])
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits with an annotation file, sorted."""
+        """Return the names of the splits that have an annotation file, sorted."""
         return sorted(_files(root))
 
     def names(self, root: Path) -> list[str]:
-        """Return the categories in the order of their ids."""
+        """Return the names of the categories in the order of their ids."""
         return list(_categories_of(root).values())
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return the images of every split. Raises: DataError for an invalid file, or splits of other categories."""
+        """Return split name -> its images with their shapes.
+
+        Raises: DataError for an invalid file, or if splits have different categories.
+        """
         categories, items = _categories_of(root), {}
         for split, file in _files(root).items():
             content = _read(file)
@@ -77,9 +80,11 @@ class Coco(Export):
             place = _image_place(root, split, file)
             folders = (place, *(("images", "") if place in ("images", "") else ()))
             shapes: dict[Any, list[Shape]] = defaultdict(list)
-            for one in content.get(ANNOTATIONS, []):
-                label = categories.get(one.get("category_id"), "")
-                shapes[one["image_id"]].append(Shape(label, "object", data={k: one[k] for k in _KEYS if k in one}))
+            for annotation in content.get(ANNOTATIONS, []):
+                label = categories.get(annotation.get("category_id"), "")
+                shapes[annotation["image_id"]].append(
+                    Shape(label, "object", data={k: annotation[k] for k in _KEYS if k in annotation})
+                )
             items[split] = [
                 Item(
                     str(image["file_name"]),
@@ -101,32 +106,37 @@ class Coco(Export):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
-        """Return labels that are drawn from the objects' categories."""
+        """Return the object that draws one split's labels from the objects' categories.
+
+        The arguments are as in `Export.labels`.
+        """
         return ObjectLabels(items, images, class_of, background, _categories_of(root))
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectLabels(ShapeLabels):
-    """Labels drawn from objects: a smaller object lies on top, and crowds lie below all others.
+    """Labels drawn from COCO objects: a smaller object covers a larger one, and crowds lie below all others.
 
     Attributes:
-        categories: names by id.
+        categories: category id -> class name.
     """
 
     categories: Mapping[int, str]
 
     def shapes(self, sample: str) -> Sequence[Shape]:
-        """Return the objects of a sample in drawing order, as run lengths down the columns."""
+        """Return a sample's objects in drawing order. Each is a run-length mask down the image's columns."""
         item, runs = self.items[sample], []
         assert item.size is not None
         for order, shape in enumerate(item.shapes or ()):
             crowd = bool(shape.data.get("iscrowd"))
-            own = _runs(shape, item.size, f"annotation {shape.data.get('id', order)} of {item.file}, image {sample!r}")
-            runs.append((not crowd, -sum(own[1::2]), order, Shape(shape.label, "columns", data=own)))
+            lengths = _runs(
+                shape, item.size, f"annotation {shape.data.get('id', order)} of {item.file}, image {sample!r}"
+            )
+            runs.append((not crowd, -sum(lengths[1::2]), order, Shape(shape.label, "columns", data=lengths)))
         return [shape for *_, shape in sorted(runs, key=lambda entry: entry[:3])]
 
     def digest(self, sample: str) -> str:
-        """Return the SHA-256 of a sample's size, annotations and classes, as hex."""
+        """Return the SHA-256 (hex) of a sample's size, annotations and classes."""
         item = self.items[sample]
         class_of = {number: self.class_of.get(name, IGNORE_INDEX) for number, name in self.categories.items()}
         content = [item.size, [shape.data for shape in item.shapes or ()], sorted(class_of.items()), self.background]
@@ -134,7 +144,7 @@ class ObjectLabels(ShapeLabels):
 
 
 def _files(root: Path) -> dict[str, Path]:
-    """Return the annotation file of every split. COCO's files of objects have priority."""
+    """Return split name -> annotation file. COCO's instances_*.json have priority."""
     files: dict[str, Path] = {}
     folder = root / ANNOTATIONS
     listed = sorted(path for path in folder.glob("*.json") if not path.name.startswith((*_OTHERS, ".")))
@@ -154,13 +164,13 @@ def _files(root: Path) -> dict[str, Path]:
 
 
 def _anywhere(root: Path) -> dict[str, Path]:
-    """Return annotation files of any name: in split folders, or a single one in the root as `train`."""
+    """Return split name -> annotation file of any name: files in split folders, else files in the root."""
     folders = [name for name in folders_in(root) if name in SPLITS]
     listed = [(name, path) for name in folders for path in files_of(root / name, ".json", 0) if _is_coco(path)]
     if not listed:
-        whole = [path for path in files_of(root, ".json", 0) if _is_coco(path)]
-        named = [(path.stem.removeprefix(_OF_OBJECTS), path) for path in whole]
-        listed = [(WHOLE, whole[0])] if len(whole) == 1 and named[0][0] not in SPLITS else named
+        undivided = [path for path in files_of(root, ".json", 0) if _is_coco(path)]
+        named = [(path.stem.removeprefix(_OF_OBJECTS), path) for path in undivided]
+        listed = [(WHOLE, undivided[0])] if len(undivided) == 1 and named[0][0] not in SPLITS else named
     return dict(listed[::-1])
 
 
@@ -171,13 +181,13 @@ def _is_coco(path: Path) -> bool:
 
 
 def _first(root: Path) -> Path:
-    """Return the file whose categories count: train's, else the first."""
+    """Return the annotation file whose categories count: the file of "train", else the first."""
     files = _files(root)
     return files.get("train", next(iter(files.values())))
 
 
 def _image_place(root: Path, split: str, file: Path) -> str:
-    """Return the folder of a split's images below the root."""
+    """Return the folder of a split's images, below the root."""
     if file.name == ROBOFLOW or (file.parent != root and file.parent.name != ANNOTATIONS):
         return file.parent.name
     name = file.stem.removeprefix(_OF_OBJECTS)
@@ -193,7 +203,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _read_version(file: Path, changed: int) -> dict[str, Any]:
-    """Return the content of a file of annotations, read once. Raises: DataError for another kind of file."""
+    """Return the content of an annotation file, cached until the file changes.
+
+    Raises: DataError for another kind of file.
+    """
     content = read_json(file)
     try:
         images = {i["id"]: (str(i["file_name"]), int(i["height"]), int(i["width"])) for i in content["images"]}
@@ -202,7 +215,7 @@ def _read_version(file: Path, changed: int) -> dict[str, Any]:
             raise ValueError("two images or categories of one id, or no categories")
         if wrong := [image for image in images.values() if not all(0 < side <= 2**16 for side in image[1:])]:
             raise ValueError(f"image {wrong[0]}")
-        strange = [one for one in content.get(ANNOTATIONS, []) if one["image_id"] not in images]
+        strange = [annotation for annotation in content.get(ANNOTATIONS, []) if annotation["image_id"] not in images]
         if strange:
             raise ValueError(f"{len(strange)} annotations of no image, such as one of image {strange[0]['image_id']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -215,8 +228,8 @@ def _categories_of(root: Path) -> dict[int, str]:
 
 
 def _categories(content: dict[str, Any]) -> dict[int, str]:
-    """Return names by category id in order, without Roboflow's category 0 for the whole."""
-    used = {one.get("category_id") for one in content.get(ANNOTATIONS, [])}
+    """Return category id -> name, sorted by id, without the unused category 0 that Roboflow adds as a parent of all."""
+    used = {annotation.get("category_id") for annotation in content.get(ANNOTATIONS, [])}
     listed = sorted(((int(c["id"]), c) for c in content["categories"]), key=lambda pair: pair[0])
     parents = {str(category.get("supercategory")) for _, category in listed}
     return {
@@ -244,7 +257,10 @@ def load_pycocotools() -> Any:
 
 
 def _runs(shape: Shape, size: tuple[int, int], where: str) -> list[int]:
-    """Return the run lengths of an object, pixels outside and inside in turn, down the columns. Raises: DataError."""
+    """Return an object's run lengths down the columns, alternating between pixels outside and inside, outside first.
+
+    Raises: DataError for an object that cannot be drawn.
+    """
     height, width = size
     outline = shape.data.get("segmentation")
     if not shape.label:
@@ -256,8 +272,8 @@ def _runs(shape: Shape, size: tuple[int, int], where: str) -> list[int]:
     if isinstance(outline, dict) and list(outline.get("size", ())) == [height, width]:
         counts = outline.get("counts")
         runs: Any = decompressed(counts) if isinstance(counts, str) else counts
-        whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
-        if whole and sum(runs) == height * width:
+        valid = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+        if valid and sum(runs) == height * width:
             return list(runs)
     if outline in (None, [], {}):
         raise _broken("an outline (`segmentation`), not a box alone", "none", where)
@@ -276,10 +292,10 @@ def _is_polygon(polygon: Any) -> bool:
 
 
 def decompressed(counts: str) -> list[int]:
-    """Return the run lengths of COCO's compressed text, or [-1] for invalid text.
+    """Return the run lengths of COCO's compressed RLE text, or [-1] for invalid text.
 
-    Each character, from 48 on, has five bits and a sixth for continuation. From the fourth number on, a number is the
-    difference to the number two places before. Source: rleFrString of the COCO API.
+    Each character's code minus 48 has five bits of a number, and a sixth bit if the number continues. From the fourth
+    number on, each is stored as the difference to the number two positions before. Source: rleFrString of the COCO API.
     """
     runs, value, shift = list[int](), 0, 0
     for character in counts:

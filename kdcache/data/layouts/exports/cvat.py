@@ -45,22 +45,22 @@ SUBSET = "default"
 
 
 class Cvat(Export):
-    """The layout of CVAT's XML."""
+    """The layout of exports in the format "CVAT for images 1.1"."""
 
     name: ClassVar[str] = "cvat"
     looks_for: ClassVar[str] = "annotations.xml of CVAT for images 1.1"
 
     def found(self, root: Path) -> str:
-        """Return the XML file with annotations, or ''."""
+        """Return the name of the XML file with annotations in `root`, or ''."""
         files = [path for path in files_of(root, ".xml", 0) if "<annotations>" in head_of(path)]
         return files[0].name if files else ""
 
     def names(self, root: Path) -> list[str]:
-        """Return the labels of the XML in its order, else the shapes' classes."""
+        """Return the class names in the order of the XML file's list of labels, or sorted if it has no list."""
         return self._read(root)[0] or super().names(root)
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return the images of every subset."""
+        """Return split name -> its images with their shapes. CVAT's subset "default" becomes the split "train"."""
         return self._read(root)[1]
 
     def _read(self, root: Path) -> tuple[list[str], dict[str, list[Item]]]:
@@ -69,7 +69,7 @@ class Cvat(Export):
 
 
 class CvatMasks(Layout):
-    """The layout of CVAT's segmentation masks."""
+    """The layout of exports in CVAT's format "Segmentation mask 1.1"."""
 
     name: ClassVar[str] = "cvat-masks"
     live: ClassVar[bool] = False
@@ -78,19 +78,24 @@ class CvatMasks(Layout):
     restore: ClassVar[str] = "Export with images, or put them into JPEGImages/"
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has labelmap.txt and masks, and no `classes.txt`."""
+        """Return whether `root` has labelmap.txt and SegmentationClass/, but no `classes.txt`."""
         return (root / LABELMAP).is_file() and (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the lists' names, or `train` without lists."""
+        """Return the sorted names of the splits that have a list in ImageSets/Segmentation/, or only "train"."""
         return sorted(_split(name) for name in lists_in(root / LISTS)) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Return that labelmap.txt identifies the folder and has its classes."""
+        """Describe for messages that labelmap.txt identifies the folder and lists its classes."""
         return f"{LABELMAP} next to {LABELS}/; its classes"
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """Return the colours of labelmap.txt."""
+        """Return the map from label colours to class ids that labelmap.txt defines.
+
+        Return None if a class has no unique colour there.
+
+        Raises: DataError for an invalid labelmap.txt.
+        """
         colours = [colour for _, colour in _labelmap(root)]
         return colour_codes(colours, [], str(root / LABELMAP))
 
@@ -120,7 +125,7 @@ class CvatMasks(Layout):
         for name in filter(None, listed):
             suffixes = (".jpg", ".png", ".jpeg", ".JPG", ".bmp", ".tif", ".tiff", ".webp")
             found = (pictures.find(f"{name}{suffix}", "JPEGImages", "images") for suffix in suffixes)
-            path = next((one for one in found if one is not None), None)
+            path = next((candidate for candidate in found if candidate is not None), None)
             if path is None:
                 scan.missing.append(f"JPEGImages/{name}.jpg")
                 continue
@@ -138,7 +143,7 @@ def _split(subset: str) -> str:
 
 
 def _labelmap(root: Path) -> list[tuple[str, Colour | None]]:
-    """Read names and colours of labelmap.txt in order. Raises: DataError for another kind of line."""
+    """Return (class name, colour or None) for each line of labelmap.txt. Raises: DataError for a malformed line."""
     rows: list[tuple[str, Colour | None]] = []
     path = root / LABELMAP
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -155,36 +160,39 @@ def _labelmap(root: Path) -> list[tuple[str, Colour | None]]:
     return rows
 
 
-def _shape(one: Element) -> Shape:
-    """Return a shape of the XML. An unreadable or empty shape fails later, when the label is drawn."""
-    get = one.attrib
+def _shape(element: Element) -> Shape:
+    """Return a shape of the XML file. An invalid shape raises no error here, but when the label is drawn."""
+    get = element.attrib
     label = get.get("label", "")
     try:
         turn = float(get.get("rotation", 0))
-        if one.tag == "polygon":
+        if element.tag == "polygon":
             pairs = (pair.split(",") for pair in get["points"].split(";"))
             return Shape(label, "polygon", tuple((float(x), float(y)) for x, y in pairs))
-        if one.tag == "box":
+        if element.tag == "box":
             x0, y0, x1, y1 = (float(get[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
             if not turn:
                 return Shape(label, "rectangle", ((x0, y0), (x1, y1)))
             corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
             return Shape(label, "polygon", turned(corners, turn, ((x0 + x1) / 2, (y0 + y1) / 2)))
-        if one.tag == "ellipse":
+        if element.tag == "ellipse":
             cx, cy, rx, ry = (float(get[key]) for key in ("cx", "cy", "rx", "ry"))
             return turned_ellipse(label, (cx, cy), (rx, ry), turn)
-        if one.tag == "mask":
+        if element.tag == "mask":
             left, top, width, height = (int(get[key]) for key in ("left", "top", "width", "height"))
             runs = tuple(int(run) for run in get["rle"].split(","))
             return Shape(label, "runs", ((left, top), (left + width, top + height)), runs)
     except (KeyError, ValueError) as error:
-        return Shape(label, f"{one.tag} with {type(error).__name__} {error}")
-    return Shape(label, one.tag)
+        return Shape(label, f"{element.tag} with {type(error).__name__} {error}")
+    return Shape(label, element.tag)
 
 
 @lru_cache(maxsize=4)
 def _read(path: Path, changed: int) -> tuple[list[str], dict[str, list[Item]]]:
-    """Return the classes and the images of CVAT's XML, read once. Raises: DataError for another kind of file."""
+    """Return class names, and split name -> images, of a CVAT XML file. The result is cached until the file changes.
+
+    Raises: DataError for a malformed file.
+    """
     tree = _parse(path)
     items: dict[str, list[Item]] = defaultdict(list)
     try:
@@ -193,8 +201,11 @@ def _read(path: Path, changed: int) -> tuple[list[str], dict[str, list[Item]]]:
         for image in tree.iterfind("image"):
             subset = image.get("subset", SUBSET)
             size = int(image.attrib["height"]), int(image.attrib["width"])
-            ordered = sorted((one for one in image if one.tag != "tag"), key=lambda one: int(one.get("z_order", 0)))
-            shapes = tuple(_shape(one) for one in ordered)
+            ordered = sorted(
+                (element for element in image if element.tag != "tag"),
+                key=lambda element: int(element.get("z_order", 0)),
+            )
+            shapes = tuple(_shape(element) for element in ordered)
             folders = (f"images/{subset}", "images", subset, "")
             items[_split(subset)].append(Item(image.attrib["name"], path.name, shapes, size, folders))
     except (ValueError, KeyError) as error:
@@ -203,7 +214,10 @@ def _read(path: Path, changed: int) -> tuple[list[str], dict[str, list[Item]]]:
 
 
 def _parse(path: Path) -> Element:
-    """Parse an XML file. Raises: DataError, also for a document type, whose entities can grow."""
+    """Return the root element of an XML file.
+
+    Raises: DataError for malformed XML, or a DTD, whose entities could expand.
+    """
 
     def refuse(*_: Any) -> None:
         raise ValueError("a document type (DTD), which CVAT does not write")

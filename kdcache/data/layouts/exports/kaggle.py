@@ -39,7 +39,7 @@ Places = dict[str, tuple[str, str]]
 
 
 class Kaggle(Layout):
-    """The layout of images with masks, by folder."""
+    """The layout of images with masks in one of the folder structures that Kaggle data sets often have."""
 
     name: ClassVar[str] = "kaggle"
     live: ClassVar[bool] = False
@@ -52,26 +52,34 @@ class Kaggle(Layout):
     pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has images with masks in a structure that Kaggle data sets use."""
+        """Return whether `root` has images and masks in one of these structures.
+
+        For example, train/images/ and train/masks/ match.
+        """
         return bool(self._places(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits by folder, else by list, else `train`."""
+        """Return the splits that are folders, else those that have a list such as train.txt, else only "train"."""
         places = self._places(root)
         return (lists_in(root, SPLITS) or [WHOLE]) if list(places) == [""] else sorted(places)
 
     def why(self, root: Path) -> str:
-        """Return the folders of images and masks, the lists that divide them, and the file of classes."""
+        """Describe for messages the folders of images and masks, the lists of each split, and the file of classes."""
         places, splits = self._places(root), self.splits(root)
-        seen = [f"{image}/ with {mask}/" if image != mask else f"pairs in {image}/" for image, mask in places.values()]
+        found = [f"{image}/ with {mask}/" if image != mask else f"pairs in {image}/" for image, mask in places.values()]
         lists = ", divided by " + ", ".join(f"{name}.txt" for name in lists_in(root, SPLITS)) if "" in places else ""
         lists = lists if lists_in(root, SPLITS) else ""
         return (
-            f"{', '.join(seen[:4])}{lists}{described(self._scan(root, splits[0]))}; the classes of {self._file(root)}"
+            f"{', '.join(found[:4])}{lists}{described(self._scan(root, splits[0]))}; the classes of {self._file(root)}"
         )
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        """Return the colours of class_dict.csv or `classes.txt`."""
+        """Return the map from label colours to class ids that class_dict.csv or `classes.txt` defines.
+
+        Return None if a class has no unique colour.
+
+        Raises: DataError for an invalid file.
+        """
         if self._file(root) != CLASS_TABLE:
             return super().colour_codes(root)
         rows = _read_table(root / CLASS_TABLE)
@@ -96,7 +104,7 @@ class Kaggle(Layout):
         return keep_listed(scan, root, f"{split}.txt") if lists_in(root, SPLITS) else scan
 
     def _file(self, root: Path) -> str:
-        """Return the file that has the classes, below the root."""
+        """Return the file that lists the classes, below the root."""
         if (root / CLASSES_FILE).is_file() or (root / CLASS_TABLE).is_file():
             return CLASSES_FILE if (root / CLASSES_FILE).is_file() else CLASS_TABLE
         return next(iter(self._roboflow_tables(root)), CLASSES_FILE)
@@ -106,7 +114,10 @@ class Kaggle(Layout):
         return [file for file in files if (root / file).is_file()]
 
     def _roboflow(self, root: Path) -> dict[int, str]:
-        """Return names by the numbers in the masks. Raises: DataError for tables of other columns, or that differ."""
+        """Return number in the masks -> class name, from Roboflow's tables.
+
+        Raises: DataError for a table with other columns, or tables that differ.
+        """
         tables = {file: _read_roboflow(root / file) for file in self._roboflow_tables(root)}
         first, *others = tables
         if odd := next((file for file in others if tables[file] != tables[first]), None):
@@ -129,7 +140,7 @@ class Kaggle(Layout):
         )
 
     def _places(self, root: Path) -> Places:
-        """Return the folders of every split, or of the split "" if folders do not divide the images."""
+        """Return split -> folders of images and masks. If folders do not divide the images, the split is ""."""
         splits = [name for name in folders_in(root) if name in SPLITS]
         for make in (_split_first, _split_last, _beside, _together):
             if places := make(root, splits):
@@ -138,7 +149,7 @@ class Kaggle(Layout):
 
 
 def _split_first(root: Path, splits: list[str]) -> Places:
-    """Return SPLIT/images and SPLIT/masks."""
+    """Return the folders for the structure SPLIT/images and SPLIT/masks, or {}."""
     places = {}
     for split in splits:
         names = folders_in(root / split)
@@ -149,7 +160,10 @@ def _split_first(root: Path, splits: list[str]) -> Places:
 
 
 def _split_last(root: Path, splits: list[str]) -> Places:
-    """Return images/SPLIT and masks/SPLIT, or images and masks. `labels` belongs to other layouts."""
+    """Return the folders for images/SPLIT and masks/SPLIT, or for images and masks, or {}.
+
+    The result is {} if there is a folder `labels`, which other layouts have.
+    """
     names = folders_in(root)
     images, masks = _first(IMAGES, names), _first(MASKS[:2], names)
     if not images or not masks or "labels" in names:
@@ -161,7 +175,7 @@ def _split_last(root: Path, splits: list[str]) -> Places:
 
 
 def _beside(root: Path, splits: list[str]) -> Places:
-    """Return SPLIT and SPLIT_labels."""
+    """Return the folders for the structure SPLIT and SPLIT_labels, or {}."""
     names = folders_in(root)
     ends = ("_labels", "_masks", "_annotations")
     places = {split: next((f"{split}{end}" for end in ends if f"{split}{end}" in names), "") for split in splits}
@@ -171,18 +185,18 @@ def _beside(root: Path, splits: list[str]) -> Places:
 
 
 def _together(root: Path, splits: list[str]) -> Places:
-    """Return pairs of images and masks in one folder, distinguished by how their names end."""
+    """Return the folders of splits that contain both images and masks, distinguished by the endings of names, or {}."""
     flat = [split for split in splits if holds_pictures(root / split)]
     pairs = [split for split in flat if ends_of(names := names_below(root / split), names, together=True)[1]]
     return {split: (split, split) for split in flat} if pairs else {}
 
 
-def _first(wanted: tuple[str, ...], names: list[str]) -> str:
-    return next((name for name in wanted if name in names), "")
+def _first(candidates: tuple[str, ...], names: list[str]) -> str:
+    return next((name for name in candidates if name in names), "")
 
 
 def _read_table(path: Path) -> list[tuple[str, Colour]]:
-    """Read names and colours of a class table, including void. Raises: DataError for other columns."""
+    """Return (name, colour) for each line of a class table, including void. Raises: DataError for other columns."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [{(key or "").strip().lower(): value for key, value in row.items()} for row in csv.DictReader(file)]
@@ -197,7 +211,7 @@ def _read_table(path: Path) -> list[tuple[str, Colour]]:
 
 
 def _read_roboflow(path: Path) -> dict[int, str]:
-    """Return names by pixel value, sorted. Raises: DataError for a table of other columns."""
+    """Return pixel value -> class name, sorted by value. Raises: DataError for a table with other columns."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             _, *rows = [row for row in csv.reader(file, skipinitialspace=True) if any(map(str.strip, row))]

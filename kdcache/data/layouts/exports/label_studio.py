@@ -30,17 +30,20 @@ Task = dict[str, Any]
 
 
 class LabelStudio(Export):
-    """The layout of Label Studio's JSON."""
+    """The layout of Label Studio's JSON export."""
 
     name: ClassVar[str] = "label-studio"
     looks_for: ClassVar[str] = "the JSON export of Label Studio, a list of tasks with annotations"
 
     def found(self, root: Path) -> str:
-        """Return the first JSON export, or ''."""
+        """Return the first JSON export below `root`, as a relative path, or ''."""
         return next((path.relative_to(root).as_posix() for path in _exported(root)), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return the images of every split. Raises: DataError for a file that cannot be read, or JSON-MIN."""
+        """Return split name -> its images with their shapes.
+
+        Raises: DataError for a file that cannot be read, or an export in the format JSON-MIN.
+        """
         items: dict[str, list[Item]] = defaultdict(list)
         pictures = Pictures(root)
         for path in _exported(root):
@@ -54,14 +57,14 @@ class LabelStudio(Export):
 
 
 def _exported(root: Path) -> list[Path]:
-    """Return the files of JSON, and of JSON-MIN."""
+    """Return the files of Label Studio's exports in the formats JSON and JSON-MIN."""
     found = (path for path in files_of(root, ".json", 1) if is_part(path, root))
     return [path for path in found if head_has(path, "[", "annotations", "result") or head_has(path, "[", "annotator")]
 
 
 @lru_cache(maxsize=16)
 def _tasks(path: Path, changed: int) -> list[Task]:
-    """Return the tasks of a JSON file, read once. Raises: DataError."""
+    """Return the tasks of a JSON file, cached until the file changes. Raises: DataError for another kind of file."""
     tasks = read_json(path)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise unreadable(path, "it is no list of tasks")
@@ -69,7 +72,7 @@ def _tasks(path: Path, changed: int) -> list[Task]:
 
 
 def _image(task: Task, pictures: Pictures) -> str:
-    """Return the name of a task's image: a value of its data (of JSON-MIN: of itself) with the suffix of a picture."""
+    """Return the name of a task's image: the first value of the task's data that ends like a picture's name."""
     data = task.get("data", task)
     values = [data.get("image"), *data.values()] if isinstance(data, dict) else []
     for value in values:
@@ -84,24 +87,24 @@ def _image(task: Task, pictures: Pictures) -> str:
 
 def _item(task: Task, name: str, file: str, folders: tuple[str, ...]) -> Item:
     try:
-        annotations = [one for one in task["annotations"] if not one.get("was_cancelled")]
-        regions = [one for one in annotations[0]["result"] if _label(one)] if annotations else []
-        sizes = {(int(one["original_height"]), int(one["original_width"])) for one in regions}
-        shapes = tuple(_shape(one) for one in regions)
+        annotations = [entry for entry in task["annotations"] if not entry.get("was_cancelled")]
+        regions = [entry for entry in annotations[0]["result"] if _label(entry)] if annotations else []
+        sizes = {(int(entry["original_height"]), int(entry["original_width"])) for entry in regions}
+        shapes = tuple(_shape(entry) for entry in regions)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise unreadable(Path(file), f"task {task.get('id')}: {type(error).__name__} {error}") from error
     return Item(name, file, shapes if annotations else None, sizes.pop() if len(sizes) == 1 else None, folders)
 
 
 def _label(region: Task) -> str:
-    """Return the class of a region, or '' for a choice for the whole image."""
+    """Return the class of a region, or '' for an annotation without a class, such as a choice for the whole image."""
     value = region.get("value")
     names = [value[key] for key in value if key.endswith("labels") and value[key]] if isinstance(value, dict) else []
     return str(names[0][0]) if names else ""
 
 
 def _shape(region: Task) -> Shape:
-    """Return a region as a shape. An empty one fails later, when the label is drawn."""
+    """Return a region as a shape. An invalid shape raises no error here, but when the label is drawn."""
     label, value, kind = _label(region), region["value"], str(region.get("type", "")).removesuffix("labels")
     if region.get("image_rotation"):
         return Shape(label, f"image turned by {region['image_rotation']} degrees, and {kind}")

@@ -45,18 +45,18 @@ PNGS = ("SegmentationClass", "SegmentationClassPNG")
 
 
 class LabelMe(Export):
-    """The layout of LabelMe's JSON files."""
+    """The layout of LabelMe's JSON files, one for each image."""
 
     name: ClassVar[str] = "labelme"
     looks_for: ClassVar[str] = "JSON files of LabelMe (shapes, imagePath), next to the images or in folders"
 
     def found(self, root: Path) -> str:
-        """Return the first JSON file with shapes, or ''."""
+        """Return the first JSON file with shapes, as a path below `root`, or ''."""
         shaped = (path for path in files_of(root, ".json") if head_has(path, "{", "shapes") and is_part(path, root))
         return next((path.relative_to(root).as_posix() for path in shaped), "")
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return the images of every split. An image without JSON has no label."""
+        """Return split name -> its images with their shapes. An image without a JSON file has no label."""
         items: dict[str, list[Item]] = defaultdict(list)
         labelled: set[str] = set()
         for path in files_of(root, ".json", depth=8):
@@ -70,14 +70,14 @@ class LabelMe(Export):
         return items
 
     def names(self, root: Path) -> list[str]:
-        """Return the classes of labels.txt, else the shapes' classes, sorted."""
+        """Return the class names in the order of labels.txt. Without that file, return the shapes' classes, sorted."""
         if (root / LISTED).is_file():
             return [line.strip() for line in read_text(root / LISTED).splitlines() if line.strip()]
         return super().names(root)
 
 
 class LabelMeVoc(Layout):
-    """The layout of labelme2voc."""
+    """The layout of the folders that LabelMe's script labelme2voc writes."""
 
     name: ClassVar[str] = "labelme2voc"
     live: ClassVar[bool] = False
@@ -85,19 +85,19 @@ class LabelMeVoc(Layout):
     split_is: ClassVar[str] = f"{WHOLE!r}, which is all of it"
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has class_names.txt and JPEGImages."""
+        """Return whether `root` has class_names.txt and JPEGImages/."""
         return (root / NAMES).is_file() and (root / IMAGES).is_dir()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the only split, `train`."""
+        """Return ["train"], the only split of this layout."""
         return [WHOLE]
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False: classes come from class_names.txt."""
+        """Return False, because classes come from class_names.txt and never from a `classes.txt`."""
         return False
 
     def why(self, root: Path) -> str:
-        """Return that class_names.txt identifies the folder and has its classes."""
+        """Describe for messages that class_names.txt identifies the folder and lists its classes."""
         return f"{NAMES} next to {IMAGES}/; its classes"
 
     def _classes(self, root: Path) -> ClassList:
@@ -113,25 +113,28 @@ class LabelMeVoc(Layout):
 
 @lru_cache(maxsize=1 << 17)
 def _read(path: Path, changed: int, file: str) -> Item:
-    """Return the image and the shapes of a JSON file, read once. Raises: DataError."""
+    """Return the image and the shapes of a JSON file, cached until the file changes.
+
+    Raises: DataError for an invalid file.
+    """
     content = read_json(path)
     try:
         size = content.get("imageHeight"), content.get("imageWidth")
         declared = None if None in size else (int(size[0]), int(size[1]))
-        shapes = tuple(_shape(one) for one in content["shapes"])
+        shapes = tuple(_shape(entry) for entry in content["shapes"])
         name = str(content.get("imagePath") or f"{path.stem}.jpg")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise unreadable(path, error) from error
     return Item(name, file, shapes, declared, (posixpath.dirname(file),))
 
 
-def _shape(one: dict[str, Any]) -> Shape:
-    label, kind = str(one["label"]), str(one.get("shape_type") or "polygon")
-    points = tuple((float(x), float(y)) for x, y in one["points"])
+def _shape(entry: dict[str, Any]) -> Shape:
+    label, kind = str(entry["label"]), str(entry.get("shape_type") or "polygon")
+    points = tuple((float(x), float(y)) for x, y in entry["points"])
     if kind == "circle" and len(points) == 2:
         (cx, cy), (px, py) = points
         radius = float(np.hypot(px - cx, py - cy))
         return Shape(label, "ellipse", ((cx - radius, cy - radius), (cx + radius, cy + radius)))
     if kind == "rectangle" and len(points) == 4:
         kind = "polygon"
-    return Shape(label, _KINDS.get(kind, kind), points, one.get("mask"))
+    return Shape(label, _KINDS.get(kind, kind), points, entry.get("mask"))

@@ -30,16 +30,20 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Shape:
-    """One annotation.
+    """One annotated shape of an image.
 
     Attributes:
-        label: the name of its class.
-        kind: polygon, rectangle or ellipse (by `points`, two corners for the latter two), or runs, png, brush or
-            columns (by `data`). Anything else cannot be drawn.
-        points: (x, y) in pixels, in parts of the image's width and height if `scale` is 1, in percent if it is 100.
-        data: for runs, lengths of pixels outside and inside in turn, by rows of the box of `points`. For png, base64 of
-            a mask at the box of `points`. For brush, Label Studio's bytes. For columns, runs down the image's columns.
-        scale: value of `points` at the image's full width and height, or 0 for pixels.
+        label: the class name.
+        kind: "polygon", "rectangle" and "ellipse" use `points`. "runs", "png", "brush" and "columns" use `data`. Other
+            kinds cannot be drawn.
+        points: (x, y) of a polygon's corners, or of two opposite corners of a box, in the unit that `scale` gives.
+        data: the mask, depending on `kind`.
+            "runs": lengths of runs outside and inside the shape, in turn, along the rows of the box `points`.
+            "png": base64 of a PNG mask whose top left corner is the first of `points`.
+            "brush": Label Studio's packed bytes.
+            "columns": lengths of runs outside and inside, in turn, down the columns of the image.
+        scale: 0 for points in pixels. Otherwise the points' value at the image's full width and height, such as 100 for
+            percent.
     """
 
     label: str
@@ -51,15 +55,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Item:
-    """An image of an export and its shapes.
+    """An image of an export, with its shapes.
 
     Attributes:
-        image: its name in the export.
-        file: its annotation file, below the data set's folder.
-        shapes: in drawing order, or None for an image that nobody labelled.
-        size: (H, W) in the export, or None.
+        image: the image's name in the export.
+        file: the annotation file, below the data set's folder.
+        shapes: the shapes in drawing order, or None if nobody labelled the image.
+        size: (height, width) in pixels that the export states, or None.
         folders: folders below the data set's folder in which the image may lie.
-        place: the only folder of images, which is not part of ids, or None for any folder.
+        place: the only folder of images, which is not part of sample ids. None allows any folder.
     """
 
     image: str
@@ -72,11 +76,12 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class ShapeLabels:
-    """Labels of a split, drawn when they are read.
+    """The labels of a split, each drawn from shapes when it is read.
 
     Attributes:
-        items, images: annotations and image paths by sample.
-        class_of: class ids by name. Other names are void.
+        items: sample id -> image with its shapes.
+        images: sample id -> image file.
+        class_of: class name -> class id. Other names are void.
         background: the class id of pixels outside all shapes, or 255.
     """
 
@@ -86,7 +91,10 @@ class ShapeLabels:
     background: int
 
     def label(self, sample: str) -> Pixels:
-        """Draw the label of a sample, uint8 (H, W). Raises: DataError naming the file and the shape."""
+        """Return a sample's label, uint8 (H, W), drawn from its shapes.
+
+        Raises: DataError naming the file and the shape.
+        """
         item, size = self.items[sample], image_size(self.images[sample])
         if item.size not in (None, size):
             raise DataError(
@@ -97,11 +105,11 @@ class ShapeLabels:
         return draw(self.shapes(sample), size, self.class_of, self.background, f"{item.file}, image {item.image!r}")
 
     def shapes(self, sample: str) -> Sequence[Shape]:
-        """Return the shapes of a sample in drawing order. Raises: DataError."""
+        """Return a sample's shapes in drawing order. Raises: DataError for a shape that cannot be drawn."""
         return self.items[sample].shapes or ()
 
     def digest(self, sample: str) -> str:
-        """Return the SHA-256 of a sample's shapes and classes, as hex."""
+        """Return the SHA-256 (hex) of a sample's shapes and of the class ids they are drawn with."""
         shapes = self.items[sample].shapes or ()
         # The empty list had files of masks: the digests of earlier conversions stay what they are.
         content = [[asdict(shape) for shape in shapes], [], sorted(self.class_of.items()), self.background]
@@ -111,7 +119,14 @@ class ShapeLabels:
 def draw(
     shapes: Sequence[Shape], size: tuple[int, int], class_of: Mapping[str, int], background: int, where: str
 ) -> Pixels:
-    """Draw class ids (H, W), uint8. `where` names the file and the image for messages.
+    """Return a label, uint8 (H, W), with the shapes drawn in order. Later shapes cover earlier ones.
+
+    Args:
+        shapes: the shapes.
+        size: the image's (height, width) in pixels.
+        class_of: class name -> class id. Other names are void.
+        background: the class id of pixels outside all shapes, or 255.
+        where: the file and the image in words, for messages.
 
     Raises: DataError for a shape that cannot be drawn.
     """
@@ -148,7 +163,7 @@ def draw(
 
 
 def turned(points: Sequence[Point], degrees: float, centre: Point) -> tuple[Point, ...]:
-    """Rotate points around a centre, clockwise in an image."""
+    """Return (x, y) points, rotated around a centre. The rotation is clockwise in an image, where y points down."""
     angle = np.deg2rad(degrees)
     sine, cosine = float(np.sin(angle)), float(np.cos(angle))
     cx, cy = centre
@@ -158,7 +173,15 @@ def turned(points: Sequence[Point], degrees: float, centre: Point) -> tuple[Poin
 
 
 def turned_ellipse(label: str, centre: Point, radii: Point, degrees: float, scale: float = 0) -> Shape:
-    """Return an ellipse as a shape, or as a polygon of 90 points if it is rotated."""
+    """Return an ellipse as a shape. A rotated ellipse becomes a polygon of 90 points.
+
+    Args:
+        label: the class name.
+        centre: (x, y) of the centre.
+        radii: half the width and half the height, before rotation.
+        degrees: the clockwise rotation.
+        scale: the unit of centre and radii, as in `Shape.scale`.
+    """
     (cx, cy), (rx, ry) = centre, radii
     if not degrees:
         return Shape(label, "ellipse", ((cx - rx, cy - ry), (cx + rx, cy + ry)), scale=scale)
@@ -168,7 +191,7 @@ def turned_ellipse(label: str, centre: Point, radii: Point, degrees: float, scal
 
 
 def _points(shape: Shape, size: tuple[int, int]) -> list[Point]:
-    """Return the points in pixels. Raises: ValueError for too few, or for what lies far outside of the image."""
+    """Return a shape's points in pixels. Raises: ValueError for too few points, or points far outside the image."""
     factor = (size[1] / shape.scale, size[0] / shape.scale) if shape.scale else (1.0, 1.0)
     points = [(float(x) * factor[0], float(y) * factor[1]) for x, y in shape.points]
     if shape.scale:  # in files these have six digits: a hundredth of a pixel at most
@@ -204,11 +227,14 @@ def _of_png(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]
 
 
 def _of_brush(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
-    """Decode Label Studio's brush: RGBA of the image, its runs packed by rle-pack.
+    """Return the mask of Label Studio's brush strokes, bool (H, W), and its corner (0, 0).
 
-    32 bits: the number of values. 5 bits: bits of a value, less 1. Four times 4 bits: bits of a length, less 1. Then
-    per run a bit (1: one value, repeated; 0: as many values), 2 bits that choose the bits of its length, and its length
-    less 1.
+    The data are the image's RGBA values, with runs packed by rle-pack:
+
+    - 32 bits: the number of values. 5 bits: bits of a value, minus 1. Four times 4 bits: bits of a length, minus 1.
+    - For each run: one bit (1: one value that repeats, 0: a value for each position), 2 bits that select the bits of
+      the run's length, the length minus 1, and the values.
+
     Source: https://github.com/thi-ng/umbrella, package rle-pack.
     """
     bits = np.unpackbits(np.array(shape.data, np.uint8))

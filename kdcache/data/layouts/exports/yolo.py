@@ -27,28 +27,28 @@ IMAGES, LABELS = "images", "labels"
 
 
 class Yolo(Export):
-    """The layout of YOLO's polygons."""
+    """The layout of YOLO's polygons in text files."""
 
     name: ClassVar[str] = "yolo"
     looks_for: ClassVar[str] = f"{IMAGES}/ and {LABELS}/ with text files, data.yaml or {CLASSES_FILE}"
 
     def found(self, root: Path) -> str:
-        """Return the file of names, or the folder of labels, or '' if labels are not text files."""
+        """Return the file of class names or the folder of labels, below `root`, or '' if labels are not text files."""
         places = _places(root)
         if not places or not all(_holds_texts(root / labels) for labels in places.values() if (root / labels).is_dir()):
             return ""
         return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False: a `classes.txt` has YOLO's names."""
+        """Return False, because a `classes.txt` has YOLO's class names here."""
         return False
 
     def names(self, root: Path) -> list[str]:
-        """Return the names in the order of their numbers."""
+        """Return the class names in the order of their numbers."""
         return list(_names(root).values())
 
     def items(self, root: Path) -> dict[str, list[Item]]:
-        """Return the images of every split with their polygons."""
+        """Return split name -> its images with their polygons."""
         items: dict[str, list[Item]] = defaultdict(list)
         names = _names(root)
         for images, labels in _places(root).items():
@@ -68,14 +68,14 @@ class Yolo(Export):
 
 
 def _places(root: Path) -> dict[str, str]:
-    """Return the folders of labels by the folders of images."""
+    """Return folder of images -> folder of labels, both below the root."""
     splits = [name for name in folders_in(root) if (root / name / IMAGES).is_dir() and (root / name / LABELS).is_dir()]
-    whole = {IMAGES: LABELS} if (root / IMAGES).is_dir() and (root / LABELS).is_dir() else {}
-    return whole | {f"{name}/{IMAGES}": f"{name}/{LABELS}" for name in splits}
+    undivided = {IMAGES: LABELS} if (root / IMAGES).is_dir() and (root / LABELS).is_dir() else {}
+    return undivided | {f"{name}/{IMAGES}": f"{name}/{LABELS}" for name in splits}
 
 
 def _holds_texts(folder: Path) -> bool:
-    """Return True if the first label below a folder is a text file, ignoring lists of names and classes."""
+    """Return whether the first label below a folder is a text file. Lists of class names do not count."""
     for _, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         for name in names:
@@ -91,7 +91,7 @@ def _tables(root: Path) -> list[Path]:
 
 
 def _names(root: Path) -> dict[int, str]:
-    """Return names of the classes by number. Raises: DataError without a file that lists them."""
+    """Return class number -> class name. Raises: DataError if no file lists the names."""
     for path in _tables(root):
         if path.name == CLASSES_FILE:
             return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
@@ -105,7 +105,12 @@ def _names(root: Path) -> dict[int, str]:
 
 
 def class_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
-    """Return the names in a data yaml by number, sorted. Raises: DataError for invalid names."""
+    """Return class number -> class name from a data.yaml, sorted by number. Raises: DataError for invalid names.
+
+    Args:
+        path: the YAML file, for the message.
+        content: the YAML file's content, with `names` as a list or a dict.
+    """
     names = content.get("names")
     try:
         numbered = names if isinstance(names, dict) else dict(enumerate(names or ()))
@@ -118,7 +123,7 @@ def class_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a yaml. Raises: DataError for one that cannot be read."""
+    """Return the content of a YAML file. Raises: DataError if it cannot be read or is larger than 1 MiB."""
     import yaml
 
     if path.stat().st_size > 1 << 20:
@@ -131,7 +136,10 @@ def read_yaml(path: Path) -> Any:
 
 @lru_cache(maxsize=1 << 17)
 def _read(path: Path, changed: int, names: tuple[tuple[int, str], ...]) -> tuple[Shape, ...]:
-    """Return the polygons of a text file, read once. An invalid one fails later, when the label is drawn."""
+    """Return the polygons of a text file, cached until the file changes.
+
+    An invalid polygon fails when the label is drawn.
+    """
     return tuple(
         _shape(line.split(), dict(names), number)
         for number, line in enumerate(read_text(path).splitlines(), 1)

@@ -36,17 +36,17 @@ _MILLIMETRES = 1000.0
 
 @dataclass(frozen=True)
 class _MetresOf:
-    """Read depth: floats in metres, and whole numbers of a PNG by their scale."""
+    """A reader of depth files: floats are metres, and integers of a PNG are divided by `scale`."""
 
     scale: float
 
     def __call__(self, path: Path) -> Depth:
-        """Return the depth in a file. Raises: DataError for one that cannot be read."""
+        """Return a file's depth in metres, float32 (H, W). Raises: DataError for a file that cannot be read."""
         return DepthUnit(self.scale if path.suffix == ".png" else None)(path)
 
 
 class DataYaml(Layout):
-    """The layout of a data yaml. Its root is the file itself."""
+    """The layout of Ultralytics' data.yaml. The methods' `root` is the YAML file itself, not a folder."""
 
     name: ClassVar[str] = "ultralytics"
     looks_for: ClassVar[str] = "data.yaml with train, val, masks_dir and names"
@@ -55,23 +55,23 @@ class DataYaml(Layout):
     of_file: ClassVar[bool] = True
 
     def find(self, folder: Path) -> Path | None:
-        """Return the file itself if it is a yaml."""
+        """Return the path unchanged if it is a YAML file, or None."""
         return folder if self.matches(folder) else None
 
     def matches(self, root: Path) -> bool:
-        """Return whether the path is a yaml file."""
+        """Return whether `root` is a file that ends with .yaml or .yml."""
         return root.suffix in SUFFIXES and root.is_file()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the yaml's splits, sorted."""
+        """Return the splits that the YAML file has as keys, sorted: train, val, validation and test."""
         return sorted(name for name in SPLITS if _read(root).get(name))
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False: classes come from the yaml's names."""
+        """Return False, because the class names come from `names` in the YAML file and never from a `classes.txt`."""
         return False
 
     def why(self, root: Path) -> str:
-        """Return the yaml's file name and splits."""
+        """Describe the YAML file in words: its name and its splits."""
         return f"{root.name} with {', '.join(self.splits(root))}; its names"
 
     def _classes(self, root: Path) -> ClassList:
@@ -116,7 +116,7 @@ def _read(root: Path) -> dict[str, Any]:
 
 
 def _base(root: Path, content: Mapping[str, Any]) -> Path:
-    """Return the folder that a yaml's paths are relative to. Raises: DataError if it does not exist."""
+    """Return the folder that the YAML file's paths are relative to. Raises: DataError if it does not exist."""
     named = Path(str(content.get("path") or root.parent)).expanduser()
     places = [named] if named.is_absolute() else [root.parent / named, named]
     found = next((place for place in places if place.is_dir()), None)
@@ -129,7 +129,7 @@ def _base(root: Path, content: Mapping[str, Any]) -> Path:
 
 
 def _images(root: Path, content: Mapping[str, Any], split: str) -> dict[str, str]:
-    """Return the absolute paths of the images of a split by id, sorted. Raises: DataError for a missing place."""
+    """Return sample id -> absolute image path, sorted by id. Raises: DataError if a folder or list does not exist."""
     base, given = _base(root, content), content[split]
     places = [base / str(place) for place in (given if isinstance(given, list) else [given])]
     images: dict[str, str] = {}
@@ -143,7 +143,7 @@ def _images(root: Path, content: Mapping[str, Any], split: str) -> dict[str, str
 
 
 def _in_place(root: Path, place: Path) -> Iterator[Path]:
-    """Yield the images in a folder, or those that a list names. Raises: DataError for neither."""
+    """Yield the images in a folder, or the images that a list names. Raises: DataError if `place` is neither."""
     if place.is_dir():
         yield from (place / name for name in names_below(place).values())
     elif place.suffix == ".txt" and place.is_file():
@@ -156,7 +156,10 @@ def _in_place(root: Path, place: Path) -> Iterator[Path]:
 
 
 def _beside(images: Mapping[str, str], folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Return the files of images that have one, in the folder that stands for the last `images` in their paths."""
+    """Return sample id -> label file, for the images that have one.
+
+    A label's path is its image's path with `folder` instead of the last part `images`, and one of the suffixes.
+    """
     files = {}
     for sample, image in images.items():
         before, _, after = image.rpartition(f"/{_IMAGES}/")
@@ -167,7 +170,7 @@ def _beside(images: Mapping[str, str], folder: str, suffixes: tuple[str, ...]) -
 
 
 def _label_ids(root: Path, content: Mapping[str, Any]) -> LabelIds:
-    """Return the meaning of the numbers in masks. Raises: DataError for an invalid label_mapping."""
+    """Return how to map the numbers in masks to class ids. Raises: DataError for an invalid label_mapping."""
     mapping = content.get("label_mapping") or {}
     try:
         given = {int(k): IGNORE_INDEX if v in (None, "ignore_label") else int(v) for k, v in dict(mapping).items()}

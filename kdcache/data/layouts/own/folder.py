@@ -51,7 +51,7 @@ LABEL_IDS = LabelIds(
 
 
 class Folder(Layout):
-    """The layout of your own data set. `write_scenes` and pseudo labels are also written in this layout."""
+    """The layout of your own data set: images/SPLIT/, labels/SPLIT/ and classes.txt. kdcache also writes it."""
 
     name: ClassVar[str] = "folder"
     looks_for: ClassVar[str] = (
@@ -60,7 +60,7 @@ class Folder(Layout):
     split_is: ClassVar[str] = f"a folder below {IMAGES}, or a list of pictures right in it"
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has `images/` and classes, depth or labels."""
+        """Return whether `root` has images/ and also `classes.txt`, labels/ or depth/."""
         listed, deep = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
         if not (root / LABELS).is_dir() and any((root / name).is_dir() for name in MASKS):
             return False
@@ -69,32 +69,32 @@ class Folder(Layout):
         return (listed or deep) and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits by folder, else by list, else `train`."""
+        """Return the folders in images/, else the lists that exist (train.txt is "train"), else only "train"."""
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
     def why(self, root: Path) -> str:
-        """Return the folders or lists of images, and the file or folder next to them."""
+        """Describe for messages how the images in `root` are divided, and which file has the classes."""
         folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
-        what = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
+        folders_text = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
         divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""
         beside = CLASSES_FILE if (root / CLASSES_FILE).is_file() or not (root / DEPTHS).is_dir() else f"{DEPTHS}/"
         ends = described(self._scan(root, self.splits(root)[0]))
-        return f"{what} and {beside}{divided}{ends}"
+        return f"{folders_text} and {beside}{divided}{ends}"
 
     def _classes(self, root: Path) -> ClassList:
         without = (root / DEPTHS).is_dir() and not (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
         return ClassList(()) if without else read_classes(root)
 
     def _scan(self, root: Path, split: str) -> Scan:
-        whole = not folders_in(root / IMAGES)
-        below = "" if whole else f"/{split}"
+        undivided = not folders_in(root / IMAGES)
+        below = "" if undivided else f"/{split}"
         scan = scan_pairs(root, f"{IMAGES}{below}", f"{LABELS}{below}", LABEL_IDS, self.classes(root))
-        if whole and lists_in(root, SPLITS):
+        if undivided and lists_in(root, SPLITS):
             scan = keep_listed(scan, root, f"{split}.txt")
-        place = DEPTHS if whole else f"{DEPTHS}/{split}"
+        place = DEPTHS if undivided else f"{DEPTHS}/{split}"
         if not (root / place).is_dir():
             return scan
         scan = scan_depth(scan, root, place, read_unit(root))
-        if scan.depth is not None and whole and lists_in(root, SPLITS):  # the depth of other lists' images
+        if scan.depth is not None and undivided and lists_in(root, SPLITS):  # the depth of other lists' images
             scan = replace(scan, depth=replace(scan.depth, orphans=[]))
         return scan

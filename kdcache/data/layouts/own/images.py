@@ -20,7 +20,7 @@ _SPLITS = {"train", "test", *VALIDATION}
 
 
 class Images(Layout):
-    """The layout of pictures without labels and classes. Other layouts come first."""
+    """The layout of pictures without labels and classes. kdcache tries it after all other layouts."""
 
     name: ClassVar[str] = "images"
     looks_for: ClassVar[str] = "pictures, at any depth, and no labels"
@@ -28,11 +28,11 @@ class Images(Layout):
     has_labels: ClassVar[bool] = False
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has pictures, but neither `classes.txt` nor masks."""
+        """Return whether `root` has pictures at any depth, but no `classes.txt` and no folder of masks."""
         return not (root / CLASSES_FILE).exists() and bool(names_below(root)) and not holds_masks(root)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the split folders, or `train`."""
+        """Return the names of the split folders, or only "train" if folders do not divide the pictures."""
         return _folders(root) or [WHOLE]
 
     def _classes(self, root: Path) -> ClassList:
@@ -44,6 +44,6 @@ class Images(Layout):
 
 
 def _folders(root: Path) -> list[str]:
-    """Return the split folders, sorted, or none if other pictures or folders lie next to them."""
+    """Return the sorted names of the split folders, or [] if other pictures or folders lie next to them."""
     folders = folders_in(root)
     return folders if {*folders} <= _SPLITS and not holds_pictures(root) else []

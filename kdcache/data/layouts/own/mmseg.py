@@ -30,18 +30,18 @@ class Mmseg(Layout):
     split_is: ClassVar[str] = f"a folder below {IMAGES}"
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has img_dir/SPLIT and ann_dir."""
+        """Return whether `root` has folders in img_dir/, and a folder ann_dir/."""
         return bool(folders_in(root / IMAGES)) and (root / LABELS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the folders below img_dir."""
+        """Return the sorted names of the folders in img_dir/."""
         return folders_in(root / IMAGES)
 
     def why(self, root: Path) -> str:
-        """Return the folders of images and labels, and the file of classes."""
+        """Describe for messages the folders of images and labels, and the file of classes."""
         splits = self.splits(root)
-        seen = ", ".join(f"{IMAGES}/{split}/ with {LABELS}/{split}/" for split in splits[:4])
-        return f"{seen}{described(self._scan(root, splits[0]))}; the classes of {CLASSES_FILE}"
+        folders = ", ".join(f"{IMAGES}/{split}/ with {LABELS}/{split}/" for split in splits[:4])
+        return f"{folders}{described(self._scan(root, splits[0]))}; the classes of {CLASSES_FILE}"
 
     def _classes(self, root: Path) -> ClassList:
         return read_classes(root)

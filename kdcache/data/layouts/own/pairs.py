@@ -31,9 +31,16 @@ Ends = tuple[str, str]
 
 
 def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelIds, classes: ClassList | None) -> Scan:
-    """Pair the images below one folder with the labels below another, or in the same one.
+    """Return the files of a split whose labels have names such as `a_mask.png` for `a.jpg`.
 
-    If `classes`, the labels' classes, are Cityscapes' 19, files called labelIds hold labelIds instead of class ids.
+    If `classes` are Cityscapes' 19 classes, files named *_labelIds are mapped from Cityscapes' labelIds.
+
+    Args:
+        root: the data set's folder.
+        image_place: the folder of images, below `root`.
+        label_place: the folder of labels, below `root`. It may be the same folder.
+        label_ids: how to map the numbers in labels to class ids.
+        classes: the classes of the labels, or None.
     """
     together = image_place == label_place
     images, labels = names_below(root / image_place), names_below(root / label_place)
@@ -53,9 +60,14 @@ def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelI
 
 
 def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = False) -> Ends:
-    """Return the name endings (before the suffix) of images and labels that pair most images with labels, or ("", "").
+    """Return the ending of image names and the ending of label names that pair most labels with images.
 
-    With `together`, both lie in one folder, so the labels' names must have an ending.
+    For example, `a_img` and `a_mask` give ("_img", "_mask"). If no names pair, the result is ("", "").
+
+    Args:
+        images: names of image files without suffix.
+        labels: names of label files without suffix.
+        together: whether images and labels lie in the same folder. Then label names must have an ending.
     """
     images, labels = list(images), set(labels)
     best, most = ("", ""), 0
@@ -73,5 +85,5 @@ def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = Fa
 
 
 def described(scan: Scan) -> str:
-    """Describe how a split's labels are named, for reports, or return '' if they have their images' names."""
+    """Describe for messages the ending of the label names, as in ", labels end with _mask", or return ''."""
     return f", labels end with {scan.label_end}" if scan.label_end else ""

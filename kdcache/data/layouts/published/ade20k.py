@@ -37,7 +37,7 @@ _LINE = re.compile(r"\s*(?P<id>\d+)\s+[\d.]+\s+\d+\s+\d+\s+\d+\s+(?P<names>\S.*?
 
 
 class Ade20k(Layout):
-    """The layout of ADEChallengeData2016."""
+    """The layout of ADE20K's scene parsing benchmark (ADEChallengeData2016)."""
 
     name: ClassVar[str] = "ade20k"
     looks_for: ClassVar[str] = f"{IMAGES}/training/ and {LABELS}/training/ (or validation)"
@@ -45,11 +45,11 @@ class Ade20k(Layout):
     split_is: ClassVar[str] = f"train ({IMAGES}/training) or val ({IMAGES}/validation)"
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has images and annotations of a split."""
+        """Return whether `root` has images/ and annotations/ with training/ or validation/ in each."""
         return bool(self.splits(root)) and any((root / LABELS / folder).is_dir() for folder in FOLDERS.values())
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits with a folder of images."""
+        """Return "train" if images/training/ exists, and "val" if images/validation/ exists."""
         return [split for split, folder in FOLDERS.items() if (root / IMAGES / folder).is_dir()]
 
     def _classes(self, root: Path) -> ClassList:
@@ -68,7 +68,10 @@ class Ade20k(Layout):
 
 
 def _short_names(names: list[str]) -> tuple[str, ...]:
-    """Return `building, edifice` is `building`, unless two classes would then be called the same."""
+    """Return the first of each class's names: "building, edifice" becomes "building".
+
+    Names that would be equal stay whole.
+    """
     short = [re.split(r"[,;]", name)[0].strip() for name in names]
     return tuple(first if short.count(first) == 1 else name for first, name in zip(short, names, strict=True))
 

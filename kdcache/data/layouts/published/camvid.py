@@ -46,7 +46,7 @@ SPLITS = ("train", "val", "test", "trainval")
 
 
 class CamVid(Layout):
-    """The layout of CamVid from the SegNet tutorial."""
+    """The layout of CamVid as the SegNet tutorial distributes it."""
 
     name: ClassVar[str] = "camvid"
     looks_for: ClassVar[str] = "train.txt, val.txt or test.txt beside a folder such as trainannot/"
@@ -55,11 +55,11 @@ class CamVid(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has a list and a folder of annotations."""
+        """Return whether `root` has a list, such as train.txt, and an annotation folder, such as trainannot/."""
         return bool(self.splits(root)) and any((root / f"{split}annot").is_dir() for split in SPLITS)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits with a list."""
+        """Return the sorted names of the splits that have a list: train.txt is the split "train"."""
         return lists_in(root, SPLITS)
 
     def _classes(self, root: Path) -> ClassList:

@@ -60,17 +60,23 @@ _IMAGE_END, _IDS_END, _TRAIN_IDS_END = "_leftImg8bit", "_gtFine_labelIds", "_gtF
 
 
 def to_classes(most_label_id: int) -> dict[int, int]:
-    """Return labelId -> class id, for all labelIds up to the last one. labelIds without a class are void."""
+    """Return labelId -> class id, for labelIds from 0 to `most_label_id`. Those without a class map to 255 (void)."""
     classes = {label_id: index for index, (label_id, _, _) in enumerate(_KINDS)}
     return {label_id: classes.get(label_id, IGNORE_INDEX) for label_id in range(most_label_id + 1)}
 
 
 def refuse_train_ids(seen: Seen, path: Path) -> None:
-    """Raise DataError for numbers that are train ids instead of labelIds.
+    """Raise DataError if a label file that should hold labelIds holds train ids instead.
 
-    Nearly every street has a labelId from 19 up: vegetation, sky, a car, a sign. Without any, two signs tell train ids.
-    They have 255 for void, which labelIds never have. Or they have two of the ids that are rare as labelIds without
-    plants, sky and cars, but are poles, terrain, sky, trucks and bicycles as train ids.
+    Nearly every street image has a labelId of 19 or more: vegetation, sky, a car or a sign. A label without any of them
+    is judged by two signs of train ids:
+
+    - It has the number 255 (void). labelIds never have it.
+    - It has two of the ids 5, 9, 10, 14 and 18. They are rare as labelIds, but frequent as train ids.
+
+    Args:
+        seen: whether each of the numbers 0 to 255 occurs in the label, bool (256,).
+        path: the label file, for the message.
     """
     if seen[len(CLASSES) : IGNORE_INDEX].any() or not (seen[IGNORE_INDEX] or seen[list(_SELDOM)].sum() >= 2):
         return
@@ -95,7 +101,7 @@ TRAIN_IDS = LabelIds(
 
 
 class Cityscapes(Layout):
-    """The layout of Cityscapes with fine annotations."""
+    """The layout of Cityscapes with fine annotations (gtFine)."""
 
     name: ClassVar[str] = "cityscapes"
     looks_for: ClassVar[str] = f"{IMAGES}/SPLIT/CITY/ (and {LABELS}/SPLIT/CITY/)"
@@ -103,11 +109,11 @@ class Cityscapes(Layout):
     pairing: ClassVar[str] = f"The label of CITY/NAME{_IMAGE_END}.png is CITY/NAME{_IDS_END}.png."
 
     def matches(self, root: Path) -> bool:
-        """Return whether leftImg8bit has folders."""
+        """Return whether `root` has a folder leftImg8bit/ with folders in it."""
         return bool(folders_in(root / IMAGES))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the folders below leftImg8bit."""
+        """Return the sorted names of the folders in leftImg8bit/, such as "train" and "val"."""
         return folders_in(root / IMAGES)
 
     def _classes(self, root: Path) -> ClassList:

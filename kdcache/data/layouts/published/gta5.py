@@ -40,11 +40,11 @@ class Gta5(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
-        """Return whether pictures lie directly in images and labels."""
+        """Return whether images/ and labels/ in `root` directly contain pictures."""
         return holds_pictures(root / IMAGES) and holds_pictures(root / LABELS)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the lists' names, or `train` without lists."""
+        """Return the splits that have a list, such as "val" for val.txt, or only "train" if there is no list."""
         return lists_in(root, SPLITS) or [WHOLE]
 
     def _classes(self, root: Path) -> ClassList:

@@ -27,7 +27,7 @@ _SELECTIONS = ("", "depth_selection", "data_depth_selection/depth_selection")
 
 
 class KittiDepth(Layout):
-    """The layout of KITTI's depth prediction."""
+    """The layout of KITTI's depth prediction benchmark."""
 
     name: ClassVar[str] = "kitti-depth"
     looks_for: ClassVar[str] = f"train/ or val/ (or {ANNOTATED}/train/) with DRIVE_sync/proj_depth/groundtruth/"
@@ -35,11 +35,11 @@ class KittiDepth(Layout):
     pairing: ClassVar[str] = "A depth map has a raw image of its drive, camera and number."
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has annotated depth of any split."""
+        """Return whether `root` has annotated depth for at least one split."""
         return bool(self.splits(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the annotated splits and the validation selection, if they exist."""
+        """Return the splits that exist, sorted: "train", "val" and "val_selection_cropped"."""
         names = [split for split in ("train", "val") if _annotated(root, split)]
         return sorted(names + [SELECTION] * (_selection(root) is not None))
 
@@ -74,7 +74,7 @@ class KittiDepth(Layout):
 
 
 def _annotated(root: Path, split: str) -> str:
-    """Return the folder of a split's drives below the root, or ''."""
+    """Return the folder below the root that contains a split's drives, or ''."""
     for place in _PLACES:
         folder = f"{place}/{split}".lstrip("/")
         if any((root / folder / drive / "proj_depth/groundtruth").is_dir() for drive in folders_in(root / folder)):
@@ -88,7 +88,10 @@ def _selection(root: Path) -> str | None:
 
 
 def _image_folder(root: Path, place: str, drive: str, camera: str) -> str | None:
-    """Return the folder of a drive's raw images below the root, or next to it if the root holds annotations."""
+    """Return the folder of a drive's raw images, relative to the root, or None.
+
+    The images may lie below the root, or next to it if the root is the folder of annotations.
+    """
     above = ["", ".."] if root.absolute().name == ANNOTATED else [""]
     bases = [f"{up}/{base}".strip("/") for up in above for base in ("", *folders_in(root / up))]
     raw = [f"{base}/{drive[:10]}/{drive}/{camera}/data".lstrip("/") for base in bases]
@@ -96,5 +99,8 @@ def _image_folder(root: Path, place: str, drive: str, camera: str) -> str | None
 
 
 def _selected_image(name: str) -> str:
-    """Return ..._sync_groundtruth_depth_0000000005_image_02 is the depth of ..._sync_image_0000000005_image_02."""
+    """Return the image's name for a depth file of the selection.
+
+    ..._sync_groundtruth_depth_0000000005_image_02 becomes ..._sync_image_0000000005_image_02.
+    """
     return name.replace("_groundtruth_depth_", "_image_")

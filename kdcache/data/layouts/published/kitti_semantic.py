@@ -22,7 +22,7 @@ FOLDERS = {"train": "training", "test": "testing"}
 
 
 class KittiSemantic(Layout):
-    """The layout of KITTI's semantic segmentation of 2015."""
+    """The layout of KITTI's semantic segmentation benchmark (2015)."""
 
     name: ClassVar[str] = "kitti-semantic"
     looks_for: ClassVar[str] = f"training/{IMAGES}/ and training/{LABELS}/"
@@ -30,11 +30,11 @@ class KittiSemantic(Layout):
     split_is: ClassVar[str] = f"train (training/{IMAGES}) or test (testing/{IMAGES})"
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has training images and labels."""
+        """Return whether `root` has training/image_2/ and training/semantic/."""
         return all((root / FOLDERS["train"] / name).is_dir() for name in (IMAGES, LABELS))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits with a folder of images."""
+        """Return "train" if training/image_2/ exists, and "test" if testing/image_2/ exists, sorted."""
         return sorted(split for split, folder in FOLDERS.items() if (root / folder / IMAGES).is_dir())
 
     def _classes(self, root: Path) -> ClassList:

@@ -33,11 +33,11 @@ class Nyu(Layout):
     pairing: ClassVar[str] = f"The depth of SCENE/{_IMAGE}NUMBER.jpg is SCENE/{_DEPTH}NUMBER.png."
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has frames of any split."""
+        """Return whether `root` has images with depth files for at least one split."""
         return bool(self.splits(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits with a folder, sorted."""
+        """Return the splits that have depth files, sorted: "test" and "train"."""
         return sorted(split for split in PLACES if _place(root, split) is not None)
 
     def _classes(self, root: Path) -> ClassList:

@@ -54,7 +54,7 @@ AUGMENTED, AUGMENTED_LABELS = "trainaug", "SegmentationClassAug"
 
 
 class Voc(Layout):
-    """The layout of PASCAL VOC's segmentation."""
+    """The layout of PASCAL VOC 2012's segmentation data."""
 
     name: ClassVar[str] = "voc"
     looks_for: ClassVar[str] = f"{IMAGES}/ and {LISTS}/"
@@ -63,14 +63,20 @@ class Voc(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
-        """Return whether the folder has VOC's images and lists, without the files of CVAT or LabelMe."""
-        own = any((root / name).is_file() for name in ("labelmap.txt", "class_names.txt"))
-        if own and not (root / CLASSES_FILE).is_file():
+        """Return whether `root` has JPEGImages/ and ImageSets/Segmentation/, and is not an export of CVAT or LabelMe.
+
+        Such exports have the same folders, but also labelmap.txt or class_names.txt.
+        """
+        exported = any((root / name).is_file() for name in ("labelmap.txt", "class_names.txt"))
+        if exported and not (root / CLASSES_FILE).is_file():
             return False  # of CVAT or LabelMe, with other classes
         return (root / IMAGES).is_dir() and (root / LISTS).is_dir()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the lists' names, with `trainaug` only if its labels exist."""
+        """Return the names of the lists in ImageSets/Segmentation/.
+
+        The list "trainaug" counts only if the folder SegmentationClassAug/ exists.
+        """
         augmented = (root / AUGMENTED_LABELS).is_dir()
         return [name for name in lists_in(root / LISTS) if name != AUGMENTED or augmented]
 
