@@ -36,8 +36,8 @@ class FixedBalance(nn.Module):
     """The weighted sum of the heads' losses.
 
     Args:
-        weights: the weight of each head, finite and at least 0.
-    Raises: RecipeError for another weight, or none.
+        weights: head -> the weight of its loss, finite and at least 0.
+    Raises: RecipeError for any other weight, and if there is no head.
     """
 
     reads_counts: ClassVar[bool] = False
@@ -54,33 +54,36 @@ class FixedBalance(nn.Module):
         self._weights = dict(weights)
 
     def factors(self) -> Mapping[str, Tensor | float]:
-        """Return the weight of each head's loss on its gradient."""
+        """Return head -> the factor of its loss, as a Python float."""
         return self._weights
 
     def weights(self) -> dict[str, float]:
-        """Return the weight of each head's loss as Python numbers."""
+        """Return head -> the weight of its loss, as a Python float."""
         return dict(self._weights)
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the loss of all heads, given scalars by head.
+        """Return the weighted sum of the heads' losses, a 0-dimensional tensor.
 
-        `counted` is ignored: a head without a counted pixel has the loss 0.
-
-        Raises: RecipeError for other heads than those with a weight.
+        Args:
+            losses: head -> its loss, 0-dimensional.
+            counted: ignored, because a head without a counted pixel has the loss 0.
+        Raises: RecipeError if the heads are not exactly the heads with a weight.
         """
         _check_heads(losses, self.heads)
         return torch.stack([self._weights[head] * losses[head] for head in self.heads]).sum()
 
 
 class UncertaintyBalance(nn.Module):
-    """The heads' losses, each weighed by a learnt variance.
+    """The sum of the heads' losses, each with a learnt weight.
 
-    Give its parameters to the optimizer, without weight decay (which pulls every weight to 1), and to the checkpoint.
-    They are in its state dict as `log_variance.<head>`, and start at 0.
+    The parameters are `log_variance.<head>` in the state dict and start at 0. Give them to the optimizer without weight
+    decay, which pulls every weight to 1. Save them in the checkpoint.
 
     Args:
-        forms: the form of each head's loss.
-    Raises: RecipeError for an unknown form, or no head.
+        forms: head -> the form of its loss: `classes` for cross-entropy, `squared` for squared errors, `absolute` for
+            depth terms.
+    Raises: RecipeError for an unknown form, and if there is no head.
+    Source: Kendall, Gal and Cipolla 2018, arXiv 1705.07115.
     """
 
     reads_counts: ClassVar[bool] = True
@@ -99,21 +102,25 @@ class UncertaintyBalance(nn.Module):
 
     @torch.no_grad()
     def factors(self) -> Mapping[str, Tensor | float]:
-        """Return the 0-dimensional weight of each head's loss: exp(-s), half of it for a squared error."""
+        """Return head -> the factor of its loss, a 0-dimensional tensor.
+
+        The factor is exp(-s), and exp(-s) / 2 for the form `squared`, where s is the head's learnt logarithm of a
+        variance.
+        """
         return {head: self._factor(head) * (-self.log_variance[head]).exp() for head in self.heads}
 
     def weights(self) -> dict[str, float]:
-        """Return the weight of each head's loss, read from the device."""
+        """Return head -> the factor of its loss, as a Python float. This waits for the device."""
         return {head: float(factor) for head, factor in self.factors().items()}
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the loss of all heads, with gradients to the losses and to the variances.
+        """Return the balanced sum of the heads' losses, 0-dimensional, with gradients to the losses and the variances.
 
         Args:
-            losses: scalars by head.
-            counted: how many pixels (images, class weights) each head's loss covers, 0-dimensional, over all processes
-                and parts. A head with 0 is left out. None is all heads.
-        Raises: RecipeError for other heads than those with a form.
+            losses: head -> its loss, 0-dimensional.
+            counted: head -> the number of pixels, images or class weights in its loss, 0-dimensional, summed over all
+                processes and accumulated parts. A head with 0 is left out. None keeps all heads.
+        Raises: RecipeError if the heads of `losses` are not exactly the heads with a form.
         """
         _check_heads(losses, self.heads)
         parts = []
@@ -131,7 +138,13 @@ Balance = FixedBalance | UncertaintyBalance
 
 
 def weigh_parts(parts: Mapping[str, Tensor], tasks: Mapping[str, str], balance: Balance) -> dict[str, Tensor]:
-    """Multiply terms of a loss by the weight of their task in `tasks`. Gradients reach only the terms."""
+    """Return each loss term times its task's weight. Gradients reach only the terms.
+
+    Args:
+        parts: name of a term -> its loss, 0-dimensional.
+        tasks: name of a term -> its task, `segmentation` or `depth`.
+        balance: gives the weight of each task.
+    """
     factors = balance.factors()
     return {name: factors[tasks[name]] * part for name, part in parts.items()}
 

@@ -19,7 +19,7 @@ class PseudoLabels:
     """The classes that a network predicts for the pixels of a batch. A pytree.
 
     Attributes:
-        label: (B, H, W) uint8, int16 above 256 classes.
+        label: (B, H, W) uint8, or int16 above 256 classes.
         confidence: (B, H, W) float16, the probability of that class.
     """
 
@@ -28,15 +28,15 @@ class PseudoLabels:
 
 
 class StoredTargets(Protocol):
-    """Targets without pixels or labels, as numpy arrays from `Cache.targets_for`."""
+    """The interface of stored targets, as `Cache.targets_for` returns them: numpy arrays without pixels or labels."""
 
     def to_dict(self) -> Mapping[str, Any]:
-        """Return the arrays by the flat names of `Batch.to_dict`."""
+        """Return name -> numpy array, with the names of `Batch.to_dict`, such as `targets/segmentation/values`."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of B samples of one stream, by name. Absent tensors are None or missing keys. A pytree.
+    """Tensors of B samples of one stream. An absent tensor is None or a missing key. A pytree.
 
     >>> import kdcache
     >>> dataset = kdcache.CacheDataset(kdcache.open_cache("streets.zarr"))
@@ -48,23 +48,24 @@ class Batch:
 
     Attributes:
         pixels: (B, H, W, 3) uint8 RGB.
-        labels: task -> labels. Segmentation is (B, H, W) uint8, 255 void.
-        targets: head -> the teacher's packed outputs, or None without a teacher.
+        labels: task -> labels (B, H, W). Segmentation is uint8, 255 void. Depth is float32 metres, NaN if unknown.
+        targets: head -> the teacher's packed outputs. None in a batch without a teacher.
         arrays: path -> (B, ...) further arrays as the cache stores them: features/<tap>, scales/<tap>,
             statistics/<name>.
         window: (B, 4) float64 (y0, x0, y1, x1), edge coordinates in pixels of the view. None is the whole view.
-        flip: (B,) bool, whether the window is mirrored. None mirrors nothing.
+        flip: (B,) bool, True if the window is mirrored. None mirrors nothing.
         inside: (B, 4) float64 edges, in pixels of the view, of the part that shows the image. The rest is grey. None is
             the whole view.
-        zoom: (B,) float64, how many times nearer the window looks than the teacher's view. Targets in metres are
+        zoom: (B,) float64, the magnification of the window relative to the teacher's view. Targets in metres are
             divided by it. None divides nothing.
-        own: (B, H, W) bool, False for pixels pasted from another sample, whose target counts there. None is all.
-        pasted: the targets of the pasted samples, with windows in pixels of this batch's views. None is the
-            neighbours' (rows 2n and 2n + 1 are neighbours).
-        dice: (B, N) float32 random numbers in 0..1, for draws on the batch's device.
+        own: (B, H, W) bool, True for the sample's own pixels, False for pixels pasted from another sample. None means
+            that nothing is pasted.
+        pasted: the targets of the pasted samples, with windows in pixels of this batch's views. None means that each
+            sample's neighbour is pasted (rows 2n and 2n + 1 are neighbours).
+        dice: (B, N) float32 random numbers in 0..1, for random draws on the batch's device.
         record: (B,) int64 record numbers, to gather `targets` that a device keeps.
         weak: (B, H, W, 3) uint8, the pixels before the colour jitter, if pseudo labels need them.
-        pseudo: predictor on `weak` (student, ema) -> its pseudo labels.
+        pseudo: `student` or `ema` -> the pseudo labels that this network predicts from `weak`.
     """
 
     pixels: Tensor | None = None
@@ -84,22 +85,22 @@ class Batch:
 
     @property
     def label(self) -> Tensor:
-        """The segmentation labels, (B, H, W) uint8. Raises: KeyError without them."""
+        """The segmentation labels, (B, H, W) uint8. Raises: KeyError if the batch has none."""
         return self.labels[SEGMENTATION]
 
     @property
     def any_label(self) -> Tensor:
-        """The labels of a task, (B, H, W), if possible of segmentation. Raises: KeyError without any."""
+        """The segmentation labels (B, H, W), or another task's labels without them. Raises: KeyError without labels."""
         return self.labels[SEGMENTATION if SEGMENTATION in self.labels else next(iter(self.labels), SEGMENTATION)]
 
     @property
     def target(self) -> Target | None:
-        """The target of segmentation, or None."""
+        """The target of segmentation, or None if the batch has none."""
         return None if self.targets is None else self.targets.get(SEGMENTATION)
 
     @property
     def numbers(self) -> dict[str, Tensor]:
-        """The further arrays, with features in 8 bits as float32 (B, c, h, w) instead of bytes and scales."""
+        """The arrays of `arrays`, with features stored in 8 bits decoded to float32 (B, c, h, w). Path -> tensor."""
         numbers = {path: array for path, array in self.arrays.items() if not path.startswith("scales/")}
         for path, scales_B2c in self.arrays.items():
             room, _, tap = path.partition("/")
@@ -110,7 +111,7 @@ class Batch:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the labels of any task."""
+        """The (H, W) of the labels, in pixels."""
         return self.any_label.shape[-2], self.any_label.shape[-1]
 
     def __len__(self) -> int:
@@ -122,52 +123,70 @@ class Batch:
         return changed
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Return a copy with its tensors on another device."""
+        """Return a copy with all tensors on `device`. `non_blocking` is as in `Tensor.to`."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def empty_like(self, device: torch.device) -> "Batch":
-        """Allocate tensors of the same shapes on a device."""
+        """Return a batch of uninitialised tensors on `device`, with the same shapes and dtypes."""
         return self.map(lambda tensor: torch.empty_like(tensor, device=device))
 
     def copy_from(self, other: "Batch") -> None:
-        """Queue copies of another batch into this one's tensors. Torch keeps pinned memory until it was read."""
+        """Copy another batch's tensors into this batch's tensors of the same shapes, without waiting for the device.
+
+        PyTorch keeps the other batch's pinned memory until it was read.
+        """
         for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
             tensor.copy_(source, non_blocking=True)
 
     def pin_memory(self) -> "Batch":
-        """Return a copy in pinned memory, for copies to a GPU. `DataLoader` calls it."""
+        """Return a copy in pinned memory, for fast copies to a GPU. `DataLoader` calls it."""
         return self.map(lambda tensor: tensor.pin_memory())
 
     def rows(self, count: int, first: int = 0) -> "Batch":
-        """Return `count` samples from number `first` on, as views of the batch's memory."""
+        """Return the `count` samples from number `first` on, without copying."""
         return self.map(lambda tensor: tensor[first : first + count])
 
     def targets_alone(self, view_scale: tuple[float, float] = (1.0, 1.0)) -> "Batch":
-        """Return a batch with only the targets and their geometry.
+        """Return a batch with only the targets, and the window, flip, inside and zoom that place them.
 
-        `view_scale` multiplies the windows' (y, x), for views of another size.
+        `view_scale` is a factor (y, x) on the edges of window and inside, for views of another size.
         """
         window, inside = (_scaled(edges_B4, view_scale) for edges_B4 in (self.window, self.inside))
         return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
 
     def with_pasted_targets(self) -> "Batch":
-        """Return the batch's pixels and labels with the targets of the pasted samples."""
-        other = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
-        return replace(self, **{name: getattr(other, name) for name in _OF_TARGETS})
+        """Return the batch with the targets and windows of the pasted samples instead of its own. The rest stays."""
+        source = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
+        return replace(self, **{name: getattr(source, name) for name in _OF_TARGETS})
 
     def argmax_confidence(
         self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """Return the target's argmax and its probability, (B, H, W) each, over the student's image of `size`."""
+        """Return the teacher's best class of each pixel and its probability, (B, H, W) each.
+
+        Args:
+            form: the format of the targets, such as an open cache.
+            size: (H, W) of the student's image in pixels.
+            impl: the implementation, as in `kdcache_kernels.distill_loss`.
+        Returns: (argmax, confidence): class ids (uint8, int16 above 256 classes), and float16 in 0..1, 0 outside the
+            view.
+        """
         assert self.target is not None
         return target_argmax_confidence(self.target.packed(form), size, self.window, self.flip, impl=impl)
 
     def in_view(self, form: TargetFormat, size: tuple[int, int]) -> Tensor:
-        """Return the mask (B, H, W) of the student's pixels that lie in the view."""
+        """Return the bool mask (B, H, W) of pixels of the student's image that lie in the teacher's view.
+
+        The mask is (1, H, W) if all rows show the whole view. `form` is the format of the targets, such as an open
+        cache, and `size` is (H, W).
+        """
         return self._positions(form, size).inside()
 
     def shown(self, form: TargetFormat, size: tuple[int, int]) -> Tensor | None:
-        """Return the mask (B, H, W) of pixels that show the image, if a view may reach beyond it. None is all."""
+        """Return the bool mask (B, H, W) of pixels that show the image, not the grey around it. None means all pixels.
+
+        `form` is the format of the targets, such as an open cache, and `size` is (H, W) of the student's image.
+        """
         if self.inside is None:
             return None
         at = self._positions(form, size)
@@ -180,7 +199,10 @@ class Batch:
         return view_positions(self.window, self.flip, form.view_size, size, device)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by flat names: `pixels`, `labels/<task>`, `targets/<head>/values`."""
+        """Return name -> tensor: `pixels`, `labels/<task>`, `targets/<head>/values`, `arrays/<path>`, ...
+
+        Absent tensors, `pasted` and `pseudo` are left out.
+        """
         flat = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
         flat |= {f"labels/{task}": label for task, label in self.labels.items()}
         for head, target in (self.targets or {}).items():
@@ -189,13 +211,13 @@ class Batch:
 
     @classmethod
     def of_targets(cls, targets: StoredTargets, device: torch.device | str = "cpu") -> "Batch":
-        """Return a batch of stored targets, without pixels and labels, on a device."""
+        """Return a batch of stored targets on `device`, without pixels and labels."""
         tensors = {name: torch.from_numpy(array) for name, array in targets.to_dict().items()}
         return cls.from_dict(tensors).to(device, non_blocking=True)
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """Return the batch for a result of `to_dict`. It keeps the given tensors, on whatever device they are."""
+        """Return the batch that `to_dict` turned into `tensors`. It keeps the given tensors on their devices."""
         groups: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
         plain: dict[str, Any] = {}
         for name, tensor in tensors.items():
@@ -222,20 +244,26 @@ Streams = tuple[Batch, ...]
 
 
 def tensors_of(batch: Batch | Streams) -> list[Tensor]:
-    """Return the tensors of a batch, in an order that equal batches share."""
+    """Return all tensors of a batch as a list. Batches with the same fields have the same order."""
     return pytree.tree_leaves(batch)
 
 
 def pixels_of(streams: Streams) -> Tensor:
-    """Return the pixels of all streams (B, H, W, 3). Several streams are copied into one tensor."""
+    """Return the pixels of all streams, one stream after another, as one uint8 tensor (B, H, W, 3).
+
+    A single stream's pixels are not copied.
+    """
     pixels = [batch.pixels for batch in streams if batch.pixels is not None]
     return pixels[0] if len(pixels) == 1 else torch.cat(pixels)
 
 
 def rows_of(streams: Streams, count: int, first: int = 0) -> Streams:
-    """Return each stream's share of `count` samples from `first` on, at least one each."""
-    whole = sum(map(len, streams))
-    return tuple(batch.rows(max(1, len(batch) * count // whole), len(batch) * first // whole) for batch in streams)
+    """Return a slice of every stream: together about `count` samples, from sample `first` of the whole batch on.
+
+    Each stream gives its share of them, and at least one sample.
+    """
+    total = sum(map(len, streams))
+    return tuple(batch.rows(max(1, len(batch) * count // total), len(batch) * first // total) for batch in streams)
 
 
 def _scaled(edges_B4: Tensor | None, scale: tuple[float, float]) -> Tensor | None:
@@ -246,5 +274,5 @@ def _scaled(edges_B4: Tensor | None, scale: tuple[float, float]) -> Tensor | Non
 
 
 def neighbours(part: Tensor) -> Tensor:
-    """Return rows 1, 0, 3, 2, ... of a tensor (B, ...) with even B."""
+    """Return the rows 1, 0, 3, 2, ... of a tensor (B, ...), where B is even."""
     return part.reshape(-1, 2, *part.shape[1:]).flip(1).reshape(part.shape)

@@ -21,9 +21,13 @@ Size = tuple[int, int]
 
 
 def check_weights(temperature: float, impl: str, **weights: float) -> None:
-    """Check the settings of a loss at its construction, because an invalid weight would silently drop its term.
+    """Check the settings of a loss when it is made, because an invalid weight would silently drop its term.
 
-    Raises: RecipeError.
+    Args:
+        temperature: must be finite and above 0.
+        impl: must be one of `kdcache_kernels.IMPLEMENTATIONS`.
+        weights: name of an argument, such as `ce_weight` -> its value, which must be finite and at least 0.
+    Raises: RecipeError for an invalid setting.
     """
     if impl not in IMPLEMENTATIONS:
         fix = suggest(str(impl), IMPLEMENTATIONS, f"Use one of {', '.join(IMPLEMENTATIONS)}.")
@@ -42,12 +46,15 @@ def check_weights(temperature: float, impl: str, **weights: float) -> None:
 
 
 def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
-    """Check that no teacher term of the loss becomes a silent 0.
+    """Check that a batch has the targets of all teacher terms, because a term without them would silently be 0.
 
-    `form` is the cache of the loss. A loss without one learns from labels only, if a batch has no target. `reading`
-    names the terms with a weight above 0 that read the teacher's logits.
+    A batch whose `targets` is None has no teacher and passes.
 
-    Raises: RecipeError.
+    Args:
+        batch: the batch to check.
+        form: the open cache of the loss. None is a loss without a cache.
+        reading: names of the terms that have a weight above 0 and read the teacher's logits.
+    Raises: RecipeError for targets without a cache, or a cache without targets in the batch.
     """
     if batch.targets is None or not reading:
         return
@@ -66,9 +73,13 @@ def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[s
 
 
 def labelled_batch(batch: Batch | StoredTargets, labels: Tensor | None, device: torch.device) -> Batch:
-    """Return a batch, or stored targets on `device`, with the segmentation labels (B, H, W) of whole numbers.
+    """Return the batch with `labels` as its segmentation labels.
 
-    Raises: DataError for stored targets without labels, and for labels of another shape or of floats.
+    Args:
+        batch: a batch, or stored targets, which are moved to `device`.
+        labels: (B, H, W), any integer dtype.
+        device: where stored targets go.
+    Raises: DataError if labels are None, floats, or not three-dimensional.
     """
     fix = "Pass labels=masks, whole (B, H, W) ids at the size of the student's image. For images without labels, pass "
     fix += "torch.full((B, H, W), 255, dtype=torch.uint8)"
@@ -77,16 +88,16 @@ def labelled_batch(batch: Batch | StoredTargets, labels: Tensor | None, device: 
     if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.is_floating_point():
         kind = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"Invalid labels: {kind}", fix=fix)
-    whole = batch if isinstance(batch, Batch) else Batch.of_targets(batch, device)
-    return replace(whole, labels={**whole.labels, SEGMENTATION: labels})
+    with_targets = batch if isinstance(batch, Batch) else Batch.of_targets(batch, device)
+    return replace(with_targets, labels={**with_targets.labels, SEGMENTATION: labels})
 
 
 def check_rows(logits: Tensor | None, batch: Batch) -> None:
-    """Check that a batch has labels, and that all its parts have equally many rows.
+    """Check that a batch has labels, and that its labels, targets and windows have equally many rows.
 
-    `logits` (B, C, h, w) are the student's. None checks only the batch.
+    `logits` are the student's, (B, C, h, w), and must have as many rows. None checks only the batch.
 
-    Raises: DataError.
+    Raises: DataError for missing labels or different numbers of rows.
     """
     if not batch.labels:
         raise DataError(
@@ -107,7 +118,10 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
 
 
 def check_logits(reading: Sequence[str]) -> None:
-    """Raise RecipeError for terms, named in `reading`, that read logits of a student without them."""
+    """Raise RecipeError if any loss term needs segmentation logits, which the student does not have.
+
+    `reading` holds the names of these terms. An empty sequence passes.
+    """
     if reading:
         raise RecipeError(
             f"{', '.join(reading)} need logits, but the student has no head {SEGMENTATION}",
@@ -116,7 +130,7 @@ def check_logits(reading: Sequence[str]) -> None:
 
 
 def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Raise RecipeError for terms that read arrays of the cache that a batch lacks."""
+    """Raise RecipeError if a term reads an array of the cache that `batch.arrays` lacks."""
     arrays = [path for term in terms for path in term.arrays() if path not in batch.arrays]
     if arrays:
         raise RecipeError(
@@ -126,7 +140,10 @@ def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
 
 
 def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
-    """Raise RecipeError for terms with taps that are not among the student's features."""
+    """Raise RecipeError if a term reads a feature of the student that `features` lacks.
+
+    `features` is the name of a tap -> features (B, c, h, w).
+    """
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:
         raise RecipeError(
@@ -136,7 +153,7 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
 
 
 def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
-    """Raise RecipeError for active terms whose pseudo labels a batch lacks."""
+    """Raise RecipeError if an active term needs pseudo labels that `batch.pseudo` lacks."""
     makers = dict.fromkeys(by for term in terms for by in term.labellers())
     missing = [by for by in makers if by not in batch.pseudo]
     if missing:
@@ -147,11 +164,13 @@ def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
 
 
 def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tensor] | None) -> None:
-    """Check that a batch and a student have what active `terms` of heads other than segmentation compare.
+    """Check that a batch and a student's outputs have what the active terms of other heads than segmentation need.
 
-    `heads` are the student's outputs by head. None checks only the batch.
-
-    Raises: RecipeError for a missing output, label or target; DataError for labels of another size.
+    Args:
+        terms: the active terms.
+        batch: the batch with labels and targets.
+        heads: head -> the student's output. None checks only the batch.
+    Raises: RecipeError for a missing output, label or target. DataError for labels of another size than the batch's.
     """
     for term in terms:
         name = term.head
@@ -181,11 +200,16 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
 
 
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
-    """Return whether the shape of labels contradicts the windows of a batch, so the labels were cut differently.
+    """Return True if the shape of the labels contradicts the batch's windows, so the labels were cut differently.
 
-    Labels in a window with the view's aspect ratio have the ratio of `whole`, (H, W) of a whole view's labels, up to a
-    pixel. A window of another ratio contradicts nothing. All windows of a batch must contradict, because a single
-    random window may do so by chance.
+    If a window has the view's aspect ratio, its labels must have the aspect ratio of `whole`, up to a pixel. Windows of
+    other ratios contradict nothing. All windows of a batch must contradict, because a single random window may do so by
+    chance.
+
+    Args:
+        batch: the batch to check.
+        form: the format of its targets, such as an open cache.
+        whole: (H, W) of the labels of a whole view. None is the view's own size.
     """
     (height, width), (rows, columns) = whole or form.view_size, batch.size
     if abs(rows - columns * height / width) < 1 or abs(columns - rows * width / height) < 1:
@@ -198,7 +222,13 @@ def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> boo
 
 
 def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataError:
-    """Return the error for labels that were cut without the window of their target."""
+    """Return the DataError for labels that were cut without the window of their target.
+
+    Args:
+        form: the format of the targets, such as an open cache.
+        size: (H, W) of the labels.
+        whole: (H, W) of the labels of a whole view. None is the view's own size.
+    """
     view = "x".join(map(str, form.view_size))
     stretched = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"
     return DataError(
@@ -209,7 +239,10 @@ def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataErro
 
 
 def may_read_values(tensor: Tensor) -> bool:
-    """Return whether a tensor's values may be read: not while a step is traced, recorded or must not wait."""
+    """Return True if Python may read the tensor's values now.
+
+    It may not while a step is compiled or recorded as a CUDA graph, or while PyTorch forbids waiting for the GPU.
+    """
     if torch.compiler.is_compiling():
         return False
     if tensor.device.type != "cuda":

@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Counts:
-    """Denominators of the terms of one stream's loss, on the loss's device. A pytree.
+    """Denominators of the loss terms of one stream, on the loss's device. A pytree.
 
     Attributes:
-        ce: sum of the class weights of labelled pixels, 0-dimensional.
-        kl: pixels that KL counts, 0-dimensional.
+        ce: sum of the class weights of the labelled pixels, 0-dimensional.
+        kl: number of pixels that KL counts, 0-dimensional.
         terms: `Term.count` of each further term, in the order of `DistillLoss.further`.
     """
 
@@ -34,17 +34,20 @@ pytree.register_dataclass(Counts)
 
 
 def average_counts(counts: T, average: Callable[[Tensor], Tensor]) -> T:
-    """Return the mean over processes by one exchange. `average` averages a tensor over the processes."""
-    own, spec = pytree.tree_flatten(counts)
-    mean = average(torch.cat([count.double().flatten() for count in own]))
-    means = torch.split(mean, [count.numel() for count in own])
+    """Return the mean of the counts over all processes, with a single exchange between them.
+
+    `average` takes a float64 tensor and returns its mean over the processes.
+    """
+    process_counts, spec = pytree.tree_flatten(counts)
+    mean = average(torch.cat([count.double().flatten() for count in process_counts]))
+    means = torch.split(mean, [count.numel() for count in process_counts])
     averaged: T = pytree.tree_unflatten(
-        [mean.view_as(count).to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
+        [mean.view_as(count).to(count.dtype) for mean, count in zip(means, process_counts, strict=True)], spec
     )
     return averaged
 
 
 def mean_counts(parts: Sequence[T]) -> T:
-    """Return the mean over the equal parts of a batch."""
+    """Return the mean of the counts over the accumulated parts of a batch. The parts have equally many samples."""
     counts: T = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
     return counts

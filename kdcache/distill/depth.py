@@ -44,17 +44,18 @@ def l1(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tenso
     """Return the mean absolute error (B,) of each image's valid pixels.
 
     Args:
-        prediction_BHW: float32 or float64, with the gradient.
+        prediction_BHW: float32 or float64. The result has a gradient by it.
         reference_BHW: the reference depth, of the same dtype.
-        mask_BHW: bool, the valid pixels.
+        mask_BHW: bool, True for valid pixels.
     """
     return _mean(_error(prediction_BHW, reference_BHW, mask_BHW).abs(), mask_BHW)
 
 
 def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """Return the reverse Huber loss (B,): absolute for small errors, squared for large ones.
+    """Return the reverse Huber loss (B,) of each image: absolute for small errors, squared for large ones.
 
-    The bound c is a fifth of an image's largest error, and constant for the gradient. Args: as in `l1`.
+    Errors are large above a fifth of the image's largest error. This bound counts as a constant for the gradient.
+    Arguments are as in `l1`.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW).abs()
     c_B11 = BERHU_SHARE * error_BHW.detach().amax((1, 2), keepdim=True)
@@ -65,9 +66,10 @@ def berhu(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 
 
 def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """Return the scale-invariant logarithmic loss (B,), 10 sqrt(mean g^2 - 0.85 (mean g)^2).
+    """Return the scale-invariant logarithmic loss (B,) of each image: 10 sqrt(mean g^2 - 0.85 (mean g)^2).
 
-    If all errors are 0, its gradient is 0. Args: as in `l1`, both maps above 0.
+    g is log prediction - log reference at valid pixels. If all g are 0, the gradient is 0. Arguments are as in `l1`,
+    and both maps must be above 0.
     """
     p_BHW, r_BHW = _filled(prediction_BHW, reference_BHW, mask_BHW)
     g_BHW = p_BHW.log() - r_BHW.log()
@@ -80,14 +82,14 @@ def silog(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Te
 def scale_shift_invariant(
     prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor, gradient_weight: float = 0.5
 ) -> Tensor:
-    """Return the trimmed loss (B,) of maps that are each known up to a scale and a shift, such as disparities.
+    """Return the loss (B,) of maps that are known only up to a scale and a shift, such as disparities.
 
-    Each map is shifted by its median over the valid pixels and divided by its mean absolute deviation from it. With an
-    even number of pixels the median is the lower of the two in the middle, as in PyTorch. Of the M residuals the
-    int(0.8 M) smallest count, divided by 2 M. `gradient_matching` of the aligned maps is added with the weight
-    `gradient_weight`.
+    Both maps are aligned: minus their median over the valid pixels, then divided by the mean absolute deviation from
+    it. An even number of pixels has the lower of the two middle values as its median. The loss is the sum of the
+    smallest 80 % of the M absolute differences, divided by 2 M. `gradient_weight` times `gradient_matching` of the
+    aligned maps is added.
 
-    The arguments are those of `l1`, in any units.
+    Arguments are as in `l1`, in any unit.
     """
     maps = _filled(prediction_BHW, reference_BHW.detach(), mask_BHW)
     p_BHW, r_BHW = (_aligned(values_BHW, mask_BHW) for values_BHW in maps)
@@ -106,10 +108,11 @@ def scale_shift_invariant(
 
 
 def gradient_matching(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor, scales: int = SCALES) -> Tensor:
-    """Return the gradient-matching loss (B,): differences of an error's steps at strides 1, 2, 4 and 8.
+    """Return the gradient-matching loss (B,) of each image: how much the error changes between neighbouring pixels.
 
-    At each scale the sum over pairs of valid neighbours is divided by the number of valid pixels of that scale, as in
-    the authors' code. The scales are added. Args: as in `l1`.
+    At each scale the absolute differences of the error between valid neighbours are summed and divided by the number of
+    valid pixels. The scales are added. Arguments are as in `l1`. `scales` is how many strides are used: 4 are 1, 2, 4
+    and 8 pixels.
     """
     error_BHW = _error(prediction_BHW, reference_BHW, mask_BHW)
     loss_B = error_BHW.new_zeros(len(error_BHW))
@@ -130,7 +133,7 @@ def _filled(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> 
 
 
 def _error(prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """Return prediction minus reference, or 0 if it is not valid."""
+    """Return prediction minus reference, and 0 at invalid pixels."""
     p_BHW, r_BHW = _filled(prediction_BHW, reference_BHW, mask_BHW)
     return p_BHW - r_BHW
 
@@ -145,7 +148,7 @@ def _mean(loss_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
 
 
 def _aligned(values_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    """Return a map minus its median, divided by its mean absolute deviation from that, or 0 if it is not valid."""
+    """Return each map minus its median, divided by the mean absolute deviation from it. Invalid pixels are 0."""
     values_BP, valid_BP, count_B = values_BHW.flatten(1), mask_BHW.flatten(1), _count(mask_BHW)
     # Invalid pixels come first, in front of any number.
     rank_BP = _rising_rank(values_BP.detach().masked_fill(~valid_BP, -torch.inf))

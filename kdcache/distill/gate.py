@@ -26,14 +26,22 @@ KINDS = ("none", "correct", "confidence:X")
 
 @dataclass(frozen=True)
 class GateSpec:
-    """A gate by name. `threshold` is the least probability that `confidence` passes."""
+    """A gate by name.
+
+    Attributes:
+        kind: `none`, `correct` or `confidence`.
+        threshold: the least probability of the teacher's class, in 0..1, that `confidence` lets pass.
+    """
 
     kind: str = "none"
     threshold: float = 0.0
 
 
 def parse_gate(text: str) -> GateSpec:
-    """Parse 'none', 'correct' or 'confidence:0.7'. Raises: RecipeError for any other text."""
+    """Return the gate of a text: `none`, `correct`, or for example `confidence:0.7`.
+
+    Raises: RecipeError for any other text.
+    """
     kind, _, number = text.partition(":")
     try:
         threshold = float(number) if kind == "confidence" else 0.0
@@ -49,11 +57,13 @@ def parse_gate(text: str) -> GateSpec:
 
 
 class Gate(nn.Module):
-    """Pixel weights from the targets of a batch.
+    """Weights of pixels in the teacher's terms, computed from a batch's targets and labels.
 
     Args:
-        spec: which pixels pass.
-        class_weight: (C,) weights of pixels by the teacher's best class, at least 0. None weighs all equally.
+        spec: which pixels pass. None lets all pass.
+        class_weight: (C,) weights at least 0. A pixel has the weight of the teacher's best class. None weighs all
+            classes 1.
+        ignore_index: the void class id of the labels.
     """
 
     class_weight: Tensor | None
@@ -68,12 +78,20 @@ class Gate(nn.Module):
 
     @property
     def open(self) -> bool:
-        """Whether every pixel passes with weight 1."""
+        """True if every pixel passes with weight 1."""
         return self.spec.kind == "none" and self.class_weight is None
 
     @torch.no_grad()
     def forward(self, batch: Batch, form: TargetFormat, *, impl: str = "auto") -> Tensor | None:
-        """Return weights (B, H, W) float32, or None if all are 1. Never waits for the device."""
+        """Return the weights (B, H, W) float32 of a batch's pixels, or None if all are 1.
+
+        It never waits for the device.
+
+        Args:
+            batch: the batch, with a segmentation target.
+            form: the format of the targets, such as an open cache.
+            impl: the implementation, as in `kdcache_kernels.distill_loss`.
+        """
         if self.open:
             return None
         argmax_BHW, confidence_BHW = batch.argmax_confidence(form, batch.size, impl=impl)

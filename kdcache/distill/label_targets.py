@@ -23,12 +23,14 @@ smooth the labels: at T = 4 all absent of 19 classes together get 1 % of a cell.
 
 @dataclass(frozen=True)
 class LabelTargets:
-    """Targets made from the labels of each batch. They replace an open cache in `DistillLoss`.
+    """Targets made from the labels of each batch (the control). They replace an open cache in `DistillLoss`.
 
     Attributes:
-        num_classes: C.
-        view_size: (H, W) of the labels.
-        grid: (h, w), the cells over them: the cache's, or those of the student's logits.
+        num_classes: the number of classes, C.
+        view_size: (H, W) of the labels in pixels.
+        grid: (h, w), the number of cells down and across that the labels are averaged over.
+        ignore_index: the void class id.
+        align_corners: False, because cells are areas.
         manifest: None, because there is no cache.
     """
 
@@ -41,10 +43,10 @@ class LabelTargets:
 
     @torch.no_grad()
     def replace_targets(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Batch:
-        """Return the batch with its labels as targets, in float32, or float64 for a student of float64.
+        """Return the batch with its labels as targets of `dtype`, float32 or float64.
 
-        They show the student's image itself, so the batch has no window or related fields. Pasted pixels carry their
-        own labels.
+        The targets lie over the student's image, so the batch loses its window, flip, inside, own and pasted fields.
+        Pasted pixels already have their own labels.
         """
         log_share_BChw = self.shares(batch.label, dtype).log().clamp_min(LOG_FLOOR)
         return replace(
@@ -58,9 +60,9 @@ class LabelTargets:
         )
 
     def shares(self, label_BHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the share (B, C, h, w) of each cell's labelled pixels that a class has, or 0 in a cell without labels.
+        """Return the share (B, C, h, w) of each cell's labelled pixels that has each class, or 0 in unlabelled cells.
 
-        Memory: (B, C + 1, H, W) numbers.
+        `label_BHW` holds class ids. Memory: (B, C + 1, H, W) numbers.
         """
         ids_C11 = torch.arange(self.num_classes, device=label_BHW.device)[:, None, None]
         one_hot_BCHW = (label_BHW[:, None] == ids_C11).to(dtype)

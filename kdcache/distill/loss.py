@@ -56,21 +56,24 @@ class DistillLoss(nn.Module):
     >>> criterion(model(model.normalise(batch.pixels)), batch).loss.backward()
 
     Args:
-        targets: an open cache (number of classes, view size and resize rule of its targets), or `LabelTargets` to use
-            the labels of every batch as targets, or `MergedTargets` of a cache with other classes.
-        ce_weight, kl_weight: at least 0, and 0 skips the term. At 1, KL's gradient is several times the labels'.
-        temperature: temperature T of the KL term, above 0. RecipeError for other numbers, here and for the weights.
-        class_weight: (C,) weights of the cross-entropy.
+        targets: an open cache, `LabelTargets` to use the labels of every batch as targets, or `MergedTargets` of a
+            cache with other classes. None is a loss without a teacher.
+        ce_weight, kl_weight: at least 0, and 0 skips the term. At 1, KL's gradient is several times the
+            cross-entropy's.
+        temperature: temperature T of the KL term, above 0.
+        class_weight: (C,) weights of the classes in the cross-entropy. None weighs all 1.
         label_smoothing: share of every label, in [0, 1), that is spread over all classes, as in `F.cross_entropy`.
-        focal_gamma: exponent of the focal loss, at least 0: a pixel's cross-entropy is multiplied by (1 - p)^gamma of
-            its label's probability p. Not with smoothed labels.
-        distill_void: whether the teacher's terms also count pixels without a label. Ignored if labels are the targets.
-        align_corners: whether the student's own final resize aligns corners.
-        gate: which pixels the teacher's terms count, and how much. Default: all equally.
+        focal_gamma: exponent of the focal loss, at least 0: a pixel's cross-entropy is multiplied by (1 - p)^gamma,
+            where p is the probability of its label. It excludes label smoothing.
+        ignore_index: the void class id of the labels.
+        distill_void: True if the teacher's terms also count pixels without a label. Ignored if labels are the targets.
+        align_corners: True if the student's own final resize aligns corners.
+        gate: weights of the pixels in the teacher's terms. None weighs all 1.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
-        scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
+        scheduled: True if `set_distill_weight_scale` may change the weights of the teacher's terms while training.
         size: (H, W) of the labels of a whole view, if their aspect ratio differs from the view's.
-        impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
+        impl: the implementation of the kernels (see `kdcache_kernels.distill_loss`).
+    Raises: RecipeError for an invalid weight, temperature or impl.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
     """
 
@@ -116,30 +119,33 @@ class DistillLoss(nn.Module):
 
     @property
     def terms(self) -> "list[Term]":
-        """The further terms."""
+        """The terms other than cross-entropy and KL."""
         return list(self.further)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        """Return weights and temperature, for printing the module."""
+        """Return the weights and the temperature as text. `print(loss)` shows it."""
         return f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}, temperature={self.temperature}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the terms, in the order of `Losses.terms`. Repeated kinds are numbered."""
+        """Names of all terms, in the order of `Losses.terms`: `ce`, `kl`, then the others.
+
+        A second term of one kind has a number: `cosine`, `cosine_2`.
+        """
         kinds = [term.kind for term in self.terms]
         before = (kinds[:at].count(kind) for at, kind in enumerate(kinds))
         return ("ce", "kl", *(f"{kind}_{n + 1}" if n else kind for kind, n in zip(kinds, before, strict=True)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks with a term of weight above 0."""
+        """The tasks, `segmentation` or `depth`, that have a term of weight above 0."""
         learnt = {term.task for term in self.terms if term.weight > 0}
         learnt |= {SEGMENTATION} if self.ce_weight > 0 or self.kl_weight > 0 else set()
         return tuple(task for task in TASKS if task in learnt)
 
     @property
     def part_tasks(self) -> dict[str, str]:
-        """The task of each term, by its name."""
+        """The task of each term: name of the term -> `segmentation` or `depth`."""
         tasks = (SEGMENTATION, SEGMENTATION, *(term.task for term in self.terms))
         return dict(zip(self.names, tasks, strict=True))
 
@@ -150,25 +156,30 @@ class DistillLoss(nn.Module):
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Paths of the arrays that the terms read from `Batch.arrays`."""
+        """Paths of the cache's arrays that the terms read from `Batch.arrays`, such as `features/stage4`."""
         return tuple(dict.fromkeys(path for term in self.terms for path in term.arrays()))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Multiply the weights of KL and further teacher terms by `scale` from now on. Needs `scheduled`."""
+        """Multiply the weights of KL and the other teacher terms by `scale` from now on.
+
+        The loss must have been made with `scheduled=True`.
+        """
         assert self.distill_weight_scale is not None
         self.distill_weight_scale.fill_(scale)
 
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
-        """Let terms, such as the ring of `queue`, remember a batch that a step has learnt from."""
+        """Let terms with a memory, such as `queue`, store the batch. Call it after the optimizer's step."""
         for term in (term for term in self.terms if _active(term, batch)):
             term.after_step(batch)
 
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
-        """Return the denominators of a batch's loss, which do not depend on the student. `dtype` is the student's.
+        """Return the denominators of a batch's loss, which do not depend on the student's outputs.
 
-        Raises: RecipeError, DataError as `forward`, except for the student's outputs.
+        `dtype` is the dtype of the student's logits.
+
+        Raises: RecipeError or DataError if the batch lacks something that a term reads, as in `forward`.
         """
         batch = self._with_targets(batch, dtype)
         self._check(batch)
@@ -182,14 +193,19 @@ class DistillLoss(nn.Module):
         return Counts(ce, kl, terms)
 
     def counted(self, counts: Counts) -> dict[str, Tensor]:
-        """Return a 0-dimensional number per learnt task, above 0 if any of its terms counts something."""
+        """Return task -> a 0-dimensional number, above 0 if any term of the task counts a pixel or image.
+
+        `counts` are the denominators from `counts`. Only tasks with a term of weight above 0 are keys.
+        """
         weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self.terms))
         parts = list(zip(self.part_tasks.values(), weights, (counts.ce, counts.kl, *counts.terms), strict=False))
-        counted = {own: [n.sum() for task, weight, n in parts if task == own and weight > 0] for own in self.tasks}
+        counted = {
+            learnt: [n.sum() for task, weight, n in parts if task == learnt and weight > 0] for learnt in self.tasks
+        }
         return {task: torch.stack(numbers).sum() for task, numbers in counted.items()}
 
     def _fused_counts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the denominators of cross-entropy and KL."""
+        """Return the denominators of cross-entropy and KL, 0-dimensional each."""
         if SEGMENTATION not in batch.labels:
             zero = torch.zeros((), device=batch.any_label.device)
             return zero, zero
@@ -217,18 +233,20 @@ class DistillLoss(nn.Module):
         *,
         labels: Tensor | None = None,
     ) -> Losses:
-        """Return loss, and its terms before weighting: all scalars, float32.
+        """Return the loss, and its terms before weighting: all 0-dimensional, float32.
 
         Args:
-            outputs: the student's logits (B, C, h, w) and other heads at native stride, and the features (B, c, h, w)
-                of `student_taps`, all with their gradient. Or logits only. A student of depth only has no logits.
-            batch: labels, with `ignore_index` as void, and targets of the same samples. If `targets` is None there is
-                no teacher, and its terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
-            counts: denominators, as the mean over the parts of a batch that several processes or steps share. Their
-                losses and gradients then average to the whole batch's. None is the batch's own.
-            labels: segmentation labels (B, H, W), whole numbers, instead of the batch's.
-        Raises: RecipeError for a batch without the targets, arrays or features that an active term reads; DataError for
-            one without labels, of unequal rows, or whose labels do not show the target's window.
+            outputs: the student's outputs, with their gradient: logits (B, C, h, w) and other heads at native stride,
+                and the features (B, c, h, w) of `student_taps`. Or only a tensor of logits.
+            batch: labels and targets of the same samples. If `batch.targets` is None, there is no teacher, and the
+                teacher's terms are 0. Stored targets (`Cache.targets_for`) need `labels`.
+            counts: denominators to divide by. None uses the batch's own. For a batch in several parts (processes or
+                accumulated steps), pass the mean of the parts' counts. Then the parts' losses average to the whole
+                batch's loss.
+            labels: segmentation labels (B, H, W) of an integer dtype, instead of the batch's.
+        Raises: RecipeError if the batch lacks targets, arrays or features that an active term reads. DataError if the
+            batch has no labels, has parts with different numbers of rows, or has labels that do not fit the target's
+            window.
         """
         if labels is not None or not isinstance(batch, Batch):
             batch = labelled_batch(batch, labels, unpacked(outputs).logits.device)
@@ -238,15 +256,21 @@ class DistillLoss(nn.Module):
     def by_task(
         self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the differentiable weighted sum per task, and `Losses.terms`. Args, Raises: as `forward`."""
-        own = unpacked(outputs)
-        batch = self._with_targets(batch, own.logits.dtype)
-        self._check(batch, own)
+        """Return the weighted loss of each task, and each term's value.
+
+        The arguments and errors are the same as in `forward`.
+
+        Returns: task -> weighted sum of its terms, with a gradient. And name of a term -> its value before weighting,
+            without a gradient. All are 0-dimensional.
+        """
+        student = unpacked(outputs)
+        batch = self._with_targets(batch, student.logits.dtype)
+        self._check(batch, student)
         gate = self.gate_of(batch)
-        fused, ce, kl = self._fused(own.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
+        fused, ce, kl = self._fused(student.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
         by_task: dict[str, Tensor] = {SEGMENTATION: fused}
         values = [ce, kl]
-        for term, value in self._values(own, batch, gate, counts):
+        for term, value in self._values(student, batch, gate, counts):
             values.append(torch.zeros_like(ce) if value is None else value.detach())
             if value is not None and not term.measured:
                 weighted = self._weight(term) * value
@@ -254,17 +278,20 @@ class DistillLoss(nn.Module):
         return by_task, dict(zip(self.names, values, strict=True))
 
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
-        """Return active terms by name, weighted and differentiable, for gradient norms. Args, Raises: as `forward`."""
-        own = unpacked(outputs)
-        batch = self._with_targets(batch, own.logits.dtype)
-        self._check(batch, own)
+        """Return name of an active term -> its weighted loss, 0-dimensional with a gradient.
+
+        Gradient norms per term need it. The arguments and errors are the same as in `forward`.
+        """
+        student = unpacked(outputs)
+        batch = self._with_targets(batch, student.logits.dtype)
+        self._check(batch, student)
         gate = self.gate_of(batch)
         parts = {}
         if self.ce_weight > 0:
-            parts["ce"] = self._fused(own.logits, batch, gate, counts, self.ce_weight, 0.0)[0]
+            parts["ce"] = self._fused(student.logits, batch, gate, counts, self.ce_weight, 0.0)[0]
         if self.kl_weight > 0 and self._teaches(batch):
-            parts["kl"] = self._fused(own.logits, batch, gate, counts, 0.0, self.kl_weight)[0]
-        values = self._values(own, batch, gate, counts)
+            parts["kl"] = self._fused(student.logits, batch, gate, counts, 0.0, self.kl_weight)[0]
+        values = self._values(student, batch, gate, counts)
         for name, (term, value) in zip(self.names[2:], values, strict=True):
             if value is not None and term.teaches_student:
                 parts[name] = self._weight(term) * value
@@ -273,7 +300,7 @@ class DistillLoss(nn.Module):
     def _values(
         self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None, counts: Counts | None
     ) -> "Iterator[tuple[Term, Tensor | None]]":
-        """Return the further terms, each with its value, not weighted, or None for one that does not count."""
+        """Yield each further term with its unweighted value, or with None if the term is not active."""
         terms = self.terms
         if not terms:
             return
@@ -283,7 +310,7 @@ class DistillLoss(nn.Module):
             yield term, term(term_batch, count) if _active(term, batch) else None
 
     def _with_targets(self, batch: Batch, dtype: torch.dtype) -> Batch:
-        """Return the batch with the targets that terms read: its own, merged, or its labels instead."""
+        """Return the batch with the targets that terms read: its own targets, merged ones, or its labels."""
         if isinstance(self.targets, MergedTargets):
             return self.targets.replace_targets(batch)
         if not isinstance(self.targets, LabelTargets) or SEGMENTATION not in batch.labels:
@@ -291,7 +318,7 @@ class DistillLoss(nn.Module):
         return self.targets.replace_targets(batch, compute_dtype(dtype))
 
     def _check(self, batch: Batch, outputs: StudentOutputs | None = None) -> None:
-        """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""
+        """Check a batch, and the student's outputs if they are given. Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
             return
         active = [term for term in self.terms if _active(term, batch)]
@@ -324,13 +351,16 @@ class DistillLoss(nn.Module):
         return self.targets is not None and batch.target is not None
 
     def gate_of(self, batch: Batch) -> Tensor | None:
-        """Return weights (B, H, W) of the teacher's pixels, or None for 1."""
+        """Return the gate's weights (B, H, W) float32 of a batch's pixels, or None if all are 1."""
         if self.gate.open or not self._teaches(batch) or not (self.kl_weight > 0 or len(self.further)):
             return None
         return cast("Tensor", self.gate(batch, self.targets, impl=self.impl))
 
     def term_batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
-        """Return the inputs of the further terms."""
+        """Return the input of the terms other than cross-entropy and KL.
+
+        `gate` holds the weights (B, H, W) of the pixels in teacher terms, or None if all are 1.
+        """
         from kdcache.distill.terms import TermBatch
 
         return TermBatch(
@@ -362,9 +392,9 @@ class DistillLoss(nn.Module):
         call = partial(self._call, logits, counts=counts, kl_weight=kl_weight, kl_count=count)
         loss, ce, kl = call(batch, gated(gate, own_BHW), ce_weight=ce_weight)
         # Where pixels were pasted, another target teaches: the KL of both adds up, by a denominator that both share.
-        for other, mask_BHW in pasted:
-            of_other = call(other, gated(self.gate_of(other), mask_BHW), ce_weight=0.0)
-            loss, kl = loss + of_other[0], kl + of_other[2]
+        for pasted_batch, mask_BHW in pasted:
+            of_pasted = call(pasted_batch, gated(self.gate_of(pasted_batch), mask_BHW), ce_weight=0.0)
+            loss, kl = loss + of_pasted[0], kl + of_pasted[2]
         return loss, ce, kl
 
     def _call(
@@ -403,11 +433,14 @@ class DistillLoss(nn.Module):
 
 
 def total(by_task: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of the losses of all tasks."""
+    """Return the sum of the tasks' losses. `by_task` is task -> its loss, 0-dimensional."""
     loss, *others = by_task.values()
     return sum(others, loss)
 
 
 def _active(term: "Term", batch: Batch) -> bool:
-    """Return whether a term counts. A term of weight 0 may lack arrays. Without a teacher, label terms count."""
+    """Return True if a term is computed for a batch.
+
+    A term of weight 0 is not computed. Without a teacher in the batch, only label terms are.
+    """
     return term.weight > 0 and (batch.targets is not None or not term.reads_teacher)

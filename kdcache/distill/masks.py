@@ -13,11 +13,12 @@ from kdcache.distill.target import TargetFormat
 
 @dataclass(frozen=True)
 class TeacherMasks:
-    """The masks of a loss.
+    """Computes which pixels of a batch the teacher's terms count.
 
     Attributes:
-        targets: their format, or None without targets.
-        distill_void: whether pixels without a label also count.
+        targets: the format of the targets, such as an open cache. None is a loss without targets.
+        distill_void: True if pixels without a label also count.
+        ignore_index: the void class id of the labels.
     """
 
     targets: TargetFormat | None
@@ -25,22 +26,23 @@ class TeacherMasks:
     ignore_index: int
 
     def counted_by_kl(self, batch: Batch) -> list[tuple[Batch, Tensor | None]]:
-        """Return pairs of a batch and its pixels that KL counts: `batch`, and the targets of pasted samples, if any.
+        """Return pairs of a batch and the bool mask (B, H, W) of the pixels at which KL compares with its targets.
 
-        The masks (B, H, W) do not overlap. None leaves finding the pixels to the fused loss.
+        The first pair has `batch` itself. If pixels were pasted, a second pair has the targets of the pasted samples.
+        The masks do not overlap. A mask of None leaves the choice of pixels to the fused loss.
         """
         if batch.inside is None and batch.own is None:
             return [(batch, None)]
         taught: list[tuple[Batch, Tensor | None]] = [(batch, self._counted(batch, batch.own))]
-        if batch.own is not None and (other := batch.with_pasted_targets()).target is not None:
-            taught.append((other, self._counted(other, ~batch.own)))
+        if batch.own is not None and (of_pasted := batch.with_pasted_targets()).target is not None:
+            taught.append((of_pasted, self._counted(of_pasted, ~batch.own)))
         return taught
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Return the bool mask (B, H, W) of the pixels that the teacher's terms count, or None if all count.
 
-        `own_BHW` (B, H, W) is True for pixels that `batch.targets` belong to, and False for pixels pasted from another
-        sample. Without it, the targets belong to all pixels.
+        `own_BHW` (B, H, W) bool is True for pixels that `batch.targets` belong to, and False for pixels pasted from
+        another sample. None means that the targets belong to all pixels.
         """
         shown_BHW = self._shown_of_view(batch)
         label_BHW = batch.labels.get(SEGMENTATION)
@@ -52,13 +54,16 @@ class TeacherMasks:
         return counted
 
     def shown(self, batch: Batch) -> Tensor | None:
-        """Return the mask (B, H, W) of pixels that show the sample's image or a pasted one. None is all."""
+        """Return the bool mask (B, H, W) of pixels that show the sample's image or a pasted image.
+
+        None means all pixels.
+        """
         if batch.own is None or (batch.inside is None and batch.pasted is None):
             return self._shown_of_view(batch)
-        own, other = (self._shown_of_view(view) for view in (batch, batch.with_pasted_targets()))
-        if own is None and other is None:
+        own_BHW, pasted_BHW = (self._shown_of_view(view) for view in (batch, batch.with_pasted_targets()))
+        if own_BHW is None and pasted_BHW is None:
             return None
-        return torch.where(batch.own, True if own is None else own, True if other is None else other)
+        return torch.where(batch.own, True if own_BHW is None else own_BHW, True if pasted_BHW is None else pasted_BHW)
 
     def _shown_of_view(self, batch: Batch) -> Tensor | None:
         return None if self.targets is None else batch.shown(self.targets, batch.size)
@@ -72,13 +77,22 @@ class TeacherMasks:
 
 
 def union(taught: Iterable[tuple[Batch, Tensor | None]]) -> Tensor | None:
-    """Return all pixels (B, H, W) that KL counts, or None if the fused loss finds them."""
+    """Return the bool mask (B, H, W) of all pixels that KL counts, or None if the fused loss chooses the pixels.
+
+    `taught` are the pairs from `TeacherMasks.counted_by_kl`.
+    """
     masks = [mask_BHW for _, mask_BHW in taught if mask_BHW is not None]
     return reduce(torch.logical_or, masks) if masks else None
 
 
 def gated(gate_BHW: Tensor | None, counted_BHW: Tensor | None) -> Tensor | None:
-    """Return weights (B, H, W) of KL: the gate at counted pixels, or None for 1."""
+    """Return the weights (B, H, W) of the pixels in KL: the gate at counted pixels, and 0 elsewhere.
+
+    Args:
+        gate_BHW: weights of the pixels. None weighs all 1.
+        counted_BHW: bool mask of counted pixels. None counts all.
+    Returns: the weights, or None if both arguments are None.
+    """
     if gate_BHW is None or counted_BHW is None:
         return gate_BHW if counted_BHW is None else counted_BHW.float()
     return gate_BHW * counted_BHW

@@ -20,11 +20,11 @@ _LOWEST = -60000.0
 
 
 class MergedTargets(nn.Module):
-    """The targets of a cache in a training's classes. They replace the cache in `DistillLoss`.
+    """A cache's targets, converted to the classes of a training. They replace the cache in `DistillLoss`.
 
     Args:
         store: an open cache whose targets keep all classes.
-        merge: logits (B, store's classes, h, w) -> (B, num_classes, h, w), float32.
+        merge: a module that maps logits (B, cache's classes, h, w) to (B, num_classes, h, w), float32.
         num_classes: how many classes the training has.
     """
 
@@ -34,17 +34,17 @@ class MergedTargets(nn.Module):
 
     @property
     def view_size(self) -> Size:
-        """The (H, W) of the cache's views."""
+        """The (H, W) of the cache's views, in pixels."""
         return self.store.view_size
 
     @property
     def align_corners(self) -> bool:
-        """Whether the teacher's resize aligns corners."""
+        """True if the teacher's resize aligns corners."""
         return self.store.align_corners
 
     @property
     def manifest(self) -> Any:
-        """The cache's manifest, with a head of the training's classes."""
+        """The cache's manifest, but with the training's number of classes in the segmentation head."""
         manifest = self.store.manifest
         merged = {"classes": self.num_classes, "k": self.num_classes, "raw": False}
         heads = {**manifest.heads, SEGMENTATION: manifest.heads[SEGMENTATION].model_copy(update=merged)}
@@ -52,13 +52,13 @@ class MergedTargets(nn.Module):
 
     @torch.no_grad()
     def merged(self, target: Target) -> Target:
-        """Return a target of the cache's classes in the training's classes."""
+        """Return the target with the training's classes instead of the cache's."""
         merged_BChw = self.merge(target.values.float())
         values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)
         return Target(values_BChw.half())
 
     def replace_targets(self, batch: Batch) -> Batch:
-        """Return the batch with its segmentation target merged, or unchanged without one."""
+        """Return the batch with the training's classes in its segmentation target. A batch without it is unchanged."""
         if batch.target is None:
             return batch
         return replace(batch, targets={**(batch.targets or {}), SEGMENTATION: self.merged(batch.target)})

@@ -9,26 +9,32 @@ from kdcache.tasks import SEGMENTATION
 
 
 class Outputs(Protocol):
-    """A student's outputs for a batch. `logits` are read from a `segmentation` head, or if no head has a name."""
+    """The interface of a student's outputs for a batch of B images.
+
+    A loss reads `logits` if there is a `segmentation` head, or if `heads` and `features` are empty.
+    """
 
     @property
     def logits(self) -> Tensor:
-        """Logits (B, C, h, w) of segmentation."""
+        """The segmentation logits (B, C, h, w)."""
 
     @property
     def heads(self) -> Mapping[str, Tensor]:
-        """The outputs (B, c, h, w) by head."""
+        """The outputs of all heads: name of the head -> (B, c, h, w)."""
 
     @property
     def features(self) -> Mapping[str, Tensor]:
-        """The features (B, c, h, w) by tap."""
+        """The features that were asked for: name of the tap -> (B, c, h, w)."""
 
 
 class StudentOutputs(NamedTuple):
-    """Logits (B, C, h, w), or (B, 0, 1, 1) for a student without logits; heads and features by name.
+    """A student's outputs for the rows of one stream, as a loss reads them.
 
     Attributes:
-        others: outputs for the rows of other streams of the batch, by the stream's name.
+        logits: segmentation logits (B, C, h, w), or an empty (B, 0, 1, 1) for a student without a segmentation head.
+        heads: name of a head -> its output (B, c, h, w).
+        features: name of a tap -> its features (B, c, h, w).
+        others: name of another stream of the batch -> the student's outputs for its rows.
     """
 
     logits: Tensor
@@ -38,12 +44,13 @@ class StudentOutputs(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Scalars, float32: the loss, which is the only one with a gradient, and its terms before weighting.
+    """The result of a loss. All values are 0-dimensional, float32. Only `loss` has a gradient.
 
     Attributes:
-        terms: every term's loss by its name: ce, kl and the further terms. With named streams the name is STREAM/TERM,
-            and STREAM/loss is a stream's weighted sum.
-        tasks: the weighted sum of each task's terms, before the balance. Empty without a balance.
+        loss: the weighted sum of the terms.
+        terms: name -> the term's value before weighting: `ce`, `kl` and the further terms. With named streams the name
+            is STREAM/TERM, and STREAM/loss is the stream's weighted sum.
+        tasks: task -> the weighted sum of its terms, before the balance of tasks. Empty without a balance.
     """
 
     loss: Tensor
@@ -52,23 +59,23 @@ class Losses(NamedTuple):
 
     @property
     def ce(self) -> Tensor:
-        """The cross-entropy. Raises: KeyError with named streams."""
+        """The cross-entropy before weighting. Raises: KeyError with named streams."""
         return self.terms["ce"]
 
     @property
     def kl(self) -> Tensor:
-        """The KL divergence. Raises: KeyError with named streams."""
+        """The KL divergence before weighting. Raises: KeyError with named streams."""
         return self.terms["kl"]
 
 
 def unpacked(outputs: Outputs | StudentOutputs | Tensor) -> StudentOutputs:
-    """Return the outputs of a student, or bare logits, as a loss reads them."""
+    """Convert a student's outputs, or a bare tensor of logits, to `StudentOutputs`."""
     if isinstance(outputs, StudentOutputs):
         return outputs
     if isinstance(outputs, Tensor):
         return StudentOutputs(outputs)
     named = {**outputs.features, **outputs.heads}
     if named and SEGMENTATION not in outputs.heads:
-        other = next(iter(named.values()))
-        return StudentOutputs(other.new_empty((len(other), 0, 1, 1)), outputs.heads, outputs.features)
+        any_output = next(iter(named.values()))
+        return StudentOutputs(any_output.new_empty((len(any_output), 0, 1, 1)), outputs.heads, outputs.features)
     return StudentOutputs(outputs.logits, outputs.heads, outputs.features)

@@ -22,13 +22,14 @@ UNNAMED = ("",)
 
 
 class Criterion(nn.Module):
-    """The weighted sum of the losses of several streams, or of one.
+    """The loss of a training: the weighted sum of its streams' losses.
 
     Args:
         losses: the loss of each stream.
-        names: the streams' names, which precede their terms' names: `kitti/ce`.
-        weights: at least 0. Each stream's loss has its own denominators, so its share of the batch is not a weight.
-        balance: balances the losses of two tasks, each summed over streams by weight. None adds up the streams.
+        names: the streams' names, which go before their terms' names: `kitti/ce`. A single stream may have the name "".
+        weights: the weight of each stream's loss, at least 0. A stream's loss is a mean over its own samples, so its
+            share of the batch does not act as a weight.
+        balance: the balance of segmentation and depth losses. None adds up the streams.
     """
 
     def __init__(
@@ -49,18 +50,21 @@ class Criterion(nn.Module):
 
     @property
     def losses(self) -> list[DistillLoss]:
-        """The loss of each stream."""
+        """The loss of each stream, in order."""
         return list(self.streams)  # type: ignore[arg-type]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the terms, in the order of `Losses.terms`, the loss of a named stream before its terms."""
-        own = ((stream, [*(["loss"] if stream else []), *loss.names]) for stream, loss in self._named())
-        return tuple(term_name(stream, name) for stream, names in own for name in names)
+        """Names of all terms, in the order of `Losses.terms`, such as `kitti/loss`, `kitti/ce`, `kitti/kl`.
+
+        `kitti/loss` is the weighted sum of the stream `kitti`.
+        """
+        by_stream = ((stream, [*(["loss"] if stream else []), *loss.names]) for stream, loss in self._named())
+        return tuple(term_name(stream, name) for stream, names in by_stream for name in names)
 
     @property
     def part_tasks(self) -> dict[str, str]:
-        """The task of each term of a stream, by its name."""
+        """The task of each term: `kitti/ce` -> `segmentation`."""
         named = ((stream, loss.part_tasks) for stream, loss in self._named())
         return {term_name(stream, part): task for stream, tasks in named for part, task in tasks.items()}
 
@@ -70,57 +74,65 @@ class Criterion(nn.Module):
         return tuple(dict.fromkeys(tap for loss in self.losses for tap in loss.student_taps))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Multiply the teacher terms of streams with a schedule by `scale` from now on."""
+        """Multiply the teacher terms' weights by `scale` from now on, in the streams that have a schedule."""
         for loss in self.losses:
             if loss.distill_weight_scale is not None:
                 loss.set_distill_weight_scale(scale)
 
     def describe(self) -> list[str]:
-        """Return what each stream's terms resize or project, with its name. It is complete after the first batch."""
+        """Return a line of text for each term that resizes or projects something.
+
+        It is complete after the first batch.
+        """
         texts = ((name, term.describe()) for name, loss in self._named() for term in loss.terms)
         return [f"{name}: {text}" if name else text for name, text in texts if text]
 
     def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Let terms that compare all samples of a stream read all processes' rows, in order, by `gather`."""
+        """Set the function that terms across samples, such as `queue`, use to get the rows of all processes.
+
+        `gather` takes a tensor (N, ...) and returns the concatenation over the processes, in order.
+        """
         for term in (term for loss in self.losses for term in loss.terms):
             term.gather = gather
 
     def after_step(self, streams: Streams) -> None:
-        """Let each stream's loss remember its rows (see `DistillLoss.after_step`)."""
+        """Let terms with a memory store the streams' batches (see `DistillLoss.after_step`)."""
         for loss, batch in zip(self.losses, streams, strict=True):
             loss.after_step(batch)
 
     def counts(self, streams: Streams) -> tuple[Counts, ...]:
-        """Return the denominators of each stream's loss. Raises: as `DistillLoss.counts`."""
+        """Return the denominators of each stream's loss. Raises: RecipeError or DataError as `DistillLoss.counts`."""
         return tuple(loss.counts(batch) for loss, batch in zip(self.losses, streams, strict=True))
 
     def forward(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> Losses:
-        """Return the loss, and every stream's terms: all scalars, float32.
+        """Return the loss, and every stream's terms: all 0-dimensional, float32.
 
-        `outputs` are the student's for the pixels of all streams, in order. `counts` has each stream's counts, as
-        `DistillLoss` takes them.
-
-        Raises: what `DistillLoss.forward` raises.
+        Args:
+            outputs: the student's outputs for the pixels of all streams, one stream after another.
+            streams: the batch of each stream.
+            counts: the denominators of each stream's loss, as in `DistillLoss.forward`. None uses the batches' own.
+        Raises: RecipeError or DataError as `DistillLoss.forward`.
         """
         by_task: list[dict[str, Tensor]] = []
         terms: dict[str, Tensor] = {}
         for name, loss, rows, batch, count in self._parted(outputs, streams, counts):
             of_tasks, of_terms = loss.by_task(rows, batch, count)
             by_task.append(of_tasks)
-            whole = {"loss": total(of_tasks).detach()} if name else {}
-            terms |= {term_name(name, term): value for term, value in (whole | of_terms).items()}
+            stream_loss = {"loss": total(of_tasks).detach()} if name else {}
+            terms |= {term_name(name, term): value for term, value in (stream_loss | of_terms).items()}
         if self.balance is None:
-            weighted = [weight * total(own) for weight, own in zip(self.weights, by_task, strict=True)]
+            weighted = [weight * total(task_losses) for weight, task_losses in zip(self.weights, by_task, strict=True)]
             return Losses(torch.stack(weighted).sum(), terms)
         counted = self._counted(counts or self.counts(streams)) if self.balance.reads_counts else None
         balanced = {task: self._of_task(task, by_task) for task in self.balance.heads}
         loss = self.balance(balanced, counted)
-        return Losses(loss, terms, {task: own.detach() for task, own in balanced.items()})
+        return Losses(loss, terms, {task: value.detach() for task, value in balanced.items()})
 
     def parts(self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None = None) -> dict[str, Tensor]:
-        """Return active terms by name, weighted (also by the balance) and differentiable, for gradient norms.
+        """Return name of an active term -> its weighted loss, 0-dimensional with a gradient.
 
-        Named streams have their whole loss before their terms. Args, Raises: as `forward`.
+        Gradient norms per term need it. The weights include the balance. A named stream also has its weighted sum,
+        `kitti/loss`. The arguments and errors are the same as in `forward`.
         """
         parts: dict[str, Tensor] = {}
         parted = self._parted(outputs, streams, counts)
@@ -128,20 +140,22 @@ class Criterion(nn.Module):
             of_stream = {term: weight * value for term, value in loss.parts(rows, batch, count).items()}
             if self.balance is not None:
                 of_stream = weigh_parts(of_stream, loss.part_tasks, self.balance)
-            whole = {"loss": torch.stack(list(of_stream.values())).sum()} if name and of_stream else {}
-            parts |= {term_name(name, term): value for term, value in (whole | of_stream).items()}
+            stream_loss = {"loss": torch.stack(list(of_stream.values())).sum()} if name and of_stream else {}
+            parts |= {term_name(name, term): value for term, value in (stream_loss | of_stream).items()}
         return parts
 
     def _of_task(self, task: str, by_task: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Return the weighted sum of the losses of a task over the streams that have it."""
-        weighted = [weight * own[task] for weight, own in zip(self.weights, by_task, strict=True) if task in own]
+        """Return the weighted sum of a task's losses over the streams that have the task."""
+        weighted = [
+            weight * losses[task] for weight, losses in zip(self.weights, by_task, strict=True) if task in losses
+        ]
         return torch.stack(weighted).sum()
 
     def _counted(self, counts: tuple[Counts, ...]) -> dict[str, Tensor]:
-        """Return how much counts for each task over all streams of weight above 0, 0-dimensional."""
+        """Return task -> how much it counts over all streams of weight above 0, 0-dimensional."""
         counted: dict[str, Tensor] = {}
-        for loss, weight, own in zip(self.losses, self.weights, counts, strict=True):
-            for task, count in loss.counted(own).items() if weight > 0 else ():
+        for loss, weight, stream_counts in zip(self.losses, self.weights, counts, strict=True):
+            for task, count in loss.counted(stream_counts).items() if weight > 0 else ():
                 counted[task] = counted[task] + count if task in counted else count
         return counted
 
@@ -151,16 +165,16 @@ class Criterion(nn.Module):
     def _parted(
         self, outputs: Any, streams: Streams, counts: tuple[Counts, ...] | None
     ) -> Iterator[tuple[str, DistillLoss, StudentOutputs, Batch, Counts | None]]:
-        """Yield the name and loss of each stream, its rows of the outputs, its batch and its denominators."""
+        """Yield for each stream its name, its loss, its rows of the outputs, its batch and its denominators."""
         of_streams = dict(zip(self.stream_names, _split(outputs, list(map(len, streams))), strict=True))
         shared = [None] * len(streams) if counts is None else counts
         for (name, loss), batch, count in zip(self._named(), streams, shared, strict=True):
-            others = {other: of_other for other, of_other in of_streams.items() if other != name}
+            others = {stream: stream_outputs for stream, stream_outputs in of_streams.items() if stream != name}
             yield name, loss, of_streams[name]._replace(others=others), batch, count
 
 
 def term_name(stream: str, term: str) -> str:
-    """Return the name of a stream's term in a log: kitti/ce, or ce of the stream without a name."""
+    """Return the name of a stream's term in a log: `kitti/ce`, or `ce` if the stream's name is empty."""
     return f"{stream}/{term}" if stream else term
 
 
@@ -171,12 +185,12 @@ def _split(outputs: Any, rows: Sequence[int]) -> list[StudentOutputs]:
     leaves, spec = pytree.tree_flatten(outputs)
     # torch.split, whose backward is one concatenation: slices would each add to zeros of the whole.
     split = zip(*(leaf.split(rows) for leaf in leaves), strict=True)
-    return [unpacked(pytree.tree_unflatten(own, spec)) for own in split]
+    return [unpacked(pytree.tree_unflatten(stream_leaves, spec)) for stream_leaves in split]
 
 
 def _read_unnamed(criterion: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the tensors of a checkpoint of before, whose only stream was the whole loss: further.0 was its own."""
+    """Rename the tensors of an older checkpoint, which had no streams: `further.0` becomes `streams.0.further.0`."""
     for name in [name for name in state if name.startswith(prefix)]:
-        own = name.removeprefix(prefix)
-        if not own.startswith(("streams.", "balance.")):
-            state[f"{prefix}streams.0.{own}"] = state.pop(name)
+        old_name = name.removeprefix(prefix)
+        if not old_name.startswith(("streams.", "balance.")):
+            state[f"{prefix}streams.0.{old_name}"] = state.pop(name)

@@ -11,24 +11,24 @@ from kdcache_kernels import PackedTarget
 
 
 class TargetFormat(Protocol):
-    """The facts about a cache that are needed to read its targets. An open cache has them."""
+    """The interface of what is needed to read a cache's targets. An open cache has it."""
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
+        """The number of classes of the targets."""
 
     @property
     def view_size(self) -> tuple[int, int]:
-        """The (H, W) of the views."""
+        """The (H, W) of the views, in pixels."""
 
     @property
     def align_corners(self) -> bool:
-        """Whether the teacher's resize aligns corners."""
+        """True if the teacher's final resize aligns corners."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Packed logits of a batch at native stride, or values of a regression. A single sample has no B. A pytree.
+    """A teacher's outputs of one head for a batch: packed logits at native stride, or values of a regression. A pytree.
 
     >>> import kdcache
     >>> cache = kdcache.open_cache("streets.zarr")
@@ -36,12 +36,15 @@ class Target:
     >>> batch.target.dense(cache, torch.float32).shape
     torch.Size([2, 7, 12, 16])
 
+    A single sample has no leading B.
+
     Attributes:
-        values: (B, k, h, w) float16, logit minus the pixel's maximum over classes. With labels as targets they are
-            float32 or float64 log-probabilities. A regression has (B, channels, h, w) float16 or float32 in the head's
-            unit, without indices and tail. Values that are not finite are unknown.
-        indices: (B, k, h, w) uint8 or uint16 class ids, or None if all classes are kept.
-        tail: (B, h, w) float16 log-odds of the mass outside the top k, or None if all classes are kept.
+        values: logits (B, k, h, w) float16, each minus the largest logit of its pixel. Labels as targets are float32 or
+            float64 log-probabilities instead. A regression has (B, channels, h, w) float16 or float32 in the head's
+            unit. Values that are not finite are unknown.
+        indices: (B, k, h, w) uint8 or uint16 class ids. None for a regression, or if all classes are kept.
+        tail: (B, h, w) float16, the log-odds of the classes outside the top k. None for a regression, or if all classes
+            are kept.
     """
 
     values: Tensor
@@ -49,7 +52,10 @@ class Target:
     tail: Tensor | None = None
 
     def packed(self, form: TargetFormat) -> PackedTarget:
-        """Return the target in the form of the kernels."""
+        """Return the target as the kernels' `PackedTarget`.
+
+        `form` is the format of the targets, such as an open cache.
+        """
         return PackedTarget(
             values=self.values.to(torch.float16),
             indices=self.indices,
@@ -60,7 +66,10 @@ class Target:
         )
 
     def dense(self, form: TargetFormat, dtype: torch.dtype) -> Tensor:
-        """Return the logits (B, C, h, w) of all classes, up to a constant per pixel."""
+        """Return the logits (B, C, h, w) of all classes in `dtype`, up to a constant per pixel.
+
+        `form` is the format of the targets, such as an open cache.
+        """
         if self.values.dtype != torch.float16:
             return self.values.to(dtype)
         return self.packed(form).densify(dtype)

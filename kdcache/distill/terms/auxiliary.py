@@ -10,13 +10,12 @@ from kdcache_kernels import distill_denominators, distill_loss
 
 
 class Auxiliary(Term):
-    """`auxiliary`: the cross-entropy of the student's auxiliary head with the labels.
+    """The loss term `auxiliary`: the cross-entropy of the student's auxiliary head with the labels.
 
-    Class weights, smoothing, denominator and fused operation are the same as for the loss's own cross-entropy.
+    Class weights, label smoothing and denominator are the same as in the main cross-entropy. Default weight 0.1.
 
-    Default weight 0.1.
-    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 4.1, whose auxiliary loss weighs 0.1 next to 1;
-    PSPNet's (Zhao et al. 2017, arXiv 1612.01105) 0.4.
+    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 4.1, whose auxiliary loss weighs 0.1 next to 1.
+        PSPNet (Zhao et al. 2017, arXiv 1612.01105) uses 0.4.
     """
 
     kind = "auxiliary"
@@ -27,7 +26,10 @@ class Auxiliary(Term):
         self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean cross-entropy of the auxiliary logits over labelled pixels."""
+        """Return the mean cross-entropy of the auxiliary head's logits over labelled pixels, 0-dimensional.
+
+        `count` replaces the batch's own denominator.
+        """
         logits = batch.student.heads[AUXILIARY]
         return distill_loss(
             logits,
@@ -41,6 +43,6 @@ class Auxiliary(Term):
 
     @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the sum of the class weights of the labelled pixels, 0-dimensional."""
+        """Return the denominator of the loss: the sum of the class weights of the labelled pixels, 0-dimensional."""
         classes = self.targets.num_classes
         return distill_denominators(batch.rows.label, num_classes=classes, class_weight=self.class_weight).ce

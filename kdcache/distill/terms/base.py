@@ -19,27 +19,28 @@ from kdcache_kernels.window import Size
 
 
 class TermTargets(TargetFormat, Protocol):
-    """The facts about a cache that are needed to make terms. An open cache has them. Labels have no manifest."""
+    """The interface of the targets that loss terms need. An open cache has it. `LabelTargets` have no manifest."""
 
     @property
     def manifest(self) -> Any:
-        """The manifest of the cache, or None."""
+        """The manifest of the cache, or None for labels as targets."""
 
 
 @dataclass(frozen=True)
 class TermSetup:
-    """What is needed to make terms.
+    """The inputs for making a loss term's module.
 
     Attributes:
         targets: an open cache, or `LabelTargets`.
-        arrays: paths of the cache's arrays that the term needs.
-        student_taps: the student's features -> channels, most useful last.
-        student_heads: the kinds of the student's heads in training, by name.
-        align_corners: whether the student's own final resize aligns corners.
-        impl: which kernels compute pseudo labels and their loss, `auxiliary` and `dist`, as in `distill_loss`.
-        class_weight: (C,) of `pseudo` and `auxiliary`. None weighs every class 1.
-        label_smoothing: the label smoothing of `auxiliary`.
-        moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
+        arrays: paths of the cache's arrays that the term reads, such as `features/stage4`.
+        student_taps: name of a tap of the student -> its number of channels. The last tap is the most useful one.
+        student_heads: name of a head that the student has in training -> its kind.
+        align_corners: True if the student's own final resize aligns corners.
+        impl: the implementation of the kernels, as in `distill_loss`. Only terms with a kernel use it.
+        class_weight: (C,) weights of the classes in `pseudo` and `auxiliary`. None weighs all 1.
+        label_smoothing: the label smoothing of `auxiliary`, in [0, 1).
+        moments: mean and standard deviation of the teacher's channels, (c,) each, for a term with
+            `standardise=channels`.
     """
 
     targets: TermTargets
@@ -55,17 +56,18 @@ class TermSetup:
 
 @dataclass(frozen=True)
 class TermBatch:
-    """The inputs of a term.
+    """The input of a loss term.
 
     Attributes:
         student: the student's outputs, each at its native stride, with the gradient.
-        rows: the samples. `arrays` holds features as numbers: features/<tap> (B, c, h, w), statistics/at.<tap>
-            (B, h, w), statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
-        pixel_weight: (B, H, W) gate of the teacher's terms, or None for 1. It does not change the denominator of a
-            mean.
-        counted: (B, H, W) bool, the view's pixels that means are over (those that show the image, those with a label).
-            None is all.
-        shown: (B, H, W) bool, pixels that show the image, or a pasted one, for terms that read it. None is all.
+        rows: the samples. `arrays` holds decoded features: features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
+            statistics/similarity.<tap> (B, p) uint8, targets/segmentation/max (B, h, w).
+        pixel_weight: (B, H, W), the gate of the teacher's terms. It does not change a mean's denominator. None weighs
+            all 1.
+        counted: (B, H, W) bool, True for the pixels that means include: those that show the image, and if void is
+            excluded, have a label. None is all. Terms themselves exclude pixels outside the view.
+        shown: (B, H, W) bool, True for pixels that show the image or a pasted one, for terms with `reads_shown`. None
+            is all.
     """
 
     student: StudentOutputs
@@ -76,24 +78,27 @@ class TermBatch:
 
 
 class Term(nn.Module):
-    """One loss. Its parameters (projections of the student) are trained with the student and never exported.
+    """A loss term: a module that compares a student's outputs with targets, features or labels.
 
-    It computes in float32 also under autocast, in float64 for float64 inputs, without host synchronisation or
-    data-dependent shapes. Means are over counted pixels. A gate weighs these and does not shrink the denominator.
-    Without any counted pixel the loss and its gradient are 0.
+    Its parameters, such as projections of the student's features, are trained with the student and never exported. It
+    computes in float32 also under autocast, and in float64 for float64 inputs. It never waits for the device. Means are
+    over counted pixels, or over cells by their share of counted pixels. A gate weighs them and does not change the
+    denominator. Without any counted pixel the loss and its gradient are 0.
 
     Args:
-        spec: the setting, with its taps filled in.
+        spec: the term's options, with its taps filled in.
+        setup: the cache, and facts about the student.
 
     Attributes:
-        kind: the spec's, or the own name of a companion.
-        weight: the spec's, or the kind's default. Default weights give a gradient over the student's parameters
-            comparable to CE's. Docstrings give its size: mean over batches of CamVid at 144x192, teacher kdcache:base
-            at stride 4, student kdcache:tiny after 150 and 650 steps.
-        reads_shown: whether it reads `TermBatch.shown`.
-        measured: whether its value is only logged and not part of the loss.
-        gather: concatenates a tensor over the processes along its first axis, with a gradient only for this process's
-            part, or None for a single process.
+        kind: the kind in `spec`, or the name of a companion term.
+        weight: the weight in `spec`, or the kind's default. With default weights, a term's gradient over the student's
+            parameters is about as long as the cross-entropy's. The classes' docstrings have the measured ratio: mean
+            over batches of CamVid at 144x192, teacher kdcache:base at stride 4, student kdcache:tiny after 150 and 650
+            steps.
+        reads_shown: True if the term reads `TermBatch.shown`.
+        measured: True if the value is only logged and not added to the loss.
+        gather: a function that concatenates a tensor over the processes along its first axis, with a gradient only for
+            this process's part. None for a single process.
     """
 
     kind: str
@@ -114,77 +119,93 @@ class Term(nn.Module):
 
     @classmethod
     def of(cls, spec: Any, setup: TermSetup) -> "Term":
-        """Make the module of a spec."""
+        """Make the module for a spec. Subclasses may choose another class by the spec's options."""
         return cls(spec, setup)
 
     def labellers(self) -> tuple[str, ...]:
-        """Return the predictors (student, ema) whose pseudo labels of weak views it reads."""
+        """Return the networks, `student` or `ema`, whose pseudo labels of weak views the term reads."""
         return ()
 
     def companions(self) -> "tuple[Term, ...]":
-        """Return further terms of the loss that belong to it."""
+        """Return further terms that the loss must have with this term, such as a discriminator's own loss."""
         return ()
 
     def arrays(self) -> tuple[str, ...]:
-        """Return the paths of the cache that `Batch.arrays` must hold."""
+        """Return the paths of the cache's arrays that `Batch.arrays` must hold, such as `features/stage4`."""
         return self._arrays
 
     @property
     def reads_target(self) -> bool:
-        """Whether `Batch.target` must hold the teacher's logits."""
+        """True if `Batch.target` must hold the teacher's logits."""
         return self.spec.reads_logits
 
     @property
     def head(self) -> str | None:
-        """The head other than segmentation whose output it compares, or None."""
+        """The name of the head, other than segmentation, whose output the term compares. None for segmentation."""
         return None if self.spec.head == SEGMENTATION else self.spec.head
 
     @property
     def task(self) -> str:
-        """The task that the term belongs to."""
+        """The task that the term belongs to: `segmentation` or `depth`."""
         return self.spec.task
 
     @property
     def reads_logits(self) -> bool:
-        """Whether it reads the student's logits of segmentation."""
+        """True if the term reads the student's segmentation logits."""
         return self.head is None and not self.spec.reads_taps
 
     @property
     def teaches_student(self) -> bool:
-        """Whether the student gets a gradient from it."""
+        """True if the student gets a gradient from the term."""
         return True
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether it learns from a teacher, or from labels instead of the teacher. False for a term on labels only."""
+        """True if the term learns from a teacher, or from labels as targets instead.
+
+        False for a term on labels only.
+        """
         return self.spec.reads_teacher
 
     @property
     def reads_labels(self) -> bool:
-        """Whether it learns from labels."""
+        """True if the term learns from labels."""
         return self.spec.reads_labels
 
     @property
     def scheduled(self) -> bool:
-        """Whether `DistillLoss.set_distill_weight_scale` scales its weight."""
+        """True if `DistillLoss.set_distill_weight_scale` changes the term's weight."""
         return self.reads_teacher
 
     def student_taps(self) -> tuple[str, ...]:
-        """Return the student's features that it needs."""
+        """Return the names of the student's features that the term reads."""
         return (self._student_tap,) if self.spec.reads_taps else ()
 
     def after_step(self, batch: Batch) -> None:
-        """Remember data of a batch that a step has learnt from, to compare later batches with."""
+        """Store what later batches are compared with. The default does nothing.
+
+        It is called after the optimizer's step.
+        """
 
     def describe(self) -> str | None:
-        """Return what is resized or projected, after `prepare` or the first batch, or None for nothing."""
+        """Return one line about what the term resizes or projects, after `prepare` or the first batch.
+
+        None means nothing.
+        """
         return self._description
 
     def prepare(self, batch: TermBatch) -> None:
-        """Read the shapes of a batch for `describe`."""
+        """Remember the shapes of a batch's maps, for `describe`. The default does nothing."""
 
     def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
-        """Record, for `describe`, how a student's map is resized to the teacher's size."""
+        """Remember, for `describe`, that the student's map is resized to the teacher's size.
+
+        Args:
+            student: the student's map (B, c, h, w).
+            teacher: the teacher's map (B, ..., h, w).
+            of: text before "the student's", such as "the attention of ".
+            then: text about a change after the resize, such as "projected from 32 to 64 channels".
+        """
         changes = [then] if then else []
         if grid_of(student) != grid_of(teacher):
             changes.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
@@ -194,10 +215,10 @@ class Term(nn.Module):
         )
 
     def forward(self, batch: TermBatch, count: Tensor | None = None) -> Tensor:
-        """Return the loss of a batch: an unweighted scalar.
+        """Return the unweighted loss of a batch, 0-dimensional.
 
-        `count` replaces its own `count` as denominator: the mean over the parts of a larger batch, so that their losses
-        average to the whole batch's.
+        `count` replaces `self.count(batch)` as the denominator. For a batch in several parts, pass the mean of the
+        parts' counts. Then the parts' losses average to the whole batch's loss.
         """
         if not torch.compiler.is_compiling():
             self.prepare(batch)
@@ -205,25 +226,32 @@ class Term(nn.Module):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Compute the result of `forward` at full precision."""
+        """Compute the result of `forward` without autocast. Subclasses implement it."""
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the denominator of `loss`: the counted cells, 0-dimensional. Of `logits` only dtype and rows matter.
+        """Return the denominator of `loss`: the sum over cells of their share of counted pixels, 0-dimensional.
 
-        A term whose formula has several sums over the batch returns several numbers.
+        It depends on the student's logits only by their dtype and number of rows. A term whose formula has several sums
+        over the batch returns a tensor with several numbers.
         """
         return self.cells(batch, self.grid(batch), wide(batch.student.logits)).counted.sum()
 
     def grid(self, batch: TermBatch) -> Size:
-        """Return (h, w) of the teacher's cells."""
+        """Return the (h, w) of the teacher's cells: the rows and columns of its map."""
         if self.reads_target:
             assert batch.rows.target is not None
             return grid_of(batch.rows.target.values)
         return grid_of(batch.rows.arrays[self._arrays[0]])
 
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
-        """Return how much every cell of a grid over the student's image counts."""
+        """Return how much each cell of a grid over the student's image counts and weighs.
+
+        Args:
+            batch: the batch, with its masks and gate.
+            grid: (h, w), the number of cells down and across.
+            like: a tensor with the result's device and dtype.
+        """
         return lay_cells(
             batch.rows.window,
             batch.rows.flip,
@@ -237,20 +265,29 @@ class Term(nn.Module):
         )
 
     def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the part of a view's map (B, c, h, w) that the student's image shows, resized to the same (h, w)."""
+        """Return the part of a teacher's map (B, c, h, w) that the student's window shows, resized to the same (h, w).
+
+        The map covers the whole view. The result has `dtype` and no gradient.
+        """
         return sample_view(map_Bchw, batch.rows.window, batch.rows.flip, self.targets.view_size, dtype)
 
     def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:
-        """Return the mean of a loss (B, h, w) over the counted cells, or over `count` of them."""
+        """Return the weighted mean of a loss (B, h, w) over cells, 0-dimensional.
+
+        Args:
+            loss_Bhw: the loss of each cell.
+            cells: how much each cell counts and weighs.
+            count: the denominator. None is the sum of `cells.counted`.
+        """
         return divide((loss_Bhw * cells.weight).sum(), cells.counted.sum() if count is None else count)
 
     def of_all(self, rows_Nx: Tensor) -> Tensor:
-        """Return the rows of all processes. Only this process's rows carry a gradient."""
+        """Return the rows (N, ...) of all processes, concatenated. Only this process's rows carry a gradient."""
         return rows_Nx if self.gather is None else self.gather(rows_Nx)
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or as it is in float64."""
+    """Return x in float32, or unchanged if it is float64."""
     return x.to(compute_dtype(x.dtype))
 
 
@@ -260,24 +297,30 @@ def divide(total: Tensor, count: Tensor) -> Tensor:
 
 
 def grid_of(map_Bchw: Tensor) -> Size:
-    """Return (h, w) of a map."""
+    """Return the (h, w) of a map, the sizes of its last two axes."""
     return map_Bchw.shape[-2], map_Bchw.shape[-1]
 
 
 def unit(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """Divide by the norm over some dimensions. Zeros stay zero and get no gradient."""
+    """Return x divided by its L2 norm over the axes `dims`. Zeros stay zero and get no gradient."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
     return x / norm.masked_fill(norm <= 1e-12, torch.inf)
 
 
 def shared(loss: Tensor, own: int, all_rows: int) -> Tensor:
-    """Return a loss that every process computes completely, with its gradient times the number of processes.
+    """Return the loss unchanged, with its gradient multiplied by the number of processes (`all_rows / own`).
 
-    Each process has only its own part's gradient. Averaging over processes then gives their sum.
+    Use it if every process computes the loss of all rows, but only its own rows carry a gradient. The average over
+    processes is then the sum of their gradients.
+
+    Args:
+        loss: 0-dimensional, equal in all processes.
+        own: number of rows of this process.
+        all_rows: number of rows of all processes.
     """
     return loss + (all_rows / own - 1) * (loss - loss.detach())
 
 
 def shape_text(map_Bchw: Tensor) -> str:
-    """Return the shape of a map as text, such as '36x48'."""
+    """Return the last two axes of a map as text, such as '36x48'."""
     return "x".join(str(side) for side in map_Bchw.shape[-2:])

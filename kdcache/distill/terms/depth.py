@@ -36,11 +36,11 @@ MIN_DEPTH = 1e-3
 
 
 class DepthTerm(Term):
-    """A loss between two depth maps in metres, computed by `of_images`.
+    """A base of loss terms between two depth maps. `of_images` computes the loss of each image.
 
     Attributes:
-        student: the student's depth head.
-        teacher: the cache's depth head, or None against labels.
+        student: the kind of the student's depth head.
+        teacher: the kind of the cache's depth head. None if depth is compared with labels.
     """
 
     reads_shown = True
@@ -55,7 +55,10 @@ class DepthTerm(Term):
             self.teacher_align_corners = setup.targets.manifest.heads[DEPTH].align_corners
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over images of `of_images` on prediction and reference."""
+        """Return the mean of `of_images` over the images with a valid pixel, 0-dimensional.
+
+        `count` replaces the batch's own number of such images.
+        """
         raw_B1HW = resize(wide(batch.student.heads[DEPTH]), batch.rows.size, self.student_align_corners)
         prediction_BHW = self.compared(self.student.values(raw_B1HW)[:, 0], self.student)
         reference_BHW, mask_BHW = self._reference(batch, prediction_BHW.dtype)
@@ -64,25 +67,37 @@ class DepthTerm(Term):
         return divide(total, weight_B.sum() if count is None else count.to(total.dtype))
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the number of images with a valid pixel (`depth-l1`: valid pixels), 0-dimensional."""
+        """Return the denominator of the loss: the number of images with a valid pixel, 0-dimensional.
+
+        For `depth-l1` it is the number of valid pixels.
+        """
         dtype = wide(batch.student.logits).dtype
         return self.image_weight(self._reference(batch, dtype)[1], dtype).sum()
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the weight (B,) of each image's loss in the mean over the batch: 1 with a valid pixel, 0 without."""
+        """Return the weight (B,) of each image's loss in the mean: 1 with a valid pixel, 0 without one."""
         return mask_BHW.flatten(1).any(1).to(dtype)
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
-        """Convert values in a head's unit, or labels without a head, to metres of at least `MIN_DEPTH`."""
+        """Convert values (B, H, W) to the quantity that is compared: metres of at least `MIN_DEPTH`.
+
+        `head` is the kind of head that the values come from, or None for labels.
+        """
         return clip(values_BHW, MIN_DEPTH, None)
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the loss (B,) of each image's valid pixels, 0 without any (`kdcache.distill.depth`)."""
+        """Return the loss (B,) of each image, 0 for an image without a valid pixel.
+
+        Args:
+            prediction_BHW: the student's depth, as `compared` returns it, with the gradient.
+            reference_BHW: depth of the labels or the teacher, as `compared` returns it.
+            mask_BHW: bool, True for valid pixels.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
     def _reference(self, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the map to compare the student with, and its valid pixels: (B, H, W) each."""
+        """Return the depth map to compare the student with, and the bool mask of its valid pixels: (B, H, W) each."""
         if self.teacher is None:
             values_BHW = batch.rows.labels[DEPTH]
             mask_BHW = (values_BHW >= MIN_DEPTH) & (values_BHW <= (self.student.max_depth or torch.inf))
@@ -97,7 +112,7 @@ class DepthTerm(Term):
     def _with_pasted(
         self, values_BHW: Tensor, mask_BHW: Tensor, rows: Batch, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return a teacher's map and its valid pixels, replaced by the pasted samples' at their pixels."""
+        """Return a teacher's map and its mask, with the pasted samples' map and mask at pasted pixels."""
         assert rows.own is not None, "samples were pasted"
         if rows.pasted is None:
             others = neighbours(values_BHW), neighbours(mask_BHW)
@@ -108,7 +123,7 @@ class DepthTerm(Term):
         return torch.where(rows.own, values_BHW, others[0]), torch.where(rows.own, mask_BHW, others[1])
 
     def _taught(self, batch: Batch, size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the map of a batch's teacher at the student's image of `size`, and its valid pixels."""
+        """Return the teacher's map over the student's image of `size`, (B, H, W), and the mask of its valid pixels."""
         assert self.teacher is not None, "only against a teacher"
         assert batch.targets is not None, "a batch has the targets of its terms (check_heads)"
         values_B1hw = wide(batch.targets[DEPTH].values).to(dtype)
@@ -127,77 +142,91 @@ class DepthTerm(Term):
 
 
 class DepthL1(DepthTerm):
-    """`depth-l1`: mean |p - r| in metres, over all valid pixels of a batch."""
+    """The loss term `depth-l1`: the mean absolute error in metres, over all valid pixels of a batch."""
 
     kind = "depth-l1"
 
     def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the number of valid pixels (B,), so the mean is over pixels."""
+        """Return the number of valid pixels (B,) of each image, so that the mean is over pixels."""
         return mask_BHW.sum((1, 2)).to(dtype)
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the mean absolute error (B,)."""
+        """Return the mean absolute error (B,) in metres. Arguments are as in `DepthTerm.of_images`."""
         return depth.l1(prediction_BHW, reference_BHW, mask_BHW)
 
 
 class DepthBerhu(DepthTerm):
-    """`depth-berhu`: the reverse Huber loss in metres, with a bound of a fifth of an image's largest error."""
+    """The loss term `depth-berhu`: the reverse Huber loss in metres.
+
+    Errors above a fifth of the image's largest error count as squares, the others as absolute values.
+    """
 
     kind = "depth-berhu"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the reverse Huber loss (B,)."""
+        """Return the reverse Huber loss (B,) in metres. Arguments are as in `DepthTerm.of_images`."""
         return depth.berhu(prediction_BHW, reference_BHW, mask_BHW)
 
 
 class DepthSilog(DepthTerm):
-    """`depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2), with g = log p - log r of an image."""
+    """The loss term `depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2), with g = log prediction - log reference.
+
+    The means are over the valid pixels of an image.
+    """
 
     kind = "depth-silog"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the scale-invariant logarithmic loss (B,)."""
+        """Return the scale-invariant logarithmic loss (B,). Arguments are as in `DepthTerm.of_images`."""
         return depth.silog(prediction_BHW, reference_BHW, mask_BHW)
 
 
 class DepthGradient(DepthTerm):
-    """`depth-gradient`: gradient matching of logarithms over four scales: edges and shapes at any scale."""
+    """The loss term `depth-gradient`: compares the steps of log depth between pixels that are 1, 2, 4 and 8 apart.
+
+    So it compares edges and shapes, whatever the scale of depth.
+    """
 
     kind = "depth-gradient"
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the gradient matching (B,) of logarithms."""
+        """Return the gradient-matching loss (B,) of log depth. Arguments are as in `DepthTerm.of_images`."""
         return depth.gradient_matching(prediction_BHW.log(), reference_BHW.log(), mask_BHW)
 
 
 class DepthSsi(DepthTerm):
-    """`depth-ssi`: inverse depths, each aligned by its own median and deviation, without the worst fifth.
+    """The loss term `depth-ssi`: the difference of inverse depths, after aligning each map's shift and scale.
 
-    Gradient matching is added with the weight alpha, 0.5. Metres are inverted. Other units, such as those of MiDaS and
-    Depth Anything, already are inverse depth up to a scale and a shift.
+    Each map is shifted by its median and divided by its mean absolute deviation from it. The largest 20 % of an image's
+    differences are left out. `alpha` (default 0.5) times the gradient matching of the aligned maps is added. Depth in
+    metres is inverted. Other units, as in MiDaS and Depth Anything, already are inverse depth up to a scale and a
+    shift.
     """
 
     kind = "depth-ssi"
     spec: specs.DepthSsi
 
     def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
-        """Convert metres to inverse depth, and leave other units unchanged."""
+        """Convert metres to inverse depth, and leave other units unchanged.
+
+        `head` is the kind of head that the values (B, H, W) come from, or None for labels in metres.
+        """
         if head is not None and head.unit != METRES:
             return values_BHW
         return clip(values_BHW, MIN_DEPTH, None).reciprocal()
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
-        """Return the scale- and shift-invariant loss (B,)."""
+        """Return the scale- and shift-invariant loss (B,). Arguments are as in `DepthTerm.of_images`."""
         return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.spec.alpha)
 
 
 def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
-    """Raise values that float16 rounded to 0 to the smallest depth, which a positive head can represent."""
+    """Replace values that float16 rounded to 0 by `MIN_DEPTH`, because a positive head cannot represent 0."""
     return values if head.parameterisation == "identity" else values.clamp_min(MIN_DEPTH)
 
 
 def stored_head(manifest: Any, task: str) -> RegressionHead:
-    """Return a cache's head of a numeric task in the form of a model's."""
+    """Return the kind of a cache's head of a numeric task, such as `depth`, read from the cache's manifest."""
     head = manifest.heads[task]
     largest = None if head.range is None else head.range[1]
     return RegressionHead(head.channels, head.unit, head.parameterisation, largest)

@@ -15,14 +15,14 @@ TINY = 1e-24
 
 
 class Projected(Term):
-    """A term that projects the student's features, cell by cell, by a trained projector.
+    """A base of loss terms that project the student's features to the teacher's channels, by a trained projector.
 
     | projector | layers |
     | --- | --- |
     | `linear` | a 1x1 convolution |
     | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
-    With `standardise=channels`, checkpoints include mean and deviation of the teacher's channels.
+    With `standardise=channels`, checkpoints include mean and standard deviation of the teacher's channels.
     Source: Theia, Shang et al. 2024, arXiv 2407.20179; PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, compares ways.
     """
 
@@ -31,7 +31,10 @@ class Projected(Term):
     teacher_std: Tensor | None
 
     def __init__(self, spec: specs.Projected | specs.Channels, setup: TermSetup) -> None:
-        """Raise RecipeError for channels to standardise without their moments."""
+        """Make the projector.
+
+        Raises: RecipeError if channels are to be standardised and `setup.moments` is None.
+        """
         super().__init__(spec, setup)
         options = spec if isinstance(spec, specs.Projected) else specs.Projected()
         if options.standardise == "channels" and setup.moments is None:
@@ -49,13 +52,16 @@ class Projected(Term):
         self.register_buffer("teacher_std", std_c)
 
     def prepare(self, batch: TermBatch) -> None:
-        """Record the projection and resize of the student's features for `describe`."""
+        """Remember how the student's features are projected and resized, for `describe`."""
         student, teacher = batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]]
         projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
         self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
-        """Return student's and teacher's features (B, c, h, w) on the teacher's cells, and the cells' weights."""
+        """Return features (B, c, h, w) of student and teacher on the teacher's cells, and the cells' weights.
+
+        The student's features are projected and resized. The teacher's features are cut to the batch's windows.
+        """
         student_Bchw = wide(batch.student.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.rows.arrays[self._arrays[0]], student_Bchw.dtype)
         teacher_Bchw = self.standardised(teacher_Bchw, student_Bchw.dtype)
@@ -65,7 +71,10 @@ class Projected(Term):
         return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
 
     def standardised(self, teacher_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Standardise the teacher's channels, or return them unchanged if this is off."""
+        """Return the teacher's features, standardised per channel if the spec has `standardise=channels`, in `dtype`.
+
+        Without that option the features are returned unchanged, in their own dtype.
+        """
         if self.teacher_mean is None or self.teacher_std is None:
             return teacher_Bchw
         mean_c11, std_c11 = (x.to(dtype)[:, None, None] for x in (self.teacher_mean, self.teacher_std))
@@ -73,18 +82,19 @@ class Projected(Term):
 
 
 def tap_channels(spec: FeatureTerm, setup: TermSetup) -> tuple[int, int]:
-    """Return the channels of the student's tap and of the teacher's."""
+    """Return the number of channels of the student's tap, and of the teacher's tap."""
     assert spec.student_tap is not None and spec.teacher_tap is not None, "taps are filled in"  # noqa: PT018
     return setup.student_taps[spec.student_tap], setup.targets.manifest.features[spec.teacher_tap].channels
 
 
 class Hint(Projected):
-    """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained projector.
+    """The loss term `hint`: the mean squared difference between projected features of the student and the teacher's.
 
-    With the distance `smooth-l1` a difference d counts d^2 / 2 up to 1, and |d| - 1/2 beyond. Unless they are
-    standardised, the teacher's features are used unchanged, so the term's size depends on theirs.
+    The mean is over channels and cells. With `distance=smooth-l1`, a difference d counts as d^2 / 2 up to 1, and |d| -
+    1/2 beyond. Unless `standardise=channels` is given, the loss depends on the scale of the teacher's features.
 
-    Default weight 1 (mean over every element; FitNets halves the sum): a gradient of 0.2 to 0.7 of CE's.
+    Default weight 1 (the mean over all elements; FitNets halves the sum). Its gradient is 0.2 to 0.7 times the
+    cross-entropy's.
     Source: Romero et al. 2015, arXiv 1412.6550, section 2.2; smooth L1: Girshick 2015, arXiv 1504.08083, equation 3.
     """
 
@@ -92,7 +102,10 @@ class Hint(Projected):
     spec: specs.Hint
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean squared (or smooth L1) difference of features over cells."""
+        """Return the mean squared (or smooth L1) difference of the features over cells, 0-dimensional.
+
+        `count` replaces the batch's own number of counted cells.
+        """
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         if self.spec.distance == "smooth-l1":
             return self.mean(F.smooth_l1_loss(student_Bchw, teacher_Bchw, reduction="none").mean(1), cells, count)
@@ -100,38 +113,42 @@ class Hint(Projected):
 
 
 class Cosine(Projected):
-    """`cosine`: mean over cells of 1 - cos(P(F_s), F_t), P a trained projector.
+    """The loss term `cosine`: the mean over cells of 1 - cos(projected student's features, teacher's features).
 
     A cell of zeros on either side has the cosine 0 and no gradient.
 
-    Default weight 2 (mean over cells): a gradient of 0.5 to 0.8 of CE's.
+    Default weight 2. Its gradient is 0.5 to 0.8 times the cross-entropy's.
     Source: as the feature loss of PyTorch's knowledge distillation tutorial, which compares whole images.
     """
 
     kind = "cosine"
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean of 1 - cosine over cells."""
+        """Return the mean of 1 - cosine over cells, 0-dimensional.
+
+        `count` replaces the batch's own number of counted cells.
+        """
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
         return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells, count)
 
 
 def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:
-    """Return the cosine over the channels, (B, h, w). Dividing the sums is four times as fast as dividing each map."""
+    """Return the cosine (B, h, w) of two maps' channels at each cell. A cell of zeros has cosine 0."""
     ab, aa, bb = ((x * y).sum(1) for x, y in ((a_Bchw, b_Bchw), (a_Bchw, a_Bchw), (b_Bchw, b_Bchw)))
     usable = (aa > TINY) & (bb > TINY)
     return torch.where(usable, ab * torch.where(usable, aa, 1).rsqrt() * torch.where(usable, bb, 1).rsqrt(), 0)
 
 
 class Attention(Term):
-    """`at`: mean over cells of (a_s - a_t)^2, a = A / ||A||, A = sum over channels of F^2.
+    """The loss term `at`: the mean squared difference between the attention maps of student and teacher.
 
-    The teacher's A comes from features/<tap>, or from statistics/at.<tap>, where it is divided by its maximum, which
-    makes no difference here. The student's A is resized to the teacher's cells. The norm is over one image's counted
-    cells, each weighted by its share. Uncounted cells (outside the view, grey, void) affect neither norm nor mean.
+    An attention map is the sum over channels of the squared features, divided by its L2 norm over the image's cells.
+    The teacher's map comes from features/<tap>, or from statistics/at.<tap>. The student's map is resized to the
+    teacher's cells. Each cell is weighted by its share of counted pixels, in the norm and in the mean.
 
-    Default weight h w / 2, by which the term is at most 1, because with unit norms the mean is at most 2 / (h w). It is
-    2592 at 72 x 72 (published: 1000 to 10000), and its gradient 0.6 of CE's for a decoder's map, 2 to 4 for a deep one.
+    The default weight is h w / 2 for a teacher's map of h x w cells. Then the term is at most 1, because the mean of
+    two maps with norm 1 is at most 2 / (h w). At 72 x 72 cells it is 2592 (published: 1000 to 10000). Its gradient is
+    0.6 times the cross-entropy's for a decoder's map, and 2 to 4 times for a deep map.
     Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, section 3.1.
     """
 
@@ -145,13 +162,16 @@ class Attention(Term):
             self.weight = h * w / 2
 
     def prepare(self, batch: TermBatch) -> None:
-        """Record the resize of the student's attention for `describe`."""
+        """Remember how the student's attention map is resized, for `describe`."""
         self.note_resize(
             batch.student.features[self._student_tap], batch.rows.arrays[self._arrays[0]], "the attention of "
         )
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean squared difference of normalised attention maps over cells."""
+        """Return the mean squared difference of the attention maps over cells, 0-dimensional.
+
+        `count` replaces the batch's own number of counted cells.
+        """
         student_Bhw = energy(wide(batch.student.features[self._student_tap]))
         stored = batch.rows.arrays[self._arrays[0]].to(student_Bhw.dtype)
         teacher_Bhw = stored if stored.ndim == 3 else energy(stored)

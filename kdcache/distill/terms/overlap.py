@@ -9,15 +9,18 @@ from kdcache_kernels.target_cells import resize
 
 
 class Overlap(Term):
-    """A loss per image and class: mean over the classes in an image's label, then over labelled images.
+    """A base of loss terms that compare predictions and labels per image and class, without a teacher.
 
-    Dice and Lovasz are not sums over pixels, so each image is computed separately, whatever the processes and
-    accumulated parts. Void pixels never count, and an image with only void does not count. Gates and masks of a
-    teacher's terms do not apply.
+    The loss is the mean over the classes in an image's label, then the mean over images with a labelled pixel. It does
+    not depend on how a batch is divided among processes or accumulated parts. Void pixels never count. Gates and masks
+    of teacher terms do not apply.
     """
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over labelled images of the mean over their classes of `of_classes`."""
+        """Return the mean of `of_classes` over each image's classes, then over labelled images, 0-dimensional.
+
+        `count` replaces the batch's own number of labelled images.
+        """
         logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         probability_BCP = logits_BCHW.softmax(1).flatten(2)
         label_B1P = batch.rows.label.flatten(1)[:, None]
@@ -29,54 +32,58 @@ class Overlap(Term):
         return divide(loss_B.sum(), self.count(batch) if count is None else count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the number of images with a labelled pixel, 0-dimensional."""
+        """Return the denominator of the loss: the number of images with a labelled pixel, 0-dimensional."""
         labelled_BHW = batch.rows.label < self.targets.num_classes
         return labelled_BHW.flatten(1).any(1).to(wide(batch.student.logits).dtype).sum()
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
-        """Return the loss (B, C) of each class. Values of classes that a label does not show are ignored.
+        """Return the loss (B, C) of each image and class.
+
+        The caller ignores classes that an image's label does not have.
 
         Args:
-            probability_BCP: the student's probabilities.
-            shown_BCP: bool, whether a pixel's label is the class.
-            labelled_B1P: bool, whether a pixel has a label.
+            probability_BCP: the student's probabilities at the P pixels of each image.
+            shown_BCP: bool, True if the pixel's label is the class.
+            labelled_B1P: bool, True if the pixel has a label.
         """
         raise NotImplementedError
 
 
 class Dice(Overlap):
-    """`dice`: 1 - 2 sum(p g) / (sum p + sum g) over the labelled pixels of an image, g the one-hot label.
+    """The loss term `dice`: 1 - 2 sum(p g) / (sum p + sum g) for each class in an image's label.
 
-    Classes that an image's label does not show are left out. Their probability reduces the other classes'.
+    The sums are over the image's labelled pixels. p is the student's probability of the class, and g is 1 if the
+    pixel's label is the class, else 0. Default weight 1.
 
-    Default weight 1.
     Source: Milletari et al. 2016, arXiv 1606.04797, whose denominator has squares; as written by Sudre et al. 2017,
-    arXiv 1707.03237, equation 2.
+        arXiv 1707.03237, equation 2.
     """
 
     kind = "dice"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
-        """Return 1 - Dice (B, C) of each class."""
+        """Return 1 - Dice (B, C) of each image and class. Arguments are as in `Overlap.of_classes`."""
         both_BC = (probability_BCP * shown_BCP).sum(2)
         either_BC = (probability_BCP * labelled_B1P).sum(2) + shown_BCP.sum(2)
         return 1 - 2 * both_BC / either_BC.masked_fill(either_BC == 0, 1)
 
 
 class Lovasz(Overlap):
-    """`lovasz`: the Lovasz extension of 1 - IoU at the errors |g - p| of an image's labelled pixels.
+    """The loss term `lovasz`: the Lovasz extension of 1 - IoU for each class in an image's label.
 
     It equals the authors' code with `classes="present", per_image=True`, except that an image with only void does not
-    count. It sorts the pixels of every class and keeps several tensors of label size times classes.
+    count. It sorts the pixels of every class and keeps several tensors (B, C, H, W). Default weight 1.
 
-    Default weight 1.
     Source: Berman et al. 2018, arXiv 1705.08790, algorithm 1 and equation 12.
     """
 
     kind = "lovasz"
 
     def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
-        """Return the Lovasz extension of 1 - IoU (B, C) of each class."""
+        """Return the Lovasz extension of 1 - IoU (B, C) of each image and class.
+
+        Arguments are as in `Overlap.of_classes`.
+        """
         error_BCP = (shown_BCP.to(probability_BCP.dtype) - probability_BCP).abs()
         with torch.no_grad():
             # Void pixels come last, where they change no other pixel's weight.
@@ -87,16 +94,17 @@ class Lovasz(Overlap):
 
 
 def falling_order(error_BCP: Tensor) -> Tensor:
-    """Return the positions of a map's values along its last axis, from the largest value on."""
+    """Return the indices (int64) that sort the last axis of a tensor (B, C, P), from the largest value on."""
     if error_BCP.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.from_numpy(np.argsort(-error_BCP.numpy(), axis=2))  # in a seventh of torch's time
     return error_BCP.argsort(dim=2, descending=True, stable=True)
 
 
 def jaccard_steps(shown_BCP: Tensor) -> Tensor:
-    """Return how much 1 - IoU rises with each further wrong pixel, (B, C, P), for pixels by falling error.
+    """Return how much 1 - IoU rises when each further pixel becomes wrong, (B, C, P).
 
-    `shown_BCP` is 1 if the pixel's label is the class, else 0.
+    The pixels are sorted by error, from the largest to the smallest. `shown_BCP` is 1.0 if the pixel's label is the
+    class, else 0.0.
     """
     total_BC1 = shown_BCP.sum(2, keepdim=True)
     intersection_BCP = total_BC1 - shown_BCP.cumsum(2)

@@ -14,13 +14,15 @@ from kdcache.tasks import SEGMENTATION
 
 
 def make_term(spec: LossTerm, *, targets: TermTargets, **setup: Any) -> Term:
-    """Make the module of a term, on the CPU.
+    """Make the module that computes a loss term, on the CPU. Projections are drawn from torch's global generator.
 
-    Projections are drawn from torch's global generator. `setup` are attributes of `TermSetup`.
-
-    Raises: RecipeError for a cache that lacks what the term reads, naming the build flag, for unknown taps, for a term
-        of features or of depth with labels in the teacher's place, for one that standardises without `moments`, and for
-        one with a head that the student lacks or has of another kind.
+    Args:
+        spec: the term's kind and options.
+        targets: an open cache, or `LabelTargets`.
+        setup: further attributes of `TermSetup`, such as `student_taps`.
+    Raises: RecipeError if the cache lacks an array that the term reads (the message has the build flag), if a tap is
+        unknown, if the student lacks the term's head, if a term of features or depth would get labels as targets, or if
+        `moments` are missing for `standardise=channels`.
     """
     setup["student_heads"] = setup.get("student_heads") or {SEGMENTATION: CategoricalHead(targets.num_classes)}
     spec.check_student(setup["student_heads"])
@@ -30,7 +32,7 @@ def make_term(spec: LossTerm, *, targets: TermTargets, **setup: Any) -> Term:
 
 @cache
 def term_modules() -> dict[str, type[Term]]:
-    """Return the module of each kind, from all files of this folder."""
+    """Return kind of a loss term -> the class that computes it, such as `cosine` -> `Cosine`."""
     for file in walk_packages([str(Path(__file__).parent)], f"{__package__}."):
         import_module(file.name)
     return {module.kind: module for module in _subclasses(Term) if "kind" in vars(module)}
@@ -43,5 +45,5 @@ def _subclasses(cls: type[Term]) -> Iterator[type[Term]]:
 
 
 def with_companions(modules: Sequence[Term]) -> list[Term]:
-    """Return the terms, each followed by its companions."""
+    """Return the given terms in order, each followed by the terms that its `companions` method adds."""
     return [each for module in modules for each in (module, *module.companions())]

@@ -19,16 +19,18 @@ _NOTHING = -1e30
 
 
 class TokenSimilarity(Term):
-    """`similarity`: mean over cells of KL(p_t || p_s), p = softmax over all cells of cosine / T.
+    """The loss term `similarity`: how similar the cells of an image are to each other, for student and teacher.
 
-    The cosines compare the features of a cell with those of every cell of the same image, including itself. The
-    student's features are resized to the teacher's cells. A cell enters the distributions by its share of counted
-    pixels, and the mean by this share times the gate.
+    For each cell, p is softmax(cosine / T) over all cells of the image, where the cosine compares the features of two
+    cells. The loss is the mean over cells of KL(p of the teacher || p of the student).
 
-    The teacher's cosines come from statistics/similarity.<tap>, in 8 bits, or from features/<tap>.
+    The student's features are resized to the teacher's cells. Each cell is weighted by its share of counted pixels, and
+    in the mean also by the gate. The teacher's cosines come from the array statistics/similarity.<tap> (8 bits) or
+    features/<tap>.
 
-    Default weight 1, as published, temperature 0.07. Its gradient over CE's is 5.4 in the first step, 0.9 in step 51,
-    0.4 in steps 101 to 201 and 0.2 in steps 551 to 651, by EfficientNet-Lite0 on CamVid (decision 0014).
+    Default weight 1, as published, and temperature T = 0.07. Its gradient is 5.4 times the cross-entropy's in the first
+    step, 0.9 times in step 51, 0.4 in steps 101 to 201 and 0.2 in steps 551 to 651 (EfficientNet-Lite0 on CamVid,
+    decision 0014).
     """
 
     kind = "similarity"
@@ -47,16 +49,19 @@ class TokenSimilarity(Term):
         self.register_buffer("pair", pair_nn, persistent=False)
 
     def prepare(self, batch: TermBatch) -> None:
-        """Record the resize of the student's features for `describe`."""
+        """Remember how the student's features are resized, for `describe`."""
         student = batch.student.features[self._student_tap]
         self.note_resize(student, student.new_empty(self._grid, device="meta"))
 
     def grid(self, batch: TermBatch) -> tuple[int, int]:
-        """Return the teacher's (h, w), because cosines stored in 8 bits do not show it."""
+        """Return the (h, w) of the teacher's cells. Cosines stored in 8 bits do not have this shape themselves."""
         return self._grid
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over cells of KL(p_t || p_s), p from a cell's similarities to all cells of its image."""
+        """Return the mean over cells of the KL between the teacher's and the student's similarities, 0-dimensional.
+
+        `count` replaces the batch's own number of counted cells.
+        """
         student_Bchw = wide(batch.student.features[self._student_tap])
         cells = self.cells(batch, self._grid, student_Bchw)
         student_Bnn = cosines(resize(student_Bchw, self._grid))
@@ -82,21 +87,23 @@ class TokenSimilarity(Term):
 
 
 def cosines(features_Bchw: Tensor) -> Tensor:
-    """Return the cosines between the cells, (B, n, n), with 0 for a cell of zeros."""
+    """Return the cosine (B, n, n) of every pair of the n = h w cells of an image. A cell of zeros has cosine 0."""
     tokens_Bnc = unit(features_Bchw.flatten(2).mT, 2)
     return tokens_Bnc @ tokens_Bnc.mT
 
 
 class Queue(Term):
-    """`queue`: mean over images of KL(p_t || p_s), p = softmax over a ring of summaries of cosine / T.
+    """The loss term `queue`: how similar an image is to the last images, for student and teacher.
 
-    The ring has the teacher's summaries of the last images that were learnt from, in the order of their draws. The
-    teacher's side of a cosine is its summary of the image. The student's side is the mean of its features over the
-    image, each cell by its counted pixels times the gate, projected by a trained linear layer. The ring is part of
-    checkpoints. It is empty in the first step, whose loss is 0. In your own loop, call `criterion.after_step(batch)`
-    after the optimizer's step.
+    The term keeps a queue of the teacher's summaries of the last images. A summary is one feature vector per image. p
+    is softmax(cosine / T) of an image's summary with all summaries in the queue. The loss is the mean over images of
+    KL(p of the teacher || p of the student).
 
-    Default weight 1, temperature 0.07, 1024 summaries: a gradient of 0.2 to 0.5 of CE's (decision 0014).
+    The student's summary is the mean of its features over the counted pixels, weighted by the gate and projected by a
+    trained linear layer. Checkpoints include the queue. It is empty in the first step, whose loss is 0. In your own
+    loop, call `criterion.after_step(batch)` after the optimizer's step.
+
+    Default weight 1, T = 0.07 and 1024 summaries. Its gradient is 0.2 to 0.5 times the cross-entropy's (decision 0014).
     """
 
     kind = "queue"
@@ -112,7 +119,7 @@ class Queue(Term):
         self.register_buffer("seen_images", torch.zeros((), dtype=torch.int64))
 
     def prepare(self, batch: TermBatch) -> None:
-        """Record the projection of the student's mean feature for `describe`."""
+        """Remember the channels of the student's projection, for `describe`."""
         tap, layer = self._student_tap, self.projection
         self._description = (
             f"{self.kind}: the mean of the student's {tap} is projected from {layer.in_features} to "
@@ -120,7 +127,10 @@ class Queue(Term):
         )
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean over images of KL(p_t || p_s), p from an image's similarities to the ring's summaries."""
+        """Return the mean over images of the KL between the teacher's and the student's similarities, 0-dimensional.
+
+        `count` replaces the batch's own number of images with a counted pixel.
+        """
         student_Bchw = wide(batch.student.features[self._student_tap])
         weight_Bhw = self.cells(batch, grid_of(student_Bchw), student_Bchw).weight
         pooled_Bc = divide((student_Bchw * weight_Bhw[:, None]).sum((2, 3)), weight_Bhw.sum((1, 2))[:, None])
@@ -130,11 +140,11 @@ class Queue(Term):
         return divide(loss_B.sum(), self.count(batch) if count is None else count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the number of images with a counted pixel, 0-dimensional."""
+        """Return the denominator of the loss: the number of images with a counted pixel, 0-dimensional."""
         return images_counted(self, batch)
 
     def after_step(self, batch: Batch) -> None:
-        """Replace the ring's oldest summaries by the teacher's of a batch, of all processes."""
+        """Replace the oldest summaries in the queue by the teacher's summaries of a batch, from all processes."""
         rows_Nc = self.of_all(unit(wide(batch.arrays[self._arrays[0]]).flatten(1), 1))
         length, total = len(self.ring), len(rows_Nc)
         kept = min(length, total)
@@ -143,7 +153,7 @@ class Queue(Term):
         self.seen_images += total
 
     def _log_rows(self, unit_Bc: Tensor) -> Tensor:
-        """Return log-probabilities over the summaries that are there."""
+        """Return log-probabilities over the summaries that the queue already holds."""
         logits_BN = unit_Bc @ self.ring.to(unit_Bc.dtype).mT / self.spec.temperature
         missing_N = torch.arange(len(self.ring), device=self.ring.device) >= self.seen_images
         return logits_BN.masked_fill(missing_N, _NOTHING).log_softmax(1)

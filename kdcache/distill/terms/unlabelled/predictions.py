@@ -14,12 +14,12 @@ from kdcache_kernels.target_cells import resize
 
 
 class Entropy(Term):
-    """`entropy`: the mean over pixels of -sum(p log p) / log C, of the student's own probabilities at the label's size.
+    """The loss term `entropy`: the mean over pixels of -sum(p log p) / log C, so that predictions become more certain.
 
-    It reads no label and no target. Pixels without a label count, but pixels outside the image do not. It keeps several
-    tensors of label size times classes.
+    p are the student's probabilities of the C classes at the label's size. The term reads no label and no target.
+    Pixels without a label count, but pixels outside the image do not. It keeps several tensors (B, C, H, W). Default
+    weight 0.001.
 
-    Default weight 0.001.
     Source: Vu et al. 2019 (ADVENT), arXiv 1811.12833, equation 3, divided by log C as in the authors' code.
     """
 
@@ -27,7 +27,10 @@ class Entropy(Term):
     reads_shown = True
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the mean normalised entropy over pixels that show the image."""
+        """Return the mean entropy, in 0..1, over the pixels that show the image, 0-dimensional.
+
+        `count` replaces the batch's own number of such pixels.
+        """
         logits_BCHW = resize(wide(batch.student.logits), batch.rows.size, self.student_align_corners)
         log_BCHW = logits_BCHW.log_softmax(1)
         entropy_BHW = -(log_BCHW.exp() * log_BCHW).sum(1) / math.log(logits_BCHW.shape[1])
@@ -36,7 +39,7 @@ class Entropy(Term):
         return divide(entropy_BHW.sum(), self.count(batch) if count is None else count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the number of pixels that show the image, 0-dimensional."""
+        """Return the denominator of the loss: the number of pixels that show the image, 0-dimensional."""
         like = wide(batch.student.logits)
         if batch.shown is None:
             return like.new_full((), len(like) * batch.rows.size[0] * batch.rows.size[1])
@@ -44,10 +47,11 @@ class Entropy(Term):
 
 
 class Discriminator(nn.Sequential):
-    """A network that tells two streams apart by probability maps: (B, C, H, W) to a number per patch (B, 1, h, w).
+    """A network that tells two streams apart by the student's probability maps.
 
-    It has 4x4 convolutions of stride 2, five of them for images of at least 32 pixels. Channels double from 64. It has
-    its own learning rate and moments (`RATE`, `BETAS`), and its gradient is not clipped with the student's.
+    It maps (B, C, H, W) to one number for each patch, (B, 1, h, w), by 4x4 convolutions of stride 2. It has five of
+    them for images of at least 32 pixels. Channels double from 64. The optimizer trains it with its own learning rate
+    and momentum (`RATE`, `BETAS`), and does not clip its gradient with the student's.
 
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, with the rates of the authors' code.
     """
@@ -65,16 +69,16 @@ class Discriminator(nn.Sequential):
 
 
 class Adversarial(Term):
-    """`adversarial`: how well the student's predictions on this stream imitate those on another one.
+    """The loss term `adversarial`: makes the student's predictions on this stream look like those on another stream.
 
-    With `loss=vanilla` it is the mean over patches of -log D(q), with `least-squares` of (D(q) - 1)^2. q are the
-    student's probabilities at the label's size. D says how much they look like those on the stream `against`. The
-    student learns to deceive D. In the same step and at the same weights, D learns to tell the two streams apart
-    (`discrimination`). With `head=auxiliary`, q are the auxiliary head's probabilities, judged by their own D.
+    A discriminator D learns to tell the two streams apart by the student's probability maps q at the label's size. The
+    student learns to deceive D. With `loss=vanilla` the term is the mean over patches of -log D(q), with
+    `loss=least-squares` the mean of (D(q) - 1)^2. `against` names the other stream. D learns in the same step, by the
+    term's companion. With `head=auxiliary`, q are the auxiliary head's probabilities, and D is another network.
 
     Default weight 0.001, or 0.01 with least squares. On the auxiliary head it is a fifth (the authors' 0.0002).
     Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv
-    1611.04076, which the authors' code has for one level only.
+        1611.04076, which the authors' code has for one level only.
     """
 
     kind = "adversarial"
@@ -91,7 +95,10 @@ class Adversarial(Term):
         return (Discrimination(self),)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return how far the fixed discriminator is from accepting this stream's predictions."""
+        """Return how clearly the discriminator tells this stream's predictions from the other stream's, 0-dimensional.
+
+        The discriminator gets no gradient. `count` is ignored, because every image has equally many patches.
+        """
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passes = torch.func.functional_call(
             self.discriminator, fixed, (self._probabilities(self._own(batch), batch.rows.size),)
@@ -99,21 +106,29 @@ class Adversarial(Term):
         return self._distance(passes, 1.0)
 
     def discrimination(self, batch: TermBatch) -> Tensor:
-        """Return the discriminator's loss, halved over both streams. The student gets no gradient from it."""
+        """Return the discriminator's own loss, the mean of both streams, 0-dimensional.
+
+        The student gets no gradient.
+        """
         rows = (self._own(batch), self._against(batch))
-        own, other = (self.discriminator(self._probabilities(logits.detach(), batch.rows.size)) for logits in rows)
-        return (self._distance(own, 0.0) + self._distance(other, 1.0)) / 2
+        own_patches, other_patches = (
+            self.discriminator(self._probabilities(logits.detach(), batch.rows.size)) for logits in rows
+        )
+        return (self._distance(own_patches, 0.0) + self._distance(other_patches, 1.0)) / 2
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1: images have equally many patches, so the mean over batch parts is the whole batch's."""
+        """Return 1, because images have equally many patches.
+
+        So a mean over parts of a batch equals the whole batch's.
+        """
         return wide(batch.student.logits).new_ones(())
 
     def _own(self, batch: TermBatch) -> Tensor:
-        """Return the logits of the stream's rows."""
+        """Return the logits for this stream's rows."""
         return batch.student.logits if self.head is None else batch.student.heads[self.head]
 
     def _against(self, batch: TermBatch) -> Tensor:
-        """Return the logits of the other stream's rows."""
+        """Return the logits for the other stream's rows."""
         others = (
             batch.student.others[self.spec.against] if self.spec.against else next(iter(batch.student.others.values()))
         )
@@ -124,13 +139,13 @@ class Adversarial(Term):
         return resize(wide(logits), size, self.student_align_corners).softmax(1).to(dtype)
 
     def _distance(self, passes: Tensor, label: float) -> Tensor:
-        """Return mean distance of the discriminator's answers from a label: 1 is the other stream."""
+        """Return the mean distance of the discriminator's outputs from a label: 0 for this stream, 1 for the other."""
         labels = torch.full_like(passes, label)
         return F.mse_loss(passes, labels) if self.square else F.binary_cross_entropy_with_logits(passes, labels)
 
 
 class Discrimination(Term):
-    """`discriminator`: the loss that the discriminator of an `adversarial` term learns from, of weight 1."""
+    """The companion of `adversarial`: the loss that its discriminator learns from. It has weight 1."""
 
     def __init__(self, adversary: Adversarial) -> None:
         super().__init__(adversary.spec, adversary.setup)
@@ -139,24 +154,24 @@ class Discrimination(Term):
 
     @property
     def teaches_student(self) -> bool:
-        """False: only the discriminator gets a gradient."""
+        """False, because only the discriminator gets a gradient."""
         return False
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the loss of the discriminator."""
+        """Return the discriminator's loss, 0-dimensional. `count` is ignored."""
         return self._adversary[0].discrimination(batch)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return 1, as for `Adversarial`."""
+        """Return 1, as `Adversarial.count`."""
         return wide(batch.student.logits).new_ones(())
 
 
 def discriminator_parameters(criterion: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a loss's discriminators, which have their own learning rate."""
+    """Return the parameters of all discriminators in a loss. They have their own learning rate."""
     found = (module for module in criterion.modules() if isinstance(module, Discriminator))
     return [parameter for module in found for parameter in module.parameters()]
 
 
 def _named(part: str, head: str | None) -> str:
-    """Return the name of a part of the loss of a head."""
+    """Return a term's name with its head: `adversarial-auxiliary`, or `adversarial` for segmentation."""
     return part if head is None else f"{part}-{head}"

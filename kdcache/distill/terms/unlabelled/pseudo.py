@@ -18,23 +18,23 @@ _VALUES = 0x3C01
 
 
 class Pseudo(Term):
-    """`pseudo`: cross-entropy with argmax t where max softmax(t) >= threshold, at the label's size.
+    """The loss term `pseudo`: cross-entropy with the teacher's best class, at pixels where the teacher is confident.
 
-    | normalise | labelled | divided by |
+    A pixel is confident if the teacher's largest probability is at least `threshold`. With `quantile` instead, the most
+    confident share of each class's pixels in this process's batch is. Equal confidences are kept or dropped together.
+
+    | normalise | pixels with a pseudo label | divided by |
     | --- | --- | --- |
     | `kept` | the confident pixels | the class weights of the confident pixels |
     | `all` | the confident pixels | all counted pixels (FixMatch) |
-    | `share` | all counted pixels | all counted pixels, times the share of confident pixels (DACS, DAFormer) |
+    | `share` | all counted pixels | all counted pixels, then times the share of confident pixels (DACS) |
 
-    With `quantile` instead of a threshold, the confident pixels are the most confident share of each class: of the
-    counted pixels of this process's batch that the teacher gives to the class. Equal confidences are kept or dropped
-    together. Uncounted pixels (outside the view, grey, void) have no label. Pasted pixels bring their own label
-    instead.
+    Pixels that are not counted have no pseudo label. Pasted pixels have a label of their own instead.
 
-    Default weight 1, threshold 0.7, kept: a gradient of 1 to 1.2 of CE's.
+    Default weight 1, threshold 0.7, `kept`. Its gradient is 1 to 1.2 times the cross-entropy's.
     Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911; FixMatch: Sohn et al.
-    2020, arXiv 2001.07685, equation 4; the share: Tranheden et al. 2021, arXiv 2007.08702; Hoyer et al. 2022, arXiv
-    2111.14887, with their code.
+        2020, arXiv 2001.07685, equation 4; the share: Tranheden et al. 2021, arXiv 2007.08702; Hoyer et al. 2022, arXiv
+        2111.14887, with their code.
     """
 
     kind = "pseudo"
@@ -46,7 +46,10 @@ class Pseudo(Term):
         self.register_buffer("class_weight", setup.class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the cross-entropy with the pseudo labels, over the denominator of `normalise`."""
+        """Return the cross-entropy with the pseudo labels, divided as `normalise` says: 0-dimensional.
+
+        `count` replaces the batch's own denominator.
+        """
         with torch.no_grad():
             argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
             labelled_BHW = counted_BHW if self.normalise == "share" else confident_BHW
@@ -71,7 +74,10 @@ class Pseudo(Term):
 
     @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the denominator, float64. For `share` it is the confident and the counted pixels, (2,)."""
+        """Return the denominator of the loss, 0-dimensional float64.
+
+        With `normalise=share` it is a tensor (2,): the numbers of confident and of counted pixels.
+        """
         return self._count(*self._confident(batch))
 
     def _count(self, argmax_BHW: Tensor, confident_BHW: Tensor, counted_BHW: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class Pseudo(Term):
         return _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
 
     def _confident(self, batch: TermBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the most likely class of each pixel, (B, H, W), and masks of confident and counted pixels."""
+        """Return the most likely class of each pixel, and masks of confident and of counted pixels: (B, H, W) each."""
         argmax_BHW, confidence_BHW = self._best(batch)
         if self.quantile is None:
             confident_BHW = confidence_BHW >= self.threshold
@@ -105,12 +111,16 @@ class Pseudo(Term):
         return argmax_BHW, confidence_BHW
 
     def _pixel_weight(self, batch: TermBatch) -> Tensor | None:
-        """Return weights of the labelled pixels, or None for 1."""
+        """Return weights (B, H, W) of the pixels with a pseudo label, or None if all are 1."""
         return batch.pixel_weight
 
 
 def confidence_of(target: Target, form: TargetFormat) -> tuple[Tensor, Tensor]:
-    """Return the most likely class of a target at view size, (B, H, W), and its probability at T = 1, float16."""
+    """Return the most likely class of each pixel and its probability at T = 1, (B, H, W) each, at the view's size.
+
+    `form` is the format of the targets, such as an open cache. Classes are uint8 (int16 above 256 classes),
+    probabilities float16.
+    """
     argmax_BHW, confidence_BHW = target_argmax_confidence(target.packed(form), form.view_size)
     return argmax_BHW, confidence_BHW
 
@@ -120,10 +130,16 @@ def _sum(counted_BHW: Tensor) -> Tensor:
 
 
 def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num_classes: int) -> Tensor:
-    """Return the mask (B, H, W) of pixels above the largest confidence that keeps at least `share` of their class.
+    """Return the bool mask (B, H, W) of the most confident pixels of each class.
 
-    Equal confidences are kept or dropped together, as in a report on pseudo labels. A confidence of 0 is never kept.
-    Confidences are float16, so counting per class and value finds the thresholds of all classes without a sort.
+    The threshold of a class is the largest confidence that keeps at least `share` of the class's pixels. So equal
+    confidences are kept or dropped together. A confidence of 0 is never kept.
+
+    Args:
+        argmax_BHW: the class of each pixel.
+        confidence_BHW: float16 in 0..1, the probability of that class.
+        share: the share of each class's pixels to keep, in 0..1.
+        num_classes: the number of classes.
     """
     # The bits of float16 numbers above 0 are in the order of the numbers.
     class_N, value_N = argmax_BHW.flatten().long(), confidence_BHW.flatten().view(torch.int16).long()
@@ -153,19 +169,17 @@ _DIVIDED = {
 
 
 class Consistency(Pseudo):
-    """`consistency`: cross-entropy of the strong view with argmax p where max p >= threshold, p of the weak view.
+    """The loss term `consistency`: cross-entropy of the strong view with confident pseudo labels from the weak view.
 
-    The strong view is the student's image, and the weak view the same pixels before the colour jitter. So both have the
-    same geometry and their pixels correspond. p comes from the student itself or its moving average, each in eval mode
-    and without gradient (`Batch.pseudo`), or from a stored teacher. Pixels without a label count, but pixels of a
-    replayed view outside the image do not. `normalise` and `quantile` are as in `Pseudo`. With a quantile every class
-    of the batch has its own threshold, so sure classes do not crowd out the others. Gates weigh only a stored teacher's
-    pixels.
+    The strong view is the student's image. The weak view has the same pixels before the colour jitter. `by` says who
+    predicts the weak view: `student`, its moving average `ema`, or `store`, the cached teacher. Student and average
+    predict in eval mode and without gradient. Pixels without a label count, but pixels outside the image do not.
+    `threshold`, `quantile` and `normalise` are as in `Pseudo`. Gates weigh only the cached teacher's pixels.
 
-    Default weight 1, threshold 0.968, all.
+    Default weight 1, threshold 0.968, `all`.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`, Tranheden et al. 2021
-    (DACS), arXiv 2007.08702; the moving average as teacher Tarvainen and Valpola 2017, arXiv 1703.01780; thresholds by
-    class Zou et al. 2018 (CBST), arXiv 1810.07911, there of the whole data set and here of each batch.
+        (DACS), arXiv 2007.08702; the moving average as teacher Tarvainen and Valpola 2017, arXiv 1703.01780; thresholds
+        by class Zou et al. 2018 (CBST), arXiv 1810.07911, there of the whole data set and here of each batch.
     """
 
     kind = "consistency"
@@ -176,7 +190,10 @@ class Consistency(Pseudo):
         self.by = spec.by
 
     def labellers(self) -> tuple[str, ...]:
-        """Return the predictor on the weak view, or () for a stored teacher."""
+        """Return the network that predicts the weak view, `student` or `ema`.
+
+        The tuple is empty for a cached teacher.
+        """
         return () if self.by == "store" else (self.by,)
 
     def companions(self) -> tuple[Term, ...]:
@@ -185,7 +202,7 @@ class Consistency(Pseudo):
 
     @property
     def scheduled(self) -> bool:
-        """True: the schedule of teacher terms also scales this term."""
+        """True, because `--distill-schedule` also scales this term."""
         return True
 
     def describe(self) -> str:
@@ -197,22 +214,27 @@ class Consistency(Pseudo):
         )
 
     def confident_and_counted(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
-        """Return the numbers of confident and of counted pixels, float64."""
+        """Return the number of confident pixels and the number of counted pixels, 0-dimensional float64 each."""
         _, confident_BHW, counted_BHW = self._confident(batch)
         return confident_BHW.sum(dtype=torch.float64), counted_BHW.sum(dtype=torch.float64)
 
     def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         if self.by == "store":
             return super()._best(batch)
-        own = batch.rows.pseudo[self.by]
-        return own.label, own.confidence if batch.shown is None else own.confidence.masked_fill(~batch.shown, 0)
+        pseudo = batch.rows.pseudo[self.by]
+        return pseudo.label, pseudo.confidence if batch.shown is None else pseudo.confidence.masked_fill(
+            ~batch.shown, 0
+        )
 
     def _pixel_weight(self, batch: TermBatch) -> Tensor | None:
         return batch.pixel_weight if self.by == "store" else None
 
 
 class Confident(Term):
-    """`confident`: the share of counted pixels with a confident pseudo label. It is only logged."""
+    """The companion of `consistency`: the share of counted pixels that have a confident pseudo label.
+
+    It is only logged.
+    """
 
     measured = True
 
@@ -223,24 +245,32 @@ class Confident(Term):
 
     @property
     def teaches_student(self) -> bool:
-        """False: it is only logged."""
+        """False, because the term is only logged."""
         return False
 
     @torch.no_grad()
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """Return the share of confident pixels."""
+        """Return the share of confident pixels, in 0..1, 0-dimensional.
+
+        `count` replaces the number of counted pixels.
+        """
         confident, counted = self._consistency[0].confident_and_counted(batch)
         return divide(confident, counted if count is None else count.double()).to(wide(batch.student.logits).dtype)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """Return the number of counted pixels, float64."""
+        """Return the denominator of the share: the number of counted pixels, 0-dimensional float64."""
         return self._consistency[0].confident_and_counted(batch)[1]
 
 
 @torch.no_grad()
 def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = False, impl: str = "auto") -> PseudoLabels:
-    """Return the best class and its probability for each pixel of an image of `size`, from logits of the whole image.
+    """Return the best class and its probability for each pixel of whole images.
 
+    Args:
+        logits_BChw: a network's logits, on any grid.
+        size: (H, W) of the images in pixels.
+        align_corners: True if the network's final resize aligns corners.
+        impl: the implementation of the kernels, as in `distill_loss`.
     Memory: the results, and the logits once in float16.
     """
     logits_BChw = wide(logits_BChw)
@@ -250,6 +280,6 @@ def pseudo_labels(logits_BChw: Tensor, size: Size, *, align_corners: bool = Fals
 
 
 def labellers(criterion: nn.Module) -> tuple[str, ...]:
-    """Return the predictors (student, ema) that label weak views for a loss in every step."""
+    """Return the networks, `student` or `ema`, that must predict the weak views in every step, for all active terms."""
     terms = (term for term in criterion.modules() if isinstance(term, Term) and term.weight > 0)
     return tuple(dict.fromkeys(by for term in terms for by in term.labellers()))
