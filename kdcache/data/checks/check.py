@@ -40,15 +40,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class CheckReport:
-    """The reports of all checked splits.
+    """The result of checking a data set.
 
     Attributes:
-        layout: its name, `scenes` for the built-in set.
-        folder: the data set's root, which may be below the named folder. Empty for scenes.
-        why: why it has this layout, and where its classes come from.
-        problems: sentences, empty for a data set that can be trained on.
-        warnings: sentences on what is possible, but rarely intended.
-        numbers: the class, or void, of every number in the labels by `classes.txt`. Empty if numbers are class ids.
+        data: the data set as the user named it.
+        layout: the layout's name, or "scenes" for the built-in data set.
+        folder: the folder in which the data set begins, which may be below the named one. Empty for scenes.
+        classes: names and colours of the classes.
+        splits: split name -> its report.
+        problems: sentences about defects that must be fixed before training. Empty without defects.
+        warnings: sentences about things that are valid, but rarely intended.
+        why: what identified the layout, and where its classes come from, in words.
+        numbers: number in the labels -> class id, or 255, by `classes.txt`. Empty if the numbers are class ids.
     """
 
     data: str
@@ -62,7 +65,10 @@ class CheckReport:
     numbers: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values, with pixel shares next to the counts."""
+        """Return the report as a dict of JSON values.
+
+        Each split also has the share of pixels of each class and of void.
+        """
         splits = {}
         for name, report in self.splits.items():
             class_shares, void_share = report.shares()
@@ -81,10 +87,9 @@ class CheckReport:
 
 @dataclass
 class _Reading:
-    """Size, kind of label, counts and defects of one sample, read by one thread.
+    """The size, label kind, pixel counts and defects of one sample, read by one thread.
 
-    A defect has the name of its table of the report.
-    `depth` is what was counted of it, or why its size does not fit.
+    `defects` maps a field of `SplitReport` to the defect. `depth` has the counts, or why the label's size does not fit.
     """
 
     size: tuple[int, int] | None = None
@@ -104,16 +109,18 @@ def check(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> CheckReport:
-    """Examine a data set.
+    """Read a whole data set and report its defects.
 
     Args:
         data: the data set, as for `open_split`.
-        splits: their names. Default: all.
-        max_depth: largest possible depth in metres, above 0. None allows any.
-        progress: called with (split, samples done, samples) after every sample.
-        threads: decoding threads. Default: one per core, at most 8.
-    Raises: DataError if nothing can be examined: no folder, no such split, no images, no class list; RecipeError for
-        an invalid `max_depth`.
+        splits: names of the splits to check. None checks all.
+        max_depth: the largest possible depth in metres, above 0. None allows any depth.
+        progress: called after every sample with (split name, samples done, samples in the split).
+        threads: the number of threads that read files. None means one per core, at most 8.
+
+    Raises:
+        DataError: the folder or a split does not exist, or there are no images or no class list.
+        RecipeError: `max_depth` is not above 0.
     """
     if max_depth is not None and not max_depth > 0:
         raise RecipeError(
@@ -154,14 +161,15 @@ def check(
 
 
 def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:
-    """Return weights of the classes for cross-entropy, from their pixel counts.
+    """Return a weight for each class in the cross-entropy, float64 (C,), from the classes' pixel counts.
+
+    The weights' mean over all pixels is 1, so the loss keeps its scale. A class without pixels gets 1.
 
     Args:
-        counts: pixels per class without void, for instance `SplitReport.class_pixels`.
-        kind: `none` (all 1), `median` (median frequency / frequency, over the classes that occur; Eigen and Fergus 2015
-            with frequencies over the whole split), `sqrt` (its square root, far milder for rare classes).
-    Returns: float64 (C,), scaled to a mean of 1 over pixels, which keeps the loss's scale. A class that does not occur
-        gets 1, in case it appears in other data.
+        counts: number of pixels of each class, without void, such as `SplitReport.class_pixels`.
+        kind: "none" makes all weights 1. "median" divides the median frequency by the class's frequency (Eigen and
+            Fergus 2015, with frequencies over the whole split). "sqrt" takes the square root of that, which is milder.
+
     Raises: ValueError for another kind, or negative counts.
     """
     pixels = np.asarray(counts, np.float64)
@@ -179,7 +187,7 @@ def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: We
 
 
 def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, SplitReport]:
-    """Return the split, opened in spite of defects in its file names, which go into the report."""
+    """Return the split, opened despite defects in its file names, and its report with these defects."""
     report = SplitReport(name)
     if layout_root is None:
         split = open_split(data, name)
@@ -200,7 +208,10 @@ def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, 
 
 
 def _read_split(split: Split, report: SplitReport, progress: Progress | None, threads: int) -> list[tuple[str, int]]:
-    """Read all contents into the report. Return (sample, checksum of its pixels)."""
+    """Read all samples of a split into its report.
+
+    Return (sample id, checksum of its pixels) for each readable image.
+    """
     counts = np.zeros(256, np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     kinds: Counter[str] = Counter()
@@ -268,7 +279,7 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
 
 
 def _twins(where: dict[int, list[str]]) -> list[str]:
-    """Return images that are in one split under two ids: they count twice, and two folds may share them."""
+    """Return a warning about images that are in one split under two ids, or []. Two folds may then share them."""
     pairs = [
         " = ".join(twins)
         for places in where.values()
@@ -281,10 +292,10 @@ def _twins(where: dict[int, list[str]]) -> list[str]:
 
 
 def _repeats(where: dict[int, list[str]], place: LayoutRoot | None) -> list[str]:
-    """Return images that are, pixel for pixel, in two splits that should share none: they falsify every score."""
+    """Return a problem about equal images in two splits that should not share any, or []. They falsify every score."""
     across = [places for places in where.values() if _falsify({name.partition("/")[0] for name in places}, place)]
-    shown = describe_some([" = ".join(places) for places in across])
-    return [f"{len(across)} images are in more than one split: {shown}; take them out of one"] if across else []
+    examples = describe_some([" = ".join(places) for places in across])
+    return [f"{len(across)} images are in more than one split: {examples}; take them out of one"] if across else []
 
 
 def _falsify(splits: set[str], place: LayoutRoot | None) -> bool:

@@ -23,17 +23,21 @@ LEAST_METRES = 0.1
 
 @dataclass
 class DepthReport:
-    """Depth labels and their defects. Lists name samples by id.
+    """The depth labels of a split, and their defects.
 
     Attributes:
-        labelled: samples with a depth label.
-        pixels, known: pixels of all readable labels, and those with a depth above 0.
-        least, most: metres, or None if none is known.
-        edges, histogram: lower edges of the bins in metres (the last is open), and the known pixels in each.
-        impossible: sample -> why its depths cannot be metres, for instance because they are negative or all unknown.
-        beyond: sample -> pixels beyond `max_depth`, if one was given.
-        mismatched: sample -> both sizes, if label and image differ in size.
-        without_image: files without an image, or of an image that has another depth file already.
+        labelled: number of samples with a depth label.
+        pixels: number of pixels in all readable labels.
+        known: number of these pixels with a depth above 0.
+        least: the smallest depth in metres, or None if no depth is known.
+        most: the largest depth in metres, or None if no depth is known.
+        edges: lower edges of the histogram's bins in metres. The last bin is open.
+        histogram: number of known pixels in each bin.
+        max_depth: the largest depth in metres that counts as possible, or None.
+        impossible: sample id -> why its depths cannot be in metres, for example because they are negative.
+        beyond: sample id -> number of pixels beyond `max_depth`.
+        mismatched: sample id -> both sizes in words, if label and image differ in size.
+        without_image: depth files that belong to no image, or to an image that has another depth file.
     """
 
     labelled: int = 0
@@ -51,11 +55,11 @@ class DepthReport:
 
     @property
     def share(self) -> float:
-        """The share of pixels with a known depth, or 0 without pixels."""
+        """The share of pixels with a known depth, 0 to 1. It is 0 without pixels."""
         return self.known / max(self.pixels, 1)
 
     def add(self, sample: str, depth: DepthCounts) -> None:
-        """Count the label of a sample."""
+        """Add the counts of one sample's depth label to this report."""
         self.pixels += depth.pixels
         self.known += sum(depth.histogram)
         self.histogram = [total + count for total, count in zip(self.histogram, depth.histogram, strict=True)]
@@ -68,7 +72,10 @@ class DepthReport:
             self.beyond[sample] = depth.beyond
 
     def problems(self, split: str) -> list[str]:
-        """Return one sentence per kind of defect, with the number, the first few, and a remedy."""
+        """Return one sentence for each kind of defect, with the number of cases, examples and a fix.
+
+        `split` is the split's name.
+        """
         why = next(iter(self.impossible.values()), "")
         kinds = (
             (
@@ -95,7 +102,7 @@ class DepthReport:
         ]
 
     def warnings(self, split: str) -> list[str]:
-        """Return sentences on what is possible, but rarely intended."""
+        """Return sentences about depth that is valid, but rarely intended. `split` is the split's name."""
         doubts = []
         if self.known and self.share < LEAST_SHARE:
             doubts.append(
@@ -112,7 +119,16 @@ class DepthReport:
 
 @dataclass(frozen=True)
 class DepthCounts:
-    """The counts of one depth label. See `DepthReport`."""
+    """The pixel counts of one depth label.
+
+    Attributes:
+        pixels: number of pixels.
+        histogram: number of known pixels in each bin of `DepthReport.edges`.
+        least: the smallest depth in metres, or None if no depth is known.
+        most: the largest depth in metres, or None if no depth is known.
+        impossible: why the depths cannot be in metres, or ''.
+        beyond: number of pixels beyond the largest possible depth.
+    """
 
     pixels: int
     histogram: list[int]
@@ -123,7 +139,10 @@ class DepthCounts:
 
     @classmethod
     def of(cls, depth: Depth, max_depth: float | None) -> DepthCounts:
-        """Count a label, float32 (H, W), NaN where unknown."""
+        """Return the counts of a depth label, float32 (H, W) in metres, NaN for unknown.
+
+        `max_depth` is in metres, or None.
+        """
         known = depth[depth > 0]
         return cls(
             depth.size,

@@ -15,7 +15,7 @@ MOST_SIDE, MULTIPLE = 384, 32
 
 
 def next_step(report: CheckReport) -> str:
-    """Return the command to run next, in one line: fix a problem, convert, train a teacher, or use one."""
+    """Return one line that names the next step: to fix a problem, or a command such as `kdcache train-teacher`."""
     data = shlex.quote(report.data)
     if report.problems:
         return f"mend the problem{'s' * (len(report.problems) > 1)} above, then: kdcache data check {data}"
@@ -36,7 +36,11 @@ def next_step(report: CheckReport) -> str:
 
 
 def suggested_size(report: CheckReport) -> str:
-    """Return train's most frequent size in its most frequent shape, as HxW, shorter side at most 384, rounded to 32."""
+    """Return a training size as text, such as "288x384" (height x width), or "HxW" if no image of train could be read.
+
+    It is the most frequent size in the most frequent aspect ratio of split "train", with a shorter side of at most 384.
+    Both sides are rounded to multiples of 32.
+    """
     shapes: dict[float, Counter[tuple[int, int]]] = {}
     for size, images in report.splits["train"].sizes.items():
         height, width = map(int, size.split("x"))

@@ -24,13 +24,18 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
 def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> list[str]:
-    """Write a PNG of samples with their labels, evenly spread over the labelled ones (or all, without labels).
+    """Write a PNG with samples of the splits and their labels, and a legend of the classes.
 
-    Void is darkened, and the classes present are named below. Samples with only depth show the depth, near is bright.
-    Each split gets its share of the samples.
+    The samples are evenly spread over the labelled ones, or over all if none has a label. Void is darkened. Depth
+    labels are bright where near.
 
-    Returns: SPLIT/ID of the samples on the sheet.
-    Raises: RecipeError for a path that does not end in .png, or in a missing folder.
+    Args:
+        splits: the splits. Each gets the same number of samples if possible.
+        path: the PNG file to write.
+        samples: the number of samples on the sheet.
+
+    Returns: "SPLIT/ID" of each sample on the sheet.
+    Raises: RecipeError for a path that does not end in .png, or a folder that does not exist.
     """
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
         raise RecipeError(
@@ -41,10 +46,10 @@ def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> 
     font = ImageFont.load_default(size=13)
     rows = -(-len(places) // COLUMNS)
     height, width = TILE[0] + CAPTION + MARGIN, TILE[1] + MARGIN
-    seen = np.zeros(256, np.int64)
-    tiles = [_tile(split, index, seen) for split, index in places]
+    counts = np.zeros(256, np.int64)
+    tiles = [_tile(split, index, counts) for split, index in places]
     classes = next((split.classes for split in splits if len(split.classes)), ClassList(()))
-    legend = _legend(classes, seen)
+    legend = _legend(classes, counts)
     lines, per_line = _legend_lines(legend, COLUMNS * width)
     sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN + lines * (CAPTION + 2)), PAPER)
     drawing = ImageDraw.Draw(sheet)
@@ -62,7 +67,16 @@ def write_sheet(splits: Sequence[Split], path: Path, samples: int = SAMPLES) -> 
 
 
 def overlay(image_HW3: Pixels, label_HW: Pixels, classes: ClassList, opacity: float = OPACITY) -> Pixels:
-    """Return an image with its label's colours over it. Void is darkened, and unknown ids are white."""
+    """Return an RGB image, uint8 (H, W, 3), with its label's class colours blended over it.
+
+    Void pixels are darkened, and pixels with an unknown id are blended with white.
+
+    Args:
+        image_HW3: RGB image, uint8 (H, W, 3).
+        label_HW: class ids, uint8 (H, W), 255 for void.
+        classes: the colours of the class ids.
+        opacity: the colours' share of the result, 0 to 1.
+    """
     table = np.full((256, 3), 255.0)
     table[: len(classes)] = classes.colours
     mixed = (1 - opacity) * image_HW3 + opacity * table[label_HW]
@@ -73,7 +87,7 @@ def overlay(image_HW3: Pixels, label_HW: Pixels, classes: ClassList, opacity: fl
 
 
 def _spread(splits: Sequence[Split], samples: int) -> list[tuple[Split, int]]:
-    """Return (split, number) of samples, evenly spread over the labelled ones, equally many per split if possible."""
+    """Return (split, position) of samples, evenly spread over the labelled ones, equally many per split if possible."""
     labelled = [[i for i in range(len(split)) if split.has_label(i) or split.has_label(i, DEPTH)] for split in splits]
     numbers = labelled if any(labelled) else [list(range(len(split))) for split in splits]
     counts = [0] * len(splits)
@@ -86,8 +100,8 @@ def _spread(splits: Sequence[Split], samples: int) -> list[tuple[Split, int]]:
     ]
 
 
-def _tile(split: Split, index: int, seen: np.ndarray) -> Image.Image:
-    """Return a sample scaled to a tile, or a grey tile with the error. Counts its classes in `seen`."""
+def _tile(split: Split, index: int, counts: np.ndarray) -> Image.Image:
+    """Return a sample scaled to a tile, or a grey tile with the error. Add its label's pixels per id to `counts`."""
     try:
         image = split.image(index)
         scale = min(TILE[0] / image.shape[0], TILE[1] / image.shape[1])
@@ -97,7 +111,7 @@ def _tile(split: Split, index: int, seen: np.ndarray) -> Image.Image:
         if label is not None:
             # The label is stretched to its image where sizes differ: the sheet shows how.
             ids = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-            seen += np.bincount(ids.reshape(-1), minlength=256)
+            counts += np.bincount(ids.reshape(-1), minlength=256)
             return Image.fromarray(overlay(small, ids, split.classes))
         metres = split.raw_label(index, DEPTH)
         if metres is not None:
@@ -118,16 +132,16 @@ def _near_is_bright(metres: np.ndarray) -> Pixels:
     return levels
 
 
-def _legend(classes: ClassList, seen: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
-    """Return names and colours of the classes on the sheet, void and ids of no class."""
-    shown = [(f"{i} {name}", classes.colours[i]) for i, name in enumerate(classes.names) if seen[i]]
-    strays = [str(i) for i in range(len(classes), IGNORE_INDEX) if seen[i]]
-    shown += [(f"no class: {', '.join(strays)}", (255, 255, 255))] if strays else []
-    return [*shown, *([("255 void (darkened)", (90, 90, 90))] if seen[IGNORE_INDEX] else [])]
+def _legend(classes: ClassList, counts: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
+    """Return (name, colour) for each class on the sheet, and for void and unknown ids."""
+    entries = [(f"{i} {name}", classes.colours[i]) for i, name in enumerate(classes.names) if counts[i]]
+    strays = [str(i) for i in range(len(classes), IGNORE_INDEX) if counts[i]]
+    entries += [(f"no class: {', '.join(strays)}", (255, 255, 255))] if strays else []
+    return [*entries, *([("255 void (darkened)", (90, 90, 90))] if counts[IGNORE_INDEX] else [])]
 
 
 def _legend_lines(legend: Sequence[object], width: int) -> tuple[int, int]:
-    """Return (Lines, entries of a line) of the legend."""
+    """Return the number of lines of the legend, and the number of entries per line."""
     per_line = max(1, width // 190)
     return -(-len(legend) // per_line), per_line
 

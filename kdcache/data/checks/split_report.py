@@ -12,25 +12,27 @@ from kdcache.tasks import IGNORE_INDEX
 
 @dataclass
 class SplitReport:
-    """The contents and defects of one split. Lists name samples by id, files by their path in the split's folder.
+    """The contents and defects of one split, as `data check` found them.
 
     Attributes:
-        images, labelled: number of samples, and of samples with a segmentation label.
-        depth: the depth labels.
-        class_pixels: pixels per class id. void_pixels: pixels of 255. Both over all readable labels.
-        sizes: "HxW" -> number of images of that upright size.
-        label_kinds: kind of label file, such as `8-bit palette` -> number of readable ones.
-        ids: sample -> the ids in its label, including void, for data of two classes.
-        out_of_range: sample -> id (as text, for JSON) -> pixels, for ids without a class.
-        without_label: samples without a segmentation label, which is not a problem by itself.
-        without_image: label files without an image (including wrong suffixes).
-        clashes: image files (or lines of a list) whose id another image already has.
-        missing: missing files that a list names, or that belong to existing ones.
-        unreadable: sample -> why its image or label could not be read, or its numbers are neither ids nor metres, and
-            the remedy.
-        mismatched: sample -> both sizes, if label and image differ in size.
-        palettes: sample -> how the colours of its palette contradict its indices.
-        digest: SHA-256 over class names, ids and contents, or None if a file could not be read or was not.
+        split: the split's name.
+        images: number of samples.
+        labelled: number of samples with a segmentation label.
+        class_pixels: number of pixels of each class id, over all readable labels.
+        void_pixels: number of void pixels, over all readable labels.
+        sizes: "HxW" -> number of images with this size after EXIF rotation.
+        label_kinds: kind of label file, such as "8-bit palette" -> number of readable files.
+        ids: sample id -> the class ids in its label, including void. Filled only for data with two classes.
+        out_of_range: sample id -> {id without a class, as text -> number of pixels}.
+        without_label: ids of samples without a segmentation label, which is not a defect.
+        without_image: label files without an image, or with an unsuitable file type.
+        clashes: image files, or lines of a list, whose id another image has.
+        missing: files that do not exist, but that a list names or an existing file needs.
+        unreadable: sample id -> why its image or label could not be read, and the fix.
+        mismatched: sample id -> both sizes in words, if label and image differ in size.
+        palettes: sample id -> how its palette's colours contradict the class colours.
+        digest: SHA-256 (hex) of class names, ids and file contents, or None if not all files could be read.
+        depth: the report about depth labels.
     """
 
     split: str
@@ -53,12 +55,12 @@ class SplitReport:
     depth: DepthReport = field(default_factory=DepthReport)
 
     def shares(self) -> tuple[list[float], float]:
-        """Return the share of the labelled pixels per class, and of void, or zeros without pixels."""
+        """Return the share of labelled pixels of each class, and of void, 0 to 1. All are 0 without labelled pixels."""
         total = max(sum(self.class_pixels) + self.void_pixels, 1)
         return [count / total for count in self.class_pixels], self.void_pixels / total
 
     def problems(self) -> list[str]:
-        """Return one sentence per kind of defect, with the number, the first few, and a remedy."""
+        """Return one sentence for each kind of defect, with the number of cases, examples and a fix."""
         naming = "call each after its image, as the others are, with .png, or remove it: an image has one label"
         kinds = (
             (self.clashes, "images share their id with another image", "rename or remove one of each"),
@@ -99,7 +101,7 @@ class SplitReport:
         return f"complete the class list, or write {IGNORE_INDEX} (or the line `void: NUMBER` of classes.txt) for void"
 
     def _stray_ids(self, most: int = 6) -> str:
-        """Return ids without a class, with their files and pixels: `12 in 5 files, 250 pixels`."""
+        """Describe ids without a class in words: "12 in 5 files, 250 pixels"."""
         files: Counter[int] = Counter()
         pixels: Counter[int] = Counter()
         for ids in self.out_of_range.values():

@@ -47,7 +47,12 @@ FROM_ONE = f"if 0 means unlabelled and the classes count from 1, add the line `v
 
 @dataclass
 class Doubts:
-    """Sentences, each with a doubt, a number and a remedy."""
+    """Sentences about suspicious data. Each has a number and a fix.
+
+    Attributes:
+        problems: what makes a training worthless.
+        warnings: what may be intended.
+    """
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -56,18 +61,25 @@ class Doubts:
 def doubts_of(
     reports: Mapping[str, SplitReport], classes: ClassList, place: LayoutRoot | None, *, whole: bool
 ) -> Doubts:
-    """Return all warnings about splits that were read. `place` is None for scenes, `whole` means all splits."""
+    """Return all problems and warnings about labels and class names that are valid, but suspicious.
+
+    Args:
+        reports: split name -> report of its contents.
+        classes: the data set's classes.
+        place: the data set's layout and folder, or None for the built-in scenes.
+        whole: whether `reports` has all splits of the data set.
+    """
     doubts = Doubts()
-    own = place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root))
-    if own and classes.names:
+    lists_classes = place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root))
+    if lists_classes and classes.names:
         _doubt_names(classes.names, doubts)
     _doubt_labels(reports, place, doubts, whole=whole)
     for report in reports.values():
         _doubt_palettes(report, doubts)
     remedy = "leave them out of the class list"
-    if place is not None and not own:
+    if place is not None and not lists_classes:
         remedy = f"list the data's own classes in {place.root / CLASSES_FILE}"
-    counted = own and place is not None and not says_numbers(place.root)
+    counted = lists_classes and place is not None and not says_numbers(place.root)
     _doubt_shares(reports, classes, doubts, f"{FROM_ONE}, or {remedy}" if counted else remedy)
     _doubt_mixed_masks(reports, classes, doubts)
     if counted and classes.names and not doubts.problems + doubts.warnings:
@@ -99,7 +111,16 @@ def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, d
 
 
 def wrong_palette(path: Path, classes: ClassList, label_map: Pixels | None) -> str:
-    """Return how the colours of a palette label contradict its indices, mapped or not, or ''."""
+    """Describe how the palette colours of a label file contradict its indices, or return ''.
+
+    For example, "index 3 has the colour of 'road'", although index 3 means another class. A file without a palette
+    gives ''.
+
+    Args:
+        path: the label file.
+        classes: names and colours of the classes.
+        label_map: uint8 (256,), the class id of each index, or None if indices are class ids.
+    """
     palette = label_palette(path)
     if palette is None:
         return ""
@@ -109,9 +130,9 @@ def wrong_palette(path: Path, classes: ClassList, label_map: Pixels | None) -> s
     class_of_colour = {colour: number for number, colour in enumerate(colours)}
     if colours != default_colours(len(colours)):
         matches = [(i, class_of_colour[palette[i]]) for i in used if palette[i] in class_of_colour]
-        shown = [(i, names[number]) for i, number in matches if class_of[i] != number]
-        if 2 * len(shown) > len(matches):  # two classes may share a colour, or a class and something void
-            return ", ".join(f"index {i} has the colour of {name!r}" for i, name in shown[:3])
+        wrong = [(i, names[number]) for i, number in matches if class_of[i] != number]
+        if 2 * len(wrong) > len(matches):  # two classes may share a colour, or a class and something void
+            return ", ".join(f"index {i} has the colour of {name!r}" for i, name in wrong[:3])
     greys = {i: palette[i][0] for i in used if len(set(palette[i])) == 1}
     ids, numbers = set(greys.values()), np.flatnonzero((class_of < len(names)) | (class_of == IGNORE_INDEX)).tolist()
     if names == CITYSCAPES.names:  # the greys may be labelIds, although the files are to hold train ids
@@ -166,7 +187,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
         elsewhere = "" if place is None else _labels_elsewhere(place, name)
         if elsewhere:
             doubts.problems.append(elsewhere)
-        elif name == "train" and any(other.labelled or other.depth.labelled for other in reports.values()):
+        elif name == "train" and any(sibling.labelled or sibling.depth.labelled for sibling in reports.values()):
             doubts.problems.append(
                 f"{name}: none of {report.images} images has a label: a training on labels learns nothing; add labels, "
                 "or train from a cache of a teacher's targets"
@@ -192,15 +213,15 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
 
 
 def _labels_elsewhere(layout_root: LayoutRoot, split: str) -> str:
-    """Return a warning about labels in a folder next to `images/` that the folder layout does not read, or ''."""
+    """Return a problem about labels in a folder next to `images/` that the folder layout does not read, or ''."""
     layout, root, _ = layout_root
     if not isinstance(layout, Folder):
         return ""
     scan = layout.scan(root, split)
-    for other in folders_in(root):
-        if other in (IMAGES, LABELS, DEPTHS):
+    for sibling in folders_in(root):
+        if sibling in (IMAGES, LABELS, DEPTHS):
             continue
-        for place in (f"{other}/{split}", other):
+        for place in (f"{sibling}/{split}", sibling):
             pairs = len(scan_folders(root, scan.image_place, place, scan.label_ids).labels)
             if pairs:
                 return (
@@ -225,12 +246,14 @@ def _doubt_shares(
 ) -> None:
     """Warn about empty labels, labels of one class or of few pixels, and classes in no label."""
     read = {name: report for name, report in reports.items() if sum(report.class_pixels) + report.void_pixels}
-    seen = {name: {i for i, count in enumerate(report.class_pixels) if count} for name, report in read.items()}
+    classes_in = {name: {i for i, count in enumerate(report.class_pixels) if count} for name, report in read.items()}
     for name, report in read.items():
         void = report.shares()[1]
-        if len(seen[name]) == 1 and (name == "train" or not any(len(other) > 1 for other in seen.values())):
-            doubts.problems.append(_one_class(report, next(iter(seen[name])), classes))
-        elif not seen[name]:
+        if len(classes_in[name]) == 1 and (
+            name == "train" or not any(len(present) > 1 for present in classes_in.values())
+        ):
+            doubts.problems.append(_one_class(report, next(iter(classes_in[name])), classes))
+        elif not classes_in[name]:
             doubts.problems.append(
                 f"{name}: all pixels of {report.labelled} labels are void: there is nothing to learn; compare the "
                 "numbers in the labels with those of the layout"
@@ -242,7 +265,7 @@ def _doubt_shares(
             )
     _doubt_mapped_twice(read, classes, doubts)
     if not doubts.problems:
-        _doubt_unseen(seen, classes, doubts, remedy_for_unseen)
+        _doubt_unseen(classes_in, classes, doubts, remedy_for_unseen)
 
 
 def _doubt_mapped_twice(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
@@ -273,17 +296,17 @@ def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:
     return f"{finding}: there is nothing to tell apart. Write the other classes' ids into the labels"
 
 
-def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts, remedy: str) -> None:
-    everywhere = set().union(*seen.values())
+def _doubt_unseen(classes_in: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts, remedy: str) -> None:
+    everywhere = set().union(*classes_in.values())
     never = [name for number, name in enumerate(classes.names) if number not in everywhere]
-    if seen and never:
+    if classes_in and never:
         remedy = remedy if everywhere == set(range(len(everywhere))) else remedy.removeprefix(f"{FROM_ONE}, or ")
         doubts.warnings.append(
             f"{len(never)} of {len(classes)} classes are in no label: {describe_some(never)}; they score nothing, so "
             f"check their ids, or {remedy}"
         )
-    if "train" in seen:
-        not_in_train = [classes.names[number] for number in sorted(everywhere - set(seen["train"]))]
+    if "train" in classes_in:
+        not_in_train = [classes.names[number] for number in sorted(everywhere - set(classes_in["train"]))]
         if not_in_train:
             doubts.warnings.append(
                 f"{len(not_in_train)} of {len(classes)} classes are in no label of train, but in another split: "

@@ -31,13 +31,13 @@ HUE_TURNS_PER_STRENGTH = 1 / 6
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a view for the student.
+    """The random changes of a view that a student sees.
 
     Args:
-        scale: zoom is uniform in this range. 1 is the whole view, 2 a window of half its size, and 0.5 the view at half
-            size amid grey.
-        flip: mirror left and right half of the time.
-        jitter: strength of colour jitter, 0 (off) to 1, or colour operations of RandAugment.
+        scale: (lowest, highest) zoom, which is drawn uniformly. 1 shows the whole view, 2 a window of half its size,
+            and 0.5 the whole view at half size with grey around it.
+        flip: whether half of the views are mirrored left to right.
+        jitter: strength of colour jitter, from 0 (off) to 1, or a `RandAugment`.
 
     Raises: ValueError for values outside these ranges.
     """
@@ -64,19 +64,19 @@ def draw_window(
     flip: bool,
     share: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Window, bool]:
-    """Draw a window with a view's aspect ratio, and whether to flip.
+    """Draw a random window with a view's aspect ratio, and whether to flip it.
 
-    The scale s is uniform in `scale` (as in mmsegmentation). The window measures (H/s, W/s). Along an axis where it is
-    smaller than the view, its place inside the view is uniform. Along the others, so is the view's place inside it.
+    The scale s is uniform in `scale`, and the window measures (H/s, W/s). A window smaller than the view lies uniformly
+    inside it. A larger window contains the view at a uniformly drawn position.
 
     Args:
         rng: the only source of randomness.
-        view_size: (H, W) in the window's unit: source pixels or stored view pixels.
-        scale: range of s.
-        flip: whether flips are drawn at all.
-        share: size of the window at s = 1, as a part of the view's height and width.
-    Returns: the window in the units of `view_size`, and the flip.
-    Raises: ValueError for a `scale` that is not a range above 0.
+        view_size: (H, W) of the image or view from which the window is cut, in pixels.
+        scale: (lowest, highest) s.
+        flip: False never flips. True flips half of the time.
+        share: (height, width) of the window at s = 1, as a part of the view's height and width.
+    Returns: the window in pixels of `view_size`, and whether to flip.
+    Raises: ValueError unless 0 < lowest <= highest.
     """
     _check_scale(scale)
     u_scale, u_y, u_x, u_flip = rng.random(4)
@@ -98,24 +98,25 @@ def draw_view(
     *,
     fitted: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Window, bool]:
-    """Draw the window and flip of a stored view. They depend only on the arguments, so views can be added later.
+    """Draw the window and flip of a view that a cache stores. Equal arguments give equal results.
 
     Args:
         seed: the build's seed.
         sample: the sample's id.
-        view: the view's number. It seeds the generator for `draw_window`. Without `share`, 0 is the whole image.
-        image_size: (H, W) of the source, in whose pixels the window counts.
-        scale: range of the zoom.
-        flip: whether flips are drawn at all.
-        share: for crops, the part of the image's height and width that a crop shows at scale 1.
-        fitted: for whole images, the size of a view at zoom 1, as a part of the image's size (`fitted_share`).
-    Returns: the window, and whether the view is flipped after the resize.
+        view: the view's number, from 0. It seeds the random numbers. Without `share`, view 0 is the whole image.
+        image_size: (H, W) of the image in pixels.
+        scale: (lowest, highest) zoom.
+        flip: False never flips. True flips half of the views.
+        share: the part of the image's height and width that a crop shows at zoom 1. None draws views of the whole
+            image.
+        fitted: (height, width) of a view at zoom 1, as a part of the image's size. `fitted_share` returns it.
+    Returns: the window in pixels of the image, and whether the view is flipped after the resize.
     """
     if view == 0 and share is None:
         return middle_window(image_size, fitted), False
     rng = np.random.default_rng((seed, id_hash(sample), view))
-    shown = share or (1.0, 1.0)
-    return draw_window(rng, image_size, scale, flip, (shown[0] * fitted[0], shown[1] * fitted[1]))
+    crop = share or (1.0, 1.0)
+    return draw_window(rng, image_size, scale, flip, (crop[0] * fitted[0], crop[1] * fitted[1]))
 
 
 def inside_rectangle(
@@ -124,13 +125,17 @@ def inside_rectangle(
     source_size_R2: npt.NDArray[np.generic],
     view_size: tuple[int, int],
 ) -> npt.NDArray[np.float64]:
-    """Return the rectangles in which views show their image: edge coordinates in pixels of the view, half-open.
+    """Return the part of each view that shows its image, as a rectangle in pixels of the view.
 
-    Pixels outside are grey, without a label, and never counted. Pixel (i, j) shows the image if (i + 0.5, j + 0.5) is
-    inside. The arrays are a cache's `records/window`, `flip` and `source_size`, or a single record's without R.
-    `view_size` is (H, W).
+    The rest of a view lies outside the image. It is grey, has no label, and counts in no loss. Pixel (i, j) shows the
+    image if (i + 0.5, j + 0.5) is inside the half-open rectangle.
 
-    Returns: float64 (R, 4): y0, x0, y1, x1.
+    Args:
+        window_R4: float64 (R, 4), the views' windows (y0, x0, y1, x1) in pixels of their images.
+        flip_R: bool or number (R,), whether each view is mirrored.
+        source_size_R2: (R, 2), height and width of the images in pixels.
+        view_size: (H, W) of the views in pixels.
+    Returns: float64 (R, 4), y0, x0, y1, x1. Without the axis R in the arguments, it also misses here.
     """
     window, source = np.asarray(window_R4, np.float64), np.asarray(source_size_R2, np.float64)
     size = np.asarray(view_size, np.float64)
@@ -145,7 +150,7 @@ def inside_rectangle(
 
 
 def id_hash(sample: str) -> int:
-    """Return the 64-bit unsigned BLAKE2b of a sample's id, a number independent of the order of samples."""
+    """Return an unsigned 64-bit number for a sample's id: the BLAKE2b hash of its UTF-8 bytes."""
     return int.from_bytes(hashlib.blake2b(sample.encode(), digest_size=8).digest(), "little")
 
 
@@ -154,16 +159,16 @@ def colour_jitter(
 ) -> Pixels:
     """Change brightness, contrast, saturation and hue at random, or apply RandAugment's colour operations.
 
-    Factors are uniform in [1 - strength, 1 + strength], the hue in +- strength / 6 turns. The contrast pivots on the
-    mean grey (of every second pixel and row, which is enough for a mean).
+    The first three factors are uniform in [1 - strength, 1 + strength]. The hue changes by up to strength / 6 turns.
+    Contrast changes around the image's mean grey.
 
     Args:
         rng: the only source of randomness.
-        pixels_HW3: uint8 RGB. It is not written to, unless it is also `out`.
-        strength: 0 to 1. 0 returns `pixels_HW3` itself, unchanged.
-        out: memory for the result, contiguous. Default: new memory.
+        pixels_HW3: RGB image, uint8 (H, W, 3). It stays unchanged, unless it is also `out`.
+        strength: 0 to 1, or a `RandAugment`. 0 returns `pixels_HW3` itself.
+        out: contiguous memory for the result, uint8 (H, W, 3). None allocates it.
     Returns: uint8 (H, W, 3).
-    Raises: ValueError for a strength outside 0..1.
+    Raises: ValueError for a strength outside 0 to 1.
     """
     if isinstance(strength, RandAugment):
         words = rng.random(4).view(np.uint64)  # as many as below, however many operations there are

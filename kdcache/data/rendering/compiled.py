@@ -24,7 +24,10 @@ READ_ONLY_BYTES = {ndim: types.Array(types.uint8, ndim, "C", readonly=True) for 
 
 
 def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Apply numba's `njit`, also under NUMBA_DISABLE_JIT, because Python has no intrinsics to run the function."""
+    """Return numba's `njit` decorator with these arguments. It compiles even if NUMBA_DISABLE_JIT is set.
+
+    Some kernels use numba intrinsics, which plain Python cannot run.
+    """
 
     def compile_anyway(function: Callable[..., Any]) -> Any:
         disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0
@@ -37,7 +40,10 @@ def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that compiles a function for given argument types, and keeps the machine code on disk."""
+    """Return a decorator that compiles a function for these numba argument types.
+
+    The machine code is cached on disk if possible.
+    """
 
     def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
         try:

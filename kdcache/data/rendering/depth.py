@@ -31,26 +31,28 @@ def render_depth(
     zoom: float = 1.0,
     out: Depth | None = None,
 ) -> Depth:
-    """Cut `window` out of a depth label, resize to `size`, then flip, as `render` does with the image.
+    """Cut a window out of a depth label, resize it, and then flip it, as `render` does with an image.
+
+    Each output pixel takes one source pixel: the one at its centre or, if that is unknown, the nearest known one that
+    it covers.
 
     Args:
-        depth_HW: float32 metres, NaN for unknown. None renders as all unknown.
-        window: the part in source pixels. It may reach beyond the source, where depth is unknown.
-        flip: mirror left and right after the resize (column j becomes W-1-j).
+        depth_HW: float32 (H, W) in metres, NaN for unknown. None means that all depth is unknown.
+        window: the part to show, in source pixels. Depth is unknown beyond the source.
+        flip: whether to mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
-        zoom: divisor of the depth: `zoom_of` the window for `--depth-zoom divide`, 1 to keep the metres.
-        out: float32 memory of that size to write to, contiguous. Default: new memory.
+        zoom: the depth is divided by it. `zoom_of` returns it for `--depth-zoom divide`. 1 keeps the metres.
+        out: contiguous memory for the result, float32 of `size`. None allocates it.
     Returns: float32 (height, width), NaN for unknown.
-    Raises: ValueError for shapes or types that do not fit, a zoom that is not above 0, and for a window longer than
-        2**24 pixels.
+    Raises: ValueError for arrays that do not fit, a zoom that is not above 0, or a window longer than 2**24 pixels.
     """
     _check(depth_HW, window, size, zoom)
     metres = np.empty(size, np.float32) if out is None else out
     if depth_HW is None:
         metres[...] = np.nan
         return metres
-    whole = (0.0, 0.0, float(depth_HW.shape[0]), float(depth_HW.shape[1]))
-    if not flip and depth_HW.shape == tuple(size) and window.as_tuple() == whole:
+    full = (0.0, 0.0, float(depth_HW.shape[0]), float(depth_HW.shape[1]))
+    if not flip and depth_HW.shape == tuple(size) and window.as_tuple() == full:
         metres[...] = depth_HW
     else:
         from kdcache.data.rendering.nearest import render_nearest  # which imports numba
@@ -67,15 +69,15 @@ RENDERERS: Mapping[str, Callable[..., Depth]] = {DEPTH: render_depth}
 
 
 def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, float] = (1.0, 1.0)) -> float:
-    """Return how many times nearer the scene looks in a view of a window than in a view of the whole image.
+    """Return how many times larger things look in a view of a window than in a view of the whole image.
 
-    It is the scale s of `draw_window`: things are s times larger. If a window has another aspect ratio than the image,
-    it is the geometric mean of both axes. The zooms of a view of the image and of a window in that view multiply.
+    If the window's aspect ratio differs from the image's, this is the geometric mean of both axes. For a window in a
+    view, multiply its zoom in the view by the view's zoom.
 
     Args:
-        window: in pixels of the image, or of the view that the window is cut from.
-        image_size: (H, W) of that image or view.
-        share: for crops, the part of the image's height and width that a crop shows at scale 1.
+        window: in pixels of the image, or of the view from which it is cut.
+        image_size: (H, W) of that image or view in pixels.
+        share: for crops, the part of the image's height and width that a crop shows at zoom 1.
     """
     height, width = window.y1 - window.y0, window.x1 - window.x0
     return math.sqrt(image_size[0] * share[0] / height * image_size[1] * share[1] / width)

@@ -25,11 +25,15 @@ _LOOKED_AT = 500
 
 
 def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """Return the size of a view at zoom 1, as a part of the image's height and width.
+    """Return (height, width) of a view at zoom 1, as a part of the image's height and width.
 
-    `image_size` and `size` are (H, W) of the image and of its pixels.
+    "squash" gives (1, 1). "crop" gives at most 1, because it leaves out a part. "pad" gives at least 1, because margins
+    are added.
 
-    Returns: (1, 1) for squash and for equal shapes; at most 1 for crop, at least 1 for pad.
+    Args:
+        fit: how an image with another aspect ratio fills the view.
+        image_size: (H, W) of the image in pixels.
+        size: (H, W) of the view in pixels.
     """
     tall, wide = image_size[0] * size[1], image_size[1] * size[0]
     if fit == "squash" or tall == wide:
@@ -40,30 +44,37 @@ def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -
 
 
 def choose_fit(split: Split, size: tuple[int, int]) -> tuple[Fit, str | None]:
-    """Return the default fit of a build or a training: pad if an image has another shape than its pixels.
+    """Return the default fit of a build or a training: "pad" if aspect ratios differ by more than 5 %, else "squash".
 
-    `size` is (H, W) of the pixels.
-
-    Returns: the fit, and for `pad` a note with the reason.
+    Args:
+        split: up to about 500 of its images are compared.
+        size: (H, W) of the views in pixels.
+    Returns: the fit, and for "pad" a note with the reason, else None.
     """
     for index in range(0, len(split), max(1, len(split) // _LOOKED_AT)):
         height, width = split.image_size(index)
-        if (other := squashed((height, width), size)) > MOST_SQUASHED:
+        if (difference := squashed((height, width), size)) > MOST_SQUASHED:
             return "pad", (
                 f"images are padded, and padding teaches nothing (--fit pad): {split.ids[index]} of {height}x{width} "
-                f"has another shape than {size[0]}x{size[1]} by {100 * other:.0f} %, more than "
+                f"has another shape than {size[0]}x{size[1]} by {100 * difference:.0f} %, more than "
                 f"{100 * MOST_SQUASHED:.0f} %; --fit crop or squash for the other ways"
             )
     return "squash", None
 
 
 def whole_window(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> Window:
-    """Return the centred view at zoom 1 in pixels of the image. Padding lies outside the image."""
+    """Return the centred window of a view at zoom 1, in pixels of the image. With "pad", it reaches beyond the image.
+
+    Args:
+        fit: how an image with another aspect ratio fills the view.
+        image_size: (H, W) of the image in pixels.
+        size: (H, W) of the view in pixels.
+    """
     return middle_window(image_size, fitted_share(fit, image_size, size))
 
 
 def middle_window(image_size: tuple[int, int], share: tuple[float, float]) -> Window:
-    """Return the centred window that measures `share` of an image's height and width, in its pixels."""
+    """Return the centred window that measures `share` of an image's (H, W), in pixels of the image."""
     if share == (1.0, 1.0):
         return Window.full(*image_size)
     (y0, y1), (x0, x1) = (_middle(length, part) for length, part in zip(image_size, share, strict=True))
@@ -71,7 +82,10 @@ def middle_window(image_size: tuple[int, int], share: tuple[float, float]) -> Wi
 
 
 def squashed(image_size: tuple[int, int], size: tuple[int, int]) -> float:
-    """Return how much two aspect ratios differ: 0 if they are equal, 0.05 for 5 % in either direction."""
+    """Return by how much two aspect ratios differ: 0 if they are equal, 0.05 for 5 % in either direction.
+
+    `image_size` and `size` are (H, W).
+    """
     ratio = image_size[0] * size[1] / (image_size[1] * size[0])
     return round(max(ratio, 1 / ratio) - 1, 9)  # so that 105 to 100 is 0.05
 

@@ -13,7 +13,10 @@ READ_ONLY_FLOATS = types.Array(types.float32, 2, "C", readonly=True)
 
 @njit(**OPTIONS)
 def _nearest(depth_HW, y, x, y_range, x_range):
-    """Return the valid pixel of a rectangle nearest to (y, x), the first row and column of equals, or NaN."""
+    """Return the known depth nearest to (y, x) in a rectangle of pixels, or NaN.
+
+    The first of equally near ones counts.
+    """
     least, nearest = math.inf, np.float32(math.nan)
     for row in range(y_range[0], y_range[1]):
         for column in range(x_range[0], x_range[1]):
@@ -27,13 +30,20 @@ def _nearest(depth_HW, y, x, y_range, x_range):
 
 @njit(**OPTIONS)
 def _cell(centre, step, length):
-    """Return the half-open range of source pixels with their centre in an output's cell, within the source."""
+    """Return the range [first, end) of source pixels along an axis whose centres one output pixel covers."""
     return max(math.ceil(centre - step / 2 - 0.5), 0), min(math.ceil(centre + step / 2 - 0.5), length)
 
 
 @kernel(READ_ONLY_FLOATS, types.UniTuple(types.float64, 4), types.boolean, FLOATS)
 def render_nearest(depth_HW, window, flip, out_HW):
-    """Fill `out_HW` by the rules of `kdcache.data.render_depth`. `window` is (y0, x0, y1, x1) in source pixels."""
+    """Fill `out_HW` with the depth in a window, by the rules of `kdcache.data.render_depth`.
+
+    Args:
+        depth_HW: float32 (H, W) in metres, NaN for unknown.
+        window: (y0, x0, y1, x1) in source pixels.
+        flip: whether to mirror left and right.
+        out_HW: float32 of any size, which gets the result.
+    """
     height, width = depth_HW.shape
     rows, columns = out_HW.shape
     y0, x0, y1, x1 = window

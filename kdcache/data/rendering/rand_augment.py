@@ -21,14 +21,16 @@ _Operation = Callable[[Image.Image, float], Image.Image]
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Colour operations that are applied in turn. Each is drawn from nine, and all have the same magnitude.
+    """A number of random colour operations, one after the other.
+
+    Each is drawn from nine, and all have the same magnitude.
 
     Args:
-        operations: their number, at least 1.
+        operations: how many operations, at least 1.
         magnitude: 0 to 30.
 
     Raises: ValueError for other numbers.
-    Source: Cubuk et al. 2020, arXiv 1909.13719; magnitudes and signs as in torchvision's RandAugment.
+    Source: Cubuk et al. 2020, arXiv 1909.13719. Magnitudes and signs are as in torchvision's RandAugment.
     """
 
     operations: int = 2
@@ -39,7 +41,7 @@ class RandAugment:
             raise ValueError(f"RandAugment has 1 or more operations and a magnitude of 0 to {BINS - 1}, got {self}")
 
     def __call__(self, rng: np.random.Generator, pixels_HW3: Pixels) -> Pixels:
-        """Apply the operations to uint8 (H, W, 3), reading one word of `rng` for each."""
+        """Return the changed image, uint8 (H, W, 3). Each operation uses one number from `rng`."""
         picture = Image.fromarray(pixels_HW3)
         for number in rng.integers(2 * len(OPERATIONS), size=self.operations).tolist():
             change, strength, signed = OPERATIONS[number // 2]

@@ -18,7 +18,7 @@ _f, _i = np.float32, np.int32
 
 @njit(**OPTIONS)
 def _mean(pixels_HW3, weights):
-    """Return the weighted sum of the mean colour, of every second pixel of every second row."""
+    """Return the weighted sum of an image's mean colour. Every second pixel of every second row counts."""
     height, width = pixels_HW3.shape[:2]
     red = green = blue = 0
     for i in range(0, height, 2):
@@ -33,7 +33,7 @@ def _mean(pixels_HW3, weights):
 
 @njit(**OPTIONS)
 def _map(planes, affine, c, out):
-    """Compute one colour of a block: row `c` of the map, whose last element is the offset."""
+    """Compute one colour channel of a block of pixels: row `c` of the affine map, whose last element is the offset."""
     red, green, blue = planes
     by_red, by_green, by_blue, offset = _f(affine[c, 0]), _f(affine[c, 1]), _f(affine[c, 2]), _f(affine[c, 3])
     for i in range(len(out)):
@@ -44,11 +44,11 @@ def _map(planes, affine, c, out):
 
 @njit(**OPTIONS)
 def _rotate_and_saturate(factor, turns, matrix_33, luma):
-    """Rotate hues about (1, 1, 1) (Rodrigues; red to green at a third), then blend with grey (rows `luma`)."""
+    """Fill the colour matrix (3, 3): rotate the hue around the grey axis by `turns`, then blend with grey."""
     angle = 2 * math.pi * turns
     rest, s = (1 - math.cos(angle)) / 3, math.sin(angle) / math.sqrt(3)
-    own, less, more = 1 - 2 * rest, rest - s, rest + s
-    for column, turned in enumerate(((own, more, less), (less, own, more), (more, less, own))):
+    same, less, more = 1 - 2 * rest, rest - s, rest + s
+    for column, turned in enumerate(((same, more, less), (less, same, more), (more, less, same))):
         grey = (1 - factor) * (luma[0] * turned[0] + luma[1] * turned[1] + luma[2] * turned[2])
         for row in range(3):
             matrix_33[row, column] = factor * turned[row] + grey
@@ -56,10 +56,15 @@ def _rotate_and_saturate(factor, turns, matrix_33, luma):
 
 @kernel(BYTES[3], *[types.float64] * 4, types.UniTuple(types.float64, 3))
 def recolour(pixels_HW3, brightness, contrast, saturation, turns, luma):
-    """Change hue, saturation, brightness and contrast (about the mean grey) in place, rounded half up.
+    """Change hue, saturation, brightness and contrast of an image in place.
 
-    `brightness`, `contrast` and `saturation` of 0 change nothing, and 0.1 is a tenth more. `turns` rotates the hue, 0
-    leaves it. `luma` has the weights of red, green and blue in grey.
+    Args:
+        pixels_HW3: RGB image, uint8 (H, W, 3).
+        brightness: relative change. 0 changes nothing, and 0.1 makes it a tenth brighter.
+        contrast: relative change around the image's mean grey.
+        saturation: relative change.
+        turns: rotation of the hue in whole turns. 0 changes nothing.
+        luma: weights of red, green and blue in grey.
     """
     pixels_X = pixels_HW3.reshape(-1)
     matrix, weights = np.empty((3, 3)), np.empty(3)

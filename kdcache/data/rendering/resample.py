@@ -43,9 +43,10 @@ _LANES, _PIXEL = ir.VectorType(_INT, 4), ir.VectorType(ir.IntType(8), 4)
 
 @intrinsic
 def _weigh(typing_context, line, begin, weights, first, taps, out, to):
-    """Return out[to : to + 4] = the four bytes at line[begin + 3 * t], times weights[first + t], summed over the taps.
+    """Write the weighted sum of `taps` pixels, 4 bytes each, to out[to : to + 4].
 
-    `taps` is even and at least 2. Reads and writes one byte beyond the last pixel.
+    Pixel t begins at line[begin + 3 * t], and its weight is weights[first + t]. `taps` is even and at least 2. One byte
+    beyond the last pixel is read and written.
     """
 
     def generate(context, builder, signature, arguments):
@@ -86,13 +87,13 @@ def _centre(start, step, output):
 
 @njit(**OPTIONS)
 def _overhang(distance):
-    """Return the whole pixels that cover an overhang, or 0 below a millionth of a pixel, which is rounding."""
+    """Return how many whole pixels cover a distance, or 0 below a millionth of a pixel, which is a rounding error."""
     return math.ceil(distance) if distance > 1e-6 else 0
 
 
 @njit(**OPTIONS)
 def _inside(start, stop, outputs, length):
-    """Return the range of outputs with their centre inside the source."""
+    """Return the range [first, end) of output pixels whose centre is inside the source."""
     step = (stop - start) / outputs
     first = 0
     while first < outputs and _centre(start, step, first) < 0.0:
@@ -105,10 +106,10 @@ def _inside(start, stop, outputs, length):
 
 @njit(**OPTIONS)
 def _filter(start, stop, outputs, length, first, last):
-    """Return the coefficients of one axis.
+    """Return the filter coefficients of one axis.
 
-    Returns: the part's first pixel and its length; the margins' lengths; per inside output where its taps begin in
-        the picture, and their weights (inside, taps), an even number of them.
+    Returns: the first source pixel of the part and its length, the lengths of both margins, where each inside output's
+        taps begin in the picture, and their weights (inside outputs, taps). The number of taps is even.
     """
     step = (stop - start) / outputs
     reach = math.ceil(max(1.0, step)) + 1
@@ -152,7 +153,7 @@ def _filter(start, stop, outputs, length, first, last):
 
 @njit(**OPTIONS)
 def _triangle(centre, support, part):
-    """Return the first tap of a margin's mean, and the weights of all taps. `centre` counts in the part."""
+    """Return the first tap of a margin's mean, and all taps' weights. `centre` is in pixels of the part."""
     low, high = max(math.floor(centre - support), 0), min(math.ceil(centre + support) + 1, part)
     weights = np.empty(high - low)
     total = 0.0
@@ -166,7 +167,7 @@ def _triangle(centre, support, part):
 
 @njit(**OPTIONS)
 def _mean_row(image_HX, top, left, first, weights, total, line, at):
-    """Write the mean of rows of the part, from `first` on, into `line` from `at` on. `total` is scratch."""
+    """Write the weighted mean of the part's rows, from `first` on, to line[at:]. `total` is scratch memory."""
     length = len(total)
     total[:] = 0.0
     for tap in range(len(weights)):
@@ -180,7 +181,7 @@ def _mean_row(image_HX, top, left, first, weights, total, line, at):
 
 @njit(**OPTIONS)
 def _mean_pixel(line, begin, weights, to):
-    """Write the mean of pixels of `line`, from byte `begin` on, to byte `to`."""
+    """Write the weighted mean of the pixels that begin at byte `begin` of `line` to byte `to`."""
     for channel in range(3):
         total = 0.0
         for tap in range(len(weights)):
@@ -190,7 +191,10 @@ def _mean_pixel(line, begin, weights, to):
 
 @njit(**OPTIONS)
 def _add_rows(ring, begin, last, weights, total, out):
-    """Sum weighted rows of the picture from `begin` on into `out`. Row r is ring[r % len(ring)], up to `last`."""
+    """Write the weighted sum of the picture's rows, from `begin` on, to `out`.
+
+    Row r is ring[r % len(ring)], up to `last`.
+    """
     length, taps = len(out), len(weights)
     total[:] = _HALF
     for tap in range(0, taps, 2):
@@ -208,7 +212,7 @@ def _add_rows(ring, begin, last, weights, total, out):
 
 @njit(**OPTIONS)
 def _resize(image_HX, window, flip, size, y_range, x_range, pixels_HX):
-    """Write the inside outputs of the image."""
+    """Write the image's inside outputs to `pixels_HX`."""
     y0, x0, y1, x1 = window
     width = image_HX.shape[1] // 3
     top, part_h, above, below, y_begins, y_weights = _filter(y0, y1, size[0], len(image_HX), y_range[0], y_range[1])
@@ -252,7 +256,7 @@ def _resize(image_HX, window, flip, size, y_range, x_range, pixels_HX):
 
 @njit(**OPTIONS)
 def _pick(label_HW, window, flip, size, y_range, x_range, out_HW):
-    """Write the label's inside outputs: the pixel that contains their centre (which is >= 0: truncation is floor)."""
+    """Write the label's inside outputs to `out_HW`: each takes the label pixel that contains its centre."""
     y0, x0, y1, x1 = window
     y_step, x_step = (y1 - y0) / size[0], (x1 - x0) / size[1]
     columns = np.empty(x_range[1] - x_range[0], np.int64)
@@ -270,10 +274,16 @@ def _pick(label_HW, window, flip, size, y_range, x_range, out_HW):
     types.UniTuple(types.int64, 3), BYTES[2], BYTES[2],
 )  # fmt: skip
 def render_window(image_HX, label_HW, window, flip, outside, pixels_HX, out_HW):
-    """Fill `pixels_HX` and `out_HW` by the rules of `kdcache.data.render`.
+    """Fill `pixels_HX` and `out_HW` with a window of an image and its label, by the rules of `kdcache.data.render`.
 
-    `label_HW` is empty for no label, and `out_HW` then becomes void. `window` is (y0, x0, y1, x1) in source pixels.
-    `outside` is the RGB beyond the image.
+    Args:
+        image_HX: RGB image, uint8 (H, 3 * W).
+        label_HW: class ids, uint8 (H, W), or an empty array without a label. Then `out_HW` becomes void.
+        window: (y0, x0, y1, x1) in source pixels.
+        flip: whether to mirror left and right after the resize.
+        outside: (r, g, b) of pixels beyond the image.
+        pixels_HX: uint8 (height, 3 * width), which gets the image.
+        out_HW: uint8 (height, width), which gets the label.
     """
     size = out_HW.shape
     y0, x0, y1, x1 = window

@@ -38,9 +38,9 @@ _NO_LABEL = np.empty((0, 0), np.uint8)
 
 @dataclass(frozen=True)
 class Window:
-    """A half-open rectangle in pixels, in edge coordinates (the image is [0, H) x [0, W)).
+    """A rectangle in pixels: rows y0 to y1 and columns x0 to x1. The whole image is (0, 0, H, W).
 
-    It may reach beyond the image. Raises: ValueError unless it is finite and has an area.
+    Edges may be fractions, and may lie beyond the image. Raises: ValueError unless all are finite, y0 < y1 and x0 < x1.
     """
 
     y0: float
@@ -54,19 +54,19 @@ class Window:
 
     @classmethod
     def full(cls, height: float, width: float) -> Window:
-        """Return the window of the whole image."""
+        """Return the window of a whole image with this height and width in pixels."""
         return cls(0.0, 0.0, float(height), float(width))
 
     def scaled(self, fy: float, fx: float) -> Window:
-        """Return this window in an image of `fy` times the height and `fx` times the width."""
+        """Return the window in an image that is resized by `fy` vertically and by `fx` horizontally."""
         return Window(self.y0 * fy, self.x0 * fx, self.y1 * fy, self.x1 * fx)
 
     def moved(self, y: float, x: float) -> Window:
-        """Return this window, `y` further down and `x` further right."""
+        """Return the window moved down by `y` pixels and right by `x` pixels."""
         return Window(self.y0 + y, self.x0 + x, self.y1 + y, self.x1 + x)
 
     def as_tuple(self) -> tuple[float, float, float, float]:
-        """Return (y0, x0, y1, x1), as a cache stores it."""
+        """Return (y0, x0, y1, x1) in pixels."""
         return self.y0, self.x0, self.y1, self.x1
 
 
@@ -79,17 +79,19 @@ def render(
     size: tuple[int, int],
     out: tuple[Pixels, Pixels] | None = None,
 ) -> tuple[Pixels, Pixels]:
-    """Cut `window` out of an image and its label, resize to `size`, then flip.
+    """Cut a window out of an image and its label, resize both, and then flip them.
+
+    The image is resized with an antialiased bilinear filter, and the label with nearest.
 
     Args:
-        image_HW3: uint8 RGB source.
-        label_HW: uint8 class ids of the same height and width. None renders as all void.
-        window: the part in source pixels. It may reach beyond the source.
-        flip: mirror left and right after the resize (column j becomes W-1-j).
+        image_HW3: RGB image, uint8 (H, W, 3).
+        label_HW: class ids, uint8 (H, W). None gives a label that is all void.
+        window: the part to show, in source pixels. Beyond the image, the result is grey and void.
+        flip: whether to mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
-        out: pixels and label of that size to write to, contiguous. Default: new memory.
-    Returns: uint8 (height, width, 3) and uint8 (height, width).
-    Raises: ValueError for shapes or types that do not fit, and for a window longer than 2**24 pixels.
+        out: contiguous memory for the image and the label, of `size`. None allocates it.
+    Returns: the image, uint8 (height, width, 3), and the label, uint8 (height, width).
+    Raises: ValueError for arrays that do not fit, or a window longer than 2**24 pixels.
     """
     _check(image_HW3, label_HW, window, size)
     from kdcache.data.rendering.resample import render_window  # which imports numba
@@ -114,9 +116,9 @@ def render(
 
 
 def pixel_checksum(pixels: npt.NDArray[np.generic]) -> int:
-    """Return the 64-bit unsigned BLAKE2b over the shape and the bytes of a rendered image.
+    """Return an unsigned 64-bit BLAKE2b hash of a rendered image's shape and bytes.
 
-    It is equal for equal content whatever the strides. The dtype does not count (pixels are uint8).
+    `pixels` is uint8 of any strides.
     """
     digest = hashlib.blake2b(repr(tuple(map(int, pixels.shape))).encode("ascii"), digest_size=8)
     digest.update(np.ascontiguousarray(pixels).data)
