@@ -43,13 +43,15 @@ from kdcache.tasks import DEPTH, SEGMENTATION
 
 @dataclass(frozen=True)
 class CopyChanges:
-    """The differences between a copy and its source. None keeps the source's value.
+    """The differences between a copy and its source cache. None keeps the source's value.
 
     Attributes:
-        samples: numbers of the samples to keep, in ascending order, with all their views.
-        features: the taps to keep.
-        feature_dtype: how features are stored. Summaries and maps under 16 cells stay float16.
-        pixels: `source` leaves images and labels out.
+        codec: how arrays are compressed. `small` also rounds logits.
+        shard_records: records per shard.
+        samples: indices of the samples to copy into the source's `ids`, in ascending order. All their views are copied.
+        features: names of the taps to copy. An empty sequence copies none.
+        feature_dtype: data type of stored features. Taps with fewer than 16 cells are always float16.
+        pixels: `stored` copies images and labels, `source` leaves them out.
     """
 
     codec: Codec | None = None
@@ -62,9 +64,14 @@ class CopyChanges:
 
 @dataclass(frozen=True)
 class CopyResult:
-    """The result of a copy: `records` copied now, and `skipped` records that were finished before.
+    """The result of `copy_store`.
 
-    `complete` is False if other workers have still to finish their shards.
+    Attributes:
+        manifest: the copy's manifest.
+        records: number of records that this call copied.
+        skipped: number of records that an earlier call had already copied.
+        seconds: duration of the copying.
+        complete: False if other workers have not finished their shards yet.
     """
 
     manifest: Manifest
@@ -83,16 +90,22 @@ def copy_store(
     worker: Worker | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CopyResult:
-    """Copy an open cache. After an interruption the same call continues. A finished copy is only checked.
+    """Copy an open cache. After an interruption, the same call continues.
 
-    `changes` names what differs from `source`. A codec that rounds needs `fidelity`, the figures of what rounding loses
-    (see `rounds`). `worker` is this process's part of a shared copy (default: all of it). `progress` is called with
-    (records done, records), including the records of earlier calls. `destination` is a new or empty folder or address,
-    or an unfinished copy.
+    If the copy is already finished, its files are checked and damaged shards are copied again.
+
+    Args:
+        source: the cache to copy.
+        destination: a new or empty folder or object-store address, or an unfinished copy.
+        changes: how the copy differs from the source. None copies everything unchanged.
+        fidelity: what rounding loses, for the copy's manifest. Used only if the codec rounds (see `rounds`).
+        worker: this process's part of a copy that several processes share. Default: all of it.
+        progress: called with (records done, total records). Records of earlier calls count as done.
 
     Raises:
         CorruptError: a file of the source is damaged. Its shard does not count as copied.
-        StoreError, MismatchError: for impossible changes, or another cache in the destination.
+        StoreError: `changes` are impossible for this source, or the destination cannot be written.
+        MismatchError: the destination holds another cache.
     """
     changes = changes or CopyChanges()
     _check_elsewhere(source, destination)
@@ -128,7 +141,7 @@ def _check_elsewhere(source: Cache, destination: str | Path) -> None:
 
 
 def rounds(source: Manifest, codec: Codec | None) -> bool:
-    """Return whether a copy into `codec` rounds targets that the source's codec did not."""
+    """Return True if a copy into `codec` rounds targets that the source cache stores unrounded."""
     return codec == "small" and source.codec != "small"
 
 
@@ -137,7 +150,12 @@ def _numbers(source: Cache, changes: CopyChanges) -> list[int]:
 
 
 def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | None = None) -> Manifest:
-    """Return the manifest of the copy that `copy_store` would write. Args, Raises: as `copy_store`."""
+    """Return the manifest that a copy by `copy_store` would have, without copying.
+
+    `fidelity` is what rounding loses, used only if the codec rounds.
+
+    Raises: StoreError if `changes` are impossible for this source; RecipeError if no tap is large enough for 8 bits.
+    """
     manifest, numbers = source.manifest, _numbers(source, changes)
     _check(source, changes)
     features = _features(manifest, changes)

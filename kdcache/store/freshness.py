@@ -21,14 +21,16 @@ COLUMNS = ("image_digest", "label_digest", "label_checksum", "pixel_checksum", "
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a cache's records say about the data set that they were made from.
+    """What a cache's records say about the data set that the cache was built from.
 
     Attributes:
-        ids: the samples' ids. class_names: their labels' class names.
-        views: records of each sample.
-        columns: COLUMNS, and `depth_digest` if it exists, each (R, ...).
-        known: (R,) bool, the records that have these rows.
-        size: (H, W) of the views.
+        ids: the sample ids.
+        class_names: names of the classes.
+        views: number of records per sample.
+        columns: name, such as `image_digest` or `window` -> that array of all R records, (R, ...). Empty if the cache
+            does not hold digests.
+        known: bool (R,). False for records that could not be read, whose rows in `columns` mean nothing.
+        size: (H, W) of the views in pixels.
     """
 
     ids: Sequence[str]
@@ -41,11 +43,12 @@ class Recorded:
 
 @dataclass(frozen=True)
 class BuiltFrom:
-    """The data set of a build.
+    """The data set of a build, for comparison with an earlier start of the same build.
 
     Attributes:
-        split: the data set. With None only checksums are compared.
-        checksums: checksums of a shard's records as they render now, by the array that holds them: path -> (records,).
+        split: the data set. None compares only checksums.
+        checksums: called with a shard's number. It renders the shard's records again and returns their checksums: path
+            of the checksum array -> uint64 (records of the shard,).
     """
 
     split: Split | None
@@ -53,7 +56,7 @@ class BuiltFrom:
 
 
 def recorded_in(cache: Cache) -> Recorded:
-    """Return what a complete cache records about its data set."""
+    """Return what a complete cache records about the data set that it was built from."""
     manifest = cache.manifest
     names = columns_of(manifest)
     return Recorded(
@@ -67,14 +70,20 @@ def recorded_in(cache: Cache) -> Recorded:
 
 
 def columns_of(manifest: Manifest) -> tuple[str, ...]:
-    """Return the columns that a comparison needs, or none if the cache does not record contents."""
+    """Return the names of the `records/` arrays that are needed to detect a changed data set.
+
+    Empty if the cache does not hold digests of its images and labels.
+    """
     if not manifest.records_contents:
         return ()
     return (*COLUMNS, "depth_digest") if manifest.depth is not None and manifest.depth.labelled else COLUMNS
 
 
 def renewal(place: object, data: str) -> str:
-    """Return the command that builds a cache again from the current data."""
+    """Return the `kdcache build-teacher-cache` command that builds a cache again from the current data, as text.
+
+    `place` is the earlier cache, and `data` is the data set's folder or spec.
+    """
     return f"kdcache build-teacher-cache --from {place} --data {data} --teacher TEACHER --out NEW"
 
 
@@ -85,11 +94,14 @@ def data_changes(
     indexed: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Changes:
-    """Compare a data set with what a cache was built from.
+    """Compare a data set with the data set that a cache was built from.
 
-    `indexed` allows digests from the index of unchanged files (see `read_contents`). False reads every file. `progress`
-    is called with (samples read, samples).
-
+    Args:
+        source: the cache, or what it records about its data set.
+        split: the current data set.
+        indexed: whether files with unchanged size and time may be skipped, by an index of digests. False reads every
+            file.
+        progress: called with (samples read, total samples).
     Raises: DataError for a file that cannot be read; CorruptError for a damaged cache.
     """
     recorded = recorded_in(source) if isinstance(source, Cache) else source
@@ -112,9 +124,10 @@ class _Found:
 
 
 def _content_changes(recorded: Recorded, split: Split, shared: Sequence[int], contents: Contents) -> dict[str, Any]:
-    """Return the fields of `Changes` that contents show.
+    """Return the fields of `Changes` that follow from the samples' contents, by field name.
 
-    `shared` has the numbers of the recorded samples that the split has, and `contents` theirs in that order.
+    `shared` has the indices of the recorded samples that the split also has. `contents` has their current digests in
+    the same order.
     """
     columns, views = recorded.columns, recorded.views
     records = (np.array(shared, np.int64)[:, None] * views + np.arange(views)).reshape(-1)
@@ -146,7 +159,7 @@ def _content_changes(recorded: Recorded, split: Split, shared: Sequence[int], co
 
 
 def _rendered_changes(recorded: Recorded, split: Split, number: int, records: Sequence[int]) -> tuple[bool, bool]:
-    """Return whether the pixels, and whether the labels, of a sample's records render differently now."""
+    """Render a sample's records again. Return whether any pixels changed, and whether any labels changed."""
     image, label = split.image(number), split.label(number)
     columns, images, labels = recorded.columns, False, False
     for record in records:

@@ -29,20 +29,23 @@ FREE_IN_VIEWS = ("teacher_size", "pixels")
 
 
 class JoinedManifest(Manifest):
-    """The manifest of the main cache, with the heads, features and statistics of all caches.
+    """The main cache's manifest, with the heads, features and statistics of all joined caches added.
 
     Attributes:
-        joined: names of the caches, the main one first.
+        joined: names of the caches, the main cache first.
     """
 
     joined: tuple[str, ...] = ()
 
 
 class JoinedCache(Cache):
-    """Several caches read as one. `open_caches` checks that they belong together.
+    """Several caches of the same views, read as one cache.
+
+    Use `open_caches`, which checks that their views are the same.
 
     Args:
-        caches: the caches by name. The first is the main one.
+        caches: name -> cache. The first is the main cache, which gives pixels, labels, classes and the order of
+            records.
     """
 
     def __init__(self, caches: Mapping[str, Cache]) -> None:
@@ -50,7 +53,9 @@ class JoinedCache(Cache):
         super().__init__(main.place, _manifest_of(caches), main.ledger)
         self._caches = dict(caches)
         self._further = {
-            path: (cache, own) for name, cache in [*caches.items()][1:] for own, path in _renamed(name, cache)
+            path: (cache, path_there)
+            for name, cache in [*caches.items()][1:]
+            for path_there, path in _renamed(name, cache)
         }
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -58,47 +63,56 @@ class JoinedCache(Cache):
 
     @property
     def parts(self) -> tuple[Cache, ...]:
-        """The caches of the join, the main one first."""
+        """The joined caches, the main cache first."""
         return tuple(self._caches.values())
 
     @property
     def remote(self) -> bool:
-        """Whether any of the caches is remote."""
+        """True if any of the joined caches is in an object store."""
         return any(cache.remote for cache in self.parts)
 
     def unread(self, paths: Sequence[str]) -> list[str]:
-        """Return the names of the further caches that hold none of these arrays."""
+        """Return the names of the joined caches, except the main cache, that hold none of the arrays `paths`."""
         read = [self._further[path][0] for path in paths if path in self._further]
         return [name for name, cache in [*self._caches.items()][1:] if cache not in read]
 
     def check_files(self) -> None:
-        """Check that every file of all caches exists with its size."""
+        """Check that every file of all joined caches exists with its size.
+
+        Raises: CorruptError naming the first file that is missing or has another size.
+        """
         for cache in self.parts:
             cache.check_files()
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Decode a record from the cache that has the array. Raises: as `Cache.read_into`."""
+        """Decode one record of the array `path` into `out`, a C-contiguous array of the record's shape and dtype.
+
+        Raises: CorruptError for a damaged file; IndexError for a missing record; StoreError for an unsuitable `out`.
+        """
         if path in self._further:
-            cache, own = self._further[path]
-            cache.read_into(record, own, out)
+            cache, path_there = self._further[path]
+            cache.read_into(record, path_there, out)
         else:
             super().read_into(record, path, out)
 
     def fetch(self, shard: int, path: str) -> None:
-        """Download the records of a shard of the main cache, from the array's cache. Raises: as `read_into`."""
+        """Download the array `path` for all records of the main cache's shard number `shard`, so later reads are fast.
+
+        Raises: CorruptError for a damaged file; StoreError for one that cannot be read.
+        """
         if path not in self._further:
             super().fetch(shard, path)
             return
-        cache, own = self._further[path]
+        cache, path_there = self._further[path]
         first, end = self.manifest.shard_range(shard)
         size = cache.manifest.build.shard_records
         for number in range(first // size, -(-end // size)):
-            cache.fetch(number, own)
+            cache.fetch(number, path_there)
 
     def _array(self, path: str) -> ShardArray:
         if path in self._further:
-            cache, own = self._further[path]
-            return cache._array(own)
+            cache, path_there = self._further[path]
+            return cache._array(path_there)
         return super()._array(path)
 
 
@@ -108,7 +122,7 @@ def open_caches(
     cache_dir: str | Path | None = None,
     cache_bytes: Annotated[int, Ge(1)] | None = None,
 ) -> Cache:
-    """Open a cache, or join several.
+    """Open a cache, or join several caches of the same views.
 
     >>> import kdcache
     >>> cache = kdcache.open_caches(["streets.zarr", "large=features.zarr"])
@@ -116,11 +130,15 @@ def open_caches(
     ['large:stage4']
 
     Args:
-        locations: where the caches lie, as in `open_cache`, or NAME=LOCATION. The default name is the folder's stem.
-        cache_dir: for each cache as in `open_cache`.
-        cache_bytes: for each cache as in `open_cache`.
-    Raises: as `open_cache`; RecipeError for two caches of one name; MismatchError for caches that do not belong
-        together, with the first sample and view that differ.
+        locations: one location or several: a folder, an address, or NAME=LOCATION. The default name is the folder's
+            name without its suffix.
+        cache_dir: folder for local copies of remote shards. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes. Default: half of the free space of that disk.
+
+    Raises:
+        RecipeError: no location, or two caches of the same name.
+        MismatchError: the caches do not have the same views. The message names the first sample and view that differ.
+        StoreError: a location is not a complete, intact cache, as in `open_cache`.
     """
     texts = [str(locations)] if isinstance(locations, str | Path) else [str(location) for location in locations]
     if not texts:
@@ -128,10 +146,10 @@ def open_caches(
     places = [_named(text) for text in texts]
     names = [name for name, _ in places]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        own = [place for name, place in places if name == twice]
+        same_name = [place for name, place in places if name == twice]
         raise RecipeError(
-            f"Two joined caches have the name {twice}: {', '.join(own)}",
-            fix=f"Name one of them: --cache NAME={own[-1]}",
+            f"Two joined caches have the name {twice}: {', '.join(same_name)}",
+            fix=f"Name one of them: --cache NAME={same_name[-1]}",
         )
     caches = {name: open_cache(place, cache_dir=cache_dir, cache_bytes=cache_bytes) for name, place in places}
     main, *further = caches.values()
@@ -144,18 +162,26 @@ def open_caches(
 
 
 def seal_of(cache: Cache) -> str:
-    """Return the digest of a cache's ledger, or of all ledgers of a join in order. '' if it is not sealed."""
+    """Return the digest of a cache's ledger, which identifies the cache's content.
+
+    Return '' if the cache is not sealed. For joined caches, the digests are joined by "+", in order.
+    """
     return "+".join(part.ledger.completion.ledger_sha256 for part in cache.parts if part.ledger is not None)
 
 
 def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
-    """Check that ids are the main cache's ids, in its order. Raises: MismatchError with the first that differs."""
+    """Check that `ids` are the main cache's sample ids in the same order.
+
+    `whose` names the data set or cache that has these ids, for the message.
+
+    Raises: MismatchError naming the first id that differs.
+    """
     pairs = enumerate(zip_longest(main.ids, ids))
-    number, (its, own) = next(((n, pair) for n, pair in pairs if pair[0] != pair[1]), (0, (None, None)))
-    if its is not own:
+    number, (main_id, given_id) = next(((n, pair) for n, pair in pairs if pair[0] != pair[1]), (0, (None, None)))
+    if main_id is not given_id:
         raise MismatchError(
             f"The samples of {whose} are not those of {main.place}: {len(ids)} against {len(main.ids)} samples, number "
-            f"{number} is {_shown(own)} against {_shown(its)}",
+            f"{number} is {_shown(given_id)} against {_shown(main_id)}",
             fix=f"Give the data set and split of {main.place}, or a cache that was built with --like {main.place}.",
         )
 
@@ -163,29 +189,29 @@ def check_ids(main: Cache, ids: Sequence[str], whose: object) -> None:
 def other_view(
     main: Cache, record: int | None, whose: object, pillow: str, more: Sequence[str] = (), fix: str = ""
 ) -> MismatchError:
-    """Return the error for a view that differs from the main cache's view.
+    """Return the error for a cache or data set whose views differ from the main cache's views.
 
     Args:
         main: the main cache.
-        record: the first record of the main cache that differs. None if only settings differ.
-        whose: the other cache or data set.
-        pillow: its version of Pillow.
-        more: further differences.
-        fix: default: the fix for a cache to join.
+        record: number of the first record with other pixels, or None if only settings differ.
+        whose: the other cache or data set, for the message.
+        pillow: the version of Pillow with which its views were rendered.
+        more: descriptions of further differences.
+        fix: what the user should do. '' proposes to build the other cache with --like.
     """
-    manifest, shown = main.manifest, []
+    manifest, differences = main.manifest, []
     if record is not None:
         sample, view = divmod(record, manifest.view.views_per_sample)
-        shown.append(f"view {view} of sample {main.ids[sample]!r} shows other pixels")
-    shown += [*more, f"built with Pillow {pillow} against {pillow_of(manifest)}"]
+        differences.append(f"view {view} of sample {main.ids[sample]!r} shows other pixels")
+    differences += [*more, f"built with Pillow {pillow} against {pillow_of(manifest)}"]
     return MismatchError(
-        f"The views of {whose} are not those of {main.place}: {'; '.join(shown)}",
+        f"The views of {whose} are not those of {main.place}: {'; '.join(differences)}",
         fix=fix or f"Build it with --like {main.place}, from the same images and with the same version of Pillow.",
     )
 
 
 def pillow_of(manifest: Manifest) -> str:
-    """Return the Pillow version of a cache's build."""
+    """Return the version of Pillow that a cache was built with, or "(unknown)"."""
     return manifest.build.libraries.get("pillow", "(unknown)")
 
 
@@ -240,19 +266,23 @@ def _manifest_of(caches: Mapping[str, Cache]) -> JoinedManifest:
     fields = dict(main[1].manifest)
     heads, features, statistics = (dict(fields[name]) for name in ("heads", "features", "statistics"))
     for name, cache in others:
-        own = cache.manifest
-        heads |= own.heads
-        features |= {f"{name}:{tap}": feature for tap, feature in own.features.items()}
-        statistics |= {f"{one.kind}.{name}:{one.tap}": one for one in own.statistics.values() if one.tap}
-        if fields["depth"] is None and own.depth is not None:
-            fields["depth"] = own.depth.model_copy(update={"labelled": 0})  # labels are the main cache's
+        part = cache.manifest
+        heads |= part.heads
+        features |= {f"{name}:{tap}": feature for tap, feature in part.features.items()}
+        statistics |= {
+            f"{statistic.kind}.{name}:{statistic.tap}": statistic
+            for statistic in part.statistics.values()
+            if statistic.tap
+        }
+        if fields["depth"] is None and part.depth is not None:
+            fields["depth"] = part.depth.model_copy(update={"labelled": 0})  # labels are the main cache's
     changed = {"heads": heads, "features": features, "statistics": statistics, "joined": tuple(caches)}
     # Not validated: names of the parts are, and a NAME:TAP is no folder.
     return JoinedManifest.model_construct(**{**fields, **changed})
 
 
 def _renamed(name: str, cache: Cache) -> Iterator[tuple[str, str]]:
-    """Yield the paths of the arrays of a further cache that are joined: in the cache, and in the join."""
+    """Yield (path in this cache, path in the joined cache) for each array that a further cache adds to a join."""
     for path in cache.specs:
         room, _, array = path.partition("/")
         if room == "targets":

@@ -31,10 +31,13 @@ Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_]
 
 
 class FileRecord(Part):
-    """A file of a shard.
+    """The size and checksums of one shard file.
 
-    `crc32c` has the 4 bytes that end each of its chunks, in order. They show a reader that a valid chunk is the one
-    that was written there, without reading the whole file for its sha256.
+    Attributes:
+        bytes: the file's size in bytes.
+        sha256: the file's SHA-256 as 64 hexadecimal digits.
+        crc32c: the last 4 bytes of each of its chunks, as 8 hexadecimal digits each. They identify a chunk without
+            reading the whole file.
     """
 
     bytes: Annotated[int, Field(ge=0)]
@@ -43,7 +46,13 @@ class FileRecord(Part):
 
 
 class ShardRecord(Part):
-    """The files of a finished shard, keyed by path below the cache."""
+    """The ledger's entry for a finished shard.
+
+    Attributes:
+        shard: the shard's number.
+        records: (first, end): the shard holds the records from `first` up to, but not including, `end`.
+        files: key of each of the shard's files, one for each array -> its size and checksums.
+    """
 
     noun: ClassVar = "the ledger record"
     shard: Annotated[int, Field(ge=0)]
@@ -52,7 +61,13 @@ class ShardRecord(Part):
 
 
 class Completion(Part):
-    """The seal of a finished cache. `ledger_sha256` also identifies the content of a cache."""
+    """The seal of a finished cache, stored as complete.json.
+
+    Attributes:
+        shards: number of shards.
+        ledger_sha256: digest of the ledger. It identifies the cache's content.
+        metadata: key -> SHA-256 of each metadata file.
+    """
 
     noun: ClassVar = "the seal"
     shards: Annotated[int, Field(ge=0)]
@@ -61,12 +76,15 @@ class Completion(Part):
 
     @property
     def content(self) -> bytes:
-        """The seal as the bytes of its file."""
+        """The bytes of the file complete.json for this seal."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the seal, and so of every byte of the cache. Publish it to reveal any change."""
+        """The SHA-256 of the seal, which covers all files of the cache.
+
+        Publish it so that others can detect any change.
+        """
         return hashlib.sha256(self.content).hexdigest()
 
 
@@ -74,7 +92,7 @@ R = TypeVar("R", ShardRecord, Completion)
 
 
 class Ledger:
-    """The ledger of a sealed cache, read when it is first used."""
+    """The ledger of a sealed cache: sizes and checksums of all its files. It is read from `place` on first use."""
 
     def __init__(self, place: Place, completion: Completion) -> None:
         self.place = place
@@ -88,7 +106,7 @@ class Ledger:
         return Ledger, (self.place, self.completion)
 
     def record(self, shard: int) -> ShardRecord:
-        """Return the record of a shard. Raises CorruptError."""
+        """Return the ledger's entry for shard number `shard`. Raises: CorruptError for a damaged ledger."""
         record = self._records.get(shard)
         if record is None:
             record = _parse(self.place, WHOLE, self._lines[shard], ShardRecord)
@@ -110,18 +128,24 @@ class Ledger:
         return content.split(b"\n")[:-1]
 
     def check_lines(self) -> None:
-        """Check that the ledger's digest is the digest in the seal. Raises: CorruptError."""
+        """Check that the ledger file has the digest in the seal. Raises: CorruptError."""
         len(self._lines)
 
     def file(self, shard: int, key: str) -> FileRecord:
-        """Return the size and digests that a shard's file must have. Raises CorruptError."""
+        """Return the expected size and checksums of the file `key` of shard number `shard`.
+
+        Raises: CorruptError if the ledger is damaged or does not list the file.
+        """
         record = self.record(shard).files.get(key)
         if record is None:
             raise damaged_metadata(self.place.describe(WHOLE), f"it lists no {key}")
         return record
 
     def check_files(self) -> None:
-        """Check that every file exists with its size. Raises CorruptError naming the first that does not."""
+        """Check that every shard file exists with its size.
+
+        Raises: CorruptError naming the first file that is missing or has another size.
+        """
         files = {key: file.bytes for shard in range(len(self)) for key, file in self.record(shard).files.items()}
         for (key, expected), size in zip(files.items(), self.place.sizes(files), strict=True):
             if _has_size(self.place, key, size, expected):
@@ -137,14 +161,16 @@ def _has_size(place: Place, key: str, size: int | None, expected: int) -> bool:
 
 
 def record_key(shard: int) -> str:
-    """Return the path of a shard's ledger record below the cache."""
+    """Return the key of the file with a shard's ledger entry, such as `ledger/00000003.json`."""
     return f"ledger/{shard:08d}.json"
 
 
 def publish_shard(place: Place, record: ShardRecord) -> None:
-    """Write the ledger record of a shard after its files are published.
+    """Write a shard's ledger entry. Call it after the shard's files are written.
 
-    Raises: StoreError if another worker has published the shard with other bytes.
+    From then on the shard counts as finished.
+
+    Raises: StoreError if another worker has already finished the shard with other bytes.
     """
     shard = record.shard
     if not place.publish_exclusive(record_key(shard), canonical(record)) and read_shard_record(place, shard) != record:
@@ -158,13 +184,13 @@ def publish_shard(place: Place, record: ShardRecord) -> None:
 
 
 def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
-    """Return whether a record belongs to a shard of this cache."""
+    """Return True if a ledger entry fits shard number `shard` of this cache: its number, record range and file keys."""
     keys = {shard_key(spec, shard) for spec in record_arrays(manifest)}
     return (record.shard, record.records, set(record.files)) == (shard, manifest.shard_range(shard), keys)
 
 
 def is_published(place: Place, record: ShardRecord) -> bool:
-    """Return whether the shard's ledger record exists and equals `record`."""
+    """Return True if the shard's ledger entry on disk exists and equals `record`."""
     try:
         return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):
@@ -172,7 +198,10 @@ def is_published(place: Place, record: ShardRecord) -> bool:
 
 
 def read_shard_record(place: Place, shard: int) -> ShardRecord | None:
-    """Return the record of a shard, or None if it is not finished. Raises CorruptError for a damaged record."""
+    """Return the ledger entry of shard number `shard`, or None if the shard is not finished.
+
+    Raises: CorruptError for a damaged entry.
+    """
     return _read(place, record_key(shard), ShardRecord)
 
 
@@ -193,7 +222,12 @@ def _parse(place: Place, key: str, content: bytes, kind: type[R]) -> R:
 
 
 def sealed_records(place: Place, completion: Completion | None) -> dict[int, ShardRecord]:
-    """Return the records of `ledger.jsonl` by shard, or none if it does not match the seal. Raises StoreError."""
+    """Return the ledger entries in `ledger.jsonl` by shard number.
+
+    The result is empty if `completion` is None, or if the file does not have the digest in that seal.
+
+    Raises: StoreError if the file cannot be read.
+    """
     if completion is None:
         return {}
     content = read_or_none(place, WHOLE, MAX_SEALED_BYTES)
@@ -205,11 +239,11 @@ def sealed_records(place: Place, completion: Completion | None) -> dict[int, Sha
 
 @dataclass(frozen=True)
 class Examined:
-    """A shard and its record, compared.
+    """The result of comparing a shard's files with its ledger entry.
 
     Attributes:
-        damaged: files with other bytes than were written.
-        record: what the ledger should say of the shard if no file is damaged: the files' actual checksums.
+        damaged: keys of files that are missing or have another size or digest.
+        record: the ledger entry with the chunk checksums that the files actually have.
     """
 
     damaged: list[str]
@@ -219,10 +253,13 @@ class Examined:
 def examine(
     place: Place, records: Sequence[ShardRecord], chunks: Mapping[ArraySpec, int], *, digests: bool = True
 ) -> Iterator[Examined]:
-    """Read all files of each shard and compare them with its record.
+    """Compare all files of some shards with their ledger entries, and yield a result for each entry.
 
-    `chunks` has the chunks of a full shard, for the arrays with checksums to compare. Without `digests` only sizes are
-    compared.
+    Args:
+        place: the cache's location.
+        records: the ledger entries.
+        chunks: array -> number of chunks in a full shard, for each array whose chunk checksums are compared.
+        digests: False compares only file sizes.
     """
     sizes = place.sizes([key for record in records for key in record.files])
     for record in records:
@@ -249,7 +286,12 @@ def _checksums(content: bytes, chunks: int) -> str:
 
 
 def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -> bytes | None:
-    """Return the content of a file, or None if it is missing, not a file or longer than `most`. Raises StoreError."""
+    """Return the content of the file `key`, or None if it is missing, damaged, not a file, or longer than `most` bytes.
+
+    `sha256` is the digest that a download should have, or None if unknown.
+
+    Raises: StoreError if this process may not read the file.
+    """
     try:
         return place.read(key, most, sha256)
     except FileNotFoundError:
@@ -262,37 +304,40 @@ def read_or_none(place: Place, key: str, most: int, sha256: str | None = None) -
 
 
 def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
-    """Write complete.json, which makes the cache complete. Return False if a shard is not finished.
+    """Write complete.json, the seal, if all shards are finished. Return False if a shard is not finished.
 
-    An equal file is left untouched, because a finished cache may be on a read-only disk.
-    Raises: CorruptError for a metadata file that is missing.
+    Args:
+        place: the cache's location.
+        shards: number of shards.
+        metadata_keys: keys of the metadata files that the seal covers.
+    Raises: CorruptError for a missing metadata file.
     """
     records = [read_shard_record(place, shard) for shard in range(shards)]
     if None in records:
         return False
-    whole = b"".join(canonical(record) for record in records if record is not None)
+    lines = b"".join(canonical(record) for record in records if record is not None)
     metadata = {key: place.digest(key) for key in metadata_keys}
     missing = next((key for key, digest in metadata.items() if digest is None), None)
     if missing is not None:
         raise damaged_metadata(place.describe(missing))
-    ledger_sha256 = hashlib.sha256(whole).hexdigest()
+    ledger_sha256 = hashlib.sha256(lines).hexdigest()
     completion = Completion(shards=shards, ledger_sha256=ledger_sha256, metadata=cast(dict[str, str], metadata))
     with place.alone():  # processes that finish together would tidy away what the other is writing
         place.tidy()
-        if read_or_none(place, WHOLE, MAX_SEALED_BYTES) != whole:
+        if read_or_none(place, WHOLE, MAX_SEALED_BYTES) != lines:
             if read_or_none(place, COMPLETE, MAX_JSON_BYTES) not in (None, completion.content):
                 place.remove(COMPLETE)  # a seal of another ledger; never that of a process which finished just before
-            place.publish(WHOLE, whole)
+            place.publish(WHOLE, lines)
         if read_or_none(place, COMPLETE, MAX_JSON_BYTES) != completion.content:
             place.publish(COMPLETE, completion.content)
     return True
 
 
 def read_completion(place: Place) -> Completion | None:
-    """Return the seal, or None if the build is not finished. Raises CorruptError for a damaged seal."""
+    """Return a cache's seal, or None if its build is not finished. Raises: CorruptError for a damaged seal."""
     return _read(place, COMPLETE, Completion)
 
 
 def canonical(record: ShardRecord) -> bytes:
-    """Return a record as one line of JSON with sorted keys, so equal content gives equal bytes."""
+    """Return a ledger entry as one line of JSON with sorted keys, in UTF-8. Equal entries give equal bytes."""
     return (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()

@@ -40,14 +40,15 @@ _REMAINS = (SPARE, ledger.COMPLETE, ledger.WHOLE, ledger.record_key(0))  # of wh
 
 
 class Cache:
-    """A complete cache, open for reading.
+    """A complete cache, open for reading. Use `open_cache` to open one.
 
-    Many threads may read at once. It is safe to fork and to pickle: a worker process opens it again.
+    Several threads may read at once. It can be pickled, and used after a fork.
 
     Attributes:
-        place: where its files are.
-        manifest: who made it, from what and how.
-        ledger: size and digests of its files, or None for a cache that is not sealed.
+        place: the location of its files.
+        manifest: its description: teacher, data set, views and arrays.
+        ledger: sizes and checksums of its files, or None for a cache that is not sealed.
+        specs: path -> shape and dtype of one record, for each array.
     """
 
     def __init__(self, place: Place | Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
@@ -73,17 +74,17 @@ class Cache:
 
     @property
     def parts(self) -> tuple["Cache", ...]:
-        """The joined caches, the main one first. A single cache returns itself."""
+        """The joined caches, the main cache first. For a single cache, a tuple with only itself."""
         return (self,)
 
     @property
     def path(self) -> Path:
-        """The cache's folder. For a remote cache it is the folder of its local copies."""
+        """The cache's folder. For a remote cache, the folder with local copies of its files."""
         return self.place.folder
 
     @property
     def head(self) -> Head:
-        """The segmentation head. Raises: StoreError if the cache does not have one."""
+        """The manifest's entry for the segmentation head. Raises: StoreError if the cache does not have that head."""
         if self.manifest.segmentation is None:
             raise StoreError(
                 f"{self.place} has no {SEGMENTATION} head, only {', '.join(self.manifest.heads) or 'features'}",
@@ -99,27 +100,30 @@ class Cache:
 
     @property
     def view_size(self) -> tuple[int, int]:
-        """(H, W) of the rendered views."""
+        """(H, W) of the stored views in pixels."""
         return self.manifest.view.size
 
     @property
     def align_corners(self) -> bool:
-        """Whether the teacher resizes segmentation from native stride to the view with aligned corners."""
+        """True if the teacher resizes its logits to the view with aligned corners.
+
+        False without a segmentation head.
+        """
         return self.manifest.segmentation is not None and self.manifest.segmentation.align_corners
 
     @property
     def pixels_stored(self) -> bool:
-        """Whether the cache holds images and labels."""
+        """True if the cache holds images and labels."""
         return self.manifest.view.pixels == "stored"
 
     @property
     def remote(self) -> bool:
-        """Whether a read may have to download a shard, so the order of reads matters."""
+        """True if the cache is in an object store, where a read may have to download a shard first."""
         return self.place.remote
 
     @cached_property
     def ids(self) -> SampleIds:
-        """Sample ids, in sample order."""
+        """The sample ids, in the order of the samples. Raises: CorruptError if they are damaged."""
         try:
             sealed = {} if self.ledger is None else self.ledger.completion.metadata
             return read_ids(self.place, self.manifest, sealed)
@@ -128,15 +132,18 @@ class Cache:
             raise
 
     def check_files(self) -> None:
-        """Check that every file exists with its size. Raises: CorruptError naming the first that does not."""
+        """Check that every shard file exists with its size.
+
+        Raises: CorruptError naming the first file that is missing or has another size.
+        """
         self._check_place()
         if self.ledger is not None:
             self.ledger.check_files()
 
     def check_arrays(self) -> None:
-        """Check that every array matches the manifest and has a supported layout.
+        """Check that every array has the manifest's shape and dtype, and a supported layout.
 
-        Raises: VersionError naming what is not supported; CorruptError naming the zarr.json that does not fit.
+        Raises: VersionError naming the unsupported setting; CorruptError naming the damaged zarr.json.
         """
         for path in self.specs:
             self._array(path)
@@ -150,7 +157,10 @@ class Cache:
             )
 
     def column(self, name: str) -> Array:
-        """Return `records/<name>` of all records, (R, ...)."""
+        """Return the array `records/<name>` of all R records, (R, ...), such as `flip` or `window`.
+
+        Raises: CorruptError for a damaged file; StoreError if there is no such array.
+        """
         path = f"records/{name}"
         try:
             return self._array(path).read_all()
@@ -161,14 +171,14 @@ class Cache:
 
     @cached_property
     def labelled(self) -> dict[str, Array]:
-        """By task, whether each sample has a label, (N,) bool. It holds for all views of a sample. Read once."""
+        """Task name -> bool (N,): whether each of the N samples has a label for that task."""
         bits = self.column("labelled")[:: self.manifest.view.views_per_sample]
         return {task: np.not_equal(bits & bit, 0) for task, bit in LABEL_BITS.items()}
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
-        """Return the rows of one record as new arrays of the schema's shape and type, by path.
+        """Read one record of several arrays, and return path -> new array with the record's shape and dtype.
 
-        Raises: CorruptError naming the file if its bytes fail their checksum.
+        Raises: CorruptError if a file fails its checksum; StoreError if there is no such array.
         """
         rows = {}
         for path in paths:
@@ -178,9 +188,10 @@ class Cache:
         return rows
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Decode the row of one record into `out`: the schema's shape and type, C-contiguous.
+        """Decode one record of the array `path` into `out`, a C-contiguous array of the record's shape and dtype.
 
-        Raises: CorruptError as `read` (with `out` undefined), IndexError, StoreError for a wrong `out`.
+        Raises: CorruptError for a damaged file, which leaves `out` undefined; IndexError for a missing record;
+            StoreError for an unsuitable `out`.
         """
         try:
             self._array(path).read_into(record, out)
@@ -190,13 +201,19 @@ class Cache:
             self._array(path).read_into(record, out)
 
     def feature(self, record: int, tap: str) -> Array:
-        """Return one record's features (c, h, w): float16, or float32 if stored in bytes. Raises: as `read`."""
+        """Return one record's features of a tap, (c, h, w): float16, or float32 if the cache stores them in 8 bits.
+
+        Raises: CorruptError for a damaged file; StoreError if the cache does not have the tap.
+        """
         path, scales = f"features/{tap}", f"scales/{tap}"
         rows = self.read(record, [path, scales] if scales in self.specs else [path])
         return restore(rows[path], rows[scales]) if scales in rows else rows[path]
 
     def fetch(self, shard: int, path: str) -> None:
-        """Download a shard of an array for later reads. Raises: as `read`."""
+        """Download shard number `shard` of the array `path`, so that later reads are fast.
+
+        Raises: CorruptError for a damaged file; StoreError for one that cannot be read.
+        """
         key = shard_key(self.specs[path], shard)
         try:
             os.close(self._open_shard(path, shard, key.removeprefix(f"{path}/"))[0])
@@ -204,7 +221,7 @@ class Cache:
             raise unreadable(self.place.describe(key), "the shard cannot be opened", error) from error
 
     def target_paths(self, head: str = SEGMENTATION) -> list[str]:
-        """List the arrays of a head's target: values, and for top-k indices and tail. Empty without that head."""
+        """Return the paths of the arrays with a head's target. Empty if the cache does not have the head."""
         return [path for path in self.specs if path.startswith(f"targets/{head}/")]
 
     def targets_for(
@@ -216,21 +233,25 @@ class Cache:
         heads: Sequence[str] | None = None,
         depth_zoom: str | None = None,
     ) -> SampleTargets:
-        """Return the targets of samples whose pixels your augmentation has cropped, resized and then flipped.
+        """Return the stored targets of samples whose images your augmentation cropped, resized and then flipped.
 
             losses = DistillLoss(cache, ce_weight=0)(logits, cache.targets_for(ids, windows, flips), labels=masks)
 
-        These are the whole image's targets, moved with the window as `CacheDataset(augment="warp")` moves them.
+        The targets of the whole images are moved as `CacheDataset(augment="warp")` moves them.
 
         Args:
             ids: ids of B samples, such as a list from a batch.
-            windows: (B, 4) edges (y0, x0, y1, x1) of what the pixels show, in pixels of the EXIF-upright image: an
-                array, a tensor or lists. They may reach beyond the image. None is the whole view.
-            flips: (B,), whether the pixels are mirrored left to right. None mirrors nothing.
-            heads: the heads to read. Default: all.
-            depth_zoom: what a zooming window does to targets in metres: divide, or keep.
-        Raises: DataError for unknown ids and invalid windows; RecipeError for a cache of crops, for an unknown head,
-            and for zoomed windows without a rule for metres; CorruptError as `read`.
+            windows: (B, 4) edges (y0, x0, y1, x1) of your crops, in pixels of the upright image: an array, a tensor or
+                lists. They may reach beyond the image. None is the whole view.
+            flips: (B,), whether your augmentation mirrored each crop left to right. None mirrors nothing.
+            heads: the heads to read. None reads all.
+            depth_zoom: what a zooming crop does to depth in metres: "divide" by the zoom, or "keep". None forbids
+                zooming.
+
+        Raises:
+            DataError: unknown ids or invalid windows.
+            RecipeError: the cache has only crops, there is no such head, or crops zoom metres and `depth_zoom` is None.
+            CorruptError: a damaged file.
         """
         if self.manifest.view.kind == "crop":
             raise RecipeError(
@@ -252,17 +273,17 @@ class Cache:
         arrays = {path: self._rows(records, path) for name in names for path in self.target_paths(name)}
         inside = None
         if self.manifest.view.reaches_beyond:
-            shown, mirrored, source = (self._column(name)[records] for name in ("window", "flip", "source_size"))
-            inside = inside_rectangle(shown, mirrored, source, self.view_size)
+            visible, mirrored, source = (self._column(name)[records] for name in ("window", "flip", "source_size"))
+            inside = inside_rectangle(visible, mirrored, source, self.view_size)
         return SampleTargets(arrays, window, flip, inside, zoom)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        """The number of each sample by its id."""
+        """Sample id -> index of the sample."""
         return {sample: number for number, sample in enumerate(self.ids)}
 
     def _column(self, name: str) -> Array:
-        """Return `column`, read once."""
+        """Return the result of `column`, which is read only once."""
         if name not in self._columns:
             self._columns[name] = self.column(name)
         return self._columns[name]
@@ -327,12 +348,12 @@ def open_cache(
 
     Args:
         location: its folder, or an address such as s3://bucket/prefix.
-        cache_dir: folder for local copies of a remote cache's shards. Default: kdcache in the user's cache folder.
-        cache_bytes: bound on the bytes of these copies. Default: half of the free space there.
+        cache_dir: folder for local copies of remote shards. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes. Default: half of the free space of that disk.
 
     Raises:
-        IncompleteError: the build is not finished (the message says how far it came).
-        CorruptError: the seal or metadata were changed.
+        IncompleteError: the build is not finished. The message says how many shards are.
+        CorruptError: the seal, or metadata that it covers, was changed.
         VersionError: its format, or the layout of an array, is not supported.
         StoreError: it is not a cache.
     """
@@ -347,7 +368,10 @@ def open_cache(
 
 
 def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
-    """Return the seal of a finished cache. Raises IncompleteError with the number of finished shards."""
+    """Return the seal of a finished cache.
+
+    Raises: IncompleteError with the number of finished shards if there is no seal; CorruptError for a damaged seal.
+    """
     completion = ledger.read_completion(place)
     if completion is None:
         sizes = place.sizes(ledger.record_key(shard) for shard in range(manifest.shards))
@@ -365,7 +389,7 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
 
 
 def store_opens(place: Place) -> bool:
-    """Return whether a cache opens with its ledger. Only this reveals a seal with a wrong digest."""
+    """Return True if the cache at `place` opens, and its ledger has the digest in the seal."""
     try:
         sealed = open_cache(place).ledger
         assert sealed is not None
@@ -376,7 +400,10 @@ def store_opens(place: Place) -> bool:
 
 
 def not_continued(place: Place, statistics: str) -> MismatchError:
-    """Return the error for a cache with statistics of an earlier version, whose build cannot continue."""
+    """Return the error for an unfinished build whose `statistics` only earlier versions could compute.
+
+    `statistics` are comma-separated names.
+    """
     kept = f" Add --from {place} to keep its targets." if store_opens(place) else ""
     fix = f"Build a new cache: repeat the command without --statistics {statistics} and with another --out folder."
     return MismatchError(
@@ -386,12 +413,16 @@ def not_continued(place: Place, statistics: str) -> MismatchError:
 
 
 def store_exists(location: str | Path | Place) -> bool:
-    """Return whether a cache was begun there."""
+    """Return True if the location holds a cache, finished or not."""
     return open_place(location).exists(ROOT, SPARE, ledger.COMPLETE)
 
 
 def read_manifest(location: str | Path | Place) -> Manifest:
-    """Return the manifest of a cache, complete or not. Raises StoreError."""
+    """Return the manifest of a cache, finished or not.
+
+    Raises: StoreError if there is no cache; CorruptError for a damaged manifest; VersionError for an unsupported
+        format.
+    """
     place = open_place(location)
     with suppress(CorruptError, VersionError):
         return _read_root(place)
@@ -404,7 +435,10 @@ def read_manifest(location: str | Path | Place) -> Manifest:
 
 
 def begun_manifest(location: str | Path | Place) -> Manifest | None:
-    """Return the manifest of a begun cache, from its spare if zarr.json is damaged, or None if both are lost."""
+    """Return the manifest of a cache, finished or not, or None if there is no cache.
+
+    If zarr.json is damaged, the spare copy is read. If both are damaged, the result is None.
+    """
     place = open_place(location)
     if not store_exists(place):
         return None

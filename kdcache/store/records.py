@@ -17,7 +17,7 @@ from kdcache.tasks import SEGMENTATION, numeric
 
 
 class Records:
-    """Pixels, label and target of every record, from the cache or from its data set.
+    """The pixels, labels and targets of all records of a cache. Pixels and labels may come from its data set.
 
     >>> import kdcache
     >>> records = kdcache.Records(kdcache.open_cache("streets.zarr"))
@@ -26,8 +26,8 @@ class Records:
 
     Args:
         cache: an open cache.
-        split: the data set that it was built from, which a cache without pixels needs.
-    Raises: MismatchError for a data set that the cache was not built from.
+        split: the data set that it was built from. Needed for pixels and labels if the cache does not store them.
+    Raises: MismatchError for a data set with other sample ids or classes than the cache's.
     """
 
     def __init__(self, cache: Cache, split: Split | None = None) -> None:
@@ -42,18 +42,21 @@ class Records:
 
     @classmethod
     def open(cls, store: str | Path | Place, data: str | None = None, split: str | None = None) -> "Records":
-        """Open the records of the cache at a path or address.
+        """Open the cache at a path or address, with its data set if `data` is given.
 
-        `data` and `split` name its data set. The default split is the one that the cache was built from.
-
-        Raises: as `open_cache` and `open_split`; MismatchError.
+        Args:
+            store: the cache.
+            data: folder or spec of the data set that the cache was built from. None uses only the cache.
+            split: name of the split. Default: the split that the cache was built from.
+        Raises: MismatchError for another data set; DataError if it cannot be opened; StoreError if the cache cannot be
+            opened.
         """
         cache = open_cache(store)
         return cls(cache, open_split(data, split or cache.manifest.dataset.split) if data else None)
 
     @classmethod
     def of(cls, records: "Cache | Records") -> "Records":
-        """Return records unchanged, or the records of a cache without a data set."""
+        """Return a `Records` unchanged, or make one from a cache without a data set."""
         return records if isinstance(records, Records) else cls(records)
 
     def __len__(self) -> int:
@@ -61,11 +64,11 @@ class Records:
 
     @property
     def complete(self) -> bool:
-        """Whether pixels and labels are available."""
+        """True if pixels and labels are available, from the cache or from its data set."""
         return self.cache.pixels_stored or self.split is not None
 
     def check_complete(self) -> None:
-        """Raise MismatchError for a cache without pixels and without its data set."""
+        """Raise MismatchError if neither the cache nor a data set gives pixels."""
         if not self.complete:
             raise MismatchError(
                 f"Missing --data: {self.cache.place} was built with --pixels source, so it has no pixels",
@@ -73,23 +76,25 @@ class Records:
             )
 
     def sample(self, record: int) -> str:
-        """Return the id of a record's sample."""
+        """Return the id of the sample that the record shows."""
         return self.cache.ids[record // self.cache.manifest.view.views_per_sample]
 
     def pixels(self, record: int) -> Array:
-        """Return the view: uint8 (H, W, 3).
+        """Return the view's pixels, uint8 (H, W, 3).
 
-        Raises: CorruptError as `Cache.read`; from the data set, DataError, and MismatchError for an image that renders
-            to other pixels than the teacher saw.
+        Raises: CorruptError for a damaged cache; DataError for an image that cannot be read; MismatchError for an image
+            that no longer renders to the pixels that the teacher saw.
         """
         if self.cache.pixels_stored:
             return self.cache.read(record, ["pixels/image"])["pixels/image"]
         return self._checked_view(record)[0]
 
     def label(self, record: int, task: str = SEGMENTATION) -> Array:
-        """Return the view's label of a task: uint8 (H, W) with void 255, or float32 metres with NaN for unknown depth.
+        """Return the view's label for a task.
 
-        Raises: as `pixels`; StoreError for a cache with pixels but no label of the task.
+        Returns: uint8 (H, W) with 255 for void, or for depth float32 (H, W) in metres with NaN for unknown.
+        Raises: CorruptError for a damaged cache; DataError for a label that cannot be read; MismatchError for an image
+            or label that no longer renders as at the build; StoreError if the cache stores no label of the task.
         """
         if self.cache.pixels_stored:
             return self.cache.read(record, [f"labels/{task}"])[f"labels/{task}"]
@@ -98,10 +103,11 @@ class Records:
         return self._checked_view(record)[1]
 
     def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
-        """Return the stored target: `values` (k, h, w) float16, for top-k also `indices` (k, h, w) and `tail` (h, w).
+        """Return the stored target of a head by part.
 
-        A regression has `values` (c, h, w) in the head's unit, float16 or float32.
-        Raises: CorruptError as `Cache.read`; StoreError for a head that the cache does not have.
+        Returns: for segmentation `values` float16 (k, h, w), and for top-k also `indices` (k, h, w) and `tail` (h, w).
+            For a numeric head `values` (c, h, w) in the head's unit, float16 or float32.
+        Raises: CorruptError for a damaged cache; StoreError for a head that the cache does not have.
         """
         if head not in self.cache.manifest.heads:
             raise StoreError(
@@ -113,13 +119,20 @@ class Records:
         return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
 
     def window(self, record: int) -> tuple[Window, bool]:
-        """Return a record's window in its image, and whether it is mirrored. It needs a data set."""
+        """Return the record's window in pixels of its image, and whether the view is mirrored.
+
+        This needs a data set.
+        """
         return Window(*self._windows[record].tolist()), bool(self._flips[record])
 
     def render(self, record: int, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
-        """Render pixels and label from the data set, without a check, at `size` (H, W), by default the view's.
+        """Render the view's pixels and segmentation label from the data set, without comparing them with the cache.
 
-        Raises: DataError.
+        Args:
+            record: number of the record.
+            size: (H, W) of the result. None is the cache's view size.
+        Returns: uint8 (H, W, 3) and uint8 (H, W).
+        Raises: DataError for a file that cannot be read; MismatchError without a data set.
         """
         self.check_complete()
         assert self.split is not None
@@ -142,13 +155,20 @@ class Records:
         return RENDERERS[task](numbers, window, flip=flip, size=self.cache.view_size, zoom=zoom)
 
     def is_same(self, record: int, pixels: Array) -> bool:
-        """Return whether pixels equal the view that the teacher saw, bit for bit."""
+        """Return True if `pixels`, uint8 (H, W, 3), have the checksum of the view that the teacher saw.
+
+        This needs a data set.
+        """
         return pixel_checksum(pixels) == int(self._checksums[record])
 
     def check_image(self, record: int, image: Array, label: Array | None = None) -> None:
-        """Raise MismatchError if an image, or its label, renders differently than at the build.
+        """Check that an image and its label still render to this record's pixels and label.
 
-        `image` and `label` are the data set's. A label of None is not compared. Each record is rendered once.
+        Args:
+            record: number of the record. A record that was checked before is skipped.
+            image: the data set's image, uint8 (height, width, 3).
+            label: the data set's label, uint8 (height, width). None compares only the image.
+        Raises: MismatchError if the pixels or the label differ.
         """
         if record in self._checked:
             return

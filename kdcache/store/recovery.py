@@ -25,13 +25,18 @@ SPARE = "manifest.json"
 
 
 def spare_of(root: bytes) -> bytes:
-    """Return the spare of a root's zarr.json."""
+    """Return the content of the spare copy, `manifest.json`, for the content of the cache's top-level zarr.json."""
     content = {"sha256": hashlib.sha256(root).hexdigest(), ROOT: root.decode()}
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_spare(place: Place) -> bytes | None:
-    """Return the root's zarr.json from its spare, or None if no intact spare exists. Raises StoreError."""
+    """Return the content of the cache's top-level zarr.json from the spare copy.
+
+    Returns None if there is no spare copy or it is damaged.
+
+    Raises: StoreError if this process may not read it.
+    """
     try:
         spare = json.loads(read_or_none(place, SPARE, 2 * MAX_JSON_BYTES) or b"")
         root = str(spare[ROOT]).encode()
@@ -41,7 +46,10 @@ def read_spare(place: Place) -> bytes | None:
 
 
 def read_seal(place: Place) -> Completion | None:
-    """Return the seal, or None if no well-formed seal exists. Raises StoreError."""
+    """Return a cache's seal, or None if it is missing or damaged.
+
+    Raises: StoreError if this process may not read it.
+    """
     try:
         return ledger.read_completion(place)
     except CorruptError:
@@ -49,9 +57,9 @@ def read_seal(place: Place) -> Completion | None:
 
 
 def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:
-    """Check that manifest, array metadata and ids match the digests in the seal.
+    """Check that the metadata files `keys` have the digests in the seal `completion`.
 
-    Raises: CorruptError naming the file and the seal: a digest does not show which of the two was changed.
+    Raises: CorruptError naming the file. The file or the seal was changed.
     """
     for key in keys:
         try:
@@ -68,16 +76,20 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Return whether the root's zarr.json can be trusted: its spare is intact, or the seal does not contradict it."""
+    """Return True if the cache's top-level zarr.json can be trusted.
+
+    This is so if the spare copy is intact, or if the seal has the file's digest, or if there is no seal.
+    """
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)
     return read_spare(place) is not None or sealed in (None, hashlib.sha256(root).hexdigest())
 
 
 def restore_root(place: Place, wanted: Manifest) -> None:
-    """Write the root's zarr.json again from its spare if it is lost or differs from the cache's first one.
+    """Write the cache's top-level zarr.json again from the spare copy, if it is lost or damaged.
 
-    `wanted` is the manifest that the command would begin, used if neither file matches the seal.
+    `wanted` is the manifest of a new build with the same settings. It decides which file to trust if neither has the
+    digest in the seal.
     """
     root, spare = read_or_none(place, ROOT, MAX_JSON_BYTES), read_spare(place)
     if spare is None or root == spare:
@@ -92,31 +104,36 @@ def restore_root(place: Place, wanted: Manifest) -> None:
     place.publish(ROOT, spare)
 
 
-def _continues(root: bytes | None, wanted: Manifest) -> bool:
-    """Return whether a root's zarr.json is of the build that a command would begin."""
+def _continues(root: bytes | None, planned: Manifest) -> bool:
+    """Return True if a top-level zarr.json belongs to the build that a command would begin."""
     try:
         manifest = parse_manifest(json.loads(root or b"")["attributes"], ROOT)
     except (KDCacheError, ValueError, RecursionError, TypeError, KeyError):
         return False
-    return not manifest.differences(wanted.with_environment(manifest))
+    return not manifest.differences(planned.with_environment(manifest))
 
 
 def restore_metadata(
     place: Place, files: Mapping[str, bytes], completion: Completion | None, *, same_libraries: bool
 ) -> None:
-    """Write metadata files again if they match neither the seal nor what the build would write.
+    """Write damaged metadata files again.
 
-    `files` has what the build would write, and `completion` is the seal. `same_libraries` says whether this Zarr began
-    the cache: another version may write the same content differently.
+    A file counts as damaged if it has neither the digest in the seal nor the content that the build would write.
 
-    Raises: MismatchError for a file that only the library which wrote it can make again.
+    Args:
+        place: the cache's location.
+        files: key -> content that the build would write.
+        completion: the seal, or None.
+        same_libraries: whether the installed libraries are those that began the cache. Other versions may write the
+            same metadata in different bytes.
+    Raises: MismatchError for a damaged file that only the original library versions can write.
     """
-    for key, wanted in files.items():
-        present = read_or_none(place, key, max(len(wanted), MAX_JSON_BYTES))
+    for key, content in files.items():
+        present = read_or_none(place, key, max(len(content), MAX_JSON_BYTES))
         sealed = None if completion is None else completion.metadata.get(key)
-        if present is not None and (present == wanted or hashlib.sha256(present).hexdigest() == sealed):
+        if present is not None and (present == content or hashlib.sha256(present).hexdigest() == sealed):
             continue
-        if hashlib.sha256(wanted).hexdigest() != sealed:
+        if hashlib.sha256(content).hexdigest() != sealed:
             if not same_libraries and sealed is None and present is not None:
                 continue
             if not same_libraries:
@@ -125,11 +142,14 @@ def restore_metadata(
                     fix="Install the versions that `kdcache inspect --json` shows, or restore the file from a copy.",
                 )
             place.remove(COMPLETE)  # first: a store with metadata in doubt must not open
-        place.publish(key, wanted)
+        place.publish(key, content)
 
 
 def restore_spare(place: Place, completion: Completion | None) -> None:
-    """Write the spare again if it differs from the root. A seal without a spare belongs to a cache without one."""
+    """Write the spare copy of zarr.json again if it is missing or damaged.
+
+    If the seal `completion` does not list a spare copy, the cache never had one, and nothing is written.
+    """
     if completion is not None and SPARE not in completion.metadata:
         return
     root = place.read(ROOT)
@@ -139,11 +159,11 @@ def restore_spare(place: Place, completion: Completion | None) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """The state of a worker's shards.
+    """The state of a worker's shards. A shard in neither field was not finished yet.
 
     Attributes:
-        whole: shards with intact files. doubtful: shards that were finished once, with their records if these can be
-            read. Shards in neither were not finished yet.
+        whole: numbers of finished shards with intact files.
+        doubtful: numbers of shards that were finished once but are damaged -> ledger entry, or None if that is damaged.
     """
 
     whole: set[int]
@@ -151,9 +171,15 @@ class State:
 
 
 def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], completion: Completion | None) -> State:
-    """Check every file of some shards, and write damaged ledger records again.
+    """Check the files of some shards against the ledger, and write damaged ledger entries again.
 
-    On an object store only sizes are compared, because it keeps what it accepted.
+    For a remote cache only file sizes are compared.
+
+    Args:
+        place: the cache's location.
+        manifest: the cache's manifest.
+        shards: numbers of the shards.
+        completion: the seal, or None.
     """
     sealed = ledger.sealed_records(place, completion)
     listed: list[ShardRecord] = []
@@ -169,19 +195,19 @@ def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], comp
             listed.append(record)
         elif record is not None:
             doubtful[shard] = None
-    whole = set[int]()
+    intact = set[int]()
     for record, examined in zip(
         listed, ledger.examine(place, listed, chunk_counts(manifest), digests=not place.remote), strict=True
     ):
         if examined.damaged:
             doubtful[record.shard] = record
             continue
-        whole.add(record.shard)
+        intact.add(record.shard)
         if not ledger.is_published(place, examined.record):
             place.publish(ledger.record_key(record.shard), ledger.canonical(examined.record))
-    return State(whole, doubtful)
+    return State(intact, doubtful)
 
 
 def chunk_counts(manifest: Manifest) -> dict[ArraySpec, int]:
-    """Return the number of chunks of a full shard of each array."""
+    """Return the number of chunks in a full shard, for each array."""
     return {spec: manifest.build.shard_records // chunk_records(spec, manifest) for spec in record_arrays(manifest)}

@@ -22,14 +22,14 @@ _MOST_ID_BYTES = 4096
 
 
 class SampleIds(Sequence[str]):
-    """The ids of a cache in their stored form, because a tuple of short strings would take ten times the memory.
+    """The sample ids of a cache as a sequence of strings.
 
-    It equals any tuple of the same strings.
+    It keeps them in one text, which takes a tenth of a tuple's memory. It equals any tuple of the same strings.
 
     Args:
         text: all ids, one after the other, in UTF-8.
-        ends: (N,) int64, the end of each id in `text`.
-    Raises: UnicodeDecodeError if an id is not UTF-8.
+        ends: int64 (N,), the end position of each id in `text`.
+    Raises: UnicodeDecodeError if an id is not valid UTF-8.
     """
 
     __slots__ = ("_ends", "_text")
@@ -71,12 +71,11 @@ class SampleIds(Sequence[str]):
 
 
 def read_ids(place: Place, manifest: Manifest, sealed: Mapping[str, str] = MappingProxyType({})) -> SampleIds:
-    """Read the sample ids of a cache, in sample order, also from an unfinished one.
+    """Return the sample ids of a cache, finished or not, in the order of the samples.
 
-    `sealed` has the SHA-256 of files by key, because another build may have replaced the cache.
+    `sealed` maps the keys of the id files to the SHA-256 that they must have. Empty for a cache without a seal.
 
-    Raises: CorruptError.
-    Memory: at most three times the index, whatever it claims.
+    Raises: CorruptError if the ids are damaged.
     """
     text_key, ends_key = (f"{path}/c/0" for path in SAMPLE_ARRAYS)
     samples = manifest.dataset.samples

@@ -10,12 +10,18 @@ SAMPLE_RECORDS = 16
 
 
 def evenly_spread(total: int, most: int) -> list[int]:
-    """Return at most `most` different numbers below `total`, ascending, including the first and the last."""
+    """Return up to `most` different integers from 0 to `total` - 1, evenly spread and ascending.
+
+    With `most` of at least 2 they include the first and the last.
+    """
     return sorted({int(number) for number in np.linspace(0, total - 1, min(most, total)).round()})
 
 
 def spread_samples(source: Cache, count: int) -> list[int]:
-    """Return `count` sample numbers, evenly spread over a cache. Raises StoreError if it has fewer."""
+    """Return the indices of `count` samples, evenly spread over the cache.
+
+    Raises: StoreError if `count` is below 1 or above the number of samples.
+    """
     samples = source.manifest.dataset.samples
     if not 1 <= count <= samples:
         raise StoreError(

@@ -23,7 +23,15 @@ _MASS_RECORDS = 16  # records whose tails are read for the top-k mass
 
 @dataclass(frozen=True)
 class ArraySummary:
-    """One array: the shape of a record, and bytes over the shards written so far."""
+    """The size of one array of a cache.
+
+    Attributes:
+        path: the array's path in the cache.
+        shape: shape of one record.
+        dtype: name of the dtype.
+        bytes_plain: uncompressed size of all written records, in bytes.
+        bytes_on_disk: size of all written shard files, in bytes.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -33,18 +41,24 @@ class ArraySummary:
 
     @property
     def ratio(self) -> float:
-        """Uncompressed bytes over bytes on disk."""
+        """The compression ratio: uncompressed bytes divided by bytes on disk, or 0 if nothing is written."""
         return self.bytes_plain / self.bytes_on_disk if self.bytes_on_disk else 0.0
 
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """Sizes of a cache. Bytes per record count what is on disk.
+    """The summary of a cache, finished or not.
 
     Attributes:
-        topk_mass: mean probability inside the top k, or None for dense targets.
+        path: the cache's folder or address.
+        manifest: the cache's manifest.
+        complete: True if the cache is finished.
+        shards_written: number of finished shards.
+        records_written: number of records in finished shards.
+        arrays: the size of each array.
+        topk_mass: mean probability of the k stored classes, 0 to 1. None if all classes are stored or it is unknown.
         seal: digest of the seal, or None for an unfinished cache.
-        missing: shards that are not written, in order.
+        missing: numbers of the shards that are not finished, ascending.
     """
 
     path: str
@@ -59,23 +73,23 @@ class StoreSummary:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of all arrays on disk."""
+        """The size of all arrays on disk, in bytes."""
         return sum(array.bytes_on_disk for array in self.arrays)
 
     @property
     def bytes_per_record(self) -> float:
-        """Bytes on disk per written record."""
+        """The bytes on disk per written record."""
         return self.bytes_on_disk / max(self.records_written, 1)
 
     @property
     def target_bytes_per_record(self) -> float:
-        """Bytes of the targets on disk per written record."""
+        """The bytes on disk that the teacher's targets take per written record."""
         targets = sum(array.bytes_on_disk for array in self.arrays if array.path.startswith("targets/"))
         return targets / max(self.records_written, 1)
 
     @property
     def full_resolution_bytes(self) -> int:
-        """Bytes per record of fp16 logits and values of every head at view size, the naive way to store them."""
+        """The bytes per record that float16 outputs of all heads at view size would take, for comparison."""
         height, width = self.manifest.view.size
         channels = sum(head.classes for head in self.manifest.categorical.values())
         channels += sum(head.channels for head in self.manifest.regressions.values())
@@ -83,11 +97,11 @@ class StoreSummary:
 
     @property
     def saving(self) -> float:
-        """Full-resolution bytes over target bytes."""
+        """How many times larger float16 outputs at view size would be than the stored targets, or 0 without targets."""
         return self.full_resolution_bytes / self.target_bytes_per_record if self.target_bytes_per_record else 0.0
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return (name, value) rows to print."""
+        """Return the summary as (name, value) pairs of text, for a printed table."""
         m = self.manifest
         state = "complete" if self.complete else "incomplete: run the same command again to continue"
         rows = [
@@ -133,7 +147,7 @@ class StoreSummary:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary with its arrays and manifest as JSON values."""
+        """Return the summary as JSON values, including its arrays and its manifest."""
         names = ["path", "complete", "seal", "shards_written", "records_written", "bytes_on_disk", "bytes_per_record"]
         names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass", "missing"]
         arrays = [{**asdict(array), "ratio": array.ratio} for array in self.arrays]
@@ -146,9 +160,9 @@ class StoreSummary:
 
 
 def inspect_store(location: str | Path | Place) -> StoreSummary:
-    """Summarise a cache that may be unfinished.
+    """Return the summary of a cache, finished or not.
 
-    Raises: StoreError, VersionError, CorruptError.
+    Raises: StoreError if there is no cache; VersionError for an unsupported format; CorruptError for a damaged cache.
     """
     place = open_place(location)
     manifest = read_manifest(place)
@@ -161,7 +175,10 @@ def inspect_store(location: str | Path | Place) -> StoreSummary:
 
 
 def summarise(cache: Cache) -> StoreSummary:
-    """Summarise an open cache with all its files."""
+    """Return the summary of an open cache.
+
+    Raises: CorruptError if a file is missing or has another size.
+    """
     cache.check_files()
     records = [] if cache.ledger is None else [cache.ledger.record(shard) for shard in range(len(cache.ledger))]
     return _summary(str(cache.place), cache.manifest, records, cache)
@@ -200,7 +217,7 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def _targets(manifest: Manifest) -> Iterator[str]:
-    """Yield a line on what is stored of each head."""
+    """Yield a line of text for each head: what is stored of it."""
     for head in manifest.categorical.values():
         classes = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
         grid = "averaged" if head.resampled else "native stride"
@@ -230,12 +247,12 @@ def _several(manifest: Manifest) -> str:
 
 def _drawn(manifest: Manifest) -> str:
     view, drawn = manifest.view, manifest.view.drawn
-    seen = f", taught at {_size(view.teacher_size)}" if view.teacher_size else ""
-    seen += f", of images at {_size(view.image_size)}" if view.image_size else ""
+    text = f", taught at {_size(view.teacher_size)}" if view.teacher_size else ""
+    text += f", of images at {_size(view.image_size)}" if view.image_size else ""
     if drawn is None:
-        return seen
+        return text
     return (
-        f"{seen}; {view.views_per_sample} per sample, crops zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times"
+        f"{text}; {view.views_per_sample} per sample, crops zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times"
         f"{', half of them mirrored' if drawn.flip else ''}, seed {drawn.seed}"
     )
 

@@ -16,15 +16,15 @@ from kdcache.store.format.codec import Array
 
 @dataclass(frozen=True)
 class SampleTargets:
-    """Stored targets of B samples and the part of their views that pixels show. `DistillLoss` takes them with labels.
+    """The stored targets of B samples, moved to your augmentation's crops. Give them to `DistillLoss` with your labels.
 
     Attributes:
-        arrays: path (`targets/<head>/<part>`) -> rows (B, ...).
-        window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the stored view.
-        flip: (B,) bool, whether the window is shown mirrored.
-        inside: (B, 4) float64 edges, in pixels of the view, of the part that shows the image. The rest is grey. None is
-            the whole view.
-        zoom: (B,) float64, the divisor of targets in metres, or None for no division.
+        arrays: path, such as `targets/segmentation/values` -> stored array of the B samples, (B, ...).
+        window: float64 (B, 4), edges (y0, x0, y1, x1) of the crops in pixels of the stored views.
+        flip: bool (B,), whether the crop is mirrored left to right.
+        inside: float64 (B, 4), edges of the part of each stored view that shows the image. The rest is grey. None means
+            that the whole view shows the image.
+        zoom: float64 (B,), by which targets in metres are divided. None divides nothing.
     """
 
     arrays: dict[str, Array]
@@ -37,13 +37,20 @@ class SampleTargets:
         return len(self.window)
 
     def to_dict(self) -> dict[str, Array]:
-        """Return the arrays by name, as a batch names its tensors. Absent ones are left out."""
+        """Return all arrays by name, as `Batch.to_dict` names its tensors. Fields that are None are left out."""
         geometry = {"window": self.window, "flip": self.flip, "inside": self.inside, "zoom": self.zoom}
         return self.arrays | {name: array for name, array in geometry.items() if array is not None}
 
 
 def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object) -> list[int]:
-    """Return the number of each id among a cache's samples. Raises: DataError for unknown ids."""
+    """Return the index of each sample, given its id.
+
+    Args:
+        ids: the sample ids to look up.
+        numbers: sample id -> index, for all samples of the cache.
+        place: the cache's location, for messages.
+    Raises: DataError for an unknown id, or if `ids` is a single string.
+    """
     if isinstance(ids, str):
         raise DataError(
             f"targets_for takes a list of ids, not the text {ids!r}", fix=f"Give a list: targets_for([{ids!r}], ...)"
@@ -63,15 +70,15 @@ def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object
 
 
 def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int, int]) -> tuple[Array, Array]:
-    """Convert windows in pixels of images to windows in pixels of their views, and return them with the flips.
+    """Convert crops from pixels of their images to pixels of the stored views.
 
     Args:
         windows: (B, 4) edges (y0, x0, y1, x1) in pixels of the images. None is the whole view.
-        flips: (B,) bool. None flips nothing.
-        shown_B4: (B, 4) float64, the part of the image that each view shows.
-        view_size: (H, W) of the views.
-    Returns: (B, 4) float64 and (B,) bool.
-    Raises: DataError for other shapes, windows without an area, and windows outside their view.
+        flips: bool (B,). None mirrors nothing.
+        shown_B4: float64 (B, 4), the part of its image that each stored view shows, in pixels of the image.
+        view_size: (H, W) of the stored views in pixels.
+    Returns: the crops, float64 (B, 4), and the flips, bool (B,).
+    Raises: DataError for arrays of another shape, crops without an area, and crops outside their view.
     """
     count = len(shown_B4)
     edges = shown_B4 if windows is None else np.asarray(windows, np.float64)
@@ -90,11 +97,13 @@ def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int
 
 
 def view_zooms(window_B4: Array, view_size: tuple[int, int], depth_zoom: str | None) -> Array | None:
-    """Return the divisors (B,) of targets in metres, or None to divide nothing.
+    """Return how much each window enlarges its view, float64 (B,), as the divisor of targets in metres.
 
-    `depth_zoom` is divide or keep. None has no rule for zoomed windows.
-
-    Raises: RecipeError for windows that zoom metres without a rule, and for another rule.
+    Args:
+        window_B4: (B, 4) edges (y0, x0, y1, x1) in pixels of the view.
+        view_size: (H, W) of the view in pixels.
+        depth_zoom: "divide", or "keep", which returns None. With None the result is also None, but no window may zoom.
+    Raises: RecipeError if a window zooms and `depth_zoom` is None, or if `depth_zoom` is another text.
     """
     if depth_zoom not in (None, "divide", "keep"):
         raise RecipeError(f"Invalid depth_zoom: {depth_zoom!r}", fix="Use depth_zoom='divide' or depth_zoom='keep'.")

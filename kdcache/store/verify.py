@@ -21,8 +21,11 @@ class VerifyReport:
     """The result of `verify_files`.
 
     Attributes:
-        damaged: files below the cache with other bytes than were written. fix: how to repair them.
-        seal: the digest of its seal, which covers all files.
+        files: number of checked files.
+        bytes: their total size in bytes.
+        damaged: keys of damaged files. Empty if the cache is intact.
+        fix: how to repair damaged files, as text.
+        seal: digest of the cache's seal, as 64 hexadecimal digits.
     """
 
     files: int = 0
@@ -35,14 +38,20 @@ class VerifyReport:
 def verify_files(
     location: str | Path | Place, progress: Callable[[int, int], None] | None = None, *, seal: str | None = None
 ) -> VerifyReport:
-    """Compare the digest of every file with the ledger's, and the ledger's checksums with every chunk's.
+    """Compare the digests of all files of a cache with its ledger and its seal.
 
     Args:
-        location: where a complete cache lies.
-        progress: called with (shards done, shards).
-        seal: the expected digest of its seal, as published elsewhere. Someone who changes a cache can also change its
-            ledger and its seal.
-    Raises: IncompleteError, CorruptError (ledger or metadata), VersionError, StoreError, MismatchError (the seal).
+        location: a complete cache.
+        progress: called with (shards done, total shards).
+        seal: the digest that the seal must have, as published elsewhere. It reveals changes by somebody who also
+            changed the ledger. None skips this check.
+
+    Raises:
+        IncompleteError: the cache is not finished.
+        CorruptError: the ledger or the metadata is damaged.
+        MismatchError: the seal has another digest than `seal`.
+        VersionError: the cache's format is not supported.
+        StoreError: there is no cache, or `seal` is not a digest.
     """
     place = open_place(location)
     manifest = read_manifest(place)
@@ -80,14 +89,14 @@ def verify_files(
 
 
 def _check_seal(place: Place, digest: str, published: str) -> None:
-    wanted = published.strip().lower().removeprefix("sha256:")
-    if re.fullmatch("[0-9a-f]{64}", wanted) is None:
+    expected = published.strip().lower().removeprefix("sha256:")
+    if re.fullmatch("[0-9a-f]{64}", expected) is None:
         raise StoreError(
             f"Invalid digest of a seal: {published!r} does not have 64 hexadecimal digits",
             fix="Give the one that kdcache verify or kdcache inspect printed when the cache was published.",
         )
-    if digest != wanted:
+    if digest != expected:
         raise MismatchError(
-            f"{place} has the seal {digest}, not {wanted}: it was changed or built again",
+            f"{place} has the seal {digest}, not {expected}: it was changed or built again",
             fix="Fetch the cache again, or ask who published the digest.",
         )

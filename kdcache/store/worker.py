@@ -11,10 +11,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Worker:
-    """Number `index` of `count` processes that write a cache together. Worker k mod count owns shard k.
+    """One of `count` processes that build one cache together. Worker i writes the shards k with k % count == i.
 
     Attributes:
-        take_over: whether it also writes the missing shards of the others, after its own.
+        index: this worker's number, from 0.
+        count: number of workers.
+        take_over: whether this worker also writes other workers' missing shards, after its own.
     """
 
     index: int = 0
@@ -22,25 +24,31 @@ class Worker:
     take_over: bool = False
 
     def shards(self, shards: int) -> list[int]:
-        """Return the shards that this worker writes if they are missing, its own first. `shards` is their total."""
-        own = list(range(self.index, shards, self.count))
-        return own + [shard for shard in range(shards) if shard % self.count != self.index] * self.take_over
+        """Return the numbers of the shards that this worker writes if they are missing, its own first.
+
+        `shards` is the cache's total number of shards.
+        """
+        mine = list(range(self.index, shards, self.count))
+        if not self.take_over:
+            return mine
+        return mine + [shard for shard in range(shards) if shard % self.count != self.index]
 
     def describe(self, what: str) -> str:
-        """Describe what this worker does, for messages."""
+        """Return `what`, followed by this worker's number if there are several workers, for messages."""
         if self.count == 1:
             return what
-        return f"{what}, worker {self.index} of {self.count}" + ", with the shards of all others" * self.take_over
+        others = ", with the shards of all others" if self.take_over else ""
+        return f"{what}, worker {self.index} of {self.count}{others}"
 
 
 def worker_of(text: str | None, take_over: bool = False) -> Worker:
-    """Return the worker that `--worker` names.
+    """Return the worker that a value of `--worker` describes.
 
     Args:
-        text: '2/8' is the third of eight. 'auto' takes number and count from a scheduler or torchrun. 'auto/8' takes
-            only the number. None takes torchrun's number, or is the only worker.
-        take_over: whether it takes over the missing shards of the others.
-    Raises: StoreError.
+        text: "2/8" is the third of eight workers. "auto" reads number and total from a job scheduler or torchrun.
+            "auto/8" reads only the number. None reads them from torchrun, or is the only worker without torchrun.
+        take_over: whether the worker also writes other workers' missing shards.
+    Raises: StoreError for an invalid number, or for `take_over` with a single worker.
     """
     if text is None:
         numbered = _torchrun(os.environ)
@@ -74,7 +82,10 @@ def _torchrun(environment: Mapping[str, str]) -> _Numbered | None:
 
 
 def _slurm(environment: Mapping[str, str]) -> _Numbered | None:
-    """Return a task of a Slurm array. Its ids may begin at any number and have a step."""
+    """Return the number and total of a Slurm array task, or None outside of Slurm arrays.
+
+    Task ids may begin at any number and have a step.
+    """
     names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")]
     task, count, first, step = (environment.get(name) for name in names)
     if task is None:
@@ -87,7 +98,7 @@ def _slurm(environment: Mapping[str, str]) -> _Numbered | None:
 
 
 def _kubernetes(environment: Mapping[str, str]) -> _Numbered | None:
-    """Return a pod of an indexed Job, which does not know the number of pods."""
+    """Return the number of a pod of an indexed Kubernetes Job, or None elsewhere. The pod does not know the total."""
     index = environment.get("JOB_COMPLETION_INDEX")
     return None if index is None else _Numbered(index, "", f"JOB_COMPLETION_INDEX={index}")
 

@@ -46,12 +46,12 @@ _POLL_SECONDS = 0.5  # between checks of the shards of others
 
 
 class StoreWriter:
-    """Writes one cache, which `open_writer` created or continues.
+    """Writes the shards of one cache. Use `open_writer`, which creates or continues the cache.
 
     Attributes:
-        manifest: the manifest on disk (its `created` is the time of the first start).
-        finished: shards that are complete on disk.
-        repaired: the manifest's note on shards that are written again in another environment, or None.
+        manifest: the manifest on disk. Its `created` is the time of the first build.
+        finished: numbers of the shards that are finished on disk.
+        repaired: the manifest's note on shards that this build writes again with other library versions, or None.
     """
 
     def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
@@ -69,18 +69,25 @@ class StoreWriter:
 
     @property
     def missing(self) -> list[int]:
-        """This worker's shards that are not yet written, in order, then those that it takes over."""
+        """The numbers of this worker's unfinished shards, then of the shards that it takes over from others."""
         return [shard for shard in self.worker.shards(self.manifest.shards) if shard not in self.finished]
 
     def passes(self) -> Iterator[Iterator[int]]:
-        """Yield passes over the missing shards until all are written: another worker may die and leave some."""
+        """Yield iterators over the numbers of the missing shards, until no shard is missing.
+
+        Each iterator is a call of `claimed`. More than one pass is needed if another process stops before it finishes
+        its shards.
+        """
         while self.missing:
             yield self.claimed()
             if self.missing:
                 time.sleep(_POLL_SECONDS)
 
     def claimed(self) -> Iterator[int]:
-        """Yield the missing shards that this process could claim, one by one."""
+        """Yield the numbers of the missing shards, one by one, after claiming each for this process.
+
+        Shards that another process has claimed are skipped.
+        """
         for shard in self.missing:
             release = self.place.claim(shard, [shard_key(spec, shard) for spec in self._specs])
             if release is None:
@@ -93,17 +100,22 @@ class StoreWriter:
                 release()
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array | bytes]) -> None:
-        """Write one whole shard of every array and publish it. Args, Raises: as `write_files`."""
+        """Write all files of shard number `shard`, then its ledger entry, so that the shard counts as finished.
+
+        `arrays` maps each array's path to its records of the shard, or to the bytes of its shard file.
+
+        Raises: StoreError for a full disk.
+        """
         self.finish(self.write_files(shard, arrays))
 
     def write_files(self, shard: int, arrays: Mapping[str, Array | bytes]) -> ShardRecord:
-        """Write the files of one whole shard of every array. The ledger does not list them yet.
+        """Write all files of one shard, but not its ledger entry, so that the shard does not count as finished yet.
 
         Args:
             shard: the shard's number.
-            arrays: path -> (records of the shard, ...) in the schema's type, or the file as it was encoded before.
-        Returns: its ledger record, for `finish`.
-        Raises: StoreError for a full disk. A partly written shard does not count.
+            arrays: path of each array -> its records of the shard, (records, ...), or the bytes of its shard file.
+        Returns: the ledger entry, for `finish`.
+        Raises: StoreError for a full disk.
         """
         files = {}
         for spec in self._specs:
@@ -120,7 +132,12 @@ class StoreWriter:
         return ShardRecord(shard=shard, records=self.manifest.shard_range(shard), files=files)
 
     def finish(self, record: ShardRecord) -> None:
-        """Publish the ledger record of a shard after its files are written. From then on the shard counts."""
+        """Write a shard's ledger entry after its files are written, and release the claim.
+
+        The shard then counts as finished.
+
+        Raises: StoreError if another worker has finished the shard with other bytes.
+        """
         ledger.publish_shard(self.place, record)
         self.finished.add(record.shard)
         release = self._claims.pop(record.shard, None)
@@ -128,33 +145,38 @@ class StoreWriter:
             release()
 
     def seal(self) -> bool:
-        """Seal the cache if every worker has finished its shards. This worker must have finished its own."""
+        """Seal the cache if all shards of all workers are finished. Return False if other workers are not finished.
+
+        Call it when `missing` is empty.
+        """
         assert not self.missing, self.missing
         keys = [*metadata_keys(self.manifest), *([recovery.SPARE] if self.place.exists(recovery.SPARE) else [])]
         return ledger.seal(self.place, self.manifest.shards, keys)
 
     def repair(self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], data: BuiltFrom | None) -> None:
-        """Prepare to write damaged shards again. All checks run before any file is removed.
+        """Prepare the shards that were finished once but are damaged, so that they are written again.
+
+        Nothing is removed unless all checks succeed.
 
         Args:
-            now: the manifest that the command would begin, with the current libraries and device.
-            doubtful: shards that were finished once, with their records if these could be read.
-            data: the data set, as in `open_writer`.
-        Raises: MismatchError.
+            now: the manifest that a new build would write, with the current library versions and device.
+            doubtful: shard number -> ledger entry, or None if the entry is damaged.
+            data: the build's data set, to check that it still renders the same pixels. None skips this check.
+        Raises: MismatchError if the data or the environment has changed.
         """
         begun = {shard for repair in self.manifest.repairs for shard in repair.shards}
         again = {shard: doubtful.get(shard) for shard in self.missing if shard in doubtful or shard in begun}
-        other = self.manifest.differences(now)  # in the environment alone
-        if other and (set(self.missing) != set(again) or (again and data is None)):
-            raise _another(self.place, other)
+        changed = self.manifest.differences(now)  # in the environment alone
+        if changed and (set(self.missing) != set(again) or (again and data is None)):
+            raise _another(self.place, changed)
         if data is not None:
             proofs: dict[str, bytes] = {}
             for shard, record in again.items():
                 for path, rendered in data.checksums(shard).items():
-                    proofs |= self._check_rendered(path, shard, record, rendered, other)
+                    proofs |= self._check_rendered(path, shard, record, rendered, changed)
             for key, content in proofs.items():  # they must outlast the record, should this repair be interrupted
                 self.place.publish(key, content)
-        if other and again:
+        if changed and again:
             self._note(now, sorted(again))
         if doubtful:
             # Unseal first: a store with a shard in doubt must not open. What others have sealed meanwhile stays.
@@ -163,14 +185,15 @@ class StoreWriter:
             self.place.remove(ledger.record_key(shard))
 
     def _check_rendered(
-        self, path: str, shard: int, record: ShardRecord | None, rendered: Array, other: Sequence[str]
+        self, path: str, shard: int, record: ShardRecord | None, rendered: Array, changed: Sequence[str]
     ) -> dict[str, bytes]:
-        """Compare the checksums of a shard's pixels or labels with the stored ones, if the cache has them.
+        """Compare the checksums of a shard's rendered pixels or labels with the stored ones, if any.
 
-        `other` lists how this environment differs from the first one.
+        `changed` describes how this environment differs from the first one.
 
-        Returns: the file that proves it, if it is damaged and the environment is another one.
-        Raises: MismatchError if they differ, and in another environment also if they are not known.
+        Returns: key -> content of the checksum file, if it is damaged and the environment is another one. Otherwise
+            empty.
+        Raises: MismatchError if the checksums differ. In another environment also if the stored ones are unknown.
         """
         spec = next((spec for spec in self._specs if spec.path == path), None)
         proof: dict[str, bytes] = {}
@@ -184,27 +207,27 @@ class StoreWriter:
             # The file is damaged, and its digest shows whether it would be the same again. Or the record is wrong.
             again = self._encoder.encode(spec, shard, rendered)
             same = hashlib.sha256(again).hexdigest() == file.sha256
-            if same and other:
+            if same and changed:
                 proof[key] = again
-            same = same or (not other and rows is not None and np.array_equal(rows, rendered))
+            same = same or (not changed and rows is not None and np.array_equal(rows, rendered))
         else:
-            same = not other if rows is None else np.array_equal(rows, rendered)
+            same = not changed if rows is None else np.array_equal(rows, rendered)
         if not same:
             what = "labels" if path == "records/label_checksum" else "images"
             raise MismatchError(
                 f"Cannot repair shard {shard} of {self.place}: its {what} do not render as they did at the build "
-                f"({', '.join(other) or 'they have changed, or their checksums are lost'})",
+                f"({', '.join(changed) or 'they have changed, or their checksums are lost'})",
                 fix=f"Restore the {what}, or the versions that the cache was built with (kdcache inspect --json). Or "
                 "build into a new folder.",
             )
         return proof
 
     def recorded(self, state: recovery.State) -> Recorded:
-        """Return what finished shards, and intact files of damaged ones, record about the data set.
+        """Return what finished shards, and intact files of damaged shards, say about the cache's data set.
 
-        `state` describes this worker's shards. Shards that other workers have finished are read as well.
+        `state` describes this worker's shards. Finished shards of other workers are also read.
 
-        Raises: as `read_ids`.
+        Raises: CorruptError if the sample ids are damaged.
         """
         manifest, names = self.manifest, columns_of(self.manifest)
         specs = [spec for spec in self._specs if spec.path.removeprefix("records/") in names]
@@ -241,8 +264,9 @@ class StoreWriter:
         key = shard_key(spec, shard)
         sha256 = None if record is None else record.files[key].sha256
         content = ledger.read_or_none(self.place, key, MAX_JSON_BYTES, sha256)
-        whole = content is not None and sha256 in (None, hashlib.sha256(content).hexdigest())
-        return self._encoder.decode(spec, shard, content) if content and whole else None  # Zarr reads no bytes as zeros
+        intact = content is not None and sha256 in (None, hashlib.sha256(content).hexdigest())
+        # Zarr would read an empty file as zeros.
+        return self._encoder.decode(spec, shard, content) if content and intact else None
 
     def _note(self, now: Manifest, shards: list[int]) -> None:
         """Record in the manifest that shards are written again in another environment."""
@@ -279,7 +303,7 @@ class StoreWriter:
             self.place.publish(recovery.SPARE, recovery.spare_of(root))
 
     def close(self) -> None:
-        """Release all claims. Nothing is lost, because finished shards are on disk."""
+        """Release all claims. Finished shards stay on disk."""
         for release in self._claims.values():
             release()
         self._claims.clear()
@@ -298,16 +322,22 @@ def open_writer(
     worker: Worker | None = None,
     data: BuiltFrom | None = None,
 ) -> StoreWriter:
-    """Create the cache, or continue one that an equal command began.
+    """Create a cache, or continue an unfinished one that was begun with the same settings.
 
-    Damage is repaired: metadata and ledger at once, and this worker's shards with damaged files count as missing
-    (recovery.py). Libraries and device may differ from the first start if only finished shards are written again. The
-    manifest then records it. A shard is written again only if `data`, the data set of the build, renders the same
-    pixels and labels as before. None compares neither.
+    Damaged metadata and ledger entries are repaired at once. Damaged shards of this worker count as missing. If library
+    versions or the device have changed, only shards that were already finished once may be written again.
+
+    Args:
+        location: folder or object-store address of the cache.
+        manifest: the manifest of the build.
+        ids: the sample ids, in order.
+        worker: this process's part of a shared build. Default: all of it.
+        data: the build's data set. Damaged shards are written again only if it still renders the same pixels and
+            labels. None skips this check.
 
     Raises:
-        StoreError: the place holds something else.
-        MismatchError: the cache there was begun with other inputs, or pixels differ now. It is left unchanged.
+        StoreError: the location holds something other than a cache.
+        MismatchError: the cache there was begun with other settings or data. It is left unchanged.
         VersionError: the installed zarr-python writes arrays that `open_cache` cannot read.
     """
     place = open_place(location)
@@ -378,14 +408,17 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
 
 
 class Encoder:
-    """Encodes arrays to the bytes of their shards, by zarr-python in memory."""
+    """Encodes arrays into the bytes of shard files, and decodes them, in memory."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}
         self._arrays = create_arrays(_new_group(self._files, manifest), manifest, ())
 
     def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
-        """Return the bytes of a shard of an array, given all of its rows."""
+        """Return the bytes of an array's shard file.
+
+        `rows` holds all records of shard number `shard`, in the array's dtype.
+        """
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
         assert rows.shape == (min(array.shards[0], array.shape[0] - first), *spec.shape), (spec.path, rows.shape)
@@ -398,7 +431,7 @@ class Encoder:
         return content
 
     def decode(self, spec: ArraySpec, shard: int, content: bytes) -> Array | None:
-        """Return the records in a shard's file, or None if its own checksums do not fit."""
+        """Return the records in the content of an array's shard file, or None if its checksums are wrong."""
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
         key = shard_key(spec, shard)
@@ -413,9 +446,9 @@ class Encoder:
 
 
 def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
-    """Every file of a cache that has no shards yet; the one that makes it a cache is the last.
+    """Return key -> content of all metadata files of a new cache. The last one, zarr.json, makes it a cache.
 
-    Raises: VersionError when this zarr-python writes arrays that no reader of ours would take.
+    Raises: VersionError if this zarr-python writes arrays that `open_cache` cannot read.
     """
     files: dict[str, Any] = {}
     create_arrays(_new_group(files, manifest), manifest, ids)

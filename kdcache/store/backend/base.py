@@ -17,11 +17,13 @@ MAX_SEALED_BYTES = 2**30
 
 
 class Place(ABC):
-    """The files of one cache.
+    """The location of one cache's files: a folder, or a prefix in an object store.
+
+    A file's `key` is its path below the location, such as `records/flip/c/0`.
 
     Attributes:
-        folder: where `open` finds files on this machine. For a remote cache it holds a partial copy.
-        remote: whether the cache is elsewhere, so reads in random order are slow.
+        folder: the local folder in which `open` finds files. For a remote cache it holds local copies of some files.
+        remote: True for an object store, where reads in random order are slow.
     """
 
     folder: Path
@@ -29,87 +31,115 @@ class Place(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return the place as the user named it, for messages."""
+        """Return the location as the user gave it, for messages."""
 
     def describe(self, key: str) -> str:
-        """Return a file as messages name it."""
+        """Return the full path or address of the file `key`, for messages."""
         return f"{str(self).rstrip('/')}/{key}"
 
     def at(self, version: str) -> "Place":
-        """Return this place, bound to the cache that `version` identifies, so copies of another cache do not count."""
+        """Return this location for the cache that the digest `version` identifies.
+
+        Local copies of another cache that was at this address before are then not used. A local folder returns itself.
+        """
         return self
 
     @abstractmethod
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
-        """Return the content of a file of at most `most` bytes.
+        """Return the content of the file `key`.
 
-        If `sha256` is given, a remote file with another digest is fetched again.
+        If `sha256` (64 hexadecimal digits) is given, a remote file with another digest is downloaded again.
 
-        Raises: OSError; FileNotFoundError for a missing file; ValueError beyond `most` bytes.
+        Raises: FileNotFoundError if the file is missing; OSError if it cannot be read; ValueError if it has more than
+            `most` bytes, or if every download has another digest.
         """
 
     @abstractmethod
     def read_verified(self, key: str, sha256: str) -> bytes:
-        """Return the content of a file that never changes, and leave a copy in `folder`.
+        """Return the content of the file `key` after checking that its SHA-256 is `sha256`.
 
-        Raises: OSError; ValueError if the digest differs.
+        For a remote cache, a copy stays in `folder`. Use this only for files that never change once the cache is
+        sealed.
+
+        Raises: OSError if the file cannot be read; ValueError if the digest differs.
         """
 
     @abstractmethod
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
-        """Yield the size of each file in bytes, or None if it is missing."""
+        """Yield each file's size in bytes in the order of `keys`, or None for a missing file."""
 
     def exists(self, *keys: str) -> bool:
-        """Return whether any of the files `keys` exists."""
+        """Return True if at least one of the files `keys` exists."""
         return any(size is not None for size in self.sizes(keys))
 
     @abstractmethod
     def digest(self, key: str) -> str | None:
-        """Return the SHA-256 of a file as hex, or None if it is missing. This reads the whole file."""
+        """Read the whole file `key` and return its SHA-256 as 64 hexadecimal digits, or None if the file is missing."""
 
     @abstractmethod
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
-        """Return a file descriptor for reading. `size` and `sha256` come from the ledger, if they are known.
+        """Open the file `key` for reading and return its file descriptor, which the caller must close.
 
-        Raises: OSError; ValueError for a file of another size.
+        Args:
+            key: path of the file below the location.
+            size: the file's expected size in bytes, or None if it is unknown.
+            sha256: the file's expected digest, used to check a download, or None if it is unknown.
+        Raises: OSError if the file cannot be opened; ValueError if its size is not `size`, or a download is not
+            `sha256`.
         """
 
     @property
     def room(self) -> int | None:
-        """The bytes reserved for local copies of remote files, or None for a local cache."""
+        """The maximum size in bytes of all local copies of remote files, or None for a local cache."""
         return None
 
     def forget(self, key: str) -> bool:
-        """Delete the damaged local copy of a file. Return False if there is no copy, so the file itself is damaged."""
+        """Delete the local copy of the remote file `key`, so that the next read downloads it again.
+
+        Returns: True if a copy was deleted. False if there is no copy, as in a local cache, where `key` is the file
+            itself.
+        """
         return False
 
     @abstractmethod
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Create the cache from its metadata files unless it exists. If several processes try, one succeeds.
+        """Create a cache from its metadata files, or do nothing if the location already holds a cache.
 
-        Raises: StoreError if the place holds something else.
+        `files` maps keys to contents. If several processes call this at once, one of them creates the cache.
+
+        Raises: StoreError if the location holds something other than a cache.
         """
 
     @abstractmethod
     def publish(self, key: str, content: bytes) -> None:
-        """Write a file completely or not at all, and flush it to the disk."""
+        """Write `content` to the file `key`, completely or not at all, and flush it to the disk."""
 
     @abstractmethod
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Publish a file, or return False if another process has already published it."""
+        """Write the file `key` as `publish` does, unless it exists.
+
+        Returns: False if another process has already written the file.
+        """
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Remove a file from the disk. A missing file is fine."""
+        """Delete the file `key` if it exists."""
 
     @abstractmethod
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        """Claim a shard to write its files `keys`, or return None if another process has it. Ends with the process."""
+        """Claim a shard for this process, which will write the shard's files `keys`.
+
+        Returns: a function that releases the claim, or None if another process has claimed the shard. A claim also ends
+            when its process ends.
+        """
 
     @abstractmethod
     def tidy(self) -> None:
-        """Remove the remains of interrupted writes. Call it only while nobody writes."""
+        """Delete partial files and locks that interrupted writes left behind. Call it only while no process writes."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return a lock of the whole place, for a with block. Places that create a cache in one request need none."""
+        """Return a context manager that locks the whole location against other processes.
+
+        Object stores have no lock.
+        """
         return nullcontext()

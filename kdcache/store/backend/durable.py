@@ -29,7 +29,7 @@ _FIXES = {
 
 
 def sync_path(path: Path) -> None:
-    """Flush one file or one folder's entries to the disk."""
+    """Flush the file `path`, or the entries of the folder `path`, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +38,7 @@ def sync_path(path: Path) -> None:
 
 
 def sync_with_parents(path: Path, top: Path) -> None:
-    """Flush `path` and every folder between it and `top`, inclusive: a file is found only by its folders."""
+    """Flush `path` and all folders from `path` up to and including `top` to the disk (fsync)."""
     sync_path(path)
     for folder in path.parents:
         sync_path(folder)
@@ -47,12 +47,15 @@ def sync_with_parents(path: Path, top: Path) -> None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Return a temporary path next to `path`: as much of its name as fits, plus `ending`."""
+    """Return a path in the same folder as `path`: its file name plus `ending`.
+
+    The file name is shortened if the result would have more than 255 bytes.
+    """
     return path.with_name(os.fsdecode(os.fsencode(path.name)[: _MOST_NAME_BYTES - len(ending)] + ending.encode()))
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Publish a file whole or not at all, in a folder that exists."""
+    """Write `content` to the file `path`, completely or not at all, and flush it to the disk. The folder must exist."""
     partial = beside(path, f".{uuid.uuid4().hex}{PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -66,16 +69,21 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def file_digest(file: Path | int) -> str:
-    """Return the SHA-256 of a file's bytes as hex. If `file` is a descriptor, close it."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits.
+
+    `file` is a path, or a file descriptor, which is then closed.
+    """
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager
 def disk_space_errors(path: Path | str) -> Iterator[None]:
-    """Turn a failed write into an error that says which data is safe and what to do.
+    """Turn a failed write inside the with block into a StoreError that says how to fix it.
 
-    Raises: StoreError for a full disk, a read-only file system or folder, or a name that is too long.
+    `path` is the file or folder that the block writes to, for the message. Other exceptions pass unchanged.
+
+    Raises: StoreError for a full disk, a file system or folder that is not writable, or a file name that is too long.
     """
     try:
         yield
@@ -91,7 +99,7 @@ def disk_space_errors(path: Path | str) -> Iterator[None]:
 
 
 def _where(error: OSError, path: Path | str) -> str:
-    """Return the path of the failed write, and the reason."""
+    """Return a failed write's path and reason, as text for a message."""
     file = str(error.filename2 or error.filename or path)
     return f"{file if len(file) <= 400 else file[:200] + '...' + file[-100:]}: {str(error.strerror).lower()}"
 

@@ -28,7 +28,7 @@ LOCK = ".lock"
 
 
 class Folder(Place):
-    """A cache on a disk."""
+    """A cache's location on a local disk. A file's `key` is its path below `folder`."""
 
     remote = False
 
@@ -42,18 +42,25 @@ class Folder(Place):
         return self._name
 
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
-        """Return the content of a file on the disk."""
+        """Return the content of the file `key`. `sha256` is ignored.
+
+        Raises: FileNotFoundError if the file is missing; OSError if it cannot be read; ValueError if it has more than
+            `most` bytes.
+        """
         return read_handle(self.open(key), most)
 
     def read_verified(self, key: str, sha256: str) -> bytes:
-        """Return the content of a sealed file on the disk after checking its digest."""
+        """Return the content of the file `key` after checking that its SHA-256 is `sha256`.
+
+        Raises: OSError if the file cannot be read; ValueError if the digest differs.
+        """
         content = self.read(key, most=MAX_SEALED_BYTES)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("it was changed after the cache was sealed")
         return content
 
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
-        """Yield the size of each file on the disk, or None if it is missing."""
+        """Yield each file's size in bytes in the order of `keys`, or None if it is missing, a link or a folder."""
         for key in keys:
             yield self._size(key)
 
@@ -69,7 +76,10 @@ class Folder(Place):
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def digest(self, key: str) -> str | None:
-        """Return the SHA-256 of a file on the disk, or None if it is missing or behind a link."""
+        """Return the SHA-256 of the file `key` as 64 hexadecimal digits.
+
+        Returns None for a file that is missing or behind a symbolic link.
+        """
         if self._size(key) is None:
             return None
         try:
@@ -81,7 +91,12 @@ class Folder(Place):
         return file_digest(handle)
 
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
-        """Open a file below the folder without following links, and check its size."""
+        """Open the file `key` for reading without following symbolic links, and return its file descriptor.
+
+        `sha256` is ignored.
+
+        Raises: OSError if the file cannot be opened; ValueError if `size` is given and is not the file's size in bytes.
+        """
         handle = _open_below(self.folder, key)
         actual = os.fstat(handle).st_size
         if size is not None and actual != size:
@@ -90,7 +105,12 @@ class Folder(Place):
         return handle
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Create the folder with its metadata under a lock, unless the cache exists."""
+        """Create the cache's folder with its metadata files, unless it already holds a cache.
+
+        `files` maps keys to contents. A lock lets only one process create the folder.
+
+        Raises: StoreError if the folder holds something other than a cache, or cannot be written.
+        """
         with disk_space_errors(self.folder):
             self._check_place()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +146,10 @@ class Folder(Place):
         sync_path(self.folder.parent)
 
     def publish(self, key: str, content: bytes) -> None:
-        """Write a file durably and create the folders above it."""
+        """Write the file `key` completely or not at all, flush it to the disk, and create missing folders above it.
+
+        Raises: StoreError if the disk is full, or something else is at that path.
+        """
         path = self._room_for(key)
         with disk_space_errors(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,25 +173,33 @@ class Folder(Place):
         return path
 
     def _sync_above(self, folder: Path) -> None:
-        """Sync the folders between a file and the cache's top, once per process."""
+        """Flush the folders between a file and the cache's folder to the disk, once per process."""
         while folder != self.folder and folder not in self._synced:
             sync_path(folder.parent)
             self._synced.add(folder)
             folder = folder.parent
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Publish a file. Its shard is claimed, so no other process writes it."""
+        """Write the file `key` as `publish` does, and return True.
+
+        The caller has claimed the file's shard, so no other process writes the file.
+        """
         self.publish(key, content)  # its shard is claimed: there is nobody else
         return True
 
     def remove(self, key: str) -> None:
-        """Delete a file and sync its folder. A missing file is fine."""
+        """Delete the file `key` if it exists, and flush its folder to the disk."""
         with suppress(FileNotFoundError, NotADirectoryError), disk_space_errors(self.folder):
             self._room_for(key).unlink()
             sync_path((self.folder / key).parent)
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        """Lock a shard with a file in the ledger folder, and remove the partial files of earlier writers."""
+        """Claim a shard with a lock file, and delete what earlier writers left behind.
+
+        `keys` are the shard's files, whose partial files are deleted.
+
+        Returns: a function that releases the claim, or None if another process has claimed the shard.
+        """
         lock = self._claims.pop(shard, None) or Lock(self.folder / "ledger" / f"{shard:08d}{LOCK}")
         with disk_space_errors(self.folder):
             (self.folder / "ledger").mkdir(exist_ok=True)
@@ -181,18 +212,24 @@ class Folder(Place):
         return lock.release
 
     def alone(self) -> AbstractContextManager[None]:
-        """Return the lock of the whole folder, for a with block."""
+        """Return a context manager that locks the whole folder against other processes."""
         return Lock(self.folder)
 
     def tidy(self) -> None:
-        """Delete the partial files and lock files of interrupted writers."""
+        """Delete partial files and shard locks that interrupted writers left behind.
+
+        Call it only while no process writes.
+        """
         for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}*")):
             with suppress(FileNotFoundError):  # another process's tidying
                 left.unlink()
 
 
 def _open_below(folder: Path, key: str) -> int:
-    """Open a file below a folder without following links. A pipe opens at once but cannot be read at an offset."""
+    """Open the file `key` below a folder without following links.
+
+    A named pipe also opens, but a read at an offset then fails.
+    """
     *folders, name = key.split("/")
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

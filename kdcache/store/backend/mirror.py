@@ -34,12 +34,12 @@ WAIT_SECONDS = 0.05  # for others that are fetching what takes the room
 
 @dataclass(frozen=True)
 class Mirror:
-    """A folder with local copies of files in object stores.
+    """A size-limited folder with local copies of files in object stores.
 
     Args:
-        base: the folder of `--cache-dir`.
-        most_bytes: the limit of all copies in bytes, `--cache-bytes`. None is half of what the disk would have
-            free without them.
+        base: the folder of `--cache-dir`. The copies are in its subfolder `mirrors`.
+        most_bytes: the maximum size of all copies in bytes (`--cache-bytes`). None is half of the disk space that would
+            be free without the copies.
     """
 
     base: Path
@@ -47,15 +47,19 @@ class Mirror:
 
     @property
     def folder(self) -> Path:
-        """The folder below `base` that holds the copies."""
+        """The folder with the copies: the subfolder `mirrors` of `base`."""
         return self.base / _FOLDER
 
     def open(self, store: Path, key: str, size: int | None, download: Download) -> int:
-        """Return a file descriptor for the local copy of a file, downloading it first if needed.
+        """Open the local copy of a file and return its file descriptor. Download the file first if needed.
 
-        `store` is the folder of the cache's copies. A copy whose size differs from a known `size` is downloaded again.
-
-        Raises: OSError; ValueError as `download`; StoreError for a full disk, or a file beyond the bound.
+        Args:
+            store: the folder with the copies of this cache's files.
+            key: the file's path below the cache.
+            size: the file's size in bytes, or None if unknown. A copy of another size is downloaded again.
+            download: a function that writes the file into a binary file object and returns its size in bytes.
+        Raises: StoreError if the disk is full or the file is larger than the limit of all copies; any error of
+            `download`.
         """
         path = store / key
         handle = _opened(path, size)
@@ -70,7 +74,7 @@ class Mirror:
         return handle
 
     def forget(self, store: Path, key: str) -> bool:
-        """Remove the copy of a file, or return False if there is no copy."""
+        """Delete the local copy of the file `key` from the folder `store`. Return False if there is no copy."""
         try:
             (store / key).unlink()
         except FileNotFoundError:
@@ -78,7 +82,7 @@ class Mirror:
         return True
 
     def most(self) -> int:
-        """Return the bound, in bytes."""
+        """Return the maximum size of all copies in bytes: `most_bytes`, or half of the free disk space."""
         self._begin()
         return self._most(self._held())
 

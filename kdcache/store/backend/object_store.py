@@ -57,12 +57,13 @@ _users = set[int]()  # processes that have a client, this one or those that it w
 
 
 class Bucket(Place):
-    """A cache below an address such as s3://bucket/prefix.
+    """A cache's location in an object store, such as s3://bucket/prefix. A file's `key` is its path below that address.
 
     Args:
-        mirror: where copies for reading are kept.
-        version: identifies the cache, so that copies of an earlier cache at this address do not count. See `at`.
-    Raises: StoreError for an address that is not understood.
+        address: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX.
+        mirror: the folder for local copies of files that are read.
+        version: digest of the cache at this address. Copies of an earlier cache with another version are not used.
+    Raises: StoreError for an invalid address.
     """
 
     remote = True
@@ -88,12 +89,15 @@ class Bucket(Place):
         return Bucket, (self._address, self._mirror, self._version)
 
     def at(self, version: str) -> "Bucket":
-        """Return the same address, with its own folder of local copies for this version."""
+        """Return this address, bound to the cache with the digest `version`.
+
+        Local copies of another cache that was at this address before are then not used.
+        """
         return Bucket(self._address, self._mirror, version)
 
     @property
     def room(self) -> int:
-        """The bound of the folder of local copies, in bytes."""
+        """The maximum size in bytes of all local copies of remote files."""
         return self._mirror.most()
 
     @property
@@ -130,7 +134,7 @@ class Bucket(Place):
             raise StoreError(f"Cannot reach {self}: {_summary(text)}", fix=_fix(text)) from None
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
-        """Return the answer to a request, repeating it until `retry_timeout` is over while the server is busy."""
+        """Send a request and return its answer. While the server is busy, repeat the request for up to 2 minutes."""
         until = time.monotonic() + RETRIES["retry_timeout"].total_seconds()
         while True:
             with self._answers(key):
@@ -197,13 +201,26 @@ class Bucket(Place):
         return sink.hexdigest(), _MD5.fullmatch(result.meta["e_tag"] or "")
 
     def read(self, key: str, most: int = MAX_JSON_BYTES, sha256: str | None = None) -> bytes:
-        """Return the content of an object after checking its bytes."""
+        """Download the object `key` and return its content after checking that it arrived unchanged.
+
+        Args:
+            key: path of the object below the address.
+            most: the maximum size in bytes.
+            sha256: the expected digest. None checks the server's MD5, or that two downloads are equal.
+        Raises: FileNotFoundError if the object is missing; ValueError if it has more than `most` bytes or another
+            digest; StoreError if the store cannot be reached.
+        """
         file = BytesIO()
         self._fetch(key, file, sha256, most)
         return file.getvalue()
 
     def read_verified(self, key: str, sha256: str) -> bytes:
-        """Return the content of a sealed object through its local copy. A damaged copy is fetched once more."""
+        """Return the content of the object `key` from its local copy, after checking that its SHA-256 is `sha256`.
+
+        The object is downloaded if there is no copy, and once more if the copy is damaged.
+
+        Raises: ValueError if the digest differs; StoreError if the store cannot be reached.
+        """
         for _ in range(2):  # a copy that was damaged here is fetched again, and then checked on its way
             with os.fdopen(self.open(key, None, sha256), "rb") as file:
                 content = file.read(MAX_SEALED_BYTES)
@@ -213,13 +230,16 @@ class Bucket(Place):
         raise ValueError("its copy on this machine is not what was fetched")
 
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
-        """Yield the size of each object: one request each for a few keys, one listing for many."""
-        wanted = list(keys)
-        if len(wanted) <= _FEW:
-            yield from map(self._size, wanted)
+        """Yield each object's size in bytes in the order of `keys`, or None for a missing object.
+
+        Up to 4 keys take one request each. More keys take one listing of the whole cache.
+        """
+        requested = list(keys)
+        if len(requested) <= _FEW:
+            yield from map(self._size, requested)
             return
         listed = dict(self.listing())
-        yield from map(listed.get, wanted)
+        yield from map(listed.get, requested)
 
     def _size(self, key: str) -> int | None:
         try:
@@ -233,7 +253,10 @@ class Bucket(Place):
             yield from ((meta["path"], meta["size"]) for meta in page)
 
     def digest(self, key: str) -> str | None:
-        """Download an object to compute its SHA-256, or return None if it is missing."""
+        """Download the object `key` and return its SHA-256 as 64 hexadecimal digits.
+
+        Returns None if the object is missing.
+        """
         with tempfile.SpooledTemporaryFile(CHUNK_BYTES) as file:
             try:
                 return self._fetch(key, file)
@@ -241,11 +264,19 @@ class Bucket(Place):
                 return None
 
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
-        """Open the local copy of an object, downloading it first if needed."""
+        """Open the local copy of the object `key` and return its file descriptor. Download the object first if needed.
+
+        Args:
+            key: path of the object below the address.
+            size: the object's size in bytes, or None if unknown. A copy of another size is downloaded again.
+            sha256: the digest that a download must have, or None if unknown.
+        Raises: FileNotFoundError if the object is missing; ValueError if the downloaded bytes are wrong; StoreError if
+            the store cannot be reached or the local disk is full.
+        """
         return self._mirror.open(self.folder, key, size, lambda file: self._download(key, sha256, file))
 
     def forget(self, key: str) -> bool:
-        """Remove the local copy of an object."""
+        """Delete the local copy of the object `key`. Return False if there is no copy."""
         return self._mirror.forget(self.folder, key)
 
     def _download(self, key: str, sha256: str | None, file: IO[bytes]) -> int:
@@ -254,7 +285,12 @@ class Bucket(Place):
         return file.seek(0, os.SEEK_END)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        """Write the metadata, zarr.json last, unless it exists. Raises StoreError if something else is there."""
+        """Upload a cache's metadata files, zarr.json last, unless the address already holds a cache.
+
+        `files` maps keys to contents, in the order of the upload.
+
+        Raises: StoreError if the address holds objects other than these files.
+        """
         if self._size("zarr.json") is not None:
             return
         present = set[str]()
@@ -272,11 +308,11 @@ class Bucket(Place):
                 self.publish_exclusive(key, content)
 
     def publish(self, key: str, content: bytes) -> None:
-        """Upload a file in one request."""
+        """Upload `content` as the object `key` in one request. It appears completely or not at all."""
         self._ask(key, lambda: obstore.put(self._client, key, content))
 
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """Upload a file only if the key is free, and return whether this call created it."""
+        """Upload the object `key` only if it does not exist. Return True if this call created it."""
 
         def create() -> bool:
             try:
@@ -288,16 +324,19 @@ class Bucket(Place):
         return self._ask(key, create)
 
     def remove(self, key: str) -> None:
-        """Delete an object. A missing object is fine."""
+        """Delete the object `key` if it exists."""
         with suppress(FileNotFoundError):
             self._ask(key, lambda: obstore.delete(self._client, key))
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        """Return a release that does nothing: object stores have no locks, so workers are numbered."""
+        """Return a function that does nothing, because object stores have no locks.
+
+        Workers on an object store must be numbered, so that no two of them write the same shard.
+        """
         return lambda: None
 
     def tidy(self) -> None:
-        """Do nothing: uploads leave no partial objects."""
+        """Do nothing, because interrupted uploads leave no partial objects."""
         return
 
 

@@ -9,12 +9,14 @@ from kdcache.store.backend.local import Folder
 
 
 def open_place(location: "str | Path | Place", cache_dir: Path | None = None, cache_bytes: int | None = None) -> Place:
-    """Open a folder, or a prefix in an object store (s3://bucket/prefix, gs://, az://).
+    """Return the location of a cache from a path or address, without reading it.
 
-    Copies of a remote cache lie in `cache_dir`, by default kdcache in the user's cache folder. They take at most
-    `cache_bytes`, by default half of its free space.
-
-    Raises: StoreError for an address that is not understood, an address on the Hub, or a missing extra `remote`.
+    Args:
+        location: a folder, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX. A `Place` is returned
+            unchanged.
+        cache_dir: folder for local copies of a remote cache's files. Default: kdcache in the user's cache folder.
+        cache_bytes: maximum size of these copies in bytes. Default: half of the free space of that disk.
+    Raises: StoreError for an invalid address, for an hf:// address, or if the extra `remote` is not installed.
     """
     if isinstance(location, Place):
         return location

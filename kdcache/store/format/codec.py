@@ -31,17 +31,24 @@ _LARGEST = np.float16(59392)  # of 5 mantissa bits, within the bound of packed t
 
 
 def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
-    """Return the standard Zarr v3 codecs of an array. Their checksum turns a flipped bit into an error."""
+    """Return the Zarr v3 codecs that compress the array at `path`, such as `features/stage4`.
+
+    The last codec is a CRC-32C checksum, so that reading a damaged chunk raises an error.
+    """
     if codec == "none":
         return (Crc32cCodec(),)
     return ((_FEATURES if path.startswith(_OF_FEATURES) else _OTHERS)[codec], Crc32cCodec())
 
 
 def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]:
-    """Return the rows that a cache keeps: the codec `small` rounds float16 logits, other codecs change nothing.
+    """Round float16 logits as the codec `small` stores them. Other codecs and arrays are returned unchanged.
 
-    `arrays` maps paths to finite rows. Rounding is to the nearest, ties to even, and keeps order: the largest class
-    stays at 0 and top-k values stay sorted, but unequal values may become equal. Changed arrays are new.
+    Rounding keeps 5 of 10 mantissa bits. The largest class stays at 0 and top-k values stay sorted, but unequal values
+    may become equal. The input arrays are not modified.
+
+    Args:
+        arrays: path in the cache -> finite values of one or more records.
+        codec: the cache's codec.
     """
     return {
         path: _round(rows) if codec == "small" and path.startswith(_LOGITS) and rows.dtype == np.float16 else rows

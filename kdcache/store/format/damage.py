@@ -12,18 +12,27 @@ AGAIN = f"Run {_COMMAND} again"
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
-    """Return the error for a cache whose zarr.json is lost and has no spare copy to restore it from."""
+    """Return the same error with another fix: zarr.json is damaged and no spare copy exists to restore it.
+
+    `store` is the cache's path or address.
+    """
     before = error.fix.partition(AGAIN)[0]
     return type(error)(f"{error.problem}, and zarr.json has no spare copy", fix=before + restored(store))
 
 
 def restored(store: object) -> str:
-    """Return the fix for a manifest that is lost together with its spare copy."""
+    """Return the text of the fix for a cache whose zarr.json and spare copy are both lost.
+
+    `store` is the cache's path or address.
+    """
     return f"Restore zarr.json from a copy, or delete all of {store} and repeat {_COMMAND}."
 
 
 def damaged(file: object, what: str) -> CorruptError:
-    """Return the error for a damaged file of a shard. A build writes it again, in an object store if it is missing."""
+    """Return the error for a damaged shard file. `what` says what is wrong with it.
+
+    The error's fix is to run the build or copy again, which writes the file again. In an object store, delete it first.
+    """
     return CorruptError(
         f"Damaged cache file {file}: {what}",
         fix=f"Delete it. {AGAIN}: it rebuilds what is missing."
@@ -33,19 +42,26 @@ def damaged(file: object, what: str) -> CorruptError:
 
 
 def fix_of_files(*, remote: bool) -> str:
-    """Return the fix for a list of damaged files."""
+    """Return the text of the fix for a list of damaged shard files. `remote` is True for a cache in an object store."""
     return f"{'Delete these files. ' if remote else ''}{AGAIN}: it rebuilds only them."
 
 
 def damaged_metadata(file: object, what: str = "it was changed or removed") -> CorruptError:
-    """Return the error for damaged metadata that every build writes again: manifest, ids, ledger, seal."""
+    """Return the error for a damaged manifest, id file, ledger or seal. `what` says what is wrong with it.
+
+    The error's fix is to run the build again, which writes this file again.
+    """
     return CorruptError(f"Damaged cache file {file}: {what}", fix=f"{AGAIN}: it writes this file again.")
 
 
 def unreadable(
     file: object, what: str, error: Exception, damage: Callable[[object, str], CorruptError] = damaged
 ) -> KDCacheError:
-    """Return the error for a file, by default of a shard, that is damaged or that this process cannot open."""
+    """Return the error for a file that could not be read because of `error`.
+
+    The result is a StoreError if this process may not open the file or has too many open files. Otherwise the file
+    counts as damaged, and the result is `damage(file, what)` with the text of `error` added.
+    """
     number = getattr(error, "errno", None)
     if number in _OURS:
         return StoreError(
@@ -55,5 +71,8 @@ def unreadable(
 
 
 def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:
-    """Return the error for metadata, a ledger or a seal that is damaged or that this process cannot open."""
+    """Return the error for a manifest, id file, ledger or seal that could not be read because of `error`.
+
+    The result is a StoreError if this process may not open the file, otherwise `damaged_metadata(file, what)`.
+    """
     return unreadable(file, what, error, damaged_metadata)

@@ -29,12 +29,14 @@ StoredAs = Literal["fp16", "uint8"]
 
 
 class FeatureFidelity(Part):
-    """What storing a tap in 8 bits loses, measured on a few records.
+    """The loss of storing one tap's features in 8 bits, measured on a few records.
 
     Attributes:
-        cosine, cosine_least: cosine between a cell's stored and original channels: the mean, and the worst cell.
-        gradient_error: norm of the error over the norm of the features minus their channel means. It is the relative
-            error of the gradient of a squared difference, for a student that predicts these means.
+        records: number of measured records.
+        cosine: mean over all cells of the cosine between stored and original channels.
+        cosine_least: the same cosine for the worst cell.
+        gradient_error: norm of the storage error, divided by the norm of the features minus their channel means. This
+            is the relative error of an MSE gradient for a student that predicts the channel means.
     """
 
     records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
@@ -43,7 +45,7 @@ class FeatureFidelity(Part):
     gradient_error: Nats
 
     def describe(self) -> str:
-        """Describe the loss in one line."""
+        """Return the figures as one line of text."""
         return (
             f"cosine {self.cosine:.6f} (worst cell {self.cosine_least:.6f}), gradient error "
             f"{100 * self.gradient_error:.2f} %; on {self.records} records"
@@ -51,7 +53,12 @@ class FeatureFidelity(Part):
 
 
 def check_cells(wanted: StoredAs, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise RecipeError if 8 bits are requested and no tap is large enough. `sizes` maps taps to (h, w)."""
+    """Check that at least one tap is large enough for 8 bits, if `wanted` is `uint8`.
+
+    `sizes` maps each tap to its grid (h, w).
+
+    Raises: RecipeError if all taps have fewer than 16 cells.
+    """
     if wanted == "uint8" and not any(feature_dtype(wanted, size) == "uint8" for size in sizes.values()):
         maps = ", ".join(f"{tap} of {size[0]}x{size[1]} cells" for tap, size in sizes.items())
         raise RecipeError(
@@ -63,21 +70,29 @@ def check_cells(wanted: StoredAs, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def feature_dtype(wanted: StoredAs, size: tuple[int, int]) -> Literal["float16", "uint8"]:
-    """Return how a tap of `size` (h, w) is stored. Summaries and small maps stay float16."""
+    """Return the dtype in which a tap with the grid `size` (h, w) is stored.
+
+    It is `uint8` if `wanted` is `uint8` and the tap has at least 16 cells, otherwise `float16`.
+    """
     return "uint8" if wanted == "uint8" and size[0] * size[1] >= LEAST_CELLS else "float16"
 
 
 def pairs(size: tuple[int, int]) -> int:
-    """Return the number of pairs of different cells of a grid."""
+    """Return the number of pairs of different cells in a grid of `size` (h, w).
+
+    With n = h * w cells, this is n * (n - 1) / 2.
+    """
     cells = size[0] * size[1]
     return cells * (cells - 1) // 2
 
 
 def quantise(maps_Rchw: Array) -> tuple[Array, Array]:
-    """Return the bytes (R, c, h, w) uint8 and the scales (R, 2, c) float16 of features.
+    """Convert features to 8 bits, with a separate scale for each record and channel.
 
     Args:
-        maps_Rchw: float16 or float32, finite. Values outside float16's range are clipped.
+        maps_Rchw: float16 or float32 (R, c, h, w), finite. Values outside float16's range are clipped.
+    Returns: the bytes, uint8 (R, c, h, w), and the scales, float16 (R, 2, c): the value of byte 0, then the step per
+        byte.
     """
     x_Rchw = maps_Rchw.astype(np.float32).clip(-_LARGEST, _LARGEST)
     lowest_Rc, highest_Rc = x_Rchw.min((2, 3)).astype(np.float64), x_Rchw.max((2, 3)).astype(np.float64)
@@ -92,14 +107,23 @@ def quantise(maps_Rchw: Array) -> tuple[Array, Array]:
 
 
 def restore(bytes_Rchw: Array, scales_R2c: Array) -> Array:
-    """Return the features (R, c, h, w) float32 from bytes and scales. R may be missing from both."""
+    """Return float32 features (R, c, h, w) from the bytes and scales of `quantise`.
+
+    For a single record, leave the dimension R out of both arguments.
+    """
     low, step = np.moveaxis(scales_R2c.astype(np.float32), -2, 0)[..., None, None]
     restored: Array = low + bytes_Rchw.astype(np.float32) * step
     return restored
 
 
 def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) -> dict[str, Array]:
-    """Return rows with their features as a cache keeps them: in bytes with scales, or in float16."""
+    """Convert the features among `rows` to the dtype in which the cache stores them: uint8 with scales, or float16.
+
+    Args:
+        rows: path in the cache -> array. Arrays other than features are returned unchanged.
+        features: the manifest's entry for each tap, which names the dtype.
+    Returns: `rows` with converted `features/<tap>` arrays, and with a `scales/<tap>` array for each tap in uint8.
+    """
     stored = dict(rows)
     for tap, feature in features.items():
         path = f"{_FEATURES}{tap}"
@@ -113,11 +137,11 @@ def stored_features(rows: Mapping[str, Array], features: Mapping[str, Feature]) 
 
 
 class Loss:
-    """Accumulates the errors of a tap stored in 8 bits, record by record.
+    """Accumulates the errors of storing one tap's features in 8 bits, record by record.
 
     Attributes:
         records: number of records added.
-        beyond: whether a value was outside the range of float16, in which the scales are stored.
+        beyond: True if a value was outside float16's range, so that 8 bits cannot store this tap.
     """
 
     def __init__(self) -> None:
@@ -128,7 +152,10 @@ class Loss:
         self._sums: tuple[Array, Array] | None = None
 
     def add(self, map_chw: Array, kept_chw: Array | None = None) -> None:
-        """Add a record: the teacher's finite features (c, h, w), and the stored ones (default: computed in 8 bits)."""
+        """Add one record: the teacher's features and the stored ones, both (c, h, w) and finite.
+
+        If `kept_chw` is None, the stored features are computed by `quantise`.
+        """
         self.beyond = self.beyond or bool(np.abs(map_chw).max() > _LARGEST)
         exact_cn = map_chw.reshape(len(map_chw), -1).astype(np.float64)
         kept_chw = restore(*quantise(map_chw[None])) if kept_chw is None else kept_chw
@@ -143,7 +170,7 @@ class Loss:
         self.records, self._cells = self.records + 1, self._cells + len(cosine_n)
 
     def figures(self) -> FeatureFidelity:
-        """Return the figures over all records. At least one must have been added."""
+        """Return the errors over all added records. Call `add` at least once before."""
         assert self._sums is not None
         sum_c, square_c = self._sums
         spread = float(np.maximum(square_c - np.square(sum_c) / self._cells, 0).sum())
@@ -156,7 +183,10 @@ class Loss:
 
 
 def measure(maps: Iterable[Array]) -> FeatureFidelity:
-    """Measure the errors of a tap stored in 8 bits, given the teacher's finite features (c, h, w) of some records."""
+    """Measure the loss of storing a tap in 8 bits on some records.
+
+    `maps` yields the teacher's features of one record at a time, finite, (c, h, w).
+    """
     loss = Loss()
     for map_chw in maps:
         loss.add(map_chw)
@@ -166,7 +196,13 @@ def measure(maps: Iterable[Array]) -> FeatureFidelity:
 def describe(
     features: Mapping[str, Feature], lost: Mapping[str, FeatureFidelity], *, wanted: StoredAs = "fp16"
 ) -> Iterator[str]:
-    """Yield a line for each tap in 8 bits, and for each tap that stays float16 although 8 bits were requested."""
+    """Yield a line of text for each tap in 8 bits, and for each that stays float16 although 8 bits were requested.
+
+    Args:
+        features: the manifest's entry for each tap.
+        lost: the measured loss of each tap in 8 bits. It may be incomplete.
+        wanted: the requested dtype.
+    """
     for tap, feature in features.items():
         if feature.dtype == "uint8":
             yield f"{tap} in 8 bits: " + (lost[tap].describe() if tap in lost else "what is lost was not measured")

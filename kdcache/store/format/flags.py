@@ -12,14 +12,16 @@ Flags = npt.NDArray[np.bool_]
 
 
 def pack_flags(flags_N: Flags) -> str:
-    """Return flags (N,) bool as text: a few characters if they are equal, at most about N / 6."""
+    """Return boolean flags (N,) as compressed Base64 text of at most about N / 6 characters."""
     return base64.b64encode(zlib.compress(np.packbits(flags_N, bitorder="little").tobytes(), 9)).decode("ascii")
 
 
 def unpack_flags(text: str, count: int, where: object) -> Flags:
-    """Return the flags (count,) bool of a text. Nothing beyond `count` flags is inflated.
+    """Return the boolean flags (count,) from a text of `pack_flags`.
 
-    Raises: CorruptError, which names `where`, for a text with another number of flags.
+    `where` names the text's origin in error messages.
+
+    Raises: CorruptError if the text is malformed or has another number of flags.
     """
     size = -(-count // 8)
     inflater = zlib.decompressobj()

@@ -46,14 +46,17 @@ _SETTINGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The part of zarr.json that reading needs.
+    """How an array's chunks lie in its shard files, as its zarr.json describes.
 
     Attributes:
-        shape, dtype: the array's shape and dtype, little endian.
-        shard_chunks: chunks of a shard. chunk_rows: records of a chunk.
-        compressor: `blosc`, `zstd`, or empty. crc_bytes: 4 if a chunk ends with its crc32c, else 0.
-        index_at_end: whether the index is at the end of a shard, else at its start.
-        separator: what separates the parts of a shard's path.
+        shape: the array's shape, with the records first.
+        dtype: the array's little-endian dtype.
+        shard_chunks: number of chunks in a full shard.
+        chunk_rows: number of records in a chunk.
+        compressor: `blosc`, `zstd`, or '' for none.
+        crc_bytes: 4 if each chunk ends with a CRC-32C checksum, otherwise 0.
+        index_at_end: True if the index of chunk positions is at the end of a shard file, False if it is at the start.
+        separator: the character between the numbers of a shard's key, `/` or `.`.
     """
 
     shape: tuple[int, ...]
@@ -67,29 +70,35 @@ class Layout:
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of a chunk, decoded."""
+        """The uncompressed size of a chunk in bytes."""
         return self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def used_chunks(self, shard: int) -> int:
-        """Return the number of chunks of a shard that hold records. The last shard may be shorter."""
+        """Return the number of chunks in shard number `shard` that hold records. The last shard may have fewer."""
         return min(self.shard_chunks, -(-self.shape[0] // self.chunk_rows) - shard * self.shard_chunks)
 
     def key(self, shard: int) -> str:
-        """Return the path of a shard below the array's folder."""
+        """Return the path of shard number `shard` below the array's folder, such as `c/3/0/0`."""
         return self.separator.join(["c", str(shard), *("0" for _ in self.shape[1:])])
 
 
 def open_file(path: Path) -> int:
-    """Open a file and return its descriptor. A pipe opens but cannot be read. Raises OSError, also for a link."""
+    """Open a file for reading and return its file descriptor.
+
+    A named pipe opens without blocking.
+
+    Raises: OSError if the file cannot be opened or is a symbolic link.
+    """
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def read_layout(array: Path) -> Layout:
-    """Read the layout of the array in a folder.
+    """Read the layout of the Zarr array in the folder `array`.
 
     Raises:
-        VersionError: another program or a later zarr-python wrote it, in a way that is not supported.
-        CorruptError: its zarr.json is missing, not a file or not JSON. StoreError: it may not be opened.
+        VersionError: the layout is not supported. Another program or a later zarr-python wrote it.
+        CorruptError: zarr.json is missing or is not valid JSON.
+        StoreError: this process may not open zarr.json.
     """
     path = array / "zarr.json"
     try:
@@ -104,9 +113,12 @@ def read_layout(array: Path) -> Layout:
 
 
 def parse_layout(metadata: Any, file: object) -> Layout:
-    """Return the layout that an array's zarr.json describes. `metadata` is its JSON, `file` its name for messages.
+    """Return the layout that an array's zarr.json describes.
 
-    Raises: VersionError naming what is not supported.
+    Args:
+        metadata: the parsed JSON.
+        file: the file's name for error messages.
+    Raises: VersionError if the layout is not supported.
     """
     try:
         return _parse(metadata)
@@ -137,8 +149,8 @@ def _parse(metadata: Any) -> Layout:
     endian = settings[0].get("endian", "little" if dtype.itemsize == 1 else None)
     _require(endian == "little", "endian", endian)
     chunks = _sizes(sharding.get("chunk_shape"), "chunks")
-    whole = shape[1:] == shards[1:] == chunks[1:] and shards[0] % chunks[0] == 0
-    _require(whole and len(shape) == len(shards) == len(chunks), "shape, shards, chunks", (shape, shards, chunks))
+    matching = shape[1:] == shards[1:] == chunks[1:] and shards[0] % chunks[0] == 0
+    _require(matching and len(shape) == len(shards) == len(chunks), "shape, shards, chunks", (shape, shards, chunks))
     _require(shards[0] // chunks[0] <= _MAX_SHARD_CHUNKS, "chunks of a shard", shards[0] // chunks[0])
     layout = Layout(
         shape=shape,

@@ -29,12 +29,19 @@ _NAMES = ("name",)
 
 
 class Manifest(parts.Part):
-    """Everything about a cache except its ids and arrays. `fidelity` is None if nothing was measured.
+    """A cache's description: its teacher, data set, views, heads and arrays, and how it was built.
 
     Attributes:
-        depth: of a cache with depth labels or a head in metres, else None. Also None in the first caches.
-        feature_fidelity: of taps in 8 bits. Empty if nothing was measured.
-        repairs: shards that were computed again with other versions than `build` names.
+        created: time of the first build, in ISO 8601.
+        created_by: program and version, such as "kdcache 0.1.0".
+        records: total number of records.
+        depth: the depth labels, or None if the cache has neither depth labels nor a head in metres.
+        heads: head name -> stored output of the teacher.
+        features: tap name -> shape and dtype of the stored features.
+        statistics: name, such as `at.stage4` -> small map computed from a tap.
+        fidelity: what storing the logits loses, or None if it was not measured.
+        feature_fidelity: tap name -> what storing it in 8 bits loses. Empty if it was not measured.
+        repairs: shards that were computed again with other library versions than `build` lists.
     """
 
     format: Literal["kdcache"] = "kdcache"
@@ -91,27 +98,27 @@ class Manifest(parts.Part):
 
     @property
     def records_contents(self) -> bool:
-        """Whether each record has digests of its image and labels, without which changed labels go unnoticed."""
+        """True if the cache holds digests of each record's image and labels, so that changed data can be detected."""
         return self.version >= 3
 
     @property
     def segmentation(self) -> parts.Head | None:
-        """The head of classes, or None."""
+        """The segmentation head, or None if the cache does not have one."""
         return self.categorical.get(SEGMENTATION)
 
     @property
     def categorical(self) -> dict[str, parts.Head]:
-        """Heads of classes by name."""
+        """The heads with classes, by head name."""
         return {name: head for name, head in self.heads.items() if isinstance(head, parts.Head)}
 
     @property
     def regressions(self) -> dict[str, parts.Regression]:
-        """Heads of numbers by name."""
+        """The heads with numbers, such as depth, by head name."""
         return {name: head for name, head in self.heads.items() if isinstance(head, parts.Regression)}
 
     @property
     def facts(self) -> dict[str, str]:
-        """The cache in a few words, by topic."""
+        """A short description for display: topic (data, samples, views, heads, features, teacher) -> text."""
         heads = []
         for name, head in self.heads.items():
             kept = f", {head.k} of {head.classes} classes" if isinstance(head, parts.Head) else f" in {head.unit}"
@@ -127,25 +134,32 @@ class Manifest(parts.Part):
 
     @property
     def shards(self) -> int:
-        """The number of shards."""
+        """The number of shards of each array."""
         return -(-self.records // self.build.shard_records)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """Return the records [first, last) of a shard. The last shard may be shorter."""
+        """Return (first, end): the shard holds the records from `first` up to, but not including, `end`."""
         first = shard * self.build.shard_records
         return first, min(first + self.build.shard_records, self.records)
 
     def record(self, sample: int, view: int = 0) -> int:
-        """Return the number of the record of a view. All views of a sample follow each other."""
+        """Return the record number of a view.
+
+        `sample` is the sample's index, and `view` is the view's number within that sample. A sample's views are
+        consecutive.
+        """
         return sample * self.view.views_per_sample + view
 
     def shard_records(self, shard: int) -> int:
-        """Return the number of records in a shard."""
+        """Return the number of records in shard number `shard`. The last shard may have fewer."""
         first, last = self.shard_range(shard)
         return last - first
 
     def differences(self, other: "Manifest") -> list[str]:
-        """Describe the differences that keep `other` from continuing this build, except times, figures and repairs."""
+        """Return one text for each difference that prevents `other` from continuing this build.
+
+        Empty if it can continue. Times, measured losses and repairs are not compared.
+        """
         differences = [f"teacher.{text}" for text in self.teacher.differences(other.teacher)]
         if self.depth != other.depth:
             differences.append(f"depth: {self.depth} against {other.depth}")
@@ -159,13 +173,13 @@ class Manifest(parts.Part):
 
     @property
     def earlier_statistics(self) -> str:
-        """The statistics, comma-separated, that only earlier versions computed. Empty if there are none."""
+        """The names of statistics that only earlier kdcache versions computed, comma-separated, or ''."""
         return ", ".join(name for name, statistic in self.statistics.items() if not statistic.tap)
 
     def settings(self) -> dict[str, Any]:
-        """Return the build's settings of images, views and storage, by name.
+        """Return the build settings that made this cache: name of the `BuildOptions` field -> value.
 
-        Settings of drawn views are there only if some views are drawn.
+        `view_seed`, `view_scale` and `view_flip` are missing if the cache has only whole images.
         """
         drawn, head = self.view.drawn, self.segmentation
         return {
@@ -184,7 +198,9 @@ class Manifest(parts.Part):
             "raw_logits": head is not None and head.raw,
             "features": tuple(self.features),
             "feature_dtype": "uint8" if any(tap.dtype == "uint8" for tap in self.features.values()) else "fp16",
-            "statistics": tuple(f"{one.kind}:{one.tap}" for one in self.statistics.values() if one.tap),
+            "statistics": tuple(
+                f"{statistic.kind}:{statistic.tap}" for statistic in self.statistics.values() if statistic.tap
+            ),
             "pixels": self.view.pixels,
             "codec": self.codec,
             "shard_records": self.build.shard_records,
@@ -192,7 +208,10 @@ class Manifest(parts.Part):
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return the value of the attribute `kdcache`. Empty fields that older readers do not know are left out."""
+        """Return the manifest as JSON values, as stored in the Zarr attribute `kdcache`.
+
+        Empty fields that older versions do not know are left out.
+        """
         unused: dict[str, Any] = {
             name: True for name in ("repairs", "depth", "feature_fidelity") if not getattr(self, name)
         }
@@ -204,13 +223,13 @@ class Manifest(parts.Part):
         return self.model_dump(mode="json", exclude=unused)
 
     def with_environment(self, of: "Manifest") -> "Manifest":
-        """Return this manifest with the libraries and device of another one."""
+        """Return this manifest with the library versions and the device of the manifest `of`."""
         same = {"libraries": of.build.libraries, "device": of.build.device}
         return self.model_copy(update={"build": self.build.model_copy(update=same)})
 
 
 def _bytes_of(statistic: parts.Statistic) -> tuple[int, ...]:
-    """Return factors whose product is the bytes of a record."""
+    """Return integers whose product is the bytes of one record of a statistic."""
     return (pairs(statistic.size),) if statistic.kind == "similarity" else (2, *statistic.size)
 
 
@@ -220,9 +239,12 @@ def _first_version(heads: Mapping[str, parts.Head | parts.Regression], *, depth:
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:
-    """Check the group's attributes and return the manifest.
+    """Return the manifest in the attributes of a cache's Zarr group, after checking it.
 
-    Raises: VersionError for a format this version does not read; CorruptError for anything malformed.
+    Args:
+        attributes: the parsed JSON attributes.
+        where: the file's name for error messages.
+    Raises: VersionError for a format that this version cannot read; CorruptError if there is no valid manifest.
     """
     content = attributes.get("kdcache") if isinstance(attributes, dict) else None
     version = content.get("version") if isinstance(content, dict) else None
@@ -246,9 +268,9 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
 
 @contextmanager
 def well_formed_parts() -> Iterator[None]:
-    """Turn an invalid value of a manifest into an error, in a with block.
+    """Turn a pydantic ValidationError inside the with block into a StoreError that names the invalid manifest field.
 
-    Raises: StoreError naming the field.
+    Raises: StoreError.
     """
     try:
         yield

@@ -36,13 +36,23 @@ Size = tuple[Side, Side]
 
 
 class Part(BaseModel):
-    """Base of all parts of a manifest: frozen, strict, without unknown keys, NaN or infinity."""
+    """Base class of the manifest's parts: immutable, strictly typed, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Dataset(Part):
-    """The split that the teacher predicted. `ids_digest` identifies the ids, which are in samples/."""
+    """The split that the teacher predicted.
+
+    Attributes:
+        name: name of the data folder, without the folders above it.
+        split: name of the split, such as `train`.
+        samples: number of samples.
+        labelled: number of samples with a segmentation label.
+        ids_digest: digest of the sample ids and class names.
+        class_names: names of the classes, in order.
+        class_colours: RGB of each class, 0 to 255.
+    """
 
     name: str
     split: FolderName
@@ -63,11 +73,12 @@ class Dataset(Part):
 
 
 class DepthLabels(Part):
-    """The depth of a cache, from its labels or from a head in metres.
+    """The depth labels of a cache.
 
     Attributes:
         labelled: number of samples with a depth label.
-        zoom: what a drawn view's zoom does to the labels: they are divided by it, or kept. Or no view is zoomed.
+        zoom: what happens to depth in a zoomed view: `divide` divides metres by the zoom, and `keep` leaves them
+            unchanged. `none` means that no view is zoomed.
     """
 
     labelled: Count
@@ -78,12 +89,13 @@ Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
 
 
 class Drawn(Part):
-    """How views are drawn. Each depends only on `seed`, the sample's id and the view's number.
+    """How crops are drawn. Each crop depends only on `seed`, the sample's id and the view's number.
 
     Attributes:
-        scale: range of the uniform scale s. A view shows 1/s of the image's height and width. Below 1 it shows the
-            whole image amid grey.
-        flip: whether half of them are mirrored.
+        seed: the random seed.
+        scale: range of the zoom s, drawn uniformly. A view shows 1/s of the image's height and width. With s below 1 it
+            shows the whole image, surrounded by grey.
+        flip: True if half of the crops are mirrored left to right.
     """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -98,14 +110,17 @@ class Drawn(Part):
 
 
 class View(Part):
-    """How a sample is rendered to `size` (H, W).
+    """How views are rendered from a sample's image.
 
     Attributes:
-        kind: `full`: view 0 is the whole image resized, the others are drawn. `crop`: all are drawn, each a crop of
-            `size` pixels out of the image at s times `image_size`.
-        fit: how an image of another shape is fitted into `size` or `image_size`: squashed (the only way in the first
-            caches), cropped, or padded with grey.
-        teacher_size: (H, W) at which the teacher saw the same windows, if it differs from `size`.
+        kind: `full`: view 0 is the whole image, and further views are drawn crops. `crop`: all views are drawn crops.
+        size: (H, W) of the views in pixels.
+        image_size: (H, W) to which the whole image is resized at zoom 1 before crops are cut. None for `full`.
+        teacher_size: (H, W) of the same views as rendered for the teacher, or None if it is `size`.
+        views_per_sample: number of views per sample.
+        drawn: how crops are drawn, or None if there are none.
+        pixels: `stored` if images and labels are in the cache, `source` if they stay in the data set.
+        fit: how images of another shape are fitted: squashed, cropped, or padded with grey.
     """
 
     kind: Literal["full", "crop"] = "full"
@@ -127,24 +142,26 @@ class View(Part):
 
     @property
     def share(self) -> tuple[float, float] | None:
-        """The part of the image's height and width that a crop shows at scale 1."""
+        """The fractions (height, width) of the image that a crop shows at zoom 1, or None if `kind` is `full`."""
         if self.image_size is None:
             return None
         return self.size[0] / self.image_size[0], self.size[1] / self.image_size[1]
 
     @property
     def reaches_beyond(self) -> bool:
-        """Whether a view may show grey beyond its image, where the teacher's terms do not count."""
+        """True if views may show grey outside their image. Teacher terms do not count these pixels."""
         drawn = self.drawn is not None and max(self.share or (1.0, 1.0)) > self.drawn.scale[0]
         return drawn or self.fit == "pad"
 
 
 class Head(Part):
-    """One output of the teacher: `k` of `classes` logits kept on an (h, w) grid.
+    """A stored segmentation output of the teacher: the `k` largest of `classes` logits, on a grid (h, w).
 
     Attributes:
-        raw: the largest logit of every pixel is also kept. The stored logits are relative to it.
-        resampled: the grid is coarser than the teacher's native one, and its probabilities were averaged.
+        size: the grid (h, w).
+        align_corners: whether the teacher's resize from this grid to the image aligns corners.
+        raw: True if each pixel's largest logit is also stored. The other logits are stored relative to it.
+        resampled: True if probabilities were averaged onto this grid, which is coarser than the teacher's own.
     """
 
     kind: Literal["categorical"] = "categorical"
@@ -163,16 +180,20 @@ class Head(Part):
 
     @property
     def dense(self) -> bool:
-        """Whether the logits of all classes are kept."""
+        """True if the logits of all classes are stored."""
         return self.k == self.classes
 
 
 class Regression(Part):
-    """One numeric output of the teacher: `channels` values in `unit` on an (h, w) grid.
+    """A stored numeric output of the teacher, such as depth: `channels` values on a grid (h, w).
 
     Attributes:
-        range: the least and the largest value, or None if there are no bounds.
-        parameterisation: how the raw output gives the values (`kdcache.heads`). Maps are resized as raw output.
+        size: the grid (h, w).
+        align_corners: whether the teacher's resize from this grid to the image aligns corners.
+        unit: the values' unit, `m` for metres.
+        range: (smallest, largest) possible value, or None if the values have no bounds.
+        parameterisation: the function from the network's raw output to the values: `softplus`, `exp` or `identity`.
+            Maps are resized before this function is applied.
     """
 
     kind: Literal["regression"]
@@ -191,7 +212,7 @@ class Regression(Part):
 
     @property
     def dtype(self) -> str:
-        """`float16` if the range is far from float16's limits, 6e-5 and 65504, else `float32`."""
+        """The dtype of the stored values: `float16` if the range fits well into it, otherwise `float32`."""
         largest = 0.0 if self.range is None else max(map(abs, self.range))
         return "float16" if LEAST_HALF <= largest <= MOST_HALF else "float32"
 
@@ -207,7 +228,12 @@ AnyHead = Annotated[
 
 
 class Feature(Part):
-    """One tap: (channels, h, w) per record, in float16, or in bytes with scales."""
+    """The stored features of one tap: (channels, h, w) per record.
+
+    Attributes:
+        size: the grid (h, w).
+        dtype: `float16`, or `uint8` with a scale for each record and channel.
+    """
 
     channels: Annotated[int, Field(ge=1, le=1_000_000)]
     size: Size
@@ -215,11 +241,13 @@ class Feature(Part):
 
 
 class Statistic(Part):
-    """A statistic of a tap's features, on its grid (h, w) `size`.
+    """A small map computed from a tap's features, stored for each record.
 
     Attributes:
-        kind: `at`: sum of squares over the channels of `tap`, divided by the largest sum, (h, w) float16. `similarity`:
-            cosines between its cells, uint8. Other kinds are in caches of earlier versions and are never read.
+        kind: `at`: attention, the sum of squares over channels divided by its maximum, float16 (h, w). `similarity`:
+            cosines between all pairs of cells, uint8. The other kinds come from earlier versions and are never read.
+        tap: name of the tap. None for kinds of earlier versions.
+        size: the tap's grid (h, w).
     """
 
     kind: Literal["at", "similarity", "confidence", "entropy", "agreement"]
@@ -228,7 +256,10 @@ class Statistic(Part):
 
 
 class Build(Part):
-    """Choices that shape the bytes. They must not change when an interrupted build continues."""
+    """The build settings and the environment that determine a cache's exact bytes.
+
+    They must stay the same when an interrupted build continues.
+    """
 
     batch_size: Annotated[int, Field(ge=1)]
     shard_records: Annotated[int, Field(ge=1, le=65536)]
@@ -238,11 +269,14 @@ class Build(Part):
 
 
 class Repair(Part):
-    """Shards that were computed again with other versions than the rest, on pixels with the stored checksums.
+    """Shards that were computed again with other library versions or another device than the rest of the cache.
 
     Attributes:
-        created: when the repair began. created_by: the program, as in the manifest.
-        device, libraries: the fields of `Build`.
+        created: start time of the repair, in ISO 8601.
+        created_by: program and version of the repair.
+        device: the device that ran the teacher, such as `cpu`.
+        libraries: library name -> version.
+        shards: numbers of these shards.
     """
 
     created: str
@@ -252,7 +286,7 @@ class Repair(Part):
     shards: Annotated[tuple[Count, ...], Field(min_length=1)]
 
     def describe(self) -> str:
-        """Describe the versions of the repair in one line."""
+        """Return the library versions and the device of the repair as one line of text."""
         return ", ".join([*(f"{name} {version}" for name, version in self.libraries.items()), f"on {self.device}"])
 
 
@@ -260,11 +294,16 @@ Nats = Annotated[float, Field(ge=0)]
 
 
 class Fidelity(Part):
-    """What storing loses on a few records: the stored target against the teacher's raw logits, at the view's size.
+    """The loss of storing logits, measured on a few records.
+
+    The stored logits and the teacher's raw logits are compared after upsampling to the view's size.
 
     Attributes:
-        kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel, T = 1.
-        argmax_agreement: share of pixels with the same best class.
+        records: number of measured records.
+        kl_t1: mean over pixels of KL(teacher || stored) in nats at temperature 1.
+        kl_t1_max: the same KL of the worst pixel.
+        kl_t4: mean KL at temperature 4.
+        argmax_agreement: share of pixels with the same most likely class, 0 to 1.
     """
 
     records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
@@ -274,7 +313,7 @@ class Fidelity(Part):
     argmax_agreement: Annotated[float, Field(ge=0, le=1)]
 
     def describe(self) -> str:
-        """Describe the loss in one line."""
+        """Return the figures as one line of text."""
         return (
             f"KL {self.kl_t1:.1e} nats at T = 1 (worst pixel {self.kl_t1_max:.1e}), {self.kl_t4:.1e} at T = 4; "
             f"argmax agreement {100 * self.argmax_agreement:.3f} %; on {self.records} records, at the view's size"
@@ -285,7 +324,14 @@ _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 
 
 def part_differences(title: str, one: Part, other: Part, but: Collection[str] = ()) -> list[str]:
-    """Describe the fields that differ between two parts of one type, as 'title.field: a against b', except `but`."""
+    """Return a text such as "view.size: (48, 64) against (96, 128)" for each field that differs between two parts.
+
+    Args:
+        title: the text before the dot.
+        one: a part of a manifest.
+        other: a part of the same type.
+        but: names of fields that are not compared.
+    """
     return [
         f"{title}.{field}: {unlike(getattr(one, field), getattr(other, field))}"
         for field in type(one).model_fields
@@ -294,7 +340,10 @@ def part_differences(title: str, one: Part, other: Part, but: Collection[str] = 
 
 
 def unlike(one: Any, other: Any) -> str:
-    """Return two unequal values as text for messages: whole, or only the items of nested values that differ."""
+    """Return "A against B" for two unequal values, for messages.
+
+    For dicts, parts of a manifest and long tuples, the text has only the items that differ.
+    """
     if isinstance(one, Part) and isinstance(other, Part):
         one, other = one.model_dump(), other.model_dump()
     if isinstance(one, dict) and isinstance(other, dict):
@@ -306,12 +355,12 @@ def unlike(one: Any, other: Any) -> str:
 
 
 def _items(items: Iterable[tuple[str, Any, Any]]) -> str:
-    different = [f"{name} {unlike(one, other)}" for name, one, other in items if one != other]
+    different = [f"{name} {unlike(left, right)}" for name, left, right in items if left != right]
     more = f" and {len(different) - MOST_SHOWN} more" if len(different) > MOST_SHOWN else ""
     return ", ".join(different[:MOST_SHOWN]) + more
 
 
 def short(value: Any) -> str:
-    """Return a value as text for messages, in at most 60 characters."""
+    """Return `str(value)`, cut to at most 60 characters, for messages."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

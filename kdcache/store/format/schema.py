@@ -45,7 +45,13 @@ SMALL_BYTES = 1024  # per record: below, a chunk holds a whole shard
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """The path, type and `shape` of one record of an array."""
+    """An array of a cache.
+
+    Attributes:
+        path: the array's path in the Zarr group, such as `targets/segmentation/values`.
+        shape: shape of one record.
+        dtype: name of the dtype, such as `float16`.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -53,7 +59,7 @@ class ArraySpec:
 
     @property
     def record_bytes(self) -> int:
-        """The size of a record of the array in memory, in bytes."""
+        """The uncompressed size of one record in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
@@ -75,7 +81,11 @@ _CONTENTS = (
 
 
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
-    """Return the arrays of a head: values, indices and tail of top-k, and the maximum of raw logits."""
+    """Return the arrays that store the head `head`.
+
+    A numeric head has `values`. A segmentation head has `values`, for top-k also `indices` and `tail`, and with raw
+    logits also `max`.
+    """
     entry = manifest.heads[head]
     if isinstance(entry, Regression):
         return [ArraySpec(f"targets/{head}/values", (entry.channels, *entry.size), entry.dtype)]
@@ -90,7 +100,7 @@ def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
 
 
 def record_arrays(manifest: Manifest) -> list[ArraySpec]:
-    """Return the arrays with one row per record, in the order in which they are written."""
+    """Return all arrays that have one row per record, in the order in which a build writes them."""
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
         arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), feature.dtype))
@@ -118,14 +128,14 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
 
 
 def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
-    """Return the number of records in a chunk."""
+    """Return the number of records in one chunk of the array: a full shard for small records, otherwise 1."""
     return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
 
 
 def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
-    """Create every array of an empty cache, and write the sample ids.
+    """Create all arrays of a new cache in an empty Zarr group, and write the sample ids.
 
-    Returns: the arrays with a row per record, by path. They also write chunks of zeros, unlike arrays opened again.
+    Returns: path -> array, for each array with one row per record.
     """
     shard, created = manifest.build.shard_records, {}
     for spec in record_arrays(manifest):
@@ -148,7 +158,10 @@ def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> 
 
 
 def metadata_keys(manifest: Manifest) -> list[str]:
-    """List every file that is neither shard nor ledger: zarr.json of groups and arrays, and the sample ids."""
+    """Return the keys of all files of a cache except shards, ledger, seal and spare copy.
+
+    These are zarr.json of every group and array, and the files with the sample ids.
+    """
     arrays = [*(spec.path for spec in record_arrays(manifest)), *SAMPLE_ARRAYS]
     nodes = {str(node) for path in arrays for node in (PurePosixPath(path), *PurePosixPath(path).parents)}
     keys = [(PurePosixPath(node) / "zarr.json").as_posix() for node in nodes]
@@ -156,7 +169,7 @@ def metadata_keys(manifest: Manifest) -> list[str]:
 
 
 def shard_key(spec: ArraySpec, shard: int) -> str:
-    """Return the path of a shard's file below the cache."""
+    """Return the key of an array's shard file, such as `records/window/c/3/0`."""
     return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
 
 

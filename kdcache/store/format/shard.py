@@ -45,21 +45,24 @@ _ZSTD_MAGIC = 0xFD2FB528
 
 
 class ShardArray:
-    """One array of a cache, open for direct reads. It is thread-safe and fork-safe. It pickles as its path and reopens.
+    """An array of a cache, open for direct reads. It is safe to use from threads, to fork and to pickle.
 
     Args:
         path: the array's folder.
-        open_shard: a cache's function that opens a shard by its number and its path below the folder. It returns a
-            descriptor and the 4 bytes that each chunk must end with (empty if they are not known).
-        name: how messages name the folder. Default: its path.
+        open_shard: called with a shard's number and its path below `path`. It returns a file descriptor, and the last 4
+            bytes of every chunk, or b'' if they are unknown. Default: open the file in `path`.
+        name: the array's name in error messages. Default: `path`.
 
     Attributes:
-        shape: (R, ...). dtype: little endian.
+        shape: the array's shape, with the records first.
+        dtype: the array's little-endian dtype.
 
     Raises:
-        VersionError: the array has a layout that is not supported (layout.py).
-        CorruptError: zarr.json is missing, not a file or not JSON. StoreError: it may not be opened.
-    Memory: 3 KB per shard of 128 chunks that was read, and the last chunk of an array with several records in one.
+        VersionError: the array has an unsupported layout.
+        CorruptError: zarr.json is missing or is not valid JSON.
+        StoreError: this process may not open zarr.json.
+
+    Memory: 3 KB for each shard of 128 chunks that was read, and one decoded chunk if chunks hold several records.
     """
 
     def __init__(self, path: str | Path, open_shard: OpenShard | None = None, name: str = "") -> None:
@@ -79,11 +82,13 @@ class ShardArray:
         return ShardArray, (self.path, self._open_shard, self._name)
 
     def read_into(self, record: int, out: Array) -> None:
-        """Decode one record into `out`: shape[1:], dtype, C-contiguous.
+        """Decode one record into `out`, a writable C-contiguous array with the record's shape and dtype.
 
         Raises:
-            CorruptError naming the file, with `out` undefined. IndexError.
-            StoreError for a wrong `out`. VersionError for a zstd frame without its size.
+            CorruptError: the shard file is damaged. The content of `out` is then undefined.
+            IndexError: there is no such record.
+            StoreError: `out` has another shape or dtype, or a file may not be opened.
+            VersionError: a zstd frame does not give its size.
         """
         if not 0 <= record < self.shape[0]:
             raise IndexError(f"record {record} of {len(self)} in {self._name}")
@@ -95,7 +100,10 @@ class ShardArray:
             out[...] = self._rows(chunk)[row]
 
     def read_all(self) -> Array:
-        """Read every record, (R, ...). Raises: as `read_into`."""
+        """Return all records as a new array with the array's shape and dtype.
+
+        Raises: CorruptError for a damaged shard file; StoreError for a file that may not be opened.
+        """
         step = self._layout.chunk_rows
         parts = [np.empty((0, *self.shape[1:]), self.dtype)]
         for first in range(0, len(self), step):  # what is not there takes no memory, whatever zarr.json claims
@@ -105,7 +113,12 @@ class ShardArray:
         return np.concatenate(parts)
 
     def bytes_of(self, record: int) -> float:
-        """Return the bytes of a record on disk, its share of the chunk. Raises: as `read_into`."""
+        """Return the number of bytes that a record takes on disk.
+
+        If a chunk holds several records, this is the mean over them.
+
+        Raises: CorruptError for a damaged shard file; StoreError for a file that may not be opened.
+        """
         number, chunk = divmod(record // self._layout.chunk_rows, self._layout.shard_chunks)
         shard = self.shards.get(number) or self._open(number)[0]
         size: int = _ENTRY.unpack_from(shard.index, 16 * chunk)[1]
@@ -174,7 +187,10 @@ class ShardArray:
 
 
 def check_buffer(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Check that a record can be decoded into `out`. Raises StoreError."""
+    """Check that a record of `shape` and `dtype` can be decoded into `out`.
+
+    Raises: StoreError if `out` has another shape or dtype, is read-only, or is not C-contiguous.
+    """
     if out.shape != shape or out.dtype != dtype or not out.flags.carray:
         raise StoreError(
             f"Cannot read a record into {out.dtype} {out.shape}, strides {out.strides}, writable: "
@@ -226,7 +242,7 @@ def _keep_open(shard: _Shard) -> None:
 
 
 def let_go_of_removed() -> None:
-    """Close shards with deleted files, because an open file keeps its room on the disk."""
+    """Close open shard files that have been deleted, so that the disk can free their space."""
     for shard in [opened for reference in list(_opened) if (opened := reference()) is not None]:
         file = shard.file
         if file is not None and os.fstat(file.handle).st_nlink == 0:
@@ -254,10 +270,11 @@ def _read_index(handle: int, size: int, layout: Layout, number: int) -> bytes:
 
 
 def chunk_checksums(content: bytes, chunks: int) -> bytes:
-    """Return the 4 bytes that end each chunk of a shard of our writer, in the order of the chunks.
+    """Return the last 4 bytes of each chunk of a shard file, concatenated in the order of the chunks.
 
-    `content` is the whole file with its index at the end. `chunks` is their number in a full shard. Chunks that were
-    never written are left out.
+    Args:
+        content: the whole file, with its index at the end.
+        chunks: number of chunks in a full shard. Chunks that were never written are skipped.
     """
     index = memoryview(content)[-16 * chunks - CRC_BYTES : -CRC_BYTES]
     ends = (offset + size for offset, size in _ENTRY.iter_unpack(index) if offset != _EMPTY)
@@ -284,7 +301,10 @@ def _decode_blosc(payload: Any, out: Array) -> None:
 
 
 def decode_zstd(payload: Any, out: Array) -> None:
-    """Decode a zstd frame into `out`. Raises ValueError for another size, NotImplementedError if it has none."""
+    """Decompress the zstd frame `payload` into the array `out`.
+
+    Raises: ValueError if the decompressed size is not `out`'s size; NotImplementedError if the frame does not give it.
+    """
     # A frame that holds less than was requested is no error to zstd: the rest of `out` would stay what it was.
     # One that does not say what it holds would be decoded to its end, whatever that takes.
     magic, descriptor = _ZSTD_HEADER.unpack_from(payload)

@@ -18,7 +18,15 @@ _OF_A_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
 
 
 class Member(Part):
-    """One of several teachers, with the weight `share`. Shares sum to 1."""
+    """One model of an ensemble.
+
+    Attributes:
+        spec: the model spec, without local folders.
+        weights: digest of the weights.
+        mean: RGB mean of its normalisation, for pixels from 0 to 1.
+        std: RGB standard deviation of its normalisation, for pixels from 0 to 1.
+        share: weight of this model's probabilities in the ensemble. All shares sum to 1.
+    """
 
     spec: str
     weights: str
@@ -28,14 +36,14 @@ class Member(Part):
 
 
 class Training(Part):
-    """The training of a teacher that is a run on a data set.
+    """What a teacher was trained on.
 
     Attributes:
-        ids_digest: digest of its samples and classes, as `Dataset` has for the cache.
-        fold: (i, K) if it left out fold i of K, else None.
-        folds_by: pattern of the sequences that its folds keep together, or None for folds by id.
-        labels: the samples with labels in its training, as `pack_flags` text in the order of the digest's ids. None in
-            caches and runs from before it was recorded.
+        ids_digest: digest of the sample ids and class names of its training split.
+        fold: (i, K) if the training left out fold i of K, otherwise None.
+        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
+            folds. None makes folds by id.
+        labels: which samples of that split had labels in the training, as text of `pack_flags`. None if unknown.
     """
 
     ids_digest: str
@@ -52,7 +60,10 @@ class Training(Part):
         return self
 
     def left_out(self, fold: int, folds: int, by: str | None = None) -> bool:
-        """Return whether it left out all samples of fold `fold` of `folds`. By id, a K-th consists of whole 2K-ths."""
+        """Return True if the training left out all samples of fold `fold` of `folds`.
+
+        `by` is compared with `folds_by`. Folds by id are nested: fold 1 of 2 consists of folds 1 and 3 of 4.
+        """
         if self.fold is None or self.folds_by != by:
             return False
         if by is not None:
@@ -61,22 +72,28 @@ class Training(Part):
 
 
 class Augmented(Part):
-    """Test-time augmentation: the teacher's prediction is the mean over these renderings of a view."""
+    """Test-time augmentation: the teacher's prediction is the mean over several renderings of a view.
+
+    Attributes:
+        flip: True if mirrored renderings are included.
+        scales: the factors by which the view is resized.
+    """
 
     flip: bool
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Field(min_length=1)]
 
 
 class Processor(Part):
-    """What a teacher expects of its images, in addition to mean and std.
+    """The input that a teacher expects, in addition to the mean and std of its normalisation.
 
     Attributes:
-        multiple: both sides are multiples of it. fixed_size: (H, W), if it accepts no other size.
-        native_size: (H, W) of its training, if known.
-        pads: whether its training images were padded to that size.
-        channels: the order of colours that its first layer reads.
-        positions: whether it has position embeddings, so features of a mirrored image are not mirrored features.
-        revision: the hub commit of its files, or None for a folder.
+        multiple: height and width must be multiples of this number of pixels.
+        fixed_size: the only accepted (H, W), or None.
+        native_size: (H, W) of its training images, or None if unknown.
+        pads: True if its training images were padded to that size.
+        channels: order of the colour channels.
+        positions: True if it has position embeddings. Features of a mirrored image are then not the mirrored features.
+        revision: commit of its files on the Hugging Face Hub, or None for a local folder.
     """
 
     multiple: Annotated[int, Field(ge=1, le=MOST_SIDE)] = 1
@@ -89,18 +106,28 @@ class Processor(Part):
 
 
 class Fingerprint(Part):
-    """The identity of a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
+    """The identity of a teacher: a digest of its weights, and its output for two fixed images.
 
     Attributes:
-        members: models of an ensemble with averaged probabilities. `weights` is then the digest of all together.
-        folds: number of folds. Each member predicted the samples of the fold that it had not seen. None: they averaged.
-        folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
-        trainings: what each member or the one teacher learnt from, one entry per data set. None stands for an
-            unknown one. Empty in caches from before it was recorded. Not part of the teacher's identity.
-        parents: digests of the seals of the caches that its students learnt from, such as the previous round of
-            self-training. Not part of the identity.
+        spec: the model spec.
+        weights: digest of the weights. For an ensemble, the digest of all members together.
+        precision: floating-point precision of the forward pass.
+        mean: RGB mean of its normalisation, for pixels from 0 to 1.
+        std: RGB standard deviation of its normalisation, for pixels from 0 to 1.
+        class_map: for each class of the teacher, the class of the data set that it becomes, -1 if it is dropped. None
+            if no class map was used.
+        members: the models of an ensemble. Empty for a single model.
+        tta: test-time augmentation, or None.
+        folds: number of folds. Member i then predicted the samples of fold i, which it was not trained on. With None,
+            the members' probabilities were averaged.
+        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
+            folds. None makes folds by id.
+        trainings: what the teacher or each member was trained on, one entry per data set. None stands for an unknown
+            one. It is not compared.
+        parents: digests of the seals of the caches that the teacher itself was distilled from. They are not compared.
+        probe: mean outputs for two fixed images, which reveal changed code with unchanged weights.
         probe_size: (H, W) of the two fixed images. None is 96x128.
-        processor: what it expects of its images. Compared only if both have it, because older caches do not.
+        processor: the expected input. Compared only if both fingerprints have one.
     """
 
     spec: str
@@ -121,7 +148,7 @@ class Fingerprint(Part):
 
     @property
     def per_head(self) -> tuple[str, ...]:
-        """The heads with their separate teacher, in caches of earlier versions."""
+        """The names of the heads that each have a separate teacher, as in caches of earlier versions. Usually empty."""
         return tuple(_OF_A_HEAD.findall(self.spec))
 
     @model_validator(mode="after")
@@ -139,13 +166,14 @@ class Fingerprint(Part):
         return self
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """Describe what differs. The probe may differ by 1 % of its largest value, because hardware rounds.
+        """Return one text for each difference between two teachers. Empty if they are the same teacher.
 
-        A model's file is compared by its name, because older caches include its folder.
+        Outputs for the fixed images may differ by 1 % of the largest value, because hardware rounds differently.
+        Folders in specs are ignored.
         """
-        one, another = self.without_folders(), other.without_folders()
+        bare_self, bare_other = self.without_folders(), other.without_folders()
         differences = [
-            f"{name}: {unlike(getattr(one, name), getattr(another, name))}"
+            f"{name}: {unlike(getattr(bare_self, name), getattr(bare_other, name))}"
             for name in (
                 "spec",
                 "weights",
@@ -158,7 +186,7 @@ class Fingerprint(Part):
                 "folds",
                 "folds_by",
             )
-            if getattr(one, name) != getattr(another, name)
+            if getattr(bare_self, name) != getattr(bare_other, name)
         ]
         if self.processor is not None and other.processor is not None:
             differences += part_differences("processor", self.processor, other.processor)
@@ -174,6 +202,6 @@ class Fingerprint(Part):
         return differences
 
     def without_folders(self) -> "Fingerprint":
-        """Return the teacher without local folders, which caches of earlier versions include."""
+        """Return the fingerprint with local folders removed from all specs. Caches of earlier versions contain them."""
         members = tuple(member.model_copy(update={"spec": bare(member.spec)}) for member in self.members)
         return self.model_copy(update={"spec": bare(self.spec), "members": members})
