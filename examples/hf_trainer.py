@@ -21,12 +21,12 @@ MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456,
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Return uint8 (B, H, W, 3) as the network's input, float32 (B, 3, H, W)."""
+    """Return images, uint8 (B, H, W, 3), as the network's input: normalised float32 (B, 3, H, W)."""
     return (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 
 class LossTrainer(Trainer):
-    """A Trainer whose loss is a DistillLoss."""
+    """A Trainer that uses a DistillLoss."""
 
     def __init__(self, criterion: DistillLoss, **named: Any) -> None:
         super().__init__(data_collator=lambda samples: default_collate(samples).to_dict(), **named)
@@ -35,7 +35,7 @@ class LossTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the distillation loss of a batch, and the outputs where the Trainer asks for them."""
+        """Return the distillation loss of a batch, or (loss, outputs) if `return_outputs` is set."""
         batch = Batch.from_dict(inputs)
         outputs = model(pixel_values=normalised(batch.pixels))
         losses = self.criterion(outputs.logits, batch)
@@ -44,7 +44,7 @@ class LossTrainer(Trainer):
 
 
 def main() -> None:
-    """Train a SegFormer as the arguments ask, and validate it."""
+    """Train a SegFormer with the settings of the command line, then validate it."""
     parser = argparse.ArgumentParser(description="Train a small SegFormer on labels and on a cache's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--val", help="labelled images to validate on at the end")

@@ -21,12 +21,12 @@ MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456,
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Return uint8 (B, H, W, 3) as the network's input, float32 (B, 3, H, W)."""
+    """Return images, uint8 (B, H, W, 3), as the network's input: normalised float32 (B, 3, H, W)."""
     return (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 
 class Student(lightning.LightningModule):
-    """A network and its loss."""
+    """A LightningModule with a network and its distillation loss."""
 
     def __init__(self, network: nn.Module, criterion: DistillLoss, lr: float) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Student(lightning.LightningModule):
         self.lr = lr
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
-        """Return the loss of a batch for Lightning to differentiate."""
+        """Return the loss of a batch, which Lightning differentiates."""
         logits = self.network(normalised(batch.pixels))
         losses = self.criterion(logits, batch)
         self.log("loss", losses.loss, batch_size=len(logits))
@@ -43,12 +43,12 @@ class Student(lightning.LightningModule):
         return losses.loss
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over all parameters."""
+        """Return AdamW for all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
 def small_network(classes: int) -> nn.Module:
-    """Return a network whose logits have a quarter of the image's height and width."""
+    """Return a small network that maps (B, 3, H, W) to logits (B, classes, H/4, W/4)."""
     layers: list[nn.Module] = []
     for before, after, stride in ((3, 24, 2), (24, 48, 2), (48, 48, 1), (48, 48, 1)):
         layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
@@ -56,7 +56,7 @@ def small_network(classes: int) -> nn.Module:
 
 
 def main() -> None:
-    """Train the student as the arguments ask, and validate it."""
+    """Train the student with the settings of the command line, then validate it."""
     parser = argparse.ArgumentParser(description="Train a small network on labels and on a cache's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--val", help="labelled images to validate on at the end")

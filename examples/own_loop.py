@@ -22,7 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Photos(Dataset):
-    """Images and masks of a data set, augmented. Any source of files would do."""
+    """A PyTorch data set of augmented images and masks. Any other source of files works, too."""
 
     def __init__(self, data, split, augment):
         self.files, self.augment = kdcache.open_split(data, split), augment
@@ -37,7 +37,7 @@ class Photos(Dataset):
 
 
 def network(classes):
-    """Return a network with logits at a quarter of the size. smp.Unet(classes=classes) or a SegFormer would do."""
+    """Return a network with logits at a quarter of the image's size. smp.Unet or a SegFormer works, too."""
     layers = []
     for before, after, stride in ((3, 24, 2), (24, 48, 2), (48, 48, 1)):
         layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
@@ -45,7 +45,7 @@ def network(classes):
 
 
 def ce_and_dice(logits, masks):
-    """Return the sum of cross-entropy and Dice, without the pixels of the void class 255."""
+    """Return the sum of cross-entropy and Dice loss. Pixels of the void class 255 do not count."""
     logits = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
     known = (masks != 255)[:, None]
     one_hot = F.one_hot(masks.where(masks != 255, 0), logits.shape[1]).movedim(-1, 1) * known
@@ -56,7 +56,7 @@ def ce_and_dice(logits, masks):
 
 @torch.no_grad()
 def mean_iou(model, loader, classes):
-    """Return mIoU over the pixels of all images."""
+    """Return the mIoU over the pixels of all images in the loader, 0 to 1."""
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     for images, masks in loader:
         logits = F.interpolate(model.eval()(images), size=masks.shape[-2:], mode="bilinear", align_corners=False)
@@ -68,7 +68,7 @@ def mean_iou(model, loader, classes):
 
 
 def main():
-    """Train the network as the arguments ask, and print its mIoU."""
+    """Train the network with the settings of the command line, and print its mIoU."""
     parser = argparse.ArgumentParser(description="Train a small network on labels, in your own loop.")
     parser.add_argument("--data", default="scenes", help="labelled images")
     parser.add_argument("--size", type=int, nargs=2, default=(288, 384), help="height and width of the crops")

@@ -25,31 +25,31 @@ SETTINGS = "restyled.json"
 
 
 def fourier_transfer(source_HW3: np.ndarray, target_HW3: np.ndarray, beta: float) -> np.ndarray:
-    """Return the source with the target's amplitudes at low frequencies, channel by channel.
+    """Return an image with the low-frequency amplitudes of another image, channel by channel.
 
-    The frequencies up to `int(beta * shorter side)` periods per image along each axis are replaced. At 0 that is the
-    mean colour. The target is first resized to the source's size, as published.
+    Frequencies up to `int(beta * shorter side)` periods per image along each axis are replaced. If that is 0, only the
+    mean colour is replaced. The other image is first resized to the same size, as published.
 
     Args:
-        source_HW3: uint8 RGB, of any size.
-        target_HW3: uint8 RGB, of any size.
+        source_HW3: the image to change, uint8 (H, W, 3) RGB.
+        target_HW3: the image with the amplitudes, uint8 RGB of any size.
         beta: above 0 and at most 0.5. The paper uses 0.01, 0.05 and 0.09.
 
-    Returns: uint8 (H, W, 3) of the source's size, rounded and clipped.
+    Returns: uint8 (H, W, 3), rounded and clipped.
     """
     size = height, width = source_HW3.shape[:2]
     if target_HW3.shape[:2] != size:
         target_HW3 = render(target_HW3, None, Window.full(*target_HW3.shape[:2]), flip=False, size=size)[0]
     reach = int(min(size) * beta)
-    spectrum, other = (np.fft.rfft2(pixels, axes=(0, 1)) for pixels in (source_HW3, target_HW3))
+    spectrum, target_spectrum = (np.fft.rfft2(pixels, axes=(0, 1)) for pixels in (source_HW3, target_HW3))
     rows = np.flatnonzero(np.abs(np.fft.fftfreq(height, 1 / height)) <= reach)
     low = np.ix_(rows, np.arange(min(reach, width // 2) + 1))
-    spectrum[low] = np.abs(other[low]) * np.exp(1j * np.angle(spectrum[low]))
+    spectrum[low] = np.abs(target_spectrum[low]) * np.exp(1j * np.angle(spectrum[low]))
     return np.clip(np.rint(np.fft.irfft2(spectrum, s=size, axes=(0, 1))), 0, 255).astype(np.uint8)
 
 
 def main() -> None:
-    """Restyle the images that the folder does not hold yet."""
+    """Write the restyled images that the output folder does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="data folder whose images are restyled")
     parser.add_argument("--like", required=True, help="data set whose style they get")

@@ -18,14 +18,19 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Changes:
-    """The differences between a data set and a cache or run that was made from it. True if there are any.
+    """The differences between a data set and an earlier state of it, which a cache or run recorded.
+
+    The object is true if something changed.
 
     Attributes:
         classes: how the class list differs, in words, or ''.
-        added, removed: ids of samples that only the data set has, and that it no longer has.
-        images, labels, depths: ids of samples with another image or label now.
-        same: ids of samples with other files but equal pixels and labels.
-        recorded: False if the cache or run did not record its labels.
+        added: ids of samples that only the data set has now.
+        removed: ids of samples that the data set no longer has.
+        images: ids of samples whose image changed.
+        labels: ids of samples whose segmentation label changed.
+        depths: ids of samples whose depth label changed.
+        same: ids of samples whose files changed, but whose pixels and labels did not.
+        recorded: False if the cache or run did not record its labels, so changes of labels cannot be found.
     """
 
     classes: str = ""
@@ -41,7 +46,7 @@ class Changes:
         return bool(self.classes or self.added or self.removed or self.images or self.labels or self.depths)
 
     def describe(self) -> str:
-        """Return the changes in one line, with the affected samples."""
+        """Describe the changes in one line, with examples of the affected samples. Return '' if nothing changed."""
         counted = [
             (self.labels, "label differs", "labels differ"),
             (self.images, "image differs", "images differ"),
@@ -50,11 +55,13 @@ class Changes:
             (self.removed, "sample was removed", "samples were removed"),
         ]
         parts = [self.classes] if self.classes else []
-        parts += [f"{len(ids)} {many if len(ids) > 1 else one} ({named(ids)})" for ids, one, many in counted if ids]
+        parts += [
+            f"{len(ids)} {many if len(ids) > 1 else single} ({named(ids)})" for ids, single, many in counted if ids
+        ]
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Return what the user should know if nothing changed."""
+        """Return notes for the user in case nothing changed, for example that labels were not recorded."""
         if not self.recorded:
             return [UNRECORDED]
         if self.same:
@@ -63,7 +70,15 @@ class Changes:
 
 
 def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -> dict[str, Any]:
-    """Return the changes that follow from ids and class names only: classes, added, removed."""
+    """Compare class names and sample ids with those of a split as it is now. It reads no files.
+
+    Args:
+        class_names: the earlier class names.
+        ids: the earlier sample ids.
+        split: the split as it is now.
+
+    Returns: {"classes": difference in words, "added": tuple of ids, "removed": tuple of ids}, arguments for `Changes`.
+    """
     before, now = set(ids), set(split.ids)
     return {
         "classes": class_changes(tuple(class_names), split.classes.names),
@@ -73,7 +88,7 @@ def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -
 
 
 def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
-    """Return how a class list differs, in words, or ''."""
+    """Describe in words how a list of class names differs from an earlier one, or return '' if both are equal."""
     if before == now:
         return ""
     if sorted(before) == sorted(now):
@@ -87,7 +102,14 @@ def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def changed_data(what: object, changes: Changes, split: Split | None, fix: str) -> MismatchError:
-    """Return the error for data that changed since `what` was made. `split` names the data set in it."""
+    """Return the error for a data set that has changed.
+
+    Args:
+        what: the cache, run or folder that was made from the data set, for the message.
+        changes: how the data set differs from the recorded state.
+        split: the split as it is now, for the message, or None.
+        fix: what the user can do.
+    """
     where = "" if split is None else f" ({split.data}, split {split.split!r})"
     if split is not None and len(changes.added) == len(split.ids):
         return MismatchError(f"Not the data set that {what} was made from: no sample is the same{where}", fix=fix)
@@ -95,17 +117,17 @@ def changed_data(what: object, changes: Changes, split: Split | None, fix: str) 
 
 
 def named(ids: Sequence[str]) -> str:
-    """Return the first few ids and how many more there are."""
+    """Describe sample ids in words: the first three, and how many more there are."""
     more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
     return ", ".join(map(repr, ids[:_MOST_NAMED])) + more
 
 
 def digest_changes(before: Contents, now: Contents, classes: str = "") -> Changes:
-    """Return how a split's samples differ from an earlier state, by the digests of their pixels and labels.
+    """Compare the digests of images and labels that a cache or run recorded with those of the data set as it is now.
 
     Args:
-        before: the digests that a cache or run recorded.
-        now: the digests of the data set as it is.
+        before: the recorded digests.
+        now: the digests of the data set as it is now.
         classes: how the class list differs, in words (see `class_changes`). It becomes `Changes.classes`.
     """
     at_now = {sample: number for number, sample in enumerate(now.ids)}

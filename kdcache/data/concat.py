@@ -21,18 +21,21 @@ JOINT = " + "
 
 
 def parts_of(data: str) -> list[str]:
-    """Return the specs of the data sets that `data` joins, or `data` itself if it is one, or a folder of that name."""
+    """Split a spec "DATA + DATA" into the specs of its data sets. A single data set gives a list of one.
+
+    A folder with that exact name also counts as a single data set.
+    """
     return [data] if Path(data).exists() else [part.strip() for part in data.split(JOINT)]
 
 
 def task_of(data: str) -> tuple[str | None, str]:
-    """Split `depth:DATA` or `segmentation:DATA` into the task and the data set. The task is None for all tasks."""
+    """Split "depth:DATA" or "segmentation:DATA" into the task and DATA. Without such a prefix, return (None, data)."""
     task, colon, rest = data.partition(":")
     return (task, rest) if colon and task in TASKS else (None, data)
 
 
 def one_task(split: Split, task: str) -> Split:
-    """Return the samples of a split with the labels of one task only."""
+    """Return the split with the same samples, but only the labels of one task, "segmentation" or "depth"."""
     samples = tuple(
         replace(sample, labels={name: source for name, source in sample.labels.items() if name == task})
         for sample in split.samples
@@ -43,14 +46,14 @@ def one_task(split: Split, task: str) -> Split:
 
 
 def join(data: str, parts: Sequence[Split]) -> Split:
-    """Return the samples of several splits, in the order of their ids.
+    """Return one split with the samples of several splits, sorted by id.
 
-    If two parts share an id, every id is preceded by the number of its part, from 1: `2/000001`.
+    If two parts have a sample with the same id, all ids get their part's number as a prefix: `2/000001`.
 
     Args:
         data: the spec as the user gave it.
-        parts: at least one.
-    Raises: DataError for parts with other classes than the first that has any.
+        parts: at least one split.
+    Raises: DataError if two parts have different classes.
     """
     classes = _shared_classes(parts)
     samples = [sample for part in parts for sample in part.samples]
@@ -66,7 +69,7 @@ def join(data: str, parts: Sequence[Split]) -> Split:
 
 
 def _shared_classes(parts: Sequence[Split]) -> ClassList:
-    """Return the classes of the first part that has any. Raises: DataError for a part that has others."""
+    """Return the classes of the parts that have any. Raises: DataError if two parts have different classes."""
     with_classes = [part for part in parts if len(part.classes)]
     if not with_classes:
         return ClassList(())

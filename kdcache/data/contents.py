@@ -37,8 +37,10 @@ class Contents:
     """The digests of the samples of a split.
 
     Attributes:
-        ids: the sample ids.
-        image, label, depth: uint8 (N, 16), the first bytes of `Split.content_digests`. Zeros without a label.
+        ids: the ids of the N samples.
+        image: uint8 (N, 16), the first 16 bytes of each image's SHA-256.
+        label: the same for segmentation labels. Zeros without a label.
+        depth: the same for depth labels. Zeros without a label.
     """
 
     ids: tuple[str, ...]
@@ -48,14 +50,14 @@ class Contents:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over ids and digests."""
-        whole = hashlib.sha256("\n".join(self.ids).encode())
+        """The SHA-256 (hex) of all ids and digests."""
+        combined = hashlib.sha256("\n".join(self.ids).encode())
         for array in (self.image, self.label, self.depth):
-            whole.update(array.tobytes())
-        return whole.hexdigest()
+            combined.update(array.tobytes())
+        return combined.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values, with the digests in base64. `from_json` reverses it."""
+        """Return a dict of JSON values, with the digests in base64. `from_json` reads it."""
         parts = {"image": self.image, "label": self.label, "depth": self.depth}
         return {"ids": list(self.ids)} | {
             name: base64.b64encode(rows.tobytes()).decode() for name, rows in parts.items() if rows.any()
@@ -63,7 +65,10 @@ class Contents:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Contents:
-        """Return the contents from the JSON of `to_json`. Raises: ValueError, TypeError, KeyError for other values."""
+        """Return the contents for a dict from `to_json`.
+
+        Raises: ValueError, TypeError or KeyError for another dict.
+        """
         ids = tuple(map(str, value["ids"]))
         size = len(ids) * DIGEST_BYTES
         parts = (
@@ -73,7 +78,15 @@ class Contents:
 
 
 def short_digests(split: Split, index: int, of_file: FileDigest | None = None) -> npt.NDArray[np.uint8]:
-    """Return the digests of a sample's image, label and depth, uint8 (3, 16), zeros without a label."""
+    """Return the first 16 bytes of the SHA-256 of a sample's image, segmentation label and depth label, uint8 (3, 16).
+
+    A missing label gives zeros.
+
+    Args:
+        split: the split.
+        index: the sample's position in the split.
+        of_file: computes a file's SHA-256 (hex). None reads the file.
+    """
     rows = np.zeros((3, DIGEST_BYTES), np.uint8)
     for row, digest in zip(rows, split.content_digests(index, of_file), strict=False):
         if digest is not None:
@@ -89,12 +102,16 @@ def read_contents(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Contents:
-    """Return the digests of samples of a split, by default of all. `threads` read files in parallel.
+    """Return the digests of a split's samples.
 
-    With `indexed`, the private index is trusted for files with unchanged size, times and inode. `progress` is called
-    with (samples done, samples).
+    Args:
+        split: the split.
+        numbers: positions of the samples. None means all samples.
+        indexed: whether known digests may be used for files whose size, times and inode are unchanged.
+        threads: the number of threads that read files.
+        progress: called with (samples done, samples).
 
-    Raises: DataError naming a file that cannot be read.
+    Raises: DataError for a file that cannot be read.
     """
     numbers = range(len(split)) if numbers is None else numbers
     rows = np.zeros((len(numbers), 3, DIGEST_BYTES), np.uint8)
@@ -109,13 +126,17 @@ def read_contents(
 
 
 def place_key(data: str) -> str:
-    """Return 16 hex digits that identify the place of a data set without revealing it."""
+    """Return 16 hex digits that identify a data set's path without revealing it: a hash of the absolute path."""
     return hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def remembered_digests(data: str) -> Iterator[FileDigest]:
-    """Provide a function that digests a file and remembers it in a data set's private index, in a with block."""
+    """Provide, in a with block, a function that returns the SHA-256 (hex) of a file.
+
+    It reads a file again only if its size, times or inode changed since an earlier call. Known digests lie in the
+    user's cache folder. `data` is the data set as the user named it.
+    """
     index = _Index(user_cache() / "digests" / f"{place_key(data)}.sqlite")
     try:
         yield index.digest
@@ -124,7 +145,7 @@ def remembered_digests(data: str) -> Iterator[FileDigest]:
 
 
 class _Index:
-    """The digests of files that were read before, in an SQLite file. Without it, files are read."""
+    """The known digests of files, kept in an SQLite file. If that file cannot be used, all files are read."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
@@ -134,7 +155,7 @@ class _Index:
             self._known = {path: (state, digest) for path, state, digest in database.execute("SELECT * FROM digests")}
 
     def digest(self, path: Path) -> str:
-        """Return the SHA-256 of a file. Raises: DataError if it cannot be read."""
+        """Return the SHA-256 (hex) of a file. Raises: DataError if it cannot be read."""
         began = time.time_ns()
         known = self._known.get(str(path))
         if known is not None and known[0] == _state_of(path, began):
@@ -147,7 +168,7 @@ class _Index:
         return digest
 
     def close(self) -> None:
-        """Remember what was read."""
+        """Write the new digests to the SQLite file."""
         rows = [(path, *entry) for path, entry in self._new.items()]
         with suppress(OSError, sqlite3.Error):
             if rows:
@@ -166,7 +187,7 @@ class _Index:
 
 
 def _state_of(path: Path, now_ns: int) -> str | None:
-    """Return text that changes with the file, or None for a file changed just now or in the future."""
+    """Return text that changes when the file changes, or None for a file that changed within the last two seconds."""
     try:
         status = os.stat(path)
     except OSError:

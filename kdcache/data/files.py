@@ -45,13 +45,18 @@ _QUARTER_TURNS = (5, 6, 7, 8)
 
 
 def read_image(path: Path, bits: int | None = None) -> Pixels:
-    """Decode an image file to uint8 (H, W, 3) RGB, turned upright by its EXIF orientation.
+    """Return an image file as RGB, uint8 (H, W, 3), rotated as its EXIF data say.
 
-    Alpha is dropped, and grey and palette images become RGB. `bits` are the significant bits, 9 to 16, of images of 16
-    bits per channel, whose levels are then shifted right to 8 bits. None fails on such images.
+    Alpha is dropped. Grey and palette images become RGB.
 
-    Raises: DataError for an unreadable file, or one with more than 8 bits per channel; RecipeError for levels beyond
-        `bits`.
+    Args:
+        path: the image file.
+        bits: the number of significant bits, 9 to 16, in images with 16 bits per channel. They are scaled to 8 bits.
+            None makes such images an error.
+
+    Raises:
+        DataError: a file that cannot be read, or an image with too many bits.
+        RecipeError: a level that needs more than `bits` bits.
     """
     stored, plain = _header_bits(path)
     if stored > 8:
@@ -68,15 +73,12 @@ def read_image(path: Path, bits: int | None = None) -> Pixels:
 
 
 def channel_bits(path: Path) -> int:
-    """Return the bits per channel in the header of a PNG or TIFF, or 8 for other and for damaged files.
-
-    Pillow's mode does not tell: it is the same for 16-bit and 8-bit RGB.
-    """
+    """Return the number of bits per channel that a PNG's or TIFF's header states, or 8 for other files."""
     return _header_bits(path)[0]
 
 
 def _header_bits(path: Path) -> tuple[int, bool]:
-    """Return the bits per channel, and whether these are whole numbers without a sign."""
+    """Return the number of bits per channel, and whether the levels are unsigned integers."""
     try:
         with path.open("rb") as file:
             header = file.read(26)
@@ -94,11 +96,11 @@ def _header_bits(path: Path) -> tuple[int, bool]:
 
 
 def _levels(path: Path) -> npt.NDArray[np.uint16]:
-    """Decode an image of 9 to 16 bits per channel: uint16 (H, W, 3) of grey or RGB, upright.
+    """Return an image with 9 to 16 bits per channel as uint16 (H, W, 3), RGB, rotated as its EXIF data say.
 
-    Pillow keeps one byte of each level of RGB, the high one. Told the other order of bytes, it keeps the low one.
+    Pillow keeps only the high byte of each level of RGB. With the byte order swapped, it keeps the low byte.
 
-    Raises: DataError for an unreadable file, and for channels that Pillow decodes in another way.
+    Raises: DataError for a file that cannot be read, or a kind of image that Pillow decodes in another way.
     """
     planes: list[Pixels] = []
     for other_order in (False, True):
@@ -119,12 +121,12 @@ def _levels(path: Path) -> npt.NDArray[np.uint16]:
 
 
 def _raw_mode(args: Any) -> re.Match[str] | None:
-    """Return the raw mode in the arguments of Pillow's decoder, such as `RGB;16B`, or None."""
+    """Return the match of a raw mode such as `RGB;16B` in the arguments of Pillow's decoder, or None."""
     return re.fullmatch(r"(RGB[AX]?;16)([BLN])", args if isinstance(args, str) else args[0])
 
 
 def _other_order(args: Any) -> Any:
-    """Return the arguments of Pillow's decoder with the other order of bytes in its raw mode."""
+    """Return the arguments of Pillow's decoder with the byte order swapped."""
     raw = _raw_mode(args)
     assert raw is not None, args
     little = raw[2] == "L" or (raw[2] == "N" and sys.byteorder == "little")
@@ -133,7 +135,7 @@ def _other_order(args: Any) -> Any:
 
 
 def _scaled(levels_HW3: npt.NDArray[np.uint16], bits: int, path: Path) -> Pixels:
-    """Return the 8 high bits of levels of `bits` bits. Raises: RecipeError for a level beyond them."""
+    """Return levels of `bits` bits shifted to 8 bits. Raises: RecipeError for a level that needs more bits."""
     if (most := int(levels_HW3.max())) >= 1 << bits:
         raise RecipeError(
             f"Cannot scale {path} from {bits} bits: it has a level of {most}, above {(1 << bits) - 1}",
@@ -153,11 +155,13 @@ def _too_deep(path: Path, bits: int, *, scaled: bool) -> DataError:
 
 
 def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
-    """Return (height, width) of `read_image(path)`, from the file's header if possible.
+    """Return the (height, width) in pixels of the array that `read_image` returns, from the file's header if possible.
 
-    With `header_only` it never decodes pixels, and so misses a rotation stored behind a PNG's pixels.
+    Args:
+        path: the image file.
+        header_only: never decode pixels. Then a rotation that a PNG stores after its pixels is missed.
 
-    Raises: DataError for an unreadable file.
+    Raises: DataError for a file that cannot be read.
     """
     with _opened(path, "image") as image:
         exif = Image.Image.getexif(image) if header_only else image.getexif()
@@ -167,12 +171,16 @@ def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
 
 
 def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
-    """Decode a label, PNG or TIFF, to uint8 (H, W) ids.
+    """Return a label file (PNG or TIFF) as ids, uint8 (H, W).
 
-    One channel of 1 to 16 bits holds ids up to 255, and a palette image holds indices. Three channels of 8 bits hold
-    colours, which `colours` maps to class ids. None fails on these.
+    One channel holds ids up to 255, and a palette image holds indices.
 
-    Raises: DataError for an unreadable file, another kind of picture, numbers above 255 or colours without a class.
+    Args:
+        path: the label file.
+        colours: maps the colours of an RGB label to class ids. None makes RGB labels an error.
+
+    Raises: DataError for a file that cannot be read, another kind of picture, ids above 255, or colours without a
+        class.
     """
     with _opened(path, "label") as image:
         kind, bits = _label_kind(path, image)
@@ -192,19 +200,28 @@ def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
 
 
 def label_kind(path: Path) -> str:
-    """Return the kind of a label's pixels, such as `8-bit palette`, for PNG and TIFF. Raises: DataError."""
+    """Describe the kind of a label file's pixels, for example "8-bit palette".
+
+    Raises: DataError if it is no PNG or TIFF.
+    """
     with _opened(path, "label") as image:
         return _label_kind(path, image)[0]
 
 
 def is_plain_label(path: Path) -> bool:
-    """Return whether a label is a PNG whose 8-bit levels or palette indices are its numbers. Raises: DataError."""
+    """Return whether a label file is a PNG with 8-bit grey levels, or with a palette. Its pixels are then ids.
+
+    Raises: DataError for a file that cannot be read.
+    """
     kind = label_kind(path)
     return kind == "8-bit grey" or kind.endswith("-bit palette")
 
 
 def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path: Path) -> Pixels:
-    """Return class ids (H, W) of uint8 (H, W, 3), or (H, W, 4) without transparency. Raises: DataError."""
+    """Return the class ids (H, W) for colours, uint8 (H, W, 3), or (H, W, 4) without transparency.
+
+    Raises: DataError.
+    """
     if colours is None:
         raise DataError(
             f"Cannot read label {path}: it is {kind}, and classes.txt does not give every class its own colour",
@@ -220,7 +237,7 @@ def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path
 
 
 def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
-    """Convert numbers of 16 bits or more to uint8, (H, W). Raises: DataError for numbers outside 0 to 255."""
+    """Return numbers with 16 bits or more as uint8 (H, W). Raises: DataError for numbers outside 0 to 255."""
     wrong = numbers[(numbers < 0) | (numbers > 255)]
     if wrong.size:
         raise DataError(
@@ -233,18 +250,18 @@ def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
 
 
 def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
-    """Return the kind of a label's pixels in words, and the bits of a channel.
+    """Return the kind of a label's pixels in words, and the number of bits per channel.
 
-    Raises: DataError for another format, and for a TIFF of several pages of one size (smaller ones are overviews).
+    Raises: DataError for another file format, or a TIFF with several pages of the same size.
     """
     if image.format == "PNG":
         kind = _png_kind(path)
         return kind, int(kind.partition("-")[0])
     if image.format == "TIFF":
         if (pages := getattr(image, "n_frames", 1)) > 1:
-            whole = image.size
+            first_size = image.size
             image.seek(1)
-            if image.size == whole:
+            if image.size == first_size:
                 raise DataError(
                     f"Cannot read label {path}: it is a TIFF of {pages} pages",
                     fix="Save the page with the class ids as its own file.",
@@ -259,9 +276,11 @@ def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:
-    """Decode a file of one number per pixel, (H, W): 16-bit grey PNG, TIFF, `.npy`, or `.npz` (one array, or `depth`).
+    """Return a file with one number per pixel as an array (H, W), with the file's dtype.
 
-    Raises: DataError for an unreadable file, another kind of PNG, or an array of another shape or kind.
+    The file is a 16-bit grey PNG, a TIFF, an `.npy` file, or an `.npz` file with one array or an array "depth".
+
+    Raises: DataError for a file that cannot be read, another kind of PNG, or an array of another shape or dtype.
     """
     if path.suffix.lower() in (".npy", ".npz"):
         numbers = _read_array(path)
@@ -304,9 +323,9 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
 
 
 def label_palette(path: Path) -> list[tuple[int, int, int]] | None:
-    """Return the colours of a palette PNG by index, from the header, or None for another kind of PNG.
+    """Return the (r, g, b) of each index of a palette PNG, or None for another kind of PNG.
 
-    Raises: DataError for an unreadable file.
+    Raises: DataError for a file that cannot be read.
     """
     with _opened(path, "label") as image:
         flat = image.getpalette("RGB") if image.mode == "P" else None
@@ -314,7 +333,7 @@ def label_palette(path: Path) -> list[tuple[int, int, int]] | None:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hex. Raises: DataError if it cannot be read."""
+    """Return the SHA-256 (hex) of a file's bytes. Raises: DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -341,7 +360,10 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
 
 
 def _most_pixels() -> int | None:
-    """Return the pixel limit from the environment, or None for Pillow's. Raises: DataError for an invalid number."""
+    """Return the pixel limit from the environment, or None for Pillow's limit.
+
+    Raises: DataError for an invalid number.
+    """
     text = os.environ.get(MEGAPIXELS, "").strip()
     if not text:
         return None
@@ -374,7 +396,10 @@ def _unreadable(path: Path, what: str, error: Exception) -> DataError:
 
 
 def _png_kind(path: Path) -> str:
-    """Return bit depth and colour type from the IHDR chunk: Pillow's mode is the same for 4-bit grey and 8-bit."""
+    """Return a PNG's bit depth and colour type in words, from its header.
+
+    Pillow's mode does not tell 4-bit from 8-bit grey.
+    """
     with path.open("rb") as file:
         header = file.read(26)
     if not header.startswith(_PNG_SIGNATURE):

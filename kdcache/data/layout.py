@@ -23,19 +23,21 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
     (4, (48, 64, 3))
 
     Args:
-        data: a folder (its contents tell the layout), or LAYOUT:FOLDER with one of folder, mmseg, camvid, voc,
-            cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu, images. Or `scenes`,
-            `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`, with `depth=exact` or `depth=sparse` and `tasks=both`,
-            `halves` or `depth`, `style=game` or `style=camera` (a folder of that name is `./scenes`).
-            `,images=FOLDER` after a folder takes the images of the same samples from FOLDER/SPLIT/ID.png or
-            FOLDER/ID.png. `depth:DATA` or `segmentation:DATA` has the labels of that task only.
-            `DATA + DATA` has the samples of both. `memory:NAME@DIGEST` is what `from_dataset` made.
-        split: its name, such as `train`, in all data sets if several are joined. `val` also finds `valid` or
-            `validation`, and the reverse.
-        exports: also open layouts that must be converted first, as `data convert` and `data check` do: kaggle, coco and
-            exports of labelling tools.
-    Raises: DataError with what is missing or malformed. Warns (DataWarning) if the folder was converted, and its
-        source has changed since.
+        data: the data set, as one of these specs:
+            - FOLDER. The folder's contents tell its layout.
+            - LAYOUT:FOLDER with folder, mmseg, camvid, voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu
+              or images.
+            - FOLDER,images=OTHER takes the images from OTHER/SPLIT/ID.png or OTHER/ID.png.
+            - scenes, or scenes:HxW,train=64,val=16,seed=0,unlabelled=0, is the procedural data set. Further options are
+              depth=exact or sparse, tasks=both, halves or depth, and style=game or camera.
+            - depth:DATA or segmentation:DATA has the labels of one task only.
+            - DATA + DATA has the samples of both.
+            - memory:NAME@DIGEST is a data set that `from_dataset` made in this process.
+        split: the split's name, such as "train". "val", "valid" and "validation" find each other.
+        exports: also open layouts that `data convert` must convert first: kaggle, coco and exports of labelling tools.
+
+    Raises: DataError if something is missing or invalid.
+    Warns: DataWarning if the folder was converted, and its source has changed since.
     """
     data = os.fspath(data)
     if len(parts := parts_of(data)) > 1:
@@ -55,11 +57,13 @@ def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = Fals
 
 
 def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[str]:
-    """Return the sorted names of the splits that `open_split` would find, for joined data sets those that all have.
+    """Return the sorted names of a data set's splits. For joined data sets, return the names that all of them have.
 
-    Some splits share images on purpose, such as VOC's `trainval`.
+    Args:
+        data: the data set, as for `open_split`.
+        exports: also accept layouts that `data convert` must convert first.
 
-    Raises: DataError for a malformed spec or a folder without a known layout.
+    Raises: DataError for an invalid spec, or a folder without a known layout.
     """
     data = os.fspath(data)
     if len(parts := parts_of(data)) > 1:
@@ -74,7 +78,10 @@ def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[
 
 
 def _find(data: str, exports: bool) -> LayoutRoot:
-    """Return the layout of a folder. Raises: DataError for an export of a labelling tool, unless `exports` is set."""
+    """Return the layout and root of a folder.
+
+    Raises: DataError for an export of a labelling tool, unless `exports` is set.
+    """
     place = find_layout(data)
     if place.layout.live or exports:
         return place

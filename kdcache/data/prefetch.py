@@ -16,15 +16,18 @@ R = TypeVar("R")
 
 
 def prefetch(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
-    """Yield `function(item)` for each item, in order, computed up to `ahead` items in advance.
+    """Yield `function(item)` for each item, in order. Threads compute up to `ahead` results in advance.
 
-    `items` is consumed in the calling thread, lazily. An exception of `function` (or of `items`) is raised at its place
-    in the order, and no further item is started then. However the iteration ends (exhaustion, an exception, `close()`,
-    a `break` that drops the iterator, Ctrl-C), waiting items are cancelled and the threads have ended when control
-    returns. 0 `threads` compute in the calling thread, on demand. `ahead`, at least 1, bounds items in flight or not
-    yet taken.
+    The calling thread consumes `items`. An exception is raised when its item's turn comes, and no further item is
+    started. When the iteration ends for any reason, waiting items are cancelled and all threads have ended.
 
-    Raises: ValueError for a negative `threads` or an `ahead` below 1.
+    Args:
+        function: called with each item.
+        items: the items, consumed lazily.
+        threads: the number of threads. 0 computes in the calling thread, on demand.
+        ahead: the most results that are in progress or waiting, at least 1.
+
+    Raises: ValueError for negative `threads`, or `ahead` below 1.
     """
     if threads < 0 or ahead < 1:
         raise ValueError(f"prefetch needs threads >= 0 and ahead >= 1, got threads={threads}, ahead={ahead}")

@@ -24,10 +24,13 @@ _VERSIONS = ("kdcache", "python", "torch", "torchvision", "triton", "numba", "nu
 
 
 def store_card(store: StoreSummary, *, address: str | None = None, licence: str | None = None) -> str:
-    """Return the card of a cache, in Markdown.
+    """Return a cache's card in Markdown: what the cache holds, how to train from it, rebuild it and cite it.
 
-    `address` is its public address, such as hf://datasets/USER/NAME, or None for its current place. With `licence`, a
-    name that the Hub knows, the card begins with the front matter of a data set's card.
+    Args:
+        store: the summary of the cache.
+        address: the cache's public address, such as hf://datasets/USER/NAME, or None without one.
+        licence: a licence's name on the Hub, such as "cc-by-4.0". With it, the card begins with front matter for the
+            Hub.
     """
     m = store.manifest
     name = _name(address or store.path)
@@ -54,13 +57,18 @@ def store_card(store: StoreSummary, *, address: str | None = None, licence: str 
 
 
 def run_card(run: Run) -> str:
-    """Return the card of a run, in Markdown. Raises: RecipeError for a folder that is not a run, or damaged."""
+    """Return a run's card in Markdown: what the model is, its results, how to train it again and cite it.
+
+    Raises: RecipeError for a folder that is not a run, or a damaged run.
+    """
     model, result, recipe = run.model, run.result, dict(run.recipe or {})
     name = run.folder.resolve().name
     title = f"{name}: {public(model.spec)}, trained on {_source(recipe)}"
-    weights = {which: weights_path(run.folder, which) for which in WEIGHTS}
+    weights = {name_of_weights: weights_path(run.folder, name_of_weights) for name_of_weights in WEIGHTS}
     digests = {
-        which: hashlib.sha256(path.read_bytes()).hexdigest() for which, path in weights.items() if path.is_file()
+        name_of_weights: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name_of_weights, path in weights.items()
+        if path.is_file()
     }
     facts = [
         ("model", public(model.spec)),
@@ -70,7 +78,7 @@ def run_card(run: Run) -> str:
         ("trained on", f"{_source(recipe)}, digest {model.trained_on}" if model.trained_on else _source(recipe)),
         *(("learnt from the cache", f"seal sha256:{seal}") for seal in model.stores),
         *((("validated on", f"split of digest {model.validated_on}"),) if model.validated_on else ()),
-        *((f"{which}.safetensors", f"sha256:{digest}") for which, digest in digests.items()),
+        *((f"{name_of_weights}.safetensors", f"sha256:{digest}") for name_of_weights, digest in digests.items()),
     ]
     best = digests.get("best", digests.get("last", ""))
     parts = [
@@ -93,7 +101,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _front_matter(manifest: Manifest, title: str, licence: str) -> str:
-    """Return the front matter of a card for the Hub. Texts are JSON, which is also YAML."""
+    """Return the front matter of a card for the Hub. Its values are JSON, which is also valid YAML."""
     tasks = ["image-segmentation"] if manifest.segmentation is not None else []
     tasks += ["depth-estimation"] if manifest.depth is not None else []
     lines = [
@@ -117,7 +125,7 @@ def _licence(manifest: Manifest, licence: str) -> str:
 
 
 def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | None) -> str:
-    """Return the commands that fetch, check and use a cache."""
+    """Return the commands that fetch, check and use a cache, as Markdown."""
     store = f"{name.removesuffix('.zarr')}.zarr"
     fetch = (
         ["pip install '.[hub]'   # once, in a clone of kdcache", f"kdcache copy {address} {store}"] if address else []
@@ -135,7 +143,7 @@ def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | 
 
 
 def _rebuild(manifest: Manifest) -> str:
-    """Return the command of the build, with what identifies its inputs."""
+    """Return the command that builds the cache, and what identifies its inputs, as Markdown."""
     teacher, build = manifest.teacher, manifest.build
     several = [
         (f"TEACHER_{number + 1}", f"{bare(member.spec)}, weights sha256:{member.weights}")
@@ -178,7 +186,7 @@ def _retrain(run: Run, recipe: dict[str, object]) -> str:
 
 
 def _results(run: Run) -> str:
-    """Return the results at the end of a training, in their units."""
+    """Return a table of the results at the end of a training, in Markdown."""
     return _table((name.replace("_", " "), _value(value)) for name, value in run.result.items() if _is_plain(value))
 
 
@@ -191,7 +199,7 @@ def _value(value: object) -> str:
 
 
 def _source(recipe: dict[str, object]) -> str:
-    """Return the name of what a run learnt from, not its path, which is private."""
+    """Return the name of the data that a run learnt from. It is not the path, which is private."""
     named = source_of(recipe)
     if named is None:
         return "several streams" if recipe.get("stream") else "data that are not recorded"
@@ -226,12 +234,12 @@ def _name(place: str) -> str:
 
 
 def _flat(text: str) -> str:
-    """Return a text from elsewhere in one line, without what commands a terminal."""
+    """Return a text from elsewhere in one line, without terminal escape codes."""
     return " ".join(plain_text(text).split())
 
 
 def _line(text: str) -> str:
-    """Return a text from elsewhere as one line of Markdown without markup."""
+    """Return a text from elsewhere as one line of Markdown, with markup escaped."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", _flat(text))
 
 

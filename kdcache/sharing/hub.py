@@ -38,11 +38,11 @@ _OTHERS = {CARD, ".gitattributes"}
 
 @dataclass(frozen=True)
 class HubAddress:
-    """The repository of one cache: a data set, whose root holds the files.
+    """The address of a cache on the Hugging Face Hub. The repository is a data set whose root holds the cache's files.
 
     Attributes:
         repository: USER/NAME.
-        revision: a branch, a tag or a commit. None is the newest state.
+        revision: a branch, tag or commit. None means the newest state.
     """
 
     repository: str
@@ -53,7 +53,9 @@ class HubAddress:
 
 
 def hub_address(location: object) -> HubAddress | None:
-    """Return the address on the Hub in a text, or None for any other place.
+    """Parse an address such as hf://datasets/USER/NAME or hf://datasets/USER/NAME@REVISION.
+
+    Return None for a location that does not begin with hf://.
 
     Raises: StoreError for an invalid address that begins with hf://.
     """
@@ -78,12 +80,17 @@ def opened(
     cache_bytes: int | None = None,
     progress: bool = True,
 ) -> Iterator[Cache]:
-    """Open a cache at any place, in a with block. A cache on the Hub is fetched first and removed afterwards.
+    """Open a cache at any location, in a with block. A cache on the Hub is downloaded first, and removed afterwards.
 
-    An interrupted fetch continues. `cache_dir` and `cache_bytes` are as in `open_cache`. Fetched files also lie in
-    `cache_dir`. `progress` shows the bars of huggingface_hub on a terminal.
+    An interrupted download continues with the next call.
 
-    Raises: StoreError and its kinds.
+    Args:
+        location: a path, a URL, or an address such as hf://datasets/USER/NAME.
+        cache_dir: folder for downloaded files. None means the user's cache folder.
+        cache_bytes: the most disk space for local copies of a remote cache, in bytes, as in `open_cache`.
+        progress: whether to show huggingface_hub's progress bars on a terminal.
+
+    Raises: StoreError if the cache cannot be opened or downloaded.
     """
     address = hub_address(location)
     if address is None:
@@ -114,7 +121,13 @@ def opened(
 
 @dataclass(frozen=True)
 class PushResult:
-    """The result of a push: number of the cache's files, number of files sent now, and the digest of the seal."""
+    """The result of pushing a cache to the Hub.
+
+    Attributes:
+        files: number of the cache's files.
+        sent: number of files that this call sent.
+        seal: the digest (hex) of the cache's seal.
+    """
 
     files: int
     sent: int
@@ -132,21 +145,21 @@ def push_store(
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> PushResult:
-    """Push a cache as a data set with a card. After an interruption, the same call sends what is missing.
+    """Push a cache to the Hub as a data set with a card. After an interruption, the same call sends the missing files.
 
-    The copy lies in a local folder until all of it is sent. It has no pixels unless `changes` asks for them, because
-    images have their own licences. The seal is sent last, so half a push is never a cache.
+    Images are left out unless `changes` asks for them, because they have their own licences. The seal is sent last, so
+    an interrupted push leaves no complete cache.
 
     Args:
         source: the cache.
         address: the repository's address.
-        changes: what the copy changes, as in `copy_store`.
-        licence: a name that the Hub knows, such as cc-by-4.0.
-        private: makes a new repository private, and fails for a public one.
-        fidelity: the figures of what rounding loses, as in `copy_store`.
-        cache_dir: place of the folder. Default: as for the copies of remote caches.
-        progress: shows the bars of huggingface_hub on a terminal.
-    Raises: StoreError for what the Hub does not accept, and for a repository with files of another cache.
+        changes: what the copy changes, as in `copy_store`. None means no changes.
+        licence: a licence's name on the Hub, such as "cc-by-4.0".
+        private: whether a new repository is private. A public repository is then an error.
+        fidelity: how much accuracy rounding loses, as in `copy_store`, or None.
+        cache_dir: folder for the copy, which is removed after the push. None means the user's cache folder.
+        progress: whether to show huggingface_hub's progress bars on a terminal.
+    Raises: StoreError if the Hub refuses the push, or if the repository has files of another cache.
     """
     _check(address, licence)
     changes = changes or CopyChanges()
@@ -163,7 +176,7 @@ def push_store(
 
 
 def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushResult:
-    """Send what a repository lacks of the cache in a folder: card first, seal last, then compare all of it."""
+    """Send the files that a repository lacks: the card first and the seal last. Then compare all files."""
     hub, where = _client().HfApi(library_name="kdcache"), {"repo_id": address.repository, "repo_type": "dataset"}
     files = {str(path.relative_to(cache.path)): path for path in cache.path.rglob("*") if path.is_file()}
     missing, has_card = _missing(hub, address, files, card)
@@ -192,7 +205,7 @@ def _send(cache: Cache, address: HubAddress, card: str, private: bool) -> PushRe
 def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str) -> tuple[list[str], bool]:
     """Return the files that a repository lacks, and whether it has a card.
 
-    Raises: StoreError if it has others, or others under these names.
+    Raises: StoreError if it has other files, or files with these names and other contents.
     """
     errors = _client().errors
     try:
@@ -200,10 +213,12 @@ def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str
         present = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
         present = {}
-    other = [key for key in present if key not in _OTHERS and (key not in files or not _same(files[key], present[key]))]
+    foreign = [
+        key for key in present if key not in _OTHERS and (key not in files or not _same(files[key], present[key]))
+    ]
     only_a_card = present.keys() - {".gitattributes"} == {CARD}
-    if other or (only_a_card and present[CARD].blob_id != _git_digest(card.encode())):
-        names = sorted(other) or [CARD]
+    if foreign or (only_a_card and present[CARD].blob_id != _git_digest(card.encode())):
+        names = sorted(foreign) or [CARD]
         raise StoreError(
             f"Cannot push into {address}: it holds {names[0]}, one of {len(names)} files that are not of this cache",
             fix="Give another NAME, or remove the files yourself if nothing of them is needed.",
@@ -212,7 +227,7 @@ def _missing(hub: Any, address: HubAddress, files: Mapping[str, Path], card: str
 
 
 def _same(file: Path, there: Any) -> bool:
-    """Return True if a file of a repository has these bytes: by SHA-256 if it is large, by git's digest if small."""
+    """Return whether a file in a repository has the same bytes: by SHA-256 if it is large, by git's digest if small."""
     if there.lfs is not None:
         with file.open("rb") as stream:
             return bool(there.lfs.sha256 == hashlib.file_digest(stream, "sha256").hexdigest())
@@ -224,7 +239,7 @@ def _git_digest(content: bytes) -> str:
 
 
 def _check(address: HubAddress, licence: str | None) -> None:
-    """Refuse a push that cannot end well, before any work for it. Raises: StoreError."""
+    """Check a push before any work for it. Raises: StoreError for a push that cannot succeed."""
     if licence is None:
         raise StoreError(
             f"Missing --license for {address}",
@@ -243,7 +258,7 @@ def _check(address: HubAddress, licence: str | None) -> None:
 
 
 def _client() -> Any:
-    """Return huggingface_hub. Raises: StoreError without it."""
+    """Return the module huggingface_hub. Raises: StoreError if it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.errors
@@ -258,9 +273,11 @@ def _client() -> Any:
 
 @contextmanager
 def _staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
-    """Provide a folder for files in transit to one process, in a with block. Its content stays if the block fails.
+    """Provide a folder for a transfer's files to one process at a time, in a with block.
 
     `name` identifies the transfer.
+
+    The folder stays if the block fails, so that the next call can continue.
     """
     folder = (cache_dir or user_cache()) / "hub" / hashlib.sha256(name.encode()).hexdigest()[:16]
     with disk_space_errors(folder):
@@ -272,9 +289,11 @@ def _staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
-    """Turn what the Hub refuses, and what does not reach it, into an error with a fix.
+    """Turn errors of the Hub and of the network, in a with block, into a StoreError with a fix.
 
-    Raises: StoreError. Errors of this machine's disk stay what they are.
+    Errors of this machine's disk stay unchanged.
+
+    Raises: StoreError.
     """
     client = _client()
     utils, http_error = client.utils, client.errors.HfHubHTTPError.__mro__[1]  # of its HTTP library, of any name
@@ -287,9 +306,9 @@ def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         chain = [error, *_causes(error)]
-        statuses = (getattr(getattr(one, "response", None), "status_code", None) for one in chain)
+        statuses = (getattr(getattr(failure, "response", None), "status_code", None) for failure in chain)
         status = next((status for status in statuses if status is not None), None)
-        said = next(filter(None, (getattr(one, "server_message", None) for one in chain)), None)
+        said = next(filter(None, (getattr(failure, "server_message", None) for failure in chain)), None)
         words = " ".join(str(said or (error if isinstance(error, ValueError) else chain[-1])).split())[:300]
         login = "Set HF_TOKEN to a valid token that may do this, or log in with: hf auth login"
         fixes = {400: "Correct what the Hub names, for instance --license.", 401: login, 403: login}

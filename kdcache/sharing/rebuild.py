@@ -14,7 +14,10 @@ from kdcache.store.format.teacher_models import Augmented, Fingerprint
 
 
 def build_command(manifest: Manifest) -> str:
-    """Return `kdcache build-teacher-cache` with the flags of a build on several lines, without defaults."""
+    """Return the `kdcache build-teacher-cache` command that builds a cache again, as shell text on several lines.
+
+    Flags with default values are left out. DATA and TEACHER stand for the paths, which a manifest does not know.
+    """
     if manifest.teacher.per_head:
         return "# This version of kdcache does not compute a cache of one teacher per head."
     table = entries(*BUILD)
@@ -31,7 +34,7 @@ def _teachers(teacher: Fingerprint) -> Iterator[str]:
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:
-    """Return the settings of a build's command by name, with None for a default."""
+    """Return setting name -> value for the command of a build. None means the default."""
     teacher, build, several = manifest.teacher, manifest.build, len(manifest.teacher.members) > 1
     settings = manifest.settings()
     settings["view_scale"] = _colons(settings["view_scale"]) if "view_scale" in settings else None  # to the last digit
@@ -59,8 +62,8 @@ def _flag(entry: Entry, value: Any) -> Iterator[str]:
     if isinstance(value, bool):
         yield entry.flag if value else entry.flag.replace("--", "--no-", 1)
         return
-    shown = entry.spelling is not None and entry.spelling.show is not None and not isinstance(value, str)
-    yield f"{entry.flag} {shlex.quote(entry.spelling.show(value) if shown else str(value))}"  # type: ignore[misc, union-attr]
+    formatted = entry.spelling is not None and entry.spelling.show is not None and not isinstance(value, str)
+    yield f"{entry.flag} {shlex.quote(entry.spelling.show(value) if formatted else str(value))}"  # type: ignore[misc, union-attr]
 
 
 def _numbers(values: Any) -> str:

@@ -18,15 +18,15 @@ from typing import Final, Literal
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task: what a model predicts for every pixel.
 
     Attributes:
-        name: its name, and the name of the head that predicts it.
-        head: the kind of that head: `categorical` gives class ids, `regression` numbers.
-        void: the label of a pixel without one.
-        unit: the unit of numbers that labels can judge, or None for class ids.
-        score: the metric that ranks models and images.
-        less: whether less of it is better.
+        name: the task's name, which is also the name of its head: "segmentation" or "depth".
+        head: "categorical" if the head predicts classes, "regression" if it predicts numbers.
+        void: the value of a pixel without a label: 255 or NaN.
+        unit: the unit of the labels' numbers, such as "m", or None for class ids.
+        score: the metric that ranks models and images: "miou" or "rmse".
+        less: whether a lower score is better.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Task:
     less: bool
 
     def best(self, value: float) -> float:
-        """Return a score with the sign that makes the largest one the best."""
+        """Return a score with its sign changed if lower is better. So the best score is always the largest result."""
         return -value if self.less else value
 
 
@@ -64,10 +64,10 @@ TASKS: Mapping[str, Task] = {
 
 
 def numeric(names: Iterable[str]) -> tuple[str, ...]:
-    """Return those of some tasks' or heads' `names` that stand for numbers, such as depth, and not for classes."""
+    """Return the names of tasks or heads that predict numbers, such as "depth", in the given order."""
     return tuple(name for name in names if name in TASKS and TASKS[name].head == "regression")
 
 
 def in_metres(names: Iterable[str]) -> bool:
-    """Return whether any of some tasks' or heads' `names` stands for numbers in metres."""
+    """Return whether at least one of the tasks or heads with these names predicts numbers in metres."""
     return any(TASKS[name].unit == METRES for name in numeric(names))

@@ -25,17 +25,17 @@ _READINGS = 5
 
 
 class Items:
-    """The items of a data set in memory, read as arrays by their numbers.
+    """A reader of the items of a user's data set, such as a PyTorch `Dataset`, as arrays.
 
     Args:
         items: the data set.
         keys: where image and labels lie in an item.
-        classes: names in the order of the ids.
+        classes: class names in the order of their ids.
         void: the number in labels that means no class.
 
     Attributes:
-        place: ` of DATA` for messages, once the data set has a name.
-        tasks: the tasks that items have a place for.
+        place: " of DATA" for messages, or '' until the data set has a name.
+        tasks: the tasks for which items may have a label: "segmentation", "depth" or both.
     """
 
     def __init__(self, items: Any, keys: Keys, classes: ClassList, void: int) -> None:
@@ -59,13 +59,16 @@ class Items:
         self._start()
 
     def image(self, number: int) -> Pixels:
-        """Return the image of an item as RGB pixels."""
+        """Return an item's image, uint8 (H, W, 3) RGB. Raises: DataError for an item that cannot be read."""
         item, where = self._item(number), self._where(number)
         with naming_item(where):
             return image_of(part_of(item, self._keys.image), where)
 
     def label(self, task: str, number: int) -> Any:
-        """Return the label of an item that has one. Raises: DataError if it is gone."""
+        """Return an item's label for a task: uint8 (H, W) class ids, or float32 (H, W) metres.
+
+        Raises: DataError for an item that cannot be read, or that no longer has this label.
+        """
         label = self._label(task, number, self.image(number))
         if label is None:
             raise DataError(
@@ -75,7 +78,10 @@ class Items:
         return label
 
     def contents(self, number: int) -> tuple[str, tuple[str, ...]]:
-        """Read an item again. Return the digest of its image and labels, and the tasks that it has a label of."""
+        """Read an item again.
+
+        Return the SHA-256 (hex) of its image and labels, and the tasks for which it has a label.
+        """
         self._last.number = None
         image = self.image(number)
         labels = {task: self._label(task, number, image) for task in self.tasks}
@@ -93,9 +99,11 @@ class Items:
             return read(part_of(item, key), image.shape[:2], where=where)
 
     def _item(self, number: int) -> Any:
-        """Return an item, which is kept until this thread reads another one: an image and its label are one item.
+        """Return an item.
 
-        One at a time: a data set of torch is read by one thread of a process.
+        It is kept until this thread reads another item, so that an image and its label are read once.
+
+        Only one thread of a process reads the data set at a time.
         """
         if getattr(self._last, "number", None) != number:
             with self._lock:
@@ -120,7 +128,7 @@ def from_dataset(
     void: Annotated[int, Ge(0), Le(255)] = IGNORE_INDEX,
     progress: Progress | None = None,
 ) -> Split:
-    """Turn a data set in memory into a split, for builds, trainings and evaluations.
+    """Turn a data set in memory, such as a PyTorch or Hugging Face data set, into a split for kdcache.
 
     >>> import kdcache
     >>> pixels, label = np.zeros((48, 64, 3), np.uint8), np.ones((48, 64), np.uint8)
@@ -128,23 +136,22 @@ def from_dataset(
     >>> split.label(0).max()
     np.uint8(1)
 
-    Ids identify samples in caches and digests. With `ids` they come from a column, and their digest covers only names
-    and classes, as for a folder. Without, every sample is read once, and its id is its number and a digest of its
-    contents. Either way, a cache fails on an image that renders to other pixels than its teacher saw.
+    Without `ids`, every sample is read once, and its id is its number and a digest of its contents. With `ids`, samples
+    are not read, and the split's digest covers only class names and ids.
 
     Args:
-        dataset: map-style, with a length and numbers as keys. An item is a mapping or tuple of an image (Pillow, uint8)
-            and a label (class ids), before any augmentation or normalisation.
-        classes: names in the order of the ids.
-        split: its name. Default: the data set's own, else `train`.
-        name: its name in recipes and messages. Default: the data set's own.
-        ids: the column that has them, or one for each sample. Default: number and digest of contents.
-        image: key of an item's image, or its place in a tuple. Default: a usual name, such as `image`.
-        label: key or place of the label. Default: a usual name, such as `label` or `mask`.
-        depth: key or place of depth in metres. No default.
-        void: the number in labels that means no class. 255 always does.
-        progress: called with (samples read, samples), if all are read.
-    Raises: DataError for items of another form, that differ from one reading to the next, or whose ids are not unique.
+        dataset: has a length, and returns an item for a number. An item is a mapping or tuple with an image (Pillow, or
+            uint8) and a label (class ids). Items must not be augmented or normalised.
+        classes: class names in the order of their ids.
+        split: the split's name. None takes the data set's, or "train".
+        name: the name in recipes and messages. None takes the data set's.
+        ids: the column with ids, or a list with an id for each sample. None derives ids from the contents.
+        image: the image's key in an item, or its position in a tuple. None tries usual names, such as "image".
+        label: the label's key or position. None tries usual names, such as "label" or "mask".
+        depth: the key or position of depth in metres. None means that there is no depth.
+        void: the number in labels that means no class, in addition to 255.
+        progress: called with (samples read, samples) if samples are read.
+    Raises: DataError for unsuitable items, items that differ when they are read again, or ids that are not unique.
     """
     count = _length(dataset)
     classes = classes if isinstance(classes, ClassList) else ClassList(_names(classes))
@@ -173,13 +180,13 @@ def from_dataset(
         )
         for number in order
     )
-    made = Split(data, split, classes, samples, id_rule=rule)
-    register(made)
-    return made
+    result = Split(data, split, classes, samples, id_rule=rule)
+    register(result)
+    return result
 
 
 def read_item(dataset: Any, number: int, where: str) -> Any:
-    """Return an item of a data set. Raises: DataError if the data set fails on it."""
+    """Return `dataset[number]`. Raises: DataError if the data set raises an error. `where` names the item in it."""
     with naming_item(where):
         return dataset[number]
 
@@ -225,7 +232,7 @@ def _plain(name: str) -> str:
 
 
 def _given_ids(dataset: Any, ids: str | Sequence[str], count: int) -> list[str]:
-    """Return the ids of a column, or the given ids. Raises: DataError unless each sample has a unique one."""
+    """Return the ids in a column, or the given ids. Raises: DataError unless each sample has a unique id."""
     if isinstance(ids, str):
         columns = getattr(dataset, "column_names", None)
         if columns is not None and ids in columns:
@@ -257,7 +264,7 @@ def _column(item: Any, column: str, number: int) -> Any:
 
 
 def _ids_of_contents(items: Items, count: int, progress: Progress | None) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Return ids of number and digest, and the tasks that each sample has a label of. Reads every item."""
+    """Return an id from number and digest for every item, and the tasks for which it has a label. Reads every item."""
     texts, tasks = list[str](), list[tuple[str, ...]]()
     for number in range(count):
         digest, labelled = items.contents(number)
@@ -269,7 +276,7 @@ def _ids_of_contents(items: Items, count: int, progress: Progress | None) -> tup
 
 
 def _check_still(items: Items, count: int) -> None:
-    """Raise DataError if items change from one reading to the next."""
+    """Raise DataError if items change when they are read again."""
     for number in sorted({0, count // 2, count - 1}):
         if len({items.contents(number) for _ in range(_READINGS)}) > 1:
             raise DataError(

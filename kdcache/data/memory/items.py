@@ -23,7 +23,13 @@ Key = str | int
 
 @dataclass(frozen=True)
 class Keys:
-    """Where image and labels lie in an item: keys of a mapping, or places in a tuple. None for missing ones."""
+    """Where the image and the labels lie in an item: keys of a mapping, or positions in a tuple.
+
+    Attributes:
+        image: the image's key. '' means that the item itself is the image.
+        label: the segmentation label's key, or None without one.
+        depth: the depth label's key, or None without one.
+    """
 
     image: Key
     label: Key | None
@@ -32,9 +38,11 @@ class Keys:
 
 @contextmanager
 def naming_item(where: str) -> Iterator[None]:
-    """Turn an error of the user's data set into a DataError that names the item, in a with block.
+    """Turn an error of the user's data set in a with block into a DataError that names the item.
 
-    Running out of memory is not turned into one. Raises: DataError.
+    `where` names the item, as in "item 3". Errors for lack of memory stay unchanged.
+
+    Raises: DataError.
     """
     try:
         yield
@@ -48,23 +56,30 @@ def naming_item(where: str) -> Iterator[None]:
 
 
 def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None, where: str) -> Keys:
-    """Return the keys of an item: the given ones, else usual names.
+    """Return the keys of an item's image and labels: the given keys, or usual names such as "image" and "mask".
 
-    Raises: DataError if an item lacks a key, or no key is found for the image.
+    Args:
+        item: an item of the data set: a mapping, a tuple, or an image.
+        image: the image's key, or None to search for it.
+        label: the segmentation label's key, or None to search for it.
+        depth: the depth label's key, or None without depth.
+        where: the item's name for messages.
+
+    Raises: DataError if the item lacks a given key, or if no key for the image is found.
     """
     if isinstance(item, Mapping):
         offered: list[Key] = list(item)
-        chosen = image if image is not None else next((key for key in IMAGE_KEYS if key in item), None)
+        photo = image if image is not None else next((key for key in IMAGE_KEYS if key in item), None)
         mask = label if label is not None else next((key for key in LABEL_KEYS if key in item), None)
     elif isinstance(item, tuple | list):
         offered = list(range(len(item)))
-        chosen, mask = 0 if image is None else image, (1 if len(item) > 1 else None) if label is None else label
+        photo, mask = 0 if image is None else image, (1 if len(item) > 1 else None) if label is None else label
     else:
-        offered, chosen, mask = [], image, label
+        offered, photo, mask = [], image, label
         if image is label is depth is None:
             return Keys("", None)  # the item is the image
-    wrong = [key for key in (chosen, mask, depth) if key is not None and key not in offered]
-    if chosen is None or wrong:
+    wrong = [key for key in (photo, mask, depth) if key is not None and key not in offered]
+    if photo is None or wrong:
         asked = ", ".join(map(repr, wrong)) if wrong else "image, by the usual names"
         raise DataError(
             f"{where} has no {asked}: it has {', '.join(map(repr, offered)) or type(item).__name__}",
@@ -74,18 +89,22 @@ def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None
                 "Name the keys: kdcache.from_dataset(..., image='photo', label='mask'), or places in a tuple.",
             ),
         )
-    return Keys(chosen, mask, depth)
+    return Keys(photo, mask, depth)
 
 
 def part_of(item: Any, key: Key | None) -> Any:
-    """Return a part of an item, or the item itself for the key ''."""
+    """Return `item[key]`, None for the key None, or the item itself for the key ''."""
     return None if key is None else item if key == "" else item[key]
 
 
 def image_of(value: Any, where: str) -> Pixels:
-    """Return a copy of an image as uint8 (H, W, 3), from Pillow, or integers (H, W, 3), (3, H, W) or (H, W).
+    """Return a new RGB image, uint8 (H, W, 3), from a value of an item.
 
-    Raises: DataError for anything else. Floats have been normalised in an unknown way.
+    Args:
+        value: a Pillow image, or uint8 of shape (H, W, 3), (3, H, W) or (H, W).
+        where: the item's name for messages.
+
+    Raises: DataError for anything else, such as normalised floats.
     """
     if isinstance(value, Image.Image):
         raw = " ".join(str(tile.args) for tile in getattr(value, "tile", ()))  # of a file not yet decoded
@@ -95,8 +114,8 @@ def image_of(value: Any, where: str) -> Pixels:
         return np.array((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
     array = _array(value)
     if array is None or array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
-        shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
-        raise _no_image(where, shown)
+        kind = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
+        raise _no_image(where, kind)
     if array.ndim == 2:
         array = array[..., None]
     if array.shape[-1] not in (1, 3) and array.shape[0] in (1, 3):
@@ -107,11 +126,16 @@ def image_of(value: Any, where: str) -> Pixels:
 
 
 def label_of(value: Any, size: tuple[int, ...], classes: tuple[str, ...], void: int, where: str) -> Pixels | None:
-    """Return a label as uint8 (H, W) class ids with 255 for void, or None for None.
+    """Return a segmentation label as class ids, uint8 (H, W), 255 for void, or None if `value` is None.
 
-    `size` is (H, W) of its image. `void` also means no class, in addition to 255.
+    Args:
+        value: an array, tensor or Pillow image of integers, (H, W), (1, H, W) or (H, W, 1).
+        size: (H, W) of the image in pixels.
+        classes: class names in the order of their ids.
+        void: the number that means no class, in addition to 255.
+        where: the item's name for messages.
 
-    Raises: DataError for a label of another size or kind, and for numbers that are neither class nor void.
+    Raises: DataError for a label of another size or kind, or numbers that are neither a class nor void.
     """
     if value is None:
         return None
@@ -119,9 +143,9 @@ def label_of(value: Any, size: tuple[int, ...], classes: tuple[str, ...], void: 
     if array is not None and array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array is None or array.ndim != 2 or array.dtype.kind not in "iub":
-        shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
+        kind = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
         raise DataError(
-            f"Cannot read the label of {where}: {shown} is not class ids (H, W)",
+            f"Cannot read the label of {where}: {kind} is not class ids (H, W)",
             fix="Give ids, not colours, one-hot maps or floats. For one-hot maps, give argmax(0).",
         )
     if array.shape != size:
@@ -143,9 +167,16 @@ def label_of(value: Any, size: tuple[int, ...], classes: tuple[str, ...], void: 
 
 
 def depth_of(value: Any, size: tuple[int, ...], where: str) -> Depth | None:
-    """Return a depth label as float32 (H, W) metres, NaN if it is not above 0, or None for None.
+    """Return a depth label as float32 (H, W) metres, or None if `value` is None.
 
-    Raises: DataError for one of another size or kind.
+    Depths that are not above 0 become NaN.
+
+    Args:
+        value: an array, tensor or Pillow image of floats, (H, W) or (1, H, W), in metres.
+        size: (H, W) of the image in pixels.
+        where: the item's name for messages.
+
+    Raises: DataError for a label of another size or kind.
     """
     if value is None:
         return None
@@ -153,9 +184,9 @@ def depth_of(value: Any, size: tuple[int, ...], where: str) -> Depth | None:
     if array is not None and array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     if array is None or array.shape != size or array.dtype.kind != "f":
-        shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
+        kind = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
         raise DataError(
-            f"Cannot read the depth of {where}: {shown} for an image of {size}",
+            f"Cannot read the depth of {where}: {kind} for an image of {size}",
             fix="Give metres as float32 (H, W) of the image's size, NaN or 0 where the depth is unknown.",
         )
     metres = array.astype(np.float32)
@@ -164,7 +195,7 @@ def depth_of(value: Any, size: tuple[int, ...], where: str) -> Depth | None:
 
 
 def _array(value: Any) -> npt.NDArray[Any] | None:
-    """Return numbers of an array, a tensor or nested lists, or None for anything else."""
+    """Return an array, a tensor or nested lists as an array of numbers, or None for anything else."""
     if hasattr(value, "detach"):  # a tensor: this room imports no torch
         value = value.detach().cpu()
     if not hasattr(value, "__array__") and not isinstance(value, list | tuple):

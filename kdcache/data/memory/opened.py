@@ -19,17 +19,22 @@ _OPENED: WeakValueDictionary[tuple[str, str], Split] = WeakValueDictionary()
 
 
 def is_memory(data: str) -> bool:
-    """Return whether `data` names a data set in memory."""
+    """Return whether `data` names a data set in memory, as "memory:NAME@DIGEST" does."""
     return data.startswith(PREFIX)
 
 
 def register(split: Split) -> None:
-    """Register a split for `find`, by its `data` and name. It stays registered while the program refers to it."""
+    """Make a split available to `find` in this process, until nothing else refers to the split."""
     _OPENED[split.data, split.split] = split
 
 
 def find(data: str, split: str) -> Split:
-    """Return the split of that name. Raises: DataError for an unknown one."""
+    """Return a registered split of a data set in memory. Raises: DataError if it is not registered.
+
+    Args:
+        data: the data set's name, such as "memory:NAME@DIGEST".
+        split: the split's name.
+    """
     if (known := _OPENED.get((data, split))) is not None:
         return known
     splits = names(data)
@@ -47,5 +52,5 @@ def find(data: str, split: str) -> Split:
 
 
 def names(data: str) -> list[str]:
-    """Return the names of the splits that are registered under `data`, sorted."""
-    return sorted(split for own, split in list(_OPENED) if own == data)
+    """Return the sorted names of the splits that are registered for a data set, such as "memory:NAME@DIGEST"."""
+    return sorted(split for name, split in list(_OPENED) if name == data)

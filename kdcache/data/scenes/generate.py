@@ -49,23 +49,26 @@ _IMAGE, _LABEL, _DEPTH = range(3)
 
 
 def is_scenes(data: str) -> bool:
-    """Return whether `data` names the procedural data set rather than a folder."""
+    """Return whether `data` names the built-in procedural data set, not a folder. "scenes" and "scenes:96x128" do."""
     return data == "scenes" or data.startswith("scenes:")
 
 
 @dataclass(frozen=True)
 class ScenesSpec:
-    """The options after `scenes:`, all optional.
+    """The options of the procedural data set, as in "scenes:96x128,train=64". All are optional.
 
-    Args:
-        height, width: pixels, `HxW`.
-        train, val: number of samples with labels.
-        seed: another seed is another data set.
-        unlabelled: number of samples of a split of that name without labels. 0 means there is no such split.
-        depth: `none`, `exact`, or `sparse` (a LiDAR's in train, exact in val).
-        tasks: the labels of train with depth: `both` for every sample, `halves` (segmentation for even numbers, depth
-            for odd ones), or `depth` only. The samples of val have both.
-        style: `game` and `camera` are two domains, with other pictures of other streets and the same classes.
+    Attributes:
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        train: number of samples in split "train".
+        val: number of samples in split "val".
+        seed: another seed gives other images.
+        unlabelled: number of samples in split "unlabelled", which has no labels. 0 means that this split does not
+            exist.
+        depth: "none", "exact", or "sparse" (LiDAR-like depth in train, exact depth in val).
+        tasks: labels of train if there is depth. "both" gives each sample both labels. "halves" gives segmentation to
+            even samples and depth to odd ones. "depth" gives depth only.
+        style: "default", or "game" or "camera". These two are domains with the same classes, but other images.
     """
 
     height: int = 96
@@ -80,9 +83,11 @@ class ScenesSpec:
 
     @classmethod
     def parse(cls, data: str) -> ScenesSpec:
-        """Parse `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0,depth=none,tasks=both,style=game`.
+        """Parse the spec of a procedural data set, such as "scenes" or "scenes:96x128,train=64,depth=exact".
 
-        Raises: DataError naming the part that is not understood.
+        After the size, any fields of this class may follow as NAME=VALUE.
+
+        Raises: DataError naming the part that is invalid.
         """
         values: dict[str, Any] = {}
         for part in filter(None, data.partition(":")[2].split(",")):
@@ -105,15 +110,20 @@ class ScenesSpec:
         return spec
 
     def splits(self) -> list[str]:
-        """Return the names of the splits with at least one sample, sorted."""
+        """Return the names of the splits that have samples, sorted."""
         return sorted(name for name in ("train", "val", _UNLABELLED) if self.samples(name))
 
     def samples(self, split: str) -> int:
-        """Return the number of samples of a split, or 0 for an unknown name."""
+        """Return the number of samples in a split, or 0 for an unknown split."""
         return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
 
     def labels(self, split: str, number: int) -> list[tuple[str, int]]:
-        """Return the tasks that a sample has labels of, and their places in what is drawn."""
+        """Return (task, array index) for each label of a sample.
+
+        The index is into the tuple that `SceneCache.get` returns.
+
+        `number` is the sample's position in the split, from 0.
+        """
         both = [(SEGMENTATION, _LABEL), (DEPTH, _DEPTH)]
         if split == _UNLABELLED:
             return []
@@ -126,7 +136,14 @@ class ScenesSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SceneArray(Source[Any]):
-    """An array of a drawn sample of a split, by its place: the image, the label or the depth."""
+    """A source of one array of a procedural sample.
+
+    Attributes:
+        spec: the options of the data set.
+        split: the split's name.
+        number: the sample's position in the split, from 0.
+        place: 0 for the image, 1 for the segmentation label, 2 for depth.
+    """
 
     spec: ScenesSpec
     split: str
@@ -134,7 +151,10 @@ class SceneArray(Source[Any]):
     place: int
 
     def read(self) -> Any:
-        """Return a copy of the drawn array. LiDAR depth is NaN except at the points that the LiDAR hit."""
+        """Return a copy of the array: uint8 (H, W, 3), uint8 (H, W), or float32 (H, W) metres.
+
+        Sparse depth is mostly NaN.
+        """
         array = SCENES.get(self.spec, self.split, self.number)[self.place].copy()
         if self.place == _DEPTH and self.spec.depth == "sparse" and self.split == "train":
             seed = [self.spec.seed, zlib.crc32(b"lidar"), self.number]
@@ -142,7 +162,7 @@ class SceneArray(Source[Any]):
         return array
 
     def size(self) -> tuple[int, int]:
-        """Return (H, W) of the spec."""
+        """Return (height, width) in pixels, without drawing the sample."""
         return self.spec.height, self.spec.width
 
 
@@ -150,9 +170,9 @@ def open_scenes(data: str, split: str) -> Split:
     """Return one split of the procedural data set.
 
     Args:
-        data: the spec, such as `scenes:96x128,train=64`.
-        split: `train`, `val` or `unlabelled`.
-    Raises: DataError for a malformed spec or a split without samples.
+        data: the spec, such as "scenes:96x128,train=64".
+        split: "train", "val" or "unlabelled".
+    Raises: DataError for an invalid spec, or a split without samples.
     """
     spec = ScenesSpec.parse(data)
     if split not in spec.splits():
@@ -176,7 +196,12 @@ def open_scenes(data: str, split: str) -> Split:
 
 
 def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """Return the pixels that a LiDAR's points hit, bool (H, W): even scan lines, each with a random start."""
+    """Return which pixels a simulated LiDAR hits, bool (H, W).
+
+    The points lie on evenly spaced rows, each with a random start.
+
+    `size` is (H, W) in pixels, and 15 % of the points are missing.
+    """
     pitch_y, pitch_x = max(size[0] // LINES, 1), max(size[1] // POINTS, 1)
     points = np.zeros(size, np.bool_)
     for row in range(pitch_y // 2, size[0], pitch_y):
@@ -186,11 +211,15 @@ def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray
 
 
 def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
-    """Write the scenes of `data` as a data set of layout `folder`, for `open_split`. Return the folder.
+    """Write the procedural data set as a folder with images/, labels/ and classes.txt. Return the folder.
 
-    The folder is created if missing, and files of the same names are overwritten.
+    The folder is created if missing. Existing files with the same names are overwritten.
 
-    Raises: DataError for a malformed spec.
+    Args:
+        folder: the folder to write.
+        data: the spec, such as "scenes:96x128,train=64".
+
+    Raises: DataError for an invalid spec.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
@@ -213,7 +242,11 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes") -> Path:
 
 
 class SceneCache:
-    """Drawn samples of this process, with least recently used eviction. Safe to share between threads."""
+    """A thread-safe cache of drawn samples in memory. It drops the least recently used samples.
+
+    Args:
+        limit_bytes: the most memory for samples, in bytes.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -222,10 +255,15 @@ class SceneCache:
         self._lock = threading.Lock()
 
     def get(self, spec: ScenesSpec, split: str, index: int) -> tuple[Any, ...]:
-        """Return a sample's image and label, from memory if it is there. Else draw and keep it.
+        """Return a sample's arrays from memory. If they are not there, draw and keep them.
 
-        Returns: uint8 (H, W, 3) RGB and uint8 (H, W) class ids, 255 for void. If the spec has depth, also float32
-            (H, W) metres, NaN in the sky. Depth doubles the memory of a sample.
+        Args:
+            spec: the options of the data set.
+            split: the split's name.
+            index: the sample's position in the split, from 0.
+
+        Returns: (image, label), or (image, label, depth) if the spec has depth. The image is uint8 (H, W, 3) RGB, the
+            label uint8 (H, W) class ids with 255 for void, the depth float32 (H, W) metres with NaN in the sky.
         """
         depth = spec.depth != "none"
         key = (spec.height, spec.width, spec.seed, spec.style, depth, split, index)

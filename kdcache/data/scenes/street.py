@@ -55,10 +55,16 @@ Mask = npt.NDArray[np.bool_]
 def draw_street(
     rng: np.random.Generator, height: int, width: int, style: Style = STYLES["default"]
 ) -> tuple[Pixels, Pixels, Depth]:
-    """Draw a street of at least 16 x 16 pixels in a style. `rng` is the only source of randomness.
+    """Draw a procedural street scene.
 
-    Returns: uint8 (height, width, 3) RGB; uint8 (height, width) ids of `CLASSES`, 255 for void; float32 (height, width)
-        depth in metres, NaN in the sky.
+    Args:
+        rng: the only source of randomness.
+        height: height of the image in pixels, at least 16.
+        width: width of the image in pixels, at least 16.
+        style: colours, objects and camera of the scene.
+
+    Returns: the image, uint8 (height, width, 3) RGB, its class ids, uint8 (height, width), 255 for void, and its depth,
+        float32 (height, width) metres, NaN in the sky.
     """
     scene = _Scene.draw(rng, height, width, style)
     scene.sky()
@@ -110,7 +116,7 @@ class _Scene:
         self.rgb[:rows] = top + fade * (np.float32(215) - top) * np.float32(0.7) + clouds - np.float32(25)
 
     def skyline(self) -> None:
-        """Draw a row of facades from left to right, with gaps, higher towards the sides."""
+        """Draw a row of buildings from left to right, with gaps. They are higher towards the sides."""
         x = -int(self.rng.integers(0, self.width // 8 + 1))
         while x < self.width:
             wide = int(self.width * self.rng.uniform(0.07, 0.24)) + 2
@@ -137,7 +143,7 @@ class _Scene:
         self.metres[y0:y1, x0:x1] = metres
 
     def ground(self) -> None:
-        """Draw verges on both sides, the road as a trapezoid to the vanishing point, and broken lane marks."""
+        """Draw the verges on both sides, the road as a trapezoid to the vanishing point, and broken lane marks."""
         rng, rows = self.rng, self.height - self.horizon
         size, below = (rows, self.width), slice(self.horizon, None)
         depth = (np.arange(rows, dtype=np.float32) + np.float32(0.5))[:, None] / np.float32(rows)
@@ -158,7 +164,7 @@ class _Scene:
         self.ids[below][road] = ROAD
 
     def metres_at(self, depth: Floats | float) -> Floats:
-        """Return the metres from the camera to ground at `depth`, from 0 (horizon) to 1 (lower edge)."""
+        """Return the distance in metres of ground at `depth`, from 0 (horizon) to 1 (lower edge of the image)."""
         scale = FOCAL * self.style.camera_height * self.height / (self.height - self.horizon)
         return np.asarray(scale / np.asarray(depth, np.float64), np.float32)
 
@@ -169,7 +175,7 @@ class _Scene:
         return np.asarray(0.015 * self.width + self.road_half * depth, np.float32)
 
     def things(self) -> None:
-        """Draw everything that stands on the ground, far to near. Most objects are far, as in perspective."""
+        """Draw everything that stands on the ground, from far to near. Most objects are far, as in perspective."""
         rng, style = self.rng, self.style
         makers = (
             [self.tree] * rng.integers(*style.trees)
@@ -230,15 +236,18 @@ class _Scene:
         self.put(box, mast | sign, colour * (np.float32(1.15) - np.float32(0.3) * (x > 0))[..., None], POLE, depth)
 
     def scale(self, depth: float) -> float:
-        """Return the size of things at `depth`, which a higher camera sees farther away."""
+        """Return the relative size of things at `depth`.
+
+        Things look smaller to a higher camera, because they are farther away.
+        """
         return depth * (CAMERA_HEIGHT / self.style.camera_height)
 
     def one_of(self, colours: tuple[Colour, ...], size: int | None = None) -> Floats:
-        """Return one of some colours, or `size` of them, float32."""
+        """Return one of the colours at random, float32 (3,), or `size` of them, (size, 3)."""
         return np.asarray(np.array(colours, np.float32)[self.rng.integers(len(colours), size=size)])
 
     def grain(self, size: tuple[int, int], strength: float) -> Floats:
-        """Return pixel noise, which repeats where the style has a tile."""
+        """Return a field of pixel noise. It repeats if the style has tiles."""
         side = self.style.tile
         if not side:
             return _grain(self.rng, size, strength)
@@ -246,16 +255,20 @@ class _Scene:
         return np.tile(tile, (size[0] // side + 1, size[1] // side + 1))[: size[0], : size[1]]
 
     def beside(self, depth: float, low: float, high: float) -> float:
-        """Return a place left or right of the road's edge, in road half-widths beyond it."""
+        """Return a random column left or right of the road.
+
+        `low` and `high` are distances from its edge, in road half-widths.
+        """
         edge = self.road_reach(depth) * (1 + self.rng.uniform(low, high))
         return float(self.road_centre(depth) + (edge if self.rng.random() < 0.5 else -edge))
 
     def stand(
         self, depth: float, tall: float, wide: float, centre: float
     ) -> tuple[Floats, Floats, tuple[slice, slice]]:
-        """Return the box of an object with its foot at `depth`, cut to the image, and coordinates in it.
+        """Return the box of an object whose foot is at `depth`, and the coordinates of its pixels.
 
-        Returns: y from 0 (top) to 1 (foot) as (h, 1), x from -0.5 to 0.5 as (1, w), and the box.
+        Returns: y from 0 (top) to 1 (foot) as (h, 1), x from -0.5 to 0.5 as (1, w), and the box as row and column
+            slices, cut to the image.
         """
         foot = self.horizon + depth * (self.height - self.horizon)
         tall, wide = max(tall, 2.0), max(wide, 1.0)
@@ -271,7 +284,7 @@ class _Scene:
         self.metres[box] = np.where(mask, self.metres_at(depth), self.metres[box])
 
     def photograph(self) -> Pixels:
-        """Return light of the day, haze towards the horizon, a soft lens, sensor noise."""
+        """Return the image with the light of the day, haze, a soft lens and sensor noise."""
         rng, rgb, style = self.rng, self.rgb, self.style
         light = np.float32(rng.uniform(*style.light)) * rng.uniform(*style.tint, 3).astype(np.float32)
         light = light * (np.float32(0.75) + np.float32(0.5) * _noise(rng, self.height, self.width, 2, 3)[..., None])
@@ -284,7 +297,7 @@ class _Scene:
         return np.clip(rgb + noise + np.float32(0.5), 0, 255).astype(np.uint8)
 
     def annotate(self) -> Pixels:
-        """Return the ids, with void along some borders, where an annotator would be unsure."""
+        """Return the class ids, with void along some borders, where a human annotator would be unsure."""
         border = np.zeros(self.ids.shape, bool)
         border[:, 1:] |= self.ids[:, 1:] != self.ids[:, :-1]
         border[1:] |= self.ids[1:] != self.ids[:-1]
@@ -293,7 +306,7 @@ class _Scene:
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, ny: int, nx: int) -> Floats:
-    """Smooth noise in [0, 1): a grid of (ny + 1, nx + 1) random values, bilinearly enlarged."""
+    """Return smooth noise in [0, 1): a grid of (ny + 1, nx + 1) random values, enlarged bilinearly."""
     grid = rng.random((ny + 1, nx + 1), np.float32)
     y, x = (np.arange(n, dtype=np.float32) * np.float32(m / max(n, 1)) for n, m in ((height, ny), (width, nx)))
     iy, ix = np.minimum(y.astype(np.intp), ny - 1), np.minimum(x.astype(np.intp), nx - 1)
@@ -304,12 +317,12 @@ def _noise(rng: np.random.Generator, height: int, width: int, ny: int, nx: int) 
 
 
 def _grain(rng: np.random.Generator, size: tuple[int, int], strength: float) -> Floats:
-    """Return pixel noise: uniform in 1 +- strength."""
+    """Return noise for each pixel, uniform between 1 - strength and 1 + strength."""
     return np.float32(1 - strength) + rng.random(size, np.float32) * np.float32(2 * strength)
 
 
 def _saturated(rgb: Floats, saturation: float) -> Floats:
-    """Return colours moved away from their grey, or towards it. 1 leaves them exactly unchanged."""
+    """Return colours moved away from grey (saturation above 1) or towards it. 1 returns them unchanged."""
     if saturation == 1:
         return rgb
     grey = rgb.mean(2, keepdims=True)
@@ -317,13 +330,13 @@ def _saturated(rgb: Floats, saturation: float) -> Floats:
 
 
 def _vignette(height: int, width: int, shade: float) -> Floats:
-    """Return the light through a lens, (height, width, 1): 1 in the middle, less by `shade` in the corners."""
+    """Return the light through a lens, (height, width, 1): 1 in the middle, and 1 - shade in the corners."""
     y, x = (((np.arange(n, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / n) - 1) ** 2 for n in (height, width))
     return np.asarray(1 - np.float32(shade / 2) * (y[:, None] + x[None, :]))[..., None]
 
 
 def _softened(rgb: Floats) -> Floats:
-    """Smooth each channel by [1, 2, 1] / 4 along both axes, except the border."""
+    """Return each channel blurred by [1, 2, 1] / 4 along both axes, except at the border."""
     soft = rgb.copy()
     soft[:, 1:-1] = (rgb[:, :-2] + 2 * rgb[:, 1:-1] + rgb[:, 2:]) / 4
     soft[1:-1] = (soft[:-2] + 2 * soft[1:-1] + soft[2:]) / 4

@@ -17,22 +17,33 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Style:
-    """The numbers of a street's drawing. Ranges are uniform.
+    """The look of a procedural street: colours, objects, camera and light.
+
+    A range (low, high) is drawn uniformly. A range of whole numbers excludes its end.
 
     Attributes:
-        facades, greens, clothes: base colours.
-        sky: how blue it is, from overcast (0) to clear (1).
-        windows: their pitch in pixels, half-open.
-        grass, road: brightness of grass and asphalt, 0 to 255.
+        facades: base colours of buildings, (r, g, b) of 0 to 255.
+        greens: base colours of plants.
+        clothes: base colours of clothes.
+        sky: range of the sky's blueness, from overcast (0) to clear (1).
+        windows: range of the distance between windows in pixels.
+        grass: range of the grass's brightness. 1 keeps the base colours.
+        road: range of the asphalt's grey level, 0 to 255.
         tile: side in pixels of the repeated texture of ground and leaves. 0 does not repeat.
-        trees, vehicles, people, poles: their numbers, half-open.
-        built: the part of the skyline that is built up.
-        horizon: its place, as a part of the height. road_half: half the road's width at the lower edge, as a part of
-            the image's.
-        camera_height: metres above the ground.
-        light, tint: brightness of the day, and of each channel. saturation: 1 leaves it.
-        shade: the part of the light that is lost in the corners. blurs: how often the lens softens. noise: the sensor's
-            standard deviation, of 255.
+        trees: range of the number of trees.
+        vehicles: range of the number of vehicles.
+        people: range of the number of people.
+        poles: range of the number of poles.
+        built: the share of the skyline that has buildings, 0 to 1.
+        horizon: range of the horizon's position, as a share of the image's height from the top.
+        road_half: range of half the road's width at the lower edge, as a share of the image's width.
+        camera_height: the camera's height above the ground in metres.
+        light: range of the brightness of the day. 1 changes nothing.
+        tint: lowest and highest factor of each colour channel.
+        saturation: factor of the colours' distance from grey. 1 changes nothing.
+        shade: the share of light that is lost in the corners, 0 to 1.
+        blurs: how many times the image is blurred.
+        noise: range of the sensor noise's standard deviation, in levels of 0 to 255.
     """
 
     facades: tuple[Colour, ...] = (
