@@ -29,7 +29,14 @@ _GRADIENT_NUMBERS = 200_000_000  # at view size, all classes: about a minute on 
 
 @dataclass(frozen=True)
 class Confused:
-    """A pair of classes: `share` of the pixels labelled `label` are predicted as `predicted`."""
+    """A class that the teacher confuses with another.
+
+    Attributes:
+        label: name of the labelled class.
+        predicted: name of the other class, which the teacher predicts.
+        share: fraction of the pixels labelled `label` that are predicted as `predicted`, 0 to 1.
+        pixels: number of these pixels.
+    """
 
     label: str
     predicted: str
@@ -39,7 +46,13 @@ class Confused:
 
 @dataclass(frozen=True)
 class Scored:
-    """The teacher on one image: mIoU over the classes in its label or its prediction."""
+    """The teacher's score on one image.
+
+    Attributes:
+        record: number of the record.
+        sample: the sample's id.
+        miou: mean IoU, 0 to 1, over the classes in the image's label or in its prediction.
+    """
 
     record: int
     sample: str
@@ -48,12 +61,21 @@ class Scored:
 
 @dataclass(frozen=True)
 class Audit:
-    """The audit of a cache's teacher. Without labels `metrics` and `calibration` are None, and `confused` is empty.
+    """The quality of a teacher's classes, measured from its cache. C is the number of classes.
 
     Attributes:
-        counts: (C, C), pixels by label and by predicted class.
-        coverage: pseudo labels' coverage at each of THRESHOLDS. quality: the same against labels, empty without labels.
-        worst: images by mIoU, the worst first.
+        class_names: names of the C classes.
+        class_colours: RGB of the C classes, 0 to 255.
+        images: number of images.
+        labelled: number of images with a label.
+        counts: int64 (C, C), number of pixels by label (rows) and predicted class (columns).
+        metrics: the scores against labels, or None without labels.
+        calibration: how well the teacher's confidence matches its accuracy, or None without labels.
+        confused: the 10 most confused pairs of classes, the largest share first.
+        coverage: for each confidence in THRESHOLDS, the pixels with at least that confidence.
+        quality: for each confidence in THRESHOLDS, the pseudo labels compared with labels. Empty without labels.
+        gradient: the gradient error if fewer classes were kept.
+        worst: the images with the lowest mIoU, the lowest first.
     """
 
     class_names: tuple[str, ...]
@@ -70,16 +92,16 @@ class Audit:
     worst: tuple[Scored, ...]
 
     def coverage_at(self, threshold: float) -> Coverage:
-        """Return the coverage at one of THRESHOLDS."""
+        """Return the coverage at `threshold`, which must be one of THRESHOLDS."""
         return self.coverage[THRESHOLDS.index(threshold)]
 
     def confused_with(self, label: int) -> Confused | None:
-        """Return the other class that a class is most often predicted as, or None."""
+        """Return the most frequent wrong prediction for the class number `label`, or None if there is none."""
         return next(iter(_pairs(self.class_names, self.counts[label : label + 1], label)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with null for NaN."""
-        beside = [{"beside_labels": one.to_json()} for one in self.quality] or [{}] * len(self.coverage)
+        """Return the audit as JSON values, with null for NaN."""
+        by_threshold = [{"beside_labels": quality.to_json()} for quality in self.quality] or [{}] * len(self.coverage)
         return without_nan(
             {
                 "images": self.images,
@@ -92,7 +114,7 @@ class Audit:
                 "pixels_by_label_and_said": self.counts.tolist(),
                 "pseudo_labels": [
                     {"threshold": threshold, **coverage_json(self.class_names, coverage), **labels}
-                    for threshold, coverage, labels in zip(THRESHOLDS, self.coverage, beside, strict=True)
+                    for threshold, coverage, labels in zip(THRESHOLDS, self.coverage, by_threshold, strict=True)
                 ],
                 "kl_gradient_error": asdict(self.gradient),
                 "worst": [asdict(scored) for scored in self.worst],
@@ -101,7 +123,7 @@ class Audit:
 
 
 def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
-    """Return coverage by class name, with null for NaN."""
+    """Return a coverage as JSON values with an entry for each class, with null for NaN."""
     columns = (coverage.thresholds, coverage.predicted, coverage.selected, coverage.shares, coverage.precision)
     keys = ("name", "threshold", "said", "kept", "share", "precision")
     classes = [dict(zip(keys, row, strict=True)) for row in zip(class_names, *columns, strict=True)]
@@ -109,11 +131,13 @@ def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str,
 
 
 def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None = None) -> Audit:
-    """Audit the teacher of a cache by its content, on whole images at view size.
+    """Measure the quality of the teacher's classes, from its cache and on whole images at view size.
 
-    `worst` is the number of worst images to name. `progress` is called with (images done, images).
-
-    Raises: MismatchError for a missing or a changed data set; CorruptError.
+    Args:
+        records: the cache with its pixels and labels.
+        worst: number of images with the lowest mIoU to list.
+        progress: called with (images done, total images).
+    Raises: MismatchError for a missing or changed data set; CorruptError for a damaged cache.
     """
     records.check_complete()
     cache = records.cache
@@ -124,13 +148,13 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
     heap: list[tuple[float, int, Scored]] = []  # a heap whose smallest is the best of the worst
     labelled = 0
     numbers = whole_records(cache)
-    for done, whole in enumerate(read_wholes(records), 1):
-        confidences.update(whole.argmax, whole.confidence, whole.label, whole.inside)
-        if whole.label is not None and (one := _confusion(whole, names)) is not None:
+    for done, prediction in enumerate(read_wholes(records), 1):
+        confidences.update(prediction.argmax, prediction.confidence, prediction.label, prediction.inside)
+        if prediction.label is not None and (image_confusion := _confusion(prediction, names)) is not None:
             labelled += 1
-            pseudo.update(whole.argmax.numpy(), whole.confidence.numpy(), whole.label, whole.inside)
-            confusion.counts += one.counts
-            scored = Scored(whole.record, whole.sample, one.metrics().miou)
+            pseudo.update(prediction.argmax.numpy(), prediction.confidence.numpy(), prediction.label, prediction.inside)
+            confusion.counts += image_confusion.counts
+            scored = Scored(prediction.record, prediction.sample, image_confusion.metrics().miou)
             heapq.heappush(heap, (-scored.miou, -scored.record, scored))
             if len(heap) > worst:
                 heapq.heappop(heap)
@@ -152,12 +176,12 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
     )
 
 
-def _confusion(whole: Whole, names: tuple[str, ...]) -> ConfusionMatrix | None:
-    """Return the confusion matrix of one image, or None without a labelled pixel."""
-    if whole.label is None:
+def _confusion(prediction: Whole, names: tuple[str, ...]) -> ConfusionMatrix | None:
+    """Return the confusion matrix of one image, or None if no pixel of it has a label."""
+    if prediction.label is None:
         return None
     confusion = ConfusionMatrix(names, IGNORE_INDEX)
-    confusion.update(whole.argmax, torch.from_numpy(whole.label))
+    confusion.update(prediction.argmax, torch.from_numpy(prediction.label))
     return confusion if confusion.counts.any() else None
 
 

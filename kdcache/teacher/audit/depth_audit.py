@@ -33,7 +33,15 @@ _LEAST = 1e-3
 
 @dataclass(frozen=True)
 class RangeError:
-    """Pixels with a label from `low` to `high` metres: their rmse and abs rel, NaN without pixels."""
+    """The teacher's depth errors on pixels at a range of distances.
+
+    Attributes:
+        low: smallest labelled depth of the range in metres.
+        high: largest labelled depth of the range in metres, infinite for the last range.
+        pixels: number of these pixels.
+        rmse: root mean squared error in metres.
+        abs_rel: mean of |error| / true depth.
+    """
 
     low: float
     high: float
@@ -44,7 +52,13 @@ class RangeError:
 
 @dataclass(frozen=True)
 class DepthScored:
-    """One image with the teacher's rmse in metres."""
+    """The teacher's depth error on one image.
+
+    Attributes:
+        record: number of the record.
+        sample: the sample's id.
+        rmse: root mean squared error in metres.
+    """
 
     record: int
     sample: str
@@ -53,14 +67,21 @@ class DepthScored:
 
 @dataclass(frozen=True, eq=False)
 class RegressionAudit:
-    """The audit of one head. Without labels, or in another unit than metres, `metrics` is None and `worst` empty.
+    """The quality of a numeric head, such as depth, measured from the cache. Errors need labels and a head in metres.
 
     Attributes:
-        high: the end of the bins. Larger values are in the last bin.
-        predicted, labels: (JOINT_BINS,), number of pixels by the teacher's value, and by the label's value.
-        joint: (JOINT_BINS, JOINT_BINS), number of labelled pixels by label and by prediction.
-        ranges: errors by the label's distance.
-        worst: images by rmse, the largest first.
+        name: name of the head.
+        unit: the values' unit, `m` for metres.
+        images: number of images.
+        labelled: number of images with a depth label.
+        high: end of the last bin. Bins have equal widths from 0. Larger values count in the last bin.
+        predicted: int64 (JOINT_BINS,), number of pixels in each bin of the teacher's value.
+        labels: int64 (JOINT_BINS,), number of pixels in each bin of the label.
+        joint: int64 (JOINT_BINS, JOINT_BINS), number of pixels by bin of the label (rows) and of the teacher's value.
+        depth_range: the range of labels that count, or None without errors.
+        metrics: the errors over all images, or None.
+        ranges: the errors by distance. Empty without errors.
+        worst: the images with the largest rmse, the largest first. Empty without errors.
     """
 
     name: str
@@ -77,7 +98,7 @@ class RegressionAudit:
     worst: tuple[DepthScored, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with null for NaN."""
+        """Return the audit as JSON values, with null for NaN."""
         return without_nan(
             {
                 "unit": self.unit,
@@ -97,11 +118,14 @@ class RegressionAudit:
 def audit_regression(
     records: Records, name: str, *, worst: int = 10, progress: Progress | None = None
 ) -> RegressionAudit:
-    """Audit the numeric head `name` by the content of a cache.
+    """Measure the quality of the numeric head `name`, from the cache and on whole images at view size.
 
-    `worst` is the number of worst images to name. `progress` is called with (images done, images).
-
-    Raises: MismatchError for a missing or a changed data set; CorruptError.
+    Args:
+        records: the cache with its pixels and labels.
+        name: name of the head, such as `depth`.
+        worst: number of images with the largest error to list.
+        progress: called with (images done, total images).
+    Raises: MismatchError for a missing or changed data set; CorruptError for a damaged cache.
     """
     records.check_complete()
     cache = records.cache
@@ -146,7 +170,10 @@ def audit_regression(
 
 
 def map_at_view(records: Records, record: int, name: str) -> Tensor:
-    """Return the first channel of a stored regression at view size, float32 (H, W) in the head's unit."""
+    """Return the first channel of a stored numeric head at view size, float32 (H, W) in the head's unit.
+
+    `name` is the head's name.
+    """
     head = records.cache.manifest.regressions[name]
     values_chw = torch.from_numpy(records.target(record, name)["values"]).float()
     if head.parameterisation != "identity":
@@ -159,13 +186,16 @@ def map_at_view(records: Records, record: int, name: str) -> Tensor:
 
 
 def depth_label(records: Records, record: int) -> Array | None:
-    """Return the depth label of a record, float32 (H, W) metres, or None if its sample has none."""
+    """Return a record's depth label, or None if its sample does not have one.
+
+    Returns: float32 (H, W) in metres, with NaN for unknown depth.
+    """
     labelled = records.cache.labelled[DEPTH][record // records.cache.manifest.view.views_per_sample]
     return records.label(record, DEPTH) if labelled else None
 
 
 class _Counts:
-    """Counts over pixels, of values clipped to 0..high."""
+    """Counts of pixels by bin of their value, clipped to the range from 0 to `high`."""
 
     def __init__(self, high: float) -> None:
         self.high = high
@@ -193,7 +223,7 @@ class _Counts:
             self._sums[row] += np.bincount(place, weights, len(EDGES))
 
     def ranges(self) -> tuple[RangeError, ...]:
-        """Return the errors at each distance that occurs."""
+        """Return the errors for each range of distances that occurs."""
         return tuple(
             RangeError(low, high, int(pixels), math.sqrt(squares / pixels), relative / pixels)
             for low, high, pixels, squares, relative in zip(EDGES, (*EDGES[1:], math.inf), *self._sums, strict=True)
@@ -211,7 +241,7 @@ def _bins_end(records: Records, head: Regression, name: str, numbers: list[int])
 
 def _rmse(depth_range: DepthRange, values: Array, label: Array) -> float | None:
     """Return the rmse of one image, or None without a valid pixel."""
-    one = DepthErrors(depth_range)
-    one.update(torch.from_numpy(values), torch.from_numpy(label))
-    metrics = one.metrics()
+    errors = DepthErrors(depth_range)
+    errors.update(torch.from_numpy(values), torch.from_numpy(label))
+    metrics = errors.metrics()
     return metrics.rmse if metrics.counted_images else None

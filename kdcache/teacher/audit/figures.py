@@ -41,14 +41,19 @@ _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
 
 
 def check_report_folder(folder: Path) -> None:
-    """Raise RecipeError for a folder that holds something other than a report."""
+    """Check that a folder is new, empty, or holds an earlier report.
+
+    Raises: RecipeError if it holds something else.
+    """
     check_own_folder(folder, REPORT)
 
 
 def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:
-    """Write report.json and the pictures, and return the pictures.
+    """Write an audit's report.json and its pictures, and return the paths of the pictures.
 
-    They replace an earlier report only when all of them are drawn.
+    They replace an earlier report in `folder`, after all pictures are drawn.
+
+    Raises: RecipeError if the folder holds something other than a report.
     """
     check_report_folder(folder)
     with replacing_in(folder, lambda: _earlier(folder)) as drawn:
@@ -67,7 +72,7 @@ def _earlier(folder: Path) -> Iterator[Path]:
 
 
 def _write_classes(audit: Audit, records: Records, folder: Path) -> list[Path]:
-    """Return the pictures of a head of classes."""
+    """Draw the segmentation audit, and return the paths of the pictures."""
     figures = {"pseudo-labels.png": _coverage(audit)}
     if audit.gradient.noisy:
         figures["gradient.png"] = _gradient(audit)
@@ -86,7 +91,7 @@ def _write_classes(audit: Audit, records: Records, folder: Path) -> list[Path]:
 
 
 def _classes(audit: Audit) -> "Figure":
-    """Return IoU and accuracy of every class."""
+    """Draw IoU and accuracy of every class."""
     assert audit.metrics is not None
     metrics = audit.metrics
     title = (
@@ -101,7 +106,7 @@ def _classes(audit: Audit) -> "Figure":
 
 
 def _calibration(audit: Audit) -> "Figure":
-    """Return the reliability diagram, and confidence next to precision for every class."""
+    """Draw the reliability diagram, and each class's confidence next to its precision."""
     assert audit.calibration is not None
     calibration = audit.calibration
     title = f"How sure the teacher is, and how often it is right: ECE {percent(calibration.ece)} points over 15 bins"
@@ -139,7 +144,7 @@ def _calibration(audit: Audit) -> "Figure":
 
 
 def _coverage(audit: Audit) -> "Figure":
-    """Return share and precision over thresholds, and per class at 0.7 and 0.9."""
+    """Draw share and precision of pseudo labels over thresholds, and for each class at 0.7 and 0.9."""
     labelled = audit.metrics is not None
     figure = new_figure(14, max(4.8, 1.6 + 0.42 * len(audit.class_names)), "Pseudo labels: what a threshold keeps")
     left, *others = figure.subplots(1, 3)
@@ -161,7 +166,7 @@ def _coverage(audit: Audit) -> "Figure":
 
 
 def _gradient(audit: Audit) -> "Figure":
-    """Return error of the KL gradient over k, for both students."""
+    """Draw the error of the KL gradient over k, for an untrained student and for one near the teacher."""
     gradient = audit.gradient
     title = f"Error of the KL gradient with only k of {len(audit.class_names)} classes kept ({gradient.records} images)"
     figure = new_figure(11, 4.6, title)
@@ -169,8 +174,8 @@ def _gradient(audit: Audit) -> "Figure":
     for axes, (student, errors) in zip(figure.subplots(1, 2, sharey=True), students, strict=True):
         dress(axes, student, "classes kept, k", "error, % of the gradient's norm")
         for temperature, colour in zip(TEMPERATURES, _LINES, strict=True):
-            shown = [100 * row[temperature] for row in errors.values()]
-            axes.plot(list(errors), shown, "o-", color=colour, label=f"T = {temperature:g}")
+            percents = [100 * row[temperature] for row in errors.values()]
+            axes.plot(list(errors), percents, "o-", color=colour, label=f"T = {temperature:g}")
         axes.axhline(5, color=INK, linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -184,10 +189,12 @@ def _gradient(audit: Audit) -> "Figure":
 
 
 def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure":
-    """Return image, label, prediction, and where the two differ."""
-    whole = read_whole(records, scored.record, labelled=True)
-    assert whole.label is not None
-    pixels, argmax, label = map(whole.of_image, (records.pixels(scored.record), whole.argmax.numpy(), whole.label))
+    """Draw the image, the label, the prediction, and the pixels where label and prediction differ."""
+    prediction = read_whole(records, scored.record, labelled=True)
+    assert prediction.label is not None
+    pixels, argmax, label = map(
+        prediction.of_image, (records.pixels(scored.record), prediction.argmax.numpy(), prediction.label)
+    )
     counted = label != IGNORE_INDEX
     wrong = float((argmax != label)[counted].mean())
     colours, red = audit.class_colours, error_colour(audit.class_colours)

@@ -23,12 +23,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Whole:
-    """One record: a whole image, or the first crop of an image.
+    """The teacher's prediction for one whole image at view size.
+
+    If a cache has only crops, it is the image's first crop.
 
     Attributes:
-        argmax: (H, W), the most likely class of every pixel. confidence: its probability at T = 1, float16.
-        inside: (H, W) bool, the part of the view that shows its image, or None for all.
-        label: (H, W) uint8, 255 is void, or None if it is missing or unreadable.
+        record: number of the record.
+        sample: the sample's id.
+        target: the stored target.
+        argmax: (H, W), the most likely class of every pixel.
+        confidence: float16 (H, W), its probability at temperature 1.
+        inside: bool (H, W), False where the view shows grey outside its image. None if there is no such grey.
+        label: uint8 (H, W) with 255 for void, or None if it is missing or was not read.
     """
 
     record: int
@@ -40,7 +46,7 @@ class Whole:
     label: Array | None
 
     def of_image(self, array_HW: Array) -> Array:
-        """Return the part of (H, W) or (H, W, 3) that shows its image, or all of it if no pixel does."""
+        """Crop (H, W) or (H, W, 3) to the part of the view that shows the image, without the grey around it."""
         if self.inside is None or not self.inside.any():
             return array_HW
         rows, columns = np.flatnonzero(self.inside.any(1)), np.flatnonzero(self.inside.any(0))
@@ -48,14 +54,22 @@ class Whole:
 
 
 def whole_records(cache: Cache) -> list[int]:
-    """Return the first view of every sample: the whole image, unless all views are crops."""
+    """Return the record number of each sample's first view.
+
+    It shows the whole image, unless the cache has only crops.
+    """
     return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]
 
 
 def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
-    """Read one record. `labelled` says whether it has a label, which is read if pixels and labels are available.
+    """Read the teacher's prediction for one record, and its label if there is one.
 
-    Raises: MismatchError if the data set renders other pixels than the teacher saw; CorruptError.
+    Args:
+        records: the cache, with its data set if it stores no labels.
+        record: number of the record.
+        labelled: whether the sample has a label. It is read if pixels and labels are available.
+    Raises: MismatchError for an image that no longer renders to the pixels that the teacher saw; CorruptError for a
+        damaged cache.
     """
     cache = records.cache
     target = packed_target(records, [record])
@@ -70,14 +84,19 @@ def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
 
 
 def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
-    """Yield every whole image of a cache in order, with its label if `labels` is true. Raises: as `read_whole`."""
+    """Yield the teacher's prediction for each whole image of a cache, in the order of the samples.
+
+    `labels` says whether labels are also read.
+
+    Raises: MismatchError for a changed data set; CorruptError for a damaged cache.
+    """
     labelled, views = records.cache.labelled[SEGMENTATION], records.cache.manifest.view.views_per_sample
     for record in whole_records(records.cache):
         yield read_whole(records, record, labelled=labels and bool(labelled[record // views]))
 
 
 def inside_view(cache: Cache, record: int) -> Array | None:
-    """Return the part of a view that shows its image, (H, W) bool, or None for all."""
+    """Return which pixels of a view show its image, bool (H, W), or None if all of them do."""
     if not cache.manifest.view.reaches_beyond:
         return None
     paths = ["records/window", "records/flip", "records/source_size"]

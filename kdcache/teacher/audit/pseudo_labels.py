@@ -35,9 +35,14 @@ SETTINGS = "pseudo-labels.json"
 
 @dataclass(frozen=True)
 class Rule:
-    """Which pixels are kept: those at least as sure as `threshold`, or the surest `quantile` of every class.
+    """The rule by which a pixel's prediction becomes a pseudo label.
 
-    Raises: RecipeError unless exactly one of them is set, above 0 and below 1.
+    Set exactly one of the two fields, between 0 and 1.
+
+    Attributes:
+        threshold: the smallest probability that is kept.
+        quantile: the fraction of each class's pixels that is kept, the most confident pixels first.
+    Raises: RecipeError for other values.
     """
 
     threshold: float | None = None
@@ -57,10 +62,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export: files `written` now, and files `kept` from before. The coverage counts all of them.
+    """The result of exporting pseudo labels.
 
     Attributes:
-        half: the threshold, one for all classes, that would keep half of the pixels.
+        class_names: names of the classes.
+        coverage: how many pixels of each class are kept, over all files.
+        half: the probability threshold, equal for all classes, that would keep half of the pixels.
+        written: number of files that this call wrote.
+        kept: number of files that existed before.
     """
 
     class_names: tuple[str, ...]
@@ -78,13 +87,18 @@ def export_pseudo_labels(
     images: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a PNG per sample. After an interruption the same call continues.
+    """Write the teacher's confident predictions as a label PNG for each sample.
 
-    A cache without pixels has no precision unless its data set is given. `images` also writes the images. `progress` is
-    called with (what, samples done, samples).
+    After an interruption, the same call continues.
 
-    Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another cache or rule;
-        RecipeError for a rule that keeps no pixel.
+    Args:
+        records: the cache. To measure precision, it needs labels or its data set.
+        out: a new or empty folder, or that of an earlier export.
+        rule: which pixels are kept. Other pixels become 255.
+        images: whether the images are also written.
+        progress: called with (description of the step, samples done, total samples).
+    Raises: RecipeError if the folder holds something else, or if no pixel is kept; MismatchError if the folder holds
+        pseudo labels of another cache or rule, or if the cache has only crops.
     """
     cache = records.cache
     if images:
@@ -95,8 +109,8 @@ def export_pseudo_labels(
     files = [label_file(sample) for sample in cache.ids]
     _check_out(out, settings := _settings(cache, rule))
     counts = ConfidenceCounts(len(classes))
-    for whole in _with_progress(read_wholes(records), "counting confidences", len(files), progress):
-        counts.update(whole.argmax, whole.confidence, whole.label, whole.inside)
+    for prediction in _with_progress(read_wholes(records), "counting confidences", len(files), progress):
+        counts.update(prediction.argmax, prediction.confidence, prediction.label, prediction.inside)
     least = rule.threshold if rule.threshold is not None else counts.quantile_thresholds(rule.quantile or 0.0)
     coverage, half = counts.coverage(least), counts.threshold_keeping(0.5)
     if not any(coverage.selected):
@@ -114,17 +128,20 @@ def export_pseudo_labels(
         labels, pictures = out / "labels" / dataset.split, out / "images" / dataset.split
         least_C = np.array(coverage.thresholds)
         wholes = _with_progress(read_wholes(records, labels=False), "writing labels", len(files), progress)
-        for file, whole in zip(files, wholes, strict=True):
+        for file, prediction in zip(files, wholes, strict=True):
             if not (path := labels / file).exists():
-                _write(path, palette_png(whole.of_image(pseudo_label(whole, least_C)), classes.colours))
+                _write(path, palette_png(prediction.of_image(pseudo_label(prediction, least_C)), classes.colours))
                 written += 1
             if images and not (path := pictures / file).exists():
-                _write(path, png_bytes(Image.fromarray(whole.of_image(records.pixels(whole.record)))))
+                _write(path, png_bytes(Image.fromarray(prediction.of_image(records.pixels(prediction.record)))))
     return Exported(classes.names, coverage, half, written, len(files) - written)
 
 
 def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
-    """Return uint8 (H, W): the most likely class if it reaches its threshold, 255 elsewhere."""
+    """Return a pseudo label, uint8 (H, W): the most likely class, or 255 where its probability is below its threshold.
+
+    `thresholds_C` has the smallest probability for each of the C classes.
+    """
     argmax = whole.argmax.numpy()
     sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[argmax]
     label: Array = np.where(sure, argmax, IGNORE_INDEX).astype(np.uint8)
@@ -177,7 +194,10 @@ def _check_out(out: Path, settings: dict[str, Any]) -> None:
 
 
 def label_file(sample: str) -> PurePosixPath:
-    """Return the file of a sample's label below the folder. Raises: CorruptError for an id that leads out of it."""
+    """Return the path of a sample's label below the folder of labels, such as `a/b.png` for the id `a/b`.
+
+    Raises: CorruptError for an id that would lead out of the folder.
+    """
     path = PurePosixPath(sample + ".png")
     if path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(sample) or sample.endswith("/") or not sample:
         raise CorruptError(
@@ -188,8 +208,8 @@ def label_file(sample: str) -> PurePosixPath:
 
 
 def _with_progress(wholes: Iterator[Whole], what: str, total: int, progress: Progress | None) -> Iterator[Whole]:
-    for done, whole in enumerate(wholes, 1):
-        yield whole
+    for done, prediction in enumerate(wholes, 1):
+        yield prediction
         if progress is not None:
             progress(what, done, total)
 

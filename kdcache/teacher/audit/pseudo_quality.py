@@ -18,12 +18,13 @@ from kdcache.teacher.build.render import Array
 
 @dataclass(frozen=True)
 class PseudoQuality:
-    """Pseudo labels of labelled pixels. Shares of no pixels are NaN.
+    """Pseudo labels compared with labels, on labelled pixels. Fractions of zero pixels are NaN.
 
     Attributes:
-        kept: share of the pixels of each labelled class with a pseudo label. `total_kept`: of all labelled pixels.
-        precision: share of each class's pseudo labels that is right. Over all classes it is `metrics.aacc`.
-        metrics: IoU and accuracy over the pixels that have both.
+        kept: for each labelled class, the fraction of its pixels that have a pseudo label.
+        total_kept: the fraction of all labelled pixels that have a pseudo label.
+        precision: for each class, the fraction of its pseudo labels that is right.
+        metrics: IoU and accuracy over the pixels that have a pseudo label.
     """
 
     kept: tuple[float, ...]
@@ -32,7 +33,7 @@ class PseudoQuality:
     metrics: Metrics
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with null for NaN."""
+        """Return the figures as JSON values, with null for NaN."""
         rows = zip(self.metrics.class_names, self.kept, self.precision, self.metrics.iou, strict=True)
         classes = [dict(zip(("name", "kept", "precision", "iou"), row, strict=True)) for row in rows]
         total = {"kept": self.total_kept, "precision": self.metrics.aacc, "miou": self.metrics.miou}
@@ -40,12 +41,14 @@ class PseudoQuality:
 
 
 class PseudoCounts:
-    """Labelled pixels by label, prediction, and number of thresholds that their confidence reaches.
+    """Counts labelled pixels, to compare pseudo labels with labels at several confidence thresholds.
 
     Args:
-        thresholds: the least confidences at which a prediction is a pseudo label, ascending.
+        class_names: names of the classes.
+        thresholds: the smallest confidences, ascending, at which a prediction becomes a pseudo label.
 
-    Legend: N thresholds and none, L labels, P predictions.
+    Attributes:
+        counts_NLP: int64 counts by number of reached thresholds (from 0), label and predicted class.
     """
 
     def __init__(self, class_names: Sequence[str], thresholds: Sequence[float]) -> None:
@@ -54,7 +57,14 @@ class PseudoCounts:
         self.counts_NLP = np.zeros((len(thresholds) + 1, classes, classes), np.int64)
 
     def update(self, argmax_HW: Array, confidence_HW: Array, label_HW: Array, counted_HW: Array | None = None) -> None:
-        """Add the labelled pixels of an image, or only those in `counted_HW` (bool)."""
+        """Add the labelled pixels of one image.
+
+        Args:
+            argmax_HW: the predicted class of each pixel.
+            confidence_HW: its probability, 0 to 1.
+            label_HW: the label, 255 for void.
+            counted_HW: bool, the pixels to count. None counts all.
+        """
         counted = label_HW != IGNORE_INDEX
         counted = counted if counted_HW is None else counted & counted_HW
         level = np.searchsorted(self.thresholds, confidence_HW[counted].astype(np.float64), side="right")
@@ -64,7 +74,7 @@ class PseudoCounts:
         self.counts_NLP += np.bincount(cells, minlength=self.counts_NLP.size).reshape(self.counts_NLP.shape)
 
     def quality(self, number: int = 0) -> PseudoQuality:
-        """Return the quality of the pseudo labels by the threshold with this number."""
+        """Return the quality of the pseudo labels at the threshold with the index `number`."""
         labelled_L, kept_LP = self.counts_NLP.sum((0, 2)), self.counts_NLP[number + 1 :].sum(0)
         confusion = ConfusionMatrix(self.class_names, IGNORE_INDEX)
         confusion.counts = torch.from_numpy(kept_LP)

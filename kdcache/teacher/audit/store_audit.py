@@ -16,11 +16,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class StoreAudit:
-    """The audits of a cache's outputs.
+    """The audits of all heads of a cache.
 
     Attributes:
-        classes: None without a head of segmentation.
-        seal: digest of the cache's seal. parents: digests of the caches that its teacher learnt from.
+        images: number of images.
+        classes: the audit of the segmentation head, or None if the cache does not have it.
+        regressions: the audits of the numeric heads.
+        seal: digest of the cache's seal.
+        parents: digests of the seals of the caches that the teacher itself was distilled from.
     """
 
     images: int
@@ -30,7 +33,10 @@ class StoreAudit:
     parents: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values: classes at the top level, `regressions` by name."""
+        """Return the audits as JSON values.
+
+        The segmentation audit is at the top level. The numeric heads are in `regressions`, by name.
+        """
         classes = {"images": self.images} if self.classes is None else self.classes.to_json()
         values = {audit.name: audit.to_json() for audit in self.regressions}
         store = {"seal": self.seal, "parents": list(self.parents)}
@@ -38,9 +44,14 @@ class StoreAudit:
 
 
 def audit_store(records: Records, *, worst: int = 10, progress: Progress | None = None) -> StoreAudit:
-    """Audit the teacher of a cache by its content. `worst` is the number of worst images to name for each task.
+    """Measure the quality of all heads of a cache.
 
-    Raises: MismatchError for a cache without heads, and for a missing or a changed data set; CorruptError.
+    Args:
+        records: the cache with its pixels and labels.
+        worst: number of worst images to list for each head.
+        progress: called with (description of the step, images done, total images).
+    Raises: MismatchError for a cache without heads, or for a missing or changed data set; CorruptError for a damaged
+        cache.
     """
     report = progress or (lambda what, done, total: None)
     cache = records.cache

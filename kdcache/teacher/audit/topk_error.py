@@ -23,10 +23,13 @@ SEED = 20
 
 @dataclass(frozen=True)
 class GradientErrors:
-    """Relative errors: `uniform[k][T]` for an untrained student and `noisy[k][T]` for one near its teacher.
+    """The relative error of the KL gradient if only k classes of a target are kept.
 
     Attributes:
-        kept: number of stored classes, fewer than the teacher's if the cache keeps the top k.
+        records: number of measured records.
+        kept: number of classes that the cache stores.
+        uniform: k -> temperature -> error for an untrained student.
+        noisy: k -> temperature -> error for a student near the teacher.
     """
 
     records: int
@@ -36,7 +39,7 @@ class GradientErrors:
 
 
 def candidates(kept: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, 8 ... below the number of stored classes."""
+    """Return the powers of two, from 1, that are below `kept`, the number of stored classes."""
     return tuple(takewhile(lambda k: k < kept, (2**n for n in count())))
 
 
@@ -44,11 +47,13 @@ def candidates(kept: int) -> tuple[int, ...]:
 def gradient_errors(
     logits: Iterable[Tensor], kept: int, size: tuple[int, int], *, align_corners: bool
 ) -> GradientErrors:
-    """Measure every candidate k at T = 1, 2 and 4.
+    """Measure the gradient error for each k in `candidates(kept)`, at the temperatures 1, 2 and 4.
 
-    `logits` (C, h, w) of each record are dense. The cache keeps `kept` classes, from which a smaller k chooses. `size`
-    is (H, W) of the view in pixels. `align_corners` belongs to the head's resize.
-
+    Args:
+        logits: the teacher's logits of all classes, (C, h, w) for each record.
+        kept: number of classes that the cache stores.
+        size: (H, W) of the view in pixels.
+        align_corners: whether the resize from (h, w) to `size` aligns corners.
     Memory: O(C*H*W).
     """
     ks = candidates(kept)

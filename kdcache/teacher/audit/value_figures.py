@@ -23,9 +23,10 @@ _TEACHER, _LABEL = "#1b6ca8", "#d1661f"
 
 
 def write_regression(audit: RegressionAudit, records: Records, folder: Path) -> list[Path]:
-    """Draw a head of values in `folder`, and return the paths of the pictures.
+    """Draw the audit of a numeric head, such as depth, and return the paths of the pictures.
 
-    They are the overview `<head>.png`, and the worst images below worst/, or without labels some images below samples/.
+    `folder` then has an overview, NAME.png, and the worst images in `worst/`. Without labels, some images are in
+    `samples/`.
     """
     save_figure(_overview(audit), folder / f"{audit.name}.png")
     written = [folder / f"{audit.name}.png"]
@@ -47,7 +48,7 @@ def _some(records: Records) -> list[int]:
 
 
 def _overview(audit: RegressionAudit) -> "Figure":
-    """Draw the distribution of values, and with labels also predictions against them and errors by distance."""
+    """Draw the distribution of values. With labels, also predictions over labels and the errors by distance."""
     unit = "m" if audit.unit == "m" else audit.unit
     if audit.metrics is None:
         figure = new_figure(7, 4.6, f"The teacher's {audit.name} on {audit.images} images")
@@ -64,9 +65,9 @@ def _overview(audit: RegressionAudit) -> "Figure":
     _spread(left, audit, unit)
     dress(middle, "predictions by label: share of each label's pixels", "label, m", "the teacher, m")
     shares = audit.joint / np.maximum(audit.joint.sum(1, keepdims=True), 1)
-    shown = np.ma.masked_equal(shares.T, 0)
+    visible_shares = np.ma.masked_equal(shares.T, 0)
     drawn = middle.imshow(
-        shown, origin="lower", extent=(0, audit.high, 0, audit.high), cmap="viridis", interpolation="nearest"
+        visible_shares, origin="lower", extent=(0, audit.high, 0, audit.high), cmap="viridis", interpolation="nearest"
     )
     middle.plot([0, audit.high], [0, audit.high], color=INK, linestyle="--", linewidth=1)
     figure.colorbar(drawn, ax=middle, fraction=0.046, pad=0.02)

@@ -30,16 +30,17 @@ MAX_VALUE_ERROR = 1e-2
 
 @dataclass(frozen=True)
 class Agreement:
-    """Stored targets compared with the teacher's own, over a sample of records.
+    """Stored targets compared with new outputs of the teacher, on some records.
 
     Attributes:
-        fingerprint: differences between the cache's teacher and this one, in words.
-        drifted: records whose pixels differ from those that the teacher saw.
-        argmax: share of target pixels with the same best class.
-        kl: mean KL(teacher || stored) in nats at T = 1. largest_error: of any logit that affects a probability.
-        values: largest error of each array (regressions, similarities, features in 8 bits or without a head), as a part
-            of its largest magnitude in the record.
-        features: tap in 8 bits -> its stored features compared with the teacher's.
+        records: number of compared records.
+        fingerprint: differences between the cache's teacher and this one, as texts. Empty if they are the same.
+        drifted: ids of samples whose images no longer render to the pixels that the teacher saw.
+        argmax: fraction of target pixels with the same most likely class, 0 to 1.
+        kl: mean KL(teacher || stored) in nats at temperature 1.
+        largest_error: largest error of a logit that affects a probability.
+        values: path of each array without logits -> its largest error, divided by its largest value in the record.
+        features: each tap in 8 bits -> its stored features compared with the teacher's.
     """
 
     records: int
@@ -53,17 +54,18 @@ class Agreement:
 
     @property
     def ok(self) -> bool:
-        """Whether all differences are within their limits."""
+        """True if it is the same teacher, no image has changed, and all errors are within their limits."""
         same = not self.fingerprint and not self.drifted and all(e <= MAX_VALUE_ERROR for e in self.values.values())
         return same and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 
 
 @dataclass(frozen=True)
 class Score:
-    """A teacher's predictions compared with labels.
+    """The teacher's predictions compared with labels.
 
     Attributes:
-        confidence: mean probability of the best class (T = 1) over the labelled pixels, or NaN if one is NaN.
+        metrics: mIoU and further scores.
+        confidence: mean probability of the predicted class over all labelled pixels, 0 to 1. NaN if a target has NaN.
     """
 
     metrics: Metrics
@@ -71,7 +73,10 @@ class Score:
 
     @property
     def doubt(self) -> str | None:
-        """A warning if it is right far more often than it is sure, a sign of outputs that are not logits."""
+        """A warning text if the accuracy is more than 0.15 above the mean confidence, otherwise None.
+
+        Then the teacher's outputs may not be logits.
+        """
         if not self.metrics.aacc - self.confidence > MAX_DOUBT:
             return None
         return (
@@ -82,11 +87,11 @@ class Score:
 
 
 def score_cache(records: Records, limit: int = 512) -> Score | None:
-    """Return the teacher's metrics on the labels of whole images at view size, or None without labels or classes.
+    """Compare the teacher's stored predictions with labels, on up to `limit` whole images at view size.
 
-    A cache with only crops is scored on the first crop of each image.
+    If a cache has only crops, the first crop of each image is used. Returns None without a segmentation head or labels.
 
-    Raises: MismatchError for a cache without pixels and without its data set, or with a changed one.
+    Raises: MismatchError if pixels and labels are not available, or if the data set has changed.
     """
     cache = records.cache
     if cache.manifest.segmentation is None:
@@ -106,7 +111,7 @@ def score_cache(records: Records, limit: int = 512) -> Score | None:
 
 
 def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
-    """Return the segmentation target of some records in the form of the kernels."""
+    """Return the stored segmentation targets of the records `numbers` as one batch for the loss kernels."""
     rows = [records.target(number) for number in numbers]
     parts = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     cache = records.cache
@@ -121,11 +126,11 @@ def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
 
 
 def compare_teacher(records: Records, teacher: Teacher, device: torch.device, limit: int = 16) -> Agreement:
-    """Run the teacher again on a sample of records and compare.
+    """Run the teacher again on up to `limit` records, and compare its outputs with the stored targets.
 
-    The data set is needed if the cache has no pixels. Otherwise it is used to find drift.
+    Without a data set, the stored pixels are used, and changed images are not detected.
 
-    Raises: MismatchError if the cache has no pixels and no data set.
+    Raises: MismatchError if the pixels that the teacher saw are not available.
     """
     _check_split(records)
     cache = records.cache
@@ -138,8 +143,8 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     grid = head.size if head is not None and head.resampled else None
     losses = {tap: Loss() for tap, feature in manifest.features.items() if feature.dtype == "uint8"}
     stored_taps = tuple(losses if manifest.heads else manifest.features)
-    similar = {name: one for name, one in manifest.statistics.items() if one.kind == "similarity"}
-    taps = tuple(dict.fromkeys([*stored_taps, *(str(one.tap) for one in similar.values())]))
+    similar = {name: statistic for name, statistic in manifest.statistics.items() if statistic.kind == "similarity"}
+    taps = tuple(dict.fromkeys([*stored_taps, *(str(statistic.tap) for statistic in similar.values())]))
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
     values = dict[str, float]()
@@ -213,10 +218,9 @@ def _check_split(records: Records) -> None:
 
 
 def _pixels(records: Records, record: int) -> tuple[Array, bool]:
-    """Return the pixels of a record as the teacher saw them, and whether the data set now renders others.
+    """Return a record's pixels as the teacher saw them, and whether the data set now renders other pixels.
 
-    The checksum is of the view alone: both renderings are of one image, and what moves no byte of the student's is
-    no drift to it.
+    The comparison is with the checksum of the student's view, which shows the same image.
     """
     if records.split is None:
         return records.pixels(record), False

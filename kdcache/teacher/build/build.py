@@ -45,11 +45,13 @@ Progress = Callable[[int, int], None]
 
 
 class TaughtShard(NamedTuple):
-    """A shard whose files an engine has written.
+    """A shard whose files another process has written, without its ledger entry.
 
     Attributes:
-        record: the ledger's record, which is not yet published.
-        taught, reused, damaged: numbers of its records, as in `BuildResult`.
+        record: the shard's ledger entry.
+        taught: number of records that the teacher predicted.
+        reused: number of records that were copied from an earlier cache.
+        damaged: number of records that were damaged in the earlier cache, so that the teacher predicted them again.
     """
 
     record: ShardRecord
@@ -59,13 +61,16 @@ class TaughtShard(NamedTuple):
 
 
 class Engine(Protocol):
-    """Other processes that compute the missing shards of a cache, and write their files."""
+    """The interface of other processes that compute a cache's missing shards and write their files."""
 
     def connected(self, manifest: Manifest) -> AbstractContextManager[None]:
-        """Connect to the workers in a with block. Raises an error without them, or without room for the build."""
+        """Connect to the other processes for the duration of a with block.
+
+        Raises: KDCacheError if they cannot be reached or do not have room for the build.
+        """
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
-        """Yield the shards as their files are written. The build publishes their records."""
+        """Yield each missing shard when its files are written. The caller then writes its ledger entry."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,16 @@ class BuildResult:
     """The result of a build.
 
     Attributes:
-        records: records that the teacher predicted now. kept: records that were finished before.
-        reused: records copied from an earlier cache. If there is a new tap, they also count as predicted.
-        complete: False if other workers have still to finish their shards. The last one seals the cache.
-        repair: the manifest's note on damaged records that were predicted again with other versions, or None.
-        damaged: unreadable records of the earlier cache, which were predicted again.
-        out: the cache.
+        manifest: the cache's manifest.
+        records: number of records that the teacher predicted in this call.
+        kept: number of records that an earlier call had finished.
+        seconds: duration of the teacher's pass.
+        complete: False if other workers have not finished their shards yet.
+        reused: number of records whose targets were copied from an earlier cache. If new taps were added, the teacher
+            predicted these records too, and `records` includes them.
+        repair: the manifest's note if damaged shards were computed again with other library versions, otherwise None.
+        damaged: number of records that could not be read in the earlier cache and were predicted again.
+        out: folder or address of the cache.
     """
 
     manifest: Manifest
@@ -93,7 +102,7 @@ class BuildResult:
 
     @property
     def images_per_second(self) -> float:
-        """Records that the teacher predicted per second."""
+        """The number of records that the teacher predicted per second."""
         return self.records / self.seconds if self.seconds else 0.0
 
     def __repr__(self) -> str:
@@ -125,7 +134,7 @@ class _Batch(NamedTuple):
 
 @contextmanager
 def deterministic_cudnn() -> Iterator[None]:
-    """Make cuDNN use the same algorithm every time, in a with block."""
+    """Make cuDNN choose the same algorithm every time, for the duration of a with block."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
@@ -146,13 +155,20 @@ def build_cache(
     reuse: Cache | None = None,
     engine: Engine | None = None,
 ) -> BuildResult:
-    """Run the teacher over every sample of `split` and write the cache `out`.
+    """Run a teacher over every sample of a split and write its outputs into a cache.
 
-    `progress` is called with (records done, records), including earlier ones. `worker` is this process's part of a
-    shared build. `reuse` is an earlier cache of the same teacher, whose equal targets are copied (reuse.py). `engine`
-    computes the shards in other processes.
+    After an interruption, the same call continues. Finished shards are kept.
 
-    Raises: KDCacheError of every kind. Finished shards stay, and the same call continues.
+    Args:
+        split: the data set.
+        teacher: the teacher. It is moved to the device in `options`.
+        out: folder or object-store address of the cache.
+        options: which views are rendered and what is stored.
+        progress: called with (records done, total records). Records of earlier calls count as done.
+        worker: this process's part of a build that several processes share. Default: all of it.
+        reuse: an earlier cache of the same teacher. Its targets are copied for views that render to the same pixels.
+        engine: other processes that compute the shards. None computes them in this process.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     place(teacher.model, options.device)
     if store_exists(out):  # begun before: its manifest has the figures
@@ -203,7 +219,7 @@ def build_cache(
 
 
 def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> dict[str, Array]:
-    """Return the checksums of pixels and labels that the records of a shard render to now, by their arrays."""
+    """Render a shard's records and return their checksums of pixels and labels, by path of the checksum array."""
     rendered = list(render_batches(split, manifest, [shard], threads=options.render_threads, ahead=False))
     return {
         "records/pixel_checksum": np.array([item.checksum for item in rendered], np.uint64),
@@ -214,10 +230,14 @@ def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: i
 def pack_batch(
     outputs: Outputs, heads: Mapping[str, Head | Regression], features: Mapping[str, Feature]
 ) -> dict[str, Tensor]:
-    """Return a teacher's outputs in the form of the cache: path -> tensor with a leading B, on the same device.
+    """Convert a teacher's outputs for B records to the form in which the cache stores them.
 
-    Features that become bytes are still float32, for `stored_features`. `outputs` are of `teach`. `heads` and
-    `features` are the manifest's.
+    Args:
+        outputs: the result of `teach`.
+        heads: the manifest's entry for each head to store.
+        features: the manifest's entry for each tap to store.
+    Returns: path in the cache -> tensor (B, ...) on the device of the outputs. Features that are to be stored in 8 bits
+        are still float32.
     """
     packed: dict[str, Tensor] = {}
     for name, head in heads.items():
@@ -240,7 +260,7 @@ def pack_batch(
 
 
 class TeacherPass:
-    """Runs the teacher over the records of some shards."""
+    """Runs the teacher over the records of shards, and takes the outputs of known records from an earlier cache."""
 
     def __init__(
         self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None, of_file: FileDigest | None = None
@@ -250,10 +270,10 @@ class TeacherPass:
         self._manifest, self._reuse, self._of_file = manifest, reuse, of_file
 
     def batches(self, shards: Iterable[int]) -> Iterator[_Batch]:
-        """Yield every record of the shards, in batches, shard after shard.
+        """Yield all records of some shards with their outputs, in batches, shard by shard.
 
-        A batch never crosses a shard, so a shard's bytes do not depend on where a build was interrupted. The result of
-        a batch is fetched after the next one was launched, so a GPU does not wait for the host.
+        `shards` are shard numbers. A batch never spans two shards. The teacher already runs on the next batch while the
+        caller handles the current one, so a GPU does not wait.
         """
         launched: Callable[[], _Batch] | None = None
         for items, unknown in self._sorted_out(shards):
@@ -265,7 +285,12 @@ class TeacherPass:
             yield launched()
 
     def _sorted_out(self, shards: Iterable[int]) -> Iterator[tuple[list[Rendered], bool]]:
-        """Yield batches for the teacher (True), each of one fold, and batches that an earlier cache knows."""
+        """Yield batches of records, each with True if the teacher must run on it.
+
+        It is False if an earlier cache has all outputs.
+
+        A batch for the teacher has records of one fold only.
+        """
         manifest, reuse, options = self._manifest, self._reuse, self._options
         waiting: dict[tuple[bool, int | None], list[Rendered]] = {}
         ahead = options.device.type != "cpu"
@@ -285,7 +310,7 @@ class TeacherPass:
                     yield waiting.pop(kind), kind[0]
 
     def _launch(self, items: list[Rendered]) -> Callable[[], _Batch]:
-        """Start a batch, and return a function that waits for its result."""
+        """Start the teacher on a batch, and return a function that waits for its result."""
         options, heads, head = self._options, self._manifest.heads, self._manifest.segmentation
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
         model, grid = self._teacher.model_for(items[0].fold), head.size if head and head.resampled else None

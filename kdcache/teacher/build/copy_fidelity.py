@@ -12,10 +12,14 @@ _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of manti
 
 
 def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
-    """Return the fidelity of a copy into `codec`, or None if it is unknown. A `codec` of None is the source's.
+    """Return what a copy's logits lose against the teacher's, measured without the teacher, or None if that is unknown.
 
-    A copy with the same numbers, decoded or not, has the source's fidelity. A copy that rounds is measured against the
-    source, if that keeps all classes and has lost almost nothing itself. Otherwise the sum of two losses is unknown.
+    A copy that does not round has the source's fidelity. A copy that rounds is measured on a few of the source's
+    records. This needs a source with all classes and almost no loss of its own.
+
+    Args:
+        source: the cache to copy.
+        codec: codec of the copy. None is the source's codec.
     """
     manifest = source.manifest
     if not rounds(manifest, codec):

@@ -35,7 +35,16 @@ _SEAL = 3  # ledger.jsonl, complete.json and the spare of the manifest
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices that a cost is estimated for. `k` is None without targets of classes."""
+    """The choices that determine a build's cost.
+
+    Attributes:
+        k: number of stored classes, or None without a segmentation head.
+        codec: how arrays are compressed.
+        views: number of views per sample.
+        features: names of the stored taps.
+        pixels: `stored` if images and labels are in the cache, otherwise `source`.
+        feature_dtype: data type of stored features.
+    """
 
     k: int | None
     codec: Codec
@@ -45,7 +54,7 @@ class Setting:
     feature_dtype: StoredAs = "fp16"
 
     def flags(self, other: "Setting") -> str:
-        """Return the flags that differ between `self` and `other`, as typed."""
+        """Return this setting's flags that differ from `other`, as text such as "--top-k 8 --codec small"."""
         mine, others = asdict(self), asdict(other)
         names = {"k": "top-k", "feature_dtype": "feature-dtype"}
         changed = {names.get(name, name): value for name, value in mine.items() if value != others[name]}
@@ -54,7 +63,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a setting: `sizes` in bytes per record on disk, `seconds` of the teacher's pass."""
+    """The estimated cost of a build.
+
+    Attributes:
+        setting: the choices of the build.
+        sizes: path of each array -> bytes on disk per record.
+        records: number of records.
+        files: number of files of the cache.
+        seconds: duration of the teacher's pass.
+    """
 
     setting: Setting
     sizes: Sizes
@@ -64,23 +81,27 @@ class Cost:
 
     @property
     def bytes_per_record(self) -> float:
-        """Bytes of all arrays per record."""
+        """The size of all arrays on disk, in bytes per record."""
         return sum(self.sizes.values())
 
     @property
     def bytes(self) -> int:
-        """Bytes of all records."""
+        """The size of the whole cache on disk, in bytes."""
         return round(self.records * self.bytes_per_record)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a build, and of settings that differ in one choice.
+    """The estimated cost of a build, and of similar builds that differ in one choice.
 
     Attributes:
-        taught: number of records predicted for the estimate. seconds: seconds of one record, with the chosen setting.
-        classes: how many classes the head of classes has, or 0.
-        error: relative standard error of the bytes of a record, with the chosen setting.
+        chosen: the cost with the chosen options.
+        neighbours: the costs of similar builds.
+        seconds: seconds per record with the chosen options, by stage.
+        taught: number of records on which the teacher ran for this estimate.
+        samples: number of samples in the split.
+        classes: number of classes of the segmentation head, or 0.
+        error: relative standard error of the estimated bytes per record.
     """
 
     chosen: Cost
@@ -93,23 +114,23 @@ class Estimate:
 
     @property
     def payback_epochs(self) -> float:
-        """Epochs after which build and reading took less time than a live teacher in every step, maybe infinite.
+        """The number of epochs after which the cache takes less time than a live teacher, including its build.
 
-        An epoch visits each sample once, whatever the number of views.
+        It may be infinite. An epoch visits each sample once.
         """
         saved = self.samples * (self.seconds.teach - self.seconds.read)
         return self.chosen.seconds / saved if saved > 0 else float("inf")
 
     def training_seconds(self, epochs: int, student: float = 0.0) -> tuple[float, float]:
-        """Return the seconds of `epochs` epochs: with a live teacher, and with the cache including its build.
+        """Return a training's seconds with a live teacher, and its seconds with the cache, including the build.
 
-        `student` is the student's time per image in seconds.
+        `student` is the student's own time in seconds per image.
         """
         images = epochs * self.samples
         return images * (student + self.seconds.teach), self.chosen.seconds + images * (student + self.seconds.read)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values, with null for epochs if it never breaks even."""
+        """Return the estimate as JSON values. `payback_epochs` is null if the cache never breaks even."""
         payback = self.payback_epochs
         return {
             "taught": self.taught,
@@ -124,8 +145,14 @@ class Estimate:
 
 
 def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
-    """Return a student's seconds of forward and backward per image, at the view's size and the build's batch size.
+    """Measure a student's forward and backward pass, and return the seconds per image.
 
+    The view size, batch size and device are those of `options`.
+
+    Args:
+        spec: model spec of the student, such as `kdcache:tiny`.
+        classes: number of classes.
+        options: the options of the build.
     Raises: ModelError for an invalid spec.
     """
     height, width = options.size if options.crop is None else options.crop
@@ -142,11 +169,15 @@ def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
 def estimate(
     split: Split, teacher: Teacher, options: BuildOptions, *, records: int = RECORDS, progress: Progress | None = None
 ) -> Estimate:
-    """Build a small cache of `records` samples (or all), and extrapolate. Nothing is left behind in any case.
+    """Estimate a build's cost from a small temporary cache of a few samples.
 
-    `progress` is called with (what, done, of how many).
-
-    Raises: as `build_cache`.
+    Args:
+        split: the data set of the build.
+        teacher: the teacher of the build.
+        options: the options of the build.
+        records: number of samples in the small cache, at most all.
+        progress: called with (description of the step, steps done, total steps).
+    Raises: KDCacheError, as `build_cache`.
     """
     options = replace(options, fidelity=False)
     place(teacher.model, options.device)
@@ -156,41 +187,43 @@ def estimate(
         trial = Trial(probe, records, Path(folder), progress or (lambda *_: None))
         head = manifest.segmentation
         k, classes = (None, 0) if head is None else (head.k, head.classes)
-        own = Setting(k, options.codec, options.views, tuple(options.features), options.pixels, options.feature_dtype)
-        seconds = trial.seconds(own.k, own.codec, own.feature_dtype)
-        others = [
-            one
-            for one in _neighbours(own, classes, trial.taps)
-            if manifest.heads or one.features or manifest.statistics
+        chosen_setting = Setting(
+            k, options.codec, options.views, tuple(options.features), options.pixels, options.feature_dtype
+        )
+        seconds = trial.seconds(chosen_setting.k, chosen_setting.codec, chosen_setting.feature_dtype)
+        similar = [
+            setting
+            for setting in _neighbours(chosen_setting, classes, trial.taps)
+            if manifest.heads or setting.features or manifest.statistics
         ]
-        settings = dict.fromkeys([own, *others])
+        settings = dict.fromkeys([chosen_setting, *similar])
         costs = [_cost(trial, setting, manifest, seconds.build) for setting in settings]
-        error = trial.error(costs[0].sizes, own.k, own.codec, own.feature_dtype)
+        error = trial.error(costs[0].sizes, chosen_setting.k, chosen_setting.codec, chosen_setting.feature_dtype)
     return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), classes, error)
 
 
-def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
-    """Yield settings that differ from the options' own one in one thing."""
-    if own.k is not None:
+def _neighbours(setting: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
+    """Yield settings that differ from `setting` in one choice."""
+    if setting.k is not None:
         ks = [k for k in (*_KS, classes) if k <= classes]
-        smaller, larger = [k for k in ks if k < own.k], [k for k in ks if k > own.k]
+        smaller, larger = [k for k in ks if k < setting.k], [k for k in ks if k > setting.k]
         for k in dict.fromkeys([*smaller[-2:], *larger[:1], classes]):
-            yield replace(own, k=k)
+            yield replace(setting, k=k)
     for codec in _CODECS:
-        yield replace(own, codec=codec)
-    for views in (1, 4, 16) if own.views == 1 else (1, max(2, own.views // 2), 2 * own.views):
-        yield replace(own, views=views)
-    if own.features:
-        yield replace(own, feature_dtype="uint8" if own.feature_dtype == "fp16" else "fp16")
-    yield replace(own, features=(), feature_dtype="fp16")
+        yield replace(setting, codec=codec)
+    for views in (1, 4, 16) if setting.views == 1 else (1, max(2, setting.views // 2), 2 * setting.views):
+        yield replace(setting, views=views)
+    if setting.features:
+        yield replace(setting, feature_dtype="uint8" if setting.feature_dtype == "fp16" else "fp16")
+    yield replace(setting, features=(), feature_dtype="fp16")
     for tap in taps:
-        if tap not in own.features:
-            yield replace(own, features=(*own.features, tap))
-    yield replace(own, pixels="source" if own.pixels == "stored" else "stored")
+        if tap not in setting.features:
+            yield replace(setting, features=(*setting.features, tap))
+    yield replace(setting, pixels="source" if setting.pixels == "stored" else "stored")
 
 
 def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) -> Cost:
-    """Return the cost of a setting, by the manifest of the options' own one and the seconds of a record."""
+    """Return the cost of a setting, given the manifest with the chosen options and the seconds per record."""
     sizes = trial.sizes(setting.k, setting.codec, setting.views, setting.features, setting.feature_dtype)
     if setting.pixels == "source":
         sizes = {path: size for path, size in sizes.items() if not path.startswith(("pixels/", "labels/"))}
@@ -201,7 +234,7 @@ def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) ->
 
 
 def _metadata_files(manifest: Manifest, sizes: Sizes) -> int:
-    """Return the number of files other than shards and ledger: ids, and zarr.json of arrays and groups."""
+    """Return the number of files of a cache other than shards and ledger: sample ids, and every zarr.json."""
     common = [key for key in metadata_keys(manifest) if key.startswith("samples/")]
     nodes = {str(node) for path in sizes for node in (PurePosixPath(path), *PurePosixPath(path).parents)}
     return len(common) + len(nodes)

@@ -22,12 +22,14 @@ _PART = 5
 
 @dataclass(frozen=True)
 class DiskRate:
-    """The rates of a disk.
+    """The measured write speed of a disk.
 
     Attributes:
-        folder: where it was measured.
-        bytes: how many were written and deleted again. seconds: how long that took.
-        first, last: bytes per second of the first and of the last part.
+        folder: the folder in which it was measured.
+        bytes: number of bytes written, and deleted again.
+        seconds: duration of writing.
+        first: bytes per second of the first fifth.
+        last: bytes per second of the last fifth, when the disk's write cache may be full.
     """
 
     folder: str
@@ -38,15 +40,17 @@ class DiskRate:
 
     @classmethod
     def of(cls, folder: str, pieces: Sequence[tuple[int, float]]) -> "DiskRate":
-        """Return the rates from pieces of (bytes, seconds) in order."""
+        """Return the rates from the (bytes, seconds) of each written piece, in order."""
         part = max(1, len(pieces) // _PART)
         size, seconds = _sum(pieces)
-        first, last = (own / max(taken, 1e-9) for own, taken in (_sum(pieces[:part]), _sum(pieces[-part:])))
+        first, last = (
+            part_bytes / max(taken, 1e-9) for part_bytes, taken in (_sum(pieces[:part]), _sum(pieces[-part:]))
+        )
         return cls(folder, size, seconds, first, last)
 
     @property
     def slows_down(self) -> bool:
-        """Whether the last rate is much lower than the first."""
+        """True if the last rate is less than half of the first rate."""
         return self.last < SLOWER * self.first
 
 
@@ -54,9 +58,9 @@ class Bound(NamedTuple):
     """The bottleneck of a build.
 
     Attributes:
-        name: teacher, decoding or disk.
-        seconds: seconds that each part of a record takes, by name.
-        build_seconds: seconds of the whole pass, at least the disk's time at its last rate.
+        name: `teacher`, `decoding` or `disk`.
+        seconds: seconds per record of each of these three, by name.
+        build_seconds: estimated duration of the whole build, in seconds.
     """
 
     name: str
@@ -64,13 +68,19 @@ class Bound(NamedTuple):
     build_seconds: float
 
     def to_json(self, disk: DiskRate) -> dict[str, Any]:
-        """Return JSON values, with the rates of the disk."""
+        """Return the bottleneck and the disk's rates as JSON values."""
         measured = {**asdict(disk), "slows_down": disk.slows_down}
         return {**measured, "bound": self.name, "seconds_per_record": self.seconds, "build_seconds": self.build_seconds}
 
 
 def bound_of(estimate: Estimate, disk: DiskRate, threads: int) -> Bound:
-    """Return the bottleneck of the chosen build. `threads` decode and resize (0: the teacher's thread)."""
+    """Return the bottleneck of a build.
+
+    Args:
+        estimate: the estimated cost of the build.
+        disk: the measured write speed.
+        threads: number of threads that decode and resize images. 0 is the teacher's own thread.
+    """
     cost = estimate.chosen
     cores = min(max(1, threads), os.cpu_count() or 1)
     seconds = {
@@ -82,7 +92,7 @@ def bound_of(estimate: Estimate, disk: DiskRate, threads: int) -> Bound:
 
 
 def check_local(out: str) -> None:
-    """Raise RecipeError for an object store, which has no disk to measure."""
+    """Raise RecipeError if `out` is an object-store address, which does not have a disk to measure."""
     if "://" in out:
         raise RecipeError(
             f"Cannot measure the disk of {out}: it is an object store",
@@ -97,12 +107,16 @@ def measure_disk(
     most_seconds: float = MOST_SECONDS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> DiskRate:
-    """Write random bytes to the file system of `out` (or its nearest existing parent), each piece made durable.
+    """Measure a disk's write speed with random bytes, which are deleted again.
 
-    The file has no name, so nothing is left even if the process is killed. At most half of the free space is written.
-    `progress` is called with (what, bytes done, of how many).
+    At most half of the free space is written. Nothing is left if the process is killed.
 
-    Raises: RecipeError for an object store, and for a folder that is not writable.
+    Args:
+        out: folder on the disk. If it does not exist, its nearest existing parent is used.
+        most_bytes: maximum number of bytes to write.
+        most_seconds: seconds after which writing stops.
+        progress: called with (description of the step, bytes done, total bytes).
+    Raises: RecipeError for an object-store address, and for a folder that is not writable.
     """
     check_local(out)
     path = Path(out).absolute()

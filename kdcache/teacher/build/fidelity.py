@@ -20,11 +20,17 @@ BAND_NUMBERS = 2_000_000  # of a band of rows of the view, all classes: 16 MB in
 def measure_fidelity(
     logits: Iterable[Tensor], k: int, codec: Codec, size: tuple[int, int], *, align_corners: bool
 ) -> Fidelity:
-    """Pack every image's logits to k classes, round as `codec` does, and compare with the raw logits.
+    """Measure what a cache loses of its teacher's logits by keeping k classes and rounding.
 
-    `logits` are raw, (C, h, w) float32, of at least one image, on any device. `size` is (H, W) of the view.
+    Raw and stored logits are compared after bilinear upsampling to the view's size.
 
-    Memory: O(C*h*w), and a few bands of rows of the view.
+    Args:
+        logits: raw logits, float32 (C, h, w), of each measured image. At least one.
+        k: number of stored classes.
+        codec: codec of the cache.
+        size: (H, W) of the view in pixels.
+        align_corners: whether the upsampling aligns corners.
+    Memory: O(C*h*w), and a few rows of the view.
     """
     means = torch.zeros(3, dtype=torch.float64)  # KL at T = 1 and at T = 4, argmax agreement
     worst, records = 0.0, 0
@@ -71,7 +77,13 @@ def _bands(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Iterato
 
 
 def kl_of_pixels(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(exact || stored) in nats per pixel, at T = 1 and at T = 4."""
+    """Return KL(exact || stored) of each pixel in nats, at temperature 1 and at temperature 4.
+
+    Args:
+        exact_CbW: raw logits of b rows of pixels, (C, b, W).
+        stored_CbW: stored logits of the same pixels, (C, b, W).
+    Returns: two tensors (b, W).
+    """
     exact_CbW, stored_CbW = (x - x.amax(0) for x in (exact_CbW, stored_CbW))
     excess_CbW = exact_CbW - stored_CbW
     # Exponentials are what this costs: e^x is the fourth power of e^(x/4).
@@ -81,11 +93,11 @@ def kl_of_pixels(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _divergence(p_CbW: Tensor, q_CbW: Tensor, excess_CbW: Tensor) -> Tensor:
-    """Return KL of two distributions up to their sums, given log p - log q up to the same."""
+    """Return KL(p || q) for each pixel from unnormalised probabilities p and q, and their log ratio."""
     mass_bW = p_CbW.sum(0)
     return (p_CbW * excess_CbW).sum(0) / mass_bW + (q_CbW.sum(0) / mass_bW).log()
 
 
 def _figure(nats: float) -> float:
-    """Return three digits, to hide other machines' last bits. Values below 0 are rounding."""
+    """Round to three digits, because the last bits differ between machines. Values below 0 are rounding errors."""
     return max(0.0, float(f"{nats:.3g}"))

@@ -27,13 +27,13 @@ from kdcache_kernels import choose_k
 
 @well_formed_parts()
 def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
-    """Return the manifest of the cache that a build would write.
+    """Return the manifest of the cache that a build would write. The teacher runs on a few images for this.
 
     Args:
-        probe: the teacher, on the options' device already, with the split and the options of the build.
-        fidelity: False leaves the figures out, even if the options ask for them.
-    Raises: RecipeError for an impossible k; ModelError for a teacher that gives no logits or does not fit the data
-        set; StoreError for a split or a tap whose name cannot name a folder.
+        probe: the split, the teacher and the options of the build. The teacher must be on the options' device.
+        fidelity: False skips measuring what storing loses, even if the options ask for it.
+    Raises: RecipeError for an invalid number of classes to keep; ModelError for a teacher that does not return logits
+        or does not fit the data set; StoreError for a split or tap whose name cannot be a folder name.
     """
     split, teacher, options = probe.split, probe.teacher, probe.options
     if SEGMENTATION in probe.heads:
@@ -74,17 +74,19 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
 
 
 def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature], dict[str, FeatureFidelity]]:
-    """Return the manifest's features, and what those in 8 bits lose. `output` is of `probe.probe()`.
+    """Return the manifest's entry for each tap, and for each tap in 8 bits what is lost.
 
-    Raises: RecipeError if no tap can have 8 bits; as `TeacherProbe.features`.
+    `output` is the result of `probe.probe()`.
+
+    Raises: RecipeError if no tap is large enough for 8 bits; ModelError for NaN or infinite features.
     """
-    shapes, wanted = (
+    shapes, requested = (
         {tap: output.features[tap].shape[1:] for tap in probe.options.features},
         probe.options.feature_dtype,
     )
     sizes = {tap: (h, w) for tap, (_, h, w) in shapes.items()}
-    check_cells(wanted, sizes)
-    losses = {tap: Loss() for tap, size in sizes.items() if feature_dtype(wanted, size) == "uint8"}
+    check_cells(requested, sizes)
+    losses = {tap: Loss() for tap, size in sizes.items() if feature_dtype(requested, size) == "uint8"}
     for maps in probe.features(evenly_spread(len(probe.split), SAMPLE_RECORDS), tuple(losses)) if losses else ():
         for tap, loss in losses.items():
             loss.add(maps[tap])
@@ -97,13 +99,13 @@ def _features(probe: TeacherProbe, output: Outputs) -> tuple[dict[str, Feature],
 
 
 def libraries() -> dict[str, str]:
-    """Return the versions of the libraries that a record's bytes depend on, by name."""
+    """Return library name -> version, for the libraries that affect a record's bytes, and Python."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"python": python, **{name: version_of(name) for name in ("torch", "pillow", "zarr", "numcodecs")}}
 
 
 def _depth(probe: TeacherProbe) -> DepthLabels | None:
-    """Return the labels of depth of a cache that has to do with metres."""
+    """Return the manifest's entry for depth, or None if the cache has neither depth labels nor a head in metres."""
     if not probe.metres:
         return None
     drawn = probe.view.drawn
@@ -115,7 +117,10 @@ def _depth(probe: TeacherProbe) -> DepthLabels | None:
 def _heads(
     probe: TeacherProbe, output: Outputs, *, fidelity: bool
 ) -> tuple[dict[str, Head | Regression], Fidelity | None]:
-    """Return the manifest's heads, and what storing segmentation loses. `output` is of `probe.probe()`."""
+    """Return the manifest's entry for each head, and what storing segmentation loses.
+
+    `output` is the result of `probe.probe()`.
+    """
     model, heads, figures = probe.teacher.model, dict[str, Head | Regression](), None
     for name, value in output.heads.items():
         channels, height, width = value.shape[1:]
@@ -151,7 +156,7 @@ def _check_logits(teacher: Teacher, size: tuple[int, int]) -> None:
 
 
 def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) -> tuple[int, Fidelity | None]:
-    """Return the number of classes to keep, and what that loses, from one pass of the sample."""
+    """Return the number of classes to keep, and what storing only them loses."""
     options = probe.options
     if options.top_k is not None and not 1 <= options.top_k <= classes:
         raise RecipeError(
@@ -173,12 +178,12 @@ def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) ->
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU's model, or `cpu`."""
+    """Return the model name of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

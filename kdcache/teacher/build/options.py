@@ -12,7 +12,7 @@ from kdcache.store.format.manifest_models import LEAST_ZOOM, MOST_SIDE, MOST_VIE
 
 @dataclass(frozen=True)
 class BuildOptions(BuildSettings):
-    """Choices of a build: the build settings, completed for this machine.
+    """Which views a build renders, and what it stores.
 
     >>> import kdcache
     >>> options = kdcache.BuildOptions(size=(48, 64), views=2)
@@ -20,23 +20,35 @@ class BuildOptions(BuildSettings):
     ((48, 64), 2)
 
     Attributes:
-        size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
-        fit: how images of another shape are fitted into it.
-        heads: the teacher's heads to store. () is all that it has learnt.
-        features_only: store only features, no head.
-        top_k: number of classes to keep. None measures how many are needed.
-        feature_dtype: dtype of stored features. Summaries and maps under 16 cells are always float16.
-        statistics: `at:TAP`, `similarity:TAP`. raw_logits: keep every pixel's largest logit.
-        views: how many of each sample: the whole image, and views - 1 drawn ones. With `crop` all are drawn.
-        crop: (H, W) of the views, cut out of the image at zoom times `size`.
-        view_scale: range of the zoom of drawn views. Below 1 shows the image amid grey. None is `ZOOM`, and 1 with
-            depth in metres. view_flip: mirror half of them.
-        depth_zoom: effect of a zoom on depth labels.
-        teacher_size: (H, W) of the same windows for the teacher. Default: the views'.
-        teacher_grid: `own` keeps the grid of the teacher's logits. `view` averages probabilities to the grid that the
-            views themselves, without augmentation, would have.
-        fidelity: measure what storing loses, for the manifest only.
-        device: the teacher's device.
+        size: (H, W) of the views in pixels. With `crop`, (H, W) to which the whole image is resized at zoom 1.
+        fit: how images of another shape are fitted into `size`: `squash`, `crop` or `pad` with grey.
+        heads: names of the teacher's heads to store. () stores all heads that it has learnt.
+        features_only: store only features, without a head.
+        top_k: number of classes to keep for each pixel. None measures how many are needed.
+        raw_logits: also store every pixel's largest logit.
+        features: names of the taps to store.
+        feature_dtype: data type of stored features. Taps with fewer than 16 cells are always float16.
+        statistics: small maps to store, such as `at:TAP` or `similarity:TAP`.
+        pixels: `stored` puts images and labels into the cache, `source` leaves them in the data set.
+        codec: how arrays are compressed.
+        shard_records: number of records in a shard file.
+        views: number of views per sample: the whole image, and views - 1 random crops. With `crop`, all are crops.
+        crop: (H, W) of the views, which are cut out of the image after it is resized to zoom times `size`. None makes
+            no such crops.
+        view_seed: random seed of the crops.
+        view_scale: range of the crops' zoom. A zoom below 1 surrounds the image with grey. None is (1.0, 2.0), or (1.0,
+            1.0) with depth in metres.
+        view_flip: whether half of the crops are mirrored.
+        depth_zoom: what happens to metres of depth in a zoomed view: `divide`, or `keep`. `none` forbids zooming if
+            there is depth in metres.
+        teacher_size: (H, W) of the same views as rendered for the teacher. None is the views' own size.
+        teacher_grid: `own` stores logits on the teacher's own grid. `view` averages probabilities onto the coarser grid
+            that the teacher would have at the views' size.
+        precision: floating-point precision of the teacher's forward pass.
+        batch_size: number of images per forward pass.
+        render_threads: number of threads that decode and resize images.
+        fidelity: whether to measure what storing loses, for the manifest.
+        device: the device of the teacher.
     """
 
     size: tuple[int, int]
@@ -50,11 +62,12 @@ ZOOM = (1.0, 2.0)
 
 
 def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
-    """Return the options with the zoom of the views filled in.
+    """Return the options with `view_scale` filled in.
 
-    `metres` says whether the cache has depth in metres, labels or a head, which a zoom contradicts.
+    `metres` says whether the cache has depth in metres, as labels or as a head.
 
-    Raises: RecipeError for zoomed views without a rule for metres, and for `depth_zoom` without metres.
+    Raises: RecipeError if views zoom and `depth_zoom` does not say what happens to metres, or if `depth_zoom` is set
+        without metres.
     """
     if options.depth_zoom != "none" and not metres:
         raise RecipeError(
@@ -74,7 +87,10 @@ def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
 
 
 def view_of(options: BuildOptions) -> View:
-    """Return how views are drawn and rendered. Raises RecipeError."""
+    """Return how views are drawn and rendered, for the manifest.
+
+    Raises: RecipeError for invalid sizes or numbers of views.
+    """
     low, high = options.view_scale or ZOOM
     if not 1 <= options.views <= MOST_VIEWS or options.view_seed < 0 or not LEAST_ZOOM <= low <= high <= MOST_ZOOM:
         raise RecipeError(

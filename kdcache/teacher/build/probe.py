@@ -19,25 +19,27 @@ from kdcache.teacher.load.load import Teacher
 
 
 def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
-    """Return the teacher's heads to store, in its order. Without `--heads` they are the ones that it has learnt.
+    """Return the names of the teacher's heads to store, in the teacher's order.
 
-    Raises: RecipeError for heads that the teacher lacks or that are random, for none without `--features-only`, and for
-        options of logits without logits.
+    Without `options.heads` these are all heads that the teacher has learnt.
+
+    Raises: RecipeError for heads that the teacher does not have or has not learnt, if nothing would be stored, and for
+        options of logits without a segmentation head.
     """
-    own = teacher.model.learnt_heads
-    wrong = next((name for name in options.heads if name not in own), None)
+    trained = teacher.model.learnt_heads
+    wrong = next((name for name in options.heads if name not in trained), None)
     if wrong is not None or (options.features_only and options.heads):
         raise RecipeError(
-            f"Unknown heads in --heads {','.join(options.heads)}: {teacher.origin} has {', '.join(own) or 'none'}"
-            + (f", and learnt nothing of {wrong}" if wrong in teacher.model.untrained else "")
+            f"Unknown heads in --heads {','.join(options.heads)}: {teacher.origin} has {', '.join(trained) or 'none'}"
+            + (f", and trained nothing of {wrong}" if wrong in teacher.model.untrained else "")
             if wrong is not None
             else f"Use either --heads or --features-only, not both: --heads {','.join(options.heads)}",
-            fix=suggest(wrong or "", own, "Leave out --heads, which stores all."),
+            fix=suggest(wrong or "", trained, "Leave out --heads, which stores all."),
         )
-    heads = () if options.features_only else tuple(name for name in own if name in (options.heads or own))
+    heads = () if options.features_only else tuple(name for name in trained if name in (options.heads or trained))
     if not heads and not (options.features_only and (options.features or options.statistics)):
         raise RecipeError(
-            f"Nothing to store of {teacher.origin}: it has {', '.join(own) or 'no head'}"
+            f"Nothing to store of {teacher.origin}: it has {', '.join(trained) or 'no head'}"
             + (", and --features-only needs --features or --statistics" if options.features_only else ""),
             fix="Add --features-only --features TAP (kdcache models lists taps).",
         )
@@ -79,18 +81,20 @@ def _size_seen(options: BuildOptions) -> tuple[tuple[int, int], str]:
 
 
 class TeacherProbe:
-    """A teacher, the split and the options of a build, and what a few first views show.
+    """Runs the teacher on a few views before a build, to find the shapes and losses of what it would store.
 
     Attributes:
-        split, teacher, options: those of the build. The teacher is on the options' device.
-        view: how the views of the split are drawn and rendered.
-        folds: for every sample the member that predicts it, or None if all predict together.
-        heads: the teacher's heads that are stored, in its order.
-        metres: whether one of them, or labels of the split, are depth in metres.
-        taps: the teacher's taps that the build needs: features, then those of statistics.
-        grid: (h, w) that logits are averaged to, set by `probe`, or None for the teacher's own.
-    Raises: RecipeError for heads that the teacher lacks, and for conflicting options; ModelError for a tap that the
-        teacher does not have.
+        split: the data set.
+        teacher: the teacher, on the options' device.
+        options: the options of the build.
+        view: how views are drawn and rendered.
+        folds: for each sample, the index of the ensemble member that predicts it. None if all members predict together.
+        heads: names of the heads to store.
+        metres: True if a head or a label of the split has depth in metres.
+        taps: names of the taps that features and statistics need.
+        grid: (h, w) onto which probabilities are averaged, set by `probe`. None is the teacher's own grid.
+    Raises: RecipeError for unknown heads and conflicting options; ModelError for an unknown tap or an unsuitable image
+        size.
     """
 
     @well_formed_parts()
@@ -113,11 +117,11 @@ class TeacherProbe:
         self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 
     def probe(self) -> Outputs:
-        """Run the teacher on the first record, which shows the shapes of all outputs.
+        """Run the teacher on the first view, to find the shapes of its outputs.
 
-        Returns: the heads that are stored, (1, C, h, w) on the cache's grid, and features (1, c, h', w') by tap.
-        Raises: ModelError for another number of classes than the data set's, or folds on different grids; RecipeError
-            for `--teacher-grid view` with a head that aligns corners.
+        Returns: the heads to store, (1, C, h, w) on the cache's grid, and the features (1, c, h, w) of each tap.
+        Raises: ModelError if the teacher's number of classes is not that of the data set, or if ensemble members have
+            different grids; RecipeError for `--teacher-grid view` with a head that aligns corners.
         """
         teacher, classes = self.teacher, len(self.split.classes)
         folds: Iterable[int | None] = [None] if teacher.folds is None else range(teacher.folds)
@@ -146,9 +150,11 @@ class TeacherProbe:
         return Outputs({**heads, SEGMENTATION: logits}, outputs[0].features)
 
     def logits(self, samples: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Yield raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time.
+        """Yield raw logits (C, h, w) of the first view of each sample.
 
-        Raises: ModelError for NaN or infinite logits, and for a full GPU.
+        `samples` are sample indices. With folds, the samples of each fold come together, so the order may differ.
+
+        Raises: ModelError for NaN or infinite logits, or if the GPU's memory is full.
         """
         by_fold: dict[int | None, list[int]] = {}
         for sample in samples:
@@ -164,9 +170,11 @@ class TeacherProbe:
                     yield raw
 
     def features(self, samples: Sequence[int], taps: Sequence[str]) -> Iterator[dict[str, Array]]:
-        """Yield features of the first views of some samples: tap -> (c, h, w) float32.
+        """Yield the features of the first view of each sample, by tap: float32 (c, h, w).
 
-        Raises: ModelError for NaN or infinite features, and for a full GPU.
+        `samples` are sample indices, in the order of the result.
+
+        Raises: ModelError for NaN or infinite features, or if the GPU's memory is full.
         """
         for first in range(0, len(samples), self.options.batch_size):
             batch = samples[first : first + self.options.batch_size]

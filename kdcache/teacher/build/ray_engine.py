@@ -40,14 +40,15 @@ MOST_DEATHS = 5
 
 @dataclass(frozen=True)
 class RayEngine:
-    """The actors of a build.
+    """Computes the shards of a build in Ray actors on the nodes of a cluster.
 
     Args:
-        parts: a picklable function that is called on every node.
-        actors: their number. None is as many as the cluster has room for.
-        num_gpus: GPUs of each actor. Fractions such as 0.5 share a GPU.
-        address: the cluster's address, as in `kdcache.ray_cluster.cluster`.
-    Raises: RecipeError without Ray, and for parts that cannot be pickled.
+        parts: a picklable function without arguments, called on every node. It returns the split, the teacher, the
+            options and, if targets are reused, the earlier cache.
+        actors: number of actors. None starts as many as the cluster has room for.
+        num_gpus: GPUs for each actor. Fractions such as 0.5 share a GPU.
+        address: address of the Ray cluster. None uses a running cluster, or starts one on this machine.
+    Raises: RecipeError if Ray is not installed, or if `parts` cannot be pickled.
     """
 
     parts: Parts
@@ -60,16 +61,19 @@ class RayEngine:
 
     @contextmanager
     def connected(self, manifest: Manifest) -> Iterator[None]:
-        """Connect Ray in a with block. Raises: RecipeError without a cluster, or without room in it."""
+        """Connect to the Ray cluster for the duration of a with block.
+
+        Raises: RecipeError if there is no cluster, or if it has no room for an actor.
+        """
         with cluster(self.address) as ray:
             self._room(ray, manifest.build.threads)
             yield
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
-        """Yield the missing shards as their files are written.
+        """Yield each missing shard when an actor has written its files.
 
-        Raises: RecipeError as `connected`; StoreError, MismatchError for a node that lacks the data or has other
-            libraries; the teacher's errors.
+        Raises: RecipeError if the cluster has no room for an actor; StoreError for a node without the data;
+            MismatchError for a node with other library versions; any error of the teacher.
         """
         with cluster(self.address) as ray:
             yield from self._shards(ray, writer)
@@ -116,10 +120,10 @@ class RayEngine:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fits = sum(min(int(node.get(kind, 0) / each) for kind, each in needs.items()) for node in nodes)
         if fits < 1:
-            wanted = ", ".join(f"{each:g} {kind}" for kind, each in needs.items())
+            needed = ", ".join(f"{each:g} {kind}" for kind, each in needs.items())
             there = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes)
             raise RecipeError(
-                f"No node has room for an actor: it needs {wanted}, and the nodes have {there}",
+                f"No node has room for an actor: it needs {needed}, and the nodes have {there}",
                 fix="Decrease --threads or --num-gpus, or add nodes to the cluster.",
             )
         return self.actors or fits
@@ -150,14 +154,14 @@ def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
             "If the cluster has ended, start it again: the same command continues.",
         ) from error
     raise StoreError(
-        f"Shard {shard} ended {deaths} process{'es' * (deaths > 1)}, the last with {lines[0]}",
+        f"Shard {shard} ended {deaths} {'processes' if deaths > 1 else 'process'}, the last with {lines[0]}",
         fix="Look at the memory of the nodes (ray logs), or decrease --batch-size or --shard-records",
     ) from error
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What an actor starts with: how to make the parts, the driver's folder, and the cache."""
+    """An actor's start-up data: the function that makes a build's parts, the driver's folder, and the cache."""
 
     parts: Parts
     folder: str
@@ -166,7 +170,7 @@ class _Task:
 
 
 class _ShardTeacher:
-    """An actor's work: the teacher, loaded with the first call, over whole shards."""
+    """Computes whole shards in an actor. The teacher is loaded at the first shard."""
 
     def __init__(self, task: _Task) -> None:
         self._task = task
@@ -175,10 +179,10 @@ class _ShardTeacher:
         self._reuse: Reuse | None = None
 
     def ready(self) -> None:
-        """Return when the actor runs."""
+        """Do nothing. The call returns as soon as the actor runs."""
 
     def teach(self, shard: int) -> TaughtShard:
-        """Write the files of a shard."""
+        """Write the files of shard number `shard`."""
         if self._writer is None:
             self._load()
         assert self._writer is not None
@@ -230,7 +234,10 @@ def _actor_class(ray: Any) -> type:
 
 
 def check_libraries(manifest: Manifest, node: str) -> None:
-    """Compare the libraries of this node with the build's. Raises: MismatchError if they differ."""
+    """Check that this node has the library versions of the build. `node` is the node's name, for the message.
+
+    Raises: MismatchError if a version differs.
+    """
     here, begun = libraries(), manifest.build.libraries
     others = [
         f"{name} {here.get(name)} (the cache: {version})"

@@ -39,11 +39,26 @@ DIGESTS = ("records/image_digest", *_LABEL_DIGESTS.values())
 
 @dataclass(frozen=True)
 class Rendered:
-    """One record before the teacher sees it.
+    """One record of a build, before the teacher predicts it.
 
     Attributes:
-        taught: the teacher's input: the pixels, or a larger rendering of the same window.
-        old: the equal record of an earlier cache, if any. fold: the member of the teacher that predicts it.
+        record: number of the record.
+        sample: index of the sample.
+        view: number of the view within the sample.
+        pixels: the view, uint8 (H, W, 3).
+        taught: the teacher's input, uint8 (H', W', 3): `pixels`, or the same window rendered at `teacher_size`.
+        label: uint8 (H, W), 255 for void.
+        window: the part of the image that the view shows, in pixels of the image.
+        flip: whether the view is mirrored left to right.
+        source_size: (height, width) of the image in pixels.
+        checksum: checksum of `pixels`.
+        digests: uint8 (3, 16), first bytes of the SHA-256 of image, label and depth label. Zeros for a missing label.
+        label_checksum: checksum of `label`.
+        labelled: whether the sample has a segmentation label.
+        depth: the depth label, float32 (H, W) in metres with NaN for unknown, or None if no depth labels are stored.
+        depth_labelled: whether the sample has a depth label.
+        old: number of the same record in an earlier cache, or None.
+        fold: index of the ensemble member that predicts the record, or None without folds.
     """
 
     record: int
@@ -67,11 +82,12 @@ class Rendered:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LikeSplit(Split):
-    """A data set whose views must equal a cache's, record by record.
+    """A data set whose views must be the same as the views of an existing cache.
 
     Attributes:
-        like: the cache.
-        stored: whether the views are read from the cache, which stores their pixels, instead of rendered.
+        like: that cache.
+        stored: True if views are read from that cache, which stores pixels. False if they are rendered from the data
+            set.
     """
 
     like: Cache
@@ -79,11 +95,14 @@ class LikeSplit(Split):
 
     @cached_property
     def checksums(self) -> Array:
-        """The checksum of the pixels of every view, (R,) uint64."""
+        """The checksum of the pixels of each record of the existing cache, uint64 (R,)."""
         return self.like.column("pixel_checksum")
 
     def check(self, rendered: Iterable[Rendered]) -> None:
-        """Check that views equal the cache's. Raises: MismatchError naming the first that differs."""
+        """Check that rendered views have the checksums of the existing cache.
+
+        Raises: MismatchError naming the first view that differs.
+        """
         for item in rendered:
             if item.checksum != int(self.checksums[item.record]):
                 pillow = pillow_of(self.like.manifest)
@@ -93,16 +112,19 @@ class LikeSplit(Split):
 
 
 def split_like(like: Cache, split: Split) -> LikeSplit:
-    """Return a data set whose views must equal a cache's. Raises: MismatchError for other samples than its."""
+    """Return `split` as a data set whose views must be the same as the views of the cache `like`.
+
+    Raises: MismatchError if the sample ids differ.
+    """
     check_ids(like, split.ids, f"{split.data}, split {split.split!r}")
     content = {field.name: getattr(split, field.name) for field in fields(Split)}
     return LikeSplit(**content, like=like, stored=False)
 
 
 def stored_split(like: Cache) -> LikeSplit:
-    """Return the samples of a cache with pixels, which need no rendering.
+    """Return the samples of the cache `like` as a data set whose views are read from that cache.
 
-    Raises: MismatchError for a cache without pixels, or without digests of its images.
+    Raises: MismatchError if the cache does not store pixels, or does not hold digests of its images.
     """
     dataset = like.manifest.dataset
     if not (like.pixels_stored and like.manifest.records_contents):
@@ -126,7 +148,14 @@ def stored_split(like: Cache) -> LikeSplit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredArray(Source[Any]):
-    """An array of a sample's first view in a cache, and the path of its digest there."""
+    """An image or label that is read from a cache, where it belongs to the first view of a sample.
+
+    Attributes:
+        cache: the cache.
+        record: number of the record.
+        array: path of the array with the image or label.
+        of_content: path of the array with its digest.
+    """
 
     cache: Cache
     record: int
@@ -134,16 +163,19 @@ class StoredArray(Source[Any]):
     of_content: str
 
     def read(self) -> Array:
-        """Return the array of the view. Raises: CorruptError as `Cache.read`."""
+        """Return the image or label. Raises: CorruptError for a damaged cache."""
         return self.cache.read(self.record, [self.array])[self.array]
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the first half of the digest, which is all that a cache has."""
+        """Return the first half of the data set file's SHA-256, as 32 hexadecimal digits. A cache keeps only that half.
+
+        `of_file` is ignored.
+        """
         return self.cache.read(self.record, [self.of_content])[self.of_content].tobytes().hex()
 
 
 def stored_views(split: LikeSplit, records: Sequence[int]) -> list[Rendered]:
-    """Return the views of the cache. Raises: CorruptError as `Cache.read`."""
+    """Read some records' views from the cache of `split`. Raises: CorruptError for a damaged cache."""
     like, read = split.like, list[Rendered]()
     paths = [path for path in like.specs if path.startswith(("pixels/", "labels/", "records/"))]
     for record in records:
@@ -177,11 +209,16 @@ def render_records(
     depth: DepthLabels | None = None,
     of_file: FileDigest | None = None,
 ) -> list[Rendered]:
-    """Return views of one sample, which is read once.
+    """Render some views of one sample, whose files are read once.
 
-    `depth` says how depth labels are stored. None stores none. `of_file` is as in `Split.content_digests`.
-
-    Raises: DataError as `Split.image` and `Split.label`.
+    Args:
+        split: the data set.
+        view: how views are drawn and rendered.
+        records: numbers of the records. All must belong to the same sample.
+        depth: how depth labels are stored, or None to store none.
+        of_file: a function that returns a file's digest, such as one that remembers digests. None reads the file.
+    Raises: DataError for an image or label that cannot be read; MismatchError for views that differ from those of a
+        `LikeSplit`'s cache.
     """
     numbers = list(records)
     if isinstance(split, LikeSplit) and split.stored:
@@ -238,10 +275,17 @@ def render_batches(
     ahead: bool,
     of_file: FileDigest | None = None,
 ) -> Iterator[Rendered]:
-    """Yield the records of some shards in order, rendered by threads: far ahead, or one batch of the teacher at a time.
+    """Yield the rendered records of some shards in order. Several threads render them.
 
-    A CPU teacher's threads meet at a barrier after every operation. Rendering at the same time takes one of their cores
-    and makes the others wait: with a small teacher that took a third of the build's CPU time.
+    Args:
+        split: the data set.
+        manifest: the manifest of the build.
+        shards: numbers of the shards.
+        threads: number of threads. 0 renders in the calling thread.
+        ahead: True renders several batches ahead, for a teacher on a GPU. False renders one batch at a time, because a
+            teacher on the CPU needs all cores.
+        of_file: a function that returns a file's digest, as in `render_records`.
+    Raises: DataError for an image or label that cannot be read.
     """
     work = lambda records: render_records(split, manifest.view, records, manifest.depth, of_file)  # noqa: E731
     step, views = manifest.build.batch_size, manifest.view.views_per_sample
@@ -258,7 +302,7 @@ def render_batches(
 
 
 def batches_of(manifest: Manifest, shard: int) -> list[range]:
-    """Return the records of a shard in the teacher's batches."""
+    """Return the record numbers of shard number `shard`, divided into the teacher's batches."""
     first, last = manifest.shard_range(shard)
     step = manifest.build.batch_size
     return [range(at, min(at + step, last)) for at in range(first, last, step)]
@@ -278,7 +322,7 @@ def _drawn(split: Split, view: View, sample: int, number: int, image_size: tuple
 
 
 def _share(view: View, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Return the size of a view at zoom 1, as a part of the image's height and width."""
+    """Return the size of a view at zoom 1, as fractions of the image's height and width."""
     fitted = fitted_share(view.fit, image_size, view.image_size or view.size)
-    shown = view.share or (1.0, 1.0)
-    return shown[0] * fitted[0], shown[1] * fitted[1]
+    crop_share = view.share or (1.0, 1.0)
+    return crop_share[0] * fitted[0], crop_share[1] * fitted[1]

@@ -23,12 +23,17 @@ _LOOKED_AT = ("records/pixel_checksum", "records/window", "records/flip")
 
 
 class Reuse:
-    """The records of the cache `old` that a cache of `manifest` would repeat.
+    """The records of an earlier cache whose targets a new build can copy.
+
+    Args:
+        old: the earlier cache.
+        manifest: the manifest of the new build.
 
     Attributes:
-        complete: whether a copied record needs no teacher.
-        damaged: records of the earlier cache that are needed and cannot be read.
-    Raises: CorruptError for a damaged ledger, without which no record can be trusted.
+        complete: True if the earlier cache has everything that the new one stores, so that the teacher need not run on
+            copied records.
+        damaged: numbers of the earlier cache's records that are needed but cannot be read.
+    Raises: CorruptError if the earlier cache's ledger is damaged.
     """
 
     def __init__(self, old: Cache, manifest: Manifest) -> None:
@@ -49,9 +54,9 @@ class Reuse:
             old.ledger.check_lines()
 
     def find(self, item: Rendered, sample: str) -> int | None:
-        """Return the equal record of the earlier cache and read it for `rows`, or return None if there is none.
+        """Return the number of the earlier cache's record with the same pixels, or None.
 
-        `sample` is the item's sample id.
+        The targets of the found record are read and kept for `rows`. `sample` is the id of the item's sample.
         """
         number = self._samples.get(sample)
         if number is None or item.view >= self._old.manifest.view.views_per_sample:
@@ -72,20 +77,23 @@ class Reuse:
         return record if same else None
 
     def rows(self, records: Sequence[int]) -> dict[str, Array]:
-        """Return rows of records that `find` has found in the earlier cache, by path."""
+        """Return path -> stored arrays of several records of the earlier cache. Each must have been found by `find`."""
         read = [self._read.pop(record) for record in records]
         return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
 
 
 def options_of(old: Manifest, **changes: Any) -> BuildOptions:
-    """Return the options of a cache's build, with `changes` (fields of BuildOptions)."""
+    """Return the options of a cache's build, with some fields replaced.
+
+    `changes` are fields of `BuildOptions`.
+    """
     return BuildOptions(**{**old.settings(), **changes})
 
 
 def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
-    """Return `plan_manifest` of a cache that copies `old`. It keeps `old`'s fidelity, unless it rounds more than `old`.
+    """Return the manifest of a build that copies targets from the earlier cache `old`, after checking that they fit.
 
-    Raises: MismatchError naming every field that differs; as `plan_manifest`.
+    Raises: MismatchError naming every setting that differs; the errors of `plan_manifest`.
     """
     split, options, old_manifest = probe.split, probe.options, old.manifest
     differences = []

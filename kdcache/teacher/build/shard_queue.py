@@ -13,10 +13,11 @@ from kdcache.teacher.build.render import Array, Rendered
 
 
 class ShardQueue:
-    """Collects records into whole shards and writes them in one background thread, at most one ahead.
+    """Collects records until a shard is full, and writes full shards in a background thread.
 
     Args:
-        write: takes a shard's number and its arrays: path -> (records of the shard, ...).
+        manifest: the manifest of the build.
+        write: called with a shard's number, and path -> array of all its records.
     """
 
     def __init__(self, manifest: Manifest, write: Callable[[int, Mapping[str, Array]], None]) -> None:
@@ -38,9 +39,13 @@ class ShardQueue:
             self._pool.shutdown(wait=True)
 
     def add(self, batch: Sequence[Rendered], outputs: Mapping[str, Array]) -> None:
-        """Add records of one shard, in any order. The last one sends the shard off, after the previous is on disk.
+        """Add some records of one shard, in any order. The last record of a shard starts its writing.
 
-        `outputs` are the teacher's: path -> rows.
+        This call waits if the previous shard is still being written.
+
+        Args:
+            batch: the records.
+            outputs: path in the cache -> the teacher's outputs for these records.
         """
         shard = batch[0].record // self._manifest.build.shard_records
         first, last = self._manifest.shard_range(shard)

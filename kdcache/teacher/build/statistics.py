@@ -23,13 +23,14 @@ KINDS: tuple[Literal["at", "similarity"], ...] = ("at", "similarity")
 
 
 def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
-    """Return the manifest's entries for `--statistics`, which `taps_of` has checked.
+    """Return the manifest's entry for each statistic, by its name in the cache, such as `at.stage4`.
 
-    `features` has the named taps -> (B, c, h', w').
-
+    Args:
+        names: the statistics, such as `at:stage4`.
+        features: tap -> features (B, c, h, w).
     Raises: RecipeError for similarities of a tap with one cell.
     """
-    made: dict[str, Statistic] = {}
+    entries: dict[str, Statistic] = {}
     for name in names:
         kind, _, tap = name.partition(":")
         size = _grid(features[tap])
@@ -38,8 +39,8 @@ def statistics_of(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[
                 f"Cannot store similarities between the cells of {tap}: it has 1x1 cells",
                 fix=f"Store {tap} itself with --features {tap}, for the term queue, or name a tap with a grid.",
             )
-        made[f"{kind}.{tap}"] = Statistic(kind="similarity" if kind == "similarity" else "at", tap=tap, size=size)
-    return made
+        entries[f"{kind}.{tap}"] = Statistic(kind="similarity" if kind == "similarity" else "at", tap=tap, size=size)
+    return entries
 
 
 def _grid(feature_Bchw: Tensor) -> tuple[int, int]:
@@ -48,7 +49,7 @@ def _grid(feature_Bchw: Tensor) -> tuple[int, int]:
 
 
 def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
-    """Return the taps that statistics need.
+    """Return the taps that the statistics `names`, such as `at:stage4`, are computed from, each once.
 
     Raises: RecipeError for an unknown statistic; ModelError for a tap that the teacher does not have.
     """
@@ -67,26 +68,30 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
 
 
 def measure(statistics: Mapping[str, Statistic], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute statistics as path -> (B, h', w') float16, or (B, p) for similarities, on the same device.
+    """Compute statistics of a batch's features.
 
-    `statistics` are from `statistics_of`, and `features` tap -> (B, c, h', w').
+    Args:
+        statistics: the manifest's entries, by name.
+        features: tap -> features (B, c, h, w).
+    Returns: path in the cache -> float16 tensor on the features' device: (B, h, w), or (B, n * (n - 1) / 2) for
+        similarities between n cells.
     """
-    made = {}
+    computed = {}
     for name, statistic in statistics.items():
         feature = features[str(statistic.tap)]
-        made[f"statistics/{name}"] = (
+        computed[f"statistics/{name}"] = (
             similarities(feature) if statistic.kind == "similarity" else attention(feature).half()
         )
-    return made
+    return computed
 
 
 def similarities(feature_Bchw: Tensor) -> Tensor:
-    """Return the cosines between different cells in 8 bits: (B, p), the upper triangle row by row.
+    """Return the cosines between all pairs of different cells as whole numbers from 0 to 255.
 
-    Cells are in row order. q = rint((cosine + 1) * 127.5), with the value 2 q / 255 - 1. A cell of zeros has the cosine
-    0 with every other.
+    A number q stands for the cosine 2 q / 255 - 1. A cell of zeros has the cosine 0 with every other cell.
 
-    Returns: whole numbers in float16, with NaN for features that are not finite.
+    Returns: float16 (B, n * (n - 1) / 2) for n = h * w cells: the upper triangle of the matrix of pairs, row by row.
+        NaN for features that are not finite.
     """
     tokens_Bnc = feature_Bchw.float().flatten(2).mT
     # Divided first: squares of large features would overflow.
@@ -99,7 +104,10 @@ def similarities(feature_Bchw: Tensor) -> Tensor:
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:
-    """Return sum_c F^2 divided by its largest value, (B, h, w) float32 in 0..1. Zeros stay zero."""
+    """Return the attention map of features: the sum of squares over channels, divided by its maximum.
+
+    Returns: float32 (B, h, w) in 0 to 1. A map of zeros stays zero.
+    """
     feature = feature_Bchw.float()
     # Divided first: squares of large features would overflow.
     largest = feature.abs().amax((1, 2, 3), keepdim=True)

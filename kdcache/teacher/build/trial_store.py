@@ -32,10 +32,14 @@ _OF_FEATURES = ("features/", "scales/")
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds per record.
+    """The seconds per record of each stage of a build.
 
-    `build` is the whole pass. `render`, `teach` and `write` are its separate stages. `read` is a student's time to read
-    a target from the page cache.
+    Attributes:
+        build: the whole pass.
+        render: decoding and resizing the images.
+        teach: the teacher's forward pass.
+        write: compressing and writing.
+        read: reading a target in a student's training, from the operating system's page cache.
     """
 
     build: float
@@ -46,14 +50,19 @@ class Seconds:
 
 
 class Trial:
-    """The small cache. If views are drawn, half of its records are drawn views, because crops compress differently.
+    """A small temporary cache of a few samples, which can be written again with other settings to measure its size.
+
+    If the build draws crops, half of the records are crops, because crops compress differently.
 
     Args:
-        records: number of records to predict, evenly spread over the split (or all, if there are fewer).
-        folder: where the cache is written.
+        probe: the split, the teacher and the options of the build.
+        records: number of records to predict, at most the number of samples.
+        folder: folder of the temporary caches.
+        progress: called with (description of the step, records done, total records).
 
     Attributes:
-        taught: number of predicted records. taps: the taps whose sizes are known.
+        taught: number of predicted records.
+        taps: names of the taps whose sizes are known.
     """
 
     def __init__(self, probe: TeacherProbe, records: int, folder: Path, progress: Progress) -> None:
@@ -83,11 +92,19 @@ class Trial:
     def sizes(
         self, k: int | None, codec: Codec, views: int, features: Sequence[str], dtype: StoredAs = "fp16"
     ) -> Sizes:
-        """Return the mean size of every array, with pixels, for `views` views of a sample."""
-        whole, both = (self._rewritten(cache, k, codec, dtype)[0] for cache in (self._whole, self._both))
+        """Return path of each array -> mean bytes on disk per record, if these settings were used.
+
+        Args:
+            k: number of stored classes, or None without a segmentation head.
+            codec: codec of the cache.
+            views: number of views per sample.
+            features: names of the stored taps.
+            dtype: data type of stored features.
+        """
+        first_sizes, all_sizes = (self._rewritten(cache, k, codec, dtype)[0] for cache in (self._whole, self._both))
         sizes = {}
-        for path, size in whole.items():
-            drawn = 2 * both[path] - size if self._drawn else size
+        for path, size in first_sizes.items():
+            drawn = 2 * all_sizes[path] - size if self._drawn else size
             sizes[path] = (size + (views - 1) * drawn) / views
         if self._more is not None and not set(features) <= set(self._options.features):
             sizes |= self._rewritten(self._more, _classes_of(self._more), codec, dtype)[0] | sizes
@@ -95,7 +112,16 @@ class Trial:
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith(_OF_FEATURES)}
 
     def error(self, paths: Iterable[str], k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> float:
-        """Return the relative standard error of a record's mean bytes in the arrays `paths`."""
+        """Return the relative standard error of the mean bytes per record.
+
+        It is 0 if the small cache has all samples of the split.
+
+        Args:
+            paths: paths of the arrays to count.
+            k: number of stored classes, or None without a segmentation head.
+            codec: codec of the cache.
+            dtype: data type of stored features.
+        """
         self._rewritten(self._both, k, codec, dtype)
         arrays = [ShardArray(self._path(self._both, k, codec, dtype) / path) for path in paths]
         sizes_R = [sum(array.bytes_of(record) for array in arrays) for record in range(len(self._both))]
@@ -103,7 +129,13 @@ class Trial:
         return float(np.std(sizes_R) / np.mean(sizes_R) * (unseen / len(sizes_R)) ** 0.5)
 
     def seconds(self, k: int | None, codec: Codec, dtype: StoredAs = "fp16") -> Seconds:
-        """Return the seconds of a record, by stage."""
+        """Measure the seconds per record of each stage of a build.
+
+        Args:
+            k: number of stored classes, or None without a segmentation head.
+            codec: codec of the cache.
+            dtype: data type of stored features.
+        """
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
         began = time.perf_counter()
@@ -125,13 +157,13 @@ class Trial:
         )
 
     def _part(self, samples: int) -> Split:
-        """Return samples evenly spread over those with and without depth labels, with at least one labelled."""
+        """Return a split with some samples. They are spread evenly over those with and without depth labels."""
         has_depth = [self._split.has_label(index, DEPTH) for index in range(len(self._split))]
         order = np.argsort(np.logical_not(has_depth), kind="stable")
         return excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
-        """Return a cache of evenly spread samples in one shard or more, and how long its pass took."""
+        """Build a cache of some samples. Return it, and the seconds of the teacher's pass."""
         part, out = self._part(samples), self._folder / what.replace(" ", "-")
         # An index has a place for every chunk of a full shard: with smaller ones a record bears as much of it.
         options = replace(options, shard_records=min(self._shard_records, samples * options.views))
@@ -143,9 +175,14 @@ class Trial:
         return cache.path.with_name(f"{cache.path.name}-{k}-{codec}-{dtype}")
 
     def rewrite(self, cache: Cache, k: int | None, codec: Codec, dtype: StoredAs) -> tuple[Sizes, float]:
-        """Return the sizes of the cache with k classes, a codec and a type of features, and the seconds of writing it.
+        """Write a small cache again with other settings, and return its sizes and the seconds of writing.
 
-        `k` is None for a cache without targets of classes.
+        Args:
+            cache: the small cache, with all classes and float16 features.
+            k: number of classes to keep, or None without a segmentation head.
+            codec: codec of the new cache.
+            dtype: data type of features in the new cache.
+        Returns: path of each array -> bytes on disk per record, and the seconds.
         """
         out, seconds = self._path(cache, k, codec, dtype), 0.0
         fewer = {} if k is None else {SEGMENTATION: cache.head.model_copy(update={"k": k})}
@@ -193,7 +230,7 @@ def _rows(cache: Cache, records: Sequence[int]) -> dict[str, Array]:
 
 
 def _keep(rows: dict[str, Array], k: int, classes: int) -> dict[str, Array]:
-    """Return rows of a dense cache with k classes of their targets."""
+    """Return a dense cache's arrays with only k classes of their targets."""
     parts = pack(densify(torch.from_numpy(rows[_TARGET + "values"]), None, None, classes), k)
     names = ("values", "indices", "tail")
     return rows | {_TARGET + name: part.numpy() for name, part in zip(names, parts, strict=True) if part is not None}

@@ -31,13 +31,23 @@ def load_teachers(
     trust: bool = False,
     classified: bool = True,
 ) -> Teacher:
-    """Load one teacher, or several as one.
+    """Load one teacher, or several as an ensemble.
 
-    `weights` weigh their probabilities (default: equal). `tta` averages predictions over renderings of every image.
-    With `folds`, teacher i predicts the samples of fold i instead (see `check_cross_fit`), and `folds_by` is the
-    pattern of the sequences that folds keep together. Other arguments are as in `load_teacher`, for each teacher.
-
-    Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
+    Args:
+        origins: where each teacher comes from, as in `load_teacher`.
+        classes: the classes of the data set.
+        weights: weight of each teacher's probabilities. Default: equal.
+        tta: test-time augmentation, or None.
+        folds: number of folds. Teacher i then predicts the samples of fold i, instead of averaging. None averages.
+        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
+            folds. None makes folds by id.
+        class_map: file that names the data class for each class of a teacher.
+        mean: RGB mean of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
+        std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: each teacher's own.
+        trust: whether a function that a run names as its model may be imported and called.
+        classified: whether the segmentation head is used, whose classes must then fit.
+    Raises: RecipeError for a wrong number of weights or teachers; ModelError or MismatchError for a teacher that does
+        not fit the data set.
     """
     _check_plain(origins)
     _check_counts(origins, weights, folds, folds_by)
@@ -49,7 +59,7 @@ def load_teachers(
         return loaded[0]
     heads = [teacher.model.learnt_heads for teacher in loaded]
     if folds is not None and len(set(heads)) > 1:
-        each = [f"{origin} has {' and '.join(own)}" for origin, own in zip(origins, heads, strict=True)]
+        each = [f"{origin} has {' and '.join(names)}" for origin, names in zip(origins, heads, strict=True)]
         raise RecipeError(
             f"The teachers of folds have different heads: {', '.join(each)}", fix="Train them with the same heads."
         )
@@ -74,12 +84,18 @@ def load_like(
     class_map: str | Path | None = None,
     classified: bool = True,
 ) -> Teacher:
-    """Load the teachers of a cache again, with the weights, augmentation, folds and normalisation of its manifest.
+    """Load the teachers of a cache again, with the weights, augmentation, folds and normalisation in its fingerprint.
 
-    Their fingerprint tells whether they are the same teachers. `classified` says whether the cache has a head of
-    classes.
+    Compare the fingerprint of the result to find out whether they are the same teachers.
 
-    Raises: as `load_teachers`; MismatchError for another number, and for a cache of one teacher per head.
+    Args:
+        fingerprint: the cache's teacher.
+        origins: where each teacher comes from, in the order of the build.
+        classes: the classes of the data set.
+        class_map: file that names the data class for each class of a teacher.
+        classified: whether the cache has a segmentation head.
+    Raises: MismatchError for another number of teachers, or for a cache of earlier versions with one teacher per head;
+        the errors of `load_teachers`.
     """
     check_computable(fingerprint)
     _check_plain(origins)
@@ -111,7 +127,10 @@ def load_like(
 
 
 def check_computable(fingerprint: Fingerprint) -> None:
-    """Check that this version can load the teachers of a cache. Raises: MismatchError for one teacher per head."""
+    """Check that this version can load the teachers of a cache.
+
+    Raises: MismatchError for a cache of earlier versions with one teacher per head.
+    """
     if fingerprint.per_head:
         raise MismatchError(
             f"This version of kdcache cannot compute a cache of one teacher per head: {fingerprint.spec}",
@@ -121,17 +140,19 @@ def check_computable(fingerprint: Fingerprint) -> None:
 
 
 def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None) -> None:
-    """Check that no teacher has seen the fold that it predicts, and that no fold lacks a class in training.
+    """Check that each teacher was trained without the fold that it will predict, and saw every class.
 
-    Reads every label of the split. What a run has seen is known from its recipe, `fold = "i/K"` and `folds-by`, and the
-    digest of its training split. `by` is the pattern of the sequences that folds keep together.
-
-    Raises: MismatchError, RecipeError.
+    Args:
+        origins: run folder of each teacher. Teacher i predicts fold i.
+        split: the data set. All its labels are read.
+        by: regular expression whose match in a sample id names its sequence, or None for folds by id.
+    Raises: MismatchError if a teacher has seen its fold, or was trained on other data; RecipeError for a run without a
+        recipe, or if a class has labels in one fold only.
     """
     folds = len(origins)
     check_folds(split, folds, by)
     for number, origin in enumerate(origins):
-        wanted = Fold(number, folds, by)
+        expected = Fold(number, folds, by)
         run = Run.open(origin)
         if run.recipe is None:
             raise RecipeError(
@@ -139,8 +160,8 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
                 fix="Give the --out of train-teacher --fold I/K",
             )
         left_out = fold_left_out(run.recipe)
-        if left_out != wanted:
-            same = left_out is not None and left_out[:2] == wanted[:2]
+        if left_out != expected:
+            same = left_out is not None and left_out[:2] == expected[:2]
             raise MismatchError(
                 f"Teacher {origin}, number {number} of {folds}{_sequences(by)}, "
                 + (f"has fold {left_out}" if left_out else "has seen all folds"),
@@ -156,7 +177,10 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
 
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
-    """Return the number of the teacher that predicts each sample of a split, or None if all predict together."""
+    """Return the index of the ensemble member that predicts each sample of a split.
+
+    Returns None if all members predict together.
+    """
     return None if teacher.folds is None else split.folds(teacher.folds, teacher.folds_by).tolist()
 
 

@@ -21,7 +21,10 @@ _PROBE_GRID = 2
 
 
 def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) -> Fingerprint:
-    """Return the fingerprint of a teacher that is already on `device`."""
+    """Return the fingerprint of a teacher: digests of its weights, and its outputs for two fixed images.
+
+    The teacher must already be on `device`.
+    """
     model = teacher.model
     members, tta = _ensemble(model)
     size, outputs = _probe(model, precision, device)
@@ -48,9 +51,9 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
 
 
 def _probe(model: SegmentationModel, precision: Precision, device: torch.device) -> tuple[tuple[int, int], Outputs]:
-    """Return the size of the fixed images, the usual one wherever the model takes it, and its answer to them.
+    """Return the (H, W) of two fixed images, and the model's outputs for them.
 
-    Heads answer as the network itself does, with a last resize: caches from before it was taken off know them so.
+    The size is 96x128 if the model accepts it. Heads include the network's own last resize, as in earlier versions.
     """
     takes_usual = model.fixed_size in (None, _PROBE_SIZE)
     for size in (*((_PROBE_SIZE,) if takes_usual else ()), model.probe_size):
@@ -65,7 +68,7 @@ def _probe(model: SegmentationModel, precision: Precision, device: torch.device)
 
 
 def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented | None]:
-    """Return the members of an ensemble and its augmentation."""
+    """Return the members of an ensemble and its augmentation. For a single model, () and None."""
     if not isinstance(model, EnsembleModel):
         return (), None
     members = tuple(

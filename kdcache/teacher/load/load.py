@@ -40,15 +40,17 @@ class Teacher:
     """A model in eval mode that predicts the data set's classes.
 
     Attributes:
-        origin: what the user gave.
-        size: (H, W) of its training, if known.
-        class_map: data class of each of its own classes (-1 dropped), if it was mapped.
-        notes: what a user should know, such as auxiliary heads that were left out.
-        folds: number of folds that the members of an ensemble divide, or None if their probabilities are averaged.
-        folds_by: pattern of the sequences that these folds keep together, or None for folds by id.
-        trainings: what each member or the one model learnt from, an entry per stream, if it is a run that records it.
-            Empty if not looked up.
-        parents: seals of the caches that it learnt from, if it is a run that records them.
+        model: the model.
+        origin: where it came from, as the user gave it.
+        size: (H, W) of its training images, or None if unknown.
+        class_map: for each class of the original model, the class of the data set that it becomes, -1 if it is dropped.
+            None if no class map was used.
+        notes: texts that the user should see, such as auxiliary heads that were left out.
+        folds: number of folds. Ensemble member i then predicts the samples of fold i. None averages the members.
+        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
+            folds. None makes folds by id.
+        trainings: what it was trained on, one entry per data set. None stands for an unknown one.
+        parents: digests of the seals of the caches that it was distilled from.
         fit: how images of another shape were fitted into `size` in its training.
     """
 
@@ -82,7 +84,7 @@ class Teacher:
         }
 
     def model_for(self, fold: int | None) -> SegmentationModel:
-        """Return the model that predicts the samples of a fold, or the whole model, as fingerprinted, for None."""
+        """Return the model that predicts the samples of fold number `fold`. None returns the whole ensemble."""
         if fold is None or not isinstance(self.model, EnsembleModel):
             return self.model
         return self.model.member(fold)
@@ -109,25 +111,27 @@ def load_teacher(
     >>> teacher.size
     (48, 64)
 
-    A cache identifies a teacher by a digest of its weights, and by its answer to two fixed images, wherever it comes
-    from.
+    A cache identifies its teacher by a digest of the weights, and by its outputs for two fixed images.
 
     Args:
-        origin: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere) or
-            `SPEC@default` (the library's own, downloaded now). Or a module: it takes normalised RGB (B, 3, H, W) and
-            returns logits (B, C, h, w), as `kdcache.models.callables` reads them. It is put into eval mode.
-        classes: of the data set, or the data set. A run and an exported file must have these classes.
-        class_map: file with the data class that each teacher class becomes. Probabilities are summed.
-        mean: mean of RGB in 0..1. Default: the model's own.
-        std: standard deviation of RGB in 0..1. Default: the model's own.
-        heads: of a module that returns a mapping of several heads, their kinds by name, such as {"segmentation":
-            "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}. Default: its `kdcache_heads`.
-        align_corners: whether a module's own last resize aligns them. Default: its attribute of that name, else False.
-        trust: whether a function that a run names may be imported and called (see `load_run`).
-        classified: whether its head of classes is used, which must have the data's classes.
-        outputs: the kind of a module's or a model's outputs, as in ,outputs=KIND after its spec: logits, probabilities
-            (whose logarithm is taken) or sigmoid (whose logit is taken).
-    Raises: ModelError, MismatchError, RecipeError naming what does not fit.
+        origin: a run folder, `RUN@best-ema` for other weights of the run, `SPEC@FILE` for weights trained elsewhere, or
+            `SPEC@default` for weights that the library downloads. A module is also possible: it takes normalised RGB
+            (B, 3, H, W), returns logits (B, C, h, w), and is put into eval mode.
+        classes: the classes of the data set, or the data set. A run must have the same classes.
+        class_map: file that names the data class for each class of the teacher. Probabilities of merged classes are
+            summed.
+        mean: RGB mean of the normalisation, for pixels from 0 to 1. Default: the model's own.
+        std: RGB standard deviation of the normalisation, for pixels from 0 to 1. Default: the model's own.
+        heads: for a module that returns a mapping of several heads: name -> kind, such as {"segmentation":
+            "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}. Default: the module's attribute
+            `kdcache_heads`.
+        align_corners: whether a module's last resize aligns corners. Default: the module's attribute of that name, or
+            False.
+        trust: whether a function that a run names as its model may be imported and called.
+        classified: whether the segmentation head is used, whose classes must then fit.
+        outputs: what the model returns: "logits", "probabilities" or "sigmoid". Default: logits.
+    Raises: ModelError for a model or weights that do not fit; MismatchError for other classes than the data set's;
+        RecipeError for a run that cannot be read.
     """
     classes = classes.classes if isinstance(classes, Split) else classes
     classes = classes if isinstance(classes, ClassList) else ClassList(tuple(classes))
@@ -190,7 +194,7 @@ def _of_run(origin: str, *, trust: bool) -> _Loaded:
 
 
 def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str | Path | None) -> _Loaded:
-    """Return the model of `SPEC@FILE`. `classes` or `class_map` give the number for a user's function."""
+    """Load the model of `SPEC@FILE`. A user's function gets its number of classes from `classes` or `class_map`."""
     about, count = described(spec, weights), None
     if is_function(spec):
         count = (classes or None) if class_map is None else count_sources(class_map)
@@ -215,7 +219,7 @@ def _of_module(module: nn.Module, heads: Mapping[str, Any] | None, align_corners
 
 
 def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> SegmentationModel:
-    """Return a module as a model. Raises: ModelError for one that answers otherwise than it says."""
+    """Return a module as a model. Raises: ModelError if its outputs are not what it declares."""
     if isinstance(module, SegmentationModel):
         model = module
     else:
@@ -226,7 +230,10 @@ def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners
 
 
 def _check_classes(loaded: _Loaded, count: int, classes: ClassList) -> None:
-    """Compare number and names of classes. Note foreign weights' other names. Raises: ModelError, MismatchError."""
+    """Compare the number and names of a teacher's classes with the data set's, and note names that differ.
+
+    Raises: ModelError, MismatchError.
+    """
     report = loaded.model.load_report
     theirs = loaded.class_names or (() if report is None else report.class_names)
     if count != len(classes):

@@ -10,9 +10,9 @@ from kdcache.store.format.teacher_models import Training
 
 
 def trainings_of(run: Run) -> tuple[Training | None, ...]:
-    """Return the trainings of a run: on its data set, or on each of its streams.
+    """Return what a run was trained on: one entry for its data set, or one for each of its streams.
 
-    None stands for what is not recorded, for instance what the teachers of the run's caches learnt from.
+    None stands for an unknown training. If a stream also learnt from a cache, None is added for that cache's teacher.
     """
     kind, _, digest = run.model.trained_on.partition(" ")
     try:  # a teacher needs no recipe: it is only not known then
@@ -24,17 +24,20 @@ def trainings_of(run: Run) -> tuple[Training | None, ...]:
             return (_training(digest, run.model.labels, {**recipe, **(tables[0] if tables else {})}),)
         if kind != "streams" or not streams or len(tables) != len(streams):
             return (None,)
-        seen = [
+        trainings = [
             _training(stream.ids_digest, stream.labels, {**recipe, **table})
             for stream, table in zip(streams, tables, strict=True)
         ]
     except (RecipeError, ValueError):
         return (None,)
-    return (*seen, None) if any(stream.taught for stream in streams) else tuple(seen)
+    return (*trainings, None) if any(stream.taught for stream in streams) else tuple(trainings)
 
 
 def _training(digest: str, labels: str | None, settings: Mapping[str, Any]) -> Training:
-    """Return the training with these settings, on the samples of a digest. Raises: RecipeError, ValueError."""
+    """Return the training with these settings on the samples that the digest identifies.
+
+    Raises: RecipeError or ValueError for malformed settings.
+    """
     fold = fold_left_out(settings)
     if fold is None:
         return Training(ids_digest=digest, labels=labels)
@@ -42,6 +45,11 @@ def _training(digest: str, labels: str | None, settings: Mapping[str, Any]) -> T
 
 
 def fold_left_out(recipe: Mapping[str, Any]) -> Fold | None:
-    """Return the fold that a run with this recipe left out. Raises: RecipeError for a malformed one."""
+    """Return the fold that a run with this recipe left out of its training, or None.
+
+    `recipe` maps flags without dashes to values.
+
+    Raises: RecipeError for a malformed fold.
+    """
     fold, by = recipe.get("fold"), recipe.get("folds-by")
     return None if fold is None else parse_fold(str(fold), None if by is None else str(by))
