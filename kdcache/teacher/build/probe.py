@@ -31,7 +31,7 @@ def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
     if wrong is not None or (options.features_only and options.heads):
         raise RecipeError(
             f"Unknown heads in --heads {','.join(options.heads)}: {teacher.origin} has {', '.join(trained) or 'none'}"
-            + (f", and trained nothing of {wrong}" if wrong in teacher.model.untrained else "")
+            + (f", and learnt nothing of {wrong}" if wrong in teacher.model.untrained else "")
             if wrong is not None
             else f"Use either --heads or --features-only, not both: --heads {','.join(options.heads)}",
             fix=suggest(wrong or "", trained, "Leave out --heads, which stores all."),
