@@ -20,17 +20,36 @@ _MOST_PARTS = 32  # of a key in TOML, for which memory grows with their square
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Return the bytes of a file. Raises: OSError; ValueError for a pipe, a device, a folder, or beyond `most`."""
+    """Return the content of a regular file of at most `most` bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is a pipe, a device or a folder, or it has more than `most` bytes.
+    """
     return read_handle(os.open(path, os.O_RDONLY | os.O_NONBLOCK), most)  # else a pipe without a writer waits
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """Return the text of a UTF-8 file, with its line ends as they are. Raises: as `read_bytes`."""
+    """Return the text of a UTF-8 file of at most `most` bytes, with its line ends unchanged.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no regular file, is not UTF-8, or has more than `most` bytes.
+    """
     return read_bytes(path, most).decode("utf-8")
 
 
 def read_handle(handle: int, most: int) -> bytes:
-    """Return the bytes of an open file and close it. Raises: as `read_bytes`."""
+    """Return the content of an open file, and close the file.
+
+    Args:
+        handle: a file descriptor for reading.
+        most: the most bytes that the file may have.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is a pipe, a device or a folder, or it has more than `most` bytes.
+    """
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -44,7 +63,7 @@ def read_handle(handle: int, most: int) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Parse JSON. Raises: ValueError."""
+    """Return the value of a JSON text. Raises: ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -52,7 +71,7 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML. Raises: ValueError."""
+    """Return the content of a TOML text. Raises: ValueError if it is invalid or nested too deeply."""
     if any(key.count(".") >= _MOST_PARTS for key in re.split(r"[=,{}\[\]\n]", text)):
         raise ValueError(f"a key has more than {_MOST_PARTS} parts")
     try:
@@ -62,9 +81,12 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_unpacked(path: Path) -> None:
-    """Check that a tensor file takes about its own size in memory, as all libraries write it.
+    """Check that a file of tensors will not unpack to far more memory than its size on the disk.
 
-    Raises: OSError; ValueError for a zip archive (.pt, .npz) that unpacks to far more, or a long safetensors header.
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a zip archive (`.pt`, `.npz`) unpacks to more than 4 times its size + 64 MiB, or a `.safetensors`
+            header is longer than 16 MiB.
     """
     with path.open("rb") as file:
         begin = file.read(8)

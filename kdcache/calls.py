@@ -26,13 +26,24 @@ _TYPES: dict[Any, Any] = {int: Integral, float: Real, tuple: tuple | list}
 
 @dataclass(frozen=True)
 class Fix:
-    """The fix, in the imperative, that the error for a value of another type has. It annotates an argument's type."""
+    """A mark for the type of an argument: the fix that the error shows if a value does not have that type.
+
+    `Annotated[int, Fix("Give a whole number.")]` is an example.
+    """
 
     text: str
 
 
 def called_from_python(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Wrap a function, called `name` in kdcache, so wrong calls raise one KDCacheError that names keywords."""
+    """Wrap a function of kdcache so that its arguments are checked before it runs.
+
+    The wrapper raises a KDCacheError for wrong arguments. In the text of every KDCacheError, it replaces flags of the
+    command line by keywords of the function.
+
+    Args:
+        function: the function to wrap.
+        name: its name in kdcache, such as `train` for `kdcache.train`.
+    """
     parameters = signature(function).parameters
 
     @wraps(function)
@@ -53,14 +64,14 @@ def _check(
 ) -> None:
     """Check the names and types of arguments. Raises: RecipeError for the first that is wrong or missing."""
     check_names(keywords, parameters)
-    unnamed = [one.name for one in parameters.values() if one.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    unnamed = [parameter.name for parameter in parameters.values() if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD]
     given = dict(zip(unnamed, args, strict=False))
     if len(args) > len(unnamed):
         raise RecipeError(f"Too many values without a name: {len(args)}", fix=f"Name all after {', '.join(unnamed)}.")
     if twice := given.keys() & keywords.keys():
         raise RecipeError(f"Two values of {' and '.join(map(_flag, twice))}", fix="Leave one of them out.")
     given |= keywords
-    required = [one.name for one in parameters.values() if one.default is Parameter.empty]
+    required = [parameter.name for parameter in parameters.values() if parameter.default is Parameter.empty]
     if missing := [name for name in required if name not in given]:
         raise RecipeError(
             f"Missing {', '.join(map(_flag, missing))}",
@@ -74,7 +85,7 @@ def _check(
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return True if a value is of a type, and in the range of its marks. Parts of lists count, functions do not."""
+    """Return True if a value has the type `hint` and is in its range. Elements of lists are also checked."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, args[0]) and all(_within(value, mark) for mark in args[1:])
@@ -95,12 +106,12 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _fix_of(hint: Any) -> str:
     """Return the text of the first `Fix` of a type, or ''."""
-    own = (mark.text for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Fix))
-    return next((text for text in (*own, *map(_fix_of, get_args(hint))) if text), "")
+    texts = (mark.text for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Fix))
+    return next((text for text in (*texts, *map(_fix_of, get_args(hint))) if text), "")
 
 
 def _within(value: Any, mark: Any) -> bool:
-    """Return False for a number outside the range of a mark, NaN included."""
+    """Return False if a number is NaN or outside the range that a mark such as `Ge(0)` gives."""
     match mark:
         case Ge(ge):
             return bool(value >= ge)
@@ -114,7 +125,7 @@ def _within(value: Any, mark: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """Return a short value as Python writes it, and the type of any other."""
+    """Return a short value as Python writes it. For a long one, return its type."""
     text = repr(value)
     return text if len(text) < 60 and "\n" not in text else f"a {type(value).__module__}.{type(value).__qualname__}"
 
@@ -144,15 +155,15 @@ def _name_keywords(
     def reworded(text: str) -> str:
         command = _COMMAND.search(text)
         end = len(text) if command is None else command.start()
-        own = text[:end].replace(ALL_FLAGS, f"help(kdcache.{function}) lists all.")
-        return _FLAG.sub(keyword, own) + text[end:]
+        sentence = text[:end].replace(ALL_FLAGS, f"help(kdcache.{function}) lists all.")
+        return _FLAG.sub(keyword, sentence) + text[end:]
 
     error.problem, error.fix, error.rule = map(reworded, (error.problem, error.fix, error.rule))
     error.args = (error.problem, error.fix, error.rule)
 
 
 def _written(word: str, words: Collection[str]) -> str:
-    """Return the word after a flag as a value in Python, '' if it goes on with the sentence."""
+    """Return the word after a flag as a value in Python, or '' if the word belongs to the sentence."""
     if _PLACEHOLDER.fullmatch(word) or word[0] in "'\"" or re.fullmatch(r"-?[\d.]+(e-?\d+)?", word):
         return word
     return repr(word) if not word.isalpha() or word in {"none", "auto", "full", *words} else ""

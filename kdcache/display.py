@@ -15,20 +15,25 @@ _PRIVATE = 3
 
 
 def line(kind: str, facts: Facts) -> str:
-    """Return '<Cache camvid.zarr: samples 367, views 4>'. The first fact is the name, and None is left out."""
+    """Return facts as one line of text, such as '<Cache camvid.zarr: samples 367, views 4>'.
+
+    Args:
+        kind: the first word, here Cache.
+        facts: each fact's name -> its value. The first value becomes the title. Facts with the value None are left out.
+    """
     (_, name), *others = facts.items()
-    shown = ", ".join(f"{fact} {value}" for fact, value in others if value is not None)
-    return f"<{kind} {name}: {shown}>"
+    listed = ", ".join(f"{fact} {value}" for fact, value in others if value is not None)
+    return f"<{kind} {name}: {listed}>"
 
 
 def facts_table(kind: str, facts: Facts) -> str:
-    """Return the facts as an HTML table of two columns, with `kind` as its header."""
+    """Return facts as an HTML table with two columns: names and values. `kind` is its caption, None is left out."""
     rows = [(fact, str(value)) for fact, value in facts.items() if value is not None]
     return html_table(kind, ("", ""), rows)
 
 
 def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table of texts, which are escaped."""
+    """Return an HTML table, with its texts escaped. A header of empty texts is left out."""
     cells = [f"<tr><th>{'</th><th>'.join(map(html.escape, header))}</th></tr>"] if any(header) else []
     for first, *others in rows:
         cells.append(f"<tr><th>{html.escape(first)}</th><td>{'</td><td>'.join(map(html.escape, others))}</td></tr>")
@@ -36,12 +41,12 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def size_text(height_width: tuple[int, int]) -> str:
-    """Return (288, 384) as '288x384'."""
+    """Return a (height, width) as text: (288, 384) becomes '288x384'."""
     return f"{height_width[0]}x{height_width[1]}"
 
 
 def public(place: str) -> str:
-    """Return a path or a spec without the folders of this machine, so it can be published.
+    """Return a path or a model spec without the folders of this machine, so that it can be published.
 
         public("/home/ann/nets/net.py:make@/tmp/w.pth")  # net.py:make@w.pth
 
@@ -61,28 +66,35 @@ def _last_names(text: str) -> str:
 
 
 def public_values(value: Any) -> Any:
-    """Return settings with `public` applied to every text in them."""
+    """Return settings with `public` applied to every text in them, also in nested lists and dicts."""
     return _each_text(value, public)
 
 
 def public_names(runs: Sequence[str]) -> dict[str, str]:
-    """Return the names of runs for publication: absolute paths begin below their common folder.
+    """Return a name without private folders for each run: the run's folder, as given -> its public name.
 
-    The last part of a path is not enough, because two runs may have the same one.
+    Absolute paths are shortened to what follows their common folder: `seed0/kl` instead of
+    `/home/ann/project/runs/seed0/kl`. The last part of a path would not do, because two runs may have the same one.
     """
-    whole = [run for run in runs if Path(run).is_absolute()]
-    top = Path(os.path.commonpath([Path(run).parent for run in whole])) if whole else Path()
+    with_root = [run for run in runs if Path(run).is_absolute()]
+    top = Path(os.path.commonpath([Path(run).parent for run in with_root])) if with_root else Path()
     below = len(top.parts) > _PRIVATE
-    return {run: public(str(Path(run).relative_to(top)) if below and run in whole else run) for run in runs}
+    return {run: public(str(Path(run).relative_to(top)) if below and run in with_root else run) for run in runs}
 
 
 def private_places(value: Any) -> dict[str, str]:
-    """Return every path in texts that names a folder of this machine, with its public name."""
+    """Return the private paths in texts, also in nested lists and dicts: path -> public name (see `public`).
+
+    A path is private if it names a folder of this machine.
+    """
     return {place: public(place) for place in _places(value) if public(place) not in ("", place)}
 
 
 def without_places(value: Any, places: Mapping[str, str]) -> Any:
-    """Return texts, or values with texts, with each of these places replaced by its public name."""
+    """Return a text, or nested lists and dicts of texts, with private paths replaced by their public names.
+
+    `places` is the result of `private_places`: path -> public name.
+    """
     longest_first = sorted(places, key=len, reverse=True)
 
     def replaced(text: str) -> str:
@@ -94,7 +106,7 @@ def without_places(value: Any, places: Mapping[str, str]) -> Any:
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Return values with every text in them changed."""
+    """Return nested lists and dicts with `change` applied to every text in them."""
     if isinstance(value, Mapping):
         return {name: _each_text(part, change) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -103,7 +115,7 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _places(value: Any) -> Iterator[str]:
-    """Yield every text, and every word of it."""
+    """Yield every text in nested lists and dicts, and then each of its words."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -114,5 +126,8 @@ def _places(value: Any) -> Iterator[str]:
 
 
 def bare(spec: str) -> str:
-    """Return a model's spec without any folder, to compare specs on different machines."""
+    """Return a model spec without its folders, to compare specs on different machines.
+
+    `nets/net.py:make` becomes `net.py:make`.
+    """
     return re.sub(r"[^:@=,+ ][^:@=,+]*/|/", "", spec)

@@ -23,7 +23,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def plain_text(text: str) -> str:
-    """Return a foreign string (a name, a path, an error) without terminal commands or text direction marks.
+    """Return a string from elsewhere (a name, a path, an error) without terminal commands or text direction marks.
 
     Line ends and tabs stay.
     """
@@ -31,7 +31,7 @@ def plain_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a string as `plain_text` in one line, for names in tables, panels and logs."""
+    """Return a string on one line and without terminal commands, for names in tables, panels and logs."""
     return plain_text(text).replace("\n", " ").replace("\t", " ")
 
 
@@ -42,7 +42,7 @@ class _PlainLines(logging.Filter):
 
 
 def plain_logger(name: str) -> logging.Logger:
-    """Return a logger that turns foreign text in messages into plain text in one line."""
+    """Return the logger `name`, with a filter that makes each message one line without terminal commands."""
     logger = logging.getLogger(name)
     logger.addFilter(_PlainLines(name))
     return logger
@@ -75,7 +75,10 @@ class KDCacheError(Exception):
         return _rebuild, (type(self), self.problem, self.fix, self.rule)
 
     def within(self, place: str, *, fix: str | None = None) -> Self:
-        """Return this error with its place before the problem. `fix` replaces its fix."""
+        """Return a copy of this error whose problem begins with `PLACE: `.
+
+        If `fix` is given, it replaces the error's fix.
+        """
         return type(self)(f"{place}: {self.problem}", fix=self.fix if fix is None else fix, rule=self.rule)
 
 
@@ -85,9 +88,13 @@ def _rebuild(kind: type[KDCacheError], problem: str, fix: str, rule: str) -> KDC
 
 
 def suggest(word: str, names: Iterable[str], otherwise: str = "", *, cutoff: float = 0.6) -> str:
-    """Return "Did you mean NAME?" for the closest name in any case, or `otherwise` if none is close.
+    """Return "Did you mean NAME?" with the name closest to a misspelt word, or `otherwise` if none is close.
 
-    `cutoff` is the least similarity of a close name, 0 to 1, as in `difflib`.
+    Args:
+        word: the misspelt word. Upper and lower case count as equal.
+        names: the correct names.
+        otherwise: the text if no name is close.
+        cutoff: how similar a close name must be, from 0 to 1, as in `difflib`.
     """
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
@@ -95,27 +102,27 @@ def suggest(word: str, names: Iterable[str], otherwise: str = "", *, cutoff: flo
 
 
 class StoreError(KDCacheError):
-    """A cache has a problem."""
+    """A cache is wrong: missing, incomplete, damaged, of another format, or not made for its purpose."""
 
 
 class IncompleteError(StoreError):
-    """The cache is not finished."""
+    """A cache is incomplete, because its build was interrupted or is still running."""
 
 
 class CorruptError(StoreError):
-    """The cache's bytes are not what was written."""
+    """A cache is damaged: its files do not hold the bytes that were written."""
 
 
 class MismatchError(StoreError):
-    """The cache was made from something else."""
+    """A cache, a run and a data set do not belong together, for example because their classes differ."""
 
 
 class VersionError(StoreError):
-    """The cache has a format that this version does not read."""
+    """A cache has a format that this version of kdcache cannot read."""
 
 
 class DataError(KDCacheError):
-    """Images, labels, class lists or a data folder are wrong."""
+    """Images, labels, a class list or a data folder are wrong."""
 
 
 class RecipeError(KDCacheError):
@@ -123,4 +130,4 @@ class RecipeError(KDCacheError):
 
 
 class ModelError(KDCacheError):
-    """A model spec, its weights or its output are wrong."""
+    """A model spec, a model's weights or a model's output are wrong."""

@@ -24,7 +24,10 @@ _PARTS = (*Outputs._fields, "logits")
 
 @contextmanager
 def naming_network() -> Iterator[None]:
-    """Turn an error of a network into a ModelError that names it, in a with block. Others pass."""
+    """Turn errors of a network's own code into a ModelError that names the network, in a with block.
+
+    Errors from elsewhere are raised unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -34,9 +37,9 @@ def naming_network() -> Iterator[None]:
 
 
 def network_fault(error: BaseException) -> ModelError | None:
-    """Return the ModelError for an `error` in a network's forward or backward, or None for other errors.
+    """Return a ModelError that names the network, if `error` was raised in a network's forward or backward.
 
-    Running out of memory does not count.
+    Return None for any other error, and if the memory ran out. The traceback of `error` shows where it was raised.
     """
     if isinstance(error, KDCacheError | MemoryError | torch.OutOfMemoryError) or hasattr(error, "rule"):
         return None
@@ -67,20 +70,23 @@ def network_fault(error: BaseException) -> ModelError | None:
 
 
 def user_place(error: BaseException) -> str:
-    """Return ", at FILE:LINE" of the last traceback line in the user's code, or ""."""
-    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
-    return f", at {own[-1][0].f_code.co_filename}:{own[-1][1]}" if own else ""
+    """Return ", at FILE:LINE", the innermost line of the user's own code in an error's traceback.
+
+    Return '' if no line is the user's: all are in kdcache, Python or installed libraries.
+    """
+    lines = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
+    return f", at {lines[-1][0].f_code.co_filename}:{lines[-1][1]}" if lines else ""
 
 
 def _layer(root: nn.Module, modules: list[object]) -> str:
-    """Return the innermost layer of a network whose forward was running, in words."""
+    """Return ` in its layer NAME (TYPE)` for the innermost layer whose forward was running, or ''."""
     names = {id(module): name.removeprefix("network.") for name, module in root.named_modules()}
     inside = [module for module in modules if id(module) in names and names[id(module)] not in ("", "network")]
     return f" in its layer {names[id(inside[-1])]} ({type(inside[-1]).__name__})" if inside else ""
 
 
 def _image_size(frames: list[FrameType], root: SegmentationModel) -> tuple[int, int] | None:
-    """Return the (H, W) of the images that a network was given, or None if its frame does not tell."""
+    """Return the (height, width) of the images that the network got, or None if the traceback does not show it."""
     for frame in frames:
         if frame.f_locals.get("self") is root and frame.f_code.co_name == "forward":
             images = frame.f_locals.get(frame.f_code.co_varnames[1])
@@ -108,7 +114,7 @@ def _is_autograd(frame: FrameType) -> bool:
 
 
 def _is_users(frame: FrameType) -> bool:
-    """Return whether a line is neither in kdcache nor in Python or an installed library."""
+    """Return True if a line of code is neither in kdcache, nor in Python, nor in an installed library."""
     file = frame.f_code.co_filename
     if file.startswith("<"):
         return False

@@ -16,10 +16,10 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Provide a path to write to, which replaces `path` if the block succeeds. Otherwise the file is unchanged.
+    """Provide a temporary path to write to, in a with block. If the block succeeds, that file replaces `path`.
 
-    The name is always the same, so the remains of a kill are overwritten, or removed by `clear_partials`. Only one
-    process may write in the folder.
+    Otherwise `path` stays unchanged. The temporary file is in the same folder, in which only one process may write. If
+    the process is killed, the temporary file stays, until the next call or `clear_partials` removes it.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     partial.unlink(missing_ok=True)  # of a kill; where a link is made, it may be in the way
@@ -34,9 +34,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_in(folder: Path, earlier: Callable[[], Iterable[Path]]) -> Iterator[Path]:
-    """Provide an empty folder to write to, whose files move into `folder` if the block succeeds.
+    """Provide an empty temporary folder to write to, in a with block. Its files move to `folder` if the block succeeds.
 
-    A new `folder` appears complete. In an existing one, the new files replace the `earlier` ones.
+    If `folder` is new or empty, it appears complete, in one step.
+
+    Args:
+        folder: the folder for the files.
+        earlier: returns the existing files of `folder` that are removed before the new ones move in.
     """
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}{_PARTIAL}")
@@ -58,17 +62,20 @@ def replacing_in(folder: Path, earlier: Callable[[], Iterable[Path]]) -> Iterato
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Replace a text file (UTF-8), completely or not at all."""
+    """Replace a text file (UTF-8). An interruption leaves either the old or the new file."""
     with replacing(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
 MOST_CONTENTS = 2**27
-"""The most bytes of a JSON file with digests of samples: those of about a million."""
+"""The most bytes of a JSON file with digests of samples, enough for about a million samples."""
 
 
 def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
-    """Return the object in a JSON file, or {} if it is missing, damaged, too long, or holds something else."""
+    """Return the object in a JSON file of at most `most` bytes.
+
+    Return {} if the file is missing, damaged or too long, or if it holds no object.
+    """
     try:
         content = parse_json(read_bytes(path, most))
     except (OSError, ValueError):
@@ -77,17 +84,24 @@ def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def user_cache() -> Path:
-    """Return the folder for files that may be lost: KDCACHE_CACHE_DIR, or kdcache in the user's cache folder."""
-    own = os.environ.get("KDCACHE_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
+    """Return the folder for kdcache's temporary files, which may be deleted at any time.
+
+    It is the environment variable KDCACHE_CACHE_DIR, or else `kdcache` in the user's cache folder (`~/.cache`).
+    """
+    folder = os.environ.get("KDCACHE_CACHE_DIR")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
 
 
 def check_own_folder(folder: Path, marker: str, fix: str = "Give another folder with --out") -> None:
-    """Check that a folder to write into is new, empty, or holds the file `marker` from an earlier time.
+    """Check that a folder is missing or empty, or that kdcache has written it before.
 
-    `fix` is the error's, which also has the command that moves the folder away.
+    Args:
+        folder: the folder to write into.
+        marker: the name of a file that shows that kdcache has written the folder.
+        fix: the fix of the error. A command that moves the folder away is added to it.
 
-    Raises: RecipeError.
+    Raises:
+        RecipeError: the folder holds other files, or it is a file.
     """
     if folder.is_dir():
         problem = "holds something else" if any(folder.iterdir()) and not (folder / marker).is_file() else ""
@@ -101,23 +115,23 @@ def check_own_folder(folder: Path, marker: str, fix: str = "Give another folder 
 
 
 def moved_away(folder: Path) -> str:
-    """Return the command that moves a folder away, so a new one can replace it and nothing is lost."""
+    """Return a shell command that renames a folder, so that a new one can take its name and nothing is lost."""
     return shlex.join(["mv", str(folder), str(folder.with_name(f".{folder.name}-before"))])
 
 
 def is_partial(path: Path) -> bool:
-    """Return whether a path is the remains of a file that was being replaced during a kill."""
+    """Return True if a file is a temporary one of `replacing`, which stayed because a process was killed."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove the remains of kills in a folder without other writers."""
+    """Remove the temporary files of `replacing` from a folder. No other process may be writing there."""
     for leftover in filter(is_partial, list(folder.iterdir()) if folder.is_dir() else []):
         leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Flush one file, or one folder's entries, to the disk."""
+    """Flush a file to the disk (fsync). For a folder, flush the names of its files."""
     if path.is_dir() and os.name == "nt":  # where folders cannot be opened
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -21,7 +21,7 @@ Parameterisation = Literal["softplus", "exp", "identity"]
 
 @dataclass(frozen=True)
 class CategoricalHead:
-    """A head of logits (B, classes, h, w)."""
+    """A head that returns logits (B, classes, h, w). Its prediction is their softmax."""
 
     classes: int
     kind: Literal["categorical"] = "categorical"
@@ -29,12 +29,15 @@ class CategoricalHead:
 
 @dataclass(frozen=True)
 class RegressionHead:
-    """A head of numbers (B, channels, h, w), as in model.json and in a declaration in code.
+    """A head that returns numbers (B, channels, h, w), such as depth.
 
     Attributes:
+        channels: how many numbers it returns for each pixel.
         unit: the values' unit: `m` for depth in metres, or another name, such as `relative`.
-        parameterisation: how raw output becomes values: `softplus` and `exp` are positive, `identity` is any number.
-        max_depth: the largest magnitude of the values, at which they are clipped. None does not clip.
+        parameterisation: the function from raw output to values: `softplus` and `exp` give positive values, `identity`
+            gives any number.
+        max_depth: values are clipped at this magnitude. None does not clip.
+        kind: always `regression`.
     Raises: ValueError for invalid values.
     """
 
@@ -56,13 +59,13 @@ class RegressionHead:
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """The least and the largest value, or None without clipping."""
+        """The smallest and the largest value after clipping, in the head's unit, or None without clipping."""
         if self.max_depth is None:
             return None
         return (-self.max_depth if self.parameterisation == "identity" else 0.0), self.max_depth
 
     def values(self, raw: "Tensor") -> "Tensor":
-        """Return values in the head's unit (see `values_of`)."""
+        """Return the values, in the head's unit, of its raw output. Resize the raw output before (see `values_of`)."""
         return values_of(raw, self.parameterisation, self.max_depth)
 
 
@@ -70,9 +73,15 @@ HeadKind = CategoricalHead | RegressionHead
 
 
 def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: float | None) -> "Tensor":
-    """Return depth from a raw output of any shape, which must be resized before. Differentiable, float32 or float64.
+    """Return depth (or other values) computed from a head's raw output, before this nonlinearity, of any shape.
 
-    The gradient passes the clip at `max_depth` (see `clip`).
+    Resize the raw output before, not the result. The result is float64 if `raw` is, else float32. Its gradient is not
+    cut off at `max_depth` (see `clip`).
+
+    Args:
+        raw: the network's output.
+        parameterisation: the nonlinearity: `softplus`, `exp`, or `identity` for none.
+        max_depth: values are clipped at this magnitude. None does not clip.
     """
     import torch
     from torch.nn import functional as F
@@ -86,17 +95,20 @@ def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: floa
 
 
 def clip(values: "Tensor", low: float | None, high: float | None) -> "Tensor":
-    """Return values clipped to a range, with the gradient of a value at the bound instead of 0.
+    """Return values clipped to the range `low` to `high`, through which gradients pass unchanged.
 
-    Otherwise a prediction outside the range would never learn its way back. Values that are not finite stay so if a
-    gradient is taken, so a loss shows them.
+    `torch.clamp` has the gradient 0 outside the range, so a prediction there would never learn to come back. If a
+    gradient is taken, infinite values become NaN, so that a loss shows them.
     """
     clipped = values.clamp(low, high)
     return clipped.detach() + (values - values.detach()) if values.requires_grad else clipped
 
 
 def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":
-    """Return the raw output whose `values_of` these are, float32 or float64, and -inf at a depth of 0."""
+    """Return the raw output from which `values_of` computes these values. A depth of 0 gives -inf.
+
+    The result is float64 if `values` is, else float32.
+    """
     import torch
 
     wide = values if values.dtype == torch.float64 else values.float()
@@ -107,9 +119,15 @@ def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":
 
 
 def head_kind(declaration: object, channels: int) -> HeadKind:
-    """Return a head's kind from its declaration: `categorical`, `regression`, or a mapping of `kind` and fields.
+    """Return the kind of a head from its declaration in `kdcache_heads`.
 
-    Raises: ValueError for anything else, or other `channels` of the output than declared.
+    Args:
+        declaration: `"categorical"`, `"regression"`, or a mapping such as `{"kind": "regression", "unit": "m"}`, whose
+            other keys are fields of CategoricalHead or RegressionHead.
+        channels: the channels of the head's output.
+
+    Raises:
+        ValueError: the declaration is something else, or declares another number of channels.
     """
     fields: dict[str, Any] = dict(declaration) if isinstance(declaration, Mapping) else {"kind": declaration}
     kind = fields.pop("kind", None)

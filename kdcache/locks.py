@@ -25,10 +25,14 @@ _log = plain_logger(__name__)
 
 
 class Lock:
-    """A lock held by one thread of one process, from `acquire` to `release` or the end of the process.
+    """A lock for one process at a time, on every file system.
+
+    It uses `flock`. If the file system does not have it, a file with the owner's host and process id (a lease) replaces
+    it. The lock is held from `acquire` to `release`, or until the process ends. `with lock:` waits for it and releases
+    it.
 
     Args:
-        path: a file that is made and removed, in an existing folder; or a folder, which stays unchanged.
+        path: a file that the lock creates and removes, in an existing folder. Or a folder, which stays unchanged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +41,10 @@ class Lock:
         self._lease: SoftFileLease | None = None
 
     def acquire(self, *, wait: bool = True) -> bool:
-        """Take the lock. Without `wait`, return False if another process has it. Raises: OSError."""
+        """Take the lock and return True. If `wait` is False and another process has the lock, return False at once.
+
+        Raises: OSError if the lock's file cannot be opened.
+        """
         if self._lease is None:
             try:
                 return self._acquire_flock(wait)
@@ -52,7 +59,10 @@ class Lock:
         return True
 
     def outlive(self) -> bool:
-        """Wait for a lease that `acquire` did not get. Return True if it becomes free within a lease's lifetime."""
+        """Wait up to 32 seconds for a lock that `acquire` did not get, and return True if it was taken.
+
+        That is long enough for the lease of a dead process to expire. With `flock`, return False at once.
+        """
         if self._lease is not None:
             with suppress(Timeout):
                 self._lease.acquire(timeout=STALE_S + 2)
@@ -61,7 +71,7 @@ class Lock:
 
     @property
     def owner(self) -> str:
-        """The process that has the lock, for messages, or '' if unknown."""
+        """The process that has the lock, for messages: `process 4711 on HOST`, or '' if it is unknown."""
         if self._lease is not None:
             owner = self._lease.owner
             return "" if owner is None else f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
@@ -112,12 +122,12 @@ class Lock:
 
 
 def is_lock(path: Path, name: str) -> bool:
-    """Return True for a file of the lock `name`, which a kill may have left."""
+    """Return True if `path` is a file of a Lock whose file is called `name`. A killed process may have left it."""
     return path.name == name or path.name.startswith(f"{name}{_OWNER}")
 
 
 def _lease(path: Path) -> SoftFileLease:
-    """Return the lease that replaces a lock, next to the lock's file, which flock may have left."""
+    """Return the lease that replaces `flock`. Its file is next to the lock's file."""
     file = path / f".lock{_OWNER}" if path.is_dir() else path.with_name(path.name + _OWNER)
     lost = lambda loss: _log.warning("another process may have taken the lock %s over: %s", file, loss.reason)  # noqa: E731
     # Whoever takes a shard is not the thread that lets go of it.

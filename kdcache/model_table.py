@@ -17,14 +17,14 @@ NEEDS = {
     "timm": "timm",
     "ultralytics": "ultralytics",
 }
-"""Family, which is also the name of the extra that brings it -> the module that it is made of."""
+"""A family of models (also the name of pip's extra that installs its library) -> the module that it imports."""
 
 TABLE = Path(__file__).parent / "models" / "listed.json"
 
 
 @dataclass(frozen=True)
 class TapInfo:
-    """An available feature: its channels and its stride in pixels."""
+    """A layer whose features can be stored: its number of channels, and its stride in pixels of the image."""
 
     channels: int
     stride: int
@@ -32,7 +32,16 @@ class TapInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One line of the list of models. Parameters are counted at 21 classes."""
+    """A model in the list of `kdcache models`.
+
+    Attributes:
+        spec: the name to build it by, such as `torchvision:fcn_resnet50`.
+        parameters: their number, with 21 classes.
+        stride: the native stride in pixels.
+        align_corners: the flag of its last bilinear resize.
+        taps: the layers whose features can be stored: name -> channels and stride.
+        heads: the names of its heads, such as `segmentation`.
+    """
 
     spec: str
     parameters: int
@@ -43,17 +52,18 @@ class ModelInfo:
 
 
 def list_models(pattern: str = "") -> list[ModelInfo]:
-    """Return the models with an installed library, by spec. For `smp:` these are examples of many more.
+    """Return the models whose libraries are installed, sorted as in `kdcache models`.
 
-    `pattern` is a part of the spec, in any case.
+    `pattern` is a part of the spec, in upper or lower case. For `smp:` and other libraries with many models, the list
+    holds examples only.
     """
     return [info for info in _table(pattern) if not lacks(info.spec.partition(":")[0])]
 
 
 def missing_models(pattern: str = "") -> dict[str, list[str]]:
-    """Return the specs of models without an installed library: pip command that installs it -> specs.
+    """Return the models whose libraries are not installed: pip command that installs the library -> model specs.
 
-    `pattern` is a part of the spec, in any case.
+    `pattern` is a part of the spec, in upper or lower case.
     """
     missing: dict[str, list[str]] = {}
     for info in _table(pattern):
@@ -64,17 +74,17 @@ def missing_models(pattern: str = "") -> dict[str, list[str]]:
 
 
 def listed_specs() -> list[str]:
-    """Return the specs of all models of the table, even if their library is not installed."""
+    """Return the specs of all models that `kdcache models` can list, also if their libraries are not installed."""
     return [info.spec for info in _all_models()]
 
 
 def lacks(family: str) -> bool:
-    """Return whether the library of a family of models is not installed."""
+    """Return True if a family of models, such as `timm`, needs a library that is not installed."""
     return family in NEEDS and importlib.util.find_spec(NEEDS[family]) is None
 
 
 def pip_command(family: str) -> str:
-    """Return the command that installs the extra of a family of models, in a clone of kdcache."""
+    """Return the pip command, for a clone of kdcache, that installs the library of a family such as `timm`."""
     return f"pip install '.[{family}]'"
 
 
@@ -87,7 +97,7 @@ def _all_models() -> tuple[ModelInfo, ...]:
     rows = json.loads(TABLE.read_text(encoding="utf-8"))
     return tuple(
         ModelInfo(
-            **row | {"taps": {tap: TapInfo(**own) for tap, own in row["taps"].items()}, "heads": tuple(row["heads"])}
+            **row | {"taps": {tap: TapInfo(**info) for tap, info in row["taps"].items()}, "heads": tuple(row["heads"])}
         )
         for row in rows
     )

@@ -31,16 +31,16 @@ from kdcache.errors import plain_text
 _REST, _LEAST_NOTE = 47, 8
 """Columns of a bar of ten, counts and times; columns below which a note is left out."""
 LINE_EVERY_S = 30
-"""How often a line tells how far the work is where no bar can."""
+"""Seconds from one line of progress to the next, if the output cannot show a bar."""
 
 
 def note_line(text: str) -> str:
-    """Return a note as a line of output. A note that begins with `warning: ` stays a warning."""
+    """Return `note: TEXT` as a line of output. A text that begins with `warning: ` stays unchanged."""
     return text if text.startswith("warning: ") else f"note: {text}"
 
 
 class _Left(ProgressColumn):
-    """The time left. Rich's own estimate needs two updates, and until then the average speed counts."""
+    """The time left. Rich's own estimate needs two updates. Until then, the average speed counts."""
 
     def render(self, task: Task) -> Text:
         left = seconds_left(task)
@@ -48,7 +48,7 @@ class _Left(ProgressColumn):
 
 
 class _Note(ProgressColumn):
-    """The task's note, as much as a narrow terminal has room for: the bar, its counts and its times come first."""
+    """The task's note, shortened to the room that the bar, its counts and its times leave."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(Column(no_wrap=True))
@@ -64,7 +64,7 @@ class _Note(ProgressColumn):
 
 
 def seconds_left(task: Task) -> float | None:
-    """Return the seconds until a task is complete, or None before its first update or without a total."""
+    """Return the estimated seconds until a task is complete, or None before its first update or without a total."""
     if task.time_remaining is not None:
         return task.time_remaining
     done, remaining = task.completed - task.fields.get("begun", 0), task.remaining
@@ -72,9 +72,9 @@ def seconds_left(task: Task) -> float | None:
 
 
 class Bar(Progress):
-    """A bar with the task, its progress and the time left, on a terminal and in a notebook with ipywidgets.
+    """A progress bar with task, counts and time left, on a terminal or in a notebook with ipywidgets.
 
-    Elsewhere, in a file, a pipe or another notebook, it is a line every 30 seconds. A quiet console shows nothing.
+    In a file, a pipe or another notebook, it prints a line every 30 seconds instead. A quiet console shows nothing.
     """
 
     def __init__(self, console: Console) -> None:
@@ -94,17 +94,24 @@ class Bar(Progress):
     def add_task(  # type: ignore[override]
         self, description: str, *, total: float | None = None, completed: int = 0, **fields: Any
     ) -> TaskID:
-        """Add a task, and remember what was completed before."""
+        """Add a task and return its id.
+
+        Args:
+            description: the text in front of the bar.
+            total: the number of steps. None if it is not known yet.
+            completed: steps that were done before, by an earlier process. They do not count towards the speed.
+            fields: `note`, the text after the bar.
+        """
         return super().add_task(description, total=total, completed=completed, begun=completed, **fields)
 
     def start(self) -> None:
-        """Start the bar, or the thread that prints lines."""
+        """Show the bar. If there can be no bar, start the thread that prints lines."""
         super().start()
         if self.disable and not self.console.quiet:
             self._lines.start()
 
     def stop(self) -> None:
-        """Stop the bar and the thread."""
+        """Stop the bar and the thread that prints lines."""
         self._ended.set()
         super().stop()
 
@@ -131,25 +138,33 @@ def _line(task: Task) -> str:
 
 
 class _Voice:
-    """Hold the console for progress, notes and warnings: stderr, or the one that the command line sets."""
+    """The console for progress, notes and warnings: stderr, or the console that the command line sets."""
 
     console: Console | None = None
     warn: Callable[[str], None] | None = None
 
 
 def use_console(console: Console, warn: Callable[[str], None]) -> None:
-    """Send the progress, notes and warnings of functions to a console, as the command line does."""
+    """Print progress, notes and warnings of kdcache's functions on a given console, as the command line does.
+
+    Args:
+        console: the console for progress and notes.
+        warn: prints a warning. It gets the text without `warning: `.
+    """
     _Voice.console, _Voice.warn = console, warn
 
 
 def progress_bar(shown: bool = True) -> Bar:
-    """Return a function's progress bar on stderr, or below the cell of a notebook. False shows nothing."""
+    """Return a progress bar on stderr, or in a notebook's output. If `shown` is False, it shows nothing."""
     return Bar(_console(shown))
 
 
 @contextmanager
 def progress_of_steps(first: str, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar with a changing text. It yields a function to call with (what, done, total)."""
+    """Show one progress bar in a with block. Yield a function (text, done, total) that sets its text and its progress.
+
+    `first` is the text before the first call. If `shown` is False, nothing is shown.
+    """
     with progress_bar(shown) as bar:
         task = bar.add_task(first, total=None, note="")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
@@ -162,7 +177,11 @@ def progress_of_steps(first: str, shown: bool = True) -> Iterator[Callable[[str,
 
 @contextmanager
 def progress_of_stages(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar for each stage, which stays afterwards. It yields a function of (stage, done, total)."""
+    """Show a progress bar for each stage of the work, in a with block. Finished bars stay.
+
+    Yield a function (stage, done, total). Its first call with a new stage adds that stage's bar. If `shown` is False,
+    nothing is shown.
+    """
     tasks: dict[str, TaskID] = {}
     with progress_bar(shown) as bar:
 
@@ -175,13 +194,19 @@ def progress_of_stages(shown: bool = True) -> Iterator[Callable[[str, int, int],
 
 
 def progress_of(bar: Progress, what: str, note: str = "") -> Callable[[int, int], None]:
-    """Add a task to a bar and return a function to call with (done, total)."""
+    """Add a task to a progress bar. Return a function (done, total) that updates the task.
+
+    Args:
+        bar: the progress bar.
+        what: the text in front of the task's bar.
+        note: the text after it.
+    """
     task = bar.add_task(what, total=None, note=note)
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def say(text: str, shown: bool = True) -> None:
-    """Print a note for the user, or a warning if it begins with `warning: `. Without `shown`, only warnings."""
+    """Print a note, or a warning if the text begins with `warning: `. If `shown` is False, print warnings only."""
     if text.startswith("warning: "):
         warn(text.removeprefix("warning: "))
     elif shown:
@@ -189,7 +214,7 @@ def say(text: str, shown: bool = True) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a warning about a result of little value."""
+    """Print `warning: TEXT` on stderr, or call the function that `use_console` set."""
     if _Voice.warn is not None:
         _Voice.warn(text)
     else:
@@ -205,7 +230,7 @@ def _console(shown: bool) -> Console:
 
 
 def _shows_bars(console: Console) -> bool:
-    """Return whether a bar can move: on a terminal, and in a notebook where ipywidgets is installed."""
+    """Return True if the console can show a bar: a terminal, or a notebook with ipywidgets."""
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal

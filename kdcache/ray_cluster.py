@@ -11,7 +11,10 @@ from kdcache.errors import RecipeError
 
 
 def import_ray() -> Any:
-    """Import Ray without its usage reports. Raises: RecipeError if it is not installed."""
+    """Import Ray, with its usage reports turned off, and return the module.
+
+    Raises: RecipeError if it is not installed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         return import_module("ray")
@@ -24,13 +27,17 @@ def import_ray() -> Any:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Any]:
-    """Connect Ray in a with block, and yield its module. A cluster that was started for this ends with it.
+    """Connect to a Ray cluster in a with block, and yield the module `ray`.
 
-    `address` is as in `ray.init`. None and "auto" are RAY_ADDRESS, else the cluster that `ray start` began on this
-    machine.
-    None without such a cluster starts one.
+    Without an address, an existing cluster of this machine is used. If there is none, a new one starts, and ends with
+    the block.
 
-    Raises: RecipeError without Ray, or without a cluster at the address.
+    Args:
+        address: as in `ray.init`. None and "auto" take the environment variable RAY_ADDRESS, if it is set. "auto" never
+            starts a cluster.
+
+    Raises:
+        RecipeError: Ray is not installed, or there is no cluster at the address.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -56,7 +63,7 @@ def cluster(address: str | None) -> Iterator[Any]:
 
 
 def _check_address(address: str) -> None:
-    """Check that someone listens at HOST:PORT, because Ray itself would wait for minutes."""
+    """Check that a process listens at HOST:PORT, because Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():  # "auto", "local"
         return

@@ -38,7 +38,7 @@ MODEL = "model.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 LITTLE, MUCH = 0.01, 10.0
-"""Norms of a term's gradient in it, beside that of cross-entropy, beyond which its weight is worth a note."""
+"""The range of (gradient norm of a loss term / gradient norm of cross-entropy), outside which a note is printed."""
 MOST_LOG_BYTES = 2**25
 """The most bytes of a log: 200,000 lines."""
 ENVIRONMENT = "environment.json"
@@ -46,19 +46,19 @@ RESULT = "result.json"
 LOCAL = "local.json"
 WEIGHTS: tuple[str, ...] = get_args(Weights)
 OUTPUTS = ("logits", "probabilities", "sigmoid")
-"""What MODEL,outputs=KIND says of a model's segmentation."""
+"""The kinds of segmentation output that `MODEL,outputs=KIND` can name."""
 _OUTPUTS = ",outputs="
 VERBS = ("train-teacher", "train-student")
-"""What a run's recipe may name as its verb."""
+"""The verbs that a run's recipe may have."""
 
 
 class RunStream(BaseModel):
-    """One of several streams that a run learnt from.
+    """One of several streams that a run was trained on.
 
     Attributes:
-        ids_digest: digest of their classes and ids, as in a cache's manifest.
-        labels: the samples with used labels, as `pack_flags` text.
-        taught: whether a cache's targets are also learnt from.
+        ids_digest: a digest of its class names and sample ids, as in a cache's manifest.
+        labels: which samples' labels were used: a flag for each sample, packed into a text by `pack_flags`.
+        taught: True if a cache's targets were also used.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,11 +68,26 @@ class RunStream(BaseModel):
 
 
 _LEFT_OUT = ("heads", "untrained", "streams", "stores", "validated_on")
-"""Fields that are left out where they are empty."""
+"""Fields that are left out of model.json if they are empty."""
 
 
 class RunModel(BaseModel):
-    """The model of a run's weights. Class names and colours are part of it, for every table."""
+    """The content of a run's model.json: the model that the run's weights belong to, and what it was trained on.
+
+    Attributes:
+        spec: the model spec, such as `kdcache:tiny`.
+        class_names, class_colours: the classes in the order of their ids. A colour is (red, green, blue), 0 to 255.
+        size: height and width of the training images in pixels.
+        fit: how images of another shape are brought to this size.
+        mean, std: the normalisation of images with values from 0 to 1, for each channel.
+        trained_on: a digest of the cache or the data set.
+        labels: which samples' labels were used: a flag for each sample, packed into a text by `pack_flags`.
+        heads: the heads other than segmentation: name -> kind.
+        untrained: the heads that still have random weights.
+        streams: the streams, if there are several. They replace `labels`.
+        stores: the seals of the caches whose targets were used.
+        validated_on: a digest of the validation split, or ''.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     spec: str
@@ -101,9 +116,10 @@ class RunModel(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_written(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return a model of segmentation alone, from one source, is described without the fields of others.
+        """Return the fields as model.json has them.
 
-        What is written travels: the folder of the model's code stays here, in local.json.
+        Fields that are empty are left out. The folder of the model's code is left out of `spec`, because the file may
+        be published. The file local.json keeps it.
         """
         fields: dict[str, Any] = serialise(self)
         fields["spec"] = display.public(self.spec)
@@ -113,11 +129,14 @@ class RunModel(BaseModel):
 
     @property
     def judged_heads(self) -> dict[str, RegressionHead]:
-        """The learnt heads other than segmentation."""
+        """The trained heads other than segmentation: name -> kind."""
         return {name: head for name, head in self.heads.items() if name not in self.untrained}
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
-        """Compare the classes of data with this model's. Raises: MismatchError if they differ."""
+        """Check that data with the classes `names`, in this order, fits the model. `where` names the data in the error.
+
+        Raises: MismatchError if the class names or their order differ.
+        """
         if names != self.class_names:
             raise MismatchError(
                 f"Cannot use the model on {where}: its classes, or their order, differ ({', '.join(names)} against "
@@ -126,18 +145,23 @@ class RunModel(BaseModel):
             )
 
     def metadata(self) -> dict[str, str]:
-        """Return the fields for exported files: text unchanged, the rest as JSON, without its training."""
+        """Return the fields for the header of an exported file: name -> text, or JSON for values other than texts.
+
+        The fields about the training data are left out.
+        """
         fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams", "stores", "validated_on"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
-        """Return the description that an exported file holds, or None if kdcache did not export the file.
+        """Return the description of an exported model, or None if kdcache did not export the file.
 
         Args:
-            metadata: the result of the method `metadata`, as read from the file.
+            metadata: the file's header, as `RunModel.metadata` returned it for the export.
             path: the file, for the error message.
-        Raises: ModelError for fields that cannot be read.
+
+        Raises:
+            ModelError: the header's fields are invalid.
         """
         if not {"spec", "class_names"} <= set(metadata):
             return None
@@ -158,8 +182,10 @@ class Run:
     """A run folder. Each of its files is read once, at its first use.
 
     Attributes:
-        which: weights that were named with it, as in `RUN@best-ema`, or None.
-        outputs: the kind of its model's outputs, one of OUTPUTS, as in `RUN,outputs=sigmoid`, or None.
+        folder: the path.
+        which: the weights in `RUN@WEIGHTS`, such as `best-ema`. None if the text named none.
+        outputs: the kind of outputs in `RUN,outputs=KIND`: `logits`, `probabilities` or `sigmoid`. None if the text
+            named none.
     """
 
     folder: Path
@@ -168,10 +194,15 @@ class Run:
 
     @classmethod
     def open(cls, text: str | Path) -> "Run":
-        """Return the run in a folder, or `RUN@WEIGHTS`. Raises: RecipeError if the folder is not a run's."""
+        """Return the run that a text names: `FOLDER`, `FOLDER@WEIGHTS` or `FOLDER,outputs=KIND`.
+
+        Raises:
+            RecipeError: the folder is not a run, its model.json is damaged, or the weights are unknown.
+            ModelError: the kind of outputs is unknown.
+        """
         name, outputs = split_outputs(str(text))
-        folder, which = named_weights(name) or (Path(name), None)
-        run = cls(folder, which, outputs)
+        folder, weights = named_weights(name) or (Path(name), None)
+        run = cls(folder, weights, outputs)
         _ = run.model
         return run
 
@@ -183,7 +214,7 @@ class Run:
 
     @property
     def _facts(self) -> dict[str, object]:
-        """The known facts of the run, in words, or None for unknown ones."""
+        """The facts that are known about the run: name -> text. Unknown facts are None."""
         result, recipe = self.result, self.recipe or {}
         scores = (result.get(name) for name in ("best_miou", "best_depth_rmse", "best_feature_loss"))
         miou, rmse, loss = (score if isinstance(score, int | float) else None for score in scores)
@@ -205,7 +236,7 @@ class Run:
 
     @cached_property
     def model(self) -> RunModel:
-        """The model of the weights. Raises: RecipeError if model.json is missing or damaged."""
+        """The content of model.json. Raises: RecipeError if the file is missing or damaged."""
         path = self.folder / MODEL
         try:
             model = RunModel.model_validate_json(read_bytes(path))
@@ -234,7 +265,7 @@ class Run:
 
     @cached_property
     def recipe_text(self) -> str | None:
-        """recipe.toml as text, or None for a folder with only a model. Raises: RecipeError if unreadable."""
+        """The text of recipe.toml, or None if the folder has no such file. Raises: RecipeError if it cannot be read."""
         path = self.folder / RECIPE
         try:
             return read_text(path)
@@ -245,9 +276,9 @@ class Run:
 
     @cached_property
     def recipe(self) -> Mapping[str, Any] | None:
-        """The settings, keyed by flags without dashes, or None for a folder with only a model.
+        """The settings of the training: flag without its dashes -> value. None if the folder has no recipe.toml.
 
-        Raises: RecipeError for an invalid file.
+        Raises: RecipeError if the file is invalid.
         """
         if self.recipe_text is None:
             return None
@@ -261,18 +292,26 @@ class Run:
 
     @cached_property
     def _here(self) -> dict[str, Any]:
-        """The content of local.json, or {}."""
+        """The content of local.json, or {} without one."""
         return read_object(self.folder / LOCAL)
 
     def weights(self, which: str = "best") -> Path:
-        """Return the weights file: as named in `RUN@WEIGHTS`, else of `which`. Raises: RecipeError if it is missing."""
+        """Return the path of a weights file of the run.
+
+        Args:
+            which: `best`, `last`, `best-ema` or `last-ema`. The weights that the run was opened with (`RUN@WEIGHTS`)
+                have priority.
+
+        Raises:
+            RecipeError: the file is missing.
+        """
         which = self.which or which
         path = weights_path(self.folder, which)
         if not path.is_file():
             present = sorted(name for name in WEIGHTS if weights_path(self.folder, name).is_file())
-            other = which.removesuffix("-ema")
-            if other != which and other in present:
-                fix = f"Use --weights {other}, or runs of a training with --ema 0.999"
+            without_average = which.removesuffix("-ema")
+            if without_average != which and without_average in present:
+                fix = f"Use --weights {without_average}, or runs of a training with --ema 0.999"
             elif self.result:
                 kept = f"Use --weights {present[0]}, or get {path.name} back. " if present else ""
                 fix = kept + train_again(self.folder)
@@ -288,9 +327,10 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]] | None:
-        """The entries of the log, each with its `kind` and `step`, or None without a log.
+        """The entries of the log metrics.jsonl, or None without it.
 
-        An incomplete last line is left out. Raises: RecipeError for an invalid log.
+        Each entry has a `kind` (text), a `step` (int) and measured values. An incomplete last line is left out. Raises:
+        RecipeError if the log is invalid.
         """
         path = self.folder / METRICS
         try:
@@ -312,24 +352,29 @@ class Run:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """The result of the training, or {} until it has ended."""
+        """The content of result.json: scores and times of the training. It is {} until the training has ended."""
         return read_object(self.folder / RESULT)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Machine and versions of libraries, or {} if they were not written."""
+        """The content of environment.json: the machine and the versions of libraries, or {} without that file."""
         return read_object(self.folder / ENVIRONMENT)
 
 
 def _here(value: Any, place: Any) -> Any:
-    """Return a value of a recipe, with the place that it stands for on this machine."""
+    """Return the path on this machine (`place`) for a value of a recipe, or the value if the two do not match."""
     return place if place is not None and display.public_values(place) == value else value
 
 
 def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
-    """Write local.json with the folders of this machine, which the run's other files leave out.
+    """Write a run's local.json: the private folders of this machine, which the run's other files leave out.
 
-    `spec` is the model's, with the whole path of a .py file.
+    Without such folders, no file is written.
+
+    Args:
+        run: the run folder.
+        spec: the model spec, with the full path of a .py file.
+        recipe: the settings of the training, with their full paths.
     """
     code, _, function = spec.rpartition(":")
     content: dict[str, Any] = {"spec": f"{Path(code).absolute()}:{function}"} if code.endswith(".py") else {}
@@ -340,32 +385,35 @@ def write_local(run: Path, spec: str, recipe: Mapping[str, Any]) -> None:
 
 
 def same_spec(one: str, other: str) -> bool:
-    """Return True if two specs name the same model, wherever its file lies."""
+    """Return True if two specs are equal after the folders are removed: `a/net.py:make` and `b/net.py:make` are."""
     return display.bare(one) == display.bare(other)
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds the beginning of a run."""
+    """Return True if a folder holds a run, also one whose training has only begun."""
     return any((folder / name).is_file() for name in (MODEL, RECIPE))
 
 
 def named_weights(text: str) -> tuple[Path, str] | None:
-    """Split `RUN@WEIGHTS` into (folder, one of WEIGHTS), or return None. Raises: RecipeError for unknown weights."""
-    folder, _, which = text.rpartition("@")
+    """Split `RUN@WEIGHTS` into (run folder, weights), or return None for any other text.
+
+    Raises: RecipeError if WEIGHTS is not `best`, `last`, `best-ema` or `last-ema`.
+    """
+    folder, _, weights = text.rpartition("@")
     if not (Path(folder) / MODEL).is_file() or (Path(text) / MODEL).is_file():
         return None
-    if which not in WEIGHTS:
+    if weights not in WEIGHTS:
         raise RecipeError(
-            f"Unknown weights {which!r} in {text}",
+            f"Unknown weights {weights!r} in {text}",
             fix=f"Use one of {', '.join(WEIGHTS)}, for example {folder}@{WEIGHTS[0]}",
         )
-    return Path(folder), which
+    return Path(folder), weights
 
 
 def split_outputs(text: str) -> tuple[str, str | None]:
-    """Split `MODEL,outputs=KIND` into (MODEL, KIND). Any other text, also an existing path, gives (text, None).
+    """Split `MODEL,outputs=KIND` into (MODEL, KIND). Return (text, None) for any other text and for an existing path.
 
-    Raises: ModelError for a kind other than OUTPUTS.
+    Raises: ModelError if KIND is not `logits`, `probabilities` or `sigmoid`.
     """
     model, found, kind = text.rpartition(_OUTPUTS)
     if not found or "@" in kind or Path(text).exists():
@@ -380,12 +428,12 @@ def split_outputs(text: str) -> tuple[str, str | None]:
 
 
 def weights_path(folder: Path, which: str) -> Path:
-    """Return the path of a run's weights `which`, one of WEIGHTS."""
+    """Return the path of a run's weights file. `which` is `best`, `last`, `best-ema` or `last-ema`."""
     return folder / f"{which}.safetensors"
 
 
 def _fault(path: Path, error: Exception) -> str:
-    """Return what is wrong with model.json."""
+    """Return the problem with model.json, in words."""
     if not isinstance(error, ValidationError):
         return f"cannot be read: {error}"
     first = error.errors()[0]
@@ -398,12 +446,12 @@ def _no_recipe(path: Path, error: Exception) -> RecipeError:
 
 
 def train_again(folder: Path) -> str:
-    """Return the fix for a run without a file that only training writes. It renames the folder and trains again."""
+    """Return the text of a fix: restore a file of the run from a copy, or rename the folder and train again."""
     return f"Restore it from a copy, or move the run away and repeat the command that trained it: {moved_away(folder)}"
 
 
 def no_log(path: Path, what: str) -> RecipeError:
-    """Return the error for a log that cannot be read."""
+    """Return the error for a log (metrics.jsonl) that cannot be read. `what` is the reason."""
     return RecipeError(
         f"Cannot read {path}: {what}",
         fix="Restore it from a copy, or remove it: everything but the curves is drawn without it.",

@@ -17,12 +17,12 @@ SAMPLES = "samples.json"
 
 @dataclass(frozen=True)
 class RunSamples:
-    """The digests of a run's samples.
+    """Digests of all samples that a run was trained and validated on, as in its samples.json.
 
     Attributes:
-        class_names: the labels' class names.
-        streams: the drawn samples of each stream. None for a cache that does not record them.
-        validation: the validation split. None without one.
+        class_names: the class names of the labels.
+        streams: the training samples of each stream. None for a cache that does not record them.
+        validation: the samples of the validation split. None without validation.
     """
 
     class_names: tuple[str, ...]
@@ -30,7 +30,7 @@ class RunSamples:
     validation: Contents | None = None
 
     def write(self, run: Path) -> None:
-        """Write samples.json into a run's folder, completely or not at all."""
+        """Write samples.json into a run folder. An interruption leaves either the old or the new file."""
         streams = [None if stream is None else stream.to_json() for stream in self.streams]
         validation = None if self.validation is None else self.validation.to_json()
         content = {"class_names": self.class_names, "streams": streams, "validation": validation}
@@ -38,7 +38,7 @@ class RunSamples:
 
     @classmethod
     def read(cls, run: Path) -> "RunSamples | None":
-        """Return a run's samples, or None for a run of an earlier version, or a damaged file."""
+        """Return the content of a run's samples.json, or None if the file is missing or damaged."""
         content = read_object(run / SAMPLES, MOST_CONTENTS)
         try:
             streams = tuple(None if stream is None else Contents.from_json(stream) for stream in content["streams"])
@@ -48,7 +48,10 @@ class RunSamples:
             return None
 
     def changes(self, now: "RunSamples") -> Changes:
-        """Return what changed in the data that the run learnt from, or else in its validation data."""
+        """Return how the training data has changed since this run, or else how the validation data has changed.
+
+        `now` describes the data as it is now. Only the first stream with a change is reported.
+        """
         classes = class_changes(self.class_names, now.class_names)
         pairs = [*zip(self.streams, now.streams, strict=False), (self.validation, now.validation)]
         for before, after in pairs:
@@ -57,27 +60,31 @@ class RunSamples:
         return Changes(classes=classes)
 
     def trained_on(self, judged: Contents) -> tuple[str, ...]:
-        """Return the ids of the judged samples with images that the run was trained on."""
+        """Return the ids of those samples in `judged` whose images the run was trained on."""
         trained = {row.tobytes() for stream in self.streams if stream is not None for row in stream.image}
         return tuple(name for name, row in zip(judged.ids, judged.image, strict=True) if row.tobytes() in trained)
 
 
 def judging_notes(run: Path, split: Split, contents: Callable[[Split], Contents] = read_contents) -> tuple[str, ...]:
-    """Return warnings about a run's score on a split: images that it was trained on, and data that changed.
+    """Return warnings about a run's score on a split: it was trained on some of these images, or the split has changed.
 
-    `contents` returns the digests of the split. A comparison reads them once for all of its runs.
+    Args:
+        run: the run folder.
+        split: the split on which the run is evaluated.
+        contents: returns the digests of the split. A comparison passes a function that reads them once for all runs.
 
-    Raises: DataError for a file that cannot be read.
+    Raises:
+        DataError: a file of the split cannot be read.
     """
     samples = RunSamples.read(run)
     if samples is None:
         return ()
     judged, notes = contents(split), []
     where = f"{split.data}, split {split.split!r}"
-    if seen := samples.trained_on(judged):
+    if trained := samples.trained_on(judged):
         notes.append(
-            f"{len(seen)} of {len(judged.ids)} images of {where} were trained on, such as {seen[0]!r}: the score says "
-            "little about other images. Judge on images that the run has not seen"
+            f"{len(trained)} of {len(judged.ids)} images of {where} were trained on, such as {trained[0]!r}: the "
+            "score says little about other images. Judge on images that the run has not seen"
         )
     before = samples.validation
     if before is not None and len(set(before.ids) & set(judged.ids)) > len(judged.ids) // 2:
