@@ -25,14 +25,14 @@ SETTINGS = "restyled.json"
 
 
 def fourier_transfer(source_HW3: np.ndarray, target_HW3: np.ndarray, beta: float) -> np.ndarray:
-    """Return an image with the low-frequency amplitudes of another image, channel by channel.
+    """Return the source image with the target image's low-frequency amplitudes, channel by channel.
 
     Frequencies up to `int(beta * shorter side)` periods per image along each axis are replaced. If that is 0, only the
-    mean colour is replaced. The other image is first resized to the same size, as published.
+    mean colour is replaced. The target is first resized to the source's size, as published.
 
     Args:
-        source_HW3: the image to change, uint8 (H, W, 3) RGB.
-        target_HW3: the image with the amplitudes, uint8 RGB of any size.
+        source_HW3: uint8 (H, W, 3) RGB.
+        target_HW3: uint8 RGB of any size.
         beta: above 0 and at most 0.5. The paper uses 0.01, 0.05 and 0.09.
 
     Returns: uint8 (H, W, 3), rounded and clipped.

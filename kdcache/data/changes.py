@@ -61,7 +61,10 @@ class Changes:
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """Return notes for the user in case nothing changed, for example that labels were not recorded."""
+        """Return notes to show if nothing changed, for example that labels were not recorded.
+
+        The list is often empty.
+        """
         if not self.recorded:
             return [UNRECORDED]
         if self.same:
@@ -70,7 +73,7 @@ class Changes:
 
 
 def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -> dict[str, Any]:
-    """Compare class names and sample ids with those of a split as it is now. It reads no files.
+    """Return how the class names and sample ids of a split differ from earlier ones. It reads no files.
 
     Args:
         class_names: the earlier class names.
@@ -123,7 +126,9 @@ def named(ids: Sequence[str]) -> str:
 
 
 def digest_changes(before: Contents, now: Contents, classes: str = "") -> Changes:
-    """Compare the digests of images and labels that a cache or run recorded with those of the data set as it is now.
+    """Return how a data set's samples differ from the state that a cache or run recorded.
+
+    It compares digests of images and labels, and reads no files.
 
     Args:
         before: the recorded digests.

@@ -96,9 +96,9 @@ def read_classes(folder: Path) -> ClassList:
 
 
 def read_numbers(folder: Path) -> dict[int, int] | None:
-    """Return number in label files -> class id, or 255 for void, as `classes.txt` of a data folder defines it.
+    """Return a dict from each number in label files to a class id, or to 255 for void.
 
-    Return None if every number is its own class id, or if the file does not exist.
+    `classes.txt` of a data folder defines it. Return None if every number is a class id already, or without that file.
 
     Raises: DataError for an invalid file, like `read_classes`.
     """
@@ -119,7 +119,7 @@ def says_numbers(folder: Path) -> bool:
 
 
 def read_colour_codes(folder: Path) -> ColourCodes | None:
-    """Return the map from colours in RGB labels to numbers, as `classes.txt` of a data folder defines it.
+    """Return the map from colours in RGB labels to class numbers that `classes.txt` of a data folder defines.
 
     Return None if the file does not exist, or if a class has no unique colour.
 

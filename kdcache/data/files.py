@@ -73,7 +73,7 @@ def read_image(path: Path, bits: int | None = None) -> Pixels:
 
 
 def channel_bits(path: Path) -> int:
-    """Return the number of bits per channel that a PNG's or TIFF's header states, or 8 for other files."""
+    """Return the number of bits per channel in the header of a PNG or TIFF, or 8 for other or damaged files."""
     return _header_bits(path)[0]
 
 

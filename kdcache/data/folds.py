@@ -84,9 +84,12 @@ def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> 
 def check_folds(split: Split, folds: int, by: str | None = None) -> None:
     """Check that every class has labelled pixels in at least two folds.
 
-    Then a teacher that leaves one out sees every class.
+    Otherwise, a teacher that is trained without one fold may never see a class. The check reads every label.
 
-    Reads every label. `folds` is the number of folds, and `by` is as in `fold_alone`.
+    Args:
+        split: the split.
+        folds: the number of folds.
+        by: a regular expression whose match in an id names a sequence that stays in one fold, or None.
 
     Raises:
         RecipeError: a class has pixels in one fold only, or the split cannot have these folds.

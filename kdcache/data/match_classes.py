@@ -34,7 +34,10 @@ class Mapped(Source[Pixels]):
         return self.table.take(self.label.raw())
 
     def digest(self, of_file: FileDigest | None = None) -> str:
-        """Return the digest of the original label. The table does not count."""
+        """Return the SHA-256 (hex) of the original label. The table does not change it.
+
+        `of_file` computes a file's SHA-256. None reads the file.
+        """
         return self.label.digest(of_file)
 
 

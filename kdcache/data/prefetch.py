@@ -18,12 +18,12 @@ R = TypeVar("R")
 def prefetch(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
     """Yield `function(item)` for each item, in order. Threads compute up to `ahead` results in advance.
 
-    The calling thread consumes `items`. An exception is raised when its item's turn comes, and no further item is
-    started. When the iteration ends for any reason, waiting items are cancelled and all threads have ended.
+    If an item raises an exception, the iterator raises it after the results of earlier items, and starts no further
+    item. When the iteration ends for any reason, waiting items are cancelled and all threads have ended.
 
     Args:
         function: called with each item.
-        items: the items, consumed lazily.
+        items: the items, which the calling thread consumes lazily.
         threads: the number of threads. 0 computes in the calling thread, on demand.
         ahead: the most results that are in progress or waiting, at least 1.
 

@@ -87,7 +87,8 @@ def opened(
     Args:
         location: a path, a URL, or an address such as hf://datasets/USER/NAME.
         cache_dir: folder for downloaded files. None means the user's cache folder.
-        cache_bytes: the most disk space for local copies of a remote cache, in bytes, as in `open_cache`.
+        cache_bytes: maximum size of the local copies of a remote cache, in bytes. None means half of the free disk
+            space.
         progress: whether to show huggingface_hub's progress bars on a terminal.
 
     Raises: StoreError if the cache cannot be opened or downloaded.

@@ -55,7 +55,7 @@ class DepthReport:
 
     @property
     def share(self) -> float:
-        """The share of pixels with a known depth, 0 to 1. It is 0 without pixels."""
+        """The share of pixels with a known depth, 0 to 1. A report without pixels has 0."""
         return self.known / max(self.pixels, 1)
 
     def add(self, sample: str, depth: DepthCounts) -> None:
@@ -139,9 +139,11 @@ class DepthCounts:
 
     @classmethod
     def of(cls, depth: Depth, max_depth: float | None) -> DepthCounts:
-        """Return the counts of a depth label, float32 (H, W) in metres, NaN for unknown.
+        """Return the counts of a depth label.
 
-        `max_depth` is in metres, or None.
+        Args:
+            depth: float32 (H, W) in metres, NaN for unknown.
+            max_depth: the largest possible depth in metres. None allows any depth.
         """
         known = depth[depth > 0]
         return cls(

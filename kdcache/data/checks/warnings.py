@@ -47,11 +47,11 @@ FROM_ONE = f"if 0 means unlabelled and the classes count from 1, add the line `v
 
 @dataclass
 class Doubts:
-    """Sentences about suspicious data. Each has a number and a fix.
+    """Sentences about suspicious data. Each says how many cases there are, and how to fix them.
 
     Attributes:
-        problems: what makes a training worthless.
-        warnings: what may be intended.
+        problems: sentences about defects that make a training worthless.
+        warnings: sentences about data that may be intended.
     """
 
     problems: list[str] = field(default_factory=list)

@@ -78,8 +78,8 @@ class _Written:
     """How a sample was written.
 
     Attributes:
-        image: whether the image is a link or a copy.
-        label: the same for the label, or None without a label.
+        image: "hard link", "link" or "copy".
+        label: the same, or "file" for a new file. None if no label was written.
         ids: the class ids in the label.
     """
 

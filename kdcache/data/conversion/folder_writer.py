@@ -126,9 +126,9 @@ def save_png(pixels: Pixels, path: Path) -> None:
 
 
 def link_file(file: Path, path: Path) -> Link:
-    """Link `path` to a file, and create the folder of `path`. Return the kind of link.
+    """Link `path` to `file`, and create the folder of `path`. Return "hard link", "link" (symbolic) or "copy".
 
-    A hard link is tried first, then a symbolic link ("link"), then a copy.
+    A hard link is tried first, then a symbolic link, then a copy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # a link to what is no longer there

@@ -50,7 +50,7 @@ def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
 
 
 class Layout(ABC):
-    """One way in which data sets lie on disk. A layout has no state. `root` is always the folder that `find` returned.
+    """One way in which data sets lie on disk. In all methods, `root` is the folder that `find` returned.
 
     Attributes:
         name: the prefix in `--data`, as in `voc:/data/VOC2012`.
@@ -243,7 +243,7 @@ class Layout(ABC):
         return file_split(data, split, self.classes(root), root, scan)
 
     def may_share(self, one: str, other: str) -> bool:
-        """Return whether two splits may have images in common on purpose.
+        """Return whether the splits named `one` and `other` may have images in common on purpose.
 
         For example, the list "trainval" contains the images of "train", and "trainaug" extends "train". If splits are
         folders, the result is always False.

@@ -42,13 +42,13 @@ def open_defective(place: LayoutRoot, name: str) -> tuple[Split, dict[str, str]]
 
 
 def source_changes(folder: Path, split: str) -> str:
-    """Describe in words how a converted split's source has changed since the conversion.
+    """Describe in words how the source of a converted data set has changed since the conversion.
 
     Args:
         folder: the folder that `data convert` wrote.
         split: the split's name.
 
-    Returns: '' if the source is unchanged or no longer exists, or if `folder` was not converted.
+    Returns: a sentence, or '' if the source is unchanged or no longer exists, or if `folder` was not converted.
     """
     record = read_object(folder / SETTINGS)
     name, _, rest = str(record.get("source", "")).partition(":")

@@ -90,11 +90,11 @@ class LabelFile(FileSource[Values]):
     check: Callable[[Values, Path], None]
 
     def raw(self) -> Values:
-        """Return the decoded label without checks."""
+        """Return the decoded label without checks: class ids, uint8 (H, W), or metres, float32 (H, W)."""
         return self.decode(Path(self.file))
 
     def read(self) -> Values:
-        """Return the decoded label.
+        """Return the decoded label: class ids, uint8 (H, W), or metres, float32 (H, W).
 
         Raises: DataError if its size differs from the image's size, or if `check` raises it.
         """
@@ -197,7 +197,7 @@ def describe_ids(bad: dict[int, int]) -> str:
 
 
 def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
-    """Describe in words that a label's size (H, W) differs from its image's size (H, W)."""
+    """Describe two sizes (H, W) in words, such as "label 48 x 64, image 96 x 128 (height x width)"."""
     return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
 
 
@@ -210,6 +210,6 @@ def saved_as_png(labels: Iterable[str]) -> str:
 
 
 def describe_some(names: list[str], most: int = 3) -> str:
-    """Describe a list in words: its first `most` names, and how many more there are."""
+    """Describe a list of names in words, such as "'a', 'b', 'c' and 7 more". `most` is how many are named."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + rest

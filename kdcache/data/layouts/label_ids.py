@@ -24,8 +24,8 @@ class LabelIds:
         rule: the valid numbers in words, for messages. `{last}` stands for the last class id.
         fix: what the user can do about invalid numbers, for messages.
         table: uint8 (256,), the class id or 255 for every number. None if the numbers are class ids already.
-        check: called with bool (256,), whether each number occurs in a label, and with the label's path. It raises
-            DataError if these numbers contradict the file's name.
+        check: called with an array and a label's path, or None. The array is bool (256,) and tells which numbers occur
+            in the label. It raises DataError if these numbers contradict the file's name.
         colours: the class id of each colour in RGB labels, or None if RGB labels are errors.
     """
 

@@ -76,9 +76,7 @@ def scan_folders(
     label_end: str = "",
     together: bool = False,
 ) -> Scan:
-    """Find the images below one folder and the labels below another.
-
-    Files with equal paths, except the suffix, belong together.
+    """Find the images below one folder and the labels below another. Equal paths without suffix belong together.
 
     An image's path without suffix is its id. Files without the required beginning or ending are ignored.
 
@@ -181,7 +179,7 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
 
 
 def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
-    """Return the files of a split whose list divides one folder of pictures.
+    """Return the files of a split whose images all lie in one folder, which lists such as train.txt divide.
 
     If `root` has no list, return all pictures.
 
@@ -200,9 +198,15 @@ def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: Labe
 
 
 def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
-    """Return the scan with each image replaced by FOLDER/SPLIT/ID.png or FOLDER/ID.png, or with another picture suffix.
+    """Return the scan with each image replaced by another folder's image with the same sample id.
 
-    If FOLDER/SPLIT/ exists, only that folder is searched. Samples without an image there are recorded as missing.
+    The new image is FOLDER/SPLIT/ID.png or FOLDER/ID.png, or has another picture suffix. If FOLDER/SPLIT/ exists, only
+    that folder is searched. Samples without a new image are recorded as missing.
+
+    Args:
+        scan: the files of the split.
+        folder: the folder of the new images.
+        split: the split's name.
     """
     top = folder.absolute()
     top = top / split if (top / split).is_dir() else top
@@ -237,7 +241,9 @@ def read_list(path: Path) -> list[Line]:
 def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
     """Return the sorted names, without .txt, of the text files in a folder.
 
-    `names` limits the result to these names.
+    Args:
+        folder: the folder. If it does not exist, the result is [].
+        names: the only names that count. None means all.
     """
     if not folder.is_dir():
         return []
@@ -299,9 +305,9 @@ def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def is_picture(name: str) -> bool:
-    """Return whether a file name ends like a picture's.
+    """Return whether a file name has a picture's suffix, such as .jpg or .png.
 
-    Hidden files do not count: macOS writes `._a.jpg` next to `a.jpg`.
+    Names that begin with a dot do not count.
     """
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 

@@ -59,13 +59,15 @@ class Items:
         self._start()
 
     def image(self, number: int) -> Pixels:
-        """Return an item's image, uint8 (H, W, 3) RGB. Raises: DataError for an item that cannot be read."""
+        """Return the image of item `number`, uint8 (H, W, 3) RGB. Raises: DataError for an item that cannot be read."""
         item, where = self._item(number), self._where(number)
         with naming_item(where):
             return image_of(part_of(item, self._keys.image), where)
 
     def label(self, task: str, number: int) -> Any:
-        """Return an item's label for a task: uint8 (H, W) class ids, or float32 (H, W) metres.
+        """Return the label of item `number` for a task, "segmentation" or "depth".
+
+        It is uint8 (H, W) class ids, or float32 (H, W) metres.
 
         Raises: DataError for an item that cannot be read, or that no longer has this label.
         """
@@ -78,9 +80,9 @@ class Items:
         return label
 
     def contents(self, number: int) -> tuple[str, tuple[str, ...]]:
-        """Read an item again.
+        """Return the SHA-256 (hex) of an item's image and labels, and the tasks for which it has a label.
 
-        Return the SHA-256 (hex) of its image and labels, and the tasks for which it has a label.
+        `number` is the item's position. The item is read again, even if it is still in memory.
         """
         self._last.number = None
         image = self.image(number)
@@ -136,8 +138,8 @@ def from_dataset(
     >>> split.label(0).max()
     np.uint8(1)
 
-    Without `ids`, every sample is read once, and its id is its number and a digest of its contents. With `ids`, samples
-    are not read, and the split's digest covers only class names and ids.
+    Without `ids`, every sample is read once, and its id is its number and a digest of its contents. With `ids`, the
+    split's digest covers only class names and ids.
 
     Args:
         dataset: has a length, and returns an item for a number. An item is a mapping or tuple with an image (Pillow, or
@@ -150,7 +152,7 @@ def from_dataset(
         label: the label's key or position. None tries usual names, such as "label" or "mask".
         depth: the key or position of depth in metres. None means that there is no depth.
         void: the number in labels that means no class, in addition to 255.
-        progress: called with (samples read, samples) if samples are read.
+        progress: called with (samples read, samples) if all samples are read.
     Raises: DataError for unsuitable items, items that differ when they are read again, or ids that are not unique.
     """
     count = _length(dataset)

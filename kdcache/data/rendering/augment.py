@@ -66,17 +66,17 @@ def draw_window(
 ) -> tuple[Window, bool]:
     """Draw a random window with a view's aspect ratio, and whether to flip it.
 
-    The scale s is uniform in `scale`, and the window measures (H/s, W/s). A window smaller than the view lies uniformly
-    inside it. A larger window contains the view at a uniformly drawn position.
+    A scale s is drawn uniformly, and the window measures (H/s, W/s). Along each axis, a smaller window lies at a random
+    position inside the view. A larger window contains the view at a random position.
 
     Args:
         rng: the only source of randomness.
         view_size: (H, W) of the image or view from which the window is cut, in pixels.
-        scale: (lowest, highest) s.
+        scale: the lowest and the highest s.
         flip: False never flips. True flips half of the time.
         share: (height, width) of the window at s = 1, as a part of the view's height and width.
     Returns: the window in pixels of `view_size`, and whether to flip.
-    Raises: ValueError unless 0 < lowest <= highest.
+    Raises: ValueError unless 0 < lowest s <= highest s.
     """
     _check_scale(scale)
     u_scale, u_y, u_x, u_flip = rng.random(4)
@@ -135,7 +135,7 @@ def inside_rectangle(
         flip_R: bool or number (R,), whether each view is mirrored.
         source_size_R2: (R, 2), height and width of the images in pixels.
         view_size: (H, W) of the views in pixels.
-    Returns: float64 (R, 4), y0, x0, y1, x1. Without the axis R in the arguments, it also misses here.
+    Returns: float64 (R, 4), y0, x0, y1, x1. For a single view, leave out the axis R everywhere.
     """
     window, source = np.asarray(window_R4, np.float64), np.asarray(source_size_R2, np.float64)
     size = np.asarray(view_size, np.float64)

@@ -74,7 +74,12 @@ def whole_window(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -
 
 
 def middle_window(image_size: tuple[int, int], share: tuple[float, float]) -> Window:
-    """Return the centred window that measures `share` of an image's (H, W), in pixels of the image."""
+    """Return the centred window with a given share of an image's height and width, in pixels of the image.
+
+    Args:
+        image_size: (H, W) of the image in pixels.
+        share: (height, width) of the window as a part of the image's. Above 1, the window reaches beyond the image.
+    """
     if share == (1.0, 1.0):
         return Window.full(*image_size)
     (y0, y1), (x0, x1) = (_middle(length, part) for length, part in zip(image_size, share, strict=True))

@@ -85,7 +85,7 @@ class ScenesSpec:
     def parse(cls, data: str) -> ScenesSpec:
         """Parse the spec of a procedural data set, such as "scenes" or "scenes:96x128,train=64,depth=exact".
 
-        After the size, any fields of this class may follow as NAME=VALUE.
+        HxW sets height and width, and NAME=VALUE sets another field of this class. All parts are optional.
 
         Raises: DataError naming the part that is invalid.
         """
@@ -120,9 +120,11 @@ class ScenesSpec:
     def labels(self, split: str, number: int) -> list[tuple[str, int]]:
         """Return (task, array index) for each label of a sample.
 
-        The index is into the tuple that `SceneCache.get` returns.
+        The index counts in the tuple that `SceneCache.get` returns.
 
-        `number` is the sample's position in the split, from 0.
+        Args:
+            split: the split's name.
+            number: the sample's position in the split, from 0.
         """
         both = [(SEGMENTATION, _LABEL), (DEPTH, _DEPTH)]
         if split == _UNLABELLED:
@@ -151,9 +153,9 @@ class SceneArray(Source[Any]):
     place: int
 
     def read(self) -> Any:
-        """Return a copy of the array: uint8 (H, W, 3), uint8 (H, W), or float32 (H, W) metres.
+        """Return a copy of the array: uint8 (H, W, 3) image, uint8 (H, W) label, or float32 (H, W) depth in metres.
 
-        Sparse depth is mostly NaN.
+        Sparse depth is NaN at most pixels.
         """
         array = SCENES.get(self.spec, self.split, self.number)[self.place].copy()
         if self.place == _DEPTH and self.spec.depth == "sparse" and self.split == "train":
@@ -198,9 +200,8 @@ def open_scenes(data: str, split: str) -> Split:
 def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     """Return which pixels a simulated LiDAR hits, bool (H, W).
 
-    The points lie on evenly spaced rows, each with a random start.
-
-    `size` is (H, W) in pixels, and 15 % of the points are missing.
+    The points lie on evenly spaced rows of pixels, each with a random start. 15 % of the points are missing. `size` is
+    (H, W) in pixels.
     """
     pitch_y, pitch_x = max(size[0] // LINES, 1), max(size[1] // POINTS, 1)
     points = np.zeros(size, np.bool_)
@@ -262,8 +263,8 @@ class SceneCache:
             split: the split's name.
             index: the sample's position in the split, from 0.
 
-        Returns: (image, label), or (image, label, depth) if the spec has depth. The image is uint8 (H, W, 3) RGB, the
-            label uint8 (H, W) class ids with 255 for void, the depth float32 (H, W) metres with NaN in the sky.
+        Returns: (image, label), or (image, label, depth) if the spec has depth. The image is uint8 (H, W, 3) RGB. The
+            label is uint8 (H, W) class ids, 255 for void. Depth is float32 (H, W) metres, NaN in the sky.
         """
         depth = spec.depth != "none"
         key = (spec.height, spec.width, spec.seed, spec.style, depth, split, index)

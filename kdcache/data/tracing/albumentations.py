@@ -20,7 +20,9 @@ _IN_PLACE = (
 
 
 class TracedCompose:
-    """An albumentations composition whose result also has the shown window and flip. Picklable if the composition is.
+    """An albumentations composition that also returns the window and the flip that its pixels show.
+
+    It is picklable if the composition is.
 
     Args:
         transform: an `albumentations.Compose`.

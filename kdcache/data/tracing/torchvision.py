@@ -39,7 +39,9 @@ def footprint_of(tensor: torch.Tensor) -> Footprint:
 
 
 class TracedTransform:
-    """A torchvision v2 transform that also returns the shown window and flip. Picklable if the transform is.
+    """A torchvision v2 transform that also returns the window and the flip that its pixels show.
+
+    It is picklable if the transform is.
 
     Raises: DataError if `ToPureTensor` is not the last step.
     """

@@ -21,12 +21,11 @@ def traced(transform: Any) -> Callable[..., Any]:
     With albumentations, `augment(image=image, mask=mask)` returns a dict that also has "window" and "flip".
 
     Args:
-        transform: a `torchvision.transforms.v2` transform, or an `albumentations.Compose`. Changes of colour are
-            allowed.
+        transform: a `torchvision.transforms.v2` transform, or an `albumentations.Compose`. It may change colours.
     Returns: a function with the transform's arguments. It returns the transform's results, then the window and the
-        flip. The window is float64 (4,), y0, x0, y1, x1 in pixels of the given image. The flip is a bool. Raises:
-        DataError for another kind of transform. The returned function raises it for transforms such as rotations, which
-        cannot be described by a window and a flip.
+        flip. The window is float64 (4,), y0, x0, y1, x1 in pixels of the given image. The flip is a bool.
+    Raises: DataError for another kind of transform. The returned function raises it for transforms such as rotations,
+        which a window and a flip cannot describe.
     """
     homes = [kind.__module__ for kind in type(transform).__mro__]
     if any(home.startswith("torchvision.transforms.v2") for home in homes):

@@ -58,7 +58,7 @@ class Export(Layout):
         """Return split name -> its images with their shapes. Raises: DataError for a file that cannot be read."""
 
     def names(self, root: Path) -> list[str]:
-        """Return the class names in the tool's order. By default, they are the classes of all shapes, sorted."""
+        """Return the class names in the tool's order. This base class returns the classes of all shapes, sorted."""
         items = (item for split in self.items(root).values() for item in split)
         return sorted({shape.label for item in items for shape in item.shapes or ()})
 

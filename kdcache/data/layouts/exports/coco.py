@@ -106,10 +106,7 @@ class Coco(Export):
         class_of: Mapping[str, int],
         background: int,
     ) -> ShapeLabels:
-        """Return the object that draws one split's labels from the objects' categories.
-
-        The arguments are as in `Export.labels`.
-        """
+        """Return the object that draws one split's labels. `Export.labels` describes the arguments."""
         return ObjectLabels(items, images, class_of, background, _categories_of(root))
 
 
@@ -124,7 +121,10 @@ class ObjectLabels(ShapeLabels):
     categories: Mapping[int, str]
 
     def shapes(self, sample: str) -> Sequence[Shape]:
-        """Return a sample's objects in drawing order. Each is a run-length mask down the image's columns."""
+        """Return a sample's objects in drawing order. Each has its mask as run lengths down the image's columns.
+
+        Raises: DataError for an object that cannot be drawn.
+        """
         item, runs = self.items[sample], []
         assert item.size is not None
         for order, shape in enumerate(item.shapes or ()):

@@ -82,7 +82,10 @@ class CvatMasks(Layout):
         return (root / LABELMAP).is_file() and (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the sorted names of the splits that have a list in ImageSets/Segmentation/, or only "train"."""
+        """Return the sorted names of the splits that have a list in ImageSets/Segmentation/.
+
+        Without lists, return ["train"].
+        """
         return sorted(_split(name) for name in lists_in(root / LISTS)) or [WHOLE]
 
     def why(self, root: Path) -> str:

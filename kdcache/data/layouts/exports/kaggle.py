@@ -52,14 +52,15 @@ class Kaggle(Layout):
     pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
 
     def matches(self, root: Path) -> bool:
-        """Return whether `root` has images and masks in one of these structures.
-
-        For example, train/images/ and train/masks/ match.
-        """
+        """Return whether `root` has images and masks in a known structure, such as train/images/ and train/masks/."""
         return bool(self._places(root))
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits that are folders, else those that have a list such as train.txt, else only "train"."""
+        """Return the sorted names of the split folders, such as "train".
+
+        Without such folders, return the names of the lists that exist, such as "val" for val.txt. Without lists, return
+        ["train"].
+        """
         places = self._places(root)
         return (lists_in(root, SPLITS) or [WHOLE]) if list(places) == [""] else sorted(places)
 

@@ -38,12 +38,11 @@ class Shape:
             kinds cannot be drawn.
         points: (x, y) of a polygon's corners, or of two opposite corners of a box, in the unit that `scale` gives.
         data: the mask, depending on `kind`.
-            "runs": lengths of runs outside and inside the shape, in turn, along the rows of the box `points`.
-            "png": base64 of a PNG mask whose top left corner is the first of `points`.
-            "brush": Label Studio's packed bytes.
-            "columns": lengths of runs outside and inside, in turn, down the columns of the image.
-        scale: 0 for points in pixels. Otherwise the points' value at the image's full width and height, such as 100 for
-            percent.
+            - "runs": alternating lengths of runs outside and inside the shape, along the rows of the box `points`.
+            - "png": base64 of a PNG mask whose top left corner is the first of `points`.
+            - "brush": Label Studio's packed bytes.
+            - "columns": alternating lengths of runs outside and inside the shape, down the columns of the image.
+        scale: 0 for points in pixels. Otherwise, the coordinate at the image's full width and height: 1 or 100.
     """
 
     label: str

@@ -40,7 +40,7 @@ class Yolo(Export):
         return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
 
     def lists_classes(self, root: Path) -> bool:
-        """Return False, because a `classes.txt` has YOLO's class names here."""
+        """Return False. A `classes.txt` in this layout is YOLO's own list of names, which `names` reads."""
         return False
 
     def names(self, root: Path) -> list[str]:

@@ -55,7 +55,7 @@ class DataYaml(Layout):
     of_file: ClassVar[bool] = True
 
     def find(self, folder: Path) -> Path | None:
-        """Return the path unchanged if it is a YAML file, or None."""
+        """Return `folder` unchanged if it is a YAML file, or None if it is not."""
         return folder if self.matches(folder) else None
 
     def matches(self, root: Path) -> bool:
@@ -63,7 +63,7 @@ class DataYaml(Layout):
         return root.suffix in SUFFIXES and root.is_file()
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits that the YAML file has as keys, sorted: train, val, validation and test."""
+        """Return the sorted names of the splits that are keys in the YAML file: train, val, validation or test."""
         return sorted(name for name in SPLITS if _read(root).get(name))
 
     def lists_classes(self, root: Path) -> bool:

@@ -51,7 +51,10 @@ LABEL_IDS = LabelIds(
 
 
 class Folder(Layout):
-    """The layout of your own data set: images/SPLIT/, labels/SPLIT/ and classes.txt. kdcache also writes it."""
+    """The layout of your own data set: images/SPLIT/, labels/SPLIT/ and classes.txt.
+
+    `kdcache data convert` writes data sets in this layout.
+    """
 
     name: ClassVar[str] = "folder"
     looks_for: ClassVar[str] = (
@@ -69,7 +72,11 @@ class Folder(Layout):
         return (listed or deep) and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the folders in images/, else the lists that exist (train.txt is "train"), else only "train"."""
+        """Return the names of the folders in images/.
+
+        Without such folders, return the names of the lists that exist, such as "val" for val.txt. Without lists, return
+        ["train"].
+        """
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
     def why(self, root: Path) -> str:

@@ -32,7 +32,10 @@ class Images(Layout):
         return not (root / CLASSES_FILE).exists() and bool(names_below(root)) and not holds_masks(root)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the names of the split folders, or only "train" if folders do not divide the pictures."""
+        """Return the names of the split folders, such as "train".
+
+        Return ["train"] if folders do not divide the pictures.
+        """
         return _folders(root) or [WHOLE]
 
     def _classes(self, root: Path) -> ClassList:

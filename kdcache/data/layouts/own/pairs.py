@@ -62,7 +62,7 @@ def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelI
 def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = False) -> Ends:
     """Return the ending of image names and the ending of label names that pair most labels with images.
 
-    For example, `a_img` and `a_mask` give ("_img", "_mask"). If no names pair, the result is ("", "").
+    For example, images `a_img` with labels `a_mask` give ("_img", "_mask"). If no names pair, the result is ("", "").
 
     Args:
         images: names of image files without suffix.

@@ -69,7 +69,7 @@ def refuse_train_ids(seen: Seen, path: Path) -> None:
     """Raise DataError if a label file that should hold labelIds holds train ids instead.
 
     Nearly every street image has a labelId of 19 or more: vegetation, sky, a car or a sign. A label without any of them
-    is judged by two signs of train ids:
+    fails if one of these is true:
 
     - It has the number 255 (void). labelIds never have it.
     - It has two of the ids 5, 9, 10, 14 and 18. They are rare as labelIds, but frequent as train ids.

@@ -44,7 +44,10 @@ class Gta5(Layout):
         return holds_pictures(root / IMAGES) and holds_pictures(root / LABELS)
 
     def splits(self, root: Path) -> list[str]:
-        """Return the splits that have a list, such as "val" for val.txt, or only "train" if there is no list."""
+        """Return the sorted names of the splits that have a list, such as "val" for val.txt.
+
+        Without lists, return ["train"].
+        """
         return lists_in(root, SPLITS) or [WHOLE]
 
     def _classes(self, root: Path) -> ClassList:
