@@ -83,14 +83,18 @@ from kdcache.training.trainer import Trainer
 def train(
     config: TrainConfig, out: str | Path, *, resume: bool = False, observer: Observer | None = None
 ) -> dict[str, Any]:
-    """Train by `config` into the folder `out`. Return the content of its result.json.
+    """Run the training of `config` in the folder `out`, and return the content of its result.json.
 
-    A student is trained from the cache only. No teacher is imported, loaded or run. Every process that torchrun starts
-    calls this with the same arguments. All return or raise the same. `resume` continues from the last checkpoint of the
-    same settings in `out`, or from the beginning if the folder holds no checkpoint. `observer` watches the training.
+    A student learns from the cache only: no teacher is imported, loaded or run. With torchrun, every process calls this
+    function with the same arguments, and all return or raise the same.
 
-    Raises: KDCacheError of every kind, before anything is written if a setting is wrong;
-        Interrupted if the user stops it.
+    Args:
+        config: all settings.
+        out: the run's folder. It must be new or empty, or hold the run to resume.
+        resume: True continues from the last checkpoint in `out`. Without a checkpoint the training begins at step 0.
+        observer: is told of the training's progress.
+    Raises: KDCacheError for a wrong setting (before anything is written), damaged data or a failed training.
+        Interrupted if the user stops the training.
     """
     with memory_errors(config), disk_space_errors(out), processes() as world, RunLock(Path(out)) as lock:
         watching = observer if observer is not None and world.first else Observer()
@@ -106,9 +110,16 @@ def train(
 def make_trainer(
     config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool, lock: RunLock | None = None
 ) -> Trainer:
-    """Check all settings and data, then begin the run folder.
+    """Check all settings and data, create the run folder, and return the trainer.
 
-    `lock` is the folder's lock, which the first process takes before it writes. None trusts the caller to be alone.
+    Args:
+        config: all settings.
+        run: the run's folder.
+        world: the processes that train together.
+        observer: is told notes for the user.
+        resume: True continues from the last checkpoint in `run`.
+        lock: the lock of `run`, taken before anything is written. None takes no lock.
+    Raises: KDCacheError for wrong settings or data.
     """
     with world.together():
         if not config.data.stream:  # whose rows are checked each
@@ -183,16 +194,16 @@ def make_trainer(
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         _note_all(model_notes(config, model, classes.names), observer.note)
         _note_all(warmup_notes(config), observer.note)
-        own = None if samples is None else judged_by_its_own(samples)
-        if own is not None:
-            observer.note(own)
+        warning = None if samples is None else judged_by_its_own(samples)
+        if warning is not None:
+            observer.note(warning)
         for source in sources:
-            notes = _notes(source, None if own is not None else val)
+            notes = _notes(source, None if warning is not None else val)
             _note_all(notes, source.note(observer.note))
         watching = observer
         if config.run.log and world.first:
-            seen = config.data.size
-            panels = None if val is None or seen is None else sample_panels(model, val, seen, device, _fit(config))
+            size = config.data.size
+            panels = None if val is None or size is None else sample_panels(model, val, size, device, _fit(config))
             watching = Observers([observer, Loggers(config.run.log, run, config.recipe, observer.note, panels)])
         return Trainer(
             model,
@@ -214,23 +225,26 @@ def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
 
 
 def _note_collapse(source: Source, sources: Sequence[Source], observer: Observer) -> None:
-    """Note a teacher of images without labels that knows few of the classes."""
-    labelled = [own.dataset for own in sources if own.learns_classes_from_labels]
+    """Note if a teacher predicts only few of the classes on images without labels."""
+    labelled = [stream_source.dataset for stream_source in sources if stream_source.learns_classes_from_labels]
     if source.dataset not in labelled:
         text = collapse_note(source.config, source.dataset, labelled)
         _note_all([text] if text else [], source.note(observer.note))
 
 
 def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer) -> TrainConfig:
-    """Fill in what depends on the data: for each stream, and for the training, whose epoch shows every stream once."""
+    """Fill in the settings that depend on the data, for each stream and for the training.
+
+    An epoch of a training with streams shows every sample of every stream at least once.
+    """
     for source in sources:
-        own, dataset = source.config, source.dataset
+        settings, dataset = source.config, source.dataset
         with source.named():
-            shuffle = choose_shuffle(_shuffle(own), dataset)
-        share = choose_labelled_share(own.data.labelled_share, dataset.label_flags)
-        if own.data.labelled_share is not None and share is None:
+            shuffle = choose_shuffle(_shuffle(settings), dataset)
+        share = choose_labelled_share(settings.data.labelled_share, dataset.label_flags)
+        if settings.data.labelled_share is not None and share is None:
             source.note(observer.note)("--labelled-share has nothing to share out: all samples have a label, or none")
-        source.config = own.resolved(len(dataset), dataset.size, shuffle, share)
+        source.config = settings.resolved(len(dataset), dataset.size, shuffle, share)
     if not config.data.stream:
         return sources[0].config
     config = config.changed(fit=sources[0].config.data.fit)
@@ -241,7 +255,7 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
 
 
 def _shuffle(config: TrainConfig) -> str:
-    """Return the order of an epoch. Sampling by class has no epochs. Raises: RecipeError."""
+    """Return the order of samples in an epoch. Raises: RecipeError for an order that does not fit the sampling."""
     if config.data.sampling == "even":
         return config.data.shuffle
     if config.data.shuffle == "window":
@@ -254,7 +268,7 @@ def _shuffle(config: TrainConfig) -> str:
 
 
 def _criterion(source: Source, model: SegmentationModel, device: torch.device, observer: Observer) -> DistillLoss:
-    """Return the loss of a stream, and let its samples bring what the loss reads."""
+    """Return the loss of a stream, and make its dataset yield what the loss reads."""
     with source.named():
         source.dataset.extras = needed_arrays(source.config, source.cache, model)
         for part in () if source.cache is None else source.cache.parts:
@@ -268,28 +282,28 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
 
 
 def _combined(losses: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
-    """Return the loss of all streams, with the balance of two tasks."""
+    """Return the loss of all streams, with the balance of segmentation and depth."""
     balance = make_balance(config.loss.balance, config.loss.task_weight, config.tasks)
     streams = [source.stream for source in sources]
     return Criterion(losses, [stream.name for stream in streams], [stream.weight for stream in streams], balance)
 
 
 def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
-    own = source.config
+    settings = source.config
     with source.named():
-        rare = rare_order(own, source.dataset, seed, source.note(observer.note))
-    draws = Draws(source.dataset, seed, own.data.shuffle, own.data.labelled_share, rare)
+        rare = rare_order(settings, source.dataset, seed, source.note(observer.note))
+    draws = Draws(source.dataset, seed, settings.data.shuffle, settings.data.labelled_share, rare)
     return StreamDraws(source.stream.name, draws, source.rows)
 
 
 def _check_seen(source: Source) -> list[str]:
-    """Return notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
+    """Return notes about labels or folds that a stream's teacher may have seen. Raises: as `check_teacher`."""
     parts = () if source.cache is None else source.cache.parts
     return [note for part in parts for note in check_teacher(part, source.config, source.dataset.labels_used)]
 
 
 def _notes(source: Source, val: Split | None) -> Iterator[str]:
-    """Yield notes on a stream's rows, the share of labels, what warp works on, and what is judged."""
+    """Yield notes about a stream: its part of a batch, the share of labels, unused caches and views, augmentation."""
     config, dataset, cache = source.config, source.dataset, source.cache
     if source.stream.name:
         yield f"{source.rows} of {config.optimizer.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
@@ -335,7 +349,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[str, ...]:
-    """Return the tasks to validate: learnt tasks if the data label any, else all that model and data share.
+    """Return the tasks to validate: the learnt tasks with labels in `val`, or else all tasks of model and data.
 
     Raises: DataError if there are none.
     """
@@ -344,7 +358,7 @@ def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[
 
 
 def _fit(config: TrainConfig) -> Fit:
-    """Return the fit of a training with opened data."""
+    """Return how images are fitted into the size, once the data have been opened."""
     return "squash" if config.data.fit == "auto" else config.data.fit
 
 
@@ -356,7 +370,7 @@ def _validators(
     observer: Observer,
     world: World,
 ) -> dict[str, Callable[[SegmentationModel], Score]]:
-    """Return a function per judged task that validates a model."""
+    """Return task -> a function that validates a model."""
     if val is None:
         return {}
     numbers = {task: _numeric_validator(task, val, config, device, world) for task in numeric(judged)}
@@ -367,7 +381,7 @@ def _validators(
 def _numeric_validator(
     task: str, val: Split, config: TrainConfig, device: torch.device, world: World
 ) -> Callable[[SegmentationModel], Score]:
-    """Return a function that validates a task, such as depth, on this process's part of the samples."""
+    """Return a function that validates a task such as depth. Each process takes a part of the samples."""
     labelled = [index for index in range(len(val)) if val.has_label(index, task)]
 
     def validate(model: SegmentationModel) -> Score:
@@ -393,7 +407,7 @@ def _numeric_validator(
 def _feature_judge(
     config: TrainConfig, source: Source, criterion: Criterion, device: torch.device, world: World
 ) -> dict[str, Callable[[SegmentationModel], Score]]:
-    """Return the judge of `--val-share`, or nothing without it."""
+    """Return the validation by feature loss of `--val-share`, or an empty dict without it."""
     if config.data.val_share is None:
         return {}
     assert isinstance(source.dataset, CacheDataset)
@@ -402,9 +416,18 @@ def _feature_judge(
 
 
 def make_validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
-    """Return a function that validates this process's part of the samples. Pixel counts are summed over processes.
+    """Return a function that validates a model's segmentation and returns its metrics.
 
-    As many images go through the model at once as in training.
+    Each process validates a part of the samples, and the pixel counts are summed over the processes. As many images go
+    through the model at once as in training. The function raises ModelError, with the batch sizes that fit, if memory
+    runs out.
+
+    Args:
+        val: the validation data.
+        config: settings with batch size and image size.
+        device: where the model is.
+        observer: is told how many images were validated.
+        world: the processes that train together.
     """
     at_once = config.optimizer.batch_size // (world.size * config.optimizer.accumulate)
     together = 1 if config.augmentation.mix is None else 2

@@ -14,12 +14,15 @@ from kdcache.training.streams import flag_of
 
 
 def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
-    """Check that stored features are mirrored only with `--flip`, although pixels are mirrored by default.
+    """Check that features from a cache are mirrored only if the user gave `--flip`.
 
-    Features of a mirrored image are not mirrored features. With position embeddings they must never be mirrored.
-    `config` has a resolved augment. `processor` is the cache's teacher's, if known.
+    Pixels are mirrored by default. Features of a mirrored image are not mirrored features, and with position embeddings
+    they must never be mirrored.
 
-    Raises: RecipeError for stored features that would be mirrored without `--flip`, or with position embeddings.
+    Args:
+        config: settings whose `augment` is not `auto`.
+        processor: how the cache's teacher prepares images. None if unknown.
+    Raises: RecipeError if stored features would be mirrored without `--flip`, or in spite of position embeddings.
     """
     stored = [term.kind for term in config.terms if term.reads_taps]
     augmentation = config.augmentation
@@ -41,18 +44,24 @@ def check_flip(config: TrainConfig, processor: Processor | None = None) -> None:
 
 
 def check_whole_views(config: TrainConfig) -> None:
-    """Raise RecipeError if a term needs whole views but views are not replayed. `augment` must be resolved."""
-    whole = [term.kind for term in config.terms if term.active and term.whole_view]
-    if config.augmentation.augment == "warp" and whole and config.data.cache is not None:
+    """Raise RecipeError if a loss term needs whole views, but `--augment warp` cuts windows out of them.
+
+    The `augment` setting must not be `auto`.
+    """
+    kinds = [term.kind for term in config.terms if term.active and term.whole_view]
+    if config.augmentation.augment == "warp" and kinds and config.data.cache is not None:
         raise RecipeError(
-            f"Cannot move what {' and '.join(whole)} compares with a drawn window: the cache has it of whole views, "
+            f"Cannot move what {' and '.join(kinds)} compares with a drawn window: the cache has it of whole views, "
             "and --augment warp draws windows",
             fix="Use --augment replay, best with a cache of several --views.",
         )
 
 
 def check_replays(config: TrainConfig) -> None:
-    """Raise RecipeError for a number of views without replay. `augment` must be resolved."""
+    """Raise RecipeError if `--limit-views` is given without `--augment replay`, which alone shows several views.
+
+    The `augment` setting must not be `auto`.
+    """
     augment = config.augmentation.augment
     if config.data.limit_views is not None and augment != "replay":
         raise RecipeError(
@@ -62,7 +71,7 @@ def check_replays(config: TrainConfig) -> None:
 
 
 def check_supervised(config: TrainConfig) -> None:
-    """Raise RecipeError if all terms read only predictions, which any constant class would satisfy."""
+    """Raise RecipeError if nothing is learnt from labels or a teacher, because any constant output would then do."""
     if not config.supervised:
         loss = config.loss
         raise RecipeError(
@@ -77,7 +86,7 @@ def check_supervised(config: TrainConfig) -> None:
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise RecipeError for settings that several processes cannot compute as one process would."""
+    """Raise RecipeError for settings that do not work in several processes: pseudo labels by quantile."""
     quantiles = [term.kind for term in config.terms if isinstance(term, PseudoLabels) and term.quantile is not None]
     if processes > 1 and quantiles:
         raise RecipeError(
@@ -88,7 +97,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def check_adversaries(config: TrainConfig) -> None:
-    """Raise RecipeError for adversarial terms without another stream's predictions to imitate."""
+    """Raise RecipeError if an `adversarial` term has no other stream to imitate, or several and names none of them."""
     names = [stream.name for stream in config.streams]
     for stream in config.streams:
         others = [name for name in names if name != stream.name]
@@ -105,7 +114,7 @@ def check_adversaries(config: TrainConfig) -> None:
 
 
 def check_auxiliary(config: TrainConfig) -> None:
-    """Raise RecipeError for an auxiliary head that nothing trains."""
+    """Raise RecipeError if the model has an auxiliary head, but no stream trains it."""
     weighed = [stream.config.terms for stream in config.streams if stream.weight > 0]
     learnt = any(isinstance(term, Auxiliary) and term.active for terms in weighed for term in terms)
     if split_auxiliary(config.run.model)[1] is not None and not learnt:
@@ -117,13 +126,13 @@ def check_auxiliary(config: TrainConfig) -> None:
 
 
 def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
-    """Return the settings of a stream that have no effect, by name, with the reason.
+    """Return the settings of a stream that have no effect: name -> the reason.
 
-    Settings of terms are not among them, because `make_config` checks those.
+    Settings of loss terms are left out, because `make_config` checks them.
 
     Args:
-        config: the stream's settings, with `augment` resolved.
-        cache: the stream's open cache, or None for a data folder.
+        config: the stream's settings, whose `augment` is not `auto`.
+        cache: the stream's open cache. None for a data folder.
     """
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     reads_data = cache is None or config.data.data is not None or not cache.pixels_stored
@@ -151,13 +160,19 @@ def idle_settings(config: TrainConfig, cache: Cache | None) -> dict[str, str]:
 
 
 def idle_everywhere(config: TrainConfig, idle: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Return the settings that no stream and no term takes, with reasons. `idle` has each stream's `idle_settings`."""
+    """Return the settings that have no effect in any stream or loss term: name -> the reason.
+
+    `idle` has the result of `idle_settings` for each stream.
+    """
     shared = {name: reason for name, reason in idle[0].items() if all(name in settings for settings in idle)}
     return shared | dict.fromkeys(untaken(config.settings, config.taken), "no term of the loss takes it")
 
 
 def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
-    """Yield notes on settings without effect: one for each typed setting, and one for all settings of a recipe."""
+    """Yield a note for each typed flag that has no effect, and one note for all such settings of a copied recipe.
+
+    `idle` is name of a setting -> the reason why it has no effect.
+    """
     for name, reason in idle.items():
         if name in config.given:
             yield f"--{flag_of(name)} has no effect: {reason}"
@@ -166,7 +181,10 @@ def idle_notes(config: TrainConfig, idle: Mapping[str, str]) -> Iterator[str]:
 
 
 def warmup_notes(config: TrainConfig) -> Iterator[str]:
-    """Yield notes on warm-ups that are longer than the training. `config` must have its iterations."""
+    """Yield a note for each warm-up that is longer than the training.
+
+    `config` must have its number of iterations.
+    """
     assert config.optimizer.iterations is not None, "resolve the settings first"
     for flag, steps, what in (
         (

@@ -32,9 +32,11 @@ FULL = 0.05
 
 
 def read_trust(path: str, names: Sequence[str]) -> list[float]:
-    """Return weights of all classes from a TOML or JSON file: class -> a number of 0 or more.
+    """Read a trust file, and return the weight of each class, in the order of `names`.
 
-    Raises: RecipeError naming the file and the class.
+    The TOML or JSON file at `path` has class name -> a number of at least 0, for each of the classes `names`.
+
+    Raises: RecipeError if the file cannot be read, lacks a class, or has an unknown class or an invalid weight.
     """
     try:
         text = read_text(Path(path))
@@ -61,13 +63,18 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
 def trust_from_run(
     records: Records, run: str, device: torch.device, note: Callable[[str], None] = _log.warning
 ) -> list[float]:
-    """Return weights of all classes by comparing the cache's teacher with a run on the fold that the run left out.
+    """Return the trust in the teacher for each class, in 0..1, by comparing it with a run on labels only.
 
-    `run` is a folder of train-student --method none or of train-teacher, with --fold. `note` receives doubts about the
-    weights, such as a teacher that may have seen that fold.
+    Both are scored on the fold that the run left out. Trust is 1 if the teacher's IoU is higher by 0.05 or more, and 0
+    if it is not higher. A class that does not occur has trust 1.
 
-    Raises: RecipeError for a cache of crops, a run with a teacher or without a fold, or a fold without labels;
-        MismatchError for a run of other classes or samples.
+    Args:
+        records: the cache, with its data set if it stores no pixels.
+        run: the folder of a train-student --method none or a train-teacher, with --fold.
+        device: where the run's model is evaluated.
+        note: is called with warnings, for example that the teacher may have seen the fold.
+    Raises: RecipeError for a cache of crops, a run with a teacher or without a fold, or a fold without labels.
+        MismatchError for a run with other classes or samples.
     """
     cache = records.cache
     if cache.manifest.view.kind == "crop":

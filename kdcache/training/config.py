@@ -48,14 +48,20 @@ _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a training, by owner. The run folder keeps it as `recipe.toml`.
+    """All settings of a training, in one table for each subject. The run folder keeps them as `recipe.toml`.
 
-    Sizes are (H, W) in pixels. `resolved` fills in what depends on the data (None here).
+    Sizes are (H, W) in pixels. Settings that depend on the data are None or `auto` until `resolved` fills them in.
 
     Attributes:
-        given: names of the settings that somebody typed.
-        copied: names of the settings that come from the recipe.toml of another run.
-        untaken: names of the settings that turn out to have no effect once the data are known.
+        run: verb, model, initial weights and logging.
+        data: cache, data set, streams, folds and labels.
+        loss: loss terms and their weights.
+        augmentation: changes of the student's images.
+        optimizer: batch size, length and learning rate.
+        machine: device, workers and implementation.
+        given: names of the settings that the user typed.
+        copied: names of the settings that come from another run's recipe.toml.
+        untaken: names of the settings that have no effect with these data.
     """
 
     run: Run
@@ -85,7 +91,7 @@ class TrainConfig:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "TrainConfig":
-        """Make a config from settings by name. Raises: RecipeError that names the flag at fault."""
+        """Make the settings from name -> value. Raises: RecipeError that names the wrong flag."""
         settings = {name.replace("-", "_"): value for name, value in settings.items()}
         check_names(settings, entries(*TRAINING))
         settings |= _choices(settings, cls.of)
@@ -95,39 +101,44 @@ class TrainConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings by name, of all owners."""
+        """All settings, without their tables: name -> value."""
         owners = (self.run, self.data, self.loss, self.augmentation, self.optimizer, self.machine)
         return {name: value for owner in owners for name, value in vars(owner).items()}
 
     def changed(self, **settings: Any) -> "TrainConfig":
-        """Return a copy with other values of some settings. The values are not checked again."""
+        """Return a copy with other values of some settings. They are not checked again."""
         return replace(self, **_by_owner(self.settings | settings))
 
     @property
     def streams(self) -> tuple[Stream["TrainConfig"], ...]:
-        """The streams, each with complete settings. Without `stream` the training is the only one.
+        """The streams, each with complete settings. A training without streams is a single stream with an empty name.
 
-        Raises: RecipeError for shares that do not sum up to 1, or leave a stream without a row of a batch.
+        Raises: RecipeError if the shares do not add up to 1, or would leave a stream without a sample in a batch.
         """
         if not self.data.stream:
             return (Stream("", 1.0, 1.0, None, None, None, self, {}),)
-        made = [make_stream(self.settings, table, TrainConfig.of) for table in read_tables(self.data.stream)]
-        shares = shares_of({stream.name: stream.share for stream in made})
-        return tuple(replace(stream, share=share) for stream, share in zip(made, shares, strict=True))
+        streams = [make_stream(self.settings, table, TrainConfig.of) for table in read_tables(self.data.stream)]
+        shares = shares_of({stream.name: stream.share for stream in streams})
+        return tuple(replace(stream, share=share) for stream, share in zip(streams, shares, strict=True))
 
     def rows(self, parts: int = 1) -> list[int]:
-        """Return each stream's rows of a batch. `parts` is processes times accumulation parts. Raises: RecipeError."""
+        """Return the number of samples of each stream in a batch.
+
+        `parts` is the number of processes times accumulated parts. Each part needs samples of every stream.
+
+        Raises: RecipeError if the batch is too small, or cannot be divided.
+        """
         named = {stream.name: cast("float", stream.share) for stream in self.streams}
         return check_rows(named, self.optimizer.batch_size, 1 if self.augmentation.mix is None else 2, parts)
 
     @property
     def wants_kl(self) -> bool:
-        """Whether KL is a part of the loss."""
+        """True if the loss includes KL."""
         return any(isinstance(term, KL) for term in self.all_terms)
 
     @property
     def all_terms(self) -> tuple[LossTerm, ...]:
-        """All terms: `ce`, the method's, those listed singly, and an auxiliary head's."""
+        """All loss terms: `ce`, the terms of --method and --term, and `auxiliary` if the model has that head."""
         loss = self.loss
         ce = CrossEntropy(
             weight=loss.ce_weight,
@@ -141,12 +152,12 @@ class TrainConfig:
 
     @property
     def active(self) -> list[LossTerm]:
-        """The terms with a weight above 0."""
+        """The loss terms with a weight above 0."""
         return [term for term in self.all_terms if term.active]
 
     @property
     def taken(self) -> set[str]:
-        """The settings of terms that set a term of the loss, of any stream."""
+        """Names of those settings of loss terms that have an effect, in any stream."""
         if self.data.stream:
             return {name for stream in self.streams for name in stream.config.taken}
         taken = {name for term in self.active for name in term.takes}
@@ -154,28 +165,31 @@ class TrainConfig:
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
-        """The terms other than CE and KL, which are fused."""
+        """The loss terms except `ce` and `kl`."""
         return tuple(term for term in self.all_terms if not term.fused)
 
     @property
     def teaches(self) -> bool:
-        """Whether a term learns from a teacher, or from labels instead of the teacher."""
+        """True if a loss term learns from a teacher, or from labels as targets (the control)."""
         return any(term.reads_teacher for term in self.all_terms)
 
     @property
     def learns_unlabelled(self) -> bool:
-        """Whether samples without a label count: through targets, or a term on predictions only."""
+        """True if the student also learns from samples without a label."""
         return self.reads_targets or any(not term.reads_teacher and not term.reads_labels for term in self.active)
 
     @property
     def learns_labels(self) -> bool:
-        """Whether a training of one source learns from labels, by cross-entropy or terms."""
+        """True if the student learns from labels, by cross-entropy or another term.
+
+        This is for a training of a single source, or the settings of one stream.
+        """
         on_labels = any(term.reads_labels for term in self.active)
         return self.data.labels != "none" and (on_labels or (self.teaches and self.loss.teacher == "labels"))
 
     @property
     def supervised(self) -> bool:
-        """Whether any stream learns classes or depth from labels or from a teacher."""
+        """True if any stream learns classes or depth from labels or from a teacher."""
         if self.data.stream:
             weighed = [stream for stream in self.streams if stream.weight > 0]
             return any(stream.paste is not None or stream.config.supervised for stream in weighed)
@@ -183,17 +197,17 @@ class TrainConfig:
 
     @property
     def reads_targets(self) -> bool:
-        """Whether it reads a cache's targets."""
+        """True if the training reads targets or features from a cache."""
         return self.teaches and self.loss.teacher == "store"
 
     @property
     def reads_logits(self) -> bool:
-        """Whether it reads a cache's targets of classes, and not only its features."""
+        """True if the training reads a cache's segmentation logits, and not only its features."""
         return self.reads_targets and any(term.reads_logits for term in self.active)
 
     @property
     def target_heads(self) -> tuple[str, ...]:
-        """The heads whose targets it reads from a cache that has them."""
+        """Names of the heads whose targets the training reads, for caches that have them."""
         if not self.reads_targets:
             return ()
         read = {term.task for term in self.active if term.reads_teacher} | ({SEGMENTATION} if self.wants_kl else set())
@@ -201,19 +215,22 @@ class TrainConfig:
 
     @property
     def compares_metres(self) -> bool:
-        """Whether it compares depths in metres. `depth-ssi` does so with labels only."""
+        """True if a term compares depth in metres. `depth-ssi` does so only with labels."""
         return any(term.in_metres and (term.reads_labels or self.reads_targets) for term in self.active)
 
     @property
     def label_tasks(self) -> tuple[str, ...]:
-        """The tasks of the labels that it uses."""
+        """The tasks, `segmentation` or `depth`, whose labels the training uses."""
         used = TASKS if self.data.labels in ("all", "none") else self.data.labels.split("+")
         read = {SEGMENTATION, *(term.task for term in self.active if term.reads_labels)}
         return tuple(task for task in TASKS if task in used and task in read)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that any stream of weight above 0 learns with a term of weight above 0."""
+        """The tasks, `segmentation` or `depth`, that the training learns.
+
+        A task counts if a stream of weight above 0 has a term of weight above 0 for it.
+        """
         learnt = {term.task for term in self.active}
         if self.data.stream:
             learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
@@ -221,23 +238,25 @@ class TrainConfig:
 
     @property
     def left_out(self) -> Fold | None:
-        """The fold of the samples that the training does not see."""
+        """The fold that the training leaves out, or None."""
         return None if self.data.fold is None else parse_fold(self.data.fold, self.data.folds_by)
 
     @property
     def validated_fold(self) -> Fold | None:
-        """The fold of the validation data to validate on, or None for all of it."""
+        """The fold of the validation data to validate on, or None for all of them."""
         return None if self.data.val_fold is None else parse_fold(self.data.val_fold, self.data.folds_by, "--val-fold")
 
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
     ) -> "TrainConfig":
-        """Fill in size, iterations, val_every, shuffle and labelled_share, with all lengths in iterations.
+        """Return a copy with size, iterations, val_every, shuffle and labelled_share filled in.
+
+        Lengths in epochs become iterations.
 
         Args:
-            samples: number of samples of the training data, for epochs.
-            size: (H, W) to use if none was given.
-            shuffle: full or window, instead of auto. A run keeps it even if its cache moves.
+            samples: number of samples of the training data.
+            size: (H, W) to use if the user gave no size.
+            shuffle: `full` or `window`, used instead of `auto`.
             labelled_share: share of every batch that has labels. None draws all samples with equal probability.
         """
         optimizer, run = self.optimizer, self.run
@@ -253,25 +272,28 @@ class TrainConfig:
         return self.changed(**settings)
 
     def with_streams(self, resolved: "Sequence[TrainConfig]") -> "TrainConfig":
-        """Return the settings with resolved streams, or the single resolved settings without streams."""
+        """Return a copy whose `stream` tables have the values that were filled in for each stream.
+
+        `resolved` has the resolved settings of each stream, in order.
+        """
         tables = []
-        for table, own in zip(self.data.stream, resolved, strict=False):
-            chosen = {name: own.settings[name] for name in _RESOLVED}
-            tables.append({**table, **to_recipe(chosen)})
+        for table, config in zip(self.data.stream, resolved, strict=False):
+            filled_in = {name: config.settings[name] for name in _RESOLVED}
+            tables.append({**table, **to_recipe(filled_in)})
         return self.changed(stream=tuple(tables))
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings that took effect, in the form of recipe.toml."""
+        """The settings that took effect, name -> value, as recipe.toml has them."""
         return to_recipe({name: value for name, value in self.settings.items() if name not in self.untaken})
 
     def to_toml(self) -> str:
-        """Return the recipe file, without folders of this machine."""
+        """Return the text of recipe.toml, without the names of this machine's folders."""
         return tomli_w.dumps({"format": FORMAT, **public_values(self.recipe)})
 
 
 def _by_owner(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table of each owner, by its name in `TrainConfig`."""
+    """Return name of a table of `TrainConfig` -> the table with its settings."""
     return {
         table.__name__.lower(): table(**{name: settings[name] for name in entries(table) if name in settings})
         for table in TRAINING
@@ -279,7 +301,7 @@ def _by_owner(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choices(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], TrainConfig]) -> dict[str, Any]:
-    """Return the settings that depend on other settings only: the learning rate, and the method `auto`."""
+    """Return the settings that only depend on other settings: the learning rate, and the method for `auto`."""
     choices: dict[str, Any] = {}
     if settings.get("lr") is None:
         rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
@@ -296,9 +318,12 @@ def _choices(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Tr
 
 
 def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **settings: Any) -> TrainConfig:
-    """Make a config from settings by name. Raises: RecipeError that names the wrong flag.
+    """Make the settings of a training from name=value. Raises: RecipeError that names the wrong flag.
 
-    `given` names the settings that somebody typed, which must have an effect. `copied` names those of a run's recipe.
+    Args:
+        given: names of the settings that the user typed. Each of them must have an effect.
+        copied: names of the settings that come from another run's recipe.
+        settings: the settings by name.
     """
     config = TrainConfig.of(settings)
     _check_given(config, {name: settings[name] for name in given})
@@ -306,7 +331,7 @@ def make_config(*, given: Collection[str] = (), copied: Collection[str] = (), **
 
 
 def _check_given(config: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Check that a term takes each setting of terms that somebody typed. Raises: RecipeError that names all others."""
+    """Raise RecipeError if a setting of loss terms that the user typed has no effect."""
     loss = config.loss
     if idle := untaken(given, config.taken):
         raise no_effect(idle, f"--method {loss.method}, --ce-weight {loss.ce_weight:g}, --teacher {loss.teacher}")
@@ -316,7 +341,7 @@ def _check_given(config: TrainConfig, given: Mapping[str, Any]) -> None:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """Read the resolved recipe of a run. Raises: RecipeError if it is missing or malformed."""
+    """Read the settings of a run from its recipe.toml. Raises: RecipeError if the file is missing or invalid."""
     path, recipe = run / RECIPE, RunFolder(run).recipe
     if recipe is None:
         raise RecipeError(
@@ -332,7 +357,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def _check_run(config: TrainConfig) -> None:
-    """Check what concerns all streams."""
+    """Check the settings that all streams share. Raises: RecipeError."""
     if config.data.val_fold is not None and config.data.val is None:
         raise RecipeError(
             f"Cannot use --val-fold {config.data.val_fold} without --val", fix="Add --val DATA, or leave it out."

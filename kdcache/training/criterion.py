@@ -40,7 +40,10 @@ _COUNTED: "WeakKeyDictionary[DrawnDataset, tuple[npt.NDArray[np.int64], npt.NDAr
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
-    """Return the paths of the arrays that terms read besides targets. Raises: RecipeError if some are missing."""
+    """Return the paths of the cache's arrays, other than targets, that the loss terms read: `features/stage4`.
+
+    Raises: RecipeError if the cache lacks some.
+    """
     if cache is None or config.loss.teacher == "labels":
         return ()
     check_terms(config.all_terms, cache.manifest)
@@ -56,13 +59,16 @@ def make_criterion(
     note: Callable[[str], None],
     pasted: DrawnDataset | None = None,
 ) -> DistillLoss:
-    """Return the loss that `config` describes, on the CPU.
+    """Return the loss of a stream, on the CPU.
 
-    A run on labels only is evaluated on `device` for `--class-trust auto`. `note` receives the trust in each class of
-    the teacher, or the cells on which labels replace the teacher, and whether a student without heads ignores labels.
-    `pasted` is the stream whose samples, and labels, are pasted into the dataset's.
-
-    Raises: RecipeError for a model whose heads are not the ones that the loss compares.
+    Args:
+        config: the stream's settings.
+        model: the student.
+        dataset: the stream's samples.
+        device: where the run of `--class-trust auto` is evaluated.
+        note: is called with notes for the user, such as the trust in each class.
+        pasted: the samples that are pasted into this stream's samples, or None.
+    Raises: RecipeError for a model without the heads that the loss compares.
     """
     if not model.head_kinds and config.given.isdisjoint(CrossEntropy().takes):
         if dataset.labels_used.any():
@@ -98,7 +104,7 @@ def make_criterion(
 
 
 def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
-    """Return a store's targets, merged into the classes of its labels if a class map changes these."""
+    """Return the cache as the source of targets, or with a class map its targets in the training's classes."""
     if dataset.mapped is None or SEGMENTATION not in dataset.heads:
         return cache
     lookup = dataset.mapped[1][: cache.num_classes].astype(int)
@@ -106,20 +112,23 @@ def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets
 
 
 def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Count pixels per class (C,) over the labels of the training. Only first views count, so none counts twice."""
+    """Return the number of pixels (C,) of each class, in the labels of all labelled samples.
+
+    Each sample counts once, also with several views.
+    """
     counts: npt.NDArray[np.int64] = sample_counts(dataset)[0].sum(0)
     return counts
 
 
 def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the pixels per class (N, C) and all pixels (N,) of each label that `label_counts` counts.
+    """Return the number of pixels of each class (N, C), and of all pixels (N,), for each of N labelled samples.
 
-    They are counted once, because this takes as long as reading all labels for an epoch.
+    The result is kept for the next call, because counting reads all labels.
     """
     if dataset not in _COUNTED:
         classes = len(dataset.classes)
         counted = [(_bincount(label)[:classes], label.size) for label in dataset.labels()]
-        counts_NC = np.array([own for own, _ in counted], np.int64).reshape(-1, classes)
+        counts_NC = np.array([counts for counts, _ in counted], np.int64).reshape(-1, classes)
         _COUNTED[dataset] = counts_NC, np.array([size for _, size in counted], np.int64)
     return _COUNTED[dataset]
 
@@ -127,9 +136,12 @@ def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDA
 def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Callable[[str], None]) -> Rare | None:
     """Return the order in which `--sampling rare` draws samples, or None for even sampling.
 
-    `note` receives the classes that are drawn most.
-
-    Raises: RecipeError for samples without labels of classes.
+    Args:
+        config: the stream's settings.
+        dataset: the stream's samples.
+        seed: seed of the draws.
+        note: is called with the classes that are drawn most.
+    Raises: RecipeError if a sample has no segmentation label, or all labels are void.
     """
     temperature = rare_temperature(config.data.sampling)
     if temperature is None:
@@ -155,9 +167,9 @@ def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Call
 
 
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Count the target pixels (C,) that a teacher gives to each class, on at most COUNTED_TARGETS spread samples.
+    """Return how many target pixels (C,) have each class as the teacher's best class.
 
-    With a class map, the cache's best class is mapped first.
+    At most 256 samples are counted, evenly spread. With a class map, classes are those of the training.
     """
     samples, mapped = dataset.indices, dataset.mapped
     counts = np.zeros(256, np.int64)
@@ -168,10 +180,15 @@ def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
 
 
 def channel_moments(cache: Cache, tap: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (c,) float32 of a stored feature's channels, over all positions.
+    """Return mean and standard deviation, (c,) float32 each, of the channels of a stored feature.
 
-    They are of the first views of at most COUNTED_TARGETS of the given samples, evenly spread, summed in float64. A
-    channel without variation has the standard deviation 1.
+    They are measured over all cells of at most 256 of the given samples, evenly spread. A constant channel has standard
+    deviation 1.
+
+    Args:
+        cache: an open cache.
+        tap: name of the feature.
+        samples: numbers of samples in the cache.
     """
     numbers = evenly_spread(len(samples), COUNTED_TARGETS)
     means = []
@@ -193,7 +210,7 @@ def _best_class(cache: Cache, record: int) -> Array:
 
 
 def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset) -> LabelTargets:
-    """Return labels as targets on the cache's cells, or on the cells of the student's logits without a cache."""
+    """Return labels as targets, on the cache's cells, or on the cells of the student's logits without a cache."""
     assert config.data.size is not None
     cache = dataset.cache
     stored = None if cache is None else cache.specs.get(TARGET_VALUES)
@@ -208,7 +225,7 @@ def _terms(
     dataset: DrawnDataset,
     label_weight: Tensor | None,
 ) -> list[Term]:
-    """Return the terms other than CE and KL. `label_weight` (C,) is the class weight of cross-entropy."""
+    """Return the loss terms except `ce` and `kl`. `label_weight` (C,) is the class weight of cross-entropy."""
     if targets is None or not config.terms:
         return []
     shapes = tap_shapes(model, config)
@@ -241,7 +258,7 @@ def _terms(
 def _target_weight(
     config: TrainConfig, kind: Literal["none", "median", "sqrt"], dataset: DrawnDataset
 ) -> Tensor | None:
-    """Return class weights (C,) by rarity among the targets: the cache's, or labels in their place."""
+    """Return class weights (C,) by rarity in the targets, which are the cache's or the labels. None for `none`."""
     if kind == "none":
         return None
     stored = dataset.cache if config.loss.teacher == "store" else None
@@ -250,19 +267,19 @@ def _target_weight(
 
 
 def tap_shapes(model: SegmentationModel, config: TrainConfig) -> dict[str, tuple[int, int, int]]:
-    """Return (c, h, w) of every tap of a model for an image of the training: tap -> shape."""
+    """Return tap of the model -> shape (c, h, w) of its feature, for one image of the training's size."""
     assert config.data.size is not None
     features = _probe(model, config.data.size).features
     return {tap: (features[tap].shape[1], features[tap].shape[2], features[tap].shape[3]) for tap in model.taps}
 
 
 def _of_classes(outputs: Outputs) -> Tensor:
-    """Return the logits of a model, or the output of another head if there are none."""
+    """Return the segmentation logits, or another head's output without them."""
     return outputs.logits if SEGMENTATION in outputs.heads else next(iter(outputs.heads.values()))
 
 
 def _probe(model: SegmentationModel, size: Size) -> Outputs:
-    """Return outputs of a model for a black image of (H, W), by a forward that changes nothing."""
+    """Return the model's outputs for a black image of (H, W). The model stays unchanged."""
     was_training = model.training
     device = next(model.parameters()).device
     try:

@@ -32,17 +32,23 @@ _POLL_S = 0.02
 
 @dataclass
 class Agreement:
-    """The result of an exchange between processes. `World.together` sets `stop` if any was asked to stop."""
+    """The result of `World.together`.
+
+    Attributes:
+        stop: True if any process was asked to stop. It is set at the end of the with block.
+    """
 
     stop: bool = False
 
 
 @dataclass(frozen=True)
 class World:
-    """This process, one of the `size` processes of a training.
+    """This process, as one of the processes that train together.
 
     Attributes:
-        local_rank: its rank on this machine, which is the number of its GPU.
+        rank: its number, from 0.
+        size: the number of processes.
+        local_rank: its number on this machine, which is also the number of its GPU.
     """
 
     rank: int = 0
@@ -51,28 +57,34 @@ class World:
 
     @classmethod
     def of_environment(cls) -> "World":
-        """Read torchrun's numbers of this process. Without torchrun it is the only one."""
+        """Return the world of this process, from the environment that torchrun sets.
+
+        Without torchrun it has one process.
+        """
         rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the run and its output."""
+        """True for process 0, which writes the run folder and prints."""
         return self.rank == 0
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean over the processes, on the tensor's device."""
+        """Return the mean of the processes' tensors, on the tensor's device."""
         return tensor if self.size == 1 else self.total(tensor) / self.size
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes. The tensor stays unchanged."""
+        """Return the sum of the processes' tensors, on the tensor's device. The argument stays unchanged."""
         total = tensor.detach().clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all processes in rank order, equally many each. Only this one's carry a gradient."""
+        """Return the rows (N, ...) of all processes, concatenated in the order of ranks.
+
+        Every process must have equally many rows. Only this process's rows carry a gradient.
+        """
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -81,7 +93,10 @@ class World:
         return torch.cat(parts)
 
     def gather(self, thing: T) -> list[T]:
-        """Return one small object from every process, in rank order."""
+        """Return a list with the `thing` of each process, in the order of ranks.
+
+        Things are small and can be pickled.
+        """
         if self.size == 1:
             return [thing]
         things: list[T | None] = [None] * self.size
@@ -90,31 +105,38 @@ class World:
 
     @contextmanager
     def together(self, *, stop: bool = False) -> Iterator[Agreement]:
-        """Raise an error of any process on all processes, in a with block.
+        """Run a with block in all processes. If it fails in one of them, raise its error in all.
 
-        `stop` says whether this process received a request to stop. The agreement says whether any process did.
+        `stop` is True if this process was asked to stop. The block gets an `Agreement`, which tells after the block
+        whether any process was.
 
-        Raises: the first failed process's error, as a KDCacheError. Process 0 raises its own error unchanged.
+        Raises: a KDCacheError with the first failed process's error. Process 0 raises its own error unchanged.
         """
-        agreement, own = Agreement(stop), None
+        agreement, local_error = Agreement(stop), None
         if self.size == 1:
             yield agreement
             return
         try:
             yield agreement
         except Exception as error:
-            own = error
-        failed, stops = self.total(torch.tensor([own is not None, stop], dtype=torch.float64)).tolist()
+            local_error = error
+        failed, stops = self.total(torch.tensor([local_error is not None, stop], dtype=torch.float64)).tolist()
         agreement.stop = stops > 0
         if failed:
-            if own is not None and self.first:
-                self.gather(self._shareable(own))
-                raise own
-            errors = self.gather(None if own is None else self._shareable(own))
-            raise next(one for one in errors if one is not None) from own
+            if local_error is not None and self.first:
+                self.gather(self._shareable(local_error))
+                raise local_error
+            errors = self.gather(None if local_error is None else self._shareable(local_error))
+            raise next(error for error in errors if error is not None) from local_error
 
     def check_batch_size(self, batch_size: int, together: int = 1, parts: int = 1) -> None:
-        """Raise RecipeError unless processes and `parts` share a batch evenly, in groups of `together` samples."""
+        """Raise RecipeError if the processes cannot divide a batch evenly.
+
+        Args:
+            batch_size: samples in a batch of all processes.
+            together: size of groups of samples that must stay in one process.
+            parts: number of accumulated parts.
+        """
         unit = self.size * together * parts
         if batch_size % unit:
             less = batch_size - batch_size % unit
@@ -128,13 +150,13 @@ class World:
             )
 
     def seed(self, seed: int, step: int) -> int:
-        """Return the seed of this process from a step on. Process 0 has the run's seed, like a single process."""
+        """Return this process's seed for a training that begins at `step`. Process 0 has the run's `seed`."""
         if self.first:
             return seed
         return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _shareable(self, error: Exception) -> KDCacheError:
-        """Return the error that the other processes raise."""
+        """Return the error as the other processes raise it."""
         if isinstance(error, KDCacheError):
             return error
         parts = [getattr(error, name, None) for name in ("problem", "fix", "rule")]
@@ -149,9 +171,9 @@ class World:
 
 @contextmanager
 def processes() -> Iterator[World]:
-    """Set up the processes of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or only this one, in a with block.
+    """Set up the processes that torchrun started, in a with block that gets the `World`. Without torchrun it has one.
 
-    Raises: ModelError if another process has gone.
+    Raises: ModelError if another process has ended.
     """
     ours = not dist.is_initialized()
     if ours:
@@ -179,7 +201,7 @@ def processes() -> Iterator[World]:
 
 
 def _own_part(store: Store, rank: int, size: int) -> Store:
-    """Return a part of the store that these processes alone know, and none that ran before them.
+    """Return a part of the store that only these processes know, and no processes that ran before them.
 
     torchrun restarts processes on the store of those that died. Their addresses are still there, and who reads one
     before the new process has written its own waits for the dead (pytorch issue 135712); TORCHELASTIC_RESTART_COUNT
@@ -194,7 +216,7 @@ def _own_part(store: Store, rank: int, size: int) -> Store:
         store.set(f"hello/{rank}", mine)
     while True:
         if rank == 0:
-            waiting = {other for other in waiting if not _welcomed(store, other, mine)}
+            waiting = {peer for peer in waiting if not _welcomed(store, peer, mine)}
         else:
             answered, _, name = _read(store, f"welcome/{rank}").partition(" ")
             if answered == mine:
@@ -210,11 +232,11 @@ def _own_part(store: Store, rank: int, size: int) -> Store:
         time.sleep(_POLL_S)
 
 
-def _welcomed(store: Store, other: int, name: str) -> bool:
+def _welcomed(store: Store, peer: int, name: str) -> bool:
     """Tell another process the part's name, and return whether it knew it."""
-    if _read(store, f"here/{other}") == name:
+    if _read(store, f"here/{peer}") == name:
         return True
-    store.set(f"welcome/{other}", f"{_read(store, f'hello/{other}')} {name}")
+    store.set(f"welcome/{peer}", f"{_read(store, f'hello/{peer}')} {name}")
     return False
 
 
@@ -224,15 +246,15 @@ def _read(store: Store, key: str) -> str:
 
 
 def _leave(ours: bool) -> None:
-    """End the group, unless it is the caller's. After an error of one process alone it would wait for the others."""
+    """Destroy the process group if kdcache created it. After an error in one process this does not wait for others."""
     if ours:
         dist.destroy_process_group()
 
 
 def pick_device(name: str, world: World | None = None) -> torch.device:
-    """Return the device of a name. `auto` is a GPU if there is one. Each of several processes has its own GPU.
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one.
 
-    `world` defaults to torchrun's numbers, without needing a process group (a build has none).
+    Each of several processes gets its own GPU. `world` is by default read from torchrun's environment.
 
     Raises: RecipeError for a device that this machine lacks.
     """
@@ -257,6 +279,6 @@ def pick_device(name: str, world: World | None = None) -> torch.device:
 
 
 def default_workers(device: torch.device) -> int:
-    """Return a process's number of workers: with a GPU its share of the cores (up to 8), on a CPU 0."""
+    """Return the number of loader workers for this process: 0 on a CPU, and with a GPU 1 to 8, by the CPU's cores."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, cores - 1)) if device.type == "cuda" else 0

@@ -21,11 +21,11 @@ from kdcache.training.input.cache_dataset import CacheDataset
 
 
 class FeatureScore(NamedTuple):
-    """The feature loss of held-out records.
+    """The feature loss of held-out samples.
 
     Attributes:
         loss: the weighted sum of the feature terms.
-        terms: the weighted terms by name.
+        terms: name of a feature term -> its weighted loss.
         samples: number of held-out samples.
     """
 
@@ -34,20 +34,22 @@ class FeatureScore(NamedTuple):
     samples: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON values."""
+        """Return name of an attribute -> its value, for JSON."""
         return self._asdict()
 
 
 class FeatureJudge:
-    """Scores models by the feature terms of a loss, on the samples that `dataset` holds out.
+    """Computes the feature loss of a model on held-out samples, as a validation without labels (`--val-share`).
 
-    Every process reads all of them in one order, in batches of one size, so the loss does not depend on the number of
-    processes.
+    Every process computes all samples, in one order and in batches of one size. So the loss does not depend on the
+    number of processes.
 
     Args:
-        dataset: what the training draws from.
-        criterion: the training's loss. Its projectors are used in their current state.
+        dataset: the training's samples. Its held-out samples are used.
+        criterion: the training's loss, with its projections as they are at the time of a call.
         batch_size: samples that go through a model at once.
+        device: where the model is.
+        world: the processes that train together.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class FeatureJudge:
 
     @torch.no_grad()
     def __call__(self, model: SegmentationModel) -> FeatureScore:
-        """Return the loss of a model in eval mode. Raises: KDCacheError of a record that cannot be read."""
+        """Return the model's score, computed in eval mode. Raises: KDCacheError for a record that cannot be read."""
         criterion = self._criterion
         totals: dict[str, float] = {}
         with self._world.together(), in_eval_mode(model), in_eval_mode(criterion), _alone(criterion):
@@ -96,7 +98,7 @@ class FeatureJudge:
 
 
 def _feature_terms(criterion: DistillLoss) -> Iterator[tuple[str, Term]]:
-    """Yield the terms of features that have a weight, by name. No schedule and no balance changes their weights."""
+    """Yield name and term of each feature term with a weight above 0. Schedules and balances are ignored."""
     for name, term in zip(criterion.names[2:], criterion.terms, strict=True):
         if term.spec.reads_taps and term.weight > 0 and not term.measured:
             yield name, term
@@ -104,7 +106,7 @@ def _feature_terms(criterion: DistillLoss) -> Iterator[tuple[str, Term]]:
 
 @contextmanager
 def _alone(criterion: DistillLoss) -> Iterator[None]:
-    """Inside, no term reads the rows of other processes."""
+    """Keep terms from reading the rows of other processes, in a with block."""
     terms = criterion.terms
     gathers = [term.gather for term in terms]
     try:

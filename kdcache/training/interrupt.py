@@ -7,7 +7,11 @@ from contextlib import contextmanager
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user requests it)
-    """The training stopped on request. The state at `step` is saved."""
+    """The training stopped because the user asked for it. Its state is saved.
+
+    Attributes:
+        step: number of finished steps.
+    """
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after {step} iterations")
@@ -16,7 +20,11 @@ class Interrupted(Exception):  # noqa: N818 (no error: the user requests it)
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into a stop between two steps, in a with block. A second SIGINT stops at once."""
+    """Catch SIGINT and SIGTERM in a with block, which gets an event that is set by the first signal.
+
+    A training checks the event between two steps. A second SIGINT raises KeyboardInterrupt at once. Outside of the main
+    thread, no signals are caught.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -15,12 +15,15 @@ from kdcache.training.config import TrainConfig
 
 
 def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainConfig) -> str | None:
-    """Check that a run has the cache's samples, because a fold of other samples is another fold.
+    """Check that a run was trained on the cache's samples. With other samples, the same fold number is another fold.
 
-    `trained_on` is the identity of the run's data, from its folder. `config` has the run's settings.
-
-    Returns: a note for the user if the run's samples can no longer be identified.
-    Raises: MismatchError.
+    Args:
+        cache: an open cache.
+        run: the run's folder, for messages.
+        trained_on: the identity of the run's data, from its folder.
+        config: the run's settings.
+    Returns: a note for the user if the run's samples can no longer be identified, else None.
+    Raises: MismatchError for a run on other samples.
     """
     theirs = _samples_of(cache, trained_on, config)
     names = cache.manifest.dataset.class_names
@@ -41,11 +44,15 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
 
 
 def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list[str]:
-    """Return notes on what a run's teacher may have seen that the run leaves out, or [] without a teacher.
+    """Return notes about samples or labels that the run leaves out, but its cache's teacher may have seen.
 
-    `labels_used` tells whether the run uses each sample's label, (N,) of the cache's samples.
+    The list is empty if the run reads no targets.
 
-    Raises: MismatchError for a teacher that was trained on labels which the run leaves out.
+    Args:
+        cache: the run's open cache.
+        config: the run's settings.
+        labels_used: (N,) bool, True for each of the cache's samples whose label the run uses.
+    Raises: MismatchError if the teacher was trained on labels that the run leaves out.
     """
     if not config.reads_targets:
         return []
@@ -59,7 +66,10 @@ def check_teacher(cache: Cache, config: TrainConfig, labels_used: Flags) -> list
 
 
 def doubt(cache: Cache, fold: Fold) -> str | None:
-    """Return a note that the teacher may have seen the fold that it is compared on, or None if it cannot have."""
+    """Return a note if the cache's teacher may have seen the fold, so class trust would be too high.
+
+    None if it has not.
+    """
     if cache.manifest.teacher.folds is not None:  # each sample's teacher has not seen it
         return None
     fix = f"train the teacher with {_flags_of(fold)} and build its cache, or build with --folds K"
@@ -74,9 +84,9 @@ def doubt(cache: Cache, fold: Fold) -> str | None:
 
 
 def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str | None:
-    """Refuse a teacher of labels that the run goes without: by its settings, or because the cache has none.
+    """Raise MismatchError if the teacher learnt from labels that the run does not use, outside of its left-out fold.
 
-    Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
+    Returns: a note if it is not known which labels the teacher learnt from, else None.
     """
     limited = _limit(config) is not None
     without = ~(labels_used if limited else np.any([*cache.labelled.values()], axis=0))
@@ -128,7 +138,7 @@ def _limit(config: TrainConfig) -> str | None:
 
 
 def _labels_of(cache: Cache, training: Training | None) -> Flags | None:
-    """Return the cache's samples whose labels a teacher learnt from, (N,) bool, or None if unknown."""
+    """Return True for each of the cache's samples whose label a teacher learnt from, (N,) bool, or None if unknown."""
     dataset = cache.manifest.dataset
     if training is None:
         return None
@@ -138,15 +148,15 @@ def _labels_of(cache: Cache, training: Training | None) -> Flags | None:
 
 
 def _fold_seen(cache: Cache, fold: Fold) -> str | None:
-    """Return a sentence on a training known to have seen some of a fold, or None."""
+    """Return a sentence about a teacher's training that has seen a part of the fold, or None."""
     for training in _on_these_samples(cache):
         labels = _labels_of(cache, training)
         if training.left_out(*fold) or (labels is not None and not (labels & fold.holds(cache.ids)).any()):
             continue
-        seen = "all" if labels is None or labels.all() else f"the labels of {labels.sum()}"
+        extent = "all" if labels is None or labels.all() else f"the labels of {labels.sum()}"
         if training.fold is not None:
-            seen = f"all but fold {Fold(*training.fold, training.folds_by)}"
-        return f"the teacher was trained on {seen} of these samples, so it may have seen fold {fold}"
+            extent = f"all but fold {Fold(*training.fold, training.folds_by)}"
+        return f"the teacher was trained on {extent} of these samples, so it may have seen fold {fold}"
     return None
 
 
@@ -155,7 +165,7 @@ def _trainings(cache: Cache) -> tuple[Training | None, ...]:
 
 
 def _on_these_samples(cache: Cache) -> list[Training]:
-    """Return the trainings on the very samples of a store."""
+    """Return the teacher's trainings on exactly the cache's samples."""
     digest = cache.manifest.dataset.ids_digest
     return [training for training in _trainings(cache) if training is not None and training.ids_digest == digest]
 
@@ -165,7 +175,7 @@ def _flags_of(fold: Fold) -> str:
 
 
 def _samples_of(cache: Cache, trained_on: str, config: TrainConfig) -> str | None:
-    """Return the digest of classes and ids that a run was trained on, or left out, or None if that is lost."""
+    """Return the digest of the ids and classes of a run's samples, or None if it is no longer known."""
     kind, _, digest = trained_on.partition(" ")
     if kind == "data":
         return digest

@@ -14,10 +14,15 @@ from kdcache.training.input.dataset import DrawnDataset
 
 
 def check_labels(dataset: DrawnDataset, task: str, head: RegressionHead) -> None:
-    """Check that labels of a task have pixels within its head's range, without which nothing would be learnt.
+    """Check that at least one pixel of the labels lies in the range of the student's head.
 
-    Labels are read until one has such a pixel, which is normally the first.
-    Raises: DataError, also for a label that cannot be read.
+    Labels are read until one has such a pixel. That is normally the first.
+
+    Args:
+        dataset: the training's samples.
+        task: a task with numbers, such as `depth`.
+        head: the student's head of the task.
+    Raises: DataError if no pixel lies in the range, or a label cannot be read.
     """
     top, low, high, count = head.max_depth or math.inf, math.inf, -math.inf, 0
     for metres_HW in _labels(dataset, task):
@@ -26,16 +31,16 @@ def check_labels(dataset: DrawnDataset, task: str, head: RegressionHead) -> None
             return
         count += 1
         low, high = min([low, *known.tolist()]), max([high, *known.tolist()])
-    seen = f"they are {low:g} to {high:g} m" if low <= high else "no pixel of them is known"
+    found = f"they are {low:g} to {high:g} m" if low <= high else "no pixel of them is known"
     raise DataError(
-        f"No label of {task} lies in the head's range, {MIN_DEPTH:g} to {top:g} m: none in {count} labels ({seen})",
+        f"No label of {task} lies in the head's range, {MIN_DEPTH:g} to {top:g} m: none in {count} labels ({found})",
         fix="See the range with kdcache data check, and correct the unit in depth.toml. Or give the head another "
         "maximum, for example kdcache:hydra,max=200",
     )
 
 
 def _labels(dataset: DrawnDataset, task: str) -> Iterator[Array]:
-    """Yield the labels of a task of the samples, as their data set or the first view in their store has them."""
+    """Yield the labels of a task, from the data set, or from the first view of each sample in the cache."""
     split, cache, path = dataset.split, dataset.cache, f"labels/{task}"
     for number in dataset.indices:
         if split is not None and (label := split.label(number, task)) is not None:
@@ -45,7 +50,7 @@ def _labels(dataset: DrawnDataset, task: str) -> Iterator[Array]:
 
 
 def check_first(split: Split, task: str) -> None:
-    """Read the first label of a task, because a wrong unit is wrong in all of them. Raises: DataError."""
+    """Read the first label of a task, to find a wrong unit early. Raises: DataError for a wrong label."""
     first = next((index for index in range(len(split)) if split.has_label(index, task)), None)
     if first is not None:
         split.label(first, task)

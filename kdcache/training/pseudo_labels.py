@@ -29,13 +29,15 @@ LITTLE = 0.5
 
 
 def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = False) -> Iterator[str]:
-    """Yield notes on thresholds that keep less than half of the pixels, over the first views of some samples.
+    """Yield a note for each threshold of pseudo labels that keeps less than half of the pixels.
+
+    The share of pixels is estimated on the first views of up to 64 samples.
 
     Args:
-        config: the settings of a training of one source, or of a stream.
-        dataset: the samples, in the training's classes. If a class map merges classes, their probabilities are summed.
-        pasted: whether samples of another stream, with labels, are pasted into it.
-    Raises: RecipeError for a threshold that keeps no pixel, if nothing else is learnt from the samples.
+        config: the settings of a stream.
+        dataset: its samples, in the training's classes.
+        pasted: True if labelled samples of another stream are pasted into them.
+    Raises: RecipeError if a threshold keeps no pixel, and the stream learns from nothing else.
     """
     cache = dataset.cache
     if cache is None or not config.reads_targets:
@@ -66,14 +68,20 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = F
 
 
 def count_confidences(cache: Cache, targets: Cache | MergedTargets, samples: range) -> ConfidenceCounts:
-    """Return the confidences of the first views of samples, in the classes of `targets`."""
+    """Return the counts of the teacher's confidences, over the first views of some samples.
+
+    Args:
+        cache: an open cache.
+        targets: the same cache, or its targets in the training's classes.
+        samples: numbers of the samples.
+    """
     records, counts = Records.of(cache), ConfidenceCounts(targets.num_classes)
     for sample in samples:
         arrays = records.target(cache.manifest.record(sample))
         parts = {name: array for name, array in arrays.items() if name in TARGET_PARTS}
         target = Target(**{name: torch.from_numpy(np.ascontiguousarray(part))[None] for name, part in parts.items()})
-        own = target if isinstance(targets, Cache) else targets.merged(target)
-        argmax_1HW, confidence_1HW = confidence_of(own, targets)
+        mapped_target = target if isinstance(targets, Cache) else targets.merged(target)
+        argmax_1HW, confidence_1HW = confidence_of(mapped_target, targets)
         counts.update(argmax_1HW[0], confidence_1HW[0], None)
     return counts
 
@@ -81,19 +89,22 @@ def count_confidences(cache: Cache, targets: Cache | MergedTargets, samples: ran
 def _keeps_any(
     cache: Cache, targets: Cache | MergedTargets, threshold: float, counts: ConfidenceCounts, counted: range
 ) -> bool:
-    """Return whether a threshold keeps a pixel of any further sample. Adds these samples to `counts`."""
+    """Return True if a threshold keeps a pixel of any further sample. The samples are added to `counts`."""
     for sample in range(cache.manifest.dataset.samples):
         if sample in counted:
             continue
-        own = count_confidences(cache, targets, range(sample, sample + 1))
-        counts.predicted_CV += own.predicted_CV
-        if own.highest >= threshold:
+        sample_counts = count_confidences(cache, targets, range(sample, sample + 1))
+        counts.predicted_CV += sample_counts.predicted_CV
+        if sample_counts.highest >= threshold:
             return True
     return False
 
 
 def none_confident(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
-    """Return the error for a threshold that no pixel of the cache reaches."""
+    """Return the error for a threshold that no pixel of the cache reaches.
+
+    `counts` are the confidences of all samples.
+    """
     dataset = cache.manifest.dataset
     return RecipeError(
         f"No pseudo labels from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
@@ -109,23 +120,25 @@ def _by_class(dataset: DrawnDataset, coverage: Coverage) -> str:
 
 
 def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
-    """Return a note on a teacher that predicts few classes on samples without labels, or None.
+    """Return a note if a teacher predicts few classes on samples without labels, else None.
 
-    Classes are counted by the exponential of their entropy, so a class of few pixels hardly counts. If a student of
-    such a teacher becomes the next teacher, the classes become fewer in every round.
+    The note is due if the teacher's effective number of classes is less than half of the labels' number. If a student
+    of such a teacher becomes the next teacher, classes get fewer in each round.
 
-    `config` is of a stream that learns from targets without labels, with the samples `dataset`. `labelled` are the
-    samples of all streams that learn from class labels.
+    Args:
+        config: the settings of a stream that learns from targets without labels.
+        dataset: its samples.
+        labelled: the samples of all streams that learn from segmentation labels.
     """
     if dataset.cache is None or not config.reads_logits or config.loss.teacher == "labels" or not labelled:
         return None
     taught = target_counts(dataset.cache, dataset)
-    shown = np.sum([label_counts(own) for own in labelled], 0)
-    of_teacher, of_labels = effective_classes(taught), effective_classes(shown)
+    label_pixels = np.sum([label_counts(samples) for samples in labelled], 0)
+    of_teacher, of_labels = effective_classes(taught), effective_classes(label_pixels)
     if of_teacher >= KNOWN * of_labels:
         return None
     names = dataset.classes.names
-    shares = [counts / max(1, counts.sum()) for counts in (taught, shown)]
+    shares = [counts / max(1, counts.sum()) for counts in (taught, label_pixels)]
     table = ", ".join(
         f"{names[number]} {100 * shares[0][number]:.1f} % ({100 * shares[1][number]:.1f} %)"
         for number in np.argsort(-shares[1], kind="stable").tolist()
@@ -138,9 +151,9 @@ def collapse_note(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence
 
 
 def effective_classes(counts: npt.NDArray[np.int64]) -> float:
-    """Return the effective number of classes: exp of the entropy of their shares, in nats, or 0 if all counts are 0.
+    """Return the effective number of classes: exp of the entropy (in nats) of the classes' shares.
 
-    `counts` (C,) has the pixels of each class. N equally frequent classes give N.
+    N equally frequent classes give N. If all counts are 0, the result is 0. `counts` (C,) are the pixels of each class.
     """
     p = counts[counts > 0] / max(1, counts.sum())
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0

@@ -36,22 +36,23 @@ _WITHOUT_BALANCE = {"balance": "fixed", "task_weight": ()}
 
 
 def flag_of(name: str) -> str:
-    """Return the name of a setting as a flag and as a key of a recipe."""
+    """Return the name of a setting as its flag and its recipe key: `val_every` becomes `val-every`."""
     return name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Stream(Generic[Config]):
-    """A source of every batch.
+    """A data source with its settings. It has a fixed share of every batch.
 
     Attributes:
-        name: "" for the only source of a training without streams.
-        share: its share of every batch. Streams of None divide the rest evenly.
-        weight: weight of its loss.
-        class_map: file that maps each class of its labels to a class of the training.
-        paste, paste_from: how samples of another stream are pasted into it, and that stream's name, or None.
-        config: the training's settings, replaced by the stream's.
-        table: its table in a recipe.
+        name: the stream's name, or "" in a training without streams.
+        share: its share of every batch, in 0..1. Streams with None divide the rest evenly.
+        weight: the weight of its loss.
+        class_map: a file that maps each class of its labels to a class of the training, or None.
+        paste: how another stream's samples are pasted into its samples, such as `classmix`, or None.
+        paste_from: the name of that other stream, or None.
+        config: the training's settings, with the stream's own settings in their place.
+        table: the stream's table in a recipe: key -> value.
     """
 
     name: str
@@ -67,29 +68,33 @@ class Stream(Generic[Config]):
 def make_stream(
     training: Mapping[str, Any], table: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Config]
 ) -> Stream[Config]:
-    """Return the stream of a table, whose settings replace the training's.
+    """Return the stream of a recipe table, whose settings replace the training's.
 
-    A stream that names its source takes nothing of the training's source. A stream without a teacher takes nothing that
-    weighs targets. `make` checks settings and makes a config of them.
+    If the table names a cache or data set, the training's cache and data set are ignored. If the stream has no teacher,
+    settings that weigh targets are ignored.
 
+    Args:
+        training: the training's settings: name -> value.
+        table: the stream's table: name -> value.
+        make: checks settings and makes a config of them.
     Raises: KDCacheError that names the stream.
     """
-    own = {key: value for key, value in table.items() if key in OVERRIDDEN}
-    merged = {**training, "stream": (), **_WITHOUT_BALANCE, **own}
-    if "cache" in own or "data" in own:
-        merged |= {"cache": own.get("cache"), "data": own.get("data")}
+    overrides = {key: value for key, value in table.items() if key in OVERRIDDEN}
+    merged = {**training, "stream": (), **_WITHOUT_BALANCE, **overrides}
+    if "cache" in overrides or "data" in overrides:
+        merged |= {"cache": overrides.get("cache"), "data": overrides.get("data")}
     try:
         alone = read(StreamSettings, {key: value for key, value in table.items() if key not in OVERRIDDEN})
-        config = make(_fitting(merged, own))
+        config = make(_fitting(merged, overrides))
     except KDCacheError as error:
         raise in_stream(str(table.get("name")), error) from error
-    kept = {key: config.settings[key] for key in {**own, "method": None}}
+    kept = {key: config.settings[key] for key in {**overrides, "method": None}}
     written = dump_values(vars(alone) | kept, StreamSettings, *TRAINING)
     resolved = {flag_of(key): value for key, value in written.items() if value is not None}
     return Stream(**vars(alone), config=config, table=resolved)
 
 
-def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _fitting(merged: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a stream, without the training's teacher settings if the stream has no teacher."""
     settings = dict(merged)
     if settings.get("method", "auto") == "auto":
@@ -99,19 +104,19 @@ def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     terms = [*parse_method(str(settings["method"])), *map(parse_term, settings.get("term", ()))]
     if any(term.reads_teacher for term in terms):
         return settings
-    kept = {*own, "distill_schedule"} if any(term.labels_itself for term in terms) else own
+    kept = {*overrides, "distill_schedule"} if any(term.labels_itself for term in terms) else overrides
     return settings | {key: value for key, value in _WITHOUT_TEACHER.items() if key not in kept}
 
 
 def in_stream(name: str, error: KDCacheError) -> KDCacheError:
-    """Return the error with the name of its stream, or unchanged for a single source."""
+    """Return the error with the stream's name in its message, or unchanged if the name is empty."""
     if not name:
         return error
     return error.within(f"stream {name}")
 
 
 def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
-    """Return the tables of streams, keyed with underscores, from lines or tables.
+    """Return the table (name -> value) of each stream, from texts such as `kitti,cache=kitti.zarr` or from tables.
 
     Raises: RecipeError for an invalid table, and for invalid or repeated names.
     """
@@ -132,7 +137,10 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
-    """Check the pastes between streams, as far as the settings say (`mix` is `--mix`). Raises: RecipeError."""
+    """Check the settings for pasting between streams. `mix` is the value of `--mix`, or None.
+
+    Raises: RecipeError for a paste without a source or into itself, with `--mix`, or with terms that cannot follow.
+    """
     names = [stream.name for stream in streams]
     for stream in streams:
         try:
@@ -145,10 +153,10 @@ def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
 def _check_paste(stream: Stream[Any], others: Sequence[str], mix: str | None) -> None:
     paste, source = stream.paste, stream.paste_from
     if paste is None or source not in others:
-        own = ", which is itself" if source == stream.name else ""
+        note_on_itself = ", which is itself" if source == stream.name else ""
         raise RecipeError(
             f"Use paste and paste-from together: paste is {paste or 'left out'}, and paste-from "
-            f"{source or 'left out'}{own}, beside the streams {', '.join(others) or '(none)'}",
+            f"{source or 'left out'}{note_on_itself}, beside the streams {', '.join(others) or '(none)'}",
             fix=f"Give both, for example paste=classmix,paste-from={others[0]}, or leave both out."
             if others
             else "Give the samples that are pasted as a --stream of their own, with labels.",

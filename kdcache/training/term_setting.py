@@ -18,7 +18,13 @@ _FORMS: dict[str, Form] = {SEGMENTATION: "classes", DEPTH: "absolute"}
 
 
 def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) -> tuple[LossTerm, ...]:
-    """Return the terms, with `auxiliary` added if the model has that head and trains on labels without it."""
+    """Return the loss terms, with `auxiliary` added if the model has an auxiliary head and cross-entropy counts.
+
+    Args:
+        terms: the loss terms of the settings.
+        model: the model's spec, such as `kdcache:base+aux`.
+        ce_weight: the weight of cross-entropy.
+    """
     listed = any(isinstance(term, Auxiliary) for term in terms)
     if listed or ce_weight == 0 or split_auxiliary(model)[1] is None:
         return terms
@@ -26,7 +32,14 @@ def with_auxiliary(terms: tuple[LossTerm, ...], model: str, ce_weight: float) ->
 
 
 def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: float | str, mix: str | None) -> None:
-    """Raise RecipeError unless consistency has a strong view (jitter or mix) and what labels the weak view."""
+    """Raise RecipeError if a `consistency` term has two equal views, or nobody to predict the weak view.
+
+    Args:
+        terms: the loss terms of the settings.
+        ema: the decay of the moving average, or None without it.
+        jitter: the colour jitter. 0 makes both views equal.
+        mix: the value of `--mix`, or None.
+    """
     for term in terms:
         if not isinstance(term, Consistency) or not term.active:
             continue
@@ -43,11 +56,17 @@ def check_consistency(terms: Iterable[LossTerm], *, ema: float | None, jitter: f
 
 
 def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | None) -> None:
-    """Raise RecipeError if a term needs a whole batch (`accumulate`), or unmixed pixels (`mix`)."""
-    whole = [term.kind for term in terms if term.whole_batch]
-    if accumulate > 1 and whole:
+    """Raise RecipeError if a loss term does not work with `--accumulate` or `--mix`.
+
+    Args:
+        terms: the loss terms of the settings.
+        accumulate: number of parts of a batch. Above 1, no term may compare the whole batch.
+        mix: the value of `--mix`. None pastes nothing. Otherwise each teacher term must follow pasted pixels.
+    """
+    whole_batch_terms = [term.kind for term in terms if term.whole_batch]
+    if accumulate > 1 and whole_batch_terms:
         raise RecipeError(
-            f"Cannot use --accumulate {accumulate} with {', '.join(whole)}: it compares the whole batch",
+            f"Cannot use --accumulate {accumulate} with {', '.join(whole_batch_terms)}: it compares the whole batch",
             fix="Leave one of them out. --method kl can accumulate.",
         )
     if mix is None:
@@ -62,9 +81,13 @@ def check_whole_batch(terms: Sequence[LossTerm], accumulate: int, mix: str | Non
 
 
 def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> None:
-    """Check a balance other than the default. `weights` are TASK=X, and `tasks` are those that are learnt.
+    """Check the settings for balancing two tasks.
 
-    Raises: RecipeError for fewer than two tasks, for weights next to learnt ones, and if all weights are 0.
+    Args:
+        balance: `fixed` or `uncertainty`.
+        weights: texts TASK=X, such as `depth=0.5`.
+        tasks: the tasks that the training learns.
+    Raises: RecipeError for fewer than two tasks, weights with `uncertainty`, and weights that are all 0.
     """
     asked = [f"--task-weight {text}" for text in weights]
     if balance == "uncertainty":
@@ -85,7 +108,13 @@ def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) ->
 
 
 def make_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> Balance | None:
-    """Return the balance of the tasks, or None for one task. `weights` are TASK=X, for `fixed`."""
+    """Return the balance of the tasks' losses, or None if there is only one task.
+
+    Args:
+        balance: `fixed` or `uncertainty`.
+        weights: texts TASK=X, such as `depth=0.5`, for `fixed`. A task without one has the weight 0.5.
+        tasks: the tasks that the training learns.
+    """
     if len(tasks) < 2:
         return None
     if balance == "fixed":
@@ -98,9 +127,15 @@ def _fixed(weights: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
 
 
 def check_val_share(share: float | None, val: str | None, streams: bool, method: str, *, reads_taps: bool) -> None:
-    """Check that `--val-share` is the only validation, and that the training learns features (`reads_taps`).
+    """Check that `--val-share` can validate the training.
 
-    Raises: RecipeError.
+    Args:
+        share: the share of samples to hold out, or None without `--val-share`.
+        val: the validation data, which must be None with a share.
+        streams: True if the training has streams.
+        method: the training's method, for messages.
+        reads_taps: True if the training learns features.
+    Raises: RecipeError if the training also has other validation data or streams, or learns no features.
     """
     if share is None:
         return

@@ -38,17 +38,22 @@ from kdcache.training.step.weak_view import WeakView
 
 
 class Trainer:
-    """Trains `model` on the rows of its streams until `config.optimizer.iterations`.
+    """Trains a model for `config.optimizer.iterations` steps, and writes the run folder.
 
     Args:
-        streams: the sources of every batch, in the order of the criterion's.
-        criterion: gives the loss and its terms from native-stride logits and features.
-        validate: task, or `FEATURES` -> a function that returns a model's score. The first chooses the best weights.
-        run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
-        world: the processes that train together, each with its part of every batch. The first writes the run.
+        model: the model to train.
+        streams: the data source of each stream, in the order of the criterion's streams.
+        criterion: the loss.
+        config: resolved settings.
+        run: an existing folder, for checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl and result.json.
+        device: where the model is trained.
+        validate: task, or `FEATURES` -> a function that returns a model's score. The first score chooses the best
+            weights.
+        observer: is told of the training's progress.
+        world: the processes that train together, each with its part of every batch. Process 0 writes the run.
 
     Attributes:
-        eager: the eager step, from which other kinds of step are made.
+        eager: the eager step. Compiled and graphed steps are made from it.
     """
 
     def __init__(
@@ -85,8 +90,8 @@ class Trainer:
         bf16 = settings.amp == "bf16" or (settings.amp == "auto" and device.type == "cuda")
         optimizer = make_optimizer(self.model, settings, self.criterion, capturable=self._kind == "graphed")
         self._schedule = Schedule(optimizer, settings)
-        made = EagerStep if settings.accumulate == 1 else partial(AccumulatedStep, parts=settings.accumulate)
-        self.eager = made(
+        make_eager = EagerStep if settings.accumulate == 1 else partial(AccumulatedStep, parts=settings.accumulate)
+        self.eager = make_eager(
             self.model,
             self.criterion,
             optimizer,
@@ -118,13 +123,15 @@ class Trainer:
         return [sample for stream in self.streams for sample in stream.sample_ids(step)]
 
     def use(self, step: EagerStep) -> None:
-        """Train with another eager step, made of `eager`'s parts."""
+        """Replace the eager step by `step`, a variant with the same model, loss and optimizer."""
         self.eager = step
 
     def train(self, *, resume: bool) -> dict[str, Any]:
-        """Run to the end and return the content of result.json.
+        """Train to the end, and return the content of result.json.
 
-        Raises: ModelError if a loss is not finite or a batch does not fit into memory; Interrupted after SIGINT or
+        `resume` continues from the checkpoint in the run folder, if there is one.
+
+        Raises: ModelError if a loss is not finite or a batch does not fit into memory. Interrupted after SIGINT or
             SIGTERM, with the state saved.
         """
         world = self._world
@@ -183,11 +190,17 @@ class Trainer:
 
     @property
     def _judged(self) -> str:
-        """The task, or the features, whose score chooses the best weights."""
+        """The task, or `FEATURES`, whose score chooses the best weights."""
         return next(iter(self._validate), SEGMENTATION)
 
     def one_step(self, step: int, batches: Iterator[Streams | KDCacheError], stop: bool) -> bool:
-        """Take a step, and return whether any process received a request to stop before it."""
+        """Take one step of training. Return True if any process was asked to stop before it.
+
+        Args:
+            step: number of the step, from 0.
+            batches: the loader's batches. A KDCacheError comes instead of a batch with a damaged sample, and is raised.
+            stop: True if this process was asked to stop.
+        """
         config = self.config
         began, cpu_began = time.perf_counter(), time.process_time()
         try:
@@ -232,17 +245,17 @@ class Trainer:
         return agreed.stop
 
     def _note_cost(self, steps: int) -> None:
-        """Note what the forwards on weak views cost in the steps of this process."""
+        """Note how long the forwards on weak views took, in the steps of this process."""
         if self.weak_view.needed and steps > 0:
             now = self._state.now
-            own, whole = self.weak_view.seconds / steps, now.seconds / now.step
+            weak_s, step_s = self.weak_view.seconds / steps, now.seconds / now.step
             self.observer.note(
-                f"{self.weak_view.forwards} forwards in training on weak views, without gradient, took {own:.2g} of "
-                f"{whole:.2g} s a step: {100 * own / whole:.0f} %"
+                f"{self.weak_view.forwards} forwards in training on weak views, without gradient, took {weak_s:.2g} of "
+                f"{step_s:.2g} s a step: {100 * weak_s / step_s:.0f} %"
             )
 
     def _report(self, values: dict[str, float]) -> None:
-        """Log a step, with the losses and weights of the tasks that are balanced."""
+        """Log a step's values, and the losses and weights of balanced tasks."""
         step, balance = self._state.now.step, self.criterion.balance
         weights = {} if balance is None else balance.weights()
         tasks = {task: {"loss": values.pop(task), "weight": weight} for task, weight in weights.items()}
@@ -252,7 +265,7 @@ class Trainer:
             self.observer.balanced(step, tasks)
 
     def _write_norms(self, step: int, norms: Norms, losses: Mapping[str, float]) -> None:
-        """Log the gradients of a step, and note terms and tasks that hardly do anything or dominate."""
+        """Log the gradient norms of a step, and note terms and tasks with a very small or very large gradient."""
         tasks = task_lines(losses, norms)
         if norms.terms:
             self._write_line("gradients", step + 1, norms.terms | ({"tasks": tasks} if tasks else {}))
@@ -264,7 +277,7 @@ class Trainer:
             _note_all(self.watch.starving(tasks), self.observer.note)
 
     def _learn(self, step: int, batch: Streams) -> tuple[float, Tensor, Norms | None]:
-        """Learn from a batch. Return the seconds of preparation, the losses and, at times, gradient norms."""
+        """Learn from a batch. Return the seconds of preparation, the losses, and gradient norms if they are due."""
         measured = measures_norms(step, self.config.run.gradients_every)
         try:
             labelled = self.weak_view(batch)
@@ -301,7 +314,7 @@ class Trainer:
                 self.observer.note(text)
 
     def _prepare(self, batch: Streams) -> float:
-        """Make the step from the first batch. Return the seconds, which do not count as training."""
+        """Make the step from the first batch, and return the seconds that this took. They do not count as training."""
         if self._step is not None:
             return 0.0
         began = time.perf_counter()
@@ -311,7 +324,7 @@ class Trainer:
         return time.perf_counter() - began
 
     def _end_of_interval(self) -> None:
-        """Validate and save. If a sample cannot be read, save first, and the resumed run validates."""
+        """Validate and save. If a sample cannot be read, save first. Then the resumed run validates."""
         now = self._state.now
         now.unjudged = True
         try:
@@ -325,7 +338,7 @@ class Trainer:
     def _judge(self) -> None:
         """Validate the weights and their moving average, and keep the best of each.
 
-        The rate of `plateau` follows the weights, so a training is the same with and without an average.
+        The learning rate of `plateau` follows the weights, so a training is the same with and without an average.
         Everything is measured before anything changes.
         """
         if not self._validate:
@@ -363,7 +376,7 @@ def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
 
 
 def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[Streams], Streams] | None:
-    """Return what to paste in every batch, within each stream or between streams, or None for nothing."""
+    """Return the function that pastes between samples of a batch, or None if nothing is pasted."""
     if config.augmentation.mix is not None:
         return Mix(config.augmentation.mix)
     names = [stream.name for stream in config.streams]

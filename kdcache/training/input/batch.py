@@ -21,13 +21,20 @@ CLASS_LABEL = f"labels/{SEGMENTATION}"
 
 
 def row_of(batch: Batch, *at: int) -> Row:
-    """Return the memory of a single sample, or of the sample at index `at` of a batch."""
+    """Return name -> numpy array for one sample of a batch, sharing the batch's memory.
+
+    `at` is the sample's index in the batch. Without it, `batch` is a single sample. The names are as in
+    `Batch.to_dict`.
+    """
     place: Any = (*at, ...)
     return {name: tensor.numpy()[place] for name, tensor in batch.to_dict().items()}
 
 
 def collate(samples: Sequence[Batch], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Batch:
-    """Stack samples into a batch. `DataLoader` does this by itself."""
+    """Stack samples into a batch. `DataLoader` calls it by itself.
+
+    `collate_fn_map` is the table of functions that torch's `collate` passes on.
+    """
     leaves, specs = zip(*map(pytree.tree_flatten, samples), strict=True)
     kinds = default_collate_fn_map if collate_fn_map is None else collate_fn_map
     stacked = [collate_parts(parts, collate_fn_map=kinds) for parts in zip(*leaves, strict=True)]

@@ -34,7 +34,10 @@ AUGMENTS = ("auto", "warp", "replay", "none")
 
 
 def choose_augment(augment: str, cache: Cache | None) -> str:
-    """Resolve `auto`: replay for a cache of several views or of crops, else warp."""
+    """Return `augment`, with `auto` replaced: by `replay` for a cache of several views or of crops, else by `warp`.
+
+    `cache` is None for a data folder.
+    """
     if augment != "auto":
         return augment
     view = None if cache is None else cache.manifest.view
@@ -55,14 +58,15 @@ class CacheDataset(DrawnDataset):
         augment: `warp` draws a window of the stored whole image and moves the target with it. `replay` gives the views
             as the teacher saw them, another one in every epoch, with colour jitter. `none` gives the whole image
             without jitter. `auto` replays a cache of several views or of crops, and warps others.
-        size: (H, W) of the pixels. Default: the view's.
+        size: (H, W) of the pixels. None is the view's size.
         targets: the heads whose targets are read. True is all, False none (with the same draws).
-        extras: paths of further arrays that a sample brings (features, statistics).
-        part: which samples, labels and views are used. Default: all.
-        labelled_only: whether samples without a label of any of the tasks are left out.
+        augmentation: scale, flip and colour jitter. None is the default `Augmentation()`.
+        extras: paths of further arrays that a sample has, such as `features/stage4`.
+        part: which samples, labels and views are used. None is all.
+        labelled_only: True leaves out samples without a label of any of the tasks.
         tasks: tasks whose labels are used. Depth labels come from the cache, or with `--pixels source` from the data
             set.
-        depth_zoom: effect of a warp's zoom on metres of labels and targets: `divide` divides them by it, `keep` (and
+        depth_zoom: what a warp's zoom does to metres of labels and targets: `divide` divides them by it, `keep` (and
             `none`, without a zoom) leaves them. Replayed labels that are rendered again are divided by the view's zoom.
     Raises: RecipeError for an unknown augmentation, or one that a cache of crops cannot have.
     """
@@ -136,37 +140,40 @@ class CacheDataset(DrawnDataset):
 
     @property
     def fit(self) -> Fit:
-        """How the cache's images were fitted into its views."""
+        """How images of another shape were fitted into the cache's views: `squash`, `pad` or `crop`."""
         return self.cache.manifest.view.fit
 
     @property
     def own_classes(self) -> ClassList:
-        """The classes of the cache's data set."""
+        """The classes of the cache's data set, before any class map."""
         dataset = self.cache.manifest.dataset
         return ClassList(dataset.class_names, dataset.class_colours)
 
     @property
     def identity(self) -> str:
-        """The seals of the cache, as text."""
+        """Text that identifies the cache's content: `store` and the cache's seal."""
         return f"store {seal_of(self.cache)}"
 
     @property
     def threads_suffice(self) -> bool:
-        """Whether the cache stores pixels, so a draw renders no image files."""
+        """True if the cache stores pixels. Then a draw decodes no image files, so threads are as fast as processes."""
         return self.split is None
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The arrays of the cache that a sample is read from: targets, extras and stored pixels."""
+        """Paths of the cache's arrays that a sample is read from: targets, extras and stored pixels."""
         pixels = (*PIXEL_PATHS, *(f"labels/{task}" for task in numeric(self.tasks)))
         return (*self.target_paths, *self.extras, *(() if self.split else pixels))
 
     def sample_id(self, index: int) -> str:
-        """Return the id of a sample of the cache."""
+        """Return the id of the sample at `index` of the dataset."""
         return self.cache.ids[self.indices[index]]
 
     def record(self, index: int, epoch: int) -> int:
-        """Return the record that a visit reads. A replay takes another view in every epoch."""
+        """Return the number of the record that is read for a sample in an epoch.
+
+        Replay takes another view in each epoch.
+        """
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)
 
@@ -177,7 +184,7 @@ class CacheDataset(DrawnDataset):
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
     def fields(self) -> dict[str, Field]:
-        """Return the fields of a sample: the pixels' and those of its targets, window and extras."""
+        """Return name -> (shape, dtype) of each tensor of a sample, named as in `Batch.to_dict`."""
         fields = super().fields()
         if self.augment == "warp":  # the others show whole views, for which None stands
             fields |= {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
@@ -195,7 +202,15 @@ class CacheDataset(DrawnDataset):
         return spec.shape, getattr(torch, spec.dtype)
 
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
-        """Draw a sample of the cache into `out`: pixels, labels and targets. Raises: KDCacheError."""
+        """Write an augmented sample into the arrays of `out`: pixels, labels and targets.
+
+        Args:
+            index: index of the sample in the dataset.
+            epoch: chooses the view for `replay`.
+            rng: source of all random numbers of the augmentation.
+            out: name -> the array to fill, as `row_of` returns it.
+        Raises: KDCacheError for a sample that cannot be read.
+        """
         record = self.record(index, epoch)
         height, width = self.cache.view_size
         warped = self.augment == "warp"
@@ -234,13 +249,13 @@ class CacheDataset(DrawnDataset):
         return number in self._labels_used and any(task in self._flags and self._flags[task][number] for task in tasks)
 
     def _of_task(self, task: str) -> npt.NDArray[np.bool_]:
-        """Return whether each sample of the store has a label of a task, (N,)."""
+        """Return True for each of the N samples of the cache that has a label of a task, (N,)."""
         if self.split is not None and numeric([task]):
             return np.array([self.split.has_label(number, task) for number in range(len(self.split))], np.bool_)
         return self.cache.labelled[task]
 
     def _read(self, record: int, path: str) -> Array:
-        """Read a row that is not to be written to."""
+        """Return a row of an array. It must not be written to."""
         if isinstance(self.records, RamRecords):
             return self.records.row(record, path)
         spec = self.cache.specs[path]
@@ -249,28 +264,31 @@ class CacheDataset(DrawnDataset):
         return row
 
     def _from_source(self, index: int, record: int, window: Window, flip: bool, out: Row) -> None:
-        """Crop the source image, which is sharper than enlarging the view. `window` is in pixels of the view."""
+        """Write a crop of the source image, which is sharper than an enlarged view.
+
+        `window` is in pixels of the view.
+        """
         assert self.split is not None
         number = self.indices[index]
         image = self.split.image(number)
         label = self.split.label(number) if SEGMENTATION in self.tasks else None
         self.source.check_image(record, image, label)
-        shown, mirrored = self.source.window(record)
+        source_window, mirrored = self.source.window(record)
         image_size = image.shape[0], image.shape[1]
         fitted = fitted_share(self.fit, image_size, self.cache.manifest.view.image_size or self.cache.view_size)
         if self.augment == "warp":  # of view 0, which is the whole image
             view_height, view_width = self.cache.view_size
             height, width = image_size[0] * fitted[0], image_size[1] * fitted[1]
             moved, mirrored = window.scaled(height / view_height, width / view_width), flip
-            shown = moved if fitted == (1.0, 1.0) else moved.moved(shown.y0, shown.x0)
-        render(image, label, shown, flip=mirrored, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
+            source_window = moved if fitted == (1.0, 1.0) else moved.moved(source_window.y0, source_window.x0)
+        render(image, label, source_window, flip=mirrored, size=self.size, out=(out["pixels"], out[CLASS_LABEL]))
         share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
         share = share[0] * fitted[0], share[1] * fitted[1]
-        zoom = zoom_of(shown, image_size, share) if self.depth_zoom == "divide" else 1.0
+        zoom = zoom_of(source_window, image_size, share) if self.depth_zoom == "divide" else 1.0
         for task in numeric(self.tasks):
             numbers: Any = self.split.label(number, task)
             memory = out[f"labels/{task}"]
-            RENDERERS[task](numbers, shown, flip=mirrored, size=self.size, zoom=zoom, out=memory)
+            RENDERERS[task](numbers, source_window, flip=mirrored, size=self.size, zoom=zoom, out=memory)
 
 
 def _views(cache: Cache, limit: int | None) -> int:
@@ -284,6 +302,6 @@ def _views(cache: Cache, limit: int | None) -> int:
 
 
 def _inside(cache: Cache) -> Array:
-    """Return edges of the part of every view that shows its image, the only part that teaches, (R, 4) float64."""
+    """Return the edges (R, 4) float64 of the part of every view that shows its image. The rest is grey."""
     window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
     return inside_rectangle(window, flip, source_size, cache.view_size)

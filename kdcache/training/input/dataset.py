@@ -42,27 +42,28 @@ Field = tuple[tuple[int, ...], torch.dtype]
 
 
 class DrawnDataset(Dataset[Batch], ABC):
-    """A dataset that draws every visit of a sample from a random generator.
+    """The base of datasets whose samples are augmented at random each time they are drawn.
 
     Args:
-        size: (H, W) of the pixels that come out.
+        size: (H, W) of the pixels of a sample.
         augmentation: scale, flip and colour jitter. `Augmentation.off()` for none.
-        tasks: tasks whose labels are used. Samples always have segmentation labels, void if they are not used.
-        depth_zoom: effect of a zoom on metres of labels and targets: `divide` divides them by it, `keep` (and `none`,
+        tasks: tasks whose labels are used. Samples always have segmentation labels, which are void if they are not
+            used.
+        depth_zoom: what a zoom does to metres of labels and targets: `divide` divides them by it, `keep` (and `none`,
             without a zoom) leaves them.
 
     Attributes:
-        cache: the cache that targets come from, or None for a data set only.
-        split: the data set that pixels and labels come from, or None for a cache with pixels.
-        indices: the samples of either that are drawn.
-        extras: paths of further arrays that a sample brings. They may change before the first draw.
-        records: source of the cache's rows: the cache, or memory that keeps them, or None for a data set.
-        shard_records: records per shard, for orders that read one shard after another, or None for a data set.
-        remote: whether shards are downloaded.
-        heads: the cache's heads whose targets a sample brings. `target_paths` are their arrays, or empty.
-        on_device: the targets, if a GPU keeps them. Samples then bring the number of their record instead.
-        dice: number of random numbers in 0..1 that a sample brings, for draws on the batch's device (mix.py).
-        weak: whether a sample also brings its pixels before the colour jitter.
+        cache: the cache that targets come from. None without a cache.
+        split: the data set that pixels and labels come from. None for a cache that stores pixels.
+        indices: numbers of the samples, in the cache or the data set, that are drawn.
+        extras: paths of further arrays that a sample has. They may change before the first draw.
+        records: reads the cache's records: the cache, or memory that keeps them. None without a cache.
+        shard_records: number of samples in a shard, for orders that read one shard after another. None without a cache.
+        remote: True if shards are downloaded.
+        heads: names of the cache's heads whose targets a sample has. `target_paths` are the paths of their arrays.
+        on_device: the targets, if a GPU keeps them. A sample then has the number of its record instead.
+        dice: number of random numbers in 0..1 that a sample has, for draws on the batch's device (mix.py).
+        weak: True if a sample also has its pixels before the colour jitter.
         mapped: the classes after a class map, and the new id of each label value (256,) uint8. None without a map.
     """
 
@@ -96,12 +97,12 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def threads_suffice(self) -> bool:
-        """Whether draws mostly release the GIL, so processes would gain nothing over threads."""
+        """True if a draw mostly releases the GIL, so threads are as fast as processes."""
         return False
 
     @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
-        """Whether each sample has a label, (len(self),) bool, or None if all have."""
+        """Bool array (len(self),): True for each sample with a label that is used. None if all samples have one."""
         if self._complete:
             return None
         return np.array([self._has_label(number) for number in self.indices], np.bool_)
@@ -113,12 +114,12 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labelled(self) -> Sequence[int]:
-        """The samples of `indices` with a label of a used task."""
+        """Those of `indices` whose samples have a label of a used task."""
         return [number for number in self.indices if self._has_label(number)]
 
     @property
     def labels_used(self) -> npt.NDArray[np.bool_]:
-        """Whether each sample of the source, drawn or not, has a label that is used: (N,) bool."""
+        """Bool array (N,) for all N samples of the cache or data set: True if the label is used."""
         count = len(self.split or ()) if self.cache is None else self.cache.manifest.dataset.samples
         used = np.zeros(count, np.bool_)
         used[list(self.labelled)] = True
@@ -126,22 +127,22 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def classes(self) -> ClassList:
-        """The classes of its labels, after any class map."""
+        """The classes of the labels, after any class map."""
         return self.own_classes if self.mapped is None else self.mapped[0]
 
     @property
     @abstractmethod
     def own_classes(self) -> ClassList:
-        """The classes of its source's labels."""
+        """The classes of the labels before any class map."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Text that identifies the samples: a digest of the data's ids and classes, or the cache's seal."""
+        """Text that identifies the samples: a digest of the data set's ids and classes, or the cache's seal."""
 
     @property
     def source_ids(self) -> Sequence[str]:
-        """The ids of all samples of its source, drawn or not."""
+        """The ids of all samples of the cache or data set, also of those that are not drawn."""
         if self.cache is not None:
             return self.cache.ids
         assert self.split is not None
@@ -149,7 +150,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def ids_digest(self) -> str:
-        """The digest of the ids and classes of its source, as in a cache's manifest."""
+        """The digest of the ids and classes of the cache or data set, as in a cache's manifest."""
         if self.cache is not None:
             return self.cache.manifest.dataset.ids_digest
         assert self.split is not None
@@ -159,11 +160,16 @@ class DrawnDataset(Dataset[Batch], ABC):
         return len(self.indices)
 
     def record(self, index: int, epoch: int) -> int:
-        """Return the number of the row that a visit of a sample reads, in the cache or the data set."""
+        """Return the number of the record (cache) or image (data set) that is read for a sample in an epoch.
+
+        `index` is the sample's index in this dataset.
+        """
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the segmentation label of each sample in `labelled`, in its own size or as the stored first view.
+        """Yield the segmentation label of each sample in `labelled`, uint8 (H, W).
+
+        Its size is the label file's, or the stored first view's. A class map is applied.
 
         Raises: KDCacheError for a label that cannot be read.
         """
@@ -177,26 +183,31 @@ class DrawnDataset(Dataset[Batch], ABC):
         return (label for label in labels if label is not None)
 
     def _with_classes(self) -> Sequence[int]:
-        """Return the samples of `indices` with a label of segmentation that is used."""
+        """Return those of `indices` whose samples have a segmentation label that is used."""
         return [number for number in self.indices if self._has_label(number, SEGMENTATION)]
 
     @abstractmethod
     def _has_label(self, number: int, task: str | None = None) -> bool:
-        """Return whether a sample of the source has a label that is used, of a task or of any."""
+        """Return True if a sample of the cache or data set has a label that is used. `task` is None for any task."""
 
     @abstractmethod
     def sample_id(self, index: int) -> str:
-        """Return a stable id, for messages."""
+        """Return the stable id of the sample at `index` of the dataset, for messages."""
 
     @abstractmethod
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
-        """Draw sample `index`, augmented by `rng`, into all of `out`. Equal generator states give equal samples.
+        """Write an augmented sample into the arrays of `out`. Equal states of `rng` give equal samples.
 
-        Raises: KDCacheError for a sample that cannot be read, with `out` undefined.
+        Args:
+            index: index of the sample in the dataset.
+            epoch: chooses the view of a cache with several views.
+            rng: source of all random numbers of the augmentation.
+            out: name -> the array to fill, as `row_of` returns it.
+        Raises: KDCacheError for a sample that cannot be read. The content of `out` is then undefined.
         """
 
     def fields(self) -> dict[str, Field]:
-        """Return the fields of a sample, named as in `Batch.to_dict`."""
+        """Return name -> (shape, dtype) of each tensor of a sample, named as in `Batch.to_dict`."""
         fields: dict[str, Field] = {
             "pixels": ((*self.size, 3), torch.uint8),
             CLASS_LABEL: (self.size, torch.uint8),
@@ -207,7 +218,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Allocate memory for samples with the axes `leading`: none for one sample, B for a batch."""
+        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples."""
         return Batch.from_dict(
             {
                 name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
@@ -216,7 +227,14 @@ class DrawnDataset(Dataset[Batch], ABC):
         )
 
     def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
-        """Draw a new sample, as `draw_into` does. Raises: as `draw_into`."""
+        """Return an augmented sample.
+
+        Args:
+            index: index of the sample in the dataset.
+            epoch: chooses the view of a cache with several views.
+            rng: source of all random numbers of the augmentation.
+        Raises: KDCacheError for a sample that cannot be read.
+        """
         sample = self.empty()
         self.draw_into(index, epoch, rng, row_of(sample))
         return sample
@@ -228,14 +246,14 @@ class DrawnDataset(Dataset[Batch], ABC):
         return self.draw(index, seed, np.random.default_rng(seed))
 
     def _jitter(self, rng: np.random.Generator, out: Row) -> None:
-        """Change the colours of the pixels, which are kept as they were where the weak view is wanted."""
+        """Change the colours of the pixels. The weak view, if there is one, keeps the pixels as they were."""
         pixels = out["pixels"]
         if "weak" in out:
             out["weak"][...] = pixels
         colour_jitter(rng, pixels, self.augmentation.jitter, out=pixels)
 
     def _finish(self, rng: np.random.Generator, out: Row) -> None:
-        """Map the label's classes and draw the dice last, so no other draw depends on them."""
+        """Map the label's classes and draw the dice. The dice come last, so no other draw depends on them."""
         if self.mapped is not None:
             self.mapped[1].take(out[CLASS_LABEL], out=out[CLASS_LABEL])
         if "dice" in out:
@@ -256,10 +274,15 @@ class LabelledDataset(DrawnDataset):
     torch.Size([48, 64])
 
     Args:
-        part: which samples of the split. Default: all.
-        tasks, depth_zoom: as in `DrawnDataset`.
-        labelled_only: whether samples without a label of any of the tasks are left out.
-        fit: how images of another shape are fitted into `size`. A grey margin has no labels.
+        split: an open split of a data set.
+        size: (H, W) of the pixels of a sample.
+        augmentation: scale, flip and colour jitter. None is the default `Augmentation()`.
+        part: which samples and labels of the split are used. None is all.
+        tasks: tasks whose labels are used.
+        depth_zoom: what a zoom does to metres of labels, as in `DrawnDataset`.
+        labelled_only: True leaves out samples without a label of any of the tasks.
+        fit: how images of another shape are fitted into `size`: `squash`, `pad` (with grey, which has no labels) or
+            `crop`.
     """
 
     def __init__(
@@ -285,16 +308,16 @@ class LabelledDataset(DrawnDataset):
 
     @property
     def own_classes(self) -> ClassList:
-        """The classes of the split."""
+        """The classes of the split, before any class map."""
         return self.split.classes
 
     @property
     def identity(self) -> str:
-        """The digest of the split's ids and classes, as text."""
+        """Text that identifies the split: `data` and the digest of its ids and classes."""
         return f"data {self.split.digest()}"
 
     def sample_id(self, index: int) -> str:
-        """Return the id of a sample of the split."""
+        """Return the id of the sample at `index` of the dataset."""
         return self.split.ids[self.indices[index]]
 
     def _has_label(self, number: int, task: str | None = None) -> bool:
@@ -308,7 +331,15 @@ class LabelledDataset(DrawnDataset):
         return self.split.label(number, task) if self._has_label(number, task) else None
 
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
-        """Draw a sample of the split into `out`: image and labels through its window. Raises: KDCacheError."""
+        """Write an augmented sample into the arrays of `out`: image and labels.
+
+        Args:
+            index: index of the sample in the dataset.
+            epoch: ignored.
+            rng: source of all random numbers of the augmentation.
+            out: name -> the array to fill, as `row_of` returns it.
+        Raises: KDCacheError for a sample that cannot be read.
+        """
         source = self.indices[index]
         image = self.split.image(source)
         label = self._label(source, SEGMENTATION)

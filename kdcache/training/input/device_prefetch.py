@@ -33,9 +33,15 @@ Drawn = Batch | KDCacheError
 def feed(
     loader: Iterable[Drawn], device: torch.device, targets: DeviceTargets | None = None
 ) -> Generator[Drawn, None, None]:
-    """Yield the batches of a loader on `device`, each valid until the next is taken. On a CPU they are passed on.
+    """Yield the batches of a loader on `device`. Each is valid until the next one is taken.
 
-    `targets` are kept on the device if batches bring record numbers instead.
+    On a GPU, a batch is copied while the step before it computes. A CPU's batches are yielded without a copy.
+
+    Args:
+        loader: its batches. A KDCacheError instead of a batch is yielded unchanged.
+        device: where the batches go.
+        targets: the targets of all records, if the device keeps them. Batches then have record numbers instead of
+            targets.
     """
     batches = iter(loader)  # here, not at the first batch: a DataLoader takes a number from torch's generator
     if device.type == "cuda":
@@ -60,7 +66,10 @@ def _as_they_come(
 def feed_over_side_stream(
     batches: Iterator[Drawn], device: torch.device, targets: DeviceTargets | None
 ) -> Generator[Drawn, None, None]:
-    """Yield batches on the device, each copied while the step before it computes."""
+    """Yield batches on a CUDA device. Each is copied on a side stream while the step before it computes.
+
+    The arguments are as in `feed`.
+    """
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     slots: Iterator[_Slot] | None = None
     with _closing(batches):
@@ -91,7 +100,7 @@ class _Slot:
 
     Attributes:
         batch: the batch that the step gets.
-        free: event after which the step has read it, or None before the first.
+        free: an event that comes after the step has read the batch. None before the first step.
     """
 
     def __init__(self, like: Batch, device: torch.device, targets: DeviceTargets | None) -> None:
@@ -102,7 +111,7 @@ class _Slot:
         self.free: torch.cuda.Event | None = None
 
     def fill(self, batch: Batch) -> None:
-        """Queue the copies on the current stream, and gather the targets that stay on the device."""
+        """Queue the copies on the current stream, and gather the targets that the device keeps."""
         self._arrived.copy_from(batch)
         if self._targets is not None and self.batch.record is not None:
             self._targets.gather_into(self.batch.record, self.batch.targets or {})
@@ -110,7 +119,7 @@ class _Slot:
 
 @contextmanager
 def _closing(batches: Iterator[Drawn]) -> Iterator[None]:
-    """End the threads that draw ahead, however the iteration ends."""
+    """End the threads that draw ahead when the with block ends, also after an error."""
     try:
         yield
     finally:

@@ -29,13 +29,15 @@ T = TypeVar("T")
 
 
 class Draws(Dataset[Batch | KDCacheError]):
-    """The endless sequence of draws of a dataset, as a map from draw number to item.
+    """The endless sequence of a training's draws, as a torch dataset: draw number -> augmented sample, or its error.
 
     Args:
+        dataset: the samples.
         seed: seed of order and augmentation.
-        shuffle: auto, full or window (sampler.py). auto reads a remote cache by windows.
+        shuffle: `full` shuffles all samples, `window` shuffles within a few shards, `auto` takes `window` for remote
+            caches.
         labelled_share: share of every batch that has labels, if only some samples have one. None ignores labels.
-        rare: an order by rare classes, instead of epochs.
+        rare: an order that prefers rare classes, instead of epochs.
     """
 
     def __init__(
@@ -55,20 +57,23 @@ class Draws(Dataset[Batch | KDCacheError]):
             self._order = Interleaved(labelled, labelled_share, seed, shard_records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the sample that a draw takes, and how often it was taken before."""
+        """Return the index of the sample of a draw, and its epoch: how often the sample was drawn before."""
         return self._order.visit(draw)
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:
-        """Return the ids of the samples of one step, for messages."""
+        """Return the ids of the samples of one step, for messages. `batch_size` counts the samples of all processes."""
         draws = range(step * batch_size, (step + 1) * batch_size)
         return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Allocate memory for draws, as `DrawnDataset.empty`."""
+        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples."""
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
-        """Draw into memory. Return a sample's error instead of raising it, for threads that work ahead."""
+        """Write the augmented sample of a draw into the arrays of `out`, as `row_of` returns them.
+
+        Return the error of a sample that cannot be read, or None. It is not raised, because threads draw ahead.
+        """
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
         try:
@@ -78,7 +83,10 @@ class Draws(Dataset[Batch | KDCacheError]):
         return None
 
     def __getitem__(self, draw: int) -> Batch | KDCacheError:
-        """Return the draw, or its error: DataLoader can raise a worker's error again only as a RuntimeError."""
+        """Return the augmented sample of a draw, or the error of a sample that cannot be read.
+
+        The error is not raised, because DataLoader would turn a worker's error into a RuntimeError.
+        """
         sample = self.empty()
         return self.draw_into(draw, row_of(sample)) or sample
 
@@ -94,12 +102,20 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
 ) -> Ring | DataLoader[Batch | KDCacheError] | Ahead[Batch | KDCacheError]:
-    """Return the batches of the steps [first, last) in order, for `next_batch`. A batch is valid until the next.
+    """Return the loader of a training's batches, in the order of steps. Read it with `next_batch`.
 
-    `batch_size` counts the samples of all processes together, a multiple of `world`. `workers` are threads that draw
-    ahead samples of a cache, or processes for files that must be decoded and rendered (forkserver, because CUDA and
-    thread pools do not survive a fork). 0 draws between steps. This process takes the `rank`-th of `world` equal parts
-    of each batch.
+    A batch is valid until the next one is taken.
+
+    Args:
+        draws: the augmented samples.
+        first: the first step.
+        last: the step after the last one.
+        batch_size: samples of all processes in a batch, a multiple of `world`.
+        workers: how many threads draw ahead from a cache, or how many processes from image files. 0 draws between
+            steps.
+        pin_memory: True uses pinned memory, for copies to a GPU.
+        rank: which of the `world` equal parts of each batch this process takes.
+        world: the number of processes.
     """
     steps = Steps(first, last, batch_size, rank, world)
     loader: Ring | DataLoader[Batch | KDCacheError]
@@ -122,13 +138,20 @@ def sample_loader(
     labelled_share: float | None = None,
     workers: int = 0,
 ) -> DataLoader[Batch]:
-    """Return a loader with the batches that a training with these settings sees, in its order, for your own loop.
+    """Return a loader for your own loop, with the batches that a training with these settings would see.
 
-    `iterations` is the number of batches. They straddle epochs, and none is short. `seed` decides order and
-    augmentation, and `shuffle` is auto, full or window (sampler.py). `labelled_share` is the share of labelled samples
-    in every batch (None: a training's default). `workers` are processes that draw ahead. 0 draws between steps.
+    Batches continue from one epoch to the next, so all have `batch_size` samples.
 
-    Raises: KDCacheError for a sample that could not be drawn, wrapped into a RuntimeError by a worker.
+    Args:
+        dataset: the samples.
+        batch_size: samples in a batch.
+        iterations: number of batches.
+        seed: seed of order and augmentation.
+        shuffle: `full` shuffles all samples, `window` shuffles within a few shards, `auto` takes `window` for remote
+            caches.
+        labelled_share: share of every batch that has labels. None is a training's default.
+        workers: number of processes that draw ahead. 0 draws between steps.
+    Raises: KDCacheError for a sample that cannot be read. A worker wraps it into a RuntimeError.
     """
     draws = Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.label_flags))
     return _data_loader(draws, Steps(0, iterations, batch_size), _collate_or_raise, workers)
@@ -149,7 +172,7 @@ def _data_loader(
 
 
 def next_batch(batches: Iterator[T | KDCacheError]) -> T:
-    """Return the next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
+    """Return the next batch of a loader. Raises: KDCacheError if one of its samples could not be read."""
     return _raised(next(batches))
 
 

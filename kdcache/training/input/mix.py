@@ -32,16 +32,18 @@ NUMBERS = {"cutmix": 4, "classmix": 1 + CLASSES}
 
 
 class Mix:
-    """Pastes within a batch.
+    """Pastes parts of one sample of a batch into another: pixels and labels.
 
     Args:
-        text: cutmix or classmix, and the share of samples that are mixed: 'cutmix:0.5'. The default share is 1.
-        flag: name of the setting, for messages.
+        text: `cutmix` (a box) or `classmix` (half of the classes), with the share of mixed samples: `cutmix:0.5`. The
+            default share is 1.
+        flag: the name of the setting, for messages.
 
     Attributes:
+        kind: `cutmix` or `classmix`.
         dice: number of random numbers that a sample needs.
 
-    Raises: RecipeError.
+    Raises: RecipeError for another text.
     """
 
     def __init__(self, text: str, flag: str = "--mix ") -> None:
@@ -59,15 +61,18 @@ class Mix:
         self.dice = NUMBERS[self.kind]
 
     def __call__(self, streams: Streams) -> Streams:
-        """Return the batch with mixed pixels and labels within each stream, and `own`, a sample's own pixels."""
+        """Return the batch after pasting between neighbours, the rows 2n and 2n + 1, within each stream.
+
+        `own` of the result is True for a sample's own pixels.
+        """
         others = (Batch(batch.pixels, batch.labels, pseudo=batch.pseudo).map(neighbours) for batch in streams)
         return tuple(map(self.paste, streams, others))
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
-        """Return the batch with pixels and labels of another batch's rows pasted in, and `own`, its remaining pixels.
+        """Return `batch` with pixels and labels of the rows of `other` pasted in. Its `own` is False for pasted pixels.
 
-        Never waits for the device.
+        Both batches have equally many rows. It never waits for the device.
         """
         dice_BN = batch.dice
         assert batch.pixels is not None
@@ -83,17 +88,20 @@ class Mix:
             task: torch.where(own_BHW, label, other.labels.get(task, TASKS[task].void))
             for task, label in batch.labels.items()
         }
-        pseudo = {by: _pasted(own, other.pseudo.get(by), own_BHW) for by, own in batch.pseudo.items()}
+        pseudo = {by: _pasted(labels_of, other.pseudo.get(by), own_BHW) for by, labels_of in batch.pseudo.items()}
         return replace(batch, pixels=pixels, labels=labels, pseudo=pseudo, own=own_BHW)
 
 
 @dataclass(frozen=True)
 class Paste:
-    """Pastes rows of one stream into another stream, with their targets if both have targets.
+    """Pastes samples of one stream into another stream, with their targets if both streams have targets.
 
     Attributes:
-        into, source: the streams' numbers.
-        form, source_form: the formats of their targets.
+        into: number of the stream that pixels are pasted into.
+        source: number of the stream that pixels come from.
+        mix: how pixels are chosen.
+        form: the format of the targets of the stream `into`, or None without targets.
+        source_form: the format of the targets of the stream `source`, or None without targets.
     """
 
     into: int
@@ -103,7 +111,7 @@ class Paste:
     source_form: TargetFormat | None = None
 
     def __call__(self, batch: Batch, source: Batch) -> Batch:
-        """Return the batch with the source stream's rows pasted in, and their targets."""
+        """Return `batch` with samples of `source` pasted in, and their targets in `pasted`."""
         count, of = len(batch), len(source)
         if count != of:
             assert source.pixels is not None
@@ -112,42 +120,42 @@ class Paste:
         return replace(self.mix.paste(batch, replace(source, pseudo={})), pasted=self._targets(source))
 
     def _targets(self, source: Batch) -> Batch:
-        """Return the source's targets, in the training's classes and with windows in the stream's form."""
-        form, other = self.form, self.source_form
-        if form is None or other is None or isinstance(form, LabelTargets) or isinstance(other, LabelTargets):
+        """Return the source's targets, in the training's classes, with windows in pixels of the stream's own views."""
+        form, origin = self.form, self.source_form
+        if form is None or origin is None or isinstance(form, LabelTargets) or isinstance(origin, LabelTargets):
             return Batch()
-        if isinstance(other, MergedTargets):
-            source = other.replace_targets(source)
-        (height, width), (own_height, own_width) = other.view_size, form.view_size
+        if isinstance(origin, MergedTargets):
+            source = origin.replace_targets(source)
+        (height, width), (own_height, own_width) = origin.view_size, form.view_size
         return source.targets_alone((own_height / height, own_width / width))
 
 
 class Pastes:
-    """Pastes between the streams of a batch. Each takes from samples that nothing was pasted into."""
+    """Applies several pastes between the streams of a batch. Each takes pixels from samples before any paste."""
 
     def __init__(self, pastes: Sequence[Paste]) -> None:
         self._pastes = tuple(pastes)
 
     def __call__(self, streams: Streams) -> Streams:
-        """Return the batch after every paste between its streams."""
+        """Return the batches of all streams after every paste."""
         pasted = list(streams)
         for paste in self._pastes:
             pasted[paste.into] = paste(streams[paste.into], streams[paste.source])
         return tuple(pasted)
 
 
-def _pasted(own: PseudoLabels, other: PseudoLabels | None, own_BHW: Tensor) -> PseudoLabels:
-    """Return pseudo labels of mixed pixels, with confidence 0 (not counted) if the other has none."""
-    if other is None:
-        return replace(own, confidence=torch.where(own_BHW, own.confidence, 0))
+def _pasted(kept: PseudoLabels, pasted: PseudoLabels | None, own_BHW: Tensor) -> PseudoLabels:
+    """Return pseudo labels of mixed pixels. Pasted pixels have confidence 0 (not counted) if `pasted` is None."""
+    if pasted is None:
+        return replace(kept, confidence=torch.where(own_BHW, kept.confidence, 0))
     label, confidence = (
-        torch.where(own_BHW, one, two) for one, two in ((own.label, other.label), (own.confidence, other.confidence))
+        torch.where(own_BHW, a, b) for a, b in ((kept.label, pasted.label), (kept.confidence, pasted.confidence))
     )
     return PseudoLabels(label, confidence)
 
 
 def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a mask (B, H, W) of boxes in the image's shape, with uniform area before clipping at the border."""
+    """Return a bool mask (B, H, W) of random boxes with the image's shape. Their area is uniform before clipping."""
     side_B = dice_B3[:, 0].sqrt() / 2
     inside = []
     for centre_B, length in zip(dice_B3[:, 1:].unbind(1), size, strict=True):
@@ -157,7 +165,7 @@ def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _classes(dice_BC: Tensor, label_BHW: Tensor) -> Tensor:
-    """Return (B, H, W): the pixels of half of the classes of a label, rounded up, never the void."""
+    """Return a bool mask (B, H, W) of the pixels of half of a label's classes, rounded up, without void."""
     flat_BN = label_BHW.flatten(1).long()
     shown_BC = torch.zeros_like(dice_BC, dtype=torch.bool).scatter_(1, flat_BN, True)
     shown_BC[:, IGNORE_INDEX] = False

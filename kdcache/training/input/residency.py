@@ -35,12 +35,17 @@ def keep_records(
     among: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Let a dataset keep its records in the place that `choice` names: auto, ram, gpu or off.
+    """Let a dataset keep decoded records in memory or on the GPU, as `--resident` says.
 
-    `workers` counts the loader's workers. Processes share no memory, so each would keep its own records. `among`
-    datasets share the memory budget. `note` receives what is kept, or why nothing is.
-
-    Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the cache.
+    Args:
+        dataset: the dataset, which is changed.
+        choice: `ram`, `gpu`, `off`, or `auto` for the best of them that takes at most half of the free memory.
+        device: the device of the training.
+        workers: number of the loader's workers. Worker processes share no memory, so each would keep its own records.
+        among: number of datasets that share the free memory.
+        note: is called with the result, or why nothing is kept.
+    Raises: RecipeError for a choice that is not possible here. With `gpu` also KDCacheError for a record that cannot be
+        read.
     """
     if choice == "gpu" and device.type != "cuda":
         raise RecipeError(
@@ -67,7 +72,10 @@ def keep_records(
 
 
 def free_bytes() -> int:
-    """Return the free bytes of the system, or of this process's control group, including reclaimable file cache."""
+    """Return the free memory in bytes, of the system or of this process's control group, whichever is less.
+
+    Memory of the file cache that can be reclaimed counts as free.
+    """
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
         limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
@@ -80,7 +88,10 @@ def free_bytes() -> int:
 def _keep_on_device(
     dataset: DrawnDataset, cache: Cache, choice: str, device: torch.device, note: Callable[[str], None], among: int
 ) -> bool:
-    """Return whether the targets are on the device now. Raises: RecipeError when they must be and do not fit."""
+    """Load the targets to the device if they fit, and return True if so.
+
+    Raises: RecipeError if `choice` is `gpu` and they do not fit.
+    """
     needed = decoded_bytes(cache, dataset.target_paths)
     half = torch.cuda.mem_get_info(device)[0] // 2 // among
     if needed > half and choice == "gpu":

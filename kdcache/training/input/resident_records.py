@@ -22,19 +22,20 @@ PIXEL_PATHS = ("pixels/image", "labels/segmentation")
 
 
 class RecordSource(Protocol):
-    """Reads rows of records into a caller's memory: a cache, or a layer above it. Safe for many threads at once."""
+    """The interface for reading records: a cache, or memory that keeps its records. Safe in several threads at once."""
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Read a row of the array `path` into `out`."""
+        """Read one record of the cache's array `path` into `out`."""
 
 
 class RamRecords:
-    """Keeps decoded rows of a cache's arrays in memory. Each row is read from the cache once, and then copied.
+    """Keeps decoded records of some arrays of a cache in memory. Each is read from the cache once.
 
-    Threads need no lock: a row is marked after it is complete, and two threads that fill it write the same bytes.
-    Memory is used as rows are filled. It pickles empty: every worker process fills its own.
+    Threads need no lock: a record is marked after it is complete, and two threads that fill it write the same bytes.
+    Memory is used as records are filled. A pickled copy is empty, so every worker process fills its own.
 
     Args:
+        cache: an open cache.
         paths: paths of the arrays that are kept.
     Memory: `decoded_bytes(cache, paths)`.
     """
@@ -50,23 +51,26 @@ class RamRecords:
         return RamRecords, (self._cache, tuple(self._kept))
 
     def read_into(self, record: int, path: str, out: Array) -> None:
-        """Copy a row of one of `paths` into `out`. Raises: as `Cache.read_into` if it is read from the cache."""
+        """Copy one record of the array `path` into `out`. Raises: KDCacheError if it cannot be read from the cache."""
         out[...] = self.row(record, path)
 
     def row(self, record: int, path: str) -> Array:
-        """Return the kept row without a copy. Do not write to it. Raises: as `read_into`."""
-        rows, whole = self._kept[path]
+        """Return one record of the array `path` without a copy. Do not write to it.
+
+        Raises: KDCacheError if it cannot be read from the cache.
+        """
+        rows, complete = self._kept[path]
         row: Array = rows[record]
-        if not whole[record]:
+        if not complete[record]:
             self._cache.read_into(record, path, row)
-            whole[record] = 1
+            complete[record] = 1
         return row
 
 
 class DeviceTargets:
-    """The targets of all records on a device, gathered there by record number for each batch.
+    """The targets of all R records on a device. Each batch gathers its targets there by record number.
 
-    It pickles empty, because worker processes draw only numbers.
+    A pickled copy is empty, because worker processes only draw numbers.
 
     Args:
         targets: head -> the target of all records (R, ...).
@@ -82,8 +86,13 @@ class DeviceTargets:
     def load(
         cls, cache: Cache, device: torch.device, heads: Sequence[str] | None = None, *, threads: int = 2
     ) -> "DeviceTargets":
-        """Read the targets of all records of a cache. `heads` of None is all heads.
+        """Read the targets of all records of a cache to a device.
 
+        Args:
+            cache: an open cache.
+            device: where the targets go.
+            heads: names of the heads. None is all.
+            threads: number of threads that read.
         Raises: KDCacheError for a record that cannot be read.
         """
         paths = target_paths(cache, heads)
@@ -98,30 +107,36 @@ class DeviceTargets:
         return cls(Batch.from_dict(arrays).targets)
 
     def empty(self, batch_size: int) -> dict[str, Target]:
-        """Allocate memory for the targets of a batch (B, ...), by head."""
+        """Allocate memory on the device for the targets of a batch: head -> target (B, ...)."""
         targets: dict[str, Target] = pytree.tree_map(
             lambda part: part.new_empty((batch_size, *part.shape[1:])), self._targets
         )
         return targets
 
     def gather_into(self, records_B: Tensor, out: Mapping[str, Target]) -> None:
-        """Gather the targets of a batch into `out` from `empty`. `records_B` is int64, on the device."""
+        """Write the targets of the records `records_B` into `out`, which `empty` returned.
+
+        `records_B` (B,) is int64, on the device.
+        """
         for part, memory in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
             torch.index_select(_selectable(part), 0, records_B, out=_selectable(memory))
 
 
 def target_paths(cache: Cache, heads: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the paths of the arrays of some heads' targets. None is all heads."""
+    """Return the paths of the cache's arrays with the targets of some heads: `targets/segmentation/values`, ...
+
+    `heads` of None is all heads.
+    """
     names = cache.manifest.heads if heads is None else heads
     paths = (f"targets/{head}/{part}" for head in names for part in TARGET_PARTS)
     return tuple(path for path in paths if path in cache.specs)
 
 
 def decoded_bytes(cache: Cache, paths: Sequence[str]) -> int:
-    """Return the bytes that all records of some arrays take in memory."""
+    """Return the bytes that all records of the arrays `paths` take in memory when they are decoded."""
     return len(cache) * sum(cache.specs[path].record_bytes for path in paths)
 
 
 def _selectable(part: Tensor) -> Tensor:
-    """View uint16 as int16 of the same bits: torch gathers no unsigned types wider than a byte."""
+    """Return uint16 as int16 with the same bits, because torch gathers no unsigned types wider than a byte."""
     return part.view(torch.int16) if part.dtype == torch.uint16 else part

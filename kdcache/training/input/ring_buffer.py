@@ -30,26 +30,31 @@ Drawn = Future[KDCacheError | None]
 
 
 class Items(Protocol):
-    """Draws by number, safe to call from several threads. A sample's error is returned, not raised."""
+    """The interface of numbered draws, which may be used by several threads at once."""
 
     def empty(self, *leading: int, pin_memory: bool) -> Batch:
-        """Allocate memory for draws with the axes `leading`."""
+        """Allocate memory for samples. `empty()` is for one sample, `empty(B)` for a batch of B samples."""
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
-        """Draw into memory, and return the error of a sample that cannot be drawn."""
+        """Write the augmented sample of a draw into the arrays of `out`.
+
+        Return the error of a sample that cannot be read, or None. It is not raised.
+        """
 
 
 class Ring:
-    """Iterates over the batches of some steps, in order.
+    """An iterable over the batches of some steps, drawn ahead by threads into buffers that are used again.
 
-    A batch belongs to the caller until it takes the next one. Then new samples are drawn into its memory. On a GPU
-    this waits for the work that is queued until then. The error of a sample comes instead of its batch.
+    A batch belongs to the caller until it takes the next one. Then new samples are drawn into its memory. With pinned
+    memory, this waits for the GPU work that was queued until then. The error of a sample comes instead of its batch.
 
     Args:
-        steps: draw numbers of each batch.
-        threads: 0 draws in the caller.
-        pin_memory: for batches that a GPU copies.
-    Memory: `depth` batches. Without threads one, or two that are pinned.
+        draws: the numbered draws.
+        steps: the draw numbers of each step.
+        threads: number of threads. 0 draws in the caller's thread.
+        pin_memory: True uses pinned memory, for copies to a GPU.
+        depth: number of buffers.
+    Memory: `depth` batches. Without threads one batch, or two that are pinned.
     """
 
     def __init__(
@@ -94,13 +99,13 @@ class Ring:
                 under_way.append((buffer, self._start(pool, buffer, draws)))
 
     def _start(self, pool: ThreadPoolExecutor, buffer: "_Buffer", draws: range) -> list[Drawn]:
-        """Return one task per thread, not per sample: handing over takes the trainer's own time."""
+        """Submit one task per thread, not per sample, because handing over takes the trainer's own time."""
         parts = min(self._threads, len(draws))
         return [pool.submit(buffer.draw, draws, part, parts) for part in range(parts)]
 
 
 class _Buffer:
-    """A batch, its rows, and when a GPU has read what it held before."""
+    """Memory for a batch, and the event after which a GPU has read its last content."""
 
     def __init__(self, draws: Items, rows: int, pin_memory: bool) -> None:
         self._draws = draws
@@ -111,7 +116,7 @@ class _Buffer:
         self._rows = [row_of(self.batch, row) for row in range(rows)]
 
     def draw(self, draws: range, part: int = 0, parts: int = 1) -> KDCacheError | None:
-        """Draw every `parts`-th row, from `part` on, up to the first error, which is returned."""
+        """Draw every `parts`-th row, from `part` on. Stop at the first error and return it."""
         if self._copied is not None:
             self._copied.synchronize()
         for draw, row in zip(draws[part::parts], self._rows[part::parts], strict=True):
@@ -121,6 +126,6 @@ class _Buffer:
         return None
 
     def release(self) -> None:
-        """Give the buffer back after the caller, and on a GPU the current stream's work, is done with it."""
+        """Allow the buffer to be used again, once the work that is queued on the current CUDA stream is done."""
         if self._pinned:
             self._copied = torch.cuda.current_stream().record_event()

@@ -47,11 +47,12 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Order:
-    """The order of `records` records over all epochs.
+    """An order of records over all epochs. Each epoch is another permutation of all records.
 
     Args:
+        records: number of records.
         seed: seed of the permutations.
-        shard_records: records of a shard, to shuffle in windows. None shuffles all records at once.
+        shard_records: number of records in a shard, to shuffle within a few shards. None shuffles all records at once.
     Memory: two epochs, 16 bytes per record, because threads that draw ahead may be in the next one.
     """
 
@@ -62,7 +63,7 @@ class Order:
         self._orders: tuple[tuple[int, Records], ...] = ()
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and the epoch of that visit. Many threads may call it at once."""
+        """Return the record of a draw, and its epoch. Many threads may call it at once."""
         epoch, position = divmod(draw, self._records)
         for stored_epoch, order in self._orders:  # replaced as one, never changed
             if stored_epoch == epoch:
@@ -73,12 +74,14 @@ class Order:
 
 
 class Interleaved:
-    """Labelled and other records interleaved: any run of draws has the same share of labelled records.
+    """An order that mixes labelled and other records: any run of draws has the same share of labelled records.
 
     Args:
-        labelled: whether each record has a label (R,) bool, with both kinds present.
-        share: share of the draws that take a labelled record, in 0..1, rounded to a fraction of at most 1000 parts.
-        seed, shard_records: as in `Order`.
+        labelled: (R,) bool, True for records with a label. Both kinds must occur.
+        share: share of the draws that take a labelled record, in 0..1, rounded to a fraction with a denominator up to
+            1000.
+        seed: seed of the permutations.
+        shard_records: number of records in a shard, as in `Order`.
     """
 
     def __init__(self, labelled: Flags, share: float, seed: int, shard_records: int | None = None) -> None:
@@ -87,31 +90,32 @@ class Interleaved:
         self._orders = tuple(Order(len(records), seed, shard_records) for records in self._records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and the epoch of that visit in its own sequence."""
+        """Return the record of a draw, and its epoch among the labelled or the other records."""
         parts, of = self._share.numerator, self._share.denominator
         before = draw * parts // of  # draws of labelled records so far
-        stream, own = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)
-        position, epoch = self._orders[stream].visit(own)
+        stream, stream_draw = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)
+        position, epoch = self._orders[stream].visit(stream_draw)
         return int(self._records[stream][position]), epoch
 
 
 class Rare:
-    """Draws a class with P(c) = softmax((1 - f_c) / T), then uniformly one of the records that show it.
+    """An order that prefers rare classes. Each draw takes a class, then one of the records that show the class.
 
-    f_c is the share of c among all labelled pixels. A record shows a class if it has more than RARE_SHARE of its
-    pixels, or any if no record does. Classes without any label are never drawn.
+    Class c has the probability softmax((1 - f_c) / T), where f_c is its share among all labelled pixels. All records
+    that show the class are equally probable. A record shows a class that has more than RARE_SHARE (0.15 %) of its
+    pixels. If no record has so many, any pixel is enough. Classes without any label are never drawn.
 
     Args:
-        counts_RC: pixels of each class.
-        pixels_R: all pixels, including void.
-        seed: draw n depends only on it and n.
-        temperature: T, above 0. Higher temperatures draw more evenly.
+        counts_RC: number of pixels of each class in each record.
+        pixels_R: number of all pixels of each record, including void.
+        seed: draw n depends only on the seed and n.
+        temperature: T, above 0. Higher temperatures draw classes more evenly.
 
     Attributes:
-        probabilities_C: P.
+        probabilities_C: the probability of each class.
 
     Source: Hoyer et al. 2022, DAFormer, arXiv 2111.14887, equations 6 and 7, and the authors' code. Their code also
-    draws up to ten crops of the sample until half of those pixels are inside. Here crops do not depend on labels.
+        draws up to ten crops of the sample until half of those pixels are inside. Here crops do not depend on labels.
     """
 
     def __init__(self, counts_RC: Records, pixels_R: Records, seed: int, temperature: float = RARE_TEMPERATURE) -> None:
@@ -128,7 +132,7 @@ class Rare:
         ]
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Return the record of a draw, and a random number instead of an epoch, so any of its views may come."""
+        """Return the record of a draw, and a random number instead of an epoch, so that any of its views can come."""
         # The third word keeps these generators apart from those of the augmentation.
         rng = np.random.default_rng((self._seed, draw, 2))
         place = np.searchsorted(self._upto_C, rng.random() * self._upto_C[-1], side="right")
@@ -137,14 +141,14 @@ class Rare:
 
 
 def choose_labelled_share(share: float | None, labelled: Flags | None) -> float | None:
-    """Return the share of a batch that has labels, or None if labels do not affect the draws.
+    """Return the share of every batch that has labels, or None if draws ignore labels.
 
-    A few labels among many images would be drawn too rarely, and some batches would have none: a step's cross-entropy
-    is the mean over its labels. (Mean teachers draw from two streams as well: 1703.01780.)
+    Draws ignore labels if all samples have a label or none has, or by default if at least half of them have one.
+    Otherwise a batch could have no label at all.
 
     Args:
-        share: the user's choice. None is the samples' share, at least half.
-        labelled: whether each sample has a label (N,) bool, or None if all have.
+        share: the user's choice, in 0..1. None is the default: half, if fewer samples have a label.
+        labelled: (N,) bool, True for samples with a label. None if all have one.
     """
     if labelled is None or not labelled.any() or labelled.all():
         return None
@@ -153,7 +157,14 @@ def choose_labelled_share(share: float | None, labelled: Flags | None) -> float 
 
 
 def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None = None) -> Records:
-    """Return a permutation of all records (R,) int64, by windows of shards unless `shard_records` is None."""
+    """Return a permutation (R,) int64 of all R records, for one epoch.
+
+    Args:
+        seed: seed of all epochs.
+        epoch: number of the epoch.
+        records: number of records, R.
+        shard_records: number of records in a shard, to shuffle within a few shards. None shuffles all records at once.
+    """
     rng = np.random.default_rng((seed, epoch))
     if shard_records is None:
         return rng.permutation(records)
@@ -170,7 +181,10 @@ def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None =
 
 
 def choose_shuffle(shuffle: str, dataset: DrawnDataset) -> str:
-    """Resolve to `full` or `window`. Raises: RecipeError for an unknown order, or windows without shards."""
+    """Return `shuffle`, with `auto` replaced by `window` for a remote cache and by `full` otherwise.
+
+    Raises: RecipeError for an unknown order, and for `window` with a data folder, which has no shards.
+    """
     if shuffle == "auto":
         return "window" if dataset.remote else "full"
     if shuffle not in SHUFFLES:
@@ -187,11 +201,16 @@ def choose_shuffle(shuffle: str, dataset: DrawnDataset) -> str:
 
 @dataclass(frozen=True)
 class Steps:
-    """Draw numbers of the steps [first, last) for one of several processes: step s takes draws s*B to (s+1)*B.
+    """The draw numbers of the steps from `first` to before `last`, for one of several processes.
+
+    Step s of all processes has the draws s*B to (s+1)*B - 1. Iterating yields a range of draw numbers for each step.
 
     Args:
-        batch_size: B, the samples of a batch over all processes, a multiple of `world`.
-        rank, world: this process takes draws [rank*B/world, (rank+1)*B/world) of each step.
+        first: the first step.
+        last: the step after the last one.
+        batch_size: B, the samples of a batch of all processes, a multiple of `world`.
+        rank: which of the `world` equal parts of each step this process takes.
+        world: the number of processes.
     """
 
     first: int

@@ -22,11 +22,13 @@ THREADS = 4
 
 
 class Ahead(Iterable[T]):
-    """A loader's batches, with the shards of later batches downloaded meanwhile.
+    """Iterates over the batches of a loader, and meanwhile downloads the shards of later batches.
 
     Args:
         loader: gives the batches of `steps`.
-        visit: gives the sample that a draw takes, and its epoch.
+        visit: returns the index of the sample of a draw, and its epoch.
+        dataset: the samples, from a remote cache.
+        steps: the draw numbers of each step.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Ahead(Iterable[T]):
                 met[shard] = step
 
     def _is_due(self, last: int | None, step: int) -> bool:
-        """Return whether a shard may have been evicted since its last use. Records in memory need no shard."""
+        """Return True if a shard was never read, or may have been evicted since. Records in memory need no shard."""
         resident = self._dataset.records is not self._cache
         return last is None or (step - last > self._ahead and not resident)
 
@@ -90,7 +92,10 @@ class Ahead(Iterable[T]):
 
 
 def reads_ahead(dataset: DrawnDataset) -> bool:
-    """Return whether a window and its read-ahead fit into the local copies, so neither evicts the other."""
+    """Return True if the local copies have room for the shards of three windows of an epoch.
+
+    Then shards can be downloaded ahead without evicting shards that are in use. The result is False for a local cache.
+    """
     cache = dataset.cache
     if cache is None or not dataset.remote:
         return False
@@ -99,7 +104,10 @@ def reads_ahead(dataset: DrawnDataset) -> bool:
 
 
 def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
-    """Send a note if the local copies of a remote cache would evict each other all the time."""
+    """Note if the local copies of a remote cache are too small, so that shards would be downloaded again and again.
+
+    `shuffle` is `full` or `window`. `note` is called with the note.
+    """
     cache = dataset.cache
     if cache is None or not dataset.remote:
         return
@@ -113,18 +121,21 @@ def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None])
 
 
 def window_samples(dataset: DrawnDataset) -> int:
-    """Return the least number of samples of a window of an epoch. It may have up to twice as many."""
+    """Return the least number of samples that `--shuffle window` shuffles together.
+
+    It may shuffle up to twice as many.
+    """
     return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * (dataset.shard_records or 1)))
 
 
 def read_paths(dataset: DrawnDataset) -> tuple[str, ...]:
-    """Return the paths of the arrays that draws read from the cache."""
+    """Return the paths of the cache's arrays that draws read. Targets that a GPU keeps are left out."""
     resident = () if dataset.on_device is None else dataset.target_paths
     return tuple(path for path in dataset.paths if path not in resident)
 
 
 def _bytes(dataset: DrawnDataset, cache: Cache, samples: int) -> int:
-    """Return bytes that the shards of `samples` samples take, as they are stored."""
+    """Return the stored bytes of the shards of `samples` samples."""
     ledger = cache.ledger
     if ledger is None:
         return 0

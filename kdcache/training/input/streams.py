@@ -21,10 +21,12 @@ Drawn = Streams | KDCacheError
 
 @dataclass(frozen=True)
 class StreamDraws:
-    """A stream: its draws, and its rows of every batch over all processes.
+    """The draws of a stream.
 
     Attributes:
-        name: "" for the only one.
+        name: the stream's name, or "" in a training without streams.
+        draws: its numbered draws.
+        rows: the number of its samples in every batch, over all processes.
     """
 
     name: str
@@ -32,13 +34,13 @@ class StreamDraws:
     rows: int
 
     def sample_ids(self, step: int) -> list[str]:
-        """Return the ids of one step's samples, each after the stream's name, for messages."""
+        """Return the ids of the samples of one step, for messages: `kitti:0001`, or `0001` without a stream's name."""
         ids = self.draws.sample_ids(step, self.rows)
         return [f"{self.name}:{sample}" for sample in ids] if self.name else ids
 
 
 def stream_seed(seed: int, number: int) -> int:
-    """Return the seed of a stream's order and augmentation. The first stream has the run's seed."""
+    """Return the seed of a stream's order and augmentation. Stream 0 has the run's seed."""
     if number == 0:
         return seed
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -54,12 +56,21 @@ def feed_streams(
     rank: int = 0,
     world: int = 1,
 ) -> Generator[Drawn, None, None]:
-    """Yield the batches of the steps [first, last) on `device`, each valid until the next is taken.
+    """Yield the batch of every stream for each step, on `device`. They are valid until the next ones are taken.
 
-    `workers` is as in `make_loader`, for all streams together. If it is not 0, each stream has at least one. This
-    process takes the `rank`-th of `world` equal parts of each stream's rows.
+    A KDCacheError comes instead if a sample cannot be read.
+
+    Args:
+        streams: the draws of each stream.
+        device: where the batches go.
+        first: the first step.
+        last: the step after the last one.
+        workers: number of threads or processes that draw ahead, for all streams together, but at least one for each. 0
+            draws between steps.
+        rank: which of the `world` equal parts of each batch this process takes.
+        world: the number of processes.
     """
-    whole = sum(stream.rows for stream in streams)
+    total_rows = sum(stream.rows for stream in streams)
     feeds = [
         feed(
             make_loader(
@@ -67,7 +78,7 @@ def feed_streams(
                 first=first,
                 last=last,
                 batch_size=stream.rows,
-                workers=max(1, workers * stream.rows // whole) if workers else 0,
+                workers=max(1, workers * stream.rows // total_rows) if workers else 0,
                 pin_memory=device.type == "cuda",
                 rank=rank,
                 world=world,

@@ -18,7 +18,12 @@ from kdcache.errors import RecipeError, suggest
 
 
 class Selection(NamedTuple):
-    """Numbers of the selected samples, in order, and numbers of the samples with used labels."""
+    """The samples that a training uses.
+
+    Attributes:
+        samples: numbers of the used samples, in order.
+        labelled: numbers of the used samples whose labels are used.
+    """
 
     samples: Sequence[int]
     labelled: Collection[int]
@@ -26,15 +31,16 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a training set that is used.
+    """The settings that restrict a training to a part of its samples and labels.
 
     Attributes:
-        samples, labels: a number, or below 1 a share. None is all. Labels may be 0.
-        labels_from: a file with the ids of the samples with used labels, one a line, instead of a number.
-        without: the fold that is left out.
-        held_out: share of the samples that judge the training and are left out of it. None holds out nothing.
-        judging: takes the held-out samples instead of the others.
-        views: replays the first `views` views of a cache. None is all.
+        samples: number of samples to use, or a share if below 1. None is all.
+        labels: number of samples whose labels are used, or a share if below 1. 0 uses no label, None all.
+        labels_from: a file with the ids of the samples whose labels are used, one id a line. None uses `labels`.
+        without: the fold that is left out, or None.
+        held_out: the share of the samples that is held out for validation, in 0..1. None holds out nothing.
+        judging: True takes the held-out samples instead of the others.
+        views: number of views of a sample to replay. None is all.
     """
 
     samples: float | None = None
@@ -47,28 +53,28 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """Whether all samples and labels are used, so ids do not matter."""
+        """True if all samples and labels are used."""
         parts = (self.samples, self.labels, self.labels_from, self.without, self.held_out)
         return all(part is None for part in parts)
 
     def choose(self, ids: Sequence[str]) -> Selection:
-        """Select samples by their ids.
+        """Select samples by their ids, which are all ids of the cache or data set, in order.
 
-        Raises: RecipeError if nothing is left, for folds that do not exist, and as `read_ids`.
+        Raises: RecipeError if no sample is left, for a fold that does not exist, and for an invalid file `labels_from`.
         """
         numbers = range(len(ids))
         if self.whole:
             return Selection(numbers, numbers)
-        seen = numbers if self.without is None else np.flatnonzero(~self.without.holds(ids)).tolist()
+        candidates = numbers if self.without is None else np.flatnonzero(~self.without.holds(ids)).tolist()
         if self.held_out is not None:
-            judges = held_out([ids[number] for number in seen], self.held_out)
-            seen = [number for number, judge in zip(seen, judges, strict=True) if judge == self.judging]
-            if not seen:
+            flags = held_out([ids[number] for number in candidates], self.held_out)
+            candidates = [number for number, flag in zip(candidates, flags, strict=True) if flag == self.judging]
+            if not candidates:
                 raise RecipeError(
-                    f"No sample is left to train on: --val-share {self.held_out:g} holds out all {len(judges)} samples",
+                    f"No sample is left to train on: --val-share {self.held_out:g} holds out all {len(flags)} samples",
                     fix="Give a smaller share, or leave --val-share out.",
                 )
-        ranked = sorted(seen, key=lambda number: (id_hash(ids[number]), ids[number]))
+        ranked = sorted(candidates, key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
         labelled = used[: _count("--limit-labels", self.labels, len(used))] if self.labels != 0 else []
         if self.labels_from is not None:
@@ -78,9 +84,10 @@ class Part:
 
 
 def held_out(ids: Sequence[str], share: float) -> list[bool]:
-    """Return whether each sample judges a training, by its id's hash. At least one does. `share` is in 0..1.
+    """Return for each sample whether it is held out for validation, as a list of bools.
 
-    The samples with the largest hashes judge. `--limit-samples` takes those with the smallest.
+    The samples with the largest hashes of their ids are held out, at least one. `share` is in 0..1. `--limit-samples`
+    takes the samples with the smallest hashes.
     """
     hashes = [id_hash(sample) for sample in ids]
     least = min((1 - share) * 2**64, max(hashes, default=0))
@@ -88,7 +95,7 @@ def held_out(ids: Sequence[str], share: float) -> list[bool]:
 
 
 def read_ids(path: Path, ids: Sequence[str]) -> frozenset[str]:
-    """Read the ids that a file lists, one a line. `ids` are the ids that exist.
+    """Return the ids that the file at `path` lists, one id a line. `ids` are all ids that exist.
 
     Raises: RecipeError for a file that cannot be read or lists nothing, and for unknown or repeated ids.
     """

@@ -14,13 +14,16 @@ from kdcache.training.run.folder import untrained_heads
 
 
 def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> SegmentationModel:
-    """Build the model of a training with its initial weights.
+    """Build the model of a training, with its initial weights.
 
-    Random weights are drawn from torch's global generator. `classes` is the data's number of classes,
-    and heads learn `tasks`.
+    Random weights are drawn from torch's global generator.
 
-    Raises: ModelError for weights that do not fit, for a model that these data cannot train, and for validation labels
-        for a model without heads; RecipeError for a run without weights.
+    Args:
+        config: the training's settings.
+        classes: the number of classes of the data.
+        tasks: the tasks, `segmentation` or `depth`, that the training learns.
+    Raises: ModelError for weights that do not fit, for a model that these data cannot train, and for `--val` with a
+        model without heads. RecipeError if `--init` names a run without weights.
     """
     run = None if config.run.init is None else _run_of(config.run.init)
     init = config.run.init if run is None else str(run.weights())
@@ -33,7 +36,11 @@ def begin_model(config: TrainConfig, classes: int, tasks: Sequence[str]) -> Segm
 
 
 def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[str]) -> Iterator[str]:
-    """Yield notes on weights that initialisation skipped or that have other classes, and on a model without logits."""
+    """Yield notes for the user about the initial weights and the model.
+
+    For example, that some weights stay at random, or that the model seems to return no logits. `names` are the classes
+    of the training.
+    """
     report = model.load_report
     if report is not None:
         yield from report.notes
@@ -53,12 +60,12 @@ def model_notes(config: TrainConfig, model: SegmentationModel, names: Sequence[s
 
 
 def _run_of(init: str) -> Run | None:
-    """Return the run that `--init` names, or None for a file of weights."""
+    """Return the run that `--init` names, or None if it names a file of weights."""
     return Run.open(init) if named_weights(init) is not None or is_run(Path(init)) else None
 
 
 def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None:
-    """Load what a run has learnt but its heads. Raises: ModelError that names the tensors that do not fit."""
+    """Load a run's weights without its heads. Raises: ModelError that names the tensors that do not fit."""
     state = read_state_dict(run.weights())
     try:
         report = load_weights(model, state, strict_head=False)
@@ -72,7 +79,7 @@ def _start_from(model: SegmentationModel, run: Run, config: TrainConfig) -> None
 
 
 def _check_learns(config: TrainConfig, model: SegmentationModel, classes: int) -> None:
-    """Refuse a model without heads where no features are learnt, and labels that would judge it. Raises: ModelError."""
+    """Check that a model without heads learns features, and is not validated by labels. Raises: ModelError."""
     features = any(term.reads_taps for stream in config.streams for term in stream.config.active)
     if not model.head_kinds and not features:
         raise ModelError(
@@ -89,7 +96,7 @@ def _check_learns(config: TrainConfig, model: SegmentationModel, classes: int) -
 
 
 def _head_for(spec: str, classes: int) -> str:
-    """Return how a backbone gets a head."""
+    """Return advice on how to add a head to a model without one."""
     if not classes:
         return f"Or add a head of depth, --model {spec}+depth. Or name classes in a classes.txt in the data folder."
     library, _, name = spec.partition(":")

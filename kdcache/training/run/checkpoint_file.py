@@ -21,15 +21,18 @@ EMA = "ema"  # a part of a training with --ema alone
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
-    """Write model, projections of the loss, optimizer, schedule, random state, step and best so far."""
+    """Write the state of a training to `checkpoint.pt` in the folder `run`, completely or not at all.
+
+    `state` has the parts model, criterion, optimizer, schedule, progress and random, and with --ema also ema.
+    """
     with disk_space_errors(run), replacing(run / FILE) as partial:
         torch.save(state, partial)
 
 
 def keep_checkpoint(run: Path, step: int) -> None:
-    """Keep the state that was just saved under a permanent name.
+    """Keep the checkpoint that was just saved as `checkpoints/step-NNNNNN.pt` in the folder `run`.
 
-    It is a hard link, or a copy on a file system without links. The next save replaces only the other name.
+    It is a hard link, or a copy on a file system without links. The next save does not change it.
     """
     path = run / KEPT / f"step-{step:06}.pt"
     with disk_space_errors(run):
@@ -42,7 +45,9 @@ def keep_checkpoint(run: Path, step: int) -> None:
 
 
 def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
-    """Read the last saved state, or None if nothing was saved yet. It holds tensors and plain values, no pickled code.
+    """Return the last saved state: name of a part -> its state. None if nothing was saved yet.
+
+    The file has tensors and plain values, and no pickled code.
 
     Raises: RecipeError if the file cannot be read.
     """
@@ -61,7 +66,7 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the checksums in a checkpoint, which torch does not. Raises: ValueError, zipfile.BadZipFile."""
+    """Compare the checksums of a checkpoint, because torch does not. Raises: ValueError, zipfile.BadZipFile."""
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"{damaged} in it has another checksum than when it was written")

@@ -29,10 +29,12 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Judge:
-    """What chooses the best weights.
+    """The figure of a validation's score that chooses the best weights.
 
     Attributes:
-        prefix: the beginning of its names in logs. score: the figure that chooses. less: whether less is better.
+        prefix: the text before the figure's name in logs, such as `depth_`.
+        score: the name of the figure, such as `miou`.
+        less: True if smaller is better.
     """
 
     prefix: str
@@ -40,12 +42,15 @@ class Judge:
     less: bool
 
     def value(self, score: Score) -> float:
-        """Return the figure that chooses, with the sign that makes the largest the best."""
+        """Return the figure of a score, negated if smaller is better. So the largest value is always the best."""
         value = float(getattr(score, self.score))
         return -value if self.less else value
 
     def figure(self, value: float) -> dict[str, float]:
-        """Reverse `value`. Return the figure by its name in result.json."""
+        """Return the figure for result.json: its name, such as `best_miou` -> the number.
+
+        `value` is a result of the method `value`.
+        """
         return {f"best_{self.prefix}{self.score}": -value if self.less else value}
 
 
@@ -57,15 +62,20 @@ JUDGES = {
 
 @dataclass
 class Progress:
-    """The plain values of a checkpoint, stored with the states of model, loss, optimizer and schedule.
+    """The plain numbers of a checkpoint.
 
     Attributes:
+        step: number of finished steps.
+        best_score: the best validation so far, where higher is better: mIoU, or without it a negated error or feature
+            loss.
+        best_step: the step of the best validation.
+        ema_best_score: the same as `best_score`, for the moving average of the weights.
+        ema_best_step: the step of the average's best validation.
         seconds: seconds of training.
-        cpu_seconds: CPU time of the steps, of all threads of this process.
-        best_score: the value of the judge: mIoU, or without it a negative error, as rmse or the loss of features.
-        waited: part of `seconds` spent waiting for data.
+        cpu_seconds: CPU seconds of the steps, of all threads of this process.
+        waited: the part of `seconds` that was spent waiting for data.
         prepared: seconds of preparing a step, which do not count as training.
-        unjudged: whether the validation of the last step is still due because a damaged sample stopped it.
+        unjudged: True if the validation after the last step is still to be done, because a damaged sample stopped it.
     """
 
     step: int = 0
@@ -81,12 +91,17 @@ class Progress:
 
 
 class RunState:
-    """The owners of everything that a checkpoint holds, and its folder.
+    """Saves and restores the state of a training in its folder. Also writes best and last weights, and result.json.
+
+    All processes must call each method. Only the first process writes.
 
     Args:
-        step: owner of the model, loss and optimizer.
-        ema: moving average of the model, or None.
-        world: all processes call every method. The first one writes.
+        run: the run's folder.
+        config: the training's settings.
+        step: the step with model, loss and optimizer.
+        schedule: the learning-rate schedule.
+        world: the processes that train together.
+        ema: the moving average of the model's weights, or None.
     """
 
     def __init__(
@@ -110,9 +125,10 @@ class RunState:
         self.now = Progress()
 
     def restore(self) -> dict[str, Tensor] | None:
-        """Continue from the checkpoint. Return this rank's random state, or None if it was not saved.
+        """Continue from the checkpoint in the run's folder, if there is one.
 
-        Raises: ModelError if the checkpoint is of another model; RecipeError if it cannot be read.
+        Returns: the random state of this process. None if there is no checkpoint, or it was saved by fewer processes.
+        Raises: ModelError if the checkpoint is of another model. RecipeError if it cannot be read.
         """
         state = load_checkpoint(self._run, self._device)
         if state is None:
@@ -143,7 +159,10 @@ class RunState:
             )
 
     def keep_best(self, score: float, *, ema: bool = False) -> bool:
-        """Save the weights as the best, and return True, if no earlier score is higher. `ema` has its own best."""
+        """Save the model's weights as the best ones if `score` is above all earlier scores. Return True if so.
+
+        `ema` of True saves the moving average instead, which has scores of its own.
+        """
         now = self.now
         if not score > (now.ema_best_score if ema else now.best_score):
             return False
@@ -154,17 +173,17 @@ class RunState:
         self._write_weights("best", ema=ema)
         return True
 
-    def _write_weights(self, which: str, *, ema: bool = False) -> None:
-        """Write the weights of `which` (best or last), or with `ema` their moving average."""
+    def _write_weights(self, name: str, *, ema: bool = False) -> None:
+        """Write the weights as `best` or `last`. With `ema`, write their moving average."""
         averages = self._ema.in_place() if ema and self._ema is not None else nullcontext()
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:
                 with averages:
-                    write_weights(self._run, f"{which}-ema" if ema else which, self._model)
+                    write_weights(self._run, f"{name}-ema" if ema else name, self._model)
 
     def save(self) -> None:
-        """Replace the checkpoint."""
-        own, *others = self._world.gather(random_state(self._device))
+        """Replace the checkpoint by the current state."""
+        state_here, *others = self._world.gather(random_state(self._device))
         with self._world.together():
             if self._world.first:
                 state = {
@@ -173,20 +192,23 @@ class RunState:
                     "optimizer": self._optimizer.state_dict(),
                     "schedule": self._schedule.state_dict(),
                     "progress": vars(self.now),
-                    "random": {**own, "others": others} if others else own,
+                    "random": {**state_here, "others": others} if others else state_here,
                 }
                 if self._ema is not None:
                     state[EMA] = self._ema.state_dict()
                 save_checkpoint(self._run, state)
 
     def keep(self) -> None:
-        """Keep the checkpoint that was just saved under a permanent name."""
+        """Keep the checkpoint that was just saved under a permanent name (see `keep_checkpoint`)."""
         with self._world.together():
             if self._world.first:
                 keep_checkpoint(self._run, self.now.step)
 
     def finish(self, judged: str = SEGMENTATION) -> dict[str, Any]:
-        """Write the last weights and result.json, and return its content. `judged`: the task (or FEATURES) of best."""
+        """Write the last weights and result.json, and return the content of result.json.
+
+        `judged` is the task, or `FEATURES`, whose score chose the best weights.
+        """
         now = self.now
         self._write_weights("last")
         if not now.best_step:  # nothing validated, or nothing that could be scored

@@ -51,7 +51,7 @@ FREE_ON_RESUME = PLACES | EXECUTION
 
 
 def identity_of(datasets: Sequence[DrawnDataset]) -> str:
-    """Return text that identifies a training's samples: of its data set or cache, or of all streams in order."""
+    """Return text that identifies the samples of a training: of its data set or cache, or of all streams in order."""
     identities = [dataset.identity for dataset in datasets]
     if len(identities) == 1:
         return identities[0]
@@ -66,11 +66,18 @@ def check_folder(
     samples: RunSamples | None = None,
     labels: str | None = None,
 ) -> None:
-    """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to resume.
+    """Check that a training may use the folder `run`.
 
-    `identity` is the training data's `identity_of`. A resumed run also compares `samples` and `labels`.
+    It may if the folder is new or empty, if its run has no checkpoint yet, or to resume its run with the same settings.
 
-    Raises: RecipeError for any other folder; MismatchError for data that changed.
+    Args:
+        config: the training's settings.
+        run: the folder.
+        resume: True to resume the folder's run.
+        identity: the `identity_of` the training's samples.
+        samples: digests of the samples, which a resumed run must match. None skips this check.
+        labels: the `labels_of` the training, which a resumed run must match. None skips this check.
+    Raises: RecipeError for any other folder. MismatchError if the data changed.
     """
     if resume and not run.exists() and not _torchrun_restarts():
         raise RecipeError(
@@ -121,7 +128,7 @@ def check_folder(
 
 
 def check_samples(run: Path, samples: RunSamples) -> None:
-    """Raise MismatchError, which names the samples, if a resumed run's data changed since it began."""
+    """Raise MismatchError that names the changed samples, if a resumed run's data changed since it began."""
     before = RunSamples.read(run)
     if before is not None and (changes := before.changes(samples)):
         fix = (
@@ -132,12 +139,12 @@ def check_samples(run: Path, samples: RunSamples) -> None:
 
 
 def _torchrun_restarts() -> bool:
-    """Return whether torchrun restarts this command after a crash, so one command begins and resumes a run."""
+    """Return True if torchrun restarts this command after a crash, so that one command begins and resumes a run."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _fixed(settings: Mapping[str, Any], name: str) -> Any:
-    """Return the part of a setting that must not change: streams without places, files without folders."""
+    """Return the part of a setting that must not change on resuming: streams without places, files without folders."""
     value = settings[name]
     if name in ("model", "init") and value is not None:
         return bare(str(value))
@@ -145,26 +152,31 @@ def _fixed(settings: Mapping[str, Any], name: str) -> Any:
 
 
 def _means_nothing(path: Path) -> bool:
-    """Return whether a path is left over from a run that was killed before it began."""
+    """Return True if a path was left over by a run that was killed before it began."""
     return is_lock(path, LOCK) or is_partial(path)
 
 
 def _is_untrained(run: Path) -> bool:
-    """Return whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
+    """Return True if a run ended before its first checkpoint, so it has only its first files and its log."""
     return (run / MODEL).is_file() and all(
         path.name in BEGINNING or path.name.startswith(EVENTS) or _means_nothing(path) for path in run.iterdir()
     )
 
 
 def _near(run: Path) -> str:
-    """Return text that names existing runs with similar names next to `run`, or ''."""
+    """Return text that names runs next to `run` with similar names, or ''."""
     beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
     near = difflib.get_close_matches(run.name, beside, n=3)
     return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
 
 
 def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
-    """Create and lock the folder, then check it again in case another command began there. Raises: RecipeError."""
+    """Create and lock the folder, and check it again in case another command began there.
+
+    The arguments are as in `check_folder`. `lock` is the folder's lock, or None to take none.
+
+    Raises: RecipeError if the folder is in use or holds another run.
+    """
     with disk_space_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     if lock is not None:
@@ -173,10 +185,12 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
 
 
 def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | Path | None = None) -> tuple[str, ...]:
-    """Return the heads of classes and depth that start at random and stay untrained.
+    """Return the heads that start with random weights and are not trained.
 
-    `tasks` are those that heads learn (none for features only). `init` are the initial weights, whose run may have left
-    heads untrained itself.
+    Args:
+        model: the model, with its initial weights.
+        tasks: the tasks, `segmentation` or `depth`, whose heads are trained. Empty if only features are learnt.
+        init: the file or run of the initial weights, or None. Its own untrained heads count as random.
     """
     report = model.load_report
     begun = None if init is None else describe_weights(init)
@@ -198,7 +212,16 @@ def write_beginning(
     processes: int,
     samples: RunSamples | None,
 ) -> None:
-    """Write the files that a reader of the folder needs, before the first step."""
+    """Write the files of a run that exist before its first step: recipe, model description, samples and environment.
+
+    Args:
+        config: the training's settings.
+        run: the folder.
+        model: the model to train.
+        datasets: the samples of each stream.
+        processes: the number of processes.
+        samples: digests of the samples, or None to write none.
+    """
     assert config.data.size is not None
     classes = datasets[0].classes
     with disk_space_errors(run):
@@ -230,12 +253,12 @@ def write_beginning(
 
 
 def labels_of(datasets: Sequence[DrawnDataset]) -> str | None:
-    """Return the labels that a training of one source uses, as `pack_flags` text, or None for several sources."""
+    """Return which labels a training uses, as text from `pack_flags`. None if it has several streams."""
     return pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None
 
 
 def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str, ...]:
-    """Return the seals of the caches whose targets the run learns from, each once."""
+    """Return the seals of the caches whose targets the run learns from, without repetitions."""
     seals = dict[str, None]()
     for stream, dataset in zip(config.streams, datasets, strict=True):
         if stream.weight > 0 and stream.config.reads_targets and dataset.cache is not None:
@@ -245,11 +268,11 @@ def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str,
 
 
 def _streams(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[RunStream, ...]:
-    """Return what the run learns from each of its streams."""
+    """Return a record of the labels and targets that the run learns from, for each stream."""
     recorded = []
     for stream, dataset in zip(config.streams, datasets, strict=True):
-        own, learns = stream.config, stream.weight > 0
-        labels = dataset.labels_used & (learns and own.learns_labels)
-        taught = learns and own.reads_targets
+        settings, learns = stream.config, stream.weight > 0
+        labels = dataset.labels_used & (learns and settings.learns_labels)
+        taught = learns and settings.reads_targets
         recorded.append(RunStream(ids_digest=dataset.ids_digest, labels=pack_flags(labels), taught=taught))
     return tuple(recorded)

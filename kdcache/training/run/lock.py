@@ -9,7 +9,9 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """The lock of the process that writes a run, from `take` to the end of the block. It ends with the process.
+    """A lock on a run's folder, so that only one training writes it. Use it in a with block, and call `take` inside.
+
+    The lock ends with the block, or with the process.
 
     Args:
         run: the folder, which may not exist yet.
@@ -20,7 +22,7 @@ class RunLock:
         self._lock: Lock | None = None
 
     def take(self) -> None:
-        """Lock the folder, which must exist. Raises: RecipeError that names the process that holds it."""
+        """Lock the folder, which must exist. Raises: RecipeError that names the process that has the lock."""
         if self._lock is not None:
             return
         lock = Lock(self._run / LOCK)

@@ -23,48 +23,64 @@ Score = TaskMetric | FeatureScore
 
 
 class Observer:
-    """Receives the progress of a training. Override any of its methods. The command line's progress is an observer."""
+    """Receives the progress of a training. Override any of its methods: by default they do nothing."""
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        """Handle the start of training, or its resume at `step`."""
+        """Receive the start of the training.
+
+        Args:
+            step: the number of finished steps, above 0 if the training resumes.
+            iterations: the number of steps of the whole training.
+            parameters: the number of the model's parameters.
+        """
 
     def note(self, text: str) -> None:
-        """Receive a note about this run for its user."""
+        """Receive a note for the user, one line of text."""
 
     def advanced(self, step: int) -> None:
-        """Receive the number of a finished step, from 1. Called at every step, for a progress bar."""
+        """Receive the number of finished steps. It is called after every step, for a progress bar."""
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Receive a step's values every `log_every` steps: loss, its terms, lr, images_per_second, wait_share.
+        """Receive a step's values, every `log_every` steps.
 
-        If pseudo labels come from weak views, the values include weak_view_seconds.
+        `values` has name -> number: `loss`, the loss terms, `lr`, `images_per_second` and `wait_share` (the share of
+        time spent waiting for data). With pseudo labels of weak views it also has `weak_view_seconds`.
         """
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """Receive L2 norms of each weighted term's gradient over the student, every `gradients_every` steps."""
+        """Receive gradient norms, every `gradients_every` steps.
+
+        `norms` has name of a loss term -> the L2 norm of its weighted gradient over the model's parameters.
+        """
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Receive loss and weight of each of two tasks after `stepped`, and after `gradients` also norm and ratio.
+        """Receive values of each task, if the losses of two tasks are balanced.
 
-        The norm is of the task's gradient over the parameters that both tasks reach. The ratio is to the other task's.
+        It is called after `stepped` with each task's `loss` and `weight`. After `gradients` it is called with `norm`
+        and `ratio` in addition. The norm is of the task's gradient over the parameters that both tasks change. The
+        ratio is this norm divided by the other task's norm.
         """
 
     def validating(self, done: int, total: int) -> None:
-        """Receive the number of images validated so far."""
+        """Receive the progress of a validation: `done` of `total` images are validated."""
 
     def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
-        """Receive the score of a task in a validation, or the feature score (`features`) in trainings with `val_share`.
+        """Receive the score of a validation.
 
-        `best`: no earlier one was better, by the task that chooses the best weights. `ema`: the score is of the
-        weights' moving average, and follows the model's own scores.
+        Args:
+            step: the number of finished steps.
+            task: `segmentation`, `depth`, or `features` for a feature loss (`val_share`).
+            score: the score of the task.
+            best: True if the score's weights are the best so far. Only the task that chooses the best weights sets it.
+            ema: True if the score is of the weights' moving average. It follows the score of the weights themselves.
         """
 
     def ended(self, *, completed: bool) -> None:
-        """Handle the end of the training: completed, or stopped by an error or by the user."""
+        """Receive the end of the training. `completed` is False if an error or the user stopped it."""
 
 
 def _of_all(name: str) -> Any:
-    """Return a method that calls the method `name` of each of several observers."""
+    """Return a method that calls the method `name` of each observer."""
 
     def call(self: "Observers", *values: Any, **named: Any) -> None:
         for observer in self.several:
@@ -74,7 +90,7 @@ def _of_all(name: str) -> Any:
 
 
 class Observers(Observer):
-    """Several observers as one, called in their order."""
+    """Several observers as one. Each call goes to all of them, in order."""
 
     def __init__(self, several: Sequence[Observer]) -> None:
         self.several = tuple(several)
@@ -91,8 +107,11 @@ class Observers(Observer):
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. On resume, it drops lines after the checkpoint. NaN and infinity become null.
+    """Appends lines to metrics.jsonl in the run's folder. NaN and infinity become null.
 
+    Args:
+        run: the run's folder.
+        step: the step to resume from. Lines of later steps are dropped.
     Raises: RecipeError for a log that cannot be read.
     """
 
@@ -111,7 +130,7 @@ class MetricsLog:
             self.file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line of this kind with the step and its values. Raises: StoreError for a full disk."""
+        """Append a line with `kind`, the step and its values. Raises: StoreError for a full disk."""
         line = json.dumps({"kind": kind, "step": step, **_finite(values)}).encode() + b"\n"
         with disk_space_errors(self._run):
             while line:  # a disk that is nearly full takes a part of it, and nothing the next time
@@ -123,13 +142,13 @@ class MetricsLog:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with None for those that are not finite, at any depth of mappings."""
+    """Return the values with None instead of numbers that are not finite, also in nested dicts."""
     nested = {name: _finite(value) for name, value in values.items() if isinstance(value, dict)}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()} | nested
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine and library versions, for repeating a run."""
+    """Return the machine, the Python version and the versions of libraries, for environment.json."""
     packages = ("kdcache", "torch", "torchvision", "triton", "zarr", "numcodecs", "numba", "numpy", "pillow")
     versions = {}
     for name in packages:
@@ -148,12 +167,12 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write content as indented JSON, completely or not at all."""
+    """Write `content` as indented JSON to the file `path`, completely or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _step(line: str) -> int:
-    """Return the step of a line. A line cut short by a kill counts as later than everything."""
+    """Return the step of a log line. An incomplete line counts as later than all steps."""
     try:
         return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):

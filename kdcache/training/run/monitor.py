@@ -33,18 +33,24 @@ _ROUNDING = 0.04
 
 
 def measures_norms(step: int, every: int) -> bool:
-    """Return whether to measure gradient norms at a step: the first, every `every` steps, and soon after the first."""
+    """Return True if gradient norms are measured at a step (from 0).
+
+    That is at every multiple of `every`, and at step 100 if `every` is larger. With `every` of 0 they are never
+    measured.
+    """
     return every > 0 and (step % every == 0 or step == SOON < every)
 
 
 def check_logits(cache: Cache, *, needed: bool = True) -> None:
-    """Check that a cache's teacher returned logits and not probabilities, as far as the first target shows it.
+    """Check that a cache's teacher returned logits and not probabilities, by its first record.
 
-    Targets are stored minus their largest value, so probabilities p are stored as p - max p. Since they sum to 1, max p
-    can be recovered, and then none is below 0. With logits as far apart, and more than a few classes, that does not
-    happen. With `needed` false, a cache without targets of classes passes.
+    Probabilities of a pixel sum to 1 and none is negative, which real logits with more than a few classes never
+    satisfy.
 
-    Raises: MismatchError; StoreError for a cache without the targets of classes that are needed.
+    Args:
+        cache: an open cache.
+        needed: False accepts a cache without segmentation targets.
+    Raises: MismatchError for probabilities. StoreError if segmentation targets are needed and missing.
     """
     if cache.manifest.segmentation is None and not needed:
         return
@@ -70,12 +76,15 @@ def outcome(metrics: Metrics) -> str | None:
 
 
 class Watch:
-    """Checks losses on demand, several steps at once, because reading each step's loss would stall a GPU's queue.
+    """Checks the losses of a training, and yields notes on terms that do not work as they should.
+
+    Losses are checked several steps at once, because reading them at each step would stall a GPU.
 
     Args:
-        names: names of the loss, its terms and tasks.
-        sample_ids: gives the ids of a step's batch, each after its stream's name and a colon.
-        part_tasks: the task of each term, by its name.
+        names: names of the loss, its terms and tasks, in the order of the losses that are added.
+        world: the processes that train together.
+        sample_ids: returns the ids of a step's samples, with streams as `kitti:0001`.
+        part_tasks: name of a loss term -> its task.
     """
 
     def __init__(
@@ -95,13 +104,15 @@ class Watch:
         self._noted = set[str]()
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Add the losses of a step, on their device, to be checked later."""
+        """Add the losses (n,) of a step, in the order of the names, to check them later. They stay on their device."""
         self._unchecked.append((step, losses))
 
     def check_finite(self) -> list[float]:
-        """Check the losses since the last check, and return the newest in the order of the names.
+        """Check all losses that were added since the last check. Return the newest, in the order of the names.
 
-        Raises: ModelError with the term, iteration and records of a loss that is not finite.
+        The list is empty if none was added. Losses are averaged over the processes.
+
+        Raises: ModelError with the term, iteration and samples of a loss that is not finite.
         """
         if not self._unchecked:
             return []
@@ -113,11 +124,11 @@ class Watch:
         return list(rows[-1])
 
     def _not_finite(self, step: int, values: Mapping[str, float]) -> ModelError:
-        """Return the error of a step whose loss is not finite, with its terms' heads and streams, and its records."""
+        """Return the error for a loss that is not finite, with its terms and the samples of its batch."""
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         terms = [name for name in wrong if name in self._part_tasks]
         streams = {f"{stream}:" for stream, slash, _ in (name.rpartition("/") for name in terms) if slash}
-        ids = [own for own in self._sample_ids(step) if not streams or own.startswith(tuple(streams))]
+        ids = [sample for sample in self._sample_ids(step) if not streams or sample.startswith(tuple(streams))]
         numbers = numeric(self._part_tasks[name] for name in terms)
         return ModelError(
             f"The loss is not finite: {' and '.join(map(self._term, terms)) or 'the loss'} is "
@@ -132,27 +143,33 @@ class Watch:
         )
 
     def _term(self, name: str) -> str:
-        """Return words for a part of the loss."""
+        """Return words for a loss term, its head and its stream."""
         stream, slash, term = name.rpartition("/")
         return f"term {term} of the head {self._part_tasks[name]}" + (f" in the stream {stream}" if slash else "")
 
     def starving(self, tasks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-        """Yield notes, once each, on a task whose gradient was small next to the other's at two checks in a row."""
-        for task, own in tasks.items():
-            if own["weight"] == 0 or not own["ratio"] < STARVING:
+        """Yield a note, once, for each task whose gradient was under a tenth of the other task's in two calls in a row.
+
+        `tasks` has task -> its `weight`, gradient `norm` and `ratio` to the other task's norm.
+        """
+        for task, measured in tasks.items():
+            if measured["weight"] == 0 or not measured["ratio"] < STARVING:
                 self._starving.discard(task)
             elif task not in self._starving:
                 self._starving.add(task)
             elif f"task {task}" not in self._noted:
                 self._noted.add(f"task {task}")
-                (other,) = (name for name in tasks if name != task)
+                (other_task,) = (name for name in tasks if name != task)
                 yield (
                     f"the head {task} starves: at two looks running its gradient over the shared parameters was below "
-                    f"{STARVING:g} times that of {other}, now {own['ratio']:.2g} times; {_evened(tasks)}"
+                    f"{STARVING:g} times that of {other_task}, now {measured['ratio']:.2g} times; {_evened(tasks)}"
                 )
 
     def won(self, values: Mapping[str, float]) -> Iterator[str]:
-        """Yield notes, once each, on discriminators whose loss was near 0 at all recent checks."""
+        """Yield a note, once, for each discriminator whose loss was near 0 in the last 10 calls.
+
+        `values` has name of a loss term -> its value.
+        """
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")
             kind, _, head = part.partition("_")[0].partition("-")
@@ -169,7 +186,11 @@ class Watch:
                 )
 
     def unsure(self, values: Mapping[str, float], *, last: bool) -> Iterator[str]:
-        """Yield notes, once each, on streams without a confident pixel at several checks in a row, or at the last."""
+        """Yield a note, once, for each stream whose pseudo labels had no confident pixel in the last 3 calls.
+
+        `values` has name of a loss term -> its value. With `last` of True, this call without a confident pixel is
+        enough.
+        """
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")
             if part.partition("_")[0] != "confident":
@@ -185,10 +206,14 @@ class Watch:
                 )
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
-        """Yield notes, once each, on terms whose gradients are negligible or overwhelming next to cross-entropy's.
+        """Yield a note, once, for each term whose gradient is very small or very large next to cross-entropy's.
 
-        A stream's terms are compared with its own cross-entropy. In the first step a term without any gradient may have
-        nothing to compare with yet, such as the ring of `queue`.
+        A stream's terms are compared with the stream's own cross-entropy. At step 0, terms without any gradient are
+        skipped, because `queue` has nothing to compare with yet.
+
+        Args:
+            step: number of the step, from 0.
+            norms: name of a loss term -> the norm of its weighted gradient.
         """
         for name, norm in norms.items():
             if step == 0 and norm == 0:
@@ -204,11 +229,11 @@ class Watch:
 
 
 def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the fixed weights, of sum 1, that give the gradients of all tasks one norm, in words."""
-    plain = {task: own["norm"] / own["weight"] for task, own in tasks.items() if own["weight"] > 0}
+    """Return the fixed task weights with sum 1 that would give all tasks the same gradient norm, in words."""
+    plain = {task: values["norm"] / values["weight"] for task, values in tasks.items() if values["weight"] > 0}
     silent = [task for task, norm in plain.items() if norm == 0]
     if silent:
         return f"no weight would balance them, for {' and '.join(silent)} has no gradient there at all"
-    whole = sum(1 / norm for norm in plain.values())
-    flags = " ".join(f"--task-weight {task}={1 / norm / whole:.2g}" for task, norm in plain.items())
+    total = sum(1 / norm for norm in plain.values())
+    flags = " ".join(f"--task-weight {task}={1 / norm / total:.2g}" for task, norm in plain.items())
     return f"{flags} would balance them"

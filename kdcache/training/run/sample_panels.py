@@ -24,13 +24,18 @@ _GAP = 4
 def sample_panels(
     model: SegmentationModel, split: Split, size: tuple[int, int], device: torch.device, fit: Fit = "squash"
 ) -> Callable[[], dict[str, Array]]:
-    """Return a function that predicts four samples, evenly spread over a split, with the current weights.
+    """Return a function that draws pictures of four samples with the model's current predictions.
 
-    The model sees pixels of `size` (H, W), fitted by `fit`. Pictures have this size too, or are smaller if an image of
-    another shape is not squashed.
+    The samples are evenly spread over the split.
 
-    Returns: a function that gives, by sample and task, uint8 (H, W', 3): image, ground truth, prediction and, for
-        classes, errors. It draws no random number and leaves the model unchanged.
+    Args:
+        model: the model. A call leaves it unchanged.
+        split: the validation data.
+        size: (H, W) of the pixels that the model sees.
+        device: where the model is.
+        fit: how images of another shape are fitted into `size`.
+    Returns: a function that returns `<sample>/<task>` -> uint8 RGB (H, W', 3): image, ground truth, prediction and, for
+        segmentation, errors side by side. If images are not squashed, pictures may be smaller than `size`.
     """
     numbers = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).round().astype(int)).tolist()
     tasks = judged_tasks(model, split)
@@ -51,17 +56,20 @@ def sample_panels(
         panels = {}
         with closing(batches):
             for batch in batches:
-                for own in batch:
+                for predicted in batch:
                     for task in tasks:
-                        panels[f"{split.ids[own.number]}/{task}"] = _panel(split, own, task, size, fit)
+                        panels[f"{split.ids[predicted.number]}/{task}"] = _panel(split, predicted, task, size, fit)
         return panels
 
     return draw
 
 
-def _panel(split: Split, own: Predicted, task: str, size: tuple[int, int], fit: Fit) -> Array:
-    image = split.image(own.number)
-    answer, label = own.answers[task].numpy(), own.labels[task].numpy() if task in own.labels else None
+def _panel(split: Split, predicted: Predicted, task: str, size: tuple[int, int], fit: Fit) -> Array:
+    image = split.image(predicted.number)
+    answer, label = (
+        predicted.answers[task].numpy(),
+        predicted.labels[task].numpy() if task in predicted.labels else None,
+    )
     if fit != "squash":  # both have the image's size
         size = Framing("pad", window=(1, 1), whole=size).scaled((image.shape[0], image.shape[1]), size)
         answer, label = _at(answer, size), None if label is None else _at(label, size)
@@ -87,7 +95,7 @@ _DRAWN = {SEGMENTATION: _classes, DEPTH: _depths}
 
 
 def _at(values_HW: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """Return class ids or metres at another size, the nearest ones."""
+    """Return class ids or metres resized to `size` = (H, W) by the nearest value."""
     rows, columns = (
         ((np.arange(to) + 0.5) * side / to).astype(int) for side, to in zip(values_HW.shape, size, strict=True)
     )

@@ -45,7 +45,7 @@ SHOWN = 160
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise RecipeError for a logger whose package is missing."""
+    """Raise RecipeError if the package of a logger, `tensorboard` or `wandb`, is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
@@ -56,12 +56,13 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a logger gets when a training begins.
+    """What a logger needs to know when a training begins.
 
     Attributes:
-        recipe: the settings, as plain values.
-        step: step of the checkpoint that the training resumes from, or 0.
-        note: receives notes for the user.
+        run: the run's folder.
+        recipe: the settings as plain values: name -> value.
+        step: the number of finished steps, above 0 if the training resumes.
+        note: is called with notes for the user.
     """
 
     run: Path
@@ -76,26 +77,27 @@ class Beginning:
 
 
 class Sink(Protocol):
-    """A destination of scalars, and of pictures, uint8 (H, W, 3)."""
+    """The interface of a logger, which receives scalars and pictures."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Send scalars by name."""
+        """Log the scalars of a step: name, such as `train/loss` -> number."""
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
-        """Send pictures by name."""
+        """Log the pictures of a step: name, such as `samples/0001/depth` -> uint8 RGB (H, W, 3)."""
 
     def close(self, completed: bool) -> None:
-        """End the log, marked as completed or not."""
+        """End the log. `completed` is False if the training was stopped."""
 
 
 class Loggers(Observer):
-    """Sends a training's metrics to one or more loggers. A failing logger never ends the training.
+    """Sends a training's metrics to one or more loggers. A logger that fails is dropped, and the training continues.
 
     Args:
-        names: keys of SINKS, whose packages are installed.
-        recipe: the settings, as plain values. Folders of this machine are not sent.
-        note: receives errors.
-        panels: draws pictures by name at every validation, or None.
+        names: the loggers: `tensorboard`, `wandb`. Their packages must be installed.
+        run: the run's folder.
+        recipe: the settings as plain values: name -> value. Folders of this machine are not sent.
+        note: is called with errors.
+        panels: returns pictures for a validation: name -> uint8 RGB (H, W, 3). None draws no pictures.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Loggers(Observer):
         self._sinks: dict[str, Sink] = {}
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        """Open every logger with the recipe and the number of parameters."""
+        """Open every logger, with the recipe and the number of parameters."""
         recipe = {**public_values(self._recipe), "parameters": parameters}
         beginning = Beginning(self._run, recipe, step, self._note)
         for name in self._names:
@@ -133,15 +135,21 @@ class Loggers(Observer):
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
-        """Send each task's weight and loss, or after `gradients` its norm and ratio."""
-        measured = all("norm" in own for own in tasks.values())
+        """Send the loss and weight of each task, or its gradient norm and ratio if they were measured.
+
+        Names are `train/tasks/<task>`, `train/balance/<task>`, `train/gradients/<task>` and `train/ratio/<task>`.
+        """
+        measured = all("norm" in values for values in tasks.values())
         rooms = {"gradients": "norm", "ratio": "ratio"} if measured else {"balance": "weight", "tasks": "loss"}
         self._write(
-            step, {f"train/{room}/{task}": own[key] for room, key in rooms.items() for task, own in tasks.items()}
+            step, {f"train/{room}/{task}": values[key] for room, key in rooms.items() for task, values in tasks.items()}
         )
 
     def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
-        """Send a score as `val/<name>`, or `val_ema/<name>` of the moving average, and pictures of a task."""
+        """Send a score as `val/<name>`, or `val_ema/<name>` for the moving average.
+
+        Also send pictures, once for each step.
+        """
         place = "val_ema" if ema else "val"
         self._write(step, {f"{place}/{name}": value for name, value in _figures(task, score).items()})
         if task in TASKS and not ema:
@@ -153,7 +161,7 @@ class Loggers(Observer):
         self._sinks.clear()
 
     def _draw(self, step: int) -> None:
-        """Send the panels of a step, once: a validation may be of two tasks."""
+        """Send the pictures of a step, once, because a validation may be of two tasks."""
         if self._panels is None or self._drawn_at == step or not self._sinks:
             return
         self._drawn_at = step
@@ -183,7 +191,7 @@ class Loggers(Observer):
 
 
 def _figures(task: str, score: Score) -> dict[str, float]:
-    """Return the figures of a score, by the names that loggers show."""
+    """Return the figures of a score, with the names that loggers show."""
     if isinstance(score, Metrics):
         classes = {f"iou/{name}": iou for name, iou in zip(score.class_names, score.iou, strict=True)}
         return {"miou": score.miou, "seg_miou": score.miou, "acc": score.aacc, "macc": score.macc} | classes
@@ -193,12 +201,12 @@ def _figures(task: str, score: Score) -> dict[str, float]:
 
 
 def _reason(error: Exception) -> str:
-    """Return a foreign error in one short line."""
+    """Return another library's error in one short line."""
     return f"{type(error).__name__}: {(str(error) or 'without a message').splitlines()[0]}"[:SHOWN]
 
 
 class TensorBoard:
-    """Writes event files into the run folder, so the run has the folder's name."""
+    """A logger that writes TensorBoard event files into the run's folder."""
 
     def __init__(self, beginning: Beginning) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -209,7 +217,7 @@ class TensorBoard:
         self._writer.add_text("recipe", "\n".join(lines), beginning.step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add scalars to the event file."""
+        """Add scalars to the event file: name -> number."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -224,10 +232,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases: project `kdcache`, unless WANDB_PROJECT names another.
+    """A logger that writes to a run of Weights & Biases, in the project `kdcache` or WANDB_PROJECT.
 
-    It is uploaded if the user has configured that (`wandb login`, WANDB_API_KEY, WANDB_MODE), and else stays in the run
-    folder. Its plots use `step` instead of wandb's own count, which cannot go back to a checkpoint.
+    The run is uploaded if the user is logged in (`wandb login`, WANDB_API_KEY, WANDB_MODE). Otherwise it stays in the
+    run's folder. Plots use `step` instead of wandb's own count, which cannot go back to a checkpoint.
     """
 
     def __init__(self, beginning: Beginning) -> None:
@@ -255,22 +263,22 @@ class WandB:
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log scalars together with the step."""
+        """Log scalars, name -> number, together with the step."""
         self._run.log({**values, "step": step})
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
-        """Log pictures together with the step."""
+        """Log pictures, name -> uint8 RGB (H, W, 3), together with the step."""
         import wandb
 
         self._run.log({**{name: wandb.Image(picture) for name, picture in pictures.items()}, "step": step})
 
     def close(self, completed: bool) -> None:
-        """Finish the run with an exit code."""
+        """Finish the wandb run, with exit code 0 if `completed`, else 1."""
         self._run.finish(exit_code=0 if completed else 1)
 
 
 def _wandb_id(run: Path) -> str:
-    """Return the id of the W&B run, made once: a resumed training goes on in the same run."""
+    """Return the id of the wandb run. It is made once, so a resumed training continues in the same wandb run."""
     path = run / WANDB_ID
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from kdcache.training.run.metrics_log import Score
 
 
 class TrainingProgress(Observer):
-    """Shows a bar with losses and time left, and a line per validation."""
+    """Shows a training on the console: a progress bar with losses and time left, and a line for each validation."""
 
     def __init__(self, bar: Progress, title: str) -> None:
         self._bar = bar
@@ -37,19 +37,19 @@ class TrainingProgress(Observer):
         self._bar.update(self._task, completed=step)
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Show loss, terms, speed and waiting time next to the bar."""
+        """Show loss, terms, images per second and waiting time next to the bar."""
         assert self._task is not None
         terms = " ".join(f"{name} {values[name]:.3f}" for name in self._terms(values))
         speed = f"{values['images_per_second']:.1f} img/s, {100 * values['wait_share']:.0f} % waiting"
         self._bar.update(self._task, completed=step, note=self._note(f"loss {values['loss']:.3f} {terms} {speed}"))
 
     def _note(self, text: str) -> str:
-        """Return the scores of the last validation, then a text: a narrow terminal cuts what stands last."""
+        """Return the scores of the last validation, then the text, because a narrow terminal cuts the end."""
         return f"{', '.join(f'{name} {score}' for name, score in self._scores.items())} {text}".strip()
 
     @staticmethod
     def _terms(values: dict[str, float]) -> list[str]:
-        """Return the losses to show: none for cross-entropy only, and one per stream for several streams."""
+        """Return the names of the losses to show: none for cross-entropy only, one per stream for several streams."""
         if streams := [name for name in values if name.endswith("/loss")]:
             return streams
         beside = ("loss", "lr", "images_per_second", "wait_share", "weak_view_seconds")
@@ -57,15 +57,19 @@ class TrainingProgress(Observer):
         return terms if len(terms) > 1 else []
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """Print the gradient norms."""
-        shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
-        self._bar.console.print(f"  gradient norms at {step}: {shown}", markup=False)
+        """Print the gradient norm of each loss term."""
+        texts = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+        self._bar.console.print(f"  gradient norms at {step}: {texts}", markup=False)
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         """Print each task's gradient norm and ratio, if they were measured."""
-        shown = [f"{task} {own['norm']:.3g} ({own['ratio']:.2g} times)" for task, own in tasks.items() if "norm" in own]
-        if shown:
-            self._bar.console.print(f"  gradient norms of the tasks at {step}: {', '.join(shown)}", markup=False)
+        texts = [
+            f"{task} {values['norm']:.3g} ({values['ratio']:.2g} times)"
+            for task, values in tasks.items()
+            if "norm" in values
+        ]
+        if texts:
+            self._bar.console.print(f"  gradient norms of the tasks at {step}: {', '.join(texts)}", markup=False)
 
     def validating(self, done: int, total: int) -> None:
         """Show the number of validated images next to the bar."""
@@ -73,7 +77,7 @@ class TrainingProgress(Observer):
         self._bar.update(self._task, note=self._note(f"validating {done}/{total}"))
 
     def validated(self, step: int, task: str, score: Score, *, best: bool, ema: bool) -> None:
-        """Print the score of a validation."""
+        """Print the score of a validation, and show it next to the bar."""
         name, value, more = _SHOWN[task](score)
         mark = " (best)" if best and task == SEGMENTATION else ""
         if not ema:
@@ -86,8 +90,8 @@ class TrainingProgress(Observer):
 
 
 _SHOWN: dict[str, Callable[[Any], tuple[str, str, str]]] = {
-    SEGMENTATION: lambda own: ("mIoU", f"{100 * own.miou:.2f}", ""),
-    DEPTH: lambda own: ("depth rmse", f"{own.rmse:.3g} m", f", abs_rel {own.abs_rel:.3g}"),
-    FEATURES: lambda own: ("feature loss", f"{own.loss:.4g}", f" on {own.samples} held-out samples"),
+    SEGMENTATION: lambda score: ("mIoU", f"{100 * score.miou:.2f}", ""),
+    DEPTH: lambda score: ("depth rmse", f"{score.rmse:.3g} m", f", abs_rel {score.abs_rel:.3g}"),
+    FEATURES: lambda score: ("feature loss", f"{score.loss:.4g}", f" on {score.samples} held-out samples"),
 }
 """The name of a score, its text, and what follows it."""

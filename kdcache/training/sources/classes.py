@@ -15,12 +15,16 @@ from kdcache.training.sources.source import Source
 
 
 def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
-    """Let every stream draw labels of the same classes, mapped by its class map if it has one. Return the classes.
+    """Give all streams the same classes, mapped by class maps, and return these classes.
 
-    They are the classes of the streams without a class map. If every stream has a class map, they are the validation
-    data's classes. A stream that reads no class labels takes the shared classes.
-    Raises: MismatchError for streams of other classes, or a class map with targets of its own classes;
-        ModelError for a class map that is malformed.
+    They are the classes of the streams without a class map. If every stream has a class map, they are the classes of
+    the validation data. A stream that reads no segmentation labels takes the shared classes.
+
+    Args:
+        sources: the data of each stream.
+        val: the classes of the validation data, or None.
+    Raises: MismatchError for streams with different classes, or for targets that a class map cannot convert. ModelError
+        for an invalid class map.
     """
     first = _class_source(sources)
     classes = val if first is None else first.dataset.classes
@@ -46,37 +50,37 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
 
 
 def _class_source(sources: Sequence[Source]) -> Source | None:
-    """Return the stream whose classes all share, or None if they are the validation data's."""
-    own = [source for source in sources if source.stream.class_map is None]
-    named = [source for source in own if _names_read(source)]
-    return named[0] if named else own[0] if len(own) == len(sources) else None
+    """Return the stream whose classes all streams get, or None for the validation data's classes."""
+    unmapped = [source for source in sources if source.stream.class_map is None]
+    named = [source for source in unmapped if _names_read(source)]
+    return named[0] if named else unmapped[0] if len(unmapped) == len(sources) else None
 
 
 def _names_read(source: Source) -> tuple[str, ...]:
-    """Return the classes of the labels that a stream uses, or of its targets."""
+    """Return the class names of the labels or targets that a stream uses."""
     used = SEGMENTATION in source.config.label_tasks and source.config.data.labels != "none"
     return source.dataset.own_classes.names if used or SEGMENTATION in source.dataset.heads else ()
 
 
 def _void_but(classes: Sequence[int]) -> Array:
-    """Return the map (256,) uint8 from `classes` to 0, 1, 2 and so on, with void for all other ids."""
+    """Return a lookup table (256,) uint8: id n becomes `classes[n]`, and all other ids become void."""
     lookup = np.full(256, IGNORE_INDEX, np.uint8)
     lookup[: len(classes)] = classes
     return lookup
 
 
 def _map_classes(source: Source, classes: ClassList) -> None:
-    """Let the labels of a stream become classes of the training. Raises: MismatchError, ModelError."""
-    path, own = source.stream.class_map, source.dataset.own_classes.names
+    """Map the labels of a stream to the training's classes. Raises: MismatchError, ModelError."""
+    path, names = source.stream.class_map, source.dataset.own_classes.names
     assert path is not None
     taught = SEGMENTATION in source.dataset.heads
     if taught:
         _check_mapped_targets(source, path)
     # A class that no target can have would be taught to be nowhere.
-    table = read_class_map(path, len(own), classes.names, all_hit=taught)
+    table = read_class_map(path, len(names), classes.names, all_hit=taught)
     if not taught and source.learns_classes_from_labels and (table == DROPPED).all():
         raise MismatchError(
-            f"class-map {path} makes void of all {len(own)} classes",
+            f"class-map {path} makes void of all {len(names)} classes",
             fix="Map one of them at least. Or leave them out by labels=none, with a --method that reads no labels.",
         )
     lookup = _void_but([IGNORE_INDEX if target == DROPPED else target for target in table.tolist()])
@@ -84,7 +88,7 @@ def _map_classes(source: Source, classes: ClassList) -> None:
 
 
 def _check_mapped_targets(source: Source, path: Path) -> None:
-    """Refuse to map targets that cannot be. Raises: MismatchError."""
+    """Raise MismatchError if the stream has targets that a class map cannot convert."""
     assert source.cache is not None
     head, config = source.cache.head, source.config
     raw = [term.kind for term in config.terms if term.raw_logits and term.reads_logits]

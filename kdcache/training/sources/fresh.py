@@ -9,12 +9,16 @@ from kdcache.training.config import TrainConfig
 
 
 def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], None]) -> None:
-    """Compare `--data` with what a cache was built from, whether or not the cache stores pixels.
+    """Check that the data set still is what the cache was built from, even if the cache stores pixels.
 
-    Without `--data`, the split of `--val` that the cache was built from is compared. A change is then only a note,
-    because the training does not read it.
+    The data set is `--data`. Without `--data`, it is the split of `--val` that has the cache's samples. A change there
+    is only a note, because the training does not read it.
 
-    Raises: DataError for a data set that cannot be read; MismatchError naming the samples that changed.
+    Args:
+        config: the stream's settings.
+        cache: the stream's open cache.
+        note: is called with notes about changes.
+    Raises: DataError for a data set that cannot be read. MismatchError that names the changed samples.
     """
     split = (
         open_split(config.data.data, config.data.split)
@@ -41,7 +45,7 @@ def check_same_data(config: TrainConfig, cache: Cache, note: Callable[[str], Non
 
 
 def _beside_validation(config: TrainConfig, cache: Cache) -> Split | None:
-    """Return the split in the data set of `--val` with the cache's samples, or None."""
+    """Return the split in the data set of `--val` that has most of the cache's samples, or None."""
     if config.data.val is None:
         return None
     try:

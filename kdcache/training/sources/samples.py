@@ -27,7 +27,10 @@ from kdcache.training.input.subset import Part
 
 
 def open_store(config: TrainConfig) -> Cache | None:
-    """Open the cache of a training and check its files, or return None for a data folder."""
+    """Open the cache of a stream and check its files. Return None for a data folder.
+
+    Raises: KDCacheError for a cache that cannot be opened.
+    """
     if config.data.cache is None:
         return None
     cache = open_caches(config.data.cache, cache_dir=config.data.cache_dir, cache_bytes=config.data.cache_bytes)
@@ -36,7 +39,7 @@ def open_store(config: TrainConfig) -> Cache | None:
 
 
 def open_folder(config: TrainConfig) -> Split | None:
-    """Open the data set of a training, or return None for a cache."""
+    """Open the data set of a stream. Return None if the stream has a cache."""
     return (
         open_split(config.data.data, config.data.split)
         if config.data.cache is None and config.data.data is not None
@@ -47,10 +50,14 @@ def open_folder(config: TrainConfig) -> Split | None:
 def open_dataset(
     config: TrainConfig, cache: Cache | None, paste: str | None = None, split: Split | None = None
 ) -> DrawnDataset:
-    """Open the samples of a training.
+    """Return the samples of a stream, with the augmentation of its settings.
 
-    `paste` tells how another stream's samples are pasted into these, which then need no labels. `split` is the data set
-    if there is no cache. None opens it.
+    Args:
+        config: the stream's settings.
+        cache: its open cache. None for a data folder.
+        paste: how another stream's samples are pasted into its samples, such as `classmix`. Then they need no labels.
+        split: its opened data set, if there is no cache. None opens it.
+    Raises: RecipeError or DataError if no sample, or no label that a term needs, is left.
     """
     labelled_only = not (config.learns_unlabelled or paste is not None)
     if cache is None:
@@ -66,12 +73,12 @@ def open_dataset(
 
 
 def source_split(config: TrainConfig, cache: Cache) -> Split | None:
-    """Return the data set of a cache without pixels."""
+    """Return the data set of a cache without pixels, or None for a cache with pixels."""
     return open_split(config.data.data, config.data.split) if config.data.data and not cache.pixels_stored else None
 
 
 def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
-    """Return the effect of a zoom on metres: the training's choice, or for replayed zoomed views the build's.
+    """Return what a zoom does to metres (`none`, `divide`, `keep`): the setting, or for replayed views the cache's.
 
     Raises: RecipeError if the two differ, or neither is set.
     """
@@ -100,7 +107,11 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
-    """Return the zoom range to draw. The default is no zoom if depths in metres must keep their meaning."""
+    """Return the smallest and the largest zoom to draw.
+
+    The default is no zoom if the training compares depth in metres and `--depth-zoom` does not say how a zoom changes
+    it.
+    """
     still = config.compares_metres and config.augmentation.depth_zoom == "none"
     return config.augmentation.scale or ((1.0, 1.0) if still else Augmentation.scale)
 
@@ -168,7 +179,7 @@ _OTHER_LABELS = "leave --labels out, or use a --method that learns without label
 
 
 def _used(config: TrainConfig) -> str:
-    """Return the words after "a label" if only some labels are used."""
+    """Return the words that follow "a label" in a message, if only some labels are used."""
     return "" if config.data.labels == "all" else f" that --labels {config.data.labels} leaves to it"
 
 
@@ -212,10 +223,11 @@ def _stored_tasks(cache: Cache) -> tuple[str, ...]:
 
 
 def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Iterator[tuple[int, Array]]]:
-    """Yield the labels that a cache keeps, with the fold of each.
+    """Yield pairs of fold and label for the labels in a cache, in two rounds.
 
-    A whole first view has all of its sample's labels except pixels lost in resizing. Drawn views may show these and
-    come in a second round. A cache of crops gives all views at once, because each crop shows a random part.
+    The first round has the first view of each sample. It is whole, so it has all classes except pixels lost in
+    resizing. The second round has the other views. A cache of crops gives all views in the first round, because each
+    crop shows a random part.
     """
     fold_of = folds_of(cache.ids, folds, by).tolist()
     labelled, view = cache.labelled[SEGMENTATION], cache.manifest.view
@@ -235,7 +247,7 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
 
 
 def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
-    """Raise RecipeError for terms on labels if no sample has such a label."""
+    """Raise RecipeError if a loss term needs labels, and no sample has a label that is used."""
     terms = [term.kind for term in config.terms if term.needs_labels]
     if terms and not dataset.labelled:
         raise RecipeError(
@@ -245,7 +257,7 @@ def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
 
 
 def _check_listed(config: TrainConfig, dataset: DrawnDataset) -> None:
-    """Check that all ids of `--labels-from` have a label, and that others are left to distil. Raises: RecipeError."""
+    """Check that all ids of `--labels-from` have labels, and that other samples are left. Raises: RecipeError."""
     path = config.data.labels_from
     if path is None:
         return
@@ -269,7 +281,10 @@ _EXAMPLES = {DEPTH: ", for instance --data scenes:96x128,depth=exact"}
 
 
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
-    """Raise RecipeError for terms on labels of a task that is not among `offered`, the source's tasks."""
+    """Raise RecipeError if a loss term needs labels of a task that the data source does not have.
+
+    `offered` are the tasks of the data source.
+    """
     named = () if config.data.labels in ("all", "none") else config.data.labels.split("+")
     terms = [term for term in config.terms if term.needs_labels]
     for task in TASKS:

@@ -22,14 +22,16 @@ from kdcache.training.streams import Stream, in_stream
 
 @dataclass
 class Source:
-    """The data of a stream.
+    """The opened data of a stream.
 
     Attributes:
         stream: name, weight and class map.
-        given: the stream's settings, with `augment` resolved and `flip` as the user gave it.
-        config: the same with `flip`, and everything else that depends on the data, resolved.
-        rows: its rows of every batch.
-        pasted: the stream whose samples are pasted into it, or None.
+        given: the stream's settings, with `flip` as the user gave it. `augment` is not `auto`.
+        config: the same settings, with `flip` and all settings that depend on the data filled in.
+        cache: the open cache, or None for a data folder.
+        dataset: the samples.
+        rows: the number of its samples in every batch.
+        pasted: the source whose samples are pasted into its samples, or None.
     """
 
     stream: Stream[TrainConfig]
@@ -42,20 +44,20 @@ class Source:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Add the stream's name to errors, in a with block."""
+        """Add the stream's name to the errors of a with block."""
         with _named(self.stream.name):
             yield
 
     @property
     def learns_classes_from_labels(self) -> bool:
-        """Whether any of its samples has a class label that is learnt from."""
+        """True if the stream learns segmentation from labels, and has at least one label."""
         config = self.config
         on_labels = config.loss.ce_weight > 0 or any(term.reads_labels and not term.numeric for term in config.terms)
         used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.data.labels != "none"
         return on_labels and used and bool(self.dataset.labelled)
 
     def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
-        """Return a receiver of notes that adds the stream's name."""
+        """Return a function that calls `note` with the stream's name before the text."""
         name = self.stream.name
         return (lambda text: note(f"stream {name}: {text}")) if name else note
 
@@ -63,9 +65,11 @@ class Source:
 def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -> list[Source]:
     """Open and check the data of every stream.
 
-    `parts` is the number of processes times parts that share every batch. `note` receives what the user should know.
-
-    Raises: KDCacheError of every kind, with the name of the stream.
+    Args:
+        config: the training's settings.
+        parts: the number of processes times accumulated parts, which divide every batch.
+        note: is called with notes for the user.
+    Raises: KDCacheError that names the stream.
     """
     rows = config.rows(parts) if config.data.stream else [config.optimizer.batch_size]
     opened = []
@@ -85,9 +89,9 @@ def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -
             check_whole_views(given)
             if cache is not None and given.reads_targets:
                 check_logits(cache, needed=given.reads_logits)
-            own = given.changed(flip=given.augmentation.flip is not False)
-            dataset = open_dataset(own, cache, stream.paste, split)
-            sources.append(Source(stream, given, own, cache, dataset, count))
+            settings = given.changed(flip=given.augmentation.flip is not False)
+            dataset = open_dataset(settings, cache, stream.paste, split)
+            sources.append(Source(stream, given, settings, cache, dataset, count))
     _check_both_learn(config, sources)
     by_name = {source.stream.name: source for source in sources}
     for source in sources:
@@ -97,9 +101,9 @@ def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -
 
 
 def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[int, int] | None:
-    """Return (H, W) of the pixels of all streams: the given size, or the caches' view size.
+    """Return (H, W) of the pixels of all streams: the given size, or the size of the caches' views.
 
-    Raises: RecipeError for views of several sizes.
+    Raises: RecipeError if the caches have views of different sizes and no size is given.
     """
     sizes = dict.fromkeys(cache.view_size for cache in caches if cache is not None)
     if config.data.size is None and len(sizes) > 1:
@@ -121,7 +125,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
-    """Refuse a balance of two tasks where segmentation has neither labels nor targets. Raises: RecipeError."""
+    """Raise RecipeError if two tasks are balanced, but no stream has labels or targets of segmentation."""
     if len(config.tasks) > 1 and not any(map(_shows_classes, sources)):
         raise RecipeError(
             f"Cannot use --ce-weight {config.loss.ce_weight:g} with labels of depth alone",
@@ -130,7 +134,7 @@ def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
 
 
 def _shows_classes(source: Source) -> bool:
-    """Return whether a stream has labels of segmentation that are used, or targets of it or of features."""
+    """Return True if a stream has segmentation labels or targets, or features, that the training uses."""
     config, cache, split = source.config, source.cache, source.dataset.split
     if source.stream.weight == 0 or config.reads_logits or any(term.reads_taps for term in config.terms):
         return source.stream.weight > 0
@@ -144,7 +148,10 @@ def _shows_classes(source: Source) -> bool:
 
 
 def taught_tasks(sources: Sequence[Source]) -> tuple[str, ...]:
-    """Return the tasks whose heads learn: from a teacher's head, from predictions, or from existing labels."""
+    """Return the tasks, `segmentation` or `depth`, that any stream of weight above 0 really learns.
+
+    A task is learnt from a teacher's head, from labels that exist, or by a term on predictions.
+    """
     learnt = {
         term.task
         for source in sources
@@ -161,13 +168,16 @@ def shared_fit(
     size: tuple[int, int] | None,
     note: Callable[[str], None],
 ) -> Fit:
-    """Return the fit of a training: of its caches, else of the settings, else by the shapes of its images.
+    """Return how images of another shape are fitted into the views: `squash`, `pad` or `crop`.
 
-    `opened` has every stream with its cache or data set. `size` is (H, W) of the pixels, or None for the caches'
-    views'.
-    `note` receives the reason if images are padded by default.
+    Caches decide, then the setting, then the shapes of the images.
 
-    Raises: RecipeError if caches or settings differ, and for a size of another shape than padded or cropped views have.
+    Args:
+        config: the training's settings.
+        opened: every stream with its cache or its data set.
+        size: (H, W) of the pixels. None is the size of the caches' views.
+        note: is called with the reason if images are padded by default.
+    Raises: RecipeError if caches and setting differ, or if `size` has another shape than padded or cropped views.
     """
     stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}
     if not stores and config.data.fit != "auto":
@@ -196,7 +206,7 @@ def shared_fit(
 
 
 def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Callable[[str], None]) -> Fit:
-    """Return the default fit of data sets: padded if any of them has images of another shape."""
+    """Return the default fit of data sets: `pad` if any of them has images of another shape, else `squash`."""
     for split in splits:
         if size is None:  # which is refused later, by the rule of its own
             break
@@ -208,7 +218,7 @@ def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Call
 
 
 def check_pasting(sources: Sequence[Source]) -> None:
-    """Check every stream that is pasted into. Raises: RecipeError with the name of the stream."""
+    """Check every stream that samples are pasted into. Raises: RecipeError with the name of the stream."""
     for source in sources:
         if source.pasted is not None:
             with source.named():
@@ -229,19 +239,21 @@ def _check_labels(source: Source, pasted: Source) -> None:
 
 
 def _check_forms(source: Source, pasted: Source) -> None:
-    """Check that a target and what is pasted into it mean the same. Raises: RecipeError."""
-    cache, other = source.cache, pasted.cache
+    """Check that a stream's targets and the pasted targets have the same meaning. Raises: RecipeError."""
+    cache, pasted_cache = source.cache, pasted.cache
     differs, read = [], {term.task for term in source.config.active if term.numeric and term.reads_teacher}
-    own = {} if cache is None else {task: stored_head(cache.manifest, task) for task in read}
-    for task, head in own.items():
+    own_heads = {} if cache is None else {task: stored_head(cache.manifest, task) for task in read}
+    for task, head in own_heads.items():
         if head.unit != TASKS[task].unit:
             differs.append(f"{task} in unit {head.unit!r}, known up to a scale of each image")
-    if cache is not None and other is not None:
+    if cache is not None and pasted_cache is not None:
         shared = set(source.dataset.heads) & set(pasted.dataset.heads)
-        if SEGMENTATION in shared and cache.align_corners != other.align_corners:
-            differs.append(f"logits resized with align_corners={other.align_corners} into {cache.align_corners}")
-        theirs = {task: stored_head(other.manifest, task) for task in shared & set(own)}
-        differs += [f"{task} as {head} into {own[task]}" for task, head in theirs.items() if head != own[task]]
+        if SEGMENTATION in shared and cache.align_corners != pasted_cache.align_corners:
+            differs.append(f"logits resized with align_corners={pasted_cache.align_corners} into {cache.align_corners}")
+        theirs = {task: stored_head(pasted_cache.manifest, task) for task in shared & set(own_heads)}
+        differs += [
+            f"{task} as {head} into {own_heads[task]}" for task, head in theirs.items() if head != own_heads[task]
+        ]
     if differs:
         raise RecipeError(
             f"Cannot use paste-from {pasted.stream.name}: its targets mean something else ({'; '.join(differs)})",

@@ -13,7 +13,7 @@ from kdcache.training.input.dataset import DrawnDataset
 
 
 def open_validation(config: TrainConfig) -> Split | None:
-    """Open the split to validate on, or its fold `--val-fold`, or return None without `--val`."""
+    """Return the validation data, or their fold `--val-fold`. None without `--val`."""
     if config.data.val is None:
         return None
     split = open_split(config.data.val, config.data.val_split)
@@ -21,7 +21,7 @@ def open_validation(config: TrainConfig) -> Split | None:
 
 
 def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> None:
-    """Raise MismatchError if training and validation have different classes. Either may have none."""
+    """Raise MismatchError if training and validation have different classes. Data without classes pass."""
     if classes.names and split.classes.names and split.classes.names != classes.names:
         raise MismatchError(
             f"Training and validation have different classes: {', '.join(split.classes.names)} in {config.data.val} "
@@ -31,7 +31,7 @@ def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> N
 
 
 def judged_by_its_own(samples: RunSamples) -> str | None:
-    """Return a warning that counts the validation images that are also in the training, or None."""
+    """Return a warning with the number of validation images that are also trained on, or None if there are none."""
     shared = () if samples.validation is None else samples.trained_on(samples.validation)
     if samples.validation is None or not shared:
         return None
@@ -43,13 +43,19 @@ def judged_by_its_own(samples: RunSamples) -> str | None:
 
 
 def read_samples(datasets: Sequence[DrawnDataset], val: Split | None) -> RunSamples:
-    """Return the digests of the samples to learn from and to validate on. Raises: DataError; CorruptError."""
+    """Return digests of the images and labels to learn from and to validate on.
+
+    Args:
+        datasets: the samples of each stream.
+        val: the validation data, or None.
+    Raises: DataError for a file that cannot be read. CorruptError for a damaged cache.
+    """
     streams = tuple(map(_drawn_contents, datasets))
     return RunSamples(datasets[0].classes.names, streams, None if val is None else read_contents(val))
 
 
 def _drawn_contents(dataset: DrawnDataset) -> Contents | None:
-    """Return the digests of the drawn samples, or None for a cache that does not record them."""
+    """Return digests of the samples of a stream, or None for a cache that does not record them."""
     numbers, cache = list(dataset.indices), dataset.cache
     if cache is None:
         assert dataset.split is not None
@@ -62,10 +68,15 @@ def _drawn_contents(dataset: DrawnDataset) -> Contents | None:
 
 
 def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
-    """Return a warning that names sequences with samples in both training and validation, or None.
+    """Return a warning that names the sequences (videos) with images in training and validation, or None.
 
-    Validation is the validation data, and the fold that is left out. `shared_sequences` has the rule for ids without
-    `--folds-by`.
+    Validation means the validation data and the fold that the training leaves out. `shared_sequences` has the rule for
+    ids without `--folds-by`.
+
+    Args:
+        config: the stream's settings.
+        dataset: the stream's samples.
+        val: the validation data, or None.
     """
     source = dataset.cache or dataset.split
     assert source is not None

@@ -24,11 +24,13 @@ from kdcache.training.step.gradient_norms import Norms, add_gradients
 
 
 class AccumulatedStep(EagerStep):
-    """An eager step that learns from its batches in equal parts.
+    """An eager step that learns from its batches in equal parts, to need less memory.
+
+    The loss equals the whole batch's.
 
     Args:
-        parts: number of parts. It divides every batch, into pairs if samples are mixed.
-        others, named: arguments of `EagerStep`.
+        others, named: the arguments of `EagerStep`.
+        parts: number of parts. It must divide every batch, into pairs if samples are mixed.
     """
 
     def __init__(self, *others: Any, parts: int, **named: Any) -> None:
@@ -36,27 +38,27 @@ class AccumulatedStep(EagerStep):
         self._parts = parts
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Learn from a batch in parts, and return the losses."""
+        """Learn from a batch in parts, and return its losses as `row` does."""
         return self._learn_parts(batch, None)
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Learn from a batch in parts, and return the losses and the norms of the summed gradients."""
+        """Learn from a batch in parts. Return its losses as `row` does, and the norms of the summed gradients."""
         total: dict[str, list[Tensor | None]] = {}
         weights = {} if self.criterion.balance is None else self.criterion.balance.weights()
         losses = self._learn_parts(batch, total)
         return losses, self._norms(total.items())._replace(weights=weights)
 
     def held(self, batch: Streams) -> Streams:
-        """Return the first part of a batch, the most that goes through the model at once."""
+        """Return the first part of a batch, because only one part at a time goes through the model."""
         return self.part_of(batch, 0)
 
     def _learn_parts(self, batch: Streams, total: dict[str, list[Tensor | None]] | None) -> Tensor:
-        """Take the step, and add each term's gradient to `total` unless that is None."""
-        whole, criterion, rows = self.to_device(batch), self.criterion, []
-        counts = self._shared_counts(whole)
+        """Take the step, and add each term's gradient to `total` unless `total` is None."""
+        full_batch, criterion, rows = self.to_device(batch), self.criterion, []
+        counts = self._shared_counts(full_batch)
         for number in range(self._parts):
             with self._alone() if number + 1 < self._parts else nullcontext():
-                inputs = self.loss_inputs(self.part_of(whole, number), counts)
+                inputs = self.loss_inputs(self.part_of(full_batch, number), counts)
                 if total is not None:
                     add_gradients(total, self._term_gradients(inputs), self._parts)
                 losses = criterion(*inputs)
@@ -66,16 +68,16 @@ class AccumulatedStep(EagerStep):
         return torch.stack(rows).mean(0)
 
     def part_of(self, batch: Streams, number: int) -> Streams:
-        """Return a part of a batch by its number."""
+        """Return part `number` (from 0) of a batch."""
         size = sum(map(len, batch)) // self._parts
         return rows_of(batch, size, number * size)
 
-    def _shared_counts(self, whole: Streams) -> tuple[Counts, ...]:
-        """Return the denominators of every part's loss: the mean over the parts, and over the processes."""
-        parts = [self.mixed(self.part_of(whole, number)) for number in range(self._parts)]
+    def _shared_counts(self, batch: Streams) -> tuple[Counts, ...]:
+        """Return the denominators of every part's loss: the mean of the counts over the parts and over processes."""
+        parts = [self.mixed(self.part_of(batch, number)) for number in range(self._parts)]
         counts = mean_counts([self.criterion.counts(part) for part in parts])
         return counts if self.average is None else average_counts(counts, self.average)
 
     def _alone(self) -> AbstractContextManager[Any]:
-        """Inside, gradients are not yet exchanged between processes."""
+        """Keep gradients from being exchanged between processes, in a with block."""
         return self.network.no_sync() if isinstance(self.network, DistributedDataParallel) else nullcontext()

@@ -16,7 +16,7 @@ _REQUEST = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|by
 
 
 def requested_memory(error: BaseException) -> str:
-    """Return the size in an error's message, such as '7.1 GiB', or 'more memory'."""
+    """Return the size that an out-of-memory error names, such as '7.1 GiB', or 'more memory' if it names none."""
     match = _REQUEST.search(str(error))
     if match is None:
         return "more memory"
@@ -25,9 +25,15 @@ def requested_memory(error: BaseException) -> str:
 
 
 def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.device, together: int = 1) -> int | None:
-    """Return the largest half, quarter, eighth ... of `size` samples that `attempt` can hold in memory, or None.
+    """Return the largest batch below `size` that fits into memory, or None if none was found.
 
-    Groups of `together` samples stay together.
+    Half of the size is tried first, then a quarter, and so on.
+
+    Args:
+        attempt: runs a step on a number of samples, and raises an out-of-memory error if they do not fit.
+        size: the number of samples that did not fit.
+        device: its memory is freed before each attempt.
+        together: size of groups of samples that must stay together. 2 if samples are mixed in pairs.
     """
     while size > together:
         size = max(together, size // 2 // together * together)
@@ -47,10 +53,14 @@ def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.dev
 def memory_error(
     config: TrainConfig, device: torch.device, requested: str, fits: int | None, processes: int = 1
 ) -> ModelError:
-    """Return the error of a batch that does not fit, with the batch sizes that do.
+    """Return the error for a batch that does not fit into memory. Its fix names settings that fit.
 
-    `requested` is from `requested_memory`. `fits` is the measured number of samples of a process that go through the
-    model at once, or None if not even one does.
+    Args:
+        config: the training's settings.
+        device: the device that ran out of memory.
+        requested: the text from `requested_memory`.
+        fits: how many samples fit in one process at once, as `largest_fitting` found. None if nothing fits.
+        processes: the number of processes.
     """
     parted = f" --accumulate {config.optimizer.accumulate}" if config.optimizer.accumulate > 1 else ""
     if fits is None:
@@ -58,8 +68,8 @@ def memory_error(
     else:
         fix = f"Use --batch-size {fits * config.optimizer.accumulate * processes}{parted}"
         parts = _parts(config, fits, processes)
-        whole = ", ".join(term.kind for term in config.all_terms if term.whole_batch)
-        otherwise = f" with --method kl instead of {whole}" if whole else ""
+        whole_batch_terms = ", ".join(term.kind for term in config.all_terms if term.whole_batch)
+        otherwise = f" with --method kl instead of {whole_batch_terms}" if whole_batch_terms else ""
         keeping = "" if parts is None else f", or --accumulate {parts}{otherwise} to keep the batch"
         fix += f"{keeping}, with another --out"
     batch = f"--batch-size {config.optimizer.batch_size}{parted}"
@@ -69,16 +79,18 @@ def memory_error(
 
 
 def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
-    """Return the fewest parts of the batch that fit into memory, or None."""
+    """Return the least number of parts of a batch that fit into memory, or None."""
     together, share = 1 if config.augmentation.mix is None else 2, config.optimizer.batch_size // processes
     return next((share // n for n in range(fits, 0, -1) if share % n == 0 and n % together == 0), None)
 
 
 @contextmanager
 def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turn an out-of-memory error in a with block into a ModelError.
+    """Turn an out-of-memory error of a with block into a ModelError.
 
-    It measures nothing, because one of several processes cannot try smaller sizes. Raises: ModelError.
+    Smaller batches are not tried, because one of several processes cannot do that alone.
+
+    Raises: ModelError for an out-of-memory error.
     """
     try:
         yield

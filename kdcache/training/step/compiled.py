@@ -33,9 +33,13 @@ SHOWN = 160
 
 
 def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
-    """Return the way to run steps that `--step` names on a device: eager, compiled or graphed.
+    """Return how steps run: `eager`, `compiled` or `graphed`.
 
-    Raises: RecipeError for a graph without CUDA, and for compiled or graphed steps in several processes.
+    Args:
+        name: the value of `--step`: one of the three, or `auto`.
+        device: the device of the training. `auto` takes `graphed` on a GPU and `eager` on a CPU.
+        processes: the number of processes. Several processes run eager steps.
+    Raises: RecipeError for `graphed` without CUDA, and for `compiled` or `graphed` in several processes.
     """
     if processes > 1:
         if name in ("compiled", "graphed"):
@@ -55,9 +59,9 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
 
 
 class CompiledStep:
-    """A step with forward and backward compiled for the shapes of `batch`. Other shapes run eagerly.
+    """A step whose forward and backward are compiled for the shapes of `batch`. Batches of other shapes run eagerly.
 
-    Raises: any error of the compiler for a model that it cannot trace as a whole, or would compile at every step.
+    Raises: the compiler's error, if the model cannot be traced as a whole or would be compiled again at every step.
     """
 
     def __init__(self, eager: EagerStep, batch: Streams) -> None:
@@ -76,20 +80,26 @@ class CompiledStep:
                 torch.autograd.backward(self._compiled(on_device).loss)
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Learn from a batch with the compiled forward and backward, and return the losses."""
+        """Learn from a batch with the compiled forward and backward, and return its losses as `row` does."""
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
     def forward(self, batch: Streams) -> Losses:
-        """Return the losses of a batch, compiled, or eagerly for other shapes."""
+        """Return the losses of a batch on the device, compiled, or eagerly for other shapes."""
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 
 
 def make_step(kind: str, eager: EagerStep, batch: Streams, note: Callable[[str], None]) -> Step:
-    """Return the step of a kind (eager, compiled, graphed) after trying it, or the next simpler one that runs.
+    """Return the function that runs steps in the way of `kind`, or in the next simpler way if that fails.
 
-    It is tried on `batch`, the first batch, which has the shapes of all others. `note` receives what was made, how long
-    it took, and what did not work.
+    It is tried before it is returned. The trial changes neither model nor optimizer.
+
+    Args:
+        kind: `eager`, `compiled` or `graphed`.
+        eager: the eager step.
+        batch: the first batch. All batches have its shapes.
+        note: is called with the time that this took, or why a way failed.
+    Raises: KDCacheError or KernelError for a wrong batch.
     """
     if kind == "eager":
         return eager
@@ -101,23 +111,23 @@ def make_step(kind: str, eager: EagerStep, batch: Streams, note: Callable[[str],
         raise  # a fault of the batch
     except Exception as error:
         note(f"--step {kind}: the model is not compiled, its operations run one by one ({_reason(error)})")
-    made: Step = step
+    result: Step = step
     if kind == "graphed":
         from kdcache.training.step.cuda_graph import GraphedStep
 
         try:
-            made = GraphedStep(eager, step.forward, batch)
+            result = GraphedStep(eager, step.forward, batch)
         except (KDCacheError, KernelError):
             raise
         except Exception as error:
             note(f"--step graphed: the step is not recorded as a CUDA graph, it is launched anew ({_reason(error)})")
-    if made is not eager:
+    if result is not eager:
         note(f"--step {kind}: prepared in {time.perf_counter() - began:.1f} s")
-    return made
+    return result
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of a foreign error, and the place in the model's code that the compiler names."""
+    """Return the first line of another library's error, and the line of the model's code that the compiler names."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     text = f"{type(error).__name__}: {lines[0].strip() if lines else 'without a message'}"
     text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

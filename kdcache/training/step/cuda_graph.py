@@ -24,12 +24,13 @@ WARM_UP = 3
 
 
 class GraphedStep:
-    """A step recorded for the shapes of `batch`. Batches of other shapes run eagerly.
+    """A step that is recorded as a CUDA graph for the shapes of `batch`. Batches of other shapes run eagerly.
 
     Args:
-        eager: the step, with a capturable optimizer.
-        forward: its forward, eager or compiled.
-    Raises: RuntimeError if the step waits for the device, or does anything else that a graph cannot hold.
+        eager: the step, whose optimizer is capturable.
+        forward: the step's forward, eager or compiled.
+        batch: a batch with the shapes of all batches.
+    Raises: RuntimeError if the step waits for the device, or does anything else that a graph cannot record.
     """
 
     def __init__(self, eager: EagerStep, forward: Callable[[Streams], Losses], batch: Streams) -> None:
@@ -48,7 +49,7 @@ class GraphedStep:
             self._replay, self._losses = record(run, eager.device)
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Copy a batch into the graph's inputs, replay it and return the losses."""
+        """Copy a batch into the graph's inputs, replay the graph, and return the batch's losses as `row` does."""
         if not _fits(batch, self._inputs):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):
@@ -57,14 +58,16 @@ class GraphedStep:
             return self._losses.clone()  # the next replay overwrites them
 
     def _fill(self, batch: Streams) -> None:
-        for own, rows in zip(self._inputs, batch, strict=True):
-            own.copy_from(rows)
+        for inputs, rows in zip(self._inputs, batch, strict=True):
+            inputs.copy_from(rows)
 
 
 def warm_up(run: Callable[[], Tensor]) -> None:
-    """Run a few times on a side stream, the last time with waiting for the device forbidden.
+    """Call `run` four times on a side stream. In the last call, waiting for the device raises an error.
 
-    It is better to find a wait here than while recording, because an interrupted recording is hard to recover from.
+    A wait is found here and not during the recording, because an interrupted recording is hard to recover from.
+
+    Raises: RuntimeError if the last call waits for the device.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -79,7 +82,13 @@ def warm_up(run: Callable[[], Tensor]) -> None:
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record a step without running it. Return the replay function, and the result that every replay overwrites."""
+    """Record a step as a CUDA graph, without running it.
+
+    Args:
+        run: takes a step and returns its losses.
+        device: the CUDA device.
+    Returns: a function that replays the graph, and the tensor into which every replay writes its losses.
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     gc.collect()
     try:
@@ -93,14 +102,14 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
 
 
 def _fits(batch: Streams, static: Streams) -> bool:
-    """Return whether a batch has the shapes and types that the graph reads."""
+    """Return True if a batch has the shapes and dtypes that the graph reads."""
     pairs = zip(tensors_of(batch), tensors_of(static), strict=True)
-    return all(part.shape == own.shape and part.dtype == own.dtype for part, own in pairs)
+    return all(part.shape == recorded.shape and part.dtype == recorded.dtype for part, recorded in pairs)
 
 
 @contextmanager
 def refused_synchronisation() -> Iterator[None]:
-    """Make operations that wait for the device raise a RuntimeError, in a with block."""
+    """Make operations that wait for the GPU raise a RuntimeError, in a with block."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,9 +119,9 @@ def refused_synchronisation() -> Iterator[None]:
 
 
 def _renew_generator(device: torch.device) -> None:
-    """Give the device's generator a new state.
+    """Give the device's random generator a new state.
 
-    After an interrupted recording the generator still counts as recorded, and would never draw again.
+    After an interrupted recording the generator would never draw again, because it still counts as recorded.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     fresh = torch.Generator(device=device)

@@ -25,10 +25,14 @@ from kdcache.training.step.eager import EagerStep
 
 
 def distribute(eager: EagerStep, batch: Streams, world: World) -> None:
-    """Turn a step into this process's part of one.
+    """Change an eager step, so that this process computes its part of a step of all processes.
 
-    `batch` is this process's part of a batch. It is tried to find parameters without a gradient, because letting
-    DistributedDataParallel look for them costs time at every step.
+    Gradients, denominators and BatchNorm statistics are then shared between the processes.
+
+    Args:
+        eager: the step, which is changed.
+        batch: this process's part of the first batch. A trial finds parameters that get no gradient.
+        world: the processes that train together.
     """
     eager.average = world.mean
     eager.criterion.share(world.rows)
@@ -44,7 +48,7 @@ def distribute(eager: EagerStep, batch: Streams, world: World) -> None:
 
 
 def share_statistics(model: nn.Module, device: torch.device) -> None:
-    """Make the model's BatchNorms train with the statistics of the whole batch."""
+    """Replace the model's BatchNorms by layers that use the statistics of all processes' samples."""
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
@@ -54,13 +58,13 @@ def share_statistics(model: nn.Module, device: torch.device) -> None:
 
 
 class HostBatchNorm(_BatchNorm):
-    """BatchNorm over the processes for CPU tensors, which nn.SyncBatchNorm does not support."""
+    """BatchNorm over all processes for CPU tensors, which nn.SyncBatchNorm does not support."""
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Accept any number of dimensions: the class it was converted from has its own check."""
+        """Accept any number of dimensions, because this class replaces BatchNorms of several dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` (N, C, ...) by statistics over all processes, or in eval mode by running statistics."""
+        """Normalise `x` (N, C, ...) by the statistics of all processes, or in eval mode by the running statistics."""
         if not self.training:
             return super().forward(x)
         channels, shape = x.shape[1], [1, -1, *[1] * (x.ndim - 2)]
@@ -86,7 +90,7 @@ class HostBatchNorm(_BatchNorm):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the processes. Each process's gradient is the sum of all processes' gradients."""
+    """The sum over the processes. The gradient is also summed over the processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -19,7 +19,13 @@ Step = Callable[[Streams], Tensor]
 
 
 class LossInputs(NamedTuple):
-    """The arguments of the loss, in its order."""
+    """The arguments of a `Criterion`.
+
+    Attributes:
+        outputs: the model's outputs for the pixels of all streams.
+        batch: the batch of each stream.
+        counts: the denominators of each stream's loss. None lets the loss compute them.
+    """
 
     outputs: Outputs
     batch: Streams
@@ -27,18 +33,20 @@ class LossInputs(NamedTuple):
 
 
 class EagerStep:
-    """The step as PyTorch runs it, operation by operation.
+    """A training step (forward, loss, backward, optimizer), run by PyTorch one operation at a time.
 
     Args:
-        model, criterion: on `device`. Both may have parameters.
-        optimizer: the optimizer of their parameters.
-        bf16: whether the model runs under autocast.
-        clip_grad: largest norm of the gradient. 0 does not clip.
-        mix: pastes between the samples of a batch, within streams or between them, or None.
+        model: the model, on `device`.
+        criterion: the loss, on `device`. It may have parameters.
+        optimizer: the optimizer of the parameters of both.
+        device: the device of the training.
+        bf16: True runs the model under autocast to bfloat16.
+        clip_grad: largest L2 norm of the gradient. 0 does not clip.
+        mix: a function that pastes between the samples of a batch. None pastes nothing.
 
     Attributes:
-        network: the module that runs forward: the model, or a wrapper that shares its gradients between processes.
-        average: mean of a tensor over the processes, or None for a single process.
+        network: the module that runs forward: the model, or its DistributedDataParallel wrapper.
+        average: a function that returns a tensor's mean over the processes. None for a single process.
     """
 
     def __init__(
@@ -67,23 +75,26 @@ class EagerStep:
         self._student_parameters = [parameter for parameter in parameters if id(parameter) not in apart]
 
     def __call__(self, batch: Streams) -> Tensor:
-        """Learn from a batch, and return the losses."""
+        """Learn from a batch, and return its losses as `row` does."""
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Streams) -> tuple[Tensor, Norms]:
-        """Take a step, and return its losses and the norms of the gradients of all weighted terms and tasks."""
+        """Learn from a batch.
+
+        Return its losses as `row` does, and the gradient norms of its weighted terms and tasks.
+        """
         inputs = self.loss_inputs(self.to_device(batch))
         norms = self._norms(self._term_gradients(inputs))
         return self.learn(self.criterion(*inputs)), norms
 
     def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, Gradient]]:
-        """Yield each weighted term's gradients over the model's parameters, and keep the graph."""
+        """Yield name and gradients of each weighted term, over the model's parameters."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in self.criterion.parts(*inputs).items():
             yield name, torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
 
     def _norms(self, gradients: Iterable[tuple[str, Gradient]]) -> Norms:
-        """Return the norms of the terms' gradients, and of their sum over each task."""
+        """Return the norms of the terms' gradients, and of each task's summed gradient."""
         tasks, terms = TaskGradients(self.criterion), dict[str, float]()
         for name, gradient in gradients:
             terms[name] = l2_norm(gradient, self.average)
@@ -91,18 +102,19 @@ class EagerStep:
         return tasks.norms(terms, lambda gradient: l2_norm(gradient, self.average))
 
     def to_device(self, batch: Streams) -> Streams:
-        """Copy a batch to the step's device."""
+        """Return the batch on the step's device."""
         return tuple(rows.to(self.device, non_blocking=True) for rows in batch)
 
     def forward(self, batch: Streams) -> Losses:
-        """Return the losses of a batch on the device. The first is differentiable."""
+        """Return the losses of a batch that is on the device. Only `loss` has a gradient."""
         losses: Losses = self.criterion(*self.loss_inputs(batch))
         return losses
 
     def loss_inputs(self, batch: Streams, counts: tuple[Counts, ...] | None = None) -> LossInputs:
-        """Return the inputs of the loss: the model's outputs, and the batch to compare them with.
+        """Run the model on a batch, and return the inputs of the loss.
 
-        `counts` are the denominators of the larger batch that this is a part of, or None for a whole batch.
+        `counts` are the denominators of each stream's loss, if the batch is a part of a larger batch. None counts this
+        batch, over all processes.
         """
         batch = self.mixed(batch)
         x_B3HW = self.model.normalise(pixels_of(batch))
@@ -111,19 +123,19 @@ class EagerStep:
         return LossInputs(outputs, batch, self._counts(batch) if counts is None else counts)
 
     def _counts(self, batch: Streams) -> tuple[Counts, ...] | None:
-        """Return the loss's denominators if several processes share a batch, or None if the loss counts itself."""
+        """Return the denominators of the loss, averaged over processes, or None for a single process."""
         return None if self.average is None else average_counts(self.criterion.counts(batch), self.average)
 
     def mixed(self, batch: Streams) -> Streams:
-        """Return the batch after pasting."""
+        """Return the batch after pasting between samples, or unchanged without `mix`."""
         return batch if self._mix is None else self._mix(batch)
 
     def held(self, batch: Streams) -> Streams:
-        """Return the part of a batch that goes through the model at once, here all of it."""
+        """Return the part of a batch that goes through the model at once. Here this is the whole batch."""
         return batch
 
     def learn(self, losses: Losses) -> Tensor:
-        """Run backward and the optimizer's step, clear the gradients and return `row(losses)`."""
+        """Run the backward and the optimizer's step, clear the gradients, and return `row(losses)`."""
         torch.autograd.backward(losses.loss)
         self._update()
         return row(losses)
@@ -140,7 +152,10 @@ class EagerStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def attempt(self, batch: Streams, norms: bool) -> None:
-        """Rehearse a step on a batch that goes through the model at once, to see whether it fits into memory."""
+        """Try a step on a batch, to see whether it fits into memory. Everything that it changes is restored.
+
+        `norms` of True also computes the gradient of each term, which needs more memory.
+        """
         with self.rehearsal():
             inputs = self.loss_inputs(self.to_device(batch))
             if norms:
@@ -149,10 +164,10 @@ class EagerStep:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Restore parameters, buffers, optimizer and random numbers after steps in a with block.
+        """Undo all steps of a with block: restore parameters, buffers, optimizer state and random numbers.
 
-        Optimizer state that did not exist before stays as zeros, at the address that a graph records. A first update
-        from zeros equals one from nothing (Adam, and SGD without dampening).
+        Optimizer state that did not exist before stays as zeros, at the address that a CUDA graph records. A first
+        update from zeros equals a first update without state (Adam, and SGD without dampening).
         """
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.criterion.parameters()]
         values_before = [tensor.detach().clone() for tensor in tensors]
@@ -182,18 +197,18 @@ class EagerStep:
 
 
 def row(losses: Losses) -> Tensor:
-    """Stack the loss and its parts, detached, into one tensor (1 + names,), in the order of the criterion's names."""
+    """Return the loss, the terms and the task losses as one detached tensor (n,), in the order of `Losses`."""
     return torch.stack([part.detach() for part in pytree.tree_leaves(losses)])
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the generators that a model draws from. Dropout draws from the device's."""
+    """Return the states of PyTorch's random generators: `cpu` and, for a CUDA device, `cuda` -> uint8 tensor."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Restore the generators from a `random_state`, also one of another device."""
+    """Set PyTorch's random generators to the states from `random_state`, which may come from another device."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

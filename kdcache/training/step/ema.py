@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 
 class ModelEma:
-    """The moving average of a model's state dict, on the model's device. It begins as a copy.
+    """An exponential moving average (EMA) of a model's weights, on the model's device. It begins as a copy of them.
 
-    The model is neither copied nor wrapped: hooks and taps of any model work, and the tensors that a CUDA graph or DDP
-    holds stay in place.
+    The model is neither copied nor wrapped. So hooks work, and the tensors that a CUDA graph or DDP uses stay in place.
 
     Args:
-        model: on its device. Its parameters and buffers must be changed in place from now on, never replaced.
-        decay: above 0 and below 1.
+        model: on its device. From now on its parameters and buffers must be changed in place, not replaced.
+        decay: above 0 and below 1. In early steps the decay is smaller (see `decay_at`).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -36,39 +35,45 @@ class ModelEma:
         self._copied = [name for name in self._weights if name not in self._averaged]
 
     def decay_at(self, step: int) -> float:
-        """Return the decay of the update after optimizer step `step`, counted from 1."""
+        """Return the decay of the update after optimizer step `step`, counted from 1.
+
+        It is min(decay, (1 + step) / (10 + step)), so the initial weights do not dominate short trainings.
+        """
         return min(self._decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights after optimizer step `step`, counted from 1."""
+        """Update the average with the model's weights, after optimizer step `step`, counted from 1."""
         torch._foreach_lerp_(*self._pairs(self._averaged), 1 - self.decay_at(step))
         if self._copied:
             torch._foreach_copy_(*self._pairs(self._copied))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by the model's names. The next update changes them."""
+        """Return the averaged weights: name in the model's state dict -> tensor.
+
+        The next update changes the tensors.
+        """
         return self._averages
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from the averages of a model with the same tensors."""
+        """Copy averaged weights from `state`, which has the names and shapes of the model's state dict."""
         for name, average in self._averages.items():
             average.copy_(state[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the model the averages in a with block, then restore its own weights exactly."""
-        own = {name: weights.clone() for name, weights in self._weights.items()}
+        """Give the model the averaged weights in a with block. Afterwards, its own weights are restored exactly."""
+        weights_before = {name: weights.clone() for name, weights in self._weights.items()}
         self._fill(self._averages)
         try:
             yield
         finally:
-            self._fill(own)
+            self._fill(weights_before)
 
     @torch.no_grad()
     def _fill(self, state: Mapping[str, Tensor]) -> None:
-        """Copy tensors into the model."""
+        """Copy the tensors of `state` into the model."""
         torch._foreach_copy_(list(self._weights.values()), list(state.values()))
 
     def _pairs(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:

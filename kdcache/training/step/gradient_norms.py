@@ -13,12 +13,13 @@ Gradient = Sequence[Tensor | None]
 
 
 class Norms(NamedTuple):
-    """L2 norms of a step's gradients, and the weights of the tasks.
+    """L2 norms of the gradients of a step, and the weights of the tasks.
 
     Attributes:
-        terms: the norm of each loss term's gradient, over all parameters.
-        tasks: the norm of each of two tasks' gradients, over the parameters that both reach, or {} for a single task.
-        weights: the weight of each task, from the balance.
+        terms: name of a loss term -> the norm of its gradient over all parameters of the model.
+        tasks: task -> the norm of its gradient over the parameters that both tasks change. Empty without a balance of
+            tasks.
+        weights: task -> its weight from the balance. Empty without a balance.
     """
 
     terms: dict[str, float]
@@ -27,10 +28,10 @@ class Norms(NamedTuple):
 
 
 class TaskGradients:
-    """The sum of the gradients of each task's terms.
+    """Sums the gradients of the loss terms of each task.
 
     Args:
-        criterion: the loss whose terms are added. Without a balance nothing is added.
+        criterion: the loss. Without a balance of tasks nothing is summed.
     """
 
     def __init__(self, criterion: Criterion) -> None:
@@ -39,48 +40,70 @@ class TaskGradients:
         self._sums: dict[str, list[Tensor | None]] = {}
 
     def add(self, part: str, gradient: Gradient) -> None:
-        """Add the gradient of a term. A term without a task (a stream's whole loss) is ignored."""
+        """Add the gradient of a loss term to its task.
+
+        A stream's sum, such as `kitti/loss`, has no task and is ignored.
+
+        `gradient` has a tensor or None for each parameter of the model.
+        """
         task = self._tasks.get(part)
         if task is not None:
             before = self._sums.get(task)
             self._sums[task] = list(gradient) if before is None else _sum(before, gradient)
 
     def norms(self, terms: dict[str, float], norm: Callable[[Gradient], float]) -> Norms:
-        """Return the norms of a step, given the norms of its `terms`."""
+        """Return the norms of a step.
+
+        Args:
+            terms: name of a loss term -> the norm of its gradient.
+            norm: returns the L2 norm of a gradient.
+        """
         if self._balance is None:
             return Norms(terms, {}, {})
-        shared = [all(own is not None for own in of_tasks) for of_tasks in zip(*self._sums.values(), strict=True)]
+        shared = [all(part is not None for part in parts) for parts in zip(*self._sums.values(), strict=True)]
         tasks = {}
         for task in self._balance.heads:
-            own = self._sums.get(task, [None] * len(shared))
-            tasks[task] = norm([part if both else None for part, both in zip(own, shared, strict=True)])
+            gradient = self._sums.get(task, [None] * len(shared))
+            tasks[task] = norm([part if both else None for part, both in zip(gradient, shared, strict=True)])
         return Norms(terms, tasks, self._balance.weights())
 
 
 def add_gradients(total: dict[str, list[Tensor | None]], more: Iterable[tuple[str, Gradient]], parts: int) -> None:
-    """Add gradients by name, each divided by the number of parts, to the sums in `total`."""
+    """Add gradients, each divided by `parts`, to the sums in `total`.
+
+    Args:
+        total: name of a loss term -> the sum of its gradients so far. It is changed.
+        more: pairs of a term's name and its gradient.
+        parts: the number of accumulated parts.
+    """
     for name, gradient in more:
-        own = [None if part is None else part / parts for part in gradient]
-        total[name] = _sum(total[name], own) if name in total else own
+        share = [None if part is None else part / parts for part in gradient]
+        total[name] = _sum(total[name], share) if name in total else share
 
 
 def task_lines(losses: Mapping[str, float], norms: Norms) -> dict[str, dict[str, float]]:
-    """Return loss, weight, gradient norm and its ratio to the other task's, by task."""
+    """Return task -> its `loss`, `weight`, gradient `norm`, and `ratio` of this norm to the other task's norm.
+
+    `losses` has task -> its loss. The ratio is NaN if the other norm is 0.
+    """
     lines = {}
     for task, norm in norms.tasks.items():
-        other = max((own for name, own in norms.tasks.items() if name != task), default=0.0)
-        ratio = norm / other if other else float("nan")
+        other_norm = max((norm_of_task for name, norm_of_task in norms.tasks.items() if name != task), default=0.0)
+        ratio = norm / other_norm if other_norm else float("nan")
         lines[task] = {"loss": losses[task], "weight": norms.weights[task], "norm": norm, "ratio": ratio}
     return lines
 
 
 def l2_norm(gradient: Gradient, average: Callable[[Tensor], Tensor] | None) -> float:
-    """Return the L2 norm of a gradient over all parameters, averaged over the processes first."""
-    whole = [part if average is None else average(part) for part in gradient if part is not None]
-    squares = [part.float().square().sum() for part in whole]
+    """Return the L2 norm of a gradient over all parameters. Parameters without a gradient count as 0.
+
+    `average` returns a tensor's mean over the processes, and is applied first. None is for a single process.
+    """
+    tensors = [part if average is None else average(part) for part in gradient if part is not None]
+    squares = [part.float().square().sum() for part in tensors]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
-def _sum(one: Gradient, other: Gradient) -> list[Tensor | None]:
-    pairs = zip(one, other, strict=True)
+def _sum(first: Gradient, second: Gradient) -> list[Tensor | None]:
+    pairs = zip(first, second, strict=True)
     return [b if a is None else a if b is None else a + b for a, b in pairs]

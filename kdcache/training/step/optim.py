@@ -29,12 +29,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make AdamW, Adam or SGD, without weight decay on biases and normalisation weights.
 
-    `criterion` is a loss with parameters to train: projections at the full rate, discriminators by Adam at their own
-    rate, which falls with the schedule. `capturable` is for a CUDA graph: rate and step count are tensors next to the
-    parameters, which a replay reads, and the update is torch's fused kernel (its other SGD reads the rate back to the
-    host).
-
-    Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name, and for SGD with a discriminator.
+    Args:
+        model: the model to train.
+        settings: optimizer, learning rate, weight decay and factors on the rate.
+        criterion: the loss, whose projections are trained at the full rate, and discriminators by Adam at their own
+            rate. None trains only the model.
+        capturable: True makes an optimizer for a CUDA graph: its rate and step count are tensors on the device, and its
+            update is one fused kernel.
+    Raises: RecipeError if a prefix in `lr_scale` begins no parameter's name, and for SGD with a discriminator.
     """
     device = next(model.parameters()).device
     groups: list[dict[str, Any]] = [
@@ -52,8 +54,12 @@ def make_optimizer(
                 "Cannot use --optimizer sgd with a term adversarial: its discriminator is trained by Adam",
                 fix="Use --optimizer adamw or adam.",
             )
-        own = {"params": adversaries, "lr_scale": Discriminator.RATE / settings.lr, "betas": Discriminator.BETAS}
-        groups.append({**groups[0], **own, "weight_decay": 0.0})
+        options_of_discriminator = {
+            "params": adversaries,
+            "lr_scale": Discriminator.RATE / settings.lr,
+            "betas": Discriminator.BETAS,
+        }
+        groups.append({**groups[0], **options_of_discriminator, "weight_decay": 0.0})
     options: dict[str, Any] = {"fused": True} if capturable else {}
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=MOMENTUM, **options)
@@ -64,7 +70,7 @@ def make_optimizer(
 def _by_scale(
     model: nn.Module, criterion: nn.Module | None, scales: Mapping[str, float]
 ) -> dict[tuple[float, bool], list[nn.Parameter]]:
-    """Group trained parameters by their learning-rate factor and by whether they decay.
+    """Group the trained parameters by their factor on the learning rate, and by whether they have weight decay.
 
     Names are the model's state dict names, as in a file of weights.
     """
@@ -88,10 +94,13 @@ def _by_scale(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load moments and step counts, saved on any device by any kind of step. The options stay."""
+    """Load the optimizer's momentum and step counts, saved on any device. Options such as the learning rate stay.
+
+    `state` is the optimizer's `state_dict`.
+    """
     groups = [
-        {**own, "params": saved["params"]}
-        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        {**group, "params": saved["params"]}
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for group in optimizer.param_groups:
@@ -103,11 +112,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
 
 def distill_weight_scale(schedule: str, step: int, iterations: int) -> float:
-    """Return the factor, 0 to 1, on the weights of the teacher's terms at a step.
+    """Return the factor, in 0..1, on the weights of the teacher's terms at a step.
 
-    `constant` is always 1. `fade` falls linearly from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3: teacher
-    annealing). `warmup:N` rises linearly and reaches 1 in the Nth step (as in the authors' code of `dkd`, there over 20
-    of 240 epochs).
+    Args:
+        schedule: `constant` is always 1. `fade` falls linearly from 1 to 0 (teacher annealing, Clark et al. 2019, arXiv
+            1907.04829, section 3.3). `warmup:N` rises linearly to 1 in the Nth step.
+        step: number of the step, from 0.
+        iterations: number of steps of the training.
     """
     if schedule == "constant":
         return 1.0
@@ -117,9 +128,17 @@ def distill_weight_scale(schedule: str, step: int, iterations: int) -> float:
 
 
 class Schedule:
-    """The learning rate: per step (`poly`, `constant`, both with warm-up), or after a validation (`plateau`).
+    """Sets the optimizer's learning rate over the training.
 
-    poly: lr * (1 - step/iterations)^0.9. plateau: halved after 5 validations without a higher mIoU.
+    | schedule | learning rate |
+    | --- | --- |
+    | `poly` | lr * (1 - step / iterations)^0.9, after a linear warm-up |
+    | `constant` | lr, after a linear warm-up |
+    | `plateau` | lr, halved after more than 5 validations in a row without a better score |
+
+    Args:
+        optimizer: its parameter groups get the rate, times their `lr_scale`.
+        settings: lr, schedule, warmup and iterations.
 
     Attributes:
         lr: learning rate of the next step.
@@ -136,13 +155,13 @@ class Schedule:
         self._set(settings.lr * self._factor(0))
 
     def after_step(self) -> None:
-        """Set the rate of the next step, except for `plateau`."""
+        """Set the learning rate of the next step. `plateau` ignores this call."""
         if self._kind != "plateau":
             self._step += 1
             self._set(self._highest * self._factor(self._step))
 
     def after_validation(self, score: float) -> None:
-        """Count a validation by its mIoU, or for depth only by its negative rmse."""
+        """Tell `plateau` the score of a validation, where higher is better. Other schedules ignore this call."""
         if self._kind != "plateau":
             return
         if score > self._best * (1 + BETTER if self._best > 0 else 1 - BETTER):
@@ -154,13 +173,13 @@ class Schedule:
             self._set(self.lr / 2)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state as plain values, so a checkpoint loads without pickle."""
+        """Return the state as plain numbers, so that a checkpoint can be loaded without pickle."""
         if self._kind == "plateau":
             return {"best": self._best, "num_bad_epochs": self._stalled, "lr": self.lr}
         return {"last_epoch": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict` of the same kind of schedule."""
+        """Continue from the `state_dict` of the same kind of schedule."""
         if self._kind == "plateau":
             self._best, self._stalled = state["best"], state["num_bad_epochs"]
             self._set(state["lr"])

@@ -25,12 +25,16 @@ from kdcache.training.step.ema import ModelEma
 
 
 class WeakView:
-    """Replaces the weak view in a batch by its pseudo labels.
+    """Predicts the weak views of a batch, and puts the resulting pseudo labels into the batch.
 
     Args:
-        ema: moving average of the model, or None if no term learns from it.
-        parts: number of parts in which the rows go through the model.
-        impl: the implementation that finds the best classes.
+        model: the student.
+        ema: the moving average of its weights. None if no loss term uses it.
+        criterion: the loss, whose terms decide which network predicts: `student` or `ema`.
+        device: where the model is.
+        bf16: True runs the model under autocast to bfloat16.
+        parts: number of parts in which the samples go through the model.
+        impl: the implementation of the kernels, as in `distill_loss`.
 
     Attributes:
         forwards: number of forward passes so far.
@@ -56,12 +60,12 @@ class WeakView:
 
     @property
     def needed(self) -> bool:
-        """Whether any stream learns from such pseudo labels."""
+        """True if any stream learns from pseudo labels of its weak views."""
         return any(self._wanted)
 
     @property
     def seconds(self) -> float:
-        """Duration of all forwards. On a GPU this waits for the last one."""
+        """The time of all forward passes so far, in seconds. On a GPU this waits for the last pass."""
         for begin, end in self._events:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
@@ -69,26 +73,29 @@ class WeakView:
         return self._seconds
 
     def __call__(self, streams: Streams) -> Streams:
-        """Return the batch on the device with pseudo labels instead of its weak views."""
+        """Return the batch on the device, with `pseudo` filled in and `weak` removed.
+
+        Unchanged if nothing is needed.
+        """
         if not self.needed:
             return streams
         streams = tuple(batch.to(self._device, non_blocking=True) for batch in streams)
         with self._timed():
-            made = self._made(streams)
-        return tuple(replace(batch, weak=None, pseudo=pseudo) for batch, pseudo in zip(streams, made, strict=True))
+            labels = self._made(streams)
+        return tuple(replace(batch, weak=None, pseudo=pseudo) for batch, pseudo in zip(streams, labels, strict=True))
 
     def _made(self, streams: Streams) -> list[dict[str, PseudoLabels]]:
-        """Return the pseudo labels of each stream, by who made them."""
-        made: list[dict[str, PseudoLabels]] = [{} for _ in streams]
-        for by in dict.fromkeys(by for wanted in self._wanted for by in wanted):
-            mine = [number for number, wanted in enumerate(self._wanted) if by in wanted]
+        """Return for each stream: `student` or `ema` -> the pseudo labels that it predicts."""
+        by_stream: list[dict[str, PseudoLabels]] = [{} for _ in streams]
+        for by in dict.fromkeys(by for networks in self._wanted for by in networks):
+            mine = [number for number, networks in enumerate(self._wanted) if by in networks]
             weak = {number: pixels for number in mine if (pixels := streams[number].weak) is not None}
             labels = self._predict(torch.cat(list(weak.values())), by)
             for number, label, confidence in zip(
                 weak, *(part.split(list(map(len, weak.values()))) for part in pytree.tree_leaves(labels)), strict=True
             ):
-                made[number][by] = PseudoLabels(label, confidence)
-        return made
+                by_stream[number][by] = PseudoLabels(label, confidence)
+        return by_stream
 
     @torch.no_grad()
     def _predict(self, pixels: Tensor, by: str) -> PseudoLabels:
