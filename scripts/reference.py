@@ -74,7 +74,7 @@ def _page(name: str, parent: typer.Context, command: Any) -> str:
         if not getattr(parameter, "hidden", False) and parameter.name not in ("help", "help_all"):
             panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Flags", []).append(parameter)
     for panel, parameters in panels.items():
-        lines += [f"## {panel}\n", "| flag | |", "| --- | --- |"]
+        lines += [f"## {panel}\n", "| flag | what it does |", "| --- | --- |"]
         lines += [_row(parameter, context) for parameter in parameters]
         lines.append("")
     return "\n".join(lines)
