@@ -210,8 +210,10 @@ def _listed(entries: Sequence[_Entry], path: Path) -> _Listed:
         classes = [replace(entry, name=_plain(entry), number=next(free)) for entry in classes]
     _check_numbers(classes, void, path)
     numbered = sorted((entry.number, place) for place, entry in enumerate(classes) if entry.number is not None)
-    says = not counted or any(entry.number is not None for entry in void)
-    return _Listed(tuple(classes[place] for _, place in numbered), tuple(number for number, _ in numbered), void, says)
+    numbered_file = not counted or any(entry.number is not None for entry in void)
+    return _Listed(
+        tuple(classes[place] for _, place in numbered), tuple(number for number, _ in numbered), void, numbered_file
+    )
 
 
 def _check_numbers(classes: Iterable[_Entry], void: Iterable[_Entry], path: Path) -> None:

@@ -114,20 +114,20 @@ def check_fold_labels(
 
     Raises: RecipeError if a class has pixels in one fold only.
     """
-    counts, alone = np.zeros((folds, 256), np.int64), list[str]()
+    counts, faults = np.zeros((folds, 256), np.int64), list[str]()
     for labels in rounds:
         for fold, label in labels:
             if label is not None:
                 counts[fold] += np.bincount(label.reshape(-1), minlength=256)
         of_class = counts[:, : len(class_names)]
         in_one_fold = np.argwhere((of_class == of_class.sum(0)) & (of_class > 0)).tolist()
-        alone = [f"{class_names[c]} is only in fold {fold}" for fold, c in in_one_fold]
-        if not alone:
+        faults = [f"{class_names[c]} is only in fold {fold}" for fold, c in in_one_fold]
+        if not faults:
             return
-    if alone:
+    if faults:
         raise RecipeError(
-            f"A teacher trained without a fold would miss a class: {', '.join(alone[:5])} of {folds}"
-            + (f", and {len(alone) - 5} more" if len(alone) > 5 else ""),
+            f"A teacher trained without a fold would miss a class: {', '.join(faults[:5])} of {folds}"
+            + (f", and {len(faults) - 5} more" if len(faults) > 5 else ""),
             fix="Use another number of folds or another --folds-by, or label more images of the class.",
         )
 

@@ -96,5 +96,5 @@ def _number_of(name: str, names: tuple[str, ...], others: tuple[str, ...]) -> in
     if name in others:
         return others.index(name)
     lowered = [candidate.lower() for candidate in others]
-    once = lowered.count(name.lower()) == 1 == [candidate.lower() for candidate in names].count(name.lower())
-    return lowered.index(name.lower()) if once else None
+    unique = lowered.count(name.lower()) == 1 == [candidate.lower() for candidate in names].count(name.lower())
+    return lowered.index(name.lower()) if unique else None

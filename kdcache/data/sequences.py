@@ -117,9 +117,9 @@ def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArr
     names = sequences_of(ids, by)
     sizes = Counter(names)
     if len(sizes) < folds:
-        some = ", ".join(sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
+        examples = ", ".join(sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
         raise RecipeError(
-            f"Cannot deal {len(sizes)} sequences, which --folds-by {by!r} names, into {folds} folds: {some}",
+            f"Cannot deal {len(sizes)} sequences, which --folds-by {by!r} names, into {folds} folds: {examples}",
             fix=f"Use up to {len(sizes)} folds, or a pattern that names shorter sequences."
             if len(sizes) > 1
             else "Give a pattern that names shorter sequences, or leave out --folds-by.",
@@ -151,11 +151,11 @@ def shared_sequences(
     """
     trained = {data[number] for number in used}
     sequence_of = _numbered(data, trained, judged) if by is None else _named({*trained, *judged}, by)
-    of_judge, of_training = (
+    judged_counts, trained_counts = (
         Counter(sequence_of[sample] for sample in samples if sample in sequence_of) for samples in (judged, trained)
     )
-    names = sorted(of_judge.keys() & of_training.keys())
-    return [SharedSequence(name, of_judge[name], of_training[name]) for name in names]
+    names = sorted(judged_counts.keys() & trained_counts.keys())
+    return [SharedSequence(name, judged_counts[name], trained_counts[name]) for name in names]
 
 
 def _matched(pattern: re.Pattern[str], sample: str) -> str:
@@ -173,14 +173,14 @@ def _numbered(data: Sequence[str], trained: set[str], judged: Sequence[str]) -> 
 
     A sequence's name is an id with * instead of its last number.
     """
-    of_data, of_judge = _by_last_number(data), _by_last_number(judged)
+    data_numbers, judged_numbers = _by_last_number(data), _by_last_number(judged)
     sequence_of: dict[str, str] = {}
-    for before, after in of_data.keys() & of_judge.keys():
-        frames, judged_frames = of_data[before, after], of_judge[before, after]
+    for before, after in data_numbers.keys() & judged_numbers.keys():
+        frames, judged_frames = data_numbers[before, after], judged_numbers[before, after]
         step = _usual_step(frames.values())
         count = step == 1 and len(frames) == len(data)
-        both = any(sample in trained for sample in judged_frames)
-        if not count and not both and (step or _usual_step(judged_frames.values())):
+        overlap = any(sample in trained for sample in judged_frames)
+        if not count and not overlap and (step or _usual_step(judged_frames.values())):
             sequence_of |= dict.fromkeys((*frames, *judged_frames), f"{before}*{after}")
     return sequence_of
 

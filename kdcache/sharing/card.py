@@ -145,14 +145,14 @@ def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | 
 def _rebuild(manifest: Manifest) -> str:
     """Return the command that builds the cache, and what identifies its inputs, as Markdown."""
     teacher, build = manifest.teacher, manifest.build
-    several = [
+    members = [
         (f"TEACHER_{number + 1}", f"{bare(member.spec)}, weights sha256:{member.weights}")
         for number, member in enumerate(teacher.members)
     ]
     facts = [
         ("DATA", f"{manifest.dataset.name}, split {manifest.dataset.split}, {manifest.dataset.samples} samples; "
                  f"digest of ids and classes {manifest.dataset.ids_digest}"),
-        *(several or [("TEACHER", f"{bare(teacher.spec)}, weights sha256:{teacher.weights}")]),
+        *(members or [("TEACHER", f"{bare(teacher.spec)}, weights sha256:{teacher.weights}")]),
         *((("CLASS_MAP", "the file that gave " + " ".join(map(str, teacher.class_map))),) if teacher.class_map else ()),
         ("seed of the views", "none is drawn" if manifest.view.drawn is None else str(manifest.view.drawn.seed)),
         ("versions", ", ".join([manifest.created_by, *(f"{name} {v}" for name, v in build.libraries.items())])),

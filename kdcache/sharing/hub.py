@@ -309,8 +309,8 @@ def _answers(address: HubAddress, bars: bool) -> Iterator[None]:
         chain = [error, *_causes(error)]
         statuses = (getattr(getattr(failure, "response", None), "status_code", None) for failure in chain)
         status = next((status for status in statuses if status is not None), None)
-        said = next(filter(None, (getattr(failure, "server_message", None) for failure in chain)), None)
-        words = " ".join(str(said or (error if isinstance(error, ValueError) else chain[-1])).split())[:300]
+        message = next(filter(None, (getattr(failure, "server_message", None) for failure in chain)), None)
+        words = " ".join(str(message or (error if isinstance(error, ValueError) else chain[-1])).split())[:300]
         login = "Set HF_TOKEN to a valid token that may do this, or log in with: hf auth login"
         fixes = {400: "Correct what the Hub names, for instance --license.", 401: login, 403: login}
         fixes[404] = "Check the address. A private or gated repository needs a token that may read it (HF_TOKEN)."

@@ -35,20 +35,22 @@ def _teachers(teacher: Fingerprint) -> Iterator[str]:
 
 def _values(manifest: Manifest) -> dict[str, Any]:
     """Return setting name -> value for the command of a build. None means the default."""
-    teacher, build, several = manifest.teacher, manifest.build, len(manifest.teacher.members) > 1
+    teacher, build, is_ensemble = manifest.teacher, manifest.build, len(manifest.teacher.members) > 1
     settings = manifest.settings()
     settings["view_scale"] = _colons(settings["view_scale"]) if "view_scale" in settings else None  # to the last digit
-    elsewhere = not several and not any(teacher.trainings)  # weights that are no run of kdcache, which knows its own
+    foreign_weights = not is_ensemble and not any(
+        teacher.trainings
+    )  # weights that are no run of kdcache, which knows its own
     return {
         "teacher_weights": _numbers(member.share for member in teacher.members)
-        if several and teacher.folds is None
+        if is_ensemble and teacher.folds is None
         else None,
         "tta": None if teacher.tta is None else _tta(teacher.tta),
         "folds": teacher.folds,
         "folds_by": teacher.folds_by,
         "class_map": None if teacher.class_map is None else "CLASS_MAP",
-        "mean": _numbers(teacher.mean) if elsewhere else None,
-        "std": _numbers(teacher.std) if elsewhere else None,
+        "mean": _numbers(teacher.mean) if foreign_weights else None,
+        "std": _numbers(teacher.std) if foreign_weights else None,
         "split": manifest.dataset.split,
         **settings,
         "threads": build.threads,

@@ -98,7 +98,9 @@ class DepthReport:
             ),
         )
         return [
-            f"{split}: {len(names)} {what}: {describe_some(names)}; {remedy}" for names, what, remedy in kinds if names
+            f"{split}: {len(names)} {defect}: {describe_some(names)}; {remedy}"
+            for names, defect, remedy in kinds
+            if names
         ]
 
     def warnings(self, split: str) -> list[str]:

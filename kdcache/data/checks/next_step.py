@@ -18,11 +18,13 @@ def next_step(report: CheckReport) -> str:
     """Return one line that names the next step: to fix a problem, or a command such as `kdcache train-teacher`."""
     data = shlex.quote(report.data)
     if report.problems:
-        return f"mend the problem{'s' * (len(report.problems) > 1)} above, then: kdcache data check {data}"
+        return (
+            f"mend the {'problem' if len(report.problems) == 1 else 'problems'} above, then: kdcache data check {data}"
+        )
     labelled = {name for name, split in report.splits.items() if split.labelled or split.depth.labelled}
     if not labelled:
-        alone = "" if report.classes.names else " --features-only --features TAP --size HxW"
-        return f"kdcache build-teacher-cache --data {data} --teacher RUN{alone} --out {_name(report)}.zarr"
+        feature_flags = "" if report.classes.names else " --features-only --features TAP --size HxW"
+        return f"kdcache build-teacher-cache --data {data} --teacher RUN{feature_flags} --out {_name(report)}.zarr"
     if report.layout in LAYOUTS and not LAYOUTS[report.layout].live:
         return convert_command(report.data)
     if "train" not in labelled:

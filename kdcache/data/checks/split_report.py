@@ -83,8 +83,8 @@ class SplitReport:
             ),
         )
         return [
-            f"{self.split}: {len(names)} {what}: {describe_some(names)}. {remedy[:1].upper()}{remedy[1:]}"
-            for names, what, remedy in kinds
+            f"{self.split}: {len(names)} {defect}: {describe_some(names)}. {remedy[:1].upper()}{remedy[1:]}"
+            for names, defect, remedy in kinds
             if names
         ] + self.depth.problems(self.split)
 
@@ -107,5 +107,5 @@ class SplitReport:
         for ids in self.out_of_range.values():
             files.update(map(int, ids))
             pixels.update({int(number): count for number, count in ids.items()})
-        stray = [f"{n} in {files[n]} file{'s' * (files[n] != 1)}, {pixels[n]} pixels" for n in sorted(files)]
+        stray = [f"{n} in {files[n]} {'file' if files[n] == 1 else 'files'}, {pixels[n]} pixels" for n in sorted(files)]
         return "; ".join(stray[:most]) + (f"; and {len(stray) - most} more ids" if len(stray) > most else "")

@@ -100,13 +100,13 @@ def _doubt_mixed_masks(reports: Mapping[str, SplitReport], classes: ClassList, d
     if len(classes) != 2:
         return
     kinds = [(f"{report.split}/{sample}", ids) for report in reports.values() for sample, ids in report.ids.items()]
-    ones = [ids for _, ids in kinds if 1 in ids]
-    wide = [name for name, ids in kinds if ids == (0, IGNORE_INDEX)]
-    if ones and wide and not any(IGNORE_INDEX in ids for ids in ones):
+    masks_of_1 = [ids for _, ids in kinds if 1 in ids]
+    masks_of_255 = [name for name, ids in kinds if ids == (0, IGNORE_INDEX)]
+    if masks_of_1 and masks_of_255 and not any(IGNORE_INDEX in ids for ids in masks_of_1):
         doubts.problems.append(
-            f"{len(wide)} labels hold 0 and 255 alone, {len(ones)} hold 1 and no 255: {describe_some(wide)}; 255 is "
-            f"void, so {classes.names[1]!r} is lost where it means that class: kdcache data convert SRC DST --binary "
-            "writes 0 and 1"
+            f"{len(masks_of_255)} labels hold 0 and 255 alone, {len(masks_of_1)} hold 1 and no 255: "
+            f"{describe_some(masks_of_255)}; 255 is void, so {classes.names[1]!r} is lost where it means that "
+            "class: kdcache data convert SRC DST --binary writes 0 and 1"
         )
 
 
@@ -184,9 +184,9 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
         doubts.warnings += report.depth.warnings(name)
         if report.labelled or report.depth.labelled:
             continue
-        elsewhere = "" if place is None else _labels_elsewhere(place, name)
-        if elsewhere:
-            doubts.problems.append(elsewhere)
+        misplaced = "" if place is None else _labels_elsewhere(place, name)
+        if misplaced:
+            doubts.problems.append(misplaced)
         elif name == "train" and any(sibling.labelled or sibling.depth.labelled for sibling in reports.values()):
             doubts.problems.append(
                 f"{name}: none of {report.images} images has a label: a training on labels learns nothing; add labels, "
@@ -272,8 +272,8 @@ def _doubt_mapped_twice(reports: Mapping[str, SplitReport], classes: ClassList, 
     """Warn about street labels mapped twice from labelIds to train ids, which leaves the first classes only."""
     if classes.names != CITYSCAPES.names or not reports:
         return
-    once = to_classes(MOST_LABEL_ID)
-    left = {once[number] for number in range(len(classes))}
+    class_of = to_classes(MOST_LABEL_ID)
+    left = {class_of[number] for number in range(len(classes))}
     pixels = np.sum([report.class_pixels for report in reports.values()], 0)
     void = sum(report.void_pixels for report in reports.values())
     share = void / max(1, void + int(pixels.sum()))

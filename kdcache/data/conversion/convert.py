@@ -254,8 +254,8 @@ def _write_split(
         )
     writer.publish()
     held = ids - {IGNORE_INDEX}
-    alone = split.classes.names[held.pop()] if len(held) == 1 and IGNORE_INDEX in ids else None
-    return ConvertedSplit(written, kept, links, labels, dropped, alone)
+    only_class = split.classes.names[held.pop()] if len(held) == 1 and IGNORE_INDEX in ids else None
+    return ConvertedSplit(written, kept, links, labels, dropped, only_class)
 
 
 def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> _Written | str:

@@ -60,9 +60,9 @@ def source_changes(folder: Path, split: str) -> str:
     place = LayoutRoot(LAYOUTS[name], root, folder / images if images else None)
     try:
         changes = digest_changes(Contents.from_json(before), read_contents(open_defective(place, split)[0]))
-        what = changes.describe()
+        change = changes.describe()
     except DataError as error:
-        what = error.problem
-    if not what:
+        change = error.problem
+    if not change:
         return ""
-    return f"{root} has changed since {folder} was converted from it: {what}. Convert it into a new folder"
+    return f"{root} has changed since {folder} was converted from it: {change}. Convert it into a new folder"

@@ -185,15 +185,15 @@ def file_split(data: str, split: str, classes: ClassList, root: Path, scan: Scan
         if (label := scan.labels.get(name)) is not None:
             of_file = str(root / label), image, decode, check
             labels[SEGMENTATION] = LabelFile(*of_file) if scan.drawn is None else DrawnLabel(*of_file, scan.drawn, name)
-        if scan.depth is not None and (far := scan.depth.files.get(name)) is not None:
-            labels[DEPTH] = LabelFile(str(root / far), image, scan.depth.read, check_depth)
+        if scan.depth is not None and (depth_path := scan.depth.files.get(name)) is not None:
+            labels[DEPTH] = LabelFile(str(root / depth_path), image, scan.depth.read, check_depth)
         samples.append(Sample(name, image, labels, image.file))
     return Split(data, split, classes, tuple(samples), scan.label_ids.table)
 
 
 def describe_ids(bad: dict[int, int]) -> str:
     """Describe counts in words: {11: 250, 12: 3} becomes "id 11 in 250 pixels, id 12 in 3 pixels"."""
-    return ", ".join(f"id {i} in {count} pixel{'s' * (count != 1)}" for i, count in bad.items())
+    return ", ".join(f"id {i} in {count} {'pixel' if count == 1 else 'pixels'}" for i, count in bad.items())
 
 
 def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:

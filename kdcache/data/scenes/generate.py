@@ -126,14 +126,14 @@ class ScenesSpec:
             split: the split's name.
             number: the sample's position in the split, from 0.
         """
-        both = [(SEGMENTATION, _LABEL), (DEPTH, _DEPTH)]
+        labels = [(SEGMENTATION, _LABEL), (DEPTH, _DEPTH)]
         if split == _UNLABELLED:
             return []
         if self.depth == "none":
-            return both[:1]
+            return labels[:1]
         if split != "train" or self.tasks == "both":
-            return both
-        return both[:1] if self.tasks == "halves" and number % 2 == 0 else both[1:]
+            return labels
+        return labels[:1] if self.tasks == "halves" and number % 2 == 0 else labels[1:]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -64,12 +64,12 @@ class Folder(Layout):
 
     def matches(self, root: Path) -> bool:
         """Return whether `root` has images/ and also `classes.txt`, labels/ or depth/."""
-        listed, deep = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
+        has_classes, has_depth = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
         if not (root / LABELS).is_dir() and any((root / name).is_dir() for name in MASKS):
             return False
         if folders_in(root / IMAGES):
-            return listed or deep or bool(folders_in(root / LABELS))
-        return (listed or deep) and holds_pictures(root / IMAGES)
+            return has_classes or has_depth or bool(folders_in(root / LABELS))
+        return (has_classes or has_depth) and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
         """Return the names of the folders in images/.
@@ -84,13 +84,13 @@ class Folder(Layout):
         folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
         folders_text = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
         divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""
-        beside = CLASSES_FILE if (root / CLASSES_FILE).is_file() or not (root / DEPTHS).is_dir() else f"{DEPTHS}/"
+        identifier = CLASSES_FILE if (root / CLASSES_FILE).is_file() or not (root / DEPTHS).is_dir() else f"{DEPTHS}/"
         ends = described(self._scan(root, self.splits(root)[0]))
-        return f"{folders_text} and {beside}{divided}{ends}"
+        return f"{folders_text} and {identifier}{divided}{ends}"
 
     def _classes(self, root: Path) -> ClassList:
-        without = (root / DEPTHS).is_dir() and not (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
-        return ClassList(()) if without else read_classes(root)
+        depth_only = (root / DEPTHS).is_dir() and not (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
+        return ClassList(()) if depth_only else read_classes(root)
 
     def _scan(self, root: Path, split: str) -> Scan:
         undivided = not folders_in(root / IMAGES)

@@ -41,7 +41,7 @@ class KittiDepth(Layout):
     def splits(self, root: Path) -> list[str]:
         """Return the splits that exist, sorted: "train", "val" and "val_selection_cropped"."""
         names = [split for split in ("train", "val") if _annotated(root, split)]
-        return sorted(names + [SELECTION] * (_selection(root) is not None))
+        return sorted(names if _selection(root) is None else [*names, SELECTION])
 
     def _classes(self, root: Path) -> ClassList:
         return ClassList(())
