@@ -21,14 +21,25 @@ Points = list[tuple[float, float, float]]
 
 
 def has_curve(recipe: "Recipe") -> bool:
-    """Return whether there is a curve to draw: two arms differ only in the key of [show]."""
+    """Return True if a sweep has a curve to draw.
+
+    At least two of its arms must differ only in the value of the key that its [show] table names as `curve`.
+    """
     rows: list[Mapping[str, Any]] = [{"name": arm.name, "runs": [{"miou": 0.0}]} for arm in recipe.arms]
     lines = read_lines(recipe.arms, str(recipe.show.get("curve", "")), rows)
     return any(len(points) > 1 for points in lines.values())
 
 
 def write_curve(recipe: "Recipe", out: Path) -> None:
-    """Draw mIoU over the key in the recipe's [show], with a line for each name of arms, or nothing without a key."""
+    """Draw mIoU over a setting, such as the number of labels, from a sweep's comparison.json, as curve.png.
+
+    The recipe's [show] table names the setting. Each line connects arms that differ only in it. Without a setting,
+    nothing is drawn.
+
+    Args:
+        recipe: the sweep's recipe.
+        out: the sweep's folder.
+    """
     key, content = recipe.show.get("curve"), read_object(out / "comparison.json", MOST_CONTENTS)
     if not key or not content:
         return
@@ -56,7 +67,16 @@ def write_curve(recipe: "Recipe", out: Path) -> None:
 
 
 def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]]) -> dict[str, Points]:
-    """Return the points of each line: arms whose names differ only in the key's value, from comparison.json."""
+    """Return the points of each line of a sweep's curve.
+
+    A line connects arms whose names differ only in the value of `key`.
+
+    Args:
+        arms: the arms of the recipe.
+        key: name of a flag, or STREAM.KEY for a key of a stream.
+        rows: the list `rows` in comparison.json.
+    Returns: name of each line -> points (value of the key, mean mIoU in percent, half of the range of mIoU over runs).
+    """
     lines: dict[str, Points] = {}
     by_name = {
         row["name"].removesuffix(f", {CONTROL}"): [100 * run["miou"] for run in row["runs"] if run["miou"] is not None]
@@ -72,11 +92,14 @@ def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]])
 
 
 def _values(arm: "Arm", key: str) -> Iterator[float]:
-    """Yield the number of an arm for its own key or `STREAM.KEY`, or nothing without one."""
-    stream, dot, own = key.rpartition(".")
+    """Yield an arm's values of `key`, which is a flag or STREAM.KEY.
+
+    Yield nothing if it does not have a number above 0.
+    """
+    stream, dot, option = key.rpartition(".")
     tables = arm.flags.get("stream", ()) if dot else (arm.flags,)
     for table in tables:
         if not dot or table.get("name") == stream:
-            value = table.get(own.replace("-", "_")) if dot else table.get(own)
+            value = table.get(option.replace("-", "_")) if dot else table.get(option)
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 yield value

@@ -13,10 +13,10 @@ from kdcache.tasks import DEPTH
 
 
 def check_data(sweep: Sweep) -> None:
-    """Open the data of all streams of a recipe and compare their classes with each other and the validation data's.
+    """Check before any training that the data of all streams of a sweep have the same classes as the validation data.
 
-    Raises: MismatchError for other classes; DataError for a stream whose data have no label of a task that it learns,
-        and for data that cannot be opened, with the name of the stream.
+    Raises: MismatchError for other classes; DataError for a stream without the labels that its loss needs, or with data
+        that cannot be opened.
     """
     recipe = sweep.recipe
     splits: dict[str, Split] = {}
@@ -28,11 +28,11 @@ def check_data(sweep: Sweep) -> None:
         except DataError as error:
             raise error.within(f"stream {name}") from error
         _check_labels(name, table, splits[name])
-    own = {name: split for name, split in splits.items() if "class_map" not in tables[name]}
-    if not own:
+    unmapped = {name: split for name, split in splits.items() if "class_map" not in tables[name]}
+    if not unmapped:
         return
-    first = next(iter(own))
-    for name, split in own.items():
+    first = next(iter(unmapped))
+    for name, split in unmapped.items():
         if split.classes.names != splits[first].classes.names:
             raise _other_classes(name, split, first, splits[first])
     judge = open_split(sweep.data, str(recipe.data.get("val-split", Data.val_split)))
@@ -45,7 +45,7 @@ def check_data(sweep: Sweep) -> None:
 
 
 def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
-    """Raise DataError for tasks whose labels a stream reads but its data lack."""
+    """Raise DataError if a stream's data do not have the labels of a task that the stream learns."""
     labels = str(table.get("labels", "all"))
     tasks = set() if labels in ("all", "none") else set(labels.split("+"))
     terms = [term for term in table.get("term", ()) if isinstance(term, Mapping)]
@@ -60,14 +60,14 @@ def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
         )
 
 
-def _other_classes(name: str, split: Split, first: str, other: Split) -> MismatchError:
-    """Return the error for a stream with other classes than the first."""
+def _other_classes(name: str, split: Split, first: str, first_split: Split) -> MismatchError:
+    """Return the error for a stream whose classes differ from the first stream's classes."""
     fix = f"Give it a class map, a line `<id> <class>` for each of its classes: --set stream.{name}.class-map=FILE"
     if not split.classes.names:
         fix = f"Write the classes of {first}, one a line, into classes.txt where the data of {name} begin."
     return MismatchError(
-        f"The stream {name} ({split.data}) has other classes, or another order, than {first}: {_names(split)} against "
-        f"{_names(other)}",
+        f"The stream {name} ({split.data}) has other classes, or another order, than {first}: "
+        f"{_names(split)} against {_names(first_split)}",
         fix=fix,
     )
 

@@ -30,9 +30,10 @@ _REPEATED = "build-teacher-cache"
 
 
 class Inputs:
-    """The inputs of a sweep's jobs, in its folder.
+    """The digests of the inputs of a sweep's jobs, kept in its folder. They show which jobs must run again.
 
-    Raises: MismatchError naming the samples of a data set that changed since the first run; DataError.
+    Raises: MismatchError if a data set has changed since the sweep was first run; DataError if it cannot be opened;
+        RecipeError for a damaged inputs.json.
     """
 
     def __init__(self, sweep: Sweep) -> None:
@@ -55,17 +56,17 @@ class Inputs:
         self._write()
 
     def are_done(self, job: Job) -> bool:
-        """Return True if the job's result exists, and its inputs are unchanged."""
+        """Return True if the job's result exists and was computed from the current inputs."""
         return is_done(job) and job.words[0] != _REPEATED and self._done.get(job.name) == self.digest(job)
 
     def digest(self, job: Job) -> str:
-        """Return the SHA-256 of a job's command, its data, and the results of the jobs before it."""
+        """Return the SHA-256 of a job's command, its data sets, and the results of the jobs that it needs."""
         data = [self._digests[self._key(*pair)] for pair in _data_of(job)]
         before = [self._left(self._jobs[name]) for name in job.needs]
         return hashlib.sha256(json.dumps([without_folders(job.words), data, before]).encode()).hexdigest()
 
     def record(self, job: Job, digest: str) -> None:
-        """Record that a job was done with these inputs."""
+        """Record that a job was done with the inputs that `digest` identifies."""
         with self._lock:
             self._done[job.name] = digest
             self._write()
@@ -107,14 +108,14 @@ class Inputs:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a record, which reveals damage."""
+    """Return the SHA-256 of the content of inputs.json, to detect damage."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_done(job: Job) -> bool:
-    """Return True if the file that a job leaves at its end exists and is not empty, as after a crash.
+    """Return True if the file that shows a job's end exists and holds JSON.
 
-    A training is also repeated if its run lost model.json, and then writes it again.
+    For a training, model.json must also exist.
     """
     if job.done is None or not read_object(job.done):
         return False
@@ -122,7 +123,10 @@ def is_done(job: Job) -> bool:
 
 
 def without_folders(words: Sequence[str]) -> list[str]:
-    """Return a job's words without the places of its data sets, because their contents are compared."""
+    """Return a job's command without the folders of its data sets.
+
+    Folders may be renamed. The contents of the data sets are compared instead.
+    """
     flags = ("", *words)
     return [_without_folder(flag, word) for flag, word in pairwise(flags)]
 
@@ -134,7 +138,7 @@ def _without_folder(flag: str, word: str) -> str:
 
 
 def _data_of(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield the data sets that a job's command names, each with its split."""
+    """Yield (data set, split) for each data set that a job's command names."""
     words = job.words
     flags: dict[str, list[str]] = {}
     for flag, value in pairwise(words):

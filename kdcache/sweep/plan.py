@@ -45,12 +45,13 @@ _OF_LABELS = ("name", "data", "split", "class_map")
 
 @dataclass(frozen=True)
 class Job:
-    """A command of kdcache.
+    """One command of a sweep.
 
     Attributes:
-        words: a verb and its flags.
-        done: a JSON file that exists once it is done, or None if it is always repeated.
-        needs: names of jobs that must come before it.
+        name: name of the job.
+        words: the command without `kdcache`: a verb and its flags.
+        done: a JSON file that exists when the job is done, or None for a job that always runs again.
+        needs: names of the jobs that must be done before.
     """
 
     name: str
@@ -60,20 +61,22 @@ class Job:
 
     @property
     def next_words(self) -> tuple[str, ...]:
-        """The command to run now. An existing run is resumed."""
+        """The command to run now. It has --resume only if the run already exists."""
         begun = self.done is None or self.done.parent.exists()
         return self.words if begun else tuple(word for word in self.words if word != "--resume")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A recipe with its data and folder.
+    """A planned sweep: a recipe with its data, its folder and its jobs.
 
     Attributes:
-        jobs: ordered so that each comes after what it needs.
-        runs: arm -> its runs' folders.
-        data: the validation data, and the training data without streams.
-        sources: data of streams by name.
+        recipe: the recipe.
+        out: the sweep's folder.
+        jobs: all jobs. Each job comes after the jobs that it needs.
+        runs: name of each arm -> its run folders.
+        data: the validation data, and without streams also the training data.
+        sources: name of each stream -> its data set.
     """
 
     recipe: Recipe
@@ -91,12 +94,12 @@ def plan_sweep(
 
     Args:
         recipe: the recipe.
-        data: the data folder. Default: the recipe's own `path`, or `val` of its streams' data.
-        out: the folder of the sweep.
-        known: the flags that recipes may name.
-        sources: data of streams by name, instead of the recipe's own.
-    Raises: RecipeError for unknown flags or the sweep's own flags, for arms that need each other, for missing caches
-        and teachers, and without data.
+        data: folder or spec of the data set. Default: `path` in the recipe, or with streams its `val`.
+        out: the sweep's folder.
+        known: verb -> names of its flags, without dashes, that recipes may set.
+        sources: name of a stream -> data set, to replace the recipe's own.
+    Raises: RecipeError for an unknown flag, a flag that the sweep sets itself, an unknown cache or teacher, arms that
+        need each other, or missing data.
     """
     of_streams = data_of_streams(recipe, sources or {})
     data = data or recipe.data.get("path") or _validation(recipe, of_streams)
@@ -111,9 +114,11 @@ def plan_sweep(
 
 
 def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
-    """Return the data set of every stream that arms share, by name. `sources` replace the recipe's own.
+    """Return the name of each stream -> its data set, for the streams that all arms share.
 
-    Raises: RecipeError for a stream without data, and for data of an unknown stream.
+    `sources` maps names of streams to data sets that replace the recipe's own.
+
+    Raises: RecipeError for a stream without data, or for an unknown stream in `sources`.
     """
     names = [str(table["name"]) for table in recipe.stream]
     check_names("stream in --data NAME=DIR", sources, names)
@@ -128,7 +133,7 @@ def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str
 
 
 def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
-    """Return the validation data of a recipe with streams: its `val`, or the first stream's."""
+    """Return the validation data of a recipe with streams: its `val`, or the first stream's data."""
     if not data:
         return None
     text = str(recipe.data.get("val", f"{{{next(iter(data))}}}"))
@@ -139,7 +144,10 @@ def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
 
 
 def words(flags: Flags) -> Iterator[str]:
-    """Yield flags as typed. False is `--no-flag`, a table is a repeated flag, and "" leaves a flag out."""
+    """Yield the words of flags as typed on the command line.
+
+    False becomes --no-FLAG, a list repeats the flag, and "" leaves the flag out.
+    """
     for key, value in flags.items():
         if value == "":
             continue
@@ -154,21 +162,27 @@ def words(flags: Flags) -> Iterator[str]:
 
 
 def folder_name(text: str) -> str:
-    """Return a name that is valid for a folder on every system: letters, digits, dots, dashes and the like."""
+    """Return `text` as a folder name that is valid on every operating system.
+
+    Characters other than letters, digits and _.=+ become "-".
+    """
     return re.sub(r"[^A-Za-z0-9_.=+]+", "-", text).strip("-.") or "arm"
 
 
 def taken(flags: Flags) -> set[str]:
-    """Return the settings of terms that the loss of an arm, in any of its streams, takes."""
+    """Return the names of the settings that an arm's loss terms use, in any of its streams.
+
+    `flags` has the arm's flags, including the flags that all arms share.
+    """
     found = set[str]()
     for table in flags.get("stream") or [{}]:
-        own = {key.replace("-", "_"): value for key, value in {**flags, **table}.items()}
-        method = own.get("method", "auto")
+        settings = {key.replace("-", "_"): value for key, value in {**flags, **table}.items()}
+        method = settings.get("method", "auto")
         if method == "auto":
-            parted = own.get("mix", "") != "" or own.get("accumulate", 1) != 1
-            method = auto_method(parted=parted) if "cache" in own or not table else "none"
-        weights = {"ce": own.get("ce_weight", 1.0), "kl": own.get("kl_weight", 1.0)}
-        terms = [CrossEntropy(), *parse_method(method), *map(parse_term, own.get("term", ()))]
+            parted = settings.get("mix", "") != "" or settings.get("accumulate", 1) != 1
+            method = auto_method(parted=parted) if "cache" in settings or not table else "none"
+        weights = {"ce": settings.get("ce_weight", 1.0), "kl": settings.get("kl_weight", 1.0)}
+        terms = [CrossEntropy(), *parse_method(method), *map(parse_term, settings.get("term", ()))]
         found |= {name for term in terms if term.active and weights.get(term.kind) != 0 for name in term.takes}
     return found
 
@@ -204,10 +218,13 @@ class _Planner:
             self._jobs.append(job)
         return job.name
 
-    def _teacher(self, name: str, fold: int | None, own: Flags) -> str:
-        """Add the training of a teacher, for an arm with flags of its `own`, and return the job's name."""
-        run = self._teacher_run(fold, name, own)
-        flags = filled({**self._recipe.teacher, **self._recipe.teachers.get(name, {})}, own)
+    def _teacher(self, name: str, fold: int | None, arm_flags: Flags) -> str:
+        """Add the training of a teacher, and return the job's name.
+
+        `arm_flags` has the flags of the arm that needs it.
+        """
+        run = self._teacher_run(fold, name, arm_flags)
+        flags = filled({**self._recipe.teacher, **self._recipe.teachers.get(name, {})}, arm_flags)
         flags |= {**self._judged(fold), "out": run}
         streams = [self._table(stream) for stream in flags.pop("stream", ())]
         if streams:
@@ -216,30 +233,33 @@ class _Planner:
         else:
             flags |= {"data": self._data, "split": self._split}
         command = ("train-student" if streams else "train-teacher", *words(flags), "--resume")
-        title = " ".join(filter(None, (TEACHER, "" if name == TEACHER else name, self._variant(own))))
+        title = " ".join(filter(None, (TEACHER, "" if name == TEACHER else name, self._variant(arm_flags))))
         return self._add(Job(f"{title}{_of(fold)}", command, run / RESULT))
 
-    def _variant(self, own: Flags) -> str:
-        """Return the values of an arm that teachers and caches name in braces, or ""."""
-        return " ".join(str(own[key]) for key in self._of_arm if own.get(key, "") != "")
+    def _variant(self, arm_flags: Flags) -> str:
+        """Return the values of an arm's flags that teachers and caches depend on, as text, or ""."""
+        return " ".join(str(arm_flags[key]) for key in self._of_arm if arm_flags.get(key, "") != "")
 
     def _store(
-        self, name: str, stream: str | None, fold: int | None, seed: int = 0, own: Flags | None = None
+        self, name: str, stream: str | None, fold: int | None, seed: int = 0, arm_flags: Flags | None = None
     ) -> tuple[Path, str]:
-        """Add the build of a cache, of a stream's data or of all. Return its folder and the job's name."""
-        own = own or {}
-        flags = filled({**self._recipe.store, **self._recipe.stores.get(name, {})}, own)
+        """Add the build of a cache, from a stream's data or from all data.
+
+        Return the cache's folder and the job's name.
+        """
+        arm_flags = arm_flags or {}
+        flags = filled({**self._recipe.store, **self._recipe.stores.get(name, {})}, arm_flags)
         named, audited = flags.pop(TEACHER, f"@{TEACHER}"), flags.pop(AUDIT, False)
         listed = named if isinstance(named, list) else [named]
-        taught = [self._taught(str(one), name, fold, seed, own) for one in listed]
+        taught = [self._taught(str(teacher), name, fold, seed, arm_flags) for teacher in listed]
         teachers, needs = [text for text, _, _ in taught], [job for _, job, _ in taught if job]
         of_arm = any(of_seed for _, _, of_seed in taught)
         own_seed = seed if of_arm else 0
-        place = self._place(fold, name, stream, own_seed, self._variant(own))
+        place = self._place(fold, name, stream, own_seed, self._variant(arm_flags))
         source = self._table(stream) if stream else {"data": self._data}
         flags |= {"teacher": teachers if len(teachers) > 1 else teachers[0], "data": source["data"]}
         flags |= {"split": source.get("split", self._split), "out": place}
-        title = " ".join(filter(None, (STORE, stream, "" if name == STORE else name, self._variant(own))))
+        title = " ".join(filter(None, (STORE, stream, "" if name == STORE else name, self._variant(arm_flags))))
         command = ("build-teacher-cache", *words(flags))
         title += _of(fold) + (f", seed {own_seed}" if own_seed else "")
         job = self._add(Job(title, command, place / "complete.json", tuple(needs)))
@@ -250,18 +270,24 @@ class _Planner:
         return place, job
 
     def _taught(self, named: str, store: str, fold: int | None, seed: int, of_arm: Flags) -> tuple[str, str, bool]:
-        """Return a cache's teacher "@NAME": the build's argument, the job before it, and whether it has a seed."""
-        own, at, which = named.removeprefix("@").rpartition("@")
-        own, weights = (own, f"@{which}") if at and which in WEIGHTS else (named.removeprefix("@"), "")
+        """Return a cache's teacher "@NAME": its argument, the name of its job, and whether it depends on the seed."""
+        teacher_name, at, suffix = named.removeprefix("@").rpartition("@")
+        teacher_name, weights = (
+            (teacher_name, f"@{suffix}") if at and suffix in WEIGHTS else (named.removeprefix("@"), "")
+        )
         arms = [arm.name for arm in self._recipe.arms]
-        if own in arms:
-            run = self._run(self._recipe.arm(own), fold, seed)
+        if teacher_name in arms:
+            run = self._run(self._recipe.arm(teacher_name), fold, seed)
             return f"{run}{weights}", next(job.name for job in self._jobs if job.done == run / RESULT), True
-        if own not in (TEACHER, *self._recipe.teachers):
-            raise unknown(f"teacher of [stores.{store}]", own, [TEACHER, *self._recipe.teachers, *arms])
+        if teacher_name not in (TEACHER, *self._recipe.teachers):
+            raise unknown(f"teacher of [stores.{store}]", teacher_name, [TEACHER, *self._recipe.teachers, *arms])
         if "spec" in self._recipe.teacher:
             return str(self._recipe.teacher["spec"]), "", False
-        return f"{self._teacher_run(fold, own, of_arm)}{weights}", self._teacher(own, fold, of_arm), False
+        return (
+            f"{self._teacher_run(fold, teacher_name, of_arm)}{weights}",
+            self._teacher(teacher_name, fold, of_arm),
+            False,
+        )
 
     def _audit(self, store: Path, job: str) -> Path:
         """Add the audit of a cache's teacher against the labels of its data, and return its file."""
@@ -271,17 +297,17 @@ class _Planner:
         return out / "report.json"
 
     def _table(self, stream: str) -> dict[str, Any]:
-        """Return the table of a stream that arms share, with its data and split."""
+        """Return the settings of a stream that all arms share, with its data set and split."""
         table = next(dict(parse_stream(table)) for table in self._recipe.stream if table["name"] == stream)
         return {"name": stream, "data": self._of_streams[stream], "split": self._split} | {
             key: value for key, value in table.items() if key not in ("name", "data")
         }
 
     def _streams(self, arm: Arm, fold: int | None, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the streams of an arm with their data and caches in place, and the jobs that build those."""
+        """Return an arm's streams with their data sets and caches, and the jobs that build these caches."""
         tables, needs = [], []
-        for own in arm.flags.get("stream", ()):
-            table = {key: value for key, value in own.items() if value != ""}
+        for changes in arm.flags.get("stream", ()):
+            table = {key: value for key, value in changes.items() if value != ""}
             name, caches = str(table["name"]), table.get("cache", ())
             if name in self._of_streams:
                 table = {"name": name, "data": self._of_streams[name], "split": self._split} | {
@@ -323,12 +349,12 @@ class _Planner:
         if streams:
             flags["stream"] = streams
         else:
-            flags["cache"], job = self._store(STORE, None, fold, own=flags)
+            flags["cache"], job = self._store(STORE, None, fold, arm_flags=flags)
             needs.append(job)
         for key, value in flags.items():
             if isinstance(value, str) and value.startswith("@"):
-                other = self._recipe.arm(value[1:])
-                run_of_other = self._run(other, fold, seed)
+                needed_arm = self._recipe.arm(value[1:])
+                run_of_other = self._run(needed_arm, fold, seed)
                 needs += [job.name for job in self._jobs if job.done == run_of_other / RESULT]
                 flags[key] = run_of_other / "last.safetensors" if key == "init" else run_of_other
         self._under_way.pop()
@@ -344,7 +370,10 @@ class _Planner:
         return run
 
     def _flags(self, arm: Arm) -> dict[str, Any]:
-        """Return an arm's flags, less those that only other arms take. Raises: RecipeError for what no arm takes."""
+        """Return an arm's flags, without those that only other arms use.
+
+        Raises: RecipeError for a flag that no arm uses.
+        """
         flags = {**self._recipe.student, **arm.flags}
         if nobodys := untaken(flags, self._taken):
             raise no_effect(nobodys, f"the arm {arm.name!r}")
@@ -352,7 +381,7 @@ class _Planner:
         return {key: value for key, value in flags.items() if key.replace("-", "_") not in idle}
 
     def _show(self) -> None:
-        """Add the table, and the page with pictures of each arm's first run. A smoke run's are marked as such."""
+        """Add the comparison, and the report page with pictures of each arm's first run."""
         out, folds = self._out, self._recipe.folds
         trained = [job.name for job in self._jobs if job.words[0] == "train-student"]
         where: dict[str, Any] = {"data": self._data, "split": self._val_split if folds is None else self._split}
@@ -377,15 +406,15 @@ class _Planner:
         self._add(Job("report", ("report", *runs, *words(page)), None, (compared,)))
 
     def _judged(self, fold: int | None) -> dict[str, Any]:
-        """Return flags for the validation of a training: a fold, the held-out part, or the other split."""
+        """Return the flags for a training's validation: on a fold, on the held-out part, or on another split."""
         part = self._recipe.data.get("held-out") if fold is None else f"{fold}/{self._recipe.folds}"
         if part is None:
             return {"val-split": self._val_split}
         by = self._recipe.data.get("folds-by", "")
         return {"fold": part, "val-split": self._split, "val-fold": part, "folds-by": by}
 
-    def _teacher_run(self, fold: int | None, name: str, own: Flags) -> Path:
-        return self._out / TEACHERS / f"{folder_name(f'{name} {self._variant(own)}')}{_of(fold, '-')}"
+    def _teacher_run(self, fold: int | None, name: str, arm_flags: Flags) -> Path:
+        return self._out / TEACHERS / f"{folder_name(f'{name} {self._variant(arm_flags)}')}{_of(fold, '-')}"
 
     def _place(self, fold: int | None, name: str, stream: str | None, seed: int, variant: str) -> Path:
         of_stream = [stream, *([name] if name != STORE else [])] if stream else [name]
@@ -395,7 +424,7 @@ class _Planner:
 
 
 def _named_store(cache: str) -> tuple[str, str | None]:
-    """Return ('NAME=', store) of '@STORE' or 'NAME=@STORE' in a recipe. The cache of a path is None."""
+    """Split '@STORE' or 'NAME=@STORE' into ('NAME=', STORE). For a path, STORE is None."""
     match = re.fullmatch(r"((?:[^@=/]+=)?)@(.+)", cache)
     return (match[1], match[2]) if match else ("", None)
 
@@ -425,19 +454,25 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         raise RecipeError(
             "Cannot use folds or held-out with [[stream]]", fix="Leave them out, or give a stream its own fold."
         )
-    for own in (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values()):
-        of_arm = [name for name in map(named_flag, own.values()) if name is not None]
+    for table_flags in (recipe.teacher, *recipe.teachers.values(), recipe.store, *recipe.stores.values()):
+        of_arm = [name for name in map(named_flag, table_flags.values()) if name is not None]
         check_names("flag of train-student in braces", of_arm, flags_of_verbs["train-student"])
-    stores = {"[store]": recipe.store, **{f"[stores.{name}]": own for name, own in recipe.stores.items()}}
-    for name, own in stores.items():
-        if not isinstance(own.get(AUDIT, False), bool):
+    stores = {
+        "[store]": recipe.store,
+        **{f"[stores.{name}]": table_flags for name, table_flags in recipe.stores.items()},
+    }
+    for name, table_flags in stores.items():
+        if not isinstance(table_flags.get(AUDIT, False), bool):
             raise RecipeError(
-                f"Invalid {AUDIT} of {name}: {own[AUDIT]!r}", fix=f"Write {AUDIT} = true or {AUDIT} = false"
+                f"Invalid {AUDIT} of {name}: {table_flags[AUDIT]!r}", fix=f"Write {AUDIT} = true or {AUDIT} = false"
             )
     for table, verb, flags in (
         ("[teacher]", "train-teacher", _without(recipe.teacher, "spec", "stream")),
-        *((f"[teachers.{name}]", "train-teacher", _without(own, "seed")) for name, own in recipe.teachers.items()),
-        *((name, "build-teacher-cache", _without(own, TEACHER, AUDIT)) for name, own in stores.items()),
+        *(
+            (f"[teachers.{name}]", "train-teacher", _without(table_flags, "seed"))
+            for name, table_flags in recipe.teachers.items()
+        ),
+        *((name, "build-teacher-cache", _without(table_flags, TEACHER, AUDIT)) for name, table_flags in stores.items()),
         ("[student]", "train-student", recipe.student),
         *((f"the arm {arm.name!r}", "train-student", arm.flags) for arm in recipe.arms),
     ):

@@ -69,7 +69,12 @@ SMOKE_TITLE = "Smoke run: "
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student."""
+    """One way to train the student in a sweep.
+
+    Attributes:
+        name: name of the arm.
+        flags: flag of train-student, without dashes -> value.
+    """
 
     name: str
     flags: Flags
@@ -77,15 +82,25 @@ class Arm:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A sweep before it knows where its data are.
+    """The content of a recipe file: the trainings of a sweep, still without their data.
+
+    Flags are mappings from a flag's name, without dashes, to its value.
 
     Attributes:
-        source: the recipe's text, before `--smoke` and `--set`.
-        data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline, curve.
-        teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
-        stream: tables of the streams that arms share, in order.
-        arms: every combination of their values, each once. `stream` is the list of its streams, if it has any.
-        smoke: it was shortened by `--smoke`, which its title shows.
+        name: name of the recipe.
+        title: one line of text.
+        about: what the sweep shows.
+        data: keys of the table [data]: layout, path, split, val-split, val, folds, held-out, folds-by.
+        teacher: flags of train-teacher, or `spec` for an existing teacher.
+        store: flags of build-teacher-cache.
+        student: flags of train-student that all arms share.
+        arms: the arms. If a flag has a list of values, each value has its own arm.
+        seeds: the seeds with which each arm is trained.
+        show: keys of the table [show]: num, baseline, curve.
+        teachers: name of each further teacher -> flags that differ from `teacher`.
+        stores: name of each further cache -> flags that differ from `store`.
+        stream: settings of each stream that the arms share.
+        smoke: True for a short trial run (`--smoke`).
     """
 
     name: str
@@ -105,11 +120,11 @@ class Recipe:
 
     @property
     def folds(self) -> int | None:
-        """The number of folds of its cross-validation, or None."""
+        """The number of folds of a cross-validation, or None."""
         return self.data.get("folds")
 
     def arm(self, name: str) -> Arm:
-        """Return the arm of that name. Raises: RecipeError with the nearest name for an unknown one."""
+        """Return the arm with this name. Raises: RecipeError for an unknown name."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
@@ -117,18 +132,19 @@ class Recipe:
 
 
 def list_recipes() -> dict[str, str]:
-    """Return name -> title of the shipped recipes."""
+    """Return name -> title of each recipe that kdcache ships."""
     paths = sorted(path for path in _shipped().iterdir() if path.name.endswith(".toml"))
     return {path.name.removesuffix(".toml"): tomllib.loads(path.read_text(encoding="utf-8"))["title"] for path in paths}
 
 
 def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()) -> Recipe:
-    """Read a shipped recipe by its name, or a TOML file.
+    """Read a recipe that kdcache ships, or a TOML file.
 
-    `smoke` replaces keys by those of its [smoke], for a short run on procedural scenes. `changes` are TABLE.KEY=VALUE,
-    with VALUE as in TOML (a bare word is a string).
-
-    Raises: RecipeError for a recipe that is missing, malformed, or has unknown keys.
+    Args:
+        origin: name of a shipped recipe, or path of a file.
+        smoke: replace keys by those in the recipe's [smoke] table, for a short trial run.
+        changes: texts TABLE.KEY=VALUE that change single keys, with VALUE as in TOML. A bare word is a string.
+    Raises: RecipeError for a recipe that is missing or malformed, or that has unknown keys.
     """
     content = _load(origin)
     check_names("key of the recipe", content, _TOP)
@@ -164,9 +180,11 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
 
 
 def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
-    """Check that names are among the allowed ones. `what` describes a name, such as "key of [smoke]".
+    """Check that all `names` are among the `allowed` names.
 
-    Raises: RecipeError for the first unknown one, with the nearest.
+    `what` describes a name for the message, such as "key of [smoke]".
+
+    Raises: RecipeError for the first unknown name.
     """
     options = sorted(allowed)
     for name in names:
@@ -177,20 +195,26 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> RecipeError:
-    """Return the error for an unknown name. Its fix is the nearest allowed one, or all."""
+    """Return the error for an unknown name. Its fix proposes the most similar allowed name, or lists all.
+
+    `what` describes the name, such as "key of [smoke]".
+    """
     names = list(allowed)
     otherwise = f"Choose one of: {', '.join(names)}" if names else "Leave it out: the recipe has none."
     return RecipeError(f"Unknown {what}: {name!r}", fix=suggest(name, names, otherwise, cutoff=0.5))
 
 
 def named_flag(value: Any) -> str | None:
-    """Return the flag that a value such as "{flag}" names, or None for other values."""
+    """Return the flag's name in a value such as "{limit-labels}", or None for any other value."""
     match = re.fullmatch(r"{([a-z-]+)}", value) if isinstance(value, str) else None
     return None if match is None else match[1]
 
 
 def filled(table: Flags, own: Flags) -> dict[str, Any]:
-    """Return the table with each "{flag}" replaced by the arm's value of that flag, or by "" if the arm has none."""
+    """Return `table` with each value such as "{limit-labels}" replaced by that flag's value in `own`.
+
+    `own` has the flags of an arm. A flag that the arm does not have becomes "".
+    """
     return {key: value if (name := named_flag(value)) is None else own.get(name, "") for key, value in table.items()}
 
 
@@ -216,19 +240,22 @@ def _load(origin: str) -> dict[str, Any]:
 
 
 def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
-    """Return the content with tables merged key by key, except the teacher's, which is replaced completely."""
+    """Return the recipe with the tables of [smoke] merged into it key by key.
+
+    The teacher's table is replaced completely.
+    """
     merged = dict(content)
     for key, value in smoke.items():
         if key in _NAMED:
             merged[key] = _replaced_named(key, content.get(key, []), value)
             continue
-        whole = key == "teacher" or not isinstance(value, dict)
-        merged[key] = value if whole else {**content.get(key, {}), **value}
+        replaced = key == "teacher" or not isinstance(value, dict)
+        merged[key] = value if replaced else {**content.get(key, {}), **value}
     return merged
 
 
 def _replaced_named(kind: str, tables: Any, smoke: Any) -> list[dict[str, Any]]:
-    """Return the arms or streams in their order, each with the keys of the small one of its name."""
+    """Return the arms or streams in order, each with the keys of the [smoke] table with the same name replaced."""
     _check_named(kind, tables)
     _check_named(kind, smoke)
     small = {str(table["name"]): table for table in smoke}
@@ -268,25 +295,25 @@ def _change(content: dict[str, Any], text: str) -> None:
 def _arms(content: dict[str, Any]) -> Iterator[Arm]:
     tables = content.get("arm", [])
     _check_named("arm", tables)
-    seen: set[str] = set()
+    names: set[str] = set()
     for table in tables:
-        own = {key: value for key, value in table.items() if key not in ("name", "stream")}
-        shared = {key: value for key, value in content.get("student", {}).items() if key not in own}
-        both = {**shared, **own, **_stream_changes(table)}
+        arm_flags = {key: value for key, value in table.items() if key not in ("name", "stream")}
+        shared = {key: value for key, value in content.get("student", {}).items() if key not in arm_flags}
+        both = {**shared, **arm_flags, **_stream_changes(table)}
         axes = {key: value for key, value in both.items() if isinstance(value, list) and not _is_repeated(key)}
         for values in product(*axes.values()):
             choice = dict(zip(axes, values, strict=True))
-            flags = {key: value for key, value in {**own, **choice}.items() if not _of_stream(key)}
+            flags = {key: value for key, value in {**arm_flags, **choice}.items() if not _of_stream(key)}
             changes = {key: value for key, value in {**both, **choice}.items() if _of_stream(key)}
             if streams := _streams(table, content.get("stream", []), changes):
                 flags["stream"] = streams
             arm = Arm(_name(str(table["name"]), {**both, **choice}, choice), flags)
-            if arm.name in seen:
+            if arm.name in names:
                 raise RecipeError(
                     f"Two arms have the name {arm.name!r}",
                     fix="Put what tells them apart into the name, for example {kl-weight}",
                 )
-            seen.add(arm.name)
+            names.add(arm.name)
             yield arm
 
 
@@ -295,28 +322,36 @@ def _is_repeated(key: str) -> bool:
 
 
 def _of_stream(key: str) -> bool:
-    """Return whether a key belongs to a stream, as in `kitti.share`. Flags have no dots."""
+    """Return True if a key belongs to a stream, as `kitti.share` does. Flags do not have dots."""
     return "." in key
 
 
 def _stream_changes(arm: Flags) -> dict[str, Any]:
-    """Return an arm's changes to streams, as `kitti.share`. `kitti.` is False for a stream that it leaves out."""
+    """Return an arm's changes to streams, such as `kitti.share` -> 0.5.
+
+    `kitti.` -> False leaves the stream out.
+    """
     changes = arm.get("stream", {})
     if isinstance(changes, list):
         return {}
-    if not isinstance(changes, dict) or not all(own is False or isinstance(own, dict) for own in changes.values()):
+    if not isinstance(changes, dict) or not all(
+        change is False or isinstance(change, dict) for change in changes.values()
+    ):
         raise RecipeError(
             f"Cannot read the streams of the arm {arm['name']!r}: stream = {changes!r}",
             fix="Write stream.NAME.share = 0.5, or stream.NAME = false to leave it out.",
         )
     flat: dict[str, Any] = {}
-    for name, own in changes.items():
-        flat |= {f"{name}.": False} if own is False else {f"{name}.{key}": value for key, value in own.items()}
+    for name, change in changes.items():
+        flat |= {f"{name}.": False} if change is False else {f"{name}.{key}": value for key, value in change.items()}
     return flat
 
 
 def _streams(arm: Flags, shared: list[dict[str, Any]], changes: Flags) -> list[dict[str, Any]]:
-    """Return the streams of an arm: its own tables, or those that arms share with its changes. Raises: RecipeError."""
+    """Return an arm's streams: its own, or the shared ones with the arm's changes.
+
+    Raises: RecipeError for an unknown stream.
+    """
     if isinstance(arm.get("stream"), list):
         return list(arm["stream"])
     by_name = {str(table["name"]): dict(table) for table in shared}
@@ -354,7 +389,7 @@ def _check_tables(content: dict[str, Any]) -> None:
 
 
 def _name(template: str, flags: Flags, choice: Flags) -> str:
-    """Return the arm's name with values for {flag}. Choices that the template does not show are added."""
+    """Return an arm's name, with values in place of {flag}. Chosen values that the template does not show are added."""
     name = template
     for key, value in flags.items():
         name = name.replace(f"{{{key}}}", str(value))

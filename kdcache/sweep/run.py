@@ -32,16 +32,16 @@ Runner = Callable[[Job], None]
 
 
 class Watcher:
-    """Receives the progress of a sweep. Override any of its methods."""
+    """Receives the progress of a sweep. Override the methods that you need. By default they do nothing."""
 
     def started(self, job: Job, number: int, total: int) -> None:
-        """Handle the start of a job."""
+        """Handle the start of a job, which is number `number` of `total` jobs."""
 
     def kept(self, job: Job, number: int, total: int) -> None:
-        """Handle a job that was done before and is left unchanged."""
+        """Handle a job that is already done and is skipped. It is number `number` of `total` jobs."""
 
     def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
-        """Handle the end of a job."""
+        """Handle the end of a job, `seconds` after its start. It is number `number` of `total` jobs."""
 
 
 def run_jobs(
@@ -51,10 +51,16 @@ def run_jobs(
     parallel: int = 1,
     watcher: Watcher | None = None,
 ) -> None:
-    """Run the jobs of a sweep that are not done yet, `parallel` at once, with a thread-safe runner.
+    """Run all jobs of a sweep that are not done yet.
 
-    Raises: the runner's errors, after the jobs that were begun have ended; RecipeError for a folder of another sweep;
-        MismatchError for data that changed since the first run.
+    Args:
+        sweep: the planned sweep.
+        runner: called with each job, to run its command. It raises an exception if the command fails. With several jobs
+            at once it is called from several threads.
+        parallel: number of jobs to run at once.
+        watcher: receives the progress.
+    Raises: any exception of `runner`, after the running jobs have ended; RecipeError if the folder belongs to another
+        sweep; MismatchError if a data set has changed since the sweep was first run.
     """
     _record(sweep)
     watching, inputs = watcher or Watcher(), Inputs(sweep)
@@ -83,7 +89,7 @@ def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher, i
 
 
 class _SideBySide:
-    """Jobs that are begun as soon as what they need is done."""
+    """Runs several jobs at once. A job starts as soon as the jobs that it needs are done."""
 
     def __init__(self, sweep: Sweep, runner: Runner, watcher: Watcher, inputs: Inputs) -> None:
         self._sweep, self._runner, self._watcher, self._inputs = sweep, runner, watcher, inputs
@@ -114,7 +120,7 @@ class _SideBySide:
 
 
 def _record(sweep: Sweep) -> None:
-    """Write what is swept into its folder, or see that the folder is of the same sweep."""
+    """Write the sweep's jobs into its folder, or check that the folder belongs to the same sweep."""
     path = sweep.out / RECORD
     jobs = {job.name: shlex.join(job.words) for job in sweep.jobs if job.done is not None}
     if path.exists():
@@ -134,12 +140,12 @@ def _record(sweep: Sweep) -> None:
 
 
 def _digest(jobs: dict[str, str]) -> str:
-    """Return the SHA-256 of a record's jobs, which reveals damage."""
+    """Return the SHA-256 of the jobs in sweep.toml, to detect damage."""
     return hashlib.sha256(json.dumps(jobs, sort_keys=True).encode()).hexdigest()
 
 
 def _recorded(path: Path) -> dict[str, str]:
-    """Return the jobs of an earlier run, by name. Raises: RecipeError for a record that is damaged."""
+    """Return the jobs in a sweep's folder, by name. Raises: RecipeError for a damaged file."""
     try:
         record = parse_toml(read_text(path))
         jobs = {str(name): str(words) for name, words in record["jobs"].items()}
@@ -159,7 +165,7 @@ def _without_folders(jobs: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """Return the first difference in words: a job that is new, gone, or has other flags."""
+    """Return a text about the first job that is new, gone, or has other flags."""
     for name in [*now, *before]:
         if name not in before or name not in now:
             return f"{name!r} is {'new' if name in now else 'gone'}"
@@ -172,12 +178,15 @@ def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
 
 
 def _flags_of(words: Sequence[str]) -> list[str]:
-    """Return flags with their values, as one types them."""
+    """Return each flag with its value, as typed on the command line."""
     return [part.strip() for part in " ".join(words).split(" --")]
 
 
 def failed(job: Job, how: str, log: Path) -> KDCacheError:
-    """Return the error of a job whose process failed, with the last lines of its log."""
+    """Return the error for a job whose process failed. It shows the last lines of the log file `log`.
+
+    `how` says how the process ended, such as "code 1".
+    """
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
     return KDCacheError(
         f"The job {job.name} ended with {how}:\n" + "\n".join(last),

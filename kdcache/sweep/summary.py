@@ -15,7 +15,10 @@ DETAILS = "details.md"
 
 
 def write_details(sweep: "Sweep") -> None:
-    """Write details.md from the runs' results and comparison.json, with the class names of the runs' models."""
+    """Write details.md into a sweep's folder: scores and best iteration of every run, and their mean for each arm.
+
+    The scores come from the sweep's comparison.json. Without that file nothing is written.
+    """
     content = read_object(sweep.out / "comparison.json", MOST_CONTENTS)
     if not content:
         return
@@ -27,7 +30,7 @@ def write_details(sweep: "Sweep") -> None:
 
 
 def _folders(sweep: "Sweep", row: dict[str, Any]) -> list[Path]:
-    """Return the folders of a row's runs, which comparison.json names without the folders above them."""
+    """Return the folders of the runs of one row in comparison.json, which has only their names."""
     spec = sweep.recipe.teacher.get("spec")
     if row["teacher"] and spec:
         return [Path(str(spec))]
@@ -56,7 +59,7 @@ def _name(run: dict[str, Any]) -> str:
 
 
 def _iteration(run: Path) -> str:
-    """Return the iteration of the judged weights, if any. A teacher trained elsewhere has none."""
+    """Return the iteration of a run's best weights as text, or "-" for a teacher trained elsewhere."""
     return str(Run(run).result.get("best_step", "-"))
 
 

@@ -43,14 +43,14 @@ TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings, Engine
 
 @dataclass(frozen=True, repr=False)
 class Built(BuildResult):
-    """The result of a build, with its summary and score.
+    """The result of `kdcache.build_cache`: a `BuildResult` with further fields.
 
     Attributes:
         worker: this process's part of the build.
-        feature_dtype: the requested storage of features.
+        feature_dtype: the requested data type of features.
         summary: the cache's summary. None until the cache is complete.
-        score: the teacher's score, read back from the cache. None without labels of classes.
-        of: what the score was measured on, in words.
+        score: the teacher's score against labels, read back from the cache. None without a segmentation head or labels.
+        of: what the score was measured on: "labels" or "first crops".
     """
 
     worker: Worker = Worker()
@@ -74,47 +74,46 @@ def build_cache(
     progress: bool = True,
     **settings: Any,
 ) -> Built:
-    """Run a teacher over a split once and keep its outputs, as `kdcache build-teacher-cache` does.
+    """Run a teacher over a split once and store its outputs, as `kdcache build-teacher-cache` does.
 
     >>> import kdcache
     >>> built = kdcache.build_cache("streets", "runs/teacher", "new.zarr", split="val", progress=False)
     >>> built.records, built.complete
     (16, True)
 
-    After an interruption the same call continues. A finished cache is checked and left unchanged. With engine="ray" the
-    actors of a Ray cluster compute the shards. Data and teacher in memory are pickled, and each actor gets a copy.
+    After an interruption, the same call continues. A finished cache is checked and left unchanged.
 
     Args:
-        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`. None with `like` takes the
-            pixels that this cache stores.
-        teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or the result of
-            `load_teacher`.
-        out: the cache, a folder or s3://BUCKET/PREFIX.
-        split: which split of the data. Default: train, or with `reuse` the earlier cache's.
-        reuse: a complete cache, which is only read (`--from`). Its targets are copied for views that render as before.
-            Missing settings are the same as in that cache.
-        like: a complete cache whose views the new one repeats (`--like`), so `train` can join both.
-        worker: "I/N" is this process's part of a shared build. "auto" takes a scheduler's numbers.
+        data: folder or spec of a data set, or a split from `open_split` or `from_dataset`. None uses the pixels that
+            the cache `like` stores.
+        teacher: a run folder, SPEC@FILE, a module, or the result of `load_teacher`. Several run folders or specs are an
+            ensemble.
+        out: the cache: a folder or s3://BUCKET/PREFIX.
+        split: name of the split. Default: train, or with `reuse` the split of that cache.
+        reuse: an earlier, complete cache (`--from`). Its targets are copied for views with unchanged pixels, and its
+            settings are the defaults. It is not modified.
+        like: a complete cache whose views the new cache repeats (`--like`), so that `train` can join both caches.
+        worker: "I/N" makes this process worker I of N. "auto" reads both numbers from a job scheduler.
         take_over: also write the missing shards of the other workers.
-        progress: show a bar, or lines without a terminal.
-        settings: as the flags of the verb, with their defaults: `help(kdcache.build_cache)` lists them. Sizes are
-            (H, W), or texts such as "288x384".
-    Raises: KDCacheError of every kind.
+        progress: show a progress bar, or lines without a terminal.
+        settings: the other flags of `kdcache build-teacher-cache`, with the same defaults. `help(kdcache.build_cache)`
+            lists them. With engine="ray", a Ray cluster computes the shards.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     check_views(settings)
-    chosen = checked(build_cache, settings, *TABLES)
+    values = checked(build_cache, settings, *TABLES)
     part = worker_of(worker, take_over)
-    typed = {name: chosen[name] for name in settings}
+    typed = {name: values[name] for name in settings}
     check_source(data, reuse, like)
     parts: Callable[[Note], Any]
     if like is not None:
-        parts = partial(plan_like, like, data, split, teacher, chosen, typed, out)
+        parts = partial(plan_like, like, data, split, teacher, values, typed, out)
     else:
         assert data is not None
-        parts = partial(prepare, data, split, teacher, chosen, out)
+        parts = partial(prepare, data, split, teacher, values, out)
         if reuse is not None:
             parts = partial(plan_reuse, reuse, data, split, teacher, typed, out)
-    engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
+    engine = engine_of(read(EngineSettings, values), partial(parts, print), part)
     source, loaded, options, *earlier = parts(lambda text: say(text, shown=progress))
     with progress_bar(progress) as bar:
         result = build(
@@ -132,7 +131,10 @@ def build_cache(
 
 
 def _scored(built: Built, source: Split, out: str | Path) -> Built:
-    """Add what a complete cache is, and how well its teacher does on the labels. Warn if it has nothing to teach."""
+    """Return the result with the summary of the complete cache and the teacher's score.
+
+    Warn about a useless teacher.
+    """
     cache = open_cache(out)
     built = replace(built, summary=summarise(cache))
     if cache.manifest.segmentation is None:
@@ -150,11 +152,13 @@ def _scored(built: Built, source: Split, out: str | Path) -> Built:
 
 
 def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEngine | None":
-    """Return the engine of a build, or None for this process. `parts` are the arguments of `RayEngine`.
+    """Return the Ray engine of a build, or None if this process computes the shards.
 
-    `part` is this process's part, which must be the whole build with Ray.
-
-    Raises: RecipeError for settings of another engine; as `RayEngine`.
+    Args:
+        settings: the settings of the engine.
+        parts: a function that returns the split, the teacher and the options, called in each Ray actor.
+        part: this process's part of a shared build. With Ray it must be the whole build.
+    Raises: RecipeError for Ray with several workers, if Ray is not installed, or if `parts` cannot be pickled.
     """
     if not settings.is_ray:
         return None

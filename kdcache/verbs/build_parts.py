@@ -50,7 +50,10 @@ OF_REUSED = (
 
 
 def check_views(settings: Mapping[str, Any]) -> None:
-    """Raise RecipeError if crops are asked for, but the views are whole images."""
+    """Raise RecipeError if `crop` is set although the views are whole images (`views="full"`).
+
+    `settings` maps names of settings to values.
+    """
     if settings.get("views") == "full" and settings.get("crop") is not None:
         raise RecipeError(
             f"Cannot use --crop {_shown(settings['crop'])} with --views full: they are the whole images",
@@ -66,7 +69,17 @@ def prepare(
     out: str | Path,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
-    """Open the data and return the split, the teacher and the options of a build. Raises: as `plan_build`."""
+    """Open the data set, load the teacher, and return the split, the teacher and the options of a build.
+
+    Args:
+        data: folder or spec of a data set, or a split.
+        split: name of the split, or None for train.
+        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        settings: name -> value of all settings of the build.
+        out: the cache to build.
+        note: called with each text that the user should see.
+    Raises: RecipeError for settings that do not fit together; the errors of `load_teachers` and `open_split`.
+    """
     return plan_build(open_data(data, split), teacher, settings, out, note)
 
 
@@ -79,12 +92,18 @@ def plan_reuse(
     out: str | Path,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions, Cache]:
-    """Return the split, the teacher and the options of a build that copies from an earlier cache, and that cache.
+    """Return the split, the teacher and the options of a build that copies targets, and the earlier cache.
 
-    Sets torch's threads. The split defaults to that of `reuse`, the earlier cache. Settings other than `given`
-    are the earlier cache's. `note` is called with what the user should know.
-
-    Raises: RecipeError for settings that the earlier cache decides, and if `out` is that cache; as `load_like`.
+    Args:
+        reuse: the earlier cache.
+        data: folder or spec of a data set, or a split.
+        split: name of the split. Default: the earlier cache's split.
+        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        given: name -> value of the settings that the user gave. Other settings are those of the earlier cache.
+        out: the cache to build.
+        note: called with each text that the user should see.
+    Raises: RecipeError for settings that the earlier cache determines, or if `out` is the earlier cache; the errors of
+        `load_like`, `open_cache` and `open_split`.
     """
     if fixed := [name for name in OF_REUSED if name in given]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
@@ -134,52 +153,57 @@ def plan_like(
     out: str | Path,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
-    """Return the split, the teacher and the options of a build that repeats the views of a cache.
+    """Return the split, the teacher and the options of a build that repeats the views of an existing cache.
 
     Args:
-        like: that cache.
-        data: the data set whose images are rendered. None takes the pixels that the cache stores.
-        split: default: the cache's.
-        teacher: as in `plan_build`.
-        settings: as in `plan_build`.
-        given: the settings that the user gave, by name. Pixels are not stored unless a given setting asks for it.
-        out: as in `plan_build`.
-        note: as in `plan_build`.
-    Raises: as `open_cache` and `plan_build`; RecipeError for settings of views that the cache does not have;
-        MismatchError for other samples.
+        like: the existing cache.
+        data: folder or spec of a data set, or a split. None uses the pixels that the existing cache stores.
+        split: name of the split. Default: the existing cache's split.
+        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        settings: name -> value of all settings of the build, defaults included.
+        given: name -> value of the settings that the user gave. Pixels are stored only if they include `pixels`.
+        out: the cache to build.
+        note: called with each text that the user should see.
+    Raises: RecipeError for settings of views that the existing cache does not have; MismatchError for other samples;
+        the errors of `open_cache` and `plan_build`.
     """
     cache = like if isinstance(like, Cache) else open_cache(like)
     _check_apart(cache, out, "--like")
     of_cache, manifest = cache.manifest.settings(), cache.manifest
-    own = {name: of_cache.get(name) for name in OF_LIKE}
+    fixed = {name: of_cache.get(name) for name in OF_LIKE}
     if manifest.depth is not None:
-        own["depth_zoom"] = manifest.depth.zoom
+        fixed["depth_zoom"] = manifest.depth.zoom
     if data is None:
-        own["split"] = manifest.dataset.split
-        if (seen := settings["teacher_size"]) not in (None, manifest.view.size):
+        fixed["split"] = manifest.dataset.split
+        if (teacher_size := settings["teacher_size"]) not in (None, manifest.view.size):
             raise RecipeError(
-                f"Cannot show the teacher pixels of {_shown(seen)}: {cache.place} stores them at "
+                f"Cannot show the teacher pixels of {_shown(teacher_size)}: {cache.place} stores them at "
                 f"{_shown(manifest.view.size)}",
                 fix=f"Add --data (the folder of {manifest.dataset.name!r}), or leave --teacher-size out.",
             )
     typed = {**given, **({} if split is None else {"split": split})}
-    if changed := [name for name, value in own.items() if name in typed and typed[name] != value]:
-        texts = [f"--{n.replace('_', '-')} {_shown(typed[n])} (there {_shown(own[n])})" for n in changed]
+    if changed := [name for name, value in fixed.items() if name in typed and typed[name] != value]:
+        texts = [f"--{n.replace('_', '-')} {_shown(typed[n])} (there {_shown(fixed[n])})" for n in changed]
         raise RecipeError(
             f"Cannot change the views of {cache.place} with --like: {', '.join(texts)}",
             fix="Leave these flags out: --like copies them.",
         )
-    own = {name: value for name, value in own.items() if value is not None}
+    fixed = {name: value for name, value in fixed.items() if value is not None}
     if data is None:
         source = stored_split(cache)
     else:
         source = split_like(cache, open_data(data, split or manifest.dataset.split))
     pixels = given.get("pixels", "source")
-    return plan_build(source, teacher, {**settings, **own, "pixels": pixels}, out, note)
+    return plan_build(source, teacher, {**settings, **fixed, "pixels": pixels}, out, note)
 
 
 def check_source(data: Any, reuse: Any, like: Any) -> None:
-    """Check that the source of a build's views is unambiguous. Raises: RecipeError."""
+    """Check that a build has exactly one source of views.
+
+    `reuse` and `like` exclude each other, and without `like`, `data` is needed.
+
+    Raises: RecipeError.
+    """
     if reuse is not None and like is not None:
         raise RecipeError(
             f"Use either --from {_place(reuse)} or --like {_place(like)}, not both",
@@ -198,14 +222,17 @@ def _place(cache: str | Path | Cache) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value of a setting of views as one types it."""
+    """Return a setting's value as text, in the form in which users type it."""
     if not isinstance(value, tuple):
         return str(value).lower()
     return ("x" if isinstance(value[0], int) else ":").join(f"{side:g}" for side in value)
 
 
 def reuse_notes(earlier: Cache, source: Split) -> Iterator[str]:
-    """Yield changes since the earlier cache was built: its data, and the library that decodes images."""
+    """Yield texts about what has changed since an earlier cache was built.
+
+    They name changes of its data set, and of the library that decodes images.
+    """
     renewed = data_changes(earlier, source)
     yield from renewed.notes()
     if renewed:
@@ -240,12 +267,18 @@ def plan_build(
     out: str | Path | None,
     note: Note,
 ) -> tuple[Split, Teacher, BuildOptions]:
-    """Return the split, the teacher and the options of a build, and set torch's threads.
+    """Load the teacher of a build, and return the split, the teacher and the options.
 
-    `settings` has values by name, for teachers, images, builds and the machine. `out` is the cache, which keeps its fit
-    if it was begun before, or None. `note` is called with what the user should know.
+    Also sets torch's number of threads, if `settings` has one.
 
-    Raises: RecipeError without a size if the teachers have none; as `load_teachers`.
+    Args:
+        source: the split.
+        teacher: where the teacher comes from, as in `kdcache.build_cache`.
+        settings: name -> value of all settings of the build.
+        out: the cache to build, or None. If it was already begun, it determines how images are fitted.
+        note: called with each text that the user should see.
+    Raises: RecipeError if neither the settings nor the teacher give a size, or for settings that do not fit together;
+        the errors of `load_teachers`.
     """
     if out is not None and (begun := begun_manifest(out)) is not None:
         check_computable(begun.teacher)
@@ -272,7 +305,7 @@ def plan_build(
 
 
 def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
-    """Raise RecipeError for features of several teachers, as only the first one's would be stored."""
+    """Raise RecipeError for features of an ensemble, because only the first member's features would be stored."""
     model, features = loaded.model, settings["features"]
     if features and loaded.folds is None and isinstance(model, EnsembleModel) and len(model.parts) > 1:
         raise RecipeError(
@@ -285,9 +318,10 @@ def _check_one_network(loaded: Teacher, settings: Mapping[str, Any]) -> None:
 def _fit(
     choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None, learnt: Fit
 ) -> tuple[Fit, str | None]:
-    """Return the fit of the settings, else of a begun cache, else by the images' shapes, with a note.
+    """Return how images of another shape are fitted, and a note for the user or None.
 
-    A teacher that has `learnt` from crops sees crops if images have several shapes.
+    The order is: the setting, an already begun cache, the images' shapes. `learnt` is the fit of the teacher's
+    training.
     """
     if choice != "auto":
         return choice, None
@@ -303,15 +337,15 @@ def _fit(
 
 
 def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:
-    """Return the teacher of a build: as it is when it was loaded, else one or several by where they come from."""
+    """Return the teacher of a build. A teacher that is already loaded is returned unchanged."""
     of_one = {name: settings[name] for name in ("class_map", "mean", "std")}
     of_several = {name: settings[name] for name in ("teacher_weights", "tta", "folds", "folds_by")}
     if isinstance(teacher, Teacher | nn.Module):
         held = "a teacher that was loaded" if isinstance(teacher, Teacher) else "a module"
-        beside = of_several | (of_one if isinstance(teacher, Teacher) else {})
-        if set_anyway := [name for name, value in beside.items() if value is not None]:
+        unused = of_several | (of_one if isinstance(teacher, Teacher) else {})
+        if set_anyway := [name for name, value in unused.items() if value is not None]:
             raise RecipeError(
-                f"Cannot use {', '.join(f'{name}={beside[name]!r}' for name in set_anyway)} with {held}",
+                f"Cannot use {', '.join(f'{name}={unused[name]!r}' for name in set_anyway)} with {held}",
                 fix="Leave them out. load_teacher takes class_map, mean and std, and runs or SPEC@FILE take the "
                 "others.",
             )
@@ -335,7 +369,7 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
 
 
 def _origins(teacher: str | Path | Sequence[str]) -> list[str]:
-    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]
+    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(origin) for origin in teacher]
     if not origins:
         raise RecipeError("Missing --teacher", fix="Give a run, SPEC@FILE or SPEC@default.")
     return origins

@@ -30,44 +30,54 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Compare runs: scores, difference to the baseline and its noise, and cost, as `kdcache compare` does.
+    """Compare the scores and costs of runs with a baseline, as `kdcache compare` does.
 
     >>> import kdcache
     >>> comparison = kdcache.compare(["runs/student"], teacher="runs/teacher", repeats=0, progress=False)
     >>> [row.name for row in comparison.rows]
     ['student', 'teacher']
 
-    Runs that differ only in seed and fold are one row. Evaluations and timings are stored in the run folders, and
-    reused while weights and data, or network, size and machine are unchanged.
+    Runs that differ only in seed and fold are compared as one method. Evaluations and timings are stored in the run
+    folders, and reused until the weights, the data or the machine change.
 
     Args:
-        runs: run folders, folders that hold runs, RUN@best-ema, SPEC@FILE.
-        data: the data set. Default: the one that the runs' recipes validate on.
-        split: its split. Default: the one that the runs' recipes validate on.
+        runs: run folders, folders with runs, RUN@best-ema, or SPEC@FILE.
+        data: the data set. Default: the validation data in the runs' recipes.
+        split: name of its split. Default: the validation split in the runs' recipes.
         teacher: a run or SPEC@FILE, shown separately.
-        progress: show a bar, or lines without a terminal.
-        settings: as the flags of the verb, with their defaults: `help(kdcache.compare)` lists them.
-    Raises: KDCacheError of every kind.
+        progress: show a progress bar, or lines without a terminal.
+        settings: the other flags of `kdcache compare`, with the same defaults. `help(kdcache.compare)` lists them.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
-    chosen = checked(compare, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
+    values = checked(compare, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
     texts, place, split = places_of(runs, data, split)
     with progress_of_steps("comparing", progress) as report:
-        return compare_runs(texts, place, split, options_of(chosen), report)
+        return compare_runs(texts, place, split, options_of(values), report)
 
 
 def places_of(
     runs: str | Path | Run | Sequence[str | Path | Run], data: Data | None, split: str | None
 ) -> tuple[list[str], str | None, str | None]:
-    """Return the names of runs, and the spec and split of the data to compare on, or None."""
+    """Return the names of the runs, the data set's spec, and the name of its split.
+
+    The spec and the split are None if they are not given.
+
+    Raises: RecipeError for a split that is only a part of its data set.
+    """
     texts = [str(runs)] if isinstance(runs, str | Path | Run) else [str(run) for run in runs]
     if data is None:
         return texts, None, split
-    place, own = spec_of(data, "data")
-    return texts, place, split or own
+    place, own_split = spec_of(data, "data")
+    return texts, place, split or own_split
 
 
 def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
-    """Return how runs are evaluated, and set torch's threads. Raises: RecipeError for an invalid value."""
+    """Return how runs are evaluated, and set torch's number of threads.
+
+    `settings` maps names of settings to values.
+
+    Raises: RecipeError for an invalid value.
+    """
     judge, depth = read(JudgeSettings, settings), read(DepthSettings, settings)
     images = read(ImageSettings, {"size": settings["size"], "fit": settings["fit"]})
     if settings["threads"]:
@@ -84,7 +94,12 @@ def judging_of(settings: Mapping[str, Any]) -> EvalSettings:
 
 
 def options_of(settings: Mapping[str, Any]) -> CompareOptions:
-    """Return how runs are compared. Raises: RecipeError for an invalid value."""
+    """Return how runs are compared, and set torch's number of threads.
+
+    `settings` maps names of settings to values.
+
+    Raises: RecipeError for an invalid value.
+    """
     rows = read(CompareSettings, settings)
     return CompareOptions(
         judging_of(settings),

@@ -33,16 +33,17 @@ from kdcache.verbs.places import copies_of, place_of
 
 @dataclass(frozen=True)
 class Copied:
-    """The result of a copy.
+    """The result of `kdcache.copy`.
 
     Attributes:
-        destination: its place.
-        source: the manifest of the copied cache.
-        changes: the differences of the copy.
+        destination: folder or address of the copy.
+        source: manifest of the copied cache.
+        changes: how the copy differs from the source.
         worker: this process's part of the copy.
-        result: the copy to a folder or an object store, None for the Hub.
-        pushed: the copy to the Hub.
-        bytes, source_bytes: size of the copy and of the source on disk. 0 until the copy is complete, and for the Hub.
+        result: the result of a copy to a folder or an object store. None for the Hugging Face Hub.
+        pushed: the result of a copy to the Hub, otherwise None.
+        bytes: size of the copy on disk. 0 until it is complete, and for the Hub.
+        source_bytes: size of the source on disk. 0 until the copy is complete, and for the Hub.
     """
 
     destination: str
@@ -73,39 +74,40 @@ def copy(
     cache_bytes: Any = None,
     progress: bool = True,
 ) -> Copied:
-    """Copy a cache to another disk, object store or the Hub, into another codec or in part, as `kdcache copy` does.
+    """Copy a cache to another disk, object store or the Hugging Face Hub, as `kdcache copy` does.
 
     >>> import kdcache
     >>> copied = kdcache.copy("streets.zarr", "half.zarr", samples=4, progress=False)
     >>> len(kdcache.open_cache("half.zarr").ids)
     4
 
-    After an interruption the same call continues.
+    The copy may have another codec or only a part of the cache. After an interruption, the same call continues.
 
     Args:
         source: a complete cache: a folder, s3://BUCKET/PREFIX or hf://datasets/USER/NAME.
-        destination: new folder or address, or an unfinished copy.
-        codec: as at the build. Default: the source's.
-        shard_records: as at the build. Default: the source's.
-        samples: number of samples to copy, evenly spread over the source.
-        features: only these taps. Empty for none. Default: all.
-        feature_dtype: as at the build. Default: the source's.
-        pixels: "source" leaves out images and labels, which is the default for the Hub.
-        license: the licence of a copy on the Hub.
+        destination: a new folder or address, or an unfinished copy.
+        codec: "default", "small" or "none", as in `kdcache.build_cache`. Default: the source's.
+        shard_records: number of records in a shard file. Default: the source's.
+        samples: number of samples to copy, evenly spread over the source. Default: all.
+        features: names of the taps to copy, as a list or comma-separated. Empty copies none. Default: all.
+        feature_dtype: "fp16" or "uint8". Default: the source's.
+        pixels: "source" leaves out images and labels, "stored" copies them. Default: "source" on the Hub, elsewhere the
+            source's.
+        license: licence of a copy on the Hub.
         private: whether a copy on the Hub is private.
-        worker: as in `kdcache.build_cache`.
-        take_over: as in `kdcache.build_cache`.
-        cache_dir: the folder for copies of a remote cache's files.
-        cache_bytes: the limit of that folder in bytes.
-        progress: show a bar, or lines without a terminal.
-    Raises: KDCacheError of every kind.
+        worker: "I/N" makes this process worker I of N. "auto" reads both numbers from a job scheduler.
+        take_over: also copy the missing shards of the other workers.
+        cache_dir: folder for local copies of a remote source's files.
+        cache_bytes: maximum size of these local copies in bytes.
+        progress: show a progress bar, or lines without a terminal.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     choices = entries(BuildSettings)
     folder, room = copies_of(cache_dir, cache_bytes)
     address = hub_address(str(destination))
     _check(address, license, private, worker, take_over)
     part = worker_of(worker, take_over)
-    chosen = {
+    choices_given = {
         name: None if value is None else read_value(choices[name], value)
         for name, value in {"codec": codec, "feature_dtype": feature_dtype, "pixels": pixels}.items()
     }
@@ -115,7 +117,7 @@ def copy(
             shard_records=shard_records,
             samples=None if samples is None else spread_samples(cache, samples),
             features=None if names is None else tuple(tap for tap in names if tap),
-            **chosen,
+            **choices_given,
         )
         if address is not None:
             pushed = push_store(
@@ -147,7 +149,7 @@ def copy(
 
 
 def _check(address: HubAddress | None, license: str | None, private: bool, worker: str | None, take_over: bool) -> None:
-    """Refuse settings that belong to another kind of place. Raises: RecipeError."""
+    """Check that all settings fit the kind of destination. Raises: RecipeError."""
     on_hub = {"--license": license is not None, "--private": private}
     elsewhere = {"--worker": worker is not None, "--take-over": take_over}
     wrong = [name for name, present in (on_hub if address is None else elsewhere).items() if present]
@@ -159,7 +161,7 @@ def _check(address: HubAddress | None, license: str | None, private: bool, worke
 
 
 def _fidelity(cache: Cache, changes: CopyChanges) -> Fidelity | None:
-    """Return what a copy that rounds loses. None for any other."""
+    """Return what a copy that rounds loses, or None if the copy does not round."""
     if not rounds(cache.manifest, changes.codec):
         return None
     return copied_fidelity(cache, changes.codec)

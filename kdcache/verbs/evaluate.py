@@ -57,14 +57,14 @@ TABLES = (ImageSettings, JudgeSettings, DepthSettings, MachineSettings)
 
 @dataclass(frozen=True, repr=False)
 class Evaluated:
-    """The metrics of a model. Two are equal if their metrics are.
+    """The result of `kdcache.evaluate`. Two results are equal if their metrics are.
 
     Attributes:
-        data_sets: the metrics on each data set, for the classes that it shares with the model.
-        class_names: the model's class names.
-        depth_range: the judged depths on the first data set. None without depth.
+        data_sets: the metrics on each data set, over the classes that the data set shares with the model.
+        class_names: names of the model's classes.
+        depth_range: the range of depths that count on the first data set, or None without depth.
         reused: True if all metrics come from an earlier evaluation.
-        files: the files that were written.
+        files: paths of the files that were written.
     """
 
     data_sets: tuple[OnDataSet, ...]
@@ -74,30 +74,30 @@ class Evaluated:
     files: tuple[Path, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
-        return ", ".join(f"{one.data} {one.metrics!r}" for one in self.data_sets)
+        return ", ".join(f"{result.data} {result.metrics!r}" for result in self.data_sets)
 
     def _repr_html_(self) -> str:
-        return "".join(one.metrics._repr_html_() for one in self.data_sets)
+        return "".join(result.metrics._repr_html_() for result in self.data_sets)
 
     @property
     def metrics(self) -> TaskMetrics:
-        """The metrics on the first data set."""
+        """The metrics of all tasks on the first data set."""
         return self.data_sets[0].metrics
 
     @property
     def segmentation(self) -> Metrics | None:
-        """mIoU, IoU per class and more on the first data set."""
+        """The segmentation metrics on the first data set, such as mIoU, or None."""
         return self.metrics.segmentation
 
     @property
     def depth(self) -> DepthMetrics | None:
-        """Depth metrics on the first data set."""
+        """The depth metrics on the first data set, or None."""
         return self.metrics.depth
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Where an evaluation is written. None is the run's folder, or `folder` for a model that is not a run."""
+    """The files of an evaluation. None is a file in the run's folder, or in `folder` for a model that is not a run."""
 
     json: Path | None
     markdown: Path | None
@@ -122,38 +122,39 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> Evaluated:
-    """Evaluate a model at the labels' own size: mIoU, IoU per class and depth metrics, as `kdcache evaluate` does.
+    """Evaluate a model on labelled data: mIoU, IoU per class and depth metrics, as `kdcache evaluate` does.
 
     >>> import kdcache
     >>> evaluated = kdcache.evaluate("runs/student", "streets", progress=False)
     >>> 0 <= evaluated.segmentation.miou <= 1
     True
 
-    An evaluation of a run is stored in its folder, and reused while weights and data are unchanged (`fresh=True`
-    evaluates again).
+    Predictions are compared at the labels' own size. An evaluation of a run is stored in the run's folder, and reused
+    until weights or data change (`fresh=True` evaluates again).
 
     Args:
-        model: a run, SPEC@FILE and the like, a module, or the result of `load_teacher`.
-        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`. Several are judged by the
-            classes that each shares with the model.
-        split: which split of the data. Default: val. One for all, or one for each.
-        fold: judge only this fold, which the training left out by --fold, such as "0/5".
-        folds_by: pattern of the sequences that folds keep together.
-        class_map: file with the data class that each class of the model becomes.
-        at_size: compare at the run's size instead of the labels' own.
-        json_file: a file for the metrics. Default: a file in the run's folder.
-        markdown: a file for the tables. Default: a file in the run's folder.
-        listing: a text file with a line per class.
-        folder: a folder for the tables of a model that is not a run. Without it they are not written.
-        progress: show a bar, or lines without a terminal.
-        settings: as the flags of the verb, with their defaults: `help(kdcache.evaluate)` lists them.
-    Raises: KDCacheError of every kind.
+        model: a run, SPEC@FILE, a module, or the result of `load_teacher`.
+        data: folder or spec of a data set, or a split from `open_split` or `from_dataset`. Several data sets are
+            evaluated separately, each over the classes that it shares with the model.
+        split: name of the split. Default: val. Give one for all data sets, or one for each.
+        fold: evaluate only this fold, such as "0/5", which the training left out by `--fold`.
+        folds_by: regular expression whose match in a sample id names its sequence. A sequence is never divided between
+            folds.
+        class_map: file that names the data class for each class of the model.
+        at_size: resize labels to the model's input size, instead of comparing at the labels' own size.
+        json_file: file for the metrics as JSON. Default: a file in the run's folder.
+        markdown: file for the metrics as Markdown. Default: a file in the run's folder.
+        listing: text file with one line per class. None writes none.
+        folder: folder for the default files of a model that is not a run. None writes none.
+        progress: show a progress bar, or lines without a terminal.
+        settings: the other flags of `kdcache evaluate`, with the same defaults. `help(kdcache.evaluate)` lists them.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
-    chosen = checked(evaluate, settings, *TABLES)
+    values = checked(evaluate, settings, *TABLES)
     check_folds_by(folds_by, folds=fold is not None)
     part = None if fold is None else parse_fold(fold, folds_by)
     sources = _open(data, split)
-    judging = judging_of(chosen)
+    judging = judging_of(values)
     if isinstance(model, nn.Module | Teacher):
         source = sources[0] if part is None else fold_alone(sources[0], *part)
         return Evaluated((OnDataSet.of(source, _of_module(model, source, judging, progress)),))
@@ -166,7 +167,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Judged:
-    """A run or SPEC@FILE, the data sets that it is judged on, and how."""
+    """A run or SPEC@FILE, the data sets on which it is evaluated, and the settings of the evaluation."""
 
     text: str
     model: SegmentationModel
@@ -196,16 +197,16 @@ class _Judged:
         return cls(text, model, description, tuple(parts), judging, class_map, fold)
 
     def check_listing(self) -> None:
-        """Refuse a listing of no class before the pass. Raises: RecipeError."""
+        """Check before the evaluation that there are classes to list. Raises: RecipeError."""
         if not self.description.class_names or not any(SEGMENTATION in source.tasks for source in self.sources):
             what = "the model has no classes" if not self.description.class_names else "the data have no class labels"
             raise RecipeError(f"Cannot list the IoU of classes: {what}", fix="Leave out --listing.")
 
     def evaluate(self, files: _Files, at_size: bool, progress: bool) -> Evaluated:
-        """Judge on every data set, warn of what a reader must know, and write the tables."""
+        """Evaluate the model on every data set, warn of problems, and write the files."""
         description, judging = self.description, self.judging
         ranges = [judged_range(description.judged_heads, source, judging.depth) for source in self.sources]
-        which, weights = weights_of(self.text, judging.which)
+        weights_name, weights = weights_of(self.text, judging.which)
         framing = judging.framing(description.fit)
         records = [
             Record.of(
@@ -214,7 +215,7 @@ class _Judged:
                 source,
                 data_digest(source),
                 description.size,
-                which=which,
+                which=weights_name,
                 fold=self.fold,
                 at_size=at_size,
                 class_map=self.class_map,
@@ -240,8 +241,8 @@ class _Judged:
                 )
                 results.append(OnDataSet.of(source, metrics))
         self._warn(results)
-        own_size = which is None or Run.open(self.text).model.size == description.size
-        place = Run.open(self.text).folder if which is not None else files.folder
+        own_size = weights_name is None or Run.open(self.text).model.size == description.size
+        place = Run.open(self.text).folder if weights_name is not None else files.folder
         return Evaluated(
             tuple(results),
             description.class_names,
@@ -251,7 +252,7 @@ class _Judged:
         )
 
     def _kept(self, record: Record, source: Split) -> TaskMetrics | None:
-        """Return the metrics of an earlier evaluation of a run that is the same."""
+        """Return the metrics of an earlier evaluation of the same weights on the same data, or None."""
         if record.which is None or self.judging.fresh:
             return None
         return kept_metrics(Run.open(self.text).folder, record, source.classes.names)
@@ -264,13 +265,13 @@ class _Judged:
             if split_spec(self.text) is None:
                 for note in judging_notes(Run.open(self.text).folder, source):
                     warn(f"{self.text}: {note}")
-        if (finding := not_logits(self.model)) and any(one.metrics.segmentation is not None for one in results):
+        if (finding := not_logits(self.model)) and any(result.metrics.segmentation is not None for result in results):
             warn(f"{self.text} {finding.text}: {finding.fix}")
 
     def _write(
         self, records: Sequence[Record], results: list[OnDataSet], place: Path | None, files: _Files, *, own_size: bool
     ) -> list[Path]:
-        """Write the tables of one data set, or one table over several. Return the files."""
+        """Write the files of one data set, or of several together. Return the paths."""
         several = len(records) > 1
         name = ""
         if place is not None:
@@ -281,7 +282,7 @@ class _Judged:
             )
         json_path = files.json or (None if place is None else place / f"{name}.json")
         markdown = files.markdown or (None if place is None else place / f"{name}.md")
-        results = [replace(one, data=public(one.data)) for one in results]
+        results = [replace(result, data=public(result.data)) for result in results]
         segmentation = results[0].metrics.segmentation
         written = []
         if json_path is not None and several:
@@ -306,7 +307,7 @@ class _Judged:
 
 
 def _open(data: Data | Sequence[Data], split: str | Sequence[str] | None) -> list[Split]:
-    """Return the data sets, each with its split. Raises: RecipeError for another number of splits."""
+    """Return the split of each data set. Raises: RecipeError if the number of splits does not fit."""
     places = [data] if isinstance(data, str | Path | Split) else list(data)
     if not places:
         raise RecipeError("Missing --data", fix="Give a data set, or several.")
@@ -323,7 +324,7 @@ def _open(data: Data | Sequence[Data], split: str | Sequence[str] | None) -> lis
 
 
 def _of_module(model: nn.Module | Teacher, source: Split, judging: EvalSettings, progress: bool) -> TaskMetrics:
-    """Return metrics of a module or a loaded teacher. Raises: RecipeError without a size."""
+    """Return the metrics of a module or a loaded teacher. Raises: RecipeError if no size is known."""
     teacher = model if isinstance(model, Teacher) else load_teacher(model, source)
     size = judging.size or teacher.size or judging.window
     if size is None:

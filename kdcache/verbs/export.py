@@ -22,7 +22,7 @@ def export(
     classes: str | Path | None = None,
     tolerance: Annotated[float, Ge(0)] = TOLERANCE,
 ) -> Exported:
-    """Write a model for deployment and check it, as `kdcache export` does.
+    """Write a model to a file for deployment, and check that file, as `kdcache export` does.
 
     >>> import kdcache
     >>> exported = kdcache.export("runs/student", "student.safetensors")
@@ -31,14 +31,14 @@ def export(
 
     Args:
         model: a run, or SPEC@FILE.
-        out: new file: .safetensors, .onnx, .pt2, or .pt for Ultralytics.
-        format: safetensors, onnx, torch.export or ultralytics. Default: by the suffix of `out`.
-        raw: logits at the native stride, without the resize to the image's size.
-        weights: which of a run's weights: best, last, best-ema or last-ema.
-        size: (H, W) for the check, or a text such as "288x384". Default: the run's.
-        classes: folder with classes.txt, the class names of SPEC@FILE.
-        tolerance: largest difference from the model, relative to its largest logit.
-    Raises: KDCacheError of every kind.
+        out: the new file: .safetensors, .onnx, .pt2, or .pt for Ultralytics.
+        format: "safetensors", "onnx", "torch.export" or "ultralytics". Default: by the suffix of `out`.
+        raw: return logits at the native stride, without the resize to the image's size.
+        weights: which weights of a run: "best", "last", "best-ema" or "last-ema".
+        size: (H, W) of the images for the check, or a text such as "288x384". Default: the run's.
+        classes: folder with a classes.txt, which names the classes of SPEC@FILE.
+        tolerance: largest accepted difference from the model, divided by the model's largest logit.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     opened, description = open_model(model, size, weights, classes)
     return export_model(opened, description, out, format=format, raw=raw, tolerance=tolerance)

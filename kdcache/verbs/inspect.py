@@ -18,7 +18,7 @@ from kdcache.verbs.places import place_of
 
 
 def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, cache_bytes: Any = None) -> StoreSummary:
-    """Summarise a cache: its source, size, completeness and arrays, as `kdcache inspect` does.
+    """Summarise a cache: its data set, teacher, size and arrays, as `kdcache inspect` does.
 
     >>> import kdcache
     >>> summary = kdcache.inspect("streets.zarr")
@@ -26,10 +26,10 @@ def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, c
     (True, 32)
 
     Args:
-        cache: a folder, an address, or an open cache, complete or not.
-        cache_dir: the folder for copies of a remote cache.
-        cache_bytes: its limit in bytes.
-    Raises: RecipeError for a run. StoreError for anything else that is not a cache.
+        cache: a folder, an address or an open cache. The cache may be unfinished.
+        cache_dir: folder for local copies of a remote cache's files.
+        cache_bytes: maximum size of these copies in bytes.
+    Raises: RecipeError for a run; StoreError for anything else that is not an intact cache.
     """
     if isinstance(cache, str | Path) and is_run(Path(cache)):
         raise RecipeError(
@@ -40,13 +40,20 @@ def inspect(cache: str | Path | Cache, *, cache_dir: str | Path | None = None, c
 
 
 def card(subject: str | Path | Cache | Run, *, cache_dir: str | Path | None = None, cache_bytes: Any = None) -> str:
-    """Return the card of a cache or a run in Markdown, as `kdcache inspect --card` does.
+    """Return a Markdown page that describes a cache or a run, as `kdcache inspect --card` does.
 
     >>> import kdcache
     >>> "kdcache train-student" in kdcache.card("streets.zarr")
     True
 
-    It has digests, the commands to train from it and to make it again, versions, seeds and a bibliography entry.
+    The page has digests, versions, seeds, a bibliography entry, and the commands to use the cache or run and to make it
+    again.
+
+    Args:
+        subject: a folder, address or open cache, or a run.
+        cache_dir: folder for local copies of a remote cache's files.
+        cache_bytes: maximum size of these copies in bytes.
+    Raises: StoreError for something that is neither a cache nor a run.
     """
     if isinstance(subject, Run):
         return run_card(subject)
@@ -57,7 +64,13 @@ def card(subject: str | Path | Cache | Run, *, cache_dir: str | Path | None = No
 
 @dataclass(frozen=True)
 class Audited:
-    """The audit of a cache's teacher, and the folder with report.json and pictures."""
+    """The result of `kdcache.audit`.
+
+    Attributes:
+        audit: the quality of the cache's teacher.
+        folder: the folder with report.json and the pictures.
+        pictures: paths of the pictures.
+    """
 
     audit: StoreAudit
     folder: Path
@@ -74,7 +87,7 @@ def audit(
     cache_bytes: Any = None,
     progress: bool = True,
 ) -> Audited:
-    """Audit a teacher by the content of its cache, as `kdcache inspect --teacher-report` does.
+    """Measure a teacher's quality from its cache, and write a report, as `kdcache inspect --teacher-report` does.
 
     >>> import kdcache
     >>> audited = kdcache.audit("streets.zarr", data="streets", out="report", progress=False)
@@ -83,12 +96,13 @@ def audit(
 
     Args:
         cache: a complete cache.
-        data: the data set, for a cache without labels.
-        split: its split. Default: the cache's.
-        out: folder of the report. Default: NAME-report next to the cache.
-        cache_dir: the folder for copies of a remote cache.
-        cache_bytes: its limit in bytes.
-        progress: show a bar, or lines without a terminal.
+        data: the data set, if the cache does not store images and labels.
+        split: name of its split. Default: the split that the cache was built from.
+        out: folder for the report. Default: NAME-report next to the cache NAME.zarr.
+        cache_dir: folder for local copies of a remote cache's files.
+        cache_bytes: maximum size of these copies in bytes.
+        progress: show a progress bar, or lines without a terminal.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     place = place_of(cache, cache_dir, cache_bytes)
     records = (

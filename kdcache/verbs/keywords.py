@@ -22,53 +22,64 @@ Data = Annotated[
 
 
 def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], Function]:
-    """Return a decorator that replaces `**settings` in a function's signature by the settings of tables.
+    """Return a decorator that makes settings visible as keywords in the signature of a function with `**settings`.
 
-    `but` names settings that are not keywords, in addition to the function's own parameters.
+    Args:
+        tables: classes of settings. Each of their settings becomes a keyword with its default.
+        but: names of settings that do not become keywords.
     """
 
     def decorate(function: Function) -> Function:
-        own = signature(function)
-        first = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+        written = signature(function)
+        first = [parameter for parameter in written.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
         settings = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=default_of(entry), annotation=_type(entry))
             for name, entry in entries(*tables).items()
-            if name not in own.parameters and name not in but
+            if name not in written.parameters and name not in but
         ]
-        made = own.replace(parameters=[*first, *sorted(settings, key=lambda one: one.default is not Parameter.empty)])
-        function.__signature__ = made  # type: ignore[attr-defined]
+        extended = written.replace(
+            parameters=[*first, *sorted(settings, key=lambda parameter: parameter.default is not Parameter.empty)]
+        )
+        function.__signature__ = extended  # type: ignore[attr-defined]
         return function
 
     return decorate
 
 
 def _type(entry: Entry) -> Any:
-    """Return the type of a setting's values, without marks."""
+    """Return the type of a setting's values as a keyword."""
     return entry.type | None if entry.optional or entry.setting.automatic else entry.type
 
 
 def default_of(entry: Entry) -> Any:
-    """Return the default of a setting as a keyword, or None if it depends on the data and the machine."""
+    """Return a setting's default as a keyword. None stands for a default that depends on the data or the machine.
+
+    A required setting has the default `inspect.Parameter.empty`.
+    """
     return Parameter.empty if entry.required else None if entry.setting.automatic else entry.default
 
 
 def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: type) -> dict[str, Any]:
-    """Return all settings of a function made by `keywords`, by name: checked given values, and defaults.
+    """Check the settings that a caller gave, and return name -> value of all settings, defaults included.
 
-    `settings` are values, typed or written as on the command line.
-
+    Args:
+        function: a function decorated by `keywords`.
+        settings: name -> given value, typed or as text from the command line.
+        tables: the classes of settings.
     Raises: RecipeError for the first invalid value.
     """
     table = entries(*tables)
-    names = [one.name for one in signature(function).parameters.values() if one.name in table]
+    names = [parameter.name for parameter in signature(function).parameters.values() if parameter.name in table]
     defaults = {name: None if table[name].required else table[name].default for name in names}
     return defaults | read_values(settings, *tables)
 
 
 def open_data(data: Data, split: str | None) -> Split:
-    """Return the split of a data set by its spec or folder. A split is returned unchanged.
+    """Return a split of a data set. A `data` that is already a split is returned unchanged.
 
-    Raises: RecipeError for another name than the split has; as `open_split`.
+    `split` is the name of the split. None opens train.
+
+    Raises: RecipeError if `split` is not the name of the given split; DataError if the data set cannot be opened.
     """
     if not isinstance(data, Split):
         return open_split(data, split or "train")
@@ -77,7 +88,14 @@ def open_data(data: Data, split: str | None) -> Split:
 
 
 def check_split(name: str, own: str, given: str | None) -> None:
-    """Check a split name given together with a split. Raises: RecipeError if they differ."""
+    """Check that the name `given` with a split is that split's name, or None.
+
+    Args:
+        name: the argument that holds the split, such as "data", for the message.
+        own: the split's name.
+        given: the given name, or None.
+    Raises: RecipeError if the names differ.
+    """
     if given not in (None, own):
         raise RecipeError(
             f"{name} is split {own!r}, not {given!r}",
@@ -86,9 +104,11 @@ def check_split(name: str, own: str, given: str | None) -> None:
 
 
 def spec_of(data: Data, name: str) -> tuple[str, str | None]:
-    """Return (spec, split name) for a training to open data again. The name is None if `data` is a spec.
+    """Return the spec of a data set, and the name of its split, from which a training can open the data again.
 
-    Raises: RecipeError for a split that its spec does not name, such as a part of another one.
+    The split's name is None if `data` is already a spec or folder. `name` is the argument's name, for the message.
+
+    Raises: RecipeError for a split that cannot be opened again, because it is only a part of its data set.
     """
     if not isinstance(data, Split):
         return str(data), None

@@ -34,13 +34,13 @@ def open_model(
         MismatchError for classes that differ from the file's.
     """
     text = str(model)
-    which = read_value(entries(JudgeSettings)["weights"], weights)
+    run_weights = read_value(entries(JudgeSettings)["weights"], weights)
     named = None if classes is None else read_classes(Path(classes))
     alone = runs.split_spec(text) is not None
     if named is not None and not alone:
         raise RecipeError(f"Cannot give classes to the run {text}: it has its own", fix="Leave --classes out.")
     asked = read_value(entries(ImageSettings)["size"], (window if alone else None) if size is None else size)
-    opened, description = runs.open_model(text, named or unnamed_classes, asked, which)
+    opened, description = runs.open_model(text, named or unnamed_classes, asked, run_weights)
     if named is not None:
         description.check_classes(named.names, str(classes))
     for note in () if opened.load_report is None else opened.load_report.notes:

@@ -15,20 +15,35 @@ from kdcache.training import pick_device
 
 
 def place_of(cache: str | Path | Cache, cache_dir: str | Path | None, cache_bytes: Any) -> Place:
-    """Return the place of a cache, with the folder for copies of its files if it is remote."""
+    """Return the location of a cache: a folder, or an address with its folder for local copies.
+
+    Args:
+        cache: a folder, an address or an open cache.
+        cache_dir: folder for local copies of a remote cache's files, or None for the default.
+        cache_bytes: maximum size of these copies in bytes, or a text such as "50GiB". None is the default.
+    Raises: StoreError for an invalid address; RecipeError for an invalid size.
+    """
     if isinstance(cache, Cache):
         return cache.place
     return open_place(cache, *copies_of(cache_dir, cache_bytes))
 
 
 def copies_of(cache_dir: str | Path | None, cache_bytes: Any) -> tuple[Path | None, int | None]:
-    """Return the folder for copies of remote files, and its limit in bytes. Raises: RecipeError for a wrong limit."""
+    """Return the folder for local copies of remote files as a path, and its maximum size in bytes as an integer.
+
+    None stands for the default, in arguments and results. `cache_bytes` may be a text such as "50GiB".
+
+    Raises: RecipeError for an invalid size.
+    """
     room = read_value(entries(CopySettings)["cache_bytes"], cache_bytes)
     return None if cache_dir is None else Path(cache_dir), room
 
 
 def use_machine(threads: int, device: str) -> torch.device:
-    """Return the device that `auto`, `cpu` or `cuda` names. Set torch's threads, unless they are 0."""
+    """Set torch's number of threads, unless `threads` is 0, and return the device.
+
+    `device` is "auto", "cpu" or "cuda".
+    """
     if threads:
         torch.set_num_threads(threads)
     return pick_device(device)

@@ -24,14 +24,16 @@ TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)
 
 @dataclass(frozen=True)
 class Planned:
-    """The cost of a build.
+    """The result of `kdcache.plan`: the estimated cost of a build.
 
     Attributes:
         estimate: bytes, files and seconds of the build, and of builds that differ in one setting.
-        free: free bytes at the cache's place, or None if unknown.
-        disk, bound: the disk's rate and the build's bottleneck. None if the disk was not measured.
-        student: the student that was estimated, or None. epochs: the length of its training.
-        student_seconds: seconds per image of the student, forward and backward.
+        free: free bytes at the cache's location, or None for an object store.
+        disk: the measured write speed of the disk, or None if it was not measured.
+        bound: the bottleneck of the build, or None if the disk was not measured.
+        student: model spec of the student whose training was estimated, or None.
+        epochs: number of epochs of that training.
+        student_seconds: the student's forward and backward time in seconds per image.
     """
 
     estimate: Estimate
@@ -43,7 +45,7 @@ class Planned:
     student_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures, as --json writes them."""
+        """Return the estimate as JSON values, as `kdcache plan --json` writes them."""
         content = {**self.estimate.to_json(), "free_bytes": self.free}
         if self.disk is not None and self.bound is not None:
             content["disk"] = self.bound.to_json(self.disk)
@@ -101,11 +103,11 @@ def plan(
     Raises: KDCacheError of every kind.
     """
     check_views(settings)
-    chosen = checked(plan, settings, *TABLES)
+    values = checked(plan, settings, *TABLES)
     if measure_disk:
         disks.check_local(str(out))
     source, loaded, options = plan_build(
-        open_data(data, split), teacher, chosen, None, lambda text: say(text, shown=progress)
+        open_data(data, split), teacher, values, None, lambda text: say(text, shown=progress)
     )
     learning = 0.0 if student is None else student_seconds(student, len(source.classes), options)
     with progress_of_stages(progress) as report:
@@ -116,7 +118,7 @@ def plan(
 
 
 def _free_bytes(out: str) -> int | None:
-    """Free bytes of the disk that a path would be on, or None for an address."""
+    """Return the free bytes of the disk that a path would be on, or None for an address."""
     if "://" in out:
         return None
     path = Path(out).absolute()

@@ -23,12 +23,12 @@ from kdcache.verbs.places import use_machine
 
 @dataclass(frozen=True)
 class Predicted:
-    """The result of a prediction.
+    """The result of `kdcache.predict`.
 
     Attributes:
         images: number of images.
-        pixels: number of pixels by class name, the most frequent first. Empty without classes.
-        folders: the folders that were written.
+        pixels: class name -> number of pixels, the most frequent class first. Empty without a segmentation head.
+        folders: paths of the folders that were written.
     """
 
     images: int
@@ -53,7 +53,7 @@ def predict(
     device: str = MachineSettings.device,
     progress: bool = True,
 ) -> Predicted:
-    """Write a model's predictions for images outside any data set, as `kdcache predict` does.
+    """Write a model's predictions for images without labels, as `kdcache predict` does.
 
     >>> import kdcache
     >>> predicted = kdcache.predict("runs/student", "streets/images/val", "predicted", progress=False)
@@ -62,27 +62,30 @@ def predict(
 
     Args:
         model: a run, or SPEC@FILE.
-        images: files, folders (with all below) or patterns.
-        out: new or empty folder for labels/, overlays/ and depth/.
-        depth_format: png (16 bits, with its unit in depth.toml, the default) or npy (float32).
-        weights: which of a run's weights.
-        size: how the model sees the image, as in `evaluate`.
-        fit: how the model sees the image, as in `evaluate`.
-        window: how the model sees the image, as in `evaluate`.
-        stride: how the model sees the image, as in `evaluate`.
-        classes: folder with classes.txt, the class names of SPEC@FILE.
-        batch_size: images per forward pass.
-        threads: CPU threads. 0 leaves torch's choice.
-        device: auto, cpu or cuda.
-        progress: show a bar, or lines without a terminal.
-    Raises: KDCacheError of every kind.
+        images: image files, folders (with their subfolders) or patterns such as "photos/*.jpg".
+        out: a new or empty folder, for the subfolders labels, overlays and depth.
+        depth_format: "png" (16 bits, with its unit in depth.toml) or "npy" (float32). Default: "png".
+        weights: which weights of a run: "best", "last", "best-ema" or "last-ema".
+        size: (H, W) to which images are resized, or a text such as "288x384". Default: the run's size, or with `window`
+            each image's own size.
+        fit: how images of another shape are fitted into `size`: "squash", "crop", "pad", or "auto" for the model's own
+            way.
+        window: (H, W) of a window that slides over the image, whose logits are averaged. None predicts the image at
+            once.
+        stride: (H, W) from one window to the next. Default: two thirds of `window`.
+        classes: folder with a classes.txt, which names the classes of SPEC@FILE.
+        batch_size: number of images per forward pass.
+        threads: number of CPU threads. 0 keeps torch's own choice.
+        device: "auto", "cpu" or "cuda".
+        progress: show a progress bar, or lines without a terminal.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
-    seen = {"fit": fit, "window": window, "stride": stride, "size": size}
-    framed = read(ImageSettings, seen), read(JudgeSettings, seen)
+    values = {"fit": fit, "window": window, "stride": stride, "size": size}
+    framed = read(ImageSettings, values), read(JudgeSettings, values)
     Framing.of(*framed)  # what is wrong is refused before the model is read
     where = use_machine(threads, device)
     options = PredictOptions(depth_format or "png")
-    inputs = find_images([str(images)] if isinstance(images, str | Path) else [str(one) for one in images])
+    inputs = find_images([str(images)] if isinstance(images, str | Path) else [str(image) for image in images])
     opened, description = open_model(model, size, weights, classes, window)
     heads = opened.learnt_heads
     if depth_format is not None and DEPTH not in heads:

@@ -25,25 +25,28 @@ def export_pseudo_labels(
     cache_bytes: Any = None,
     progress: bool = True,
 ) -> Exported:
-    """Write the teacher's confident classes as labels, 255 elsewhere, as `kdcache export-pseudo-labels` does.
+    """Write a teacher's confident predictions as label PNGs, as `kdcache export-pseudo-labels` does.
 
     >>> import kdcache
     >>> exported = kdcache.export_pseudo_labels("streets.zarr", "pseudo", quantile=0.5, data="streets", progress=False)
     >>> exported.written
     8
 
+    Pixels with less confident predictions become 255. Give either `threshold` or `quantile`. After an interruption, the
+    same call continues.
+
     Args:
         cache: a complete cache.
-        out: data folder. An interrupted export is continued.
-        threshold: keep pixels with at least this probability, in (0, 1).
-        quantile: keep this share of every class, its surest pixels, in (0, 1).
+        out: folder for the labels.
+        threshold: the smallest probability that is kept, between 0 and 1.
+        quantile: the fraction of each class's pixels that is kept, the most confident first, between 0 and 1.
         images: also write the images at view size.
-        data: the data set, to compare with its labels. Default: the cache's labels.
-        split: its split. Default: the cache's.
-        cache_dir: the folder for copies of a remote cache.
-        cache_bytes: the limit of that folder in bytes.
-        progress: show a bar, or lines without a terminal.
-    Raises: KDCacheError of every kind.
+        data: the data set, to measure the precision with its labels. Default: the labels in the cache.
+        split: name of its split. Default: the split that the cache was built from.
+        cache_dir: folder for local copies of a remote cache's files.
+        cache_bytes: maximum size of these copies in bytes.
+        progress: show a progress bar, or lines without a terminal.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
     rule = Rule(threshold, quantile)
     place = place_of(cache, cache_dir, cache_bytes)

@@ -39,7 +39,7 @@ def report(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Write one HTML page of a comparison, as `kdcache report` does. Return the comparison.
+    """Compare runs and write the comparison as one HTML page, as `kdcache report` does. Return the comparison.
 
     >>> import kdcache
     >>> comparison = kdcache.report("runs/student", "report.html", num=0, repeats=0, progress=False)
@@ -47,27 +47,27 @@ def report(
     4
 
     Args:
-        runs: as in `kdcache.compare`.
-        out: the page, an .html file, which is replaced.
-        data: as in `kdcache.compare`.
-        split: as in `kdcache.compare`.
-        teacher: as in `kdcache.compare`.
-        title: default: from the data's name.
-        num: number of best and worst images. Default: 3, with `draw` 10 of each run.
-        draw: a folder for pictures, curves and matrices as files.
-        layout: panels of `draw`: grid or row.
-        format: formats of `draw` in addition to PNG, such as "png,pdf".
-        audit: report.json files of inspect --teacher-report.
-        figure: a PNG to show, such as the curve of a sweep.
+        runs: run folders, folders with runs, RUN@best-ema, or SPEC@FILE.
+        out: the .html file, which is replaced.
+        data: the data set. Default: the validation data in the runs' recipes.
+        split: name of its split. Default: the validation split in the runs' recipes.
+        teacher: a run or SPEC@FILE, shown separately.
+        title: title of the page. Default: made from the data set's name.
+        num: number of best and worst images. Default: 3, or with `draw` 10 for each run.
+        draw: folder for pictures, curves and confusion matrices as separate files. None writes none.
+        layout: how panels are arranged in these files: "grid" or "row".
+        format: comma-separated formats of these files, such as "png,pdf". PNG is always written.
+        audit: paths of report.json files, written by `kdcache inspect --teacher-report`.
+        figure: path of a PNG to show, such as the curve of a sweep.
         command: the command that the page shows as its origin.
-        progress: show a bar, or lines without a terminal.
-        settings: as in `kdcache.compare`.
-    Raises: KDCacheError of every kind.
+        progress: show a progress bar, or lines without a terminal.
+        settings: the other flags of `kdcache report`, with the same defaults. `help(kdcache.report)` lists them.
+    Raises: KDCacheError, the base class of all errors of kdcache.
     """
-    chosen = checked(report, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
+    values = checked(report, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
     texts, place, split = places_of(runs, data, split)
     options = ReportOptions(
-        options_of(chosen),
+        options_of(values),
         title,
         SAMPLES if num is None else num,
         tuple(map(Path, audit)),
@@ -76,12 +76,15 @@ def report(
         command,
         size_of_cache,
     )
-    with progress_of_steps("comparing", progress) as shown:
-        return make_report(texts, place, split, Path(out), options, shown)
+    with progress_of_steps("comparing", progress) as progress_steps:
+        return make_report(texts, place, split, Path(out), options, progress_steps)
 
 
 def size_of_cache(place: str) -> CacheSize | None:
-    """Return what a cache holds, or None if it cannot be read there."""
+    """Return the number of records and the bytes of a cache, or None if the cache cannot be read.
+
+    `place` is its folder or address.
+    """
     try:
         summary = inspect_store(place)
     except KDCacheError:
@@ -90,7 +93,10 @@ def size_of_cache(place: str) -> CacheSize | None:
 
 
 def _drawing(draw: str | Path | None, num: int | None, layout: str | None, formats: str | None) -> Drawing | None:
-    """Return the folder of pictures. Raises: RecipeError for settings of pictures without one, and for wrong ones."""
+    """Return the settings of separate picture files, or None if `draw` is None.
+
+    Raises: RecipeError for invalid settings.
+    """
     given = {"--layout": layout, "--format": formats}
     if draw is None and (unused := [name for name, value in given.items() if value is not None]):
         raise RecipeError(

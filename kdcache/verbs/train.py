@@ -44,22 +44,22 @@ def train(
     >>> run.recipe["iterations"]
     2
 
-    With a cache it is `train-student`, without one `train-teacher`, which validates by default on the split val of
-    `data`.
-    A data set in memory has no other split, and is not validated without `val`.
+    With the setting `cache` it trains a student, without it a teacher.
 
     Args:
-        out: the run folder: new, empty, or with `resume` the run itself.
-        model: a model spec, such as kdcache:tiny or path/to/file.py:function.
-        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
-        val: the validation data, in the same form.
-        preset: a name for settings of a training, such as few-labels. `settings` have priority.
-        resume: continue from the last checkpoint.
-        progress: show a bar, or lines without a terminal.
-        settings: as the flags of the verbs, with their defaults: `help(kdcache.train)` lists them. Sizes are (H, W), or
-            texts such as "288x384".
+        out: the run folder. It must be new or empty, or with `resume` an earlier run.
+        model: a model spec, such as "kdcache:tiny" or "path/to/file.py:function".
+        data: the training data: folder or spec of a data set, or a split from `open_split` or `from_dataset`.
+        val: the validation data, in the same form. Default: without a cache, the split val of a `data` on disk.
+            Otherwise there is no validation.
+        preset: name of a set of settings, such as "few-labels". Explicit `settings` have priority.
+        resume: continue the run in `out` from its last checkpoint.
+        progress: show a progress bar, or lines without a terminal.
+        settings: the other flags of these commands, with the same defaults. `help(kdcache.train)` lists them. Sizes are
+            (H, W), or texts such as "288x384".
     Returns: the run: its folder, recipe, model and result.
-    Raises: KDCacheError of every kind; Interrupted if the user stops it. Then `resume=True` continues.
+    Raises: KDCacheError, the base class of all errors of kdcache; Interrupted if the user stops the training, which
+        `resume=True` then continues.
     """
     streams = settings.get("stream")
     taught = settings.get("cache") is not None or (isinstance(streams, list | tuple) and any(map(_has_store, streams)))
@@ -69,32 +69,32 @@ def train(
         places["val"] = places["data"]
     given = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     base = {} if preset is None else read_preset(preset)
-    whole = {**base, "model": model, **given, **places}
-    if whole.get("workers") is None:
-        whole["workers"] = default_workers(pick_device(str(whole.get("device") or "auto")))
-    config = make_config(given=given, **{**whole, "verb": verb})
+    merged = {**base, "model": model, **given, **places}
+    if merged.get("workers") is None:
+        merged["workers"] = default_workers(pick_device(str(merged.get("device") or "auto")))
+    config = make_config(given=given, **{**merged, "verb": verb})
     with progress_bar(progress) as bar:
         run_training(config, out, resume=resume, observer=TrainingProgress(bar, verb))
     return Run.open(out)
 
 
 def _places(data: Data | None, val: Data | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the specs of data and validation data, and the names of their splits if these come with them.
+    """Return the specs of training and validation data, and the names of their splits, by setting.
 
-    Raises: RecipeError as `spec_of`, and for a split together with another name.
+    Raises: RecipeError for a split that cannot be opened again, or a split name that contradicts the split.
     """
     places: dict[str, Any] = {}
     for name, split_name, value in (("data", "split", data), ("val", "val_split", val)):
         if value is None:
             continue
-        places[name], own = spec_of(value, name)
-        if own is None:
+        places[name], own_split = spec_of(value, name)
+        if own_split is None:
             continue
-        check_split(name, own, settings.get(split_name))
-        places[split_name] = own
+        check_split(name, own_split, settings.get(split_name))
+        places[split_name] = own_split
     return places
 
 
 def _has_store(stream: Any) -> bool:
-    """Return whether a stream, a table or a line, has a cache."""
+    """Return True if a stream, given as a dict or as text, reads a cache."""
     return "cache" in stream if isinstance(stream, dict) else "cache=" in str(stream)

@@ -20,14 +20,16 @@ from kdcache.verbs.places import place_of
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked of a cache. True if all of it is right.
+    """The result of `kdcache.verify`. It is True in a condition if everything that was checked is right.
 
     Attributes:
-        files: the result for the cache's files. If a file is damaged, nothing else is checked.
-        manifest: the cache's manifest. None with damaged files.
-        changes: how the data set differs from the cache's at its build. None without data.
-        samples: number of samples compared.
-        agreement: the stored targets compared with the teacher's outputs. None without a teacher.
+        place: the cache's location.
+        files: the check of the cache's files. If a file is damaged, nothing else is checked.
+        manifest: the cache's manifest, or None if a file is damaged.
+        changes: the differences between the data set and the one that the cache was built from. None if not checked.
+        samples: number of samples in the checked data set.
+        data: the checked data set's spec.
+        agreement: the stored targets compared with new outputs of the teacher. None if not checked.
     """
 
     place: Place
@@ -56,7 +58,7 @@ def verify(
     cache_bytes: Any = None,
     progress: bool = True,
 ) -> Verified:
-    """Check every byte of a cache, as `kdcache verify` does, and optionally its data set and teacher.
+    """Check every byte of a cache, and optionally its data set and its teacher, as `kdcache verify` does.
 
     >>> import kdcache
     >>> bool(kdcache.verify("streets.zarr", data="streets", progress=False))
@@ -64,24 +66,28 @@ def verify(
 
     Args:
         cache: a complete cache.
-        teacher: a run, SPEC@FILE, or the members of an ensemble. It runs again on some records.
-        records: number of records that it runs on.
-        seal: the expected digest of the seal, as published elsewhere.
-        data: the data set.
-        split: its split. Default: the cache's.
-        class_map: as at the build.
-        device: auto, cpu or cuda.
-        cache_dir: the folder for copies of a remote cache.
-        cache_bytes: the limit of that folder in bytes.
-        progress: show a bar, or lines without a terminal.
-    Raises: MismatchError for another seal, RecipeError for a setting without effect, KDCacheError of every kind.
+        teacher: a run, SPEC@FILE, or the members of an ensemble. It runs again on some records, and its outputs are
+            compared.
+        records: number of records on which the teacher runs.
+        seal: the digest that the cache's seal must have, as published elsewhere.
+        data: the data set, which is compared with the one that the cache was built from.
+        split: name of its split. Default: the split that the cache was built from.
+        class_map: file that names the data class for each class of the teacher, as at the build.
+        device: device of the teacher: "auto", "cpu" or "cuda".
+        cache_dir: folder for local copies of a remote cache's files.
+        cache_bytes: maximum size of these copies in bytes.
+        progress: show a progress bar, or lines without a terminal.
+    Raises: MismatchError for another seal; RecipeError for a setting without effect; KDCacheError, the base class of
+        all errors of kdcache.
     """
-    for flag, value, needed, other in (
+    for flag, value, needed, needed_flag in (
         ("--split", split, data, "--data DATA"),
         ("--class-map", class_map, teacher, "--teacher TEACHER"),
     ):
         if value is not None and needed is None:
-            raise RecipeError(f"Cannot use {flag} {value} without {other}", fix=f"Add {other}, or leave out {flag}.")
+            raise RecipeError(
+                f"Cannot use {flag} {value} without {needed_flag}", fix=f"Add {needed_flag}, or leave out {flag}."
+            )
     place = place_of(cache, cache_dir, cache_bytes)
     with progress_bar(progress) as bar:
         files = verify_files(place, progress_of(bar, "checking files"), seal=seal)
@@ -98,7 +104,10 @@ def verify(
 
 
 def _compare_data(place: Place, data: Data, split: str | None, progress: bool) -> tuple[Changes, int, str]:
-    """Return how a data set differs from the cache's, how many samples it has, and its name. Every file is read."""
+    """Compare a data set with the one that a cache was built from. Every file is read.
+
+    Returns: the changes, the number of samples, and the data set's spec.
+    """
     cache = open_cache(place)
     source = open_data(data, split or (None if isinstance(data, Split) else cache.manifest.dataset.split))
     with progress_bar(progress) as bar:
@@ -116,7 +125,7 @@ def _compare_teacher(
     class_map: str | Path | None,
     device: str,
 ) -> Agreement:
-    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]
+    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(origin) for origin in teacher]
     dataset = manifest.dataset
     classes = ClassList(dataset.class_names, dataset.class_colours)
     classified = manifest.segmentation is not None
