@@ -31,12 +31,13 @@ from kdcache.tasks import SEGMENTATION
 
 
 def build(spec: str, num_classes: int | None) -> SegmentationModel:
-    """Import the function that `spec` names and build its model.
+    """Import the function that a spec names (`module:function` or `path/to/file.py:function`), and build its model.
 
-    If `num_classes` is None, the function is called without it and must have a default.
-
-    Raises: ModelError if the import fails, if the name is missing, cannot be called or returns no module, if the model
-        fails on an image, or if it has another number of classes.
+    Args:
+        spec: the name of the function.
+        num_classes: passed to the function if it has this parameter. If None, the function needs a default.
+    Raises: ModelError if the import or the call fails, if the result is no `torch.nn.Module`, if it fails on an image,
+    or if it has another number of classes.
     """
     place, _, name = spec.rpartition(":")
     with _working_folder_on_path():
@@ -99,9 +100,9 @@ def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> o
         except ValueError:  # a builtin without a signature: the call itself will fail or not
             pass
         return function(**arguments)
-    shown = f"num_classes={num_classes}" if named else "no argument, as no num_classes is known"
+    given = f"num_classes={num_classes}" if named else "no argument, as no num_classes is known"
     raise ModelError(
-        f"Cannot call {spec} with {shown}: {problem}",
+        f"Cannot call {spec} with {given}: {problem}",
         fix="Write it as def build(num_classes=21), or give the number of classes: num_classes in Python, --classes "
         "FOLDER or --data on the command line.",
     ) from problem
@@ -109,7 +110,7 @@ def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> o
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """Let `my_models:build` find ./my_models.py in a with block, because a console script does not search there.
+    """Let `my_models:build` import ./my_models.py, in a with block, because a console script does not search there.
 
     The folder is added at the end of the path, so a local file never hides an installed module.
     """

@@ -14,14 +14,14 @@ from kdcache.errors import ModelError
 _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "student", "module")
 _SHADOW = "shadow"  # of an average that keeps its settings beside it
 _AVERAGED = re.compile(r"(^|_)(ema|avg|averaged?|swa|teacher|shadow)(_|$)")
-"""What names of averaged weights have."""
+"""Words in the names of averaged weights."""
 _LIGHTNING = "pytorch-lightning_version"
 _ATTRIBUTES = ("model", "student", "network", "net")  # of a LightningModule, where it has several with tensors
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _COUNTS = ("n_averaged", "steps")  # beside the tensors of an average
 _NAMED = 4
 CHOICES = {"raw": "raw", "ema": "averaged"}
-"""What follows a file after a colon, and the kind of weights that it names."""
+"""The word after a colon (`FILE:ema`) -> the kind of weights that it names."""
 
 
 class _HistoryBuffer:
@@ -40,18 +40,21 @@ HARMLESS: list[Any] = [
     ),
     (_HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
 ]
-"""What torch may unpickle beside tensors: making these runs no code that a file brings."""
+"""Types that torch may unpickle in addition to tensors. Building them runs no code from the file."""
 
 _Kinds = dict[str, tuple[str, object]]
-"""The weights of each of CHOICES that a checkpoint has: their name there, and themselves."""
+"""A word of CHOICES -> (the name of these weights in the checkpoint, the weights)."""
 
 
 def unwrap(content: object, path: Path, choice: str | None = None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors of a checkpoint by name, and notes.
+    """Return the weights in the content of a checkpoint: tensors by name, and notes for the user.
 
-    `choice` is one of CHOICES. None takes `state_dict` and the like, and a note says whether these are averaged.
-
-    Raises: ModelError for a checkpoint without tensors or without the chosen weights.
+    Args:
+        content: the object that was read from the file.
+        path: the file, for messages.
+        choice: `raw`, or `ema` for averaged weights. None takes the usual ones (`state_dict` and similar keys). If the
+            checkpoint has averaged weights, a note says which kind was taken.
+    Raises: ModelError if there are no tensors, or no weights of the given choice.
     """
     kinds = _kinds(content, path)
     usual = next((kind for kind, (name, _) in kinds.items() if not _AVERAGED.search(name)), "ema")
@@ -63,10 +66,10 @@ def unwrap(content: object, path: Path, choice: str | None = None) -> tuple[dict
         )
     note = ""
     if len(kinds) > 1:
-        other = next(other for other in kinds if other != kind)
+        other_kind = next(other_kind for other_kind in kinds if other_kind != kind)
         note = (
             f"{path} has raw and averaged weights: {kinds[kind][0]} is taken, the {CHOICES[kind]} ones. "
-            f"{path}:{other} takes {kinds[other][0]}, the {CHOICES[other]} ones"
+            f"{path}:{other_kind} takes {kinds[other_kind][0]}, the {CHOICES[other_kind]} ones"
         )
     elif kind == "ema":
         note = f"{path} has averaged weights alone: {kinds[kind][0]} is taken"
@@ -113,7 +116,7 @@ def _swapped(content: Mapping[Any, Any]) -> str | None:
 
 
 def _by_attribute(state: dict[str, Tensor], path: Path) -> _Kinds:
-    """Return the networks of a LightningModule, by its attributes."""
+    """Return the raw and the averaged network of a LightningModule. They are different attributes of it."""
     names = [name.partition(".")[0] for name in state if "." in name]
     averaged = next((name for name in names if _AVERAGED.search(name)), None)
     if averaged is None or len(set(names)) == 1:
@@ -123,7 +126,7 @@ def _by_attribute(state: dict[str, Tensor], path: Path) -> _Kinds:
 
 
 def _network(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of the network of a LightningModule, under its own names."""
+    """Return the tensors of the network in a LightningModule, without the name of the module's attribute."""
     return _below(_attribute(state, path), state)
 
 
@@ -147,7 +150,7 @@ def _below(attribute: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
-    """Return the tensors by name in a part of a checkpoint, or {} if there is something else."""
+    """Return the tensors by name in a part of a checkpoint, or {} if it holds something else."""
     while isinstance(content, Mapping):
         if content and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
             return dict(content)
@@ -181,5 +184,5 @@ def _not_a_state_dict(path: Path, content: str) -> ModelError:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names as text, for a message."""
+    """Return the first names as one text, for a message."""
     return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])

@@ -20,19 +20,19 @@ _VOID = "void"
 def read_class_map(
     path: str | Path, teacher_classes: int, class_names: Sequence[str], *, all_hit: bool = True
 ) -> Tensor:
-    """Read a class map: the data class that each teacher class becomes.
+    """Read a class map, a file that says which class of the data each class of the teacher becomes.
 
-    A text file has one line per teacher class, `<teacher id> <data class name or id or void>`. `#` starts a comment. A
-    JSON file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces. A name that looks like a
-    number or `void` has priority over the number or the word.
+    A text file has a line `<teacher id> <data class>` for each teacher class, and `#` starts a comment. A JSON file
+    holds `{"0": "Sky", "1": "void", ...}`. A data class is a name, an id, or `void` to drop the teacher class. Names
+    come first: a data class that is called `3` or `void` is found by this name.
 
     Args:
-        path: the file's path.
-        teacher_classes: their number. Every one must be listed once.
-        class_names: the data's.
-        all_hit: whether every data class must be the target of at least one teacher class.
-    Returns: int64 (teacher_classes,), data class id or -1 for a dropped class.
-    Raises: ModelError naming the file and the line, the class or the name.
+        path: the file.
+        teacher_classes: the number of teacher classes. The file must list each of them once.
+        class_names: the names of the data's classes, in the order of their ids.
+        all_hit: True if each data class must have at least one teacher class.
+    Returns: int64 (teacher_classes,): the data class id, or -1 for a dropped class.
+    Raises: ModelError, which names the wrong line, class or name.
     """
     path = Path(path)
     table: dict[int, int] = {}
@@ -56,7 +56,10 @@ def read_class_map(
 
 
 def count_sources(path: str | Path) -> int:
-    """Return the number of teacher classes in a class map, its largest id plus one. Raises: ModelError if empty."""
+    """Return the number of teacher classes in a class map: its largest id plus one.
+
+    Raises: ModelError if the file cannot be read or lists no class.
+    """
     ids = [int(teacher) for _, teacher, _ in _entries(Path(path)) if teacher.isdecimal()]
     if not ids:
         _refuse(f"No teacher class in {path}", "Write a line `<id> <name>` for each.")
@@ -64,10 +67,10 @@ def count_sources(path: str | Path) -> int:
 
 
 class ClassMerge(nn.Module):
-    """Merges logits of classes by logsumexp, so their probabilities are summed.
+    """A layer that merges logits of several classes into one, so that their probabilities are summed.
 
     Args:
-        class_map: the class that each class becomes, or -1 to drop it. Every target class must have a source.
+        class_map: for each input class the output class, or -1 to drop it. Every output class needs an input class.
     """
 
     sources: Tensor
@@ -80,21 +83,20 @@ class ClassMerge(nn.Module):
         self.register_buffer("absent", absent, persistent=False)
 
     def forward(self, logits_BChw: Tensor) -> Tensor:
-        """Return the logits (B, merged classes, h, w)."""
+        """Return the merged logits (B, output classes, h, w), in the dtype of the input (B, input classes, h, w)."""
         return _merge(logits_BChw, self.sources, self.absent)
 
 
 class ClassMapped(SegmentationModel):
-    """A model with the data's classes: probabilities of merged classes are summed.
+    """A teacher whose classes are mapped to the data's classes. Probabilities of merged classes are summed.
 
-    The logit of a data class is the logsumexp of its source classes' logits. So the softmax over the data's classes is
-    the sum of the sources' probabilities, renormalised if classes are dropped. This is exact at the native stride. A
-    bilinear resize of the result differs slightly from mapping after the resize.
+    If classes are dropped, the others' probabilities are rescaled to a sum of 1. The map is applied at the native
+    stride. A bilinear resize of the result differs slightly from mapping after the resize.
 
     Args:
         model: the teacher. Its taps, stride, mean and std are kept.
-        class_map: int64 (model.num_classes,), see `read_class_map`.
-    Raises: ModelError if the map does not fit the model or leaves a class without a source.
+        class_map: int64 (model.num_classes,): the data class id, or -1 for a dropped class (see `read_class_map`).
+    Raises: ModelError if the map does not fit the model, or if a data class has no teacher class.
     """
 
     sources: Tensor
@@ -126,23 +128,26 @@ class ClassMapped(SegmentationModel):
         self.register_buffer("absent", absent)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the teacher and map its logits to the data's classes."""
+        """Return the teacher's outputs, with its logits mapped to the data's classes.
+
+        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        """
         outputs = self.model(x_B3HW, taps)
         return Outputs({**outputs.heads, SEGMENTATION: self.map_logits(outputs.logits)}, outputs.features)
 
     def map_logits(self, logits_BChw: Tensor) -> Tensor:
-        """Map teacher logits (B, teacher classes, h, w) to (B, num_classes, h, w) of the same dtype."""
+        """Map the teacher's logits (B, teacher classes, h, w) to logits (B, data classes, h, w) of the same dtype."""
         return _merge(logits_BChw, self.sources, self.absent)
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check names against the teacher's taps. Raises: ModelError."""
+        """Check that the teacher has these taps. Raises: ModelError for an unknown one."""
         self.model.check_taps(taps)
 
 
 def _merge_tables(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the sources of every class, and a mask of the empty places: (classes, most) each.
+    """Return two tables (classes, most): the input classes of each output class, and True for the unused entries.
 
-    They are tables of fixed size, so merging is one gather for any map.
+    `most` is the largest number of merged classes. With tables of a fixed size, merging is one gather for any map.
     """
     groups = [[i for i, c in enumerate(targets) if c == target] for target in range(max(targets) + 1)]
     most = max(len(g) for g in groups)
@@ -151,7 +156,7 @@ def _merge_tables(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _merge(logits_BChw: Tensor, sources: Tensor, absent: Tensor) -> Tensor:
-    """Return logits (B, classes, h, w) of the same dtype."""
+    """Return the merged logits (B, output classes, h, w), in the dtype of the input."""
     wide = logits_BChw if logits_BChw.dtype == torch.float64 else logits_BChw.float()
     gathered = wide[:, sources]  # (B, classes, most, h, w)
     gathered = gathered.masked_fill(absent[:, :, None, None], -torch.inf)
@@ -159,7 +164,7 @@ def _merge(logits_BChw: Tensor, sources: Tensor, absent: Tensor) -> Tensor:
 
 
 def _entries(path: Path) -> list[tuple[str, str, str]]:
-    """Return (where it stands, teacher id, data class) of every entry of a class map."""
+    """Return (line or file, teacher id, data class) for each entry of a class map."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,29 +17,34 @@ from kdcache.files import read_object
 
 _KEYS = ("class_names", "classes", "id2label", "names", "categories")
 _PARTS = ("meta", "dataset_meta", "hyper_parameters", "config")
-"""Tables of a checkpoint that may have them."""
+"""Tables of a checkpoint that may hold class names."""
 _BESIDE = ("config.json", "model.json")
 _PLACEHOLDER = re.compile(r"(label|class|cls|category|id|c)?[\s_-]*\d+", re.IGNORECASE)
 _SHOWN = 20
 
 
 def names_in(content: object) -> tuple[str, ...]:
-    """Return the class names in a checkpoint, a header or a configuration by class id, or ()."""
+    """Return the class names in a checkpoint, a header or a configuration, in the order of the class ids, or ()."""
     return next(_names_in(content), ())
 
 
 def names_beside(weights: Path) -> tuple[str, ...]:
-    """Return the class names in a file next to weights, or ()."""
+    """Return the class names, in the order of the class ids, from config.json or model.json next to a weights file.
+
+    Return () if neither file has names.
+    """
     return next((names for name in _BESIDE for names in _names_in(read_object(weights.parent / name))), ())
 
 
 def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """Compare the names stored with weights with the data's, ignoring case, spaces, "_" and "-".
+    """Compare class names that are stored with weights with the data's. Case, spaces, `_` and `-` do not count.
 
-    `theirs` is () if unknown. A single name of a network with one logit is the second class's.
-
-    Returns: a warning if a name or the number of names differs, else None.
-    Raises: MismatchError, with the class map to write, if a name of the data stands for another class.
+    Args:
+        origin: the weights, for messages.
+        theirs: the names stored with the weights, or (). A single name belongs to the second of two classes.
+        ours: the names of the data's classes.
+    Returns: a warning if names or their number differ, else None.
+    Raises: MismatchError if the classes have another order. Its fix has the class map to write.
     """
     theirs = _of_two(theirs, ours)
     if not theirs:
@@ -66,30 +71,37 @@ def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> st
 
 
 def known_names(theirs: Sequence[str], unnamed: Sequence[str]) -> tuple[str, ...]:
-    """Return the names stored with weights if they name every class, else `unnamed`."""
+    """Return the class names stored with weights (`theirs`) if they name every class. Otherwise return `unnamed`.
+
+    A single stored name belongs to the second of two classes.
+    """
     theirs = _of_two(theirs, unnamed)
     named = [ours if _PLACEHOLDER.fullmatch(name) else name for name, ours in zip(theirs, unnamed, strict=False)]
     return tuple(named) if len(set(filter(None, named))) == len(theirs) == len(unnamed) else tuple(unnamed)
 
 
 def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence[str] = ()) -> str:
-    """Return a class map by name as JSON.
+    """Return a class map as JSON: class id of the weights -> name of the data's class.
 
-    A class without an equal name becomes the class of `default`, else the only class that is left over, else "?".
+    Args:
+        theirs: the class names of the weights.
+        ours: the class names of the data.
+        default: names for those classes of the weights that the data does not have, by class id. Without them, the only
+            class that is left over is taken, or "?".
     """
     by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
     keys = _keys(theirs)
     left = [name for key, name in by_key.items() if key not in keys]
-    other = left[0] if len(left) == 1 and sum(key not in by_key for key in keys) == 1 else "?"
+    fallback = left[0] if len(left) == 1 and sum(key not in by_key for key in keys) == 1 else "?"
     table = {
-        str(number): by_key.get(key or "", default[number] if number < len(default) else other)
+        str(number): by_key.get(key or "", default[number] if number < len(default) else fallback)
         for number, key in enumerate(keys)
     }
     return json.dumps(table, ensure_ascii=False)
 
 
 def _of_two(theirs: Sequence[str], ours: Sequence[str]) -> Sequence[str]:
-    """Return the names of both classes where there is one logit."""
+    """Return the names of both classes if the network has one logit for two classes."""
     return ("0", *theirs) if len(theirs) == 1 and len(ours) == 2 else theirs
 
 
@@ -105,7 +117,7 @@ def _names_in(content: object) -> Iterator[tuple[str, ...]]:
 
 
 def _sequence(value: Any) -> tuple[str, ...]:
-    """Return names by id out of a list, a table with ids, or the text of one, or () for anything else."""
+    """Return names in the order of their ids from a list, a mapping of ids, or the text of one, else ()."""
     if isinstance(value, str):
         value = _parsed(value)
     if isinstance(value, Mapping):

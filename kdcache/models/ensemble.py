@@ -36,10 +36,11 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Tta:
-    """Test-time augmentation: a teacher's prediction is the mean over these renderings of an image.
+    """Test-time augmentation: a teacher's prediction is the mean over several renderings of an image.
 
     Attributes:
-        flip: whether to add mirrored renderings. scales: factors of height and width, one rendering each.
+        flip: True to also use mirrored renderings.
+        scales: factors of height and width. Each gives a rendering.
     """
 
     flip: bool = False
@@ -47,7 +48,10 @@ class Tta:
 
     @classmethod
     def parse(cls, text: str) -> "Tta":
-        """Parse `flip,scales=0.75:1.0:1.25`, or one part of it. Raises: RecipeError for anything else."""
+        """Return the settings of a text such as `flip`, `scales=0.75:1.0:1.25` or `flip,scales=0.75:1.0:1.25`.
+
+        Raises: RecipeError for any other text.
+        """
         flip, scales = cls.flip, cls.scales
         for part in text.split(","):
             word, _, value = (piece.strip() for piece in part.partition("="))
@@ -69,17 +73,19 @@ class Tta:
 
 
 class EnsembleModel(SegmentationModel):
-    """Several models as one, for inference only: logits are the log of the mean of their probabilities.
+    """Several models that predict as one, for inference only. Their probabilities are averaged.
 
-    Pixels are normalised to 0..1 here, and by each member as it was trained. Features are the first member's, of the
-    plain image. They are not averaged, because members have different channels.
+    The input is RGB in 0 to 1, and each member normalises it as in its own training. Features come from the first
+    member only, because members have different channels.
 
     Args:
-        members: models of the same classes, with the same `align_corners`.
-        weights: one per member, finite and above 0. Default: equal ones. Only their ratios count.
-        tta: renderings of every image. Default: the plain image.
-    Raises: ModelError if the members do not fit each other; RecipeError for such weights, and for scales without 1 of
-        members with depth.
+        members: models with the same classes and the same `align_corners`.
+        weights: a finite number above 0 for each member. Only their ratios count. None weighs all equally.
+        tta: renderings of each image to average over. None uses the image only.
+
+    Raises:
+        ModelError: the members do not fit each other.
+        RecipeError: a weight is invalid, or members have a depth head and 1 is missing in `tta.scales`.
     """
 
     def __init__(
@@ -114,30 +120,30 @@ class EnsembleModel(SegmentationModel):
 
     @property
     def parts(self) -> list[SegmentationModel]:
-        """The members as a list of models."""
+        """The members as a list."""
         return list(self.members)  # type: ignore[arg-type]
 
     def member(self, index: int) -> SegmentationModel:
-        """Return one of the members, under the same augmentation."""
+        """Return a model with only the member at `index`, and with the ensemble's test-time augmentation."""
         return self.parts[index] if self.tta is None else EnsembleModel([self.parts[index]], tta=self.tta).eval()
 
     def plain(self) -> SegmentationModel:
-        """Return this ensemble without augmentation."""
+        """Return this ensemble without test-time augmentation."""
         return EnsembleModel(self.parts, self.shares).eval()
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check names against the first member's taps. Raises: ModelError."""
+        """Check that the first member has these taps. Raises: ModelError for an unknown one."""
         self.parts[0].check_taps(taps)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return the members' weighted mean prediction, in the same form as one model's outputs.
+        """Return the weighted mean of the members' predictions, in the form of one model's outputs.
 
         Args:
-            x_B3HW: float RGB in 0..1. Each member normalises it as in its training.
-            taps: names of taps of the first member.
-        Returns: Outputs. `heads` has the log of the mean probabilities (B, C, h, w) of segmentation. A regression, such
-            as depth, is the number (B, 1, h', w') that the head's activation turns into the mean value. `features` has
-            the first member's features of the image, neither mirrored nor scaled.
+            x_B3HW: float RGB in 0 to 1. Each member normalises it.
+            taps: taps of the first member, whose features to return.
+        Returns: `heads`, with `segmentation` (B, C, h, w): the log of the mean probabilities. Another head, such as
+        depth, has (B, 1, h', w'): its value after the head's nonlinearity is the mean of the members' values.
+        `features` are the first member's, for the image itself and not for other renderings.
         Raises: ModelError for unknown taps.
         """
         self.check_taps(taps)
@@ -162,19 +168,21 @@ class EnsembleModel(SegmentationModel):
         return Outputs(heads, {tap: features[tap] for tap in taps})
 
     def _owners(self, passes_of_members: Sequence[Sequence[Tensor]]) -> tuple[list[float], list[Sequence[Tensor]]]:
-        """Return the shares, which sum to 1, and the passes of the members that have a head."""
-        owners = [place for place, own in enumerate(passes_of_members) if own]
+        """Return the shares and the outputs of those members that have a head. The shares sum to 1."""
+        owners = [place for place, passes in enumerate(passes_of_members) if passes]
         total = sum(self.shares[place] for place in owners)
         return [self.shares[place] / total for place in owners], [passes_of_members[place] for place in owners]
 
     def _means(self, passes_of_owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Return each owner's mean over its renderings, on the finest grid of all."""
-        passes = [one for of_owner in passes_of_owners for one in of_owner]
-        grid = max(one.shape[-2] for one in passes), max(one.shape[-1] for one in passes)
-        return [torch.stack([self.upsample(one, grid) for one in own]).mean(0) for own in passes_of_owners]
+        """Return each member's mean probabilities over its renderings, resized to the finest grid of all members."""
+        passes = [p_BChw for of_owner in passes_of_owners for p_BChw in of_owner]
+        grid = max(p_BChw.shape[-2] for p_BChw in passes), max(p_BChw.shape[-1] for p_BChw in passes)
+        return [
+            torch.stack([self.upsample(p_BChw, grid) for p_BChw in of_owner]).mean(0) for of_owner in passes_of_owners
+        ]
 
     def _mean_regression(self, name: str, raw_of_members: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Return the raw output of the mean value over the members that have a head, on the finest grid of theirs."""
+        """Return the raw output whose value is the weighted mean of the members' values, on their finest grid."""
         kind = self.regressions[name]
         shares, raw_of_owners = self._owners(raw_of_members)
         grid = tuple(max(raw.shape[axis] for raws in raw_of_owners for raw in raws) for axis in (-2, -1))
@@ -187,18 +195,19 @@ class EnsembleModel(SegmentationModel):
 
 
 def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict[str, HeadKind]:
-    """Return the heads of an ensemble: all that any member has learnt.
+    """Return the heads of an ensemble: each trained head of any member.
 
-    Raises: ModelError for regressions of one name that differ, or of several members without metres; RecipeError
-        for scales without 1.
+    Raises:
+        ModelError: heads with the same name differ, or several members have values of a unit other than metres.
+        RecipeError: there are regressions, and the scales do not include 1.
     """
     kinds: dict[str, HeadKind] = {}
     for member in members:
         for name in member.learnt_heads:
             kind = member.head_kinds[name]
-            if (other := kinds.setdefault(name, kind)) != kind and name != SEGMENTATION:
+            if (earlier := kinds.setdefault(name, kind)) != kind and name != SEGMENTATION:
                 raise ModelError(
-                    f"The teachers of the ensemble have different heads {name}: {other}, and {kind} of {member.spec}",
+                    f"The teachers of the ensemble have different heads {name}: {earlier}, and {kind} of {member.spec}",
                     fix="Build a cache for each teacher and join them: kdcache train-student --cache A --cache NAME=B",
                 )
     for name, kind in kinds.items():
@@ -219,7 +228,7 @@ def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict
 
 
 def _renderings(x_B3HW: Tensor, tta: Tta) -> Iterator[tuple[Tensor, bool, bool]]:
-    """Yield (image, whether it is mirrored, whether it has the image's own size)."""
+    """Yield (image, True if it is mirrored, True if it has the size of the given image)."""
     for scale in tta.scales:
         size = [max(1, round(side * scale)) for side in x_B3HW.shape[-2:]]
         same = size == list(x_B3HW.shape[-2:])
@@ -230,7 +239,7 @@ def _renderings(x_B3HW: Tensor, tta: Tta) -> Iterator[tuple[Tensor, bool, bool]]
 
 
 def _weighted(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """Return weighted sum in float32, one after the other: it repeats."""
+    """Return the weighted sum in float32, added in a fixed order so that results repeat exactly."""
     total = shares[0] * values[0].float()
     for share, value in zip(shares[1:], values[1:], strict=True):
         total += share * value.float()

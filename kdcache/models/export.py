@@ -37,7 +37,7 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt
 PROGRAM_METADATA = "kdcache.json"
 """Name of the metadata among the extra files of a torch.export program."""
 TOLERANCE = 1e-4
-"""The most that a logit may differ by, as a part of the largest: float32 graphs differ by 1e-6 to 1e-5."""
+"""The largest difference allowed, as a part of the largest output. Float32 graphs differ by 1e-6 to 1e-5."""
 _LEAST = torch.finfo(torch.float32).tiny
 _TRACED = (2, 160, 224)  # batch, height and width all differ, or the exporter takes them for one number
 _AXES = {0: "batch", 2: "height", 3: "width"}
@@ -47,14 +47,19 @@ _FREE = (tuple(_AXES), (0,), ())  # axes that may vary, the most first
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written and checked.
+    """The result of an export: a file that was written and then compared with the model.
 
     Attributes:
-        checked_by: the runtime that ran the file, or None if none could, see `unchecked`.
-        difference: largest absolute difference from the model's logits. relative: to the largest logit.
-        free: names of the dynamic axes.
-        size: (H, W) at which the graph was traced.
-        notes: what a user should know of the file.
+        path: the file.
+        format: `safetensors`, `onnx`, `torch.export` or `ultralytics`.
+        size_bytes: its size.
+        free: the axes that may have any size: `batch`, `height`, `width`.
+        checked_by: the runtime that ran the file, or None if no runtime is installed.
+        unchecked: the reason why the file was not run, or ''.
+        difference: the largest absolute difference from the model's output.
+        relative: this difference as a part of the largest output.
+        size: the (height, width) in pixels of the model's training, at which the file was checked.
+        notes: notes for the user about the file.
     """
 
     path: Path
@@ -70,10 +75,11 @@ class Exported:
 
 
 class Deployed(nn.Module):
-    """The model with normalisation and resize.
+    """A model with its normalisation before it and its last resize after it, as it is exported.
 
     Args:
-        raw: return logits at the native stride, for users who resize elsewhere.
+        model: the model, in eval mode.
+        raw: True leaves out the resize, so that logits are at the native stride.
     """
 
     mean: Tensor
@@ -87,10 +93,11 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(model.std).view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Map float32 RGB in 0..1 (B, 3, H, W) to each head's map in the order of `names`, a tuple of several.
+        """Return the outputs for images, float32 RGB in 0 to 1 (B, 3, H, W): one tensor, or a tuple of several.
 
-        They are logits (B, C, H, W), and values of a regression in its unit, resized before its nonlinearity. With
-        `raw` they are the heads' outputs (B, C, h, w). For a backbone they are features (B, c, h, w) of each tap.
+        Segmentation has logits (B, C, H, W). Another head has values (B, c, H, W) in its unit. With `raw`, both are the
+        heads' outputs at the native stride (B, c, h, w). A model without trained heads returns the features of its taps
+        instead.
         """
         answers = self._answers(image)
         return answers if len(answers) > 1 else answers[0]
@@ -110,7 +117,7 @@ class Deployed(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """The names of the outputs: the heads that have learnt, or the taps of a backbone."""
+        """The names of the outputs, in order: `logits` and other trained heads. Without trained heads, the taps."""
         if not self.model.learnt_heads:
             return list(self.model.taps)
         return ["logits" if name == SEGMENTATION else name for name in self.model.learnt_heads]
@@ -125,17 +132,19 @@ def export_model(
     raw: bool = False,
     tolerance: float = TOLERANCE,
 ) -> Exported:
-    """Write a model to `out`, checked against itself.
+    """Export a model to a file, and check that the file gives the same outputs as the model.
 
     Args:
-        model: on the CPU. It is left in eval mode.
-        description: the metadata of the file, with the size for the check.
-        out: the file.
-        format: one of SUFFIXES. Default: by the suffix of `out`.
-        raw: logits at the native stride, only for graphs.
-        tolerance: largest difference allowed, as a part of the largest logit.
-    Raises: RecipeError for an invalid format, suffix or place; ModelError if the model cannot be exported, the library
-        is missing, or the file's output differs. Nothing is left behind then.
+        model: the model, on the CPU. It is left in eval mode.
+        description: stored in the file. It also has the size of the images for the check.
+        out: the new file.
+        format: `safetensors`, `onnx`, `torch.export` or `ultralytics`. None goes by the suffix of `out`.
+        raw: True leaves out the last resize. Only for `onnx` and `torch.export`.
+        tolerance: the largest difference allowed, as a part of the largest output.
+
+    Raises:
+        RecipeError: the format or the suffix is unknown, `out` exists, or `raw` does not fit the format.
+        ModelError: the model cannot be exported, a library is missing, or the file's outputs differ. No file is left.
     """
     out = Path(out)
     kind = _format(out, format)
@@ -195,11 +204,11 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
         )
     program, free = _trace(deployed, description)
     names = deployed.names
-    made = torch.onnx.export(program, (), input_names=["image"], output_names=names, dynamo=True, verbose=False)
-    assert made is not None
-    made.model.metadata_props.update(metadata)
-    _name_axes(made.model, deployed.raw or not deployed.model.learnt_heads, free)
-    made.save(path, external_data=False)
+    exported = torch.onnx.export(program, (), input_names=["image"], output_names=names, dynamo=True, verbose=False)
+    assert exported is not None
+    exported.model.metadata_props.update(metadata)
+    _name_axes(exported.model, deployed.raw or not deployed.model.learnt_heads, free)
+    exported.save(path, external_data=False)
     if importlib.util.find_spec("onnxruntime") is None:
         return free, None, "onnxruntime is not installed (pip install '.[onnx]')", ()
     import onnxruntime
@@ -228,7 +237,7 @@ _CHECKERS = {
 
 
 def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, ...]]:
-    """Return the program with as many free axes as the model allows, and which."""
+    """Return the traced program, and the axes that may have any size: as many as the model allows."""
     failure: Exception | None = None
     for free in _FREE:
         batch, height, width = _TRACED if 2 in free else (_TRACED[0] if free else 1, *description.size)
@@ -253,15 +262,18 @@ def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, .
 def _compare(
     deployed: Deployed, run: _Run, description: RunModel, free: tuple[int, ...], raw: bool
 ) -> tuple[float, float]:
-    """Return the largest differences (absolute, relative to a logit) at the size of use and at another one, if free."""
+    """Return the largest difference between file and model: absolute, and as a part of the largest output.
+
+    Images have the size of the training and, if sizes may vary, another one.
+    """
     sizes = [(1, *description.size)]
     if 2 in free:
         sizes.append((2, _other(description.size[0]), _other(description.size[1])))
-    own = Deployed(deployed.model, raw).eval()
+    original = Deployed(deployed.model, raw).eval()
     differences = []
     for number, (batch, height, width) in enumerate(sizes):
         image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(number))
-        expected = own(image)
+        expected = original(image)
         try:
             answers = _several(run(image))
         except Exception as error:
@@ -270,14 +282,14 @@ def _compare(
                 f"{str(error).splitlines()[0]}",
                 fix="Export in another format.",
             ) from error
-        for answer, own_answer in zip(answers, _several(expected), strict=True):
-            if answer.shape != own_answer.shape:
+        for answer, model_answer in zip(answers, _several(expected), strict=True):
+            if answer.shape != model_answer.shape:
                 raise ModelError(
-                    f"The exported file answers in shape {tuple(answer.shape)} instead of {tuple(own_answer.shape)}",
+                    f"The exported file answers in shape {tuple(answer.shape)} instead of {tuple(model_answer.shape)}",
                     fix="Export in another format.",
                 )
-            difference = (answer - own_answer).abs().max()
-            differences.append(torch.stack([difference, difference / own_answer.abs().max().clamp(min=_LEAST)]))
+            difference = (answer - model_answer).abs().max()
+            differences.append(torch.stack([difference, difference / model_answer.abs().max().clamp(min=_LEAST)]))
     worst, relative = torch.stack(differences).amax(0).tolist()  # NaN stays NaN
     return worst, relative
 
@@ -287,13 +299,13 @@ def _several(answers: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _other(side: int) -> int:
-    """Return another side: about two thirds, a multiple of 32 for those models that need one, and at least 64."""
-    other = 32 * max(2, side // 48)
-    return other + 32 if other == side else other
+    """Return another side in pixels for a check: about two thirds, a multiple of 32, and at least 64."""
+    rounded = 32 * max(2, side // 48)
+    return rounded + 32 if rounded == side else rounded
 
 
 def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
-    """Return metadata that a user of the graph needs: input, output, stride."""
+    """Return metadata about the graph for its users: input, output, stride."""
     answers = [] if model.learnt_heads else [f"{tap} (B, c, h, w), a feature" for tap in model.taps]
     for name in model.learnt_heads:
         kind = model.head_kinds[name]
@@ -311,7 +323,7 @@ def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
 
 
 def _name_axes(graph_model: Any, raw: bool, free: tuple[int, ...]) -> None:
-    """Free axes by names that a reader understands."""
+    """Give the axes that may have any size a name: `batch`, `height`, `width`."""
     for axis in free:
         graph_model.graph.inputs[0].shape[axis] = _AXES[axis]
         for output in graph_model.graph.outputs:

@@ -24,10 +24,13 @@ _LEAST, _MOST = 1e-12, 1 - 2**-24  # the largest float32 below 1
 
 
 class AsLogits(Wrapper):
-    """A model whose segmentation is converted to logits. The state dict keeps the model's names.
+    """A model whose segmentation output is converted to logits. Names in its state dict are the wrapped model's.
 
     Args:
-        outputs: the kind of its outputs, one of `kdcache.run_folder.OUTPUTS`, or None for logits.
+        spec: the name of the new model.
+        model: the wrapped model.
+        outputs: what the wrapped model returns: `probabilities`, `sigmoid`, `logits`, or None for logits.
+        two: True if its single output channel becomes two classes.
     """
 
     def __init__(self, spec: str, model: SegmentationModel, outputs: str | None = None, *, two: bool = False) -> None:
@@ -39,7 +42,10 @@ class AsLogits(Wrapper):
         self.two = two
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the model and convert its segmentation to logits."""
+        """Return the model's outputs, with its segmentation converted to logits.
+
+        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        """
         outputs = self.model(x_B3HW, taps)
         return Outputs({**outputs.heads, SEGMENTATION: self._logits(outputs.logits)}, outputs.features)
 
@@ -54,16 +60,26 @@ class AsLogits(Wrapper):
 
 
 def one_logit_note(origin: str, model: SegmentationModel, names: Sequence[str]) -> str | None:
-    """Return a note on the class that a single logit stands for, or None if the model has several logits."""
+    """Return a note that names the class of a single logit, or None if the model has a logit for each class.
+
+    Args:
+        origin: the weights, for the note.
+        model: the model.
+        names: the names of the two classes.
+    """
     if not isinstance(model, AsLogits) or model.num_classes == model.model.num_classes:
         return None
     return f"{origin} has one logit for two classes: it is that of {names[1]}, and {names[0]} has 0"
 
 
 def as_logits(model: SegmentationModel, outputs: str | None, classes: int | None = None) -> SegmentationModel:
-    """Return a model with outputs of this kind as logits. A single logit becomes two classes if `classes` is 2.
+    """Return a model whose segmentation output is converted to logits.
 
-    Raises: ModelError for an unknown kind of outputs, and for a model without a head of classes.
+    Args:
+        model: the model to convert. It is returned unchanged if there is nothing to convert.
+        outputs: what it returns: `probabilities`, `sigmoid`, `logits`, or None for logits.
+        classes: 2 turns a single logit into the logits of two classes.
+    Raises: ModelError for unknown `outputs`, and for a model without a segmentation head.
     """
     if outputs not in (None, *OUTPUTS):
         raise ModelError(

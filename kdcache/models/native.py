@@ -29,8 +29,8 @@ class Outputs(NamedTuple):
     """A model's outputs for a batch.
 
     Attributes:
-        heads: name -> (B, C, h, w) at the head's native stride, not upsampled: `segmentation` has logits, `depth` the
-            raw output of a regression (`kdcache.heads`).
+        heads: name -> (B, C, h, w) at the head's native stride, before the last resize. `segmentation` has logits.
+            `depth` has numbers that the head's nonlinearity turns into depth (see `kdcache.heads.values_of`).
         features: tap -> (B, c, h', w') for the requested taps.
     """
 
@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """Logits (B, C, h, w) of segmentation. Raises: ModelError for a model without that head."""
+        """The logits (B, C, h, w) of segmentation. Raises: ModelError if the model has no segmentation head."""
         if SEGMENTATION not in self.heads:
             raise ModelError(
                 f"No logits: the model has {', '.join(self.heads) or 'no head'}, and no head {SEGMENTATION}",
@@ -50,7 +50,17 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The result of loading weights into a model, as names of tensors in the state dict."""
+    """The result of loading weights into a model. All fields but the last two are names of tensors in the state dict.
+
+    Attributes:
+        loaded: the tensors that were copied.
+        missing: counters of BatchNorm that the weights do not have. They do not matter.
+        unexpected: tensors of an image classifier's head, which are left out if its backbone is loaded.
+        unused_auxiliary: tensors of auxiliary heads that the model does not have.
+        reinitialised: tensors that keep their random values.
+        class_names: the class names stored with the weights, in the order of the class ids, or ().
+        notes: notes for the user about the weights file.
+    """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...] = ()  # only counters that do not matter (num_batches_tracked)
@@ -62,23 +72,24 @@ class LoadReport:
 
 
 class SegmentationModel(nn.Module):
-    """A network from normalised pixels to logits at its native stride.
+    """A network that maps normalised pixels to logits (and other heads) at its native stride, and to features.
 
-    Subclasses implement `forward`. Nothing set here enters the state dict, so a subclass decides the names in it.
+    Subclasses implement `forward`. The attributes are not in the state dict, so a subclass decides the names in it.
 
     Attributes:
         spec: the name that `build_model` was given.
-        num_classes: C, or 0 without a head `segmentation`.
-        head_kinds: the kind of each head's output, by the head's name.
-        untrained: names of the heads with random weights, which are not judged because the run learnt nothing for them.
-        stride: nominal native stride in pixels. The exact ratio follows from the sizes.
-        align_corners: whether the heads' final bilinear resize aligns corners.
-        taps: names of the available features, most useful last.
-        backbone_prefix: how the backbone's names in the state dict begin, or "" if unknown.
-        classifier_keys: prefixes of the tensors with the classes as first axis, or () if they are not known.
-        load_report: what `build_model` loaded, or None if the weights are random.
-        probe_size: (H, W) of an image that it takes.
-        processor: what it expects of its images, in addition to mean and std.
+        num_classes: the number of classes, or 0 without a segmentation head.
+        head_kinds: the heads: name -> kind.
+        untrained: the names of heads that still have random weights. They are not evaluated.
+        stride: the native stride in pixels, rounded.
+        align_corners: the flag of the heads' last bilinear resize.
+        taps: the names of the available features. The last is usually the most useful.
+        backbone_prefix: the prefix of the backbone's tensors in the state dict, or '' if unknown.
+        classifier_keys: prefixes, in the state dict, of the layers whose output channels are the classes. () if
+            unknown.
+        load_report: what `build_model` loaded. None if the weights are random.
+        probe_size: the (height, width) of an image that the network takes.
+        processor: what the network expects of its images, except for mean and std.
     """
 
     def __init__(
@@ -96,8 +107,8 @@ class SegmentationModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes
-        own = {SEGMENTATION: CategoricalHead(num_classes)}
-        self.head_kinds: dict[str, HeadKind] = dict(own if head_kinds is None else head_kinds)
+        default = {SEGMENTATION: CategoricalHead(num_classes)}
+        self.head_kinds: dict[str, HeadKind] = dict(default if head_kinds is None else head_kinds)
         self.untrained: tuple[str, ...] = ()
         self.stride = stride
         self.align_corners = align_corners
@@ -117,19 +128,19 @@ class SegmentationModel(nn.Module):
             """Run the network. See `forward`."""
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the network.
+        """Return the heads' outputs at their native stride, and the requested features.
 
         Args:
-            x_B3HW: floating, already normalised (see `normalise`).
-            taps: names out of `self.taps`.
-        Returns: each head's output (B, C, h, w) at its native stride, and the features (B, c, h', w') by tap.
+            x_B3HW: normalised float RGB (see `normalise`).
+            taps: names in `self.taps`, whose features to return.
+        Returns: `heads`: name -> (B, C, h, w). `features`: tap -> (B, c, h', w').
         Raises: ModelError for an unknown tap.
         """
         raise NotImplementedError
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """The mean of RGB in 0..1; ImageNet's unless it was set."""
+        """The mean of RGB in 0 to 1 that is subtracted from images. The default is ImageNet's."""
         return self._mean
 
     @mean.setter
@@ -140,7 +151,7 @@ class SegmentationModel(nn.Module):
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """The standard deviation of RGB in 0..1, above 0; ImageNet's unless it was set."""
+        """The standard deviation of RGB in 0 to 1 that images are divided by. The default is ImageNet's."""
         return self._std
 
     @std.setter
@@ -154,26 +165,29 @@ class SegmentationModel(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """The number that both sides of its images must be multiples of."""
+        """The number that height and width of the images must be multiples of, in pixels."""
         return self.processor.multiple
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """(H, W) of its images if it takes no other, or None for any."""
+        """The only (height, width) of images that the network takes, or None if it takes several sizes."""
         return self.processor.fixed_size
 
     @property
     def probed_taps(self) -> tuple[str, ...]:
-        """The features that identify a teacher without heads."""
+        """The taps whose features identify a teacher without heads (see its fingerprint). () for a model with heads."""
         return () if self.head_kinds else self.taps[-1:]
 
     def see_as(self, *models: "SegmentationModel") -> None:
-        """Restrict the images to those that all given models take."""
+        """Restrict the sizes of images that this model takes to sizes that all given models take."""
         self.processor = Processor.of_all([model.processor for model in models])
         self.probe_size = next((m.probe_size for m in models if m.fixed_size is not None), models[0].probe_size)
 
     def check_size(self, size: tuple[int, int], flag: str = "--size") -> None:
-        """Check that its patches cover images of (H, W) exactly. Raises: ModelError with the nearest size that fits."""
+        """Check that the network takes images of this (height, width).
+
+        `flag` names the setting in the error. Raises: ModelError with the nearest size that the network takes.
+        """
         near = self.processor.nearest(size)
         if tuple(size) != near:
             raise ModelError(
@@ -182,12 +196,11 @@ class SegmentationModel(nn.Module):
             )
 
     def normalise(self, pixels_BHW3: Tensor) -> Tensor:
-        """Turn uint8 RGB into the network's input: (pixels / 255 - mean) / std.
+        """Return the network's input for uint8 RGB pixels: (pixels / 255 - mean) / std.
 
         Args:
-            pixels_BHW3: uint8, on any device.
-        Returns: float32 (B, 3, H, W) on the same device, in channels_last memory format (the pixels' own order, so
-            nothing is transposed).
+            pixels_BHW3: uint8 (B, H, W, 3), on any device.
+        Returns: float32 (B, 3, H, W) on the same device, in channels_last memory format.
         Raises: ModelError for another dtype or shape.
         """
         if pixels_BHW3.dtype != torch.uint8 or pixels_BHW3.ndim != 4 or pixels_BHW3.shape[-1] != 3:
@@ -200,38 +213,38 @@ class SegmentationModel(nn.Module):
         return x_B3HW.div_(255).sub_(mean).div_(std)
 
     def standardise(self, x_B3HW: Tensor) -> Tensor:
-        """Return (x - mean) / std for RGB in 0..1, in new memory: the second half of `normalise`."""
+        """Return (x - mean) / std for float RGB in 0 to 1, (B, 3, H, W), as a new tensor."""
         mean, std = self._moments_on(x_B3HW.device)
         return x_B3HW.sub(mean).div_(std)
 
     def upsample(self, logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize a head's output to (H, W) = `size` as the model would: bilinear, with its `align_corners`."""
+        """Return a head's output (B, C, h, w) resized to `size`, (H, W): bilinear, with the model's `align_corners`."""
         if tuple(logits_BChw.shape[-2:]) == tuple(size):
             return logits_BChw
         return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
 
     @property
     def training_heads(self) -> dict[str, HeadKind]:
-        """The kinds of further heads, by name, that answer only in training mode."""
+        """The heads that return an output in training mode only: name -> kind."""
         return {}
 
     @property
     def deployed(self) -> "SegmentationModel":
-        """The model of the trained weights, without heads that answer only in training mode."""
+        """The model without the heads that are used in training only. Its weights are the ones that are saved."""
         return self
 
     @property
     def learnt_heads(self) -> tuple[str, ...]:
-        """The names of the heads that have learnt something, as far as known."""
+        """The names of the heads that have been trained: all heads that are not in `untrained`."""
         return tuple(name for name in self.head_kinds if name not in self.untrained)
 
     @property
     def regressions(self) -> dict[str, RegressionHead]:
-        """The numeric heads, by name."""
+        """The numeric heads, such as depth: name -> kind."""
         return {name: kind for name, kind in self.head_kinds.items() if isinstance(kind, RegressionHead)}
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Raise ModelError for the first unknown tap, with the nearest name."""
+        """Check that the model has these taps. Raises: ModelError for an unknown one, with the nearest name."""
         for tap in taps:
             if tap not in self.taps:
                 raise ModelError(
@@ -240,11 +253,14 @@ class SegmentationModel(nn.Module):
                 )
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return tensors of a weights file under this model's names, if other library versions use others."""
+        """Return the tensors of a weights file (name -> tensor), renamed to this model's names.
+
+        Other versions of a library may name the same tensors otherwise.
+        """
         return state
 
     def _moments_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return mean and std as (3, 1, 1) on `device`, kept: a copy to the GPU per batch would synchronise."""
+        """Return mean and std as (3, 1, 1) on `device`. They are kept, because a copy to the GPU would wait for it."""
         moments = self._moments.get(device)
         if moments is None:
             mean = torch.tensor(self._mean, dtype=torch.float32, device=device).view(3, 1, 1)
@@ -255,7 +271,7 @@ class SegmentationModel(nn.Module):
 
 @contextmanager
 def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode in a with block, so BatchNorm learns nothing. Then restore every module's mode."""
+    """Put a network in eval mode in a with block. Afterwards each of its modules gets its earlier mode back."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

@@ -13,15 +13,15 @@ from kdcache.models.native import SegmentationModel, in_eval_mode
 from kdcache.models.registry import is_listed
 
 _TOLERANCE = 1e-2
-"""How far from 1 sums of probabilities may be, in float16 and of many classes."""
+"""How far sums of probabilities may be from 1, in float16 and with many classes."""
 
 
 class NotLogits(NamedTuple):
-    """Why a network's numbers are not logits.
+    """The reason why a network's outputs are not logits.
 
     Attributes:
-        text: what they are, to follow the network's name in a sentence.
-        fix: what to do.
+        text: what the outputs are, as the end of a sentence that begins with the network's name.
+        fix: what the user can do.
         certain: False if they may be logits after all.
     """
 
@@ -31,12 +31,15 @@ class NotLogits(NamedTuple):
 
 
 def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) -> NotLogits | None:
-    """Return why a network's numbers in eval mode are not logits, or None.
+    """Return why a network's outputs are not logits, or None if they are.
 
-    It is shown a black image, a smooth one and noise. If all numbers lie within 0 to 1 they are not logits. If none is
-    negative they may not be. If the user declared the outputs as something else, that is compared. For an ensemble the
-    first member with a finding counts, for a class-mapped model the unmapped classes. `size` is (H, W) of the images
-    for a network that does not take its `probe_size`.
+    The network runs on a black image, a smooth image and noise. Outputs that all lie in 0 to 1 are not logits. Outputs
+    without negative numbers may not be. If the model declares other outputs (`outputs=sigmoid`), they must match.
+
+    Args:
+        model: the network. For an ensemble, its members are tested in turn. For a class-mapped model, the classes
+            before the map are tested.
+        size: (H, W) of the images to try if the network does not take those of its `probe_size`.
     """
     if isinstance(model, EnsembleModel):
         found = [not_logits(part, size) for part in model.parts]
@@ -48,8 +51,8 @@ def not_logits(model: SegmentationModel, size: tuple[int, int] | None = None) ->
         stated, asked = asked.outputs or stated, asked.model
     if model.num_classes < 2 or stated == "logits" or (stated is None and is_listed(model.spec)):  # these give logits
         return None
-    seen = _seen(asked, size)
-    return None if seen is None else _judged(*seen, stated, one=asked.num_classes == 1)
+    findings = _seen(asked, size)
+    return None if findings is None else _judged(*findings, stated, one=asked.num_classes == 1)
 
 
 def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, one: bool) -> NotLogits | None:
@@ -59,9 +62,9 @@ def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, o
         if not within:
             return NotLogits(f"{numbers}, which are not of outputs={stated}", f"leave out ,outputs={stated}", True)
         if sums_to_one != (stated == "probabilities") and not one:
-            other = "probabilities" if sums_to_one else "sigmoid"
+            better = "probabilities" if sums_to_one else "sigmoid"
             sums = "sum to 1" if sums_to_one else "do not sum to 1"
-            return NotLogits(f"returns numbers that {sums} in every pixel", f"write ,outputs={other}", False)
+            return NotLogits(f"returns numbers that {sums} in every pixel", f"write ,outputs={better}", False)
         return None
     if within:
         sums_to_one = sums_to_one and not one
@@ -84,7 +87,7 @@ def _judged(low: float, high: float, sums_to_one: bool, stated: str | None, *, o
 
 
 def _seen(model: SegmentationModel, size: tuple[int, int] | None) -> tuple[float, float, bool] | None:
-    """Return the smallest and largest number, and whether each pixel sums to 1, or None if the network fails."""
+    """Return the smallest output, the largest, and whether each pixel sums to 1. None if the network fails."""
     like = next(model.parameters(), torch.empty(0))
     for tried in dict.fromkeys((model.probe_size, size or model.probe_size)):
         with suppress(Exception), torch.no_grad(), in_eval_mode(model):  # one by one, as much as any use takes
@@ -100,7 +103,7 @@ def _seen(model: SegmentationModel, size: tuple[int, int] | None) -> tuple[float
 
 
 def _images(size: tuple[int, int]) -> torch.Tensor:
-    """Return black, a ramp of light, and noise, uint8 (3, H, W, 3), always the same."""
+    """Return three fixed images, uint8 (3, H, W, 3): black, a ramp of light, and noise."""
     ramp_W = torch.linspace(0, 255, size[1]).to(torch.uint8)
     noise = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(7))
     ramp = ramp_W[None, :, None].expand(*size, 3)

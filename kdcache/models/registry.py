@@ -33,7 +33,7 @@ _LISTED_PX = 256
 
 
 class _Family(Protocol):
-    """The interface of a module of models."""
+    """The interface of a Python module that builds models."""
 
     @property
     def NAMES(self) -> tuple[str, ...]: ...  # noqa: N802
@@ -43,7 +43,7 @@ class _Family(Protocol):
 
 
 class _OpenFamily(_Family, Protocol):
-    """A module that has more names than it lists."""
+    """A module that builds more models than it lists."""
 
     def check_name(self, name: str) -> None: ...
 
@@ -75,21 +75,19 @@ def build_model(
     ('stage1', 'stage2', 'stage3', 'stage4', 'head')
 
     Args:
-        spec: a name from `list_models`, `module:function` or `path/to/file.py:function`. `+depth` after it adds a depth
-            head, `+aux` an auxiliary head for training (see `kdcache.models.added_heads`), and `,outputs=sigmoid` at
-            the end declares the kind of its outputs (see `kdcache.models.logits`).
-        num_classes: None takes the weights' number, or the default of a `module:function`. 0, for data without classes,
-            leaves out the head of classes.
-        weights: None initialises at random and downloads nothing. `default` downloads the library's weights once. A
-            mapping has the tensors. Anything else is a file or folder (see `read_weights`), or `ultralytics:FILE.pt`.
-            The result is `model.load_report`.
-        mean: mean of RGB in 0..1. None takes the mean in a file of `kdcache export`, else the model's own (ImageNet's
-            except for some encoders' `default` weights).
-        std: standard deviation of RGB in 0..1, in the same way.
-        strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a published
-            teacher) and False with it (an initialisation; see `load_weights`).
-    Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, a foreign function that
-        fails, or a model that has no head without classes.
+        spec: a name from `list_models`, `module:function` or `path/to/file.py:function`. Add `+depth` for a depth head,
+            `+aux` for an auxiliary head, and `,outputs=sigmoid` at the end if the model returns no logits.
+        num_classes: None takes the number in the weights, or the function's default. 0, for data without classes,
+            leaves out the segmentation head.
+        weights: None starts from random weights. `default` downloads published weights once. A mapping has the tensors
+            by name. Otherwise a file or folder (see `read_weights`), or `ultralytics:FILE.pt`. `model.load_report` has
+            the result.
+        mean: the mean of RGB in 0 to 1. None takes the mean in a file of `kdcache export`, or else the model's.
+        std: the standard deviation of RGB in 0 to 1. None works as for `mean`.
+        strict_head: True requires each tensor in the weights. False lets a classifier of another number of classes keep
+            random values. None is True if `num_classes` is None, else False.
+    Raises: ModelError for an unknown spec, weights that do not fit, a function that fails, or a model without the heads
+        that are asked for.
     """
     stated, outputs = split_outputs(spec)
     without, auxiliary = split_auxiliary(stated)
@@ -151,21 +149,23 @@ def _build_hub(
 
 
 def is_listed(spec: str) -> bool:
-    """Return whether a spec begins with a family of kdcache's models. The name after it is not checked."""
+    """Return True if a spec begins with a family of models, such as `kdcache:`. The name after it is not checked."""
     return base_of(spec).rpartition(":")[0] in _FAMILIES
 
 
 def is_function(spec: str) -> bool:
-    """Return whether a spec names a user's function, `module:function` or `path/to/file.py:function`.
+    """Return True if a spec names a user's function: `module:function` or `path/to/file.py:function`.
 
-    Nothing is imported. Raises: ModelError for a spec that is neither such a function nor listed.
+    Nothing is imported.
+
+    Raises: ModelError for an unknown spec.
     """
     base = base_of(spec)
     return not is_hub(base) and _home(base)[0] is None
 
 
 def is_shipped(spec: str) -> bool:
-    """Return True for one of kdcache's own specs with well-formed added heads, which is safe to suggest."""
+    """Return True if a spec names a model that needs no user's code, so that an error may suggest it."""
     try:
         return not is_function(spec)
     except ModelError:
@@ -173,9 +173,9 @@ def is_shipped(spec: str) -> bool:
 
 
 def describe_models() -> list[ModelInfo]:
-    """Compute the content of `kdcache.model_table` on torch's meta device, which allocates and computes nothing.
+    """Return the list of `kdcache models`, computed from the models on torch's meta device.
 
-    Imports the models' libraries, and leaves out models whose library is not installed.
+    Models whose library is not installed are left out.
     """
     return [describe_model(spec) for family in _FAMILIES if not lacks(family) for spec in _specs(family)]
 
@@ -189,7 +189,7 @@ class _CountsOnCpu(TorchFunctionMode):
 
 
 def describe_model(spec: str) -> ModelInfo:
-    """Return a model's line of the table, computed on torch's meta device, or on the CPU for a hub model."""
+    """Return a model's entry in the list of `kdcache models`, computed with 21 classes."""
     device = "cpu" if is_hub(spec) else "meta"  # these are probed with numbers
     with torch.device(device), _CountsOnCpu():
         model = build_model(spec, _LISTED_CLASSES).eval()
@@ -208,7 +208,7 @@ def describe_model(spec: str) -> ModelInfo:
 
 
 def _home(spec: str) -> tuple[_Family | None, str]:
-    """Return the module that builds a spec, None for a function of the user's, and the name in it."""
+    """Return the module that builds a spec (None for a user's function), and the name after the colon."""
     family, _, name = spec.rpartition(":")
     if family in _FAMILIES:
         builder = next((module for module in _FAMILIES[family] if name in module.NAMES), _OPEN.get(family))
@@ -224,7 +224,7 @@ def _home(spec: str) -> tuple[_Family | None, str]:
 
 
 def _misspelt(family: str) -> bool:
-    """Return whether a name is not a module, but almost a family."""
+    """Return True if a name is no module, but similar to a family of models."""
     if "." in family or "/" in family or not suggest(family, _FAMILIES, cutoff=0.75):
         return False
     return importlib.util.find_spec(family) is None and not any(Path(family + end).exists() for end in ("", ".py"))
@@ -251,16 +251,16 @@ def _read(spec: str, weights: str | Path | Mapping[str, Tensor], whole: bool) ->
 
 
 def _are_of_one_logit(state: Mapping[str, Tensor], model: SegmentationModel) -> bool:
-    """Return whether weights differ from a model's in nothing but one channel in place of its two."""
-    own = model.state_dict()
+    """Return True if weights have one output channel instead of two, and otherwise fit the model."""
+    expected = model.state_dict()
     state = model.adopt_names(state)
-    differing = [(own[name].shape, state[name].shape) for name in own if name in state]
+    differing = [(expected[name].shape, state[name].shape) for name in expected if name in state]
     differing = [(ours, theirs) for ours, theirs in differing if ours != theirs]
     return bool(differing) and all(ours[:1] == (2,) and theirs == (1, *ours[1:]) for ours, theirs in differing)
 
 
 def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:
-    """Return mean and std that a file of `kdcache export` carries: weights mean nothing under another normalisation."""
+    """Return mean and std in the header of a file that `kdcache export` wrote, or None."""
     metadata = read_metadata(weights)
     if not {"mean", "std", "spec"} <= set(metadata):
         return None
@@ -272,7 +272,7 @@ def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | 
 def _refuse_unknown(spec: str) -> NoReturn:
     specs = [spec for family in _FAMILIES for spec in _specs(family)]
     model, at, _ = spec.partition("@")
-    named = next((one for one in specs if one.partition(":")[2] == spec.rpartition(":")[2]), spec)
+    named = next((listed for listed in specs if listed.partition(":")[2] == spec.rpartition(":")[2]), spec)
     fix = suggest(named, specs, f"Use one of {', '.join(specs)}.", cutoff=0.5)
     if at and model in specs:
         fix = f"Name the model alone, {model}, and the weights that a training begins with by --init FILE"

@@ -24,24 +24,27 @@ _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
 
 
 class Classes(Protocol):
-    """Names and colours in the order of the ids, such as a data set's class list."""
+    """An object with class names and colours in the order of the class ids, such as a data set's class list."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class names, by id."""
+        """The class names, in the order of the class ids."""
 
     @property
     def colours(self) -> tuple[tuple[int, int, int], ...]:
-        """An RGB colour for each class."""
+        """The colour (red, green, blue) of each class, 0 to 255, in the order of the class ids."""
 
 
 def write_run_model(run: Path, description: RunModel) -> None:
-    """Write a run's `model.json`, completely or not at all."""
+    """Write a run's model.json. An interruption leaves either the old or the new file."""
     write_whole(run / MODEL, description.model_dump_json(indent=1) + "\n")
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
-    """Write the deployed model's weights `which` of a run, completely or not at all."""
+    """Write a weights file of a run, without heads that are used in training only.
+
+    `which` is `best`, `last`, `best-ema` or `last-ema`. An interruption leaves either the old or the new file.
+    """
     with replacing(weights_path(run, which)) as partial:
         save_weights(model.deployed, partial)
 
@@ -55,13 +58,15 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
     True
 
     Args:
-        run: its folder, `RUN@WEIGHTS`, or an open run.
-        which: `best` (by validation mIoU, or the last weights without validation) or `last`. With `ema` also `best-ema`
-            and `last-ema`, of the moving average. Weights named with the run have priority.
-        trust: import and call a function that the run names as its model (see `kdcache.models.trust`).
-    Returns: the model, and its description.
-    Raises: RecipeError if the run has no such checkpoint; ModelError if the weights do not fit, or for a function
-        that is not trusted.
+        run: the run folder, `RUN@WEIGHTS`, or an open run.
+        which: `best` (the best in validation, or the last without validation) or `last`. A run with an EMA also has
+            `best-ema` and `last-ema`. The weights in `RUN@WEIGHTS` have priority.
+        trust: True allows the import of a function that the run names as its model (see `kdcache.models.trust`).
+    Returns: the model, and the content of the run's model.json.
+
+    Raises:
+        RecipeError: the run does not have these weights.
+        ModelError: the weights do not fit, or the run names a function and `trust` is False.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     description, path = run.model, run.weights(which)
@@ -84,9 +89,12 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
 
 
 def split_spec(text: str) -> tuple[str, str] | None:
-    """Split `SPEC@FILE` into (SPEC, FILE or default), or return None for a run folder. `,outputs=` moves to SPEC.
+    """Split `SPEC@FILE` into (SPEC, FILE), or return None for a run folder. FILE may be `default`.
 
-    Raises: ModelError for a spec only, or one with an auxiliary head.
+    The ending `,outputs=KIND` becomes a part of SPEC. A spec of a hub model or a checkpoint needs no `@FILE`: it gives
+    (SPEC, `default`).
+
+    Raises: ModelError if the weights are missing, or for a spec with an auxiliary head.
     """
     text, outputs = split_outputs(text)
     if named_weights(text) is not None:
@@ -119,21 +127,24 @@ def open_model(
     class_map: str | Path | None = None,
     trust: bool = False,
 ) -> tuple[SegmentationModel, RunModel]:
-    """Load a trained model from a run or a file, in eval mode, on the CPU.
+    """Load a trained model from a run or a weights file, in eval mode, on the CPU.
 
-    What a user should know of the file is in the model's `load_report.notes`.
+    Notes for the user about the file are in `model.load_report.notes`.
 
     Args:
-        text: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere, or written by
-            `kdcache export`) or `SPEC@default` (the library's own, downloaded now). Every tensor must be there.
-        classes: the data's. Without data, a function that returns classes for a number of them. A run and an exported
-            file keep their own unless they are mapped (see `RunModel.check_classes`).
-        size: (H, W) of the pixels in use. Default: the size of a run or an exported file.
-        which: of a run's weights, as in `load_run`.
-        class_map: file with the data class that each of its classes becomes (see `read_class_map`).
+        text: a run folder, `RUN@best-ema`, `SPEC@FILE`, or `SPEC@default` for the library's published weights.
+        classes: the data's classes. Without data, a function from the number of classes to classes. A run and an
+            exported file keep their own, except with a class map.
+        size: height and width in pixels of the images in use. None takes the size of the run or the exported file.
+        which: the weights of a run, as in `load_run`.
+        class_map: a file that maps the model's classes to the data's (see `read_class_map`).
         trust: as in `load_run`.
-    Raises: RecipeError without a run, checkpoint or size; ModelError for weights or a class map that do not fit;
-        MismatchError for classes in another order than the data's.
+    Returns: the model, and a description as in a run's model.json.
+
+    Raises:
+        RecipeError: the run or its weights are missing, or the size is unknown.
+        ModelError: the weights or the class map do not fit.
+        MismatchError: the data has the classes in another order.
     """
     parts = split_spec(text)
     run: Run | None = None
@@ -194,9 +205,11 @@ def open_model(
 
 
 def describe_weights(weights: str | Path) -> RunModel | None:
-    """Return the description of a file's model, from its run or its header, or None.
+    """Return the description of a weights file's model, from its run or its header. None if it has neither.
 
-    Raises: ModelError for a file that is missing or damaged; RecipeError for a run whose model.json is damaged.
+    Raises:
+        ModelError: the file is missing or damaged.
+        RecipeError: the run's model.json is damaged.
     """
     path = Path(weights)
     if path.stem in WEIGHTS and (path.parent / MODEL).is_file():
@@ -205,9 +218,12 @@ def describe_weights(weights: str | Path) -> RunModel | None:
 
 
 def described(spec: str, weights: str) -> RunModel | None:
-    """Return the metadata of the file of `SPEC@FILE` if kdcache exported it, or None.
+    """Return the description in the header of a file for `SPEC@FILE`, or None if kdcache did not export the file.
 
-    Raises: ModelError for a file that is missing or damaged, and for weights of another model.
+    Args:
+        spec: the model spec.
+        weights: the file, or `default`, for which the result is None.
+    Raises: ModelError if the file is missing or damaged, or belongs to another model.
     """
     if weights == "default":
         return None

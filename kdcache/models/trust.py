@@ -21,7 +21,10 @@ _FIX = "Name a model that `kdcache models` lists, or restore the file from a cop
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Allow code that files name or bring, such as a run's model function, in a with block. False changes nothing."""
+    """Allow the import of code that a file names, such as a run's model function, in a with block.
+
+    False changes nothing: inside an outer `trusting()` block, the import stays allowed.
+    """
     token = CODE_ALLOWED.set(trust or CODE_ALLOWED.get())
     try:
         yield
@@ -36,7 +39,10 @@ def is_trusting() -> bool:
 
 @contextmanager
 def named_by(where: str) -> Iterator[None]:
-    """Turn errors about a model spec into errors that name its file `where`, with a fix, in a with block."""
+    """Add the name of the file `where` to errors about a model spec that was read from it, in a with block.
+
+    The errors also get another fix.
+    """
     try:
         yield
     except ModelError as error:
@@ -44,7 +50,10 @@ def named_by(where: str) -> Iterator[None]:
 
 
 def check_present(spec: str, where: str) -> None:
-    """Check that the .py file of a spec in the file `where` exists: runs do not contain it. Raises: ModelError."""
+    """Check that the .py file exists whose function a spec names. Runs do not contain such files.
+
+    `where` is the file that has the spec, for the message. Raises: ModelError.
+    """
     with named_by(where):
         place = base_of(spec).rpartition(":")[0]
     if place.endswith(".py") and not Path(place).is_file():
@@ -55,9 +64,12 @@ def check_present(spec: str, where: str) -> None:
 
 
 def check_trusted(spec: str, where: str) -> None:
-    """Check that importing the function of a spec, found in the file or folder `where`, is allowed.
+    """Check that the function that a spec names may be imported. A listed model is always allowed.
 
-    Raises: ModelError saying what would have been imported, and how to allow it.
+    Args:
+        spec: the spec.
+        where: the file or folder that has the spec, for the message.
+    Raises: ModelError outside a `trusting()` block. It names the code, and how to allow it.
     """
     if is_trusting():
         return

@@ -44,8 +44,9 @@ class Weights(NamedTuple):
     """The content of a weights file.
 
     Attributes:
-        class_names: by class id, from the file or one next to it, or () if they are not known.
-        notes: what a user should know, such as which of two kinds of weights these are.
+        state: the tensors by name.
+        class_names: the class names, in the order of the class ids, from the file or a file next to it. () if unknown.
+        notes: notes for the user, such as which of two kinds of weights was taken.
     """
 
     state: dict[str, Tensor]
@@ -54,22 +55,21 @@ class Weights(NamedTuple):
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file onto the CPU. Arguments and errors are as in `read_weights`."""
+    """Return the tensors in a weights file by name, on the CPU. Files, folders and errors are as in `read_weights`."""
     return read_weights(path).state
 
 
 def read_weights(path: str | Path) -> Weights:
     """Read a weights file onto the CPU.
 
-    The file is `.safetensors`, a torch file (read with `weights_only=True`), or a folder with one of HUB_FILES. A
-    dictionary under `state_dict`, `model` and the like is unwrapped, and so are the prefixes of DistributedDataParallel
-    and torch.compile. A checkpoint of Lightning gives the network: the module's only attribute with tensors, or the
-    first of several that is called model, student, network or net.
+    A state dict under a key such as `state_dict` or `model` is found. Prefixes of DistributedDataParallel and
+    torch.compile are removed. A Lightning checkpoint gives its network.
 
-    If a checkpoint has raw and averaged weights (EMA), its `state_dict` is taken. FILE:ema and FILE:raw choose.
-
-    Raises: ModelError naming the file: missing, of another kind, truncated, with pickled objects, or without the chosen
-        weights.
+    Args:
+        path: a `.safetensors` file, a torch file (read with `weights_only=True`), or a folder of Hugging Face with one
+            of them. If a checkpoint has raw weights and an average of them (EMA), `FILE:raw` and `FILE:ema` choose.
+            Without this, its `state_dict` is taken.
+    Raises: ModelError if the file is missing, damaged or of another kind, or if it has pickled objects or no weights.
     """
     path, choice = split_choice(path)
     path = _file_of(path)
@@ -88,9 +88,9 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def split_choice(text: str | Path) -> tuple[Path, str | None]:
-    """Split FILE:ema or FILE:raw into (FILE, ema or raw). Any other path, also a file of that name, gives (path, None).
+    """Split `FILE:ema` or `FILE:raw` into (FILE, `ema` or `raw`). Return (path, None) for any other path.
 
-    Raises: ModelError for another word after the colon of an existing file.
+    Raises: ModelError if another word follows the colon after an existing file.
     """
     path, (file, colon, choice) = Path(text), str(text).rpartition(":")
     if not colon or path.exists() or not Path(file).exists():
@@ -104,9 +104,9 @@ def split_choice(text: str | Path) -> tuple[Path, str | None]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the texts in the header of a `.safetensors` file or a folder with one, or {} for other files.
+    """Return the header of a `.safetensors` file, or of one in a folder: name -> text. Return {} for other files.
 
-    Raises: ModelError for a file that is missing or damaged.
+    Raises: ModelError if the file is missing or damaged.
     """
     if is_checkpoint(str(path)):
         return {}
@@ -122,45 +122,49 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors, with metadata and the digest of its tensors in its header."""
+    """Write a module's state dict to a `.safetensors` file.
+
+    The header has the metadata (name -> text) and a digest of the tensors.
+    """
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, path, {**(metadata or {}), _WRITTEN: _digest(state)})
 
 
 def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, strict_head: bool) -> LoadReport:
-    """Copy `state` into `model` by name. After an error the model is unchanged.
+    """Copy tensors into a model by name, and return a report. After an error, the model is unchanged.
 
-    Auxiliary heads (`aux_classifier.*` and the like) that the model does not have are listed and never an error.
+    Auxiliary heads in the weights that the model does not have are left out and reported.
 
     Args:
-        model: the model that gets the weights.
-        state: tensors by name.
-        strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier of
-            another number of classes keeps its random values, a backbone only also fits (an image classifier's, or any
-            module with this backbone), and the report's `reinitialised` names what was left out.
-    Raises: ModelError naming missing and unexpected tensors, other shapes, or both numbers of classes.
+        model: the model to change.
+        state: the tensors by name.
+        strict_head: True requires every tensor, as for a teacher. False is for the start of a training: weights of a
+            backbone only are enough, and a classifier of another number of classes keeps its random values.
+    Raises: ModelError if tensors are missing, are unknown or have another shape, or if values are not finite.
     """
-    own: dict[str, Tensor] = model.state_dict()
+    model_state: dict[str, Tensor] = model.state_dict()
     state = model.adopt_names(state)
     dropped: list[str] = []
     holder = ""
     if not strict_head:
         state, dropped, holder = _as_backbone(model, state)
-    auxiliary = [k for k in state if k not in own and (k.startswith(_AUXILIARY) or _NESTED_AUXILIARY in k)]
-    unexpected = [k for k in state if k not in own and k not in auxiliary]
-    counters = [k for k in own if k not in state and k.endswith(_COUNTER)]
-    missing = [k for k in own if k not in state and k not in counters]
-    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
-    recounted = [k for k in reshaped if not holder and _differs_in_classes(model, k, own[k], state[k])]
+    auxiliary = [k for k in state if k not in model_state and (k.startswith(_AUXILIARY) or _NESTED_AUXILIARY in k)]
+    unexpected = [k for k in state if k not in model_state and k not in auxiliary]
+    counters = [k for k in model_state if k not in state and k.endswith(_COUNTER)]
+    missing = [k for k in model_state if k not in state and k not in counters]
+    reshaped = [k for k in model_state if k in state and model_state[k].shape != state[k].shape]
+    recounted = [k for k in reshaped if not holder and _differs_in_classes(model, k, model_state[k], state[k])]
     reshaped = [k for k in reshaped if k not in recounted]
     reinitialised: list[str] = []
     if not strict_head:
-        absent_head = [k for k in missing if (not k.startswith(holder) if holder else _is_head(model, k, own[k]))]
+        absent_head = [
+            k for k in missing if (not k.startswith(holder) if holder else _is_head(model, k, model_state[k]))
+        ]
         missing = [k for k in missing if k not in absent_head]
-        reinitialised = [k for k in own if k in absent_head or k in recounted]
+        reinitialised = [k for k in model_state if k in absent_head or k in recounted]
     if missing or unexpected or reshaped:
-        shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in reshaped]
+        shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(model_state[k].shape)}" for k in reshaped]
         _refuse_misfit(model, missing, unexpected, shapes)
     if strict_head and recounted:
         raise ModelError(
@@ -168,8 +172,8 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
             f"{model.num_classes}, for {model.spec}",
             fix="Map each of the model's classes to one of the data's with --class-map FILE.",
         )
-    loaded = [k for k in own if k in state and k not in reinitialised]
-    _check_numbers(own, {k: state[k] for k in loaded})
+    loaded = [k for k in model_state if k in state and k not in reinitialised]
+    _check_numbers(model_state, {k: state[k] for k in loaded})
     model.load_state_dict({k: state[k] for k in loaded}, strict=False)
     return LoadReport(
         loaded=tuple(loaded),
@@ -181,7 +185,7 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
 
 
 def _check_numbers(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Raise ModelError for weights that are not finite. A buffer may be infinite if the model's own is."""
+    """Check that weights are finite. A buffer may be infinite if the model's buffer is."""
     for name, value in loaded.items():
         if value.is_complex() and not own[name].is_complex():
             kind = "complex numbers"
@@ -200,7 +204,13 @@ def _check_numbers(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> N
 
 
 def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -> int:
-    """Return the number of classes of the classifier in `state`. Raises: ModelError if it has none."""
+    """Return the number of classes of weights: the output channels of their classifier.
+
+    Args:
+        state: the tensors by name.
+        classifier_keys: prefixes of the classifier's tensors. The first counts.
+    Raises: ModelError if the weights have no classifier.
+    """
     name = f"{classifier_keys[0]}weight"
     if name not in state:
         raise ModelError(
@@ -211,11 +221,11 @@ def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -
 
 
 def state_digest(module: nn.Module) -> str:
-    """Return the SHA-256 (hexadecimal) over names, dtypes, shapes and bytes of the state dict, including buffers.
+    """Return the SHA-256 (hexadecimal) of a module's state dict: names, dtypes, shapes and bytes, also of buffers.
 
     It does not depend on the device, the memory format or the order of the names.
 
-    Raises: ModelError for a state dict that holds more than tensors.
+    Raises: ModelError if the state dict holds anything but tensors.
     """
     state = module.state_dict()
     for name, value in state.items():
@@ -237,7 +247,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _file_of(path: Path) -> Path:
-    """Return a file of weights, or the one in a folder. Raises: ModelError if it does not exist."""
+    """Return a weights file, or the weights file in a folder. Raises: ModelError if there is none."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -289,7 +299,7 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 
 
 def _anew(path: Path) -> str:
-    """Return the fix for a damaged file. A run's weights can be trained again."""
+    """Return the fix for a damaged file: restore it, or train a run again."""
     run = (path.parent / MODEL).is_file()
     return (
         f"{train_again(path.parent)}; or use other weights of it, as RUN@last" if run else "Copy or download it again."
@@ -297,35 +307,35 @@ def _anew(path: Path) -> str:
 
 
 def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str], str]:
-    """Return a backbone's state under this model's names, the names of the model's head, and the backbone's prefix.
+    """Return a backbone's tensors under this model's names, the names of tensors to leave out, and a prefix.
 
-    The prefix is the module's that has more of its tensors than the model itself, or "".
+    The prefix names the module of the model whose names fit more of the tensors than the model's. Otherwise it is ''.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     adopted, dropped = _as_classifier(model, state)
-    dots = ((name, place + 1) for name in own for place, letter in enumerate(name) if letter == ".")
+    dots = ((name, place + 1) for name in expected for place, letter in enumerate(name) if letter == ".")
     holders = Counter(name[:place] for name, place in dots if name[place:] in state)
     holder, held = next(iter(holders.most_common(1)), ("", 0))
-    if held <= sum(k in own for k in adopted):
+    if held <= sum(k in expected for k in adopted):
         return adopted, dropped, ""
     return {holder + k: value for k, value in state.items()}, [], holder
 
 
 def _as_classifier(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
-    """Return an image classifier's state under this model's backbone, and the names of its own head."""
+    """Return an image classifier's tensors under the names of this model's backbone, and the names in its own head."""
     prefix = model.backbone_prefix
-    own = model.state_dict()
+    expected = model.state_dict()
     if not prefix:
         return state, []
     if any(k.startswith(prefix) for k in state):
         head = [k for k in state if not k.startswith(prefix)]
-        foreign = head and all(k.startswith(_IMAGE_HEADS) and k not in own for k in head)
+        foreign = head and all(k.startswith(_IMAGE_HEADS) and k not in expected for k in head)
         return ({k: v for k, v in state.items() if k not in head}, head) if foreign else (state, [])
     trunk, head_prefix = ("features.", "classifier.") if any(k.startswith("features.") for k in state) else ("", "fc.")
     dropped = [k for k in state if k.startswith(head_prefix)]
     adopted = {prefix + k.removeprefix(trunk): v for k, v in state.items() if k not in dropped}
     # Names that do not become the backbone's are shown as the file has them.
-    return (adopted, dropped) if any(k in own for k in adopted) else (state, [])
+    return (adopted, dropped) if any(k in expected for k in adopted) else (state, [])
 
 
 def _is_head(model: SegmentationModel, name: str, value: Tensor) -> bool:
@@ -343,7 +353,7 @@ def _is_classifier(model: SegmentationModel, name: str, value: Tensor) -> bool:
 
 
 def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, value: Tensor) -> bool:
-    """Return whether two shapes differ in nothing but the number of classes."""
+    """Return True if two tensors have equal shapes except for the number of classes."""
     same_rest = own.ndim == value.ndim > 0 and own.shape[1:] == value.shape[1:]
     return same_rest and _is_classifier(model, name, own)
 

@@ -6,7 +6,10 @@ from kdcache.run_folder import split_outputs
 
 
 def base_of(spec: str) -> str:
-    """Return the spec without added heads and without the kind of its outputs. Raises: ModelError if malformed."""
+    """Return a model spec without its options: `kdcache:tiny+depth+aux,outputs=logits` becomes `kdcache:tiny`.
+
+    Raises: ModelError if an option is unknown.
+    """
     return split_depth(split_auxiliary(split_outputs(spec)[0])[0])[0]
 
 

@@ -33,17 +33,17 @@ _CLASSIFIER = f"{AUXILIARY_HEAD}4."
 
 @dataclass(frozen=True)
 class AuxiliarySpec:
-    """The auxiliary head of a spec.
+    """The options of an auxiliary head, as in `MODEL+aux,tap=stage2`.
 
     Attributes:
-        tap: its tap, or None for the network's second to last stage.
+        tap: the tap that the head reads. None for the network's second to last stage.
     """
 
     tap: str | None = None
 
 
 def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
-    """Split a spec into the model without its auxiliary head, and the head's spec or None.
+    """Split `MODEL+aux,tap=NAME` into MODEL and the options of its auxiliary head. Without `+aux`, return (spec, None).
 
     Raises: ModelError for an unknown option.
     """
@@ -64,9 +64,10 @@ def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
 
 
 class WithAuxiliary(WithHead):
-    """A model with a second segmentation head on one of its taps in training mode.
+    """A model with an auxiliary segmentation head on one of its taps. The head returns logits in training mode only.
 
-    Raises: ModelError for a model without classes, for an unknown tap, and if no tap is a stage.
+    Raises: ModelError if the model has no classes, if the tap is unknown, or if no tap is given and the model has no
+    two stages.
     """
 
     prefix = AUXILIARY_HEAD
@@ -92,7 +93,7 @@ class WithAuxiliary(WithHead):
 
     @property
     def training_heads(self) -> dict[str, HeadKind]:
-        """The auxiliary head, which has the model's classes."""
+        """The auxiliary head (name -> kind), which has the model's classes."""
         return {AUXILIARY: CategoricalHead(self.num_classes)}
 
     @property
@@ -102,7 +103,10 @@ class WithAuxiliary(WithHead):
         return self.model
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the model, with the auxiliary logits in training mode."""
+        """Return the model's outputs. In training mode, they include the logits of the auxiliary head.
+
+        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        """
         if not self.training:
             return self.model(x_B3HW, taps)
         outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.tap])))
@@ -110,7 +114,10 @@ class WithAuxiliary(WithHead):
         return Outputs({**outputs.heads, AUXILIARY: logits_BChw}, {tap: outputs.features[tap] for tap in taps})
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return a file's tensors without its auxiliary head if that has other channels."""
+        """Return the tensors of a weights file (name -> tensor), renamed to this model's names.
+
+        An auxiliary head of another shape is left out.
+        """
         state = super().adopt_names(state)
         first = f"{AUXILIARY_HEAD}0.weight"
         if first not in state or state[first].shape == self.state_dict()[first].shape:
@@ -119,7 +126,7 @@ class WithAuxiliary(WithHead):
 
 
 def _last_but_one(spec: str, model: SegmentationModel) -> str:
-    """Return the tap of the last stage but one. Raises: ModelError for a model that names no two stages."""
+    """Return the tap of the second to last stage. Raises: ModelError if the model has fewer than two stages."""
     stages = [tap for tap in model.taps if _STAGE.fullmatch(tap)]
     if len(stages) < 2:
         raise ModelError(

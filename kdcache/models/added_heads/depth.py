@@ -34,11 +34,12 @@ _VALUE = re.compile(r"[\w.+-]+")
 
 @dataclass(frozen=True)
 class DepthSpec:
-    """The depth head of a spec.
+    """The options of a depth head, as in `MODEL+depth,tap=stage2,as=exp,max=10`.
 
     Attributes:
-        added: whether the head is added, or the model has one. tap: its tap, or None for the last.
-        head: its parameterisation.
+        added: True if the head is added to the model (`+depth`). False if the model itself has a depth head.
+        tap: the tap that an added head reads. None for the model's last tap.
+        head: its parameterisation and largest depth.
     """
 
     added: bool
@@ -47,7 +48,7 @@ class DepthSpec:
 
 
 def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
-    """Split a spec into the model, and the spec of its depth or None.
+    """Split `MODEL+depth,OPTIONS` into MODEL and the options of its depth head. Without them, return (spec, None).
 
     Raises: ModelError for an unknown option.
     """
@@ -76,7 +77,7 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
 
 
 def _spelled(spec: str) -> tuple[str, list[str]]:
-    """Split the options of depth off a spec. Those of a hub model itself come before `+depth`."""
+    """Split the options of a depth head off a spec. Options before `+depth` belong to a hub model itself."""
     if is_hub(spec):
         model, added, rest = spec.rpartition(f"+{DEPTH}")
         return (model + added, rest.split(",")[1:]) if added and rest[:1] in ("", ",") else (spec, [])
@@ -86,7 +87,7 @@ def _spelled(spec: str) -> tuple[str, list[str]]:
 
 
 class DepthDecoder(nn.Sequential):
-    """Two 3x3 convolutions from a feature (B, c, h, w) to the raw output (B, 1, h, w)."""
+    """A depth head: two 3x3 convolutions from a feature (B, c, h, w) to its raw output (B, 1, h, w)."""
 
     def __init__(self, channels: int, head: RegressionHead, width: int = _CHANNELS) -> None:
         first = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -97,7 +98,10 @@ class DepthDecoder(nn.Sequential):
 
 
 def start_at_one_depth(last: nn.Conv2d, head: RegressionHead) -> None:
-    """Initialise a head to nearly the same depth everywhere: `max_depth` / 8, 10 m of 80."""
+    """Initialise a depth head's last layer so that it first predicts nearly the same depth everywhere: `max_depth` / 8.
+
+    For a `max_depth` of 80 m, that is 10 m.
+    """
     nn.init.normal_(last.weight, std=0.01)
     assert last.bias is not None
     depth = torch.tensor((head.max_depth or 1.0) / _START, device="cpu")
@@ -105,20 +109,20 @@ def start_at_one_depth(last: nn.Conv2d, head: RegressionHead) -> None:
 
 
 class OwnDepth(SegmentationModel):
-    """A kdcache model with its own depth head, whose last convolution is `depth_output`."""
+    """A model of kdcache that was built with a depth head. The head's last convolution is `depth_output`."""
 
     depth_output: nn.Conv2d
 
     def set_depth(self, head: RegressionHead) -> None:
-        """Set the parameterisation of a model with random weights, and start the head at one depth."""
+        """Set the parameterisation of the depth head, and initialise its last layer (see `start_at_one_depth`)."""
         self.head_kinds[DEPTH] = head
         start_at_one_depth(self.depth_output, head)
 
 
 class WithDepth(WithHead):
-    """A model with a depth head on one of its taps.
+    """A model with an added depth head on one of its taps.
 
-    Raises: ModelError for an unknown tap, or one that is not a (B, c, h, w) feature.
+    Raises: ModelError if the tap is unknown, or if its feature is not (B, c, h, w).
     """
 
     prefix = DEPTH_HEAD
@@ -139,16 +143,23 @@ class WithDepth(WithHead):
         self.depth_head = DepthDecoder(tap_channels(model, self.tap), depth.head)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the model and the depth head on its tap."""
+        """Return the model's outputs, with the raw output (B, 1, h, w) of the depth head.
+
+        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        """
         outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.tap])))
         raw_B1hw = self.depth_head(outputs.features[self.tap])
         return Outputs({**outputs.heads, DEPTH: raw_B1hw}, {tap: outputs.features[tap] for tap in taps})
 
 
 def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> SegmentationModel:
-    """Return the model with the depth head that its spec asks for.
+    """Return the model with an added depth head, or with its own depth head set to the given options.
 
-    Raises: ModelError if the model already has the head to be added, or lacks the head that options name.
+    Args:
+        spec: the full spec, which becomes the model's.
+        model: the model without an added head.
+        depth: the options.
+    Raises: ModelError if a depth head is to be added and there is one, or if options are given and there is none.
     """
     if depth.added and DEPTH not in model.head_kinds:
         return WithDepth(spec, model, depth)

@@ -14,16 +14,19 @@ _PREFIX = "model."
 
 
 class Wrapper(SegmentationModel):
-    """Base of models that add heads to another model or remove them.
+    """A base class of models that add a head to another model, or remove one.
 
-    The tensors of the wrapped model keep their names in the state dict, so its weights load with and without a wrapper.
-
-    Attributes:
-        model: the wrapped model.
-        prefix: the prefix of added names in the state dict, or "".
+    The tensors of the wrapped model keep their names in the state dict. So the same weights file loads into both.
 
     Args:
-        num_classes, head_kinds, classifier_keys: the properties of the new model, after the change of heads.
+        spec: the name of the new model.
+        model: the wrapped model. It becomes an attribute.
+        num_classes: the classes of the new model.
+        head_kinds: the heads of the new model: name -> kind.
+        classifier_keys: prefixes, in the state dict, of the layers whose output channels are the classes.
+
+    Attributes:
+        prefix: the prefix, in the state dict, of the tensors that are added, or ''.
     """
 
     prefix = ""
@@ -54,33 +57,40 @@ class Wrapper(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check names against the wrapped model's taps. Raises: ModelError."""
+        """Check that the wrapped model has these taps. Raises: ModelError for an unknown one."""
         self.model.check_taps(taps)
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return tensors of a file under the wrapped model's names."""
+        """Return the tensors of a weights file (name -> tensor), renamed to the wrapped model's names."""
         return self.model.adopt_names(state)
 
 
 class WithoutClasses(Wrapper):
-    """A model for data without classes, with its other heads, if any."""
+    """A model without its segmentation head, for data without classes. Its other heads stay."""
 
     def __init__(self, model: SegmentationModel) -> None:
         kinds = {name: kind for name, kind in model.head_kinds.items() if name != SEGMENTATION}
         super().__init__(model.spec, model, num_classes=0, head_kinds=kinds, classifier_keys=model.classifier_keys)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the model, and drop its segmentation."""
+        """Return the model's outputs without segmentation.
+
+        `x_B3HW` is normalised float RGB. `taps` are names of features to return.
+        """
         outputs = self.model(x_B3HW, taps)
         return Outputs({name: outputs.heads[name] for name in self.head_kinds}, outputs.features)
 
 
 class WithHead(Wrapper):
-    """A model with one more head on one of its taps, `tap`.
+    """A base class of models that add a head which reads one of the model's taps.
 
     Args:
-        head_kinds, classifier_keys: the properties that the model has with the head.
-    Raises: ModelError for an unknown tap.
+        spec: the name of the new model.
+        model: the model without the head.
+        tap: the tap that the head reads.
+        head_kinds: all heads of the new model: name -> kind.
+        classifier_keys: prefixes, in the state dict, of the layers whose output channels are the classes.
+    Raises: ModelError if the tap is unknown.
     """
 
     def __init__(
@@ -100,7 +110,7 @@ class WithHead(Wrapper):
 
 
 def tap_channels(model: SegmentationModel, tap: str) -> int:
-    """Return the number of channels of a model's feature (B, c, h, w)."""
+    """Return the number of channels of the feature (B, c, h, w) at a tap, found by running the model once."""
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, 3, *model.probe_size, device=like.device, dtype=like.dtype)
     with torch.no_grad(), in_eval_mode(model):
@@ -115,6 +125,6 @@ def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metad
 
 def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
     assert isinstance(module, Wrapper)
-    own = tuple(prefix + name for name in (module.prefix,) if name)
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
+    added = tuple(prefix + name for name in (module.prefix,) if name)
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(added)]:
         state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)

@@ -24,7 +24,11 @@ _CHANNELS = 256
 
 
 class LightDeepLab(SegmentationModel):
-    """The network. Taps: the backbone's stages, `reduced` (after `reduce`), `head` (the classifier's input)."""
+    """The network of `kdcache:deeplab-mobilenet`: MobileNetV3 and a small DeepLab head, with logits at stride 32.
+
+    Taps: the backbone's stages, `reduced` (the backbone's output with fewer channels), and `head` (the classifier's
+    input).
+    """
 
     def __init__(self, name: str, num_classes: int, backbone: nn.Module) -> None:
         super().__init__(
@@ -50,7 +54,10 @@ class LightDeepLab(SegmentationModel):
         self._tap_of = {child: tap for tap, child in MOBILENET_TAPS.items()}
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits at stride 32, and the features of the given taps."""
+        """Return the logits (B, C, h, w) at stride 32, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB.
+        """
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
@@ -64,17 +71,20 @@ class LightDeepLab(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes of the tensors with the classes as first axis."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
     return ("classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with random weights. Nothing is downloaded."""
+    """Build the model `deeplab-mobilenet` with random weights. Nothing is downloaded."""
     from torchvision.models import mobilenet_v3_large
 
     return LightDeepLab(name, num_classes, mobilenet_v3_large(weights=None).features)
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Return torchvision's ImageNet weights of the backbone. No weights of the whole model exist."""
+    """Return the backbone's ImageNet weights: name -> tensor. torchvision downloads them once.
+
+    There are no published weights of the whole model, so `whole` changes nothing.
+    """
     return torchvision_heads.default_state("mobilenet_v3_large", whole)

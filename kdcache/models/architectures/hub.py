@@ -11,9 +11,9 @@ from kdcache.models.weights import HUB_FILES, read_state_dict
 
 
 def download_state(repository: str) -> dict[str, Tensor]:
-    """Return the tensors of a hub repository, downloaded once, then from huggingface_hub's cache.
+    """Return the weights of a Hugging Face repository: name -> tensor. They are downloaded once.
 
-    Raises: ModelError naming the repository: no network, no such file, or no tensors in it.
+    Raises: ModelError if there is no network, or if the repository has no weights.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -33,7 +33,10 @@ def download_state(repository: str) -> dict[str, Tensor]:
 
 
 def download_names(repository: str) -> tuple[str, ...]:
-    """Return the class names in a repository's config.json by class id, or () if it is not available."""
+    """Return the class names, in the order of the class ids, from the config.json of a Hugging Face repository.
+
+    Return () if they are not available.
+    """
     from huggingface_hub import hf_hub_download
 
     try:
@@ -43,7 +46,7 @@ def download_names(repository: str) -> tuple[str, ...]:
 
 
 def not_downloaded(repository: str, error: Any) -> ModelError:
-    """Return the error for a failed download."""
+    """Return the ModelError for a failed download from a Hugging Face repository. `error` gives the reason."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ModelError(
         f"Cannot download weights 'default' from https://huggingface.co/{repository}: {reason}",

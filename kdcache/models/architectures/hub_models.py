@@ -37,7 +37,7 @@ _SHOWN = 4
 
 @dataclass
 class _Made:
-    """A network, the meaning of its answers, and its known image settings and classes."""
+    """A network with its reader, its image settings and its class names, as far as they are known."""
 
     network: nn.Module
     reading: Reading | None
@@ -53,17 +53,17 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
     Args:
         spec: the spec as the user gave it.
         hub: the parsed spec.
-        num_classes: how many classes a head to train has. None keeps the network's own head.
-        pretrained: whether it begins with its published weights instead of random ones.
-        strict: whether the head must exist, with this number of classes.
-    Raises: ModelError for files that are missing or do not fit, for code without `--trust`, and for a network that
-        kdcache cannot read.
+        num_classes: the classes of a new head to train. None keeps the network's own head.
+        pretrained: True loads the published weights. False starts from random ones.
+        strict: True if the network must have its own head, with this number of classes.
+    Raises: ModelError if files are missing or do not fit, if the network needs code and `--trust` is missing, or if
+    kdcache does not know how to read its output.
     """
     if lacks(hub.library):
         raise ModelError(f"Missing {NEEDS[hub.library]} for {spec}", fix=pip_command(hub.library))
     classes = None if strict else num_classes
     if hub.library == "timm":
-        made = _timm(spec, hub.place, hub.weights, pretrained=pretrained)
+        built = _timm(spec, hub.place, hub.weights, pretrained=pretrained)
     else:
         folder, revision = _files(spec, hub, pretrained=pretrained)
         config = read_object(folder / "config.json")
@@ -73,48 +73,51 @@ def build_hub(spec: str, hub: HubSpec, num_classes: int | None, *, pretrained: b
                 fix=_smp_spec(config, hub.place) or "Give a folder that save_pretrained of transformers or timm wrote.",
             )
         if "model_type" not in config and "architecture" in config:
-            made = _timm(spec, str(folder), None, pretrained=pretrained)
+            built = _timm(spec, str(folder), None, pretrained=pretrained)
         else:
-            made = _transformers(spec, hub, folder, config, classes, pretrained=pretrained)
-        made.revision = revision
-    model = WrappedModel(hub.network if pretrained else spec, made.network, None, reading=made.reading)
-    model.mean, model.std = made.images.mean, made.images.std
+            built = _transformers(spec, hub, folder, config, classes, pretrained=pretrained)
+        built.revision = revision
+    model = WrappedModel(hub.network if pretrained else spec, built.network, None, reading=built.reading)
+    model.mean, model.std = built.images.mean, built.images.std
     model.processor = replace(
         model.processor,
-        multiple=math.lcm(model.multiple, made.images.multiple, _covered(model)),
-        native_size=made.images.native_size,
-        pads=made.images.pads,
-        channels=made.images.channels,
-        revision=made.revision,
+        multiple=math.lcm(model.multiple, built.images.multiple, _covered(model)),
+        native_size=built.images.native_size,
+        pads=built.images.pads,
+        channels=built.images.channels,
+        revision=built.revision,
     )
     if hub.weights is not None and pretrained:
         load_weights(model, read_weights(hub.weights).state, strict_head=True)
     if strict and num_classes and model.num_classes not in (0, num_classes):
         raise ModelError(
             f"{spec} has {model.num_classes} classes "
-            f"({', '.join(made.names[:_SHOWN]) + ', ...' if made.names else 'without names'}), and the data have "
+            f"({', '.join(built.names[:_SHOWN]) + ', ...' if built.names else 'without names'}), and the data have "
             f"{num_classes}",
             fix="Map each of its classes to one of the data's with --class-map FILE.",
         )
     if pretrained:
-        model.load_report = LoadReport(tuple(model.state_dict()), class_names=made.names, notes=tuple(made.notes))
+        model.load_report = LoadReport(tuple(model.state_dict()), class_names=built.names, notes=tuple(built.notes))
     return model
 
 
 def _smp_spec(config: Mapping[str, Any], place: str) -> str:
-    """Return the fix for a folder of segmentation_models_pytorch, whose models have another name here; else ""."""
+    """Return a fix for a folder of segmentation_models_pytorch, which needs another spec, or ''."""
     decoder, encoder = config.get("_model_class"), config.get("encoder_name")
     return f"It is of segmentation_models_pytorch: smp:{str(decoder).lower()}-{encoder}@{place}" if encoder else ""
 
 
 def _covered(model: WrappedModel) -> int:
-    """Return the multiple for sides at which every map's cells cover the image, as strided layers may cut it."""
+    """Return the multiple for image sides at which every feature covers the whole image.
+
+    At other sides, layers with strides may cut the image's edge off.
+    """
     if model.head_kinds or model.fixed_size is not None:
         return 1
     height, width = model.probe_size
     with torch.no_grad():
-        whole = _shapes(model, (height, width))
-        strides = {tap: round(height / shape[0]) for tap, shape in whole.items() if shape[0] > 1}
+        shapes = _shapes(model, (height, width))
+        strides = {tap: round(height / shape[0]) for tap, shape in shapes.items() if shape[0] > 1}
         most = max(strides.values(), default=1)
         cut = _shapes(model, (height + most // 2, width)) if most > 1 and model.patch in (None, 1, 2, 4) else {}
     return math.lcm(
@@ -128,7 +131,10 @@ def _shapes(model: WrappedModel, size: tuple[int, int]) -> dict[str, torch.Size]
 
 
 def _files(spec: str, hub: HubSpec, *, pretrained: bool) -> tuple[Path, str | None]:
-    """Return the folder with a model's files, and a repository's commit. Raises: ModelError if files are missing."""
+    """Return the folder with a model's files, and the repository's commit (None for a folder).
+
+    Raises: ModelError if files are missing.
+    """
     folder = Path(hub.place).expanduser()
     if folder.is_dir():
         if hub.revision is not None:
@@ -218,7 +224,7 @@ def _class_for(task: str, config: Any, *, known: bool) -> Any:
 def _network(
     spec: str, kind: Any, folder: Path, config: Any, options: Mapping[str, Any], *, pretrained: bool, exact: bool
 ) -> tuple[nn.Module, list[str]]:
-    """Return the network, with its weights if they are wanted, and notes on them."""
+    """Return the network, with published weights if asked for, and notes about them."""
     try:
         if not pretrained:
             trust = options["trust_remote_code"]
@@ -260,7 +266,7 @@ def _is_auto(kind: Any) -> bool:
 
 
 def _sentence(folder: Path, config: Any) -> Tensor | None:
-    """Return the tokens (1, N) of the sentence that tells a network of several tasks to segment classes."""
+    """Return the tokens (1, N) of the sentence that asks a network of several tasks to segment classes."""
     if config.model_type != "oneformer":
         return None
     from transformers import AutoTokenizer
@@ -276,11 +282,11 @@ def _sentence(folder: Path, config: Any) -> Tensor | None:
 def _timm(spec: str, place: str, weights: str | None, *, pretrained: bool) -> _Made:
     import timm
 
-    own = pretrained and weights is None
+    library_weights = pretrained and weights is None
     name = f"local-dir:{place}" if Path(place).is_dir() else place
     try:
         with _quiet():
-            network = _create(name, pretrained=own)
+            network = _create(name, pretrained=library_weights)
     except Exception as error:  # the library's own errors, the hub's, those of its HTTP client, OSError
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         if name == place and not timm.is_model(place.partition(".")[0]):
@@ -304,7 +310,7 @@ def _timm(spec: str, place: str, weights: str | None, *, pretrained: bool) -> _M
 
 
 def _create(name: str, *, pretrained: bool) -> Any:
-    """Return a network of timm without a classifier, for images of any size if its kind has a way to that."""
+    """Return a timm network without a classifier. It takes images of any size if its architecture allows that."""
     import timm
 
     try:

@@ -24,7 +24,10 @@ _DECODER, _DEPTH_CHANNELS = 32, 24
 
 
 class HydraNet(PyramidNet, OwnDepth):
-    """The network. Taps: `stage1` (stride 4) to `stage4`, `depth` and `head` (the inputs of the heads' last layers)."""
+    """The network of `kdcache:hydra`, with a segmentation head and a depth head at stride 4.
+
+    Taps: `stage1` (stride 4) to `stage4`, `depth` and `head`. The last two are the inputs of the heads' last layers.
+    """
 
     def __init__(self, spec: str, num_classes: int) -> None:
         super().__init__(spec, num_classes, stem=8, widths=(16, 32, 64, 96), depths=(1, 1, 1, 1), decoder=_DECODER)
@@ -36,7 +39,10 @@ class HydraNet(PyramidNet, OwnDepth):
         self.set_depth(RegressionHead())
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits and raw depth at stride 4, and the features of the given taps."""
+        """Return the logits and the raw output of depth (B, 1, h, w) at stride 4, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB.
+        """
         self.check_taps(taps)
         features, pyramid_Bchw = self.pyramid(x_B3HW)
         features |= {DEPTH: self.depth_smooth(pyramid_Bchw), "head": self.smooth(pyramid_Bchw)}
@@ -46,15 +52,15 @@ class HydraNet(PyramidNet, OwnDepth):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes of the tensors with the classes as first axis."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
     return tiny.classifier_keys(name)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build the model with random weights from torch's global generator."""
+    """Build the model `hydra` with random weights, drawn from torch's global generator."""
     return HydraNet(f"kdcache:{name}", num_classes)
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Raise ModelError, because no weights are published."""
+    """Raise a ModelError, because there are no published weights of `kdcache:hydra`."""
     return tiny.default_state(name, whole)

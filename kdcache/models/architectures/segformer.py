@@ -64,10 +64,10 @@ _PUBLISHED = [
 
 
 class SegFormer(SegmentationModel):
-    """A Mix Transformer and its all-MLP head, at stride 4.
+    """A SegFormer: a Mix Transformer encoder and an all-MLP head, with logits at stride 4.
 
-    Taps: `stage1` to `stage4` at strides 4, 8, 16, 32 (after each stage's norm), and `head`: the fused features,
-    the classifier's input before dropout. Stochastic depth (up to 0.1) and dropout (0.1) act in training mode only.
+    Taps: `stage1` to `stage4` at strides 4, 8, 16 and 32, and `head`, the classifier's input before dropout. Stochastic
+    depth (up to 0.1) and dropout (0.1) are active in training mode only.
     """
 
     segformer: nn.Module
@@ -88,7 +88,10 @@ class SegFormer(SegmentationModel):
         self.register_load_state_dict_pre_hook(_unpublish)  # type: ignore[no-untyped-call]
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits at stride 4, and the features of the given taps."""
+        """Return the logits (B, C, h, w) at stride 4, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB.
+        """
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
@@ -98,7 +101,10 @@ class SegFormer(SegmentationModel):
         return Outputs({SEGMENTATION: logits}, {tap: features[tap] for tap in taps})
 
     def _head(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the modules of transformers' SegformerDecodeHead, which does not return what it fuses."""
+        """Return the logits, and the features that the classifier reads.
+
+        This repeats transformers' SegformerDecodeHead, which returns the logits only.
+        """
         head: Any = self.decode_head
         size = stages[0].shape[-2:]
         same = []
@@ -109,17 +115,20 @@ class SegFormer(SegmentationModel):
         return head.classifier(head.dropout(fused)), fused
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under the published names, also from files with transformers 5's names."""
+        """Return the tensors of a weights file (name -> tensor) under NVIDIA's names.
+
+        Files that transformers 5 wrote have other names.
+        """
         return {_published(name): value for name, value in state.items()}
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes of the tensors with the classes as first axis."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
     return ("decode_head.classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with transformers' random weights. Nothing is downloaded.
+    """Build a SegFormer (`b0` to `b5`) with random weights. Nothing is downloaded.
 
     Raises: ModelError if the installed transformers is too old.
     """
@@ -146,12 +155,12 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Return NVIDIA's weights from the hub (research licence only), downloaded once, then from its cache.
+    """Return NVIDIA's published weights (for research only): name -> tensor. They are downloaded once.
 
-    With `whole`, the model has its head, trained on ADE20K's 150 classes. Else only the encoder is returned, trained on
-    ImageNet, from which published students start.
-
-    Raises: ModelError if they are not available.
+    Args:
+        name: the model, `b0` to `b5`.
+        whole: True for encoder and head, trained on ADE20K's 150 classes. False for the encoder, trained on ImageNet.
+    Raises: ModelError if they cannot be downloaded.
     """
     from kdcache.models.architectures.hub import download_state
 
@@ -159,7 +168,7 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the names of the published weights' classes by class id, or () if they are not available."""
+    """Return the class names of the published weights, in the order of the class ids, or () if not available."""
     from kdcache.models.architectures.hub import download_names
 
     return download_names(_repository(name, whole=True))

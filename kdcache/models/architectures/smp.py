@@ -40,10 +40,10 @@ _SIMPLE = ("unet", "fpn")
 
 
 class SmpModel(SegmentationModel):
-    """Any model of segmentation_models_pytorch except DPT.
+    """A model of segmentation_models_pytorch, of any architecture except DPT.
 
-    Taps: `stage1`, `stage2`, ... are the encoder's features (of strides 2, 4, ...; a Mix Transformer has no stage1).
-    `head` is the decoder's output, which the classifier reads. The library upsamples with align_corners.
+    Taps: `stage1` (stride 2), `stage2` (stride 4) and so on are the encoder's features. A Mix Transformer has no
+    `stage1`. `head` is the decoder's output, which the classifier reads.
     """
 
     encoder: nn.Module
@@ -71,7 +71,11 @@ class SmpModel(SegmentationModel):
             self.processor = Processor(multiple=int(network.encoder.output_stride))
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits at native stride, and the features of the given taps. Raises: ModelError for an unfit size."""
+        """Return the logits (B, C, h, w) at the native stride, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB. Raises: ModelError for an unknown tap or an image size that the network does
+        not take.
+        """
         self.check_taps(taps)
         self.check_size((x_B3HW.shape[-2], x_B3HW.shape[-1]))
         features = self.encoder(x_B3HW)
@@ -81,12 +85,15 @@ class SmpModel(SegmentationModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes of the tensors with the classes as first axis."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
     return ("segmentation_head.0.",)
 
 
 def check_name(name: str) -> None:
-    """Check that the library has both parts of ARCH-ENCODER. Raises: ModelError with the nearest names."""
+    """Check that the library has both parts of a name such as `unet-resnet18`: the architecture and the encoder.
+
+    Raises: ModelError with the nearest names.
+    """
     import segmentation_models_pytorch as library
     import timm
 
@@ -119,19 +126,21 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build a model with random weights. Nothing is downloaded.
+    """Build a model such as `unet-resnet18` with random weights. Nothing is downloaded.
 
-    Raises: ModelError for an unknown pair, or one that the library cannot join.
+    Raises: ModelError if the architecture or the encoder is unknown, or if they do not fit together.
     """
     check_name(name)
     return SmpModel(name, num_classes, _create(name, num_classes, None))
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Return the encoder's ImageNet weights, downloaded once. No weights of whole models exist.
+    """Return the encoder's ImageNet weights: name -> tensor. They are downloaded once.
 
-    The weights of the Mix Transformers (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
-    Raises: ModelError if they are not available.
+    There are no published weights of whole models, so `whole` changes nothing. The weights of the Mix Transformers
+    (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
+
+    Raises: ModelError if they cannot be downloaded.
     """
     check_name(name)
     encoder = name.partition("-")[2]
@@ -146,9 +155,9 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_moments(name: str) -> tuple[list[float], list[float]]:
-    """Return mean and std of RGB in 0..1 that the `default` weights were trained with.
+    """Return the mean and the standard deviation of RGB in 0 to 1 that the published weights were trained with.
 
-    Raises: ModelError if they were trained on other channels than red, green and blue.
+    Raises: ModelError if they were trained on other channels than red, green and blue, or cannot be looked up.
     """
     from segmentation_models_pytorch.encoders import get_preprocessing_params
 

@@ -26,16 +26,18 @@ NAMES = ("tiny", "base")
 
 
 class PyramidNet(SegmentationModel):
-    """The network of `tiny` and `base`, sized by `widths` and `depths`.
+    """The network of `kdcache:tiny` and `kdcache:base`: residual encoder, feature pyramid, logits at stride 4.
 
-    Taps: `stage1` (stride 4) to `stageN`, and `head`: the classifier's input, before dropout.
+    Taps: `stage1` (stride 4) to `stageN`, and `head`, the classifier's input before dropout.
 
     Args:
+        spec: the name of the model.
+        num_classes: the number of classes.
         stem: channels at stride 2.
         widths: channels of each stage, at strides 4, 8, ...
         depths: residual blocks of each stage.
-        decoder: channels of the decoder.
-        dropout: probability to drop a whole channel before the classifier.
+        decoder: channels of the pyramid.
+        dropout: the probability that a channel is dropped before the classifier.
     """
 
     def __init__(
@@ -74,14 +76,20 @@ class PyramidNet(SegmentationModel):
         self._initialise()
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits at stride 4, and the features of the given taps."""
+        """Return the logits (B, C, h, w) at stride 4, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB.
+        """
         self.check_taps(taps)
         features, pyramid_Bchw = self.pyramid(x_B3HW)
         features["head"] = y = self.smooth(pyramid_Bchw)
         return Outputs({SEGMENTATION: self.classifier(self.dropout(y))}, {tap: features[tap] for tap in taps})
 
     def pyramid(self, x_B3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the features by stage, and their sum (B, decoder channels, h, w) at stride 4."""
+        """Return the encoder's features (stage -> (B, c, h', w')) and their sum (B, decoder, h, w) at stride 4.
+
+        `x_B3HW` is normalised float RGB.
+        """
         features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in self.encoder.items():
@@ -102,9 +110,14 @@ class PyramidNet(SegmentationModel):
 
 
 def fuse(lateral: nn.ModuleDict, features: Mapping[str, Tensor], context: Tensor) -> Tensor:
-    """Sum a feature pyramid at its finest stage: from the deepest up, each resized to the next.
+    """Return the sum (B, c, h, w) of a feature pyramid, at the size of its finest stage.
 
-    `lateral` has the projections by stage, the finest first. `context` (B, c, 1, 1) is added to the deepest.
+    Starting from the coarsest stage, the sum is resized to the next finer stage, whose feature is added.
+
+    Args:
+        lateral: a convolution to c channels for each stage, the finest first.
+        features: the feature of each stage.
+        context: (B, c, 1, 1), added to the coarsest stage.
     """
     y = context
     for name, project in reversed(list(lateral.items())):
@@ -116,7 +129,7 @@ def fuse(lateral: nn.ModuleDict, features: Mapping[str, Tensor], context: Tensor
 
 
 class _Residual(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut. If the shape changes, the shortcut is a 1x1 convolution."""
 
     def __init__(self, channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -133,12 +146,12 @@ class _Residual(nn.Module):
         return F.relu(self.norm2(self.conv2(self.conv1(x))) + self.shortcut(x))
 
     def start_as_identity(self) -> None:
-        """Zero the branch's last scale (Goyal 2017, arXiv 1706.02677, section 5.1)."""
+        """Set the scale of the last norm to zero (Goyal 2017, arXiv 1706.02677, section 5.1)."""
         nn.init.zeros_(self.norm2.weight)
 
 
 def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """Return a 3x3 convolution with BatchNorm and ReLU."""
+    """Return a 3x3 convolution without bias, followed by BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -147,12 +160,12 @@ def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes of the tensors with the classes as first axis."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
     return ("classifier.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with random weights from torch's global generator."""
+    """Build `tiny` or `base` with random weights, drawn from torch's global generator."""
     spec = f"kdcache:{name}"
     if name == "tiny":
         return PyramidNet(spec, num_classes, stem=8, widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), decoder=32)
@@ -162,7 +175,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Raise ModelError, because no weights are published. Users train these models."""
+    """Raise a ModelError, because there are no published weights of `kdcache:tiny` and `kdcache:base`."""
     raise ModelError(
         f"No published weights of kdcache:{name}: it has no 'default'",
         fix="Leave the weights out, or give a file that `kdcache train-student` wrote.",

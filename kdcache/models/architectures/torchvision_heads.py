@@ -33,9 +33,9 @@ MOBILENET_TAPS = {"stage1": "1", "stage2": "3", "stage3": "6", "stage4": "12", "
 
 
 class TorchvisionModel(SegmentationModel):
-    """FCN or DeepLabV3: a backbone, then a `Sequential` head with the 1x1 classifier as last layer.
+    """FCN or DeepLabV3 of torchvision: a backbone, and a head whose last layer is a 1x1 convolution, the classifier.
 
-    Taps: the backbone's stages, and `head`: the classifier's input, before dropout.
+    Taps: the backbone's stages, and `head`, the classifier's input before dropout.
     """
 
     backbone: nn.ModuleDict
@@ -56,7 +56,10 @@ class TorchvisionModel(SegmentationModel):
         self._tap_of = {child: tap for tap, child in stages.items()}
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Return logits at native stride, and the features of the given taps."""
+        """Return the logits (B, C, h, w) at the native stride, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB.
+        """
         self.check_taps(taps)
         x = x_B3HW
         features: dict[str, Tensor] = {}  # of every stage that is tapped or that the head reads
@@ -82,11 +85,10 @@ class TorchvisionModel(SegmentationModel):
 
 
 class LRASPPModel(TorchvisionModel):
-    """LRASPP: two classifiers, at strides 8 and 16, that are summed at stride 8.
+    """LRASPP of torchvision: the logits of two classifiers, at strides 8 and 16, are summed at stride 8.
 
-    The sum is the last operation before the final resize, so the native stride is 8 although the deep branch comes from
-    stride 16. `head` is the deep branch after its gate, at stride 8: the input of `high_classifier` (the shallow
-    classifier reads the backbone directly).
+    So the native stride is 8. The tap `head` is the input of `high_classifier`, which reads the deeper of the two
+    features.
     """
 
     def _head(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -98,14 +100,14 @@ class LRASPPModel(TorchvisionModel):
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefixes of the tensors with the classes as first axis. The first one has a `weight`."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes."""
     if name.startswith("lraspp"):
         return ("classifier.low_classifier.", "classifier.high_classifier.")
     return ("classifier.4.",)
 
 
 def build(name: str, num_classes: int) -> SegmentationModel:
-    """Build one of NAMES with random weights. Nothing is downloaded."""
+    """Build a torchvision model such as `fcn_resnet50` with random weights. Nothing is downloaded."""
     from torchvision.models import segmentation
 
     # Both are None on purpose: torchvision downloads the backbone's weights by default.
@@ -115,9 +117,11 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """Return the published weights (COCO with VOC's 21 classes), downloaded once, then from torch's hub cache.
+    """Return torchvision's published weights, trained on COCO with VOC's 21 classes: name -> tensor.
 
-    Raises: ModelError with the address if the download fails or its digest is wrong.
+    They are downloaded once. There is only the whole model, so `whole` changes nothing.
+
+    Raises: ModelError with the address if the download fails, or if the file's digest is wrong.
     """
     from torchvision.models import get_model_weights
 
@@ -133,7 +137,7 @@ def default_state(name: str, whole: bool) -> dict[str, Tensor]:
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the names of the published weights' classes, by class id."""
+    """Return the class names of the published weights, in the order of the class ids."""
     from torchvision.models import get_model_weights
 
     return tuple(get_model_weights(name).DEFAULT.meta["categories"])

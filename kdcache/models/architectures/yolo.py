@@ -39,7 +39,7 @@ MULTIPLE = 32
 OUTSIDE_RGB = (124, 116, 104)
 """The colour outside an image, as `kdcache.data.rendering.view` has it."""
 GREY = 114
-"""The same in Ultralytics' letterbox."""
+"""The colour outside an image in Ultralytics' letterbox."""
 _HEADS = {"semantic": SEGMENTATION, "depth": DEPTH}
 _OTHER = {"": "detect", "-seg": "segment", "-cls": "classify", "-pose": "pose", "-obb": "obb"}
 _OTHER_NAME = re.compile(rf"(yolo\w*?[nsmlx])({'|'.join(_OTHER)})")
@@ -48,10 +48,13 @@ _ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class _About:
-    """A network of the package.
+    """The facts about a network of the package.
 
     Attributes:
-        task: the package's name for it. plan: its yaml. names: of the classes, by id. side: of its training images.
+        task: the package's name for the network's task.
+        plan: the network's layers, from its yaml file.
+        names: the class names, in the order of the class ids.
+        side: the side of its training images in pixels, or None.
     """
 
     task: str
@@ -66,10 +69,10 @@ class _About:
 
 
 class YoloModel(WrappedModel):
-    """An Ultralytics network as a kdcache model, without its auxiliary head.
+    """A network of Ultralytics as a model of kdcache, without its auxiliary head.
 
-    Its head gives the same output in training as in use: logits, or depth in metres with its calibration. Taps are the
-    layers that other layers read. The head's taps are last.
+    Its head returns the same output in training mode as in eval mode: logits, or depth in metres. The taps are the
+    layers that other layers read. The layers that the head reads come last.
     """
 
     network: Any
@@ -89,13 +92,16 @@ class YoloModel(WrappedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "YoloModel":
-        """Set the mode of all layers, but keep the head's output in inference form."""
+        """Set the mode of all layers and return the model. The head keeps the output that it has in eval mode."""
         super().train(mode)
         self.network.model[-1].training = False  # of the layer itself: those below it normalise by the batch
         return self
 
     def normalise(self, pixels_BHW3: Tensor) -> Tensor:
-        """Turn uint8 RGB into the network's input, with Ultralytics' grey outside the image. Raises: ModelError."""
+        """Return the network's input, float32 (B, 3, H, W), for uint8 RGB pixels (B, H, W, 3).
+
+        Padding around the image becomes grey, as in Ultralytics. Raises: ModelError for another dtype or shape.
+        """
         x_B3HW = super().normalise(pixels_BHW3)
         outside_BHW = (pixels_BHW3 == pixels_BHW3.new_tensor(OUTSIDE_RGB)).all(-1)
         margin_BHW = _from_edges(outside_BHW.all(2))[:, :, None] | _from_edges(outside_BHW.all(1))[:, None]
@@ -104,13 +110,13 @@ class YoloModel(WrappedModel):
 
 
 def _from_edges(outside_BN: Tensor) -> Tensor:
-    """Return True where everything from an edge on is outside, bool (B, N)."""
+    """Return bool (B, N): True for entries that are outside the image, like all entries from there to an edge."""
     flags_BN = outside_BN.int()
     return (flags_BN.cumprod(1) + flags_BN.flip(1).cumprod(1).flip(1)).bool()
 
 
 class _YoloReading(Reading):
-    """The answer of a network: logits, or depth in metres."""
+    """Reads a network's output: logits, or depth in metres."""
 
     lists_modules = False
 
@@ -129,11 +135,14 @@ class _YoloReading(Reading):
 
 
 def check_name(name: str) -> None:
-    """Check that a name is a checkpoint or one of NAMES. Raises: ModelError, for another task with a fix."""
+    """Check that a name is a checkpoint (`FILE.pt`) or a model such as `yolo26n-sem`.
+
+    Raises: ModelError for an unknown name and for models of other tasks, such as detection.
+    """
     if name in NAMES or name.endswith(CHECKPOINT_SUFFIX):
         return
-    if other := _OTHER_NAME.fullmatch(name):
-        raise _of_other_task(f"ultralytics:{name}", _OTHER[other[2]])
+    if match := _OTHER_NAME.fullmatch(name):
+        raise _of_other_task(f"ultralytics:{name}", _OTHER[match[2]])
     raise ModelError(
         f"Unknown model ultralytics:{name}",
         fix=suggest(name, NAMES, f"Use one of {', '.join(NAMES)}, or FILE{CHECKPOINT_SUFFIX}."),
@@ -141,12 +150,19 @@ def check_name(name: str) -> None:
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:
-    """Return the prefix of the classifier's tensors, or () for depth. Raises: ModelError as `build`."""
+    """Return the prefixes, in the state dict, of the layers whose output channels are the classes. () for depth.
+
+    Raises: ModelError if the checkpoint is missing, is not trusted, or cannot be read.
+    """
     return _about(name).classifier_keys
 
 
 def build(name: str, num_classes: int) -> YoloModel:
-    """Build one of NAMES, or a checkpoint's architecture, with random weights. Raises: ModelError."""
+    """Build a model such as `yolo26n-sem`, or the architecture of a checkpoint (`FILE.pt`), with random weights.
+
+    For depth, `num_classes` is ignored. Raises: ModelError if the checkpoint is missing, is not trusted, or cannot be
+    read.
+    """
     about = _about(name)
     with _quiet():
         tasks = _tasks()
@@ -157,24 +173,35 @@ def build(name: str, num_classes: int) -> YoloModel:
 
 
 def default_state(name: str, whole: bool = True) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, or of the published weights of one of NAMES (downloaded once).
+    """Return the weights of a checkpoint (`FILE.pt`), or the published weights of a model: name -> tensor.
 
-    Raises: ModelError without `--trust`, for a file that the package cannot read, and for a network of another task.
+    Published weights are downloaded once. There is only the whole model, so `whole` changes nothing.
+
+    Raises: ModelError without `--trust`, for a file that the package cannot read, and for models of other tasks.
     """
     state: dict[str, Tensor] = _load(_file(name))[0].state_dict()
     return state
 
 
 def default_names(name: str) -> tuple[str, ...]:
-    """Return the class names of the same weights. Raises: ModelError as `default_state`."""
+    """Return the class names of the weights of `default_state`, in the order of the class ids.
+
+    Raises: ModelError without `--trust`, for a file that the package cannot read, and for models of other tasks.
+    """
     return _about(str(_file(name))).names
 
 
 def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path) -> tuple[str, ...]:
-    """Write a model as a checkpoint for `yolo`, with its normalisation merged into the first convolution.
+    """Write a model as a checkpoint that Ultralytics' command `yolo` can read.
 
+    The normalisation of images becomes a part of the first convolution.
+
+    Args:
+        model: a model that Ultralytics built.
+        description: the model's description, which is also stored.
+        path: the file.
     Returns: notes for the user.
-    Raises: ModelError for a network of another library.
+    Raises: ModelError for a model of another library.
     """
     if not isinstance(model, YoloModel):
         raise ModelError(
@@ -194,9 +221,9 @@ def write_checkpoint(model: SegmentationModel, description: RunModel, path: Path
 
 
 def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], Tensor]:
-    """Return the network in a file that kdcache wrote, as a function of RGB in 0..1 (B, 3, H, W).
+    """Return the network in a checkpoint that kdcache wrote, as a function of images (B, 3, H, W), RGB in 0 to 1.
 
-    Outside the image it sees the mean, as in training, and not black as in Ultralytics.
+    The function pads images with `mean`, as in training. Ultralytics itself pads them with black.
     """
     with TemporaryDirectory() as folder, _quiet():
         named = Path(folder, f"model{CHECKPOINT_SUFFIX}")  # the package goes by the suffix
@@ -209,7 +236,7 @@ def reader(path: Path, mean: tuple[float, float, float]) -> Callable[[Tensor], T
 
 
 def _fold(first: Any, mean: tuple[float, float, float], std: tuple[float, float, float]) -> tuple[str, ...]:
-    """Have a convolution with BatchNorm take RGB in 0..1, and return notes on that."""
+    """Change a convolution with BatchNorm so that it takes RGB in 0 to 1. Return notes about that."""
     if (mean, std) == (_ZERO, _ONE):
         return ()
     scaled_OIhw = first.conv.weight.data / torch.tensor(std).view(3, 1, 1)
@@ -222,7 +249,7 @@ def _fold(first: Any, mean: tuple[float, float, float], std: tuple[float, float,
 
 
 def _about(name: str) -> _About:
-    """Return what is known of one of NAMES, or of a checkpoint. Raises: ModelError as `build`."""
+    """Return the facts about a model or a checkpoint. Raises: ModelError."""
     if name not in NAMES:
         path = _file(name)
         _check_allowed(path)
@@ -238,9 +265,9 @@ def _read_about(path: Path, changed: int) -> _About:
 
 
 def _file(name: str) -> Path:
-    """Return the file of a checkpoint; for one of NAMES, where the package keeps what it downloads.
+    """Return the path of a checkpoint. Published weights are where the package keeps its downloads.
 
-    Raises: ModelError for a checkpoint that is not there.
+    Raises: ModelError if a checkpoint is missing.
     """
     path, published = Path(name).expanduser(), name.removesuffix(CHECKPOINT_SUFFIX)
     if path.is_file():
@@ -260,7 +287,7 @@ def _check_allowed(path: Path) -> None:
 
 
 def _load(path: Path) -> tuple[Any, _About]:
-    """Return the network in a checkpoint and what is known of it. Raises: ModelError."""
+    """Return the network in a checkpoint, and the facts about it. Raises: ModelError."""
     _check_allowed(path)
     try:
         with _quiet():

@@ -11,15 +11,17 @@ from kdcache.models.foreign.tokens import maps_of
 from kdcache.tasks import SEGMENTATION
 
 DECLARED = "kdcache_heads"
-"""The attribute in which a network says which heads it answers with."""
+"""The attribute in which a network declares its heads."""
 
 
 class Reading:
-    """How to call a network, and what its return value means: logits, or the heads that it declares.
+    """An adapter that calls a foreign network and finds heads and features in its return value.
+
+    Args:
+        declared: the network's heads, in the form of `kdcache_heads`. None if the network returns logits only.
 
     Attributes:
-        declared: its heads, as in `kdcache_heads`, or None for logits.
-        lists_modules: whether the network's direct children are listed as taps.
+        lists_modules: True if the network's direct children are listed as taps.
     """
 
     lists_modules = True
@@ -28,36 +30,51 @@ class Reading:
         self.declared = declared
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
-        """Call the network on images, and return its answer."""
+        """Return the network's return value for normalised images (B, 3, H, W)."""
         return network(x_B3HW)
 
     def heads(self, spec: str, answer: object) -> dict[str, Tensor]:
-        """Return the heads' raw outputs (B, C, h, w) by name. Raises: ModelError for an answer without them."""
+        """Return the heads' outputs in a network's return value: name -> (B, C, h, w), before any nonlinearity.
+
+        Args:
+            spec: the network's name, for messages.
+            answer: the result of `call`.
+        Raises: ModelError if a head is missing.
+        """
         return _heads(spec, self.declared, answer)
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return the kind of each head's output. Raises: ModelError for a declaration that does not fit."""
+        """Return the heads: name -> kind.
+
+        Args:
+            spec: the network's name, for messages.
+            heads: the result of `heads`.
+        Raises: ModelError if the declared heads do not fit these outputs.
+        """
         return _kinds(spec, self.declared, heads)
 
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-        """Return the features (B, c, h, w) in an answer, by tap.
+        """Return the features in a network's return value: tap -> (B, c, h, w).
 
-        `size` is (H, W) of the images, and `patch` the side of the network's patches.
+        Args:
+            answer: the result of `call`.
+            size: (H, W) of the images.
+            patch: the side in pixels of a transformer's patches, or None.
         """
         return {} if self.declared != {} else maps_of(answer, size, patch)
 
 
 def _heads(spec: str, declared: Mapping[str, Any] | None, answer: object) -> dict[str, Tensor]:
-    """Return the outputs of a network by head. Raises: ModelError for one that is missing or not a map."""
+    """Return the outputs of the declared heads. Raises: ModelError if one is missing or is not (B, C, h, w)."""
     if declared is None:
         return {SEGMENTATION: _logits(spec, answer)}
     heads = {}
     for name in declared:
         head = answer.get(name) if isinstance(answer, Mapping) else None
         if not isinstance(head, Tensor) or head.ndim != 4:
-            shown = f"{name!r} of shape {tuple(head.shape)}" if isinstance(head, Tensor) else f"no tensor {name!r}"
+            problem = f"{name!r} of shape {tuple(head.shape)}" if isinstance(head, Tensor) else f"no tensor {name!r}"
             raise ModelError(
-                f"{spec} returned {type(answer).__name__} with {shown}, and {DECLARED} names other heads",
+                f"{spec} returned {type(answer).__name__} with {problem}, and {DECLARED} names other heads",
                 fix=f'Return {{"{name}": ...}} with a tensor (B, C, h, w), or leave that name out of {DECLARED}.',
             )
         heads[name] = head
@@ -65,7 +82,7 @@ def _heads(spec: str, declared: Mapping[str, Any] | None, answer: object) -> dic
 
 
 def _kinds(spec: str, declared: Mapping[str, Any] | None, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-    """Return the kind of each head. Raises: ModelError for a wrong declaration, or one that does not fit the output."""
+    """Return the kind of each head. Raises: ModelError if a declaration is wrong or does not fit the output."""
     if declared is None:
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
     kinds: dict[str, HeadKind] = {}

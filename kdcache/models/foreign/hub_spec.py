@@ -27,12 +27,14 @@ CHECKPOINT_SUFFIX = ".pt"
 
 @dataclass(frozen=True)
 class HubSpec:
-    """A model of transformers or timm.
+    """The parts of the spec of a hub model (transformers or timm), such as `hf:nvidia/mit-b0,revision=main`.
 
     Attributes:
-        place: a folder, a repository, or a name of timm.
-        task: what the network predicts, or None to derive it from the architecture.
-        revision: the repository's revision. weights: a file of weights.
+        library: `hf` or `timm`.
+        place: a folder, a Hugging Face repository, or the name of a timm model.
+        task: the option `task`: what the network predicts. None derives it from the architecture.
+        revision: the option `revision` of a repository.
+        weights: the option `weights`: a file.
     """
 
     library: str
@@ -43,22 +45,25 @@ class HubSpec:
 
     @property
     def network(self) -> str:
-        """The spec without its weights, because a teacher is identified by its weights and their commit."""
+        """The spec without weights and revision: library, place and task."""
         return f"{self.library}:{self.place}" + ("" if self.task is None else f",task={self.task}")
 
 
 def is_hub(spec: str) -> bool:
-    """Return True for a spec of transformers or timm."""
+    """Return True if a spec names a hub model: `hf:...` (transformers) or `timm:...`."""
     return spec.partition(":")[0] in LIBRARIES and ":" in spec
 
 
 def is_checkpoint(spec: str) -> bool:
-    """Return True for a checkpoint of ultralytics, `ultralytics:FILE.pt`."""
+    """Return True if a spec names a checkpoint of Ultralytics: `ultralytics:FILE.pt`."""
     return spec.startswith(f"{ULTRALYTICS}:") and spec.endswith(CHECKPOINT_SUFFIX) and "@" not in spec
 
 
 def parse_hub(spec: str) -> HubSpec:
-    """Parse a spec. Raises: ModelError for an unknown option or task, and for a spec without a name."""
+    """Split the spec of a hub model into its parts.
+
+    Raises: ModelError for an unknown option or task, and if the name is missing.
+    """
     library, _, place = spec.partition(":")
     values = dict[str, str]()
     while (found := _OPTION.search(place)) is not None:

@@ -15,18 +15,21 @@ _KNOWN = (
     *("do_rescale", "rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std"),
     *("do_pad", "pad_size", "size", "do_flip_channel_order", "do_center_crop", "crop_size", "ensure_multiple_of"),
 )
-"""Settings of processors that are read."""
+"""Settings of processors that kdcache reads."""
 _OTHERWISE = {"do_color_quantize": "replaces colours by clusters", "do_grayscale": "makes images grey"}
 """Steps that no mean and std stand for."""
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a network's images were processed in its own training.
+    """How images were prepared when a network was trained.
 
     Attributes:
-        mean, std: normalisation of RGB in 0 to 1, including the processor's own rescaling.
-        multiple, native_size, pads, channels: the fields of `kdcache.models.foreign.processor.Processor`.
+        mean, std: normalisation of RGB in 0 to 1. It includes the rescaling of the network's image processor.
+        multiple: height and width are multiples of this number of pixels.
+        native_size: the (height, width) of the training images, if known.
+        pads: True if training images were padded to that size.
+        channels: the order of colours that the first layer reads: `rgb` or `bgr`.
     """
 
     mean: RGB = _IMAGENET[0]
@@ -38,9 +41,11 @@ class ImageSettings:
 
 
 def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
-    """Read the processor's settings in a model's folder. Return them with notes on missing settings.
+    """Read how images are prepared, from preprocessor_config.json in a model's folder. Also return notes for the user.
 
-    Raises: ModelError for a processor with steps other than scaling, normalising, resizing and padding.
+    Without that file, the settings are ImageNet's, and a note says so.
+
+    Raises: ModelError for steps other than scaling, normalising, resizing and padding.
     """
     nested = read_object(folder / "processor_config.json").get("image_processor")
     written = read_object(folder / "preprocessor_config.json") or (nested if isinstance(nested, Mapping) else {})
@@ -78,7 +83,7 @@ def image_settings(folder: Path) -> tuple[ImageSettings, list[str]]:
 
 
 def _defaults(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a processor of transformers has where its file does not say them."""
+    """Return a processor's settings that its file leaves out: transformers' defaults."""
     import transformers
 
     name = str(written.get("image_processor_type") or written.get("feature_extractor_type") or "")
@@ -101,7 +106,7 @@ def _three(value: Any, folder: Path) -> RGB | None:
 
 
 def _height_width(value: Any) -> Size | None:
-    """Return (H, W) of a size as processors write it, or None for one that only limits an edge."""
+    """Return the (height, width) of a size in a processor's file, or None if it limits one edge only."""
     if isinstance(value, int):
         return value, value
     if not isinstance(value, Mapping):

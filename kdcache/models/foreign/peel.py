@@ -19,14 +19,19 @@ _WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
 
 
 class Resize(NamedTuple):
-    """A bilinear resize: its input (B, C, h, w), and its `align_corners`."""
+    """A bilinear resize that a network ended with.
+
+    Attributes:
+        native: its input (B, C, h, w).
+        align_corners: its flag of this name.
+    """
 
     native: Tensor
     align_corners: bool
 
 
 class NotingResizes(TorchFunctionMode):
-    """Records the input of every bilinear upsampling on its result, in a with block."""
+    """A context manager in which `resize_of` finds the input of each bilinear upsampling."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -40,25 +45,25 @@ class NotingResizes(TorchFunctionMode):
 
 
 def resize_of(answer_BCHW: Tensor) -> Resize | None:
-    """Return the resize that made a map, or None."""
+    """Return the bilinear upsampling that gave this tensor inside `NotingResizes`, or None for other tensors."""
     return getattr(answer_BCHW, _RESIZED_FROM, None)
 
 
 def is_exact(answer_BCHW: Tensor, resize: Resize) -> bool:
-    """Return True if resizing the native map again gives the answer bit for bit."""
+    """Return True if repeating the resize gives exactly the same tensor."""
     size = answer_BCHW.shape[-2:]
     again = F.interpolate(resize.native, size=size, mode="bilinear", align_corners=resize.align_corners)
     return again.dtype == answer_BCHW.dtype and torch.equal(again, answer_BCHW)
 
 
 def peels() -> bool:
-    """Return True if resizes are removed: in eager mode, outside `whole_answers`."""
+    """Return True if models now leave out a last bilinear resize: in eager mode, outside `whole_answers`."""
     return not torch.compiler.is_compiling() and not _WHOLE.get()
 
 
 @contextmanager
 def whole_answers() -> Iterator[None]:
-    """Keep the last resize of modules' outputs, in a with block."""
+    """Keep the last bilinear resize of foreign networks, in a with block."""
     token = _WHOLE.set(True)
     try:
         yield
@@ -67,11 +72,11 @@ def whole_answers() -> Iterator[None]:
 
 
 def _enlarges(native: Tensor, result: Tensor, given: Mapping[str, Any]) -> bool:
-    """Return True for a resize to a larger map that its size fully describes, unlike a rounded factor."""
+    """Return True if a resize enlarges its input and its size describes it fully. A rounded factor does not."""
     before, after = native.shape[-2:], result.shape[-2:]
     factor = given.get("scale_factor")
     if factor is not None and not given.get("recompute_scale_factor"):
         factors = factor if isinstance(factor, tuple | list) else (factor, factor)
-        if any(one * scale != other for one, scale, other in zip(before, factors, after, strict=True)):
+        if any(side * scale != enlarged for side, scale, enlarged in zip(before, factors, after, strict=True)):
             return False
-    return before != after and all(one <= other for one, other in zip(before, after, strict=True))
+    return before != after and all(side <= enlarged for side, enlarged in zip(before, after, strict=True))

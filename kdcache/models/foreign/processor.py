@@ -8,21 +8,21 @@ from typing import Self
 Size = tuple[int, int]
 """(H, W) in pixels."""
 PROBE_SIZE = (128, 128)
-"""The first image that a network is shown: deep enough for stride 32 and a few cells."""
+"""The size of the first image that a network gets. It is large enough for stride 32."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The images that a network takes.
+    """What a network expects of its images, in addition to mean and standard deviation.
 
     Attributes:
-        multiple: both sides are multiples of it, such as the patch of a transformer.
-        fixed_size: the only (H, W) that the network takes, or None.
-        native_size: (H, W) of its training, if known.
-        pads: whether its training images were padded to that size, so squashed images are new to it.
-        channels: the order of colours that its first layer reads.
-        positions: whether it has position embeddings, so features of a mirrored image are not mirrored features.
-        revision: the hub commit of its files, or None for a folder.
+        multiple: height and width must be multiples of this number of pixels.
+        fixed_size: the only (height, width) that the network takes, or None.
+        native_size: the (height, width) of its training images, or None if unknown.
+        pads: True if training images were padded to that size, not squashed.
+        channels: the order of colours that the first layer reads: `rgb` or `bgr`.
+        positions: True if it has position embeddings. Then a mirrored image does not give mirrored features.
+        revision: the commit of its Hugging Face repository, or None.
     """
 
     multiple: int = 1
@@ -34,7 +34,7 @@ class Processor:
     revision: str | None = None
 
     def nearest(self, size: Size) -> Size:
-        """Return the (H, W) nearest to `size` that the network takes."""
+        """Return the (height, width) that the network takes and that is nearest to `size`."""
         if self.fixed_size is not None:
             return self.fixed_size
         height, width = (max(1, round(side / self.multiple)) * self.multiple for side in size)
@@ -42,20 +42,20 @@ class Processor:
 
     @property
     def takes(self) -> str:
-        """The sizes that it takes, in words."""
+        """The sizes that the network takes, as the end of a sentence: `images whose sides are multiples of 32`."""
         if self.fixed_size is not None:
             return f"only images of {self.fixed_size[0]}x{self.fixed_size[1]}"
         return f"images whose sides are multiples of {self.multiple}"
 
     @classmethod
     def of_all(cls, processors: Iterable[Self]) -> "Processor":
-        """Return the requirements of several networks that see the same images."""
+        """Return what several networks together expect of the images that all of them get."""
         first, *others = processors
-        fixed = next((one.fixed_size for one in (first, *others) if one.fixed_size is not None), None)
+        fixed = next((processor.fixed_size for processor in (first, *others) if processor.fixed_size is not None), None)
         return replace(
             first if not others else Processor(),
-            multiple=math.lcm(*(one.multiple for one in (first, *others))),
+            multiple=math.lcm(*(processor.multiple for processor in (first, *others))),
             fixed_size=fixed,
-            pads=any(one.pads for one in (first, *others)),
-            positions=any(one.positions for one in (first, *others)),
+            pads=any(processor.pads for processor in (first, *others)),
+            positions=any(processor.positions for processor in (first, *others)),
         )

@@ -15,14 +15,14 @@ from kdcache.tasks import DEPTH, SEGMENTATION
 
 _LEAST = 1e-12
 _IN_METRES = ("glpn", "zoedepth")
-"""Networks of transformers whose depth is metres, as those are whose configuration says so."""
+"""Networks of transformers that predict metres, although their configuration does not say so."""
 
 
 class Universal(Reading):
-    """A mask transformer: each query has class scores and a mask, and a pixel's class is the sum of its queries.
+    """Reads a mask transformer (MaskFormer, Mask2Former, OneFormer): queries with class scores and masks.
 
     Args:
-        task: (1, tokens) of the sentence that names the task, for networks that read one.
+        task: the tokens (1, N) of the sentence that names the task. Only OneFormer reads them.
     """
 
     def __init__(self, task: Tensor | None = None) -> None:
@@ -30,13 +30,19 @@ class Universal(Reading):
         self.task = task
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
-        """Call the network, with the tokens of its task if it reads them."""
+        """Return the network's return value for images (B, 3, H, W). OneFormer also gets the tokens of its task."""
         if self.task is None:
             return network(x_B3HW)
         return network(x_B3HW, task_inputs=self.task.to(x_B3HW.device).expand(len(x_B3HW), -1))
 
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
-        """Return the log of the classes' scores (B, C, h, w) at the masks' stride, float32. Raises: ModelError."""
+        """Return `segmentation` -> the log of each class's score, float32 (B, C, h, w), at the stride of the masks.
+
+        Args:
+            spec: the network's name, for messages.
+            answer: the result of `call`.
+        Raises: ModelError if the network returned no queries.
+        """
         classes, masks = (getattr(answer, f"{name}_queries_logits", None) for name in ("class", "masks"))
         if classes is None or masks is None:
             raise ModelError(
@@ -48,15 +54,15 @@ class Universal(Reading):
         return {SEGMENTATION: torch.einsum("bqc,bqhw->bchw", p_BQC, mask_BQhw).clamp_min(_LEAST).log()}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return segmentation, with the number of classes in the scores."""
+        """Return `segmentation` -> its kind, with the number of classes."""
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
 
 
 class DepthMap(Reading):
-    """A depth network: in metres if its configuration says so, else relative.
+    """Reads a depth network of transformers. Its depth is in metres if the configuration says so, else relative.
 
     Args:
-        config: transformers' configuration of the network.
+        config: the network's configuration.
     """
 
     def __init__(self, config: Any) -> None:
@@ -70,21 +76,21 @@ class DepthMap(Reading):
         )
 
     def heads(self, spec: str, answer: Any) -> dict[str, Tensor]:
-        """Return depth (B, 1, h, w)."""
+        """Return `depth` -> (B, 1, h, w), from the network's return value."""
         depth = answer.predicted_depth
         return {DEPTH: depth if depth.ndim == 4 else depth[:, None]}
 
     def kinds(self, spec: str, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
-        """Return the depth head, in metres or relative."""
+        """Return `depth` -> its kind, in metres or relative."""
         return {DEPTH: self.kind}
 
 
 class Maps(Reading):
-    """A backbone with features and without heads.
+    """Reads a backbone, which returns features and has no heads.
 
     Args:
-        stages: names of the stages of a backbone with several. Default: by number.
-        hidden: whether to request the tokens after every block.
+        stages: the names of the backbone's stages. Without them, stages get numbers.
+        hidden: True asks the network for the output of every block (`output_hidden_states`).
     """
 
     lists_modules = False
@@ -95,17 +101,25 @@ class Maps(Reading):
         self.hidden = hidden
 
     def call(self, network: nn.Module, x_B3HW: Tensor) -> object:
-        """Call the network, with all hidden states if requested."""
+        """Return the network's return value for images (B, 3, H, W). `hidden` adds the outputs of all blocks."""
         return network(x_B3HW, output_hidden_states=True) if self.hidden else network(x_B3HW)
 
     def features(self, answer: object, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-        """Return the maps in the answer, named by stage if their numbers agree."""
+        """Return the features in a network's return value: tap -> (B, c, h, w).
+
+        Taps get the names of the stages if there are as many.
+
+        Args:
+            answer: the result of `call`.
+            size: (H, W) of the images.
+            patch: the side in pixels of a transformer's patches, or None.
+        """
         maps = maps_of(answer, size, patch)
         return dict(zip(self.stages, maps.values(), strict=True)) if len(self.stages) == len(maps) else maps
 
 
 class TimmMaps(Reading):
-    """A timm network: its intermediate features as stages, and the summary that its classifier reads."""
+    """Reads a timm network without classifier: its intermediate features and its pooled feature."""
 
     lists_modules = False
 
@@ -113,7 +127,7 @@ class TimmMaps(Reading):
         super().__init__({})
 
     def call(self, network: Any, x_B3HW: Tensor) -> object:
-        """Return the intermediate maps by stage and the pooled summary (B, c, 1, 1)."""
+        """Return the network's features: `summary` -> pooled (B, c, 1, 1), and `stage1` and so on -> (B, c, h, w)."""
         names = network.forward_intermediates.__code__.co_varnames
         norm = {"norm": True} if "norm" in names else {}
         last, maps = network.forward_intermediates(x_B3HW, output_fmt="NCHW", **norm)
@@ -123,7 +137,10 @@ class TimmMaps(Reading):
 
 
 def reading_of(network: nn.Module) -> Reading | None:
-    """Return the reading of a transformers or timm network, or None for logits and for other networks."""
+    """Return the adapter for a network of transformers or timm.
+
+    Return None for other networks, and for networks that return logits.
+    """
     library = type(network).__module__.partition(".")[0]
     if library == "timm" and hasattr(network, "forward_intermediates") and getattr(network, "num_classes", None) == 0:
         return TimmMaps()
@@ -142,7 +159,7 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
     """Return the adapter that calls a transformers network and reads its output, or None if it returns logits.
 
     Args:
-        task: semantic, depth, universal or features (see `task_of`).
+        task: `semantic`, `depth`, `universal` or `features` (see `task_of`).
         network: the transformers model.
         sentence: the tokens (1, N) of the sentence that names the task. Only OneFormer reads it.
     Raises: ModelError for a OneFormer without `sentence`.
@@ -164,7 +181,7 @@ def reading_as(task: str, network: Any, sentence: Tensor | None = None) -> Readi
 
 
 def task_of(architectures: Sequence[str]) -> str:
-    """Return the task of a transformers class by the library's tables, or features if they do not list it."""
+    """Return the task of transformers classes: `semantic`, `universal`, `depth`, or `features` for any other class."""
     from transformers.models.auto import modeling_auto as tables
 
     for task, table in (

@@ -15,19 +15,19 @@ from kdcache.models.foreign.processor import PROBE_SIZE, Processor, Size
 _SECOND = (96, 128)
 _TRIED = (224, 256, 336, 384, 448, 512, 518, 640, 1024)
 _OF_SIZE = (RuntimeError, ValueError, AssertionError, IndexError)
-"""What networks raise for images of another size than they take."""
+"""Errors that networks raise for images of a size that they do not take."""
 _POSITIONS = ("pos_embed", "position_embed", "positional_embed", "rel_pos", "relative_position", "rope")
 _Answer = TypeVar("_Answer")
 
 
 @dataclass
 class Probe:
-    """The findings of a first forward pass.
+    """The result of a network's first forward pass.
 
     Attributes:
-        size: (H, W) of its image.
+        size: (height, width) of the image.
         processor: the sizes that the network takes, as far as a few images show them.
-        patch: side in pixels of its first layer's patches, or None for other layers.
+        patch: the side in pixels of its patches, if the first layer cuts the image into patches. Otherwise None.
     """
 
     size: Size
@@ -36,14 +36,14 @@ class Probe:
 
 
 def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tuple[Probe, _Answer]:
-    """Run a network on a black image of the first size that it takes.
+    """Run a network on black images of several sizes, until it takes one.
 
     Args:
-        spec: the spec, for messages.
+        spec: the network's name, for messages.
         network: the network in eval mode.
-        run: maps an image (1, 3, H, W) to an answer.
-    Returns: the findings, and the answer.
-    Raises: ModelError with the network's own first error, if it takes none of the sizes.
+        run: calls the network with an image (1, 3, H, W).
+    Returns: what the first successful call shows, and the result of `run`.
+    Raises: ModelError with the network's first error, if it takes none of the sizes.
     """
     first: Exception | None = None
     for size in dict.fromkeys(_candidates(network)):
@@ -70,7 +70,7 @@ def probe(spec: str, network: nn.Module, run: Callable[[Tensor], _Answer]) -> tu
 
 
 def has_positions(network: nn.Module) -> bool:
-    """Return True for a network with position embeddings, by the names of its parts."""
+    """Return True if a network has position embeddings, judged by the names of its modules and tensors."""
     names = [name for part in (network.named_parameters(), network.named_buffers()) for name, _ in part]
     names += [name for name, _ in network.named_modules()]
     return any(word in name.lower() for name in names for word in _POSITIONS)
@@ -80,9 +80,9 @@ def _takes_another(network: nn.Module, run: Callable[[Tensor], Any], size: Size)
     """Return True if a network takes images of one more size."""
     half = max(1, size[0] // 2), max(1, size[1] // 2)
     double = size[0] * 2, size[1] * 2
-    for other in (_SECOND if size == PROBE_SIZE else half, double):
+    for another in (_SECOND if size == PROBE_SIZE else half, double):
         try:
-            run(_image(network, other))
+            run(_image(network, another))
         except Exception:
             continue
         return True
@@ -90,7 +90,7 @@ def _takes_another(network: nn.Module, run: Callable[[Tensor], Any], size: Size)
 
 
 def _candidates(network: nn.Module) -> Iterator[Size]:
-    """Yield sizes to try: the usual one, those that parts of the network name, then common ones."""
+    """Yield sizes to try: the usual one, sizes in the network's configuration, then common ones."""
     yield PROBE_SIZE
     for module in network.modules():
         config = getattr(module, "config", None)
@@ -113,7 +113,7 @@ def _image(network: nn.Module, size: Size) -> Tensor:
 
 @contextmanager
 def _patches(network: nn.Module, size: Size) -> Iterator[list[int]]:
-    """Collect the sides of patches, of convolutions that cut the image itself into tiles, during a forward pass."""
+    """Collect the sides of patches, in a with block, from convolutions that cut the image into tiles."""
     found: list[int] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:

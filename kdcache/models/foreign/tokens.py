@@ -10,15 +10,20 @@ from kdcache.errors import ModelError
 _MOST_PREFIX = 16
 """Class and register tokens that may come before the patches' tokens."""
 _MERGES = (1, 2, 4, 8)
-"""Patches on a side that one token may stand for."""
+"""The number of patches, on a side, that one token may stand for."""
 SUMMARY = "summary"
-"""The tap of one vector per image, as a map of one cell."""
+"""The tap of one vector per image, (B, c, 1, 1)."""
 
 
 def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> Tensor | None:
-    """Arrange tokens as a map (B, c, h, w) without class and register tokens, or return None if they do not fit.
+    """Return a transformer's tokens as a map (B, c, h, w), or None if their number does not fit the image.
 
-    `size` is (H, W) of the image, and `patch` the side in pixels of the network's patches.
+    Class tokens and register tokens are left out.
+
+    Args:
+        tokens_BNc: the tokens.
+        size: (H, W) of the image.
+        patch: the side in pixels of the network's patches. None gives None.
     """
     count = tokens_BNc.shape[1]
     height, width = (side // (patch or max(size) + 1) for side in size)
@@ -30,7 +35,15 @@ def token_map(tokens_BNc: Tensor, size: tuple[int, int], patch: int | None) -> T
 
 
 def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str) -> Tensor:
-    """Return a feature as a map (B, c, h, w). Raises: ModelError, naming `where`, for all but maps and tokens."""
+    """Return a module's output as a feature (B, c, h, w). It may be a map, or a transformer's tokens (B, N, c).
+
+    Args:
+        feature: the output.
+        size: (H, W) of the image.
+        patch: the side in pixels of the network's patches, or None.
+        where: names the module in the error.
+    Raises: ModelError for any other output.
+    """
     if isinstance(feature, Tensor) and feature.ndim == 4:
         return feature
     if isinstance(feature, Tensor) and feature.ndim == 3:
@@ -51,10 +64,13 @@ def as_map(feature: object, size: tuple[int, int], patch: int | None, where: str
 
 
 def maps_of(answer: Any, size: tuple[int, int], patch: int | None) -> dict[str, Tensor]:
-    """Return the maps (B, c, h, w) in a backbone's answer by tap, most useful last except for `summary`.
+    """Return the features in a backbone's return value: tap -> (B, c, h, w). The last tap is the most useful.
 
-    The answer is a map, tokens, a list of maps, or an object with `feature_maps` or `last_hidden_state`. Anything else
-    has no maps.
+    Args:
+        answer: a map, tokens (B, N, c), a list or a mapping of maps, or an object of transformers with `feature_maps`
+            or `last_hidden_state`. Anything else gives {}.
+        size: (H, W) of the image.
+        patch: the side in pixels of the network's patches, or None.
     """
     named = any(hasattr(answer, name) for name in ("feature_maps", "last_hidden_state"))
     if isinstance(answer, Mapping) and not named:

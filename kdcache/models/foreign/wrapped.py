@@ -21,34 +21,33 @@ from kdcache.tasks import SEGMENTATION
 
 
 class Head(Protocol):
-    """A stored head, such as a manifest's: (h, w) of its maps."""
+    """A head whose outputs are stored in a cache, such as an entry of the cache's manifest."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """The (h, w) of its maps."""
+        """The (h, w) of its stored outputs."""
 
 
 class WrappedModel(SegmentationModel):
-    """A foreign network behind the interface. The state dict keeps the network's names.
+    """Any `torch.nn.Module` as a model of kdcache. Its state dict keeps the network's names.
 
-    Taps are dotted names of modules with output (B, c, h, w) or tokens of patches. `taps` lists the network's direct
-    children with maps in the order they ran, and the features in its answer. Modules are read by forward hooks that
-    exist only while a tap is requested, see only the calls of their own thread, and copy the feature, which a later
-    in-place layer would overwrite.
+    Any submodule can be a tap, by its dotted name, if its output is (B, c, h, w) or a transformer's tokens (B, N, c).
+    `taps` lists the network's direct children and the features in its return value.
 
-    A last bilinear resize is removed from the heads (`kdcache.models.foreign.peel`), which also tells `align_corners`.
-    Without one, the module's attribute of that name counts (False if absent), and so do `mean`, `std` and
-    `kdcache_heads`.
-
-    Attributes:
-        peeled: names of the heads whose last resize is removed.
-        patch: side in pixels of its first layer's patches, or None for other layers.
+    If the network ends with a bilinear resize, the resize is left out and tells `align_corners`. Otherwise the
+    network's attribute `align_corners` is used, or False. `mean` and `std` are also read from attributes.
 
     Args:
-        declared: its heads, as in `kdcache_heads`. None reads that attribute.
-        reading: the meaning of its answer. Default: logits, or the declared heads.
+        spec: the name of the model.
+        network: the network.
+        num_classes: the expected number of classes. None accepts any.
+        declared: the network's heads, in the form of `kdcache_heads`. None reads that attribute of the network.
+        reading: the adapter that calls the network. None chooses one.
 
-    Raises: ModelError if the network fails on an image, has another number of classes, or other heads than declared.
+    Attributes:
+        peeled: the names of heads whose last resize is left out.
+        patch: the side in pixels of its patches, if the first layer cuts the image into patches. Otherwise None.
+    Raises: ModelError if the network fails on an image, or has another number of classes or other heads than declared.
     """
 
     def __init__(
@@ -108,13 +107,17 @@ class WrappedModel(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors without the classifier of a network of timm, which is built without one."""
+        """Return the tensors of a weights file (name -> tensor), without a timm classifier if the model has no head."""
         names = (getattr(self.network, "pretrained_cfg", None) or {}).get("classifier") or ()
         prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
         return state if self.head_kinds else {k: v for k, v in state.items() if not k.startswith(prefixes)}
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Run the network. Raises: ModelError for an unknown tap, or one that gives neither a map nor tokens."""
+        """Return the heads' outputs at their native stride, and the features of the given taps.
+
+        `x_B3HW` is normalised float RGB. Raises: ModelError for an unknown tap, or one that gives neither a map nor
+        tokens.
+        """
         self.check_taps(taps)
         hooked = [tap for tap in taps if tap not in self._named]
         peel = bool(self.peeled) and peels()
@@ -146,19 +149,24 @@ class WrappedModel(SegmentationModel):
 
     @property
     def probed_taps(self) -> tuple[str, ...]:
-        """The features that identify a teacher without heads: the taps in its answer, if any."""
+        """The taps whose features identify a teacher without heads (see its fingerprint). () for a model with heads."""
         return super().probed_taps if self._reading.lists_modules else self._named
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Check that names are modules or listed taps. Raises: ModelError."""
+        """Check that each tap is a listed one or the name of a submodule. Raises: ModelError."""
         modules = {name for name, _ in self.network.named_modules() if name}
         super().check_taps(tap for tap in taps if tap not in modules)
 
 
 def answer_as(model: nn.Module, stored: Mapping[str, Head], size: tuple[int, int]) -> None:
-    """Make a teacher answer as for an earlier cache. Heads that it stored at the image's size keep their last resize.
+    """Make a teacher return outputs of the same sizes as those in an earlier cache.
 
-    `stored` has that cache's heads by name, and `size` is (H, W) of the teacher's images in it.
+    If the cache stored a head at the size of the images, this head keeps its last resize.
+
+    Args:
+        model: the teacher, which is changed.
+        stored: the heads of the earlier cache, by name.
+        size: (height, width) of the images that the teacher got for that cache.
     """
     for module in model.modules():
         if isinstance(module, WrappedModel):
@@ -166,7 +174,7 @@ def answer_as(model: nn.Module, stored: Mapping[str, Head], size: tuple[int, int
 
 
 def fits(channels: int, num_classes: int) -> bool:
-    """Return whether a network has one channel per class, or one logit for two classes (`kdcache.models.logits`)."""
+    """Return True if a network has one output channel per class, or one channel for two classes."""
     return channels == num_classes or (channels == 1 and num_classes == 2)
 
 
